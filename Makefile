@@ -1,0 +1,38 @@
+# Every target works from a bare clone: it makes .venv and installs what is missing first.
+PYTHON ?= python3
+DATA ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test lint bench docs
+
+setup: .venv/.installed
+
+# torch first and by itself: its exact pin takes the build that this machine offers, and nothing after it draws in another.
+.venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+		{ echo "Yeonma needs Python 3.10 to 3.13; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install "$$(head -n 1 requirements.txt)"
+	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/yeonma demo
+
+test: setup
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy yeonma
+
+# The trainers compared with are installed for this target alone.
+bench: setup
+	$(PIP) install --quiet -r requirements.txt -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/sft.py $(if $(DATA),--data "$(DATA)")
+
+docs: setup
+	$(BIN)/python scripts/settings_table.py

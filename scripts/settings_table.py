@@ -1,0 +1,188 @@
+"""Write the table of settings into README.md and README.ko.md, between the two `settings` comments.
+
+The English texts are the docstrings in yeonma/settings.py, the Korean ones lie in docs/settings.ko.yaml.
+With --check nothing is written; the exit status is 1 where a table is out of step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    default: str | None  # as YAML would write it; None: the setting must be given
+    choices: tuple[str, ...]
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    meaning: str
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What differs between the languages.
+
+    `groups`: group name -> `about` or setting name -> text; None for the docstrings' own.
+    """
+
+    heading: str
+    required: str
+    unset: str
+    groups: Mapping[str, Mapping[str, str]] | None = None
+
+
+# The groups that one verb has to itself. All others are those of `yeonma sft`.
+VERBS = {"GenerateSettings": "generate", "DemoSettings": "demo"}
+ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
+
+
+def fields_in_source(cls: type) -> Iterator[tuple[str, str, str]]:
+    """Name, default and the string below it of every field that the class itself declares."""
+    source = inspect.cleandoc(inspect.getsource(cls))
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for field, below in zip(definition.body, [*definition.body[1:], None], strict=True):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+            raise SystemExit(f"{cls.__name__}.{field.target.id} has no text below it")
+        value = field.value
+        if isinstance(value, ast.Call):  # field(default=..., metadata=...)
+            value = next((part.value for part in value.keywords if part.arg == "default"), None)
+        default = ast.get_source_segment(source, value) if value else None
+        yield field.target.id, default or "", " ".join(str(below.value.value).split())
+
+
+def choices_of(annotation: object) -> tuple[str, ...]:
+    """The texts of every `Literal` in an annotation, each once."""
+    if get_origin(annotation) is Literal:
+        return tuple(choice for choice in get_args(annotation) if isinstance(choice, str))
+    found = (choice for part in get_args(annotation) for choice in choices_of(part))
+    return tuple(dict.fromkeys(found))
+
+
+def default_of(field: Field[Any], in_source: str) -> str | None:
+    """A number as the source writes it (2e-4), anything else as YAML does; "" for none, None for required."""
+    if field.default is MISSING and field.default_factory is MISSING:
+        return None
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return in_source if isinstance(value, int | float) else str(value)
+
+
+def settings_of(cls: type) -> Iterator[Setting]:
+    hints = get_type_hints(cls)
+    by_name = {field.name: field for field in fields(cls)}
+    for name, default, meaning in fields_in_source(cls):
+        yield Setting(name, default_of(by_name[name], default), choices_of(hints[name]), meaning)
+
+
+def groups_of(module: ModuleType) -> tuple[Group, ...]:
+    """The module's own public dataclasses of settings, in the order of the file."""
+    found = []
+    for name, cls in vars(module).items():
+        own = inspect.isclass(cls) and is_dataclass(cls) and cls.__module__ == module.__name__
+        if own and name.endswith("Settings"):
+            meaning = (inspect.getdoc(cls) or "").split("\n\n")[0]
+            found.append(Group(name, " ".join(meaning.split()), tuple(settings_of(cls))))
+    return tuple(found)
+
+
+def translated(groups: Sequence[Group], file: Path) -> Wording:
+    """The wording in a YAML file of Wording's fields; each group and setting must be there, and no other."""
+    texts = yaml.safe_load(file.read_text(encoding="utf-8"))
+    wanted = {
+        (group.name, name) for group in groups for name in ("about", *(item.name for item in group.settings))
+    }
+    given = {(group, name) for group, names in texts["groups"].items() for name in names}
+    problems = [f"{file}: {group}: {name} is missing" for group, name in sorted(wanted - given)]
+    problems += [f"{file}: {group}: there is no {name}" for group, name in sorted(given - wanted)]
+    if problems:
+        raise SystemExit("\n".join(problems))
+    return Wording(**texts)
+
+
+def markdown(groups: Sequence[Group], wording: Wording) -> str:
+    """The tables, one a group."""
+    blocks = []
+    for group in groups:
+        texts = wording.groups[group.name] if wording.groups is not None else None
+        rows = [wording.heading, "| --- | --- | --- |"]
+        for setting in group.settings:
+            meaning = texts[setting.name] if texts is not None else setting.meaning
+            untold = [choice for choice in setting.choices if not re.search(rf"\b{choice}\b", meaning)]
+            if untold:
+                meaning += " (" + ", ".join(f"`{choice}`" for choice in setting.choices) + ")"
+            default = {None: wording.required, "": wording.unset}.get(setting.default, f"`{setting.default}`")
+            cells = (f"`{setting.name}`", default, meaning)
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        about = texts["about"] if texts is not None else group.meaning
+        if group.name in VERBS:
+            about = f"`yeonma {VERBS[group.name]}`: {about}"
+        blocks.append(about + "\n\n" + "\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def with_table(page: str, table: str, place: str) -> str:
+    """The page with the table between its markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{place}: the lines {BEGIN} and {END} are missing")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where a table is out of step"
+    )
+    check = parser.parse_args(arguments).check
+
+    sys.path.insert(0, str(ROOT))
+    from yeonma import settings
+
+    groups = groups_of(settings)
+    pages = {"README.md": ENGLISH, "README.ko.md": translated(groups, ROOT / "docs" / "settings.ko.yaml")}
+    stale = []
+    for name, wording in pages.items():
+        page = (ROOT / name).read_text(encoding="utf-8")
+        fresh = with_table(page, markdown(groups, wording), name)
+        if fresh != page:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(fresh, encoding="utf-8")
+    for name in stale:
+        print(
+            f"{name}: out of step with yeonma/settings.py; run `make docs`" if check else f"{name}: written"
+        )
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Tiny models with random weights, by transformers' family names: two layers, hidden size 32, 97 tokens.
+
+The weights are drawn wide, so that attention matters: a token that sees one token too many or too few moves the
+log-probabilities by far more than the tests allow. Models come frozen, in float32 and in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY = 97
+WINDOW = 5
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ONE_OF_EACH = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+FOREST_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": _EXPERTS,
+    "gemma2": {**_ONE_OF_EACH, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {**_ONE_OF_EACH, "query_pre_attn_scalar": 8},
+    "mistral": {"sliding_window": WINDOW},
+    "gpt_oss": {**_ONE_OF_EACH, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "phi3": {"sliding_window": WINDOW},
+    "granite": {"logits_scaling": 0.5, "attention_multiplier": 0.5, "residual_multiplier": 0.8, "embedding_multiplier": 2.0},
+    "exaone4": _ONE_OF_EACH,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+}  # fmt: skip
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    # Its mask has the window, its call of the attention has not.
+    "phimoe": {"sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def tiny_model(family: str, seed: int = 0) -> Any:
+    """A frozen model of one of the families above; each call gives a copy of its own."""
+    return copy.deepcopy(_built(family, seed))
+
+
+@lru_cache
+def _built(family: str, seed: int) -> Any:
+    config = AutoConfig.for_model(family, **{**_COMMON, **{**FOREST_FAMILIES, **OTHER_FAMILIES}[family]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25, generator=draw)
+            else:  # gains, biases, sinks: near what they start from
+                parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+    return model.requires_grad_(False).eval()

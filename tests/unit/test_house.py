@@ -1,0 +1,307 @@
+"""The house rules: who imports whom, what is read, how fast help comes, what is declared."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from yeonma import settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "yeonma"
+MOST_LINES = 400
+
+# Every module of the package; each imports only from those above it. docs/design.md section 3 says why.
+HOUSE = (
+    "errors",
+    "settings",
+    # settings from the command line, YAML and Python
+    "yaml_text",
+    "configure",
+    "help",
+    # text
+    "text.strict_json",
+    "text.readers",
+    "text.rows",
+    "text.formats",
+    "text.frame",
+    "text.template",
+    # tokens
+    "tokens.deadline",
+    "tokens.encode",
+    "tokens.chat",
+    "tokens.draft",
+    "tokens.truncate",
+    "tokens.example",
+    "tokens.plan",
+    "tokens.forest",
+    "tokens.cache",
+    # model
+    "model.attention",
+    "model.forward",
+    "model.lora",
+    "model.load",
+    "model.generate",
+    "model.adapter",
+    # before
+    "before.inspect",
+    "before.audit",
+    "before.forecast",
+    # train
+    "train.objectives",
+    "train.reference",
+    "train.checkpoint",
+    "train.distributed",
+    "train.trackers",
+    "train.tracking",
+    "train.progress",
+    "train.loop",
+    # after
+    "after.metrics",
+    "after.report",
+    "after.chat",
+    # the verbs
+    "sft",
+    "generate",
+    "demo",
+    "studio",
+    "launch",
+    "",  # yeonma/__init__.py, the door for notebooks
+    "cli",
+    "__main__",
+)
+
+
+def sources() -> dict[str, str]:
+    """Module name below `yeonma` -> source text. A room's own `__init__` goes by the room's name."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = file.read_text(encoding="utf-8")
+    return found
+
+
+def imports(module: str, source: str, known: frozenset[str]) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every import, in functions too; `from x import y` is x.y where that is a module."""
+    is_room = any(name.startswith(f"{module}.") for name in known) or not module
+    package = f"yeonma.{module}".rstrip(".").split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + is_room] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{origin}.{alias.name}"
+                yield node.lineno, whole if whole.removeprefix("yeonma.") in known else origin
+
+
+def place(module: str) -> float | None:
+    """Position in the house; a room's `__init__` stands right below the room's last module."""
+    if module in HOUSE:
+        return HOUSE.index(module)
+    inside = [index for index, name in enumerate(HOUSE) if name.startswith(f"{module}.")]
+    return max(inside) + 0.5 if inside else None
+
+
+def breaches(modules: Mapping[str, str]) -> list[str]:
+    """Imports of the package's own modules that go down the list, and modules that have no place in it."""
+    found = []
+    for module, source in modules.items():
+        here = place(module)
+        if here is None:
+            found.append(f"{module}: has no place in HOUSE")
+            continue
+        for line, name in imports(module, source, frozenset(modules)):
+            if name == "yeonma" and "__version__" in source.splitlines()[line - 1]:
+                continue  # the only thing that the modules take from the door
+            if name != "yeonma" and not name.startswith("yeonma."):
+                continue
+            target = name.removeprefix("yeonma").removeprefix(".")
+            there = place(target)
+            if there is None or there >= here:
+                found.append(f"{module}:{line} imports {name}, which is below it")
+    return found
+
+
+def test_modules_import_only_upwards() -> None:
+    assert breaches(sources()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import yeonma.train.loop",
+        "from yeonma.train.loop import train",
+        "from yeonma.train import loop",
+        "from ..train import loop",
+        "from ..train.loop import train",
+        "def later():\n    from yeonma.train import loop",
+        "from .template import parse",
+        "from . import template",
+        "from yeonma.text import parse",
+        "from yeonma import load",
+        "from yeonma import cli",
+        "from yeonma.nowhere import thing",
+    ],
+)
+def test_a_downward_import_is_caught(line: str) -> None:
+    upward = "from yeonma.errors import UserError\nfrom yeonma import __version__\nfrom . import rows"
+    rooms = {"text": "from .template import parse", "train": "from ..errors import UserError"}
+    modules = dict.fromkeys(HOUSE, "") | rooms | {"text.formats": upward}
+    assert breaches(modules) == []
+    assert len(breaches(modules | {"text.formats": line})) == 1
+
+
+def test_a_module_without_a_place_is_caught() -> None:
+    assert breaches({"text.utils": ""}) == ["text.utils: has no place in HOUSE"]
+
+
+def test_rows_become_text_without_torch() -> None:
+    modules = sources()
+    known = frozenset(modules)
+    for module, source in modules.items():
+        if module.split(".")[0] in ("errors", "settings", "yaml_text", "configure", "help", "text"):
+            for line, name in imports(module, source, known):
+                assert name.split(".")[0] not in ("torch", "transformers", "peft"), (
+                    f"{module}:{line} imports {name}"
+                )
+
+
+def unread(names: set[str], modules: Mapping[str, str]) -> set[str]:
+    """The names that no module reads as an attribute."""
+    read = {
+        node.attr
+        for source in modules.values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    return names - read
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    names = {
+        field.name
+        for title, cls in vars(settings).items()
+        if title.endswith("Settings") and is_dataclass(cls)
+        for field in fields(cls)
+    }
+    readers = {
+        name: source for name, source in sources().items() if name not in ("settings", "configure", "help")
+    }
+    assert len(names) > 50
+    assert sorted(unread(names, readers)) == []
+
+
+def test_a_setting_that_is_only_written_counts_as_unread() -> None:
+    assert unread({"lora_r", "seed"}, {"loop": "settings.lora_r = 3\nuse(run.seed)"}) == {"lora_r"}
+
+
+def help_text(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, "-m", "yeonma", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    done = help_text("-X", "importtime")
+    imported = {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line
+    }
+    assert "sft" in done.stdout
+    assert "yeonma.cli" in imported
+    assert imported.isdisjoint({"torch", "transformers", "peft", "datasets", "matplotlib.pyplot"})
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    def processor_seconds() -> (
+        float
+    ):  # of the child alone; unlike the clock, it does not count other programs' turns
+        before = os.times()
+        help_text()
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(processor_seconds() for _ in range(5)) < 0.5
+
+
+def test_the_tables_of_settings_are_in_step() -> None:
+    script = ROOT / "scripts" / "settings_table.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_no_file_of_the_package_is_too_long() -> None:
+    allowed: set[str] = set()
+    long = {name: lines for name, source in sources().items() if (lines := source.count("\n")) > MOST_LINES}
+    assert {name: lines for name, lines in long.items() if name not in allowed} == {}
+
+
+def test_the_tutorials_script_hands_its_arguments_to_sft() -> None:
+    def refused(*command: str) -> tuple[int, str]:
+        arguments = [sys.executable, *command, "--lora_rr", "8"]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    status, message = refused("sft-trainer.py")
+    assert status == 2
+    assert "lora_rr" in message
+    assert (status, message) == refused("-m", "yeonma", "sft")
+
+
+def declared() -> dict[str, Requirement]:
+    """pyproject.toml's dependencies and extras by name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [
+        *project["dependencies"],
+        *(text for extra in project["optional-dependencies"].values() for text in extra),
+    ]
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, texts)}
+
+
+def test_every_package_imported_is_declared() -> None:
+    modules = sources()
+    distributions = packages_distributions()
+    missing = set()
+    for module, source in modules.items():
+        for line, name in imports(module, source, frozenset(modules)):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top == "yeonma":
+                continue
+            if not any(canonicalize_name(name) in declared() for name in distributions.get(top, [top])):
+                missing.add(f"{module}:{line} imports {top}")
+    assert missing == set()
+
+
+def test_requirements_pin_torch_first_and_everything_within_the_declared_ranges() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("torch==")  # `make setup` installs this line by itself
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for pin in pins:
+        (version,) = pin.specifier
+        assert version.operator == "=="
+        assert version.version in declared()[canonicalize_name(pin.name)].specifier, str(pin)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = {Requirement(text).name for text in [*project["dependencies"], *extras["demo"], *extras["dev"]]}
+    assert {pin.name for pin in pins} == wanted

@@ -1,0 +1,7 @@
+"""`python -m yeonma` is `yeonma`."""
+
+import sys
+
+from yeonma.cli import main
+
+sys.exit(main())

@@ -1,0 +1,118 @@
+"""The `yeonma` command: one subcommand a verb, each imported only when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from yeonma import __version__
+from yeonma.errors import UserError, did_you_mean
+from yeonma.settings import (
+    DataSettings,
+    DemoSettings,
+    EvaluationSettings,
+    GenerateSettings,
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    StepSettings,
+    TokenSettings,
+)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One subcommand. `run` is `module:function`; the function takes the settings groups by their types."""
+
+    about: str
+    run: str
+    groups: tuple[type, ...]
+    positional: str | None = None
+
+
+TRAINING = (
+    DataSettings,
+    TokenSettings,
+    ModelSettings,
+    LoraSettings,
+    StepSettings,
+    EvaluationSettings,
+    RunSettings,
+)
+VERBS = {
+    "sft": Verb("Fine-tune a model on the answers of a table of examples.", "yeonma.sft:run", TRAINING),
+    "generate": Verb("Answer rows or a prompt.", "yeonma.generate:run", (GenerateSettings,), "adapter_dir"),
+    "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", (GenerateSettings,), "adapter_dir"),
+    "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted.
+
+    YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if os.environ.get("YEONMA_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"yeonma: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("yeonma: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"yeonma {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in VERBS:
+        cure = did_you_mean(name, VERBS) or f"the verbs are {', '.join(VERBS)}"
+        raise UserError("no such verb", place=name, cure=cure)
+    verb = VERBS[name]
+    if "-h" in rest or "--help" in rest:
+        from yeonma.help import help_text
+
+        print(help_text(verb.groups, verb=name, about=verb.about, positional=verb.positional), end="")
+        return 0
+    return _run(name, verb, rest)
+
+
+def _run(name: str, verb: Verb, arguments: list[str]) -> int:
+    from importlib import import_module
+
+    from yeonma.configure import read_settings
+
+    reading = read_settings(verb.groups, arguments, verb=name, positional=verb.positional)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process.
+        for warning in reading.warnings:
+            print(f"yeonma: warning: {warning}", file=sys.stderr)
+    module, function = verb.run.split(":")
+    return getattr(import_module(module), function)(reading.settings) or 0
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS)) + 2
+    lines = (f"  {name:{width}}{verb.about}" for name, verb in VERBS.items())
+    return "\n".join(
+        [
+            "usage: yeonma VERB [--setting value ...]",
+            "",
+            *lines,
+            "",
+            "yeonma VERB --help   the verb's settings",
+            "yeonma --version     the version",
+        ]
+    )

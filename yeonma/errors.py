@@ -1,0 +1,34 @@
+"""Errors that a user can mend: what is wrong, where, and the cure. Nothing else is caught and reworded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `place` is a file, `file:line`, `file:line:column` or a setting's name."""
+
+    what: str
+    place: str = ""
+    cure: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.what}" if self.place else self.what
+        return f"{text}; {self.cure}" if self.cure else text
+
+
+class UserError(Exception):
+    """A mistake in the data, the template, the settings or a folder. `yeonma` prints it and exits with status 2."""
+
+    def __init__(self, what: str | Iterable[Problem], *, place: str = "", cure: str = "") -> None:
+        self.problems = (Problem(what, place, cure),) if isinstance(what, str) else tuple(what)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean "title"?`, or an empty string where nothing known looks like `word`."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f'did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,133 @@
+"""The adapter folder: PEFT's files, the template, the tokenizer, and yeonma.json, which binds them together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from yeonma.errors import UserError
+from yeonma.model.load import BaseSource
+from yeonma.text.template import Template
+from yeonma.tokens.example import TokenRules
+
+MANIFEST = "yeonma.json"
+TEMPLATE = "template.txt"
+WEIGHTS = "adapter_model.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model an adapter belongs to. `config_sha256` is of the model's config without paths and versions."""
+
+    name: str
+    revision: str | None
+    parameters: int
+    config_sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What is needed to ask an adapter: where its base is, its template and the rules its tokens were made by."""
+
+    path: Path
+    base: BaseIdentity
+    trust_remote_code: bool
+    template: Template
+    columns: dict[str, str] | None
+    rules: TokenRules
+    details: dict[str, Any]  # the whole of yeonma.json
+
+    @property
+    def source(self) -> BaseSource:
+        return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
+
+
+def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
+    """Of the model as loaded, before an adapter is put on it. A local folder is named by its absolute path."""
+    config = model.config.to_diff_dict()
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
+    text = json.dumps({key: config[key] for key in sorted(config) if key not in volatile}, sort_keys=True, default=str)
+    return BaseIdentity(
+        name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
+        revision=getattr(model.config, "_commit_hash", None) or source.revision,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def describe(
+    base: BaseIdentity,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    rules: TokenRules,
+    *,
+    trust_remote_code: bool,
+    trained_on: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The contents of yeonma.json."""
+    packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
+    return {
+        "format": FORMAT,
+        "base": asdict(base),
+        "trust_remote_code": trust_remote_code,
+        "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        "columns": dict(columns) if columns else None,
+        "rules": asdict(rules),
+        "trained_on": dict(trained_on),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def write_adapter(folder: Path, peft_model: Any, tokenizer: Any, template: Template, details: Mapping[str, Any]) -> None:
+    """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
+    peft_model.peft_config["default"].base_model_name_or_path = details["base"]["name"]
+    peft_model.peft_config["default"].revision = details["base"]["revision"]
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
+    tokenizer.save_pretrained(str(folder))
+    (folder / TEMPLATE).write_bytes(template.text.encode())
+    (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter_folder(path: str | Path) -> AdapterFolder:
+    """Everything but the weights. Raises UserError where the folder is not an adapter folder or is damaged."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
+    for name in (MANIFEST, TEMPLATE, "adapter_config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{name} is missing", place=str(path), cure="give the output folder of a finished run")
+    try:
+        details = json.loads((folder / MANIFEST).read_text("utf-8"))
+        rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
+        text = (folder / TEMPLATE).read_text("utf-8")
+        if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
+            raise UserError("it is not the template that the adapter was trained with", place=str(folder / TEMPLATE))
+        return AdapterFolder(
+            path=folder,
+            base=BaseIdentity(**details["base"]),
+            trust_remote_code=details["trust_remote_code"],
+            template=Template.parse(text, details["template"]["name"]),
+            columns=details["columns"],
+            rules=rules,
+            details=details,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"damaged ({error})", place=str(folder / MANIFEST)) from error
+
+
+def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
+    """Raises UserError where the adapter was trained on another base (by its config, not by its name)."""
+    if adapter.base.config_sha256 != base.config_sha256 or adapter.base.parameters != base.parameters:
+        raise UserError(
+            f"it was trained on {adapter.base.name}, which is not {base.name}",
+            place=str(adapter.path),
+            cure=f"use --base_model {adapter.base.name}",
+        )

@@ -1,0 +1,138 @@
+"""Attention over a forest, registered with transformers' AttentionInterface; the layout travels as a keyword.
+
+A model loaded with the implementation `FOREST` calls `forest_attention` in every layer with what it would pass to
+any backend: scale, grouped heads, sliding window (counted in positions), soft-capping and attention sinks are
+honoured. Anything that a model does with its mask instead (ALiBi, chunks) is not seen here; the check at loading
+finds such models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from yeonma.tokens.forest import Forest
+
+FOREST = "yeonma_forest"
+
+
+@dataclass(frozen=True)
+class ForestLayout:
+    """What attention needs of a forest; one object serves every layer of a forward pass."""
+
+    lengths: tuple[int, ...]  # of the segments, in flat order; they sum to T
+    paths: tuple[tuple[int, ...], ...]  # segment -> the segments it sees: its ancestors in order, then itself
+
+
+def layout(forest: Forest) -> ForestLayout:
+    paths: list[tuple[int, ...]] = []
+    for index, segment in enumerate(forest.segments):
+        paths.append(((*paths[segment.parent], index) if segment.parent is not None else (index,)))
+    return ForestLayout(tuple(segment.length for segment in forest.segments), tuple(paths))
+
+
+def forest_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    forest: ForestLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    watch: Callable[[torch.nn.Module, int | None], None] | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D).
+
+    `watch` is called with the layer and its window; the check at loading compares that with the model's config.
+    Raises ValueError for a mask made by the model itself, which cannot know the forest.
+    """
+    if attention_mask is not None:
+        raise ValueError("the model made an attention mask of its own")
+    if watch is not None:
+        watch(module, sliding_window)
+    # split, not slices: the gradient of a split is one concatenation
+    queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
+    outputs = []
+    for q, path in zip(queries, forest.paths, strict=True):
+        k = keys[path[0]] if len(path) == 1 else torch.cat([keys[i] for i in path], dim=2)
+        v = values[path[0]] if len(path) == 1 else torch.cat([values[i] for i in path], dim=2)
+        mask = _mask(q.shape[2], k.shape[2], sliding_window, query.device)
+        if softcap is None and s_aux is None:
+            output = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            output = _plain_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        outputs.append(output.transpose(1, 2))
+    return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Which keys each query sees, (queries, keys); None where plain causal attention over equal lengths says it."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    position_q = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    position_k = torch.arange(keys, device=device)
+    seen = position_k <= position_q
+    return seen if window is None else seen & (position_k > position_q - window)
+
+
+def _plain_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same in plain operations, for what `scaled_dot_product_attention` cannot do. Shapes as there."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if s_aux is not None:  # a learned score per head that takes part in the softmax and leads nowhere
+        sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ v
+
+
+def reference_mask(forest: Forest) -> torch.Tensor:
+    """(T, T), True where a token sees a token: the contract in its plainest form, for tests and readers."""
+    length = len(forest.token_ids_T)
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for segment in forest.segments:
+        own = slice(segment.start, segment.start + segment.length)
+        if segment.parent is not None:
+            parent = forest.segments[segment.parent]
+            seen[own] = seen[parent.start + parent.length - 1]  # what the parent's last token sees
+        seen[own, own] = torch.ones(segment.length, segment.length, dtype=torch.bool).tril()
+    return seen
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+AttentionInterface.register(FOREST, forest_attention)
+AttentionMaskInterface.register(FOREST, _no_mask)

@@ -1,0 +1,286 @@
+"""Every option, once. The text below a field is its help on the command line and its line in the README's table.
+
+One flat name space: the groups below only sort the names. A verb reads some of the groups; a name may stand in two
+groups only if no verb reads both. Every number says its range, which is checked before anything else happens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that a setting takes. Infinity and NaN are never among them."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            float("-inf") < number < float("inf")
+            and (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        ends = (
+            ("of at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{words} {number}" for words, number in ends if number is not None)
+
+
+COUNT = {"range": Range(at_least=1)}
+NOT_NEGATIVE = {"range": Range(at_least=0)}
+POSITIVE = {"range": Range(above=0)}
+SHARE = {"range": Range(at_least=0, at_most=1)}
+DECAY = {"range": Range(at_least=0, below=1)}
+SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
+
+LrScheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where the rows come from and how they become text."""
+
+    data_path: str
+    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
+    data_split: str = "train"
+    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    encoding: str = "utf-8"
+    """Character encoding of text files; never guessed."""
+    columns: dict[str, str] | None = None
+    """Template field -> column, where their names differ: `{document: body, answer: headline}`; `answer` is the template's last field."""
+    template: str | None = None
+    """A built-in template's name, a file, or the template text itself. Without it, the built-in whose fields the columns satisfy."""
+    val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
+    """Rows held out for validation, drawn by `seed`: a count (1 or more) or a fraction (below 1)."""
+    val_data_path: str | None = None
+    """Validation rows of their own, in any form that `data_path` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings:
+    """How text becomes tokens."""
+
+    cutoff_len: int = field(default=2048, metadata=COUNT)
+    """The most tokens of prompt and answer together. A longer row loses text from one prompt field, never from the answer."""
+    shrink: str | None = None
+    """The prompt field that may be shortened. Without it, the longest prompt field of the row."""
+    shrink_side: Literal["end", "start", "middle"] = "end"
+    """The side that a shortened field loses text from."""
+    over_limit: Literal["drop", "error"] = "drop"
+    """What happens to a row whose frame and answer alone are over `cutoff_len`: left out and counted, or the run stops."""
+    train_on_inputs: bool = False
+    """Train the prompt too, not only the answer."""
+    add_eos_token: bool = True
+    """End every answer with the tokenizer's end-of-sequence token, trained."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept. Without it, $YEONMA_CACHE or ~/.cache/yeonma."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base model and how it is held."""
+
+    base_model: str
+    """The model to tune: a name on the hub or a local folder. A folder that is itself an adapter stands for its base with that adapter."""
+    model_revision: str | None = None
+    """Branch, tag or commit of the base model on the hub."""
+    adapter: str | None = None
+    """An adapter folder to continue training from. Its own rank, alpha and target modules hold."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a model is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapter's shape (Hu et al. 2021, arXiv:2106.09685), through PEFT."""
+
+    lora_r: int = field(default=16, metadata=COUNT)
+    """Rank of the adapter."""
+    lora_alpha: float = field(default=16, metadata=POSITIVE)
+    """Scale of the adapter: its output is multiplied by `lora_alpha / lora_r`."""
+    lora_dropout: float = field(default=0.0, metadata=DECAY)
+    """Dropout before the adapter. Tokens that examples share draw one mask together (see `share_prefix`)."""
+    lora_target_modules: list[str] | str = "all-linear"
+    """Names of the layers that get an adapter, such as `[gate_proj, down_proj, up_proj]`, or `all-linear`."""
+    use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train magnitude and direction apart (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The mathematics of the steps, and what is only their speed."""
+
+    batch_size: int = field(default=16, metadata=COUNT)
+    """Examples a step, over all processes. Need not divide by anything."""
+    micro_batch_size: int = field(default=4, metadata=COUNT)
+    """The most examples that go through the model at once: memory and speed, never the result."""
+    micro_batch_tokens: int | None = field(default=None, metadata=COUNT)
+    """The most tokens that go through the model at once; one longer example still goes alone."""
+    share_prefix: bool = True
+    """Compute once what the examples of a micro-batch begin with in common, from 16 tokens."""
+    num_epochs: float = field(default=3, metadata=POSITIVE)
+    """Passes over the training rows; a fraction is allowed."""
+    max_steps: int | None = field(default=None, metadata=COUNT)
+    """Stop after this many steps; wins over `num_epochs`."""
+    learning_rate: float = field(default=2e-4, metadata=POSITIVE)
+    """Highest learning rate, reached after the warm-up."""
+    lr_scheduler: LrScheduler = "linear"
+    """Schedule of the learning rate, by transformers' names."""
+    lr_scheduler_kwargs: dict[str, int | float | str] | None = None
+    """More arguments of the schedule, such as `{num_cycles: 2}`."""
+    warmup_steps: int = field(default=0, metadata=NOT_NEGATIVE)
+    """Steps until the learning rate is at its highest; wins over `warmup_ratio`."""
+    warmup_ratio: float = field(default=0.0, metadata=SHARE)
+    """The same as a share of all steps."""
+    weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    """AdamW's weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    adam_beta1: float = field(default=0.9, metadata=DECAY)
+    """AdamW's decay of the gradient's mean."""
+    adam_beta2: float = field(default=0.999, metadata=DECAY)
+    """AdamW's decay of the gradient's square."""
+    adam_epsilon: float = field(default=1e-8, metadata=POSITIVE)
+    """AdamW's term against division by zero."""
+    max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
+    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
+    group_by_length: bool = False
+    """Put rows of similar length into one step. There is no padding to save; it only evens out the time of steps."""
+    seed: int = field(default=42, metadata=SEED)
+    """Seed of the adapter's start, the order of rows, the validation draw and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """When the validation rows are looked at, and what follows."""
+
+    eval_steps: int | None = field(default=None, metadata=COUNT)
+    """Evaluate every so many steps. Without it, at the end of every epoch. Always before the first and after the last step."""
+    keep_best: bool = True
+    """Leave the adapter with the lowest validation loss in the output folder, not the last one."""
+    early_stopping_patience: int | None = field(default=None, metadata=COUNT)
+    """Stop when so many evaluations in a row bring no lower loss."""
+    early_stopping_threshold: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    """How much lower the loss must be to count as lower."""
+    card_rows: int = field(default=5, metadata=NOT_NEGATIVE)
+    """Validation rows answered before and after training for the model card; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What the run leaves behind and how it is watched."""
+
+    output_dir: str
+    """The adapter folder."""
+    overwrite: bool = False
+    """Replace what another run left in `output_dir`."""
+    save_steps: int | None = field(default=None, metadata=COUNT)
+    """Write a checkpoint every so many steps. Without it, at the end of every epoch."""
+    save_total_limit: int | None = field(default=None, metadata=COUNT)
+    """Keep only so many of the newest checkpoints, and the best one."""
+    resume_from_checkpoint: str = "latest"
+    """Continue from `latest` in `output_dir`, from a checkpoint folder, or from `none`."""
+    logging_steps: int = field(default=1, metadata=COUNT)
+    """Print and report every so many steps; metrics.jsonl has every step."""
+    report_to: list[Tracker] | Tracker | Literal["none"] = "none"
+    """Trackers that get the metrics too: tensorboard, wandb, trackio, mlflow, those that are installed."""
+    run_name: str | None = None
+    """The run's name for trackers. Without it, the name of `output_dir`."""
+    nproc: int = field(default=1, metadata=COUNT)
+    """Processes to start on this machine. Under torchrun, torchrun's own count holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """What an adapter folder is asked, and how it answers."""
+
+    adapter_dir: str
+    """The adapter folder that a run left behind. Base model, template and tokenizer are found from it."""
+    data_path: str | None = None
+    """Rows to answer, in any form that training takes."""
+    data_split: str = "train"
+    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    encoding: str = "utf-8"
+    """Character encoding of text files; never guessed."""
+    columns: dict[str, str] | None = None
+    """Template field -> column, where their names differ: `{document: body}`."""
+    limit: int | None = field(default=None, metadata=COUNT)
+    """Answer only so many of the first rows."""
+    row: str | None = None
+    """One row to answer, as JSON: `{"document": "..."}`."""
+    prompt: str | None = None
+    """Text to continue as it stands, without the template."""
+    output: str | None = None
+    """File for the answers, one JSON object a line. Without it, standard output."""
+    batch_size: int = field(default=8, metadata=COUNT)
+    """Prompts answered at once: memory and speed, never the result of greedy answers."""
+    max_new_tokens: int = field(default=128, metadata=COUNT)
+    """The most tokens of one answer. Prompts are fitted so that they leave this much room."""
+    temperature: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    """0 takes the likeliest token each time (greedy); above 0 draws, more freely the higher it is."""
+    top_p: float = field(default=1.0, metadata={"range": Range(above=0, at_most=1)})
+    """Draw only from the likeliest tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751)."""
+    top_k: int = field(default=0, metadata=NOT_NEGATIVE)
+    """Draw only from so many of the likeliest tokens; 0 for all."""
+    repetition_penalty: float = field(default=1.0, metadata=POSITIVE)
+    """Above 1 makes what came before less likely (Keskar et al. 2019, arXiv:1909.05858)."""
+    seed: int = field(default=42, metadata=SEED)
+    """Seed of the draws."""
+    adapter_weights: bool = True
+    """Off, the base model answers alone, with the same prompts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a model is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """The bundled sample, end to end."""
+
+    output_dir: str = "demo"
+    """The folder for the adapter and everything else that the demo makes."""
+    max_steps: int | None = field(default=None, metadata=COUNT)
+    """Stop after this many steps. Without it, as many as the sample needs."""
+    model_dir: str | None = None
+    """A local model folder to tune instead of fetching SmolLM2-135M-Instruct."""
+    quick: bool = False
+    """A short form that shows that everything runs, with too few steps to learn much."""

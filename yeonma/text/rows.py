@@ -1,0 +1,357 @@
+"""Where the rows come from: files, folders, saved data sets, the hub. Reading streams and can be repeated."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import json
+import math
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yeonma.errors import UserError, did_you_mean
+from yeonma.text.readers import csv_rows, json_rows, jsonl_rows, no_rows
+
+ROWS_FOR_COLUMNS = 1000
+ROWS_A_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of the data set."""
+
+    number: int
+    """Position in the data set, from 1; in a folder of files it runs on."""
+    values: Mapping[str, object]
+    place: str
+    """`train.jsonl:41`, the line it begins on, for text files; `train.parquet row 41` for others."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set that can be read again and again; memory does not grow with its rows.
+
+    Reading raises UserError at a row that is wrong.
+    """
+
+    name: str
+    identity: str
+    """SHA-256 of the content in hexadecimal: of the files' bytes, or of a hub data set's fingerprint."""
+    columns: tuple[str, ...]
+    """In order of appearance in the first 1,000 rows and the first row of each file."""
+    read: Callable[[], Iterator[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+Placed = tuple[str, Mapping[str, object]]
+Source = Callable[[], Iterator[Placed]]
+
+
+def open_rows(
+    data_path: str, *, split: str = "train", revision: str | None = None, encoding: str = "utf-8"
+) -> Rows:
+    """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`).
+
+    What exists on this machine is local; what only looks like a path is an error; the rest is sought on the hub.
+    `split` and `revision` are for data sets that have them, `encoding` for text files.
+
+    Raises:
+        UserError: nothing is there, or the file, its encoding or one of its first rows is wrong.
+    """
+    if not data_path.strip():
+        raise UserError("no data is named", place="--data_path", cure="give a file, a folder or a data set")
+    encoding = _known_encoding(encoding)
+    path = Path(data_path).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if _looks_like_a_path(data_path):
+            raise _no_such_file(data_path, path) from None
+        return _hub_rows(data_path, split, revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be opened: {error}", place=data_path) from None
+    try:
+        if not stat.S_ISDIR(mode):
+            return _file_rows(data_path, [(path, data_path)], encoding)
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return _saved_rows(data_path, path, split)
+        return _file_rows(data_path, _files_of(data_path, path), encoding)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", place=data_path) from None
+
+
+def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw validation rows: (train positions, validation positions), both sorted, int64, from 0.
+
+    `val_set_size` from 1 is a count; below 1 a fraction of `count`, rounded, and one row at least. The draw depends
+    on the arguments alone: it sorts raw PCG64 numbers, which NumPy keeps the same between versions.
+
+    Raises:
+        UserError: `val_set_size` is neither, or no row is left to train.
+    """
+    if not math.isfinite(val_set_size) or val_set_size < 0 or (val_set_size > 1 and val_set_size % 1):
+        cure = "give a count (1 or more) or a fraction (below 1)"
+        raise UserError(f"{val_set_size} is no number of rows", place="--val_set_size", cure=cure)
+    held_out = int(val_set_size) if val_set_size >= 1 else math.floor(count * val_set_size + 0.5)
+    if val_set_size > 0:
+        held_out = max(held_out, 1)
+    if held_out >= count:
+        what = f"{held_out} validation rows of {count} leave nothing to train"
+        raise UserError(what, place="--val_set_size", cure="hold out fewer rows")
+    keys = np.random.PCG64(seed % 2**64).random_raw(count)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+# Sources of one kind, one after the other
+
+
+def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
+    def read() -> Iterator[Row]:
+        number = 0
+        for source in sources:
+            for place, values in source():
+                number += 1
+                yield Row(number, values, place)
+
+    columns: dict[str, None] = {}
+    seen = 0
+    for source in sources:
+        for _, values in islice(source(), max(ROWS_FOR_COLUMNS - seen, 1)):
+            columns.update(dict.fromkeys(values))
+            seen += 1
+    return Rows(name, identity, tuple(columns), read)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# Files
+
+
+def _numbered_lines(
+    rows: Callable[..., Iterator[tuple[int, dict[str, object]]]], path: Path, name: str, encoding: str
+) -> Iterator[Placed]:
+    for line, values in rows(path, name, encoding):
+        yield f"{name}:{line}", values
+
+
+def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:
+                raise no_rows(name)
+            yield from _batch_rows(file.iter_batches(ROWS_A_BATCH), name)
+    except pa.ArrowException as error:
+        raise UserError(f"not a parquet file that can be read: {_one_line(error)}", place=name) from None
+
+
+def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
+    """Rows of Arrow tables or record batches; they are numbered from 1."""
+    number = 0
+    for batch in batches:
+        columns = batch.schema.names
+        doubled = sorted({column for column in columns if columns.count(column) > 1})
+        if doubled:
+            cure = "give each column a name of its own"
+            raise UserError(f'two columns are named "{doubled[0]}"', place=name, cure=cure)
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            place = f"{name} rows {number + 1}-{number + batch.num_rows}"
+            raise UserError(f"text that is not UTF-8 ({error.reason})", place=place) from None
+        for values in rows:
+            number += 1
+            yield f"{name} row {number}", values
+
+
+FILE_KINDS: dict[str, Callable[[Path, str, str], Iterator[Placed]]] = {
+    ".jsonl": partial(_numbered_lines, jsonl_rows),
+    ".json": partial(_numbered_lines, json_rows),
+    ".csv": partial(_numbered_lines, csv_rows),
+    ".tsv": partial(_numbered_lines, partial(csv_rows, delimiter="\t")),
+    ".parquet": _parquet_rows,
+}
+KNOWN_ENDINGS = ", ".join(FILE_KINDS)
+# Endings that no data set on the hub is meant with.
+OTHER_ENDINGS = (".txt", ".gz", ".zip", ".zst", ".xlsx", ".xls", ".arrow", ".py", ".ndjson", ".yaml")
+# Files about data that often lie beside it.
+SIDE_FILES = ("dataset_info.json", "dataset_infos.json")
+_SPLIT_WORD = re.compile(r"(?:\A|[-_.])(train|test|validation|valid|val|dev|eval)(?:[-_.]|\Z)")
+
+
+def _known_encoding(encoding: str) -> str:
+    """Python's own name for it, `utf-8` also for the form with a byte order mark."""
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        return codecs.lookup(encoding).name.replace("utf-8-sig", "utf-8")
+    except (LookupError, ValueError):
+        common = ("utf-8", "cp949", "euc-kr", "utf-16", "latin-1", "shift_jis", "gb18030")
+        cure = did_you_mean(encoding, common) or "give a name such as utf-8, cp949 or utf-16"
+        raise UserError(f'no text encoding is named "{encoding}"', place="--encoding", cure=cure) from None
+
+
+def _file_rows(name: str, files: Sequence[tuple[Path, str]], encoding: str) -> Rows:
+    for path, shown in files:
+        ending = path.suffix.lower()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError("not a regular file", place=shown, cure=f"give a {KNOWN_ENDINGS} file")
+        if ending == ".py":
+            raise _wants_to_run_code(name, shown)
+        if ending not in FILE_KINDS:
+            cure = f"give a {KNOWN_ENDINGS} file, or a folder of such files"
+            what = f"a {path.suffix} file cannot be read" if ending else "a file without an ending"
+            raise UserError(what, place=shown, cure=cure)
+    kind = files[0][0].suffix.lower()
+    content = [_file_hash(path) for path, _ in files]
+    identity = _hash(kind, "" if kind == ".parquet" else encoding, *content)
+    return _rows(name, identity, [partial(FILE_KINDS[kind], path, shown, encoding) for path, shown in files])
+
+
+def _files_of(name: str, folder: Path) -> list[tuple[Path, str]]:
+    """The data files directly in a folder, sorted. UserError unless they are of one kind and one split."""
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in inside if path.suffix.lower() in FILE_KINDS and path.name not in SIDE_FILES]
+    scripts = [path for path in inside if path.suffix == ".py"]
+    if folder / f"{folder.resolve().name}.py" in scripts or (scripts and not files):
+        raise _wants_to_run_code(name, scripts[0].name)
+    if not files:
+        below = sorted({path.parent.name for kind in FILE_KINDS for path in folder.glob(f"*/*{kind}")})
+        cure = f"name a {KNOWN_ENDINGS} file or a folder of such files"
+        cure = f"name the folder in it: {', '.join(below)}" if below else cure
+        raise UserError("a folder without data", place=name, cure=cure)
+    kinds = sorted({path.suffix.lower() for path in files})
+    if len(kinds) > 1:
+        cure = "keep one kind in a folder, or give one file"
+        raise UserError(f"files of several kinds: {', '.join(kinds)}", place=name, cure=cure)
+    splits = sorted({word[1] for path in files if (word := _SPLIT_WORD.search(path.stem.lower()))})
+    if len(splits) > 1:
+        cure = "give one file, or a folder for each split"
+        raise UserError(f"files of several splits: {', '.join(splits)}", place=name, cure=cure)
+    return [(path, f"{name.rstrip('/')}/{path.name}") for path in files]
+
+
+def _wants_to_run_code(name: str, script: str) -> UserError:
+    cure = "give its data files (.parquet, .jsonl, ...), or on the hub --data_revision refs/convert/parquet"
+    return UserError(
+        f"a data set that runs Python code ({script}); such code is never run", place=name, cure=cure
+    )
+
+
+def _looks_like_a_path(data_path: str) -> bool:
+    known = data_path.lower().endswith((*FILE_KINDS, *OTHER_ENDINGS))
+    repository = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?(:.+)?", data_path)
+    return known or data_path.startswith((".", "/", "~")) or not repository
+
+
+def _no_such_file(name: str, path: Path) -> UserError:
+    near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    return UserError("no such file or folder", place=name, cure=did_you_mean(path.name, near))
+
+
+# Data sets of the library `datasets`
+
+
+def _saved_rows(name: str, folder: Path, split: str) -> Rows:
+    """A folder that `save_to_disk` wrote; of several splits, the one asked for."""
+    listing = folder / "dataset_dict.json"
+    try:
+        if listing.exists():
+            splits = json.loads(listing.read_text("utf-8"))["splits"]
+            if split not in splits:
+                cure = did_you_mean(split, splits) or "name one of them with --data_split"
+                raise UserError(f'no split "{split}"; it has {", ".join(splits)}', place=name, cure=cure)
+            folder = folder / split
+        files = [
+            folder / part["filename"]
+            for part in json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+        ]
+        identity = _hash("save_to_disk", *(_file_hash(file) for file in files))
+        import datasets
+
+        table = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"a saved data set that cannot be read: {_one_line(error)}"
+        raise UserError(what, place=name, cure="save it again with save_to_disk") from None
+    return _table_rows(name, identity, table)
+
+
+def _table_rows(name: str, identity: str, table: Any) -> Rows:
+    """Rows of a `datasets.Dataset`, as they are stored: nothing is decoded."""
+    if table.num_rows == 0:
+        raise no_rows(name)
+
+    def source() -> Iterator[Placed]:
+        return _batch_rows(table.with_format("arrow").iter(ROWS_A_BATCH), name)
+
+    return _rows(name, identity, [source])
+
+
+def _hub_rows(data_path: str, split: str, revision: str | None) -> Rows:
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    name, _, config = data_path.partition(":")
+    # `json`, `csv`, ... would read whatever lies in the working directory.
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise UserError("no such file or folder", place=data_path, cure=f"give a {KNOWN_ENDINGS} file")
+    try:
+        table = datasets.load_dataset(name, config or None, split=split, revision=revision)
+    except Exception as error:
+        known = _hub_error(data_path, error)
+        if known is None:
+            raise
+        raise known from None
+    return _table_rows(data_path, _hash("hub", name, config, table._fingerprint), table)
+
+
+def _hub_error(name: str, error: Exception) -> UserError | None:
+    """What the library's exception means to the user; None where it may be a bug."""
+    import datasets
+
+    text = _one_line(error)
+    script = re.search(r"scripts are no longer supported, but found (\S+)", text)
+    if script:
+        return _wants_to_run_code(name, script[1])
+    if isinstance(error, FileNotFoundError):
+        cure = "check the name; log in with `hf auth login` if it is private or gated"
+        return UserError(f"no such file, and no such data set on the hub: {text}", place=name, cure=cure)
+    if "Unknown split" in text:
+        return UserError(text, place=name, cure="name one with --data_split")
+    if "onfig" in text and isinstance(error, ValueError):
+        return UserError(text, place=name, cure="name one as --data_path name:config")
+    if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+        cure = "check the connection, or download the data set and give its files"
+        return UserError(f"no such file here, and the hub cannot be reached: {text}", place=name, cure=cure)
+    if not isinstance(error, (ValueError, datasets.exceptions.DatasetsError)):
+        return None
+    if error.__cause__ is not None:
+        text = f"{text} ({_one_line(error.__cause__)})"
+    return UserError(f"the data set cannot be loaded: {text}", place=name)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

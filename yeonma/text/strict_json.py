@@ -1,0 +1,128 @@
+"""One JSON value out of a text, with nothing repaired in silence.
+
+The standard library's decoder lets a doubled key, NaN and half a surrogate pair pass; here they are faults, and
+each fault knows its position.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+SPACE = " \t\r\n"
+
+
+class Fault(Exception):
+    """What is wrong at a position of a JSON text. `cut`: perhaps only because the text ends too early."""
+
+    def __init__(self, what: str, at: int, cure: str = "", *, cut: bool = False) -> None:
+        super().__init__(what)
+        self.what, self.at, self.cure, self.cut = what, at, cure, cut
+
+
+class _DoubledKey(Exception):
+    pass
+
+
+class _NotANumber(Exception):
+    pass
+
+
+def parse(text: str, at: int) -> tuple[object, int]:
+    """The value that starts at position `at`, and the position after it. Raises Fault."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        what = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
+        raise Fault(what, error.pos, cut=_at_the_end(text, error)) from None
+    except _DoubledKey:
+        key, second = _second_key(text, at)
+        raise Fault(f'the key "{key}" stands twice in one object', second, "keep one of the two") from None
+    except _NotANumber as constant:
+        where = next(found.start() for found in _TOKEN.finditer(text, at) if found[0] == str(constant))
+        raise Fault(f"{constant} is not JSON", where, "write null or a number") from None
+    except RecursionError:
+        raise Fault("too deeply nested", at) from None
+    except ValueError:  # Python reads whole numbers of up to 4300 digits
+        raise Fault("a number with too many digits", at) from None
+    if text.find("\\u", at, end) >= 0:
+        _check_escapes(text, at, end)
+    return value, end
+
+
+def kind_of(value: object) -> str:
+    """What a value is called in messages: `a number`, `null`, ..."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    named = ((str, "text"), ((int, float), "a number"), (Mapping, "an object"), ((list, tuple), "a list"))
+    return next((kind for types, kind in named if isinstance(value, types)), f"a {type(value).__name__}")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise _DoubledKey
+    return values
+
+
+def _refuse(constant: str) -> object:
+    raise _NotANumber(constant)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN', re.DOTALL)
+_COLON = re.compile(r"[ \t\r\n]*:")
+# A NUL, or a surrogate with the low half that may follow it.
+_SUSPECT_ESCAPE = re.compile(
+    r"\\u(?:0000|[dD][89a-fA-F]..(?:(?<=[dD][89abAB]..)(?P<low>\\u[dD][c-fC-F]..))?)"
+)
+_CUT_LITERAL = re.compile(r"(?:t|tr|tru|f|fa|fal|fals|n|nu|nul|-?I[nfity]*|N|Na|-|\.|[eE][+-]?)\Z")
+
+
+def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether more text could have mended the error."""
+    if error.msg.startswith("Unterminated string"):
+        return True
+    rest = text[error.pos : error.pos + 1000].strip(SPACE)
+    if error.msg.startswith("Invalid \\u"):
+        return len(rest) < 8
+    return not rest or bool(_CUT_LITERAL.match(rest))
+
+
+def _second_key(text: str, at: int) -> tuple[str, int]:
+    """The first key that its object already has, and its position."""
+    keys: list[set[str]] = []
+    for found in _TOKEN.finditer(text, at):
+        token = found[0]
+        if token in "{[":
+            keys.append(set())
+        elif token in "}]":
+            keys.pop()
+        elif token[0] == '"' and _COLON.match(text, found.end()):
+            key = json.loads(token)
+            if key in keys[-1]:
+                return key, found.start()
+            keys[-1].add(key)
+    raise AssertionError("no key stands twice")
+
+
+def _check_escapes(text: str, at: int, end: int) -> None:
+    """Raise Fault for an escaped NUL or half a surrogate pair between `at` and `end`."""
+    for found in _SUSPECT_ESCAPE.finditer(text, at, end):
+        start = backslashes = found.start()
+        while text[backslashes - 1] == "\\":
+            backslashes -= 1
+        if (start - backslashes) % 2:  # the backslash is itself escaped, so this is no escape
+            if found["low"]:
+                raise _lone_surrogate(text, found.start("low"))
+        elif text[start : found.end()] == "\\u0000":
+            raise Fault("a NUL character (\\u0000)", start, "take it out")
+        elif not found["low"]:
+            raise _lone_surrogate(text, start)
+
+
+def _lone_surrogate(text: str, at: int) -> Fault:
+    return Fault(f"half a character: {text[at : at + 6]} is a lone surrogate", at, "take it out")

@@ -1,0 +1,1 @@
+"""Text to tokens: examples, their limits, and the tokenised data on disk."""

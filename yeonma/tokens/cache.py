@@ -1,0 +1,209 @@
+"""Tokenised data on disk: built once for each key, kept for all later runs.
+
+A key is the SHA-256 of all that decides the tokens, and the name of a store's folder. The folder is written beside its
+place and renamed; a lock file lets one process of the machine build it while the others wait.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from yeonma.errors import Problem, UserError
+from yeonma.text.rows import Row, Rows
+from yeonma.text.template import Rendered, Template
+from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer, encode
+from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync_folder
+
+FORMAT = 1
+"""Raised whenever the same rows would give other tokens or other files."""
+
+ROWS_A_CHUNK = 2000
+MOST_PROBLEMS = 20
+
+Chunk = tuple[int, list[Example | LeftOut]]
+"""Rows read, and what they gave."""
+
+
+def default_cache_dir() -> Path:
+    """$YEONMA_CACHE, or ~/.cache/yeonma."""
+    return Path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma").expanduser()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, tokenizers.Tokenizer):
+        content = backend.to_str()
+        content = content[
+            content.index('"added_tokens"') :
+        ]  # before it: truncation and padding, left by callers
+    else:
+        content = _canonical([type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_sum(tokenizer)])
+    special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens]
+    return sha256(f"{content}\0{_canonical([special, tokenizer.chat_template])}".encode()).hexdigest()
+
+
+def store_key(
+    rows: Rows,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+) -> str:
+    """SHA-256 of everything that decides the tokens, the versions of the libraries that make them included."""
+    versions = [FORMAT, tokenizers.__version__, transformers.__version__]
+    data = [rows.identity, template.text, dict(columns or {})]
+    return sha256(
+        _canonical([versions, data, tokenizer_identity(tokenizer), asdict(rules)]).encode()
+    ).hexdigest()
+
+
+def build_store(
+    rows: Rows,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    cache_dir: Path,
+    progress: Callable[[int], None] | None = None,
+) -> TokenStore:
+    """The rows' examples, from the cache or tokenised now. Memory does not grow with the rows.
+
+    `progress` is told the rows read so far; it is never called where nothing is tokenised. A damaged store is built
+    again. Raises UserError with up to 20 problems of the rows; where no row is left; where `cache_dir` cannot be
+    written; and as `check_rules` and `check_tokenizer`.
+    """
+    check_rules(template, rules)
+    check_tokenizer(tokenizer, rules)
+    key = store_key(rows, template, columns, tokenizer, rules)
+    folder = cache_dir / key
+    if (store := open_store(folder, key)) is not None:
+        return store
+    with _locked(cache_dir, key):
+        if (store := open_store(folder, key)) is not None:  # another process has built it meanwhile
+            return store
+        beside = cache_dir / f"{key}.tmp"
+        try:
+            with _keeping(cache_dir):
+                _remove(beside)
+                writer = StoreWriter.open(beside)
+            for count, found in _chunks(rows, template, columns, tokenizer, rules, progress):
+                with _keeping(cache_dir):
+                    writer.add(count, found)
+            _check_some_left(writer.counts, rows, rules)
+            with _keeping(cache_dir):
+                writer.finish({"key": key, "data": rows.name, "template": template.name})
+                _remove(folder)
+                os.rename(beside, folder)
+                sync_folder(cache_dir)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    if (store := open_store(folder, key)) is None:
+        raise UserError(
+            "the tokens just written cannot be read back", place=str(folder), cure="check the disk"
+        )
+    return store
+
+
+def _chunks(
+    rows: Rows,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    progress: Callable[[int], None] | None,
+) -> Iterator[Chunk]:
+    """The encoded rows, a few thousand at a time. After a first problem the rest is only looked through for more."""
+    problems: list[Problem] = []
+    source, done = iter(rows), 0
+    while len(problems) <= MOST_PROBLEMS and (chunk := _taken(source, problems)):
+        rendered = [_rendered(row, template, columns, problems) for row in chunk]
+        if not problems:
+            try:
+                found = encode([text for text in rendered if text], chunk, tokenizer, rules)
+                yield len(chunk), found
+            except UserError as error:
+                problems += error.problems
+        done += len(chunk)
+        if progress is not None:
+            progress(done)
+    if problems:
+        more = [Problem("there are more such problems", rows.name)] if len(problems) > MOST_PROBLEMS else []
+        raise UserError([*problems[:MOST_PROBLEMS], *more])
+
+
+def _taken(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
+    """The next rows; those before one that cannot be read, whose problem is noted, are given too."""
+    chunk: list[Row] = []
+    try:
+        for row in islice(source, ROWS_A_CHUNK):
+            chunk.append(row)
+    except UserError as error:
+        problems += error.problems
+    return chunk
+
+
+def _rendered(
+    row: Row, template: Template, columns: Mapping[str, str] | None, problems: list[Problem]
+) -> Rendered | None:
+    try:
+        return template.render(row, columns)
+    except UserError as error:
+        problems += error.problems
+        return None
+
+
+def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules) -> None:
+    if counts.rows == 0:
+        raise UserError("there are no rows", place=rows.name)
+    if counts.examples == 0:
+        what = f"no row fits into cutoff_len {rules.cutoff_len}: all {counts.rows} would be left out"
+        raise UserError(what, place=rows.name, cure="raise --cutoff_len, or shorten the template")
+
+
+@contextmanager
+def _locked(cache_dir: Path, key: str) -> Iterator[None]:
+    """Waits, without end, for the one process of this machine that may build the store. The system frees the lock."""
+    with _keeping(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(cache_dir / f"{key}.lock", "wb")  # noqa: SIM115 (closed below)
+    with lock:
+        with _keeping(cache_dir):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _keeping(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"tokens cannot be kept here: {error.strerror or error}"
+        raise UserError(what, place=str(cache_dir), cure="name another folder with --cache_dir") from error
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _vocabulary_sum(tokenizer: PreTrainedTokenizerBase) -> str:
+    path = getattr(tokenizer, "vocab_file", None)
+    return sha256(Path(path).read_bytes()).hexdigest() if path and os.path.isfile(path) else ""
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,0 +1,200 @@
+"""Turns to text through the model's own chat template: what is asked, what is answered, and what is data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from yeonma.errors import UserError
+from yeonma.tokens.deadline import Deadline, TooSlow, deadline
+from yeonma.tokens.encode import Span, TextEncoder
+
+Message = dict[str, str]
+"""`role` and `content`, as chat templates take them."""
+
+RENDER_SECONDS = 10.0
+"""The most time that one use of a chat template may take."""
+
+# Some chat templates write the current date. One fixed day keeps the tokens the same from day to day.
+_TODAY = datetime(2024, 7, 26)
+
+_PROBE = "Zq{number}qZ"
+_PROBES = re.compile(r"Zq\d+qZ")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows a prompt: an assistant's text as the chat template writes it, through the end token."""
+
+    text: str
+    content: Span
+    """Where in `text` the data stands."""
+    ended: bool
+    """Whether the chat template ends it with a special token of its own."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template. `trailer` is what it writes after an assistant's text, where that is known."""
+
+    encoder: TextEncoder
+    bound: Deadline
+    trailer: str | None = None
+
+    def prompt(self, messages: Sequence[Message], place: str) -> str:
+        """The text that asks for the next assistant turn: what generation feeds. Raises UserError with `place`."""
+        return self._render(messages, place, ask=True)
+
+    def answer(self, messages: Sequence[Message], prompt: str, place: str) -> Answer:
+        """The last message, an assistant's, as what follows `prompt`. Raises UserError with `place`.
+
+        Where the rendered conversation does not go on from the prompt (templates that drop or open a thinking part),
+        it is the content and what stands behind it.
+        """
+        whole = self._render(messages, place)
+        content = messages[-1]["content"]
+        trailer, body = self._split(messages, whole, content, place)
+        end = self._end_of(trailer)
+        if whole.startswith(prompt):
+            start, at = len(prompt), body.rfind(content.strip(), len(prompt))
+        else:
+            start = at = body.rfind(content.strip())
+        if start < 0:  # the template rewrote the content: what was given, as the template ends it
+            return Answer(content.strip() + trailer[:end], (0, len(content.strip())), end > 0)
+        text = body[start:] + (trailer[:end] if end else "")
+        text = text if end else text.rstrip()
+        return Answer(text, (max(at - start, 0), len(body) - start), end > 0)
+
+    def data_of(self, messages: Sequence[Message], prompt: str, place: str) -> list[Span]:
+        """Where the messages' contents stand in their prompt text."""
+        frames = self._frames(messages, place)
+        found = frames and _between(frames, [message["content"] for message in messages], prompt)
+        return found or _in_order([message["content"] for message in messages], prompt, self.encoder)
+
+    def end_id(self) -> int | None:
+        """The token that the chat template ends an assistant turn with, or None."""
+        if self.trailer is None or self.encoder.control is None:
+            return None
+        found = self.encoder.control.findall(self.trailer)
+        return self.encoder.token_id(found[-1]) if found else None
+
+    def _split(self, messages: Sequence[Message], whole: str, content: str, place: str) -> tuple[str, str]:
+        """The trailer and the text before it, which ends with the content wherever the template keeps it."""
+        trailer = self.trailer
+        if trailer is None or not whole.removesuffix(trailer).rstrip().endswith(content.strip()):
+            trailer = self.probe_trailer(messages, place)
+        if not whole.endswith(trailer):
+            raise UserError(
+                "the model's chat template does not write the assistant's text at the end",
+                place=place,
+                cure="use a template without turns, or a model with another chat template",
+            )
+        return trailer, whole[: len(whole) - len(trailer)]
+
+    def _end_of(self, trailer: str) -> int:
+        """The end of the last special token in `trailer`, or 0."""
+        if self.encoder.control is None:
+            return 0
+        return max((mark.end() for mark in self.encoder.control.finditer(trailer)), default=0)
+
+    def probe_trailer(self, messages: Sequence[Message], place: str) -> str:
+        """What the chat template writes after the text of the last message, an assistant's."""
+        probe = _PROBE.format(number=0)
+        text = self._render([*messages[:-1], {**messages[-1], "content": probe}], place)
+        if probe not in text:
+            raise UserError(
+                "the model's chat template does not write the assistant's text",
+                place=place,
+                cure="use a template without turns, or a model with another chat template",
+            )
+        return text.rpartition(probe)[2]
+
+    def _frames(self, messages: Sequence[Message], place: str) -> list[str] | None:
+        """The prompt's text before, between and behind the contents; None where the template does not keep them."""
+        probes = [_PROBE.format(number=number) for number in range(len(messages))]
+        asked = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
+        text = self._render(asked, place, ask=True)
+        return _PROBES.split(text) if _PROBES.findall(text) == probes else None
+
+    def _render(self, messages: Sequence[Message], place: str, *, ask: bool = False) -> str:
+        tokenizer = self.encoder.tokenizer
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "the model's tokenizer has no chat template, which turns need",
+                place="--base_model",
+                cure="use a template without turns, or the model's instruction-tuned version",
+            )
+        try:
+            return self.bound.call(lambda: _apply(tokenizer, messages, ask))
+        except TooSlow:  # ends the whole batch: the next row would take as long
+            raise TooSlow(place) from None
+        except Exception as error:  # whatever the model's template raises; it is not our code
+            what = f"the model's chat template refuses this row: {error}"
+            raise UserError(
+                what, place=place, cure="change the row's turns, or use a template without turns"
+            ) from error
+
+
+@contextmanager
+def chat_of(encoder: TextEncoder) -> Iterator[Chat]:
+    """The tokenizer's chat template, for use within the block and this thread.
+
+    Raises UserError, with the place of the row, when one use of the template takes over RENDER_SECONDS.
+    """
+    with deadline(RENDER_SECONDS) as bound:
+        try:
+            yield _with_trailer(Chat(encoder, bound))
+        except TooSlow as slow:
+            what = f"the model's chat template did not end within {bound.seconds:g} seconds"
+            raise UserError(what, place=str(slow), cure="use a template without turns") from None
+
+
+def _with_trailer(chat: Chat) -> Chat:
+    """Learns the trailer from a conversation of one question; templates that refuse it are asked row by row."""
+    if chat.encoder.tokenizer.chat_template is None:
+        return chat
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    try:
+        return replace(chat, trailer=chat.probe_trailer(messages, place="chat template"))
+    except UserError:
+        return chat
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool) -> str:
+    dated = "strftime_now" in str(tokenizer.chat_template)
+    fixed: dict[str, Any] = {"strftime_now": _TODAY.strftime} if dated else {}
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **fixed)
+    )
+
+
+def _between(frames: Sequence[str], contents: Sequence[str], text: str) -> list[Span] | None:
+    """Where the contents stand in `text` when the frames stand around them; None where they do not."""
+    spans, at = [], len(frames[0])
+    if not text.startswith(frames[0]):
+        return None
+    for content, frame in zip(contents, frames[1:], strict=True):
+        forms = [content, content.strip(), content.rstrip(), content.lstrip()]
+        form = next((form for form in forms if text.startswith(form + frame, at)), None)
+        if form is None:
+            return None
+        spans.append((at, at + len(form)))
+        at += len(form) + len(frame)
+    return spans if at == len(text) else None
+
+
+def _in_order(contents: Sequence[str], text: str, encoder: TextEncoder) -> list[Span]:
+    """The same by searching, for templates that change contents: each line with special-token text in it."""
+    spans, at = [], 0
+    for line in [line.strip() for content in contents for line in content.split("\n")]:
+        found = text.find(line, at) if line and encoder.has_special(line) else -1
+        if found >= 0:
+            spans.append((found, found + len(line)))
+            at = found + len(line)
+    return spans

@@ -1,0 +1,127 @@
+"""Settings -> the examples of a run: the template chosen, the rows tokenised, the validation rows drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yeonma.errors import UserError
+from yeonma.settings import DataSettings, TokenSettings
+from yeonma.text.formats import recognise
+from yeonma.text.rows import Row, Rows, draw_validation, open_rows
+from yeonma.text.template import Template, load_template
+from yeonma.tokens.cache import TokenStore, build_store, default_cache_dir
+from yeonma.tokens.example import TokenRules
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples of a token store, by their positions there, and the rows they came from."""
+
+    rows: Rows
+    store: TokenStore
+    positions: np.ndarray
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.store.trained_counts[self.positions].sum())
+
+    def first_rows(self, count: int) -> list[Row]:
+        """The rows of the first `count` distinct row numbers; reads no further than the last of them."""
+        wanted = set(np.unique(self.store.row_numbers[self.positions])[:count].tolist())
+        found: list[Row] = []
+        for row in self.rows:
+            if len(found) == len(wanted):
+                break
+            if row.number in wanted:
+                found.append(row)
+        return found
+
+
+@dataclass(frozen=True)
+class Dataset:
+    template: Template
+    columns: dict[str, str] | None
+    rules: TokenRules
+    train: Part
+    validation: Part | None
+
+
+def token_rules(tokens: TokenSettings) -> TokenRules:
+    return TokenRules(
+        cutoff_len=tokens.cutoff_len,
+        shrink=tokens.shrink,
+        shrink_side=tokens.shrink_side,
+        over_limit=tokens.over_limit,
+        train_on_inputs=tokens.train_on_inputs,
+        add_eos_token=tokens.add_eos_token,
+    )
+
+
+def choose_template(data: DataSettings, rows: Rows, say: Say) -> Template:
+    """The template that the settings name, else the built-in that the columns satisfy; the choice is said."""
+    if data.template is not None:
+        return load_template(data.template)
+    recognised = recognise(rows.columns, data.columns)
+    say(recognised.reason)
+    return load_template(recognised.template)
+
+
+def prepare_dataset(
+    data: DataSettings, tokens: TokenSettings, tokenizer: Any, seed: int, say: Say, progress: Callable[[int], None]
+) -> Dataset:
+    """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
+    limits make impossible."""
+    if data.val_data_path is not None and data.val_set_size:
+        raise UserError(
+            "val_set_size and val_data_path are both given", place="val_set_size", cure="give one of the two"
+        )
+    rows = open_rows(data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding)
+    template, rules = choose_template(data, rows, say), token_rules(tokens)
+    cache = Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
+
+    def part(rows: Rows) -> Part:
+        store = build_store(rows, template, data.columns, tokenizer, rules, cache, progress)
+        _describe(rows, store, say)
+        return Part(rows, store, np.arange(len(store)))
+
+    train = part(rows)
+    if data.val_data_path is not None:
+        revision = data.data_revision if data.val_data_path == data.data_path else None
+        validation_rows = open_rows(data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding)
+        return Dataset(template, data.columns, rules, train, part(validation_rows))
+    if not data.val_set_size:
+        return Dataset(template, data.columns, rules, train, None)
+    numbers = np.unique(train.store.row_numbers)
+    _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
+    held_out = np.isin(train.store.row_numbers, numbers[drawn])
+    return Dataset(
+        template,
+        data.columns,
+        rules,
+        Part(rows, train.store, np.flatnonzero(~held_out)),
+        Part(rows, train.store, np.flatnonzero(held_out)),
+    )
+
+
+def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
+    counts = store.counts
+    line = f"{rows.name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
+    say(f"{line}, {counts.trained_tokens:,} of them trained")
+    if counts.shortened:
+        say(f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
+    if counts.left_out:
+        say(f"{rows.name}: {counts.left_out:,} left out: {_listed([left.row for left in store.left_out])}")
+    if counts.special_text:
+        say(f"{rows.name}: {counts.special_text:,} special-token texts in the data, encoded as ordinary text")
+
+
+def _listed(numbers: Sequence[int], most: int = 10) -> str:
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return f"rows {shown}" + (f" and {len(numbers) - most:,} more" if len(numbers) > most else "")

@@ -1,0 +1,116 @@
+"""Segment, Forest, and laying examples out: shared beginnings become one segment that the rest hangs under.
+
+Shapes: T tokens in the forest, N trained tokens counted once per example, U distinct (source, target) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEAST_SHARED = 16  # fewer shared tokens cost more in attention calls than they save
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens; it sees its ancestors whole and itself causally."""
+
+    start: int
+    length: int
+    parent: int | None
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The segments of one micro-batch laid flat; parents stand before their children.
+
+    A trained token is a pair: the flat position whose hidden state predicts (`source`) and the token it should
+    predict (`target`). The last token of a shared segment may be the source of several targets, so nothing is
+    found by shifting. A pair that several examples share is predicted once and counted for each.
+    """
+
+    token_ids_T: np.ndarray  # int64
+    position_T: np.ndarray  # int64, continuing from the parent's end
+    segments: tuple[Segment, ...]
+    source_U: np.ndarray  # int64
+    target_U: np.ndarray  # int64
+    pair_N: np.ndarray  # int64, index into U
+    answer_N: np.ndarray  # int64, which example (in the order given) the trained token belongs to
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.pair_N)
+
+
+def lay_out(
+    token_ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], *, share_prefix: bool = True
+) -> Forest:
+    """The forest of one micro-batch's examples; with `share_prefix` false every example stands alone.
+
+    `trained[i][t]` says that example i is trained to predict its token t; the first token of an example has
+    nothing before it and is never trained.
+    """
+    order = sorted(range(len(token_ids)), key=lambda i: token_ids[i].astype(">u4").tobytes())
+    common = np.zeros(len(order), dtype=np.int64)  # tokens that a sorted example shares with the next
+    if share_prefix:
+        common[:-1] = [_common(token_ids[a], token_ids[b]) for a, b in zip(order, order[1:], strict=False)]
+
+    segments: list[Segment] = []
+    chunks: list[np.ndarray] = []
+    paths: list[list[np.ndarray]] = [[] for _ in token_ids]  # example -> its tokens' flat positions, by segment
+    positions: list[np.ndarray] = []
+    pending: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
+    while pending:  # sorted examples [low, high) that agree up to `depth`, which `parent` ends at
+        low, high, depth, parent = pending.pop()
+        for first, last in _runs(common, low, high, depth + LEAST_SHARED):
+            alone = last - first == 1
+            stop = len(token_ids[order[first]]) if alone else int(common[first : last - 1].min())
+            if stop == depth:
+                continue  # this example ends where its parent does
+            flat = np.arange(depth, stop, dtype=np.int64) - depth + sum(map(len, chunks))
+            segments.append(Segment(int(flat[0]), stop - depth, parent))
+            chunks.append(token_ids[order[first]][depth:stop])
+            positions.append(np.arange(depth, stop, dtype=np.int64))
+            for member in order[first:last]:
+                paths[member].append(flat)
+            if not alone:
+                pending.append((first, last, stop, len(segments) - 1))
+    source, target, answer = _trained_pairs(token_ids, trained, paths)
+    pairs, pair_N = np.unique(np.stack([source, target]), axis=1, return_inverse=True)
+    return Forest(
+        token_ids_T=np.concatenate(chunks).astype(np.int64),
+        position_T=np.concatenate(positions),
+        segments=tuple(segments),
+        source_U=pairs[0],
+        target_U=pairs[1],
+        pair_N=pair_N.reshape(-1),
+        answer_N=answer,
+    )
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences begin with in common."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(a[:length] != b[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+def _runs(common: np.ndarray, low: int, high: int, least: int) -> list[tuple[int, int]]:
+    """Maximal runs of sorted neighbours in [low, high) that share at least `least` tokens each with the next."""
+    breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < least] + [high]
+    return list(zip(breaks, breaks[1:], strict=False))
+
+
+def _trained_pairs(
+    token_ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], paths: Sequence[Sequence[np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(source, target, example) of every trained token, example by example."""
+    sources, targets, answers = [], [], []
+    for example, (ids, mask) in enumerate(zip(token_ids, trained, strict=True)):
+        predicted = np.flatnonzero(mask[1:]) + 1
+        sources.append(np.concatenate(paths[example])[predicted - 1])
+        targets.append(ids[predicted].astype(np.int64))
+        answers.append(np.full(len(predicted), example, dtype=np.int64))
+    return np.concatenate(sources), np.concatenate(targets), np.concatenate(answers)

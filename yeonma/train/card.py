@@ -1,0 +1,157 @@
+"""The model card, OUT/README.md: what was trained on what, what it gained, and how to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yeonma.model.adapter import read_adapter_folder
+from yeonma.model.check import attention
+from yeonma.model.forward import Forward
+from yeonma.model.generate import generate
+from yeonma.text.template import answer_text
+from yeonma.tokens.dataset import Dataset, Part
+from yeonma.tokens.example import encode_prompts, stop_ids
+from yeonma.train.checkpoint import write_text_atomically
+from yeonma.train.tracking import read_metrics
+
+MOST_NEW_TOKENS = 128
+SHOWN_CHARACTERS = 600
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row asked before and after."""
+
+    row: int
+    prompt: str
+    wanted: str
+    base: str
+    tuned: str
+
+
+def write_card(
+    output: Path,
+    peft_model: Any,
+    how: Forward,
+    tokenizer: Any,
+    dataset: Dataset,
+    asked: Part,
+    command: str,
+    rows: int,
+) -> None:
+    """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card."""
+    samples = take_samples(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
+    text = card_text(output, samples, read_metrics(output / "metrics.jsonl"), command)
+    write_text_atomically(output / "README.md", text)
+
+
+def take_samples(
+    peft_model: Any, how: Forward, tokenizer: Any, dataset: Dataset, asked: Part, count: int
+) -> list[Sample]:
+    """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on."""
+    rows = asked.first_rows(count)
+    columns = dataset.columns
+    rendered = [dataset.template.render(row, columns) for row in rows]
+    firsts = {int(row): i for i, row in reversed(list(enumerate(asked.store.row_numbers)))}
+    longest = max(len(asked.store.example(firsts[row.number]).token_ids) for row in rows)
+    new_tokens = min(MOST_NEW_TOKENS, max(1, dataset.rules.cutoff_len - 1), longest)
+    asking = [dataset.template.render(row, columns, with_answer=False) for row in rows]
+    prompts = encode_prompts(asking, rows, tokenizer, dataset.rules, min(new_tokens, dataset.rules.cutoff_len // 2))
+    options: dict[str, Any] = {
+        "stop_ids": stop_ids(tokenizer, chat=asking[0].answer_role is not None),
+        "max_new_tokens": new_tokens,
+        "batch_size": len(rows),
+    }
+    model = peft_model.get_base_model()
+    was_training = model.training
+    model.eval()
+    with attention(model, how.plain_attention):
+        tuned = generate(model, tokenizer, prompts, **options)
+        with peft_model.disable_adapter():
+            base = generate(model, tokenizer, prompts, **options)
+    model.train(was_training)
+    return [
+        Sample(row.number, tokenizer.decode(prompt, skip_special_tokens=False), _wanted(text), before, after)
+        for row, prompt, text, before, after in zip(rows, prompts, rendered, base, tuned, strict=True)
+    ]
+
+
+def _wanted(rendered: Any) -> str:
+    if rendered.answer:
+        return answer_text(rendered)
+    return "".join(piece.text for piece in rendered.turns[-1].pieces)
+
+
+def card_text(output: Path, samples: Sequence[Sample], metrics: Sequence[Mapping[str, Any]], command: str) -> str:
+    adapter = read_adapter_folder(output)
+    trained_on = adapter.details["trained_on"]
+    steps = [each for each in metrics if not each.get("evaluation")]
+    looks = [each for each in metrics if each.get("evaluation")]
+    lines = [
+        "---",
+        f"base_model: {adapter.base.name}",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags: [lora, yeonma]",
+        "---",
+        "",
+        f"# {output.resolve().name}",
+        "",
+        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} examples "
+        f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {len(steps):,} steps. "
+        f"{trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
+        "",
+    ]
+    if looks:
+        first, best = looks[0], min(looks, key=lambda each: each["loss"] if each["loss"] is not None else float("inf"))
+        lines += [
+            "| validation | loss | perplexity | step |",
+            "| --- | --- | --- | --- |",
+            f"| before | {_number(first['loss'])} | {_number(first['perplexity'])} | {first['step']} |",
+            f"| after | {_number(best['loss'])} | {_number(best['perplexity'])} | {best['step']} |",
+            "",
+            "Both are per trained token; `after` is the evaluation with the lowest loss.",
+            "",
+        ]
+    lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
+    if samples:
+        lines += ["## Before and after", ""]
+    for sample in samples:
+        lines += [f"### Row {sample.row}", "", *_fenced(_short(sample.prompt)), ""]
+        for name, text in (("wanted", sample.wanted), ("base", sample.base), ("tuned", sample.tuned)):
+            lines += [f"{name}:", "", *_fenced(_short(text)), ""]
+    lines += [
+        "## Use",
+        "",
+        *_fenced(f"yeonma generate {output.name} --data_path rows.jsonl\nyeonma chat {output.name}"),
+        "",
+        "The folder is also a plain PEFT adapter: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.",
+        "",
+        "## Command",
+        "",
+        *_fenced(command),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _fenced(text: str) -> list[str]:
+    """A fence longer than any run of backticks in the text, so that the text cannot end it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [fence + "text", text.rstrip("\n"), fence]
+
+
+def _short(text: str) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]} [...] {text[-half:]}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

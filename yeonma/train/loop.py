@@ -1,0 +1,226 @@
+"""The training step, visible on one screen, and the run around it.
+
+One loop for every objective: what differs is the function from log-probabilities to a loss sum.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from yeonma.errors import UserError
+from yeonma.model.forward import Forward, example_logprobs
+from yeonma.tokens.cache import TokenStore
+from yeonma.tokens.plan import Plan, micro_batches, shares
+from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
+from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
+from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
+
+Objective = Callable[[torch.Tensor], torch.Tensor]
+"""logprob_N -> the loss summed over the trained tokens."""
+
+
+@dataclass(frozen=True)
+class MicroBatching:
+    """Speed and memory; the result is the same to rounding, whatever is set here."""
+
+    most_examples: int
+    most_tokens: int | None
+    share_prefix: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a step acts on: the model, the way through it, and what is trained how."""
+
+    model: Any  # the transformers model, its LoRA layers in place
+    how: Forward
+    parameters: Mapping[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    by_metric: bool  # the schedule follows a loss instead of the step count
+    max_grad_norm: float
+    micro: MicroBatching
+    objective: Objective
+    group: Processes
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    examples: int
+    tokens: int
+    trained_tokens: int
+
+
+def train_step(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> StepResult:
+    """One update over the examples at `positions` of the store. Raises UserError, before the update, if the loss or
+    the gradient is not finite."""
+    mine = positions[shares(store.lengths[positions].tolist(), tuning.group.count)[tuning.group.rank]]
+    trained_tokens = int(store.trained_counts[positions].sum())
+
+    loss = torch.zeros(1, device=tuning.model.device)
+    for members in micro_batches(store.lengths[mine].tolist(), tuning.micro.most_examples, tuning.micro.most_tokens):
+        loss_sum = tuning.objective(_logprobs(tuning, store, mine[members]))
+        (loss_sum / trained_tokens).backward()  # type: ignore[no-untyped-call]
+        loss += loss_sum.detach() / trained_tokens
+
+    loss = sum_gradients(tuning.group, tuning.parameters.values(), loss)
+    grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
+    _check_finite(loss, grad_norm, store, positions)
+    learning_rate = tuning.optimizer.param_groups[0]["lr"]
+    tuning.optimizer.step()
+    if not tuning.by_metric:
+        tuning.scheduler.step()
+    tuning.optimizer.zero_grad(set_to_none=True)
+
+    tokens = int(store.lengths[positions].sum())
+    return StepResult(float(loss), float(grad_norm), learning_rate, len(positions), tokens, trained_tokens)
+
+
+def _logprobs(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> torch.Tensor:
+    examples = [store.example(int(position)) for position in positions]
+    token_ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
+    return example_logprobs(tuning.model, tuning.how, token_ids, trained, share_prefix=tuning.micro.share_prefix)
+
+
+def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, store: TokenStore, positions: np.ndarray) -> None:
+    if bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad_norm)):
+        return
+    rows = ", ".join(str(row) for row in sorted({int(row) for row in store.row_numbers[positions]}))
+    raise UserError(
+        f"the loss is {float(loss)} and the gradient's norm {float(grad_norm)}; the weights are as before this step",
+        place=f"rows {rows}",
+        cure="look at these rows, lower learning_rate, or use --dtype float32",
+    )
+
+
+def evaluate(tuning: Tuning, store: TokenStore, positions: np.ndarray, at_step: int, epoch: float) -> EvaluationRecord:
+    """Mean loss over the trained tokens of `positions`, dropout off; every process looks at its share."""
+    started = time.perf_counter()
+    mine = positions[shares(store.lengths[positions].tolist(), tuning.group.count)[tuning.group.rank]]
+    total = torch.zeros(1, dtype=torch.float64)
+    tuning.model.eval()
+    with torch.inference_mode():
+        for members in micro_batches(store.lengths[mine].tolist(), tuning.micro.most_examples, tuning.micro.most_tokens):
+            total += -_logprobs(tuning, store, mine[members]).double().sum().cpu()
+    tuning.model.train()
+    on_device = total.to(tuning.model.device)
+    trained_tokens = int(store.trained_counts[positions].sum())
+    loss = float(sum_over(tuning.group, on_device)) / trained_tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    seconds = time.perf_counter() - started
+    return EvaluationRecord(at_step, epoch, loss, perplexity, len(positions), trained_tokens, seconds)
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When to evaluate and save, in steps, and when to stop early."""
+
+    eval_steps: int
+    save_steps: int
+    save_total_limit: int | None
+    patience: int | None
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told of the run's progress. Every process calls these; those of rank 0 do something."""
+
+    step: Callable[[StepRecord], None]
+    evaluation: Callable[[EvaluationRecord], None]
+    before_save: Callable[[], None]
+    say: Callable[[str], None]
+
+
+def run_steps(
+    tuning: Tuning,
+    plan: Plan,
+    store: TokenStore,
+    validation: tuple[TokenStore, np.ndarray] | None,
+    rhythm: Rhythm,
+    state: RunState,
+    output: Path,
+    write_adapter: Callable[[Path], None],
+    watch: Watch,
+) -> RunState:
+    """From `state` to the end of the plan, or to early stopping. Returns the last state."""
+
+    def save(state: RunState) -> None:
+        random = random_tensors(tuning.group, tuning.model.device)
+        if tuning.group.first:
+            watch.before_save()
+            names = {parameter: name for name, parameter in tuning.parameters.items()}
+            write_checkpoint(output, state, write_adapter, optimizer_tensors(tuning.optimizer, names), random)
+            rotate(output, rhythm.save_total_limit, state.best_step)
+
+    def look(state: RunState) -> RunState:
+        if validation is None:
+            return state
+        record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
+        watch.evaluation(record)
+        if tuning.by_metric and state.step > 0:
+            tuning.scheduler.step(record.loss)
+            state = replace(state, schedule=tuning.scheduler.state_dict())
+        gained = state.best_loss is None or record.loss < state.best_loss - rhythm.threshold
+        if not gained:
+            return replace(state, evaluations_without_gain=state.evaluations_without_gain + 1)
+        return replace(state, best_loss=record.loss, best_step=state.step, evaluations_without_gain=0)
+
+    tuning.model.train()
+    if state.step == 0:
+        state = look(state)
+    for positions in plan.steps(state.step):
+        if rhythm.patience is not None and state.evaluations_without_gain >= rhythm.patience:
+            watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
+            break
+        started = time.perf_counter()
+        result = train_step(tuning, store, positions)
+        state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())
+        watch.step(
+            StepRecord(
+                step=state.step,
+                epoch=plan.epoch_at(state.step),
+                loss=result.loss,
+                learning_rate=result.learning_rate,
+                grad_norm=result.grad_norm,
+                examples=result.examples,
+                tokens=result.tokens,
+                trained_tokens=result.trained_tokens,
+                seconds=time.perf_counter() - started,
+                peak_memory_bytes=peak_memory_bytes(tuning.model.device.type),
+            )
+        )
+        last = state.step == plan.total_steps
+        if state.step % rhythm.eval_steps == 0 or last:
+            state = look(state)
+        if state.step % rhythm.save_steps == 0 or last or state.best_step == state.step:
+            save(state)
+    return state
+
+
+def random_tensors(group: Processes, device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's random state of every process, by rank."""
+    states = {f"cpu/{rank}": each for rank, each in enumerate(gather_bytes(group, torch.get_rng_state()))}
+    if device.type == "cuda":
+        on_gpu = gather_bytes(group, torch.cuda.get_rng_state(device))
+        states.update({f"cuda/{rank}": each for rank, each in enumerate(on_gpu)})
+    return states
+
+
+def restore_random(tensors: Mapping[str, torch.Tensor], group: Processes, device: torch.device) -> None:
+    """This process's random state; a process that was not there before keeps its own."""
+    if f"cpu/{group.rank}" in tensors:
+        torch.set_rng_state(tensors[f"cpu/{group.rank}"])
+    if device.type == "cuda" and f"cuda/{group.rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"cuda/{group.rank}"], device)

@@ -1,0 +1,96 @@
+"""Plain YAML: scalars, lists and mappings, read with the place of every mistake, and written to be read back.
+
+PyYAML's safe loader, which keeps the last of two equal keys and says nothing, with those refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import yaml
+
+from yeonma.errors import UserError
+
+
+def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
+    """Key, value and line of each entry of a text that is one YAML mapping; an empty text has none.
+
+    `name` is what messages call the text. Raises UserError for anything but one mapping, for a key that
+    stands twice in a mapping at any depth, and for a tag beyond YAML's own, such as `!!python/object`.
+    """
+    with _named_problems(name):
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None or root.tag == "tag:yaml.org,2002:null":
+            return
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError("not a mapping", place=name, cure="write one `setting: value` a line")
+        _refuse_twins_and_tags(root, name, set())
+        for key_node, value_node in root.value:
+            key = loader.construct_object(key_node, deep=True)
+            yield key, loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1
+
+
+def read_value(text: str, name: str) -> object:
+    """The value of a YAML text, None for an empty one. Raises UserError as `read_items` does."""
+    with _named_problems(name):
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _refuse_twins_and_tags(root, name, set())
+        return loader.construct_document(root)
+
+
+def write_item(name: str, value: object) -> str:
+    """One entry of a mapping as YAML, with text of several lines in lines of its own."""
+    # Line breaks that PyYAML writes as they are, and reads as spaces.
+    rare_breaks = re.search("[\x85\u2028\u2029]", json.dumps(value, ensure_ascii=False))
+    options = {"allow_unicode": rare_breaks is None, "width": 10**9}
+    if isinstance(value, str) and "\n" in value:
+        block = yaml.safe_dump(value, default_style="|", **options)
+        return f"{name}: " + re.sub(r"\n\.\.\.\n\Z", "\n", block)  # Without the mark that ends a document.
+    if isinstance(value, list | dict):
+        return f"{name}: {yaml.safe_dump(value, default_flow_style=True, **options)}"
+    return str(yaml.safe_dump({name: value}, **options))
+
+
+@contextmanager
+def _named_problems(name: str) -> Iterator[None]:
+    """Turn what PyYAML raises into a UserError with line and column."""
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise UserError(f"not YAML: {error.problem or error.context}", place=place) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"not YAML: {' '.join(str(error).split())}", place=name) from None
+
+
+def _refuse_twins_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
+    """Raise UserError, at any depth, for a key that stands twice in one mapping or a tag beyond YAML's own."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if node.tag not in yaml.SafeLoader.yaml_constructors:
+        place = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise UserError(f"the tag {tag} is refused", place=place, cure="write a plain value")
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                what = f'"{key.value}" is given twice, first in line {lines[key.value]}'
+                raise UserError(what, place=f"{name}:{line}", cure="remove one of them")
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+            _refuse_twins_and_tags(key, name, seen)
+            _refuse_twins_and_tags(value, name, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twins_and_tags(item, name, seen)

@@ -51,8 +51,13 @@ class Wording:
     groups: Mapping[str, Mapping[str, str]] | None = None
 
 
-# The groups that one verb has to itself. All others are those of `yeonma sft`.
-VERBS = {"GenerateSettings": "generate", "DemoSettings": "demo"}
+# The verbs that read a group. All other groups are those of `yeonma sft`.
+VERBS = {
+    "AdapterSettings": ("generate", "chat"),
+    "GenerateSettings": ("generate",),
+    "AnswerSettings": ("generate", "chat"),
+    "DemoSettings": ("demo",),
+}
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
 
 
@@ -141,7 +146,7 @@ def markdown(groups: Sequence[Group], wording: Wording) -> str:
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         about = texts["about"] if texts is not None else group.meaning
         if group.name in VERBS:
-            about = f"`yeonma {VERBS[group.name]}`: {about}"
+            about = f"{', '.join(f'`yeonma {verb}`' for verb in VERBS[group.name])}: {about}"
         blocks.append(about + "\n\n" + "\n".join(rows))
     return "\n\n".join(blocks)
 

@@ -37,15 +37,38 @@ FOREST_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "qwen3_moe": _EXPERTS,
-    "gemma2": {**_ONE_OF_EACH, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma2": {
+        **_ONE_OF_EACH,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+    },
     "gemma3_text": {**_ONE_OF_EACH, "query_pre_attn_scalar": 8},
     "mistral": {"sliding_window": WINDOW},
-    "gpt_oss": {**_ONE_OF_EACH, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "gpt_oss": {
+        **_ONE_OF_EACH,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "phi3": {"sliding_window": WINDOW},
-    "granite": {"logits_scaling": 0.5, "attention_multiplier": 0.5, "residual_multiplier": 0.8, "embedding_multiplier": 2.0},
+    "granite": {
+        "logits_scaling": 0.5,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.8,
+        "embedding_multiplier": 2.0,
+    },
     "exaone4": _ONE_OF_EACH,
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-}  # fmt: skip
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         **_EXPERTS,

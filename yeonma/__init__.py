@@ -1,3 +1,62 @@
-"""Yeonma: from a table of examples and a text template to a LoRA adapter, with proof of what it was trained on."""
+"""Yeonma: from a table of examples and a text template to a LoRA adapter, with proof of what it was trained on.
+
+For notebooks: `yeonma.sft(base_model=..., data_path=..., output_dir="OUT")`, then
+`yeonma.load("OUT").generate({"document": "..."})`. Importing this imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from yeonma.errors import UserError
+    from yeonma.model.ask import Loaded
+    from yeonma.text.template import Template
 
 __version__ = "0.1.0"
+__all__ = ["Loaded", "Template", "UserError", "__version__", "load", "sft"]
+
+_HOMES = {"Loaded": "yeonma.model.ask", "Template": "yeonma.text.template", "UserError": "yeonma.errors"}
+
+
+def sft(**settings: Any) -> Path:
+    """Fine-tune, with the settings of `yeonma sft` as keywords. Returns the adapter folder.
+
+    Raises UserError for every mistake that `yeonma sft` reports, and RuntimeError where one of several processes
+    failed (`nproc`).
+    """
+    import warnings
+    from importlib import import_module
+
+    from yeonma.cli import VERBS
+    from yeonma.configure import group_of, settings_from_keywords
+    from yeonma.settings import RunSettings
+
+    reading = settings_from_keywords(VERBS["sft"].groups, settings)
+    for warning in reading.warnings:
+        warnings.warn(warning, stacklevel=2)
+    module, function = VERBS["sft"].run.split(":")
+    status = getattr(import_module(module), function)(reading.settings)
+    if status:
+        raise RuntimeError(f"training ended with status {status}")
+    return Path(group_of(reading.settings, RunSettings).output_dir).expanduser()
+
+
+def load(adapter_dir: str | Path, **options: Any) -> Loaded:
+    """An adapter folder on its base model, ready to be asked; options and errors as `yeonma.model.ask.load`."""
+    from yeonma.model import ask
+
+    return ask.load(adapter_dir, **options)
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from yeonma import __version__
 from yeonma.errors import UserError, did_you_mean
 from yeonma.settings import (
+    AdapterSettings,
+    AnswerSettings,
     DataSettings,
     DemoSettings,
     EvaluationSettings,
@@ -41,16 +43,19 @@ TRAINING = (
     EvaluationSettings,
     RunSettings,
 )
+GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
+CHATTING = (AdapterSettings, AnswerSettings)
 VERBS = {
-    "sft": Verb("Fine-tune a model on the answers of a table of examples.", "yeonma.sft:run", TRAINING),
-    "generate": Verb("Answer rows or a prompt.", "yeonma.generate:run", (GenerateSettings,), "adapter_dir"),
-    "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", (GenerateSettings,), "adapter_dir"),
+    "sft": Verb("Fine-tune a model on the answers of a table of examples.", "yeonma.verbs.sft:run", TRAINING),
+    "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
+    "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted.
+    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted,
+    141 when nobody reads the output any more.
 
     YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
     """
@@ -68,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has seen enough: `yeonma generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -225,11 +225,27 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
-    """What an adapter folder is asked, and how it answers."""
+class AdapterSettings:
+    """The adapter folder that is asked."""
 
     adapter_dir: str
-    """The adapter folder that a run left behind. Base model, template and tokenizer are found from it."""
+    """The adapter folder that a run left behind, or a checkpoint in it. Base model, template and tokenizer are found from it."""
+    base_model: str | None = None
+    """The base model's name or folder, where it is no longer where the adapter folder says."""
+    adapter_weights: bool = True
+    """Off, the base model answers alone, with the same prompts."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a model is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """What is asked, and where the answers go. One of `data_path`, `row` and `prompt`."""
+
     data_path: str | None = None
     """Rows to answer, in any form that training takes."""
     data_split: str = "train"
@@ -239,7 +255,7 @@ class GenerateSettings:
     encoding: str = "utf-8"
     """Character encoding of text files; never guessed."""
     columns: dict[str, str] | None = None
-    """Template field -> column, where their names differ: `{document: body}`."""
+    """Template field -> column, where their names differ: `{document: body}`. Without it, as in training."""
     limit: int | None = field(default=None, metadata=COUNT)
     """Answer only so many of the first rows."""
     row: str | None = None
@@ -249,7 +265,13 @@ class GenerateSettings:
     output: str | None = None
     """File for the answers, one JSON object a line. Without it, standard output."""
     batch_size: int = field(default=8, metadata=COUNT)
-    """Prompts answered at once: memory and speed, never the result of greedy answers."""
+    """Prompts answered at once: memory and speed, not the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """How the model answers."""
+
     max_new_tokens: int = field(default=128, metadata=COUNT)
     """The most tokens of one answer. Prompts are fitted so that they leave this much room."""
     temperature: float = field(default=0.0, metadata=NOT_NEGATIVE)
@@ -261,15 +283,7 @@ class GenerateSettings:
     repetition_penalty: float = field(default=1.0, metadata=POSITIVE)
     """Above 1 makes what came before less likely (Keskar et al. 2019, arXiv:1909.05858)."""
     seed: int = field(default=42, metadata=SEED)
-    """Seed of the draws."""
-    adapter_weights: bool = True
-    """Off, the base model answers alone, with the same prompts."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: the GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a model is refused."""
+    """Seed of the draws. The same prompt and seed get the same answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,3 +298,5 @@ class DemoSettings:
     """A local model folder to tune instead of fetching SmolLM2-135M-Instruct."""
     quick: bool = False
     """A short form that shows that everything runs, with too few steps to learn much."""
+    overwrite: bool = False
+    """Replace what another run left in `output_dir`."""

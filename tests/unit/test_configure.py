@@ -18,7 +18,6 @@ from yeonma import settings as settings_module
 from yeonma.configure import (
     NONE_WORDS,
     Reading,
-    group_of,
     read_settings,
     settings_from_keywords,
     settings_of,
@@ -26,6 +25,7 @@ from yeonma.configure import (
 )
 from yeonma.errors import UserError
 from yeonma.settings import (
+    AdapterSettings,
     DataSettings,
     DemoSettings,
     EvaluationSettings,
@@ -172,11 +172,12 @@ def test_the_last_of_two_options_wins_and_the_command_line_wins_over_yaml(tmp_pa
 
 
 def test_the_first_argument_without_a_name_fills_the_positional_setting() -> None:
-    def ask(*argv: str) -> GenerateSettings:
-        reading = read_settings((GenerateSettings,), argv, verb="generate", positional="adapter_dir")
-        return group_of(reading.settings, GenerateSettings)
+    def ask(*argv: str) -> tuple[object, ...]:
+        groups = (AdapterSettings, GenerateSettings)
+        reading = read_settings(groups, argv, verb="generate", positional="adapter_dir")
+        return tuple(reading.settings.values())
 
-    expected = GenerateSettings(adapter_dir="OUT", row='{"document": "x"}')
+    expected = (AdapterSettings(adapter_dir="OUT"), GenerateSettings(row='{"document": "x"}'))
     assert ask("OUT", "--row", '{"document": "x"}') == expected
     assert ask("--row", '{"document": "x"}', "OUT") == expected
     assert ask("--adapter_dir", "OUT", "--row", '{"document": "x"}') == expected

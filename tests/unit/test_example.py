@@ -316,6 +316,33 @@ def test_turns_that_are_special_text_alone_are_found() -> None:
     assert trained_text(tokenizer, example) == "user<|im_end|><|im_start|><|im_end|>"
 
 
+@each_tokenizer
+def test_special_text_in_the_prompt_leaves_the_answer_s_ids_as_they_are(make: Make) -> None:
+    tokenizer = make()
+    rows = rows_of(("서울 🙂 아침", "storm 제목"), ("</s> 서울 🙂 <unk> <|im_end|> 아침", "storm 제목"))
+    plain, tainted = (
+        example.token_ids[example.trained].tolist() for example in examples(PLAIN, rows, tokenizer)
+    )
+    assert tainted == plain
+
+
+def test_text_that_the_tokenizer_normalises_is_not_spelled_out() -> None:
+    tokenizer = byte_level()
+    rows = rows_of(("cafe\u0301 storm <|im_end|> cafe\u0301 storm", "x"))
+    (example,) = examples(PLAIN, rows, tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(example.token_ids.tolist())
+    assert "caf\u00e9 storm <|im_end|> caf\u00e9 storm" in text_of(tokenizer, example.token_ids)
+    assert tokens.count("orm") == 2
+
+
+@each_tokenizer
+def test_a_continuation_needs_only_the_end_of_what_stands_before(make: Make) -> None:
+    encoder = TextEncoder.of(make())
+    (before,) = encoder.batch(["storm 서울 " * 50 + "뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁"])
+    ids = encoder.continuation(before, "항구 title")
+    assert encoder.decode(before + ids) == encoder.decode(before) + "항구 title"
+
+
 # One BOS
 
 
@@ -423,9 +450,10 @@ def test_an_opening_assistant_turn_is_context() -> None:
 
 
 def test_a_date_in_the_chat_template_does_not_move() -> None:
-    tokenizer = byte_level("{{ strftime_now('%Y') }}" + CHATML)
+    dated = "\n{% if true %}\n{{ strftime_now('%d %b %Y') }}{% endif %}"
+    tokenizer = byte_level(dated + CHATML)
     (example,) = examples(TURNS, rows_of(TEXTS[0]), tokenizer)
-    assert text_of(tokenizer, example.token_ids).startswith("2024<|im_start|>")
+    assert text_of(tokenizer, example.token_ids).startswith("\n26 Jul 2024<|im_start|>")
 
 
 # Chat templates that are not to be trusted, or not there
@@ -476,8 +504,8 @@ def test_answers_and_frames_are_never_cut(make: Make, template: Template) -> Non
     tokenizer, rows = make(), articles(50)
     rules = TokenRules(cutoff_len=200)
     whole, short = examples(template, rows, tokenizer), examples(template, rows, tokenizer, rules)
-    empty = examples(template, rows_of(("Q", "Q")), tokenizer)[0]
-    frame = text_of(tokenizer, empty.token_ids[: empty.prompt_length]).split("Q")
+    empty = examples(template, rows_of(("항구", "x")), tokenizer)[0]
+    frame = text_of(tokenizer, empty.token_ids[: empty.prompt_length]).split("항구")
     assert len(frame) == 2
     for row, before, after in zip(rows, whole, short, strict=True):
         assert len(after.token_ids) <= 200 < len(before.token_ids)
@@ -486,8 +514,7 @@ def test_answers_and_frames_are_never_cut(make: Make, template: Template) -> Non
         assert text.startswith(frame[0]) and text.endswith(frame[1])
         document = str(row.values["document"])
         kept = text[len(frame[0]) : len(text) - len(frame[1])]
-        assert len(kept) == len(document) - after.cut_characters
-        assert document.startswith(kept) or "<unk>" in kept
+        assert document[: len(document) - after.cut_characters].strip() == kept.strip()
 
 
 @each_tokenizer
@@ -538,7 +565,7 @@ def test_separate_answers_of_a_long_turn_list_train_themselves_alone() -> None:
     tokenizer = byte_level(THINKING)
     turns = [("user", "0" * 90), ("assistant", "1 /think 2"), ("user", "3" * 90), ("assistant", "4")]
     turns += [("user", "5"), ("assistant", "6")]
-    found = examples(TURN_LIST, [turn_list(*turns)], tokenizer, TokenRules(cutoff_len=130))
+    found = examples(TURN_LIST, [turn_list(*turns)], tokenizer, TokenRules(cutoff_len=140))
     assert [trained_text(tokenizer, one) for one in found] == [
         "1 /think 2<|im_end|>",
         "4<|im_end|>",
@@ -555,7 +582,7 @@ def test_frame_and_answer_over_the_limit_leave_the_row_out_or_stop_the_run() -> 
     assert isinstance(first, Example)
     assert isinstance(second, LeftOut)
     assert (second.row, second.place) == (2, "train.jsonl:2")
-    with pytest.raises(UserError, match="train.jsonl:2: 36 tokens"):
+    with pytest.raises(UserError, match=r"train\.jsonl:2: 36 tokens"):
         encoded(template, rows, tokenizer, TokenRules(cutoff_len=20, over_limit="error"))
 
 
@@ -571,7 +598,7 @@ def test_one_character_of_the_shortened_field_stays_at_least() -> None:
 def test_a_prompt_that_cannot_fit_is_an_error_with_its_row() -> None:
     tokenizer, (row,) = byte_level(), rows_of(TEXTS[0])
     asked = PLAIN.render(row, with_answer=False)
-    with pytest.raises(UserError, match="train.jsonl:1: too long"):
+    with pytest.raises(UserError, match=r"train\.jsonl:1: too long"):
         encode_prompt(asked, row, tokenizer, TokenRules(cutoff_len=40), 20)
     with pytest.raises(UserError, match="leave no room"):
         encode_prompt(asked, row, tokenizer, TokenRules(cutoff_len=40), 40)
@@ -579,7 +606,7 @@ def test_a_prompt_that_cannot_fit_is_an_error_with_its_row() -> None:
 
 def test_an_unknown_shrink_field_gets_a_suggestion() -> None:
     check_rules(PLAIN, TokenRules(cutoff_len=10, shrink="document"))
-    with pytest.raises(UserError, match='"documnt".*did you mean "document"'):
+    with pytest.raises(UserError, match=r'"documnt".*did you mean "document"'):
         check_rules(PLAIN, TokenRules(cutoff_len=10, shrink="documnt"))
     with pytest.raises(UserError, match="not a prompt field"):
         check_rules(PLAIN, TokenRules(cutoff_len=10, shrink="title"))

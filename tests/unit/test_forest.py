@@ -34,7 +34,9 @@ def paths(forest: Forest) -> list[list[int]]:
 
 def path_to(forest: Forest, position: int) -> list[int]:
     """The flat positions that the one at `position` sees, itself the last."""
-    path = next(p for p, s in zip(paths(forest), forest.segments, strict=True) if 0 <= position - s.start < s.length)
+    path = next(
+        p for p, s in zip(paths(forest), forest.segments, strict=True) if 0 <= position - s.start < s.length
+    )
     return path[: path.index(position) + 1]
 
 
@@ -160,7 +162,9 @@ def test_the_leaves_paths_are_the_examples_and_parents_precede_children(
 ) -> None:
     examples, trained = batch
     forest = lay_out(examples, trained, share_prefix=share)
-    assert [s.start for s in forest.segments] == np.cumsum([0, *(s.length for s in forest.segments[:-1])]).tolist()
+    assert [s.start for s in forest.segments] == np.cumsum(
+        [0, *(s.length for s in forest.segments[:-1])]
+    ).tolist()
     assert sum(s.length for s in forest.segments) == len(forest.token_ids_T)
     assert all(s.parent is None or s.parent < i for i, s in enumerate(forest.segments))
     whole = {tuple(forest.token_ids_T[path].tolist()) for path in paths(forest)}
@@ -182,13 +186,17 @@ def test_a_segment_is_shared_if_and_only_if_sixteen_tokens_are(
     assert all(s.length >= LEAST_SHARED for i, s in enumerate(forest.segments) if i in parents)
     for a, b in combinations(forest.segments, 2):
         if a.parent == b.parent:
-            first, second = (forest.token_ids_T[s.start : s.start + min(s.length, LEAST_SHARED)] for s in (a, b))
+            first, second = (
+                forest.token_ids_T[s.start : s.start + min(s.length, LEAST_SHARED)] for s in (a, b)
+            )
             assert len(first) < LEAST_SHARED or first.tolist() != second.tolist()
 
 
 @settings(max_examples=80, deadline=None)
 @given(examples=SMALL)
-def test_with_no_least_length_the_forest_is_as_large_as_the_trie_of_its_examples(examples: list[list[int]]) -> None:
+def test_with_no_least_length_the_forest_is_as_large_as_the_trie_of_its_examples(
+    examples: list[list[int]],
+) -> None:
     arrays = [ids(*example) for example in examples]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LEAST_SHARED", 1)

@@ -54,10 +54,12 @@ HOUSE = (
     # model
     "model.attention",
     "model.forward",
+    "model.check",
     "model.lora",
     "model.load",
     "model.generate",
     "model.adapter",
+    "model.ask",
     # before
     "before.inspect",
     "before.audit",
@@ -67,22 +69,24 @@ HOUSE = (
     "train.reference",
     "train.checkpoint",
     "train.distributed",
-    "train.trackers",
-    "train.tracking",
     "train.progress",
+    "train.tracking",
     "train.loop",
+    "train.folder",
+    "train.card",
+    "train.prepare",
+    "train.run",
     # after
     "after.metrics",
     "after.report",
     "after.chat",
-    # the verbs
-    "sft",
-    "generate",
+    "verbs.sft",
+    "verbs.generate",
     "demo",
     "studio",
     "launch",
-    "",  # yeonma/__init__.py, the door for notebooks
     "cli",
+    "",  # yeonma/__init__.py, the door for notebooks, which takes the verbs' settings from cli
     "__main__",
 )
 

@@ -19,7 +19,9 @@ def plan_of(count: int, batch_size: int, **changed: object) -> Plan:
 
 
 @settings(max_examples=30, deadline=None)
-@given(count=st.integers(1, 50), batch_size=st.integers(1, 60), grouped=st.booleans(), seed=st.integers(0, 2**31))
+@given(
+    count=st.integers(1, 50), batch_size=st.integers(1, 60), grouped=st.booleans(), seed=st.integers(0, 2**31)
+)
 def test_an_epoch_has_every_example_once_and_only_its_last_step_is_smaller(
     count: int, batch_size: int, grouped: bool, seed: int
 ) -> None:
@@ -88,7 +90,9 @@ def test_group_by_length_draws_anew_which_examples_meet_each_epoch() -> None:
     count, batch_size = 2 * GROUPED_STEPS * 4, 4
     lengths = np.random.default_rng(0).integers(1, 1000, count)
     orders = [epoch_order(count, 3, epoch, batch_size, lengths) for epoch in (0, 1)]
-    meetings = [{frozenset(o[i : i + batch_size].tolist()) for i in range(0, count, batch_size)} for o in orders]
+    meetings = [
+        {frozenset(o[i : i + batch_size].tolist()) for i in range(0, count, batch_size)} for o in orders
+    ]
     assert meetings[0] != meetings[1]
 
 
@@ -109,7 +113,12 @@ def test_a_step_with_fewer_examples_than_processes_leaves_some_idle() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(count=st.integers(1, 40), batch_size=st.integers(1, 9), processes=st.integers(1, 5), most=st.integers(1, 4))
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    processes=st.integers(1, 5),
+    most=st.integers(1, 4),
+)
 def test_a_step_holds_the_same_examples_for_any_processes_and_micro_batches(
     count: int, batch_size: int, processes: int, most: int
 ) -> None:

@@ -33,7 +33,7 @@ class ForestLayout:
 def layout(forest: Forest) -> ForestLayout:
     paths: list[tuple[int, ...]] = []
     for index, segment in enumerate(forest.segments):
-        paths.append(((*paths[segment.parent], index) if segment.parent is not None else (index,)))
+        paths.append((*paths[segment.parent], index) if segment.parent is not None else (index,))
     return ForestLayout(tuple(segment.length for segment in forest.segments), tuple(paths))
 
 
@@ -71,7 +71,14 @@ def forest_attention(
         mask = _mask(q.shape[2], k.shape[2], sliding_window, query.device)
         if softcap is None and s_aux is None:
             output = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                mask,
+                dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         else:
             output = _plain_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)

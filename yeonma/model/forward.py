@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from yeonma.model.attention import layout
+from yeonma.model.linear import product
 from yeonma.tokens.forest import Forest, lay_out
 
-HEAD_CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once
+HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,20 @@ def plain_head(model: Any) -> Head | None:
 
 
 def example_logprobs(
-    model: Any, how: Forward, token_ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], *, share_prefix: bool
+    model: Any,
+    how: Forward,
+    token_ids: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
+    *,
+    share_prefix: bool,
 ) -> torch.Tensor:
     """logprob_N of some examples' trained tokens, example by example, by the way that `how` says."""
     if how.forest:
         return trained_logprobs(model, lay_out(token_ids, trained, share_prefix=share_prefix), how.head)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
-        on_device = torch.from_numpy(ids).long().to(model.device)
-        sequences.append(sequence_logprobs(model, on_device, torch.from_numpy(mask).to(model.device)))
+        on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
+        sequences.append(sequence_logprobs(model, on_device, torch.from_numpy(mask.copy()).to(model.device)))
     return torch.cat(sequences)
 
 
@@ -102,6 +108,8 @@ def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor
     logits = model(
         input_ids=token_ids.unsqueeze(0), attention_mask=mask, use_cache=False, logits_to_keep=predicted - 1
     ).logits[0]
+    if len(logits) != len(predicted):  # a few models do not know `logits_to_keep` and keep them all
+        logits = logits[predicted - 1]
     return _gather_logprobs(logits, token_ids[predicted])
 
 
@@ -126,7 +134,13 @@ class _HeadLogprobs(torch.autograd.Function):
         gradient = torch.empty_like(hidden_UH) if wants_gradient else None
         for start in range(0, len(target_U), rows):
             part = slice(start, start + rows)
-            _head_chunk(hidden_UH[part], target_U[part], head, logprob[part], gradient[part] if wants_gradient else None)
+            _head_chunk(
+                hidden_UH[part],
+                target_U[part],
+                head,
+                logprob[part],
+                gradient[part] if wants_gradient else None,
+            )
         if wants_gradient:
             ctx.save_for_backward(gradient)
         return logprob
@@ -138,10 +152,14 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def _head_chunk(
-    hidden: torch.Tensor, target: torch.Tensor, head: Head, logprob: torch.Tensor, gradient: torch.Tensor | None
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    head: Head,
+    logprob: torch.Tensor,
+    gradient: torch.Tensor | None,
 ) -> None:
     """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
-    logits = torch.nn.functional.linear(hidden, head.weight_VH, head.bias_V).float()
+    logits = product(hidden, head.weight_VH, head.bias_V).float()
     if head.scale != 1.0:
         logits *= head.scale
     if head.cap is not None:
@@ -161,4 +179,4 @@ def _head_chunk(
         logits *= slope
     if head.scale != 1.0:
         logits *= head.scale
-    torch.mm(logits.to(hidden.dtype), head.weight_VH, out=gradient)
+    gradient.copy_(product(logits.to(hidden.dtype), head.weight_VH.t()))

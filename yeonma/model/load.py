@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import enable_progress_bars
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from yeonma.errors import UserError, did_you_mean
 
@@ -29,30 +34,56 @@ class BaseSource:
 def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
     """Check a local folder before anything is loaded; a name that is no folder is left to the hub.
 
-    Raises UserError for a folder without config or weights, pickled weights alone, or missing shards.
+    Raises UserError for a folder without config or weights, pickled weights alone, missing or truncated shards, and
+    for an adapter whose base is not named or is an adapter itself.
     """
     folder = Path(base_model).expanduser()
     if not folder.is_dir():
         if folder.is_file() or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-            raise UserError("no such model folder", place=base_model, cure="give a folder or a name on the hub")
+            raise UserError(
+                "no such model folder", place=base_model, cure="give a folder or a name on the hub"
+            )
         return BaseSource(base_model, revision, trust_remote_code)
     if (folder / "adapter_config.json").is_file():
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        under = find_base(config["base_model_name_or_path"], config.get("revision"), trust_remote_code)
-        return BaseSource(under.name, under.revision, trust_remote_code, adapter=str(folder))
+        return _under_adapter(folder, trust_remote_code)
     if not (folder / "config.json").is_file():
-        raise UserError("the folder has no config.json", place=base_model, cure="give the folder of a whole model")
+        raise UserError(
+            "the folder has no config.json", place=base_model, cure="give the folder of a whole model"
+        )
     _check_config(folder, trust_remote_code)
     _check_weights(folder)
     return BaseSource(str(folder), revision, trust_remote_code)
 
 
-def _check_config(folder: Path, trust_remote_code: bool) -> None:
+def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
+    place = folder / "adapter_config.json"
+    config = _read_object(place)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            "it does not name its base model", place=str(place), cure="give the base model and --adapter"
+        )
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise UserError(
+            f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
+        )
+    under = find_base(name, config.get("revision"), trust_remote_code)
+    return BaseSource(under.name, under.revision, trust_remote_code, adapter=str(folder))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is not JSON, or not an object."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise UserError(f"not valid JSON ({error})", place=str(folder / "config.json")) from error
-    if "auto_map" in config and not trust_remote_code:
+        raise UserError(f"not valid JSON ({error})", place=str(path)) from error
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", place=str(path))
+    return value
+
+
+def _check_config(folder: Path, trust_remote_code: bool) -> None:
+    if "auto_map" in _read_object(folder / "config.json") and not trust_remote_code:
         raise UserError(
             "the model brings Python code of its own",
             place=str(folder / "config.json"),
@@ -61,19 +92,11 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    if (folder / "model.safetensors").is_file():
-        return
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        outside = [shard for shard in shards if Path(shard).name != shard]
-        if outside:
-            raise UserError(f"it names a file outside the folder ({outside[0]})", place=str(index))
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise UserError(f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again")
-    elif any(folder.glob("*.safetensors")):
-        return
+    if (folder / "model.safetensors").is_file():
+        _check_whole(folder / "model.safetensors")
+    elif index.is_file():
+        _check_shards(folder, index)
     elif any(folder.glob("*.bin")):
         raise UserError(
             "the weights are pickled (.bin), which can run code when loaded",
@@ -81,17 +104,56 @@ def _check_weights(folder: Path) -> None:
             cure="load them once with transformers where you trust them and save_pretrained() to a new folder",
         )
     else:
-        raise UserError("the folder has no safetensors weights", place=str(folder))
+        raise UserError(
+            "the folder has no model.safetensors", place=str(folder), cure="give the folder of a whole model"
+        )
+
+
+def _check_shards(folder: Path, index: Path) -> None:
+    files = _read_object(index).get("weight_map")
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(shard, str) for shard in files.values())
+    ):
+        raise UserError(
+            "it does not say which file holds which weights", place=str(index), cure="download it again"
+        )
+    shards = sorted(set(files.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise UserError(f"it names a file outside the folder ({outside[0]})", place=str(index))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"
+        )
+    for shard in shards:
+        _check_whole(folder / shard)
+
+
+def _check_whole(path: Path) -> None:
+    """Reads the header alone; it says how long the file must be."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"truncated or damaged ({error})", place=str(path), cure="download it again"
+        ) from error
 
 
 def load_tokenizer(source: BaseSource) -> Any:
     """The base's tokenizer. Raises UserError where there is none or it cannot be reached."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("tokenizer", source, error) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of no files at all
+        raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
+    return tokenizer
 
 
 def load_config(source: BaseSource) -> Any:
@@ -113,8 +175,6 @@ def _cannot_load(what: str, source: BaseSource, error: Exception) -> UserError:
 
 def pick_device(device: str) -> torch.device:
     """auto: this process's GPU where there is one (LOCAL_RANK under torchrun), else the CPU."""
-    import os
-
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no usable CUDA device", place="device", cure="use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
@@ -135,19 +195,72 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Any:
-    """The frozen base model, in eval mode. Raises UserError for truncated or unreachable weights."""
-    from safetensors import SafetensorError
+    """The frozen base model, in eval mode.
 
+    Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
+    """
+    _keep_the_console_clean()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below
+            output_loading_info=True,
         )
     except SafetensorError as error:
-        raise UserError(f"the weights cannot be read ({error})", place=source.name, cure="download them again") from error
+        raise UserError(
+            f"the weights cannot be read ({error})", place=source.name, cure="download them again"
+        ) from error
     except (OSError, ValueError) as error:
         raise _cannot_load("weights", source, error) from error
+    model, found = loaded
+    _check_complete(found, source.name)
     model.requires_grad_(False)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    _check_finite(model, source.name)
+    return model
+
+
+def _check_complete(found: Mapping[str, Any], name: str) -> None:
+    """Without this, what the files lack would be drawn at random."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"the weights lack {_some(missing)}", place=name, cure="download them again")
+    shapes = [
+        f"{key} {tuple(stored)} for {tuple(wanted)}"
+        for key, stored, wanted in sorted(found["mismatched_keys"])
+    ]
+    if shapes:
+        raise UserError(f"weights of another shape than config.json says: {_some(shapes)}", place=name)
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    """One pass of sums, which NaN and infinity go through."""
+    suspects = [
+        key
+        for key, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and weight.element_size() > 1
+        and not weight.sum(dtype=torch.float32).isfinite()
+    ]
+    broken = [key for key in suspects if not bool(model.get_parameter(key).isfinite().all())]
+    if broken:
+        raise UserError(f"NaN or infinity in {_some(broken)}", place=name, cure="download the weights again")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _keep_the_console_clean() -> None:
+    """No bar for reading weights, and no warning of what PEFT will have to change; downloads keep their bars."""
+    transformers_logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:
@@ -174,32 +287,39 @@ class LoraShape:
 def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     """A PeftModel with a fresh adapter, drawn from `seed`; weights in float32. Raises UserError for unknown targets."""
     from peft import LoraConfig, get_peft_model
+    from peft.utils.error import NoMatchingPeftModuleError
 
-    targets = shape.target_modules
-    if not isinstance(targets, str):
-        targets = list(targets)
-        _check_targets(model, targets)
-    elif targets != "all-linear":
-        targets = [targets]
-        _check_targets(model, targets)
+    targets = [shape.target_modules] if isinstance(shape.target_modules, str) else list(shape.target_modules)
+    everything = targets == ["all-linear"]
     config = LoraConfig(
         r=shape.r,
         lora_alpha=shape.alpha,  # type: ignore[arg-type]
         lora_dropout=shape.dropout,
-        target_modules=targets,
+        target_modules="all-linear" if everything else targets,
         use_rslora=shape.use_rslora,
         use_dora=shape.use_dora,
         task_type="CAUSAL_LM",
     )
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except NoMatchingPeftModuleError:
+        _check_targets(layers, targets)
+        raise
+    except ValueError as error:  # layers of fused experts take no dropout, and gate_proj only with up_proj
+        what = f"PEFT cannot put LoRA on these layers ({str(error).splitlines()[0]})"
+        cure = "use --lora_dropout 0" if "lora_dropout" in what else "name others"
+        raise UserError(what, place="lora_target_modules", cure=cure) from error
+    if not everything:  # what PEFT has found in layers of fused experts is no longer among these
+        _check_targets(layers, sorted(adapted.peft_config["default"].target_modules))
+    return adapted
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    known = sorted({name.rsplit(".", 1)[-1] for name in names})
+def _check_targets(layers: Sequence[str], targets: Sequence[str]) -> None:
+    known = sorted({name.rsplit(".", 1)[-1] for name in layers})
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
                 f'no layer of the model is called "{target}"; it has {", ".join(known)}',
                 place="lora_target_modules",

@@ -10,46 +10,63 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from yeonma.model.linear import frozen_linear, has_onednn, is_frozen_linear, product
+
 
 def speed_up(model: nn.Module) -> int:
-    """Give every plain LoRA layer of `model` the short forward. Returns how many layers took it."""
+    """Give every plain LoRA layer of `model` the short forward, and every frozen dense layer the fastest product.
+
+    Returns how many LoRA layers took it.
+    """
     taken = 0
     for layer in model.modules():
         if type(layer) is LoraLinear and _is_plain(layer):
             layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
             taken += 1
+        elif has_onednn() and is_frozen_linear(layer):
+            layer.forward = partial(frozen_linear, weight=layer.weight, bias=layer.bias)  # type: ignore[method-assign]
     return taken
 
 
 def _is_plain(layer: LoraLinear) -> bool:
-    (adapter, *more) = layer.active_adapters
+    """As the layer stands now: adapters may be added, switched and merged later."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    (adapter,) = layer.active_adapters
+    base = layer.get_base_layer()
     return (
-        not more
-        and type(layer.get_base_layer()) is nn.Linear
-        and not layer.lora_variant.get(adapter)
+        adapter in layer.lora_A
+        and type(base) is nn.Linear
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and adapter not in layer.lora_variant
         and layer.lora_B[adapter].bias is None
-        and not getattr(layer, "fan_in_fan_out", False)
+        and not layer.fan_in_fan_out
     )
 
 
-def _forward(layer: LoraLinear, peft_forward: Any, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
-    """x (..., H_in) -> (..., H_out). Adapters switched off or merged, and unknown arguments, are PEFT's business."""
-    if layer.disable_adapters or layer.merged or args or keywords:
+def _forward(
+    layer: LoraLinear, peft_forward: Any, x: torch.Tensor, *args: Any, **keywords: Any
+) -> torch.Tensor:
+    """x (..., H_in) -> (..., H_out). What is not plain, and unknown arguments, are PEFT's business."""
+    if args or keywords or not _is_plain(layer):
         return peft_forward(x, *args, **keywords)
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    dropped = layer.lora_dropout[adapter](x)
     down, up = down.to(x.dtype), up.to(x.dtype)
-    return _LoraLinear.apply(x, dropped, base.weight, base.bias, down, up, layer.scaling[adapter])
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = layer.lora_dropout[adapter](flat)
+    result = _LoraLinear.apply(flat, dropped, base.weight, base.bias, down, up, layer.scaling[adapter])
+    # viewed out here: a view made inside could not be changed in place, as some models do
+    return result.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x @ W.T + b + s * (dropped @ A.T) @ B.T, where `dropped` is x itself without dropout."""
+    """x @ W.T + b + s * (dropped @ A.T) @ B.T for x (N, H_in), where `dropped` is x itself without dropout."""
 
     @staticmethod
     def forward(
@@ -62,28 +79,24 @@ class _LoraLinear(torch.autograd.Function):
         up: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        same = dropped is x
-        flat = dropped.reshape(-1, dropped.shape[-1])
-        inner = flat @ down.t()
-        result = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        inner = product(dropped, down)
+        result = product(x, weight, bias)
         result.addmm_(inner, up.t(), alpha=scale)
-        ctx.save_for_backward(flat, inner, weight, down, up)
-        ctx.scale, ctx.same, ctx.shape = scale, same, x.shape
-        return result.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(dropped, inner, weight, down, up)
+        ctx.scale, ctx.same = scale, dropped is x
+        return result
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat, inner, weight, down, up = ctx.saved_tensors
-        upstream = upstream.reshape(-1, upstream.shape[-1])
-        inner_gradient = torch.mm(upstream, up).mul_(ctx.scale)
-        down_gradient = inner_gradient.t() @ flat
-        up_gradient = (upstream.t() @ inner).mul_(ctx.scale)
+        dropped, inner, weight, down, up = ctx.saved_tensors
+        inner_gradient = product(upstream, up.t()).mul_(ctx.scale)
+        down_gradient = product(inner_gradient.t(), dropped.t())
+        up_gradient = product(upstream.t(), inner.t()).mul_(ctx.scale)
         x_gradient = dropped_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = upstream @ weight
+            x_gradient = product(upstream, weight.t())
             if ctx.same:
                 x_gradient.addmm_(inner_gradient, down)
-            x_gradient = x_gradient.view(ctx.shape)
         if ctx.needs_input_grad[1] and not ctx.same:
-            dropped_gradient = (inner_gradient @ down).view(ctx.shape)
+            dropped_gradient = inner_gradient @ down
         return x_gradient, dropped_gradient, None, None, down_gradient, up_gradient, None

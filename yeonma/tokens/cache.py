@@ -27,6 +27,8 @@ from yeonma.text.template import Rendered, Template
 from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer, encode
 from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync_folder
 
+__all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
+
 FORMAT = 1
 """Raised whenever the same rows would give other tokens or other files."""
 

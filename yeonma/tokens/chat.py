@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +19,21 @@ Message = dict[str, str]
 RENDER_SECONDS = 10.0
 """The most time that one use of a chat template may take."""
 
-# Some chat templates write the current date. One fixed day keeps the tokens the same from day to day.
-_TODAY = datetime(2024, 7, 26)
+# Some chat templates write the current date, which would change the tokens from day to day. Ours stays on the day that
+# Llama 3's templates fall back on. The line break after the macro is not written (trim_blocks).
+_DATE = {
+    "%Y": "2024",
+    "%y": "24",
+    "%m": "07",
+    "%d": "26",
+    "%B": "July",
+    "%b": "Jul",
+    "%A": "Friday",
+    "%a": "Fri",
+}
+_TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
+_FIXED_DAY = "".join(f"|replace('{code}','{text}')" for code, text in {**_DATE, **_TIME}.items())
+_STRFTIME = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FIXED_DAY} }}}}{{%- endmacro %}}\n"
 
 _PROBE = "Zq{number}qZ"
 _PROBES = re.compile(r"Zq\d+qZ")
@@ -167,10 +178,12 @@ def _with_trailer(chat: Chat) -> Chat:
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool) -> str:
-    dated = "strftime_now" in str(tokenizer.chat_template)
-    fixed: dict[str, Any] = {"strftime_now": _TODAY.strftime} if dated else {}
+    template = tokenizer.get_chat_template()
+    template = _STRFTIME + template if "strftime_now" in template else template
     return str(
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **fixed)
+        tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=ask
+        )
     )
 
 

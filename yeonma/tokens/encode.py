@@ -79,25 +79,27 @@ class TextEncoder:
     def continuation(self, before: Sequence[int], text: str, *, as_text: bool = False) -> list[int]:
         """Ids that continue `before` with `text`: no BOS, no dummy prefix, so that decoding appends just `text`.
 
-        Takes the ids that `text` has after some stable text; the last resort spells it character by character. With
-        a tokenizer that cannot represent `text` (unknown characters, normalisation) the ids are as near as it comes.
+        Takes the ids that `text` has after some stable text; the last resort spells it character by character. Text
+        that the tokenizer cannot give back (unknown characters, normalisation) gets the ids it has after stable text.
         `as_text`: special-token text in `text` is ordinary text.
         """
         if not text:
             return []
         if not before:
             return self._bare([text], as_text)[0]
-        before, wanted, near = list(before), self.decode(before) + text, None
-        stable = _BEFORE if as_text else (*_BEFORE, *list(self.special_text.values())[:3])
-        for prefix in stable:
+        before = self._tail(before)
+        wanted = self.decode(before) + text
+        near: list[int] | None = None
+        for prefix in _BEFORE if as_text else (*_BEFORE, *list(self.special_text.values())[:3]):
             head, whole = self._bare([prefix, prefix + text], as_text)
             ids = whole[len(head) :]
             if whole[: len(head)] != head or (as_text and not self._is_ordinary(ids)):
                 continue
             if self.decode(before + ids) == wanted:
                 return ids
-            near = near or (ids if prefix in _BEFORE else None)
-        spelled = self._spelled(text)
+            if prefix in _BEFORE and near is None and not self.decode(whole).endswith(text):
+                near = ids
+        spelled = self._spelled(text) if near is None else None
         if spelled is not None and self.decode(before + spelled) == wanted:
             return spelled
         return near or self._bare([text], as_text)[0]
@@ -126,6 +128,13 @@ class TextEncoder:
                 out.append(ids[here])
             here = there
         return (out[len(before) :] if before else self._started(out)), sum(loose)
+
+    def _tail(self, ids: Sequence[int]) -> list[int]:
+        """The end of `ids`, long enough to see how text goes on from it: it begins with a whole character."""
+        size = 32
+        while size < len(ids) and "\ufffd" in self.decode(ids[-size:]):
+            size *= 4
+        return list(ids[-size:])
 
     def _started(self, ids: list[int]) -> list[int]:
         if self.bos_id is not None and ids[:1] == [self.bos_id]:
@@ -161,11 +170,11 @@ class TextEncoder:
         ids = self.continuation(before, text, as_text=True)
         if self._is_ordinary(ids) or self.special is None:
             return ids
-        out: list[int] = []
+        whole = list(before)
         for piece in re.split(f"({self.special.pattern})", text):
-            spelled = self._spelled(piece) if self.special.fullmatch(piece) else None
-            out += spelled if spelled is not None else self.continuation(before + out, piece, as_text=True)
-        return out
+            found = self._spelled(piece) if self.special.fullmatch(piece) else self.continuation(whole, piece)
+            whole += found if found is not None else self.continuation(whole, piece, as_text=True)
+        return whole[len(before) :]
 
     def _spelled(self, text: str) -> list[int] | None:
         """One or more ids for each character by itself, or None where the vocabulary lacks one."""

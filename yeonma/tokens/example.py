@@ -110,9 +110,10 @@ def encode_prompts(
 ) -> list[NDArray[np.int32]]:
     """Prompt ids for generation, which leave `max_new_tokens` of `cutoff_len` free.
 
-    Equal to `token_ids[:prompt_length]` of the row's (last) example, unless less room was left for the answer there
-    than here. A final assistant turn of a turn list is not part of the prompt. Raises UserError with a problem for
-    every row whose prompt does not fit with its field cut to one character.
+    Equal to `token_ids[:prompt_length]` of the row's (last) example where neither is shortened, and where both were
+    fitted into the same room: `max_new_tokens` is the number of the answer's tokens. A final assistant turn of a turn
+    list is not part of the prompt. Raises UserError with a problem for every row whose prompt does not fit with its
+    field cut to one character.
     """
     if max_new_tokens >= rules.cutoff_len:
         what = f"{max_new_tokens} new tokens leave no room for a prompt in cutoff_len {rules.cutoff_len}"
@@ -145,6 +146,11 @@ class _Ids:
     answers: list[tuple[int, int]]
     straddles: bool = False
     special_text: int = 0
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the last answer."""
+        return len(self.ids) - self.answers[-1][0]
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class _Desk:
         found = []
         for text, row in zip(rendered, rows, strict=True):
             try:
-                fitted = self.fitted(text, row, budget)
+                fitted = self.fitted(text, row, budget, self.prompt_ids(text, row))
                 if isinstance(fitted, LeftOut):
                     problems.append(
                         Problem(fitted.reason, row.place, "raise --cutoff_len or lower max_new_tokens")
@@ -273,22 +279,29 @@ class _Desk:
         return self._shortened(draft, ids)
 
     def _shortened(self, draft: Draft, ids: _Ids) -> list[Example | LeftOut]:
-        budget = self.rules.cutoff_len - (len(ids.ids) - ids.answers[-1][0])
-        for _ in range(8):  # a shorter prompt may change the first tokens of the answer, and so their number
-            fitted = self.fitted(draft.rendered, draft.row, budget)
+        """The example with as much prompt as its answer leaves room for.
+
+        A shorter prompt may change the first tokens of the answer and so their number; then it is fitted again, until
+        the room given is the room left, which is what generation gives for an answer of that length.
+        """
+        cutoff_len, tried = self.rules.cutoff_len, set[int]()
+        best: Example | None = None
+        budget = cutoff_len - ids.answer_length
+        while budget not in tried and len(tried) < 8:
+            tried.add(budget)
+            fitted = self.fitted(draft.rendered, draft.row, budget, ids.ids[: ids.answers[-1][0]])
             if isinstance(fitted, LeftOut):
-                reason = f"{len(ids.ids)} tokens, and {fitted.reason}"
-                return [replace(fitted, reason=f"{reason}; cutoff_len is {self.rules.cutoff_len}")]
+                reason = f"{len(ids.ids)} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
+                return [best or replace(fitted, reason=reason)]
             short = self._redrafted(draft, fitted.rendered)
             found = None if short is None else self.ids_of([short])[0]
             if short is None or found is None:
                 return self.finished(draft, None)
-            if len(found.ids) <= self.rules.cutoff_len:
-                return [self.example(short, found, fitted.cut_characters)]
-            budget -= len(found.ids) - self.rules.cutoff_len
-        return [
-            LeftOut(draft.row.number, draft.row.place, f"{len(ids.ids)} tokens, and no shorter prompt fits")
-        ]
+            if len(found.ids) <= cutoff_len:
+                best = self.example(short, found, fitted.cut_characters)
+            budget = cutoff_len - found.answer_length
+        reason = f"{len(ids.ids)} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
+        return [best or LeftOut(draft.row.number, draft.row.place, reason)]
 
     def _redrafted(self, draft: Draft, rendered: Rendered) -> Draft | None:
         """The shortened text with the same answers as `draft`; None where they no longer go into one example."""
@@ -300,9 +313,8 @@ class _Desk:
     def _last(self, drafts: Sequence[Draft]) -> Draft:
         return replace(drafts[-1], answers=drafts[-1].answers[-1:])
 
-    def fitted(self, rendered: Rendered, row: Row, budget: int) -> _Fitted | LeftOut:
-        """The prompt with as much of its shrinkable field as `budget` tokens hold."""
-        ids = self.prompt_ids(rendered, row)
+    def fitted(self, rendered: Rendered, row: Row, budget: int, ids: list[int]) -> _Fitted | LeftOut:
+        """The prompt, whose ids are `ids`, with as much of its shrinkable field as `budget` tokens hold."""
         if len(ids) <= budget:
             return _Fitted(rendered, 0, ids)
         field, side = shrinkable(rendered, self.rules.shrink), self.rules.shrink_side

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -55,11 +56,11 @@ def lay_out(
     order = sorted(range(len(token_ids)), key=lambda i: token_ids[i].astype(">u4").tobytes())
     common = np.zeros(len(order), dtype=np.int64)  # tokens that a sorted example shares with the next
     if share_prefix:
-        common[:-1] = [_common(token_ids[a], token_ids[b]) for a, b in zip(order, order[1:], strict=False)]
+        common[:-1] = [_common(token_ids[a], token_ids[b]) for a, b in pairwise(order)]
 
     segments: list[Segment] = []
     chunks: list[np.ndarray] = []
-    paths: list[list[np.ndarray]] = [[] for _ in token_ids]  # example -> its tokens' flat positions, by segment
+    paths: list[list[np.ndarray]] = [[] for _ in token_ids]  # example -> its flat positions, by segment
     positions: list[np.ndarray] = []
     pending: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
     while pending:  # sorted examples [low, high) that agree up to `depth`, which `parent` ends at
@@ -100,7 +101,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 def _runs(common: np.ndarray, low: int, high: int, least: int) -> list[tuple[int, int]]:
     """Maximal runs of sorted neighbours in [low, high) that share at least `least` tokens each with the next."""
     breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < least] + [high]
-    return list(zip(breaks, breaks[1:], strict=False))
+    return list(pairwise(breaks))
 
 
 def _trained_pairs(

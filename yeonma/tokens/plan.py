@@ -64,7 +64,9 @@ def make_plan(
     return Plan(positions, lengths, batch_size, seed, steps, group_by_length)
 
 
-def epoch_order(count: int, seed: int, epoch: int, batch_size: int, lengths: np.ndarray | None = None) -> np.ndarray:
+def epoch_order(
+    count: int, seed: int, epoch: int, batch_size: int, lengths: np.ndarray | None = None
+) -> np.ndarray:
     """A permutation of range(count). With `lengths`, examples of similar length fall into one step."""
     random = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = random.permutation(count)
@@ -86,7 +88,9 @@ def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
     return _balanced(lengths, processes, most=len(lengths))
 
 
-def micro_batches(lengths: Sequence[int], most_examples: int, most_tokens: int | None = None) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], most_examples: int, most_tokens: int | None = None
+) -> list[list[int]]:
     """Indices into `lengths` of each micro-batch: as few as the limits allow, and of about equal token counts.
 
     An example longer than `most_tokens` goes alone.
@@ -98,7 +102,9 @@ def micro_batches(lengths: Sequence[int], most_examples: int, most_tokens: int |
         count = max(count, ceil(sum(min(length, most_tokens) for length in lengths) / most_tokens))
     while True:
         batches = _balanced(lengths, count, most_examples)
-        if most_tokens is None or all(len(b) < 2 or sum(lengths[i] for i in b) <= most_tokens for b in batches):
+        if most_tokens is None or all(
+            len(b) < 2 or sum(lengths[i] for i in b) <= most_tokens for b in batches
+        ):
             return [batch for batch in batches if batch]
         count += 1
 

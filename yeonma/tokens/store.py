@@ -141,7 +141,7 @@ class StoreWriter:
         files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
         meta = {**about, "counts": asdict(self.counts), "files": files}
         with open(self.folder / _META, "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
+            file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
             _to_disk(file)
         for data in self.files.values():
             _to_disk(data)
@@ -156,15 +156,15 @@ class StoreWriter:
 def open_store(folder: Path, key: str) -> TokenStore | None:
     """The store in `folder`; None where there is none of this key, or any of its files is damaged."""
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        whole = meta["key"] == key and all(
-            _sum_of(folder / name) == (known["bytes"], known["crc32"])
-            for name, known in meta["files"].items()
-        )
+        known = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta, files = known["meta"], known["meta"]["files"]
+        whole = zlib.crc32(_canonical(meta).encode()) == known["crc32"] and meta["key"] == key
+        if not whole or any(
+            _sum_of(folder / name) != (of["bytes"], of["crc32"]) for name, of in files.items()
+        ):
+            return None
         counts = Counts(**{**meta["counts"], "variants": tuple(meta["counts"]["variants"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if not whole or set(meta["files"]) != {*(f"{name}.bin" for name in _ARRAYS), _LEFT_OUT}:
         return None
     arrays: dict[str, Any] = {
         name: np.asarray(np.memmap(folder / f"{name}.bin", dtype=kind, mode="r"))
@@ -227,6 +227,10 @@ def _sum_of(path: Path) -> tuple[int, int]:
         while piece := file.read(_BYTES_A_READ):
             size, total = size + len(piece), zlib.crc32(piece, total)
     return size, total
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def _to_disk(file: Any) -> None:

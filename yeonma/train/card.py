@@ -40,11 +40,12 @@ def write_card(
     dataset: Dataset,
     asked: Part,
     command: str,
+    kept: int,
     rows: int,
 ) -> None:
-    """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card."""
+    """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
     samples = take_samples(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
-    text = card_text(output, samples, read_metrics(output / "metrics.jsonl"), command)
+    text = card_text(output, samples, read_metrics(output / "metrics.jsonl"), command, kept)
     write_text_atomically(output / "README.md", text)
 
 
@@ -59,7 +60,9 @@ def take_samples(
     longest = max(len(asked.store.example(firsts[row.number]).token_ids) for row in rows)
     new_tokens = min(MOST_NEW_TOKENS, max(1, dataset.rules.cutoff_len - 1), longest)
     asking = [dataset.template.render(row, columns, with_answer=False) for row in rows]
-    prompts = encode_prompts(asking, rows, tokenizer, dataset.rules, min(new_tokens, dataset.rules.cutoff_len // 2))
+    prompts = encode_prompts(
+        asking, rows, tokenizer, dataset.rules, min(new_tokens, dataset.rules.cutoff_len // 2)
+    )
     options: dict[str, Any] = {
         "stop_ids": stop_ids(tokenizer, chat=asking[0].answer_role is not None),
         "max_new_tokens": new_tokens,
@@ -85,10 +88,11 @@ def _wanted(rendered: Any) -> str:
     return "".join(piece.text for piece in rendered.turns[-1].pieces)
 
 
-def card_text(output: Path, samples: Sequence[Sample], metrics: Sequence[Mapping[str, Any]], command: str) -> str:
+def card_text(
+    output: Path, samples: Sequence[Sample], metrics: Sequence[Mapping[str, Any]], command: str, kept: int
+) -> str:
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
-    steps = [each for each in metrics if not each.get("evaluation")]
     looks = [each for each in metrics if each.get("evaluation")]
     lines = [
         "---",
@@ -101,19 +105,19 @@ def card_text(output: Path, samples: Sequence[Sample], metrics: Sequence[Mapping
         f"# {output.resolve().name}",
         "",
         f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} examples "
-        f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {len(steps):,} steps. "
+        f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {kept:,} steps. "
         f"{trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
         "",
     ]
     if looks:
-        first, best = looks[0], min(looks, key=lambda each: each["loss"] if each["loss"] is not None else float("inf"))
+        before, after = looks[0], next(each for each in looks if each["step"] == kept)
         lines += [
             "| validation | loss | perplexity | step |",
             "| --- | --- | --- | --- |",
-            f"| before | {_number(first['loss'])} | {_number(first['perplexity'])} | {first['step']} |",
-            f"| after | {_number(best['loss'])} | {_number(best['perplexity'])} | {best['step']} |",
+            f"| before | {_number(before['loss'])} | {_number(before['perplexity'])} | {before['step']} |",
+            f"| after | {_number(after['loss'])} | {_number(after['perplexity'])} | {after['step']} |",
             "",
-            "Both are per trained token; `after` is the evaluation with the lowest loss.",
+            "Both are per trained token; `after` is the adapter in this folder.",
             "",
         ]
     lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]

@@ -53,7 +53,11 @@ def checkpoints(output: Path) -> list[Path]:
     found = [
         path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def write_checkpoint(
@@ -97,13 +101,24 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def newest_whole(output: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
-    """The newest checkpoint whose files are what the manifest says; damaged ones are named and passed over."""
+    """The newest checkpoint to continue from; damaged ones are named and passed over."""
     for checkpoint in reversed(checkpoints(output)):
         try:
-            return checkpoint, read_state(checkpoint)
+            return checkpoint, read_whole(checkpoint)
         except UserError as error:
-            say(f"passing over a damaged checkpoint: {error}")
+            say(f"passing over {checkpoint.name}, which is damaged: {error}")
     return None
+
+
+def read_whole(checkpoint: Path) -> RunState:
+    """The state of a checkpoint to continue from. The best one so far must be whole too: it may become the result.
+
+    Raises UserError naming the first damaged file.
+    """
+    state = read_state(checkpoint)
+    if state.best_step not in (None, state.step):
+        read_state(checkpoint_path(checkpoint.parent, state.best_step))
+    return state
 
 
 def read_tensors(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -121,7 +136,7 @@ def rotate(output: Path, limit: int | None, keep: int | None) -> None:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
 ) -> dict[str, torch.Tensor]:
     """Optimizer state as flat tensors, `name/exp_avg` and so on."""
     return {
@@ -133,7 +148,7 @@ def optimizer_tensors(
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
-    names: Mapping[torch.nn.Parameter, str],
+    names: Mapping[torch.Tensor, str],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     by_name = {name: parameter for parameter, name in names.items()}

@@ -52,24 +52,20 @@ def sum_gradients(
 ) -> torch.Tensor:
     """Sum the gradients of all processes, and `extra` (a small float32 vector) with them, in one all-reduce.
 
-    A process that had no examples this step takes part with zeros. Returns the summed `extra`.
+    A process that had no examples this step takes part with zeros. A parameter that no process has a gradient for
+    keeps none, as it would in one process. Returns the summed `extra`.
     """
     if group.count == 1:
         return extra
     trained = list(parameters)
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat(
-        [parameter.grad.float().reshape(-1) for parameter in trained if parameter.grad is not None] + [extra]
-    )
+    held = extra.new_tensor([parameter.grad is not None for parameter in trained])
+    grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in trained]
+    flat = torch.cat([*(grad.float().reshape(-1) for grad in grads), held, extra])
     dist.all_reduce(flat)
-    start = 0
-    for parameter in trained:
-        assert parameter.grad is not None
-        parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
-        start += parameter.numel()
-    return flat[start:]
+    *sums, held, extra = flat.split([*(grad.numel() for grad in grads), len(held), len(extra)])
+    for parameter, grad, total, holders in zip(trained, grads, sums, held.tolist(), strict=True):
+        parameter.grad = grad.copy_(total.view_as(grad)) if holders else None
+    return extra
 
 
 def gather_bytes(group: Processes, mine: torch.Tensor) -> list[torch.Tensor]:

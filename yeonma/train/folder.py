@@ -15,11 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Problem, UserError
-from yeonma.train.checkpoint import RunState, checkpoints, newest_whole, read_state, write_text_atomically
+from yeonma.train.checkpoint import (
+    RunState,
+    checkpoints,
+    newest_whole,
+    read_whole,
+    step_of,
+    write_text_atomically,
+)
 
 RUN = "run.json"
-OURS = (RUN, "settings.yaml", "metrics.jsonl", "loss.png", "README.md", "yeonma.json", "template.txt")
-PEFTS = ("adapter_config.json", "adapter_model.safetensors")
+# What a run leaves behind beside run.json and checkpoints, as patterns.
+OURS = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "yeonma.json", "template.txt", "adapter_*")
+TOKENIZERS = (
+    "tokenizer*",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -31,15 +46,22 @@ class Start:
     finished: bool = False
 
 
-def check_writable(output: Path, base: str) -> None:
-    """Raises UserError, having left nothing behind, where the folder is the base's own or cannot be written."""
-    if output.exists() and Path(base).is_dir() and output.resolve() == Path(base).resolve():
-        raise UserError("it is the base model's own folder", place="output_dir", cure="give another folder")
+def check_writable(output: Path, base: str, continued: str | None) -> None:
+    """Raises UserError, having left nothing behind, where the folder is the base's own, or that of the adapter to be
+    continued, or cannot be written."""
+    for owner, path in (("base model", base), ("adapter to continue", continued)):
+        if path is not None and output.exists() and output.resolve() == Path(path).resolve():
+            what = f"it is the folder of the {owner}"
+            raise UserError(what, place=f"output_dir {output}", cure="give another folder")
     if output.exists() and not output.is_dir():
         raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
-    existing = output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
+    existing = (
+        output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
+    )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError("cannot be written", place=str(existing), cure="give an output_dir that you may write to")
+        raise UserError(
+            "cannot be written", place=str(existing), cure="give an output_dir that you may write to"
+        )
 
 
 def find_start(
@@ -49,23 +71,25 @@ def find_start(
 
     Raises UserError where it holds another run, or something that is no run at all.
     """
+    explicit = None if resume in ("latest", "none") else Path(resume).expanduser()
+    if explicit is not None:
+        _check_explicit(explicit, output, overwrite)
     if overwrite:
         return Start()
-    explicit = None if resume in ("latest", "none") else Path(resume)
-    if explicit is not None and not explicit.is_dir():
-        raise UserError("no such checkpoint", place=f"resume_from_checkpoint {resume}", cure="give its folder, or latest")
     if not (output / RUN).is_file():
-        foreign = [name for name in (*PEFTS, "config.json", "yeonma.json") if (output / name).exists()]
-        if foreign or checkpoints(output):
-            what = f"it already holds something else ({', '.join(foreign) or 'checkpoints'})"
-            raise UserError(what, place=f"output_dir {output}", cure="give another folder, or --overwrite true")
+        foreign = [*_left_behind(output), *checkpoints(output), *output.glob("config.json")]
+        if foreign:
+            names = ", ".join(path.name for path in foreign)
+            cure = "give another folder, or --overwrite true"
+            what = f"it holds files that no run left there ({names})"
+            raise UserError(what, place=f"output_dir {output}", cure=cure)
     else:
-        run = json.loads((output / RUN).read_text("utf-8"))
-        _check_same(identity, run["identity"], str(output))
-        if run["finished"] and explicit is None and resume == "latest":
+        former, finished = _read_run(output / RUN)
+        _check_same(identity, former, str(output))
+        if finished and resume == "latest":
             return Start(finished=True)
     if explicit is not None:
-        state = read_state(explicit)
+        state = read_whole(explicit)
         _check_same(identity, state.identity, str(explicit))
         return Start(explicit, state)
     found = newest_whole(output, say) if resume == "latest" else None
@@ -75,10 +99,32 @@ def find_start(
     return Start(*found)
 
 
+def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
+    place = f"resume_from_checkpoint {checkpoint}"
+    if overwrite:
+        raise UserError("overwrite would remove it", place=place, cure="give one of the two")
+    if not checkpoint.is_dir():
+        raise UserError("no such checkpoint", place=place, cure="give its folder, or latest")
+    if checkpoint.resolve().parent != output.resolve():  # its metrics and its best checkpoint lie there
+        raise UserError(
+            "it belongs to another output_dir", place=place, cure=f"give --output_dir {checkpoint.parent}"
+        )
+
+
+def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
+    """The identity of the run that the folder holds, and whether it is finished."""
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        return dict(run["identity"]), bool(run["finished"])
+    except (ValueError, KeyError, TypeError) as error:
+        cure = "give another output_dir, or --overwrite true"
+        raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
+
+
 def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], place: str) -> None:
     mine = json.loads(json.dumps(mine))
     differences = [
-        Problem(f"{key} was {theirs.get(key)!r} and is now {mine.get(key)!r}", place)
+        Problem(_difference(key, theirs.get(key), mine.get(key)), place)
         for key in sorted({*mine, *theirs})
         if mine.get(key) != theirs.get(key)
     ]
@@ -87,18 +133,31 @@ def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], place: str) 
         raise UserError([*differences, Problem("the folder holds another run", place, cure)])
 
 
-def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, *, fresh: bool) -> None:
-    """Make the folder this run's. `fresh` removes what a former run of ours left there, and nothing else."""
+def _difference(key: str, before: object, now: object) -> str:
+    if key.startswith("content of"):  # SHA-256 sums say nothing to a reader
+        return f"the {key} has changed"
+    return f"{key} was {before!r} and is now {now!r}"
+
+
+def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: Start) -> None:
+    """Make the folder this run's. What a former run of ours left there goes, and nothing else: all of it where the
+    run starts anew, else the checkpoints after the one to continue from, whose steps are done again."""
     output.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for name in (*OURS, *PEFTS):
-            (output / name).unlink(missing_ok=True)
-        for checkpoint in checkpoints(output):
+    mark(output, identity, finished=False)
+    if start.checkpoint is None:
+        for path in _left_behind(output):
+            path.unlink()
+    for checkpoint in checkpoints(output):
+        if start.state is None or step_of(checkpoint) > start.state.step:
             shutil.rmtree(checkpoint)
     for partial in output.glob(".*.partial"):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
     write_text_atomically(output / "settings.yaml", settings_yaml)
-    mark(output, identity, finished=False)
+
+
+def _left_behind(output: Path) -> list[Path]:
+    found = (path for pattern in (*OURS, *TOKENIZERS) for path in output.glob(pattern))
+    return sorted(path for path in found if path.is_file())
 
 
 def mark(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:

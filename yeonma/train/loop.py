@@ -65,13 +65,12 @@ class StepResult:
 def train_step(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> StepResult:
     """One update over the examples at `positions` of the store. Raises UserError, before the update, if the loss or
     the gradient is not finite."""
-    mine = positions[shares(store.lengths[positions].tolist(), tuning.group.count)[tuning.group.rank]]
     trained_tokens = int(store.trained_counts[positions].sum())
 
     loss = torch.zeros(1, device=tuning.model.device)
-    for members in micro_batches(store.lengths[mine].tolist(), tuning.micro.most_examples, tuning.micro.most_tokens):
-        loss_sum = tuning.objective(_logprobs(tuning, store, mine[members]))
-        (loss_sum / trained_tokens).backward()  # type: ignore[no-untyped-call]
+    for members in _my_micro_batches(tuning, store, positions):
+        loss_sum = tuning.objective(_logprobs(tuning, store, members))
+        (loss_sum / trained_tokens).backward()
         loss += loss_sum.detach() / trained_tokens
 
     loss = sum_gradients(tuning.group, tuning.parameters.values(), loss)
@@ -87,13 +86,25 @@ def train_step(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> Step
     return StepResult(float(loss), float(grad_norm), learning_rate, len(positions), tokens, trained_tokens)
 
 
+def _my_micro_batches(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> list[np.ndarray]:
+    """This process's share of the examples at `positions`, as it goes through the model; empty where it has none."""
+    mine = positions[shares(store.lengths[positions].tolist(), tuning.group.count)[tuning.group.rank]]
+    micro = tuning.micro
+    batches = micro_batches(store.lengths[mine].tolist(), micro.most_examples, micro.most_tokens)
+    return [mine[members] for members in batches]
+
+
 def _logprobs(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> torch.Tensor:
     examples = [store.example(int(position)) for position in positions]
     token_ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
-    return example_logprobs(tuning.model, tuning.how, token_ids, trained, share_prefix=tuning.micro.share_prefix)
+    return example_logprobs(
+        tuning.model, tuning.how, token_ids, trained, share_prefix=tuning.micro.share_prefix
+    )
 
 
-def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, store: TokenStore, positions: np.ndarray) -> None:
+def _check_finite(
+    loss: torch.Tensor, grad_norm: torch.Tensor, store: TokenStore, positions: np.ndarray
+) -> None:
     if bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad_norm)):
         return
     rows = ", ".join(str(row) for row in sorted({int(row) for row in store.row_numbers[positions]}))
@@ -104,15 +115,16 @@ def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, store: TokenStore
     )
 
 
-def evaluate(tuning: Tuning, store: TokenStore, positions: np.ndarray, at_step: int, epoch: float) -> EvaluationRecord:
+def evaluate(
+    tuning: Tuning, store: TokenStore, positions: np.ndarray, at_step: int, epoch: float
+) -> EvaluationRecord:
     """Mean loss over the trained tokens of `positions`, dropout off; every process looks at its share."""
     started = time.perf_counter()
-    mine = positions[shares(store.lengths[positions].tolist(), tuning.group.count)[tuning.group.rank]]
     total = torch.zeros(1, dtype=torch.float64)
     tuning.model.eval()
-    with torch.inference_mode():
-        for members in micro_batches(store.lengths[mine].tolist(), tuning.micro.most_examples, tuning.micro.most_tokens):
-            total += -_logprobs(tuning, store, mine[members]).double().sum().cpu()
+    with torch.no_grad():
+        for members in _my_micro_batches(tuning, store, positions):
+            total += -_logprobs(tuning, store, members).double().sum().cpu()
     tuning.model.train()
     on_device = total.to(tuning.model.device)
     trained_tokens = int(store.trained_counts[positions].sum())
@@ -160,7 +172,7 @@ def run_steps(
         random = random_tensors(tuning.group, tuning.model.device)
         if tuning.group.first:
             watch.before_save()
-            names = {parameter: name for name, parameter in tuning.parameters.items()}
+            names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}
             write_checkpoint(output, state, write_adapter, optimizer_tensors(tuning.optimizer, names), random)
             rotate(output, rhythm.save_total_limit, state.best_step)
 
@@ -169,13 +181,15 @@ def run_steps(
             return state
         record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
         watch.evaluation(record)
-        if tuning.by_metric and state.step > 0:
+        if state.step == 0:  # to compare with; the adapter has learnt nothing that one might keep
+            return state
+        if tuning.by_metric:
             tuning.scheduler.step(record.loss)
             state = replace(state, schedule=tuning.scheduler.state_dict())
-        gained = state.best_loss is None or record.loss < state.best_loss - rhythm.threshold
-        if not gained:
-            return replace(state, evaluations_without_gain=state.evaluations_without_gain + 1)
-        return replace(state, best_loss=record.loss, best_step=state.step, evaluations_without_gain=0)
+        best = math.inf if state.best_loss is None else state.best_loss
+        gained = record.loss < best - rhythm.threshold  # false where it is NaN, as below
+        state = replace(state, evaluations_without_gain=0 if gained else state.evaluations_without_gain + 1)
+        return replace(state, best_loss=record.loss, best_step=state.step) if record.loss < best else state
 
     tuning.model.train()
     if state.step == 0:

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from transformers import get_scheduler
 
 from yeonma.configure import group_of, to_yaml
-from yeonma.errors import UserError
 from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.lora import speed_up
 from yeonma.settings import (
-    DataSettings,
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
     RunSettings,
     StepSettings,
-    TokenSettings,
 )
-from yeonma.tokens.dataset import Dataset, prepare_dataset
-from yeonma.tokens.plan import Plan, make_plan
+from yeonma.tokens.plan import Plan
 from yeonma.train import folder
 from yeonma.train.card import write_card
 from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
 from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import MicroBatching, Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.objectives import sft_loss
+from yeonma.train.prepare import BY_METRIC, Prepared, continued_adapter, make_schedule, prepare
 from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
 from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
-
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
 
 
 def run_sft(settings: Mapping[type, object]) -> Path:
@@ -53,151 +44,34 @@ def run_sft(settings: Mapping[type, object]) -> Path:
     source = load.find_base(
         model_settings.base_model, model_settings.model_revision, model_settings.trust_remote_code
     )
-    folder.check_writable(output, source.name)
+    continued = continued_adapter(model_settings, source)
+    folder.check_writable(output, source.name, continued)
     device = load.pick_device(model_settings.device)
     with processes(device) as group:
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
         say = partial(console.out, highlight=False)
-        prepared = _prepare(settings, source, say)
+        prepared = prepare(settings, source, continued, say)
         start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, say)
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
-        wait(group)  # nobody writes before everybody has looked
+        loaded = _load_model(settings, source, device, prepared, say)
+        tuning = _tuning(settings, loaded, prepared.plan, group)
+        wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
-            settings_yaml = to_yaml(*settings.values())
-            folder.begin(output, prepared.identity, settings_yaml, fresh=start.checkpoint is None)
-        _train(settings, source, device, group, console, prepared, start, output)
+            folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
+        _train(settings, loaded, tuning, console, prepared, start, output)
         wait(group)
     return output
 
 
 @dataclass(frozen=True)
-class Prepared:
-    tokenizer: Any
-    dataset: Dataset
-    plan: Plan
-    adapter: str | None  # an adapter folder to continue
-    identity: dict[str, Any]
+class Loaded:
+    """The base with its adapter on top, ready to train; how to get log-probabilities; and yeonma.json's contents."""
 
-
-def _prepare(settings: Mapping[type, object], source: load.BaseSource, say: Callable[[str], None]) -> Prepared:
-    """Tokenizer, data and plan; everything the user may have to mend comes up here, before weights are loaded."""
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
-    evaluation = group_of(settings, EvaluationSettings)
-    load.pick_dtype(model.dtype, load.pick_device(model.device))
-    config, tokenizer = load.load_config(source), load.load_tokenizer(source)
-    load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
-    continued = model.adapter or source.adapter
-    if continued is not None:
-        adapters.read_adapter_folder(continued)
-
-    def progress(rows: int) -> None:
-        say(f"tokenised {rows:,} rows")
-
-    data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress)
-    needs_validation = {
-        "lr_scheduler": step.lr_scheduler in BY_METRIC,
-        "early_stopping_patience": evaluation.early_stopping_patience is not None,
-    }
-    for name, needed in needs_validation.items():
-        if needed and dataset.validation is None:
-            raise UserError("it follows the validation loss", place=name, cure="give val_set_size or val_data_path")
-    lengths = dataset.train.store.lengths[dataset.train.positions]
-    plan = make_plan(
-        dataset.train.positions,
-        lengths,
-        batch_size=step.batch_size,
-        seed=step.seed,
-        num_epochs=step.num_epochs,
-        max_steps=step.max_steps,
-        group_by_length=step.group_by_length,
-    )
-    return Prepared(tokenizer, dataset, plan, continued, _identity(settings, source, dataset, plan, continued))
-
-
-def _identity(
-    settings: Mapping[type, object],
-    source: load.BaseSource,
-    dataset: Dataset,
-    plan: Plan,
-    continued: str | None,
-) -> dict[str, Any]:
-    """What the result depends on: the rows, their tokens, the base, and the settings that are mathematics."""
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
-    evaluation = group_of(settings, EvaluationSettings)
-    speed = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
-    validation = dataset.validation
-    return {
-        "objective": "sft",
-        "base_model": source.name,
-        "model_revision": source.revision,
-        "adapter": continued,
-        "dtype": model.dtype,
-        "train_tokens": dataset.train.store.key,
-        "train_rows": hashlib.sha256(np.ascontiguousarray(dataset.train.positions)).hexdigest(),
-        "validation_tokens": validation.store.key if validation else None,
-        "steps": plan.total_steps,
-        **asdict(group_of(settings, LoraSettings)),
-        **{name: value for name, value in asdict(step).items() if name not in speed},
-        **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
-    }
-
-
-def _train(
-    settings: Mapping[type, object],
-    source: load.BaseSource,
-    device: torch.device,
-    group: Processes,
-    console: Console,
-    prepared: Prepared,
-    start: folder.Start,
-    output: Path,
-) -> None:
-    step, run = group_of(settings, StepSettings), group_of(settings, RunSettings)
-    evaluation = group_of(settings, EvaluationSettings)
-    say = partial(console.out, highlight=False)
-    peft_model, how, details = _load_model(settings, source, device, prepared, say)
-    tuning = _tuning(settings, peft_model, how, prepared.plan, group)
-
-    def write_adapter(place: Path) -> None:
-        adapters.write_adapter(place, peft_model, prepared.tokenizer, prepared.dataset.template, details)
-
-    state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
-    if start.checkpoint is not None and start.state is not None:
-        _restore(tuning, peft_model, start.checkpoint, start.state)
-        say(f"continuing after step {state.step} of {prepared.plan.total_steps}, from {start.checkpoint}")
-    else:
-        torch.manual_seed(step.seed + 1000 * (group.rank + 1))  # dropout: its own numbers in every process
-    rhythm = Rhythm(
-        eval_steps=evaluation.eval_steps or prepared.plan.steps_per_epoch,
-        save_steps=run.save_steps or prepared.plan.steps_per_epoch,
-        save_total_limit=run.save_total_limit,
-        patience=evaluation.early_stopping_patience,
-        threshold=evaluation.early_stopping_threshold,
-    )
-    validation = prepared.dataset.validation
-    held_out = (validation.store, validation.positions) if validation else None
-    arguments = (tuning, prepared.plan, prepared.dataset.train.store, held_out, rhythm, state, output, write_adapter)
-    if not group.first:
-        silent = Watch(lambda _: None, lambda _: None, lambda: None, lambda _: None)
-        state = run_steps(*arguments, silent)
-    else:
-        state = _watched(settings, arguments, console, prepared.plan, state, output)
-    if evaluation.keep_best and state.best_step is not None and state.best_step != state.step:
-        say(f"the adapter of step {state.best_step} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
-        load_weights(peft_model, checkpoint_path(output, state.best_step))
-    if group.first:
-        folder.install(output, write_adapter)
-        plot_loss(output / "metrics.jsonl", output / "loss.png")
-        asked = validation or prepared.dataset.train
-        command = f"yeonma sft --config settings.yaml   # the settings below\n\n{to_yaml(*settings.values())}"
-        write_card(
-            output, peft_model, how, prepared.tokenizer, prepared.dataset, asked, command, evaluation.card_rows
-        )
-        folder.mark(output, prepared.identity, finished=True)
-        say(f"the adapter is in {output}")
+    peft_model: Any
+    how: Forward
+    details: dict[str, Any]
 
 
 def _load_model(
@@ -206,8 +80,7 @@ def _load_model(
     device: torch.device,
     prepared: Prepared,
     say: Callable[[str], None],
-) -> tuple[Any, Forward, dict[str, Any]]:
-    """The base with its adapter on top, ready to train; how to get log-probabilities; and yeonma.json's contents."""
+) -> Loaded:
     model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
     base = load.load_base(source, device, load.pick_dtype(model_settings.dtype, device))
     identity = adapters.base_identity(base, source)
@@ -228,10 +101,14 @@ def _load_model(
         )
         peft_model = load.add_lora(base, shape, group_of(settings, StepSettings).seed)
     if model_settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        # by its later name where transformers has it: the former one warns there
+        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     speed_up(base)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
-    say(f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}")
+    say(
+        f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
+    )
     dataset = prepared.dataset
     details = adapters.describe(
         identity,
@@ -248,14 +125,12 @@ def _load_model(
             "shortened": dataset.train.store.counts.shortened,
         },
     )
-    return peft_model, how, details
+    return Loaded(peft_model, how, details)
 
 
-def _tuning(
-    settings: Mapping[type, object], peft_model: Any, how: Forward, plan: Plan, group: Processes
-) -> Tuning:
+def _tuning(settings: Mapping[type, object], loaded: Loaded, plan: Plan, group: Processes) -> Tuning:
     step = group_of(settings, StepSettings)
-    parameters = {name: each for name, each in peft_model.named_parameters() if each.requires_grad}
+    parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(),
         lr=step.learning_rate,
@@ -264,23 +139,78 @@ def _tuning(
         weight_decay=step.weight_decay,
         fused=True,
     )
-    warmup = step.warmup_steps or math.ceil(step.warmup_ratio * plan.total_steps)
-    try:
-        scheduler = get_scheduler(step.lr_scheduler, optimizer, warmup, plan.total_steps, step.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{step.lr_scheduler} does not take them ({error})", place="lr_scheduler_kwargs") from error
     return Tuning(
-        model=peft_model.get_base_model(),
-        how=how,
+        model=loaded.peft_model.get_base_model(),
+        how=loaded.how,
         parameters=parameters,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=make_schedule(step, optimizer, plan.total_steps),
         by_metric=step.lr_scheduler in BY_METRIC,
         max_grad_norm=step.max_grad_norm,
         micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
         objective=sft_loss,
         group=group,
     )
+
+
+def _train(
+    settings: Mapping[type, object],
+    loaded: Loaded,
+    tuning: Tuning,
+    console: Console,
+    prepared: Prepared,
+    start: folder.Start,
+    output: Path,
+) -> None:
+    run, evaluation = group_of(settings, RunSettings), group_of(settings, EvaluationSettings)
+    say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
+    dataset, peft_model = prepared.dataset, loaded.peft_model
+
+    def write_adapter(place: Path) -> None:
+        adapters.write_adapter(place, peft_model, prepared.tokenizer, dataset.template, loaded.details)
+
+    # dropout: its own numbers in every process
+    torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
+    state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
+    if start.checkpoint is not None and start.state is not None:
+        _restore(tuning, peft_model, start.checkpoint, start.state)
+        say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
+    rhythm = Rhythm(
+        eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
+        save_steps=run.save_steps or plan.steps_per_epoch,
+        save_total_limit=run.save_total_limit,
+        patience=evaluation.early_stopping_patience,
+        threshold=evaluation.early_stopping_threshold,
+    )
+    held_out = (dataset.validation.store, dataset.validation.positions) if dataset.validation else None
+    steps = partial(
+        run_steps, tuning, plan, dataset.train.store, held_out, rhythm, state, output, write_adapter
+    )
+    if not group.first:
+        steps(Watch(lambda _: None, lambda _: None, lambda: None, lambda _: None))
+        return
+    state = _watched(settings, steps, console, plan.total_steps, state.step, output)
+    kept = state.step if state.best_step is None or not evaluation.keep_best else state.best_step
+    if kept != state.step:
+        say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
+        load_weights(peft_model, checkpoint_path(output, kept))
+    folder.install(output, write_adapter)
+    plot_loss(output / "metrics.jsonl", output / "loss.png")
+    asked = dataset.validation or dataset.train
+    command = f"yeonma sft --config settings.yaml   # the settings below\n\n{to_yaml(*settings.values())}"
+    write_card(
+        output,
+        peft_model,
+        loaded.how,
+        prepared.tokenizer,
+        dataset,
+        asked,
+        command,
+        kept,
+        evaluation.card_rows,
+    )
+    folder.mark(output, prepared.identity, finished=True)
+    say(f"the adapter is in {output}")
 
 
 def _restore(tuning: Tuning, peft_model: Any, checkpoint: Path, state: RunState) -> None:
@@ -303,19 +233,19 @@ def load_weights(peft_model: Any, checkpoint: Path) -> None:
 
 def _watched(
     settings: Mapping[type, object],
-    arguments: tuple[Any, ...],
+    steps: Callable[[Watch], RunState],
     console: Console,
-    plan: Plan,
-    state: RunState,
+    total_steps: int,
+    start_step: int,
     output: Path,
 ) -> RunState:
-    """`run_steps` with progress, metrics.jsonl and trackers."""
+    """The steps, with progress, metrics.jsonl and trackers."""
     run = group_of(settings, RunSettings)
     flat = {name: value for group in settings.values() for name, value in vars(group).items()}
     with (
-        open_metrics(output / "metrics.jsonl", state.step or None) as metrics,
-        open_trackers(run.report_to, run.run_name, output, flat, state.step) as trackers,
-        Progress(plan.total_steps, state.step, run.logging_steps, console) as progress,
+        open_metrics(output / "metrics.jsonl", start_step or None) as metrics,
+        open_trackers(run.report_to, run.run_name, output, flat, start_step) as trackers,
+        Progress(total_steps, start_step, run.logging_steps, console) as progress,
     ):
 
         def step(record: StepRecord) -> None:
@@ -329,4 +259,4 @@ def _watched(
             progress.evaluation(record)
             trackers.log(record.step, tracked(record))
 
-        return run_steps(*arguments, Watch(step, evaluation, metrics.sync, progress.say))
+        return steps(Watch(step, evaluation, metrics.sync, progress.say))

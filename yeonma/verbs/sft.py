@@ -31,5 +31,11 @@ def _start_processes(settings: Mapping[type, object], processes: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "settings.yaml"
         config.write_text(to_yaml(*settings.values()), encoding="utf-8")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
         return subprocess.call([*torchrun, "-m", "yeonma", "sft", "--config", str(config)], env=environment)

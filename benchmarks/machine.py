@@ -1,0 +1,62 @@
+"""What a measurement was made on, and what the process uses: from /proc, so on Linux alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MATRIX = 2048
+REPEATS = 7
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    system = f"{platform.system()} {platform.release()}"
+    return {"cpu": cpu, "cores": cores(), "memory_bytes": memory_bytes, "system": system}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def own_bytes(field: str) -> int:
+    """A memory field of /proc/self/status: VmHWM (the highest resident size so far), VmRSS, RssAnon."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"no {field} in /proc/self/status")
+
+
+def matrix_rate() -> float:
+    """Floating point operations a second of float32 `torch.mm`, the best of several."""
+    import torch
+
+    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+    product = torch.empty(MATRIX, MATRIX)
+    seconds = []
+    for _ in range(REPEATS + 1):  # the first is warm-up
+        started = time.perf_counter()
+        torch.mm(a, b, out=product)
+        seconds.append(time.perf_counter() - started)
+    return 2 * MATRIX**3 / min(seconds[1:])

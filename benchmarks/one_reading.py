@@ -1,0 +1,55 @@
+"""One reading of the generated rows, as a script with a job file, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from machine import own_bytes
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Open and tokenise the rows, looking at the memory at every quarter of them."""
+    from yeonma.model.load import find_base, load_tokenizer
+    from yeonma.settings import TokenSettings
+    from yeonma.text.rows import open_rows
+    from yeonma.text.template import load_template
+    from yeonma.tokens.cache import build_store
+    from yeonma.tokens.dataset import token_rules
+
+    tokenizer = load_tokenizer(find_base(job["model"]))
+    folder = Path(job["folder"])
+    samples: list[dict[str, int]] = []
+    tokenised = 0
+
+    def look(rows: int) -> None:
+        found = {"anonymous_bytes": own_bytes("RssAnon"), "resident_bytes": own_bytes("VmRSS")}
+        samples.append({"rows": rows, **found})
+
+    def progress(rows: int) -> None:
+        nonlocal tokenised
+        tokenised = rows
+        if rows >= (len(samples)) * job["rows"] / 4:
+            look(rows)
+
+    look(0)
+    started = time.perf_counter()
+    rows = open_rows(str(folder / "rows.jsonl"))
+    rules = token_rules(TokenSettings(cache_dir=str(folder)))
+    store = build_store(rows, load_template("title"), None, tokenizer, rules, folder / "cache", progress)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "rows_tokenised": tokenised,
+        "samples": samples,
+        "counts": asdict(store.counts),
+    }
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    (Path(job["folder"]) / "measured.json").write_text(json.dumps(measure(job)), "utf-8")

@@ -1,0 +1,240 @@
+"""Results -> the tables of docs/benchmarks.md. Pure functions of what lies in results/*.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+Run = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender at one workload, over all rounds. Ratios are ours to theirs, round by round."""
+
+    workload: str
+    contender: str
+    tokens_per_second: float
+    ratio: float
+    ratio_least: float
+    ratio_most: float
+    share: float  # of the machine's matrix rate
+    peak_memory_bytes: int
+    loss: float
+    loss_gap: float | None  # to ours, the largest of any step; None where the steps have other rows
+
+
+def tokens_per_second(run: Run) -> float:
+    """Without the first step, which is warm-up."""
+    return sum(run["tokens"][1:]) / sum(run["seconds"][1:])
+
+
+def epoch_loss(run: Run) -> float:
+    """The mean over all trained tokens."""
+    total = sum(loss * count for loss, count in zip(run["losses"], run["trained_tokens"], strict=True))
+    return total / sum(run["trained_tokens"])
+
+
+def loss_gap(run: Run, ours: Run) -> float | None:
+    if run["tokens"] != ours["tokens"]:
+        return None
+    return max(abs(a - b) for a, b in zip(run["losses"], ours["losses"], strict=True))
+
+
+def matrix_rate(result: Mapping[str, Any]) -> float:
+    return median(rate for run in result["runs"] for rate in run["matrix_rates"])
+
+
+def lines(result: Mapping[str, Any]) -> list[Line]:
+    """In the order of the workloads and contenders; those that were never measured together with ours are left out."""
+    rate = matrix_rate(result)
+    operations = (
+        4 * result["model"]["non_embedding_parameters"]
+    )  # a token: forward, and backward to the inputs
+    runs = {(run["workload"], run["contender"], run["round"]): run for run in result["runs"]}
+    rounds = sorted({run["round"] for run in result["runs"]})
+    found = []
+    for workload in result["workloads"]:
+        for contender in result["contenders"]:
+            both = [
+                (runs[workload, contender, number], runs[workload, result["ours"], number])
+                for number in rounds
+                if (workload, contender, number) in runs and (workload, result["ours"], number) in runs
+            ]
+            if not both:
+                continue
+            speed = median(tokens_per_second(theirs) for theirs, _ in both)
+            ratios = [tokens_per_second(ours) / tokens_per_second(theirs) for theirs, ours in both]
+            gaps = [loss_gap(theirs, ours) for theirs, ours in both]
+            known = [gap for gap in gaps if gap is not None]
+            found.append(
+                Line(
+                    workload=workload,
+                    contender=contender,
+                    tokens_per_second=speed,
+                    ratio=median(ratios),
+                    ratio_least=min(ratios),
+                    ratio_most=max(ratios),
+                    share=speed * operations / rate,
+                    peak_memory_bytes=int(median(theirs["peak_memory_bytes"] for theirs, _ in both)),
+                    loss=median(epoch_loss(theirs) for theirs, _ in both),
+                    loss_gap=max(known) if len(known) == len(gaps) else None,
+                )
+            )
+    return found
+
+
+def sft_section(result: Mapping[str, Any]) -> str:
+    """The words and tables about training speed."""
+    found, contenders, ours = lines(result), result["contenders"], result["ours"]
+    rows = [
+        "| workload | contender | tokens/s | Yeonma is | of matrix rate | peak memory | loss |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in found:
+        label = contenders[line.contender]["label"]
+        cells = (
+            line.workload,
+            f"**{label}**" if line.contender == ours else label,
+            f"{line.tokens_per_second:.0f}",
+            "" if line.contender == ours else times(line.ratio, line.ratio_least, line.ratio_most),
+            f"{line.share:.0%}",
+            gigabytes(line.peak_memory_bytes),
+            f"{line.loss:.4f}" + ("" if line.loss_gap is not None else " *"),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    gaps = [line.loss_gap for line in found if line.loss_gap is not None and line.contender != ours]
+    after = []
+    if gaps:
+        after.append(f"The loss of every step is the same for all contenders to {max(gaps):.0e}.")
+    if any(line.loss_gap is None for line in found):
+        after.append("\\* packing puts other rows into a step, so this loss is of other updates.")
+    for failure in result["failures"]:
+        label = contenders[failure["contender"]]["label"]
+        after.append(f"{label} failed at {failure['workload']}: `{failure['error']}`")
+    blocks = [
+        about_run(result),
+        about_workloads(result),
+        "\n".join(rows),
+        " ".join(after),
+        "\n".join(best(result)),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def best(result: Mapping[str, Any]) -> list[str]:
+    """A line a workload: ours against the fastest setting of every other library."""
+    found, contenders = lines(result), result["contenders"]
+    library = {name: about["library"] for name, about in contenders.items()}
+    written = []
+    for workload in result["workloads"]:
+        here = [line for line in found if line.workload == workload]
+        parts = []
+        for other in dict.fromkeys(library.values()):
+            if other == library[result["ours"]]:
+                continue
+            theirs = [line for line in here if library[line.contender] == other]
+            if theirs:
+                line = max(theirs, key=lambda line: line.tokens_per_second)
+                parts.append(
+                    f"{line.ratio:.2f} times {contenders[line.contender]['label']}, its fastest here"
+                )
+        if parts:
+            written.append(f"- {workload}: {'; '.join(parts)}")
+    return written
+
+
+def about_run(result: Mapping[str, Any]) -> str:
+    model, settings = result["model"], result["settings"]
+    rounds = len({run["round"] for run in result["runs"]})
+    steps = max(len(run["seconds"]) for run in result["runs"])
+    sizes = (
+        f"{model['parameters'] / 1e6:.1f}M parameters, {model['non_embedding_parameters'] / 1e6:.1f}M of them"
+    )
+    return (
+        f"{about_machine(result)}\n\n"
+        f"Model: {model['name']} ({model['type']}, {sizes} not embeddings), LoRA r={settings['lora_r']} on "
+        f"{', '.join(settings['targets'])}, float32, batch {settings['batch_size']}. Data: {result['data']['name']}, "
+        f"{settings['rows']} rows a workload. {rounds} rounds of {steps} steps, the first of them not timed. "
+        f"Matrix rate: {matrix_rate(result) / 1e9:.1f} GFLOP/s "
+        f"(float32 `torch.mm` of 2048x2048, the median of all measurements between the runs)."
+    )
+
+
+def about_machine(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, {memory}; {packages}.\n`{result['command']}`"
+
+
+def about_workloads(result: Mapping[str, Any]) -> str:
+    written = []
+    for name, work in result["workloads"].items():
+        tokens, trained = (sum(step[key] for step in work["steps"]) for key in ("tokens", "trained_tokens"))
+        frame = f", {work['frame_tokens']} at the beginning of every row" if work["frame_tokens"] > 15 else ""
+        written.append(f"- `{name}`: {work['about']}; {tokens:,} tokens, {trained:,} of them trained{frame}")
+    return "\n".join(written)
+
+
+def tokenize_section(result: Mapping[str, Any]) -> str:
+    """The words and table about tokenising many rows."""
+    first, second = result["first"], result["second"]
+    rows = ["| rows read | resident, own | resident, all |", "| ---: | ---: | ---: |"]
+    for sample in first["samples"]:
+        own, whole = (megabytes(sample[name]) for name in ("anonymous_bytes", "resident_bytes"))
+        rows.append(f"| {sample['rows']:,} | {own} | {whole} |")
+    counts = first["counts"]
+    return "\n\n".join(
+        [
+            about_machine(result),
+            f"{counts['rows']:,} generated rows ({result['data_bytes'] / 1e6:.0f} MB of jsonl), "
+            f"{counts['tokens']:,} tokens, tokenizer of {result['model']}: {first['seconds']:.1f} s, "
+            f"{counts['rows'] / first['seconds']:,.0f} rows/s, {counts['tokens'] / first['seconds']:,.0f} tokens/s. "
+            f"Memory in the middle of it:",
+            "\n".join(rows),
+            f"The same again in a new process: {second['seconds']:.2f} s, {second['rows_tokenised']} rows tokenised.",
+        ]
+    )
+
+
+def times(middle: float, least: float, most: float) -> str:
+    spread = f" ({least:.2f}-{most:.2f})" if f"{least:.2f}" != f"{most:.2f}" else ""
+    return f"{middle:.2f}x as fast{spread}"
+
+
+def gigabytes(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"
+
+
+def megabytes(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.0f} MB"
+
+
+def put(page: str, name: str, section: str) -> str:
+    """The page with the section between its two comments. Raises ValueError where they are missing."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the comments {begin} and {end} are missing")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+
+
+SECTIONS = {"sft": sft_section, "tokenize_rows": tokenize_section}
+
+
+def page_of(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page with a section for each result, by its name in SECTIONS."""
+    for name, result in results.items():
+        page = put(page, name, SECTIONS[name](result))
+    return page
+
+
+def shown_command(script: str, given: Sequence[str]) -> str:
+    """A command line without the folders of the machine that it ran on."""
+    return " ".join(
+        ["python", f"benchmarks/{script}", *(part.rstrip("/").rpartition("/")[2] for part in given)]
+    )

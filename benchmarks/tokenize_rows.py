@@ -1,0 +1,76 @@
+"""Do many short rows tokenise in constant memory, and not at all the second time?
+
+Makes the rows in a temporary folder and reads them twice, each time in a process of its own. Writes
+results/tokenize_rows.json; --write-docs puts its table into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from machine import machine, versions
+from sft import child, model_to_use, save, write_page
+from tables import shown_command, tokenize_section
+from workloads import HERE, SAMPLE
+
+PACKAGES = ("yeonma", "tokenizers", "transformers", "datasets", "numpy")
+RESULT = HERE / "results" / "tokenize_rows.json"
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Short rows of the bundled sample's words in random order; the same rows every time, no two alike."""
+    words = sorted(set(SAMPLE.read_text("utf-8").replace('"', " ").split()))
+    draw = random.Random(1)
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(count):
+            document = " ".join(draw.choices(words, k=draw.randint(8, 30)))
+            title = " ".join(draw.choices(words, k=draw.randint(3, 8)))
+            file.write(
+                json.dumps({"document": f"{number} {document}", "title": title}, ensure_ascii=False) + "\n"
+            )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--model", type=Path, help="a folder with a tokenizer; else the demo's model")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
+    asked = parser.parse_args(given)
+    model = model_to_use(asked.model)
+    with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as place:
+        folder = Path(place)
+        rows_file = folder / "rows.jsonl"
+        write_rows(rows_file, asked.rows)
+        runs = []
+        for _ in range(2):
+            child("one_reading.py", {"folder": place, "model": model, "rows": asked.rows}, folder / "log")
+            runs.append(json.loads((folder / "measured.json").read_text("utf-8")))
+        result = {
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": shown_command("tokenize_rows.py", sys.argv[1:] if given is None else given),
+            "machine": machine(),
+            "versions": versions(PACKAGES),
+            "model": Path(model).name,
+            "data_bytes": rows_file.stat().st_size,
+            "first": runs[0],
+            "second": runs[1],
+        }
+    save(asked.output, result)
+    print(tokenize_section(result))
+    if asked.write_docs:
+        write_page("tokenize_rows", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

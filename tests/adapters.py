@@ -1,0 +1,68 @@
+"""Adapter folders of tiny models: a base on disk, with a tokenizer, and an adapter with weights that show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from yeonma.model.adapter import base_identity, describe, write_adapter
+from yeonma.model.load import LoraShape, add_lora, find_base, load_base, load_tokenizer
+from yeonma.text.template import load_template
+from yeonma.tokens.example import TokenRules
+
+
+@dataclass(frozen=True)
+class Folders:
+    base: Path
+    adapter: Path
+
+
+def tiny_base(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, layers: int = 2) -> Path:
+    """A whole model on disk: a llama with random weights, as many tokens as the tokenizer has."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_adapter(
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "title",
+    columns: dict[str, str] | None = None,
+    cutoff_len: int = 2048,
+) -> Folders:
+    """A base under `root` and an adapter folder beside it, as a run would leave it."""
+    base = tiny_base(root / "base", tokenizer)
+    source = find_base(str(base))
+    model: Any = load_base(source, torch.device("cpu"), torch.float32)
+    identity = base_identity(model, source)
+    peft_model = add_lora(model, LoraShape(4, 8, 0.0, "all-linear"), seed=0)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:  # zero at the start: without this base and adapter would be one
+                parameter.normal_(std=0.3)
+    folder = root / "OUT"
+    folder.mkdir()
+    parsed = load_template(template)
+    rules = TokenRules(cutoff_len)
+    details = describe(identity, parsed, columns, rules, trust_remote_code=False, trained_on={})
+    write_adapter(folder, peft_model, load_tokenizer(source), parsed, details)
+    return Folders(base, folder)

@@ -1,0 +1,149 @@
+"""Whole runs in the process: a tiny model folder, a small table, `yeonma sft`, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import VOCABULARY, tiny_model
+from yeonma.cli import main
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,:;!?'\"#-_()[]{}/"
+TEMPLATE = "below is an article.\n\n{document}\n\ntitle: {title}"
+WORDS = ("storm", "harbour", "boats", "monday", "wind", "council", "library", "year", "model", "afternoon")
+
+SETTINGS: Mapping[str, object] = {
+    "template": TEMPLATE,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "num_epochs": 1,
+    "learning_rate": 3e-3,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "card_rows": 0,
+}
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """One token a character, fewer than the tiny models' 97; ids 0, 1 and 2 are theirs: pad, bos and eos."""
+    names = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
+    assert len(names) <= VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def model_folder(place: Path, family: str = "llama", seed: int = 0) -> Path:
+    """A model of tests/models.py and its tokenizer, as a folder to give to `--base_model`."""
+    model = tiny_model(family, seed)
+    if family == "llama":
+        model.config.max_position_embeddings = 512  # rotary positions: a number that limits nothing
+    model.save_pretrained(place)
+    characters().save_pretrained(place)
+    return place
+
+
+def articles(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of 1 to 12 words with titles of 1 to 4, no two alike."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(1, 12))]
+        rows.append(
+            {"document": f"{number}. {' '.join(words)}.", "title": " ".join(words[: draw.randint(1, 4)])}
+        )
+    return rows
+
+
+def write_jsonl(place: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    place.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return place
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that has ended, with what it printed."""
+
+    status: int
+    folder: Path
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if not line.get("evaluation")]
+
+    @property
+    def looks(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line.get("evaluation")]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.steps]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "adapter_model.safetensors")
+
+    @property
+    def weight_bytes(self) -> bytes:
+        return (self.folder / "adapter_model.safetensors").read_bytes()
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def arguments(settings: Mapping[str, object]) -> list[str]:
+    """Settings as they stand on a command line; those that are None are left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, list | dict):
+            value = json.dumps(value)
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def sft(output: Path, base: Path, data: Path, **settings: object) -> Done:
+    """`yeonma sft` with small settings, in this process. A mistake of the user's gives status 2."""
+    wanted = {"base_model": base, "data_path": data, "output_dir": output, **SETTINGS, **settings}
+    if settings.get("max_steps") is not None and "num_epochs" not in settings:
+        del wanted["num_epochs"]
+    return command(output, "sft", *arguments(wanted))
+
+
+def trained(output: Path, base: Path, data: Path, **settings: object) -> Done:
+    """The same; it must succeed."""
+    done = sft(output, base, data, **settings)
+    assert done.status == 0, done.err
+    return done
+
+
+def command(output: Path, *words: str) -> Done:
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(list(words))
+    return Done(status, output, out.getvalue(), err.getvalue())

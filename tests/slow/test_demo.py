@@ -1,0 +1,87 @@
+"""The demo on a tiny model: what it leaves behind, what it prints, and that its command is the one it ran."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Done, command, model_folder
+from yeonma import load
+from yeonma.configure import read_settings, to_yaml
+from yeonma.demo import SAMPLES, SFT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    return demo(tmp_path_factory.mktemp("demo") / "out", base)
+
+
+def demo(output: Path, base: Path, *more: str) -> Done:
+    words = ("demo", "--model_dir", str(base), "--quick", "true", "--output_dir", str(output), *more)
+    return command(output, *words)
+
+
+def answers(printed: str) -> list[tuple[str, str]]:
+    return re.findall(r"^  (wanted|before|after ) +(.*)$", printed, re.MULTILINE)
+
+
+def test_the_demo_ends_well_and_leaves_an_adapter_that_answers(done: Done) -> None:
+    assert (done.status, done.err) == (0, "")
+    assert [line["step"] for line in done.steps] == [1, 2, 3, 4]
+    assert isinstance(load(done.folder).generate({"document": "a storm."}, max_new_tokens=4), str)
+
+
+def test_it_shows_three_held_out_rows_wanted_before_and_after(done: Done) -> None:
+    rows = (SAMPLES / "news_en_validation.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = answers(done.out)
+    assert [name.strip() for name, _ in shown] == ["wanted", "before", "after"] * 3
+    assert [text for name, text in shown if name == "wanted"] == [
+        json.loads(row)["title"] for row in rows[:3]
+    ]
+
+
+def test_it_ends_with_the_losses_of_the_run_and_what_to_try(done: Done) -> None:
+    first, last = done.looks[0]["loss"], min(look["loss"] for look in done.looks)
+    assert f"20 held-out rows: {first:.3f} before, {last:.3f} after" in done.out
+    for named in ("README.md", "loss.png", "metrics.jsonl", "adapter_model.safetensors", "settings.yaml"):
+        assert named in done.out
+        assert (done.folder / named).is_file()
+    for verb in ("generate", "chat"):
+        assert f"yeonma {verb} {done.folder}" in done.out
+
+
+def test_the_command_it_prints_is_the_run_that_it_made(done: Done) -> None:
+    text = done.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
+    words = shlex.split(text)
+    printed = read_settings(SFT, words[words.index("sft") + 1 :], verb="sft").settings
+    assert to_yaml(*printed.values()) == (done.folder / "settings.yaml").read_text(encoding="utf-8")
+
+
+def test_a_second_demo_shows_the_finished_run_again(done: Done, base: Path) -> None:
+    weights = done.weight_bytes
+    again = demo(done.folder, base)
+    assert again.status == 0
+    assert "holds this run, finished" in again.out
+    assert answers(again.out) == answers(done.out)
+    assert done.weight_bytes == weights
+
+
+def test_a_demo_of_other_settings_replaces_the_first_only_when_told(base: Path, tmp_path: Path) -> None:
+    assert demo(tmp_path / "out", base, "--max_steps", "1").status == 0
+    refused = demo(tmp_path / "out", base, "--max_steps", "2")
+    assert refused.status == 2
+    assert "--overwrite true" in refused.err
+    replaced = demo(tmp_path / "out", base, "--max_steps", "2", "--overwrite", "true")
+    assert replaced.status == 0
+    assert len(replaced.steps) == 2

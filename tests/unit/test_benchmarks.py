@@ -1,0 +1,135 @@
+"""The benchmark's arithmetic and tables; nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables  # type: ignore[import-not-found]
+
+    yield tables
+
+
+def run(
+    contender: str, number: int, seconds: float, rate: float = 100e9, tokens: int = 50, **more: Any
+) -> dict[str, Any]:
+    """Three steps, the first slow."""
+    return {
+        "workload": "alpaca",
+        "contender": contender,
+        "round": number,
+        "seconds": [60.0, seconds, seconds],
+        "tokens": [10, tokens, tokens],
+        "trained_tokens": [1, 3, 4],
+        "losses": [4.0, 2.0, 1.0],
+        "peak_memory_bytes": 2_000_000_000,
+        "matrix_rates": [rate, rate],
+        **more,
+    }
+
+
+def result(*runs: dict[str, Any]) -> dict[str, Any]:
+    work = {"about": "short rows", "frame_tokens": 20, "steps": [{"tokens": 10, "trained_tokens": 1}]}
+    libraries = {"ours": "Yeonma", "theirs-1": "Theirs", "theirs-4": "Theirs"}
+    return {
+        "date": "2000-01-01",
+        "command": "python x",
+        "machine": {"cpu": "CPU", "cores": 2, "memory_bytes": 2**34},
+        "versions": {"torch": "1"},
+        "model": {
+            "name": "m",
+            "type": "llama",
+            "parameters": 2_000_000,
+            "non_embedding_parameters": 1_000_000,
+        },
+        "data": {"name": "d.json"},
+        "settings": {"rows": 24, "lora_r": 16, "targets": ["up_proj"], "batch_size": 8},
+        "workloads": {"alpaca": work},
+        "ours": "ours",
+        "contenders": {name: {"label": name, "library": library} for name, library in libraries.items()},
+        "runs": list(runs),
+        "failures": [],
+    }
+
+
+def test_speed_leaves_out_the_first_step(tables: Any) -> None:
+    assert tables.tokens_per_second(run("ours", 1, seconds=2.0)) == 25.0
+
+
+def test_the_epochs_loss_is_the_mean_over_its_tokens(tables: Any) -> None:
+    assert tables.epoch_loss(run("ours", 1, seconds=1.0)) == (4.0 * 1 + 2.0 * 3 + 1.0 * 4) / 8
+
+
+def test_ratios_are_taken_within_a_round_and_their_median_over_the_rounds(tables: Any) -> None:
+    ours = [run("ours", number, seconds) for number, seconds in ((1, 1.0), (2, 2.0), (3, 4.0))]
+    theirs = [run("theirs-1", number, seconds) for number, seconds in ((1, 2.0), (2, 6.0), (3, 6.0))]
+    line = tables.lines(result(*ours, *theirs))[1]
+    assert (line.contender, line.ratio, line.ratio_least, line.ratio_most) == ("theirs-1", 2.0, 1.5, 3.0)
+    assert line.tokens_per_second == 50 / 6
+
+
+def test_the_share_is_of_the_median_matrix_rate(tables: Any) -> None:
+    runs = [run("ours", 1, 1.0, rate=100e6), run("ours", 2, 1.0, rate=400e6), run("ours", 3, 1.0, rate=500e6)]
+    (line,) = tables.lines(result(*runs))
+    assert line.share == 4 * 1_000_000 * 50 / 400e6
+
+
+def test_losses_are_compared_step_by_step_and_only_over_the_same_rows(tables: Any) -> None:
+    same = run("theirs-1", 1, 1.0, losses=[4.0, 2.25, 1.0])
+    other = run("theirs-4", 1, 1.0, tokens=51)
+    ours, first, second = tables.lines(result(run("ours", 1, 1.0), same, other))
+    assert (ours.loss_gap, first.loss_gap, second.loss_gap) == (0.0, 0.25, None)
+
+
+def test_a_contender_is_compared_only_in_rounds_that_have_ours(tables: Any) -> None:
+    found = tables.lines(result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0), run("theirs-1", 2, 9.0)))
+    assert [(line.contender, line.ratio) for line in found] == [("ours", 1.0), ("theirs-1", 2.0)]
+
+
+def test_ours_is_set_against_the_fastest_setting_of_the_other_library(tables: Any) -> None:
+    runs = [run("ours", 1, 1.0), run("theirs-1", 1, 3.0), run("theirs-4", 1, 2.0)]
+    assert tables.best(result(*runs)) == ["- alpaca: 2.00 times theirs-4, its fastest here"]
+
+
+def test_a_table_has_a_row_for_every_contender_and_names_failures(tables: Any) -> None:
+    made = result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0))
+    made["failures"] = [{"contender": "theirs-4", "workload": "alpaca", "error": "out of luck"}]
+    section = tables.sft_section(made)
+    assert (
+        "| alpaca | **ours** | 50 |  | 0% | 2.00 GB | 1.7500 |".replace("1.7500", f"{14 / 8:.4f}") in section
+    )
+    assert "| alpaca | theirs-1 | 25 | 2.00x as fast | 0% |" in section
+    assert "theirs-4 failed at alpaca: `out of luck`" in section
+
+
+def test_a_section_is_put_between_its_comments_and_nowhere_else(tables: Any) -> None:
+    page = "a\n<!-- sft -->\nold\n<!-- /sft -->\nb\n"
+    assert tables.put(page, "sft", "new") == "a\n<!-- sft -->\n\nnew\n\n<!-- /sft -->\nb\n"
+    with pytest.raises(ValueError, match="tokenize_rows"):
+        tables.put(page, "tokenize_rows", "new")
+
+
+def test_a_shown_command_has_no_folders(tables: Any) -> None:
+    shown = tables.shown_command(
+        "sft.py", ["--data", "/some/where/rows.json", "--model", "x/y/", "--rows", "8"]
+    )
+    assert shown == "python benchmarks/sft.py --data rows.json --model y --rows 8"
+
+
+def test_the_page_shows_the_results_that_are_kept(tables: Any) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    kept = {
+        path.stem: json.loads(path.read_text("utf-8"))
+        for path in (ROOT / "benchmarks" / "results").glob("*.json")
+    }
+    assert tables.page_of(page, kept) == page

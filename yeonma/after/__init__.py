@@ -1,0 +1,1 @@
+"""What one does with an adapter folder once it is there."""

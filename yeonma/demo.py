@@ -1,0 +1,211 @@
+"""`yeonma demo`: a small model learns the titles of the bundled sample, and shows what it learned.
+
+Everything here is what a user does by hand: the demo prints its `yeonma sft` command, runs it, and then asks the
+adapter folder that it left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from yeonma.configure import group_of, settings_from_keywords
+from yeonma.settings import (
+    DataSettings,
+    DemoSettings,
+    EvaluationSettings,
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    StepSettings,
+    TokenSettings,
+)
+from yeonma.text.rows import Row, open_rows
+
+SAMPLES = Path(__file__).parent / "samples"
+SHOWN_ROWS = 3
+SHOWN_CHARACTERS = 96
+NEW_TOKENS = 32  # more than any title has
+QUICK_STEPS = 4
+
+# Found by trying: a 135M model takes a high rate and few epochs; micro-batches of a whole step are fastest here.
+SETTINGS: Mapping[str, object] = {
+    "batch_size": 8,
+    "micro_batch_size": 8,
+    "num_epochs": 3,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "warmup_ratio": 0.1,
+    "lora_r": 16,
+    "lora_alpha": 16,
+    "logging_steps": 5,
+    "save_total_limit": 1,
+}
+QUICK_SETTINGS: Mapping[str, object] = {"logging_steps": 1, "card_rows": 1}
+
+SFT = (
+    DataSettings,
+    TokenSettings,
+    ModelSettings,
+    LoraSettings,
+    StepSettings,
+    EvaluationSettings,
+    RunSettings,
+)
+
+
+def run(settings: Mapping[type, object]) -> int:
+    """Fetch, train, show. A demo that was interrupted goes on; one that is finished is shown again."""
+    started = time.perf_counter()
+    demo = group_of(settings, DemoSettings)
+    output = Path(demo.output_dir).expanduser()
+    _heading("1. The model")
+    base = demo.model_dir or _fetched()
+    print(base, flush=True)
+
+    _heading("2. Training")
+    chosen = _sft_settings(demo, base)
+    print("This command does the same:\n", _command(["sft"], chosen), "", sep="\n", flush=True)
+    from yeonma.verbs.sft import run as run_sft
+
+    if status := run_sft(settings_from_keywords(SFT, chosen).settings):
+        return status
+
+    _heading(f"3. {SHOWN_ROWS} articles that it was not trained on")
+    _show_answers(output)
+    _show_losses(output)
+    _heading("4. What is where, and what to try next")
+    print(_ending(output, base))
+    print(f"\nThe demo took {_duration(time.perf_counter() - started)}.")
+    return 0
+
+
+def _fetched() -> str:
+    from yeonma.model.smollm2 import fetch
+
+    return fetch(lambda text: print(text, flush=True))
+
+
+def _sft_settings(demo: DemoSettings, base: str) -> dict[str, object]:
+    """The settings of the run that are not as `yeonma sft` has them anyway."""
+    chosen: dict[str, object] = {
+        "base_model": base,
+        "data_path": _near(SAMPLES / "news_en.jsonl"),
+        "val_data_path": _near(SAMPLES / "news_en_validation.jsonl"),
+        "template": _near(SAMPLES / "title_en.txt"),
+        "output_dir": demo.output_dir,
+        **SETTINGS,
+    }
+    steps = demo.max_steps or (QUICK_STEPS if demo.quick else None)
+    if steps is not None:
+        del chosen["num_epochs"]
+        chosen["max_steps"] = steps
+    return {
+        **chosen,
+        **(QUICK_SETTINGS if demo.quick else {}),
+        **({"overwrite": True} if demo.overwrite else {}),
+    }
+
+
+def _show_answers(output: Path) -> None:
+    """The first held-out rows: wanted, answered by the base model, answered with the adapter."""
+    from yeonma.model.ask import load
+
+    rows = list(islice(open_rows(str(SAMPLES / "news_en_validation.jsonl")), SHOWN_ROWS))
+    tuned = load(output)
+    asked = [{"document": row.values["document"]} for row in rows]
+    after = tuned.generate(asked, max_new_tokens=NEW_TOKENS)
+    before = replace(tuned, adapter_weights=False).generate(asked, max_new_tokens=NEW_TOKENS)
+    for row, *answers in zip(rows, before, after, strict=True):
+        print(_sample(row, answers), flush=True)
+
+
+def _sample(row: Row, answers: Sequence[str]) -> str:
+    texts = (str(row.values["title"]), *answers)
+    lines = [
+        f"  {name:6}  {_short(text)}" for name, text in zip(("wanted", "before", "after"), texts, strict=True)
+    ]
+    return "\n".join([_short(str(row.values["document"])), *lines, ""])
+
+
+def _show_losses(output: Path) -> None:
+    from yeonma.train.tracking import read_metrics
+
+    looks = [each for each in read_metrics(output / "metrics.jsonl") if each.get("evaluation")]
+    before, after = looks[0], min(looks, key=_loss)  # the adapter with the lowest loss is the one kept
+    rows = before["examples"]
+    print(
+        f"Validation loss on the {rows} held-out rows: {_loss(before):.3f} before, {_loss(after):.3f} after."
+    )
+
+
+def _loss(look: Mapping[str, Any]) -> float:
+    return float("inf") if look["loss"] is None else float(look["loss"])
+
+
+def _ending(output: Path, base: str) -> str:
+    place = shlex.quote(str(output))
+    row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
+    own = {
+        "base_model": base,
+        "data_path": "your-rows.csv",
+        "template": "your-template.txt",
+        "output_dir": "my-titles",
+    }
+    return f"""\
+{place}/README.md                  the model card: settings, losses, answers before and after
+{place}/loss.png, metrics.jsonl    the curve, and every step's numbers
+{place}/adapter_model.safetensors  the adapter; plain PEFT loads the folder too
+{place}/settings.yaml              the run; `yeonma sft --config` reads it
+
+{_command(["generate", str(output), "--row", row])}
+{_command(["chat", str(output)])}
+{_command(["sft"], own)}"""
+
+
+def _command(words: Sequence[str], settings: Mapping[str, object] | None = None) -> str:
+    """A command as one types it here, two settings a line."""
+    pairs = [f"--{name} {shlex.quote(_written(value))}" for name, value in (settings or {}).items()]
+    lines = [" ".join(pairs[at : at + 2]) for at in range(0, len(pairs), 2)]
+    return " \\\n    ".join([" ".join([_yeonma(), *map(shlex.quote, words)]), *lines])
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _yeonma() -> str:
+    """How `yeonma` is called from here: by its name where the shell finds it."""
+    beside = Path(sys.executable).parent / "yeonma"
+    found = shutil.which("yeonma")
+    if found and os.path.samefile(found, beside):
+        return "yeonma"
+    return shlex.quote(_near(beside)) if beside.is_file() else "python -m yeonma"
+
+
+def _near(path: Path) -> str:
+    """A path as seen from the working folder where it lies below it, else whole."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS].rstrip()}..."
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def _heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}", flush=True)

@@ -1,0 +1,266 @@
+"""Prompts -> answers, in batches, by transformers' own generation loop.
+
+Prompts are padded on the left and the padding is masked, so that an answer does not depend on what else is in its
+batch, to rounding: numbers that differ in their last bits can part two tokens that are equally likely.
+Shapes: B prompts, S answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, SupportsInt
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from yeonma.errors import UserError
+from yeonma.model.check import attention
+
+CONTEXT = 32  # tokens before an answer that decide how its first one is written
+
+Ids = Sequence[SupportsInt] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after a prompt."""
+
+    text: str
+    """What decoding the prompt and the answer adds to decoding the prompt, without white space at the end."""
+    token_ids: tuple[int, ...]
+    """Without the token that ended it."""
+    ended: bool
+    """By one of the stop tokens, not by `max_new_tokens`."""
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 42,
+    plain_attention: str | None = None,
+    on_answer: Callable[[int, Answer], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The answers' texts, in the order of the prompts, which are token ids as `encode_prompts` gives them.
+
+    At `temperature` 0 greedily; above it the draws of an answer depend on its prompt and `seed` alone, not on the
+    batch or the other prompts. The longest prompts go first, so that too little memory shows at once; a batch that
+    does not fit is halved. The model may be a PeftModel. Its own generation settings play no part, and it is in eval
+    mode meanwhile.
+
+    `plain_attention`: transformers' name of the attention to generate with, for a model that is set up for forests.
+    `on_answer` gets each answer with its prompt's index, batch by batch. `on_text` gets the text of an answer bit by
+    bit, for a single prompt. Raises UserError where one prompt alone does not fit into memory.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("an empty prompt")
+    if on_text is not None and len(prompts) != 1:
+        raise ValueError("text is streamed for one prompt at a time")
+    asked = model.get_base_model() if hasattr(model, "get_base_model") else model
+    style = _Style(tuple(stop_ids), max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    texts = [""] * len(prompts)
+    with _quiet(asked), attention(asked, plain_attention) if plain_attention else nullcontext():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids = [[int(number) for number in prompts[index]] for index in batch]
+            for index, answer in zip(batch, _answers(asked, tokenizer, ids, style, on_text), strict=True):
+                texts[index] = answer.text
+                if on_answer is not None:
+                    on_answer(index, answer)
+    return texts
+
+
+def continued_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that `ids` add to the text of `before`; special tokens among `ids` give none.
+
+    Decoded by themselves, SentencePiece's ids would lose the blank that they begin with.
+    """
+    special = special_ids(tokenizer)
+    before, ids = list(before[-CONTEXT:]), [number for number in ids if number not in special]
+    head, whole = _decoded(tokenizer, before), _decoded(tokenizer, [*before, *ids])
+    return whole[len(head) :] if whole.startswith(head) else _decoded(tokenizer, ids)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset([*tokenizer.all_special_ids, *added])
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How answers are chosen and ended."""
+
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    seed: int
+
+    @property
+    def config(self) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,  # draws are made by _Draws
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=list(self.stop_ids) or None,
+            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,  # fills answers that have ended
+            use_cache=True,
+        )
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    style: _Style,
+    on_text: Callable[[str], None] | None,
+) -> list[Answer]:
+    """Of a batch, or where memory is short of its halves."""
+    try:
+        generated_BS = _generated(model, tokenizer, prompts, style, on_text)
+        return [_answer(tokenizer, *each, style) for each in zip(prompts, generated_BS, strict=True)]
+    except torch.OutOfMemoryError as error:
+        if len(prompts) == 1:
+            what = f"a prompt of {len(prompts[0])} tokens and its answer do not fit into the device's memory"
+            raise UserError(
+                what, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu"
+            ) from error
+    half = (len(prompts) + 1) // 2
+    parts = (prompts[:half], prompts[half:])
+    return [answer for part in parts for answer in _answers(model, tokenizer, part, style, on_text)]
+
+
+def _answer(tokenizer: Any, prompt: list[int], generated: list[int], style: _Style) -> Answer:
+    end = next((at for at, number in enumerate(generated) if number in style.stop_ids), None)
+    kept = generated[: end if end is not None else style.max_new_tokens]
+    return Answer(continued_text(tokenizer, prompt, kept).rstrip(), tuple(kept), end is not None)
+
+
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    style: _Style,
+    on_text: Callable[[str], None] | None,
+) -> list[list[int]]:
+    """The ids after each prompt, with what fills up those that end before others."""
+    longest = max(map(len, prompts))
+    # A prompt's own first token pads it: the repetition penalty does not look at the mask.
+    padded = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    processors = LogitsProcessorList()
+    if style.temperature > 0:
+        uniform_BS = np.stack([_uniforms(prompt, style.seed, style.max_new_tokens + 1) for prompt in prompts])
+        draws = torch.from_numpy(uniform_BS).to(model.device)
+        processors.append(_Draws(draws, longest, style.temperature, style.top_p, style.top_k))
+    sequences = model.generate(
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=style.config,
+        logits_processor=processors,
+        streamer=_Stream(tokenizer, prompts[0], style.stop_ids, on_text) if on_text is not None else None,
+    )
+    return sequences[:, longest:].tolist()
+
+
+@contextmanager
+def _quiet(model: Any) -> Iterator[None]:
+    """Eval mode, and none of the generation settings that the model brings, which would fill in what is left open."""
+    own, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+def _uniforms(prompt: Sequence[int], seed: int, count: int) -> np.ndarray:
+    """(count,) numbers in [0, 1) that follow from prompt and seed, the same on every device and with every NumPy."""
+    content = np.array([seed, *prompt], dtype="<i8").tobytes()
+    key = int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
+    raw = np.random.Philox(key=key).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Leaves one token possible at each step: the one drawn by that prompt's own number for that step."""
+
+    uniform_BS: torch.Tensor
+    prompt_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = min(input_ids.shape[1] - self.prompt_length, self.uniform_BS.shape[1] - 1)
+        scores_BV = scores.double()
+        highest = scores_BV.amax(dim=1, keepdim=True)  # taken off first: a low temperature must not overflow
+        probability = torch.softmax((scores_BV - highest) / self.temperature, dim=1)
+        likeliest, order = probability.sort(dim=1, descending=True, stable=True)
+        if self.top_k:
+            likeliest[:, self.top_k :] = 0
+            likeliest /= likeliest.sum(dim=1, keepdim=True)
+        if self.top_p < 1:
+            likeliest = likeliest.where(likeliest.cumsum(dim=1) - likeliest < self.top_p, 0.0)
+        total = likeliest.cumsum(dim=1)
+        aim = self.uniform_BS[:, step : step + 1] * total[:, -1:]
+        place = torch.searchsorted(total, aim, right=True).clamp(max=scores.shape[1] - 1)
+        chosen = torch.full_like(scores, float("-inf"))
+        return chosen.scatter(1, order.gather(1, place), 0.0)
+
+
+@dataclass
+class _Stream:
+    """Hands on an answer's text as it grows, as transformers' streamers do, but as it continues the prompt."""
+
+    tokenizer: Any
+    prompt: Sequence[int]
+    stop_ids: Sequence[int]
+    on_text: Callable[[str], None]
+    ids: list[int] | None = None
+    shown: str = ""
+    ended: bool = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:  # the first call brings the prompt
+            self.ids = []
+            return
+        new = [int(number) for number in value.reshape(-1)]
+        self.ended = self.ended or any(number in self.stop_ids for number in new)
+        if not self.ended:
+            self.ids += new
+            text = continued_text(self.tokenizer, self.prompt, self.ids)
+            self._show(
+                text.rstrip("\ufffd").rstrip()
+            )  # half a character, or white space that may be the end's
+
+    def end(self) -> None:
+        self._show(continued_text(self.tokenizer, self.prompt, self.ids or []).rstrip())
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self.shown) and text.startswith(self.shown):
+            self.on_text(text[len(self.shown) :])
+            self.shown = text

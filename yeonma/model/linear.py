@@ -1,0 +1,64 @@
+"""Products with frozen weights, by the fastest routine that PyTorch brings for the machine.
+
+PyTorch gives float32 products on the CPU to MKL, which leaves AVX-512 unused on processors that are not Intel's;
+oneDNN, which PyTorch brings too, uses it everywhere (about twice as fast on a Zen 5 EPYC). Which routine is taken
+depends on the machine and the shapes alone, never on a measurement: equal runs stay equal.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FEWEST_ROWS = 16  # below, as when single tokens are generated, there is nothing to gain
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether this machine has AVX-512 and this PyTorch the operator that its compiler uses for dense layers."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (N, K) @ weight (M, K) transposed + bias (M,) -> (N, M); records no gradient."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= FEWEST_ROWS and has_onednn():
+        with torch.no_grad():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` for a weight that is not trained: x (..., K), weight (M, K) -> (..., M)."""
+    flat = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    # viewed out here: a view made inside could not be changed in place, as some models do
+    return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(upstream, weight.t()), None, None
+
+
+def is_frozen_linear(layer: nn.Module) -> bool:
+    """A plain dense layer in float32 on the CPU, none of whose parameters is trained."""
+    return (
+        type(layer) is nn.Linear
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and not any(parameter.requires_grad for parameter in layer.parameters())
+    )

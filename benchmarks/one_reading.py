@@ -11,6 +11,8 @@ from typing import Any
 
 from machine import own_bytes
 
+TEMPLATE = "### Article:\n{document}\n\n### Title:\n{title}"
+
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Open and tokenise the rows, looking at the memory at every quarter of them."""
@@ -33,14 +35,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     def progress(rows: int) -> None:
         nonlocal tokenised
         tokenised = rows
-        if rows >= (len(samples)) * job["rows"] / 4:
+        if rows >= len(samples) * job["rows"] / 4:
             look(rows)
 
     look(0)
     started = time.perf_counter()
     rows = open_rows(str(folder / "rows.jsonl"))
     rules = token_rules(TokenSettings(cache_dir=str(folder)))
-    store = build_store(rows, load_template("title"), None, tokenizer, rules, folder / "cache", progress)
+    store = build_store(rows, load_template(TEMPLATE), None, tokenizer, rules, folder / "cache", progress)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,

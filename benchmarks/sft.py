@@ -20,12 +20,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from contenders import CONTENDERS, ONLY_FULL, OURS
+from contenders import CONTENDERS, ONLY_FULL, OURS, TRL
 from machine import cores, machine, versions
 from tables import epoch_loss, page_of, sft_section, shown_command, tokens_per_second
 from workloads import BATCH_SIZE, HERE, LEARNING_RATE, LORA_R, SAMPLE, SEED, TARGETS
 
 WORKLOADS = ("alpaca", "reversed", "system")
+CLEARLY_SLOWER = 0.9
 PACKAGES = ("yeonma", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "datasets", "numpy")
 RESULT = HERE / "results" / "sft.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -47,6 +48,9 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
         "--ours", choices=[name for name in CONTENDERS if name.startswith("yeonma")], default=OURS
     )
     parser.add_argument("--full", action="store_true", help="Yeonma at other micro-batch sizes too")
+    parser.add_argument(
+        "--all-rounds", action="store_true", help="measure slow settings of TRL in every round too"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument(
@@ -114,11 +118,25 @@ def run(asked: argparse.Namespace, model: str, command: str, folder: Path) -> di
     }
     for number in range(1, asked.rounds + 1):
         for workload in asked.workloads:
-            for name in names:
+            for name in names if asked.all_rounds else worth_measuring(result, workload, names):
                 key = {"round": number, "workload": workload, "contender": name}
                 measure(result, key, folder, model)
                 save(asked.output, result)
     return result
+
+
+def worth_measuring(result: dict[str, Any], workload: str, names: Sequence[str]) -> list[str]:
+    """All in the first round. Later without TRL's settings that were clearly slower than its fastest, or failed."""
+    before = [run for run in result["runs"] if run["workload"] == workload and run["round"] == 1]
+    first = {run["contender"]: tokens_per_second(run) for run in before}
+    if not first:
+        return list(names)
+    trl = [speed for name, speed in first.items() if CONTENDERS[name].library == TRL]
+    return [
+        name
+        for name in names
+        if CONTENDERS[name].library != TRL or (name in first and first[name] >= CLEARLY_SLOWER * max(trl))
+    ]
 
 
 def measure(result: dict[str, Any], key: dict[str, Any], folder: Path, model: str) -> None:

@@ -16,6 +16,7 @@ class Line:
 
     workload: str
     contender: str
+    rounds: int
     tokens_per_second: float
     ratio: float
     ratio_least: float
@@ -73,6 +74,7 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
                 Line(
                     workload=workload,
                     contender=contender,
+                    rounds=len(both),
                     tokens_per_second=speed,
                     ratio=median(ratios),
                     ratio_least=min(ratios),
@@ -89,12 +91,14 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
 def sft_section(result: Mapping[str, Any]) -> str:
     """The words and tables about training speed."""
     found, contenders, ours = lines(result), result["contenders"], result["ours"]
+    rounds = max((line.rounds for line in found), default=0)
     rows = [
         "| workload | contender | tokens/s | Yeonma is | of matrix rate | peak memory | loss |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line in found:
         label = contenders[line.contender]["label"]
+        label += f" (rounds: {line.rounds})" if line.rounds < rounds else ""
         cells = (
             line.workload,
             f"**{label}**" if line.contender == ours else label,
@@ -149,7 +153,7 @@ def best(result: Mapping[str, Any]) -> list[str]:
 def about_run(result: Mapping[str, Any]) -> str:
     model, settings = result["model"], result["settings"]
     rounds = len({run["round"] for run in result["runs"]})
-    steps = max(len(run["seconds"]) for run in result["runs"])
+    steps = len(next(iter(result["workloads"].values()))["steps"])
     sizes = (
         f"{model['parameters'] / 1e6:.1f}M parameters, {model['non_embedding_parameters'] / 1e6:.1f}M of them"
     )
@@ -157,7 +161,7 @@ def about_run(result: Mapping[str, Any]) -> str:
         f"{about_machine(result)}\n\n"
         f"Model: {model['name']} ({model['type']}, {sizes} not embeddings), LoRA r={settings['lora_r']} on "
         f"{', '.join(settings['targets'])}, float32, batch {settings['batch_size']}. Data: {result['data']['name']}, "
-        f"{settings['rows']} rows a workload. {rounds} rounds of {steps} steps, the first of them not timed. "
+        f"{settings['rows']} rows a workload, {steps} steps, the first not timed. Rounds: {rounds}. "
         f"Matrix rate: {matrix_rate(result) / 1e9:.1f} GFLOP/s "
         f"(float32 `torch.mm` of 2048x2048, the median of all measurements between the runs)."
     )
@@ -167,7 +171,8 @@ def about_machine(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    return f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, {memory}; {packages}.\n`{result['command']}`"
+    where = f"{machine['cpu']}, cores: {machine['cores']}, {memory}"
+    return f"{result['date']}, {where}; {packages}.\n`{result['command']}`"
 
 
 def about_workloads(result: Mapping[str, Any]) -> str:

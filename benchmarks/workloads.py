@@ -92,7 +92,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         "type": model.config.model_type,
         "parameters": sum(sizes.values()),
         "non_embedding_parameters": sum(size for each, size in sizes.items() if each not in tied),
-        "config_sha256": sha256(model.config.to_json_string().encode()).hexdigest(),
+        "weights_sha256": weights_sum(model),
     }
     tokenizer = load_tokenizer(source)
     data = read_data(Path(job["data"]) if job["data"] else None)
@@ -102,6 +102,15 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     # `yeonma sft` draws the same numbers from the same seed.
     add_lora(model, LoraShape(LORA_R, LORA_R, 0.0, list(TARGETS)), SEED).save_pretrained(folder / "start")
     return {"model": about_model, "workloads": workloads}
+
+
+def weights_sum(model: Any) -> str:
+    """SHA-256 of the weights in the order of their names."""
+    total = sha256()
+    for name, weights in sorted(model.state_dict().items()):
+        total.update(name.encode())
+        total.update(weights.contiguous().numpy().data)
+    return total.hexdigest()
 
 
 def tokenise(name: str, work: Workload, tokenizer: Any, folder: Path) -> dict[str, Any]:

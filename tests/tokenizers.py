@@ -137,12 +137,19 @@ def _sentencepiece_bpe(prepend_scheme: str) -> Tokenizer:
 
 @lru_cache
 def _unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
+    rough = Tokenizer(models.Unigram())
+    rough.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=500, unk_token="<unk>", show_progress=False)
+    rough.train_from_iterator(CORPUS, trainer)
+    trained = json.loads(rough.to_str())["model"]["vocab"]
+    # The trainer leaves the order of about equal pieces, and their last digits, to chance.
+    pieces = sorted(
+        ((name, round(score, 1)) for name, score in trained if name != "<unk>"),
+        key=lambda it: (-it[1], it[0]),
+    )
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *pieces], unk_id=0))
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "</s>")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=500, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer

@@ -70,6 +70,7 @@ OPTIONS = {
     "plain": {},
     "scale": {"scaling": 0.7},
     "window": {"sliding_window": 5},
+    "window one short of a segment": {"sliding_window": LEAST_SHARED - 1},
     "window of one token": {"sliding_window": 1},
     "window wider than all": {"sliding_window": 1000},
     "softcap": {"softcap": 1.5},

@@ -20,6 +20,13 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield tables
 
 
+@pytest.fixture
+def sft(tables: Any) -> Any:
+    import sft  # type: ignore[import-not-found]
+
+    return sft
+
+
 def run(
     contender: str, number: int, seconds: float, rate: float = 100e9, tokens: int = 50, **more: Any
 ) -> dict[str, Any]:
@@ -117,6 +124,18 @@ def test_a_section_is_put_between_its_comments_and_nowhere_else(tables: Any) -> 
     assert tables.put(page, "sft", "new") == "a\n<!-- sft -->\n\nnew\n\n<!-- /sft -->\nb\n"
     with pytest.raises(ValueError, match="tokenize_rows"):
         tables.put(page, "tokenize_rows", "new")
+
+
+def test_slow_settings_of_trl_are_measured_in_the_first_round_alone(sft: Any) -> None:
+    names = ["yeonma-8", "transformers-4", "trl-1", "trl-4", "trl-packed"]
+    made = result()
+    assert sft.worth_measuring(made, "alpaca", names) == names
+    made["runs"] = [
+        run(name, 1, seconds) for name, seconds in zip(names, (1.0, 9.0, 2.0, 2.1, 3.0), strict=True)
+    ]
+    assert sft.worth_measuring(made, "alpaca", names) == names[:4]
+    made["runs"].append(run("trl-1", 2, 0.1))
+    assert sft.worth_measuring(made, "alpaca", names) == names[:4]
 
 
 def test_a_shown_command_has_no_folders(tables: Any) -> None:

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import yeonma.tokens.chat
 from tests.tokenizers import CHATML, CORPUS, byte_level, sentencepiece_bpe, unigram
@@ -80,27 +80,27 @@ def turn_list(*turns: tuple[str, str], number: int = 1) -> Row:
 
 
 def encoded(
-    template: Template, rows: list[Row], tokenizer: PreTrainedTokenizerFast, rules: TokenRules = RULES
+    template: Template, rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TokenRules = RULES
 ) -> list[Example | LeftOut]:
     return encode([template.render(row) for row in rows], rows, tokenizer, rules)
 
 
 def examples(
-    template: Template, rows: list[Row], tokenizer: PreTrainedTokenizerFast, rules: TokenRules = RULES
+    template: Template, rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TokenRules = RULES
 ) -> list[Example]:
     found = encoded(template, rows, tokenizer, rules)
     assert not [one for one in found if isinstance(one, LeftOut)]
     return [one for one in found if isinstance(one, Example)]
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
     """Decoded text without the start token (SentencePiece decoders put a space after it)."""
     return (
         str(tokenizer.decode(ids.tolist(), skip_special_tokens=False)).removeprefix("<s>").removeprefix(" ")
     )
 
 
-def trained_text(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
+def trained_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return str(tokenizer.decode(example.token_ids[example.trained].tolist()))
 
 
@@ -308,12 +308,13 @@ def test_special_text_across_the_border_of_frame_and_data_is_ordinary_text() -> 
 def test_turns_that_are_special_text_alone_are_found() -> None:
     tokenizer = byte_level()
     row = turn_list(
-        ("user", "<|im_end|>"), ("assistant", "user"), ("user", "user"), ("assistant", "<|im_start|>")
+        ("user", "<|im_start|>"), ("assistant", "user"), ("user", "user"), ("assistant", "<|im_end|>")
     )
     (example,) = examples(TURN_LIST, [row], tokenizer)
+    assert example.token_ids[0] == 1
     assert [number for number in example.token_ids.tolist() if number < 3] == [1, 2, 1, 2, 1, 2, 1, 2]
     assert example.special_text == 2
-    assert trained_text(tokenizer, example) == "user<|im_end|><|im_start|><|im_end|>"
+    assert trained_text(tokenizer, example) == "user<|im_end|><|im_end|><|im_end|>"
 
 
 @each_tokenizer
@@ -339,8 +340,17 @@ def test_text_that_the_tokenizer_normalises_is_not_spelled_out() -> None:
 def test_a_continuation_needs_only_the_end_of_what_stands_before(make: Make) -> None:
     encoder = TextEncoder.of(make())
     (before,) = encoder.batch(["storm 서울 " * 50 + "뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁"])
-    ids = encoder.continuation(before, "항구 title")
-    assert encoder.decode(before + ids) == encoder.decode(before) + "항구 title"
+    ids = encoder.continuation(before, "뷁 title")
+    assert encoder.decode(before + ids) == encoder.decode(before) + "뷁 title"
+
+
+def test_a_continuation_takes_no_dummy_prefix_from_what_it_is_tried_after() -> None:
+    tokenizer = sentencepiece_bpe("always")
+    tokenizer.add_tokens(["\n"])  # as Gemma has it: what follows begins a text of its own
+    encoder = TextEncoder.of(tokenizer)
+    (before,) = encoder.batch(["Title:"])
+    ids = before + encoder.continuation(before, "storm")
+    assert encoder.decode(ids) == encoder.decode(before) + "storm"
 
 
 # One BOS
@@ -641,6 +651,15 @@ def test_truncation_and_padding_left_on_by_others_change_nothing() -> None:
     tokenizer(["a", "b b b"], padding=True, truncation=True, max_length=2)
     after = [example.token_ids.tolist() for example in examples(PLAIN, rows, tokenizer)]
     assert before == after
+
+
+def test_a_tokenizer_without_a_fast_backend_works_but_for_special_text_in_data() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    rows = rows_of(("서울 storm", "제목"), ("a </s> b", "x"))
+    (example,) = examples(PLAIN, rows[:1], tokenizer)
+    assert text_of(tokenizer, example.token_ids) == _prompt_and_whole(PLAIN, rows[0])[1] + "</s>"
+    with pytest.raises(UserError, match=r"train\.jsonl:2: special-token text"):
+        encoded(PLAIN, rows, tokenizer)
 
 
 def test_batches_and_single_rows_give_the_same_examples() -> None:

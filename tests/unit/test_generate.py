@@ -98,10 +98,17 @@ def test_a_model_set_up_for_forests_generates_with_its_plain_attention() -> None
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_repetition_penalty_does_not_see_the_padding(temperature: float) -> None:
     model = tiny_model("llama")
-    options: dict[str, Any] = {"repetition_penalty": 1.5, "temperature": temperature, "stop_ids": []}
-    alone = [answers(model, [prompt], **options)[0] for prompt in prompts()]
-    assert answers(model, prompts(), batch_size=6, **options) == alone
-    assert alone != answers(model, prompts(), temperature=temperature, stop_ids=[])
+
+    def favour(module: Any, arguments: Any, output: Any) -> None:
+        output.logits[..., 0] += 3  # 0: what padding is often made of
+
+    model.register_forward_hook(favour)
+    asked = [prompt for seed in range(3) for prompt in prompts(seed=seed)]
+    options: dict[str, Any] = {"repetition_penalty": 2.0, "temperature": temperature, "stop_ids": []}
+    alone = answers(model, asked, batch_size=1, **options)
+    assert answers(model, asked, batch_size=len(asked), **options) == alone
+    assert sum(0 in answer.token_ids for answer in alone) > 6
+    assert alone != answers(model, asked, temperature=temperature, stop_ids=[])
 
 
 def test_draws_follow_from_prompt_and_seed_alone() -> None:
@@ -180,7 +187,12 @@ def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character() 
 
     # A vocabulary as large as the tokenizer's, and a model that writes the letters.
     model.resize_token_embeddings(len(TOKENIZER))
-    model.register_forward_hook(lambda module, arguments, output: _force(output, next(spelled)))
+
+    def spell(module: Any, arguments: Any, output: Any) -> None:
+        output.logits.zero_()
+        output.logits[..., next(spelled)] = 1
+
+    model.register_forward_hook(spell)
     shown: list[str] = []
     (text,) = generate(
         model,
@@ -194,11 +206,6 @@ def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character() 
     assert "".join(shown) == letters
     assert len(shown) > 3
     assert all("\ufffd" not in part for part in shown)
-
-
-def _force(output: Any, token: int) -> None:
-    output.logits.zero_()
-    output.logits[..., token] = 1
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved() -> None:

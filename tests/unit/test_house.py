@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,69 +27,28 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "yeonma"
 MOST_LINES = 400
 
-# Every module of the package; each imports only from those above it. docs/design.md section 3 says why.
-HOUSE = (
-    "errors",
-    "settings",
-    # settings from the command line, YAML and Python
-    "yaml_text",
-    "configure",
-    "help",
-    # text
-    "text.strict_json",
-    "text.readers",
-    "text.rows",
-    "text.formats",
-    "text.frame",
-    "text.template",
-    # tokens
-    "tokens.deadline",
-    "tokens.encode",
-    "tokens.chat",
-    "tokens.draft",
-    "tokens.truncate",
-    "tokens.example",
-    "tokens.plan",
-    "tokens.forest",
-    "tokens.cache",
-    # model
-    "model.attention",
-    "model.forward",
-    "model.check",
-    "model.lora",
-    "model.load",
-    "model.generate",
-    "model.adapter",
-    "model.ask",
-    # before
-    "before.inspect",
-    "before.audit",
-    "before.forecast",
-    # train
-    "train.objectives",
-    "train.reference",
-    "train.checkpoint",
-    "train.distributed",
-    "train.progress",
-    "train.tracking",
-    "train.loop",
-    "train.folder",
-    "train.card",
-    "train.prepare",
-    "train.run",
-    # after
-    "after.metrics",
-    "after.report",
-    "after.chat",
-    "verbs.sft",
-    "verbs.generate",
-    "demo",
-    "studio",
-    "launch",
-    "cli",
-    "",  # yeonma/__init__.py, the door for notebooks, which takes the verbs' settings from cli
-    "__main__",
-)
+HOUSE_LINE = re.compile(r"( *)(?:(\w+)\.py|(\w+)/)(?: .*)?")
+
+
+def house_of(design: str) -> tuple[str, ...]:
+    """The modules in the list of design section 3, in its order; `yeonma/__init__.py` is the empty name.
+
+    Each module imports only from those above it.
+    """
+    block = design.partition("```\nyeonma/\n")[2].partition("```")[0]
+    found, room = [], ""
+    for line in block.splitlines():
+        parts = HOUSE_LINE.fullmatch(line)
+        assert parts is not None and len(parts[1]) in (2, 4), line
+        room = room if len(parts[1]) == 4 else ""
+        if parts[3]:
+            room = f"{parts[3]}."
+        else:
+            found.append(room + (parts[2] if parts[2] != "__init__" else ""))
+    return tuple(found)
+
+
+HOUSE = house_of((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
 
 
 def sources() -> dict[str, str]:
@@ -142,6 +102,17 @@ def breaches(modules: Mapping[str, str]) -> list[str]:
             if there is None or there >= here:
                 found.append(f"{module}:{line} imports {name}, which is below it")
     return found
+
+
+def test_the_design_lists_just_the_modules_that_there_are() -> None:
+    rooms = {name.split(".")[0] for name in HOUSE if "." in name}
+    assert len(HOUSE) == len(set(HOUSE)) > 40
+    assert sorted(HOUSE) == sorted(sources().keys() - rooms)
+
+
+def test_a_list_of_modules_is_read_with_its_rooms() -> None:
+    block = "yeonma/\n  errors.py   said\n  text/       rows -> text\n    rows.py\n  demo.py\n  __init__.py  door\n"
+    assert house_of(f"before\n```\n{block}```\nafter") == ("errors", "text.rows", "demo", "")
 
 
 def test_modules_import_only_upwards() -> None:

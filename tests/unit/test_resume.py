@@ -1,8 +1,9 @@
-"""Stop a run anywhere, give the same command again: the same bytes. Damaged checkpoints, other settings, finished runs."""
+"""Stop a run anywhere, give the same command again: the same bytes. And what else a folder may hold by then."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,21 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int,
     monkeypatch.setattr(owner, name, interrupted)
 
 
+@pytest.fixture(scope="module")
+def _stopped(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Path:
+    place = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, loop, "train_step", 6)
+        assert sft(place, base, data, **SETTINGS).status == 130
+    return place
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, _stopped: Path) -> Path:
+    """An output folder of a run that was stopped in its sixth step; its checkpoints are 2, 3 (the best) and 4."""
+    return Path(shutil.copytree(_stopped, tmp_path / "out"))
+
+
 INTERRUPTIONS: dict[str, tuple[Any, str, int, bool]] = {
     "before the folder is written": (folder, "begin", 1, False),
     "as the folder has been written": (folder, "begin", 1, True),
@@ -103,15 +119,12 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(monkeypatch, loop, "train_step", 6)
-    sft(tmp_path / "out", base, data, **SETTINGS)
-    monkeypatch.undo()
     steps: list[int] = []
     train_step = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *arguments: steps.append(1) or train_step(*arguments))
-    done = trained(tmp_path / "out", base, data, **SETTINGS)
+    done = trained(stopped, base, data, **SETTINGS)
     assert f"continuing after step 4 of 10, from {done.folder}/checkpoint-4\n" in done.out
     assert len(steps) == 6
 
@@ -144,7 +157,7 @@ def test_a_limit_on_checkpoints_does_not_get_in_the_way(
     "schedule",
     [
         {"lr_scheduler": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}},
-        {"lr_scheduler": "greedy", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "smooth": True}},
+        {"lr_scheduler": "greedy", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "smooth": 1}},
         {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
         {"lr_scheduler": "constant", "early_stopping_patience": 2, "early_stopping_threshold": 1.0},
     ],
@@ -178,47 +191,44 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["flip a bit", "cut off", "zero", "delete"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adapter_model.safetensors",
-        "optimizer.safetensors",
-        "random.safetensors",
-        "state.json",
-        "manifest.json",
-    ],
+FILES = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "state.json",
+    "manifest.json",
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+
+
+@pytest.mark.parametrize("how", ["flip a bit", "cut off", "zero", "delete"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(stopped: Path, name: str, how: str) -> None:
+    damage(stopped / "checkpoint-4" / name, how)
+    said: list[str] = []
+    found = checkpoint.newest_whole(stopped, said.append)
+    assert found is not None
+    assert (found[0].name, found[1].step) == ("checkpoint-3", 3)
+    assert len(said) == 1
+    assert said[0].startswith(f"passing over checkpoint-4, which is damaged: {stopped}/checkpoint-4/")
+    if (name, how) != ("manifest.json", "flip a bit"):  # there it is the file whose sum or name it changes
+        assert f"checkpoint-4/{name}: " in said[0]
+
+
+def test_from_the_checkpoint_before_a_damaged_one_the_result_is_the_same(
+    stopped: Path, base: Path, data: Path, whole: Done
 ) -> None:
-    interrupt(monkeypatch, loop, "train_step", 6)
-    sft(tmp_path / "out", base, data, **SETTINGS)
-    monkeypatch.undo()
-    newest = tmp_path / "out" / "checkpoint-4"
-    damage(newest / name, how)
-    if how == "flip a bit" or name == "adapter_model.safetensors":
-        done = trained(tmp_path / "out", base, data, **SETTINGS)
-        assert left_behind(done.folder) == left_behind(whole.folder)
-        out = done.out
-    else:  # finding it is enough
-        said: list[str] = []
-        found = checkpoint.newest_whole(tmp_path / "out", said.append)
-        assert found is not None
-        assert found[1].step == 3
-        out = "\n".join(said)
-    assert "passing over checkpoint-4, which is damaged: " in out
-    assert name in out
+    damage(stopped / "checkpoint-4" / "adapter_model.safetensors", "flip a bit")
+    done = trained(stopped, base, data, **SETTINGS)
+    assert "passing over checkpoint-4, which is damaged: " in done.out
+    assert "continuing after step 3 of 10" in done.out
+    assert left_behind(done.folder) == left_behind(whole.folder)
 
 
 def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over_too(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, base: Path, data: Path, whole: Done
 ) -> None:
-    interrupt(monkeypatch, loop, "train_step", 6)
-    sft(tmp_path / "out", base, data, **SETTINGS)
-    monkeypatch.undo()
-    damage(tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors", "flip a bit")  # the best so far
-    done = trained(tmp_path / "out", base, data, **SETTINGS)
+    damage(stopped / "checkpoint-3" / "adapter_model.safetensors", "flip a bit")  # the best so far
+    done = trained(stopped, base, data, **SETTINGS)
     assert "passing over checkpoint-4" in done.out
     assert "passing over checkpoint-3" in done.out
     assert "continuing after step 2 of 10" in done.out
@@ -226,14 +236,13 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over_too(
 
 
 def test_with_no_whole_checkpoint_the_run_starts_anew(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, base: Path, data: Path, whole: Done
 ) -> None:
-    interrupt(monkeypatch, loop, "train_step", 3)
-    sft(tmp_path / "out", base, data, **SETTINGS)
-    monkeypatch.undo()
-    damage(tmp_path / "out" / "checkpoint-2" / "state.json", "cut off")
-    done = trained(tmp_path / "out", base, data, **SETTINGS)
-    assert "passing over checkpoint-2" in done.out
+    for place in stopped.glob("checkpoint-*"):
+        damage(place / "state.json", "cut off")
+    done = trained(stopped, base, data, **SETTINGS)
+    assert done.out.count("passing over checkpoint-") == 3
+    assert "continuing" not in done.out
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
@@ -255,18 +264,14 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(
 
 
 @pytest.fixture
-def begun(tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """A run stopped in its sixth step, and a way to give its command again with other settings."""
-    settings: dict[str, object] = {"num_epochs": 2, "save_steps": 2}
-    with monkeypatch.context() as patch:
-        interrupt(patch, loop, "train_step", 6)
-        assert sft(tmp_path / "out", base, data, **settings).status == 130
+def again(stopped: Path, base: Path, data: Path) -> Callable[..., Done]:
+    """Gives the command of the stopped run again, with some other settings."""
 
-    def again(**changed: object) -> Done:
+    def command(**changed: object) -> Done:
         rows = Path(str(changed.pop("data", data)))
-        return sft(tmp_path / "out", base, rows, **{**settings, **changed})
+        return sft(stopped, base, rows, **{**SETTINGS, **changed})
 
-    return again
+    return command
 
 
 def everything_in(output: Path) -> dict[str, tuple[bytes, int]]:
@@ -281,39 +286,42 @@ def everything_in(output: Path) -> dict[str, tuple[bytes, int]]:
     ("changed", "said"),
     [
         ({"learning_rate": 1e-3}, ["learning_rate was 0.003 and is now 0.001"]),
-        ({"batch_size": 8, "seed": 1}, ["batch_size was 4 and is now 8", "seed was 42 and is now 1", "steps was 12 and is now 6"]),
+        ({"batch_size": 8, "seed": 1},
+         ["batch_size was 4 and is now 8", "seed was 42 and is now 1", "steps was 10 and is now 6"]),
         ({"lora_r": 8, "use_dora": True}, ["lora_r was 4 and is now 8", "use_dora was False and is now True"]),
-        ({"num_epochs": 3}, ["steps was 12 and is now 18"]),
+        ({"num_epochs": 3}, ["steps was 10 and is now 15"]),
         ({"template": "{document}\n{title}"}, ["the content of the template has changed"]),
         ({"cutoff_len": 100}, ["cutoff_len was 2048 and is now 100"]),
-        ({"val_set_size": 3}, ["val_set_size was 0 and is now 3", "the content of the validation rows has changed", "steps was 12 and is now 10"]),
+        ({"val_set_size": 0, "eval_steps": None},
+         ["val_set_size was 5.0 and is now 0.0", "eval_steps was 3 and is now None",
+          "the content of the validation rows has changed", "steps was 10 and is now 12"]),
     ],
 )  # fmt: skip
 def test_other_mathematics_is_refused_with_every_difference(
-    begun: Callable[..., Done], tmp_path: Path, changed: dict[str, object], said: list[str]
+    again: Callable[..., Done], stopped: Path, changed: dict[str, object], said: list[str]
 ) -> None:
-    before = everything_in(tmp_path / "out")
-    done = begun(**changed)
-    place = f"yeonma: {tmp_path / 'out'}"
+    before = everything_in(stopped)
+    done = again(**changed)
+    place = f"yeonma: {stopped}"
     cure = "give the former settings to continue it, another output_dir, or --overwrite true"
     lines = done.err.splitlines()
     assert done.status == 2
     assert sorted(lines[:-1]) == sorted(f"{place}: {difference}" for difference in said)
     assert lines[-1] == f"{place}: the folder holds another run; {cure}"
-    assert everything_in(tmp_path / "out") == before
+    assert everything_in(stopped) == before
 
 
-def test_changed_rows_are_refused(begun: Callable[..., Done], tmp_path: Path) -> None:
+def test_changed_rows_are_refused(again: Callable[..., Done], tmp_path: Path) -> None:
     rows = articles(23)
     rows[7]["title"] += " again"
-    done = begun(data=write_jsonl(tmp_path / "other.jsonl", rows))
+    done = again(data=write_jsonl(tmp_path / "other.jsonl", rows))
     assert done.status == 2
     assert "the content of data_path has changed" in done.err
 
 
-def test_the_same_rows_may_lie_elsewhere(begun: Callable[..., Done], tmp_path: Path) -> None:
-    done = begun(data=write_jsonl(tmp_path / "other.jsonl", articles(23)))
-    assert "continuing after step 4 of 12" in done.out
+def test_the_same_rows_may_lie_elsewhere(again: Callable[..., Done], tmp_path: Path) -> None:
+    done = again(data=write_jsonl(tmp_path / "other.jsonl", articles(23)))
+    assert "continuing after step 4 of 10" in done.out
 
 
 @pytest.mark.parametrize(
@@ -325,10 +333,10 @@ def test_the_same_rows_may_lie_elsewhere(begun: Callable[..., Done], tmp_path: P
         {"gradient_checkpointing": True},
     ],
 )
-def test_speed_and_records_may_change(begun: Callable[..., Done], changed: dict[str, object]) -> None:
-    done = begun(**changed)
+def test_speed_and_records_may_change(again: Callable[..., Done], changed: dict[str, object]) -> None:
+    done = again(**changed)
     assert (done.status, done.err) == (0, "")
-    assert "continuing after step 4 of 12" in done.out
+    assert "continuing after step 4 of 10" in done.out
 
 
 def test_a_finished_run_says_so_and_trains_nothing(tmp_path: Path, base: Path, data: Path) -> None:
@@ -369,35 +377,35 @@ def test_a_run_stopped_after_a_named_checkpoint_does_not_take_up_later_ones(
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
-def test_none_starts_anew(begun: Callable[..., Done]) -> None:
-    done = begun(resume_from_checkpoint="none")
+def test_none_starts_anew(again: Callable[..., Done]) -> None:
+    done = again(resume_from_checkpoint="none")
     assert done.status == 0
     assert "continuing" not in done.out
-    assert [line["step"] for line in done.steps] == list(range(1, 13))
+    assert [line["step"] for line in done.steps] == list(range(1, 11))
 
 
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("out/checkpoint-3", "no such checkpoint; give its folder, or latest"),
+        ("out/checkpoint-5", "no such checkpoint; give its folder, or latest"),
         ("elsewhere/checkpoint-4", "it belongs to another output_dir; give --output_dir"),
     ],
 )
 def test_a_checkpoint_that_is_not_there_or_not_of_this_folder_is_refused(
-    begun: Callable[..., Done], tmp_path: Path, path: str, said: str
+    again: Callable[..., Done], stopped: Path, tmp_path: Path, path: str, said: str
 ) -> None:
     (tmp_path / "elsewhere" / "checkpoint-4").mkdir(parents=True)
-    before = everything_in(tmp_path / "out")
-    done = begun(resume_from_checkpoint=tmp_path / path)
+    before = everything_in(stopped)
+    done = again(resume_from_checkpoint=tmp_path / path)
     assert done.status == 2
     assert said in done.err
-    assert everything_in(tmp_path / "out") == before
+    assert everything_in(stopped) == before
 
 
-def test_a_named_checkpoint_that_is_damaged_is_refused(begun: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_named_checkpoint_that_is_damaged_is_refused(again: Callable[..., Done], tmp_path: Path) -> None:
     place = tmp_path / "out" / "checkpoint-2"
     damage(place / "optimizer.safetensors", "flip a bit")
-    done = begun(resume_from_checkpoint=place)
+    done = again(resume_from_checkpoint=place)
     assert (done.status, done.err) == (
         2,
         f"yeonma: {place / 'optimizer.safetensors'}: its SHA-256 is not the manifest's\n",

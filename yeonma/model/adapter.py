@@ -87,8 +87,10 @@ def describe(
 
 def write_adapter(folder: Path, peft_model: Any, tokenizer: Any, template: Template, details: Mapping[str, Any]) -> None:
     """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
-    peft_model.peft_config["default"].base_model_name_or_path = details["base"]["name"]
-    peft_model.peft_config["default"].revision = details["base"]["revision"]
+    config = peft_model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = details["base"]["name"], details["base"]["revision"]
+    if isinstance(config.target_modules, set):  # whose order changes from one process to the next
+        config.target_modules = sorted(config.target_modules)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
     tokenizer.save_pretrained(str(folder))

@@ -52,7 +52,7 @@ class Question:
 
     def answer(self, text: str) -> str:
         """The answer in the model's `text`."""
-        text = text.strip()
+        text = text.strip() if self.is_turn else text.rstrip()
         return text.removeprefix(self.frame[0]).removesuffix(self.frame[1].rstrip()).rstrip()
 
 

@@ -165,7 +165,7 @@ def _generated(
 ) -> list[list[int]]:
     """The ids after each prompt, with what fills up those that end before others."""
     longest = max(map(len, prompts))
-    # A prompt's own first token pads it: the repetition penalty does not look at the mask.
+    # A prompt's own first token pads it: not every transformers hides the padding from the repetition penalty.
     padded = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     processors = LogitsProcessorList()

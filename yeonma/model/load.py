@@ -327,16 +327,21 @@ def _check_targets(layers: Sequence[str], targets: Sequence[str]) -> None:
             )
 
 
-def load_adapter(model: Any, folder: str, *, trainable: bool) -> Any:
-    """A PeftModel with the adapter of a folder. Raises UserError where its shapes do not fit the model."""
-    from peft import PeftModel
+def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | None = None) -> Any:
+    """A PeftModel with the adapter of a folder; `dropout`: another than it was trained with.
 
-    config = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
+    Raises UserError where its shapes do not fit the model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(folder)
+    if dropout is not None:
+        config.lora_dropout = dropout
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the adapter was made for {config.get('base_model_name_or_path')} and does not fit {model.name_or_path}",
+            f"the adapter was made for {config.base_model_name_or_path} and does not fit {model.name_or_path}",
             place=folder,
             cure="give the base model that the adapter was trained on",
         ) from error

@@ -90,14 +90,16 @@ def write_checkpoint(
 
 def read_state(checkpoint: Path) -> RunState:
     """Check every file against the manifest, then read the state. Raises UserError naming the first damaged file."""
+    name = MANIFEST
     try:
         hashes = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["sha256"]
         for name, expected in hashes.items():
             if _sha256(checkpoint / name) != expected:
                 raise UserError("its SHA-256 is not the manifest's", place=str(checkpoint / name))
+        name = STATE
         return RunState(**json.loads((checkpoint / STATE).read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"not a whole checkpoint ({error})", place=str(checkpoint)) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
 
 
 def newest_whole(output: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:

@@ -50,7 +50,7 @@ def check_writable(output: Path, base: str, continued: str | None) -> None:
     """Raises UserError, having left nothing behind, where the folder is the base's own, or that of the adapter to be
     continued, or cannot be written."""
     for owner, path in (("base model", base), ("adapter to continue", continued)):
-        if path is not None and output.exists() and output.resolve() == Path(path).resolve():
+        if path is not None and Path(path).is_dir() and output.resolve() == Path(path).resolve():
             what = f"it is the folder of the {owner}"
             raise UserError(what, place=f"output_dir {output}", cure="give another folder")
     if output.exists() and not output.is_dir():

@@ -89,7 +89,7 @@ def _load_model(
         say(f"one sequence at a time, because {how.why_not}")
     if prepared.adapter is not None:
         adapters.check_base(adapters.read_adapter_folder(prepared.adapter), identity)
-        peft_model = load.load_adapter(base, prepared.adapter, trainable=True)
+        peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
         shape = load.LoraShape(
             lora.lora_r,

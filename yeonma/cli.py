@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from yeonma.settings import (
     StepSettings,
     TokenSettings,
 )
+
+HELD_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
+        if os.environ.get("RANK", "0") != "0":
+            # Most mistakes show in every process alike. torchrun ends this one as soon as the first has told its own.
+            time.sleep(HELD_SECONDS)
         for line in str(error).splitlines():
             print(f"yeonma: {line}", file=sys.stderr)
         return 2

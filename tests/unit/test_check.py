@@ -159,12 +159,16 @@ def test_the_check_uses_no_dropout_and_leaves_every_layers_mode_as_it_was() -> N
     assert [module.training for module in model.modules()] == before
 
 
+def _random_states() -> tuple[object, ...]:
+    return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+
+
 def test_the_check_leaves_the_random_states_and_the_weights_alone() -> None:
     model = with_lora(tiny_model("qwen3_moe"), target_modules=["q_proj"], lora_dropout=0.5).train()
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index]
+    before = _random_states()
     check_forward(model)
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states  # type: ignore[index]
+    assert _random_states() == before
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -86,6 +86,14 @@ def test_group_by_length_puts_similar_lengths_into_one_step_and_mixes_the_steps(
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
+def test_group_by_length_leaves_the_smaller_step_for_the_last() -> None:
+    lengths = np.array([50, 10, 90, 30, 70, 20, 80, 40, 60, 100])
+    order = epoch_order(10, 3, 0, 4, lengths)
+    steps = [set(lengths[order[i : i + 4]].tolist()) for i in (0, 4, 8)]
+    assert {90, 100, 80, 70} in steps[:2] and {60, 50, 40, 30} in steps[:2]
+    assert steps[2] == {20, 10}
+
+
 def test_group_by_length_draws_anew_which_examples_meet_each_epoch() -> None:
     count, batch_size = 2 * GROUPED_STEPS * 4, 4
     lengths = np.random.default_rng(0).integers(1, 1000, count)

@@ -139,11 +139,10 @@ def test_two_interruptions_are_as_good_as_one(
     assert left_behind(trained(tmp_path / "out", base, data, **SETTINGS).folder) == left_behind(whole.folder)
 
 
-@pytest.mark.parametrize("limit", [1, 2])
 def test_a_limit_on_checkpoints_does_not_get_in_the_way(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch, limit: int
+    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**SETTINGS, "save_total_limit": limit}
+    settings = {**SETTINGS, "save_total_limit": 1}
     plain = trained(tmp_path / "plain" / "out", base, data, **settings)
     assert plain.weight_bytes == whole.weight_bytes
     interrupt(monkeypatch, loop, "train_step", 8)
@@ -158,7 +157,6 @@ def test_a_limit_on_checkpoints_does_not_get_in_the_way(
     [
         {"lr_scheduler": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}},
         {"lr_scheduler": "greedy", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0, "smooth": 1}},
-        {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
         {"lr_scheduler": "constant", "early_stopping_patience": 2, "early_stopping_threshold": 1.0},
     ],
 )

@@ -71,8 +71,8 @@ def test_yeonma_json_says_what_the_adapter_is_of(done: Done, base: Path, data: P
     assert details["base"]["name"] == str(base)
     assert details["base"]["parameters"] == 21728
     assert re.fullmatch("[0-9a-f]{64}", details["base"]["config_sha256"])
-    assert details["template"]["sha256"] == sha256(TEMPLATE.encode()).hexdigest()
-    assert (done.folder / "template.txt").read_text() == TEMPLATE
+    assert details["template"]["sha256"] == sha256(f"{TEMPLATE}\n".encode()).hexdigest()
+    assert (done.folder / "template.txt").read_text() == f"{TEMPLATE}\n"
     assert details["rules"] == {
         "cutoff_len": 2048,
         "shrink": None,
@@ -122,9 +122,8 @@ def held_out(done: Done, data: Path) -> list[dict[str, str]]:
 
 
 def test_the_settings_file_runs_again_to_the_same_bytes(done: Done, tmp_path: Path) -> None:
-    again = command(
-        tmp_path / "again", "sft", "--config", str(done.folder / "settings.yaml"), "--output_dir", str(tmp_path / "again")
-    )  # fmt: skip
+    config, output = done.folder / "settings.yaml", tmp_path / "again"
+    again = command(output, "sft", "--config", str(config), "--output_dir", str(output))
     assert (again.status, again.err) == (0, "")
     assert again.weight_bytes == done.weight_bytes
     for name in ADAPTER | TOKENIZER:
@@ -188,7 +187,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         "config.json",
         "adapter_model.safetensors",
         "tokenizer.json",
-        "settings.yaml",
         "checkpoint-7/x",
     ],
 )

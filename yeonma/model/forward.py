@@ -139,7 +139,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 target_U[part],
                 head,
                 logprob[part],
-                gradient[part] if wants_gradient else None,
+                None if gradient is None else gradient[part],
             )
         if wants_gradient:
             ctx.save_for_backward(gradient)
@@ -162,6 +162,7 @@ def _head_chunk(
     logits = product(hidden, head.weight_VH, head.bias_V).float()
     if head.scale != 1.0:
         logits *= head.scale
+    slope = None
     if head.cap is not None:
         logits.div_(head.cap).tanh_()
         slope = 1 - logits * logits if gradient is not None else None
@@ -175,7 +176,7 @@ def _head_chunk(
         return
     logits.div_(-total)
     logits.scatter_add_(1, target.unsqueeze(1), torch.ones_like(target, dtype=logits.dtype).unsqueeze(1))
-    if head.cap is not None:
+    if slope is not None:
         logits *= slope
     if head.scale != 1.0:
         logits *= head.scale

@@ -8,7 +8,7 @@ depends on the machine and the shapes alone, never on a measurement: equal runs 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """`F.linear` for a weight that is not trained: x (..., K), weight (M, K) -> (..., M)."""
     flat = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     # viewed out here: a view made inside could not be changed in place, as some models do
-    return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+    return flat.view(*x.shape[:-1], -1)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -54,7 +54,7 @@ class _FrozenLinear(torch.autograd.Function):
         return product(upstream, weight.t()), None, None
 
 
-def is_frozen_linear(layer: nn.Module) -> bool:
+def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """A plain dense layer in float32 on the CPU, none of whose parameters is trained."""
     return (
         type(layer) is nn.Linear

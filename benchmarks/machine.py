@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,23 @@ def matrix_rate() -> float:
     """Floating point operations a second of float32 `torch.mm`, the best of several."""
     import torch
 
+    return _rate(torch.mm)
+
+
+def frozen_rate() -> float:
+    """The same of the routine that Yeonma multiplies frozen weights by; on some machines it is another one."""
+    from yeonma.model.linear import product
+
+    return _rate(product)
+
+
+def _rate(multiply: Callable[[Any, Any], Any]) -> float:
+    import torch
+
     a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    product = torch.empty(MATRIX, MATRIX)
     seconds = []
     for _ in range(REPEATS + 1):  # the first is warm-up
         started = time.perf_counter()
-        torch.mm(a, b, out=product)
+        multiply(a, b)
         seconds.append(time.perf_counter() - started)
     return 2 * MATRIX**3 / min(seconds[1:])

@@ -48,6 +48,10 @@ def matrix_rate(result: Mapping[str, Any]) -> float:
     return median(rate for run in result["runs"] for rate in run["matrix_rates"])
 
 
+def frozen_rate(result: Mapping[str, Any]) -> float:
+    return median(run["frozen_rate"] for run in result["runs"])
+
+
 def lines(result: Mapping[str, Any]) -> list[Line]:
     """In the order of the workloads and contenders; those that were never measured together with ours are left out."""
     rate = matrix_rate(result)
@@ -163,7 +167,8 @@ def about_run(result: Mapping[str, Any]) -> str:
         f"{', '.join(settings['targets'])}, float32, batch {settings['batch_size']}. Data: {result['data']['name']}, "
         f"{settings['rows']} rows a workload, {steps} steps, the first not timed. Rounds: {rounds}. "
         f"Matrix rate: {matrix_rate(result) / 1e9:.1f} GFLOP/s "
-        f"(float32 `torch.mm` of 2048x2048, the median of all measurements between the runs)."
+        f"(float32 `torch.mm` of 2048x2048, the median of all measurements between the runs); "
+        f"{frozen_rate(result) / 1e9:.1f} by the routine that Yeonma multiplies frozen weights by."
     )
 
 

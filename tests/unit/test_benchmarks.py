@@ -41,6 +41,7 @@ def run(
         "losses": [4.0, 2.0, 1.0],
         "peak_memory_bytes": 2_000_000_000,
         "matrix_rates": [rate, rate],
+        "frozen_rate": 4e9,
         **more,
     }
 

@@ -141,6 +141,29 @@ def test_the_card_shows_before_and_after(done: Done) -> None:
     assert TEMPLATE in card
 
 
+def test_the_card_asks_with_the_trained_prompts_however_few_positions_are_left(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "gpt2", "gpt2")  # 128 positions, learnt: there are no more
+    frame = TEMPLATE.partition("{title}")[0]
+    room = 128 - len(frame.replace("{document}", "")) - len("a title") - 1
+    rows = [{"document": "a" * room, "title": "a title"}, {"document": "b", "title": "b"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = trained(tmp_path / "out", base, data, card_rows=2)
+    assert (done.steps[0]["tokens"], done.err) == (128 + 128 - room + 1 - len("a title") + 1, "")
+    card = (done.folder / "README.md").read_text()
+    for row in rows:
+        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nwanted:\n" in card
+
+
+def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "gpt2", "gpt2")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"document": "a" * 200, "title": "b"}])
+    length = len(TEMPLATE.format(document="a" * 200, title="b")) + 1
+    refused = sft(tmp_path / "out", base, data)
+    what = f"the longest example has {length} tokens, and the model only 128 positions"
+    assert (refused.status, refused.err) == (2, f"yeonma: cutoff_len: {what}; use --cutoff_len 128\n")
+    assert trained(tmp_path / "out", base, data, cutoff_len=128).steps[0]["tokens"] == 128
+
+
 def test_the_console_has_one_line_a_step_and_nothing_that_libraries_print(
     done: Done, base: Path, data: Path
 ) -> None:

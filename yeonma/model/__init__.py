@@ -1,1 +1,1 @@
-"""The base model with its adapter: loading, attention over forests, log-probabilities, generation, the adapter folder."""
+"""The base model with its adapter: loading, forests through it, log-probabilities, generation, the adapter folder."""

@@ -53,7 +53,9 @@ def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
     """Of the model as loaded, before an adapter is put on it. A local folder is named by its absolute path."""
     config = model.config.to_diff_dict()
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
-    text = json.dumps({key: config[key] for key in sorted(config) if key not in volatile}, sort_keys=True, default=str)
+    text = json.dumps(
+        {key: config[key] for key in sorted(config) if key not in volatile}, sort_keys=True, default=str
+    )
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
@@ -85,7 +87,9 @@ def describe(
     }
 
 
-def write_adapter(folder: Path, peft_model: Any, tokenizer: Any, template: Template, details: Mapping[str, Any]) -> None:
+def write_adapter(
+    folder: Path, peft_model: Any, tokenizer: Any, template: Template, details: Mapping[str, Any]
+) -> None:
     """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path, config.revision = details["base"]["name"], details["base"]["revision"]
@@ -105,13 +109,17 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
     for name in (MANIFEST, TEMPLATE, "adapter_config.json", WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{name} is missing", place=str(path), cure="give the output folder of a finished run")
+            raise UserError(
+                f"{name} is missing", place=str(path), cure="give the output folder of a finished run"
+            )
     try:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
         rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
         text = (folder / TEMPLATE).read_text("utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
-            raise UserError("it is not the template that the adapter was trained with", place=str(folder / TEMPLATE))
+            raise UserError(
+                "it is not the template that the adapter was trained with", place=str(folder / TEMPLATE)
+            )
         return AdapterFolder(
             path=folder,
             base=BaseIdentity(**details["base"]),

@@ -256,11 +256,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _keep_the_console_clean() -> None:
-    """No bar for reading weights, and no warning of what PEFT will have to change; downloads keep their bars."""
+    """No bar for reading weights, and no warning of what PEFT does of itself; downloads keep their bars."""
     transformers_logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings(
+        "ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning
+    )
+    # Patterns that PEFT makes for layers of fused experts, and finds no layer for
+    warnings.filterwarnings(
+        "ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning
+    )
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:

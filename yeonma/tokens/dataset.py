@@ -74,7 +74,12 @@ def choose_template(data: DataSettings, rows: Rows, say: Say) -> Template:
 
 
 def prepare_dataset(
-    data: DataSettings, tokens: TokenSettings, tokenizer: Any, seed: int, say: Say, progress: Callable[[int], None]
+    data: DataSettings,
+    tokens: TokenSettings,
+    tokenizer: Any,
+    seed: int,
+    say: Say,
+    progress: Callable[[int], None],
 ) -> Dataset:
     """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
     limits make impossible."""
@@ -82,7 +87,9 @@ def prepare_dataset(
         raise UserError(
             "val_set_size and val_data_path are both given", place="val_set_size", cure="give one of the two"
         )
-    rows = open_rows(data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding)
+    rows = open_rows(
+        data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
+    )
     template, rules = choose_template(data, rows, say), token_rules(tokens)
     cache = Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
 
@@ -94,7 +101,9 @@ def prepare_dataset(
     train = part(rows)
     if data.val_data_path is not None:
         revision = data.data_revision if data.val_data_path == data.data_path else None
-        validation_rows = open_rows(data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding)
+        validation_rows = open_rows(
+            data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding
+        )
         return Dataset(template, data.columns, rules, train, part(validation_rows))
     if not data.val_set_size:
         return Dataset(template, data.columns, rules, train, None)
@@ -115,7 +124,9 @@ def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
     line = f"{rows.name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        say(f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
+        say(
+            f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit"
+        )
     if counts.left_out:
         say(f"{rows.name}: {counts.left_out:,} left out: {_listed([left.row for left in store.left_out])}")
     if counts.special_text:

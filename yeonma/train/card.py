@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from yeonma.model.forward import Forward
 from yeonma.model.generate import generate
 from yeonma.text.template import answer_text
 from yeonma.tokens.dataset import Dataset, Part
-from yeonma.tokens.example import encode_prompts, stop_ids
+from yeonma.tokens.example import stop_ids
 from yeonma.train.checkpoint import write_text_atomically
 from yeonma.train.tracking import read_metrics
 
@@ -52,23 +53,22 @@ def write_card(
 def take_samples(
     peft_model: Any, how: Forward, tokenizer: Any, dataset: Dataset, asked: Part, count: int
 ) -> list[Sample]:
-    """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on."""
-    rows = asked.first_rows(count)
-    columns = dataset.columns
-    rendered = [dataset.template.render(row, columns) for row in rows]
-    firsts = {int(row): i for i, row in reversed(list(enumerate(asked.store.row_numbers)))}
-    longest = max(len(asked.store.example(firsts[row.number]).token_ids) for row in rows)
-    new_tokens = min(MOST_NEW_TOKENS, max(1, dataset.rules.cutoff_len - 1), longest)
-    asking = [dataset.template.render(row, columns, with_answer=False) for row in rows]
-    prompts = encode_prompts(
-        asking, rows, tokenizer, dataset.rules, min(new_tokens, dataset.rules.cutoff_len // 2)
-    )
+    """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on.
+
+    They are asked with the very token ids that come before the answer in training.
+    """
+    rows, store = asked.first_rows(count), asked.store
+    rendered = [dataset.template.render(row, dataset.columns) for row in rows]
+    firsts = {int(row): i for i, row in reversed(list(enumerate(store.row_numbers)))}
+    examples = [store.example(firsts[row.number]) for row in rows]
+    prompts = [each.token_ids[: each.prompt_length] for each in examples]
+    model = peft_model.get_base_model()
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     options: dict[str, Any] = {
-        "stop_ids": stop_ids(tokenizer, chat=asking[0].answer_role is not None),
-        "max_new_tokens": new_tokens,
+        "stop_ids": stop_ids(tokenizer, chat=rendered[0].answer_role is not None),
+        "max_new_tokens": int(max(1, min(MOST_NEW_TOKENS, most - max(map(len, prompts))))),
         "batch_size": len(rows),
     }
-    model = peft_model.get_base_model()
     was_training = model.training
     model.eval()
     with attention(model, how.plain_attention):

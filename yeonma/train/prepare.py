@@ -89,18 +89,19 @@ def prepare(
         max_steps=step.max_steps,
         group_by_length=step.group_by_length,
     )
-    _check_positions(config, dataset, say)
+    _check_positions(config, dataset)
     identity = _identity(settings, source, tokenizer, dataset, plan, continued)
     return Prepared(tokenizer, dataset, plan, continued, identity)
 
 
-def _check_positions(config: Any, dataset: Dataset, say: Callable[[str], None]) -> None:
+def _check_positions(config: Any, dataset: Dataset) -> None:
+    """Raises UserError for examples that are longer than what the model has positions for."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = int(dataset.train.store.lengths.max())
+    parts = [part for part in (dataset.train, dataset.validation) if part is not None]
+    longest = max(int(part.store.lengths.max()) for part in parts)
     if most is not None and longest > most:
-        say(
-            f"the longest example has {longest} tokens, the model is made for {most}: a lower cutoff_len would fit it"
-        )
+        what = f"the longest example has {longest} tokens, and the model only {most} positions"
+        raise UserError(what, place="cutoff_len", cure=f"use --cutoff_len {most}")
 
 
 def _check_schedule(step: StepSettings, say: Callable[[str], None]) -> None:

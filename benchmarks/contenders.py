@@ -23,6 +23,7 @@ YEONMA, TRANSFORMERS, TRL = "Yeonma", "transformers Trainer", "TRL SFTTrainer"
 class Contender:
     library: str
     micro_batch: int
+    micro_batch_tokens: int | None = None  # Yeonma: the most tokens at once
     padding_free: bool = False  # TRL: a micro-batch laid flat
     packed: bool = False  # TRL: rows packed into sequences of a quarter step, one at a time
 
@@ -30,12 +31,15 @@ class Contender:
     def label(self) -> str:
         if self.packed:
             return f"{self.library}, packing"
+        if self.micro_batch_tokens:
+            return f"{self.library}, {self.micro_batch_tokens} tokens at once"
         return (
             f"{self.library}, micro-batch {self.micro_batch}{', padding-free' if self.padding_free else ''}"
         )
 
 
 CONTENDERS = {
+    "yeonma-512-tokens": Contender(YEONMA, 8, micro_batch_tokens=512),
     "yeonma-8": Contender(YEONMA, 8),
     "yeonma-4": Contender(YEONMA, 4),
     "yeonma-1": Contender(YEONMA, 1),
@@ -46,8 +50,8 @@ CONTENDERS = {
     "trl-padding-free-4": Contender(TRL, 4, padding_free=True),
     "trl-packed": Contender(TRL, 1, packed=True),
 }
-OURS = "yeonma-8"
-ONLY_FULL = ("yeonma-4", "yeonma-1")
+OURS = "yeonma-4"
+ONLY_FULL = ("yeonma-8", "yeonma-1")
 PACKED_ROWS_A_STEP = 4
 
 
@@ -101,12 +105,13 @@ def ours(contender: Contender, folder: Path, workload: str, model: str) -> Measu
         "lora_target_modules": f"[{', '.join(TARGETS)}]",
         "batch_size": BATCH_SIZE,
         "micro_batch_size": contender.micro_batch,
+        "micro_batch_tokens": contender.micro_batch_tokens,
         "num_epochs": 1,
         "learning_rate": LEARNING_RATE,
         "seed": SEED,
         "card_rows": 0,
     }
-    if main(["sft", *(f"--{name}={value}" for name, value in settings.items())]) != 0:
+    if main(["sft", *(f"--{name}={value}" for name, value in settings.items() if value is not None)]) != 0:
         raise SystemExit("yeonma sft failed")
     lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
     steps = [each for each in map(json.loads, lines) if not each.get("evaluation")]

@@ -11,17 +11,11 @@ from dataclasses import dataclass
 from yeonma import __version__
 from yeonma.errors import UserError, did_you_mean
 from yeonma.settings import (
+    TRAINING,
     AdapterSettings,
     AnswerSettings,
-    DataSettings,
     DemoSettings,
-    EvaluationSettings,
     GenerateSettings,
-    LoraSettings,
-    ModelSettings,
-    RunSettings,
-    StepSettings,
-    TokenSettings,
 )
 
 HELD_SECONDS = 10
@@ -37,15 +31,6 @@ class Verb:
     positional: str | None = None
 
 
-TRAINING = (
-    DataSettings,
-    TokenSettings,
-    ModelSettings,
-    LoraSettings,
-    StepSettings,
-    EvaluationSettings,
-    RunSettings,
-)
 GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
 CHATTING = (AdapterSettings, AnswerSettings)
 VERBS = {

@@ -19,16 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.configure import group_of, settings_from_keywords
-from yeonma.settings import (
-    DataSettings,
-    DemoSettings,
-    EvaluationSettings,
-    LoraSettings,
-    ModelSettings,
-    RunSettings,
-    StepSettings,
-    TokenSettings,
-)
+from yeonma.settings import TRAINING, DemoSettings
 from yeonma.text.rows import Row, open_rows
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -52,16 +43,6 @@ SETTINGS: Mapping[str, object] = {
 }
 QUICK_SETTINGS: Mapping[str, object] = {"logging_steps": 1, "card_rows": 1}
 
-SFT = (
-    DataSettings,
-    TokenSettings,
-    ModelSettings,
-    LoraSettings,
-    StepSettings,
-    EvaluationSettings,
-    RunSettings,
-)
-
 
 def run(settings: Mapping[type, object]) -> int:
     """Fetch, train, show. A demo that was interrupted goes on; one that is finished is shown again."""
@@ -77,7 +58,7 @@ def run(settings: Mapping[type, object]) -> int:
     print("This command does the same:\n", _command(["sft"], chosen), "", sep="\n", flush=True)
     from yeonma.verbs.sft import run as run_sft
 
-    if status := run_sft(settings_from_keywords(SFT, chosen).settings):
+    if status := run_sft(settings_from_keywords(TRAINING, chosen).settings):
         return status
 
     _heading("3. Three articles that it was not trained on")

@@ -224,6 +224,18 @@ class RunSettings:
     """Processes to start on this machine. Under torchrun, torchrun's own count holds."""
 
 
+TRAINING = (
+    DataSettings,
+    TokenSettings,
+    ModelSettings,
+    LoraSettings,
+    StepSettings,
+    EvaluationSettings,
+    RunSettings,
+)
+"""What a training verb reads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """The adapter folder that is asked."""

@@ -12,7 +12,8 @@ import pytest
 from tests.runs import Done, command, model_folder
 from yeonma import load
 from yeonma.configure import read_settings, to_yaml
-from yeonma.demo import SAMPLES, SFT
+from yeonma.demo import SAMPLES
+from yeonma.settings import TRAINING
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,7 @@ def test_it_ends_with_the_losses_of_the_run_and_what_to_try(done: Done) -> None:
 def test_the_command_it_prints_is_the_run_that_it_made(done: Done) -> None:
     text = done.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)
-    printed = read_settings(SFT, words[words.index("sft") + 1 :], verb="sft").settings
+    printed = read_settings(TRAINING, words[words.index("sft") + 1 :], verb="sft").settings
     assert to_yaml(*printed.values()) == (done.folder / "settings.yaml").read_text(encoding="utf-8")
 
 

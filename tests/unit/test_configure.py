@@ -25,6 +25,7 @@ from yeonma.configure import (
 )
 from yeonma.errors import UserError
 from yeonma.settings import (
+    TRAINING,
     AdapterSettings,
     DataSettings,
     DemoSettings,
@@ -38,15 +39,6 @@ from yeonma.settings import (
     TokenSettings,
 )
 
-TRAINING = (
-    DataSettings,
-    TokenSettings,
-    ModelSettings,
-    LoraSettings,
-    StepSettings,
-    EvaluationSettings,
-    RunSettings,
-)
 REQUIRED = {"data_path": "rows.jsonl", "base_model": "some/model", "output_dir": "out"}
 EVERY_GROUP = [
     group

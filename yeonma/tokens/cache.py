@@ -25,7 +25,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Rendered, Template
 from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer, encode
-from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync_folder
+from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
 
@@ -110,7 +110,7 @@ def build_store(
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
                 os.rename(beside, folder)
-                sync_folder(cache_dir)
+                sync(cache_dir)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     if (store := open_store(folder, key)) is None:

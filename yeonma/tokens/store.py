@@ -146,7 +146,7 @@ class StoreWriter:
         for data in self.files.values():
             _to_disk(data)
             data.close()
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _append(self, name: str, content: bytes) -> None:
         self.files[name].write(content)
@@ -173,9 +173,9 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
     return TokenStore(folder, key, counts, **arrays)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's own entries (names made, renamed, removed in it) to disk."""
-    number = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's own entries (names made, renamed, removed in it), to disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from yeonma.errors import UserError
+from yeonma.tokens.store import sync
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "state.json",
@@ -79,12 +80,12 @@ def write_checkpoint(
     hashes = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
     (beside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
     for path in beside.iterdir():
-        _flush(path)
-    _flush(beside)
+        sync(path)
+    sync(beside)
     if place.exists():
         shutil.rmtree(place)
     beside.rename(place)
-    _flush(output)
+    sync(output)
     return place
 
 
@@ -164,7 +165,7 @@ def restore_optimizer(
 def write_text_atomically(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text, encoding="utf-8")
-    _flush(beside)
+    sync(beside)
     os.replace(beside, path)
 
 
@@ -174,11 +175,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,8 @@ from yeonma.errors import Problem, UserError
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Template, load_template
 from yeonma.tokens.cache import build_store, default_cache_dir, store_key, tokenizer_identity
-from yeonma.tokens.example import Example, TokenRules, encode
+from yeonma.tokens.desk import encode
+from yeonma.tokens.example import Example, TokenRules
 from yeonma.tokens.store import TokenStore, open_store
 
 TEMPLATE = Template.parse("{document}\n\nTitle:{title}")

@@ -25,7 +25,8 @@ from yeonma.errors import Problem, UserError
 from yeonma.text.notes import Notes, notes_of
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Rendered, Template
-from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer, encode
+from yeonma.tokens.desk import encode
+from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer
 from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]

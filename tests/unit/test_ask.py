@@ -24,8 +24,9 @@ from yeonma.cli import main
 from yeonma.errors import UserError
 from yeonma.model.ask import Loaded, load
 from yeonma.text.rows import Row, open_rows
+from yeonma.tokens.desk import encode
 from yeonma.tokens.encode import TextEncoder
-from yeonma.tokens.example import Example, encode
+from yeonma.tokens.example import Example
 
 ROOT = Path(yeonma.__file__).parents[1]
 SAMPLES = ROOT / "yeonma" / "samples"

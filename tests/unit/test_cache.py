@@ -16,7 +16,8 @@ from yeonma.errors import Problem, UserError
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Template, load_template
 from yeonma.tokens.cache import build_store, default_cache_dir, store_key, tokenizer_identity
-from yeonma.tokens.example import Example, TokenRules, encode
+from yeonma.tokens.desk import encode
+from yeonma.tokens.example import Example, TokenRules
 from yeonma.tokens.store import TokenStore, open_store
 
 TEMPLATE = Template.parse("{document}\n\nTitle:{title}")
@@ -222,7 +223,7 @@ def test_a_store_with_any_file_damaged_is_built_again(tmp_path: Path, tokenised:
     whole = [built(tmp_path, rows)[index] for index in range(20)]
     expected = [replace(one, token_ids=one.token_ids.copy(), trained=one.trained.copy()) for one in whole]
     names = [path.name for path in files_of(built(tmp_path, rows))]
-    assert len(names) == 12
+    assert len(names) == 16
     for name in names:
         path = built(tmp_path, rows).folder / name
         content = path.read_bytes()

@@ -109,7 +109,7 @@ def test_special_token_text_in_the_data_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     prepared(data, said)
-    assert f"{data}: 1 special-token texts in the data, encoded as ordinary text" in said
+    assert f"{data}: rows with special-token texts, encoded as ordinary text: 1 (row 2)" in said
 
 
 def test_the_first_rows_of_a_part_are_its_own(data: Path) -> None:

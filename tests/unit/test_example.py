@@ -14,17 +14,9 @@ from tests.tokenizers import CHATML, CORPUS, byte_level, sentencepiece_bpe, unig
 from yeonma.errors import UserError
 from yeonma.text.rows import Row
 from yeonma.text.template import Template, answer_text, load_template, prompt_text
+from yeonma.tokens.desk import encode, encode_prompt, encode_prompts
 from yeonma.tokens.encode import TextEncoder
-from yeonma.tokens.example import (
-    Example,
-    LeftOut,
-    TokenRules,
-    check_rules,
-    encode,
-    encode_prompt,
-    encode_prompts,
-    stop_ids,
-)
+from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, stop_ids
 from yeonma.tokens.truncate import largest_keep
 
 Make = Callable[[], PreTrainedTokenizerFast]

@@ -30,8 +30,9 @@ from yeonma.text.formats import column_of, field_text, turns_of
 from yeonma.text.frame import Placeholder, Variant
 from yeonma.text.rows import Row
 from yeonma.text.template import Rendered
+from yeonma.tokens.desk import encode_prompts
 from yeonma.tokens.encode import TextEncoder
-from yeonma.tokens.example import encode_prompts, stop_ids
+from yeonma.tokens.example import stop_ids
 
 NO_LIMIT = 2**40  # tokens
 

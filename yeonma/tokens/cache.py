@@ -22,21 +22,23 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.errors import Problem, UserError
+from yeonma.text.notes import Notes, notes_of
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Rendered, Template
-from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer, encode
+from yeonma.tokens.desk import encode
+from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer
 from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same rows would give other tokens or other files."""
 
 ROWS_A_CHUNK = 2000
 MOST_PROBLEMS = 20
 
-Chunk = tuple[int, list[Example | LeftOut]]
-"""Rows read, and what they gave."""
+Chunk = tuple[list[Notes], list[Example | LeftOut]]
+"""What was noted of each row read, and what the rows gave."""
 
 
 def default_cache_dir() -> Path:
@@ -102,9 +104,9 @@ def build_store(
             with _keeping(cache_dir):
                 _remove(beside)
                 writer = StoreWriter.open(beside)
-            for count, found in _chunks(rows, template, columns, tokenizer, rules, progress):
+            for notes, found in _chunks(rows, template, columns, tokenizer, rules, progress):
                 with _keeping(cache_dir):
-                    writer.add(count, found)
+                    writer.add(notes, found)
             _check_some_left(writer.counts, rows, rules)
             with _keeping(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
@@ -135,8 +137,9 @@ def _chunks(
         rendered = [_rendered(row, template, columns, problems) for row in chunk]
         if not problems:
             try:
-                found = encode([text for text in rendered if text], chunk, tokenizer, rules)
-                yield len(chunk), found
+                whole = [text for text in rendered if text]
+                found = encode(whole, chunk, tokenizer, rules)
+                yield [notes_of(text) for text in whole], found
             except UserError as error:
                 problems += error.problems
         done += len(chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from yeonma.text.rows import Row, Rows, draw_validation, open_rows
 from yeonma.text.template import Template, load_template
 from yeonma.tokens.cache import TokenStore, build_store, default_cache_dir
 from yeonma.tokens.example import TokenRules
+from yeonma.tokens.remarks import listed, overlap_of, remarks_of, used_rows
 
 Say = Callable[[str], None]
 
@@ -29,12 +30,16 @@ class Part:
     positions: np.ndarray
 
     @property
+    def examples(self) -> tuple[TokenStore, np.ndarray]:
+        return self.store, self.positions
+
+    @property
     def trained_tokens(self) -> int:
         return int(self.store.trained_counts[self.positions].sum())
 
     def first_rows(self, count: int) -> list[Row]:
         """The rows of the first `count` distinct row numbers; reads no further than the last of them."""
-        wanted = set(np.unique(self.store.row_numbers[self.positions])[:count].tolist())
+        wanted = set(used_rows(self.store, self.positions)[:count].tolist())
         found: list[Row] = []
         for row in self.rows:
             if len(found) == len(wanted):
@@ -99,24 +104,23 @@ def prepare_dataset(
         return Part(rows, store, np.arange(len(store)))
 
     train = part(rows)
+    validation = None
     if data.val_data_path is not None:
         revision = data.data_revision if data.val_data_path == data.data_path else None
-        validation_rows = open_rows(
-            data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding
+        validation = part(
+            open_rows(data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding)
         )
-        return Dataset(template, data.columns, rules, train, part(validation_rows))
-    if not data.val_set_size:
-        return Dataset(template, data.columns, rules, train, None)
-    numbers = np.unique(train.store.row_numbers)
-    _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
-    held_out = np.isin(train.store.row_numbers, numbers[drawn])
-    return Dataset(
-        template,
-        data.columns,
-        rules,
-        Part(rows, train.store, np.flatnonzero(~held_out)),
-        Part(rows, train.store, np.flatnonzero(held_out)),
-    )
+    elif data.val_set_size:
+        numbers = used_rows(train.store, train.positions)
+        _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
+        held_out = np.isin(train.store.row_numbers, numbers[drawn])
+        validation = Part(rows, train.store, np.flatnonzero(held_out))
+        train = Part(rows, train.store, np.flatnonzero(~held_out))
+    if validation is not None:
+        overlap = overlap_of(train.examples, validation.examples)
+        if overlap is not None:
+            say(f"{validation.rows.name}: {overlap}")
+    return Dataset(template, data.columns, rules, train, validation)
 
 
 def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
@@ -128,11 +132,7 @@ def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
             f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit"
         )
     if counts.left_out:
-        say(f"{rows.name}: {counts.left_out:,} left out: {_listed([left.row for left in store.left_out])}")
-    if counts.special_text:
-        say(f"{rows.name}: {counts.special_text:,} special-token texts in the data, encoded as ordinary text")
-
-
-def _listed(numbers: Sequence[int], most: int = 10) -> str:
-    shown = ", ".join(str(number) for number in numbers[:most])
-    return f"rows {shown}" + (f" and {len(numbers) - most:,} more" if len(numbers) > most else "")
+        numbers = [left.row for left in store.left_out]
+        say(f"{rows.name}: {counts.left_out:,} left out: {listed(numbers)}")
+    for remark in remarks_of(store, np.arange(len(store))):
+        say(f"{rows.name}: {remark}")

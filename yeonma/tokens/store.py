@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.text.notes import Notes
 from yeonma.tokens.example import Example, LeftOut
 
 # One value a token.
@@ -29,7 +30,14 @@ _OF_EXAMPLES: dict[str, str] = {
     "straddles": "?",
     "special_text": "<i4",
 }
-_ARRAYS = {**_OF_TOKENS, **_OF_EXAMPLES}
+# One value a row read, left out or not.
+_OF_ROWS: dict[str, str] = {
+    "row_flags": "|u1",
+    "row_scripts": "<u4",
+    "row_digests": "<u8",
+    "prompt_digests": "<u8",
+}
+_ARRAYS = {**_OF_TOKENS, **_OF_EXAMPLES, **_OF_ROWS}
 _LEFT_OUT, _META = "left_out.jsonl", "meta.json"
 _BYTES_A_READ = 1 << 20
 
@@ -74,6 +82,11 @@ class TokenStore:
     cut_characters: NDArray[np.int64]
     straddles: NDArray[np.bool_]
     special_text: NDArray[np.int32]
+    row_flags: NDArray[np.uint8]
+    """Shape (rows read,), as the arrays below; row number n is at n - 1. Bits as in `yeonma.text.notes`."""
+    row_scripts: NDArray[np.uint32]
+    row_digests: NDArray[np.uint64]
+    prompt_digests: NDArray[np.uint64]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,16 +138,16 @@ class StoreWriter:
         files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
         return StoreWriter(folder, files, dict.fromkeys(names, 0), Counts())
 
-    def add(self, rows: int, found: Sequence[Example | LeftOut]) -> None:
-        """Append what `rows` rows gave."""
+    def add(self, notes: Sequence[Notes], found: Sequence[Example | LeftOut]) -> None:
+        """Append what some rows gave; `notes` has one entry for each of them."""
         examples = [one for one in found if isinstance(one, Example)]
         left_out = [one for one in found if isinstance(one, LeftOut)]
         columns = _columns(examples, self.counts.tokens)
-        for name, values in columns.items():
+        for name, values in {**columns, **_row_columns(notes)}.items():
             self._append(f"{name}.bin", values.astype(_ARRAYS[name]).tobytes())
         lines = "".join([json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in left_out])
         self._append(_LEFT_OUT, lines.encode())
-        self.counts = _added(self.counts, rows, columns, len(left_out))
+        self.counts = _added(self.counts, len(notes), columns, len(left_out))
 
     def finish(self, about: dict[str, Any]) -> None:
         """Write the description and bring everything to disk."""
@@ -200,6 +213,15 @@ def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]
         "cut_characters": of(lambda example: example.cut_characters),
         "straddles": of(lambda example: example.straddles),
         "special_text": of(lambda example: example.special_text),
+    }
+
+
+def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
+    return {
+        "row_flags": np.array([each.flags for each in notes], dtype="|u1"),
+        "row_scripts": np.array([each.scripts for each in notes], dtype="<u4"),
+        "row_digests": np.array([each.digest for each in notes], dtype="<u8"),
+        "prompt_digests": np.array([each.prompt_digest for each in notes], dtype="<u8"),
     }
 
 

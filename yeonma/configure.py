@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from datetime import date
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma import settings as settings_module
@@ -24,6 +24,7 @@ from yeonma.yaml_text import read_items, read_value, write_item
 Group = TypeVar("Group")
 OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 NONE_WORDS = ("None", "null")
+NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,21 @@ class Given:
 
 
 def read_settings(
-    groups: Sequence[type], argv: Sequence[str], *, verb: str, positional: str | None = None
+    groups: Sequence[type],
+    argv: Sequence[str],
+    *,
+    verb: str,
+    positional: str | None = None,
+    defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> Reading:
     """Read a verb's settings from command line arguments and the YAML file that `--config` names.
 
-    The command line wins over the file. `positional` is the setting that an argument without a name fills.
+    The command line wins over the file. `positional` is the setting that an argument without a name fills;
+    `defaults` are values of settings that are not given, where the verb has others than the groups.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups)
+    known = settings_of(groups, defaults)
     given = _from_command_line(argv, known, positional, verb, problems)
     config = given.pop("config", None)
     if config is not None:
@@ -75,13 +82,16 @@ def read_settings(
     return _checked(groups, known, given, problems, "--{} ...")
 
 
-def settings_from_keywords(groups: Sequence[type], keywords: Mapping[str, object]) -> Reading:
-    """Read the settings of `groups` from Python keywords; `config` names a YAML file; the others win.
+def settings_from_keywords(
+    groups: Sequence[type], keywords: Mapping[str, object], defaults: Mapping[str, object] = NO_DEFAULTS
+) -> Reading:
+    """Read the settings of `groups` from Python keywords; `config` names a YAML file; the others win. `defaults` as in
+    `read_settings`.
 
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups)
+    known = settings_of(groups, defaults)
     given: dict[str, Given] = {}
     for name, value in keywords.items():
         if name in known:
@@ -112,8 +122,8 @@ def to_yaml(*groups: object) -> str:
     return "".join(write_item(name, value) for name, value in values.items())
 
 
-def settings_of(groups: Iterable[type]) -> dict[str, Setting]:
-    """Every setting of `groups` by its name, in order."""
+def settings_of(groups: Iterable[type], defaults: Mapping[str, object] = NO_DEFAULTS) -> dict[str, Setting]:
+    """Every setting of `groups` by its name, in order; `defaults` are those of the verb."""
     known = {}
     for group in groups:
         hints = get_type_hints(group)
@@ -125,7 +135,7 @@ def settings_of(groups: Iterable[type]) -> dict[str, Setting]:
                 hint=hint,
                 members=members,
                 required=field.default is MISSING,
-                default=None if field.default is MISSING else field.default,
+                default=defaults.get(field.name, None if field.default is MISSING else field.default),
                 range=field.metadata.get("range"),
             )
     return known
@@ -274,9 +284,9 @@ def _checked(
         problems.append(Problem(what, ", ".join(missing), cure.format("them" if missing[1:] else "it")))
     if problems:
         raise UserError(problems)
+    chosen = {**{name: setting.default for name, setting in known.items() if not setting.required}, **values}
     settings = {
-        group: group(**{field.name: values[field.name] for field in fields(group) if field.name in values})
-        for group in groups
+        group: group(**{field.name: chosen[field.name] for field in fields(group)}) for group in groups
     }
     return Reading(settings, tuple(_warnings(values)))
 

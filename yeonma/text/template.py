@@ -113,7 +113,7 @@ class Template:
         nothing to train or nothing to ask.
         """
         if columns:
-            self._check_columns(columns)
+            self.check_columns(columns)
         if self.is_chat:
             return self._render_turn_list(row, columns, with_answer)
         texts: dict[str, str] = {}
@@ -154,8 +154,8 @@ class Template:
     def _column(self, name: str, columns: Mapping[str, str] | None) -> str:
         return column_of(name, columns, self.answer_field)
 
-    def _check_columns(self, columns: Mapping[str, str]) -> None:
-        """Names of no field are mistakes; so is the answer's column for a prompt field, which would show it."""
+    def check_columns(self, columns: Mapping[str, str]) -> None:
+        """Raises UserError for names of no field, and for the answer's column in the prompt, which would show it."""
         for name in columns:
             if name not in self.fields and name not in _ANSWERS:
                 cure = did_you_mean(name, self.fields) or f"it has {', '.join(sorted(self.fields))}"

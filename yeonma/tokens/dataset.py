@@ -11,11 +11,12 @@ import numpy as np
 
 from yeonma.errors import UserError
 from yeonma.settings import DataSettings, TokenSettings
-from yeonma.text.formats import recognise
 from yeonma.text.rows import Row, Rows, draw_validation, open_rows
 from yeonma.text.template import Template, load_template
 from yeonma.tokens.cache import TokenStore, build_store, default_cache_dir
 from yeonma.tokens.example import TokenRules
+from yeonma.tokens.kinds import ANSWERS, Kind
+from yeonma.tokens.pairs import NOTHING_TO_CHOOSE
 from yeonma.tokens.remarks import listed, overlap_of, remarks_of, used_rows
 
 Say = Callable[[str], None]
@@ -32,6 +33,11 @@ class Part:
     @property
     def examples(self) -> tuple[TokenStore, np.ndarray]:
         return self.store, self.positions
+
+    @property
+    def units(self) -> np.ndarray:
+        """What the plan is made of: the examples or, in preference data, the pairs."""
+        return np.unique(self.store.units[self.positions])
 
     @property
     def trained_tokens(self) -> int:
@@ -51,6 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
+    kind: Kind
     template: Template
     columns: dict[str, str] | None
     rules: TokenRules
@@ -69,13 +76,21 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
     )
 
 
-def choose_template(data: DataSettings, rows: Rows, say: Say) -> Template:
-    """The template that the settings name, else the built-in that the columns satisfy; the choice is said."""
+def cache_folder(tokens: TokenSettings) -> Path:
+    return Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
+
+
+def choose_template(
+    data: DataSettings, rows: Rows, say: Say, kind: Kind = ANSWERS
+) -> tuple[Template, dict[str, str] | None]:
+    """The template that the settings name, else the built-in that the columns satisfy, which is said; and the columns
+    that fill it."""
     if data.template is not None:
-        return load_template(data.template)
-    recognised = recognise(rows.columns, data.columns)
+        return load_template(data.template), data.columns
+    recognised = kind.recognise(rows, data.columns)
     say(recognised.reason)
-    return load_template(recognised.template)
+    columns = {**dict(recognised.columns), **(data.columns or {})}
+    return load_template(recognised.template), columns or None
 
 
 def prepare_dataset(
@@ -85,6 +100,7 @@ def prepare_dataset(
     seed: int,
     say: Say,
     progress: Callable[[int], None],
+    kind: Kind = ANSWERS,
 ) -> Dataset:
     """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
     limits make impossible."""
@@ -95,11 +111,11 @@ def prepare_dataset(
     rows = open_rows(
         data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
     )
-    template, rules = choose_template(data, rows, say), token_rules(tokens)
-    cache = Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
+    (template, columns), rules = choose_template(data, rows, say, kind), token_rules(tokens)
+    cache = cache_folder(tokens)
 
     def part(rows: Rows) -> Part:
-        store = build_store(rows, template, data.columns, tokenizer, rules, cache, progress)
+        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, kind)
         _describe(rows, store, say)
         return Part(rows, store, np.arange(len(store)))
 
@@ -120,19 +136,26 @@ def prepare_dataset(
         overlap = overlap_of(train.examples, validation.examples)
         if overlap is not None:
             say(f"{validation.rows.name}: {overlap}")
-    return Dataset(template, data.columns, rules, train, validation)
+    return Dataset(kind, template, columns, rules, train, validation)
 
 
 def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
     counts = store.counts
     line = f"{rows.name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
+    if counts.units != counts.examples:
+        line = f"{rows.name}: {counts.rows:,} rows, {counts.units:,} pairs, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
         say(
             f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit"
         )
-    if counts.left_out:
-        numbers = [left.row for left in store.left_out]
-        say(f"{rows.name}: {counts.left_out:,} left out: {listed(numbers)}")
+    left_out = store.left_out if counts.left_out else []
+    for reason in NOTHING_TO_CHOOSE:
+        numbers = [left.row for left in left_out if left.reason == reason]
+        if numbers:
+            say(f"{rows.name}: {reason}: {len(numbers):,} left out ({listed(numbers)})")
+    numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
+    if numbers:
+        say(f"{rows.name}: {len(numbers):,} left out: {listed(numbers)}")
     for remark in remarks_of(store, np.arange(len(store))):
         say(f"{rows.name}: {remark}")

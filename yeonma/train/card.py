@@ -12,7 +12,7 @@ from yeonma.model.adapter import read_adapter_folder
 from yeonma.model.check import attention
 from yeonma.model.forward import Forward
 from yeonma.model.generate import generate
-from yeonma.text.template import answer_text
+from yeonma.text.template import Rendered, answer_text
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import stop_ids
 from yeonma.train.checkpoint import write_text_atomically
@@ -58,7 +58,8 @@ def take_samples(
     They are asked with the very token ids that come before the answer in training.
     """
     rows, store = asked.first_rows(count), asked.store
-    rendered = [dataset.template.render(row, dataset.columns) for row in rows]
+    kind = dataset.kind
+    rendered = [kind.wanted(kind.render(dataset.template, row, dataset.columns)) for row in rows]
     firsts = {int(row): i for i, row in reversed(list(enumerate(store.row_numbers)))}
     examples = [store.example(firsts[row.number]) for row in rows]
     prompts = [each.token_ids[: each.prompt_length] for each in examples]
@@ -82,7 +83,7 @@ def take_samples(
     ]
 
 
-def _wanted(rendered: Any) -> str:
+def _wanted(rendered: Rendered) -> str:
     if rendered.answer:
         return answer_text(rendered)
     return "".join(piece.text for piece in rendered.turns[-1].pieces)
@@ -94,6 +95,7 @@ def card_text(
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
     looks = [each for each in metrics if each.get("evaluation")]
+    what = "pairs" if any("reward_accuracy" in each for each in metrics) else "examples"
     lines = [
         "---",
         f"base_model: {adapter.base.name}",
@@ -104,22 +106,13 @@ def card_text(
         "",
         f"# {output.resolve().name}",
         "",
-        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} examples "
+        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {what} "
         f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {kept:,} steps. "
         f"{trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
         "",
     ]
     if looks:
-        before, after = looks[0], next(each for each in looks if each["step"] == kept)
-        lines += [
-            "| validation | loss | perplexity | step |",
-            "| --- | --- | --- | --- |",
-            f"| before | {_number(before['loss'])} | {_number(before['perplexity'])} | {before['step']} |",
-            f"| after | {_number(after['loss'])} | {_number(after['perplexity'])} | {after['step']} |",
-            "",
-            "Both are per trained token; `after` is the adapter in this folder.",
-            "",
-        ]
+        lines += _validation(looks[0], next(each for each in looks if each["step"] == kept))
     lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
     if samples:
         lines += ["## Before and after", ""]
@@ -140,6 +133,41 @@ def card_text(
         "",
     ]
     return "\n".join(lines)
+
+
+PERPLEXITY = {"perplexity": "perplexity"}
+REWARDS = {
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "margin",
+    "reward_chosen": "reward of chosen",
+    "reward_rejected": "reward of rejected",
+}
+"""Metrics of an evaluation -> their names on the card."""
+
+
+def _validation(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The table of the held-out rows."""
+    about = "Both are per trained token; `after` is the adapter in this folder."
+    shown, pairs = PERPLEXITY, "reward_accuracy" in before
+    if pairs:
+        shown = REWARDS
+        about = (
+            f"Means over {before['examples']:,} held-out pairs; `after` is the adapter in this folder. The accuracy is "
+            "the share of pairs whose chosen answer has the higher reward: how much more likely than to the reference "
+            "it is."
+        )
+    columns = {"loss": "loss", **shown}
+    return [
+        f"| validation | {' | '.join(columns.values())} | step |",
+        "| --- |" + " --- |" * (len(columns) + 1),
+        *(
+            f"| {name} | {' | '.join(_number(look[key]) for key in columns)} | {look['step']} |"
+            for name, look in (("before", before), ("after", after))
+        ),
+        "",
+        about,
+        "",
+    ]
 
 
 def _fenced(text: str) -> list[str]:

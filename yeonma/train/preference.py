@@ -228,7 +228,7 @@ PAIR_METRICS = (
 def pair_metric_sums(
     name: str, policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
 ) -> Tensor:
-    """PAIR_METRICS summed over the pairs, in that order, float32, without gradient; to be divided by their count."""
+    """PAIR_METRICS summed over the pairs, in that order, without gradient; to be divided by their count."""
     chosen_P, rejected_P = rewards(name, policy, reference, options)
     columns = (
         chosen_P,
@@ -286,7 +286,7 @@ KTO_METRICS = (
 
 
 def kto_metric_sums(rows: LabelledLogprobs, reference_point: Tensor, options: PreferenceOptions) -> Tensor:
-    """KTO_METRICS summed over the rows, in that order, float32, without gradient. The reward is beta times the
+    """KTO_METRICS summed over the rows, in that order, without gradient. The reward is beta times the
     log-ratio, as for pairs."""
     log_ratio_R = (rows.logprob_R - rows.reference_R).detach()
     columns = (
@@ -297,4 +297,4 @@ def kto_metric_sums(rows: LabelledLogprobs, reference_point: Tensor, options: Pr
     )
     sums = [(column * wanted).sum() for wanted in (rows.desirable_R, ~rows.desirable_R) for column in columns]
     right_R = torch.where(rows.desirable_R, log_ratio_R > reference_point, log_ratio_R < reference_point)
-    return torch.stack([*sums, right_R.sum()]).float()
+    return torch.stack([*sums, right_R.to(log_ratio_R.dtype).sum()])

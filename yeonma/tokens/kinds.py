@@ -1,0 +1,58 @@
+"""Kinds of data, one answer a row or two to choose between: how a row becomes text and then tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from yeonma.text.formats import Recognised, recognise
+from yeonma.text.notes import Notes, notes_of
+from yeonma.text.pairs import notes_of_pair, recognise_pairs, render_pair
+from yeonma.text.rows import Row, Rows
+from yeonma.text.template import Rendered, Template
+from yeonma.tokens.desk import encode
+from yeonma.tokens.example import Example, LeftOut, TokenRules, Unit
+from yeonma.tokens.pairs import encode_pairs
+
+Columns = Mapping[str, str] | None
+Found = Example | Unit | LeftOut
+Encode = Callable[[Sequence[Any], Sequence[Row], PreTrainedTokenizerBase, TokenRules], Sequence[Found]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The steps from a row to its tokens; what `render` gives is what the others take."""
+
+    name: str
+    """Also part of the key that tokens are kept under."""
+    recognise: Callable[[Rows, Columns], Recognised]
+    render: Callable[[Template, Row, Columns], Any]
+    notes: Callable[[Any], Notes]
+    encode: Encode
+    wanted: Callable[[Any], Rendered]
+    """The row with the answer that is wanted."""
+
+
+def _itself(rendered: Rendered) -> Rendered:
+    return rendered
+
+
+ANSWERS = Kind(
+    name="answers",
+    recognise=lambda rows, columns: recognise(rows.columns, columns),
+    render=Template.render,
+    notes=notes_of,
+    encode=encode,
+    wanted=_itself,
+)
+PAIRS = Kind(
+    name="pairs",
+    recognise=recognise_pairs,
+    render=render_pair,
+    notes=notes_of_pair,
+    encode=encode_pairs,
+    wanted=lambda pair: pair.chosen,
+)

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import yeonma.tokens.cache
 from tests.tokenizers import byte_level, sentencepiece_bpe
 from yeonma.errors import Problem, UserError
 from yeonma.text.rows import Row, Rows

@@ -53,6 +53,7 @@ class Wording:
 
 # The verbs that read a group. All other groups are those of `yeonma sft`.
 VERBS = {
+    "InspectSettings": ("inspect",),
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
     "AnswerSettings": ("generate", "chat"),

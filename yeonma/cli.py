@@ -16,6 +16,7 @@ from yeonma.settings import (
     AnswerSettings,
     DemoSettings,
     GenerateSettings,
+    InspectSettings,
 )
 
 HELD_SECONDS = 10
@@ -29,12 +30,20 @@ class Verb:
     run: str
     groups: tuple[type, ...]
     positional: str | None = None
+    needless: tuple[str, ...] = ()
+    """Settings that other verbs require, and this one takes without needing them."""
 
 
 GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
 CHATTING = (AdapterSettings, AnswerSettings)
 VERBS = {
     "sft": Verb("Fine-tune a model on the answers of a table of examples.", "yeonma.verbs.sft:run", TRAINING),
+    "inspect": Verb(
+        "Show rows as the model will see them, and audit all of them, before training.",
+        "yeonma.verbs.inspect:run",
+        (InspectSettings, *TRAINING),
+        needless=("output_dir",),
+    ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
@@ -84,7 +93,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         from yeonma.help import help_text
 
-        print(help_text(verb.groups, verb=name, about=verb.about, positional=verb.positional), end="")
+        page = help_text(
+            verb.groups, verb=name, about=verb.about, positional=verb.positional, needless=verb.needless
+        )
+        print(page, end="")
         return 0
     return _run(name, verb, rest)
 
@@ -94,7 +106,9 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
 
     from yeonma.configure import read_settings
 
-    reading = read_settings(verb.groups, arguments, verb=name, positional=verb.positional)
+    reading = read_settings(
+        verb.groups, arguments, verb=name, positional=verb.positional, needless=verb.needless
+    )
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process.
         for warning in reading.warnings:
             print(f"yeonma: warning: {warning}", file=sys.stderr)

@@ -44,6 +44,8 @@ class Setting:
     required: bool
     default: object
     range: Range | None
+    needless: bool = False
+    """Other verbs require it, this one does not: an empty text where it is not given."""
 
     @property
     def optional(self) -> bool:
@@ -59,15 +61,21 @@ class Given:
 
 
 def read_settings(
-    groups: Sequence[type], argv: Sequence[str], *, verb: str, positional: str | None = None
+    groups: Sequence[type],
+    argv: Sequence[str],
+    *,
+    verb: str,
+    positional: str | None = None,
+    needless: Sequence[str] = (),
 ) -> Reading:
     """Read a verb's settings from command line arguments and the YAML file that `--config` names.
 
-    The command line wins over the file. `positional` is the setting that an argument without a name fills.
+    The command line wins over the file. `positional` is the setting that an argument without a name fills;
+    `needless` are required ones that this verb does without: texts, empty where they are not given.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups)
+    known = settings_of(groups, needless)
     given = _from_command_line(argv, known, positional, verb, problems)
     config = given.pop("config", None)
     if config is not None:
@@ -112,8 +120,8 @@ def to_yaml(*groups: object) -> str:
     return "".join(write_item(name, value) for name, value in values.items())
 
 
-def settings_of(groups: Iterable[type]) -> dict[str, Setting]:
-    """Every setting of `groups` by its name, in order."""
+def settings_of(groups: Iterable[type], needless: Sequence[str] = ()) -> dict[str, Setting]:
+    """Every setting of `groups` by its name, in order; those named `needless` are not required."""
     known = {}
     for group in groups:
         hints = get_type_hints(group)
@@ -124,9 +132,10 @@ def settings_of(groups: Iterable[type]) -> dict[str, Setting]:
                 name=field.name,
                 hint=hint,
                 members=members,
-                required=field.default is MISSING,
+                required=field.default is MISSING and field.name not in needless,
                 default=None if field.default is MISSING else field.default,
                 range=field.metadata.get("range"),
+                needless=field.name in needless,
             )
     return known
 
@@ -274,6 +283,7 @@ def _checked(
         problems.append(Problem(what, ", ".join(missing), cure.format("them" if missing[1:] else "it")))
     if problems:
         raise UserError(problems)
+    values.update({name: "" for name, setting in known.items() if setting.needless and name not in values})
     settings = {
         group: group(**{field.name: values[field.name] for field in fields(group) if field.name in values})
         for group in groups

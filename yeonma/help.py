@@ -17,12 +17,20 @@ from yeonma.configure import Setting, describe, settings_of
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
 
 
-def help_text(groups: Sequence[type], *, verb: str, about: str, positional: str | None = None) -> str:
+def help_text(
+    groups: Sequence[type],
+    *,
+    verb: str,
+    about: str,
+    positional: str | None = None,
+    needless: Sequence[str] = (),
+) -> str:
     """Each group's docstring as a heading, and below it its settings with what they take and their defaults.
 
-    `positional` is the setting that may stand without its name. As wide as the terminal.
+    `positional` is the setting that may stand without its name; `needless` as in `read_settings`. As wide as the
+    terminal.
     """
-    known = settings_of(groups)
+    known = settings_of(groups, needless)
     required = [name for name, setting in known.items() if setting.required and name != positional]
     usage = [f"yeonma {verb}", *([positional.upper()] if positional else []), "[--config FILE]"]
     usage += [*(f"--{name} ..." for name in required), "[--setting value ...]"]

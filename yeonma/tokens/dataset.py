@@ -100,7 +100,6 @@ def prepare_dataset(
 
     def part(rows: Rows) -> Part:
         store = build_store(rows, template, data.columns, tokenizer, rules, cache, progress)
-        _describe(rows, store, say)
         return Part(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -116,23 +115,29 @@ def prepare_dataset(
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
         validation = Part(rows, train.store, np.flatnonzero(held_out))
         train = Part(rows, train.store, np.flatnonzero(~held_out))
-    if validation is not None:
-        overlap = overlap_of(train.examples, validation.examples)
-        if overlap is not None:
-            say(f"{validation.rows.name}: {overlap}")
     return Dataset(template, data.columns, rules, train, validation)
 
 
-def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
+def describe(dataset: Dataset, say: Say) -> None:
+    """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
+    parts = {dataset.train.store.key: dataset.train}
+    if dataset.validation is not None:
+        parts.setdefault(dataset.validation.store.key, dataset.validation)
+    for part in parts.values():
+        _describe(part.rows.name, part.store, say)
+    if dataset.validation is not None:
+        overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
+        if overlap is not None:
+            say(f"{dataset.validation.rows.name}: {overlap}")
+
+
+def _describe(name: str, store: TokenStore, say: Say) -> None:
     counts = store.counts
-    line = f"{rows.name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
+    line = f"{name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        say(
-            f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit"
-        )
+        say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
     if counts.left_out:
-        numbers = [left.row for left in store.left_out]
-        say(f"{rows.name}: {counts.left_out:,} left out: {listed(numbers)}")
+        say(f"{name}: {counts.left_out:,} left out: {listed([left.row for left in store.left_out])}")
     for remark in remarks_of(store, np.arange(len(store))):
-        say(f"{rows.name}: {remark}")
+        say(f"{name}: {remark}")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from yeonma.text.frame import Piece
 from yeonma.text.rows import Row
 from yeonma.text.template import Rendered
-from yeonma.tokens.desk import desk_for
+from yeonma.tokens.desk import Made, desk_for
 from yeonma.tokens.draft import Draft, data_spans
 from yeonma.tokens.encode import TextEncoder
 from yeonma.tokens.example import Example, LeftOut, TokenRules
@@ -52,6 +52,8 @@ class TokenView:
 class View:
     """One example, or one that is left out (then without tokens), as a person may look at it.
 
+    `token_ids` and `trained` are the example's; `tokens` says more of each, `stretches` of the text, or both are empty.
+
     `prompt` and `answer` are the texts that were tokenised; of a turn list, what stands before its last answer and
     that answer. An EOS that is appended as a token is not in them.
     """
@@ -60,6 +62,8 @@ class View:
     place: str
     prompt: str
     answer: str
+    token_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
     stretches: tuple[Stretch, ...]
     tokens: tuple[TokenView, ...]
     prompt_length: int
@@ -76,17 +80,23 @@ def explain(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
+    *,
+    texts: bool = True,
 ) -> list[View]:
-    """The views of rendered rows, in order; a turn list may have several. Raises UserError as `encode`."""
+    """The views of rendered rows, in order; a turn list may have several. Raises UserError as `encode`.
+
+    Without `texts` they have neither stretches nor tokens, which take most of the time.
+    """
     whole = {row.number: text for text, row in zip(rendered, rows, strict=True)}
     with desk_for(tokenizer, rules, rendered) as desk:
         views = []
         for made in desk.encode(rendered, rows):
-            draft = made.draft
-            spans = data_spans(draft, desk.chat)
-            marks = _marks(draft, spans)
-            cuts = _cuts(spans, draft.rendered, whole[draft.row.number], rules.shrink_side)
-            views.append(_view(draft, made.outcome, marks, cuts, desk.encoder))
+            view = _view(made.draft, made.outcome)
+            if texts:
+                spans = data_spans(made.draft, desk.chat)
+                cuts = _cuts(spans, made.draft.rendered, whole[view.row], rules.shrink_side)
+                view = _with_texts(view, made, _marks(made.draft, spans), cuts, desk.encoder)
+            views.append(view)
         return views
 
 
@@ -153,15 +163,15 @@ def _texts_of_fields(rendered: Rendered) -> dict[str, str]:
     return {piece.field: piece.text for piece in pieces if piece.field is not None}
 
 
-def _view(
-    draft: Draft, outcome: Example | LeftOut, marks: list[Mark], cuts: list[Cut], encoder: TextEncoder
-) -> View:
+def _view(draft: Draft, outcome: Example | LeftOut) -> View:
     start, end = draft.answers[-1]
     view = View(
         row=outcome.row,
         place=draft.row.place,
         prompt=draft.text[:start],
         answer=draft.text[start:end],
+        token_ids=(),
+        trained=(),
         stretches=(),
         tokens=(),
         prompt_length=0,
@@ -172,19 +182,24 @@ def _view(
         left_out=None,
     )
     if isinstance(outcome, LeftOut):
-        kinds = [(kind, field, False) for kind, field in marks]
-        stretches = tuple(_stretches(draft.text, kinds, cuts))
-        return replace(view, stretches=stretches, left_out=outcome.reason)
-    tokens, stretches = _laid_over(outcome, draft, marks, cuts, encoder)
+        return replace(view, left_out=outcome.reason)
     return replace(
         view,
-        stretches=stretches,
-        tokens=tokens,
+        token_ids=tuple(outcome.token_ids.tolist()),
+        trained=tuple(outcome.trained.tolist()),
         prompt_length=outcome.prompt_length,
         cut_characters=outcome.cut_characters,
         straddles=outcome.straddles,
         special_text=outcome.special_text,
     )
+
+
+def _with_texts(view: View, made: Made, marks: list[Mark], cuts: list[Cut], encoder: TextEncoder) -> View:
+    if isinstance(made.outcome, LeftOut):
+        kinds = [(kind, field, False) for kind, field in marks]
+        return replace(view, stretches=tuple(_stretches(made.draft.text, kinds, cuts)))
+    tokens, stretches = _laid_over(made.outcome, made.draft, marks, cuts, encoder)
+    return replace(view, tokens=tokens, stretches=stretches)
 
 
 def _laid_over(

@@ -206,8 +206,19 @@ def tokenize_section(result: Mapping[str, Any]) -> str:
             f"Memory in the middle of it:",
             "\n".join(rows),
             f"The same again in a new process: {second['seconds']:.2f} s, {second['rows_tokenised']} rows tokenised.",
+            "`yeonma inspect`, the whole process from its start to its end, with nothing tokenised before and again:",
+            inspection_table(result["inspections"]),
         ]
     )
+
+
+def inspection_table(inspections: Sequence[Mapping[str, Any]]) -> str:
+    rows = ["| rows | cache | seconds | own memory at most |", "| ---: | --- | ---: | ---: |"]
+    for each in inspections:
+        cache = "cold" if each["cold"] else "warm"
+        own = megabytes(each["own_bytes"])
+        rows.append(f"| {each['rows']:,} | {cache} | {each['seconds']:.1f} | {own} |")
+    return "\n".join(rows)
 
 
 def times(middle: float, least: float, most: float) -> str:

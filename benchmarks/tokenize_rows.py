@@ -1,7 +1,8 @@
-"""Do many short rows tokenise in constant memory, and not at all the second time?
+"""Do many short rows tokenise in constant memory, and not at all the second time? How long does `inspect` take?
 
-Makes the rows in a temporary folder and reads them twice, each time in a process of its own. Writes
-results/tokenize_rows.json; --write-docs puts its table into docs/benchmarks.md.
+Makes the rows in a temporary folder and reads them twice, each time in a process of its own; then inspects a quarter
+of them and all of them, each with an empty cache and again. Writes results/tokenize_rows.json; --write-docs puts its
+tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from machine import machine, versions
 from sft import child, model_to_use, save, write_page
@@ -37,6 +40,18 @@ def write_rows(path: Path, count: int) -> None:
             )
 
 
+def inspection(folder: Path, model: str, count: int, *, cold: bool) -> dict[str, Any]:
+    """One `yeonma inspect` of `count` rows; its seconds are the whole process's, its start and imports counted."""
+    rows_file = folder / f"{count}.jsonl"
+    if cold:
+        write_rows(rows_file, count)
+    job = {"folder": str(folder), "model": model, "rows_file": str(rows_file)}
+    started = time.perf_counter()
+    child("one_inspection.py", job, folder / "log")
+    seconds = time.perf_counter() - started
+    return {"cold": cold, "seconds": seconds, **json.loads((folder / "measured.json").read_text("utf-8"))}
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,6 +70,11 @@ def main(given: Sequence[str] | None = None) -> int:
         for _ in range(2):
             child("one_reading.py", {"folder": place, "model": model, "rows": asked.rows}, folder / "log")
             runs.append(json.loads((folder / "measured.json").read_text("utf-8")))
+        inspections = [
+            inspection(folder, model, count, cold=cold)
+            for count in (asked.rows // 4, asked.rows)
+            for cold in (True, False)
+        ]
         result = {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "command": shown_command("tokenize_rows.py", sys.argv[1:] if given is None else given),
@@ -64,6 +84,7 @@ def main(given: Sequence[str] | None = None) -> int:
             "data_bytes": rows_file.stat().st_size,
             "first": runs[0],
             "second": runs[1],
+            "inspections": inspections,
         }
     save(asked.output, result)
     print(tokenize_section(result))

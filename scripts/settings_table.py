@@ -54,6 +54,7 @@ class Wording:
 # The verbs that read a group. All other groups are those of `yeonma sft`, and `yeonma dpo` too.
 VERBS = {
     "PreferenceSettings": ("dpo",),
+    "InspectSettings": ("inspect",),
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
     "AnswerSettings": ("generate", "chat"),

@@ -18,6 +18,7 @@ from yeonma.settings import (
     AnswerSettings,
     DemoSettings,
     GenerateSettings,
+    InspectSettings,
 )
 
 HELD_SECONDS = 10
@@ -35,6 +36,8 @@ class Verb:
     groups: tuple[type, ...]
     positional: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
+    needless: tuple[str, ...] = ()
+    """Settings that other verbs require, and this one takes without needing them."""
 
 
 GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
@@ -46,6 +49,12 @@ VERBS = {
         "yeonma.verbs.dpo:run",
         PREFERENCE,
         defaults=PREFERENCE_DEFAULTS,
+    ),
+    "inspect": Verb(
+        "Show rows as the model will see them, and audit all of them, before training.",
+        "yeonma.verbs.inspect:run",
+        (InspectSettings, *TRAINING),
+        needless=("output_dir",),
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
@@ -96,10 +105,15 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         from yeonma.help import help_text
 
-        text = help_text(
-            verb.groups, verb=name, about=verb.about, positional=verb.positional, defaults=verb.defaults
+        page = help_text(
+            verb.groups,
+            verb=name,
+            about=verb.about,
+            positional=verb.positional,
+            needless=verb.needless,
+            defaults=verb.defaults,
         )
-        print(text, end="")
+        print(page, end="")
         return 0
     return _run(name, verb, rest)
 
@@ -110,7 +124,12 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     from yeonma.configure import read_settings
 
     reading = read_settings(
-        verb.groups, arguments, verb=name, positional=verb.positional, defaults=verb.defaults
+        verb.groups,
+        arguments,
+        verb=name,
+        positional=verb.positional,
+        needless=verb.needless,
+        defaults=verb.defaults,
     )
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process.
         for warning in reading.warnings:

@@ -45,6 +45,8 @@ class Setting:
     required: bool
     default: object
     range: Range | None
+    needless: bool = False
+    """Other verbs require it, this one does not: an empty text where it is not given."""
 
     @property
     def optional(self) -> bool:
@@ -65,16 +67,18 @@ def read_settings(
     *,
     verb: str,
     positional: str | None = None,
+    needless: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> Reading:
     """Read a verb's settings from command line arguments and the YAML file that `--config` names.
 
     The command line wins over the file. `positional` is the setting that an argument without a name fills;
-    `defaults` are values of settings that are not given, where the verb has others than the groups.
+    `needless` are required ones that this verb does without: texts, empty where they are not given. `defaults` are
+    values of settings that are not given, where the verb has others than the groups.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups, defaults)
+    known = settings_of(groups, needless, defaults)
     given = _from_command_line(argv, known, positional, verb, problems)
     config = given.pop("config", None)
     if config is not None:
@@ -91,7 +95,7 @@ def settings_from_keywords(
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups, defaults)
+    known = settings_of(groups, (), defaults)
     given: dict[str, Given] = {}
     for name, value in keywords.items():
         if name in known:
@@ -122,8 +126,11 @@ def to_yaml(*groups: object) -> str:
     return "".join(write_item(name, value) for name, value in values.items())
 
 
-def settings_of(groups: Iterable[type], defaults: Mapping[str, object] = NO_DEFAULTS) -> dict[str, Setting]:
-    """Every setting of `groups` by its name, in order; `defaults` are those of the verb."""
+def settings_of(
+    groups: Iterable[type], needless: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
+) -> dict[str, Setting]:
+    """Every setting of `groups` by its name, in order; those named `needless` are not required; `defaults` are those
+    of the verb."""
     known = {}
     for group in groups:
         hints = get_type_hints(group)
@@ -134,9 +141,10 @@ def settings_of(groups: Iterable[type], defaults: Mapping[str, object] = NO_DEFA
                 name=field.name,
                 hint=hint,
                 members=members,
-                required=field.default is MISSING,
+                required=field.default is MISSING and field.name not in needless,
                 default=defaults.get(field.name, None if field.default is MISSING else field.default),
                 range=field.metadata.get("range"),
+                needless=field.name in needless,
             )
     return known
 
@@ -284,7 +292,7 @@ def _checked(
         problems.append(Problem(what, ", ".join(missing), cure.format("them" if missing[1:] else "it")))
     if problems:
         raise UserError(problems)
-    chosen = {**{name: setting.default for name, setting in known.items() if not setting.required}, **values}
+    chosen = {name: "" if setting.needless else setting.default for name, setting in known.items()} | values
     settings = {
         group: group(**{field.name: chosen[field.name] for field in fields(group)}) for group in groups
     }

@@ -23,13 +23,15 @@ def help_text(
     verb: str,
     about: str,
     positional: str | None = None,
+    needless: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> str:
     """Each group's docstring as a heading, and below it its settings with what they take and their defaults.
 
-    `positional` is the setting that may stand without its name; `defaults` are the verb's own. As wide as the terminal.
+    `positional` is the setting that may stand without its name; `needless` and `defaults` as in `read_settings`. As
+    wide as the terminal.
     """
-    known = settings_of(groups, defaults)
+    known = settings_of(groups, needless, defaults)
     required = [name for name, setting in known.items() if setting.required and name != positional]
     usage = [f"yeonma {verb}", *([positional.upper()] if positional else []), "[--config FILE]"]
     usage += [*(f"--{name} ..." for name in required), "[--setting value ...]"]

@@ -262,6 +262,20 @@ PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """What is shown. All settings of `yeonma sft` are taken as well, so that a command only changes its verb."""
+
+    rows: str | None = None
+    """Rows to show: numbers such as `17,40` or `5-8`, or `all`. Without it, the first three; `none` for the audit alone."""
+    tokens: bool = False
+    """Show the rows token by token, with ids."""
+    json: bool = False
+    """Print JSON: an object a line for each example, then one with the key `audit`."""
+    html: str | None = None
+    """File for the same as one page that opens without a network."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """The adapter folder that is asked."""
 

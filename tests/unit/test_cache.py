@@ -224,7 +224,7 @@ def test_a_store_with_any_file_damaged_is_built_again(tmp_path: Path, tokenised:
     whole = [built(tmp_path, rows)[index] for index in range(20)]
     expected = [replace(one, token_ids=one.token_ids.copy(), trained=one.trained.copy()) for one in whole]
     names = [path.name for path in files_of(built(tmp_path, rows))]
-    assert len(names) == 16
+    assert len(names) == 18
     for name in names:
         path = built(tmp_path, rows).folder / name
         content = path.read_bytes()

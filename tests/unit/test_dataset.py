@@ -11,7 +11,7 @@ import pytest
 from tests.runs import TEMPLATE, articles, characters, write_jsonl
 from yeonma.errors import UserError
 from yeonma.settings import DataSettings, TokenSettings
-from yeonma.tokens.dataset import Dataset, prepare_dataset
+from yeonma.tokens.dataset import Dataset, describe, prepare_dataset
 
 
 def prepared(
@@ -19,7 +19,9 @@ def prepared(
 ) -> Dataset:
     wanted = DataSettings(data_path=str(data), **{"template": TEMPLATE, **settings})
     say = (said if said is not None else []).append
-    return prepare_dataset(wanted, tokens or TokenSettings(), characters(), seed, say, lambda _: None)
+    dataset = prepare_dataset(wanted, tokens or TokenSettings(), characters(), seed, say, lambda _: None)
+    describe(dataset, say)
+    return dataset
 
 
 def rows_of(part: Any) -> list[int]:

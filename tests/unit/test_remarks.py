@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.runs import articles, characters, write_jsonl
 from yeonma.settings import DataSettings, TokenSettings
-from yeonma.tokens.dataset import Dataset, prepare_dataset
+from yeonma.tokens.dataset import Dataset, describe, prepare_dataset
 from yeonma.tokens.remarks import listed, overlap_of, remarks_of
 
 
@@ -22,6 +22,7 @@ def prepared(place: Path, rows: list[dict[str, str]], **settings: object) -> tup
     )
     tokens = TokenSettings(cache_dir=str(place / "cache"))
     dataset = prepare_dataset(data, tokens, characters(), 42, said.append, lambda _: None)
+    describe(dataset, said.append)
     return dataset, said
 
 

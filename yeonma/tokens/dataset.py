@@ -116,7 +116,6 @@ def prepare_dataset(
 
     def part(rows: Rows) -> Part:
         store = build_store(rows, template, columns, tokenizer, rules, cache, progress, kind)
-        _describe(rows, store, say)
         return Part(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -132,30 +131,38 @@ def prepare_dataset(
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
         validation = Part(rows, train.store, np.flatnonzero(held_out))
         train = Part(rows, train.store, np.flatnonzero(~held_out))
-    if validation is not None:
-        overlap = overlap_of(train.examples, validation.examples)
-        if overlap is not None:
-            say(f"{validation.rows.name}: {overlap}")
     return Dataset(kind, template, columns, rules, train, validation)
 
 
-def _describe(rows: Rows, store: TokenStore, say: Say) -> None:
+def describe(dataset: Dataset, say: Say) -> None:
+    """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
+    parts = {dataset.train.store.key: dataset.train}
+    if dataset.validation is not None:
+        parts.setdefault(dataset.validation.store.key, dataset.validation)
+    for part in parts.values():
+        _describe(part.rows.name, part.store, say)
+    if dataset.validation is not None:
+        overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
+        if overlap is not None:
+            say(f"{dataset.validation.rows.name}: {overlap}")
+
+
+def _describe(name: str, store: TokenStore, say: Say) -> None:
     counts = store.counts
-    line = f"{rows.name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
+    what = f"{counts.examples:,} examples"
     if counts.units != counts.examples:
-        line = f"{rows.name}: {counts.rows:,} rows, {counts.units:,} pairs, {counts.tokens:,} tokens"
+        what = f"{counts.units:,} pairs"
+    line = f"{name}: {counts.rows:,} rows, {what}, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        say(
-            f"{rows.name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit"
-        )
+        say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
     left_out = store.left_out if counts.left_out else []
     for reason in NOTHING_TO_CHOOSE:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
-            say(f"{rows.name}: {reason}: {len(numbers):,} left out ({listed(numbers)})")
+            say(f"{name}: {reason}: {len(numbers):,} left out ({listed(numbers)})")
     numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
     if numbers:
-        say(f"{rows.name}: {len(numbers):,} left out: {listed(numbers)}")
+        say(f"{name}: {len(numbers):,} left out: {listed(numbers)}")
     for remark in remarks_of(store, np.arange(len(store))):
-        say(f"{rows.name}: {remark}")
+        say(f"{name}: {remark}")

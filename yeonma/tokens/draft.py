@@ -78,6 +78,41 @@ def split_turns(rendered: Rendered) -> list[Rendered]:
     ]
 
 
+def data_spans(draft: Draft, chat: Chat | None) -> list[tuple[int, int, str]]:
+    """Start and end in the draft's text of each stretch of a prompt field's data, with the field's name.
+
+    In turns, contents that the chat template changes by more than blanks at their edges are left out.
+    """
+    turns = draft.rendered.turns
+    if draft.rendered.answer_role is None:
+        return _spans_of(_pieces(draft.rendered), 0, draft.answers[0][0], draft.text)
+    assert chat is not None
+    messages = _messages(draft.rendered)
+    if not draft.rendered.answer:
+        turns, messages = turns[:-1], messages[:-1]
+    prompt = draft.text[: draft.answers[-1][0]]
+    contents = chat.data_of(messages, prompt, draft.row.place)
+    if len(contents) != len(turns):
+        return []
+    return [
+        span
+        for turn, (start, end) in zip(turns, contents, strict=True)
+        for span in _spans_of(turn.pieces, start, end, draft.text)
+    ]
+
+
+def _spans_of(pieces: Sequence[Piece], start: int, end: int, text: str) -> list[tuple[int, int, str]]:
+    """The fields' spans where `pieces`, perhaps without blanks at their edges, stand at `start` to `end` of `text`."""
+    at = start - _joined(pieces).find(text[start:end])
+    spans = []
+    for piece in pieces:
+        left, right = max(at, start), min(at + len(piece.text), end)
+        if piece.field is not None and left < right:
+            spans.append((left, right, piece.field))
+        at += len(piece.text)
+    return spans
+
+
 def _single(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None) -> Draft:
     """The draft of one answer: the last."""
     prompt = prompt_of(rendered, row, encoder, chat)

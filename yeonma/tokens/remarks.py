@@ -48,26 +48,26 @@ def remarks_of(store: TokenStore, positions: np.ndarray) -> list[Remark]:
     return [
         remark
         for remark in (
-            _remark("large", rows[flags & LARGE > 0], "rows over 10 MB"),
-            _remark(
+            rows_remark("large", rows[flags & LARGE > 0], "rows over 10 MB"),
+            rows_remark(
                 "decomposed",
                 rows[flags & DECOMPOSED > 0],
                 "rows with decomposed Hangul (NFD)",
             ),
-            _remark(
+            rows_remark(
                 "spaced_apart",
                 rows[flags & SPACED_APART > 0],
                 "pairs whose chosen and rejected answers differ only in white space",
             ),
-            _remark("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
-            _remark("special_text", special, "rows with special-token texts, encoded as ordinary text"),
-            _remark("repeated", found.again, "rows that stand more than once"),
-            _remark(
+            rows_remark("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
+            rows_remark("special_text", special, "rows with special-token texts, encoded as ordinary text"),
+            rows_remark("repeated", found.again, "rows that stand more than once"),
+            rows_remark(
                 "asked_again",
                 found.asked_again,
                 "rows that ask what an earlier row asks, with another answer",
             ),
-            _remark(
+            rows_remark(
                 "straddling", straddling, "rows whose answer would have joined its first token to the prompt"
             ),
         )
@@ -81,7 +81,7 @@ def overlap_of(
     """The validation rows that say what a training row says. Each side is a store and positions in it."""
     train_rows, held_out = used_rows(*train), used_rows(*validation)
     seen = np.isin(validation[0].row_digests[held_out - 1], train[0].row_digests[train_rows - 1])
-    return _remark("overlap", held_out[seen], "rows in both the training and the validation rows")
+    return rows_remark("overlap", held_out[seen], "rows in both the training and the validation rows")
 
 
 def used_rows(store: TokenStore, positions: np.ndarray) -> np.ndarray:
@@ -110,5 +110,6 @@ def _later(digests: np.ndarray) -> np.ndarray:
     return ~first
 
 
-def _remark(kind: str, rows: np.ndarray, what: str) -> Remark | None:
+def rows_remark(kind: str, rows: np.ndarray, what: str) -> Remark | None:
+    """The remark on these rows, None where there are none."""
     return Remark(kind, len(rows), tuple(rows[:FIRST].tolist()), what) if len(rows) else None

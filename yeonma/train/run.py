@@ -27,7 +27,7 @@ from yeonma.settings import (
     StepSettings,
     TokenSettings,
 )
-from yeonma.tokens.dataset import cache_folder
+from yeonma.tokens.dataset import cache_folder, describe
 from yeonma.tokens.plan import Plan
 from yeonma.train import folder
 from yeonma.train.card import write_card
@@ -71,6 +71,7 @@ def run_training(settings: Mapping[type, object]) -> Path:
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
         say = partial(console.out, highlight=False)
         prepared = prepare(settings, source, continued, say)
+        describe(prepared.dataset, say)
         start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, say)
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")

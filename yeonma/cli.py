@@ -59,6 +59,12 @@ VERBS = {
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
+    "demo-dpo": Verb(
+        "Tune a small model on the bundled pairs, end to end.",
+        "yeonma.demo:run_dpo",
+        (DemoSettings,),
+        defaults={"output_dir": "demo-dpo"},
+    ),
 }
 
 

@@ -19,7 +19,6 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from tests.runs import WORDS, Done, arguments, articles, command, model_folder, trained, write_jsonl
 from yeonma.tokens.plan import epoch_order
-from yeonma.train.preference import LabelledLogprobs, PreferenceOptions, kto_losses, kto_reference_point
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its word of warning about what is imported next
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -332,34 +331,34 @@ LABELLED = [
 KTO_WEIGHTS = {"desirable": 0.75, "undesirable": 1.5}
 
 
-def kto_of(answer_logprobs: Callable[..., torch.Tensor], rows: list[dict[str, Any]]) -> torch.Tensor:
-    """A step's loss by the functions of `yeonma.train.preference`, as TRL makes it up: each prompt is also asked for
-    the answer of the row before it."""
-    policy = torch.stack([answer_logprobs(row["prompt"], row["completion"]).sum() for row in rows])
+def kto_of(
+    answer_logprobs: Callable[..., torch.Tensor],
+    rows: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+) -> torch.Tensor:
+    """Ethayarajh et al. 2024, equations 7 and 8, for a step's rows; the reference point is estimated from their prompts
+    with the answers of `others`."""
+
+    def log_ratio(row: dict[str, Any], answered: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            reference = answer_logprobs(row["prompt"], answered["completion"], reference=True).sum()
+        return answer_logprobs(row["prompt"], answered["completion"]).sum() - reference
+
     with torch.no_grad():
-        before = [rows[-1], *rows[:-1]]
-        mismatched = [
-            answer_logprobs(row["prompt"], other["completion"]).sum()
-            - answer_logprobs(row["prompt"], other["completion"], reference=True).sum()
-            for row, other in zip(rows, before, strict=True)
-        ]
-        reference = [answer_logprobs(row["prompt"], row["completion"], reference=True).sum() for row in rows]
-    labelled = LabelledLogprobs(
-        policy,
-        torch.stack(reference),
-        torch.tensor([len(row["completion"]) + 1 for row in rows]),
-        torch.tensor([row["label"] for row in rows]),
-    )
-    point = kto_reference_point(torch.stack(mismatched).sum(), len(rows))
-    options = PreferenceOptions(
-        beta=BETA,
-        kto_desirable_weight=KTO_WEIGHTS["desirable"],
-        kto_undesirable_weight=KTO_WEIGHTS["undesirable"],
-    )
-    return kto_losses(labelled, point, options).mean()
+        mismatched = torch.stack([log_ratio(row, other) for row, other in zip(rows, others, strict=True)])
+    point = mismatched.mean().clamp(min=0)
+    losses = []
+    for row in rows:
+        gain = log_ratio(row, row) - point
+        if row["label"]:
+            losses.append(KTO_WEIGHTS["desirable"] * (1 - torch.sigmoid(BETA * gain)))
+        else:
+            losses.append(KTO_WEIGHTS["undesirable"] * (1 - torch.sigmoid(-BETA * gain)))
+    return torch.stack(losses).mean()
 
 
-def test_10_steps_of_kto_are_those_of_trl(tmp_path: Path, base: Path) -> None:
+def test_the_written_formula_of_kto_gives_trls_10_steps(tmp_path: Path, base: Path) -> None:
+    """TRL's other answers are those of the row before, within the batch."""
     weights = {f"{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
     trainer = KTOTrainer(
         model=lora_start(base),
@@ -370,4 +369,17 @@ def test_10_steps_of_kto_are_those_of_trl(tmp_path: Path, base: Path) -> None:
     trainer.train()
     theirs = logged(trainer)
     assert sum(step["kl"] > 0 for step in theirs) > 2
-    assert plain_steps(base, LABELLED, kto_of) == pytest.approx([step["loss"] for step in theirs], abs=1e-4)
+    found = plain_steps(base, LABELLED, lambda of, rows: kto_of(of, rows, [rows[-1], *rows[:-1]]))
+    assert found == pytest.approx([step["loss"] for step in theirs], abs=1e-4)
+
+
+def test_10_steps_of_kto_are_those_of_its_formula(tmp_path: Path, base: Path) -> None:
+    """Our other answers are those of the next row of the data, so that they are the same in every epoch."""
+    data = write_jsonl(tmp_path / "rows.jsonl", LABELLED)
+    weights = {f"kto_{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
+    done = ours(tmp_path / "ours", base, data, loss="kto", **weights)
+    following = dict(zip(map(str, LABELLED), [*LABELLED[1:], LABELLED[0]], strict=True))
+    found = plain_steps(
+        base, LABELLED, lambda of, rows: kto_of(of, rows, [following[str(row)] for row in rows])
+    )
+    assert done.losses == pytest.approx(found, abs=1e-4)

@@ -59,7 +59,9 @@ LrScheduler = Literal[
     "warmup_stable_decay",
     "greedy",
 ]
-PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo"]
+PreferenceLoss = Literal[
+    "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
+]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -187,10 +189,10 @@ class StepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceSettings:
-    """What is learnt from pairs. Setting what the chosen `loss` does not read is an error."""
+    """What is learnt from preferences. Setting what the chosen `loss` does not read is an error."""
 
     loss: PreferenceLoss = "sigmoid"
-    """What a pair costs. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290); simpo, cpo and orpo need no reference."""
+    """What a pair costs. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290); simpo, cpo and orpo need no reference. kto takes single answers with a `label` of true or false instead of pairs."""
     beta: float = field(default=0.1, metadata=POSITIVE)
     """Scale of an answer's reward: the higher it is, the closer the model stays to the reference."""
     label_smoothing: float = field(default=0.0, metadata={"range": Range(at_least=0, below=0.5)})
@@ -199,6 +201,10 @@ class PreferenceSettings:
     """Weight of the chosen answer's negative log-likelihood a token, added to the loss. Without it, 1 for cpo and orpo, else 0."""
     simpo_gamma: float = field(default=0.5, metadata=NOT_NEGATIVE)
     """The margin between rewards that simpo wants (Meng et al. 2024, arXiv:2405.14734)."""
+    kto_desirable_weight: float = field(default=1.0, metadata=POSITIVE)
+    """Weight of the answers labelled true in kto (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+    kto_undesirable_weight: float = field(default=1.0, metadata=POSITIVE)
+    """Weight of those labelled false. The more of them there are, the lower it should be."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,12 @@ def test_fault_66_is_not_a_matter_of_over_limit(tmp_path: Path, base: Path) -> N
 
 @pytest.mark.parametrize(
     ("values", "state"),
-    [({}, "missing"), ({"rejected": None}, "null"), ({"rejected": " \n"}, "empty"), ({"rejected": []}, "empty")],
+    [
+        ({}, "missing"),
+        ({"rejected": None}, "null"),
+        ({"rejected": " \n"}, "empty"),
+        ({"rejected": []}, "empty"),
+    ],
 )
 @pytest.mark.parametrize("prompt", ["prompt", "messages"])
 def test_fault_67_one_missing_or_empty(
@@ -102,7 +107,10 @@ def test_fault_67_a_turn_that_is_no_answer(tmp_path: Path, base: Path, empty: ob
 
 @pytest.mark.parametrize("form", ["text", "turns"])
 def test_fault_68_they_differ_only_in_white_space(tmp_path: Path, base: Path, form: str) -> None:
-    rows = [{"prompt": "x\n", "chosen": "a b", "rejected": other} for other in ("a  b", "c", " a b", "ab", "a b c")]
+    rows = [
+        {"prompt": "x\n", "chosen": "a b", "rejected": other}
+        for other in ("a  b", "c", " a b", "ab", "a b c")
+    ]
     if form == "turns":
         rows = [turns(row["chosen"], row["rejected"]) for row in rows]  # type: ignore[misc]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)

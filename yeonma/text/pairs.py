@@ -221,14 +221,20 @@ def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) 
 
 def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) -> None:
     problems = [
-        Problem(f"{side} ends with a {turns[-1].role} turn", place, "an answer ends with an assistant turn")
+        Problem(
+            f"{side} ends with a turn of the {turns[-1].role}",
+            place,
+            "an answer ends with a turn of the assistant",
+        )
         for side, turns in sides.items()
         if turns[-1].role != "assistant"
     ]
     last = sides["chosen"][count - 1].role
     if last in ("assistant", "system"):
         cure = "it ends with what is to be answered"
-        problems.append(Problem(f"the prompt of chosen and rejected ends with a {last} turn", place, cure))
+        problems.append(
+            Problem(f"the prompt of chosen and rejected ends with a turn of the {last}", place, cure)
+        )
     if problems:
         raise UserError(problems)
 

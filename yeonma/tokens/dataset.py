@@ -41,7 +41,7 @@ class Part:
 
     @property
     def trained_tokens(self) -> int:
-        return int(self.store.trained_counts[self.positions].sum())
+        return int(self.store.trained_counts[self.store.trained_of(self.units)].sum())
 
     def first_rows(self, count: int) -> list[Row]:
         """The rows of the first `count` distinct row numbers; reads no further than the last of them."""
@@ -140,19 +140,16 @@ def describe(dataset: Dataset, say: Say) -> None:
     if dataset.validation is not None:
         parts.setdefault(dataset.validation.store.key, dataset.validation)
     for part in parts.values():
-        _describe(part.rows.name, part.store, say)
+        _describe(part.rows.name, part.store, dataset.kind, say)
     if dataset.validation is not None:
         overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
         if overlap is not None:
             say(f"{dataset.validation.rows.name}: {overlap}")
 
 
-def _describe(name: str, store: TokenStore, say: Say) -> None:
+def _describe(name: str, store: TokenStore, kind: Kind, say: Say) -> None:
     counts = store.counts
-    what = f"{counts.examples:,} examples"
-    if counts.units != counts.examples:
-        what = f"{counts.units:,} pairs"
-    line = f"{name}: {counts.rows:,} rows, {what}, {counts.tokens:,} tokens"
+    line = f"{name}: {counts.rows:,} rows, {counts.units:,} {kind.units}, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
         say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")

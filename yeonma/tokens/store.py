@@ -55,6 +55,7 @@ class Counts:
     """What a step counts: examples or, in preference data, pairs."""
     tokens: int = 0
     trained_tokens: int = 0
+    """Mismatched answers not counted; so of tokens."""
     shortened: int = 0
     """Examples whose prompt field lost text."""
     cut_characters: int = 0
@@ -140,6 +141,18 @@ class TokenStore:
         starts = self.unit_starts
         members = [np.arange(starts[unit], starts[unit + 1]) for unit in units]
         return np.concatenate([np.empty(0, np.int64), *members])
+
+    def trained_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same but for mismatched answers, which are only measured."""
+        examples = self.examples_of(units)
+        if self.counts.units == len(self):
+            return examples
+        return examples[self.roles[examples] != Role.MISMATCHED]
+
+    def measured_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The mismatched answers alone."""
+        examples = self.examples_of(units)
+        return examples[self.roles[examples] == Role.MISMATCHED]
 
     @property
     def left_out(self) -> list[LeftOut]:
@@ -263,14 +276,15 @@ def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
 
 
 def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any]], left_out: int) -> Counts:
+    own = columns["roles"] != Role.MISMATCHED
     variants = np.bincount(columns["variants"], minlength=len(counts.variants))
     variants[: len(counts.variants)] += np.array(counts.variants, dtype=np.int64)
     return Counts(
         rows=counts.rows + rows,
         examples=counts.examples + len(columns["lengths"]),
         units=counts.units + units,
-        tokens=counts.tokens + int(columns["lengths"].sum()),
-        trained_tokens=counts.trained_tokens + int(columns["trained_counts"].sum()),
+        tokens=counts.tokens + int(columns["lengths"][own].sum()),
+        trained_tokens=counts.trained_tokens + int(columns["trained_counts"][own].sum()),
         shortened=counts.shortened + int(np.count_nonzero(columns["cut_characters"])),
         cut_characters=counts.cut_characters + int(columns["cut_characters"].sum()),
         left_out=counts.left_out + left_out,

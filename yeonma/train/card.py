@@ -46,7 +46,8 @@ def write_card(
 ) -> None:
     """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
     samples = take_samples(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
-    text = card_text(output, samples, read_metrics(output / "metrics.jsonl"), command, kept)
+    metrics = read_metrics(output / "metrics.jsonl")
+    text = card_text(output, samples, metrics, command, kept, dataset.kind.units)
     write_text_atomically(output / "README.md", text)
 
 
@@ -86,16 +87,21 @@ def take_samples(
 def _wanted(rendered: Rendered) -> str:
     if rendered.answer:
         return answer_text(rendered)
-    return "".join(piece.text for piece in rendered.turns[-1].pieces)
+    last = rendered.turns[-1]
+    return "".join(piece.text for piece in last.pieces) if last.role == "assistant" else ""
 
 
 def card_text(
-    output: Path, samples: Sequence[Sample], metrics: Sequence[Mapping[str, Any]], command: str, kept: int
+    output: Path,
+    samples: Sequence[Sample],
+    metrics: Sequence[Mapping[str, Any]],
+    command: str,
+    kept: int,
+    units: str,
 ) -> str:
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
     looks = [each for each in metrics if each.get("evaluation")]
-    what = "pairs" if any("reward_accuracy" in each for each in metrics) else "examples"
     lines = [
         "---",
         f"base_model: {adapter.base.name}",
@@ -106,19 +112,21 @@ def card_text(
         "",
         f"# {output.resolve().name}",
         "",
-        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {what} "
+        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {units} "
         f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {kept:,} steps. "
         f"{trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
         "",
     ]
     if looks:
-        lines += _validation(looks[0], next(each for each in looks if each["step"] == kept))
+        lines += _validation(looks[0], next(each for each in looks if each["step"] == kept), units)
     lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:
         lines += [f"### Row {sample.row}", "", *_fenced(_short(sample.prompt)), ""]
-        for name, text in (("wanted", sample.wanted), ("base", sample.base), ("tuned", sample.tuned)):
+        if sample.wanted:
+            lines += ["wanted:", "", *_fenced(_short(sample.wanted)), ""]
+        for name, text in (("base", sample.base), ("tuned", sample.tuned)):
             lines += [f"{name}:", "", *_fenced(_short(text)), ""]
     lines += [
         "## Use",
@@ -141,20 +149,22 @@ REWARDS = {
     "reward_margin": "margin",
     "reward_chosen": "reward of chosen",
     "reward_rejected": "reward of rejected",
+    "reward_desirable": "reward of desirable",
+    "reward_undesirable": "reward of undesirable",
 }
 """Metrics of an evaluation -> their names on the card."""
 
 
-def _validation(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str) -> list[str]:
     """The table of the held-out rows."""
     about = "Both are per trained token; `after` is the adapter in this folder."
-    shown, pairs = PERPLEXITY, "reward_accuracy" in before
-    if pairs:
-        shown = REWARDS
+    shown = PERPLEXITY
+    if "reward_accuracy" in before:
+        shown = {key: name for key, name in REWARDS.items() if key in before}
         about = (
-            f"Means over {before['examples']:,} held-out pairs; `after` is the adapter in this folder. The accuracy is "
-            "the share of pairs whose chosen answer has the higher reward: how much more likely than to the reference "
-            "it is."
+            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. A reward is "
+            "how much likelier an answer has become than it was to the reference; before training all are 0. The "
+            "accuracy is the share that stands on its right side; a tie does not."
         )
     columns = {"loss": "loss", **shown}
     return [

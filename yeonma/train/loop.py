@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from yeonma.errors import UserError
+from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import Plan, micro_batches, shares
@@ -65,13 +66,14 @@ class StepResult:
 def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResult:
     """One update over some units of the store. Raises UserError, before the update, if the loss or the gradient is
     not finite."""
-    objective, examples = tuning.objective, store.examples_of(units)
+    objective, examples = tuning.objective, store.trained_of(units)
     trained_tokens = int(store.trained_counts[examples].sum())
     count = trained_tokens if objective.per_token else len(units)
 
+    point = _measured(tuning, store, units)
     totals = torch.zeros(1 + len(objective.metrics), device=tuning.model.device)
-    for members in _my_micro_batches(tuning, store, units):
-        loss_sum, metric_sums = objective.sums(_logprobs(tuning, store, members), store, members)
+    for members in _my_micro_batches(tuning, store, units, store.trained_of):
+        loss_sum, metric_sums = objective.sums(_logprobs(tuning, store, members), store, members, point)
         (loss_sum / count).backward()
         totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
 
@@ -85,23 +87,43 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
     tuning.optimizer.zero_grad(set_to_none=True)
 
     loss, *means = totals.tolist()
-    tokens, metrics = int(store.unit_lengths[units].sum()), dict(zip(objective.metrics, means, strict=True))
+    tokens = int(store.unit_lengths[units].sum())
+    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
 
 
-def _my_micro_batches(tuning: Tuning, store: TokenStore, units: np.ndarray) -> list[np.ndarray]:
+def _measured(tuning: Tuning, store: TokenStore, units: np.ndarray) -> torch.Tensor | None:
+    """The mean that the objective wants of all the step's units before any is trained, dropout off; None for none."""
+    measure = tuning.objective.measure
+    if measure is None:
+        return None
+    total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
+    with torch.no_grad(), in_eval_mode(tuning.model):
+        for members in _my_micro_batches(tuning, store, units, store.measured_of):
+            total += measure(_logprobs(tuning, store, members).double(), store, members)
+    return sum_over(tuning.group, total)[0] / max(1, len(store.measured_of(units)))
+
+
+def _my_micro_batches(
+    tuning: Tuning, store: TokenStore, units: np.ndarray, members_of: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
     """This process's share of the units, as the examples that go through the model at once; empty where it has none."""
     mine = units[shares(store.unit_lengths[units].tolist(), tuning.group.count)[tuning.group.rank]]
     micro = tuning.micro
     batches = micro_batches(store.unit_lengths[mine].tolist(), micro.most_examples, micro.most_tokens)
-    return [store.examples_of(mine[members]) for members in batches]
+    return [found for members in batches if len(found := members_of(mine[members]))]
 
 
 def _logprobs(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> torch.Tensor:
     examples = [store.example(int(position)) for position in positions]
     token_ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
     return example_logprobs(
-        tuning.model, tuning.how, token_ids, trained, share_prefix=tuning.micro.share_prefix
+        tuning.model,
+        tuning.how,
+        token_ids,
+        trained,
+        share_prefix=tuning.micro.share_prefix,
+        units=store.units[positions],
     )
 
 
@@ -124,20 +146,21 @@ def evaluate(
     """Mean loss over some units' trained tokens, or over the units, dropout off; every process looks at its share."""
     started = time.perf_counter()
     objective = tuning.objective
+    point = _measured(tuning, store, units)
     totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
     tuning.model.eval()
     with torch.no_grad():
-        for members in _my_micro_batches(tuning, store, units):
+        for members in _my_micro_batches(tuning, store, units, store.trained_of):
             logprobs = _logprobs(tuning, store, members).double()
-            loss_sum, metric_sums = objective.sums(logprobs, store, members)
+            loss_sum, metric_sums = objective.sums(logprobs, store, members, point)
             totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
     tuning.model.train()
-    trained_tokens = int(store.trained_counts[store.examples_of(units)].sum())
+    trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())
     count = trained_tokens if objective.per_token else len(units)
     sums: list[float] = sum_over(tuning.group, totals.to(tuning.model.device)).tolist()
     loss, *means = (each / count for each in sums)
     perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
-    metrics = dict(zip(objective.metrics, means, strict=True))
+    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     seconds = time.perf_counter() - started
     return EvaluationRecord(at_step, epoch, loss, perplexity, len(units), trained_tokens, seconds, metrics)
 

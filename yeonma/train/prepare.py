@@ -27,7 +27,7 @@ from yeonma.settings import (
 )
 from yeonma.tokens.cache import tokenizer_identity
 from yeonma.tokens.dataset import Dataset, prepare_dataset
-from yeonma.tokens.kinds import ANSWERS, PAIRS
+from yeonma.tokens.kinds import ANSWERS, LABELLED, PAIRS
 from yeonma.tokens.plan import Plan, make_plan
 from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
 
@@ -76,7 +76,7 @@ def prepare(
         say(f"tokenised {rows:,} rows")
 
     data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    kind = ANSWERS if preference is None else PAIRS
+    kind = ANSWERS if preference is None else LABELLED if preference.loss == "kto" else PAIRS
     dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
@@ -113,6 +113,8 @@ def preference_options(preference: PreferenceSettings) -> PreferenceOptions:
         label_smoothing=preference.label_smoothing,
         sft_weight=preference.sft_weight,
         simpo_gamma=preference.simpo_gamma,
+        kto_desirable_weight=preference.kto_desirable_weight,
+        kto_undesirable_weight=preference.kto_undesirable_weight,
     )
 
 

@@ -83,7 +83,8 @@ class Progress:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Print an evaluation, on a line of its own."""
-        shown, what = _rewards(record.metrics), "pairs"
+        what = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
+        shown = _rewards(record.metrics)
         if record.perplexity is not None:
             shown, what = f"  perplexity {_perplexity(record.perplexity)}", "examples"
         self.say(

@@ -102,6 +102,7 @@ def reference_logprobs(
                     [each.token_ids for each in held],
                     [each.trained for each in held],
                     share_prefix=share_prefix,
+                    units=store.units[examples],
                 )
                 sums = answer_logprobs(logprob_N.double(), store.trained_counts[examples])
                 fresh[examples] = sums.cpu().numpy()

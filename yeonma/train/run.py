@@ -34,7 +34,7 @@ from yeonma.train.card import write_card
 from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
 from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import MicroBatching, Rhythm, Tuning, Watch, restore_random, run_steps
-from yeonma.train.objectives import SFT, Objective, pair_objective
+from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
 from yeonma.train.preference import REFERENCE_FREE
 from yeonma.train.prepare import (
     BY_METRIC,
@@ -196,6 +196,8 @@ def _objective(
                     group=group,
                     say=say,
                 )
+    if preference.loss == "kto":
+        return label_objective(preference_options(preference), references)
     return pair_objective(preference.loss, preference_options(preference), references)
 
 
@@ -268,7 +270,7 @@ def _train(
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
         load_weights(peft_model, checkpoint_path(output, kept))
     folder.install(output, write_adapter)
-    per = "trained token" if tuning.objective.per_token else "pair"
+    per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
     command = f"yeonma {tuning.objective.name} --config settings.yaml   # the settings below\n\n"

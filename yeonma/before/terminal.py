@@ -165,8 +165,8 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     else:
         console.print("  none shortened")
     if len(part.variants) > 1:
-        used = (f"{count:,} of variant {number + 1}" for number, count in enumerate(part.variants))
-        console.print(f"  template: {', '.join(used)}")
+        used = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
+        console.print(f"  template {', '.join(used)}")
     console.print(f"  answers in {_scripts(part)}")
     for remark in part.remarks:
         console.print(Text(f"  ! {remark}", "yellow"))

@@ -42,14 +42,6 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def continued_adapter(model: ModelSettings, source: load.BaseSource) -> str | None:
-    """The adapter folder to continue, if any. Raises UserError where two are named."""
-    if model.adapter is not None and source.adapter is not None:
-        what = f"base_model {source.adapter} is an adapter too"
-        raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
-    return model.adapter or source.adapter
-
-
 def prepare(
     settings: Mapping[type, object],
     source: load.BaseSource,
@@ -62,8 +54,7 @@ def prepare(
     load.pick_dtype(model.dtype, load.pick_device(model.device))
     config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
-    if continued is not None:
-        adapters.read_adapter_folder(continued)
+    _check_adapter(group_of(settings, LoraSettings), config, source, continued)
     _check_schedule(step, say)
 
     def progress(rows: int) -> None:
@@ -92,6 +83,27 @@ def prepare(
     _check_positions(config, dataset)
     identity = _identity(settings, source, tokenizer, dataset, plan, continued)
     return Prepared(tokenizer, dataset, plan, continued, identity)
+
+
+def lora_shape(lora: LoraSettings) -> load.LoraShape:
+    """A fresh adapter's, from the settings."""
+    return load.LoraShape(
+        lora.lora_r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.lora_target_modules,
+        lora.use_rslora,
+        lora.use_dora,
+    )
+
+
+def _check_adapter(lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None) -> None:
+    """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter."""
+    model = load.outline(config, source)
+    if continued is not None:
+        adapters.check_continued(continued, model and adapters.base_identity(model, source))
+    elif model is not None:
+        load.add_lora(model, lora_shape(lora), seed=0)
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:

@@ -32,7 +32,8 @@ from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, res
 from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import MicroBatching, Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.objectives import sft_loss
-from yeonma.train.prepare import BY_METRIC, Prepared, continued_adapter, make_schedule, prepare
+from yeonma.train.preflight import check_folders
+from yeonma.train.prepare import BY_METRIC, Prepared, lora_shape, make_schedule, prepare
 from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
 from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
 
@@ -42,11 +43,7 @@ def run_sft(settings: Mapping[type, object]) -> Path:
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
     output = Path(run.output_dir).expanduser()
     check_trackers(run.report_to)
-    source = load.find_base(
-        model_settings.base_model, model_settings.model_revision, model_settings.trust_remote_code
-    )
-    continued = continued_adapter(model_settings, source)
-    folder.check_writable(output, source.name, continued)
+    source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
     with processes(device) as group:
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
@@ -87,18 +84,10 @@ def _load_model(
     base = load.load_base(source, device, load.pick_dtype(model_settings.dtype, device))
     identity = adapters.base_identity(base, source)
     if prepared.adapter is not None:
-        adapters.check_base(adapters.read_adapter_folder(prepared.adapter), identity)
+        adapters.check_continued(prepared.adapter, identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
-        shape = load.LoraShape(
-            lora.lora_r,
-            lora.lora_alpha,
-            lora.lora_dropout,
-            lora.lora_target_modules,
-            lora.use_rslora,
-            lora.use_dora,
-        )
-        peft_model = load.add_lora(base, shape, group_of(settings, StepSettings).seed)
+        peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
     how = check_forward(base)  # with the adapter in place: it may sit on the head
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")

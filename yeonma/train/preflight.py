@@ -35,20 +35,22 @@ def preflight(settings: Mapping[type, object]) -> None:
 
 
 def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, str | None]:
-    """The base and the adapter to continue, if any.
+    """The base and the adapter to continue, if any; an output folder may be unnamed where none is written.
 
     Raises UserError, having left nothing behind, for a model folder that cannot be used, for two adapters, and for an
     output folder that cannot be written or is one of the others.
     """
-    output, found = Path(run.output_dir).expanduser(), list[tuple[BaseSource, str | None]]()
+    output = Path(run.output_dir).expanduser() if run.output_dir else None
+    found = list[tuple[BaseSource, str | None]]()
 
     def find() -> None:
         source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
         found.append((source, _continued(model, source)))
 
-    gather(find, partial(_check_writable, output))
+    gather(find, *([partial(_check_writable, output)] if output is not None else []))
     ((source, continued),) = found
-    _check_own(output, source.name, continued)
+    if output is not None:
+        _check_own(output, source.name, continued)
     return source, continued
 
 

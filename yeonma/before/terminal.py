@@ -18,7 +18,7 @@ STYLES: dict[Kind, str] = {
     "field": "cyan",
     "prompt": "cyan",
     "answer": "bold green",
-    "end": "bold black on green",
+    "end": "black on green",
     "cut": "red strike",
 }
 WORDS: dict[Kind, str] = {
@@ -41,7 +41,7 @@ def print_views(console: Console, views: Iterable[View], held_out: Sequence[int]
     shown = False
     for view in views:
         if not shown:
-            console.print(_legend(console))
+            console.print(_legend(console), end="\n\n")
             shown = True
         style = "bold red" if view.left_out is not None else "bold"
         console.print(Text(f"── {heading_of(view, view.row in validation)} ──", style))

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread a process, no network, a token cache of its own."""
+"""What every test runs under: one thread a process, no network, no clock, a token cache of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -26,6 +26,18 @@ class UserError(Exception):
     def __init__(self, what: str | Iterable[Problem], *, place: str = "", cure: str = "") -> None:
         self.problems = (Problem(what, place, cure),) if isinstance(what, str) else tuple(what)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def gather(*checks: Callable[[], object]) -> None:
+    """Make every check, whatever the others find, and raise one UserError with the problems of all."""
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -279,6 +279,10 @@ class InspectSettings:
     """Print JSON: an object a line for each example, then one with the key `audit`."""
     html: str | None = None
     """File for the same as one page that opens without a network."""
+    probe: bool = False
+    """Load the model and measure time and memory by a few real steps, instead of estimating them."""
+    price: float | None = field(default=None, metadata=POSITIVE)
+    """What an hour of one GPU costs, in any currency: the forecast says what the run costs, and what an hour buys."""
 
 
 @dataclass(frozen=True, kw_only=True)

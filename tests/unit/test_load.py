@@ -174,7 +174,8 @@ def test_an_index_that_leads_outside_the_folder(elsewhere: str, tmp_path: Path) 
     content["weight_map"]["lm_head.weight"] = elsewhere
     index.write_text(json.dumps(content))
     message = message_of(lambda: find_base(str(tmp_path)))
-    assert message == f"{index}: it names a file outside the folder ({elsewhere})"
+    cure = "download the model again, from a source that you trust"
+    assert message == f"{index}: it names a file outside the folder ({elsewhere}); {cure}"
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])

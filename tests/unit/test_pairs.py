@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tokenizers import CHATML, LLAMA2_CHAT, byte_level, sentencepiece_bpe, unigram
 from yeonma.errors import UserError
+from yeonma.text.kinds import LABELLED, PAIRS
 from yeonma.text.notes import SPACED_APART
 from yeonma.text.pairs import (
     RenderedPair,
@@ -26,7 +27,6 @@ from yeonma.text.template import answer_text, load_template, prompt_text
 from yeonma.tokens.cache import build_store
 from yeonma.tokens.desk import encode_prompt
 from yeonma.tokens.example import Example, LeftOut, Role, TokenRules, Unit
-from yeonma.tokens.kinds import LABELLED, PAIRS
 from yeonma.tokens.labels import encode_labelled
 from yeonma.tokens.pairs import encode_pairs
 

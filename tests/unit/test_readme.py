@@ -44,7 +44,12 @@ def test_every_command_has_settings_that_exist_and_fit(readme: Path) -> None:
     assert {"sft", "generate"} <= {words[1] for words in found}
     for _, verb, *words in found:
         known = VERBS[verb]
-        assert read_settings(known.groups, words, verb=verb, positional=known.positional).warnings == ()
+        assert (
+            read_settings(
+                known.groups, words, verb=verb, positional=known.positional, needless=known.needless
+            ).warnings
+            == ()
+        )
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)

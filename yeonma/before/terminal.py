@@ -18,7 +18,7 @@ STYLES: dict[Kind, str] = {
     "field": "cyan",
     "prompt": "cyan",
     "answer": "bold green",
-    "end": "bold black on green",
+    "end": "black on green",
     "cut": "red strike",
 }
 WORDS: dict[Kind, str] = {
@@ -41,7 +41,7 @@ def print_views(console: Console, views: Iterable[View], held_out: Sequence[int]
     shown = False
     for view in views:
         if not shown:
-            console.print(_legend(console))
+            console.print(_legend(console), end="\n\n")
             shown = True
         style = "bold red" if view.left_out is not None else "bold"
         console.print(Text(f"── {heading_of(view, view.row in validation)} ──", style))
@@ -165,8 +165,8 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     else:
         console.print("  none shortened")
     if len(part.variants) > 1:
-        used = (f"{count:,} of variant {number + 1}" for number, count in enumerate(part.variants))
-        console.print(f"  template: {', '.join(used)}")
+        used = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
+        console.print(f"  template {', '.join(used)}")
     console.print(f"  answers in {_scripts(part)}")
     for remark in part.remarks:
         console.print(Text(f"  ! {remark}", "yellow"))

@@ -133,6 +133,22 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         raise UserError(f"damaged ({error})", place=str(folder / MANIFEST)) from error
 
 
+def check_continued(path: str, base: BaseIdentity | None) -> None:
+    """Raises UserError where the folder is no adapter that training can go on from, or is one of another base.
+
+    An adapter of PEFT alone is one, too; it only names its base, so that its shapes must tell when it is loaded.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file():
+        if not (folder / WEIGHTS).is_file():
+            cure = "give an adapter saved as safetensors"
+            raise UserError(f"{WEIGHTS} is missing", place=path, cure=cure)
+        return
+    adapter = read_adapter_folder(path)
+    if base is not None:
+        check_base(adapter, base)
+
+
 def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
     """Raises UserError where the adapter was trained on another base (by its config, not by its name)."""
     if adapter.base.config_sha256 != base.config_sha256 or adapter.base.parameters != base.parameters:

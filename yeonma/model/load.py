@@ -2,145 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from yeonma.errors import UserError, did_you_mean
-
-
-@dataclass(frozen=True)
-class BaseSource:
-    """Where a base model comes from; `adapter` is set where an adapter folder was named as base."""
-
-    name: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    adapter: str | None = None
-
-
-def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
-    """Check a local folder before anything is loaded; a name that is no folder is left to the hub.
-
-    Raises UserError for a folder without config or weights, pickled weights alone, missing or truncated shards, and
-    for an adapter whose base is not named or is an adapter itself.
-    """
-    folder = Path(base_model).expanduser()
-    if not folder.is_dir():
-        if folder.is_file() or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
-            raise UserError(
-                "no such model folder", place=base_model, cure="give a folder or a name on the hub"
-            )
-        return BaseSource(base_model, revision, trust_remote_code)
-    if (folder / "adapter_config.json").is_file():
-        return _under_adapter(folder, trust_remote_code)
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            "the folder has no config.json", place=base_model, cure="give the folder of a whole model"
-        )
-    _check_config(folder, trust_remote_code)
-    _check_weights(folder)
-    return BaseSource(str(folder), revision, trust_remote_code)
-
-
-def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
-    place = folder / "adapter_config.json"
-    config = _read_object(place)
-    name = config.get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            "it does not name its base model", place=str(place), cure="give the base model and --adapter"
-        )
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
-        raise UserError(
-            f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
-        )
-    under = find_base(name, config.get("revision"), trust_remote_code)
-    return BaseSource(under.name, under.revision, trust_remote_code, adapter=str(folder))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is not JSON, or not an object."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"not valid JSON ({error})", place=str(path)) from error
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", place=str(path))
-    return value
-
-
-def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    if "auto_map" in _read_object(folder / "config.json") and not trust_remote_code:
-        raise UserError(
-            "the model brings Python code of its own",
-            place=str(folder / "config.json"),
-            cure="read that code, then give --trust_remote_code true",
-        )
-
-
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        _check_whole(folder / "model.safetensors")
-    elif index.is_file():
-        _check_shards(folder, index)
-    elif any(folder.glob("*.bin")):
-        raise UserError(
-            "the weights are pickled (.bin), which can run code when loaded",
-            place=str(folder),
-            cure="load them once with transformers where you trust them and save_pretrained() to a new folder",
-        )
-    else:
-        raise UserError(
-            "the folder has no model.safetensors", place=str(folder), cure="give the folder of a whole model"
-        )
-
-
-def _check_shards(folder: Path, index: Path) -> None:
-    files = _read_object(index).get("weight_map")
-    if (
-        not isinstance(files, dict)
-        or not files
-        or not all(isinstance(shard, str) for shard in files.values())
-    ):
-        raise UserError(
-            "it does not say which file holds which weights", place=str(index), cure="download it again"
-        )
-    shards = sorted(set(files.values()))
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
-        raise UserError(f"it names a file outside the folder ({outside[0]})", place=str(index))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise UserError(
-            f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"
-        )
-    for shard in shards:
-        _check_whole(folder / shard)
-
-
-def _check_whole(path: Path) -> None:
-    """Reads the header alone; it says how long the file must be."""
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise UserError(
-            f"truncated or damaged ({error})", place=str(path), cure="download it again"
-        ) from error
+from yeonma.model.source import BaseSource as BaseSource
+from yeonma.model.source import find_base as find_base
 
 
 def load_tokenizer(source: BaseSource) -> Any:
@@ -149,7 +29,9 @@ def load_tokenizer(source: BaseSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # what a damaged file raises is any of them; the library's own is a bare Exception
         raise _cannot_load("tokenizer", source, error) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of no files at all
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
@@ -163,6 +45,21 @@ def load_config(source: BaseSource) -> Any:
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("config", source, error) from error
+
+
+def outline(config: Any, source: BaseSource) -> Any:
+    """The model without weights (on the meta device): its layers, names and shapes, in no time and no memory.
+
+    None where it cannot be made so: code of its own may compute with weights as it builds itself.
+    """
+    _keep_the_console_clean()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                deepcopy(config), trust_remote_code=source.trust_remote_code
+            )
+    except Exception:  # loading the weights will tell what is wrong, if anything is
+        return None
 
 
 def _cannot_load(what: str, source: BaseSource, error: Exception) -> UserError:

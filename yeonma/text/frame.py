@@ -58,6 +58,10 @@ class Variant:
         return not self.turns
 
     @property
+    def prompt_placeholders(self) -> list[Placeholder]:
+        return placeholders(part for turn in self.turns for part in turn.parts)
+
+    @property
     def answer_placeholder(self) -> Placeholder:
         return placeholders(self.answer)[0]
 
@@ -69,7 +73,7 @@ def normalised(text: str, name: str) -> str:
         for column, character in enumerate(line, start=1):
             if character == "\0" or "\ud800" <= character <= "\udfff":
                 what = f"U+{ord(character):04X} is not a character of a text"
-                raise UserError(what, place=f"{name}:{number}:{column}")
+                raise UserError(what, place=f"{name}:{number}:{column}", cure="take it out")
     return text
 
 
@@ -222,7 +226,8 @@ def _frame_turn(marker: _Line, lines: Sequence[_Line]) -> FrameTurn:
     start = next((index for index, line in enumerate(lines) if line.text), len(lines))
     turn = FrameTurn(_role(marker), _joined(lines[start:]))
     if not turn.parts:
-        raise UserError(f"the [{turn.role}] turn is empty", place=marker.place)
+        cure = "write its text, or take it out"
+        raise UserError(f"the [{turn.role}] turn is empty", place=marker.place, cure=cure)
     return turn
 
 
@@ -243,7 +248,9 @@ def _checked(turns: tuple[FrameTurn, ...], answer: tuple[Part, ...], role: str |
     for placeholder in before:
         if placeholder.field == answer_field:
             what = f'the prompt shows "{answer_field}", which is the answer (the last field)'
-            raise UserError(what, place=placeholder.place, cure="the model would learn to copy it")
+            raise UserError(
+                what, place=placeholder.place, cure="take it out there, or the model learns to copy it"
+            )
     return Variant(turns, answer, role, tuple(dict.fromkeys(placeholder.field for placeholder in before)))
 
 

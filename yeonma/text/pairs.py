@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.text.formats import (
     FORMS,
     ROLES,
@@ -27,6 +27,7 @@ from yeonma.text.formats import (
     turn_of,
     turns_of,
 )
+from yeonma.text.frame import visible
 from yeonma.text.notes import SPACED_APART, Notes, digest_of, notes_of
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Piece, Rendered, RenderedTurn, Template, answer_text
@@ -72,11 +73,7 @@ def render_pair(template: Template, row: Row, columns: Mapping[str, str] | None 
     Raises UserError with the row's place as `Template.render`; for an answer that is missing or empty; and for
     dialogues whose prompts differ.
     """
-    columns = dict(columns or {})
-    if "answer" in columns or (template.answer_field in columns and not template.is_chat):
-        cure = "name the columns of `chosen` and `rejected`"
-        raise UserError("a pair has two answers", place="--columns", cure=cure)
-    names = {side: columns.pop(side, side) for side in SIDES}
+    names, columns = _answer_columns(template, columns)
     _check_given(row, names)
     if template.is_chat:
         template.check_columns(columns)
@@ -140,6 +137,48 @@ def recognise_pairs(rows: Rows, columns_setting: Mapping[str, str] | None = None
 def recognise_labelled(rows: Rows, columns_setting: Mapping[str, str] | None = None) -> Recognised:
     """Choose the built-in template as `recognise`, for columns with a `label` beside them."""
     return recognise(rows.columns, columns_setting, _LABELLED_FORMS)
+
+
+def pair_without_column(
+    template: Template, known: Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """What no column of the data fills, as `Template.without_column`; whole dialogues need no prompt of their own."""
+    names, columns = _answer_columns(template, columns)
+    if template.is_chat:
+        template.check_columns(columns)
+        return [_no_column(name, known) for name in names.values() if name not in known]
+    found = [
+        template.without_column(known, {**columns, template.answer_field: name}) for name in names.values()
+    ]
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+def label_without_column(
+    template: Template, known: Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """What no column of the data fills, as `Template.without_column`, and the label."""
+    columns = dict(columns or {})
+    label = columns.pop("label", "label")
+    missing = [] if label in known else [_no_column(label, known)]
+    return [*template.without_column(known, columns), *missing]
+
+
+def _answer_columns(
+    template: Template, columns: Mapping[str, str] | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The columns of chosen and rejected, and those of the other fields."""
+    columns = dict(columns or {})
+    if "answer" in columns or (template.answer_field in columns and not template.is_chat):
+        cure = "name the columns of `chosen` and `rejected`"
+        raise UserError("a pair has two answers", place="--columns", cure=cure)
+    return {side: columns.pop(side, side) for side in SIDES}, columns
+
+
+def _no_column(name: str, known: Sequence[str]) -> Problem:
+    listed = f"it has {', '.join(map(visible, known))}"
+    return Problem(
+        f'the data has no column "{name}"', "--columns", visible(did_you_mean(name, known)) or listed
+    )
 
 
 def _check_given(row: Row, names: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ NumberedRow = tuple[int, dict[str, object]]
 CHUNK = 1 << 18  # characters, or bytes where bytes are read
 MOST_PROBLEMS = 10
 NUL, BOM = "\0", "\ufeff"
+OBJECT, WRITE_AGAIN = 'write {"column": "value", ...}', "write the file again"  # cures
 
 
 def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
@@ -74,7 +75,7 @@ def json_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
     if not start:
         raise no_rows(name)
     if start != "[":
-        cure = "name the file .jsonl if each line is an object" if start == "{" else ""
+        cure = "name the file .jsonl if each line is an object" if start == "{" else "write such a list"
         raise window.error("a .json file must hold a list of objects: [{...}, ...]", cure=cure)
     window.move(window.at + 1)
     if window.next_character() == "]":
@@ -84,12 +85,15 @@ def json_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
         window.next_character()
         line, value = window.line, window.take_value()
         if not isinstance(value, dict):
-            raise UserError(f"a row must be an object, not {kind_of(value)}", place=f"{name}:{line}")
+            what = f"a row must be an object, not {kind_of(value)}"
+            raise UserError(what, place=f"{name}:{line}", cure=OBJECT)
         yield line, value
         separator = window.next_character()
         if separator not in (",", "]"):
             what = 'not JSON: expecting "," or "]" after a row'
-            raise window.error(what) if separator else window.error(f"{what}: the file is cut off")
+            if separator:
+                raise window.error(what, cure="put a comma between two rows, and ] after the last one")
+            raise window.error(f"{what}: the file is cut off", cure=WRITE_AGAIN)
         window.move(window.at + 1)
     if window.next_character():
         raise window.error("something after the list", cure="a .json file must hold one list")
@@ -98,8 +102,8 @@ def json_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
 def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iterator[NumberedRow]:
     """Rows of a CSV (RFC 4180) or TSV file with a header.
 
-    An empty cell is None; a column without a name is skipped. A row's line is the one it begins on, and line breaks
-    in quoted cells count.
+    An empty cell is empty text; a column without a name is skipped, and so are blank lines. A row's line is the one it
+    begins on, and line breaks in quoted cells count.
     """
     records = _records(path, name, encoding, delimiter)
     start, header = next(records, (1, []))
@@ -125,7 +129,7 @@ def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iter
             if len(problems) == MOST_PROBLEMS:
                 break
         elif not problems:
-            yield line, {column: cell or None for column, cell in zip(header, cells, strict=True) if column}
+            yield line, {column: cell for column, cell in zip(header, cells, strict=True) if column}
     if problems:
         raise UserError(problems)
     if empty:
@@ -176,7 +180,7 @@ def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
             offset += len(chunk)
     if not chunk:
         what = f"the file ends inside a {encoding} character: its last line is cut off"
-        return Problem(what, f"{name}:{line}:{column}", "write the file again")
+        return Problem(what, f"{name}:{line}:{column}", WRITE_AGAIN)
     decoder.setstate(state)
     for byte in chunk:
         try:
@@ -225,7 +229,7 @@ def _row_of_line(line: str) -> dict[str, object]:
     at = 0 if line[0] == "{" else len(line) - len(line.lstrip(SPACE))
     value, end = parse(line, at)
     if not isinstance(value, dict):
-        raise Fault(f"a row must be an object, not {kind_of(value)}", at, 'write {"column": "value", ...}')
+        raise Fault(f"a row must be an object, not {kind_of(value)}", at, OBJECT)
     rest = line[end:].lstrip(SPACE)
     if rest:
         what = "a second object on the line" if rest[0] == "{" else "something after the object"
@@ -239,7 +243,7 @@ def _line_problem(fault: Fault, name: str, number: int, *, whole: bool) -> Probl
         return Problem(fault.what, place, fault.cure)
     if whole:
         return Problem(f"{fault.what}: the line ends before its object", place, "write one object a line")
-    return Problem(f"{fault.what}: the last line is cut off", place, "write the file again")
+    return Problem(f"{fault.what}: the last line is cut off", place, WRITE_AGAIN)
 
 
 class _Window:
@@ -298,8 +302,9 @@ class _Window:
                 if fault.cut and not self._ended:
                     self._fill()
                     continue
-                what = f"{fault.what}: the file is cut off" if fault.cut else fault.what
-                raise self.error(what, fault.at, fault.cure) from None
+                if fault.cut:
+                    raise self.error(f"{fault.what}: the file is cut off", fault.at, WRITE_AGAIN) from None
+                raise self.error(fault.what, fault.at, fault.cure) from None
             self.move(end)
             return value
 
@@ -334,7 +339,7 @@ def _records(path: Path, name: str, encoding: str, delimiter: str) -> Iterator[t
             return
         except csv.Error as error:
             raise UserError([_quote_problem("".join(taken), name, start, delimiter, error)]) from None
-        if cells:
+        if len(cells) > 1 or (cells and not cells[0].isspace()):
             yield start, cells
 
 
@@ -355,7 +360,7 @@ def _quote_problem(text: str, name: str, start: int, delimiter: str, error: csv.
             at = closing + 1
         at += 1
     else:
-        return Problem(str(error), f"{name}:{start}")
+        return Problem(str(error), f"{name}:{start}", WRITE_AGAIN)
     line, column = _moved(start, 1, text[:opened])
     what = "a quote that is never closed"
     if closing >= 0:

@@ -8,8 +8,8 @@ import io
 import json
 import math
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.text.files import ENDINGS, KNOWN_ENDINGS, file_hash, files_of, local_path, wants_to_run_code
 from yeonma.text.readers import csv_rows, json_rows, jsonl_rows, no_rows
 
 ROWS_FOR_COLUMNS = 1000
@@ -69,26 +70,39 @@ def open_rows(
     Raises:
         UserError: nothing is there, or the file, its encoding or one of its first rows is wrong.
     """
-    if not data_path.strip():
-        raise UserError("no data is named", place="--data_path", cure="give a file, a folder or a data set")
-    encoding = _known_encoding(encoding)
-    path = Path(data_path).expanduser()
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if _looks_like_a_path(data_path):
-            raise _no_such_file(data_path, path) from None
+    path, encoding = local_path(data_path), _known_encoding(encoding)
+    if path is None:
         return _hub_rows(data_path, split, revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be opened: {error}", place=data_path) from None
-    try:
-        if not stat.S_ISDIR(mode):
-            return _file_rows(data_path, [(path, data_path)], encoding)
-        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+    with _reading(data_path):
+        if _is_saved(path):
             return _saved_rows(data_path, path, split)
-        return _file_rows(data_path, _files_of(data_path, path), encoding)
+        files = files_of(data_path, path)
+        return _file_rows(data_path, files, encoding, _identity_of(files, encoding))
+
+
+def glance(data_path: str, *, encoding: str = "utf-8") -> Rows | None:
+    """The same rows of a file or a folder of files, in less time: `identity`, which takes reading it whole, is empty.
+
+    None for what the library `datasets` reads. Raises UserError as `open_rows`.
+    """
+    path, encoding = local_path(data_path), _known_encoding(encoding)
+    if path is None or _is_saved(path):
+        return None
+    with _reading(data_path):
+        return _file_rows(data_path, files_of(data_path, path), encoding, identity="")
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", place=data_path) from None
+        what = f"cannot be read: {error.strerror or _one_line(error)}"
+        raise UserError(what, place=name, cure="check the file, or write it again") from None
 
 
 def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,22 +142,21 @@ def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
     columns: dict[str, None] = {}
     seen = 0
     for source in sources:
-        for _, values in islice(source(), max(ROWS_FOR_COLUMNS - seen, 1)):
-            columns.update(dict.fromkeys(values))
-            seen += 1
+        of_source = 0
+        try:
+            for _, values in islice(source(), max(ROWS_FOR_COLUMNS - seen, 1)):
+                columns.update(dict.fromkeys(values))
+                of_source += 1
+        except UserError:
+            if of_source == 0:
+                raise
+            # Told when the rows are read, with whatever is wrong with the rows before it.
+        seen += of_source
     return Rows(name, identity, tuple(columns), read)
 
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # Files
@@ -165,8 +178,9 @@ def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
             if file.metadata.num_rows == 0:
                 raise no_rows(name)
             yield from _batch_rows(file.iter_batches(ROWS_A_BATCH), name)
-    except pa.ArrowException as error:
-        raise UserError(f"not a parquet file that can be read: {_one_line(error)}", place=name) from None
+    except (pa.ArrowException, OSError) as error:
+        what = f"not a parquet file that can be read: {_one_line(error)}"
+        raise UserError(what, place=name, cure="write the file again") from None
 
 
 def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
@@ -182,25 +196,21 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
             rows = batch.to_pylist()
         except UnicodeDecodeError as error:
             place = f"{name} rows {number + 1}-{number + batch.num_rows}"
-            raise UserError(f"text that is not UTF-8 ({error.reason})", place=place) from None
+            what = f"text that is not UTF-8 ({error.reason})"
+            raise UserError(what, place=place, cure="write the file again, its text as UTF-8") from None
         for values in rows:
             number += 1
             yield f"{name} row {number}", values
 
 
-FILE_KINDS: dict[str, Callable[[Path, str, str], Iterator[Placed]]] = {
-    ".jsonl": partial(_numbered_lines, jsonl_rows),
-    ".json": partial(_numbered_lines, json_rows),
-    ".csv": partial(_numbered_lines, csv_rows),
-    ".tsv": partial(_numbered_lines, partial(csv_rows, delimiter="\t")),
-    ".parquet": _parquet_rows,
-}
-KNOWN_ENDINGS = ", ".join(FILE_KINDS)
-# Endings that no data set on the hub is meant with.
-OTHER_ENDINGS = (".txt", ".gz", ".zip", ".zst", ".xlsx", ".xls", ".arrow", ".py", ".ndjson", ".yaml")
-# Files about data that often lie beside it.
-SIDE_FILES = ("dataset_info.json", "dataset_infos.json")
-_SPLIT_WORD = re.compile(r"(?:\A|[-_.])(train|test|validation|valid|val|dev|eval)(?:[-_.]|\Z)")
+_READERS: tuple[Callable[[Path, str, str], Iterator[Placed]], ...] = (
+    partial(_numbered_lines, jsonl_rows),
+    partial(_numbered_lines, json_rows),
+    partial(_numbered_lines, csv_rows),
+    partial(_numbered_lines, partial(csv_rows, delimiter="\t")),
+    _parquet_rows,
+)
+FILE_KINDS = dict(zip(ENDINGS, _READERS, strict=True))
 
 
 def _known_encoding(encoding: str) -> str:
@@ -214,62 +224,14 @@ def _known_encoding(encoding: str) -> str:
         raise UserError(f'no text encoding is named "{encoding}"', place="--encoding", cure=cure) from None
 
 
-def _file_rows(name: str, files: Sequence[tuple[Path, str]], encoding: str) -> Rows:
-    for path, shown in files:
-        ending = path.suffix.lower()
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError("not a regular file", place=shown, cure=f"give a {KNOWN_ENDINGS} file")
-        if ending == ".py":
-            raise _wants_to_run_code(name, shown)
-        if ending not in FILE_KINDS:
-            cure = f"give a {KNOWN_ENDINGS} file, or a folder of such files"
-            what = f"a {path.suffix} file cannot be read" if ending else "a file without an ending"
-            raise UserError(what, place=shown, cure=cure)
+def _file_rows(name: str, files: Sequence[tuple[Path, str]], encoding: str, identity: str) -> Rows:
     kind = files[0][0].suffix.lower()
-    content = [_file_hash(path) for path, _ in files]
-    identity = _hash(kind, "" if kind == ".parquet" else encoding, *content)
     return _rows(name, identity, [partial(FILE_KINDS[kind], path, shown, encoding) for path, shown in files])
 
 
-def _files_of(name: str, folder: Path) -> list[tuple[Path, str]]:
-    """The data files directly in a folder, sorted. UserError unless they are of one kind and one split."""
-    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in inside if path.suffix.lower() in FILE_KINDS and path.name not in SIDE_FILES]
-    scripts = [path for path in inside if path.suffix == ".py"]
-    if folder / f"{folder.resolve().name}.py" in scripts or (scripts and not files):
-        raise _wants_to_run_code(name, scripts[0].name)
-    if not files:
-        below = sorted({path.parent.name for kind in FILE_KINDS for path in folder.glob(f"*/*{kind}")})
-        cure = f"name a {KNOWN_ENDINGS} file or a folder of such files"
-        cure = f"name the folder in it: {', '.join(below)}" if below else cure
-        raise UserError("a folder without data", place=name, cure=cure)
-    kinds = sorted({path.suffix.lower() for path in files})
-    if len(kinds) > 1:
-        cure = "keep one kind in a folder, or give one file"
-        raise UserError(f"files of several kinds: {', '.join(kinds)}", place=name, cure=cure)
-    splits = sorted({word[1] for path in files if (word := _SPLIT_WORD.search(path.stem.lower()))})
-    if len(splits) > 1:
-        cure = "give one file, or a folder for each split"
-        raise UserError(f"files of several splits: {', '.join(splits)}", place=name, cure=cure)
-    return [(path, f"{name.rstrip('/')}/{path.name}") for path in files]
-
-
-def _wants_to_run_code(name: str, script: str) -> UserError:
-    cure = "give its data files (.parquet, .jsonl, ...), or on the hub --data_revision refs/convert/parquet"
-    return UserError(
-        f"a data set that runs Python code ({script}); such code is never run", place=name, cure=cure
-    )
-
-
-def _looks_like_a_path(data_path: str) -> bool:
-    known = data_path.lower().endswith((*FILE_KINDS, *OTHER_ENDINGS))
-    repository = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?(:.+)?", data_path)
-    return known or data_path.startswith((".", "/", "~")) or not repository
-
-
-def _no_such_file(name: str, path: Path) -> UserError:
-    near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    return UserError("no such file or folder", place=name, cure=did_you_mean(path.name, near))
+def _identity_of(files: Sequence[tuple[Path, str]], encoding: str) -> str:
+    kind = files[0][0].suffix.lower()
+    return _hash(kind, "" if kind == ".parquet" else encoding, *[file_hash(path) for path, _ in files])
 
 
 # Data sets of the library `datasets`
@@ -289,7 +251,7 @@ def _saved_rows(name: str, folder: Path, split: str) -> Rows:
             folder / part["filename"]
             for part in json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
         ]
-        identity = _hash("save_to_disk", *(_file_hash(file) for file in files))
+        identity = _hash("save_to_disk", *(file_hash(file) for file in files))
         import datasets
 
         table = datasets.load_from_disk(str(folder), keep_in_memory=False)
@@ -335,7 +297,7 @@ def _hub_error(name: str, error: Exception) -> UserError | None:
     text = _one_line(error)
     script = re.search(r"scripts are no longer supported, but found (\S+)", text)
     if script:
-        return _wants_to_run_code(name, script[1])
+        return wants_to_run_code(name, script[1])
     if isinstance(error, FileNotFoundError):
         cure = "check the name; log in with `hf auth login` if it is private or gated"
         return UserError(f"no such file, and no such data set on the hub: {text}", place=name, cure=cure)

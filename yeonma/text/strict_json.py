@@ -35,7 +35,7 @@ def parse(text: str, at: int) -> tuple[object, int]:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         what = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
-        raise Fault(what, error.pos, cut=_at_the_end(text, error)) from None
+        raise Fault(what, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
     except _DoubledKey:
         key, second = _second_key(text, at)
         raise Fault(f'the key "{key}" stands twice in one object', second, "keep one of the two") from None
@@ -43,9 +43,9 @@ def parse(text: str, at: int) -> tuple[object, int]:
         where = next(found.start() for found in _TOKEN.finditer(text, at) if found[0] == str(constant))
         raise Fault(f"{constant} is not JSON", where, "write null or a number") from None
     except RecursionError:
-        raise Fault("too deeply nested", at) from None
+        raise Fault("too deeply nested", at, "write it flatter") from None
     except ValueError:  # Python reads whole numbers of up to 4300 digits
-        raise Fault("a number with too many digits", at) from None
+        raise Fault("a number with too many digits", at, "put it in quotes") from None
     if text.find("\\u", at, end) >= 0:
         _check_escapes(text, at, end)
     return value, end
@@ -72,6 +72,18 @@ def _refuse(constant: str) -> object:
     raise _NotANumber(constant)
 
 
+# What mends a text, by the beginnings of the decoder's messages.
+_CURES = {
+    "Expecting value": "write text in double quotes, a number, true, false, null, [...] or {...}",
+    "Expecting ',' delimiter": 'put a comma between two entries, and write " inside text as \\"',
+    "Expecting ':' delimiter": 'write "column": "value"',
+    "Expecting property name": 'write "column": "value", in double quotes, and no comma after the last one',
+    "Illegal trailing comma": "take the comma out",
+    "Invalid control character": "write line breaks and tabs inside text as \\n and \\t",
+    "Invalid \\escape": "write the backslash itself as \\\\",
+    "Invalid \\u": "write four hexadecimal digits after \\u",
+    "Unterminated string": "close the text with a double quote",
+}
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN', re.DOTALL)
 _COLON = re.compile(r"[ \t\r\n]*:")
@@ -80,6 +92,11 @@ _SUSPECT_ESCAPE = re.compile(
     r"\\u(?:0000|[dD][89a-fA-F]..(?:(?<=[dD][89abAB]..)(?P<low>\\u[dD][c-fC-F]..))?)"
 )
 _CUT_LITERAL = re.compile(r"(?:t|tr|tru|f|fa|fal|fals|n|nu|nul|-?I[nfity]*|N|Na|-|\.|[eE][+-]?)\Z")
+
+
+def _cure(error: json.JSONDecodeError) -> str:
+    found = (cure for beginning, cure in _CURES.items() if error.msg.startswith(beginning))
+    return next(found, "write it as JSON")
 
 
 def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 BUILT_IN = ("title", "alpaca", "orca", "chat", "prompt-completion")
-_ANSWERS = ("answer", "chosen", "rejected")  # names in --columns for what fills the last field
+_ANSWERS = ("answer", "chosen", "rejected", "label")  # names in --columns for the last field and what it is
 _BUILT_IN_FOLDER = Path(__file__).parent / "templates"
 
 
@@ -91,7 +91,10 @@ class Template:
         for variant in variants:
             answer = variant.answer_placeholder
             if variant.is_turn_list != is_chat:
-                raise UserError("some variants are turn lists and some are not", place=answer.place)
+                cure = "write all of them in one way"
+                raise UserError(
+                    "some variants are turn lists and some are not", place=answer.place, cure=cure
+                )
             if answer.field != first and not is_chat:
                 raise UserError(
                     f'this variant ends in the field "{answer.field}", the first one in "{first}"',
@@ -125,6 +128,38 @@ class Template:
         turns = tuple([RenderedTurn(turn.role, _fill(turn.parts, texts)) for turn in variant.turns])
         answer = _fill(variant.answer, texts) if with_answer else ()
         return Rendered(turns, answer, number, variant.answer_role)
+
+    def without_column(self, known: Sequence[str], columns: Mapping[str, str] | None) -> list[Problem]:
+        """The fields that no column of the data fills, at their places; none where some variant has all of its own.
+
+        Raises UserError for `columns` that fit no field.
+        """
+        if columns:
+            self.check_columns(columns)
+        if self.is_chat:
+            answers = [variant.answer_placeholder for variant in self.variants]
+            lacking = (
+                [] if any(self._column(each.field, columns) in known for each in answers) else answers[:1]
+            )
+        else:
+            each_lacks = [
+                [one for one in variant.prompt_placeholders if self._column(one.field, columns) not in known]
+                for variant in self.variants
+            ]
+            lacking = min(reversed(each_lacks), key=len)
+            answer = self.variants[0].answer_placeholder
+            lacking += [] if self._column(answer.field, columns) in known else [answer]
+        found = {placeholder.field: placeholder for placeholder in reversed(lacking)}
+        return [self._without(found[name], known, columns) for name in reversed(found)]
+
+    def _without(
+        self, placeholder: Placeholder, known: Sequence[str], columns: Mapping[str, str] | None
+    ) -> Problem:
+        column = self._column(placeholder.field, columns)
+        what = f'the data has no column "{column}"'
+        what += "" if column == placeholder.field else f' for the field "{placeholder.field}"'
+        listed = f"it has {', '.join(map(visible, known))}"
+        return Problem(what, placeholder.place, visible(did_you_mean(column, known)) or listed)
 
     def _render_turn_list(self, row: Row, columns: Mapping[str, str] | None, with_answer: bool) -> Rendered:
         fields = [variant.answer_placeholder.field for variant in self.variants]
@@ -291,13 +326,16 @@ def _turns_to_render(turns: tuple[Turn, ...], what: str, place: str, with_answer
     """All turns where they are trained; without the final assistant turn where they are asked."""
     last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if with_answer and last < 0:
-        raise UserError(f"{what} has no assistant turn: there is nothing to train", place=place)
+        cure = "add the answer, or take the row out"
+        raise UserError(f"{what} has no assistant turn: there is nothing to train", place=place, cure=cure)
     ends_with_answer = last == len(turns) - 1
     asked = turns[:last] if with_answer or ends_with_answer else turns
     if not asked:
-        raise UserError(f"{what} has no turn before the answer", place=place)
+        cure = "add the question, or take the row out"
+        raise UserError(f"{what} has no turn before the answer", place=place, cure=cure)
     if not with_answer and not ends_with_answer and asked[-1].role == "system":
-        raise UserError(f"{what} ends with a system turn: there is nothing to answer", place=place)
+        cure = "add a user turn"
+        raise UserError(f"{what} ends with a system turn: there is nothing to answer", place=place, cure=cure)
     return turns if with_answer else asked
 
 

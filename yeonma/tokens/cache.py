@@ -23,11 +23,14 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.errors import Problem, UserError
+from yeonma.text.kinds import ANSWERS, LABELLED, PAIRS, Kind
 from yeonma.text.notes import Notes
 from yeonma.text.rows import Row, Rows
 from yeonma.text.template import Template
-from yeonma.tokens.example import TokenRules, check_rules, check_tokenizer
-from yeonma.tokens.kinds import ANSWERS, Found, Kind
+from yeonma.tokens.desk import encode
+from yeonma.tokens.example import Example, LeftOut, TokenRules, Unit, check_rules, check_tokenizer
+from yeonma.tokens.labels import encode_labelled
+from yeonma.tokens.pairs import encode_pairs
 from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
@@ -38,7 +41,17 @@ FORMAT = 3
 ROWS_A_CHUNK = 2000
 MOST_PROBLEMS = 20
 
-Chunk = tuple[list[Notes], Sequence[Found]]
+Encode = Callable[
+    [Sequence[Any], Sequence[Row], PreTrainedTokenizerBase, TokenRules], Sequence[Example | Unit | LeftOut]
+]
+ENCODERS: Mapping[str, Encode] = {
+    ANSWERS.name: encode,
+    PAIRS.name: encode_pairs,
+    LABELLED.name: encode_labelled,
+}
+"""What the texts of each kind of data become."""
+
+Chunk = tuple[list[Notes], Sequence[Example | Unit | LeftOut]]
 """What was noted of each row read, and what the rows gave."""
 
 
@@ -141,7 +154,7 @@ def _chunks(
         rendered = [_rendered(row, template, columns, kind, problems) for row in chunk]
         if not problems:
             try:
-                found = kind.encode(rendered, chunk, tokenizer, rules)
+                found = ENCODERS[kind.name](rendered, chunk, tokenizer, rules)
                 yield [kind.notes(text) for text in rendered], found
             except UserError as error:
                 problems += error.problems

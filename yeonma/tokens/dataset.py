@@ -11,11 +11,11 @@ import numpy as np
 
 from yeonma.errors import UserError
 from yeonma.settings import DataSettings, TokenSettings
+from yeonma.text.kinds import ANSWERS, Kind, choose_template
 from yeonma.text.rows import Row, Rows, draw_validation, open_rows
-from yeonma.text.template import Template, load_template
+from yeonma.text.template import Template
 from yeonma.tokens.cache import TokenStore, build_store, default_cache_dir
 from yeonma.tokens.example import TokenRules
-from yeonma.tokens.kinds import ANSWERS, Kind
 from yeonma.tokens.pairs import NOTHING_TO_CHOOSE
 from yeonma.tokens.remarks import listed, overlap_of, remarks_of, used_rows
 
@@ -80,19 +80,6 @@ def cache_folder(tokens: TokenSettings) -> Path:
     return Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
 
 
-def choose_template(
-    data: DataSettings, rows: Rows, say: Say, kind: Kind = ANSWERS
-) -> tuple[Template, dict[str, str] | None]:
-    """The template that the settings name, else the built-in that the columns satisfy, which is said; and the columns
-    that fill it."""
-    if data.template is not None:
-        return load_template(data.template), data.columns
-    recognised = kind.recognise(rows, data.columns)
-    say(recognised.reason)
-    columns = {**dict(recognised.columns), **(data.columns or {})}
-    return load_template(recognised.template), columns or None
-
-
 def prepare_dataset(
     data: DataSettings,
     tokens: TokenSettings,
@@ -111,7 +98,10 @@ def prepare_dataset(
     rows = open_rows(
         data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
     )
-    (template, columns), rules = choose_template(data, rows, say, kind), token_rules(tokens)
+    choice, rules = choose_template(kind, data.template, rows, data.columns), token_rules(tokens)
+    template, columns = choice.template, choice.columns
+    if choice.reason:
+        say(choice.reason)
     cache = cache_folder(tokens)
 
     def part(rows: Rows) -> Part:

@@ -46,24 +46,6 @@ class Start:
     finished: bool = False
 
 
-def check_writable(output: Path, base: str, continued: str | None) -> None:
-    """Raises UserError, having left nothing behind, where the folder is the base's own, or that of the adapter to be
-    continued, or cannot be written."""
-    for owner, path in (("base model", base), ("adapter to continue", continued)):
-        if path is not None and Path(path).is_dir() and output.resolve() == Path(path).resolve():
-            what = f"it is the folder of the {owner}"
-            raise UserError(what, place=f"output_dir {output}", cure="give another folder")
-    if output.exists() and not output.is_dir():
-        raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
-    existing = (
-        output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
-    )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            "cannot be written", place=str(existing), cure="give an output_dir that you may write to"
-        )
-
-
 def find_start(
     output: Path, identity: Mapping[str, Any], resume: str, overwrite: bool, say: Callable[[str], None]
 ) -> Start:

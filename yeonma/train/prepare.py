@@ -25,9 +25,9 @@ from yeonma.settings import (
     StepSettings,
     TokenSettings,
 )
+from yeonma.text.kinds import kind_for
 from yeonma.tokens.cache import tokenizer_identity
 from yeonma.tokens.dataset import Dataset, prepare_dataset
-from yeonma.tokens.kinds import ANSWERS, LABELLED, PAIRS
 from yeonma.tokens.plan import Plan, make_plan
 from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
 
@@ -45,14 +45,6 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def continued_adapter(model: ModelSettings, source: load.BaseSource) -> str | None:
-    """The adapter folder to continue, if any. Raises UserError where two are named."""
-    if model.adapter is not None and source.adapter is not None:
-        what = f"base_model {source.adapter} is an adapter too"
-        raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
-    return model.adapter or source.adapter
-
-
 def prepare(
     settings: Mapping[type, object],
     source: load.BaseSource,
@@ -65,8 +57,7 @@ def prepare(
     load.pick_dtype(model.dtype, load.pick_device(model.device))
     config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
-    if continued is not None:
-        adapters.read_adapter_folder(continued)
+    _check_adapter(group_of(settings, LoraSettings), config, source, continued)
     _check_schedule(step, say)
     preference = preference_of(settings)
     if preference is not None:
@@ -76,7 +67,7 @@ def prepare(
         say(f"tokenised {rows:,} rows")
 
     data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    kind = ANSWERS if preference is None else LABELLED if preference.loss == "kto" else PAIRS
+    kind = kind_for(None if preference is None else preference.loss)
     dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
@@ -132,6 +123,27 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> 
         problems.append(Problem(what, "train_on_inputs", "leave it out"))
     if problems:
         raise UserError(problems)
+
+
+def lora_shape(lora: LoraSettings) -> load.LoraShape:
+    """A fresh adapter's, from the settings."""
+    return load.LoraShape(
+        lora.lora_r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.lora_target_modules,
+        lora.use_rslora,
+        lora.use_dora,
+    )
+
+
+def _check_adapter(lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None) -> None:
+    """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter."""
+    model = load.outline(config, source)
+    if continued is not None:
+        adapters.check_continued(continued, model and adapters.base_identity(model, source))
+    elif model is not None:
+        load.add_lora(model, lora_shape(lora), seed=0)
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:

@@ -36,10 +36,11 @@ from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import MicroBatching, Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
 from yeonma.train.preference import REFERENCE_FREE
+from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import (
     BY_METRIC,
     Prepared,
-    continued_adapter,
+    lora_shape,
     make_schedule,
     preference_of,
     preference_options,
@@ -61,11 +62,7 @@ def run_training(settings: Mapping[type, object]) -> Path:
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
     output = Path(run.output_dir).expanduser()
     check_trackers(run.report_to)
-    source = load.find_base(
-        model_settings.base_model, model_settings.model_revision, model_settings.trust_remote_code
-    )
-    continued = continued_adapter(model_settings, source)
-    folder.check_writable(output, source.name, continued)
+    source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
     with processes(device) as group:
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
@@ -110,18 +107,10 @@ def _load_model(
     base = load.load_base(source, device, load.pick_dtype(model_settings.dtype, device))
     identity = adapters.base_identity(base, source)
     if prepared.adapter is not None:
-        adapters.check_base(adapters.read_adapter_folder(prepared.adapter), identity)
+        adapters.check_continued(prepared.adapter, identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
-        shape = load.LoraShape(
-            lora.lora_r,
-            lora.lora_alpha,
-            lora.lora_dropout,
-            lora.lora_target_modules,
-            lora.use_rslora,
-            lora.use_dora,
-        )
-        peft_model = load.add_lora(base, shape, group_of(settings, StepSettings).seed)
+        peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
     how = check_forward(base)  # with the adapter in place: it may sit on the head
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")

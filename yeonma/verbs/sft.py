@@ -12,15 +12,20 @@ from pathlib import Path
 
 from yeonma.configure import group_of, to_yaml
 from yeonma.settings import RunSettings
+from yeonma.train.preflight import preflight
 
 
 def run(settings: Mapping[type, object]) -> int:
-    """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds."""
+    """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds.
+
+    Raises UserError for whatever can be known to be wrong without torch before that is imported.
+    """
     return train("sft", settings)
 
 
 def train(verb: str, settings: Mapping[type, object]) -> int:
     """What `run` does, for any verb that trains."""
+    preflight(settings)
     processes = group_of(settings, RunSettings).nproc
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,139 @@
+"""Where a base model comes from, and what its folder lacks: known before torch is imported and anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from yeonma.errors import UserError, gather
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base model comes from; `adapter` is set where an adapter folder was named as base."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    adapter: str | None = None
+
+
+def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
+    """Check a local folder before anything is loaded; a name that is no folder is left to the hub.
+
+    Raises UserError, with all that is wrong, for a folder without config or weights, with code of its own that is not
+    trusted, with pickled weights alone, missing or truncated shards, and for an adapter whose base is not named or is
+    an adapter itself.
+    """
+    folder = Path(base_model).expanduser()
+    if not folder.is_dir():
+        if folder.is_file() or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
+            raise UserError(
+                "no such model folder", place=base_model, cure="give a folder or a name on the hub"
+            )
+        return BaseSource(base_model, revision, trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        return _under_adapter(folder, trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            "the folder has no config.json", place=base_model, cure="give the folder of a whole model"
+        )
+    gather(
+        partial(_check_code, folder / "config.json", trust_remote_code),
+        partial(_check_code, folder / "tokenizer_config.json", trust_remote_code),
+        partial(_check_weights, folder),
+    )
+    return BaseSource(str(folder), revision, trust_remote_code)
+
+
+def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
+    place = folder / "adapter_config.json"
+    config = _read_object(place)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            "it does not name its base model", place=str(place), cure="give the base model and --adapter"
+        )
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise UserError(
+            f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
+        )
+    under = find_base(name, config.get("revision"), trust_remote_code)
+    return BaseSource(under.name, under.revision, trust_remote_code, adapter=str(folder))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"not valid JSON ({error})", place=str(path), cure="download it again") from error
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", place=str(path), cure="download it again")
+    return value
+
+
+def _check_code(path: Path, trust_remote_code: bool) -> None:
+    if path.is_file() and "auto_map" in _read_object(path) and not trust_remote_code:
+        raise UserError(
+            "the model brings Python code of its own (auto_map)",
+            place=str(path),
+            cure="read that code, then give --trust_remote_code true",
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        _check_whole(folder / "model.safetensors")
+    elif index.is_file():
+        _check_shards(folder, index)
+    elif any(folder.glob("*.bin")):
+        raise UserError(
+            "the weights are pickled (.bin), which can run code when loaded",
+            place=str(folder),
+            cure="load them once with transformers where you trust them and save_pretrained() to a new folder",
+        )
+    else:
+        raise UserError(
+            "the folder has no model.safetensors", place=str(folder), cure="give the folder of a whole model"
+        )
+
+
+def _check_shards(folder: Path, index: Path) -> None:
+    files = _read_object(index).get("weight_map")
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(shard, str) for shard in files.values())
+    ):
+        raise UserError(
+            "it does not say which file holds which weights", place=str(index), cure="download it again"
+        )
+    shards = sorted(set(files.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        what = f"it names a file outside the folder ({outside[0]})"
+        raise UserError(what, place=str(index), cure="download the model again, from a source that you trust")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"
+        )
+    gather(*(partial(_check_whole, folder / shard) for shard in shards))
+
+
+def _check_whole(path: Path) -> None:
+    """Reads the header alone; it says how long the file must be."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"truncated or damaged ({error})", place=str(path), cure="download it again"
+        ) from error

@@ -1,0 +1,127 @@
+"""What is wrong with the settings' files and folders, found before torch is imported, and told all at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from yeonma.configure import group_of
+from yeonma.errors import Problem, UserError, gather
+from yeonma.model.source import BaseSource, find_base
+from yeonma.settings import DataSettings, ModelSettings, PreferenceSettings, RunSettings
+from yeonma.text.kinds import Choice, Kind, choose_template, kind_for
+from yeonma.text.rows import Rows, glance
+from yeonma.text.template import load_template
+from yeonma.train.tracking import check_trackers
+
+ROWS = 1000
+MOST_PROBLEMS = 20
+
+
+def preflight(settings: Mapping[type, object]) -> None:
+    """Look at the base model's folder, the output folder, the template and the first rows of local files.
+
+    Raises UserError with the problems of all of them. What it passes is checked to the end when it is used.
+    """
+    model, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
+    gather(
+        partial(check_trackers, run.report_to),
+        partial(check_folders, model, run),
+        partial(_check_data, group_of(settings, DataSettings), kind_of(settings)),
+    )
+
+
+def kind_of(settings: Mapping[type, object]) -> Kind:
+    """What the rows hold for the verb that has these settings."""
+    if PreferenceSettings not in settings:
+        return kind_for(None)
+    return kind_for(group_of(settings, PreferenceSettings).loss)
+
+
+def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, str | None]:
+    """The base and the adapter to continue, if any; an output folder may be unnamed where none is written.
+
+    Raises UserError, having left nothing behind, for a model folder that cannot be used, for two adapters, and for an
+    output folder that cannot be written or is one of the others.
+    """
+    output = Path(run.output_dir).expanduser() if run.output_dir else None
+    found = list[tuple[BaseSource, str | None]]()
+
+    def find() -> None:
+        source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
+        found.append((source, _continued(model, source)))
+
+    gather(find, *([partial(_check_writable, output)] if output is not None else []))
+    ((source, continued),) = found
+    if output is not None:
+        _check_own(output, source.name, continued)
+    return source, continued
+
+
+def _continued(model: ModelSettings, source: BaseSource) -> str | None:
+    """The adapter folder to continue, if any. Raises UserError where two are named."""
+    if model.adapter is not None and source.adapter is not None:
+        what = f"base_model {source.adapter} is an adapter too"
+        raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
+    return model.adapter or source.adapter
+
+
+def _check_own(output: Path, base: str, continued: str | None) -> None:
+    for owner, path in (("base model", base), ("adapter to continue", continued)):
+        if path is not None and Path(path).is_dir() and output.resolve() == Path(path).resolve():
+            what = f"it is the folder of the {owner}"
+            raise UserError(what, place=f"output_dir {output}", cure="give another folder")
+
+
+def _check_writable(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
+    existing = (
+        output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
+    )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            "cannot be written", place=str(existing), cure="give an output_dir that you may write to"
+        )
+
+
+def _check_data(data: DataSettings, kind: Kind) -> None:
+    """The template, and the first rows of local files as it fills with them."""
+    choices: list[Choice] = []
+    tables: list[Rows] = []
+
+    def template() -> None:
+        if data.template is not None:
+            choices.append(Choice(load_template(data.template), data.columns))
+
+    def table(path: str | None) -> None:
+        rows = glance(path, encoding=data.encoding) if path is not None else None
+        tables.extend([rows] if rows is not None else [])
+
+    gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
+    if not choices and tables:
+        choices = [choose_template(kind, None, tables[0], data.columns)]
+    gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables))
+
+
+def _check_rows(rows: Rows, choice: Choice, kind: Kind) -> None:
+    template, columns = choice.template, choice.columns
+    if missing := kind.without_column(template, rows.columns, columns):
+        raise UserError(missing)
+    problems: list[Problem] = []
+    try:
+        for row in islice(rows, ROWS):
+            try:
+                kind.render(template, row, columns)
+            except UserError as error:
+                problems += error.problems
+            if len(problems) > MOST_PROBLEMS:
+                break
+    except UserError as error:  # of the reader: the file goes no further
+        problems += error.problems
+    if problems:
+        more = [Problem("there are more such problems", rows.name)] if len(problems) > MOST_PROBLEMS else []
+        raise UserError([*problems[:MOST_PROBLEMS], *more])

@@ -1,9 +1,9 @@
 """Preference objectives: small pure functions from the log-probabilities of answers to losses. The step sums, and
 divides once by the pairs (KTO: rows) of the whole step.
 
-Shapes: P pairs, R rows of one answer each. Log-probabilities are natural, float32 or better, summed over an answer's trained
-tokens, its end token included. A log-ratio is the policy's log-probability less the reference's; beta times it is the
-answer's implicit reward (Rafailov et al. 2023, arXiv:2305.18290, section 4).
+Shapes: P pairs, R rows of one answer each. Log-probabilities are natural, float32 or better, summed over an answer's
+trained tokens, its end token included. A log-ratio is the policy's log-probability less the reference's; beta times it
+is the answer's implicit reward (Rafailov et al. 2023, arXiv:2305.18290, section 4).
 """
 
 from __future__ import annotations

@@ -477,7 +477,7 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
         ({"label_smoothing": 0.5}, "label_smoothing: 0.5 is out of range"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "label_smoothing: hinge does not read it"),
         ({"simpo_gamma": 1}, "simpo_gamma: sigmoid does not read it"),
-        ({"loss": "kto", "sft_weight": 1}, "sft_weight: kto does not read it"),
+        ({"kto_desirable_weight": 2}, "kto_desirable_weight: sigmoid does not read it"),
         ({"beta": 0}, "beta: 0 is out of range"),
         ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm does not fit"),
     ],

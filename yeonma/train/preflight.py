@@ -30,7 +30,7 @@ def preflight(settings: Mapping[type, object]) -> None:
     gather(
         partial(check_trackers, run.report_to),
         partial(check_folders, model, run),
-        partial(_check_data, group_of(settings, DataSettings), kind_of(settings)),
+        partial(_check_data, group_of(settings, DataSettings), kind_of(settings), _adapter_of(model)),
     )
 
 
@@ -88,7 +88,13 @@ def _check_writable(output: Path) -> None:
         )
 
 
-def _check_data(data: DataSettings, kind: Kind) -> None:
+def _adapter_of(model: ModelSettings) -> str | None:
+    """The adapter folder that may be continued; not yet looked into."""
+    named = model.adapter or model.base_model
+    return named if (Path(named).expanduser() / "adapter_config.json").is_file() else None
+
+
+def _check_data(data: DataSettings, kind: Kind, continued: str | None) -> None:
     """The template, and the first rows of local files as it fills with them."""
     choices: list[Choice] = []
     tables: list[Rows] = []
@@ -103,7 +109,7 @@ def _check_data(data: DataSettings, kind: Kind) -> None:
 
     gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
     if not choices and tables:
-        choices = [choose_template(kind, None, tables[0], data.columns)]
+        choices = [choose_template(kind, None, tables[0], data.columns, continued)]
     gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables))
 
 

@@ -284,6 +284,16 @@ def test_several_faults_of_a_file_come_together(write: Write, refused: Refused) 
     ]
 
 
+def test_the_training_rows_choose_the_template_also_where_a_library_reads_them(
+    tmp_path: Path, write: Write, accepted: Accepted
+) -> None:
+    datasets.Dataset.from_list(PLAIN).save_to_disk(str(tmp_path / "saved"))
+    both = {"document": "a", "title": "b", "prompt": "c", "completion": "d"}  # fit two templates
+    validation = write("b.jsonl", json.dumps(both))
+    taken = accepted(tmp_path / "saved", template=None, val_data_path=validation)
+    assert "template title, because the columns are document, title" in taken.done.out
+
+
 def test_faults_of_the_data_the_template_and_the_folders_come_together(
     tmp_path: Path, write: Write, refused: Refused
 ) -> None:

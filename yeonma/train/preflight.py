@@ -30,7 +30,7 @@ def preflight(settings: Mapping[type, object]) -> None:
     gather(
         partial(check_trackers, run.report_to),
         partial(check_folders, model, run),
-        partial(_check_data, group_of(settings, DataSettings)),
+        partial(check_data, group_of(settings, DataSettings)),
     )
 
 
@@ -45,7 +45,7 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
 
     def find() -> None:
         source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
-        found.append((source, _continued(model, source)))
+        found.append((source, continued_adapter(model, source)))
 
     gather(find, *([partial(_check_writable, output)] if output is not None else []))
     ((source, continued),) = found
@@ -54,12 +54,36 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
     return source, continued
 
 
-def _continued(model: ModelSettings, source: BaseSource) -> str | None:
+def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     """The adapter folder to continue, if any. Raises UserError where two are named."""
     if model.adapter is not None and source.adapter is not None:
         what = f"base_model {source.adapter} is an adapter too"
         raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
     return model.adapter or source.adapter
+
+
+def check_data(data: DataSettings) -> None:
+    """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
+
+    The rows are rendered, not tokenised: the model has no say yet.
+    """
+    templates: list[Template] = []
+    tables: dict[str, Rows] = {}
+
+    def template() -> None:
+        if data.template is not None:
+            templates.append(load_template(data.template))
+
+    def table(path: str | None) -> None:
+        rows = glance(path, encoding=data.encoding) if path is not None else None
+        if path is not None and rows is not None:
+            tables[path] = rows
+
+    gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
+    if not templates and data.data_path in tables:  # the training rows' columns choose
+        templates = [load_template(recognise(tables[data.data_path].columns, data.columns).template)]
+    if templates:
+        gather(*(partial(_check_rows, rows, templates[0], data.columns) for rows in tables.values()))
 
 
 def _check_own(output: Path, base: str, continued: str | None) -> None:
@@ -79,25 +103,6 @@ def _check_writable(output: Path) -> None:
         raise UserError(
             "cannot be written", place=str(existing), cure="give an output_dir that you may write to"
         )
-
-
-def _check_data(data: DataSettings) -> None:
-    """The template, and the first rows of local files as it fills with them."""
-    templates: list[Template] = []
-    tables: list[Rows] = []
-
-    def template() -> None:
-        if data.template is not None:
-            templates.append(load_template(data.template))
-
-    def table(path: str | None) -> None:
-        rows = glance(path, encoding=data.encoding) if path is not None else None
-        tables.extend([rows] if rows is not None else [])
-
-    gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
-    if not templates and tables:
-        templates = [load_template(recognise(tables[0].columns, data.columns).template)]
-    gather(*(partial(_check_rows, rows, templates[0], data.columns) for rows in tables))
 
 
 def _check_rows(rows: Rows, template: Template, columns: Mapping[str, str] | None) -> None:

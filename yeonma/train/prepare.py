@@ -27,6 +27,7 @@ from yeonma.settings import (
 from yeonma.tokens.cache import tokenizer_identity
 from yeonma.tokens.dataset import Dataset, prepare_dataset
 from yeonma.tokens.plan import Plan, make_plan
+from yeonma.train.preflight import continued_adapter as continued_adapter
 
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
 

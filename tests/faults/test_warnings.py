@@ -23,13 +23,14 @@ def rows(count: int, **changed: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def told(out: str, phrase: str) -> list[str]:
-    return [line for line in out.splitlines() if phrase in line]
+    """Lines that say so; the data's path before it, which has the test's name in it, does not count."""
+    return [line for line in out.splitlines() if phrase in line.rpartition(".jsonl: ")[2]]
 
 
 def one_line(out: str, phrase: str, count: int, numbers: Sequence[int]) -> None:
     """One line says so, with the number of rows and the first of them."""
     (line,) = told(out, phrase)
-    listed = f"rows {', '.join(map(str, numbers))}"
+    listed = f"{'row' if count == 1 else 'rows'} {', '.join(map(str, numbers))}"
     assert listed in line
     assert re.search(rf"\b{count}\b", line.replace(listed, "").rpartition(".jsonl: ")[2]), line
 

@@ -24,7 +24,9 @@ def rows(count: int, **changed: Mapping[str, str]) -> list[dict[str, str]]:
 
 def told(out: str, phrase: str) -> list[str]:
     """Lines that say so; the data's path before it, which has the test's name in it, does not count."""
-    return [line for line in out.splitlines() if phrase in line.rpartition(".jsonl: ")[2]]
+    return [
+        line for line in out.splitlines() if ".jsonl: " in line and phrase in line.rpartition(".jsonl: ")[2]
+    ]
 
 
 def one_line(out: str, phrase: str, count: int, numbers: Sequence[int]) -> None:
@@ -73,11 +75,11 @@ def test_fault_25_decomposed_hangul(tmp_path: Path, accepted: Accepted) -> None:
 @pytest.mark.parametrize("hidden", ["\u200b", "\u200c", "\ufeff", "\u2060"])
 def test_fault_25_zero_width_characters(write: Write, accepted: Accepted, hidden: str) -> None:
     table = rows(20, r3={"document": f"an{hidden} article"}, r17={"title": f"title{hidden}"})
-    # Escaped: as a character of the file U+FEFF would be a byte order mark in its middle, which is refused.
-    data = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in table))
-    taken = accepted(data, template=TEMPLATE)
-    one_line(taken.done.out, "zero-width", 2, [3, 17])
-    assert len(taken.texts) == 20
+    for ascii_only in (True, False):
+        text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in table)
+        taken = accepted(write("a.jsonl", text), template=TEMPLATE)
+        one_line(taken.done.out, "zero-width", 2, [3, 17])
+        assert len(taken.texts) == 20
 
 
 def test_fault_26_special_token_text_in_the_data(tmp_path: Path, accepted: Accepted) -> None:

@@ -4,7 +4,7 @@ DATA ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint bench docs
+.PHONY: setup demo demo-dpo test lint bench docs
 
 setup: .venv/.installed
 
@@ -20,6 +20,9 @@ setup: .venv/.installed
 
 demo: setup
 	$(BIN)/yeonma demo
+
+demo-dpo: setup
+	$(BIN)/yeonma demo-dpo
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests

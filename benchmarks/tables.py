@@ -221,6 +221,146 @@ def inspection_table(inspections: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+@dataclass(frozen=True)
+class PairLine:
+    """One contender at one preference workload, over all rounds. Ratios are ours to theirs, round by round."""
+
+    workload: str
+    contender: str
+    rounds: int
+    pairs_per_second: float
+    ratio: float
+    ratio_least: float
+    ratio_most: float
+    reference_seconds: float
+    peak_memory_bytes: int
+    loss: float  # the mean over the steps
+    loss_gap: float  # to ours, the largest of any step
+
+
+def pairs_per_second(run: Run, work: Mapping[str, Any]) -> float:
+    """Over all steps and the pass over the reference."""
+    return work["pairs"] * work["epochs"] / (run["reference_seconds"] + sum(run["seconds"]))
+
+
+def pair_lines(result: Mapping[str, Any]) -> list[PairLine]:
+    """In the order of the workloads and contenders; those never measured in a round that has ours are left out."""
+    runs = {(run["workload"], run["contender"], run["round"]): run for run in result["runs"]}
+    rounds = sorted({run["round"] for run in result["runs"]})
+    found = []
+    for workload, work in result["workloads"].items():
+        for contender in result["contenders"]:
+            both = [
+                (runs[workload, contender, number], runs[workload, result["ours"], number])
+                for number in rounds
+                if (workload, contender, number) in runs and (workload, result["ours"], number) in runs
+            ]
+            if not both:
+                continue
+            ratios = [pairs_per_second(ours, work) / pairs_per_second(theirs, work) for theirs, ours in both]
+            found.append(
+                PairLine(
+                    workload=workload,
+                    contender=contender,
+                    rounds=len(both),
+                    pairs_per_second=median(pairs_per_second(theirs, work) for theirs, _ in both),
+                    ratio=median(ratios),
+                    ratio_least=min(ratios),
+                    ratio_most=max(ratios),
+                    reference_seconds=median(theirs["reference_seconds"] for theirs, _ in both),
+                    peak_memory_bytes=int(median(theirs["peak_memory_bytes"] for theirs, _ in both)),
+                    loss=median(sum(theirs["losses"]) / len(theirs["losses"]) for theirs, _ in both),
+                    loss_gap=max(
+                        abs(a - b)
+                        for theirs, ours in both
+                        for a, b in zip(theirs["losses"], ours["losses"], strict=True)
+                    ),
+                )
+            )
+    return found
+
+
+def dpo_section(result: Mapping[str, Any]) -> str:
+    """The words and tables about preference tuning."""
+    found, contenders, ours = pair_lines(result), result["contenders"], result["ours"]
+    model, settings = result["model"], result["settings"]
+    rounds = max((line.rounds for line in found), default=0)
+    about = (
+        f"Model: {model['name']} ({model['type']}, {model['parameters'] / 1e6:.1f}M parameters), LoRA "
+        f"r={settings['lora_r']} on {', '.join(settings['targets'])}, float32, DPO with beta {settings['beta']}, batch "
+        f"{settings['batch_size']}. Data: {result['data']['name']}. Rounds: {rounds}. "
+        f"Matrix rate: {matrix_rate(result) / 1e9:.1f} GFLOP/s; {frozen_rate(result) / 1e9:.1f} by the routine that "
+        f"Yeonma multiplies frozen weights by."
+    )
+    works = [
+        f"- `{name}`: {work['about']}; {work['pairs']} pairs, {work['prompt_tokens']:.0f} tokens a prompt and "
+        f"{work['answer_tokens']:.0f} an answer"
+        for name, work in result["workloads"].items()
+    ]
+    rows = [
+        "| workload | contender | pairs/s | Yeonma is | reference | peak memory | loss |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in found:
+        label = contenders[line.contender]["label"]
+        label += f" (rounds: {line.rounds})" if line.rounds < rounds else ""
+        cells = (
+            line.workload,
+            f"**{label}**" if line.contender == ours else label,
+            f"{line.pairs_per_second:.3f}",
+            "" if line.contender == ours else times(line.ratio, line.ratio_least, line.ratio_most),
+            f"{line.reference_seconds:.0f} s" if line.reference_seconds else "in the steps",
+            gigabytes(line.peak_memory_bytes),
+            f"{line.loss:.4f}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    after = [
+        f"The loss of every step is the same for all contenders to {max(line.loss_gap for line in found):.0e}."
+    ]
+    for failure in result["failures"]:
+        label = contenders[failure["contender"]]["label"]
+        after.append(f"{label} failed at {failure['workload']}: `{failure['error']}`")
+    best_lines = [*pairs_best(result), *memory_shares(result)]
+    blocks = [about_machine(result), about, "\n".join(works), "\n".join(rows), " ".join(after)]
+    return "\n\n".join([*blocks, "\n".join(best_lines)])
+
+
+def pairs_best(result: Mapping[str, Any]) -> list[str]:
+    """A line a workload: ours against the fastest setting of the other library."""
+    contenders, written = result["contenders"], []
+    for workload in result["workloads"]:
+        theirs = [
+            line for line in pair_lines(result) if line.workload == workload and not _is_ours(result, line)
+        ]
+        if theirs:
+            line = max(theirs, key=lambda line: line.pairs_per_second)
+            label = contenders[line.contender]["label"]
+            written.append(f"- {workload}: {line.ratio:.2f} times {label}, its fastest here")
+    return written
+
+
+def memory_shares(result: Mapping[str, Any]) -> list[str]:
+    """A line a workload: our peak memory as a share of the other library's lowest at the same micro-batch."""
+    written = []
+    for workload in result["workloads"]:
+        here = [line for line in pair_lines(result) if line.workload == workload]
+        shares = []
+        for size in sorted({each["micro_batch"] for each in result["contenders"].values()}):
+            same = [line for line in here if result["contenders"][line.contender]["micro_batch"] == size]
+            mine = [line.peak_memory_bytes for line in same if _is_ours(result, line)]
+            theirs = [line.peak_memory_bytes for line in same if not _is_ours(result, line)]
+            if mine and theirs:
+                shares.append(f"{mine[0] / min(theirs):.0%} at micro-batch {size}")
+        if shares:
+            written.append(f"- {workload}, peak memory beside TRL's lowest: {', '.join(shares)}")
+    return written
+
+
+def _is_ours(result: Mapping[str, Any], line: PairLine) -> bool:
+    contenders = result["contenders"]
+    return bool(contenders[line.contender]["library"] == contenders[result["ours"]]["library"])
+
+
 def times(middle: float, least: float, most: float) -> str:
     spread = f" ({least:.2f}-{most:.2f})" if f"{least:.2f}" != f"{most:.2f}" else ""
     return f"{middle:.2f}x as fast{spread}"
@@ -244,7 +384,7 @@ def put(page: str, name: str, section: str) -> str:
     return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
-SECTIONS = {"sft": sft_section, "tokenize_rows": tokenize_section}
+SECTIONS = {"sft": sft_section, "tokenize_rows": tokenize_section, "dpo": dpo_section}
 
 
 def page_of(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -51,8 +51,9 @@ class Wording:
     groups: Mapping[str, Mapping[str, str]] | None = None
 
 
-# The verbs that read a group. All other groups are those of `yeonma sft`.
+# The verbs that read a group. All other groups are those of `yeonma sft`, and `yeonma dpo` too.
 VERBS = {
+    "PreferenceSettings": ("dpo",),
     "InspectSettings": ("inspect",),
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),

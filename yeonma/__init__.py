@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from yeonma.text.template import Template
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Template", "UserError", "__version__", "load", "sft"]
+__all__ = ["Loaded", "Template", "UserError", "__version__", "dpo", "load", "sft"]
 
 _HOMES = {"Loaded": "yeonma.model.ask", "Template": "yeonma.text.template", "UserError": "yeonma.errors"}
 
@@ -26,6 +26,15 @@ def sft(**settings: Any) -> Path:
     Raises UserError for every mistake that `yeonma sft` reports, and RuntimeError where one of several processes
     failed (`nproc`).
     """
+    return _train("sft", settings)
+
+
+def dpo(**settings: Any) -> Path:
+    """Learn from pairs, with the settings of `yeonma dpo` as keywords. Returns and raises as `sft`."""
+    return _train("dpo", settings)
+
+
+def _train(name: str, keywords: dict[str, Any]) -> Path:
     import warnings
     from importlib import import_module
 
@@ -33,10 +42,11 @@ def sft(**settings: Any) -> Path:
     from yeonma.configure import group_of, settings_from_keywords
     from yeonma.settings import RunSettings
 
-    reading = settings_from_keywords(VERBS["sft"].groups, settings)
+    verb = VERBS[name]
+    reading = settings_from_keywords(verb.groups, keywords, verb.defaults)
     for warning in reading.warnings:
-        warnings.warn(warning, stacklevel=2)
-    module, function = VERBS["sft"].run.split(":")
+        warnings.warn(warning, stacklevel=3)
+    module, function = verb.run.split(":")
     status = getattr(import_module(module), function)(reading.settings)
     if status:
         raise RuntimeError(f"training ended with status {status}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from yeonma import __version__
 from yeonma.errors import UserError, did_you_mean
 from yeonma.settings import (
+    PREFERENCE,
+    PREFERENCE_DEFAULTS,
     TRAINING,
     AdapterSettings,
     AnswerSettings,
@@ -24,12 +26,16 @@ HELD_SECONDS = 10
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand. `run` is `module:function`; the function takes the settings groups by their types."""
+    """One subcommand. `run` is `module:function`; the function takes the settings groups by their types.
+
+    `defaults`: values that settings have for this verb, where they are not the groups' own.
+    """
 
     about: str
     run: str
     groups: tuple[type, ...]
     positional: str | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
     needless: tuple[str, ...] = ()
     """Settings that other verbs require, and this one takes without needing them."""
 
@@ -38,6 +44,12 @@ GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
 CHATTING = (AdapterSettings, AnswerSettings)
 VERBS = {
     "sft": Verb("Fine-tune a model on the answers of a table of examples.", "yeonma.verbs.sft:run", TRAINING),
+    "dpo": Verb(
+        "Fine-tune a model on pairs of a chosen and a rejected answer.",
+        "yeonma.verbs.dpo:run",
+        PREFERENCE,
+        defaults=PREFERENCE_DEFAULTS,
+    ),
     "inspect": Verb(
         "Show rows as the model will see them, and audit all of them, before training.",
         "yeonma.verbs.inspect:run",
@@ -47,6 +59,12 @@ VERBS = {
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
+    "demo-dpo": Verb(
+        "Tune a small model on the bundled pairs, end to end.",
+        "yeonma.demo:run_dpo",
+        (DemoSettings,),
+        defaults={"output_dir": "demo-dpo"},
+    ),
 }
 
 
@@ -94,7 +112,12 @@ def _dispatch(arguments: list[str]) -> int:
         from yeonma.help import help_text
 
         page = help_text(
-            verb.groups, verb=name, about=verb.about, positional=verb.positional, needless=verb.needless
+            verb.groups,
+            verb=name,
+            about=verb.about,
+            positional=verb.positional,
+            needless=verb.needless,
+            defaults=verb.defaults,
         )
         print(page, end="")
         return 0
@@ -107,7 +130,12 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     from yeonma.configure import read_settings
 
     reading = read_settings(
-        verb.groups, arguments, verb=name, positional=verb.positional, needless=verb.needless
+        verb.groups,
+        arguments,
+        verb=name,
+        positional=verb.positional,
+        needless=verb.needless,
+        defaults=verb.defaults,
     )
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process.
         for warning in reading.warnings:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from datetime import date
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma import settings as settings_module
@@ -24,6 +24,7 @@ from yeonma.yaml_text import read_items, read_value, write_item
 Group = TypeVar("Group")
 OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 NONE_WORDS = ("None", "null")
+NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,17 @@ def read_settings(
     verb: str,
     positional: str | None = None,
     needless: Sequence[str] = (),
+    defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> Reading:
     """Read a verb's settings from command line arguments and the YAML file that `--config` names.
 
     The command line wins over the file. `positional` is the setting that an argument without a name fills;
-    `needless` are required ones that this verb does without: texts, empty where they are not given.
+    `needless` are required ones that this verb does without: texts, empty where they are not given. `defaults` are
+    values of settings that are not given, where the verb has others than the groups.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups, needless)
+    known = settings_of(groups, needless, defaults)
     given = _from_command_line(argv, known, positional, verb, problems)
     config = given.pop("config", None)
     if config is not None:
@@ -83,13 +86,16 @@ def read_settings(
     return _checked(groups, known, given, problems, "--{} ...")
 
 
-def settings_from_keywords(groups: Sequence[type], keywords: Mapping[str, object]) -> Reading:
-    """Read the settings of `groups` from Python keywords; `config` names a YAML file; the others win.
+def settings_from_keywords(
+    groups: Sequence[type], keywords: Mapping[str, object], defaults: Mapping[str, object] = NO_DEFAULTS
+) -> Reading:
+    """Read the settings of `groups` from Python keywords; `config` names a YAML file; the others win. `defaults` as in
+    `read_settings`.
 
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups)
+    known = settings_of(groups, (), defaults)
     given: dict[str, Given] = {}
     for name, value in keywords.items():
         if name in known:
@@ -120,8 +126,11 @@ def to_yaml(*groups: object) -> str:
     return "".join(write_item(name, value) for name, value in values.items())
 
 
-def settings_of(groups: Iterable[type], needless: Sequence[str] = ()) -> dict[str, Setting]:
-    """Every setting of `groups` by its name, in order; those named `needless` are not required."""
+def settings_of(
+    groups: Iterable[type], needless: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
+) -> dict[str, Setting]:
+    """Every setting of `groups` by its name, in order; those named `needless` are not required; `defaults` are those
+    of the verb."""
     known = {}
     for group in groups:
         hints = get_type_hints(group)
@@ -133,7 +142,7 @@ def settings_of(groups: Iterable[type], needless: Sequence[str] = ()) -> dict[st
                 hint=hint,
                 members=members,
                 required=field.default is MISSING and field.name not in needless,
-                default=None if field.default is MISSING else field.default,
+                default=defaults.get(field.name, None if field.default is MISSING else field.default),
                 range=field.metadata.get("range"),
                 needless=field.name in needless,
             )
@@ -283,10 +292,9 @@ def _checked(
         problems.append(Problem(what, ", ".join(missing), cure.format("them" if missing[1:] else "it")))
     if problems:
         raise UserError(problems)
-    values.update({name: "" for name, setting in known.items() if setting.needless and name not in values})
+    chosen = {name: "" if setting.needless else setting.default for name, setting in known.items()} | values
     settings = {
-        group: group(**{field.name: values[field.name] for field in fields(group) if field.name in values})
-        for group in groups
+        group: group(**{field.name: chosen[field.name] for field in fields(group)}) for group in groups
     }
     return Reading(settings, tuple(_warnings(values)))
 

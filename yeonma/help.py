@@ -6,13 +6,13 @@ import ast
 import inspect
 import textwrap
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from types import NoneType
 from typing import Literal, get_origin
 
-from yeonma.configure import Setting, describe, settings_of
+from yeonma.configure import NO_DEFAULTS, Setting, describe, settings_of
 
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
 
@@ -24,13 +24,14 @@ def help_text(
     about: str,
     positional: str | None = None,
     needless: Sequence[str] = (),
+    defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> str:
     """Each group's docstring as a heading, and below it its settings with what they take and their defaults.
 
-    `positional` is the setting that may stand without its name; `needless` as in `read_settings`. As wide as the
-    terminal.
+    `positional` is the setting that may stand without its name; `needless` and `defaults` as in `read_settings`. As
+    wide as the terminal.
     """
-    known = settings_of(groups, needless)
+    known = settings_of(groups, needless, defaults)
     required = [name for name, setting in known.items() if setting.required and name != positional]
     usage = [f"yeonma {verb}", *([positional.upper()] if positional else []), "[--config FILE]"]
     usage += [*(f"--{name} ..." for name in required), "[--setting value ...]"]

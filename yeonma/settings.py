@@ -59,6 +59,9 @@ LrScheduler = Literal[
     "warmup_stable_decay",
     "greedy",
 ]
+PreferenceLoss = Literal[
+    "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
+]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
@@ -159,7 +162,7 @@ class StepSettings:
     max_steps: int | None = field(default=None, metadata=COUNT)
     """Stop after this many steps; wins over `num_epochs`."""
     learning_rate: float = field(default=2e-4, metadata=POSITIVE)
-    """Highest learning rate, reached after the warm-up."""
+    """Highest learning rate, reached after the warm-up. `yeonma dpo` begins lower: 1e-5."""
     lr_scheduler: LrScheduler = "linear"
     """Schedule of the learning rate, by transformers' names."""
     lr_scheduler_kwargs: dict[str, int | float | str] | None = None
@@ -182,6 +185,26 @@ class StepSettings:
     """Put rows of similar length into one step. There is no padding to save; it only evens out the time of steps."""
     seed: int = field(default=42, metadata=SEED)
     """Seed of the adapter's start, the order of rows, the validation draw and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSettings:
+    """What is learnt from preferences. Setting what the chosen `loss` does not read is an error."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """What a pair costs. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290); simpo, cpo and orpo need no reference. kto takes single answers with a `label` of true or false instead of pairs."""
+    beta: float = field(default=0.1, metadata=POSITIVE)
+    """Scale of an answer's reward: the higher it is, the closer the model stays to the reference."""
+    label_smoothing: float = field(default=0.0, metadata={"range": Range(at_least=0, below=0.5)})
+    """Share of the pairs that are taken to stand the wrong way round: sigmoid (conservative DPO), robust, cpo, simpo."""
+    sft_weight: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    """Weight of the chosen answer's negative log-likelihood a token, added to the loss. Without it, 1 for cpo and orpo, else 0."""
+    simpo_gamma: float = field(default=0.5, metadata=NOT_NEGATIVE)
+    """The margin between rewards that simpo wants (Meng et al. 2024, arXiv:2405.14734)."""
+    kto_desirable_weight: float = field(default=1.0, metadata=POSITIVE)
+    """Weight of the answers labelled true in kto (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+    kto_undesirable_weight: float = field(default=1.0, metadata=POSITIVE)
+    """Weight of those labelled false. The more of them there are, the lower it should be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +257,14 @@ TRAINING = (
     RunSettings,
 )
 """What a training verb reads."""
+PREFERENCE = (
+    *TRAINING[: TRAINING.index(EvaluationSettings)],
+    PreferenceSettings,
+    *TRAINING[TRAINING.index(EvaluationSettings) :],
+)
+"""What training on preference data reads."""
+PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
+"""Where it begins with another value than supervised training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The demo on a tiny model: what it leaves behind, what it prints, and that its command is the one it ran."""
+"""The demos on a tiny model: what they leave behind, what they print, and that their command is the one they ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.runs import Done, command, model_folder
 from yeonma import load
 from yeonma.configure import read_settings, to_yaml
 from yeonma.demo import SAMPLES
-from yeonma.settings import TRAINING
+from yeonma.settings import PREFERENCE, PREFERENCE_DEFAULTS, TRAINING
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +86,58 @@ def test_a_demo_of_other_settings_replaces_the_first_only_when_told(base: Path, 
     replaced = demo(tmp_path / "out", base, "--max_steps", "2", "--overwrite", "true")
     assert replaced.status == 0
     assert len(replaced.steps) == 2
+
+
+# With pairs
+
+
+@pytest.fixture(scope="module")
+def from_pairs(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    base = model_folder(tmp_path_factory.mktemp("base") / "tiny")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 1024  # one token a character: the long titles need more than 512
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    output = tmp_path_factory.mktemp("demo-dpo") / "out"
+    words = ("--model_dir", str(base), "--quick", "true", "--output_dir", str(output))
+    return command(output, "demo-dpo", *words)
+
+
+def test_the_demo_of_pairs_shows_three_answers_and_the_reward_accuracy(from_pairs: Done) -> None:
+    assert (from_pairs.status, from_pairs.err) == (0, "")
+    assert [line["step"] for line in from_pairs.steps] == [1, 2, 3, 4]
+    rows = (SAMPLES / "pairs_en_validation.jsonl").read_text(encoding="utf-8").splitlines()
+    shown = answers(from_pairs.out)
+    assert [name.strip() for name, _ in shown] == ["wanted", "before", "after"] * 3
+    assert [text for name, text in shown if name == "wanted"] == [
+        json.loads(row)["chosen"] for row in rows[:3]
+    ]
+    best = min(from_pairs.looks, key=lambda look: look["loss"])
+    assert f"in {round(20 * best['reward_accuracy'])} of the 20 held-out pairs" in from_pairs.out
+    assert f"yeonma generate {from_pairs.folder}" in from_pairs.out
+
+
+def test_the_command_of_the_demo_of_pairs_is_the_run_that_it_made(from_pairs: Done) -> None:
+    text = from_pairs.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
+    words = shlex.split(text)
+    reading = read_settings(
+        PREFERENCE, words[words.index("dpo") + 1 :], verb="dpo", defaults=PREFERENCE_DEFAULTS
+    )
+    assert to_yaml(*reading.settings.values()) == (from_pairs.folder / "settings.yaml").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("name", ["", "_validation"])
+def test_the_pairs_are_the_sample_articles_with_their_titles_and_long_winded_ones(name: str) -> None:
+    def read(file: str) -> list[dict[str, str]]:
+        text = (SAMPLES / f"{file}{name}.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    rows, pairs = read("news_en"), read("pairs_en")
+    assert [(pair["document"], pair["chosen"]) for pair in pairs] == [
+        (row["document"], row["title"]) for row in rows
+    ]
+    longer = [len(pair["rejected"].split()) / len(pair["chosen"].split()) for pair in pairs]
+    assert min(longer) > 1.5
+    assert all(15 <= len(pair["rejected"].split()) <= 30 for pair in pairs)
+    assert len({pair["rejected"] for pair in pairs}) == len(pairs)

@@ -31,7 +31,7 @@ def check_forward(model: Any, seed: int = 0) -> Forward:
     """
     plain = model.config._attn_implementation or "eager"
     sequences = _sequences(model.config.get_text_config().vocab_size, seed)
-    with torch.no_grad(), _in_eval_mode(model):
+    with torch.no_grad(), in_eval_mode(model):
         one_by_one = _one_by_one(model, sequences)
         expected = torch.cat(one_by_one)
         distance, tolerance = _largest, 1e-4
@@ -61,7 +61,7 @@ def _mean(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
+def in_eval_mode(model: Any) -> Iterator[None]:
     """PEFT leaves the dropout of a new adapter on in a model that is otherwise in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -62,10 +62,13 @@ def example_logprobs(
     trained: Sequence[np.ndarray],
     *,
     share_prefix: bool,
+    units: Sequence[int] | np.ndarray | None = None,
 ) -> torch.Tensor:
-    """logprob_N of some examples' trained tokens, example by example, by the way that `how` says."""
+    """logprob_N of some examples' trained tokens, example by example, by the way that `how` says; `units` as in
+    `lay_out`."""
     if how.forest:
-        return trained_logprobs(model, lay_out(token_ids, trained, share_prefix=share_prefix), how.head)
+        forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
+        return trained_logprobs(model, forest, how.head)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
         on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)

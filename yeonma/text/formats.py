@@ -44,10 +44,12 @@ class Recognised:
 
     template: str
     reason: str
+    columns: tuple[tuple[str, str], ...] = ()
+    """What `--columns` would say to name the data's columns to the template, where their names differ."""
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """What a built-in template needs: one column of each group; `optional` columns it uses where they are there."""
 
     template: str
@@ -59,16 +61,20 @@ class _Form:
         return f"{self.template} needs {', '.join(' or '.join(group) for group in self.needs)}"
 
 
-_FORMS = (
-    _Form("title", (("document",), ("title",)), "title"),
-    _Form("alpaca", (("instruction",), ("output",)), "output", ("input",)),
-    _Form("orca", (("question",), ("response",)), "response", ("system", "system_prompt")),
-    _Form("chat", (("messages", "conversations"),), ""),  # the answers are turns, not a column
-    _Form("prompt-completion", (("prompt",), ("completion",)), "completion"),
+FORMS = (
+    Form("title", (("document",), ("title",)), "title"),
+    Form("alpaca", (("instruction",), ("output",)), "output", ("input",)),
+    Form("orca", (("question",), ("response",)), "response", ("system", "system_prompt")),
+    Form("chat", (("messages", "conversations"),), ""),  # the answers are turns, not a column
+    Form("prompt-completion", (("prompt",), ("completion",)), "completion"),
 )
 
 
-def recognise(columns: Sequence[str], columns_setting: Mapping[str, str] | None = None) -> Recognised:
+def recognise(
+    columns: Sequence[str],
+    columns_setting: Mapping[str, str] | None = None,
+    forms: Sequence[Form] = FORMS,
+) -> Recognised:
     """Choose the built-in template whose fields the columns satisfy, after `--columns` (field -> column).
 
     Raises:
@@ -82,7 +88,7 @@ def recognise(columns: Sequence[str], columns_setting: Mapping[str, str] | None 
     ]
     if problems:
         raise UserError(problems)
-    fitting = {form.template: found for form in _FORMS if (found := _found(form, columns, columns_setting))}
+    fitting = {form.template: found for form in forms if (found := _found(form, columns, columns_setting))}
     if len(fitting) == 1:
         ((template, found),) = fitting.items()
         names = ", ".join(found[column] for column in columns if column in found)
@@ -91,7 +97,7 @@ def recognise(columns: Sequence[str], columns_setting: Mapping[str, str] | None 
     if fitting:
         what = f"the columns ({listed}) fit several templates: {', '.join(fitting)}"
         raise UserError(what, place="--template", cure="choose one of them")
-    needs = "; ".join(map(str, _FORMS))
+    needs = "; ".join(map(str, forms))
     cure = f"give one, or say with --columns which column is which field ({needs})"
     raise UserError(f"the columns ({listed}) fit no built-in template", place="--template", cure=cure)
 
@@ -119,7 +125,7 @@ def field_text(row: Row, column: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        what = f'field "{column}" is {_described(value)}, not text'
+        what = f'field "{column}" is {described(value)}, not text'
         cure = (
             "a turn list needs the template chat" if _is_turn_list(value) else "a template's field takes text"
         )
@@ -140,13 +146,13 @@ def turns_of(row: Row, column: str) -> tuple[Turn, ...]:
     """
     value = row.values.get(column)
     if not isinstance(value, Sequence) or isinstance(value, str):
-        what = f'field "{column}" is {_described(value)}, not a list of turns'
+        what = f'field "{column}" is {described(value)}, not a list of turns'
         raise UserError(what, place=row.place, cure='write [{"role": "user", "content": "..."}, ...]')
     turns: list[Turn] = []
     problems: list[Problem] = []
     for index, entry in enumerate(value):
         try:
-            turn = _turn(entry, f"{column}[{index}]", row.place)
+            turn = turn_of(entry, f"{column}[{index}]", row.place)
             turns += [turn] if turn is not None else []
         except UserError as error:
             problems += error.problems
@@ -157,7 +163,36 @@ def turns_of(row: Row, column: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _found(form: _Form, columns: Sequence[str], columns_setting: Mapping[str, str]) -> dict[str, str]:
+def turn_of(entry: object, where: str, place: str) -> Turn | None:
+    """One turn, None for a blank system turn. `where` is its place in the row, such as `messages[2]`.
+
+    Raises:
+        UserError: it is no turn, its role is unknown, or its text is missing or empty.
+    """
+    if not isinstance(entry, Mapping):
+        what = f"{where} is {described(entry)}, not a turn"
+        raise UserError(what, place=place, cure='write {"role": "user", "content": "..."}')
+    role_key, text_key = ("from", "value") if entry.get("from") is not None else ("role", "content")
+    role = _role(entry.get(role_key), f"{where}.{role_key}", place)
+    for key in ("tool_calls", "function_call"):
+        if entry.get(key):
+            what = f"{where}.{key}: calls of tools cannot be trained"
+            raise UserError(what, place=place, cure="write the call as the turn's text")
+    text = _content(entry.get(text_key), f"{where}.{text_key}", place)
+    if text.strip() or role == "tool":
+        return Turn(role, text)
+    if role == "system":
+        return None
+    raise UserError(f"{where}.{text_key} is empty", place=place, cure="fill it or take the row out")
+
+
+def described(value: object) -> str:
+    """`a number (3)`, `null`, `a list`: what stands there, for messages."""
+    kind = kind_of(value)
+    return f"{kind} ({value})" if isinstance(value, (int, float)) else kind
+
+
+def _found(form: Form, columns: Sequence[str], columns_setting: Mapping[str, str]) -> dict[str, str]:
     """The form's columns that are there and how messages call them; empty where one is missing."""
     found: dict[str, str] = {}
     for group in (*form.needs, form.optional):
@@ -174,31 +209,12 @@ def _near(column: str, columns: Sequence[str]) -> str:
     return did_you_mean(column, columns) or f"it has {', '.join(columns) or 'none'}"
 
 
-def _turn(entry: object, where: str, place: str) -> Turn | None:
-    """One turn, None for a blank system turn. `where` is its place in the row, such as `messages[2]`."""
-    if not isinstance(entry, Mapping):
-        what = f"{where} is {_described(entry)}, not a turn"
-        raise UserError(what, place=place, cure='write {"role": "user", "content": "..."}')
-    role_key, text_key = ("from", "value") if entry.get("from") is not None else ("role", "content")
-    role = _role(entry.get(role_key), f"{where}.{role_key}", place)
-    for key in ("tool_calls", "function_call"):
-        if entry.get(key):
-            what = f"{where}.{key}: calls of tools cannot be trained"
-            raise UserError(what, place=place, cure="write the call as the turn's text")
-    text = _content(entry.get(text_key), f"{where}.{text_key}", place)
-    if text.strip() or role == "tool":
-        return Turn(role, text)
-    if role == "system":
-        return None
-    raise UserError(f"{where}.{text_key} is empty", place=place, cure="fill it or take the row out")
-
-
 def _role(name: object, where: str, place: str) -> Role:
     if isinstance(name, str) and name in ROLES:
         return ROLES[name]
     if name is None:
         raise UserError(f"{where} is missing", place=place, cure='a turn has "role" and "content"')
-    shown = f'"{name}"' if isinstance(name, str) else _described(name)
+    shown = f'"{name}"' if isinstance(name, str) else described(name)
     cure = did_you_mean(str(name), ROLES) or f"roles are {', '.join(ROLES)}"
     raise UserError(f"{where}: {shown} is no known role", place=place, cure=cure)
 
@@ -211,7 +227,7 @@ def _content(content: object, where: str, place: str) -> str:
         _check_characters(content, where, place)
         return content
     if not isinstance(content, Sequence):
-        raise UserError(f"{where} is {_described(content)}, not text", place=place, cure="a turn takes text")
+        raise UserError(f"{where} is {described(content)}, not text", place=place, cure="a turn takes text")
     texts = []
     for index, part in enumerate(content):
         here = f"{where}[{index}]"
@@ -238,9 +254,3 @@ def _check_characters(text: str, where: str, place: str) -> None:
 
 def _is_turn_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
-
-
-def _described(value: object) -> str:
-    """`a number (3)`, `null`, `a list`: what stands there, for messages."""
-    kind = kind_of(value)
-    return f"{kind} ({value})" if isinstance(value, (int, float)) else kind

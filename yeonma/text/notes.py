@@ -13,8 +13,8 @@ from yeonma.text.template import Rendered
 
 LARGE_BYTES = 10_000_000
 
-DECOMPOSED, ZERO_WIDTH, LARGE = 1, 2, 4
-"""Bits of `Notes.flags`."""
+DECOMPOSED, ZERO_WIDTH, LARGE, SPACED_APART = 1, 2, 4, 8
+"""Bits of `Notes.flags`. SPACED_APART: a pair whose two answers differ in nothing but white space."""
 
 SCRIPTS = (
     "Latin",

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 BUILT_IN = ("title", "alpaca", "orca", "chat", "prompt-completion")
-_ANSWERS = ("answer", "chosen", "rejected")  # names in --columns for what fills the last field
+_ANSWERS = ("answer", "chosen", "rejected", "label")  # names in --columns for the last field and what it is
 _BUILT_IN_FOLDER = Path(__file__).parent / "templates"
 
 
@@ -116,7 +116,7 @@ class Template:
         nothing to train or nothing to ask.
         """
         if columns:
-            self._check_columns(columns)
+            self.check_columns(columns)
         if self.is_chat:
             return self._render_turn_list(row, columns, with_answer)
         texts: dict[str, str] = {}
@@ -135,7 +135,7 @@ class Template:
         Raises UserError for `columns` that fit no field.
         """
         if columns:
-            self._check_columns(columns)
+            self.check_columns(columns)
         if self.is_chat:
             answers = [variant.answer_placeholder for variant in self.variants]
             lacking = (
@@ -191,8 +191,8 @@ class Template:
     def _column(self, name: str, columns: Mapping[str, str] | None) -> str:
         return column_of(name, columns, self.answer_field)
 
-    def _check_columns(self, columns: Mapping[str, str]) -> None:
-        """Names of no field are mistakes; so is the answer's column for a prompt field, which would show it."""
+    def check_columns(self, columns: Mapping[str, str]) -> None:
+        """Raises UserError for names of no field, and for the answer's column in the prompt, which would show it."""
         for name in columns:
             if name not in self.fields and name not in _ANSWERS:
                 cure = did_you_mean(name, self.fields) or f"it has {', '.join(sorted(self.fields))}"

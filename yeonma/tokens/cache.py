@@ -10,34 +10,48 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.errors import Problem, UserError
-from yeonma.text.notes import Notes, notes_of
+from yeonma.text.kinds import ANSWERS, LABELLED, PAIRS, Kind
+from yeonma.text.notes import Notes
 from yeonma.text.rows import Row, Rows
-from yeonma.text.template import Rendered, Template
+from yeonma.text.template import Template
 from yeonma.tokens.desk import encode
-from yeonma.tokens.example import Example, LeftOut, TokenRules, check_rules, check_tokenizer
+from yeonma.tokens.example import Example, LeftOut, TokenRules, Unit, check_rules, check_tokenizer
+from yeonma.tokens.labels import encode_labelled
+from yeonma.tokens.pairs import encode_pairs
 from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same rows would give other tokens or other files."""
 
 ROWS_A_CHUNK = 2000
 MOST_PROBLEMS = 20
 
-Chunk = tuple[list[Notes], list[Example | LeftOut]]
+Encode = Callable[
+    [Sequence[Any], Sequence[Row], PreTrainedTokenizerBase, TokenRules], Sequence[Example | Unit | LeftOut]
+]
+ENCODERS: Mapping[str, Encode] = {
+    ANSWERS.name: encode,
+    PAIRS.name: encode_pairs,
+    LABELLED.name: encode_labelled,
+}
+"""What the texts of each kind of data become."""
+
+Chunk = tuple[list[Notes], Sequence[Example | Unit | LeftOut]]
 """What was noted of each row read, and what the rows gave."""
 
 
@@ -66,9 +80,10 @@ def store_key(
     columns: Mapping[str, str] | None,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
+    kind: Kind = ANSWERS,
 ) -> str:
     """SHA-256 of everything that decides the tokens, the versions of the libraries that make them included."""
-    versions = [FORMAT, tokenizers.__version__, transformers.__version__]
+    versions = [FORMAT, kind.name, tokenizers.__version__, transformers.__version__]
     data = [rows.identity, template.text, dict(columns or {})]
     return sha256(
         _canonical([versions, data, tokenizer_identity(tokenizer), asdict(rules)]).encode()
@@ -83,6 +98,7 @@ def build_store(
     rules: TokenRules,
     cache_dir: Path,
     progress: Callable[[int], None] | None = None,
+    kind: Kind = ANSWERS,
 ) -> TokenStore:
     """The rows' examples, from the cache or tokenised now. Memory does not grow with the rows.
 
@@ -92,7 +108,7 @@ def build_store(
     """
     check_rules(template, rules)
     check_tokenizer(tokenizer, rules)
-    key = store_key(rows, template, columns, tokenizer, rules)
+    key = store_key(rows, template, columns, tokenizer, rules, kind)
     folder = cache_dir / key
     if (store := open_store(folder, key)) is not None:
         return store
@@ -104,10 +120,10 @@ def build_store(
             with _keeping(cache_dir):
                 _remove(beside)
                 writer = StoreWriter.open(beside)
-            for notes, found in _chunks(rows, template, columns, tokenizer, rules, progress):
+            for notes, found in _chunks(rows, template, columns, tokenizer, rules, progress, kind):
                 with _keeping(cache_dir):
                     writer.add(notes, found)
-            _check_some_left(writer.counts, rows, rules)
+            _check_some_left(writer.counts, rows, rules, kind)
             with _keeping(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
@@ -129,17 +145,17 @@ def _chunks(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
+    kind: Kind,
 ) -> Iterator[Chunk]:
     """The encoded rows, a few thousand at a time. After a first problem the rest is only looked through for more."""
     problems: list[Problem] = []
     source, done = iter(rows), 0
     while len(problems) <= MOST_PROBLEMS and (chunk := _taken(source, problems)):
-        rendered = [_rendered(row, template, columns, problems) for row in chunk]
+        rendered = [_rendered(row, template, columns, kind, problems) for row in chunk]
         if not problems:
             try:
-                whole = [text for text in rendered if text]
-                found = encode(whole, chunk, tokenizer, rules)
-                yield [notes_of(text) for text in whole], found
+                found = ENCODERS[kind.name](rendered, chunk, tokenizer, rules)
+                yield [kind.notes(text) for text in rendered], found
             except UserError as error:
                 problems += error.problems
         done += len(chunk)
@@ -162,21 +178,24 @@ def _taken(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
 
 
 def _rendered(
-    row: Row, template: Template, columns: Mapping[str, str] | None, problems: list[Problem]
-) -> Rendered | None:
+    row: Row, template: Template, columns: Mapping[str, str] | None, kind: Kind, problems: list[Problem]
+) -> Any:
     try:
-        return template.render(row, columns)
+        return kind.render(template, row, columns)
     except UserError as error:
         problems += error.problems
         return None
 
 
-def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules) -> None:
+def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, kind: Kind) -> None:
     if counts.rows == 0:
         raise UserError("there are no rows", place=rows.name)
     if counts.examples == 0:
         what = f"no row fits into cutoff_len {rules.cutoff_len}: all {counts.rows} would be left out"
-        raise UserError(what, place=rows.name, cure="raise --cutoff_len, or shorten the template")
+        cure = "raise --cutoff_len, or shorten the template"
+        if kind is not ANSWERS:
+            what = f"no row is left: each is over cutoff_len {rules.cutoff_len} or has two equal answers"
+        raise UserError(what, place=rows.name, cure=cure)
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import numpy as np
 
 from yeonma.errors import UserError
 from yeonma.settings import DataSettings, TokenSettings
-from yeonma.text.formats import recognise
+from yeonma.text.kinds import ANSWERS, Kind, choose_template
 from yeonma.text.rows import Row, Rows, draw_validation, open_rows
-from yeonma.text.template import Template, load_template
+from yeonma.text.template import Template
 from yeonma.tokens.cache import TokenStore, build_store, default_cache_dir
 from yeonma.tokens.example import TokenRules
+from yeonma.tokens.pairs import NOTHING_TO_CHOOSE
 from yeonma.tokens.remarks import listed, overlap_of, remarks_of, used_rows
 
 Say = Callable[[str], None]
@@ -34,8 +35,13 @@ class Part:
         return self.store, self.positions
 
     @property
+    def units(self) -> np.ndarray:
+        """What the plan is made of: the examples or, in preference data, the pairs."""
+        return np.unique(self.store.units[self.positions])
+
+    @property
     def trained_tokens(self) -> int:
-        return int(self.store.trained_counts[self.positions].sum())
+        return int(self.store.trained_counts[self.store.trained_of(self.units)].sum())
 
     def first_rows(self, count: int) -> list[Row]:
         """The rows of the first `count` distinct row numbers; reads no further than the last of them."""
@@ -51,6 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
+    kind: Kind
     template: Template
     columns: dict[str, str] | None
     rules: TokenRules
@@ -69,13 +76,8 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
     )
 
 
-def choose_template(data: DataSettings, rows: Rows, say: Say) -> Template:
-    """The template that the settings name, else the built-in that the columns satisfy; the choice is said."""
-    if data.template is not None:
-        return load_template(data.template)
-    recognised = recognise(rows.columns, data.columns)
-    say(recognised.reason)
-    return load_template(recognised.template)
+def cache_folder(tokens: TokenSettings) -> Path:
+    return Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
 
 
 def prepare_dataset(
@@ -85,6 +87,7 @@ def prepare_dataset(
     seed: int,
     say: Say,
     progress: Callable[[int], None],
+    kind: Kind = ANSWERS,
 ) -> Dataset:
     """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
     limits make impossible."""
@@ -95,11 +98,14 @@ def prepare_dataset(
     rows = open_rows(
         data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
     )
-    template, rules = choose_template(data, rows, say), token_rules(tokens)
-    cache = Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
+    choice, rules = choose_template(kind, data.template, rows, data.columns), token_rules(tokens)
+    template, columns = choice.template, choice.columns
+    if choice.reason:
+        say(choice.reason)
+    cache = cache_folder(tokens)
 
     def part(rows: Rows) -> Part:
-        store = build_store(rows, template, data.columns, tokenizer, rules, cache, progress)
+        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, kind)
         return Part(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -115,7 +121,7 @@ def prepare_dataset(
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
         validation = Part(rows, train.store, np.flatnonzero(held_out))
         train = Part(rows, train.store, np.flatnonzero(~held_out))
-    return Dataset(template, data.columns, rules, train, validation)
+    return Dataset(kind, template, columns, rules, train, validation)
 
 
 def describe(dataset: Dataset, say: Say) -> None:
@@ -124,20 +130,26 @@ def describe(dataset: Dataset, say: Say) -> None:
     if dataset.validation is not None:
         parts.setdefault(dataset.validation.store.key, dataset.validation)
     for part in parts.values():
-        _describe(part.rows.name, part.store, say)
+        _describe(part.rows.name, part.store, dataset.kind, say)
     if dataset.validation is not None:
         overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
         if overlap is not None:
             say(f"{dataset.validation.rows.name}: {overlap}")
 
 
-def _describe(name: str, store: TokenStore, say: Say) -> None:
+def _describe(name: str, store: TokenStore, kind: Kind, say: Say) -> None:
     counts = store.counts
-    line = f"{name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens"
+    line = f"{name}: {counts.rows:,} rows, {counts.units:,} {kind.units}, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
         say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
-    if counts.left_out:
-        say(f"{name}: {counts.left_out:,} left out: {listed([left.row for left in store.left_out])}")
+    left_out = store.left_out if counts.left_out else []
+    for reason in NOTHING_TO_CHOOSE:
+        numbers = [left.row for left in left_out if left.reason == reason]
+        if numbers:
+            say(f"{name}: {reason}: {len(numbers):,} left out ({listed(numbers)})")
+    numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
+    if numbers:
+        say(f"{name}: {len(numbers):,} left out: {listed(numbers)}")
     for remark in remarks_of(store, np.arange(len(store))):
         say(f"{name}: {remark}")

@@ -66,13 +66,18 @@ def encode_prompt(
 
 
 @dataclass(frozen=True)
-class _Ids:
+class TokenIds:
     """A draft's ids and, for each of its answers, the tokens before it and through it."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
     straddles: bool = False
     special_text: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first answer."""
+        return self.answers[0][0]
 
     @property
     def answer_length(self) -> int:
@@ -162,14 +167,14 @@ class Desk:
             cure = "use a model with a fast tokenizer (tokenizer.json), or take the text out of the row"
             raise UserError(what, place=row.place, cure=cure)
 
-    def ids_of(self, drafts: Sequence[Draft]) -> list[_Ids | None]:
+    def ids_of(self, drafts: Sequence[Draft]) -> list[TokenIds | None]:
         """Ids of each draft; None where the answers of a turn list do not fall on borders of its tokens."""
         clean = [draft for draft in drafts if draft.data is None]
         texts = [draft.text[:end] for draft in clean for answer in draft.answers for end in answer]
         encoded = iter(self.encoder.batch(texts))
         return [self._assembled(draft, encoded) for draft in drafts]
 
-    def _assembled(self, draft: Draft, encoded: Iterator[list[int]]) -> _Ids | None:
+    def _assembled(self, draft: Draft, encoded: Iterator[list[int]]) -> TokenIds | None:
         ends = [end for answer in draft.answers for end in answer]
         special_text = 0
         if draft.data is None:
@@ -182,10 +187,10 @@ class Desk:
             return None if len(draft.answers) > 1 else self._continued(draft, parts[0], special_text)
         counts = [len(part) for part in parts]
         return self._ended(
-            draft, _Ids(whole, list(zip(counts[::2], counts[1::2], strict=True)), False, special_text)
+            draft, TokenIds(whole, list(zip(counts[::2], counts[1::2], strict=True)), False, special_text)
         )
 
-    def _continued(self, draft: Draft, prompt: list[int], special_text: int) -> _Ids:
+    def _continued(self, draft: Draft, prompt: list[int], special_text: int) -> TokenIds:
         """The answer as a continuation of the prompt: a token of the whole text straddles their border."""
         start = draft.answers[0][0]
         answer = draft.text[start:]
@@ -194,16 +199,18 @@ class Desk:
         else:
             data = [(max(left - start, 0), right - start) for left, right in draft.data if right > start]
             ids, _ = self.encoder.with_data(answer, data, before=prompt)
-        return self._ended(draft, _Ids(prompt + ids, [(len(prompt), len(prompt + ids))], True, special_text))
+        return self._ended(
+            draft, TokenIds(prompt + ids, [(len(prompt), len(prompt + ids))], True, special_text)
+        )
 
-    def _ended(self, draft: Draft, ids: _Ids) -> _Ids:
+    def _ended(self, draft: Draft, ids: TokenIds) -> TokenIds:
         eos = self.encoder.eos_id
         if not self.rules.add_eos_token or draft.ended or eos is None or ids.ids[-1:] == [eos]:
             return ids
         start, end = ids.answers[-1]
         return replace(ids, ids=[*ids.ids, eos], answers=[*ids.answers[:-1], (start, end + 1)])
 
-    def finished(self, draft: Draft, ids: _Ids | None) -> list[Made]:
+    def finished(self, draft: Draft, ids: TokenIds | None) -> list[Made]:
         """The draft's example, shortened where it is too long; several where its answers must stand alone."""
         if ids is None:
             parts = [self._last(self.drafts(text, draft.row)) for text in split_turns(draft.rendered)]
@@ -213,7 +220,7 @@ class Desk:
             return [Made(draft, self.example(draft, ids, 0))]
         return self._shortened(draft, ids)
 
-    def _shortened(self, draft: Draft, ids: _Ids) -> list[Made]:
+    def _shortened(self, draft: Draft, ids: TokenIds) -> list[Made]:
         """The example with as much prompt as its answer leaves room for.
 
         A shorter prompt may change the first tokens of the answer and so their number; then it is fitted again, until
@@ -275,7 +282,7 @@ class Desk:
             return self.encoder.batch([prompt.text])[0]
         return self.encoder.with_data(prompt.text, prompt.data)[0]
 
-    def example(self, draft: Draft, ids: _Ids, cut_characters: int) -> Example:
+    def example(self, draft: Draft, ids: TokenIds, cut_characters: int) -> Example:
         trained = np.full(len(ids.ids), self.rules.train_on_inputs, dtype=np.bool_)
         for start, end in ids.answers:
             trained[start:end] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,18 @@ from yeonma.tokens.chat import chat_of
 from yeonma.tokens.encode import TextEncoder
 
 
+class Role(IntEnum):
+    """What an example's answer is to be: the only right one, the better or worse of two, wanted or not by itself."""
+
+    ANSWER = 0
+    CHOSEN = 1
+    REJECTED = 2
+    DESIRABLE = 3
+    UNDESIRABLE = 4
+    MISMATCHED = 5
+    """An answer to another row's prompt: never trained, only measured."""
+
+
 @dataclass(frozen=True, eq=False)
 class Example:
     """Token ids of one prompt with its answer, or of a turn list with its answers."""
@@ -24,7 +37,7 @@ class Example:
     trained: NDArray[np.bool_]
     """Shape (tokens,): whether the token is trained, as a target. The first token never is."""
     prompt_length: int
-    """Tokens before the last answer: what generation feeds."""
+    """Tokens before the answer, in a turn list before the last one: what generation feeds."""
     row: int
     variant: int
     cut_characters: int
@@ -35,9 +48,17 @@ class Example:
     """Special-token texts that were found in data and encoded as ordinary text."""
 
 
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Examples with one prompt that a step counts as one and no micro-batch parts, such as the two of a pair."""
+
+    members: tuple[tuple[Role, Example], ...]
+
+
 @dataclass(frozen=True)
 class LeftOut:
-    """A row, or one answer of a turn list, that is over the limit with its prompt field cut to one character."""
+    """A row, or one answer of a turn list, that is over the limit with its prompt field cut to one character; or a
+    pair with nothing to choose between."""
 
     row: int
     place: str

@@ -46,9 +46,16 @@ class Forest:
 
 
 def lay_out(
-    token_ids: Sequence[np.ndarray], trained: Sequence[np.ndarray], *, share_prefix: bool = True
+    token_ids: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
+    *,
+    share_prefix: bool = True,
+    units: Sequence[int] | np.ndarray | None = None,
 ) -> Forest:
     """The forest of one micro-batch's examples; with `share_prefix` false every example stands alone.
+
+    Examples share what they begin with in common from LEAST_SHARED tokens, those of one unit (a pair; `units` says
+    which each belongs to) from the first.
 
     `trained[i][t]` says that example i is trained to predict its token t; the first token of an example has
     nothing before it and is never trained.
@@ -58,6 +65,9 @@ def lay_out(
     if share_prefix:
         common[:-1] = [_common(token_ids[a], token_ids[b]) for a, b in pairwise(order)]
 
+    of = list(range(len(order))) if units is None else [int(unit) for unit in units]
+    least = [1 if of[a] == of[b] else LEAST_SHARED for a, b in pairwise(order)]
+
     segments: list[Segment] = []
     chunks: list[np.ndarray] = []
     paths: list[list[np.ndarray]] = [[] for _ in token_ids]  # example -> its flat positions, by segment
@@ -65,7 +75,7 @@ def lay_out(
     pending: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
     while pending:  # sorted examples [low, high) that agree up to `depth`, which `parent` ends at
         low, high, depth, parent = pending.pop()
-        for first, last in _runs(common, low, high, depth + LEAST_SHARED):
+        for first, last in _runs(common, least, low, high, depth):
             alone = last - first == 1
             stop = len(token_ids[order[first]]) if alone else int(common[first : last - 1].min())
             if stop == depth:
@@ -98,9 +108,9 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def _runs(common: np.ndarray, low: int, high: int, least: int) -> list[tuple[int, int]]:
-    """Maximal runs of sorted neighbours in [low, high) that share at least `least` tokens each with the next."""
-    breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < least] + [high]
+def _runs(common: np.ndarray, least: Sequence[int], low: int, high: int, depth: int) -> list[tuple[int, int]]:
+    """Maximal runs of sorted neighbours in [low, high) that each share enough tokens after `depth` with the next."""
+    breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < depth + least[i]] + [high]
     return list(pairwise(breaks))
 
 

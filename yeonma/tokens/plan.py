@@ -17,9 +17,9 @@ GROUPED_STEPS = 50  # group_by_length sorts by length within so many steps' wort
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run over `positions`, the examples to train on."""
+    """The steps of a run over `positions`, the units (examples or pairs) to train on."""
 
-    positions: np.ndarray  # int64, into the token store
+    positions: np.ndarray  # int64, units of the token store
     lengths: np.ndarray  # tokens of each of them
     batch_size: int
     seed: int
@@ -31,7 +31,7 @@ class Plan:
         return ceil(len(self.positions) / self.batch_size)
 
     def steps(self, start: int = 0) -> Iterator[np.ndarray]:
-        """The examples of step `start` and on, each as positions in the token store.
+        """The units of step `start` and on, each by its position in the token store.
 
         The last step of an epoch may be smaller than the others.
         """
@@ -43,6 +43,12 @@ class Plan:
                 order = epoch_order(len(self.positions), self.seed, epoch, self.batch_size, lengths)
                 order_epoch = epoch
             yield self.positions[order[within * self.batch_size : (within + 1) * self.batch_size]]
+
+    def used(self) -> np.ndarray:
+        """All that the run trains on, ascending: every position, unless it ends within the first epoch."""
+        if self.total_steps >= self.steps_per_epoch:
+            return np.sort(self.positions)
+        return np.sort(np.concatenate(list(self.steps())))
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data that are done after `step` steps."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yeonma.text.notes import DECOMPOSED, LARGE, ZERO_WIDTH
+from yeonma.text.notes import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
 from yeonma.tokens.store import TokenStore
 
 FIRST = 10
@@ -53,6 +53,11 @@ def remarks_of(store: TokenStore, positions: np.ndarray) -> list[Remark]:
                 "decomposed",
                 rows[flags & DECOMPOSED > 0],
                 "rows with decomposed Hangul (NFD)",
+            ),
+            rows_remark(
+                "spaced_apart",
+                rows[flags & SPACED_APART > 0],
+                "pairs whose chosen and rejected answers differ only in white space",
             ),
             rows_remark("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
             rows_remark("special_text", special, "rows with special-token texts, encoded as ordinary text"),

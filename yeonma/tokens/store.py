@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.text.notes import Notes
-from yeonma.tokens.example import Example, LeftOut
+from yeonma.tokens.example import Example, LeftOut, Role, Unit
 
 # One value a token.
 _OF_TOKENS: dict[str, str] = {"token_ids": "<i4", "trained": "?"}
@@ -29,6 +30,8 @@ _OF_EXAMPLES: dict[str, str] = {
     "cut_characters": "<i8",
     "straddles": "?",
     "special_text": "<i4",
+    "units": "<i8",
+    "roles": "|u1",
 }
 # One value a row read, left out or not.
 _OF_ROWS: dict[str, str] = {
@@ -48,8 +51,11 @@ class Counts:
 
     rows: int = 0
     examples: int = 0
+    units: int = 0
+    """What a step counts: examples or, in preference data, pairs."""
     tokens: int = 0
     trained_tokens: int = 0
+    """Mismatched answers not counted; so of tokens."""
     shortened: int = 0
     """Examples whose prompt field lost text."""
     cut_characters: int = 0
@@ -82,6 +88,10 @@ class TokenStore:
     cut_characters: NDArray[np.int64]
     straddles: NDArray[np.bool_]
     special_text: NDArray[np.int32]
+    units: NDArray[np.int64]
+    """The unit that an example belongs to, from 0; those of one unit stand next to each other."""
+    roles: NDArray[np.uint8]
+    """Values of `Role`."""
     row_flags: NDArray[np.uint8]
     """Shape (rows read,), as the arrays below; row number n is at n - 1. Bits as in `yeonma.text.notes`."""
     row_scripts: NDArray[np.uint32]
@@ -111,6 +121,39 @@ class TokenStore:
             special_text=int(self.special_text[index]),
         )
 
+    @cached_property
+    def unit_starts(self) -> NDArray[np.int64]:
+        """Shape (units + 1,): the first example of each unit; at last the number of examples."""
+        return np.searchsorted(self.units, np.arange(self.counts.units + 1)).astype(np.int64)
+
+    @cached_property
+    def unit_lengths(self) -> NDArray[np.int32]:
+        """Shape (units,), tokens: of a unit's examples, the prompt counted once."""
+        if self.counts.units == len(self):
+            return self.lengths
+        answers, starts = self.lengths - self.prompt_lengths, self.unit_starts[:-1]
+        return np.add.reduceat(answers, starts) + self.prompt_lengths[starts]
+
+    def examples_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions of the examples of some units, unit by unit."""
+        if self.counts.units == len(self):
+            return units
+        starts = self.unit_starts
+        members = [np.arange(starts[unit], starts[unit + 1]) for unit in units]
+        return np.concatenate([np.empty(0, np.int64), *members])
+
+    def trained_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same but for mismatched answers, which are only measured."""
+        examples = self.examples_of(units)
+        if self.counts.units == len(self):
+            return examples
+        return examples[self.roles[examples] != Role.MISMATCHED]
+
+    def measured_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The mismatched answers alone."""
+        examples = self.examples_of(units)
+        return examples[self.roles[examples] == Role.MISMATCHED]
+
     @property
     def left_out(self) -> list[LeftOut]:
         """The rows left out, read from disk at each use."""
@@ -138,16 +181,23 @@ class StoreWriter:
         files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
         return StoreWriter(folder, files, dict.fromkeys(names, 0), Counts())
 
-    def add(self, notes: Sequence[Notes], found: Sequence[Example | LeftOut]) -> None:
-        """Append what some rows gave; `notes` has one entry for each of them."""
-        examples = [one for one in found if isinstance(one, Example)]
+    def add(self, notes: Sequence[Notes], found: Sequence[Example | Unit | LeftOut]) -> None:
+        """Append what some rows gave; `notes` has one entry for each of them. An example by itself is a unit."""
+        units = [
+            ((Role.ANSWER, one),) if isinstance(one, Example) else one.members
+            for one in found
+            if not isinstance(one, LeftOut)
+        ]
         left_out = [one for one in found if isinstance(one, LeftOut)]
-        columns = _columns(examples, self.counts.tokens)
+        columns = _columns([example for unit in units for _, example in unit], self.counts.tokens)
+        numbers = np.arange(self.counts.units, self.counts.units + len(units))
+        columns["units"] = np.repeat(numbers, [len(unit) for unit in units])
+        columns["roles"] = np.array([role for unit in units for role, _ in unit], dtype=np.uint8)
         for name, values in {**columns, **_row_columns(notes)}.items():
             self._append(f"{name}.bin", values.astype(_ARRAYS[name]).tobytes())
         lines = "".join([json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in left_out])
         self._append(_LEFT_OUT, lines.encode())
-        self.counts = _added(self.counts, len(notes), columns, len(left_out))
+        self.counts = _added(self.counts, len(notes), len(units), columns, len(left_out))
 
     def finish(self, about: dict[str, Any]) -> None:
         """Write the description and bring everything to disk."""
@@ -225,14 +275,16 @@ def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
     }
 
 
-def _added(counts: Counts, rows: int, columns: dict[str, NDArray[Any]], left_out: int) -> Counts:
+def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any]], left_out: int) -> Counts:
+    own = columns["roles"] != Role.MISMATCHED
     variants = np.bincount(columns["variants"], minlength=len(counts.variants))
     variants[: len(counts.variants)] += np.array(counts.variants, dtype=np.int64)
     return Counts(
         rows=counts.rows + rows,
         examples=counts.examples + len(columns["lengths"]),
-        tokens=counts.tokens + int(columns["lengths"].sum()),
-        trained_tokens=counts.trained_tokens + int(columns["trained_counts"].sum()),
+        units=counts.units + units,
+        tokens=counts.tokens + int(columns["lengths"][own].sum()),
+        trained_tokens=counts.trained_tokens + int(columns["trained_counts"][own].sum()),
         shortened=counts.shortened + int(np.count_nonzero(columns["cut_characters"])),
         cut_characters=counts.cut_characters + int(columns["cut_characters"].sum()),
         left_out=counts.left_out + left_out,

@@ -12,7 +12,7 @@ from yeonma.model.adapter import read_adapter_folder
 from yeonma.model.check import attention
 from yeonma.model.forward import Forward
 from yeonma.model.generate import generate
-from yeonma.text.template import answer_text
+from yeonma.text.template import Rendered, answer_text
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import stop_ids
 from yeonma.train.checkpoint import write_text_atomically
@@ -46,7 +46,8 @@ def write_card(
 ) -> None:
     """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
     samples = take_samples(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
-    text = card_text(output, samples, read_metrics(output / "metrics.jsonl"), command, kept)
+    metrics = read_metrics(output / "metrics.jsonl")
+    text = card_text(output, samples, metrics, command, kept, dataset.kind.units)
     write_text_atomically(output / "README.md", text)
 
 
@@ -58,7 +59,8 @@ def take_samples(
     They are asked with the very token ids that come before the answer in training.
     """
     rows, store = asked.first_rows(count), asked.store
-    rendered = [dataset.template.render(row, dataset.columns) for row in rows]
+    kind = dataset.kind
+    rendered = [kind.wanted(kind.render(dataset.template, row, dataset.columns)) for row in rows]
     firsts = {int(row): i for i, row in reversed(list(enumerate(store.row_numbers)))}
     examples = [store.example(firsts[row.number]) for row in rows]
     prompts = [each.token_ids[: each.prompt_length] for each in examples]
@@ -82,14 +84,20 @@ def take_samples(
     ]
 
 
-def _wanted(rendered: Any) -> str:
+def _wanted(rendered: Rendered) -> str:
     if rendered.answer:
         return answer_text(rendered)
-    return "".join(piece.text for piece in rendered.turns[-1].pieces)
+    last = rendered.turns[-1]
+    return "".join(piece.text for piece in last.pieces) if last.role == "assistant" else ""
 
 
 def card_text(
-    output: Path, samples: Sequence[Sample], metrics: Sequence[Mapping[str, Any]], command: str, kept: int
+    output: Path,
+    samples: Sequence[Sample],
+    metrics: Sequence[Mapping[str, Any]],
+    command: str,
+    kept: int,
+    units: str,
 ) -> str:
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
@@ -104,28 +112,21 @@ def card_text(
         "",
         f"# {output.resolve().name}",
         "",
-        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} examples "
+        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {units} "
         f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {kept:,} steps. "
         f"{trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
         "",
     ]
     if looks:
-        before, after = looks[0], next(each for each in looks if each["step"] == kept)
-        lines += [
-            "| validation | loss | perplexity | step |",
-            "| --- | --- | --- | --- |",
-            f"| before | {_number(before['loss'])} | {_number(before['perplexity'])} | {before['step']} |",
-            f"| after | {_number(after['loss'])} | {_number(after['perplexity'])} | {after['step']} |",
-            "",
-            "Both are per trained token; `after` is the adapter in this folder.",
-            "",
-        ]
+        lines += _validation(looks[0], next(each for each in looks if each["step"] == kept), units)
     lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:
         lines += [f"### Row {sample.row}", "", *_fenced(_short(sample.prompt)), ""]
-        for name, text in (("wanted", sample.wanted), ("base", sample.base), ("tuned", sample.tuned)):
+        if sample.wanted:
+            lines += ["wanted:", "", *_fenced(_short(sample.wanted)), ""]
+        for name, text in (("base", sample.base), ("tuned", sample.tuned)):
             lines += [f"{name}:", "", *_fenced(_short(text)), ""]
     lines += [
         "## Use",
@@ -140,6 +141,43 @@ def card_text(
         "",
     ]
     return "\n".join(lines)
+
+
+PERPLEXITY = {"perplexity": "perplexity"}
+REWARDS = {
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "margin",
+    "reward_chosen": "reward of chosen",
+    "reward_rejected": "reward of rejected",
+    "reward_desirable": "reward of desirable",
+    "reward_undesirable": "reward of undesirable",
+}
+"""Metrics of an evaluation -> their names on the card."""
+
+
+def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str) -> list[str]:
+    """The table of the held-out rows."""
+    about = "Both are per trained token; `after` is the adapter in this folder."
+    shown = PERPLEXITY
+    if "reward_accuracy" in before:
+        shown = {key: name for key, name in REWARDS.items() if key in before}
+        about = (
+            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. A reward is "
+            "how much likelier an answer has become than it was to the reference; before training all are 0. The "
+            "accuracy is the share that stands on its right side; a tie does not."
+        )
+    columns = {"loss": "loss", **shown}
+    return [
+        f"| validation | {' | '.join(columns.values())} | step |",
+        "| --- |" + " --- |" * (len(columns) + 1),
+        *(
+            f"| {name} | {' | '.join(_number(look[key]) for key in columns)} | {look['step']} |"
+            for name, look in (("before", before), ("after", after))
+        ),
+        "",
+        about,
+        "",
+    ]
 
 
 def _fenced(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The training step, visible on one screen, and the run around it.
 
-One loop for every objective: what differs is the function from log-probabilities to a loss sum.
+One loop for every objective: what differs is the function from log-probabilities to sums. A step is made of units:
+examples, or the pairs of preference data.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import numpy as np
 import torch
 
 from yeonma.errors import UserError
+from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import Plan, micro_batches, shares
 from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
+from yeonma.train.objectives import Objective
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
-
-Objective = Callable[[torch.Tensor], torch.Tensor]
-"""logprob_N -> the loss summed over the trained tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,45 +60,70 @@ class StepResult:
     examples: int
     tokens: int
     trained_tokens: int
+    metrics: dict[str, float]
 
 
-def train_step(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> StepResult:
-    """One update over the examples at `positions` of the store. Raises UserError, before the update, if the loss or
-    the gradient is not finite."""
-    trained_tokens = int(store.trained_counts[positions].sum())
+def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResult:
+    """One update over some units of the store. Raises UserError, before the update, if the loss or the gradient is
+    not finite."""
+    objective, examples = tuning.objective, store.trained_of(units)
+    trained_tokens = int(store.trained_counts[examples].sum())
+    count = trained_tokens if objective.per_token else len(units)
 
-    loss = torch.zeros(1, device=tuning.model.device)
-    for members in _my_micro_batches(tuning, store, positions):
-        loss_sum = tuning.objective(_logprobs(tuning, store, members))
-        (loss_sum / trained_tokens).backward()
-        loss += loss_sum.detach() / trained_tokens
+    point = _measured(tuning, store, units)
+    totals = torch.zeros(1 + len(objective.metrics), device=tuning.model.device)
+    for members in _my_micro_batches(tuning, store, units, store.trained_of):
+        loss_sum, metric_sums = objective.sums(_logprobs(tuning, store, members), store, members, point)
+        (loss_sum / count).backward()
+        totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
 
-    loss = sum_gradients(tuning.group, tuning.parameters.values(), loss)
+    totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
-    _check_finite(loss, grad_norm, store, positions)
+    _check_finite(totals[0], grad_norm, store, examples)
     learning_rate = tuning.optimizer.param_groups[0]["lr"]
     tuning.optimizer.step()
     if not tuning.by_metric:
         tuning.scheduler.step()
     tuning.optimizer.zero_grad(set_to_none=True)
 
-    tokens = int(store.lengths[positions].sum())
-    return StepResult(float(loss), float(grad_norm), learning_rate, len(positions), tokens, trained_tokens)
+    loss, *means = totals.tolist()
+    tokens = int(store.unit_lengths[units].sum())
+    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
+    return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
 
 
-def _my_micro_batches(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> list[np.ndarray]:
-    """This process's share of the examples at `positions`, as it goes through the model; empty where it has none."""
-    mine = positions[shares(store.lengths[positions].tolist(), tuning.group.count)[tuning.group.rank]]
+def _measured(tuning: Tuning, store: TokenStore, units: np.ndarray) -> torch.Tensor | None:
+    """The mean that the objective wants of all the step's units before any is trained, dropout off; None for none."""
+    measure = tuning.objective.measure
+    if measure is None:
+        return None
+    total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
+    with torch.no_grad(), in_eval_mode(tuning.model):
+        for members in _my_micro_batches(tuning, store, units, store.measured_of):
+            total += measure(_logprobs(tuning, store, members).double(), store, members)
+    return sum_over(tuning.group, total)[0] / max(1, len(store.measured_of(units)))
+
+
+def _my_micro_batches(
+    tuning: Tuning, store: TokenStore, units: np.ndarray, members_of: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    """This process's share of the units, as the examples that go through the model at once; empty where it has none."""
+    mine = units[shares(store.unit_lengths[units].tolist(), tuning.group.count)[tuning.group.rank]]
     micro = tuning.micro
-    batches = micro_batches(store.lengths[mine].tolist(), micro.most_examples, micro.most_tokens)
-    return [mine[members] for members in batches]
+    batches = micro_batches(store.unit_lengths[mine].tolist(), micro.most_examples, micro.most_tokens)
+    return [found for members in batches if len(found := members_of(mine[members]))]
 
 
 def _logprobs(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> torch.Tensor:
     examples = [store.example(int(position)) for position in positions]
     token_ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
     return example_logprobs(
-        tuning.model, tuning.how, token_ids, trained, share_prefix=tuning.micro.share_prefix
+        tuning.model,
+        tuning.how,
+        token_ids,
+        trained,
+        share_prefix=tuning.micro.share_prefix,
+        units=store.units[positions],
     )
 
 
@@ -116,22 +141,28 @@ def _check_finite(
 
 
 def evaluate(
-    tuning: Tuning, store: TokenStore, positions: np.ndarray, at_step: int, epoch: float
+    tuning: Tuning, store: TokenStore, units: np.ndarray, at_step: int, epoch: float
 ) -> EvaluationRecord:
-    """Mean loss over the trained tokens of `positions`, dropout off; every process looks at its share."""
+    """Mean loss over some units' trained tokens, or over the units, dropout off; every process looks at its share."""
     started = time.perf_counter()
-    total = torch.zeros(1, dtype=torch.float64)
+    objective = tuning.objective
+    point = _measured(tuning, store, units)
+    totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
     tuning.model.eval()
     with torch.no_grad():
-        for members in _my_micro_batches(tuning, store, positions):
-            total += -_logprobs(tuning, store, members).double().sum().cpu()
+        for members in _my_micro_batches(tuning, store, units, store.trained_of):
+            logprobs = _logprobs(tuning, store, members).double()
+            loss_sum, metric_sums = objective.sums(logprobs, store, members, point)
+            totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
     tuning.model.train()
-    on_device = total.to(tuning.model.device)
-    trained_tokens = int(store.trained_counts[positions].sum())
-    loss = float(sum_over(tuning.group, on_device)) / trained_tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())
+    count = trained_tokens if objective.per_token else len(units)
+    sums: list[float] = sum_over(tuning.group, totals.to(tuning.model.device)).tolist()
+    loss, *means = (each / count for each in sums)
+    perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
+    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     seconds = time.perf_counter() - started
-    return EvaluationRecord(at_step, epoch, loss, perplexity, len(positions), trained_tokens, seconds)
+    return EvaluationRecord(at_step, epoch, loss, perplexity, len(units), trained_tokens, seconds, metrics)
 
 
 @dataclass(frozen=True)
@@ -194,12 +225,12 @@ def run_steps(
     tuning.model.train()
     if state.step == 0:
         state = look(state)
-    for positions in plan.steps(state.step):
+    for units in plan.steps(state.step):
         if rhythm.patience is not None and state.evaluations_without_gain >= rhythm.patience:
             watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
             break
         started = time.perf_counter()
-        result = train_step(tuning, store, positions)
+        result = train_step(tuning, store, units)
         state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())
         watch.step(
             StepRecord(
@@ -213,6 +244,7 @@ def run_steps(
                 trained_tokens=result.trained_tokens,
                 seconds=time.perf_counter() - started,
                 peak_memory_bytes=peak_memory_bytes(tuning.model.device.type),
+                metrics=result.metrics,
             )
         )
         last = state.step == plan.total_steps

@@ -11,10 +11,10 @@ from pathlib import Path
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError, gather
 from yeonma.model.source import BaseSource, find_base
-from yeonma.settings import DataSettings, ModelSettings, RunSettings
-from yeonma.text.formats import recognise
+from yeonma.settings import DataSettings, ModelSettings, PreferenceSettings, RunSettings
+from yeonma.text.kinds import Choice, Kind, choose_template, kind_for
 from yeonma.text.rows import Rows, glance
-from yeonma.text.template import Template, load_template
+from yeonma.text.template import load_template
 from yeonma.train.tracking import check_trackers
 
 ROWS = 1000
@@ -30,8 +30,15 @@ def preflight(settings: Mapping[type, object]) -> None:
     gather(
         partial(check_trackers, run.report_to),
         partial(check_folders, model, run),
-        partial(check_data, group_of(settings, DataSettings)),
+        partial(check_data, group_of(settings, DataSettings), kind_of(settings)),
     )
+
+
+def kind_of(settings: Mapping[type, object]) -> Kind:
+    """What the rows hold for the verb that has these settings."""
+    if PreferenceSettings not in settings:
+        return kind_for(None)
+    return kind_for(group_of(settings, PreferenceSettings).loss)
 
 
 def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, str | None]:
@@ -62,17 +69,17 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     return model.adapter or source.adapter
 
 
-def check_data(data: DataSettings) -> None:
+def check_data(data: DataSettings, kind: Kind) -> None:
     """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
 
     The rows are rendered, not tokenised: the model has no say yet.
     """
-    templates: list[Template] = []
+    choices: list[Choice] = []
     tables: dict[str, Rows] = {}
 
     def template() -> None:
         if data.template is not None:
-            templates.append(load_template(data.template))
+            choices.append(Choice(load_template(data.template), data.columns))
 
     def table(path: str | None) -> None:
         rows = glance(path, encoding=data.encoding) if path is not None else None
@@ -80,10 +87,10 @@ def check_data(data: DataSettings) -> None:
             tables[path] = rows
 
     gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
-    if not templates and data.data_path in tables:  # the training rows' columns choose
-        templates = [load_template(recognise(tables[data.data_path].columns, data.columns).template)]
-    if templates:
-        gather(*(partial(_check_rows, rows, templates[0], data.columns) for rows in tables.values()))
+    if not choices and data.data_path in tables:  # the training rows' columns choose
+        choices = [choose_template(kind, None, tables[data.data_path], data.columns)]
+    if choices:
+        gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables.values()))
 
 
 def _check_own(output: Path, base: str, continued: str | None) -> None:
@@ -105,14 +112,15 @@ def _check_writable(output: Path) -> None:
         )
 
 
-def _check_rows(rows: Rows, template: Template, columns: Mapping[str, str] | None) -> None:
-    if missing := template.without_column(rows.columns, columns):
+def _check_rows(rows: Rows, choice: Choice, kind: Kind) -> None:
+    template, columns = choice.template, choice.columns
+    if missing := kind.without_column(template, rows.columns, columns):
         raise UserError(missing)
     problems: list[Problem] = []
     try:
         for row in islice(rows, ROWS):
             try:
-                template.render(row, columns)
+                kind.render(template, row, columns)
             except UserError as error:
                 problems += error.problems
             if len(problems) > MOST_PROBLEMS:

@@ -13,7 +13,7 @@ import torch
 from transformers import get_scheduler
 
 from yeonma.configure import group_of
-from yeonma.errors import UserError
+from yeonma.errors import Problem, UserError
 from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.settings import (
@@ -21,13 +21,15 @@ from yeonma.settings import (
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
+    PreferenceSettings,
     StepSettings,
     TokenSettings,
 )
+from yeonma.text.kinds import kind_for
 from yeonma.tokens.cache import tokenizer_identity
 from yeonma.tokens.dataset import Dataset, prepare_dataset
 from yeonma.tokens.plan import Plan, make_plan
-from yeonma.train.preflight import continued_adapter as continued_adapter
+from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
 
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
 
@@ -57,12 +59,16 @@ def prepare(
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
     _check_adapter(group_of(settings, LoraSettings), config, source, continued)
     _check_schedule(step, say)
+    preference = preference_of(settings)
+    if preference is not None:
+        _check_preference(preference, group_of(settings, TokenSettings))
 
     def progress(rows: int) -> None:
         say(f"tokenised {rows:,} rows")
 
     data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress)
+    kind = kind_for(None if preference is None else preference.loss)
+    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,
@@ -72,9 +78,10 @@ def prepare(
             raise UserError(
                 "it follows the validation loss", place=name, cure="give val_set_size or val_data_path"
             )
+    units = dataset.train.units
     plan = make_plan(
-        dataset.train.positions,
-        dataset.train.store.lengths[dataset.train.positions],
+        units,
+        dataset.train.store.unit_lengths[units],
         batch_size=step.batch_size,
         seed=step.seed,
         num_epochs=step.num_epochs,
@@ -84,6 +91,38 @@ def prepare(
     _check_positions(config, dataset)
     identity = _identity(settings, source, tokenizer, dataset, plan, continued)
     return Prepared(tokenizer, dataset, plan, continued, identity)
+
+
+def preference_of(settings: Mapping[type, object]) -> PreferenceSettings | None:
+    """The settings of preference data, where the verb reads them."""
+    return group_of(settings, PreferenceSettings) if PreferenceSettings in settings else None
+
+
+def preference_options(preference: PreferenceSettings) -> PreferenceOptions:
+    return PreferenceOptions(
+        beta=preference.beta,
+        label_smoothing=preference.label_smoothing,
+        sft_weight=preference.sft_weight,
+        simpo_gamma=preference.simpo_gamma,
+        kto_desirable_weight=preference.kto_desirable_weight,
+        kto_undesirable_weight=preference.kto_undesirable_weight,
+    )
+
+
+def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> None:
+    """Raises UserError for settings that have no part in learning from pairs, or none in the chosen loss."""
+    given, unset = asdict(preference_options(preference)), asdict(PreferenceOptions())
+    loss = preference.loss
+    problems = [
+        Problem(f"{loss} does not read it", name, f"leave it out, or choose another --loss than {loss}")
+        for name, value in given.items()
+        if value != unset[name] and name not in OPTIONS_READ[loss]
+    ]
+    if tokens.train_on_inputs:
+        what = "a prompt is the same for both answers: there is nothing to choose in it"
+        problems.append(Problem(what, "train_on_inputs", "leave it out"))
+    if problems:
+        raise UserError(problems)
 
 
 def lora_shape(lora: LoraSettings) -> load.LoraShape:
@@ -151,8 +190,9 @@ def _identity(
     speed = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
     held_out = dataset.validation.rows if dataset.validation else None
     weights = Path(continued) / adapters.WEIGHTS if continued else None
+    preference = preference_of(settings)
     return {
-        "objective": "sft",
+        "objective": "sft" if preference is None else "dpo",
         "base_model": source.name,
         "model_revision": source.revision,
         "dtype": model.dtype,
@@ -168,6 +208,7 @@ def _identity(
         "steps": plan.total_steps,
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},
         **asdict(group_of(settings, LoraSettings)),
+        **(asdict(preference) if preference else {}),
         **{name: value for name, value in asdict(step).items() if name not in speed},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -18,9 +19,10 @@ RECENT_STEPS = 20
 class StepRecord:
     """One training step: a line of metrics.jsonl, its keys in this order.
 
-    `loss` is the mean over the step's trained tokens; `grad_norm` is the norm before clipping. `examples`,
-    `tokens` and `trained_tokens` are counts over all processes. `seconds` is the step's time, evaluation and
-    saving not counted.
+    `loss` is the mean over the step's trained tokens, or over its pairs; `grad_norm` is the norm before clipping.
+    `examples`, `tokens` and `trained_tokens` are counts over all processes; of pairs, `examples` are the pairs, and
+    their prompt's tokens count once. `seconds` is the step's time, evaluation and saving not counted. `metrics` are
+    keys of the line of their own, after these.
     """
 
     step: int
@@ -33,19 +35,24 @@ class StepRecord:
     trained_tokens: int
     seconds: float
     peak_memory_bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One look at the validation rows after `step` steps: a line that begins with `"evaluation": true`."""
+    """One look at the validation rows after `step` steps: a line that begins with `"evaluation": true`.
+
+    `perplexity` is None, and not written, where the loss is none per token. `metrics` as in a step's.
+    """
 
     step: int
     epoch: float
     loss: float
-    perplexity: float
+    perplexity: float | None
     examples: int
     trained_tokens: int
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Progress:
@@ -76,10 +83,14 @@ class Progress:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Print an evaluation, on a line of its own."""
+        what = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
+        shown = _rewards(record.metrics)
+        if record.perplexity is not None:
+            shown, what = f"  perplexity {_perplexity(record.perplexity)}", "examples"
         self.say(
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}"
-            f"  validation loss {record.loss:.4f}  perplexity {_perplexity(record.perplexity)}"
-            f"  {record.examples} examples in {_duration(record.seconds)}"
+            f"  validation loss {record.loss:.4f}{shown}"
+            f"  {record.examples} {what} in {_duration(record.seconds)}"
         )
 
     def say(self, text: str) -> None:
@@ -92,8 +103,8 @@ class Progress:
         left = seconds / len(self._recent) * (self._total_steps - record.step)
         return (
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}  loss {record.loss:.4f}"
-            f"  lr {record.learning_rate:.1e}  {_rate(tokens, seconds)} tokens/s  {_duration(left)} left"
-            f"  {_size(record.peak_memory_bytes)}"
+            f"{_rewards(record.metrics)}  lr {record.learning_rate:.1e}  {_rate(tokens, seconds)} tokens/s"
+            f"  {_duration(left)} left  {_size(record.peak_memory_bytes)}"
         )
 
     def __enter__(self) -> Progress:
@@ -151,6 +162,12 @@ def _duration(seconds: float) -> str:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
+
+
+def _rewards(metrics: Mapping[str, float]) -> str:
+    """`  margin 0.12  accuracy 0.75` of pairs, nothing where there are none."""
+    names = {"reward_margin": "margin", "reward_accuracy": "accuracy"}
+    return "".join(f"  {name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics)
 
 
 def _perplexity(value: float) -> str:

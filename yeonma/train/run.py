@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -23,23 +25,40 @@ from yeonma.settings import (
     ModelSettings,
     RunSettings,
     StepSettings,
+    TokenSettings,
 )
-from yeonma.tokens.dataset import describe
+from yeonma.tokens.dataset import cache_folder, describe
 from yeonma.tokens.plan import Plan
 from yeonma.train import folder
 from yeonma.train.card import write_card
 from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
 from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import MicroBatching, Rhythm, Tuning, Watch, restore_random, run_steps
-from yeonma.train.objectives import sft_loss
+from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
+from yeonma.train.preference import REFERENCE_FREE
 from yeonma.train.preflight import check_folders
-from yeonma.train.prepare import BY_METRIC, Prepared, lora_shape, make_schedule, prepare
+from yeonma.train.prepare import (
+    BY_METRIC,
+    Prepared,
+    lora_shape,
+    make_schedule,
+    preference_of,
+    preference_options,
+    prepare,
+)
 from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
+from yeonma.train.reference import reference_identity, reference_logprobs
 from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
 
+UNITS_WITHOUT_GRADIENT = 4
+"""Pairs that the reference takes at once for each that training does: without gradients, memory holds one layer's."""
 
-def run_sft(settings: Mapping[type, object]) -> Path:
-    """Supervised fine-tuning. Returns the output folder. Raises UserError for what the user can mend."""
+
+def run_training(settings: Mapping[type, object]) -> Path:
+    """Supervised fine-tuning or, where there are PreferenceSettings, learning from pairs. Returns the output folder.
+
+    Raises UserError for what the user can mend.
+    """
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
     output = Path(run.output_dir).expanduser()
     check_trackers(run.report_to)
@@ -55,7 +74,8 @@ def run_sft(settings: Mapping[type, object]) -> Path:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
         loaded = _load_model(settings, source, device, prepared, say)
-        tuning = _tuning(settings, loaded, prepared.plan, group)
+        objective = _objective(settings, loaded, prepared, group, say)
+        tuning = _tuning(settings, loaded, prepared.plan, objective, group)
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
@@ -66,9 +86,12 @@ def run_sft(settings: Mapping[type, object]) -> Path:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The base with its adapter on top, ready to train; how to get log-probabilities; and yeonma.json's contents."""
+    """The base with its adapter on top, ready to train; where it is from; how to get log-probabilities; and
+    yeonma.json's contents."""
 
     peft_model: Any
+    source: load.BaseSource
+    base: adapters.BaseIdentity
     how: Forward
     details: dict[str, Any]
 
@@ -110,16 +133,66 @@ def _load_model(
         trained_on={
             "data": dataset.train.rows.name,
             "data_sha256": dataset.train.rows.identity,
-            "examples": len(dataset.train.positions),
+            "examples": len(dataset.train.units),
             "trained_tokens": dataset.train.trained_tokens,
             "left_out": dataset.train.store.counts.left_out,
             "shortened": dataset.train.store.counts.shortened,
         },
     )
-    return Loaded(peft_model, how, details)
+    return Loaded(peft_model, source, identity, how, details)
 
 
-def _tuning(settings: Mapping[type, object], loaded: Loaded, plan: Plan, group: Processes) -> Tuning:
+def _objective(
+    settings: Mapping[type, object],
+    loaded: Loaded,
+    prepared: Prepared,
+    group: Processes,
+    say: Callable[[str], None],
+) -> Objective:
+    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities.
+
+    The adapter must be as it was at the start: the first step is still to come, or the checkpoint to be read.
+    """
+    preference, step = preference_of(settings), group_of(settings, StepSettings)
+    if preference is None:
+        return SFT
+    references: dict[str, np.ndarray] = {}
+    if preference.loss not in REFERENCE_FREE:
+        base, dataset = loaded.peft_model.get_base_model(), prepared.dataset
+        identity = ""
+        if group.first:
+            identity = reference_identity(
+                loaded.source, loaded.base, prepared.adapter, base.dtype, base.device
+            )
+        needed = {dataset.train.store.key: (dataset.train.store, prepared.plan.used())}
+        if dataset.validation is not None:
+            store, held_out = dataset.validation.store, dataset.validation.units
+            _, others = needed.get(store.key, (store, held_out[:0]))
+            needed[store.key] = store, np.union1d(others, held_out)
+        fresh = prepared.adapter is None
+        with loaded.peft_model.disable_adapter() if fresh else nullcontext():
+            for key, (store, units) in needed.items():
+                references[key] = reference_logprobs(
+                    base,
+                    loaded.how,
+                    store,
+                    units,
+                    identity=identity,
+                    cache_dir=cache_folder(group_of(settings, TokenSettings)),
+                    most_units=UNITS_WITHOUT_GRADIENT * step.micro_batch_size,
+                    most_tokens=step.micro_batch_tokens,
+                    share_prefix=step.share_prefix,
+                    group=group,
+                    say=say,
+                )
+    if preference.loss == "kto":
+        return label_objective(preference_options(preference), references)
+    return pair_objective(preference.loss, preference_options(preference), references)
+
+
+def _tuning(
+    settings: Mapping[type, object], loaded: Loaded, plan: Plan, objective: Objective, group: Processes
+) -> Tuning:
     step = group_of(settings, StepSettings)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -139,7 +212,7 @@ def _tuning(settings: Mapping[type, object], loaded: Loaded, plan: Plan, group: 
         by_metric=step.lr_scheduler in BY_METRIC,
         max_grad_norm=step.max_grad_norm,
         micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
-        objective=sft_loss,
+        objective=objective,
         group=group,
     )
 
@@ -173,7 +246,7 @@ def _train(
         patience=evaluation.early_stopping_patience,
         threshold=evaluation.early_stopping_threshold,
     )
-    held_out = (dataset.validation.store, dataset.validation.positions) if dataset.validation else None
+    held_out = (dataset.validation.store, dataset.validation.units) if dataset.validation else None
     steps = partial(
         run_steps, tuning, plan, dataset.train.store, held_out, rhythm, state, output, write_adapter
     )
@@ -186,9 +259,11 @@ def _train(
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
         load_weights(peft_model, checkpoint_path(output, kept))
     folder.install(output, write_adapter)
-    plot_loss(output / "metrics.jsonl", output / "loss.png")
+    per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
+    plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
-    command = f"yeonma sft --config settings.yaml   # the settings below\n\n{to_yaml(*settings.values())}"
+    command = f"yeonma {tuning.objective.name} --config settings.yaml   # the settings below\n\n"
+    command += to_yaml(*settings.values())
     write_card(
         output,
         peft_model,

@@ -68,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [values for _, values in _lines(path)]
 
 
-def plot_loss(metrics_path: Path, png_path: Path) -> None:
+def plot_loss(metrics_path: Path, png_path: Path, per: str = "trained token") -> None:
     """Draw training loss (each step, and a moving mean) and validation loss over the steps.
 
     The picture is written beside its place and renamed. No loss yet, no picture.
@@ -89,7 +89,7 @@ def plot_loss(metrics_path: Path, png_path: Path) -> None:
     if len(steps):
         axes.plot(steps, losses, color="#d1495b", marker="o", markersize=5, linewidth=1.6, label="validation")
     axes.set_xlabel("step", fontsize=12)
-    axes.set_ylabel("loss per trained token", fontsize=12)
+    axes.set_ylabel(f"loss per {per}", fontsize=12)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -183,7 +183,7 @@ def tracked(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     """A record's numbers under the names that trackers show: `train/loss`, `validation/perplexity`, ..."""
     group = "validation" if isinstance(record, EvaluationRecord) else "train"
     values: dict[str, float] = {
-        f"{group}/{key}": value for key, value in asdict(record).items() if key != "step"
+        f"{group}/{key}": value for key, value in _flat(record).items() if key != "step"
     }
     if isinstance(record, StepRecord) and record.seconds > 0:
         values["train/tokens_per_second"] = record.tokens / record.seconds
@@ -194,12 +194,21 @@ def tracked(record: StepRecord | EvaluationRecord) -> dict[str, float]:
 
 
 def _line(record: StepRecord | EvaluationRecord) -> bytes:
-    values = asdict(record)
+    values = _flat(record)
     if isinstance(record, EvaluationRecord):
         values = {"evaluation": True, **values}
     # JSON has no NaN and no infinity. Floats are written with as many digits as give the same float back.
     strict = {key: None if _is_not_finite(value) else value for key, value in values.items()}
     return (json.dumps(strict, allow_nan=False) + "\n").encode()
+
+
+def _flat(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
+    """A record's numbers, its metrics after the others; without a perplexity where there is none."""
+    values = asdict(record)
+    metrics = values.pop("metrics")
+    if values.get("perplexity", 0.0) is None:
+        del values["perplexity"]
+    return {**values, **metrics}
 
 
 def _is_not_finite(value: object) -> bool:

@@ -20,16 +20,21 @@ def run(settings: Mapping[type, object]) -> int:
 
     Raises UserError for whatever can be known to be wrong without torch before that is imported.
     """
+    return train("sft", settings)
+
+
+def train(verb: str, settings: Mapping[type, object]) -> int:
+    """What `run` does, for any verb that trains."""
     preflight(settings)
     processes = group_of(settings, RunSettings).nproc
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "settings.yaml"
             config.write_text(to_yaml(*settings.values()), encoding="utf-8")
-            return _start_processes(processes, ["-m", "yeonma", "sft", "--config", str(config)])
-    from yeonma.train.run import run_sft
+            return _start_processes(processes, ["-m", "yeonma", verb, "--config", str(config)])
+    from yeonma.train.run import run_training
 
-    run_sft(settings)
+    run_training(settings)
     return 0
 
 

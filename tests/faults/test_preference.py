@@ -1,0 +1,170 @@
+"""What can be wrong with preference data, by the numbers of the list of faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pairs import chat_folder, dpo, pairs, tuned
+from tests.runs import write_jsonl
+
+GOOD = pairs(4)
+ASKED = {"role": "user", "content": "title?"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def said(done_out: str, data: Path) -> list[str]:
+    """What the run said of its rows."""
+    start = f"{data}: "
+    return [line.removeprefix(start) for line in done_out.splitlines() if line.startswith(start)]
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def turns(chosen: str, rejected: str) -> dict[str, object]:
+    return {"messages": [ASKED], "chosen": answer(chosen), "rejected": [answer(rejected)]}
+
+
+@pytest.mark.parametrize("form", ["text", "turns", "dialogues"])
+def test_fault_66_chosen_equals_rejected(tmp_path: Path, base: Path, form: str) -> None:
+    rows: list[dict[str, object]] = [dict(row) for row in GOOD]
+    equal: dict[str, object] = {"prompt": "x\n", "chosen": "same", "rejected": "same"}
+    if form == "turns":
+        rows, equal = [turns(row["chosen"], row["rejected"]) for row in GOOD], turns("same", "same")
+    if form == "dialogues":
+        rows = [{side: [ASKED, answer(row[side])] for side in ("chosen", "rejected")} for row in GOOD]
+        equal = {side: [ASKED, answer("same")] for side in ("chosen", "rejected")}
+    data = write_jsonl(tmp_path / "rows.jsonl", [rows[0], equal, *rows[1:], equal])
+    done = tuned(tmp_path / "out", base, data, batch_size=9)
+    assert [line["examples"] for line in done.steps] == [4]
+    told = said(done.out, data)
+    assert told[0].startswith("6 rows, 4 pairs, ")
+    assert told[1] == "chosen equals rejected: 2 left out (rows 2, 6)"
+
+
+def test_fault_66_nothing_but_equal_pairs_is_an_error(tmp_path: Path, base: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "a"}])
+    done = dpo(tmp_path / "out", base, data)
+    assert done.status == 2
+    assert done.err.startswith(f"yeonma: {data}: no row is left: ")
+    assert not done.folder.exists()
+
+
+def test_fault_66_is_not_a_matter_of_over_limit(tmp_path: Path, base: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [*GOOD, {"prompt": "x", "chosen": "a", "rejected": "a"}])
+    done = tuned(tmp_path / "out", base, data, over_limit="error", max_steps=1)
+    assert "chosen equals rejected: 1 left out (row 5)" in said(done.out, data)
+
+
+@pytest.mark.parametrize(
+    ("values", "state"),
+    [
+        ({}, "missing"),
+        ({"rejected": None}, "null"),
+        ({"rejected": " \n"}, "empty"),
+        ({"rejected": []}, "empty"),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["prompt", "messages"])
+def test_fault_67_one_missing_or_empty(
+    tmp_path: Path, base: Path, prompt: str, values: dict[str, object], state: str
+) -> None:
+    asked = {"prompt": "x\n"} if prompt == "prompt" else {"messages": [ASKED]}
+    good = {**asked, "chosen": "a", "rejected": "b"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [good, {**asked, "chosen": "a", **values}, good])
+    done = dpo(tmp_path / "out", base, data)
+    cure = "a pair needs both answers (chosen and rejected); fill it or take the row out"
+    assert (done.status, done.err) == (2, f'yeonma: {data}:2: field "rejected" is {state}; {cure}\n')
+    assert not done.folder.exists()
+
+
+def test_fault_67_both_are_told_by_the_names_of_their_columns(tmp_path: Path, base: Path) -> None:
+    good = {"prompt": "x\n", "better": "a", "worse": "b"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [good, {**good, "better": "", "worse": None}])
+    done = dpo(tmp_path / "out", base, data, columns={"chosen": "better", "rejected": "worse"})
+    cure = "a pair needs both answers (better and worse); fill it or take the row out"
+    assert done.err == (
+        f'yeonma: {data}:2: field "better" is empty; {cure}\nyeonma: {data}:2: field "worse" is null; {cure}\n'
+    )
+
+
+@pytest.mark.parametrize("empty", [{"role": "assistant", "content": " "}, [answer("")], [ASKED]])
+def test_fault_67_a_turn_that_is_no_answer(tmp_path: Path, base: Path, empty: object) -> None:
+    row = {"messages": [ASKED], "chosen": answer("a"), "rejected": empty}
+    data = write_jsonl(tmp_path / "rows.jsonl", [turns("a", "b"), row])
+    done = dpo(tmp_path / "out", base, data)
+    assert done.status == 2
+    assert done.err.startswith(f"yeonma: {data}:2: ")
+    assert not done.folder.exists()
+
+
+@pytest.mark.parametrize("form", ["text", "turns"])
+def test_fault_68_they_differ_only_in_white_space(tmp_path: Path, base: Path, form: str) -> None:
+    rows = [
+        {"prompt": "x\n", "chosen": "a b", "rejected": other}
+        for other in ("a  b", "c", " a b", "ab", "a b c")
+    ]
+    if form == "turns":
+        rows = [turns(row["chosen"], row["rejected"]) for row in rows]  # type: ignore[misc]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = tuned(tmp_path / "out", base, data, batch_size=9)
+    told = "pairs whose chosen and rejected answers differ only in white space: "
+    where = [line for line in said(done.out, data) if line.startswith(told)]
+    if form == "text":
+        assert where == [f"{told}3 (rows 1, 3, 4)"]
+        assert [line["examples"] for line in done.steps] == [5]  # they are trained all the same
+    else:
+        assert where == [f"{told}3 (rows 1, 3, 4)"]
+
+
+def test_fault_69_equal_after_truncation(tmp_path: Path, base: Path) -> None:
+    """Answers are never cut: what can make two different texts equal is the tokenizer, as here one without a token for
+    either letter."""
+    rows = [*GOOD, {"prompt": "x\n", "chosen": "an Ä", "rejected": "an Ö"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = tuned(tmp_path / "out", base, data, batch_size=9)
+    assert [line["examples"] for line in done.steps] == [4]
+    what = "chosen and rejected are equal as tokens, after the prompt was fitted"
+    assert f"{what}: 1 left out (row 5)" in said(done.out, data)
+
+
+def test_fault_69_a_prompt_that_is_cut_leaves_the_answers_apart(tmp_path: Path, base: Path) -> None:
+    rows = [{"prompt": "x" * 50, "chosen": "a" * 20, "rejected": "a" * 29 + "b"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = tuned(tmp_path / "out", base, data, cutoff_len=40)
+    assert done.steps[0]["tokens"] == 9 + 21 + 31
+    assert done.steps[0]["trained_tokens"] == 21 + 31
+
+
+DIFFERENT: dict[str, dict[str, object]] = {
+    "from the first turn": {
+        "chosen": [ASKED, answer("a")],
+        "rejected": [{"role": "user", "content": "name?"}, answer("b")],
+    },
+    "from a later question": {
+        "chosen": [ASKED, answer("a"), ASKED, answer("b")],
+        "rejected": [ASKED, answer("a"), {"role": "user", "content": "name?"}, answer("c")],
+    },
+    "in their number of questions": {
+        "chosen": [ASKED, answer("a"), ASKED, answer("b")],
+        "rejected": [{"role": "system", "content": "be brief"}, ASKED, answer("c")],
+    },
+}
+
+
+@pytest.mark.parametrize("where", DIFFERENT)
+def test_fault_70_turn_lists_whose_prompts_differ(tmp_path: Path, base: Path, where: str) -> None:
+    good = {side: [ASKED, answer(side)] for side in ("chosen", "rejected")}
+    data = write_jsonl(tmp_path / "rows.jsonl", [good, DIFFERENT[where]])
+    done = dpo(tmp_path / "out", base, data)
+    assert done.status == 2
+    assert done.err.startswith(f"yeonma: {data}:2: chosen and rejected part at turn ")
+    assert "their prompts differ; give both answers the same turns before them" in done.err
+    assert not done.folder.exists()

@@ -1,0 +1,385 @@
+"""`yeonma dpo` beside TRL's trainers: same pairs, same token ids, same LoRA start, no dropout, same AdamW."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from tests.runs import WORDS, Done, arguments, articles, command, model_folder, trained, write_jsonl
+from yeonma.tokens.plan import epoch_order
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its word of warning about what is imported next
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+pytestmark = pytest.mark.slow
+
+SEED = 42
+STEPS = 10
+BATCH_SIZE = 4
+BETA = 0.3
+LEARNING_RATE = 3e-3
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    draw = random.Random(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(least, most)))
+
+    return [
+        {"prompt": f"{number}. {words(3, 10)}. title: ", "chosen": words(1, 5), "rejected": words(2, 6)}
+        for number in range(count)
+    ]
+
+
+PAIRS = pairs(STEPS * BATCH_SIZE)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """An adapter that supervised training has moved from its start: no matrix of it is zero any more."""
+    folder = tmp_path_factory.mktemp("sft")
+    rows = write_jsonl(folder / "rows.jsonl", articles(20))
+    return trained(folder / "out", base, rows, learning_rate=3e-2).folder
+
+
+# Ours
+
+
+def ours(output: Path, base: Path, data: Path, **settings: object) -> Done:
+    wanted = {
+        "base_model": base,
+        "data_path": data,
+        "output_dir": output,
+        "batch_size": BATCH_SIZE,
+        "micro_batch_size": 2,
+        "num_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "beta": BETA,
+        "seed": SEED,
+        "card_rows": 0,
+        **settings,
+    }
+    done = command(output, "dpo", *arguments(wanted))
+    assert done.status == 0, done.err
+    return done
+
+
+def first_gradients(base: Path, data: Path, output: Path, **settings: object) -> dict[str, torch.Tensor]:
+    """Of the first step: without decay of its mean, AdamW's mean is the gradient."""
+    ours(output, base, data, adam_beta1=0.0, max_grad_norm=0.0, save_steps=1, **settings)
+    kept = load_file(output / "checkpoint-1" / "optimizer.safetensors")
+    return {name.removesuffix("/exp_avg"): mean for name, mean in kept.items() if name.endswith("/exp_avg")}
+
+
+# TRL's
+
+
+class FirstGradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        if not self.found:
+            named = model.named_parameters()
+            self.found = {name: each.grad.clone() for name, each in named if each.grad is not None}
+
+
+def lora_start(base: Path, adapter: Path | None = None) -> Any:
+    """What `yeonma dpo` starts from: it draws the same numbers from the same seed."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    torch.manual_seed(SEED)
+    return get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def in_order(rows: list[dict[str, Any]]) -> Dataset:
+    return Dataset.from_list([rows[i] for i in epoch_order(len(rows), SEED, 0, BATCH_SIZE)])
+
+
+def trl_settings(output: Path, micro_batch: int = 2, **own: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(output),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": BATCH_SIZE // micro_batch,
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "train_sampling_strategy": "sequential",
+        "beta": BETA,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **own,
+    }
+
+
+def dpo_trainer(output: Path, base: Path, adapter: Path | None = None, **own: Any) -> DPOTrainer:
+    return DPOTrainer(
+        model=lora_start(base, adapter),
+        args=DPOConfig(**trl_settings(output, **own)),
+        train_dataset=in_order(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    """The numbers of every step."""
+    return [each for each in trainer.state.log_history if "loss" in each]
+
+
+# Both
+
+
+NAMES = {
+    "loss": "loss",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "reward_margin": "rewards/margins",
+    "logprob_chosen": "logps/chosen",
+    "logprob_rejected": "logps/rejected",
+}
+
+
+def check_steps(done: Done, theirs: list[dict[str, float]], *, but: Collection[str] = ()) -> None:
+    """All numbers of all steps, `but` some; log-probabilities, of the order of 100, to 1e-5 of themselves."""
+    assert len(done.steps) == len(theirs) == STEPS
+    for name, their_name in NAMES.items():
+        if name not in but:
+            found, wanted = [step[name] for step in done.steps], [step[their_name] for step in theirs]
+            assert found == pytest.approx(wanted, abs=1e-4, rel=1e-5 if "logprob" in name else 0), name
+    for step, their_step in zip(done.steps, theirs, strict=True):
+        if step["reward_margin"] != pytest.approx(0.0, abs=1e-5):  # else the policy is its reference: ties
+            assert step["reward_accuracy"] == pytest.approx(their_step["rewards/accuracies"])
+
+
+DPO_LOSSES: Mapping[str, dict[str, float]] = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "robust": {"label_smoothing": 0.1},
+    "apo_zero": {},
+    "apo_down": {},
+}
+
+
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_10_steps_are_those_of_trls_dpo_trainer(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
+    done = ours(tmp_path / "ours", base, data, loss=loss, **DPO_LOSSES[loss])
+    trainer = dpo_trainer(tmp_path / "theirs", base, loss_type=[loss], **DPO_LOSSES[loss])
+    trainer.train()
+    check_steps(done, logged(trainer))
+    assert abs(done.losses[0] - done.losses[-1]) > 1e-2  # something was learnt
+
+
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_the_first_gradient_is_that_of_trls_dpo_trainer(
+    tmp_path: Path, base: Path, data: Path, adapter: Path, loss: str
+) -> None:
+    """With an adapter that is continued, so that both of its matrices have gradients, and is its own reference."""
+    found = first_gradients(base, data, tmp_path / "ours", adapter=adapter, loss=loss, **DPO_LOSSES[loss])
+    trainer = dpo_trainer(
+        tmp_path / "theirs",
+        base,
+        adapter,
+        loss_type=[loss],
+        max_grad_norm=0.0,
+        max_steps=1,
+        **DPO_LOSSES[loss],
+    )
+    theirs = FirstGradients()
+    trainer.add_callback(theirs)
+    trainer.train()
+    assert found.keys() == theirs.found.keys()
+    for name, gradient in found.items():
+        assert float((gradient - theirs.found[name]).abs().max()) < 1e-5, name
+        assert float(gradient.abs().max()) > 1e-3, name
+
+
+# Without a reference
+
+
+def experimental(trainer: Any, settings: Any, base: Path) -> Any:
+    """One of TRL's experimental trainers. They put a BOS first where the tokenizer has one, whatever its own rules."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.bos_token = None
+    return trainer(
+        model=lora_start(base), args=settings, train_dataset=in_order(PAIRS), processing_class=tokenizer
+    )
+
+
+def test_10_steps_of_simpo_are_those_of_trl(tmp_path: Path, base: Path, data: Path) -> None:
+    done = ours(tmp_path / "ours", base, data, loss="simpo", simpo_gamma=0.7, label_smoothing=0.1)
+    own = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7, "label_smoothing": 0.1}
+    trainer = experimental(CPOTrainer, CPOConfig(**trl_settings(tmp_path / "theirs", **own)), base)
+    trainer.train()
+    check_steps(done, logged(trainer), but=("logprob_chosen", "logprob_rejected"))  # TRL's are per token
+
+
+def test_10_steps_of_cpo_are_those_of_trl(tmp_path: Path, base: Path, data: Path) -> None:
+    """TRL's supervised term is a mean over the tokens of its micro-batch, ours over those of each answer: the same
+    where a micro-batch is one pair."""
+    done = ours(tmp_path / "ours", base, data, loss="cpo")
+    settings = CPOConfig(**trl_settings(tmp_path / "theirs", micro_batch=1))
+    trainer = experimental(CPOTrainer, settings, base)
+    trainer.train()
+    check_steps(done, logged(trainer))
+
+
+def plain_steps(
+    base: Path, rows: list[dict[str, Any]], loss: Callable[[Callable[..., Any], list[dict[str, Any]]], Any]
+) -> list[float]:
+    """The losses of the steps by torch and PEFT alone: `loss(answer_logprobs, rows)` of a step's rows, where
+    `answer_logprobs(prompt, answer)` are those of the answer's tokens and the end token after it."""
+    model, tokenizer = lora_start(base), AutoTokenizer.from_pretrained(base)
+
+    def answer_logprobs(prompt: str, answer: str, *, reference: bool = False) -> torch.Tensor:
+        before = tokenizer(prompt)["input_ids"]
+        ids = torch.tensor([*before, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
+        with model.disable_adapter() if reference else nullcontext():
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+        return logprobs[torch.arange(len(before) - 1, len(ids) - 1), ids[len(before) :]]
+
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    order, losses = epoch_order(len(rows), SEED, 0, BATCH_SIZE), []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (STEPS - step) / STEPS
+        value = loss(answer_logprobs, [rows[i] for i in order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]])
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses
+
+
+def orpo_as_written(answer_logprobs: Callable[..., torch.Tensor], rows: list[dict[str, str]]) -> torch.Tensor:
+    """Hong et al. 2024, equations 3 to 7, with lambda = BETA."""
+    losses = []
+    for row in rows:
+        chosen, rejected = (
+            answer_logprobs(row["prompt"], row[side]).mean() for side in ("chosen", "rejected")
+        )
+        odds_chosen, odds_rejected = (p.exp() / (1 - p.exp()) for p in (chosen, rejected))
+        odds_ratio = -torch.log(torch.sigmoid(torch.log(odds_chosen / odds_rejected)))
+        losses.append(-chosen + BETA * odds_ratio)
+    return torch.stack(losses).mean()
+
+
+def test_10_steps_of_orpo_are_those_of_its_formula(tmp_path: Path, base: Path, data: Path) -> None:
+    """TRL takes the supervised term over the prompt too; ours is over the answer alone, as it is asked for."""
+    done = ours(tmp_path / "ours", base, data, loss="orpo")
+    assert done.losses == pytest.approx(plain_steps(base, PAIRS, orpo_as_written), abs=1e-4)
+
+
+def test_orpos_odds_ratio_and_rewards_are_trls(tmp_path: Path, base: Path, data: Path) -> None:
+    """In the first step, before the supervised terms have parted the weights."""
+    done = ours(tmp_path / "ours", base, data, loss="orpo", sft_weight=0.0)
+    settings = ORPOConfig(**trl_settings(tmp_path / "theirs", max_steps=1))
+    trainer = experimental(ORPOTrainer, settings, base)
+    trainer.train()
+    (first,), step = logged(trainer), done.steps[0]
+    assert step["loss"] == pytest.approx(-BETA * first["log_odds_ratio"], abs=1e-5)
+    for name in ("reward_chosen", "reward_rejected", "reward_margin"):
+        assert step[name] == pytest.approx(first[NAMES[name]], abs=1e-5), name
+    assert step["reward_accuracy"] == first["rewards/accuracies"]
+
+
+# One answer a row, with a label
+
+
+LABELLED = [
+    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+    for number, row in enumerate(PAIRS)
+    for side in [("rejected", "chosen", "chosen")[number % 3]]
+]
+KTO_WEIGHTS = {"desirable": 0.75, "undesirable": 1.5}
+
+
+def kto_of(
+    answer_logprobs: Callable[..., torch.Tensor],
+    rows: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+) -> torch.Tensor:
+    """Ethayarajh et al. 2024, equations 7 and 8, for a step's rows; the reference point is estimated from their prompts
+    with the answers of `others`."""
+
+    def log_ratio(row: dict[str, Any], answered: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad():
+            reference = answer_logprobs(row["prompt"], answered["completion"], reference=True).sum()
+        return answer_logprobs(row["prompt"], answered["completion"]).sum() - reference
+
+    with torch.no_grad():
+        mismatched = torch.stack([log_ratio(row, other) for row, other in zip(rows, others, strict=True)])
+    point = mismatched.mean().clamp(min=0)
+    losses = []
+    for row in rows:
+        gain = log_ratio(row, row) - point
+        if row["label"]:
+            losses.append(KTO_WEIGHTS["desirable"] * (1 - torch.sigmoid(BETA * gain)))
+        else:
+            losses.append(KTO_WEIGHTS["undesirable"] * (1 - torch.sigmoid(-BETA * gain)))
+    return torch.stack(losses).mean()
+
+
+def test_the_written_formula_of_kto_gives_trls_10_steps(tmp_path: Path, base: Path) -> None:
+    """TRL's other answers are those of the row before, within the batch."""
+    weights = {f"{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
+    trainer = KTOTrainer(
+        model=lora_start(base),
+        args=KTOConfig(**trl_settings(tmp_path / "theirs", micro_batch=BATCH_SIZE, **weights)),
+        train_dataset=in_order(LABELLED),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    theirs = logged(trainer)
+    assert sum(step["kl"] > 0 for step in theirs) > 2
+    found = plain_steps(base, LABELLED, lambda of, rows: kto_of(of, rows, [rows[-1], *rows[:-1]]))
+    assert found == pytest.approx([step["loss"] for step in theirs], abs=1e-4)
+
+
+def test_10_steps_of_kto_are_those_of_its_formula(tmp_path: Path, base: Path) -> None:
+    """Our other answers are those of the next row of the data, so that they are the same in every epoch."""
+    data = write_jsonl(tmp_path / "rows.jsonl", LABELLED)
+    weights = {f"kto_{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
+    done = ours(tmp_path / "ours", base, data, loss="kto", **weights)
+    following = dict(zip(map(str, LABELLED), [*LABELLED[1:], LABELLED[0]], strict=True))
+    found = plain_steps(
+        base, LABELLED, lambda of, rows: kto_of(of, rows, [following[str(row)] for row in rows])
+    )
+    assert done.losses == pytest.approx(found, abs=1e-4)

@@ -1,0 +1,154 @@
+"""The preference benchmark's choice of pairs, its arithmetic and tables; nothing is timed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+
+
+@pytest.fixture
+def tables() -> Any:
+    import tables  # type: ignore[import-not-found]
+
+    return tables
+
+
+@pytest.fixture
+def dpo() -> Any:
+    import dpo  # type: ignore[import-not-found]
+
+    return dpo
+
+
+@pytest.fixture
+def workloads() -> Any:
+    import dpo_workloads  # type: ignore[import-not-found]
+
+    return dpo_workloads
+
+
+def run(contender: str, number: int, seconds: float, **more: Any) -> dict[str, Any]:
+    """Two steps, and a pass over the reference that takes as long as one."""
+    return {
+        "workload": "short",
+        "contender": contender,
+        "round": number,
+        "reference_seconds": seconds,
+        "seconds": [seconds, seconds],
+        "losses": [0.7, 0.5],
+        "accuracies": [0.0, 1.0],
+        "peak_memory_bytes": 2_000_000_000,
+        "matrix_rates": [1e9, 1e9],
+        "frozen_rate": 4e9,
+        **more,
+    }
+
+
+def result(*runs: dict[str, Any]) -> dict[str, Any]:
+    work = {"about": "short", "epochs": 1, "pairs": 12, "prompt_tokens": 100.0, "answer_tokens": 50.0}
+    contenders = {
+        "yeonma-4": ("Yeonma", 4),
+        "yeonma-1": ("Yeonma", 1),
+        "trl-4": ("TRL DPOTrainer", 4),
+        "trl-precomputed-4": ("TRL DPOTrainer", 4),
+        "trl-1": ("TRL DPOTrainer", 1),
+    }
+    return {
+        "date": "2000-01-01",
+        "command": "python x",
+        "machine": {"cpu": "CPU", "cores": 2, "memory_bytes": 2**34},
+        "versions": {"torch": "1"},
+        "model": {"name": "m", "type": "llama", "parameters": 2_000_000},
+        "data": {"name": "d.json"},
+        "settings": {"beta": 0.1, "lora_r": 16, "targets": ["up_proj"], "batch_size": 8},
+        "workloads": {"short": work},
+        "ours": "yeonma-4",
+        "contenders": {
+            name: {"label": name, "library": library, "micro_batch": size}
+            for name, (library, size) in contenders.items()
+        },
+        "runs": list(runs),
+        "failures": [],
+    }
+
+
+def test_speed_counts_the_pass_over_the_reference_and_every_step(tables: Any) -> None:
+    assert tables.pairs_per_second(run("yeonma-4", 1, 2.0), {"pairs": 12, "epochs": 3}) == 36 / 6
+
+
+def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) -> None:
+    ours = [run("yeonma-4", number, 1.0) for number in (1, 2, 3)]
+    theirs = [
+        run("trl-1", number, seconds, losses=[0.7, 0.501])
+        for number, seconds in ((1, 2.0), (2, 6.0), (3, 4.0), (4, 99.0))
+    ]
+    line = tables.pair_lines(result(*ours, *theirs))[1]
+    assert (line.contender, line.rounds) == ("trl-1", 3)
+    assert (line.ratio, line.ratio_least, line.ratio_most) == pytest.approx((4.0, 2.0, 6.0))
+    assert line.loss_gap == pytest.approx(0.001)
+
+
+def test_the_section_has_a_row_for_each_the_fastest_of_trl_and_the_memory_beside_it(tables: Any) -> None:
+    made = result(
+        run("yeonma-4", 1, 1.0, peak_memory_bytes=1_000_000_000),
+        run("trl-4", 1, 3.0, reference_seconds=0.0),
+        run("trl-precomputed-4", 1, 2.0, peak_memory_bytes=1_600_000_000),
+    )
+    made["failures"] = [{"contender": "trl-1", "workload": "short", "error": "out of luck"}]
+    section = tables.dpo_section(made)
+    assert "| short | **yeonma-4** | 4.000 |  | 1 s | 1.00 GB | 0.6000 |" in section
+    assert "| short | trl-4 | 2.000 | 2.00x as fast | in the steps | 2.00 GB | 0.6000 |" in section
+    assert "- short: 2.00 times trl-" in section
+    assert "- short, peak memory beside TRL's lowest: 62% at micro-batch 4" in section
+    assert "trl-1 failed at short: `out of luck`" in section
+
+
+def test_pairs_are_chosen_by_their_lengths_in_the_order_of_the_data(workloads: Any) -> None:
+    lengths = [
+        workloads.Lengths(*each)
+        for each in (
+            (59, 10, 10),
+            (60, 10, 249),
+            (400, 10, 250),
+            (400, 100, 100),
+            (200, 40, 60),
+            (701, 1, 1),
+            (90, 90, 90),
+        )
+    ]
+    assert workloads.select("short", lengths, 2) == [1, 3]
+    assert workloads.select("long", lengths, 2) == [3, 4]  # both just four times
+    with pytest.raises(ValueError, match="short needs 9 pairs; the data has 4"):
+        workloads.select("short", lengths, 9)
+
+
+def test_slow_settings_of_trl_are_measured_in_the_first_round_alone(dpo: Any) -> None:
+    made, names = result(), ["yeonma-4", "trl-1", "trl-4", "trl-precomputed-4"]
+    assert dpo.worth_measuring(made, "short", names) == names
+    made["runs"] = [run(name, 1, seconds) for name, seconds in zip(names, (9.0, 2.0, 3.0, 2.1), strict=True)]
+    assert dpo.worth_measuring(made, "short", names) == ["yeonma-4", "trl-1", "trl-precomputed-4"]
+    made["failures"] = [{"contender": "trl-1", "workload": "short", "error": "out of luck"}]
+    assert dpo.worth_measuring(made, "short", names) == ["yeonma-4", "trl-precomputed-4"]
+
+
+def test_pieces_are_joined_where_they_were_measured_alike(dpo: Any) -> None:
+    before, now = result(run("yeonma-4", 1, 1.0)), result()
+    now["command"], now["workloads"] = "python y", {"long": {"about": "long"}}
+    both = dpo.joined(before, now)
+    assert list(both["workloads"]) == ["short", "long"]
+    assert both["runs"] == before["runs"]
+    assert both["command"] == "python x ; python y"
+    now["settings"] = {**now["settings"], "beta": 0.2}
+    with pytest.raises(SystemExit, match="another settings"):
+        dpo.joined(before, now)

@@ -1,0 +1,170 @@
+"""Preference data as tokens: two answers that continue one prompt, which is fitted once for the longer of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from yeonma.errors import Problem, UserError
+from yeonma.text.pairs import RenderedPair
+from yeonma.text.rows import Row
+from yeonma.text.template import Rendered
+from yeonma.tokens.desk import Desk, TokenIds, desk_for
+from yeonma.tokens.draft import Draft
+from yeonma.tokens.example import Example, LeftOut, Role, TokenRules, Unit, check_tokenizer
+
+EQUAL = "chosen equals rejected"
+EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
+NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
+"""Reasons of pairs that are left out whatever `over_limit` says."""
+
+
+def encode_pairs(
+    pairs: Sequence[RenderedPair],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+) -> list[Unit | LeftOut]:
+    """One unit, or the reason why it is left out, for each pair. Prompt ids are those that generation feeds.
+
+    Raises UserError with a problem for every row that the model's chat template refuses or, with `over_limit` "error",
+    that is over the limit; and as `check_tokenizer`.
+    """
+    check_tokenizer(tokenizer, rules)
+    with desk_for(tokenizer, rules, [pair.chosen for pair in pairs]) as desk:
+        drafts: dict[int, tuple[_Side, _Side] | LeftOut] = {}
+        problems: list[Problem] = []
+        for number, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+            try:
+                drafts[number] = _drafts(desk, pair, row)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
+        both = [sides for sides in drafts.values() if not isinstance(sides, LeftOut)]
+        ids = iter(desk.ids_of([side.draft for sides in both for side in sides]))
+        found: list[Unit | LeftOut] = []
+        for number, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+            sides = drafts[number]
+            if isinstance(sides, LeftOut):
+                found.append(sides)
+                continue
+            encoded = (next(ids), next(ids))
+            try:
+                found.append(_finished(desk, pair, row, sides, encoded))
+            except UserError as error:
+                problems += error.problems
+    if rules.over_limit == "error":
+        cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
+        left_out = (one for one in found if isinstance(one, LeftOut) and one.reason not in NOTHING_TO_CHOOSE)
+        problems += [Problem(one.reason, one.place, cure) for one in left_out]
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One answer of a pair after its prompt; the draft's answers are those after the prompt alone."""
+
+    rendered: Rendered
+    draft: Draft
+
+
+def _drafts(desk: Desk, pair: RenderedPair, row: Row) -> tuple[_Side, _Side] | LeftOut:
+    if pair.chosen == pair.rejected:
+        return LeftOut(row.number, row.place, EQUAL)
+    chosen, rejected = (_side(desk, side, pair.prompt_turns, row) for side in (pair.chosen, pair.rejected))
+    if chosen is None or rejected is None:
+        return LeftOut(row.number, row.place, _REWRITTEN)
+    return chosen, rejected
+
+
+_REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
+
+
+def _side(desk: Desk, rendered: Rendered, prompt_turns: int, row: Row) -> _Side | None:
+    """None where the answer has several turns that the chat template does not write one after the other."""
+    drafts = desk.drafts(rendered, row)
+    answered = sum(turn.role == "assistant" for turn in rendered.turns[prompt_turns:])
+    if rendered.answer or answered == 1:
+        return _Side(rendered, replace(drafts[-1], answers=drafts[-1].answers[-1:]))
+    if len(drafts) > 1:
+        return None
+    return _Side(rendered, replace(drafts[0], answers=drafts[0].answers[-answered:]))
+
+
+def _finished(
+    desk: Desk,
+    pair: RenderedPair,
+    row: Row,
+    sides: tuple[_Side, _Side],
+    encoded: tuple[TokenIds | None, TokenIds | None],
+) -> Unit | LeftOut:
+    """The pair, its prompt shortened so that it and the longer answer fit.
+
+    As for one answer (`Desk.finished`), a shorter prompt may change the answers' first tokens and so their number;
+    then it is fitted again, until the room given is the room left.
+    """
+    cutoff_len = desk.rules.cutoff_len
+    chosen, rejected = encoded
+    if chosen is None or rejected is None:
+        return LeftOut(row.number, row.place, _REWRITTEN)
+    longest = max(len(chosen.ids), len(rejected.ids))
+    if longest <= cutoff_len:
+        return _unit(desk, row, sides, (chosen, rejected), 0)
+    prompt = replace(pair.chosen, turns=pair.chosen.turns[: pair.prompt_turns], answer=())
+    prompt_ids = chosen.ids[: chosen.prompt_length]
+    tried, best = set[int](), None
+    budget = cutoff_len - _longer(chosen, rejected)
+    while budget not in tried and len(tried) < 8:
+        tried.add(budget)
+        fitted = desk.fitted(prompt, row, budget, prompt_ids)
+        if isinstance(fitted, LeftOut):
+            reason = f"{longest} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
+            return best or replace(fitted, reason=reason)
+        short = [
+            _side(desk, _with_prompt(side, fitted.rendered, pair.prompt_turns), pair.prompt_turns, row)
+            for side in (pair.chosen, pair.rejected)
+        ]
+        if short[0] is None or short[1] is None:
+            return LeftOut(row.number, row.place, _REWRITTEN)
+        short_chosen, short_rejected = desk.ids_of([short[0].draft, short[1].draft])
+        if short_chosen is None or short_rejected is None:
+            return LeftOut(row.number, row.place, _REWRITTEN)
+        if max(len(short_chosen.ids), len(short_rejected.ids)) <= cutoff_len:
+            cut = fitted.cut_characters
+            best = _unit(desk, row, (short[0], short[1]), (short_chosen, short_rejected), cut)
+        budget = cutoff_len - _longer(short_chosen, short_rejected)
+    reason = f"{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
+    return best or LeftOut(row.number, row.place, reason)
+
+
+def _longer(chosen: TokenIds, rejected: TokenIds) -> int:
+    """Tokens of the longer answer."""
+    return max(len(each.ids) - each.prompt_length for each in (chosen, rejected))
+
+
+def _with_prompt(side: Rendered, prompt: Rendered, prompt_turns: int) -> Rendered:
+    return replace(side, turns=(*prompt.turns, *side.turns[prompt_turns:]))
+
+
+def _unit(
+    desk: Desk,
+    row: Row,
+    sides: tuple[_Side, _Side],
+    encoded: tuple[TokenIds, TokenIds],
+    cut_characters: int,
+) -> Unit | LeftOut:
+    if encoded[0].ids == encoded[1].ids:
+        return LeftOut(row.number, row.place, EQUAL_AS_TOKENS)
+    chosen, rejected = (
+        _example(desk, side, ids, cut_characters) for side, ids in zip(sides, encoded, strict=True)
+    )
+    return Unit(((Role.CHOSEN, chosen), (Role.REJECTED, rejected)))
+
+
+def _example(desk: Desk, side: _Side, ids: TokenIds, cut_characters: int) -> Example:
+    return replace(desk.example(side.draft, ids, cut_characters), prompt_length=ids.prompt_length)

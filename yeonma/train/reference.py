@@ -1,0 +1,163 @@
+"""What the reference model gives every answer: computed once before training, kept on disk, never a second model.
+
+The reference is the base without its adapter or, where an adapter is continued, that adapter as it was at the start.
+One file in the cache holds the log-probabilities of a token store's examples; those not needed so far are NaN there, so
+that a run which needs more of them computes the rest alone. A run that is killed meanwhile keeps what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from yeonma.errors import UserError
+from yeonma.model.adapter import WEIGHTS, BaseIdentity
+from yeonma.model.check import in_eval_mode
+from yeonma.model.forward import Forward, example_logprobs
+from yeonma.model.load import BaseSource
+from yeonma.tokens.plan import micro_batches, shares
+from yeonma.tokens.store import TokenStore, sync
+from yeonma.train.distributed import Processes, sum_over
+from yeonma.train.objectives import answer_logprobs
+
+FORMAT = 1
+"""Raised whenever the same rows would get other numbers or another file."""
+
+ROUND_TOKENS = 100_000
+"""Tokens a process computes between two meetings of all processes; what is done by then is on disk."""
+
+
+def reference_identity(
+    source: BaseSource, base: BaseIdentity, continued: str | None, dtype: torch.dtype, device: torch.device
+) -> str:
+    """SHA-256 of all that decides what the reference gives some tokens: weights, config, adapter, number format and the
+    versions of the libraries.
+
+    Reads the weight files of a local model; a model of the hub is known by its commit.
+    """
+    folder = Path(source.name)
+    weights = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    named = None if weights else [base.name, base.revision]
+    adapter = (
+        [_sha256(Path(continued) / name) for name in (WEIGHTS, "adapter_config.json")] if continued else None
+    )
+    versions = [version(package) for package in ("torch", "transformers", "peft")]
+    content = [FORMAT, weights, named, base.config_sha256, adapter, str(dtype), device.type, versions]
+    return sha256(json.dumps(content).encode()).hexdigest()
+
+
+def reference_logprobs(
+    model: Any,
+    how: Forward,
+    store: TokenStore,
+    units: np.ndarray,
+    *,
+    identity: str,
+    cache_dir: Path,
+    most_units: int,
+    most_tokens: int | None,
+    share_prefix: bool,
+    group: Processes,
+    say: Callable[[str], None],
+) -> np.ndarray:
+    """float64 (examples,): the log-probability of the answers of the examples of `units`; NaN for others.
+
+    `model` is the reference as it stands; it is asked with dropout off. What the cache does not hold is computed, every
+    process its share, and written there by the first. `identity` and `cache_dir` matter in the first process alone.
+    Raises UserError where the cache cannot be written.
+    """
+    path = cache_dir / f"{sha256(f'{identity}{store.key}'.encode()).hexdigest()}.reference"
+    known = np.zeros(len(store))
+    if group.first:
+        found = _read(path, len(store))
+        known = np.full(len(store), np.nan) if found is None else found
+    known = _summed(known, group, model.device)  # the others' zeros: all know what the first knows
+    missing = units[
+        [bool(np.isnan(known[store.examples_of(units[i : i + 1])]).any()) for i in range(len(units))]
+    ]
+    if not len(missing):
+        return known
+    done = 0
+    with torch.no_grad(), in_eval_mode(model):
+        for part in _rounds(missing, store.unit_lengths, ROUND_TOKENS * group.count):
+            fresh = np.zeros(len(store))
+            mine = part[shares(store.unit_lengths[part].tolist(), group.count)[group.rank]]
+            for members in micro_batches(store.unit_lengths[mine].tolist(), most_units, most_tokens):
+                examples = store.examples_of(mine[members])
+                held = [store.example(int(position)) for position in examples]
+                logprob_N = example_logprobs(
+                    model,
+                    how,
+                    [each.token_ids for each in held],
+                    [each.trained for each in held],
+                    share_prefix=share_prefix,
+                    units=store.units[examples],
+                )
+                sums = answer_logprobs(logprob_N.double(), store.trained_counts[examples])
+                fresh[examples] = sums.cpu().numpy()
+            of_part = store.examples_of(part)
+            known[of_part] = _summed(fresh, group, model.device)[of_part]
+            done += len(part)
+            if group.first:
+                _write(path, known)
+            say(f"reference: {done:,} of {len(missing):,} computed")
+    return known
+
+
+def _rounds(units: np.ndarray, unit_lengths: np.ndarray, most_tokens: int) -> Iterator[np.ndarray]:
+    """The units in parts of about so many tokens."""
+    ends = np.cumsum(unit_lengths[units], dtype=np.int64)
+    numbers = ends // most_tokens
+    yield from np.split(units, np.flatnonzero(np.diff(numbers)) + 1)
+
+
+def _summed(values: np.ndarray, group: Processes, device: torch.device) -> np.ndarray:
+    if group.count == 1:
+        return values
+    return sum_over(group, torch.from_numpy(values).to(device)).cpu().numpy()
+
+
+def _read(path: Path, count: int) -> np.ndarray | None:
+    """What a file holds; None where there is none, or it is damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            values: np.ndarray = file.get_tensor("logprobs")
+            whole = file.metadata().get("crc32") == str(zlib.crc32(values.tobytes()))
+    except (OSError, SafetensorError, KeyError, AttributeError):
+        return None
+    return values if whole and values.shape == (count,) and values.dtype == np.float64 else None
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    """Beside its place, flushed to the disk, renamed."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logprobs": values}, beside, {"crc32": str(zlib.crc32(values.tobytes()))})
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        what = f"the reference's log-probabilities cannot be kept here: {error}"
+        raise UserError(what, place=str(path.parent), cure="name another folder with --cache_dir") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

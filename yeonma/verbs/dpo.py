@@ -1,0 +1,12 @@
+"""`yeonma dpo`: pairs of a chosen and a rejected answer in, an adapter folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from yeonma.verbs.sft import train
+
+
+def run(settings: Mapping[type, object]) -> int:
+    """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds."""
+    return train("dpo", settings)

@@ -135,9 +135,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def tokenised(path: Path, folder: Path, tokenizer: Any) -> Any:
+    from yeonma.tokens.kinds import PAIRS
+
     from yeonma.settings import DataSettings, TokenSettings
     from yeonma.tokens.dataset import prepare_dataset
-    from yeonma.tokens.kinds import PAIRS
 
     data = DataSettings(data_path=str(path))
     tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))

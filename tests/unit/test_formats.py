@@ -68,7 +68,7 @@ def test_columns_that_suit_none_are_listed_with_what_each_template_needs() -> No
     with pytest.raises(UserError) as caught:
         recognise(["id", "text"])
     message = str(caught.value)
-    assert message.startswith("the columns (id, text) fit no built-in template; ")
+    assert message.startswith("--template: the columns (id, text) fit no built-in template; ")
     for words in (
         "--template",
         "--columns",
@@ -82,8 +82,8 @@ def test_a_tie_lists_the_candidates() -> None:
     with pytest.raises(UserError) as caught:
         recognise(["messages", "prompt", "completion"])
     assert str(caught.value) == (
-        "the columns (messages, prompt, completion) fit several templates: chat, prompt-completion; "
-        "choose one with --template"
+        "--template: the columns (messages, prompt, completion) fit several templates: chat, prompt-completion; "
+        "choose one of them"
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tables import TABLE, Write, error_of, jsonl, table_as, values
 from yeonma.errors import UserError
-from yeonma.text.rows import _hub_error, draw_validation, open_rows
+from yeonma.text.rows import _hub_error, draw_validation, glance, open_rows
 
 
 @pytest.fixture
@@ -81,6 +81,25 @@ def test_a_folder_is_its_files_in_order_with_row_numbers_running_on(write: Write
         (3, f"{folder}/b.jsonl:2"),
     ]
     assert open_rows(folder).columns == ("id", "document", "title")
+
+
+def test_a_glance_gives_the_same_rows_without_an_identity(write: Write, tmp_path: Path) -> None:
+    for kind in ("jsonl", "csv", "parquet"):
+        whole = open_rows(path := write(f"a.{kind}", table_as(kind, TABLE)))
+        glanced = glance(path)
+        assert glanced is not None
+        assert (list(glanced), glanced.columns, glanced.identity) == (list(whole), whole.columns, "")
+    datasets.Dataset.from_list(TABLE).save_to_disk(str(tmp_path / "saved"))
+    assert glance(str(tmp_path / "saved")) is glance("somebody/something") is None
+
+
+def test_an_unreadable_row_is_told_when_it_is_reached(write: Write) -> None:
+    rows = open_rows(write("a.jsonl", jsonl(TABLE) + '{"document": NaN}\n'))
+    assert rows.columns == ("document", "title")
+    read = iter(rows)
+    assert [next(read).values for _ in TABLE] == TABLE
+    with pytest.raises(UserError, match="NaN is not JSON"):
+        next(read)
 
 
 def test_a_saved_data_set_gives_its_rows_and_split(tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ def recognise(
     listed = ", ".join(columns) or "none"
     if fitting:
         what = f"the columns ({listed}) fit several templates: {', '.join(fitting)}"
-        raise UserError(what, cure="choose one with --template")
+        raise UserError(what, place="--template", cure="choose one of them")
     needs = "; ".join(map(str, forms))
-    cure = f"give a template with --template, or say with --columns which column is which field ({needs})"
-    raise UserError(f"the columns ({listed}) fit no built-in template", cure=cure)
+    cure = f"give one, or say with --columns which column is which field ({needs})"
+    raise UserError(f"the columns ({listed}) fit no built-in template", place="--template", cure=cure)
 
 
 def column_of(field: str, columns_setting: Mapping[str, str] | None, answer_field: str) -> str:

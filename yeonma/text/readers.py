@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ NumberedRow = tuple[int, dict[str, object]]
 CHUNK = 1 << 18  # characters, or bytes where bytes are read
 MOST_PROBLEMS = 10
 NUL, BOM = "\0", "\ufeff"
+# Joined files leave the mark at the beginning of a line. Within a text it is an invisible space, which is noted later.
+_STRAY = re.compile(f"{NUL}|(?:\\A|(?<=[\n\r])){BOM}")
 OBJECT, WRITE_AGAIN = 'write {"column": "value", ...}', "write the file again"  # cures
 
 
@@ -29,7 +32,7 @@ def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(BOM)
-                if NUL in line or (not line.isascii() and BOM in line):
+                if NUL in line or (not line.isascii() and line[0] == BOM):
                     raise UserError([_stray_character(path, name, encoding, line, number, 1)])
                 yield line
     except UnicodeError:
@@ -155,10 +158,11 @@ def _moved(line: int, column: int, text: str) -> tuple[int, int]:
 
 def _stray_character(path: Path, name: str, encoding: str, text: str, line: int, column: int) -> Problem:
     """The first NUL or byte order mark of `text`, which begins at `line` and `column`."""
-    at = min(at for at in (text.find(NUL), text.find(BOM)) if at >= 0)
-    line, column = _moved(line, column, text[:at])
+    found = _STRAY.search(text)
+    assert found is not None
+    line, column = _moved(line, column, text[: found.start()])
     place = f"{name}:{line}:{column}"
-    if text[at] == BOM:
+    if found[0] == BOM:
         cure = "take it out; joining files leaves such marks"
         return Problem("a byte order mark (U+FEFF) in the middle of the file", place, cure)
     suggestion = _unicode_suggestion(path)
@@ -273,7 +277,7 @@ class _Window:
             parts.append(next(self._chunks, ""))
             self._ended = not parts[-1]
         self._text = "".join(parts)
-        if NUL in self._text or BOM in self._text:
+        if _STRAY.search(self._text):
             source = self._path, self._name, self._encoding
             raise UserError([_stray_character(*source, self._text, self.line, self._column)])
 

@@ -149,8 +149,10 @@ class Template:
             lacking = min(reversed(each_lacks), key=len)
             answer = self.variants[0].answer_placeholder
             lacking += [] if self._column(answer.field, columns) in known else [answer]
-        found = {placeholder.field: placeholder for placeholder in reversed(lacking)}
-        return [self._without(found[name], known, columns) for name in reversed(found)]
+        first: dict[str, Placeholder] = {}
+        for placeholder in lacking:
+            first.setdefault(placeholder.field, placeholder)
+        return [self._without(placeholder, known, columns) for placeholder in first.values()]
 
     def _without(
         self, placeholder: Placeholder, known: Sequence[str], columns: Mapping[str, str] | None

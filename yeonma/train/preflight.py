@@ -30,7 +30,7 @@ def preflight(settings: Mapping[type, object]) -> None:
     gather(
         partial(check_trackers, run.report_to),
         partial(check_folders, model, run),
-        partial(_check_data, group_of(settings, DataSettings), kind_of(settings), _adapter_of(model)),
+        partial(check_data, group_of(settings, DataSettings), kind_of(settings), adapter_of(model)),
     )
 
 
@@ -52,7 +52,7 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
 
     def find() -> None:
         source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
-        found.append((source, _continued(model, source)))
+        found.append((source, continued_adapter(model, source)))
 
     gather(find, *([partial(_check_writable, output)] if output is not None else []))
     ((source, continued),) = found
@@ -61,12 +61,36 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
     return source, continued
 
 
-def _continued(model: ModelSettings, source: BaseSource) -> str | None:
+def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     """The adapter folder to continue, if any. Raises UserError where two are named."""
     if model.adapter is not None and source.adapter is not None:
         what = f"base_model {source.adapter} is an adapter too"
         raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
     return model.adapter or source.adapter
+
+
+def check_data(data: DataSettings, kind: Kind, continued: str | None = None) -> None:
+    """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
+
+    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no say yet.
+    """
+    choices: list[Choice] = []
+    tables: dict[str, Rows] = {}
+
+    def template() -> None:
+        if data.template is not None:
+            choices.append(Choice(load_template(data.template), data.columns))
+
+    def table(path: str | None) -> None:
+        rows = glance(path, encoding=data.encoding) if path is not None else None
+        if path is not None and rows is not None:
+            tables[path] = rows
+
+    gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
+    if not choices and data.data_path in tables:  # the training rows' columns choose
+        choices = [choose_template(kind, None, tables[data.data_path], data.columns, continued)]
+    if choices:
+        gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables.values()))
 
 
 def _check_own(output: Path, base: str, continued: str | None) -> None:
@@ -88,29 +112,10 @@ def _check_writable(output: Path) -> None:
         )
 
 
-def _adapter_of(model: ModelSettings) -> str | None:
+def adapter_of(model: ModelSettings) -> str | None:
     """The adapter folder that may be continued; not yet looked into."""
     named = model.adapter or model.base_model
     return named if (Path(named).expanduser() / "adapter_config.json").is_file() else None
-
-
-def _check_data(data: DataSettings, kind: Kind, continued: str | None) -> None:
-    """The template, and the first rows of local files as it fills with them."""
-    choices: list[Choice] = []
-    tables: list[Rows] = []
-
-    def template() -> None:
-        if data.template is not None:
-            choices.append(Choice(load_template(data.template), data.columns))
-
-    def table(path: str | None) -> None:
-        rows = glance(path, encoding=data.encoding) if path is not None else None
-        tables.extend([rows] if rows is not None else [])
-
-    gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
-    if not choices and tables:
-        choices = [choose_template(kind, None, tables[0], data.columns, continued)]
-    gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables))
 
 
 def _check_rows(rows: Rows, choice: Choice, kind: Kind) -> None:

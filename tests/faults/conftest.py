@@ -1,0 +1,143 @@
+"""What the tests of faults share: a base model, files, and whole runs that must be refused, or go on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adapters import tiny_base
+from tests.runs import Done, model_folder, sft
+from tests.tokenizers import byte_level
+from yeonma.model import load
+from yeonma.train import run
+from yeonma.train.prepare import Prepared
+
+# The end of a long list, and the differences between two runs, whose cure is told once.
+WITHOUT_CURE = re.compile(r"there are more such problems\Z| was .* and is now ")
+
+Write = Callable[[str, "str | bytes"], Path]
+Refused = Callable[..., list[str]]
+Accepted = Callable[..., "Taken"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in order; its tokenizer has one token a character and no chat template."""
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another, whose tokenizer knows every text and has a chat template."""
+    return tiny_base(tmp_path_factory.mktemp("models") / "chat", byte_level())
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a file, in a folder that is made where it is not there."""
+
+    def write_file(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The bases whose weights are read from now on."""
+    names: list[str] = []
+    read = load.load_base
+
+    def noted(source: load.BaseSource, *rest: Any) -> Any:
+        names.append(source.name)
+        return read(source, *rest)
+
+    monkeypatch.setattr(load, "load_base", noted)
+    return names
+
+
+def everything_in(folder: Path) -> dict[str, bytes | None] | None:
+    """Every file's content and every folder; None where there is no such folder."""
+    if not folder.exists():
+        return None
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(tmp_path: Path, base: Path, loaded: list[str]) -> Refused:
+    """A run that must be refused as the user's mistake: gives the lines of the message, without `tmp_path` in them.
+
+    Each line has a cure. Weights are not read (but with `reads_weights`), and the output folder is as before.
+    """
+
+    def run_it(data: str | Path, *, reads_weights: bool = False, **settings: object) -> list[str]:
+        output = Path(str(settings.pop("output_dir", tmp_path / "out")))
+        before = everything_in(output)
+        loaded.clear()
+        base_model = Path(str(settings.pop("base_model", base)))
+        done = sft(output, base_model, data, **settings)  # type: ignore[arg-type]
+        assert done.status == 2, done.out
+        assert len(loaded) == reads_weights
+        assert everything_in(output) == before
+        assert "Traceback" not in done.out + done.err
+        lines = done.err.replace(f"{tmp_path}/", "").splitlines()
+        assert lines
+        for line in lines:
+            assert line.startswith("yeonma: ")
+            assert "; " in line or WITHOUT_CURE.search(line), line
+        return [line.removeprefix("yeonma: ") for line in lines]
+
+    return run_it
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A run that has gone through, and what it was trained on."""
+
+    done: Done
+    prepared: Prepared
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """Each training example as text: up to its last answer, and that answer with its end token."""
+        store, tokenizer = self.prepared.dataset.train.store, self.prepared.tokenizer
+        found = [store[int(position)] for position in self.prepared.dataset.train.positions]
+        return [
+            (tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:]))
+            for ids, length in ((each.token_ids.tolist(), each.prompt_length) for each in found)
+        ]
+
+
+@pytest.fixture
+def accepted(tmp_path: Path, chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> Accepted:
+    """A run of one step, on `chat_base` unless another is named, that must go through."""
+    found: list[Prepared] = []
+    prepare = run.prepare
+
+    def noted(*arguments: Any) -> Prepared:
+        found.append(prepare(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(run, "prepare", noted)
+
+    def run_it(data: str | Path, **settings: object) -> Taken:
+        number = len(found)
+        wanted: dict[str, object] = {"base_model": chat_base, "max_steps": 1, **settings}
+        output = Path(str(wanted.pop("output_dir", tmp_path / f"taken-{number}")))
+        done = sft(output, Path(str(wanted.pop("base_model"))), data, **wanted)  # type: ignore[arg-type]
+        assert done.status == 0, done.err
+        assert (output / "adapter_model.safetensors").is_file()
+        return Taken(done, found[number])
+
+    return run_it

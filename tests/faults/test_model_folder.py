@@ -1,0 +1,318 @@
+"""What can be wrong with the model's folder, by the numbers of the list of faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.faults.conftest import Accepted, Refused
+from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, tiny_model
+from tests.runs import Done, articles, model_folder, trained, write_jsonl
+from tests.tokenizers import byte_level
+from yeonma.model import adapter as adapters
+from yeonma.model import load
+
+Change = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "a.jsonl", articles(6))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    """An adapter of `base`."""
+    return trained(tmp_path_factory.mktemp("tuned") / "adapter", base, data)
+
+
+@pytest.fixture
+def model(tmp_path: Path, base: Path) -> Path:
+    """A copy of `base`, to be spoilt."""
+    return Path(shutil.copytree(base, tmp_path / "model"))
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Set keys of a JSON file; None takes one out."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def in_shards(model: Path) -> list[Path]:
+    """The model's weights again, in several files."""
+    (model / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(model, max_shard_size="20KB")
+    shards = sorted(model.glob("model-0*.safetensors"))
+    assert len(shards) > 2
+    return shards
+
+
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])
+def test_fault_54_no_tokenizer(refused: Refused, data: Path, model: Path, left: tuple[str, ...]) -> None:
+    for name in {"tokenizer.json", "tokenizer_config.json"} - set(left):
+        (model / name).unlink()
+    (line,) = refused(data, base_model=model)
+    assert line.startswith("model: cannot load the model's tokenizer (")
+    assert line.endswith("; give the folder of a whole model, with its tokenizer")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"model": 1}', "version https://git-lfs.github.com/spec/v1"]
+)
+def test_fault_54_a_tokenizer_that_is_none(refused: Refused, data: Path, model: Path, content: str) -> None:
+    (model / "tokenizer.json").write_text(content)
+    (line,) = refused(data, base_model=model)
+    assert line.startswith("model: cannot load the model's tokenizer (")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_fault_55_pickled_weights_alone(refused: Refused, data: Path, model: Path, name: str) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / name)
+    (model / "model.safetensors").unlink()
+    cure = "load them once with transformers where you trust them and save_pretrained() to a new folder"
+    what = "the weights are pickled (.bin), which can run code when loaded"
+    assert refused(data, base_model=model) == [f"model: {what}; {cure}"]
+
+
+def test_fault_56_an_adapter_of_another_base(
+    tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
+) -> None:
+    other = model_folder(tmp_path / "other", "qwen3")
+    what = f"{tuned.folder}: it was trained on {base}, which is not {other}; use --base_model {base}"
+    assert refused(data, base_model=other, adapter=tuned.folder) == [what.replace(f"{tmp_path}/", "")]
+    checkpoint = next(tuned.folder.glob("checkpoint-*"))
+    (line,) = refused(data, base_model=other, adapter=checkpoint)
+    assert f"it was trained on {base}, which is not other; use --base_model {base}" in line
+
+
+def test_fault_56_an_adapter_of_peft_alone_on_another_base(
+    tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
+) -> None:
+    alone = of_peft_alone(tuned, tmp_path / "alone")
+    other = model_folder(tmp_path / "other", "gpt2")
+    (line,) = refused(data, base_model=other, adapter=alone, reads_weights=True)
+    assert line == (
+        f"alone: the adapter was made for {base} and does not fit other; "
+        "give the base model that the adapter was trained on"
+    )
+
+
+@pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
+def test_fault_56_is_told_by_the_outline_as_by_the_whole_model(tmp_path: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    source = load.find_base(str(tmp_path))
+    outline = load.outline(load.load_config(source), source)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    whole = load.load_base(source, torch.device("cpu"), torch.float32)
+    assert adapters.base_identity(outline, source) == adapters.base_identity(whole, source)
+
+
+def test_fault_57_no_eos(
+    tmp_path: Path, refused: Refused, accepted: Accepted, data: Path, model: Path
+) -> None:
+    change_json(model / "tokenizer_config.json", eos_token=None)
+    assert refused(data, base_model=model) == [
+        "--base_model: the tokenizer has no end-of-sequence token; "
+        "set eos_token in its tokenizer_config.json, or give --add_eos_token false"
+    ]
+    taken = accepted(data, base_model=model, add_eos_token=False)
+    assert [answer for _, answer in taken.texts] == [row["title"] for row in articles(6)]
+
+
+def test_fault_58_no_pad_token(accepted: Accepted, data: Path, model: Path, base: Path) -> None:
+    change_json(model / "tokenizer_config.json", pad_token=None)
+    assert load.load_tokenizer(load.find_base(str(model))).pad_token is None
+    taken, usual = accepted(data, base_model=model), accepted(data, base_model=base)
+    assert taken.done.losses == usual.done.losses
+    assert taken.done.weight_bytes == usual.done.weight_bytes
+
+
+def test_fault_59_a_tokenizer_larger_than_the_embedding(refused: Refused, data: Path, model: Path) -> None:
+    byte_level().save_pretrained(model)
+    assert refused(data, base_model=model) == [
+        f"model: the tokenizer has ids up to {len(byte_level()) - 1}, the model's embedding only 97 rows; "
+        "use the tokenizer that belongs to the model"
+    ]
+
+
+def test_fault_60_a_missing_shard(refused: Refused, data: Path, model: Path) -> None:
+    shards = in_shards(model)
+    gone = [shards[0], shards[2]]
+    for shard in gone:
+        shard.unlink()
+    names = ", ".join(shard.name for shard in gone)
+    assert refused(data, base_model=model) == [f"model: missing shards: {names}; download them again"]
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "pointer", "half a header"])
+def test_fault_61_a_truncated_shard(refused: Refused, data: Path, model: Path, damage: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456789\n"
+
+    def spoil(path: Path) -> None:
+        whole = path.read_bytes()
+        left = {"short": whole[:-1], "empty": b"", "pointer": pointer, "half a header": whole[:40]}
+        path.write_bytes(left[damage])
+
+    spoil(model / "model.safetensors")
+    (line,) = refused(data, base_model=model)
+    assert line.startswith("model/model.safetensors: truncated or damaged (")
+    assert line.endswith("; download it again")
+    shards = in_shards(model)
+    spoil(shards[0])
+    spoil(shards[-1])
+    lines = refused(data, base_model=model)
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"model/{shards[0].name}",
+        f"model/{shards[-1].name}",
+    ]
+
+
+@pytest.mark.parametrize("elsewhere", ["../secret.safetensors", "/etc/hostname", "in/model.safetensors"])
+def test_fault_62_an_index_that_leads_outside(
+    refused: Refused, data: Path, model: Path, elsewhere: str
+) -> None:
+    shards = in_shards(model)
+    shutil.copy(shards[0], model.parent / "secret.safetensors")
+    index = model / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    change_json(index, weight_map={**weights, "lm_head.weight": elsewhere})
+    assert refused(data, base_model=model) == [
+        f"model/model.safetensors.index.json: it names a file outside the folder ({elsewhere}); "
+        "download the model again, from a source that you trust"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_map"),
+    [
+        ("config.json", {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["code.Tokenizer", None]}),
+    ],
+)
+def test_fault_63_code_that_comes_with_the_model(
+    refused: Refused, data: Path, model: Path, name: str, auto_map: dict[str, object]
+) -> None:
+    ran = model.parent / "ran"
+    (model / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    change_json(model / name, auto_map=auto_map)
+    assert refused(data, base_model=model) == [
+        f"model/{name}: the model brings Python code of its own (auto_map); "
+        "read that code, then give --trust_remote_code true"
+    ]
+    assert not ran.exists()
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "yeonma_test"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_fault_63_code_that_is_trusted_runs(
+    tmp_path: Path, accepted: Accepted, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (model / "code_of_model.py").write_text(CODE)
+    auto_map = {"AutoConfig": "code_of_model.Config", "AutoModelForCausalLM": "code_of_model.Model"}
+    change_json(model / "config.json", auto_map=auto_map, model_type="yeonma_test")
+    assert len(accepted(data, base_model=model, trust_remote_code=True).done.losses) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fault_64_weights_that_are_no_numbers(
+    tmp_path: Path, refused: Refused, data: Path, model: Path, base: Path, value: float
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    what = "NaN or infinity in model.layers.1.mlp.up_proj.weight; download the weights again"
+    assert refused(data, base_model=model, reads_weights=True) == [f"model: {what}"]
+    assert not (tmp_path / "out").exists()
+    trained(tmp_path / "out", base, data, max_steps=1)  # and where there is a run, that is left as it is
+    lines = refused(data, base_model=model, max_steps=1, overwrite=True, reads_weights=True)
+    assert lines == [f"model: {what}"]
+
+
+def of_peft_alone(tuned: Done, folder: Path) -> Path:
+    """The adapter without what is ours."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tuned.folder / name, folder)
+    return folder
+
+
+def test_fault_65_an_adapter_given_as_base(tmp_path: Path, base: Path, data: Path, tuned: Done) -> None:
+    continued = trained(tmp_path / "continued", base, data, adapter=tuned.folder, max_steps=2)
+    alone = of_peft_alone(tuned, tmp_path / "alone")
+    for number, folder in enumerate((tuned.folder, next(tuned.folder.glob("checkpoint-*")), alone)):
+        done = trained(tmp_path / str(number), base, data, base_model=folder, max_steps=2)
+        assert f"{base}: " in done.out
+        assert done.losses == continued.losses
+        assert done.weight_bytes == continued.weight_bytes
+        assert json.loads((done.folder / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ] == str(base)
+    fresh = trained(tmp_path / "fresh", base, data, max_steps=2)
+    assert fresh.losses != continued.losses
+
+
+def test_fault_65_an_adapter_that_does_not_lead_to_a_base(
+    tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
+) -> None:
+    alone = of_peft_alone(tuned, tmp_path / "alone")
+    config = alone / "adapter_config.json"
+    change_json(config, base_model_name_or_path=str(tmp_path / "gone"))
+    (line,) = refused(data, base_model=alone)
+    assert line.startswith("gone: no such model folder; ")
+    change_json(config, base_model_name_or_path=str(alone))
+    (line,) = refused(data, base_model=alone)
+    assert line.startswith("alone/adapter_config.json: its base alone is an adapter too; ")
+    change_json(config, base_model_name_or_path=None)
+    (line,) = refused(data, base_model=alone)
+    assert line.startswith(
+        "alone/adapter_config.json: it does not name its base model; give the base model and"
+    )
+    (alone / "adapter_model.safetensors").rename(alone / "adapter_model.bin")
+    change_json(config, base_model_name_or_path=str(base))
+    assert refused(data, base_model=alone) == [
+        "alone: adapter_model.safetensors is missing; give an adapter saved as safetensors"
+    ]
+    (line,) = refused(data, base_model=tuned.folder, adapter=alone)
+    assert line.endswith(f"base_model {tuned.folder} is an adapter too; give --base_model {base}")
+
+
+def test_several_faults_of_a_model_folder_come_together(refused: Refused, data: Path, model: Path) -> None:
+    in_shards(model)[1].unlink()
+    change_json(model / "config.json", auto_map={"AutoConfig": "code.Config"})
+    change_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]})
+    lines = refused(data, base_model=model)
+    assert [line.partition(": ")[0] for line in lines] == [
+        "model/config.json",
+        "model/tokenizer_config.json",
+        "model",
+    ]
+
+
+def test_a_model_folder_that_is_none(tmp_path: Path, refused: Refused, data: Path, model: Path) -> None:
+    cure = "give the folder of a whole model"
+    (model / "model.safetensors").unlink()
+    assert refused(data, base_model=model) == [f"model: the folder has no model.safetensors; {cure}"]
+    (model / "config.json").write_text("{")
+    lines = refused(data, base_model=model)
+    assert lines[0].startswith("model/config.json: not valid JSON (") and len(lines) == 2
+    (model / "config.json").unlink()
+    assert refused(data, base_model=model) == [f"model: the folder has no config.json; {cure}"]
+    assert refused(data, base_model=tmp_path / "none") == [
+        "none: no such model folder; give a folder or a name on the hub"
+    ]

@@ -1,0 +1,124 @@
+"""What is told with its count and first rows, and the run goes on: by the numbers of the list of faults."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Accepted, Write
+from tests.runs import write_jsonl
+
+TEMPLATE = "{document}\n{title}"
+
+
+def rows(count: int, **changed: Mapping[str, str]) -> list[dict[str, str]]:
+    """Rows that are all unlike; `r3={...}` changes the third."""
+    plain = [{"document": f"{number}. article", "title": f"title {number}"} for number in range(1, count + 1)]
+    return [{**row, **changed.get(f"r{number}", {})} for number, row in enumerate(plain, start=1)]
+
+
+def told(out: str, phrase: str) -> list[str]:
+    """Lines that say so; the data's path before it, which has the test's name in it, does not count."""
+    return [
+        line for line in out.splitlines() if ".jsonl: " in line and phrase in line.rpartition(".jsonl: ")[2]
+    ]
+
+
+def one_line(out: str, phrase: str, count: int, numbers: Sequence[int]) -> None:
+    """One line says so, with the number of rows and the first of them."""
+    (line,) = told(out, phrase)
+    listed = f"{'row' if count == 1 else 'rows'} {', '.join(map(str, numbers))}"
+    assert listed in line
+    assert re.search(rf"\b{count}\b", line.replace(listed, "").rpartition(".jsonl: ")[2]), line
+
+
+PHRASES = (
+    "over 10 MB",
+    "decomposed",
+    "zero-width",
+    "special-token texts",
+    "stand more than once",
+    "in both the training and the validation rows",
+)
+
+
+def test_nothing_is_told_of_rows_in_order(tmp_path: Path, accepted: Accepted) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", rows(20))
+    out = accepted(data, template=TEMPLATE, val_set_size=5).done.out
+    assert [phrase for phrase in PHRASES if told(out, phrase)] == []
+
+
+def test_fault_19_a_row_of_ten_megabytes(tmp_path: Path, accepted: Accepted) -> None:
+    long = "a storm closed the harbour. " * (11_000_000 // 28)
+    data = write_jsonl(tmp_path / "a.jsonl", rows(4, r3={"document": long}))
+    taken = accepted(data, template=TEMPLATE, cutoff_len=60)
+    one_line(taken.done.out, "over 10 MB", 1, [3])
+    assert [len(prompt) < 400 for prompt, _ in taken.texts] == [True] * 4  # as truncation says
+    assert taken.texts[2][0].startswith("a storm closed")
+    assert taken.texts[2][1] == "title 3<|endoftext|>"
+
+
+def test_fault_25_decomposed_hangul(tmp_path: Path, accepted: Accepted) -> None:
+    korean = {"document": "서울의 아침", "title": "첫 영하"}
+    apart = {key: unicodedata.normalize("NFD", text) for key, text in korean.items()}
+    data = write_jsonl(tmp_path / "a.jsonl", rows(20, r2=korean, r3=apart, r17={"title": apart["title"]}))
+    taken = accepted(data, template=TEMPLATE)
+    one_line(taken.done.out, "decomposed", 2, [3, 17])
+    assert len(taken.texts) == 20
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\u200c", "\ufeff", "\u2060"])
+def test_fault_25_zero_width_characters(write: Write, accepted: Accepted, hidden: str) -> None:
+    table = rows(20, r3={"document": f"an{hidden} article"}, r17={"title": f"title{hidden}"})
+    for ascii_only in (True, False):
+        text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in table)
+        taken = accepted(write("a.jsonl", text), template=TEMPLATE)
+        one_line(taken.done.out, "zero-width", 2, [3, 17])
+        assert len(taken.texts) == 20
+
+
+def test_fault_26_special_token_text_in_the_data(tmp_path: Path, accepted: Accepted) -> None:
+    table = rows(20, r3={"document": "a <|im_end|> b"}, r17={"title": "c <|endoftext|> d"})
+    data = write_jsonl(tmp_path / "a.jsonl", table)
+    taken = accepted(data, template=TEMPLATE)
+    one_line(taken.done.out, "special-token texts", 2, [3, 17])
+    store, tokenizer = taken.prepared.dataset.train.store, taken.prepared.tokenizer
+    assert taken.texts[2][0] == "a <|im_end|> b\n"
+    ids = store[2].token_ids.tolist()
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids  # as ordinary text
+    assert store[16].token_ids.tolist().count(tokenizer.eos_token_id) == 1  # the answer's own end
+
+
+def test_fault_27_rows_that_stand_more_than_once(tmp_path: Path, accepted: Accepted) -> None:
+    twin = {"document": "same", "title": "same title"}
+    data = write_jsonl(tmp_path / "a.jsonl", rows(20, r1=twin, r3=twin, r17=twin))
+    taken = accepted(data, template=TEMPLATE)
+    (line,) = told(taken.done.out, "stand more than once")
+    assert "rows 1, 3, 17" in line or "rows 3, 17" in line
+    assert len(taken.texts) == 20
+
+
+def test_fault_27_rows_in_training_and_validation(tmp_path: Path, accepted: Accepted) -> None:
+    training = write_jsonl(tmp_path / "a.jsonl", rows(20))
+    shared = [rows(20)[number - 1] for number in (3, 17)]
+    validation = write_jsonl(tmp_path / "b.jsonl", [{"document": "new", "title": "new"}, *shared])
+    taken = accepted(training, val_data_path=validation, template=TEMPLATE)
+    (line,) = told(taken.done.out, "in both the training and the validation rows")
+    assert "2" in line and ("rows 3, 17" in line or "rows 2, 3" in line)
+    other = write_jsonl(tmp_path / "c.jsonl", [{"document": "new", "title": "new"}])
+    quiet = accepted(training, val_data_path=other, template=TEMPLATE).done.out
+    assert told(quiet, "in both the training and the validation rows") == []
+
+
+def test_fault_27_the_same_row_drawn_into_both(tmp_path: Path, accepted: Accepted) -> None:
+    twins = [
+        row for row in rows(10) for _ in range(2)
+    ]  # five drawn are an odd number: some twin stays behind
+    data = write_jsonl(tmp_path / "a.jsonl", twins)
+    taken = accepted(data, template=TEMPLATE, val_set_size=5)
+    assert len(told(taken.done.out, "in both the training and the validation rows")) == 1

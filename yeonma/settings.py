@@ -78,7 +78,7 @@ class DataSettings:
     encoding: str = "utf-8"
     """Character encoding of text files; never guessed."""
     columns: dict[str, str] | None = None
-    """Template field -> column, where their names differ: `{document: body, answer: headline}`; `answer` is the template's last field."""
+    """Template field -> column, where their names differ: `{document: body, answer: headline}`; `answer` is the template's last field; `chosen`, `rejected` and `label` are those of preference data."""
     template: str | None = None
     """A built-in template's name, a file, or the template text itself. Without it, the built-in whose fields the columns satisfy."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
@@ -150,13 +150,13 @@ class StepSettings:
     """The mathematics of the steps, and what is only their speed."""
 
     batch_size: int = field(default=16, metadata=COUNT)
-    """Examples a step, over all processes. Need not divide by anything."""
+    """Examples a step, or pairs, over all processes. Need not divide by anything."""
     micro_batch_size: int = field(default=4, metadata=COUNT)
-    """The most examples that go through the model at once: memory and speed, never the result."""
+    """The most examples, or pairs, that go through the model at once: memory and speed, never the result."""
     micro_batch_tokens: int | None = field(default=None, metadata=COUNT)
     """The most tokens that go through the model at once; one longer example still goes alone."""
     share_prefix: bool = True
-    """Compute once what the examples of a micro-batch begin with in common, from 16 tokens."""
+    """Compute once what the examples of a micro-batch begin with in common, from 16 tokens; the prompt of a pair always."""
     num_epochs: float = field(default=3, metadata=POSITIVE)
     """Passes over the training rows; a fraction is allowed."""
     max_steps: int | None = field(default=None, metadata=COUNT)

@@ -232,16 +232,17 @@ def test_no_file_of_the_package_is_too_long() -> None:
     assert {name: lines for name, lines in long.items() if name not in allowed} == {}
 
 
-def test_the_tutorials_script_hands_its_arguments_to_sft() -> None:
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_the_tutorials_scripts_hand_their_arguments_to_their_verbs(verb: str) -> None:
     def refused(*command: str) -> tuple[int, str]:
         arguments = [sys.executable, *command, "--lora_rr", "8"]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
         return done.returncode, done.stderr
 
-    status, message = refused("sft-trainer.py")
+    status, message = refused(f"{verb}-trainer.py")
     assert status == 2
     assert "lora_rr" in message
-    assert (status, message) == refused("-m", "yeonma", "sft")
+    assert (status, message) == refused("-m", "yeonma", verb)
 
 
 def declared() -> dict[str, Requirement]:

@@ -72,7 +72,8 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
 def check_data(data: DataSettings, kind: Kind, continued: str | None = None) -> None:
     """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
 
-    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no say yet.
+    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has
+    no say yet.
     """
     choices: list[Choice] = []
     tables: dict[str, Rows] = {}

@@ -477,7 +477,7 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
         ({"label_smoothing": 0.5}, "label_smoothing: 0.5 is out of range"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "label_smoothing: hinge does not read it"),
         ({"simpo_gamma": 1}, "simpo_gamma: sigmoid does not read it"),
-        ({"loss": "kto", "sft_weight": 1}, "sft_weight: kto does not read it"),
+        ({"kto_desirable_weight": 2}, "kto_desirable_weight: sigmoid does not read it"),
         ({"beta": 0}, "beta: 0 is out of range"),
         ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm does not fit"),
     ],
@@ -499,3 +499,21 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_pairs(
     rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in epoch_order(21, 42, 0, 3)[:3]))
     assert done.status == 2
     assert done.err.startswith(f"yeonma: rows {rows}: the loss is nan")
+
+
+def test_without_a_template_that_of_the_adapter_continued_is_used(tmp_path: Path, base: Path) -> None:
+    template = "say it: {prompt}\nwell: {completion}"
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS[:4]]
+    first = trained(
+        tmp_path / "sft", base, write_jsonl(tmp_path / "a.jsonl", rows), template=template, max_steps=1
+    )
+    data = write_jsonl(tmp_path / "b.jsonl", ROWS[:4])
+    done = tuned(tmp_path / "out", base, data, adapter=first.folder, max_steps=1)
+    assert (done.folder / "template.txt").read_text() == template + "\n"
+    assert f"template {first.folder}/template.txt, of the adapter continued" in done.out
+    other = [
+        {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS[:4]
+    ]
+    asked = write_jsonl(tmp_path / "c.jsonl", other)
+    done = tuned(tmp_path / "other", base, asked, adapter=first.folder, max_steps=1)
+    assert "template orca, because the columns are question, chosen, rejected" in done.out

@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 import pytest
 import torch
 
+from yeonma.settings import PreferenceLoss, PreferenceSettings
 from yeonma.train.preference import (
     KTO_METRICS,
     OPTIONS_READ,
@@ -153,9 +155,12 @@ PAPER: dict[str, Callable[[Pair, PreferenceOptions], float]] = {
 }
 
 
-def test_every_loss_has_its_formula_here() -> None:
+def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
     assert PAPER.keys() == PAIR_LOSSES.keys()
     assert PAIR_LOSSES.keys() > REFERENCE_FREE
+    assert set(get_args(PreferenceLoss)) == {*PAIR_LOSSES, "kto"} == OPTIONS_READ.keys()
+    settings = {field.name for field in fields(PreferenceSettings)}
+    assert {field.name for field in fields(PreferenceOptions)} == settings - {"loss"}
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)

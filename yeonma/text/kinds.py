@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Problem
@@ -84,13 +85,30 @@ def kind_for(loss: str | None) -> Kind:
     return ANSWERS if loss is None else LABELLED if loss == "kto" else PAIRS
 
 
-def choose_template(kind: Kind, setting: str | None, rows: Rows, columns: dict[str, str] | None) -> Choice:
+def choose_template(
+    kind: Kind,
+    setting: str | None,
+    rows: Rows,
+    columns: dict[str, str] | None,
+    continued: str | None = None,
+) -> Choice:
     """The template that `--template` names, else the built-in that the columns satisfy.
 
-    Raises UserError as `load_template`, and where no built-in template fits or several do.
+    Preferences are learnt with the template of the adapter that is `continued`, if its folder has one and the columns
+    fill it: what was trained on answers is asked the same way. Raises UserError as `load_template`, and where no
+    built-in template fits or several do.
     """
     if setting is not None:
         return Choice(load_template(setting), columns)
+    own = (
+        Path(continued).expanduser() / "template.txt"
+        if continued is not None and kind is not ANSWERS
+        else None
+    )
+    if own is not None and own.is_file():
+        template = load_template(str(own))
+        if not template.is_chat and not kind.without_column(template, rows.columns, columns):
+            return Choice(template, columns, f"template {own}, of the adapter continued")
     found = kind.recognise(rows, columns)
     return Choice(
         load_template(found.template), {**dict(found.columns), **(columns or {})} or None, found.reason

@@ -88,6 +88,7 @@ def prepare_dataset(
     say: Say,
     progress: Callable[[int], None],
     kind: Kind = ANSWERS,
+    continued: str | None = None,
 ) -> Dataset:
     """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
     limits make impossible."""
@@ -98,7 +99,8 @@ def prepare_dataset(
     rows = open_rows(
         data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
     )
-    choice, rules = choose_template(kind, data.template, rows, data.columns), token_rules(tokens)
+    choice = choose_template(kind, data.template, rows, data.columns, continued)
+    rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
     if choice.reason:
         say(choice.reason)

@@ -30,7 +30,7 @@ def preflight(settings: Mapping[type, object]) -> None:
     gather(
         partial(check_trackers, run.report_to),
         partial(check_folders, model, run),
-        partial(check_data, group_of(settings, DataSettings), kind_of(settings)),
+        partial(check_data, group_of(settings, DataSettings), kind_of(settings), adapter_of(model)),
     )
 
 
@@ -69,10 +69,10 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     return model.adapter or source.adapter
 
 
-def check_data(data: DataSettings, kind: Kind) -> None:
+def check_data(data: DataSettings, kind: Kind, continued: str | None = None) -> None:
     """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
 
-    The rows are rendered, not tokenised: the model has no say yet.
+    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no say yet.
     """
     choices: list[Choice] = []
     tables: dict[str, Rows] = {}
@@ -88,7 +88,7 @@ def check_data(data: DataSettings, kind: Kind) -> None:
 
     gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
     if not choices and data.data_path in tables:  # the training rows' columns choose
-        choices = [choose_template(kind, None, tables[data.data_path], data.columns)]
+        choices = [choose_template(kind, None, tables[data.data_path], data.columns, continued)]
     if choices:
         gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables.values()))
 
@@ -110,6 +110,12 @@ def _check_writable(output: Path) -> None:
         raise UserError(
             "cannot be written", place=str(existing), cure="give an output_dir that you may write to"
         )
+
+
+def adapter_of(model: ModelSettings) -> str | None:
+    """The adapter folder that may be continued; not yet looked into."""
+    named = model.adapter or model.base_model
+    return named if (Path(named).expanduser() / "adapter_config.json").is_file() else None
 
 
 def _check_rows(rows: Rows, choice: Choice, kind: Kind) -> None:

@@ -68,7 +68,7 @@ def prepare(
 
     data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
     kind = kind_for(None if preference is None else preference.loss)
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind)
+    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind, continued)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,

@@ -83,9 +83,7 @@ def reference_logprobs(
         found = _read(path, len(store))
         known = np.full(len(store), np.nan) if found is None else found
     known = _summed(known, group, model.device)  # the others' zeros: all know what the first knows
-    missing = units[
-        [bool(np.isnan(known[store.examples_of(units[i : i + 1])]).any()) for i in range(len(units))]
-    ]
+    missing = units[np.isin(units, store.units[np.isnan(known)])]
     if not len(missing):
         return known
     done = 0

@@ -1,0 +1,70 @@
+"""`yeonma dpo` in several processes does what one does, the reference included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pairs import PLAIN, pairs, tuned
+from tests.runs import Done, arguments, model_folder, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def started(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
+    wanted = {"base_model": base, "data_path": data, "output_dir": output, **PLAIN, **settings}
+    done = subprocess.run([*command, *arguments(wanted)], cwd=ROOT, capture_output=True, text=True)
+    return Done(done.returncode, output, done.stdout, done.stderr)
+
+
+def assert_same_run(several: Done, one: Done) -> None:
+    assert (several.status, several.err) == (0, "")
+    unlike = {"seconds", "peak_memory_bytes", "reward_accuracy"}
+    for mine, theirs in zip(several.lines, one.lines, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - unlike:
+            if mine[name] is not None or theirs[name] is not None:
+                assert mine[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), name
+    for name, weight in several.weights.items():
+        assert float((weight - one.weights[name]).abs().max()) < 1e-3, name
+
+
+@pytest.mark.parametrize("command", ["torchrun", "nproc"])
+def test_two_processes_give_the_losses_and_rewards_of_one(tmp_path: Path, base: Path, command: str) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", pairs(17))
+    settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "eval_steps": 2, "num_epochs": 2}
+    one = tuned(tmp_path / "one", base, data, **settings, cache_dir=tmp_path / "a")
+    words = (
+        [*TORCHRUN, "dpo-trainer.py"] if command == "torchrun" else [sys.executable, "-m", "yeonma", "dpo"]
+    )
+    more = {} if command == "torchrun" else {"nproc": 2}
+    two = started(words, tmp_path / "two", base, data, **settings, **more, cache_dir=tmp_path / "b")
+    assert_same_run(two, one)
+    assert two.out.count("reference: 17 of 17 computed") == 1
+    again = started(words, tmp_path / "again", base, data, **settings, **more, cache_dir=tmp_path / "b")
+    assert "reference: " not in again.out  # both processes know what the first of them has read
+    assert again.losses == two.losses
+
+
+def test_kto_in_two_processes_measures_the_whole_step(tmp_path: Path, base: Path) -> None:
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
+        for i, row in enumerate(pairs(11))
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings: dict[str, object] = {"loss": "kto", "batch_size": 5, "num_epochs": 3, "beta": 0.5}
+    one = tuned(tmp_path / "one", base, data, **settings)
+    two = started([*TORCHRUN, "dpo-trainer.py"], tmp_path / "two", base, data, **settings)
+    assert_same_run(two, one)
+    assert any(step["reference_point"] > 0 for step in one.steps)

@@ -53,7 +53,7 @@ VERBS = {
     "inspect": Verb(
         "Show rows as the model will see them, and audit all of them, before training.",
         "yeonma.verbs.inspect:run",
-        (InspectSettings, *TRAINING),
+        (InspectSettings, *PREFERENCE),
         needless=("output_dir",),
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),

@@ -269,8 +269,10 @@ PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
-    """What is shown. All settings of `yeonma sft` are taken as well, so that a command only changes its verb."""
+    """What is shown. All settings of training are taken as well, so that a command only changes its verb."""
 
+    objective: Literal["sft", "dpo"] = "sft"
+    """The verb that would train: what the rows hold, and which settings count."""
     rows: str | None = None
     """Rows to show: numbers such as `17,40` or `5-8`, or `all`. Without it, the first three; `none` for the audit alone."""
     tokens: bool = False

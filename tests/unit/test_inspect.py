@@ -189,6 +189,74 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
     assert list(tmp_path.glob(".*")) == []
 
 
+PAIRS = [
+    {
+        "prompt": f"{number}. write a title for the harbour.\n",
+        "chosen": "storm closes harbour" + " and wind" * (number % 3),
+        "rejected": "boats " * (number % 4 + 1) + "wait",
+    }
+    for number in range(12)
+]
+
+
+def test_pairs_are_shown_as_dpo_trains_on_them(base: Path, tmp_path: Path) -> None:
+    rows = [dict(row) for row in PAIRS]
+    rows[4]["rejected"] = rows[4]["chosen"]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    settings = {**SETTINGS, "template": None, "base_model": base, "data_path": data}
+    done = command(tmp_path, "dpo", *arguments({**settings, "output_dir": tmp_path / "out"}))
+    assert done.status == 0, done.err
+    steps = Done(0, tmp_path / "out", "", "").steps
+    shown = command(
+        tmp_path, "inspect", *arguments({**settings, "objective": "dpo", "json": True, "rows": "all"})
+    )
+    *views, last = lines(shown)
+    audit = last["audit"]
+    assert [(view["row"], view["role"]) for view in views] == [
+        (number, role) for number in range(1, 13) for role in ("chosen", "rejected")
+    ]
+    for chosen, rejected, row in zip(views[::2], views[1::2], rows, strict=True):
+        assert chosen["prompt"] == rejected["prompt"] == row["prompt"]
+        assert (chosen["answer"], rejected["answer"]) == (row["chosen"], row["rejected"])
+    used = [view for view in views if view["left_out"] is None]
+    assert len(used) == 22
+    assert audit["train"]["units"] == 11
+    assert audit["train"]["trained_tokens"] == sum(sum(view["trained"]) for view in used)
+    assert audit["trained_tokens_per_epoch"] == sum(step["trained_tokens"] for step in steps)
+    assert audit["steps"] == len(steps)
+    assert audit["kind"] == "pairs"
+    lengths = [(sum(a["trained"]), sum(b["trained"])) for a, b in zip(used[::2], used[1::2], strict=True)]
+    bias = audit["train"]["bias"]
+    assert bias["chosen_longer"] == sum(chosen > rejected for chosen, rejected in lengths)
+    assert bias["rejected_longer"] == sum(chosen < rejected for chosen, rejected in lengths)
+    assert bias["chosen_mean"] == pytest.approx(np.mean([chosen for chosen, _ in lengths]))
+
+
+def test_a_pair_shows_its_prompt_once_and_what_lengths_alone_would_teach(base: Path, tmp_path: Path) -> None:
+    rows = [{**row, "rejected": row["chosen"] + " and on and on"} for row in PAIRS]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    done = inspect(base, data, template=None, objective="dpo", rows="2")
+    assert done.out.count(rows[1]["prompt"].strip()) == 1
+    assert f"«{rows[1]['chosen']}</s>»" in done.out
+    assert f"\n«{rows[1]['rejected']}</s>»" in done.out
+    assert "rejected in 100%" in done.out
+    assert "a model can learn length alone from that" in done.out
+
+
+def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{number}. a title?\n", "completion": f"title {number}", "label": number % 2 == 0}
+        for number in range(6)
+    ]
+    data = write_jsonl(tmp_path / "labelled.jsonl", rows)
+    done = inspect(base, data, template=None, objective="dpo", loss="kto", json=True, rows="all")
+    *views, last = lines(done)
+    assert [view["role"] for view in views] == ["desirable", "undesirable"] * 3
+    assert last["audit"]["train"]["examples"] == 6
+    assert last["audit"]["train"]["bias"] is None
+    assert last["audit"]["train"]["tokens"] == sum(len(view["token_ids"]) for view in views)
+
+
 @pytest.mark.parametrize(
     ("rows", "numbers"),
     [(None, {1, 2, 3}), ("17,40", {17, 40}), (" 5 - 7 , 2", {2, 5, 6, 7}), ("none", set()), ("100", {100})],

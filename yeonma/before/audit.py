@@ -14,7 +14,7 @@ import numpy as np
 
 from yeonma.text.notes import script_names
 from yeonma.tokens.dataset import Dataset, Part
-from yeonma.tokens.example import LeftOut
+from yeonma.tokens.example import LeftOut, Role
 from yeonma.tokens.forest import lay_out
 from yeonma.tokens.plan import Plan, micro_batches
 from yeonma.tokens.remarks import FIRST, Remark, overlap_of, remarks_of, rows_remark, used_rows
@@ -56,13 +56,27 @@ class Scripts:
 
 
 @dataclass(frozen=True)
+class Bias:
+    """How the lengths of chosen and rejected answers differ: a model may learn that alone."""
+
+    chosen_longer: int
+    """Pairs whose chosen answer has more tokens."""
+    rejected_longer: int
+    chosen_mean: float
+    rejected_mean: float
+
+
+@dataclass(frozen=True)
 class PartAudit:
     """Of the training or the validation rows. Row numbers are the first few."""
 
     name: str
     rows: int
     """Rows that something is trained of, or measured by."""
+    units: int
+    """What a step counts: examples or, in preference data, pairs."""
     examples: int
+    """A pair has two."""
     tokens: int
     trained_tokens: int
     shortened: int
@@ -75,6 +89,8 @@ class PartAudit:
     """Examples of each variant of the template."""
     scripts: tuple[Scripts, ...]
     """The most frequent first."""
+    bias: Bias | None
+    """Of pairs alone."""
     remarks: tuple[Remark, ...]
 
 
@@ -109,6 +125,8 @@ class Source:
 class Audit:
     sources: tuple[Source, ...]
     template: str
+    kind: str
+    """`answers`, `pairs` or `labelled answers`."""
     train: PartAudit
     validation: PartAudit | None
     overlap: Remark | None
@@ -138,6 +156,7 @@ def audit_of(
     return Audit(
         sources=tuple(_source(part) for part in stores.values()),
         template=dataset.template.name,
+        kind=dataset.kind.name,
         train=train,
         validation=None if held_out is None else _part_audit(held_out, dataset, unknown_id),
         overlap=None if held_out is None else overlap_of(dataset.train.examples, held_out.examples),
@@ -152,18 +171,20 @@ def audit_of(
 def work_of(
     store: TokenStore, plan: Plan, micro_batch_size: int, micro_batch_tokens: int | None, share_prefix: bool
 ) -> Work:
-    """Of the plan's first steps, at most 50. Padding is measured on micro-batches of `micro_batch_size` examples in
-    the order of the step, as a trainer with padding would form them."""
+    """Of the plan's first steps, at most 50. Padding is measured on micro-batches of `micro_batch_size` units in the
+    order of the step, as a trainer with padding would form them, each answer of a pair with a prompt of its own."""
     steps = padded = unpadded = forest = 0
-    for positions in islice(plan.steps(), min(STEPS_SEEN, plan.steps_per_epoch)):
+    for units in islice(plan.steps(), min(STEPS_SEEN, plan.steps_per_epoch)):
         steps += 1
-        lengths = store.lengths[positions]
-        for start in range(0, len(lengths), micro_batch_size):
-            together = lengths[start : start + micro_batch_size]
+        for start in range(0, len(units), micro_batch_size):
+            together = store.lengths[store.trained_of(units[start : start + micro_batch_size])]
             padded += len(together) * int(together.max())
-        unpadded += int(lengths.sum())
-        for members in micro_batches(lengths.tolist(), micro_batch_size, micro_batch_tokens):
-            examples = [store.example(int(position)) for position in positions[members]]
+            unpadded += int(together.sum())
+        for members in micro_batches(
+            store.unit_lengths[units].tolist(), micro_batch_size, micro_batch_tokens
+        ):
+            positions = store.trained_of(units[members])
+            examples = [store.example(int(position)) for position in positions]
             ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
             forest += len(lay_out(ids, trained, share_prefix=share_prefix).token_ids_T)
     return Work(steps, padded, unpadded, forest)
@@ -200,7 +221,7 @@ def _source(part: Part) -> Source:
 
 
 def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAudit:
-    store, positions = part.examples
+    store, positions = part.store, part.store.trained_of(part.units)
     lengths, cut = store.lengths[positions], store.cut_characters[positions]
     answers = lengths - store.prompt_lengths[positions]
     if not dataset.rules.train_on_inputs:  # a turn list may have several answers
@@ -212,6 +233,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
     return PartAudit(
         name=part.rows.name,
         rows=len(rows),
+        units=len(part.units),
         examples=len(positions),
         tokens=int(lengths.sum()),
         trained_tokens=part.trained_tokens,
@@ -223,8 +245,21 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
         variants=tuple(
             np.bincount(store.variants[positions], minlength=len(dataset.template.variants)).tolist()
         ),
+        bias=_bias(store, positions, answers),
         scripts=_scripts(store.row_scripts[rows - 1], rows),
         remarks=(*remarks_of(store, positions), *([not_known] if not_known else [])),
+    )
+
+
+def _bias(store: TokenStore, positions: np.ndarray, answers: np.ndarray) -> Bias | None:
+    chosen, rejected = (answers[store.roles[positions] == role] for role in (Role.CHOSEN, Role.REJECTED))
+    if not len(chosen):
+        return None
+    return Bias(
+        chosen_longer=int(np.count_nonzero(chosen > rejected)),
+        rejected_longer=int(np.count_nonzero(chosen < rejected)),
+        chosen_mean=float(chosen.mean()),
+        rejected_mean=float(rejected.mean()),
     )
 
 

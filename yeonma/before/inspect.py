@@ -54,15 +54,15 @@ def wanted_rows(rows: str | None, count: int) -> Wanted:
     return Wanted(frozenset(numbers))
 
 
-def views_of(dataset: Dataset, tokenizer: Any, wanted: Wanted, *, texts: bool = True) -> Iterator[View]:
+def views_of(dataset: Dataset, tokenizer: Any, wanted: Wanted, *, in_full: bool = True) -> Iterator[View]:
     """The wanted rows of the training data's source, held out or not. Reads no further than the last of them.
 
-    `texts` as in `explain`.
+    `in_full` as in `explain`.
     """
     chosen = (row for row in _until(dataset.train.rows, wanted) if row.number in wanted)
     while chunk := list(islice(chosen, ROWS_A_CHUNK)):
-        rendered = [dataset.template.render(row, dataset.columns) for row in chunk]
-        yield from explain(rendered, chunk, tokenizer, dataset.rules, texts=texts)
+        texts = [dataset.kind.render(dataset.template, row, dataset.columns) for row in chunk]
+        yield from explain(texts, chunk, tokenizer, dataset.rules, dataset.kind, in_full=in_full)
 
 
 def _until(rows: Rows, wanted: Wanted) -> Iterator[Row]:
@@ -73,10 +73,14 @@ def _until(rows: Rows, wanted: Wanted) -> Iterator[Row]:
 
 
 def view_json(view: View) -> str:
-    """One example as a line. `trained` has a 0 or 1 for each token; a row that is left out has no tokens."""
+    """One example as a line. `trained` has a 0 or 1 for each token; a row that is left out has no tokens.
+
+    An answer of preference data has its `role` as well.
+    """
     return _line(
         {
             "row": view.row,
+            **({} if view.role is None else {"role": view.role}),
             "token_ids": list(view.token_ids),
             "trained": [int(trained) for trained in view.trained],
             "prompt": view.prompt,

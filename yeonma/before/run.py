@@ -32,7 +32,7 @@ def run_inspect(settings: Mapping[type, object]) -> None:
     wanted = wanted_rows(shown.rows, dataset.train.store.counts.rows)
     audit = _audit(settings, prepared)
     if shown.json:
-        for view in views_of(dataset, prepared.tokenizer, wanted, texts=False):
+        for view in views_of(dataset, prepared.tokenizer, wanted, in_full=False):
             sys.stdout.write(view_json(view))
         sys.stdout.write(audit_json(audit, {}))
         return

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import dropwhile
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from yeonma.before.audit import Audit, Lengths, PartAudit, Source
-from yeonma.tokens.explain import Kind, Stretch, View
+from yeonma.before.audit import Audit, Bias, Lengths, PartAudit, Source
+from yeonma.tokens.explain import Stretch, StretchKind, View
 from yeonma.tokens.remarks import listed
 
-STYLES: dict[Kind, str] = {
+STYLES: dict[StretchKind, str] = {
     "start": "magenta",
     "frame": "bright_black",
     "field": "cyan",
@@ -21,7 +22,7 @@ STYLES: dict[Kind, str] = {
     "end": "black on green",
     "cut": "red strike",
 }
-WORDS: dict[Kind, str] = {
+WORDS: dict[StretchKind, str] = {
     "start": "start token",
     "frame": "frame",
     "field": "field",
@@ -48,7 +49,10 @@ def print_views(console: Console, views: Iterable[View], held_out: Sequence[int]
         if tokens and view.tokens:
             console.print(_token_table(view))
         else:
-            console.print(_coloured(view.stretches, marks=console.color_system is None))
+            stretches = view.stretches
+            if view.role == "rejected":  # the chosen answer has shown the prompt
+                stretches = tuple(dropwhile(lambda each: each.kind not in ("answer", "end"), stretches))
+            console.print(_coloured(stretches, marks=console.color_system is None))
         console.print()
 
 
@@ -73,14 +77,14 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
 def _legend(console: Console) -> Text:
     if console.color_system is None:
         return Text("«trained answer and end token»  ⟨what was cut⟩")
-    kinds: tuple[Kind, ...] = ("frame", "field", "answer", "end", "cut")
+    kinds: tuple[StretchKind, ...] = ("frame", "field", "answer", "end", "cut")
     return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
 
 
 def heading_of(view: View, held_out: bool) -> str:
     """What is to say of a view in one line. `held_out`: its row is measured by, not trained on."""
     trained = sum(view.trained)
-    parts = [f"row {view.row}", view.place]
+    parts = [f"row {view.row}", view.place, *([view.role] if view.role is not None else [])]
     if view.left_out is not None:
         parts.append(f"left out: {view.left_out}")
     else:
@@ -156,7 +160,7 @@ def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
-    examples = "" if part.examples == part.rows else f", {part.examples:,} examples"
+    examples = "" if part.examples == part.rows else f", {part.examples:,} answers"
     line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
     console.print(Text.assemble((f"{label}: ", "bold"), line))
     if part.shortened:
@@ -168,11 +172,29 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         used = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
         console.print(f"  template {', '.join(used)}")
     console.print(f"  answers in {_scripts(part)}")
+    if part.bias is not None:
+        console.print(
+            Text(f"  {_bias(part.bias, part.units)}", "yellow" if _leans(part.bias, part.units) else "")
+        )
     for remark in part.remarks:
         console.print(Text(f"  ! {remark}", "yellow"))
     for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
         spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
         console.print(f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
+
+
+def _bias(bias: Bias, pairs: int) -> str:
+    means = f"{bias.chosen_mean:.0f} tokens on average against {bias.rejected_mean:.0f}"
+    longer = (
+        f"in {bias.chosen_longer / pairs:.0%} of pairs, the rejected in {bias.rejected_longer / pairs:.0%}"
+    )
+    warning = ": a model can learn length alone from that" if _leans(bias, pairs) else ""
+    return f"length: the chosen answer is the longer one {longer}; {means}{warning}"
+
+
+def _leans(bias: Bias, pairs: int) -> bool:
+    """Whether the longer or the shorter answer wins so often that length alone would guess three pairs of four."""
+    return pairs >= 8 and max(bias.chosen_longer, bias.rejected_longer) >= 0.75 * pairs
 
 
 def _scripts(part: PartAudit) -> str:

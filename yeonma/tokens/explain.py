@@ -7,22 +7,25 @@ tokenised over it; where a tokenizer does not give that text back (it normalises
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.text.frame import Piece
+from yeonma.text.kinds import ANSWERS, LABELLED, PAIRS, Kind
+from yeonma.text.pairs import RenderedLabel, RenderedPair
 from yeonma.text.rows import Row
 from yeonma.text.template import Rendered
-from yeonma.tokens.desk import Made, desk_for
+from yeonma.tokens.desk import Desk, Made, desk_for
 from yeonma.tokens.draft import Draft, data_spans
 from yeonma.tokens.encode import TextEncoder
 from yeonma.tokens.example import Example, LeftOut, TokenRules
+from yeonma.tokens.pairs import make_pairs
 
-Kind = Literal["start", "frame", "field", "prompt", "answer", "end", "cut"]
+StretchKind = Literal["start", "frame", "field", "prompt", "answer", "end", "cut"]
 """`start`: the tokenizer's first tokens. `prompt`: frame or field, which could not be told apart. `end`: the special
 tokens that end an answer. `cut`: text that is in the row and not in the example."""
 
@@ -32,7 +35,7 @@ class Stretch:
     """Text of one kind. `field`: whose text it is, for `field` and `cut`."""
 
     text: str
-    kind: Kind
+    kind: StretchKind
     field: str | None
     trained: bool
 
@@ -44,7 +47,7 @@ class TokenView:
     id: int
     text: str
     name: str
-    kind: Kind
+    kind: StretchKind
     trained: bool
 
 
@@ -52,6 +55,7 @@ class TokenView:
 class View:
     """One example, or one that is left out (then without tokens), as a person may look at it.
 
+    `role`: what the answer of preference data is to be, such as `chosen`; None elsewhere.
     `token_ids` and `trained` are the example's; `tokens` says more of each, `stretches` of the text, or both are empty.
 
     `prompt` and `answer` are the texts that were tokenised; of a turn list, what stands before its last answer and
@@ -60,6 +64,7 @@ class View:
 
     row: int
     place: str
+    role: str | None
     prompt: str
     answer: str
     token_ids: tuple[int, ...]
@@ -76,28 +81,64 @@ class View:
 
 
 def explain(
-    rendered: Sequence[Rendered],
+    texts: Sequence[Any],
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
+    kind: Kind = ANSWERS,
     *,
-    texts: bool = True,
+    in_full: bool = True,
 ) -> list[View]:
-    """The views of rendered rows, in order; a turn list may have several. Raises UserError as `encode`.
+    """The views of rendered rows, `texts` as `kind.render` gives them, in order. A turn list may have several; a pair
+    has two. Raises UserError as the encoding of that kind.
 
-    Without `texts` they have neither stretches nor tokens, which take most of the time.
+    Without `in_full` they have neither stretches nor tokens, which take most of the time.
     """
-    whole = {row.number: text for text, row in zip(rendered, rows, strict=True)}
-    with desk_for(tokenizer, rules, rendered) as desk:
-        views = []
-        for made in desk.encode(rendered, rows):
-            view = _view(made.draft, made.outcome)
-            if texts:
+    views = []
+    with desk_for(tokenizer, rules, [kind.wanted(text) for text in texts]) as desk:
+        for whole, role, made in _MAKERS[kind.name](desk, texts, rows):
+            view = _view(made, role)
+            if in_full:
                 spans = data_spans(made.draft, desk.chat)
-                cuts = _cuts(spans, made.draft.rendered, whole[view.row], rules.shrink_side)
+                cuts = _cuts(spans, made.draft.rendered, whole, rules.shrink_side)
                 view = _with_texts(view, made, _marks(made.draft, spans), cuts, desk.encoder)
             views.append(view)
-        return views
+    return views
+
+
+Making = tuple[Rendered, "str | None", Made]
+"""What a row was before it was shortened, the role of its answer, and what came of it."""
+
+
+def _answers(desk: Desk, texts: Sequence[Rendered], rows: Sequence[Row]) -> Iterator[Making]:
+    whole = {row.number: text for text, row in zip(texts, rows, strict=True)}
+    for made in desk.encode(texts, rows):
+        yield whole[made.draft.row.number], None, made
+
+
+def _pairs(desk: Desk, pairs: Sequence[RenderedPair], rows: Sequence[Row]) -> Iterator[Making]:
+    for pair, made in zip(pairs, make_pairs(desk, pairs, rows), strict=True):
+        sides = zip((pair.chosen, pair.rejected), ("chosen", "rejected"), made.drafts, strict=True)
+        for number, (whole, role, draft) in enumerate(sides):
+            outcome = made.outcome
+            one = outcome if isinstance(outcome, LeftOut) else outcome.members[number][1]
+            yield whole, role, Made(draft, one)
+
+
+def _labelled(desk: Desk, labelled: Sequence[RenderedLabel], rows: Sequence[Row]) -> Iterator[Making]:
+    roles = {
+        row.number: "desirable" if each.desirable else "undesirable"
+        for each, row in zip(labelled, rows, strict=True)
+    }
+    for whole, _, made in _answers(desk, [each.rendered for each in labelled], rows):
+        yield whole, roles[made.draft.row.number], made
+
+
+_MAKERS: dict[str, Callable[[Desk, Sequence[Any], Sequence[Row]], Iterator[Making]]] = {
+    ANSWERS.name: _answers,
+    PAIRS.name: _pairs,
+    LABELLED.name: _labelled,
+}
 
 
 def token_texts(ids: Sequence[int], encoder: TextEncoder) -> list[str]:
@@ -114,8 +155,8 @@ def token_texts(ids: Sequence[int], encoder: TextEncoder) -> list[str]:
     return texts
 
 
-Mark = tuple[Kind, "str | None"]
-"""Kind and field of a character."""
+Mark = tuple[StretchKind, "str | None"]
+"""StretchKind and field of a character."""
 
 _START: Mark = ("start", None)
 _PROMPT: Mark = ("prompt", None)
@@ -163,11 +204,13 @@ def _texts_of_fields(rendered: Rendered) -> dict[str, str]:
     return {piece.field: piece.text for piece in pieces if piece.field is not None}
 
 
-def _view(draft: Draft, outcome: Example | LeftOut) -> View:
+def _view(made: Made, role: str | None) -> View:
+    draft, outcome = made.draft, made.outcome
     start, end = draft.answers[-1]
     view = View(
         row=outcome.row,
         place=draft.row.place,
+        role=role,
         prompt=draft.text[:start],
         answer=draft.text[start:end],
         token_ids=(),
@@ -220,7 +263,7 @@ def _laid_over(
         marks += [_END] * (len(text) - len(places))
         cuts = [(bisect_left(places, at, lo=start), field, lost) for at, field, lost in cuts]
     tokens: list[TokenView] = []
-    kinds: list[tuple[Kind, str | None, bool]] = []
+    kinds: list[tuple[StretchKind, str | None, bool]] = []
     for at, number in enumerate(ids):
         here = marks[len(kinds) : len(kinds) + len(texts[at])] or marks[len(kinds) : len(kinds) + 1]
         if ends[at]:
@@ -278,7 +321,7 @@ def _meet(text: str, draft: str, here: int, there: int) -> bool:
 
 
 def _stretches(
-    text: str, kinds: Sequence[tuple[Kind, str | None, bool]], cuts: Sequence[Cut]
+    text: str, kinds: Sequence[tuple[StretchKind, str | None, bool]], cuts: Sequence[Cut]
 ) -> list[Stretch]:
     found: list[Stretch] = []
     at = 0

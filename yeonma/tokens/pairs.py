@@ -21,6 +21,14 @@ NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
 """Reasons of pairs that are left out whatever `over_limit` says."""
 
 
+@dataclass(frozen=True)
+class MadePair:
+    """What came of a pair, and the texts of both answers as they were tokenised (whole, where it is left out)."""
+
+    outcome: Unit | LeftOut
+    drafts: tuple[Draft, Draft]
+
+
 def encode_pairs(
     pairs: Sequence[RenderedPair],
     rows: Sequence[Row],
@@ -34,32 +42,39 @@ def encode_pairs(
     """
     check_tokenizer(tokenizer, rules)
     with desk_for(tokenizer, rules, [pair.chosen for pair in pairs]) as desk:
-        drafts: dict[int, tuple[_Side, _Side] | LeftOut] = {}
-        problems: list[Problem] = []
-        for number, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
-            try:
-                drafts[number] = _drafts(desk, pair, row)
-            except UserError as error:
-                problems += error.problems
-        if problems:
-            raise UserError(problems)
-        both = [sides for sides in drafts.values() if not isinstance(sides, LeftOut)]
-        ids = iter(desk.ids_of([side.draft for sides in both for side in sides]))
-        found: list[Unit | LeftOut] = []
-        for number, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
-            sides = drafts[number]
-            if isinstance(sides, LeftOut):
-                found.append(sides)
-                continue
-            encoded = (next(ids), next(ids))
-            try:
-                found.append(_finished(desk, pair, row, sides, encoded))
-            except UserError as error:
-                problems += error.problems
-    if rules.over_limit == "error":
+        return [made.outcome for made in make_pairs(desk, pairs, rows)]
+
+
+def make_pairs(desk: Desk, pairs: Sequence[RenderedPair], rows: Sequence[Row]) -> list[MadePair]:
+    """`encode_pairs` with the texts beside the tokens."""
+    sides: list[tuple[_Side, _Side] | None] = []
+    problems: list[Problem] = []
+    for pair, row in zip(pairs, rows, strict=True):
+        try:
+            sides.append(_drafts(desk, pair, row))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    ids = iter(desk.ids_of([side.draft for both in sides if both is not None for side in both]))
+    found: list[MadePair] = []
+    for pair, row, both in zip(pairs, rows, sides, strict=True):
+        try:
+            if both is None:
+                found.append(_left_out(desk, pair, row, _REWRITTEN))
+            elif pair.chosen == pair.rejected:
+                next(ids), next(ids)
+                found.append(_left_out(desk, pair, row, EQUAL))
+            else:
+                found.append(_finished(desk, pair, row, both, (next(ids), next(ids))))
+        except UserError as error:
+            problems += error.problems
+    if desk.rules.over_limit == "error":
         cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
-        left_out = (one for one in found if isinstance(one, LeftOut) and one.reason not in NOTHING_TO_CHOOSE)
-        problems += [Problem(one.reason, one.place, cure) for one in left_out]
+        left_out = (made.outcome for made in found if isinstance(made.outcome, LeftOut))
+        problems += [
+            Problem(one.reason, one.place, cure) for one in left_out if one.reason not in NOTHING_TO_CHOOSE
+        ]
     if problems:
         raise UserError(problems)
     return found
@@ -73,13 +88,14 @@ class _Side:
     draft: Draft
 
 
-def _drafts(desk: Desk, pair: RenderedPair, row: Row) -> tuple[_Side, _Side] | LeftOut:
-    if pair.chosen == pair.rejected:
-        return LeftOut(row.number, row.place, EQUAL)
+def _drafts(desk: Desk, pair: RenderedPair, row: Row) -> tuple[_Side, _Side] | None:
     chosen, rejected = (_side(desk, side, pair.prompt_turns, row) for side in (pair.chosen, pair.rejected))
-    if chosen is None or rejected is None:
-        return LeftOut(row.number, row.place, _REWRITTEN)
-    return chosen, rejected
+    return None if chosen is None or rejected is None else (chosen, rejected)
+
+
+def _left_out(desk: Desk, pair: RenderedPair, row: Row, reason: str) -> MadePair:
+    chosen, rejected = (desk.drafts(side, row)[-1] for side in (pair.chosen, pair.rejected))
+    return MadePair(LeftOut(row.number, row.place, reason), (chosen, rejected))
 
 
 _REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
@@ -102,7 +118,7 @@ def _finished(
     row: Row,
     sides: tuple[_Side, _Side],
     encoded: tuple[TokenIds | None, TokenIds | None],
-) -> Unit | LeftOut:
+) -> MadePair:
     """The pair, its prompt shortened so that it and the longer answer fit.
 
     As for one answer (`Desk.finished`), a shorter prompt may change the answers' first tokens and so their number;
@@ -111,35 +127,36 @@ def _finished(
     cutoff_len = desk.rules.cutoff_len
     chosen, rejected = encoded
     if chosen is None or rejected is None:
-        return LeftOut(row.number, row.place, _REWRITTEN)
+        return _left_out(desk, pair, row, _REWRITTEN)
     longest = max(len(chosen.ids), len(rejected.ids))
     if longest <= cutoff_len:
         return _unit(desk, row, sides, (chosen, rejected), 0)
     prompt = replace(pair.chosen, turns=pair.chosen.turns[: pair.prompt_turns], answer=())
     prompt_ids = chosen.ids[: chosen.prompt_length]
-    tried, best = set[int](), None
+    tried = set[int]()
+    best: MadePair | None = None
     budget = cutoff_len - _longer(chosen, rejected)
     while budget not in tried and len(tried) < 8:
         tried.add(budget)
         fitted = desk.fitted(prompt, row, budget, prompt_ids)
         if isinstance(fitted, LeftOut):
             reason = f"{longest} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
-            return best or replace(fitted, reason=reason)
+            return best or _left_out(desk, pair, row, reason)
         short = [
             _side(desk, _with_prompt(side, fitted.rendered, pair.prompt_turns), pair.prompt_turns, row)
             for side in (pair.chosen, pair.rejected)
         ]
         if short[0] is None or short[1] is None:
-            return LeftOut(row.number, row.place, _REWRITTEN)
+            return _left_out(desk, pair, row, _REWRITTEN)
         short_chosen, short_rejected = desk.ids_of([short[0].draft, short[1].draft])
         if short_chosen is None or short_rejected is None:
-            return LeftOut(row.number, row.place, _REWRITTEN)
+            return _left_out(desk, pair, row, _REWRITTEN)
         if max(len(short_chosen.ids), len(short_rejected.ids)) <= cutoff_len:
             cut = fitted.cut_characters
             best = _unit(desk, row, (short[0], short[1]), (short_chosen, short_rejected), cut)
         budget = cutoff_len - _longer(short_chosen, short_rejected)
     reason = f"{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
-    return best or LeftOut(row.number, row.place, reason)
+    return best or _left_out(desk, pair, row, reason)
 
 
 def _longer(chosen: TokenIds, rejected: TokenIds) -> int:
@@ -157,13 +174,14 @@ def _unit(
     sides: tuple[_Side, _Side],
     encoded: tuple[TokenIds, TokenIds],
     cut_characters: int,
-) -> Unit | LeftOut:
+) -> MadePair:
+    drafts = sides[0].draft, sides[1].draft
     if encoded[0].ids == encoded[1].ids:
-        return LeftOut(row.number, row.place, EQUAL_AS_TOKENS)
+        return MadePair(LeftOut(row.number, row.place, EQUAL_AS_TOKENS), drafts)
     chosen, rejected = (
         _example(desk, side, ids, cut_characters) for side, ids in zip(sides, encoded, strict=True)
     )
-    return Unit(((Role.CHOSEN, chosen), (Role.REJECTED, rejected)))
+    return MadePair(Unit(((Role.CHOSEN, chosen), (Role.REJECTED, rejected))), drafts)
 
 
 def _example(desk: Desk, side: _Side, ids: TokenIds, cut_characters: int) -> Example:

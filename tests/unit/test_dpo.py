@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,8 @@ def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, los
     assert margins[-1] > margins[0], margins
     assert done.looks[-1]["loss"] < done.looks[0]["loss"]
     assert ("reference: " in done.out) == (loss not in ("simpo", "cpo", "orpo"))
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    assert ("the accuracy is that of a coin" in card) == (loss not in ("simpo", "cpo", "orpo"))
 
 
 def labelled(count: int) -> list[dict[str, object]]:
@@ -171,10 +174,28 @@ def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base:
     assert_same(four, one)
     assert_same(alone, one)
     assert any(step["reference_point"] > 0 for step in one.steps)
-    assert one.losses[-1] < one.losses[0]
+    assert one.losses[-1] < one.losses[0] - 0.05
     (last,) = (step for step in one.steps[:5] if step["examples"] == 1)  # no row of the other label
     assert {last["desirable"], last["undesirable"]} == {0.0, 1.0}
     assert None in (last["reward_desirable"], last["reward_undesirable"])
+
+
+def test_the_card_of_labelled_answers_has_no_wanted_answer_where_none_is_known(
+    tmp_path: Path, base: Path
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", labelled(12))
+    done = tuned(tmp_path / "out", base, data, loss="kto", val_set_size=6, card_rows=6, max_steps=2)
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    parts = card.partition("## Before and after")[2].partition("## Use")[0].split("### Row ")[1:]
+    rows = {int(part.partition("\n")[0]): part for part in parts}
+    assert len(rows) == 6
+    assert {labelled(12)[number - 1]["label"] for number in rows} == {True, False}
+    for number, part in rows.items():
+        assert ("wanted:" in part) == labelled(12)[number - 1]["label"]
+    assert "on 6 labelled answers (" in card
+    assert (
+        "| validation | loss | reward accuracy | reward of desirable | reward of undesirable | step |" in card
+    )
 
 
 def test_the_kept_adapter_is_the_one_with_the_lowest_loss_on_held_out_pairs(
@@ -214,9 +235,11 @@ def left_behind(output: Path) -> dict[str, Any]:
 TIMED = ("seconds", "peak_memory_bytes")
 
 
+@pytest.mark.parametrize("cache_stays", [True, False])
 def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
-    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache_stays: bool
 ) -> None:
+    monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
     whole = tuned(tmp_path / "whole" / "out", base, data, **RESUMED)
     step, calls = loop.train_step, 0
 
@@ -230,10 +253,12 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", interrupted)
         assert dpo(tmp_path / "out", base, data, **RESUMED).status == 130
+    if not cache_stays:  # the reference is the model as it was at the start, not that of the checkpoint
+        shutil.rmtree(tmp_path / "cache")
     asked = forward_passes(monkeypatch)
     done = tuned(tmp_path / "out", base, data, **RESUMED)
     assert "continuing after step 4 of 8" in done.out
-    assert asked == []
+    assert sum(asked) == (0 if cache_stays else 2 * 21)
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
@@ -429,6 +454,8 @@ def test_every_form_of_pairs_trains_and_is_asked_as_it_was_trained(
     assert done.looks[-1]["examples"] == 2
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "| validation | loss | reward accuracy | margin |" in card
+    assert "| before | 0.6931 | 0.5000 | 0.0000 | 0.0000 | 0.0000 | 0 |" in card
+    assert f"| {done.looks[-1]['loss']:.4f} | {done.looks[-1]['reward_accuracy']:.4f} | " in card
     assert f"on 4 pairs ({sum(line['trained_tokens'] for line in done.steps):,} trained tokens" in card
     assert "yeonma dpo --config settings.yaml" in card
     loaded = yeonma.load(done.folder)

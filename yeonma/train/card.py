@@ -155,16 +155,20 @@ REWARDS = {
 """Metrics of an evaluation -> their names on the card."""
 
 
+TIED = 0.02
+"""Rewards nearer to 0 than this are rounding: both models are the same."""
+
+
 def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str) -> list[str]:
     """The table of the held-out rows."""
     about = "Both are per trained token; `after` is the adapter in this folder."
     shown = PERPLEXITY
     if "reward_accuracy" in before:
         shown = {key: name for key, name in REWARDS.items() if key in before}
+        before, told = _untied(before, shown)
         about = (
-            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. A reward is "
-            "how much likelier an answer has become than it was to the reference; before training all are 0. The "
-            "accuracy is the share that stands on its right side; a tie does not."
+            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. The accuracy "
+            f"is the share that has its reward on the right side.{told}"
         )
     columns = {"loss": "loss", **shown}
     return [
@@ -178,6 +182,19 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
         about,
         "",
     ]
+
+
+def _untied(before: Mapping[str, Any], shown: Mapping[str, str]) -> tuple[Mapping[str, Any], str]:
+    """The look before training, and what to say of it. The reference is then the model itself: all rewards are 0, and
+    which of two is higher is rounding."""
+    rewards = [key for key in shown if key != "reward_accuracy"]
+    if any(abs(before[key] or 0.0) > TIED for key in rewards):
+        return before, ""
+    told = (
+        " A reward is how much likelier an answer has become than it was to the reference, the model before training: "
+        "there all are 0, and the accuracy is that of a coin."
+    )
+    return {**before, **dict.fromkeys(rewards, 0.0), "reward_accuracy": 0.5}, told
 
 
 def _fenced(text: str) -> list[str]:

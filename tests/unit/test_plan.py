@@ -160,3 +160,10 @@ def test_without_a_token_limit_micro_batches_are_as_few_as_possible_and_even() -
 
 def test_an_example_over_the_token_limit_goes_alone() -> None:
     assert sorted(micro_batches([50, 3, 4], 8, 10)) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 4), (2, 8), (3, 10), (7, 10)])
+def test_what_a_plan_uses_is_what_its_steps_hold(steps: int, count: int) -> None:
+    plan = plan_of(10, 4, max_steps=steps)
+    assert plan.used().tolist() == sorted(set(chain(*plan.steps())))
+    assert len(plan.used()) == count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -512,3 +513,29 @@ def test_settings_that_only_sound_like_secrets_are_shown() -> None:
     assert shown == {"card_rows": 5, "micro_batch_tokens": 5}
     assert tracking._shown("lr_scheduler", "linear") == "linear"
     assert tracking._shown("base_model", "hf_abcdefghij1234") == "***"
+
+
+# Preferences
+
+REWARDS = {"reward_margin": 0.25, "reward_accuracy": 0.75}
+
+
+def test_rewards_stand_after_the_other_numbers_everywhere(tmp_path: Path) -> None:
+    step = replace(STEP, metrics=REWARDS)
+    look = replace(EVALUATION, perplexity=None, examples=16, metrics={**REWARDS, "reward_chosen": math.nan})
+    with open_metrics(tmp_path / "metrics.jsonl", None) as metrics:
+        metrics.write(step)
+        metrics.write(look)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(first)[-3:] == ["peak_memory_bytes", *REWARDS]
+    assert list(second)[-4:] == ["seconds", *REWARDS, "reward_chosen"]
+    assert second["reward_chosen"] is None
+    assert "perplexity" not in second
+    assert tracked(step)["train/reward_margin"] == tracked(look)["validation/reward_margin"] == 0.25
+    assert printed(lambda progress: progress.step(step)) == (
+        "step 12/90  epoch 0.40  loss 1.2345  margin 0.25  accuracy 0.75  lr 1.8e-04  312 tokens/s"
+        "  1m18s left  2.1 GB\n"
+    )
+    assert printed(lambda progress: progress.evaluation(look)) == (
+        "step 12/90  epoch 0.40  validation loss 1.5000  margin 0.25  accuracy 0.75  16 pairs in 3s\n"
+    )

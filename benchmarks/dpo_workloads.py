@@ -135,7 +135,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def tokenised(path: Path, folder: Path, tokenizer: Any) -> Any:
-    from yeonma.tokens.kinds import PAIRS
+    from yeonma.text.kinds import PAIRS
 
     from yeonma.settings import DataSettings, TokenSettings
     from yeonma.tokens.dataset import prepare_dataset

@@ -200,7 +200,21 @@ def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Wr
         pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xff")]
     )
     pq.write_table(pa.table({"a": text}), path)
-    assert error_of(path).startswith("a.parquet rows 1-1: text that is not UTF-8")
+    assert error_of(path).startswith('a.parquet rows 1-1: text that is not UTF-8 in column "a"')
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),  # a date after the year 9999
+        pa.array([2**62], pa.int64()).cast(pa.duration("s")),
+        pa.array([1], pa.int64()).cast(pa.timestamp("us", tz="Nowhere/City")),
+        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+    ],
+)
+def test_a_parquet_column_that_python_has_no_form_for_is_an_error(write: Write, column: pa.Array) -> None:
+    pq.write_table(pa.table({"a": ["x"], "b": column}), (path := write("a.parquet", "")))
+    assert error_of(path).startswith('a.parquet rows 1-1: values that cannot be read in column "b" (')
 
 
 def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:

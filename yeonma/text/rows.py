@@ -180,12 +180,26 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
             raise UserError(f'two columns are named "{doubled[0]}"', place=name, cure=cure)
         try:
             rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
+        except (ValueError, OverflowError):
             place = f"{name} rows {number + 1}-{number + batch.num_rows}"
-            raise UserError(f"text that is not UTF-8 ({error.reason})", place=place) from None
+            raise _unreadable_column(batch, place) from None
         for values in rows:
             number += 1
             yield f"{name} row {number}", values
+
+
+def _unreadable_column(batch: Any, place: str) -> UserError:
+    """For the first column with values that Python has no form for, such as a date after the year 9999."""
+    for column in batch.schema.names:
+        try:
+            batch.column(column).to_pylist()
+        except UnicodeDecodeError as error:
+            return UserError(f'text that is not UTF-8 in column "{column}" ({error.reason})', place=place)
+        except (ValueError, OverflowError) as error:
+            cure = "store them as text, or leave the column out"
+            what = f'values that cannot be read in column "{column}" ({_one_line(error)})'
+            return UserError(what, place=place, cure=cure)
+    raise AssertionError("every column can be read")
 
 
 FILE_KINDS: dict[str, Callable[[Path, str, str], Iterator[Placed]]] = {

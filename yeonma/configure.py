@@ -24,6 +24,7 @@ from yeonma.yaml_text import read_items, read_value, write_item
 Group = TypeVar("Group")
 OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 NONE_WORDS = ("None", "null")
+MOST_PARTS = 1000  # of a list or mapping that jsonargparse fits, in a time that grows with their square
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,11 @@ def _fitter(known: Mapping[str, Setting]) -> Callable[[Setting, object], object]
             return value  # As it stands: a template may look like YAML, and is none.
         if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
             value = _list_or_mapping(value, setting)
+        if isinstance(value, list) and list[str] in setting.members:
+            if all(isinstance(part, str) for part in value):
+                return value
+        if isinstance(value, (list, dict)) and len(value) > MOST_PARTS:
+            raise _Misfit(f"has more than {MOST_PARTS:,} parts")
         try:
             if value is None:  # jsonargparse takes None for "not given", whatever the type.
                 raise _Misfit("does not fit")

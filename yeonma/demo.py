@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.configure import group_of, settings_from_keywords
+from yeonma.paths import user_path
 from yeonma.settings import TRAINING, DemoSettings
 from yeonma.text.rows import Row, open_rows
 
@@ -48,7 +49,7 @@ def run(settings: Mapping[type, object]) -> int:
     """Fetch, train, show. A demo that was interrupted goes on; one that is finished is shown again."""
     started = time.perf_counter()
     demo = group_of(settings, DemoSettings)
-    output = Path(demo.output_dir).expanduser()
+    output = user_path(demo.output_dir)
     _heading("1. The model")
     base = demo.model_dir or _fetched()
     print(base, flush=True)

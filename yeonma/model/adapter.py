@@ -13,6 +13,7 @@ from typing import Any
 
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
+from yeonma.paths import user_path
 from yeonma.text.template import Template
 from yeonma.tokens.example import TokenRules
 
@@ -104,7 +105,7 @@ def write_adapter(
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
     """Everything but the weights. Raises UserError where the folder is not an adapter folder or is damaged."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
     for name in (MANIFEST, TEMPLATE, "adapter_config.json", WEIGHTS):

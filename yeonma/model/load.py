@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     Raises UserError for a folder without config or weights, pickled weights alone, missing or truncated shards, and
     for an adapter whose base is not named or is an adapter itself.
     """
-    folder = Path(base_model).expanduser()
+    folder = user_path(base_model)
     if not folder.is_dir():
         if folder.is_file() or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
             raise UserError(
@@ -63,7 +64,7 @@ def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
         raise UserError(
             "it does not name its base model", place=str(place), cure="give the base model and --adapter"
         )
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
+    if (user_path(name, str(place)) / "adapter_config.json").is_file():
         raise UserError(
             f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
         )
@@ -123,7 +124,7 @@ def _check_shards(folder: Path, index: Path) -> None:
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise UserError(f"it names a file outside the folder ({outside[0]})", place=str(index))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not user_path(folder / shard, str(index)).is_file()]
     if missing:
         raise UserError(
             f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"

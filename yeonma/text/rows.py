@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.paths import user_path
 from yeonma.text.readers import csv_rows, json_rows, jsonl_rows, no_rows
 
 ROWS_FOR_COLUMNS = 1000
@@ -72,7 +73,7 @@ def open_rows(
     if not data_path.strip():
         raise UserError("no data is named", place="--data_path", cure="give a file, a folder or a data set")
     encoding = _known_encoding(encoding)
-    path = Path(data_path).expanduser()
+    path = user_path(data_path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -16,6 +16,7 @@ from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import adapter as adapters
 from yeonma.model import load
+from yeonma.paths import user_path
 from yeonma.settings import (
     DataSettings,
     EvaluationSettings,
@@ -47,7 +48,7 @@ def continued_adapter(model: ModelSettings, source: load.BaseSource) -> str | No
     if model.adapter is not None and source.adapter is not None:
         what = f"base_model {source.adapter} is an adapter too"
         raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
-    return model.adapter or source.adapter
+    return str(user_path(model.adapter)) if model.adapter is not None else source.adapter
 
 
 def prepare(

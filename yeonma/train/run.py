@@ -17,6 +17,7 @@ from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.lora import speed_up
+from yeonma.paths import user_path
 from yeonma.settings import (
     EvaluationSettings,
     LoraSettings,
@@ -39,7 +40,7 @@ from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, p
 def run_sft(settings: Mapping[type, object]) -> Path:
     """Supervised fine-tuning. Returns the output folder. Raises UserError for what the user can mend."""
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
-    output = Path(run.output_dir).expanduser()
+    output = user_path(run.output_dir)
     check_trackers(run.report_to)
     source = load.find_base(
         model_settings.base_model, model_settings.model_revision, model_settings.trust_remote_code

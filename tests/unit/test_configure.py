@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -355,12 +356,20 @@ def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+def test_text_that_could_not_be_written_is_refused(tmp_path: Path) -> None:
+    for words in (["--run_name", "\udcff"], ["--columns", '{title: "\\udcff"}'], ["--data_path", "\udcff"]):
+        with pytest.raises(UserError, match="is not UTF-8 text"):
+            read(*words)
+    for line in ('run_name: "\\udcff"', 'lora_target_modules: ["\\udcff"]'):
+        with pytest.raises(UserError, match=r"run\.yaml:1: .* is not UTF-8 text"):
+            from_yaml(tmp_path, line)
+
+
 def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> None:
     """Printing or checking such a value takes hours."""
     names = "abcdefghij"
     lines = [
-        f"{name}: &{name} [{', '.join(f'*{former}' for _ in names)}]\n"
-        for former, name in zip(names, names[1:], strict=False)
+        f"{name}: &{name} [{', '.join(f'*{former}' for _ in names)}]\n" for former, name in pairwise(names)
     ]
     text = "".join(["a: &a [x, x]\n", *lines, "lora_target_modules: *j\n"])
     with pytest.raises(UserError, match=r"run\.yaml:\d+:4: its aliases stand for more than 10,000 values"):

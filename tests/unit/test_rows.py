@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tracemalloc
 from pathlib import Path
@@ -215,6 +216,18 @@ def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Wr
 def test_a_parquet_column_that_python_has_no_form_for_is_an_error(write: Write, column: pa.Array) -> None:
     pq.write_table(pa.table({"a": ["x"], "b": column}), (path := write("a.parquet", "")))
     assert error_of(path).startswith('a.parquet rows 1-1: values that cannot be read in column "b" (')
+
+
+def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> None:
+    content = table_as("parquet", TABLE[:2])
+    two_rows = [
+        at for at in range(len(content)) if content.startswith(b"\x16\x04", at)
+    ]  # in the footer: Thrift
+    damaged = (content[:at] + b"\x16\x06" + content[at + 2 :] for at in two_rows)
+    counted = [each for each in damaged if pq.ParquetFile(io.BytesIO(each)).metadata.num_rows == 3]
+    assert len(counted) == 1
+    message = error_of(write("a.parquet", counted[0]))
+    assert message == "a.parquet: 2 rows can be read of the 3 that the file says it has; write the file again"
 
 
 def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:

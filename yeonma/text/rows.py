@@ -163,9 +163,15 @@ def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
+            said, found = file.metadata.num_rows, 0
+            if said == 0:
                 raise no_rows(name)
-            yield from _batch_rows(file.iter_batches(ROWS_A_BATCH), name)
+            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name):
+                found += 1
+                yield row
+            if found != said:
+                what = f"{found} rows can be read of the {said} that the file says it has"
+                raise UserError(what, place=name, cure="write the file again")
     except pa.ArrowException as error:
         raise UserError(f"not a parquet file that can be read: {_one_line(error)}", place=name) from None
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.paths import user_path
 from yeonma.text.readers import csv_rows, json_rows, jsonl_rows, no_rows
 
@@ -180,11 +181,10 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
     """Rows of Arrow tables or record batches; they are numbered from 1."""
     number = 0
     for batch in batches:
-        columns = batch.schema.names
-        doubled = sorted({column for column in columns if columns.count(column) > 1})
+        doubled = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
         if doubled:
             cure = "give each column a name of its own"
-            raise UserError(f'two columns are named "{doubled[0]}"', place=name, cure=cure)
+            raise UserError(f'two columns are named "{brief(doubled[0])}"', place=name, cure=cure)
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):

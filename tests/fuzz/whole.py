@@ -386,6 +386,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model_revision": ("x",),
     "group_by_length": ("true",),
 }
+# fmt: off
+SCHEDULE_ARGUMENTS = (
+    "{num_cycles: x}", "{num_cycles: 0}", "{timescale: 0}", "{lr_end: x}", "{lr_end: 1e300}", "{power: -1}",
+    "{power: x}", "{min_lr: x}", "{min_lr_rate: 1}", "{num_decay_steps: 0}", "{num_decay_steps: -5}",
+    "{num_decay_steps: 2, min_lr_ratio: x}", "{factor: 2}", "{patience: x}", "{last_epoch: 5}", "{mode: x}",
+)
+# fmt: on
 SOUND_WORDS = ("--base_model", "base", "--data_path", "rows.jsonl")
 
 
@@ -395,6 +402,9 @@ def sft_cases(draw: Draw) -> SftCase:
     for name in draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=4, unique=True)):
         value = draw(st.sampled_from(OPTIONS[name]))
         words += [f"--{name}={value}"] if draw(st.booleans()) else [f"--{name}", value]
+    if draw(st.integers(0, 7)) == 0:
+        words += ["--lr_scheduler", draw(st.sampled_from(OPTIONS["lr_scheduler"])), "--val_set_size", "1"]
+        words += ["--lr_scheduler_kwargs", draw(st.sampled_from(SCHEDULE_ARGUMENTS)), "--warmup_steps", "1"]
     if draw(st.integers(0, 4)) == 0:
         for _ in range(draw(edits(3))):
             at = draw(st.integers(0, len(words)))

@@ -19,6 +19,7 @@ from tests.fuzz.targets import CASES, target_of
 
 # As tests/conftest.py has it: one thread, no network. torch and huggingface_hub read these once, when imported.
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error"}  # its report of the weights that are lacking
 
 
 SLOW_SECONDS = 1
@@ -86,7 +87,7 @@ def _in_process(name: str, count: int, seed: int) -> dict[str, float]:
             "--seed",
             str(seed),
         ]
-        environment = {**os.environ, **ALONE, "TMPDIR": folder}
+        environment = {**os.environ, **ALONE, **QUIET, "TMPDIR": folder}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode == 0:
             line: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -118,17 +118,17 @@ def run_target(target: Target, count: int, folder: Path, first_seed: int) -> Tal
 
 def _round(target: Target, count: int, number: int, place: Place, last_case: Path, tally: Tally) -> None:
     """So many cases, fewer where one fails."""
-    failed = False
+    failing: Any = None
 
     def body(case: Any) -> None:
-        nonlocal failed
+        nonlocal failing
         began = perf_counter()
         try:
             accepted = run_case(target, case, place, last_case)
         except Exception:
-            failed = True
+            failing = case
             raise
-        if failed:  # hypothesis is making a failing case smaller
+        if failing is not None:  # hypothesis is making it smaller, and at the end runs the smallest
             return
         if (seconds := perf_counter() - began) > tally.slowest_seconds:
             tally.slowest_seconds, tally.slowest_case = seconds, repr(case)
@@ -149,4 +149,4 @@ def _round(target: Target, count: int, number: int, place: Place, last_case: Pat
     try:
         seed(number)(rules(given(target.cases)(body)))()
     except Exception:
-        tally.failures.append(traceback.format_exc())
+        tally.failures.append(f"{traceback.format_exc()}{target.name}: {failing!r}\n")

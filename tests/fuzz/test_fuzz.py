@@ -73,7 +73,7 @@ def test_what_a_case_must_not_do_is_a_failure(
 ) -> None:
     found = told(read, tmp_path)
     assert words in found
-    assert "case=4" in found  # the case is named
+    assert "own: 4\n" in found  # the case is named
 
 
 def fail(error: BaseException) -> None:

@@ -7,12 +7,13 @@ from importlib import import_module
 from tests.fuzz.harness import Target
 
 CASES = {
-    "rows": 3000,
+    "rows": 2500,
     "template": 1500,
     "settings": 1500,
     "row": 500,
     "tokens": 1300,
     "sft": 800,
+    "inspect": 500,
     "model": 800,
     "adapter": 600,
 }
@@ -25,6 +26,7 @@ _MODULES = {
     "row": "texts:ROW",
     "tokens": "whole:TOKENS",
     "sft": "whole:SFT",
+    "inspect": "whole:INSPECT",
     "model": "whole:MODEL",
     "adapter": "whole:ADAPTER",
 }

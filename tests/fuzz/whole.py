@@ -435,6 +435,16 @@ SFT = Target(
     pristine=run_files,
 )
 
+LOOKING = CommandLine("inspect", ("--rows", "all"))
+INSPECT = Target(
+    name="inspect",
+    cases=sft_cases(),
+    sound=SftCase((*END_TO_END.words, *SOUND_WORDS)),
+    files=lambda case: case.files,
+    read=lambda case, place: run(LOOKING, *case.words, *LOOKING.words),
+    pristine=run_files,
+)
+
 # Model folders
 
 

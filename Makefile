@@ -1,10 +1,12 @@
 # Every target works from a bare clone: it makes .venv and installs what is missing first.
 PYTHON ?= python3
 DATA ?=
+CASES ?= 10000
+SEED ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo demo-dpo test lint bench docs
+.PHONY: setup demo demo-dpo test fuzz lint bench docs
 
 setup: .venv/.installed
 
@@ -26,6 +28,10 @@ demo-dpo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests
+
+# Damaged data, templates, settings and folders; docs/reliability.md says what is looked for.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ Group = TypeVar("Group")
 OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 NONE_WORDS = ("None", "null")
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
+MOST_PARTS = 1000  # of a list or mapping that jsonargparse fits, in a time that grows with their square
 
 
 @dataclass(frozen=True)
@@ -317,9 +318,16 @@ def _fitter(known: Mapping[str, Setting]) -> Callable[[Setting, object], object]
         if isinstance(value, str) and set(setting.members) <= {str, NoneType}:
             if not value and not setting.optional:
                 raise _Misfit("is empty")
+            _check_texts(value)
             return value  # As it stands: a template may look like YAML, and is none.
         if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
             value = _list_or_mapping(value, setting)
+        if isinstance(value, list) and list[str] in setting.members:
+            if all(isinstance(part, str) for part in value):
+                _check_texts(value)
+                return value
+        if isinstance(value, (list, dict)) and len(value) > MOST_PARTS:
+            raise _Misfit(f"has more than {MOST_PARTS:,} parts")
         try:
             if value is None:  # jsonargparse takes None for "not given", whatever the type.
                 raise _Misfit("does not fit")
@@ -331,6 +339,7 @@ def _fitter(known: Mapping[str, Setting]) -> Callable[[Setting, object], object]
             RecursionError,
         ):  # The last three: monstrous values.
             raise _Misfit("does not fit") from None
+        _check_texts(fitted)
         for number in _numbers(fitted):
             if number not in (setting.range or Range()):
                 raise _Misfit("is out of range")
@@ -348,6 +357,16 @@ def _list_or_mapping(text: str, setting: Setting) -> object:
             raise _Misfit(f"does not fit ({error.problems[0].what})") from None
         value = text
     return value if isinstance(value, (list, dict)) else text
+
+
+def _check_texts(value: object) -> None:
+    """Raises _Misfit for half a character: a byte of the command line that is no text, or an escape in YAML. What a
+    run leaves behind could not be written with it."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, str) and re.search("[\ud800-\udfff]", part):
+            raise _Misfit("is not UTF-8 text")
 
 
 def _numbers(value: object) -> Iterator[float]:

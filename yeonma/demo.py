@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.configure import group_of, settings_from_keywords
+from yeonma.paths import user_path
 from yeonma.settings import PREFERENCE, PREFERENCE_DEFAULTS, TRAINING, DemoSettings
 from yeonma.text.rows import Row, open_rows
 
@@ -102,7 +103,7 @@ def _teach(lesson: Lesson, settings: Mapping[type, object]) -> int:
     """Fetch, train, show. A demo that was interrupted goes on; one that is finished is shown again."""
     started = time.perf_counter()
     demo = group_of(settings, DemoSettings)
-    output = Path(demo.output_dir).expanduser()
+    output = user_path(demo.output_dir)
     _heading("1. The model")
     base = demo.model_dir or _fetched()
     print(base, flush=True)

@@ -40,6 +40,11 @@ def gather(*checks: Callable[[], object]) -> None:
         raise UserError(problems)
 
 
+def brief(text: str, most: int = 100) -> str:
+    """A name from a file as messages show it: cut where it is longer than a message should be."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean "title"?`, or an empty string where nothing known looks like `word`."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -14,12 +14,16 @@ import yaml
 
 from yeonma.errors import UserError
 
+MOST_VALUES = 10_000
+"""Of a text with aliases, with what they stand for. Ten short lines of aliases of aliases can mean billions."""
+
 
 def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
     """Key, value and line of each entry of a text that is one YAML mapping; an empty text has none.
 
     `name` is what messages call the text. Raises UserError for anything but one mapping, for a key that
-    stands twice in a mapping at any depth, and for a tag beyond YAML's own, such as `!!python/object`.
+    stands twice in a mapping at any depth, for a tag beyond YAML's own, such as `!!python/object`, and for
+    aliases that stand for too much or for themselves.
     """
     with _named_problems(name):
         loader = yaml.SafeLoader(text)
@@ -29,6 +33,7 @@ def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
         if not isinstance(root, yaml.MappingNode):
             raise UserError("not a mapping", place=name, cure="write one `setting: value` a line")
         _refuse_twins_and_tags(root, name, set())
+        _count_values(root, name, {})
         for key_node, value_node in root.value:
             key = loader.construct_object(key_node, deep=True)
             yield key, loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1
@@ -42,6 +47,7 @@ def read_value(text: str, name: str) -> object:
         if root is None:
             return None
         _refuse_twins_and_tags(root, name, set())
+        _count_values(root, name, {})
         return loader.construct_document(root)
 
 
@@ -69,6 +75,9 @@ def _named_problems(name: str) -> Iterator[None]:
         raise UserError(f"not YAML: {error.problem or error.context}", place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}", place=name) from None
+    except (AttributeError, LookupError):  # what PyYAML makes of `!!timestamp x`, `!!bool x` and `!!int ""`
+        what = "not YAML: a value that is not what its tag says"
+        raise UserError(what, place=name, cure="write values without tags") from None
 
 
 def _refuse_twins_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
@@ -94,3 +103,25 @@ def _refuse_twins_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_twins_and_tags(item, name, seen)
+
+
+def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
+    """The values that a node stands for, itself and its aliases' among them. `counts` holds the nodes known, by id,
+    with 0 for those that are being counted. Raises UserError where aliases make them more
+    than MOST_VALUES, and for a node within itself, as PyYAML
+    does for most."""
+    place = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        counts[id(node)] = 1 + sum(_count_values(part, name, counts) for part in parts)
+    if counts[id(node)] == 0:
+        raise UserError("not YAML: found unconstructable recursive node", place=place)
+    if counts[id(node)] > max(MOST_VALUES, len(counts)):  # so many only through aliases
+        what = f"its aliases stand for more than {MOST_VALUES:,} values"
+        raise UserError(what, place=place, cure="write plain values")
+    return counts[id(node)]

@@ -253,6 +253,33 @@ def test_a_folder_that_is_no_adapter_folder_is_refused(missing: str, titles: Fol
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        (None, "base", []),
+        ("base", "name", 5),
+        ("base", "parameters", None),
+        (None, "columns", {"title": ["a"]}),
+        (None, "columns", ["title"]),
+        (None, "trust_remote_code", "yes"),
+        (None, "template", "title"),
+        ("rules", "cutoff_len", "512"),
+        ("rules", "shrink_side", "left"),
+        ("rules", "over_limit", {}),
+    ],
+)
+def test_a_manifest_with_values_of_the_wrong_kind_is_damaged(
+    group: str | None, name: str, value: object, titles: Folders, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
+    manifest = folder / "yeonma.json"
+    details = json.loads(manifest.read_text())
+    (details[group] if group else details)[name] = value
+    manifest.write_text(json.dumps(details))
+    with pytest.raises(UserError, match=r"yeonma\.json: damaged \("):
+        load(folder)
+
+
 def test_a_checkpoint_in_the_folder_is_asked_too(titles: Folders, loaded: Loaded, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT" / "checkpoint-3"))
     assert load(folder).generate(DOCUMENT, max_new_tokens=8) == loaded.generate(DOCUMENT, max_new_tokens=8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -335,6 +337,9 @@ def test_forgotten_dashes_are_noticed() -> None:
         ("lora_target_modules: &a [*a]\n", ":1:22: not YAML: found unconstructable recursive node"),
         ("[" * 5000, ": not YAML: maximum recursion depth exceeded"),
         ("1: 2\n", ":1: unknown setting 1"),
+        ("run_name: !!timestamp x\n", ": not YAML: a value that is not what its tag says"),
+        ('seed: !!int ""\n', ": not YAML: a value that is not what its tag says"),
+        ("overwrite: !!bool x\n", ": not YAML: a value that is not what its tag says"),
     ],
 )
 def test_a_yaml_mistake_is_named_with_its_place(text: str, message: str, tmp_path: Path) -> None:
@@ -349,6 +354,36 @@ def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is refused"):
         from_yaml(tmp_path, f"seed: !!python/object/apply:os.mkdir [{trace}]\n")
     assert not trace.exists()
+
+
+def test_text_that_could_not_be_written_is_refused(tmp_path: Path) -> None:
+    for words in (["--run_name", "\udcff"], ["--columns", '{title: "\\udcff"}'], ["--data_path", "\udcff"]):
+        with pytest.raises(UserError, match="is not UTF-8 text"):
+            read(*words)
+    for line in ('run_name: "\\udcff"', 'lora_target_modules: ["\\udcff"]'):
+        with pytest.raises(UserError, match=r"run\.yaml:1: .* is not UTF-8 text"):
+            from_yaml(tmp_path, line)
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> None:
+    """Printing or checking such a value takes hours."""
+    names = "abcdefghij"
+    lines = [
+        f"{name}: &{name} [{', '.join(f'*{former}' for _ in names)}]\n" for former, name in pairwise(names)
+    ]
+    text = "".join(["a: &a [x, x]\n", *lines, "lora_target_modules: *j\n"])
+    with pytest.raises(UserError, match=r"run\.yaml:\d+:4: its aliases stand for more than 10,000 values"):
+        from_yaml(tmp_path, text)
+
+
+def test_some_aliases_and_many_names_are_read(tmp_path: Path) -> None:
+    listed = [f"layer{number}" for number in range(20_000)]
+    found = from_yaml(tmp_path, f"lora_target_modules: {json.dumps(listed)}\n")
+    assert value_of(found, "lora_target_modules") == listed
+    with pytest.raises(UserError, match=r"run\.yaml:1: lora_target_modules: .* has more than 1,000 parts"):
+        from_yaml(tmp_path, f"lora_target_modules: {list(range(20_000))}\n")
+    found = from_yaml(tmp_path, "lora_r: &rank 8\nlora_alpha: *rank\n")
+    assert value_of(found, "lora_alpha") == 8
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])

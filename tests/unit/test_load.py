@@ -124,6 +124,31 @@ def test_the_folders_own_tokenizer_is_loaded(tmp_path: Path) -> None:
     assert load_tokenizer(find_base(str(tmp_path))).get_vocab() == byte_level().get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{,"),
+        ("tokenizer.json", '{"version": 1}'),
+        ("tokenizer_config.json", '{"eos_token": true}'),
+        ("tokenizer_config.json", '{"model_max_length": "long"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
+        ("config.json", '{"model_type": ["llama"]}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+    ],
+)
+def test_a_file_with_values_of_the_wrong_kind_is_an_error(name: str, text: str, tmp_path: Path) -> None:
+    byte_level().save_pretrained(whole(tmp_path))
+    (tmp_path / name).write_text(text)
+    source, read = find_base(str(tmp_path)), load_config if name == "config.json" else load_tokenizer
+    assert message_of(lambda: read(source)).startswith(f"{tmp_path}: cannot load the model's ")
+
+
+def test_a_tokenizers_config_that_is_no_object_is_seen_before_it_is_loaded(tmp_path: Path) -> None:
+    whole(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    assert "not a JSON object" in message_of(lambda: find_base(str(tmp_path)))
+
+
 def test_pickled_weights_alone(tmp_path: Path) -> None:
     torch.save({}, whole(tmp_path) / "pytorch_model.bin")
     find_base(str(tmp_path))  # beside safetensors they are no matter

@@ -262,12 +262,32 @@ def test_a_schedule_that_follows_the_validation_loss_wants_validation_rows(
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("linear", {"num_cycles": 2}), ("constant", {"num_cycles": 2}), ("warmup_stable_decay", {})],
+    [
+        ("linear", {"num_cycles": 2}),
+        ("constant", {"num_cycles": 2}),
+        ("warmup_stable_decay", {}),
+        ("linear", {"last_epoch": 5}),
+        ("inverse_sqrt", {"timescale": 0}),
+        ("polynomial", {"power": "x"}),
+        ("warmup_stable_decay", {"num_decay_steps": 2, "min_lr_ratio": "x"}),
+        ("reduce_lr_on_plateau", {"min_lr": "x"}),
+        ("reduce_lr_on_plateau", {"patience": "x"}),
+        ("greedy", {"patience": "x"}),
+    ],
 )
+@pytest.mark.parametrize("warmup_steps", [0, 3])
 def test_a_schedule_that_does_not_take_its_arguments_is_refused(
-    tmp_path: Path, base: Path, data: Path, name: str, arguments: dict[str, object]
+    tmp_path: Path, base: Path, data: Path, name: str, arguments: dict[str, object], warmup_steps: int
 ) -> None:
-    done = sft(tmp_path / "out", base, data, lr_scheduler=name, lr_scheduler_kwargs=arguments)
+    done = sft(
+        tmp_path / "out",
+        base,
+        data,
+        lr_scheduler=name,
+        lr_scheduler_kwargs=arguments,
+        warmup_steps=warmup_steps,
+        val_set_size=1,
+    )
     assert done.status == 2
     assert done.err.startswith("yeonma: lr_scheduler_kwargs: ")
     assert name in done.err

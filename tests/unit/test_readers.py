@@ -96,6 +96,7 @@ WRONG_LINES = {
     "3": "1: a row must be an object, not a number",
     ' ["a"]': "2: a row must be an object, not a list",
     '{"a": NaN}': "7: NaN is not JSON; write null or a number",
+    '{"a": "1e999", "b": [-1e999]}': "22: -1e999 is too large a number; write it as text",
     '{"a": "NaN", "b": [-Infinity]}': "20: -Infinity is not JSON",
     '{"a": 1, "b": {"a": 2, "c": 3, "a": 4}}': '32: the key "a" stands twice in one object',
     '{"a": 1, "b": "a:", "\\u0061" : 2}': '21: the key "a" stands twice',
@@ -223,6 +224,14 @@ def test_a_wrong_csv_has_its_place(write: Write, text: str, message: str) -> Non
 def test_all_lines_with_a_wrong_number_of_cells_are_told(write: Write) -> None:
     message = error_of(write("a.csv", "a,b\n1\n1,2\n1,2,3\n"))
     assert [line.split(";")[0] for line in message.splitlines()] == ["a.csv:2: 1 cells", "a.csv:4: 3 cells"]
+
+
+def test_a_wide_csv_and_long_names_take_neither_long_nor_long_messages(write: Write) -> None:
+    wide = ",".join(f"column {number}" for number in range(100_000))
+    assert error_of(write("a.csv", f"{wide}\n1\n")).startswith("a.csv:2: 1 cells; the header has 100000")
+    long = "x" * 100_000
+    for name, text in (("a.csv", f"{long},{long}\n1,2\n"), ("a.jsonl", f'{{"{long}": 1, "{long}": 2}}')):
+        assert len(error_of(write(name, text))) < 300
 
 
 def test_a_cell_of_ten_megabytes_is_read(write: Write) -> None:

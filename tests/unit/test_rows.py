@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tracemalloc
 from pathlib import Path
@@ -219,7 +220,33 @@ def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Wr
         pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xff")]
     )
     pq.write_table(pa.table({"a": text}), path)
-    assert error_of(path).startswith("a.parquet rows 1-1: text that is not UTF-8")
+    assert error_of(path).startswith('a.parquet rows 1-1: text that is not UTF-8 in column "a"')
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),  # a date after the year 9999
+        pa.array([2**62], pa.int64()).cast(pa.duration("s")),
+        pa.array([1], pa.int64()).cast(pa.timestamp("us", tz="Nowhere/City")),
+        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+    ],
+)
+def test_a_parquet_column_that_python_has_no_form_for_is_an_error(write: Write, column: pa.Array) -> None:
+    pq.write_table(pa.table({"a": ["x"], "b": column}), (path := write("a.parquet", "")))
+    assert error_of(path).startswith('a.parquet rows 1-1: values that cannot be read in column "b" (')
+
+
+def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> None:
+    content = table_as("parquet", TABLE[:2])
+    two_rows = [
+        at for at in range(len(content)) if content.startswith(b"\x16\x04", at)
+    ]  # in the footer: Thrift
+    damaged = (content[:at] + b"\x16\x06" + content[at + 2 :] for at in two_rows)
+    counted = [each for each in damaged if pq.ParquetFile(io.BytesIO(each)).metadata.num_rows == 3]
+    assert len(counted) == 1
+    message = error_of(write("a.parquet", counted[0]))
+    assert message == "a.parquet: 2 rows can be read of the 3 that the file says it has; write the file again"
 
 
 def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:

@@ -13,6 +13,7 @@ from yeonma.before.inspect import audit_json, held_out_rows, view_json, views_of
 from yeonma.before.page import page
 from yeonma.before.terminal import print_audit, print_views
 from yeonma.configure import group_of
+from yeonma.paths import user_path
 from yeonma.settings import InspectSettings, ModelSettings, RunSettings, StepSettings
 from yeonma.tokens.explain import View
 from yeonma.train.checkpoint import write_text_atomically
@@ -41,7 +42,7 @@ def run_inspect(settings: Mapping[type, object]) -> None:
         views = list(views)
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
         text = page(title, views, held_out_rows(dataset), audit, [])
-        write_text_atomically(Path(shown.html).expanduser(), text)
+        write_text_atomically(user_path(shown.html), text)
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     print_views(console, views, held_out_rows(dataset), tokens=shown.tokens)
     print_audit(console, audit)

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
+from yeonma.paths import user_path
 from yeonma.text.template import Template
 from yeonma.tokens.example import TokenRules
 
@@ -104,7 +106,7 @@ def write_adapter(
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
     """Everything but the weights. Raises UserError where the folder is not an adapter folder or is damaged."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
     for name in (MANIFEST, TEMPLATE, "adapter_config.json", WEIGHTS):
@@ -114,6 +116,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
             )
     try:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
+        _check_types(details)
         rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
         text = (folder / TEMPLATE).read_text("utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
@@ -129,7 +132,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
             rules=rules,
             details=details,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"damaged ({error})", place=str(folder / MANIFEST)) from error
 
 
@@ -138,7 +141,7 @@ def check_continued(path: str, base: BaseIdentity | None) -> None:
 
     An adapter of PEFT alone is one, too; it only names its base, so that its shapes must tell when it is loaded.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file():
         if not (folder / WEIGHTS).is_file():
             cure = "give an adapter saved as safetensors"
@@ -147,6 +150,31 @@ def check_continued(path: str, base: BaseIdentity | None) -> None:
     adapter = read_adapter_folder(path)
     if base is not None:
         check_base(adapter, base)
+
+
+def _check_types(details: Any) -> None:
+    """Raises TypeError, ValueError or KeyError where a value is not one that `describe` writes."""
+    base, rules, columns, text = details["base"], details["rules"], details["columns"], (str, NoneType)
+    types = (
+        (base, "name", str),
+        (base, "revision", text),
+        (base, "parameters", int),
+        (base, "config_sha256", str),
+        (details, "trust_remote_code", bool),
+        (details["template"], "name", str),
+        (rules, "cutoff_len", int),
+        (rules, "shrink", text),
+        (rules, "train_on_inputs", bool),
+        (rules, "add_eos_token", bool),
+    )
+    for group, name, kind in types:
+        if not isinstance(group[name], kind):
+            raise TypeError(f"{name} is {group[name]!r:.100}")
+    for name in ("shrink_side", "over_limit"):
+        if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
+            raise ValueError(f"{name} is {rules[name]!r:.100}")
+    if columns is not None and not all(isinstance(text, str) for pair in columns.items() for text in pair):
+        raise TypeError("columns are not names")
 
 
 def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:

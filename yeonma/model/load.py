@@ -29,11 +29,11 @@ def load_tokenizer(source: BaseSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (
-        Exception
-    ) as error:  # what a damaged file raises is any of them; the library's own is a bare Exception
+        own = len(tokenizer) - len(set(tokenizer.all_special_ids))
+        tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
+    except Exception as error:  # bare ones from tokenizers, any kind from values of the wrong kind
         raise _cannot_load("tokenizer", source, error) from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of no files at all
+    if own <= 0:  # what transformers makes of no files at all
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
 
@@ -43,7 +43,7 @@ def load_config(source: BaseSource) -> Any:
         return AutoConfig.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a value of the wrong kind leads to in transformers
         raise _cannot_load("config", source, error) from error
 
 

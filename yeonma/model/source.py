@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from yeonma.errors import UserError, gather
+from yeonma.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     trusted, with pickled weights alone, missing or truncated shards, and for an adapter whose base is not named or is
     an adapter itself.
     """
-    folder = Path(base_model).expanduser()
+    folder = user_path(base_model)
     if not folder.is_dir():
         if folder.is_file() or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1:
             raise UserError(
@@ -59,7 +60,7 @@ def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
         raise UserError(
             "it does not name its base model", place=str(place), cure="give the base model and --adapter"
         )
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
+    if (user_path(name, str(place)) / "adapter_config.json").is_file():
         raise UserError(
             f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
         )
@@ -120,7 +121,7 @@ def _check_shards(folder: Path, index: Path) -> None:
     if outside:
         what = f"it names a file outside the folder ({outside[0]})"
         raise UserError(what, place=str(index), cure="download the model again, from a source that you trust")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not user_path(folder / shard, str(index)).is_file()]
     if missing:
         raise UserError(
             f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"

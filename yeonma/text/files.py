@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.paths import user_path
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KNOWN_ENDINGS = ", ".join(ENDINGS)
@@ -26,14 +27,14 @@ def local_path(data_path: str) -> Path | None:
     """
     if not data_path.strip():
         raise UserError("no data is named", place="--data_path", cure="give a file, a folder or a data set")
-    path = Path(data_path).expanduser()
+    path = user_path(data_path)
     try:
         path.stat()
     except FileNotFoundError:
         if _looks_like_a_path(data_path):
             raise _no_such_file(data_path, path) from None
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         cure = "give a file or folder that you may read"
         raise UserError(f"cannot be opened: {error}", place=data_path, cure=cure) from None
     return path

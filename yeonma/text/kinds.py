@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Problem
+from yeonma.paths import user_path
 from yeonma.text.formats import Recognised, recognise
 from yeonma.text.notes import Notes, notes_of
 from yeonma.text.pairs import (
@@ -100,11 +100,7 @@ def choose_template(
     """
     if setting is not None:
         return Choice(load_template(setting), columns)
-    own = (
-        Path(continued).expanduser() / "template.txt"
-        if continued is not None and kind is not ANSWERS
-        else None
-    )
+    own = user_path(continued) / "template.txt" if continued is not None and kind is not ANSWERS else None
     if own is not None and own.is_file():
         template = load_template(str(own))
         if not template.is_chat and not kind.without_column(template, rows.columns, columns):

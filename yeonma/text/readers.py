@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, brief
 from yeonma.text.strict_json import SPACE, Fault, kind_of, parse
 
 NumberedRow = tuple[int, dict[str, object]]
@@ -112,11 +113,12 @@ def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iter
     start, header = next(records, (1, []))
     if not header:
         raise no_rows(name)
-    doubled = sorted({column for column in header if header.count(column) > 1})
+    doubled = sorted(column for column, times in Counter(header).items() if times > 1)
     if doubled:
         cure = "give each column a name of its own"
         problems = [
-            Problem(f'the header has "{column}" twice', f"{name}:{start}", cure) for column in doubled
+            Problem(f'the header has "{brief(column)}" twice', f"{name}:{start}", cure)
+            for column in doubled[:MOST_PROBLEMS]
         ]
         raise UserError(problems)
     columns = len(header)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.text.files import ENDINGS, KNOWN_ENDINGS, file_hash, files_of, local_path, wants_to_run_code
 from yeonma.text.readers import csv_rows, json_rows, jsonl_rows, no_rows
 
@@ -175,9 +176,15 @@ def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
+            said, found = file.metadata.num_rows, 0
+            if said == 0:
                 raise no_rows(name)
-            yield from _batch_rows(file.iter_batches(ROWS_A_BATCH), name)
+            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name):
+                found += 1
+                yield row
+            if found != said:
+                what = f"{found} rows can be read of the {said} that the file says it has"
+                raise UserError(what, place=name, cure="write the file again")
     except (pa.ArrowException, OSError) as error:
         what = f"not a parquet file that can be read: {_one_line(error)}"
         raise UserError(what, place=name, cure="write the file again") from None
@@ -187,20 +194,33 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
     """Rows of Arrow tables or record batches; they are numbered from 1."""
     number = 0
     for batch in batches:
-        columns = batch.schema.names
-        doubled = sorted({column for column in columns if columns.count(column) > 1})
+        doubled = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
         if doubled:
             cure = "give each column a name of its own"
-            raise UserError(f'two columns are named "{doubled[0]}"', place=name, cure=cure)
+            raise UserError(f'two columns are named "{brief(doubled[0])}"', place=name, cure=cure)
         try:
             rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
+        except (ValueError, OverflowError):
             place = f"{name} rows {number + 1}-{number + batch.num_rows}"
-            what = f"text that is not UTF-8 ({error.reason})"
-            raise UserError(what, place=place, cure="write the file again, its text as UTF-8") from None
+            raise _unreadable_column(batch, place) from None
         for values in rows:
             number += 1
             yield f"{name} row {number}", values
+
+
+def _unreadable_column(batch: Any, place: str) -> UserError:
+    """For the first column with values that Python has no form for, such as a date after the year 9999."""
+    for column in batch.schema.names:
+        try:
+            batch.column(column).to_pylist()
+        except UnicodeDecodeError as error:
+            what = f'text that is not UTF-8 in column "{column}" ({error.reason})'
+            return UserError(what, place=place, cure="write the file again, its text as UTF-8")
+        except (ValueError, OverflowError) as error:
+            cure = "store them as text, or leave the column out"
+            what = f'values that cannot be read in column "{column}" ({_one_line(error)})'
+            return UserError(what, place=place, cure=cure)
+    raise AssertionError("every column can be read")
 
 
 _READERS: tuple[Callable[[Path, str, str], Iterator[Placed]], ...] = (

@@ -7,8 +7,11 @@ each fault knows its position.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
+
+from yeonma.errors import brief
 
 SPACE = " \t\r\n"
 
@@ -29,6 +32,10 @@ class _NotANumber(Exception):
     pass
 
 
+class _TooLarge(Exception):
+    pass
+
+
 def parse(text: str, at: int) -> tuple[object, int]:
     """The value that starts at position `at`, and the position after it. Raises Fault."""
     try:
@@ -38,10 +45,15 @@ def parse(text: str, at: int) -> tuple[object, int]:
         raise Fault(what, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
     except _DoubledKey:
         key, second = _second_key(text, at)
-        raise Fault(f'the key "{key}" stands twice in one object', second, "keep one of the two") from None
+        raise Fault(
+            f'the key "{brief(key)}" stands twice in one object', second, "keep one of the two"
+        ) from None
     except _NotANumber as constant:
         where = next(found.start() for found in _TOKEN.finditer(text, at) if found[0] == str(constant))
         raise Fault(f"{constant} is not JSON", where, "write null or a number") from None
+    except _TooLarge as number:
+        where = next(found.start() for found in _TOKEN.finditer(text, at) if found[0] == str(number))
+        raise Fault(f"{brief(str(number))} is too large a number", where, "write it as text") from None
     except RecursionError:
         raise Fault("too deeply nested", at, "write it flatter") from None
     except ValueError:  # Python reads whole numbers of up to 4300 digits
@@ -84,8 +96,17 @@ _CURES = {
     "Invalid \\u": "write four hexadecimal digits after \\u",
     "Unterminated string": "close the text with a double quote",
 }
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse)
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN', re.DOTALL)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999
+        raise _TooLarge(text)
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN|-?\d[-+.\deE]*', re.DOTALL)
 _COLON = re.compile(r"[ \t\r\n]*:")
 # A NUL, or a surrogate with the low half that may follow it.
 _SUSPECT_ESCAPE = re.compile(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.errors import UserError
+from yeonma.paths import user_path
 from yeonma.settings import DataSettings, TokenSettings
 from yeonma.text.kinds import ANSWERS, Kind, choose_template
 from yeonma.text.rows import Row, Rows, draw_validation, open_rows
@@ -77,7 +78,7 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
 
 
 def cache_folder(tokens: TokenSettings) -> Path:
-    return Path(tokens.cache_dir).expanduser() if tokens.cache_dir else default_cache_dir()
+    return user_path(tokens.cache_dir) if tokens.cache_dir else default_cache_dir()
 
 
 def prepare_dataset(

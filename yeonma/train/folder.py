@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Problem, UserError
+from yeonma.paths import user_path
 from yeonma.train.checkpoint import (
     RunState,
     checkpoints,
@@ -53,7 +54,7 @@ def find_start(
 
     Raises UserError where it holds another run, or something that is no run at all.
     """
-    explicit = None if resume in ("latest", "none") else Path(resume).expanduser()
+    explicit = None if resume in ("latest", "none") else user_path(resume, "resume_from_checkpoint")
     if explicit is not None:
         _check_explicit(explicit, output, overwrite)
     if overwrite:

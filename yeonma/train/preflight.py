@@ -11,6 +11,7 @@ from pathlib import Path
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError, gather
 from yeonma.model.source import BaseSource, find_base
+from yeonma.paths import user_path
 from yeonma.settings import DataSettings, ModelSettings, PreferenceSettings, RunSettings
 from yeonma.text.kinds import Choice, Kind, choose_template, kind_for
 from yeonma.text.rows import Rows, glance
@@ -47,7 +48,7 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
     Raises UserError, having left nothing behind, for a model folder that cannot be used, for two adapters, and for an
     output folder that cannot be written or is one of the others.
     """
-    output = Path(run.output_dir).expanduser() if run.output_dir else None
+    output = user_path(run.output_dir) if run.output_dir else None
     found = list[tuple[BaseSource, str | None]]()
 
     def find() -> None:
@@ -72,8 +73,8 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
 def check_data(data: DataSettings, kind: Kind, continued: str | None = None) -> None:
     """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
 
-    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has
-    no say yet.
+    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no
+    say yet.
     """
     choices: list[Choice] = []
     tables: dict[str, Rows] = {}
@@ -116,7 +117,7 @@ def _check_writable(output: Path) -> None:
 def adapter_of(model: ModelSettings) -> str | None:
     """The adapter folder that may be continued; not yet looked into."""
     named = model.adapter or model.base_model
-    return named if (Path(named).expanduser() / "adapter_config.json").is_file() else None
+    return named if (user_path(named) / "adapter_config.json").is_file() else None
 
 
 def _check_rows(rows: Rows, choice: Choice, kind: Kind) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from yeonma.tokens.dataset import Dataset, prepare_dataset
 from yeonma.tokens.plan import Plan, make_plan
 from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
 
+TRIED_STEPS = 40
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
 
 
@@ -161,9 +162,15 @@ def _check_schedule(step: StepSettings, say: Callable[[str], None]) -> None:
     if step.lr_scheduler_kwargs and step.lr_scheduler in ("constant", "constant_with_warmup"):
         raise UserError(f"{step.lr_scheduler} takes none", place="lr_scheduler_kwargs")
     nothing = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=step.learning_rate)
+    short = replace(step, warmup_steps=min(step.warmup_steps, 2), warmup_ratio=0.0)
     try:
-        make_schedule(step, nothing, total_steps=10)
-    except (TypeError, ValueError) as error:
+        schedule = make_schedule(short, nothing, TRIED_STEPS)
+        for number in range(TRIED_STEPS):  # some arguments are looked at late, or while the loss rises
+            nothing.step()
+            schedule.step(*([float(number)] if step.lr_scheduler in BY_METRIC else []))
+            if not all(math.isfinite(rate) for rate in schedule.get_last_lr()):
+                raise ValueError("the learning rate would be infinite")
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
             f"{step.lr_scheduler} does not take them ({error})", place="lr_scheduler_kwargs"
         ) from error

@@ -19,6 +19,7 @@ from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.lora import speed_up
+from yeonma.paths import user_path
 from yeonma.settings import (
     EvaluationSettings,
     LoraSettings,
@@ -60,7 +61,7 @@ def run_training(settings: Mapping[type, object]) -> Path:
     Raises UserError for what the user can mend.
     """
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
-    output = Path(run.output_dir).expanduser()
+    output = user_path(run.output_dir)
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)

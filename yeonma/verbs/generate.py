@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TextIO
 
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError
 from yeonma.model.ask import Asker, Loaded, Question, load_model, open_folder
+from yeonma.paths import user_path
 from yeonma.settings import AdapterSettings, AnswerSettings, GenerateSettings
 from yeonma.text.rows import Row, Rows, open_rows
 from yeonma.text.strict_json import SPACE, Fault, kind_of, parse
@@ -86,13 +86,13 @@ def _check(asked: GenerateSettings) -> None:
         raise UserError(what, cure="give one of --data_path, --row and --prompt")
     if asked.output is None:
         return
-    output = Path(asked.output).expanduser()
+    output = user_path(asked.output, "--output")
     if output.is_dir() or not output.parent.is_dir():
         what = "it is a folder" if output.is_dir() else "there is no such folder"
         raise UserError(what, place=f"--output {asked.output}", cure="name a file in a folder that exists")
     if not os.access(output if output.exists() else output.parent, os.W_OK):
         raise UserError("cannot be written", place=f"--output {asked.output}")
-    data = Path(asked.data_path).expanduser() if asked.data_path else None
+    data = user_path(asked.data_path) if asked.data_path else None
     if data is not None and output.exists() and data.exists() and output.samefile(data):
         raise UserError(
             "it is the data that is read", place=f"--output {asked.output}", cure="name another file"
@@ -175,7 +175,7 @@ def _writer(output: str | None) -> Iterator[Write]:
     if output is None:
         yield to(sys.stdout)
         return
-    with Path(output).expanduser().open("w", encoding="utf-8", newline="\n") as file:
+    with user_path(output).open("w", encoding="utf-8", newline="\n") as file:
         yield to(file)
 
 

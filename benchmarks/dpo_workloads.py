@@ -135,9 +135,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def tokenised(path: Path, folder: Path, tokenizer: Any) -> Any:
-    from yeonma.text.kinds import PAIRS
-
     from yeonma.settings import DataSettings, TokenSettings
+    from yeonma.text.kinds import PAIRS
     from yeonma.tokens.dataset import prepare_dataset
 
     data = DataSettings(data_path=str(path))

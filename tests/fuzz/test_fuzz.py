@@ -23,7 +23,7 @@ def test_whatever_is_read_ends_in_success_or_in_an_error_that_helps(name: str, t
     tally = run_target(target_of(name), CASES[name] // 50, tmp_path, first_seed=0)
     assert tally.failures == []
     assert tally.cases == CASES[name] // 50
-    assert min(tally.accepted, tally.refused) > 0, "the cases are of one kind"
+    assert tally.refused > 0  # that the sound case is accepted is seen to first
 
 
 def harmless(case: int, place: Place) -> None:

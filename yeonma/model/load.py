@@ -31,6 +31,7 @@ def load_tokenizer(source: BaseSource) -> Any:
         )
         own = len(tokenizer) - len(set(tokenizer.all_special_ids))
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
+        json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()  # half characters
     except Exception as error:  # bare ones from tokenizers, any kind from values of the wrong kind
         raise _cannot_load("tokenizer", source, error) from error
     if own <= 0:  # what transformers makes of no files at all

@@ -72,6 +72,7 @@ def train_step(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> Step
         loss_sum = tuning.objective(_logprobs(tuning, store, members))
         (loss_sum / trained_tokens).backward()
         loss += loss_sum.detach() / trained_tokens
+        del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
 
     loss = sum_gradients(tuning.group, tuning.parameters.values(), loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)

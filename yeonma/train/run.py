@@ -55,14 +55,25 @@ def run_sft(settings: Mapping[type, object]) -> Path:
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
-        loaded = _load_model(settings, source, device, prepared, say)
-        tuning = _tuning(settings, loaded, prepared.plan, group)
+        loaded = load_model(settings, source, device, prepared, say)
+        tuning = make_tuning(settings, loaded, prepared.plan, group)
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
         _train(settings, loaded, tuning, console, prepared, start, output)
         wait(group)
     return output
+
+
+def lora_shape(lora: LoraSettings) -> load.LoraShape:
+    return load.LoraShape(
+        lora.lora_r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.lora_target_modules,
+        lora.use_rslora,
+        lora.use_dora,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Loaded:
     details: dict[str, Any]
 
 
-def _load_model(
+def load_model(
     settings: Mapping[type, object],
     source: load.BaseSource,
     device: torch.device,
@@ -88,22 +99,12 @@ def _load_model(
         adapters.check_base(adapters.read_adapter_folder(prepared.adapter), identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
-        shape = load.LoraShape(
-            lora.lora_r,
-            lora.lora_alpha,
-            lora.lora_dropout,
-            lora.lora_target_modules,
-            lora.use_rslora,
-            lora.use_dora,
-        )
-        peft_model = load.add_lora(base, shape, group_of(settings, StepSettings).seed)
+        peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
     how = check_forward(base)  # with the adapter in place: it may sit on the head
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")
     if model_settings.gradient_checkpointing:
-        # by its later name where transformers has it: the former one warns there
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        load.checkpoint_activations(base)
     speed_up(base)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
@@ -128,7 +129,7 @@ def _load_model(
     return Loaded(peft_model, how, details)
 
 
-def _tuning(settings: Mapping[type, object], loaded: Loaded, plan: Plan, group: Processes) -> Tuning:
+def make_tuning(settings: Mapping[type, object], loaded: Loaded, plan: Plan, group: Processes) -> Tuning:
     step = group_of(settings, StepSettings)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW(

@@ -475,7 +475,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
     from yeonma.train import run
 
     poisoned: list[Any] = []
-    make = run._tuning
+    make = run.make_tuning
 
     def tuning(*arguments: Any) -> Any:
         made = make(*arguments)
@@ -483,7 +483,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
         next(iter(made.parameters.values())).data[0, 0] = math.nan
         return made
 
-    monkeypatch.setattr(run, "_tuning", tuning)
+    monkeypatch.setattr(run, "make_tuning", tuning)
     done = sft(tmp_path / "out", base, data, batch_size=3)
     rows = sorted(int(i) + 1 for i in epoch_order(29, 42, 0, 3)[:3])
     assert done.status == 2

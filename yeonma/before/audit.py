@@ -12,10 +12,10 @@ from math import ceil
 
 import numpy as np
 
+from yeonma.before.batches import forest_of
 from yeonma.text.notes import script_names
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import LeftOut, Role
-from yeonma.tokens.forest import lay_out
 from yeonma.tokens.plan import Plan, micro_batches
 from yeonma.tokens.remarks import FIRST, Remark, overlap_of, remarks_of, rows_remark, used_rows
 from yeonma.tokens.store import TokenStore
@@ -183,10 +183,7 @@ def work_of(
         for members in micro_batches(
             store.unit_lengths[units].tolist(), micro_batch_size, micro_batch_tokens
         ):
-            positions = store.trained_of(units[members])
-            examples = [store.example(int(position)) for position in positions]
-            ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
-            forest += len(lay_out(ids, trained, share_prefix=share_prefix).token_ids_T)
+            forest += len(forest_of(store, units[members], share_prefix).token_ids_T)
     return Work(steps, padded, unpadded, forest)
 
 

@@ -74,6 +74,15 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     console.print(Text.assemble(("work: ", "bold"), _saving(audit)))
 
 
+def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """`lines`: names and texts; those that begin with blanks are parts of the one before."""
+    if lines:
+        console.print(Text("── forecast ──", "bold"))
+    for name, text in lines:
+        part = name.startswith(" ")
+        console.print(Text.assemble((f"{name}: ", "" if part else "bold"), text))
+
+
 def _legend(console: Console) -> Text:
     if console.color_system is None:
         return Text("«trained answer and end token»  ⟨what was cut⟩")

@@ -8,6 +8,7 @@ finds such models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,20 +71,32 @@ def forest_attention(
         v = values[path[0]] if len(path) == 1 else torch.cat([values[i] for i in path], dim=2)
         mask = _mask(q.shape[2], k.shape[2], sliding_window, query.device)
         if softcap is None and s_aux is None:
-            output = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                mask,
-                dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            output = _fused_attention(q, k, v, mask, dropout, scaling)
         else:
             output = _plain_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         outputs.append(output.transpose(1, 2))
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+def _fused_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    causal, grouped = mask is None, q.shape[1] != k.shape[1]
+    if q.device.type == "meta" and q.shape[-1] == v.shape[-1]:
+        # for a forecast of memory: there PyTorch would take apart what is one operation on any real device
+        if mask is not None:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output: torch.Tensor = fused(q, k, v, dropout, causal, attn_mask=mask, scale=scaling)[0]
+        return output
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ depends on the machine and the shapes alone, never on a measurement: equal runs 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -15,6 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 FEWEST_ROWS = 16  # below, as when single tokens are generated, there is nothing to gain
+
+# oneDNN makes a routine for every shape and PyTorch keeps 1024 of them, 0.6 MB each. Nearly every micro-batch has a
+# token count of its own and uses its 30 to 60 shapes in all layers: what is kept longer than that is seldom used again.
+KEPT_ROUTINES = 256
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+    os.environ.setdefault(_name, str(KEPT_ROUTINES))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def outline(config: Any, source: BaseSource) -> Any:
 
     None where it cannot be made so: code of its own may compute with weights as it builds itself.
     """
-    _keep_the_console_clean()
+    keep_the_console_clean()
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
@@ -97,7 +98,7 @@ def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype) -> A
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
     """
-    _keep_the_console_clean()
+    keep_the_console_clean()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
@@ -153,7 +154,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _keep_the_console_clean() -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Keep only the layers' inputs for the backward pass, and compute the rest again (Chen et al. 2016)."""
+    # by its later name where transformers has it: the former one warns there
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def keep_the_console_clean() -> None:
     """No bar for reading weights, and no warning of what PEFT does of itself; downloads keep their bars."""
     transformers_logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:

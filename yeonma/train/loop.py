@@ -76,6 +76,7 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
         loss_sum, metric_sums = objective.sums(_logprobs(tuning, store, members), store, members, point)
         (loss_sum / count).backward()
         totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
+        del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
 
     totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)

@@ -30,6 +30,7 @@ from yeonma.settings import (
 )
 from yeonma.tokens.dataset import cache_folder, describe
 from yeonma.tokens.plan import Plan
+from yeonma.tokens.store import TokenStore
 from yeonma.train import folder
 from yeonma.train.card import write_card
 from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
@@ -74,15 +75,19 @@ def run_training(settings: Mapping[type, object]) -> Path:
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
-        loaded = _load_model(settings, source, device, prepared, say)
-        objective = _objective(settings, loaded, prepared, group, say)
-        tuning = _tuning(settings, loaded, prepared.plan, objective, group)
+        loaded = load_model(settings, source, device, prepared, say)
+        objective = make_objective(settings, loaded, prepared, _all_looked_at(prepared), group, say)
+        tuning = make_tuning(settings, loaded, prepared.plan, objective, group)
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
         _train(settings, loaded, tuning, console, prepared, start, output)
         wait(group)
     return output
+
+
+References = Mapping[str, tuple[TokenStore, np.ndarray]]
+"""The units of each token store, by its key, that a reference is asked about."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Loaded:
     details: dict[str, Any]
 
 
-def _load_model(
+def load_model(
     settings: Mapping[type, object],
     source: load.BaseSource,
     device: torch.device,
@@ -116,9 +121,7 @@ def _load_model(
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")
     if model_settings.gradient_checkpointing:
-        # by its later name where transformers has it: the former one warns there
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        load.checkpoint_activations(base)
     speed_up(base)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
@@ -143,14 +146,26 @@ def _load_model(
     return Loaded(peft_model, source, identity, how, details)
 
 
-def _objective(
+def _all_looked_at(prepared: Prepared) -> References:
+    """All units that the run trains on or measures by."""
+    dataset = prepared.dataset
+    needed = {dataset.train.store.key: (dataset.train.store, prepared.plan.used())}
+    if dataset.validation is not None:
+        store, held_out = dataset.validation.store, dataset.validation.units
+        _, others = needed.get(store.key, (store, held_out[:0]))
+        needed[store.key] = store, np.union1d(others, held_out)
+    return needed
+
+
+def make_objective(
     settings: Mapping[type, object],
     loaded: Loaded,
     prepared: Prepared,
+    needed: References,
     group: Processes,
     say: Callable[[str], None],
 ) -> Objective:
-    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities.
+    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of `needed`.
 
     The adapter must be as it was at the start: the first step is still to come, or the checkpoint to be read.
     """
@@ -159,17 +174,12 @@ def _objective(
         return SFT
     references: dict[str, np.ndarray] = {}
     if preference.loss not in REFERENCE_FREE:
-        base, dataset = loaded.peft_model.get_base_model(), prepared.dataset
+        base = loaded.peft_model.get_base_model()
         identity = ""
         if group.first:
             identity = reference_identity(
                 loaded.source, loaded.base, prepared.adapter, base.dtype, base.device
             )
-        needed = {dataset.train.store.key: (dataset.train.store, prepared.plan.used())}
-        if dataset.validation is not None:
-            store, held_out = dataset.validation.store, dataset.validation.units
-            _, others = needed.get(store.key, (store, held_out[:0]))
-            needed[store.key] = store, np.union1d(others, held_out)
         fresh = prepared.adapter is None
         with loaded.peft_model.disable_adapter() if fresh else nullcontext():
             for key, (store, units) in needed.items():
@@ -191,7 +201,7 @@ def _objective(
     return pair_objective(preference.loss, preference_options(preference), references)
 
 
-def _tuning(
+def make_tuning(
     settings: Mapping[type, object], loaded: Loaded, plan: Plan, objective: Objective, group: Processes
 ) -> Tuning:
     step = group_of(settings, StepSettings)

@@ -1,0 +1,138 @@
+"""The forecast of memory beside what real runs need, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.runs import TEMPLATE, arguments, characters, read_lines, write_jsonl
+from yeonma.model.linear import has_onednn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc"),
+]
+
+FORECAST = """
+import sys
+from yeonma.before.forecast import forecast_run
+from yeonma.configure import group_of, read_settings
+from yeonma.model import load
+from yeonma.settings import TRAINING, ModelSettings
+from yeonma.train.prepare import prepare
+
+settings = read_settings(TRAINING, sys.argv[1:], verb="sft").settings
+source = load.find_base(group_of(settings, ModelSettings).base_model)
+prepared = prepare(settings, source, None, lambda text: None)
+print(forecast_run(settings, source, prepared, with_alternatives=False).memory.peak)
+"""
+
+SHAPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "smollm2": (
+        {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+         "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+        {"batch_size": 3, "micro_batch_size": 2, "max_steps": 1},
+    ),
+    "wide": (
+        {"vocab_size": 97, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2,
+         "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False},
+        {"batch_size": 2, "micro_batch_size": 1, "max_steps": 1, "gradient_checkpointing": True},
+    ),
+    "deep": (
+        {"vocab_size": 97, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 32,
+         "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False},
+        {"batch_size": 5, "micro_batch_size": 5, "max_steps": 1},
+    ),
+    "vocabulary": (
+        {"vocab_size": 150_000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2, "train_on_inputs": True},
+    ),
+}  # fmt: skip
+
+
+def model(place: Path, shape: dict[str, object]) -> Path:
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(**shape, **tokens, max_position_embeddings=2048)  # type: ignore[arg-type]
+    LlamaForCausalLM(config).save_pretrained(place)
+    characters().save_pretrained(place)
+    return place
+
+
+def rows(place: Path) -> Path:
+    """Documents of 100 to 260 characters, each of which is a token."""
+    draw = random.Random(0)
+
+    def text(length: int) -> str:
+        return "".join(draw.choice("abcdefgh ") for _ in range(length)).strip() + "."
+
+    found = [
+        {"document": f"{number}. {text(draw.randint(100, 260))}", "title": text(draw.randint(20, 60))}
+        for number in range(12)
+    ]
+    return write_jsonl(place, found)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_forecast_is_within_15_percent_of_the_measured_peak(name: str, tmp_path: Path) -> None:
+    shape, settings = SHAPES[name]
+    wanted = {
+        "base_model": model(tmp_path / "model", shape),
+        "data_path": rows(tmp_path / "rows.jsonl"),
+        "output_dir": tmp_path / "out",
+        "template": TEMPLATE,
+        "card_rows": 0,
+        **settings,
+    }
+
+    def run(*command: str) -> str:
+        environment = {**os.environ, "YEONMA_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, *command, *arguments(wanted)],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    forecast = int(run("-c", FORECAST).splitlines()[-1])
+    run("-m", "yeonma", "sft")
+    measured = max(line["peak_memory_bytes"] for line in read_lines(tmp_path / "out"))
+    assert measured > 700e6
+    assert forecast == pytest.approx(measured, rel=0.15)
+
+
+ROUTINES = """
+from pathlib import Path
+import torch
+from yeonma.model.linear import product
+
+def resident():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) * 1024
+
+weight, inputs = torch.ones(512, 512), torch.ones(1000, 512)
+product(inputs, weight)
+before = resident()
+for rows in range(900, 100, -1):  # each output fits where the one before was
+    product(inputs[:rows], weight)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not has_onednn(), reason="oneDNN plays no part here")
+def test_what_onednn_keeps_for_shapes_is_bounded() -> None:
+    """800 shapes would be 500 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", ROUTINES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 250e6

@@ -7,25 +7,21 @@ Nothing here imports torch or transformers, and jsonargparse is imported only wh
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from datetime import date
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from yeonma import settings as settings_module
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.settings import Range, StepSettings
-from yeonma.yaml_text import read_items, read_value, write_item
+from yeonma.fit import Misfit, fitter, misfit_problem, shown
+from yeonma.setting import NO_DEFAULTS, Given, Setting, settings_of
+from yeonma.settings import StepSettings
+from yeonma.yaml_text import read_items, write_item
 
 Group = TypeVar("Group")
 OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
-NONE_WORDS = ("None", "null")
-NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
-MOST_PARTS = 1000  # of a list or mapping that jsonargparse fits, in a time that grows with their square
 
 
 @dataclass(frozen=True)
@@ -34,32 +30,6 @@ class Reading:
 
     settings: Mapping[type, object]
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is known of one setting: its type's members (`int | None` has two), default and range."""
-
-    name: str
-    hint: Any
-    members: tuple[Any, ...]
-    required: bool
-    default: object
-    range: Range | None
-    needless: bool = False
-    """Other verbs require it, this one does not: an empty text where it is not given."""
-
-    @property
-    def optional(self) -> bool:
-        return NoneType in self.members
-
-
-@dataclass(frozen=True)
-class Given:
-    """A value as it was written. `place` is what a message about it begins with."""
-
-    value: object
-    place: str
 
 
 def read_settings(
@@ -127,55 +97,6 @@ def to_yaml(*groups: object) -> str:
     return "".join(write_item(name, value) for name, value in values.items())
 
 
-def settings_of(
-    groups: Iterable[type], needless: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
-) -> dict[str, Setting]:
-    """Every setting of `groups` by its name, in order; those named `needless` are not required; `defaults` are those
-    of the verb."""
-    known = {}
-    for group in groups:
-        hints = get_type_hints(group)
-        for field in fields(group):
-            hint = hints[field.name]
-            members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            known[field.name] = Setting(
-                name=field.name,
-                hint=hint,
-                members=members,
-                required=field.default is MISSING and field.name not in needless,
-                default=defaults.get(field.name, None if field.default is MISSING else field.default),
-                range=field.metadata.get("range"),
-                needless=field.name in needless,
-            )
-    return known
-
-
-def describe(setting: Setting) -> str:
-    """What a setting takes, in words: `a whole number of at least 1`."""
-    kinds: list[str] = []
-    choices: list[str] = []
-    for member in setting.members:
-        if get_origin(member) is Literal:
-            choices += [str(choice) for choice in get_args(member)]
-        elif member is bool:
-            kinds.append("true or false")
-        elif member in (int, float):
-            words = "a whole number" if member is int else "a number"
-            kinds.append(f"{words} {setting.range}" if setting.range else words)
-        elif member is str:
-            kinds.append("text")
-        elif get_origin(member) is list:
-            item = get_args(member)[0]
-            of = get_args(item) if get_origin(item) is Literal else ("a", "b")
-            kinds.append(f"a list such as [{', '.join(map(str, of[:2]))}]")
-        elif get_origin(member) is dict:
-            example = "b" if get_args(member)[1] is str else "1"
-            kinds.append(f"a mapping such as {{a: {example}}}, with a space after each colon")
-    if choices:
-        kinds.append(f"one of {', '.join(choices)}")
-    return " or ".join(kinds)
-
-
 # -------------------------------------------------------------------------------- the command line
 
 
@@ -228,7 +149,7 @@ def _unexpected(argument: str, known: Mapping[str, Setting]) -> Problem:
         cure = f"write --{argument}"
     else:
         cure = "write a list as '[a, b]', and text with spaces in quotes"
-    return Problem(f"{_shown(argument)} belongs to no setting", cure=cure)
+    return Problem(f"{shown(argument)} belongs to no setting", cure=cure)
 
 
 # -------------------------------------------------------------------------------- YAML
@@ -245,7 +166,7 @@ def _from_yaml(path: str, known: Mapping[str, Setting], problems: list[Problem])
         place = f"{path}:{line}"
         name = str(key).replace("-", "_")
         if name not in known:
-            problems.append(Problem(f"unknown setting {_shown(key)}", place, did_you_mean(name, known)))
+            problems.append(Problem(f"unknown setting {shown(key)}", place, did_you_mean(name, known)))
         elif name in given:
             problems.append(Problem(f'"{name}" is given twice', place, "remove one of them"))
         else:
@@ -278,13 +199,13 @@ def _checked(
 
     `form` is how a setting is written where the settings come from: `--{} ...`.
     """
-    fit = _fitter(known)
+    fit = fitter(known)
     values: dict[str, Any] = {}
     for name, written in given.items():
         try:
             values[name] = fit(known[name], written.value)
-        except _Misfit as misfit:
-            problems.append(_misfit_problem(known[name], written, str(misfit)))
+        except Misfit as misfit:
+            problems.append(misfit_problem(known[name], written, str(misfit)))
     problems += _contradictions(values, given)
     missing = [name for name, setting in known.items() if setting.required and name not in given]
     if missing:
@@ -298,105 +219,6 @@ def _checked(
         group: group(**{field.name: chosen[field.name] for field in fields(group)}) for group in groups
     }
     return Reading(settings, tuple(_warnings(values)))
-
-
-class _Misfit(Exception):
-    """Why a value is not one of its setting's: `is out of range`."""
-
-
-def _fitter(known: Mapping[str, Setting]) -> Callable[[Setting, object], object]:
-    """A function from a setting and what was written for it to its value. It raises _Misfit."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    for setting in known.values():
-        parser.add_argument(f"--{setting.name}", type=setting.hint)
-
-    def fit(setting: Setting, value: object) -> object:
-        if setting.optional and (value is None or value in NONE_WORDS):
-            return None
-        if isinstance(value, str) and set(setting.members) <= {str, NoneType}:
-            if not value and not setting.optional:
-                raise _Misfit("is empty")
-            _check_texts(value)
-            return value  # As it stands: a template may look like YAML, and is none.
-        if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
-            value = _list_or_mapping(value, setting)
-        if isinstance(value, list) and list[str] in setting.members:
-            if all(isinstance(part, str) for part in value):
-                _check_texts(value)
-                return value
-        if isinstance(value, (list, dict)) and len(value) > MOST_PARTS:
-            raise _Misfit(f"has more than {MOST_PARTS:,} parts")
-        try:
-            if value is None:  # jsonargparse takes None for "not given", whatever the type.
-                raise _Misfit("does not fit")
-            fitted: object = parser.parse_object({setting.name: value}, defaults=False)[setting.name]
-        except (
-            ArgumentError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ):  # The last three: monstrous values.
-            raise _Misfit("does not fit") from None
-        _check_texts(fitted)
-        for number in _numbers(fitted):
-            if number not in (setting.range or Range()):
-                raise _Misfit("is out of range")
-        return fitted
-
-    return fit
-
-
-def _list_or_mapping(text: str, setting: Setting) -> object:
-    """The list or mapping that a text spells, or the text itself where the setting takes text too."""
-    try:
-        value = read_value(text, setting.name)
-    except UserError as error:
-        if text.startswith(("[", "{")):
-            raise _Misfit(f"does not fit ({error.problems[0].what})") from None
-        value = text
-    return value if isinstance(value, (list, dict)) else text
-
-
-def _check_texts(value: object) -> None:
-    """Raises _Misfit for half a character: a byte of the command line that is no text, or an escape in YAML. What a
-    run leaves behind could not be written with it."""
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, str) and re.search("[\ud800-\udfff]", part):
-            raise _Misfit("is not UTF-8 text")
-
-
-def _numbers(value: object) -> Iterator[float]:
-    """The numbers in a value. Raises _Misfit for a mapping with a key that is not text."""
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise _Misfit("does not fit")
-        value = list(value.values())
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, (int, float)) and not isinstance(part, bool):
-            yield part
-
-
-def _misfit_problem(setting: Setting, written: Given, why: str) -> Problem:
-    value = written.value
-    if str in setting.members and isinstance(value, (bool, int, float, date)):
-        return Problem(f"{_shown(value)} is not text", written.place, "put it in quotes")
-    cure = f"give {describe(setting)}"
-    choices = [
-        choice for member in setting.members if get_origin(member) is Literal for choice in get_args(member)
-    ]
-    meant = did_you_mean(value, choices) if isinstance(value, str) else ""
-    return Problem(f"{_shown(value)} {why}", written.place, f"{cure}; {meant}" if meant else cure)
-
-
-def _shown(value: object) -> str:
-    """A value as messages show it, cut to 60 characters."""
-    plain = not isinstance(value, str) or re.fullmatch(r"[-+.\w]+", value)
-    text = str(value) if plain else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _contradictions(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[Problem]:

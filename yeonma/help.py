@@ -12,7 +12,7 @@ from itertools import pairwise
 from types import NoneType
 from typing import Literal, get_origin
 
-from yeonma.configure import NO_DEFAULTS, Setting, describe, settings_of
+from yeonma.setting import NO_DEFAULTS, Setting, describe, settings_of
 
 METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT", list: "LIST", dict: "MAP", Literal: "NAME"}
 

@@ -24,7 +24,7 @@ pytestmark = [
 
 FORECAST = """
 import sys
-from yeonma.before.forecast import forecast_run
+from yeonma.before.estimate import estimate
 from yeonma.configure import group_of, read_settings
 from yeonma.model import load
 from yeonma.settings import TRAINING, ModelSettings
@@ -33,7 +33,7 @@ from yeonma.train.prepare import prepare
 settings = read_settings(TRAINING, sys.argv[1:], verb="sft").settings
 source = load.find_base(group_of(settings, ModelSettings).base_model)
 prepared = prepare(settings, source, None, lambda text: None)
-print(forecast_run(settings, source, prepared, with_alternatives=False).memory.peak)
+print(estimate(settings, source, prepared, with_alternatives=False).memory.peak)
 """
 
 SHAPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {

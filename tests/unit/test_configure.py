@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from yeonma import settings as settings_module
 from yeonma.configure import (
-    NONE_WORDS,
     Reading,
     read_settings,
     settings_from_keywords,
-    settings_of,
     to_yaml,
 )
 from yeonma.errors import UserError
+from yeonma.fit import NONE_WORDS
+from yeonma.setting import settings_of
 from yeonma.settings import (
     TRAINING,
     AdapterSettings,

@@ -13,9 +13,17 @@ from tests.models import FOREST_FAMILIES, tiny_model
 from tests.runs import SETTINGS, articles, model_folder, write_jsonl
 from yeonma.before import batches as batches_module
 from yeonma.before.batches import look_at_batches
-from yeonma.before.forecast import Forecast, forecast_dict, forecast_lines, forecast_run
+from yeonma.before.estimate import estimate
+from yeonma.before.forecast import (
+    Forecast,
+    forecast_dict,
+    forecast_lines,
+    forecast_of,
+    timed_by_probe,
+    timed_by_rate,
+)
 from yeonma.before.probe import probe_run
-from yeonma.before.rate import Rate, measure_rate
+from yeonma.before.rate import measure_rate
 from yeonma.before.trace import Blueprint, blueprint, trace
 from yeonma.configure import group_of, settings_from_keywords
 from yeonma.errors import UserError
@@ -27,7 +35,7 @@ from yeonma.settings import TRAINING, ModelSettings
 from yeonma.tokens.forest import Forest, lay_out
 from yeonma.train.distributed import Processes
 from yeonma.train.loop import MicroBatching, Tuning, _my_micro_batches
-from yeonma.train.objectives import sft_loss
+from yeonma.train.objectives import SFT
 from yeonma.train.prepare import Prepared, prepare
 
 SHAPE = load.LoraShape(4, 8, 0.0, "all-linear")
@@ -178,7 +186,7 @@ def prepared_run(base: Path, data: Path, **changed: object) -> tuple[Any, load.B
 
 def forecast(base: Path, data: Path, changed: dict[str, object], **options: Any) -> Forecast:
     options = {"with_alternatives": False, **options}
-    return forecast_run(*prepared_run(base, data, **changed), **options)
+    return estimate(*prepared_run(base, data, **changed), **options)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
@@ -193,13 +201,13 @@ def test_the_micro_batches_are_those_of_the_step(
         for rank in range(processes):
             group = Processes(rank, processes)
             nothing: Any = None
-            tuning = Tuning(nothing, nothing, {}, nothing, nothing, False, 1.0, micro, sft_loss, group)
-            batches = _my_micro_batches(tuning, store, positions)
+            tuning = Tuning(nothing, nothing, {}, nothing, nothing, False, 1.0, micro, SFT, group)
+            batches = _my_micro_batches(tuning, store, positions, store.trained_of)
             expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
     found = list(batches_module._batches(prepared.plan, store, micro, processes))
     assert [(step, members.tolist(), several) for step, members, several in found] == expected
     heaviest = look_at_batches(prepared.plan, store, micro, processes)
-    forests = [batches_module._forest(store, np.array(members), True) for _, members, _ in expected]
+    forests = [batches_module.forest_of(store, np.array(members), True) for _, members, _ in expected]
     assert len(heaviest.heaviest.token_ids_T) == max(len(each.token_ids_T) for each in forests)
     assert heaviest.several == any(several for *_, several in expected)
     assert heaviest.forest_tokens <= 1
@@ -208,7 +216,8 @@ def test_the_micro_batches_are_those_of_the_step(
 
 
 def test_the_parts_are_the_whole_and_it_goes_into_json(base: Path, data: Path) -> None:
-    found = forecast(base, data, {}, rate=Rate(1e11), price=2.0, with_alternatives=True)
+    untimed = forecast(base, data, {}, with_alternatives=True)
+    found = timed_by_rate(untimed, 1e11, price=2.0)
     as_dict = json.loads(json.dumps(forecast_dict(found)))
     memory = as_dict["memory"]
     parts = [value for name, value in memory.items() if name not in ("loading", "training", "peak")]
@@ -222,6 +231,7 @@ def test_the_parts_are_the_whole_and_it_goes_into_json(base: Path, data: Path) -
     lines = dict(forecast_lines(found))
     assert lines["parameters"] == f"{found.parameters_trained:,} trained, {found.parameters_frozen:,} frozen"
     assert "peak memory" in lines and "price" in lines and "roughly" in lines["time"]
+    assert forecast_of(as_dict) == untimed
 
 
 def test_the_tokens_are_those_of_the_steps(base: Path, data: Path) -> None:
@@ -236,7 +246,7 @@ def test_the_tokens_are_those_of_the_steps(base: Path, data: Path) -> None:
 def test_a_smaller_micro_batch_and_checkpointing_need_less(base: Path, data: Path) -> None:
     large, small = (forecast(base, data, {"micro_batch_size": each}) for each in (4, 1))
     assert small.memory.activations < large.memory.activations
-    assert (small.heaviest_examples, large.heaviest_examples) == (1, 4)
+    assert (small.heaviest_units, large.heaviest_units) == (1, 4)
     found = forecast(base, data, {"micro_batch_size": 4}, with_alternatives=True)
     names = [each.name for each in found.alternatives]
     assert names == [
@@ -256,7 +266,7 @@ def test_reading_into_another_precision_holds_both(base: Path, data: Path) -> No
 
 
 def test_time_and_price_follow_from_the_rate(base: Path, data: Path) -> None:
-    slow, fast = (forecast(base, data, {}, rate=Rate(rate), price=3.0) for rate in (1e10, 2e10))
+    slow, fast = (timed_by_rate(forecast(base, data, {}), rate, price=3.0) for rate in (1e10, 2e10))
     assert slow.time is not None and fast.time is not None and slow.price is not None
     assert slow.time.seconds == pytest.approx(2 * fast.time.seconds)
     assert slow.time.seconds_low < slow.time.seconds < slow.time.seconds_high
@@ -277,6 +287,7 @@ def test_a_probe_takes_real_steps_and_writes_nothing(
     probe = probe_run(settings, source, prepared, lambda _: None)
     assert probe.steps == 3 and probe.tokens_per_second > 0 and probe.peak_memory_bytes > 100e6
     assert list(tmp_path.iterdir()) == []
-    found = forecast_run(settings, source, prepared, probe=probe, with_alternatives=False)
+    untimed = estimate(settings, source, prepared, with_alternatives=False)
+    found = timed_by_probe(untimed, probe.tokens_per_second)
     assert found.time is not None and found.time.measured_by == "probe"
     assert found.time.seconds == pytest.approx(found.tokens / probe.tokens_per_second)

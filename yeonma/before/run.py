@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from yeonma.before.audit import Audit, audit_of
-from yeonma.before.forecast import Forecast, forecast_dict, forecast_lines, forecast_run
+from yeonma.before.forecast import Forecast, forecast_dict, forecast_lines, timed_by_probe, timed_by_rate
 from yeonma.before.inspect import audit_json, held_out_rows, view_json, views_of, wanted_rows
+from yeonma.before.kept import forecast_key, keep_forecast, kept_forecast
 from yeonma.before.page import page
-from yeonma.before.probe import probe_run
 from yeonma.before.rate import measure_rate
 from yeonma.before.terminal import print_audit, print_forecast, print_views
 from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.paths import user_path
-from yeonma.settings import InspectSettings, ModelSettings, RunSettings, StepSettings
+from yeonma.settings import (
+    InspectSettings,
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    StepSettings,
+    TokenSettings,
+)
+from yeonma.tokens.dataset import cache_folder
 from yeonma.tokens.explain import View
 from yeonma.train.checkpoint import write_text_atomically
 from yeonma.train.preflight import check_folders
-from yeonma.train.prepare import Prepared, prepare
+from yeonma.train.prepare import Prepared, check_adapter, prepare
 
 
 def run_inspect(settings: Mapping[type, object]) -> None:
@@ -34,7 +41,7 @@ def run_inspect(settings: Mapping[type, object]) -> None:
     """
     shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
     source, continued = check_folders(model, group_of(settings, RunSettings))
-    prepared = prepare(settings, source, continued, _say)
+    prepared = prepare(settings, source, continued, _say, try_adapter=False)
     dataset = prepared.dataset
     wanted = wanted_rows(shown.rows, dataset.train.store.counts.rows)
     audit = _audit(settings, prepared)
@@ -75,21 +82,31 @@ def _audit(settings: Mapping[type, object], prepared: Prepared) -> Audit:
 def _forecast(
     settings: Mapping[type, object], source: load.BaseSource, prepared: Prepared
 ) -> Forecast | None:
-    """What the run will need; None, having said why, where the model's memory cannot be followed without weights."""
-    shown, model, run = (
-        group_of(settings, InspectSettings),
-        group_of(settings, ModelSettings),
-        group_of(settings, RunSettings),
-    )
+    """What the run will need; None, having said why, where the model cannot be followed without its weights."""
+    shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
+    processes = group_of(settings, RunSettings).nproc
+    folder = cache_folder(group_of(settings, TokenSettings))
+    key = forecast_key(settings, source, prepared, processes)
+    found = kept_forecast(folder, key)
+    if found is None:
+        from yeonma.before.estimate import estimate  # brings PEFT and the model's code: seconds
+
+        check_adapter(group_of(settings, LoraSettings), source, prepared.adapter)
+        try:
+            found = estimate(settings, source, prepared, processes=processes)
+        except UserError as error:
+            _say(f"no forecast: {error}")
+            return None
+        keep_forecast(folder, key, found)
+    if shown.probe:
+        from yeonma.before.probe import probe_run
+
+        probe = probe_run(settings, source, prepared, _say)
+        _say(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
+        return timed_by_probe(found, probe.tokens_per_second, shown.price)
     device = load.pick_device(model.device)
-    dtype = load.pick_dtype(model.dtype, device)
-    make = partial(forecast_run, settings, source, prepared, processes=run.nproc, price=shown.price)
-    try:
-        found = make(rate=None if shown.probe else measure_rate(device, dtype))
-        return make(probe=probe_run(settings, source, prepared, _say)) if shown.probe else found
-    except UserError as error:
-        _say(f"no forecast: {error}")
-        return None
+    rate = measure_rate(device, load.pick_dtype(model.dtype, device), seconds=0.25)
+    return timed_by_rate(found, rate.flops_per_second, shown.price)
 
 
 def _say(text: str) -> None:

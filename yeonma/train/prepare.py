@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import get_scheduler
 
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError
@@ -32,6 +31,7 @@ from yeonma.tokens.plan import Plan, make_plan
 from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
 
 TRIED_STEPS = 40
+SURE = ("linear", "cosine", "constant")  # schedules that cannot fail without arguments
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
 
 
@@ -51,14 +51,20 @@ def prepare(
     source: load.BaseSource,
     continued: str | None,
     say: Callable[[str], None],
+    *,
+    try_adapter: bool = True,
 ) -> Prepared:
-    """Tokenizer, data and plan; everything the user may have to mend comes up here, before weights are loaded."""
+    """Tokenizer, data and plan; everything the user may have to mend comes up here, before weights are loaded.
+
+    Without `try_adapter` the adapter's layers are left to `check_adapter`, which takes seconds.
+    """
     model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
     evaluation = group_of(settings, EvaluationSettings)
     load.pick_dtype(model.dtype, load.pick_device(model.device))
     config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
-    _check_adapter(group_of(settings, LoraSettings), config, source, continued)
+    if try_adapter:
+        check_adapter(group_of(settings, LoraSettings), source, continued)
     _check_schedule(step, say)
     preference = preference_of(settings)
     if preference is not None:
@@ -138,9 +144,9 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
     )
 
 
-def _check_adapter(lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None) -> None:
+def check_adapter(lora: LoraSettings, source: load.BaseSource, continued: str | None) -> None:
     """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter."""
-    model = load.outline(config, source)
+    model = load.outline(load.load_config(source), source)
     if continued is not None:
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
     elif model is not None:
@@ -159,8 +165,12 @@ def _check_positions(config: Any, dataset: Dataset) -> None:
 
 def _check_schedule(step: StepSettings, say: Callable[[str], None]) -> None:
     """Try the schedule on nothing. Raises UserError for arguments that it does not take; says what plays no part."""
+    if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *BY_METRIC):
+        say(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio play no part")
     if step.lr_scheduler_kwargs and step.lr_scheduler in ("constant", "constant_with_warmup"):
         raise UserError(f"{step.lr_scheduler} takes none", place="lr_scheduler_kwargs")
+    if step.lr_scheduler in SURE and not step.lr_scheduler_kwargs:
+        return
     nothing = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=step.learning_rate)
     short = replace(step, warmup_steps=min(step.warmup_steps, 2), warmup_ratio=0.0)
     try:
@@ -174,11 +184,11 @@ def _check_schedule(step: StepSettings, say: Callable[[str], None]) -> None:
         raise UserError(
             f"{step.lr_scheduler} does not take them ({error})", place="lr_scheduler_kwargs"
         ) from error
-    if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *BY_METRIC):
-        say(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio play no part")
 
 
 def make_schedule(step: StepSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    from transformers import get_scheduler  # brings PEFT and much else: seconds
+
     warmup = step.warmup_steps or math.ceil(step.warmup_ratio * total_steps)
     return get_scheduler(step.lr_scheduler, optimizer, warmup, total_steps, step.lr_scheduler_kwargs)
 

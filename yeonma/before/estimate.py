@@ -1,0 +1,204 @@
+"""What a run will need, before a weight is loaded: parameters, memory by part, and the operations that take time.
+
+Memory follows from the config: the heaviest micro-batch that the run will form goes through the model on the meta
+device (see `trace`).
+
+Not counted is what the C library's heap loses in holes between tensors on the CPU. That was 0 to 15% of the measured
+peak in most runs, and up to 40% with gradient checkpointing in a deep model with long micro-batches, whose tensors
+are small beside those that come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yeonma.before.batches import Batches, look_at_batches
+from yeonma.before.forecast import Alternative, Forecast, Memory
+from yeonma.before.trace import Blueprint, Trace, blueprint, trace
+from yeonma.configure import group_of
+from yeonma.errors import UserError
+from yeonma.model import load
+from yeonma.model.linear import KEPT_ROUTINES, frozen_linear, has_onednn
+from yeonma.settings import LoraSettings, ModelSettings, StepSettings
+from yeonma.train.loop import MicroBatching
+from yeonma.train.prepare import Prepared, lora_shape
+from yeonma.train.progress import peak_memory_bytes
+
+ROUTINE_BYTES = (
+    620_000  # of what oneDNN makes for one shape of a product; measured with oneDNN 3.12 on AVX-512
+)
+CHECKED = 4  # token counts that the check at loading goes through the model with
+
+# Bytes for a weight: int8 with a float16 scale a row; nf4 in blocks of 64 with scales that are quantised themselves
+# (Dettmers et al. 2023, arXiv:2305.14314).
+QUANTISED = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
+
+
+def estimate(
+    settings: Mapping[type, object],
+    source: load.BaseSource,
+    prepared: Prepared,
+    *,
+    processes: int = 1,
+    with_alternatives: bool = True,
+) -> Forecast:
+    """`settings` as of a training run, `prepared` by `train.prepare`; `processes` that the run will have. No time yet:
+    `timed_by_rate` or `timed_by_probe` add it.
+
+    Call it before anything large is held: what this process holds counts as the process.
+    The base is taken to be one that forests can be trained on, which the run itself will see at loading.
+    Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
+    """
+    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
+    device = load.pick_device(model.device)
+    dtype = load.pick_dtype(model.dtype, device)
+    case = _Case(
+        config=load.load_config(source),
+        lora=prepared.adapter or lora_shape(group_of(settings, LoraSettings)),
+        trust_remote_code=source.trust_remote_code,
+        device=device.type,
+        dtype=dtype,
+        gradient_checkpointing=model.gradient_checkpointing,
+        micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+        processes=processes,
+    )
+    drawn = _draw(case)
+    process = _process_bytes(device.type)
+    batches = look_at_batches(prepared.plan, prepared.dataset.train.store, case.micro, processes)
+    traced = trace(drawn, batches.heaviest, has_gradients=batches.several)
+    memory = _memory(case, drawn, batches, traced, process, prepared.plan.total_steps)
+    tokens = _tokens(prepared)
+    return Forecast(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters_trained=drawn.trained,
+        parameters_frozen=drawn.frozen,
+        steps=prepared.plan.total_steps,
+        epochs=prepared.plan.epoch_at(prepared.plan.total_steps),
+        processes=processes,
+        tokens=tokens,
+        tokens_per_epoch=int(prepared.plan.lengths.sum()),
+        operations=tokens * batches.forest_tokens * traced.flops / traced.tokens / processes,
+        heaviest_units=batches.heaviest_units,
+        heaviest_tokens=traced.tokens,
+        memory=memory,
+        alternatives=_alternatives(case, drawn, prepared, memory, process) if with_alternatives else (),
+        time=None,
+        price=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What memory depends on, beside the data."""
+
+    config: Any
+    lora: load.LoraShape | str
+    trust_remote_code: bool
+    device: str
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    micro: MicroBatching
+    processes: int
+
+
+def _draw(case: _Case) -> Blueprint:
+    return blueprint(
+        case.config,
+        case.dtype,
+        case.lora,
+        trust_remote_code=case.trust_remote_code,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )
+
+
+def _memory(
+    case: _Case, drawn: Blueprint, batches: Batches, traced: Trace, process: int, steps: int
+) -> Memory:
+    loading = process + drawn.weight_bytes
+    stored = getattr(case.config, "dtype", None) or case.dtype
+    if case.device == "cpu" and stored != case.dtype:  # the file's pages and the converted weights at once
+        loading += drawn.frozen * stored.itemsize
+    routines = 0
+    if case.device == "cpu" and case.dtype == torch.float32 and has_onednn():
+        met = batches.distinct * traced.shapes + CHECKED * traced.forward_shapes
+        routines = min(KEPT_ROUTINES, met) * ROUTINE_BYTES
+    return Memory(
+        process=process,
+        weights=drawn.weight_bytes,
+        lora=drawn.trained_bytes,
+        gradients=traced.gradients,
+        optimizer=2 * drawn.trained_bytes if steps > 1 else 0,  # made by the first step, after its peak
+        activations=traced.activations,
+        logits=traced.logits,
+        workspace=traced.workspace,
+        routines=routines,
+        loading=loading,
+    )
+
+
+def _process_bytes(device_type: str) -> int:
+    """Resident bytes of this process, once the code of a step is in memory; 0 for a GPU, where only tensors count."""
+    if device_type == "cuda":
+        return 0
+    weight, trained = torch.zeros(64, 64), torch.zeros(64, 64, requires_grad=True)
+    hidden = frozen_linear(trained, weight, None)
+    heads = hidden.view(1, 4, 64, 16)
+    attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    attended.log_softmax(-1).sum().backward()
+    torch.optim.AdamW([trained], fused=True).step()
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return peak_memory_bytes(device_type)
+
+
+def _alternatives(
+    case: _Case, drawn: Blueprint, prepared: Prepared, memory: Memory, process: int
+) -> tuple[Alternative, ...]:
+    """What is cheaper, each by itself."""
+    found: list[Alternative] = []
+
+    def add(name: str, note: str, **changed: Any) -> None:
+        other = replace(case, **changed)
+        try:
+            other_drawn = _draw(other)
+            store = prepared.dataset.train.store
+            batches = look_at_batches(prepared.plan, store, other.micro, other.processes)
+            traced = trace(other_drawn, batches.heaviest, has_gradients=batches.several)
+        except (UserError, ValueError):  # a model without checkpointing, or without that precision
+            return
+        steps = prepared.plan.total_steps
+        other_memory = _memory(other, other_drawn, batches, traced, process, steps)
+        found.append(Alternative(name, other_memory.peak, True, note))
+
+    if not case.gradient_checkpointing:
+        add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
+    most = case.micro.most_examples
+    for fewer in sorted({most // 2, 1} - {0, most}, reverse=True):
+        add(f"micro_batch_size {fewer}", "the same result", micro=replace(case.micro, most_examples=fewer))
+    if case.dtype == torch.float32:
+        slow = ", slow on most CPUs" if case.device == "cpu" else ""
+        add("dtype bfloat16", f"coarser numbers{slow}", dtype=torch.bfloat16)
+    for name, each in QUANTISED.items():
+        saved = int(drawn.dense * (case.dtype.itemsize - each))
+        peak = replace(memory, weights=memory.weights - saved).training
+        found.append(Alternative(name, peak, False, "not in this version; only the weights are counted anew"))
+    return tuple(found)
+
+
+def _tokens(prepared: Prepared) -> int:
+    """Of all steps, a pair's prompt counted once: whole epochs, and the steps of the last one."""
+    plan, lengths = prepared.plan, prepared.dataset.train.store.unit_lengths
+    epochs, rest = divmod(plan.total_steps, plan.steps_per_epoch)
+    tokens = epochs * int(plan.lengths.sum())
+    last = plan.steps(epochs * plan.steps_per_epoch)
+    return tokens + sum(int(lengths[units].sum()) for units in last) if rest else tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import time
@@ -140,6 +142,9 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process.
         for warning in reading.warnings:
             print(f"yeonma: warning: {warning}", file=sys.stderr)
+    atexit.register(
+        gc.freeze
+    )  # else the last collection looks through all that is left, for most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(reading.settings) or 0
 

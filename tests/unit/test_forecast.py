@@ -33,8 +33,9 @@ from yeonma.model.forward import HEAD_CHUNK_BYTES, plain_head
 from yeonma.model.lora import speed_up
 from yeonma.settings import TRAINING, ModelSettings
 from yeonma.tokens.forest import Forest, lay_out
+from yeonma.tokens.plan import MicroBatching
 from yeonma.train.distributed import Processes
-from yeonma.train.loop import MicroBatching, Tuning, _my_micro_batches
+from yeonma.train.loop import Tuning, _my_micro_batches
 from yeonma.train.objectives import SFT
 from yeonma.train.prepare import Prepared, prepare
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from yeonma.tokens.forest import Forest, lay_out
-from yeonma.tokens.plan import Plan, micro_batches, shares
+from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
 from yeonma.tokens.store import TokenStore
-from yeonma.train.loop import MicroBatching
 
 MOST_LOOKED_AT = 50_000  # micro-batches
 MOST_LAID_OUT = 64

@@ -25,7 +25,7 @@ from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.linear import KEPT_ROUTINES, frozen_linear, has_onednn
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
-from yeonma.train.loop import MicroBatching
+from yeonma.tokens.plan import MicroBatching
 from yeonma.train.prepare import Prepared, lora_shape
 from yeonma.train.progress import peak_memory_bytes
 

@@ -14,8 +14,9 @@ from yeonma.before.batches import look_at_batches
 from yeonma.configure import group_of
 from yeonma.model import load
 from yeonma.settings import ModelSettings, StepSettings
+from yeonma.tokens.plan import MicroBatching
 from yeonma.train.distributed import Processes
-from yeonma.train.loop import MicroBatching, train_step
+from yeonma.train.loop import train_step
 from yeonma.train.prepare import Prepared
 from yeonma.train.progress import peak_memory_bytes
 from yeonma.train.run import load_model, make_objective, make_tuning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Part:
     def examples(self) -> tuple[TokenStore, np.ndarray]:
         return self.store, self.positions
 
-    @property
+    @cached_property
     def units(self) -> np.ndarray:
         """What the plan is made of: the examples or, in preference data, the pairs."""
         return np.unique(self.store.units[self.positions])

@@ -55,6 +55,15 @@ class Plan:
         return step / self.steps_per_epoch
 
 
+@dataclass(frozen=True)
+class MicroBatching:
+    """Speed and memory; the result is the same to rounding, whatever is set here."""
+
+    most_examples: int
+    most_tokens: int | None
+    share_prefix: bool
+
+
 def make_plan(
     positions: np.ndarray,
     lengths: np.ndarray,

@@ -20,20 +20,11 @@ from yeonma.errors import UserError
 from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.tokens.cache import TokenStore
-from yeonma.tokens.plan import Plan, micro_batches, shares
+from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
 from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
-
-
-@dataclass(frozen=True)
-class MicroBatching:
-    """Speed and memory; the result is the same to rounding, whatever is set here."""
-
-    most_examples: int
-    most_tokens: int | None
-    share_prefix: bool
 
 
 @dataclass(frozen=True)

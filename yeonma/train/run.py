@@ -29,13 +29,13 @@ from yeonma.settings import (
     TokenSettings,
 )
 from yeonma.tokens.dataset import cache_folder, describe
-from yeonma.tokens.plan import Plan
+from yeonma.tokens.plan import MicroBatching, Plan
 from yeonma.tokens.store import TokenStore
 from yeonma.train import folder
 from yeonma.train.card import write_card
 from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
 from yeonma.train.distributed import Processes, processes, wait
-from yeonma.train.loop import MicroBatching, Rhythm, Tuning, Watch, restore_random, run_steps
+from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
 from yeonma.train.preference import REFERENCE_FREE
 from yeonma.train.preflight import check_folders

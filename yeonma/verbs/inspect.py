@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from yeonma.configure import group_of
 from yeonma.settings import InspectSettings, PreferenceSettings
@@ -14,7 +16,20 @@ def run(settings: Mapping[type, object]) -> int:
     if group_of(settings, InspectSettings).objective == "sft":
         settings = {group: values for group, values in settings.items() if group is not PreferenceSettings}
     preflight(settings)
-    from yeonma.before.run import run_inspect
+    with _patient_collector():
+        from yeonma.before.run import run_inspect
 
-    run_inspect(settings)
+        run_inspect(settings)
     return 0
+
+
+@contextmanager
+def _patient_collector() -> Iterator[None]:
+    """Torch and transformers make a million objects as they are imported, which all stay: Python's garbage collector
+    would look through them again and again, for a second in all."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)

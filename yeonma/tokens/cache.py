@@ -23,6 +23,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.errors import Problem, UserError
+from yeonma.paths import user_path
 from yeonma.text.kinds import ANSWERS, LABELLED, PAIRS, Kind
 from yeonma.text.notes import Notes
 from yeonma.text.rows import Row, Rows
@@ -57,7 +58,7 @@ Chunk = tuple[list[Notes], Sequence[Example | Unit | LeftOut]]
 
 def default_cache_dir() -> Path:
     """$YEONMA_CACHE, or ~/.cache/yeonma."""
-    return Path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma").expanduser()
+    return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -225,6 +225,7 @@ def test_pairs_are_shown_as_dpo_trains_on_them(base: Path, tmp_path: Path) -> No
     assert audit["trained_tokens_per_epoch"] == sum(step["trained_tokens"] for step in steps)
     assert audit["steps"] == len(steps)
     assert audit["kind"] == "pairs"
+    assert (audit["sources"][0]["left_out"], audit["sources"][0]["identical"]) == (1, 1)
     lengths = [(sum(a["trained"]), sum(b["trained"])) for a, b in zip(used[::2], used[1::2], strict=True)]
     bias = audit["train"]["bias"]
     assert bias["chosen_longer"] == sum(chosen > rejected for chosen, rejected in lengths)

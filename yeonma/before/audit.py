@@ -16,6 +16,7 @@ from yeonma.before.batches import forest_of
 from yeonma.text.notes import script_names
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import LeftOut, Role
+from yeonma.tokens.pairs import NOTHING_TO_CHOOSE
 from yeonma.tokens.plan import Plan, micro_batches
 from yeonma.tokens.remarks import FIRST, Remark, overlap_of, remarks_of, rows_remark, used_rows
 from yeonma.tokens.store import TokenStore
@@ -118,6 +119,8 @@ class Source:
     rows: int
     left_out: int
     """Rows, or single answers of turn lists."""
+    identical: int
+    """Pairs among them with nothing to choose between, as they stand or as tokens."""
     left_out_rows: tuple[LeftOut, ...]
 
 
@@ -209,11 +212,13 @@ def _round(width: int) -> int:
 
 def _source(part: Part) -> Source:
     counts = part.store.counts
+    left_out = part.store.left_out if counts.left_out else []
     return Source(
         name=part.rows.name,
         rows=counts.rows,
         left_out=counts.left_out,
-        left_out_rows=tuple(part.store.left_out[:FIRST]),
+        identical=sum(one.reason in NOTHING_TO_CHOOSE for one in left_out),
+        left_out_rows=tuple(left_out[:FIRST]),
     )
 
 

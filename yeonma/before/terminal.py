@@ -159,6 +159,7 @@ def _one_line(text: str) -> str:
 
 def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
     left = f", {source.left_out:,} left out" if source.left_out else ", none left out"
+    left += f" ({source.identical:,} with nothing to choose between)" if source.identical else ""
     yield Text(f"{source.name}: {source.rows:,} rows read{left}; template {audit.template}")
     for one in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
         yield Text(f"  {one.place}: {one.reason}", "red")

@@ -124,6 +124,12 @@ def test_mistakes_are_those_of_sft(base: Path, data: Path, tmp_path: Path) -> No
     assert "bad.jsonl:4" in shown.err
 
 
+def test_an_adapter_that_is_none_is_told(base: Path, data: Path) -> None:
+    done = inspect(base, data, adapter=base)
+    assert (done.status, "adapter_config.json" in done.err or "yeonma.json" in done.err) == (2, True)
+    assert "Traceback" not in done.err
+
+
 def test_the_terminal_shows_rows_in_marks_where_there_is_no_colour(base: Path, data: Path) -> None:
     rows = articles(20)
     done = inspect(base, data, rows="2")

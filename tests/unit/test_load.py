@@ -395,3 +395,10 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device("auto") == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize("rank", [2**63, 2**61])
+def test_a_rank_beyond_counting_is_told(rank: int) -> None:
+    model = tiny_model("llama").to("meta")
+    message = message_of(lambda: add_lora(model, LoraShape(rank, 8, 0.0, "all-linear"), seed=0))
+    assert message.startswith(f"lora_r: an adapter of rank {rank} cannot be made")

@@ -220,6 +220,9 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     except NoMatchingPeftModuleError:
         _check_targets(layers, targets)
         raise
+    except (TypeError, OverflowError, RuntimeError) as error:  # sizes beyond what PyTorch counts with
+        what = f"an adapter of rank {shape.r} cannot be made ({str(error).splitlines()[0]:.100})"
+        raise UserError(what, place="lora_r", cure="lower it") from error
     except ValueError as error:  # layers of fused experts take no dropout, and gate_proj only with up_proj
         what = f"PEFT cannot put LoRA on these layers ({str(error).splitlines()[0]})"
         cure = "use --lora_dropout 0" if "lora_dropout" in what else "name others"

@@ -65,6 +65,8 @@ def prepare(
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
     if try_adapter:
         check_adapter(group_of(settings, LoraSettings), source, continued)
+    elif continued is not None:
+        adapters.check_continued(continued, None)
     _check_schedule(step, say)
     preference = preference_of(settings)
     if preference is not None:

@@ -85,7 +85,10 @@ def test_pairs_have_the_logprobs_and_gradients_of_separate_sequences(family: str
     model = adapted(family)
     how: Forward = check_forward(model.get_base_model())
     assert how.forest == (family in FOREST_FAMILIES)
-    speed_up(model)
+    if (
+        family != "qwen3_next"
+    ):  # whose recurrence makes much of another routine's rounding; tests of LoRA have it
+        speed_up(model)
     sequences, trained = pairs()
     logprob_N = example_logprobs(
         model.get_base_model(), how, sequences, trained, share_prefix=share_prefix, units=UNITS

@@ -12,6 +12,7 @@ from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
 from yeonma.tokens.store import TokenStore
 
 MOST_LOOKED_AT = 50_000  # micro-batches
+ENOUGH_LOOKED_AT = 10_000  # once every row has been seen
 MOST_LAID_OUT = 64
 
 
@@ -27,7 +28,7 @@ class Batches:
     several: bool
     """Whether some step has more than one micro-batch, so that gradients wait while the next goes through."""
     count: int
-    """Micro-batches looked at: those of the run, or the first 50,000."""
+    """Micro-batches looked at: those of the run, or of its beginning (10,000; 50,000 where an epoch has more)."""
     distinct: int
     """Distinct token counts among them: each has routines of its own."""
     forest_tokens: float
@@ -73,7 +74,7 @@ def _batches(
             for members in batches:
                 yield step, mine[members], len(batches) > 1
             seen += len(batches)
-        if seen >= MOST_LOOKED_AT:
+        if seen >= (ENOUGH_LOOKED_AT if step + 1 >= plan.steps_per_epoch else MOST_LOOKED_AT):
             return
 
 

@@ -87,7 +87,9 @@ def estimate(
         heaviest_units=batches.heaviest_units,
         heaviest_tokens=traced.tokens,
         memory=memory,
-        alternatives=_alternatives(case, drawn, prepared, memory, process) if with_alternatives else (),
+        alternatives=_alternatives(case, drawn, prepared, batches, memory, process)
+        if with_alternatives
+        else (),
         time=None,
         price=None,
     )
@@ -162,9 +164,10 @@ def _process_bytes(device_type: str) -> int:
 
 
 def _alternatives(
-    case: _Case, drawn: Blueprint, prepared: Prepared, memory: Memory, process: int
+    case: _Case, drawn: Blueprint, prepared: Prepared, same: Batches, memory: Memory, process: int
 ) -> tuple[Alternative, ...]:
-    """What is cheaper, each by itself."""
+    """What is cheaper, each by itself. `same`: the micro-batches where that setting makes no others."""
+    plan = prepared.plan
     found: list[Alternative] = []
 
     def add(name: str, note: str, **changed: Any) -> None:
@@ -172,7 +175,11 @@ def _alternatives(
         try:
             other_drawn = _draw(other)
             store = prepared.dataset.train.store
-            batches = look_at_batches(prepared.plan, store, other.micro, other.processes)
+            batches = (
+                same
+                if other.micro == case.micro
+                else look_at_batches(plan, store, other.micro, other.processes)
+            )
             traced = trace(other_drawn, batches.heaviest, has_gradients=batches.several)
         except (UserError, ValueError):  # a model without checkpointing, or without that precision
             return

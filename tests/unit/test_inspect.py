@@ -193,6 +193,25 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
         )
         assert answer == row["answer"]
     assert list(tmp_path.glob(".*")) == []
+    beside = tmp_path / "beside.html"
+    both = inspect(base, data, rows="1-2", html=beside, json=True)
+    assert lines(both)[:2] == [first, second]
+    assert (
+        beside.read_text(encoding="utf-8").partition("<h1>Forecast")[0] == text.partition("<h1>Forecast")[0]
+    )
+
+
+def test_a_page_that_cannot_be_written_is_told_first(base: Path, data: Path, tmp_path: Path) -> None:
+    before = data.read_bytes()
+    for place, words in (
+        (tmp_path / "no" / "page.html", "there is no such folder"),
+        (tmp_path, "it is a folder"),
+        (data, "it is the data that is read"),
+    ):
+        done = inspect(base, data, html=place)
+        assert (done.status, done.out) == (2, "")
+        assert f"--html {place}: {words}" in done.err
+    assert data.read_bytes() == before
 
 
 PAIRS = [

@@ -46,20 +46,22 @@ def run_inspect(settings: Mapping[type, object]) -> None:
     wanted = wanted_rows(shown.rows, dataset.train.store.counts.rows)
     audit = _audit(settings, prepared)
     forecast = _forecast(settings, source, prepared)
-    if shown.json:
-        for view in views_of(dataset, prepared.tokenizer, wanted, in_full=False):
-            sys.stdout.write(view_json(view))
-        sys.stdout.write(audit_json(audit, {"forecast": forecast and forecast_dict(forecast)}))
-        return
     lines = forecast_lines(forecast, dataset.kind.units) if forecast is not None else []
-    views: Iterable[View] = views_of(dataset, prepared.tokenizer, wanted)
+    views: Iterable[View] = views_of(
+        dataset, prepared.tokenizer, wanted, in_full=not shown.json or shown.html is not None
+    )
+    held_out = held_out_rows(dataset)
     if shown.html is not None:
         views = list(views)
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
-        text = page(title, views, held_out_rows(dataset), audit, lines)
-        write_text_atomically(user_path(shown.html), text)
+        write_text_atomically(user_path(shown.html), page(title, views, held_out, audit, lines))
+    if shown.json:
+        for view in views:
+            sys.stdout.write(view_json(view))
+        sys.stdout.write(audit_json(audit, {"forecast": forecast and forecast_dict(forecast)}))
+        return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-    print_views(console, views, held_out_rows(dataset), tokens=shown.tokens)
+    print_views(console, views, held_out, tokens=shown.tokens)
     print_audit(console, audit)
     print_forecast(console, lines)
 

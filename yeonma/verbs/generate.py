@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TextIO
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError
 from yeonma.model.ask import Asker, Loaded, Question, load_model, open_folder
-from yeonma.paths import user_path
+from yeonma.paths import output_file, user_path
 from yeonma.settings import AdapterSettings, AnswerSettings, GenerateSettings
 from yeonma.text.rows import Row, Rows, open_rows
 from yeonma.text.strict_json import SPACE, Fault, kind_of, parse
@@ -84,19 +83,8 @@ def _check(asked: GenerateSettings) -> None:
     if len(given) != 1:
         what = "nothing is asked" if not given else f"{' and '.join(given)} are both given"
         raise UserError(what, cure="give one of --data_path, --row and --prompt")
-    if asked.output is None:
-        return
-    output = user_path(asked.output, "--output")
-    if output.is_dir() or not output.parent.is_dir():
-        what = "it is a folder" if output.is_dir() else "there is no such folder"
-        raise UserError(what, place=f"--output {asked.output}", cure="name a file in a folder that exists")
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise UserError("cannot be written", place=f"--output {asked.output}")
-    data = user_path(asked.data_path) if asked.data_path else None
-    if data is not None and output.exists() and data.exists() and output.samefile(data):
-        raise UserError(
-            "it is the data that is read", place=f"--output {asked.output}", cure="name another file"
-        )
+    if asked.output is not None:
+        output_file(asked.output, "--output", asked.data_path)
 
 
 def _check_rows(asker: Asker, rows: Rows, asked: GenerateSettings, how: AnswerSettings, say: Say) -> int:

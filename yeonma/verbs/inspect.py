@@ -7,13 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from yeonma.configure import group_of
-from yeonma.settings import InspectSettings, PreferenceSettings
+from yeonma.paths import output_file
+from yeonma.settings import DataSettings, InspectSettings, PreferenceSettings
 from yeonma.train.preflight import preflight
 
 
 def run(settings: Mapping[type, object]) -> int:
     """Raises UserError for whatever the verb that would train refuses before it loads weights, and as early."""
-    if group_of(settings, InspectSettings).objective == "sft":
+    shown = group_of(settings, InspectSettings)
+    if shown.html is not None:
+        output_file(shown.html, "--html", group_of(settings, DataSettings).data_path)
+    if shown.objective == "sft":
         settings = {group: values for group, values in settings.items() if group is not PreferenceSettings}
     preflight(settings)
     with _patient_collector():

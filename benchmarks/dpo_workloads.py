@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from workloads import weights_sum
+from workloads import loaded
 
 BATCH_SIZE = 8
 SEED = 42
@@ -83,29 +83,10 @@ def select(pairs: str, lengths: Sequence[Lengths], count: int) -> list[int]:
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Make the folder of the module's docstring; returns what prepared.json holds."""
-    from yeonma.model.load import (
-        LoraShape,
-        add_lora,
-        find_base,
-        load_base,
-        load_tokenizer,
-        pick_device,
-        pick_dtype,
-    )
+    from yeonma.model.load import LoraShape, add_lora
 
     folder = Path(job["folder"])
-    source, device = find_base(job["model"]), pick_device("cpu")
-    model = load_base(source, device, pick_dtype("float32", device))
-    tied = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    sizes = {id(each): each.numel() for each in model.parameters()}
-    about_model = {
-        "name": Path(job["model"]).name,
-        "type": model.config.model_type,
-        "parameters": sum(sizes.values()),
-        "non_embedding_parameters": sum(size for each, size in sizes.items() if each not in tied),
-        "weights_sha256": weights_sum(model),
-    }
-    tokenizer = load_tokenizer(source)
+    model, tokenizer, about_model = loaded(job["model"])
     rows = read_pairs(Path(job["data"]))
     whole = tokenised(write_rows(folder / "all.jsonl", rows), folder, tokenizer)
     numbers = sorted({int(number) - 1 for number in whole.store.row_numbers})

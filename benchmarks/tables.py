@@ -92,20 +92,33 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
     return found
 
 
+def label_of(contender: str, rounds: int, of_rounds: int, result: Mapping[str, Any]) -> str:
+    """A contender's cell: ours in bold, and how many rounds it has where others have more."""
+    label = result["contenders"][contender]["label"]
+    label += f" (rounds: {rounds})" if rounds < of_rounds else ""
+    return f"**{label}**" if contender == result["ours"] else label
+
+
+def failures_of(result: Mapping[str, Any]) -> list[str]:
+    labels = {name: about["label"] for name, about in result["contenders"].items()}
+    return [
+        f"{labels[failure['contender']]} failed at {failure['workload']}: `{failure['error']}`"
+        for failure in result["failures"]
+    ]
+
+
 def sft_section(result: Mapping[str, Any]) -> str:
     """The words and tables about training speed."""
-    found, contenders, ours = lines(result), result["contenders"], result["ours"]
+    found, ours = lines(result), result["ours"]
     rounds = max((line.rounds for line in found), default=0)
     rows = [
         "| workload | contender | tokens/s | Yeonma is | of matrix rate | peak memory | loss |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line in found:
-        label = contenders[line.contender]["label"]
-        label += f" (rounds: {line.rounds})" if line.rounds < rounds else ""
         cells = (
             line.workload,
-            f"**{label}**" if line.contender == ours else label,
+            label_of(line.contender, line.rounds, rounds, result),
             f"{line.tokens_per_second:.0f}",
             "" if line.contender == ours else times(line.ratio, line.ratio_least, line.ratio_most),
             f"{line.share:.0%}",
@@ -119,9 +132,7 @@ def sft_section(result: Mapping[str, Any]) -> str:
         after.append(f"The loss of every step is the same for all contenders to {max(gaps):.0e}.")
     if any(line.loss_gap is None for line in found):
         after.append("\\* packing puts other rows into a step, so this loss is of other updates.")
-    for failure in result["failures"]:
-        label = contenders[failure["contender"]]["label"]
-        after.append(f"{label} failed at {failure['workload']}: `{failure['error']}`")
+    after += failures_of(result)
     blocks = [
         about_run(result),
         about_workloads(result),
@@ -282,7 +293,7 @@ def pair_lines(result: Mapping[str, Any]) -> list[PairLine]:
 
 def dpo_section(result: Mapping[str, Any]) -> str:
     """The words and tables about preference tuning."""
-    found, contenders, ours = pair_lines(result), result["contenders"], result["ours"]
+    found, ours = pair_lines(result), result["ours"]
     model, settings = result["model"], result["settings"]
     rounds = max((line.rounds for line in found), default=0)
     about = (
@@ -302,11 +313,9 @@ def dpo_section(result: Mapping[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line in found:
-        label = contenders[line.contender]["label"]
-        label += f" (rounds: {line.rounds})" if line.rounds < rounds else ""
         cells = (
             line.workload,
-            f"**{label}**" if line.contender == ours else label,
+            label_of(line.contender, line.rounds, rounds, result),
             f"{line.pairs_per_second:.3f}",
             "" if line.contender == ours else times(line.ratio, line.ratio_least, line.ratio_most),
             f"{line.reference_seconds:.0f} s" if line.reference_seconds else "in the steps",
@@ -317,9 +326,7 @@ def dpo_section(result: Mapping[str, Any]) -> str:
     after = [
         f"The loss of every step is the same for all contenders to {max(line.loss_gap for line in found):.0e}."
     ]
-    for failure in result["failures"]:
-        label = contenders[failure["contender"]]["label"]
-        after.append(f"{label} failed at {failure['workload']}: `{failure['error']}`")
+    after += failures_of(result)
     best_lines = [*pairs_best(result), *memory_shares(result)]
     blocks = [about_machine(result), about, "\n".join(works), "\n".join(rows), " ".join(after)]
     return "\n\n".join([*blocks, "\n".join(best_lines)])

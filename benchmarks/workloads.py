@@ -70,31 +70,30 @@ def question(row: Fields) -> str:
     return "\n".join(part for part in (row["instruction"], row["input"]) if part)
 
 
-def prepare(job: dict[str, Any]) -> dict[str, Any]:
-    """Make the folder of the module's docstring; returns what prepared.json holds."""
-    from yeonma.model.load import (
-        LoraShape,
-        add_lora,
-        find_base,
-        load_base,
-        load_tokenizer,
-        pick_device,
-        pick_dtype,
-    )
+def loaded(folder: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A base model in float32 on the CPU, its tokenizer, and what the results say of it."""
+    from yeonma.model.load import find_base, load_base, load_tokenizer, pick_device, pick_dtype
 
-    folder = Path(job["folder"])
-    source, device = find_base(job["model"]), pick_device("cpu")
+    source, device = find_base(folder), pick_device("cpu")
     model = load_base(source, device, pick_dtype("float32", device))
     tied = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     sizes = {id(each): each.numel() for each in model.parameters()}
-    about_model = {
-        "name": Path(job["model"]).name,
+    about = {
+        "name": Path(folder).name,
         "type": model.config.model_type,
         "parameters": sum(sizes.values()),
         "non_embedding_parameters": sum(size for each, size in sizes.items() if each not in tied),
         "weights_sha256": weights_sum(model),
     }
-    tokenizer = load_tokenizer(source)
+    return model, load_tokenizer(source), about
+
+
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Make the folder of the module's docstring; returns what prepared.json holds."""
+    from yeonma.model.load import LoraShape, add_lora
+
+    folder = Path(job["folder"])
+    model, tokenizer, about_model = loaded(job["model"])
     data = read_data(Path(job["data"]) if job["data"] else None)
     workloads = {}
     for name in job["workloads"]:

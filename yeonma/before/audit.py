@@ -153,11 +153,8 @@ def audit_of(
     """`unknown_id`: the token that stands for what the tokenizer does not know, where it has one for just that."""
     train = _part_audit(dataset.train, dataset, unknown_id)
     held_out = dataset.validation
-    stores = {dataset.train.store.key: dataset.train}
-    if held_out is not None:
-        stores.setdefault(held_out.store.key, held_out)
     return Audit(
-        sources=tuple(_source(part) for part in stores.values()),
+        sources=tuple(_source(part) for part in dataset.sources),
         template=dataset.template.name,
         kind=dataset.kind.name,
         train=train,

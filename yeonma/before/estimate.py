@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from yeonma.model.linear import KEPT_ROUTINES, frozen_linear, has_onednn
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.prepare import Prepared, lora_shape
-from yeonma.train.progress import peak_memory_bytes
+from yeonma.train.progress import peak_memory_bytes, status_bytes
 
 ROUTINE_BYTES = (
     620_000  # of what oneDNN makes for one shape of a product; measured with oneDNN 3.12 on AVX-512
@@ -58,7 +57,7 @@ def estimate(
     device = load.pick_device(model.device)
     dtype = load.pick_dtype(model.dtype, device)
     case = _Case(
-        config=load.load_config(source),
+        config=prepared.config,
         lora=prepared.adapter or lora_shape(group_of(settings, LoraSettings)),
         trust_remote_code=source.trust_remote_code,
         device=device.type,
@@ -154,13 +153,8 @@ def _process_bytes(device_type: str) -> int:
     attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     attended.log_softmax(-1).sum().backward()
     torch.optim.AdamW([trained], fused=True).step()
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return peak_memory_bytes(device_type)
+    told = status_bytes("VmRSS")
+    return peak_memory_bytes(device_type) if told is None else told
 
 
 def _alternatives(

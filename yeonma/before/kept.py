@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yeonma.before.forecast import Forecast, forecast_dict, forecast_of
 from yeonma.configure import group_of
-from yeonma.model.load import BaseSource, load_config, pick_device, pick_dtype
+from yeonma.model.load import pick_device, pick_dtype
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.train.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
@@ -20,9 +20,7 @@ FORMAT = 1
 """Raised whenever the same run would get other numbers."""
 
 
-def forecast_key(
-    settings: Mapping[type, object], source: BaseSource, prepared: Prepared, processes: int
-) -> str:
+def forecast_key(settings: Mapping[type, object], prepared: Prepared, processes: int) -> str:
     """SHA-256 of all that a forecast without time depends on."""
     model, plan = group_of(settings, ModelSettings), prepared.plan
     device = pick_device(model.device)
@@ -30,7 +28,7 @@ def forecast_key(
     content = [
         FORMAT,
         [version(package) for package in ("torch", "transformers", "peft", "yeonma")],
-        load_config(source).to_json_string(),
+        prepared.config.to_json_string(),
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
         [str(device), str(pick_dtype(model.dtype, device)), model.gradient_checkpointing, processes],
         asdict(group_of(settings, LoraSettings)),

@@ -88,12 +88,12 @@ def _forecast(
     shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
     processes = group_of(settings, RunSettings).nproc
     folder = cache_folder(group_of(settings, TokenSettings))
-    key = forecast_key(settings, source, prepared, processes)
+    key = forecast_key(settings, prepared, processes)
     found = kept_forecast(folder, key)
     if found is None:
         from yeonma.before.estimate import estimate  # brings PEFT and the model's code: seconds
 
-        check_adapter(group_of(settings, LoraSettings), source, prepared.adapter)
+        check_adapter(group_of(settings, LoraSettings), prepared.config, source, prepared.adapter)
         try:
             found = estimate(settings, source, prepared, processes=processes)
         except UserError as error:

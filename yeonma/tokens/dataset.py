@@ -66,6 +66,14 @@ class Dataset:
     train: Part
     validation: Part | None
 
+    @property
+    def sources(self) -> list[Part]:
+        """A part of each data set that was read: one where validation was drawn from the training rows."""
+        parts = {self.train.store.key: self.train}
+        if self.validation is not None:
+            parts.setdefault(self.validation.store.key, self.validation)
+        return list(parts.values())
+
 
 def token_rules(tokens: TokenSettings) -> TokenRules:
     return TokenRules(
@@ -130,10 +138,7 @@ def prepare_dataset(
 
 def describe(dataset: Dataset, say: Say) -> None:
     """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
-    parts = {dataset.train.store.key: dataset.train}
-    if dataset.validation is not None:
-        parts.setdefault(dataset.validation.store.key, dataset.validation)
-    for part in parts.values():
+    for part in dataset.sources:
         _describe(part.rows.name, part.store, dataset.kind, say)
     if dataset.validation is not None:
         overlap = overlap_of(dataset.train.examples, dataset.validation.examples)

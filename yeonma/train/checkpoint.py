@@ -10,7 +10,6 @@ OUT/checkpoint-N/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from yeonma.errors import UserError
+from yeonma.text.files import file_hash
 from yeonma.tokens.store import sync
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
@@ -77,7 +77,7 @@ def write_checkpoint(
     save_file(dict(optimizer), beside / OPTIMIZER)
     save_file(dict(random), beside / RANDOM)
     (beside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-    hashes = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+    hashes = {path.name: file_hash(path) for path in sorted(beside.iterdir())}
     (beside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
     for path in beside.iterdir():
         sync(path)
@@ -95,7 +95,7 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         hashes = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["sha256"]
         for name, expected in hashes.items():
-            if _sha256(checkpoint / name) != expected:
+            if file_hash(checkpoint / name) != expected:
                 raise UserError("its SHA-256 is not the manifest's", place=str(checkpoint / name))
         name = STATE
         return RunState(**json.loads((checkpoint / STATE).read_text("utf-8")))
@@ -167,11 +167,3 @@ def write_text_atomically(path: Path, text: str) -> None:
     beside.write_text(text, encoding="utf-8")
     sync(beside)
     os.replace(beside, path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -24,11 +24,11 @@ from yeonma.settings import (
     StepSettings,
     TokenSettings,
 )
-from yeonma.text.kinds import kind_for
 from yeonma.tokens.cache import tokenizer_identity
 from yeonma.tokens.dataset import Dataset, prepare_dataset
 from yeonma.tokens.plan import Plan, make_plan
 from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
+from yeonma.train.preflight import kind_of
 
 TRIED_STEPS = 40
 SURE = ("linear", "cosine", "constant")  # schedules that cannot fail without arguments
@@ -39,6 +39,7 @@ BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the vali
 class Prepared:
     """All that a run needs but the weights."""
 
+    config: Any  # the base model's
     tokenizer: Any
     dataset: Dataset
     plan: Plan
@@ -64,7 +65,7 @@ def prepare(
     config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
     if try_adapter:
-        check_adapter(group_of(settings, LoraSettings), source, continued)
+        check_adapter(group_of(settings, LoraSettings), config, source, continued)
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, say)
@@ -76,8 +77,7 @@ def prepare(
         say(f"tokenised {rows:,} rows")
 
     data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    kind = kind_for(None if preference is None else preference.loss)
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind, continued)
+    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind_of(settings), continued)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,
@@ -99,7 +99,7 @@ def prepare(
     )
     _check_positions(config, dataset)
     identity = _identity(settings, source, tokenizer, dataset, plan, continued)
-    return Prepared(tokenizer, dataset, plan, continued, identity)
+    return Prepared(config, tokenizer, dataset, plan, continued, identity)
 
 
 def preference_of(settings: Mapping[type, object]) -> PreferenceSettings | None:
@@ -146,9 +146,9 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
     )
 
 
-def check_adapter(lora: LoraSettings, source: load.BaseSource, continued: str | None) -> None:
+def check_adapter(lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None) -> None:
     """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter."""
-    model = load.outline(load.load_config(source), source)
+    model = load.outline(config, source)
     if continued is not None:
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
     elif model is not None:

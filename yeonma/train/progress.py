@@ -174,14 +174,20 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
 
 
+def status_bytes(name: str) -> int | None:
+    """What Linux says of this process's memory by a name such as `VmRSS`; None where it says nothing."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
 def _peak_resident_bytes() -> int:
     # On Linux ru_maxrss is inherited from the process that started this one, however large that was.
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    told = status_bytes("VmHWM")
+    if told is not None:
+        return told
     try:
         import resource
     except ImportError:

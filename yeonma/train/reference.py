@@ -26,6 +26,7 @@ from yeonma.model.adapter import WEIGHTS, BaseIdentity
 from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.model.load import BaseSource
+from yeonma.text.files import file_hash
 from yeonma.tokens.plan import micro_batches, shares
 from yeonma.tokens.store import TokenStore, sync
 from yeonma.train.distributed import Processes, sum_over
@@ -47,10 +48,12 @@ def reference_identity(
     Reads the weight files of a local model; a model of the hub is known by its commit.
     """
     folder = Path(source.name)
-    weights = [_sha256(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    weights = [file_hash(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
     named = None if weights else [base.name, base.revision]
     adapter = (
-        [_sha256(Path(continued) / name) for name in (WEIGHTS, "adapter_config.json")] if continued else None
+        [file_hash(Path(continued) / name) for name in (WEIGHTS, "adapter_config.json")]
+        if continued
+        else None
     )
     versions = [version(package) for package in ("torch", "transformers", "peft")]
     content = [FORMAT, weights, named, base.config_sha256, adapter, str(dtype), device.type, versions]
@@ -151,11 +154,3 @@ def _write(path: Path, values: np.ndarray) -> None:
         raise UserError(what, place=str(path.parent), cure="name another folder with --cache_dir") from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

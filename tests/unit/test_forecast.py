@@ -35,7 +35,7 @@ from yeonma.settings import TRAINING, ModelSettings
 from yeonma.tokens.forest import Forest, lay_out
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.distributed import Processes
-from yeonma.train.loop import Tuning, _my_micro_batches
+from yeonma.train.loop import Tuning, _my_turns
 from yeonma.train.objectives import SFT
 from yeonma.train.prepare import Prepared, prepare
 
@@ -203,7 +203,7 @@ def test_the_micro_batches_are_those_of_the_step(
             group = Processes(rank, processes)
             nothing: Any = None
             tuning = Tuning(nothing, nothing, {}, nothing, nothing, False, 1.0, micro, SFT, group)
-            batches = _my_micro_batches(tuning, store, positions, store.trained_of)
+            batches = [turn.examples for turn in _my_turns(tuning, store, positions, store.trained_of)]
             expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
     found = list(batches_module._batches(prepared.plan, store, micro, processes))
     assert [(step, members.tolist(), several) for step, members, several in found] == expected

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from yeonma.errors import UserError
 from yeonma.model.check import attention
+from yeonma.model.shard import is_sharded
 
 CONTEXT = 32  # tokens before an answer that decide how its first one is written
 
@@ -140,7 +141,7 @@ def _answers(
         generated_BS = _generated(model, tokenizer, prompts, style, on_text)
         return [_answer(tokenizer, *each, style) for each in zip(prompts, generated_BS, strict=True)]
     except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
+        if len(prompts) == 1 or is_sharded(model):  # whose processes go on together or not at all
             what = f"a prompt of {len(prompts[0])} tokens and its answer do not fit into the device's memory"
             raise UserError(
                 what, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu"

@@ -18,13 +18,14 @@ import torch
 
 from yeonma.errors import UserError
 from yeonma.model.check import in_eval_mode
-from yeonma.model.forward import Forward, example_logprobs
+from yeonma.model.forward import Forward
 from yeonma.tokens.cache import TokenStore
-from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
+from yeonma.tokens.plan import MicroBatching, Plan
 from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
-from yeonma.train.objectives import Objective
+from yeonma.train.objectives import Objective, Sums
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
+from yeonma.train.turns import Company, Turn, turn_logprobs, turns, unless_idle
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Tuning:
     micro: MicroBatching
     objective: Objective
     group: Processes
+    sharded: bool = False
+    """Frozen weights are shared out: every process makes the same passes through the model, or all stop."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
 
     point = _measured(tuning, store, units)
     totals = torch.zeros(1 + len(objective.metrics), device=tuning.model.device)
-    for members in _my_micro_batches(tuning, store, units, store.trained_of):
-        loss_sum, metric_sums = objective.sums(_logprobs(tuning, store, members), store, members, point)
-        (loss_sum / count).backward()
+    for turn in _my_turns(tuning, store, units, store.trained_of):
+        loss_sum, metric_sums = _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), point)
+        with unless_idle(turn, tuning.parameters.values()):
+            (loss_sum / count).backward()
         totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
         del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
 
@@ -91,32 +95,31 @@ def _measured(tuning: Tuning, store: TokenStore, units: np.ndarray) -> torch.Ten
         return None
     total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
     with torch.no_grad(), in_eval_mode(tuning.model):
-        for members in _my_micro_batches(tuning, store, units, store.measured_of):
-            total += measure(_logprobs(tuning, store, members).double(), store, members)
+        for turn in _my_turns(tuning, store, units, store.measured_of):
+            logprobs = _logprobs(tuning, store, turn, units)
+            if len(turn.examples):
+                total += measure(logprobs.double(), store, turn.examples)
     return sum_over(tuning.group, total)[0] / max(1, len(store.measured_of(units)))
 
 
-def _my_micro_batches(
-    tuning: Tuning, store: TokenStore, units: np.ndarray, members_of: Callable[[np.ndarray], np.ndarray]
-) -> list[np.ndarray]:
-    """This process's share of the units, as the examples that go through the model at once; empty where it has none."""
-    mine = units[shares(store.unit_lengths[units].tolist(), tuning.group.count)[tuning.group.rank]]
-    micro = tuning.micro
-    batches = micro_batches(store.unit_lengths[mine].tolist(), micro.most_examples, micro.most_tokens)
-    return [found for members in batches if len(found := members_of(mine[members]))]
+def _my_turns(
+    tuning: Tuning, store: TokenStore, units: np.ndarray, examples_of: Callable[[np.ndarray], np.ndarray]
+) -> list[Turn]:
+    company = Company(tuning.group.rank, tuning.group.count, tuning.sharded)
+    return turns(store, units, examples_of, tuning.micro, company, tuning.how.forest)
 
 
-def _logprobs(tuning: Tuning, store: TokenStore, positions: np.ndarray) -> torch.Tensor:
-    examples = [store.example(int(position)) for position in positions]
-    token_ids, trained = [each.token_ids for each in examples], [each.trained for each in examples]
-    return example_logprobs(
-        tuning.model,
-        tuning.how,
-        token_ids,
-        trained,
-        share_prefix=tuning.micro.share_prefix,
-        units=store.units[positions],
-    )
+def _logprobs(tuning: Tuning, store: TokenStore, turn: Turn, units: np.ndarray) -> torch.Tensor:
+    spare = int(store.trained_of(units[:1])[0])
+    return turn_logprobs(tuning.model, tuning.how, store, turn, spare, tuning.micro.share_prefix)
+
+
+def _sums(
+    tuning: Tuning, store: TokenStore, turn: Turn, logprob_N: torch.Tensor, point: torch.Tensor | None
+) -> Sums:
+    if len(turn.examples):
+        return tuning.objective.sums(logprob_N, store, turn.examples, point)
+    return logprob_N.sum(), logprob_N.new_zeros(len(tuning.objective.metrics))
 
 
 def _check_finite(
@@ -142,9 +145,9 @@ def evaluate(
     totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
     tuning.model.eval()
     with torch.no_grad():
-        for members in _my_micro_batches(tuning, store, units, store.trained_of):
-            logprobs = _logprobs(tuning, store, members).double()
-            loss_sum, metric_sums = objective.sums(logprobs, store, members, point)
+        for turn in _my_turns(tuning, store, units, store.trained_of):
+            logprobs = _logprobs(tuning, store, turn, units).double()
+            loss_sum, metric_sums = _sums(tuning, store, turn, logprobs, point)
             totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
     tuning.model.train()
     trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())

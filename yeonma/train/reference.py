@@ -24,13 +24,14 @@ from safetensors.numpy import save_file
 from yeonma.errors import UserError
 from yeonma.model.adapter import WEIGHTS, BaseIdentity
 from yeonma.model.check import in_eval_mode
-from yeonma.model.forward import Forward, example_logprobs
+from yeonma.model.forward import Forward
 from yeonma.model.load import BaseSource
 from yeonma.text.files import file_hash
-from yeonma.tokens.plan import micro_batches, shares
+from yeonma.tokens.plan import MicroBatching
 from yeonma.tokens.store import TokenStore, sync
 from yeonma.train.distributed import Processes, sum_over
 from yeonma.train.objectives import answer_logprobs
+from yeonma.train.turns import Company, turn_logprobs, turns
 
 FORMAT = 1
 """Raised whenever the same rows would get other numbers or another file."""
@@ -68,9 +69,8 @@ def reference_logprobs(
     *,
     identity: str,
     cache_dir: Path,
-    most_units: int,
-    most_tokens: int | None,
-    share_prefix: bool,
+    micro: MicroBatching,
+    sharded: bool,
     group: Processes,
     say: Callable[[str], None],
 ) -> np.ndarray:
@@ -89,25 +89,16 @@ def reference_logprobs(
     missing = units[np.isin(units, store.units[np.isnan(known)])]
     if not len(missing):
         return known
-    done = 0
+    done, company = 0, Company(group.rank, group.count, sharded)
     with torch.no_grad(), in_eval_mode(model):
         for part in _rounds(missing, store.unit_lengths, ROUND_TOKENS * group.count):
             fresh = np.zeros(len(store))
-            mine = part[shares(store.unit_lengths[part].tolist(), group.count)[group.rank]]
-            for members in micro_batches(store.unit_lengths[mine].tolist(), most_units, most_tokens):
-                examples = store.examples_of(mine[members])
-                held = [store.example(int(position)) for position in examples]
-                logprob_N = example_logprobs(
-                    model,
-                    how,
-                    [each.token_ids for each in held],
-                    [each.trained for each in held],
-                    share_prefix=share_prefix,
-                    units=store.units[examples],
-                )
-                sums = answer_logprobs(logprob_N.double(), store.trained_counts[examples])
-                fresh[examples] = sums.cpu().numpy()
             of_part = store.examples_of(part)
+            for turn in turns(store, part, store.examples_of, micro, company, how.forest):
+                logprob_N = turn_logprobs(model, how, store, turn, int(of_part[0]), micro.share_prefix)
+                if len(turn.examples):
+                    sums = answer_logprobs(logprob_N.double(), store.trained_counts[turn.examples])
+                    fresh[turn.examples] = sums.cpu().numpy()
             known[of_part] = _summed(fresh, group, model.device)[of_part]
             done += len(part)
             if group.first:

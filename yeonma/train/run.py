@@ -19,6 +19,7 @@ from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.lora import speed_up
+from yeonma.model.shard import held_bytes, is_sharded, shard_weights, spread_trained
 from yeonma.paths import user_path
 from yeonma.settings import (
     EvaluationSettings,
@@ -32,7 +33,7 @@ from yeonma.tokens.dataset import cache_folder, describe
 from yeonma.tokens.plan import MicroBatching, Plan
 from yeonma.tokens.store import TokenStore
 from yeonma.train import folder
-from yeonma.train.card import write_card
+from yeonma.train.card import take_samples, write_card
 from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
 from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
@@ -75,7 +76,7 @@ def run_training(settings: Mapping[type, object]) -> Path:
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
-        loaded = load_model(settings, source, device, prepared, say)
+        loaded = load_model(settings, source, device, prepared, say, group)
         objective = make_objective(settings, loaded, prepared, _all_looked_at(prepared), group, say)
         tuning = make_tuning(settings, loaded, prepared.plan, objective, group)
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
@@ -108,15 +109,22 @@ def load_model(
     device: torch.device,
     prepared: Prepared,
     say: Callable[[str], None],
+    group: Processes,
 ) -> Loaded:
     model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
-    base = load.load_base(source, device, load.pick_dtype(model_settings.dtype, device))
+    shard = model_settings.shard and group.count > 1
+    if model_settings.shard and not shard:
+        say("one process holds all weights: shard plays no part")
+    base = load.load_base(source, None if shard else device, load.pick_dtype(model_settings.dtype, device))
     identity = adapters.base_identity(base, source)
     if prepared.adapter is not None:
         adapters.check_continued(prepared.adapter, identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
         peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
+    if shard:
+        shard_weights(base, device)
+        load.check_finite(base, source.name)
     how = check_forward(base)  # with the adapter in place: it may sit on the head
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")
@@ -127,6 +135,8 @@ def load_model(
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
     )
+    if shard:
+        say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.0f} MB in this one")
     dataset = prepared.dataset
     details = adapters.describe(
         identity,
@@ -190,9 +200,10 @@ def make_objective(
                     units,
                     identity=identity,
                     cache_dir=cache_folder(group_of(settings, TokenSettings)),
-                    most_units=UNITS_WITHOUT_GRADIENT * step.micro_batch_size,
-                    most_tokens=step.micro_batch_tokens,
-                    share_prefix=step.share_prefix,
+                    micro=MicroBatching(
+                        UNITS_WITHOUT_GRADIENT * step.micro_batch_size, step.micro_batch_tokens, step.share_prefix
+                    ),
+                    sharded=is_sharded(base),
                     group=group,
                     say=say,
                 )
@@ -225,6 +236,7 @@ def make_tuning(
         micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
         objective=objective,
         group=group,
+        sharded=is_sharded(loaded.peft_model.get_base_model()),
     )
 
 
@@ -263,6 +275,10 @@ def _train(
     )
     if not group.first:
         steps(Watch(lambda _: None, lambda _: None, lambda: None, lambda _: None))
+        if tuning.sharded and evaluation.card_rows:  # no process can ask the model alone
+            spread_trained(tuning.model)
+            asked = dataset.validation or dataset.train
+            take_samples(peft_model, loaded.how, prepared.tokenizer, dataset, asked, evaluation.card_rows)
         return
     state = _watched(settings, steps, console, plan.total_steps, state.step, output)
     kept = state.step if state.best_step is None or not evaluation.keep_best else state.best_step
@@ -270,6 +286,8 @@ def _train(
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
         load_weights(peft_model, checkpoint_path(output, kept))
     folder.install(output, write_adapter)
+    if evaluation.card_rows:
+        spread_trained(tuning.model)
     per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from yeonma.model.shard import own_class
-
 FEWEST_ROWS = 16  # below, as when single tokens are generated, there is nothing to gain
 
 # oneDNN makes a routine for every shape and PyTorch keeps 1024 of them, 0.6 MB each. Nearly every micro-batch has a
@@ -64,9 +62,10 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """A plain dense layer in float32 on the CPU, none of whose parameters is trained."""
+    """A plain dense layer in float32 on the CPU, none of whose parameters is trained; not a head that is sharded by
+    itself, whose result must be no view."""
     return (
-        own_class(layer) is nn.Linear
+        type(layer) is nn.Linear
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
         and not any(parameter.requires_grad for parameter in layer.parameters())

@@ -11,6 +11,7 @@ Zhao et al. 2023, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -42,6 +43,8 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
         fully_shard(part, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     for each in whole:
         each.data = each.data.to(device)
+    # of logits, which nobody here writes into
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view", UserWarning)
     setattr(model, WITHIN, MethodType(_call, model))
     register_fsdp_forward_method(model, WITHIN)
 

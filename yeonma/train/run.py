@@ -136,7 +136,7 @@ def load_model(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
     )
     if shard:
-        say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.0f} MB in this one")
+        say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this one")
     dataset = prepared.dataset
     details = adapters.describe(
         identity,

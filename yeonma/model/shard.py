@@ -11,6 +11,7 @@ Zhao et al. 2023, arXiv:2304.11277; `torch.distributed.fsdp.fully_shard`.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 Result = TypeVar("Result")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 WITHIN = "yeonma_within"  # a sharded model's method, see `within`
 
 
@@ -36,6 +38,8 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if device.type == "cpu":
+        _return_freed_memory()
     # a weight that is a single number has nothing to share out
     whole = {each for each in model.parameters() if each.requires_grad or each.ndim == 0}
     for part in (*parts_of(model), model):
@@ -47,6 +51,15 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view", UserWarning)
     setattr(model, WITHIN, MethodType(_call, model))
     register_fsdp_forward_method(model, WITHIN)
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give large tensors back to the system when they are freed. Its heap would grow holes: layers
+    that are gathered and let go left it, in a model of 285 MB, 800 MB in each process instead of 180."""
+    try:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    except (OSError, AttributeError):  # not glibc's
+        return
 
 
 def parts_of(model: Any) -> list[nn.Module]:

@@ -125,10 +125,10 @@ def bytes_of(model: Mapping[str, int], way: str, gpus: int) -> float:
 def step_seconds(
     model: Mapping[str, int], processes: int, batch: int, imbalance: float, network: float, efficiency: float, sharded: bool
 ) -> dict[str, float]:  # fmt: skip
-    """Of one step: its parts, and their sum."""
+    """Of one step: its parts, and their sum. Sharded models are taken to run with gradient checkpointing."""
     bandwidth = REACHED * (NVLINK if processes <= NODE else min(NVLINK, network))
     units = imbalance * batch / processes
-    compute = units * UNIT_TOKENS * model["flops"] / (efficiency * PEAK)
+    compute = units * UNIT_TOKENS * model["flops_checkpointed" if sharded else "flops"] / (efficiency * PEAK)
     others = (processes - 1) / processes
     rounds = 2 * ceil(log2(processes)) if processes > 1 else 0
     reduce = 2 * others * model["lora"] / bandwidth + rounds * LATENCY
@@ -138,7 +138,7 @@ def step_seconds(
 
 def enough_tokens(model: Mapping[str, int], bandwidth: float, efficiency: float) -> int:
     """Of a micro-batch, so that gathering the weights for it takes no longer than computing it."""
-    return ceil(2 * model["weights"] / (REACHED * bandwidth) * efficiency * PEAK / model["flops"])
+    return ceil(2 * model["weights"] / (REACHED * bandwidth) * efficiency * PEAK / model["flops_checkpointed"])
 
 
 def tables(kept: Kept) -> dict[str, str]:
@@ -189,8 +189,8 @@ def _steps(
     model: Mapping[str, int], ratios: Mapping[str, float], efficiency: float, *, fixed: bool, sharded: bool
 ) -> str:
     rows = []
-    alone = step_seconds(model, 1, 1, 1.0, NVLINK, efficiency, False)["step"]  # of one unit
-    for count in PROCESSES:
+    alone = step_seconds(model, 1, 1, 1.0, NVLINK, efficiency, sharded)["step"]  # of one unit
+    for count in PROCESSES[1:] if sharded else PROCESSES:
         batch = FIXED_BATCH if fixed else UNITS_EACH * count
         row = [f"{count:,}", f"{batch:,}"]
         for index, network in enumerate(NETWORKS.values()):

@@ -22,6 +22,7 @@ from yeonma.settings import (
     GenerateSettings,
     InspectSettings,
 )
+from yeonma.train.stop import Stopped
 
 HELD_SECONDS = 10
 
@@ -71,8 +72,8 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted,
-    141 when nobody reads the output any more.
+    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted, 143 when
+    training was told to end (SIGTERM), 75 when its time limit was over, 141 when nobody reads the output any more.
 
     YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
     """
@@ -90,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"yeonma: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if not stopped.told and os.environ.get("RANK", "0") == "0":
+            print(f"yeonma: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130

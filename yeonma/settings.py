@@ -237,6 +237,8 @@ class RunSettings:
     """Keep only so many of the newest checkpoints, and the best one."""
     resume_from_checkpoint: str = "latest"
     """Continue from `latest` in `output_dir`, from a checkpoint folder, or from `none`."""
+    time_limit: str | None = None
+    """Stop with a checkpoint and exit status 75 before the command has run for so long: `11h30m`, `90m`, `45s` or `1:30:00`. The same command goes on."""
     logging_steps: int = field(default=1, metadata=COUNT)
     """Print and report every so many steps; metrics.jsonl has every step."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"

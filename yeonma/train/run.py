@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,22 @@ from yeonma.train.prepare import (
     preference_options,
     prepare,
 )
-from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
 from yeonma.train.reference import reference_identity, reference_logprobs
-from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
+from yeonma.train.stop import REASONS, Stop, Stopped
+from yeonma.train.surroundings import moved, surroundings
+from yeonma.train.tracking import check_trackers, plot_loss
+from yeonma.train.watched import watched
 
 UNITS_WITHOUT_GRADIENT = 4
 """Pairs that the reference takes at once for each that training does: without gradients, memory holds one layer's."""
+SAVE_SECONDS_A_WEIGHT = 12 / 50e6
+"""A guess for the time limit, until a save was seen: a weight with its two moments, at 50 MB/s."""
 
 
-def run_training(settings: Mapping[type, object]) -> Path:
+def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
     """Supervised fine-tuning or, where there are PreferenceSettings, learning from pairs. Returns the output folder.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can mend, and Stopped where `stop` ended the run before it was finished.
     """
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
     output = user_path(run.output_dir)
@@ -67,6 +72,7 @@ def run_training(settings: Mapping[type, object]) -> Path:
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
     with processes(device) as group:
+        stop.others = group.count > 1
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
         say = partial(console.out, highlight=False)
         prepared = prepare(settings, source, continued, say)
@@ -75,14 +81,19 @@ def run_training(settings: Mapping[type, object]) -> Path:
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
+        stop.check()
         loaded = load_model(settings, source, device, prepared, say)
+        stop.check()
         objective = make_objective(settings, loaded, prepared, _all_looked_at(prepared), group, say)
-        tuning = make_tuning(settings, loaded, prepared.plan, objective, group)
+        tuning = make_tuning(settings, loaded, prepared.plan, objective, group, stop)
+        stop.check()
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
-        _train(settings, loaded, tuning, console, prepared, start, output)
-        wait(group)
+        stopped = _train(settings, loaded, tuning, console, prepared, start, output)
+        wait(group)  # torchrun ends all when one ends: nobody leaves before the first has saved
+        if stopped is not None:
+            raise Stopped(*stopped, told=True)
     return output
 
 
@@ -202,7 +213,12 @@ def make_objective(
 
 
 def make_tuning(
-    settings: Mapping[type, object], loaded: Loaded, plan: Plan, objective: Objective, group: Processes
+    settings: Mapping[type, object],
+    loaded: Loaded,
+    plan: Plan,
+    objective: Objective,
+    group: Processes,
+    stop: Stop | None = None,
 ) -> Tuning:
     step = group_of(settings, StepSettings)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
@@ -225,6 +241,7 @@ def make_tuning(
         micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
         objective=objective,
         group=group,
+        stop=stop or Stop(),
     )
 
 
@@ -236,7 +253,8 @@ def _train(
     prepared: Prepared,
     start: folder.Start,
     output: Path,
-) -> None:
+) -> tuple[str, int] | None:
+    """None where the run is finished; else what was told of its end, and the exit status."""
     run, evaluation = group_of(settings, RunSettings), group_of(settings, EvaluationSettings)
     say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
     dataset, peft_model = prepared.dataset, loaded.peft_model
@@ -246,10 +264,14 @@ def _train(
 
     # dropout: its own numbers in every process
     torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
+    here = surroundings(group.count, tuning.model.device)
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
     if start.checkpoint is not None and start.state is not None:
         _restore(tuning, peft_model, start.checkpoint, start.state)
         say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
+        if line := moved(state.surroundings, here, group_of(settings, LoraSettings).lora_dropout > 0):
+            say(line)
+    state = replace(state, surroundings=here)
     rhythm = Rhythm(
         eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
         save_steps=run.save_steps or plan.steps_per_epoch,
@@ -261,15 +283,27 @@ def _train(
     steps = partial(
         run_steps, tuning, plan, dataset.train.store, held_out, rhythm, state, output, write_adapter
     )
+    stop = tuning.stop
+    stop.took(save=sum(each.numel() for each in tuning.parameters.values()) * SAVE_SECONDS_A_WEIGHT)
+    with stop.between_steps():
+        if group.first:
+            state = watched(settings, steps, console, plan.total_steps, state, output)
+        else:
+            state = steps(Watch(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
+    if stop.agreed:
+        told = _stopped_after(stop.agreed, state.step, plan.total_steps, output)
+        console.out(told, highlight=False)
+        sys.stdout.flush()
+        return told, stop.agreed
+    stop.check()
     if not group.first:
-        steps(Watch(lambda _: None, lambda _: None, lambda: None, lambda _: None))
-        return
-    state = _watched(settings, steps, console, plan.total_steps, state.step, output)
+        return None
     kept = state.step if state.best_step is None or not evaluation.keep_best else state.best_step
     if kept != state.step:
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
         load_weights(peft_model, checkpoint_path(output, kept))
     folder.install(output, write_adapter)
+    stop.check()
     per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
@@ -288,6 +322,14 @@ def _train(
     )
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
+    return None
+
+
+def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:
+    if not step:
+        return f"stopped by {REASONS[status]} before the first step; the same command begins anew"
+    where = f"stopped by {REASONS[status]} after step {step} of {total_steps}"
+    return f"{where}; {checkpoint_path(output, step)} is saved, and the same command goes on"
 
 
 def _restore(tuning: Tuning, peft_model: Any, checkpoint: Path, state: RunState) -> None:
@@ -306,34 +348,3 @@ def load_weights(peft_model: Any, checkpoint: Path) -> None:
 
     weights = load_peft_weights(str(checkpoint), device=str(peft_model.device))
     set_peft_model_state_dict(peft_model, weights)
-
-
-def _watched(
-    settings: Mapping[type, object],
-    steps: Callable[[Watch], RunState],
-    console: Console,
-    total_steps: int,
-    start_step: int,
-    output: Path,
-) -> RunState:
-    """The steps, with progress, metrics.jsonl and trackers."""
-    run = group_of(settings, RunSettings)
-    flat = {name: value for group in settings.values() for name, value in vars(group).items()}
-    with (
-        open_metrics(output / "metrics.jsonl", start_step or None) as metrics,
-        open_trackers(run.report_to, run.run_name, output, flat, start_step) as trackers,
-        Progress(total_steps, start_step, run.logging_steps, console) as progress,
-    ):
-
-        def step(record: StepRecord) -> None:
-            metrics.write(record)
-            progress.step(record)
-            if record.step % run.logging_steps == 0:
-                trackers.log(record.step, tracked(record))
-
-        def evaluation(record: EvaluationRecord) -> None:
-            metrics.write(record)
-            progress.evaluation(record)
-            trackers.log(record.step, tracked(record))
-
-        return steps(Watch(step, evaluation, metrics.sync, progress.say))

@@ -27,7 +27,16 @@ from yeonma.train.checkpoint import (
 
 RUN = "run.json"
 # What a run leaves behind beside run.json and checkpoints, as patterns.
-OURS = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "yeonma.json", "template.txt", "adapter_*")
+OURS = (
+    "settings.yaml",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+    "yeonma.json",
+    "template.txt",
+    "samples.json",
+    "adapter_*",
+)
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",

@@ -19,6 +19,7 @@ from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.lora import speed_up
+from yeonma.model.samples import Samples, take_samples
 from yeonma.paths import user_path
 from yeonma.settings import (
     EvaluationSettings,
@@ -28,7 +29,7 @@ from yeonma.settings import (
     StepSettings,
     TokenSettings,
 )
-from yeonma.tokens.dataset import cache_folder, describe
+from yeonma.tokens.dataset import Dataset, cache_folder, describe
 from yeonma.tokens.plan import MicroBatching, Plan
 from yeonma.tokens.store import TokenStore
 from yeonma.train import folder
@@ -133,6 +134,7 @@ def load_model(
         dataset.template,
         dataset.columns,
         dataset.rules,
+        tokenizer=prepared.tokenizer,
         trust_remote_code=source.trust_remote_code,
         trained_on={
             "data": dataset.train.rows.name,
@@ -241,8 +243,11 @@ def _train(
     say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
     dataset, peft_model = prepared.dataset, loaded.peft_model
 
+    samples = _samples(dataset, evaluation.card_rows) if group.first else None
+
     def write_adapter(place: Path) -> None:
-        adapters.write_adapter(place, peft_model, prepared.tokenizer, dataset.template, loaded.details)
+        tokenizer, template = prepared.tokenizer, dataset.template
+        adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, samples)
 
     # dropout: its own numbers in every process
     torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
@@ -288,6 +293,12 @@ def _train(
     )
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
+
+
+def _samples(dataset: Dataset, count: int) -> Samples:
+    """The rows of the card, as the adapter folder keeps them."""
+    part = dataset.validation or dataset.train
+    return take_samples(part, dataset.kind, dataset.template, dataset.columns, count)
 
 
 def _restore(tuning: Tuning, peft_model: Any, checkpoint: Path, state: RunState) -> None:

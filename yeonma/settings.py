@@ -306,6 +306,28 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """The folder that is looked at. Nothing in it changes, and no weights of the base model are read."""
+
+    adapter_dir: str
+    """A run's output folder, a checkpoint in it, or an adapter folder copied from there."""
+    base_model: str | None = None
+    """The base model's name or folder, where it is no longer where the adapter folder says."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a base model is not looked at."""
+    data_path: str | None = None
+    """Data of which to say whether the adapter was trained on it."""
+    data_split: str = "train"
+    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    encoding: str = "utf-8"
+    """Character encoding of text files, as in training."""
+    json: bool = False
+    """Print what was found as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """What is asked, and where the answers go. One of `data_path`, `row` and `prompt`."""
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from yeonma.errors import Problem, UserError
 from yeonma.paths import user_path
+from yeonma.text.files import file_hash
+from yeonma.tokens.store import sync
 from yeonma.train.checkpoint import (
     RunState,
     checkpoints,
@@ -26,6 +28,7 @@ from yeonma.train.checkpoint import (
 )
 
 RUN = "run.json"
+SEAL = "manifest.json"
 # What a run leaves behind beside run.json and checkpoints, as patterns.
 OURS = (
     "settings.yaml",
@@ -35,6 +38,7 @@ OURS = (
     "yeonma.json",
     "template.txt",
     "samples.json",
+    "manifest.json",
     "adapter_*",
 )
 TOKENIZERS = (
@@ -136,6 +140,8 @@ def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: 
     run starts anew, else the checkpoints after the one to continue from, whose steps are done again."""
     output.mkdir(parents=True, exist_ok=True)
     mark(output, identity, finished=False)
+    (output / SEAL).unlink(missing_ok=True)  # before anything that it speaks of changes
+    sync(output)
     if start.checkpoint is None:
         for path in _left_behind(output):
             path.unlink()
@@ -155,6 +161,19 @@ def _left_behind(output: Path) -> list[Path]:
 def mark(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
     text = json.dumps({"identity": identity, "finished": finished}, ensure_ascii=False, indent=2)
     write_text_atomically(output / RUN, text + "\n")
+
+
+def seal(output: Path) -> None:
+    """Write manifest.json: the SHA-256 of every file that the run leaves in the folder itself, all of them flushed to
+    the disk. `begin` takes it away: where run.json says that the run is finished, it is true of what the run left."""
+    hashes = {}
+    for path in _left_behind(output):
+        if path.name != SEAL:
+            sync(path)
+            hashes[path.relative_to(output).as_posix()] = file_hash(path)
+    sync(output)
+    write_text_atomically(output / SEAL, json.dumps({"sha256": hashes}, indent=2) + "\n")
+    sync(output)
 
 
 def install(output: Path, write: Callable[[Path], None]) -> None:

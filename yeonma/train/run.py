@@ -291,6 +291,7 @@ def _train(
         kept,
         evaluation.card_rows,
     )
+    folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
 

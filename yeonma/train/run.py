@@ -38,6 +38,7 @@ from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, res
 from yeonma.train.distributed import Processes, processes, wait
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
+from yeonma.train.opening import Opening, is_reference, look_again, with_opening
 from yeonma.train.preference import REFERENCE_FREE
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import (
@@ -50,7 +51,7 @@ from yeonma.train.prepare import (
     prepare,
 )
 from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
-from yeonma.train.reference import reference_identity, reference_logprobs
+from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
 from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
 
 UNITS_WITHOUT_GRADIENT = 4
@@ -77,8 +78,12 @@ def run_training(settings: Mapping[type, object]) -> Path:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
         loaded = load_model(settings, source, device, prepared, say)
-        objective = make_objective(settings, loaded, prepared, _all_looked_at(prepared), group, say)
+        looked_at = _all_looked_at(prepared)
+        first = _looked_at_first(prepared)
+        objective = make_objective(settings, loaded, prepared, looked_at, group, say, first)
         tuning = make_tuning(settings, loaded, prepared.plan, objective, group)
+        if start.state is not None:
+            look_again(tuning, prepared.plan, prepared.dataset.train.store, _held_out(prepared))
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
@@ -159,6 +164,21 @@ def _all_looked_at(prepared: Prepared) -> References:
     return needed
 
 
+def _looked_at_first(prepared: Prepared) -> References:
+    """The units that the run looks at before its first update."""
+    store, held_out = prepared.dataset.train.store, _held_out(prepared)
+    first = {store.key: (store, next(prepared.plan.steps()))}
+    if held_out is not None:
+        key = held_out[0].key
+        first[key] = held_out[0], np.union1d(held_out[1], first[key][1] if key in first else held_out[1])
+    return first
+
+
+def _held_out(prepared: Prepared) -> tuple[TokenStore, np.ndarray] | None:
+    held_out = prepared.dataset.validation
+    return None if held_out is None else (held_out.store, held_out.units)
+
+
 def make_objective(
     settings: Mapping[type, object],
     loaded: Loaded,
@@ -166,41 +186,59 @@ def make_objective(
     needed: References,
     group: Processes,
     say: Callable[[str], None],
+    first: References | None = None,
 ) -> Objective:
     """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of `needed`.
 
+    Those of `first` are left to the run's own look at them, where it gives the same: of pairs, with no dropout that
+    changes anything.
     The adapter must be as it was at the start: the first step is still to come, or the checkpoint to be read.
     """
     preference, step = preference_of(settings), group_of(settings, StepSettings)
     if preference is None:
         return SFT
     references: dict[str, np.ndarray] = {}
+    openings: dict[str, Opening] = {}
+    base = loaded.peft_model.get_base_model()
     if preference.loss not in REFERENCE_FREE:
-        base = loaded.peft_model.get_base_model()
         identity = ""
         if group.first:
             identity = reference_identity(
                 loaded.source, loaded.base, prepared.adapter, base.dtype, base.device
             )
-        fresh = prepared.adapter is None
-        with loaded.peft_model.disable_adapter() if fresh else nullcontext():
+        as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
+        cache_dir = cache_folder(group_of(settings, TokenSettings))
+        if (
+            first is None
+            or preference.loss == "kto"  # its mean over the step is needed before
+            or group_of(settings, LoraSettings).use_dora  # the base to rounding only
+            or not is_reference(base, loaded.how, as_reference, group)
+        ):
+            first = {}
+        with as_reference():
             for key, (store, units) in needed.items():
                 references[key] = reference_logprobs(
                     base,
                     loaded.how,
                     store,
                     units,
+                    later=first[key][1] if key in first else None,
                     identity=identity,
-                    cache_dir=cache_folder(group_of(settings, TokenSettings)),
+                    cache_dir=cache_dir,
                     most_units=UNITS_WITHOUT_GRADIENT * step.micro_batch_size,
                     most_tokens=step.micro_batch_tokens,
                     share_prefix=step.share_prefix,
                     group=group,
                     say=say,
                 )
+        for key, (store, units) in first.items():
+            wanted = np.isnan(references[key])
+            wanted[~np.isin(store.units, units)] = False
+            openings[key] = Opening(reference_path(cache_dir, identity, store), references[key], wanted)
     if preference.loss == "kto":
         return label_objective(preference_options(preference), references)
-    return pair_objective(preference.loss, preference_options(preference), references)
+    objective = pair_objective(preference.loss, preference_options(preference), references)
+    return with_opening(objective, openings, group, base.device) if openings else objective
 
 
 def make_tuning(
@@ -262,7 +300,7 @@ def _train(
         patience=evaluation.early_stopping_patience,
         threshold=evaluation.early_stopping_threshold,
     )
-    held_out = (dataset.validation.store, dataset.validation.units) if dataset.validation else None
+    held_out = _held_out(prepared)
     steps = partial(
         run_steps, tuning, plan, dataset.train.store, held_out, rhythm, state, output, write_adapter
     )

@@ -21,7 +21,7 @@ from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
-from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
+from yeonma.train.checkpoint import AdapterWriter, RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
@@ -201,7 +201,7 @@ def run_steps(
     rhythm: Rhythm,
     state: RunState,
     output: Path,
-    write_adapter: Callable[[Path], None],
+    adapter: AdapterWriter,
     watch: Watch,
 ) -> RunState:
     """From `state` to the end of the plan, or to early stopping. Returns the last state."""
@@ -211,7 +211,7 @@ def run_steps(
         if tuning.group.first:
             watch.before_save()
             names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}
-            write_checkpoint(output, state, write_adapter, optimizer_tensors(tuning.optimizer, names), random)
+            write_checkpoint(output, state, adapter, optimizer_tensors(tuning.optimizer, names), random)
             rotate(output, rhythm.save_total_limit, state.best_step)
 
     def look(state: RunState) -> RunState:

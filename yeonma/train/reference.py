@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from yeonma.disk import sync
 from yeonma.errors import UserError
 from yeonma.model.adapter import WEIGHTS, BaseIdentity
 from yeonma.model.check import in_eval_mode
@@ -28,7 +29,7 @@ from yeonma.model.forward import Forward, example_logprobs
 from yeonma.model.load import BaseSource
 from yeonma.text.files import file_hash
 from yeonma.tokens.plan import micro_batches, shares
-from yeonma.tokens.store import TokenStore, sync
+from yeonma.tokens.store import TokenStore
 from yeonma.train.distributed import Processes, sum_over
 from yeonma.train.objectives import answer_logprobs
 

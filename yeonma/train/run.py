@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from yeonma.configure import group_of, to_yaml
+from yeonma.disk import told
 from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.model.check import check_forward
@@ -34,8 +35,16 @@ from yeonma.tokens.plan import MicroBatching, Plan
 from yeonma.tokens.store import TokenStore
 from yeonma.train import folder
 from yeonma.train.card import write_card
-from yeonma.train.checkpoint import RunState, checkpoint_path, read_tensors, restore_optimizer
+from yeonma.train.checkpoint import (
+    AdapterWriter,
+    RunState,
+    checkpoint_path,
+    read_tensors,
+    recover,
+    restore_optimizer,
+)
 from yeonma.train.distributed import Processes, processes, wait
+from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
 from yeonma.train.opening import Opening, is_reference, look_again, with_opening
@@ -52,6 +61,7 @@ from yeonma.train.prepare import (
 )
 from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
 from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
+from yeonma.train.space import Saves, adapter_bytes, check_room
 from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
 
 UNITS_WITHOUT_GRADIENT = 4
@@ -68,15 +78,23 @@ def run_training(settings: Mapping[type, object]) -> Path:
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
-    with processes(device) as group:
+    with processes(device) as group, ExitStack() as held:
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
         say = partial(console.out, highlight=False)
         prepared = prepare(settings, source, continued, say)
         describe(prepared.dataset, say)
+        if group.first:
+            held.enter_context(told(output, "the run's files"))
+            held.enter_context(hold(output, say))
+            recover(output)
+        wait(group)  # nobody looks into a folder that another run may be writing
         start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, say)
         if start.finished:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
+        if group.first and prepared.trained_parameters is not None:
+            saves = saves_of(settings, prepared)
+            check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
         loaded = load_model(settings, source, device, prepared, say)
         looked_at = _all_looked_at(prepared)
         first = _looked_at_first(prepared)
@@ -90,6 +108,12 @@ def run_training(settings: Mapping[type, object]) -> Path:
         _train(settings, loaded, tuning, console, prepared, start, output)
         wait(group)
     return output
+
+
+def saves_of(settings: Mapping[type, object], prepared: Prepared) -> Saves:
+    run, plan = group_of(settings, RunSettings), prepared.plan
+    best = prepared.dataset.validation is not None
+    return Saves(plan.total_steps, run.save_steps or plan.steps_per_epoch, run.save_total_limit, best)
 
 
 References = Mapping[str, tuple[TokenStore, np.ndarray]]
@@ -287,6 +311,8 @@ def _train(
         tokenizer, template = prepared.tokenizer, dataset.template
         adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, samples)
 
+    trained = sum(each.numel() for each in tuning.parameters.values())
+    adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
@@ -301,9 +327,7 @@ def _train(
         threshold=evaluation.early_stopping_threshold,
     )
     held_out = _held_out(prepared)
-    steps = partial(
-        run_steps, tuning, plan, dataset.train.store, held_out, rhythm, state, output, write_adapter
-    )
+    steps = partial(run_steps, tuning, plan, dataset.train.store, held_out, rhythm, state, output, adapter)
     if not group.first:
         steps(Watch(lambda _: None, lambda _: None, lambda: None, lambda _: None))
         return
@@ -312,7 +336,7 @@ def _train(
     if kept != state.step:
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
         load_weights(peft_model, checkpoint_path(output, kept))
-    folder.install(output, write_adapter)
+    folder.install(output, adapter)
     per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train

@@ -43,7 +43,11 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
     if config.get("peft_type") != "LORA":
         problems.append(Problem("it is not of a LoRA adapter", str(folder / "adapter_config.json"), ANEW))
     elif isinstance(rank := config.get("r"), int) and not config.get("rank_pattern"):
-        wrong = [name for name, shape in shapes.items() if (own := _rank(name, shape)) and own % rank]
+        wrong = [
+            name
+            for name, shape in shapes.items()
+            if (own := _rank(name, shape)) and (own % rank if "experts" in name else own != rank)
+        ]
         if wrong:
             what = f"{_some(wrong)} is not of rank {rank}, which adapter_config.json says"
             problems.append(Problem(what, place, ANEW))

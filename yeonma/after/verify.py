@@ -27,7 +27,7 @@ from yeonma.model.samples import read_samples
 from yeonma.paths import user_path
 from yeonma.settings import VerifySettings
 from yeonma.text.rows import open_rows
-from yeonma.train.checkpoint import STATE, checkpoints
+from yeonma.train.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
 from yeonma.train.folder import RUN
 
 
@@ -63,7 +63,7 @@ def verify(asked: VerifySettings) -> Report:
         raise UserError("no such folder", place=asked.adapter_dir, cure="give the output folder of a run")
     if (folder / RUN).is_file() or checkpoints(folder):
         return _of_run(folder, asked)
-    if (folder / STATE).is_file():
+    if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):
         findings, details = _of_adapter(folder, asked)
         whole = check_checkpoint(folder, None, None)
         return _report(folder, "a checkpoint", [whole, *findings], details)
@@ -155,7 +155,8 @@ def _of_tokenizers(
     try:
         samples = read_samples(adapter.path)
     except UserError as error:
-        damaged = found("sample rows", error.problems, "")
+        problems = [Problem(each.what, each.place, each.cure or belong.ANEW) for each in error.problems]
+        damaged = found("sample rows", problems, "")
     own = BaseSource(str(adapter.path), None, asked.trust_remote_code)
     looked_at = [("tokenizer", "sample rows", own)]
     if not isinstance(source, Finding):

@@ -21,6 +21,7 @@ from yeonma.settings import (
     DemoSettings,
     GenerateSettings,
     InspectSettings,
+    PushSettings,
     VerifySettings,
 )
 
@@ -66,6 +67,9 @@ VERBS = {
         "yeonma.verbs.verify:run",
         (VerifySettings,),
         "adapter_dir",
+    ),
+    "push": Verb(
+        "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
     ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(

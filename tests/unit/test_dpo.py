@@ -230,7 +230,9 @@ def left_behind(output: Path) -> dict[str, Any]:
         for path in sorted(output.rglob("*"))
         if path.is_file()
     }
-    sums = json.loads(found.pop("manifest.json"))["sha256"]  # of files that name the place, or times, they differ
+    sums = json.loads(found.pop("manifest.json"))[
+        "sha256"
+    ]  # of files that name the place, or times, they differ
     found["manifest.json"] = {name: each for name, each in sums.items() if name not in OF_A_PLACE}
     lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
     return {**found, "lines": [{k: v for k, v in line.items() if k not in TIMED} for line in lines]}

@@ -72,7 +72,7 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
     The token ids are taken from the cache; the reference's log-probabilities of earlier runs are not.
     """
     from yeonma.cli import main
-    from yeonma.train import run
+    from yeonma.train import setup
 
     for kept in (folder / "cache").glob("*.reference"):
         kept.unlink()
@@ -89,7 +89,7 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
         return call
 
     # what the first step finds of the reference is in the step's own seconds
-    run.reference_logprobs, run.is_reference = timed(run.reference_logprobs), timed(run.is_reference)
+    setup.reference_logprobs, setup.is_reference = timed(setup.reference_logprobs), timed(setup.is_reference)
     output = folder / "output"
     settings = {
         "base_model": model,

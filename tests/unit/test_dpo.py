@@ -20,7 +20,7 @@ from tests.pairs import PLAIN, chat_folder, dpo, pairs, tuned
 from tests.runs import Done, command, model_folder, trained, write_jsonl
 from yeonma.settings import PreferenceLoss
 from yeonma.tokens.plan import epoch_order
-from yeonma.train import loop, reference, run
+from yeonma.train import loop, reference, setup
 
 ROWS = pairs(21)
 LOSSES = [name for name in PreferenceLoss.__args__ if name != "kto"]  # type: ignore[attr-defined]
@@ -304,7 +304,7 @@ def test_the_reference_is_asked_once_for_all_runs(
     first = tuned(tmp_path / "first", base, data, cache_dir=cache, lora_dropout=0.2)
     assert sum(asked) == 2 * (21 - 4)  # the first step's are its own look at them
     assert len(asked) == math.ceil(
-        17 / (2 * run.UNITS_WITHOUT_GRADIENT)
+        17 / (2 * setup.UNITS_WITHOUT_GRADIENT)
     )  # fewer than micro-batches in training
     asked.clear()
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, beta=0.2, val_set_size=3, lora_r=8)

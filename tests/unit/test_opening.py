@@ -22,7 +22,7 @@ from yeonma.model.check import check_forward, in_eval_mode
 from yeonma.model.forward import example_logprobs
 from yeonma.model.lora import speed_up
 from yeonma.tokens.example import Role
-from yeonma.train import loop, opening, reference, run
+from yeonma.train import loop, opening, reference, setup
 from yeonma.train.distributed import Processes
 from yeonma.train.objectives import pair_objective
 from yeonma.train.preference import REFERENCE_FREE, PreferenceOptions
@@ -125,7 +125,7 @@ def test_nothing_is_computed_twice_and_the_run_is_the_same(
     assert sum(seen) == 2 * (2 * 16 + looks * 5 + (16 - 4))  # steps, looks, and what neither began with
     seen.clear()
     with monkeypatch.context() as patch:  # as if the model were not its reference
-        patch.setattr(run, "is_reference", lambda *_: False)
+        patch.setattr(setup, "is_reference", lambda *_: False)
         before = tuned(tmp_path / "before", base, data, cache_dir=tmp_path / "other", **settings)
     assert sum(seen) == 2 * (2 * 16 + looks * 5 + 21)
     for name in ("loss", "reward_chosen", "reward_margin", "logprob_rejected"):

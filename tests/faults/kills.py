@@ -1,13 +1,13 @@
-"""`python -m tests.faults.kills`: real runs, killed again and again at random moments, end with the bytes of whole ones.
+"""`python -m tests.faults.kills`: real runs, killed at random moments, end with the bytes of whole ones.
 
 Each run is the command line of `yeonma sft` or `yeonma dpo` in a process of its own, with dropout, evaluations, early
-stopping, checkpoints within epochs and rotation, half of them with an empty cache. It is sent a signal, the same command
-is given again, and so on up to six times; then it may end. Its folder must then equal that of a run that nobody
-touched, checkpoints included. Most processes are forked from this one, which has imported the libraries and computed
-nothing: as real to kill -9 as others, and ready at once. Every tenth is started from nothing.
+stopping, checkpoints within epochs and rotation, half of them with an empty cache. It is sent a signal, the same
+command is given again, and so on up to six times; then it may end. Its folder must then equal that of a run that
+nobody touched, checkpoints included. Most processes are forked from this one, which has imported the libraries and
+computed nothing: as real to kill -9 as others, and ready at once. Every tenth is started from nothing.
 
-A kill counts as one during a save where the hidden folder of a checkpoint that is written, replaced or removed is still
-there afterwards. Nothing in the program knows of any of this.
+A kill counts as one during a save where the hidden folder of a checkpoint that is written, replaced or removed is
+still there afterwards. Nothing in the program knows of any of this.
 """
 
 from __future__ import annotations

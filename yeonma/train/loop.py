@@ -21,7 +21,7 @@ from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
-from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
+from yeonma.train.checkpoint import AdapterWriter, RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
@@ -76,6 +76,7 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
     totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
     _check_finite(totals[0], grad_norm, store, examples)
+    objective.settle()
     learning_rate = tuning.optimizer.param_groups[0]["lr"]
     tuning.optimizer.step()
     if not tuning.by_metric:
@@ -87,6 +88,19 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
     tokens = int(store.unit_lengths[units].sum())
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
+
+
+def at_step(tuning: Tuning, step: int) -> Tuning:
+    """With the objective of what comes after so many updates."""
+    first = tuning.objective.at_start
+    return tuning if step or first is None else replace(tuning, objective=first)
+
+
+def forward_alone(tuning: Tuning, store: TokenStore, units: np.ndarray) -> None:
+    """A step's forward passes as training makes them, told to the objective; no weight and no gradient changes."""
+    for members in _my_micro_batches(tuning, store, units, store.trained_of):
+        tuning.objective.sums(_logprobs(tuning, store, members), store, members, None)
+    tuning.objective.settle()
 
 
 def _measured(
@@ -172,6 +186,7 @@ def evaluate(
     tuning.stop.agree(sums[-len(REASONS) :])
     if sums[-1 - len(REASONS)]:
         return None
+    objective.settle()
     loss, *means = (each / count for each in sums[: -1 - len(REASONS)])
     perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
@@ -208,7 +223,7 @@ def run_steps(
     rhythm: Rhythm,
     state: RunState,
     output: Path,
-    write_adapter: Callable[[Path], None],
+    adapter: AdapterWriter,
     watch: Watch,
 ) -> RunState:
     """From `state` to the end of the plan, to early stopping, or to where `tuning.stop` is agreed on. Returns the last
@@ -221,14 +236,14 @@ def run_steps(
         if tuning.group.first:
             watch.before_save()
             names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}
-            write_checkpoint(output, state, write_adapter, optimizer_tensors(tuning.optimizer, names), random)
+            write_checkpoint(output, state, adapter, optimizer_tensors(tuning.optimizer, names), random)
             rotate(output, rhythm.save_total_limit, state.best_step)
         stop.took(save=time.perf_counter() - started)
 
     def look(state: RunState) -> RunState:
         if validation is None:
             return state
-        record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
+        record = evaluate(at_step(tuning, state.step), *validation, state.step, plan.epoch_at(state.step))
         state = replace(state, evaluation_due=record is None)
         if record is None:
             return state
@@ -255,7 +270,7 @@ def run_steps(
             watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
             break
         started = time.perf_counter()
-        result = train_step(tuning, store, units)
+        result = train_step(at_step(tuning, state.step), store, units)
         seconds = time.perf_counter() - started
         stop.took(step=seconds)
         state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())

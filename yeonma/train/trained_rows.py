@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from yeonma.disk import told, write_all
 from yeonma.errors import UserError
 from yeonma.tokens.store import TokenStore
+from yeonma.train.tracking import CURE
 
 TRAINED_ROWS = "trained_rows.jsonl"
 
@@ -30,16 +32,20 @@ def rows_of(store: TokenStore, units: np.ndarray) -> list[int]:
 class TrainedRows:
     """The file, open at its end. A context manager; `open_trained_rows` makes it."""
 
-    file: BinaryIO
+    file: FileIO
 
     def write(self, step: int, rows: list[int]) -> None:
-        """Append a line and hand it to the operating system: a killed process loses no line."""
-        self.file.write((json.dumps({"step": step, "rows": rows}) + "\n").encode())
-        self.file.flush()
+        """Append a line and hand it to the operating system: a killed process loses no line. Raises UserError where the
+        disk is full or fails.
+        """
+        line = (json.dumps({"step": step, "rows": rows}) + "\n").encode()
+        with told(Path(self.file.name), "a step's rows", len(line), CURE):
+            write_all(self.file, line)
 
     def sync(self) -> None:
-        """Wait for the disk; called before a checkpoint."""
-        os.fsync(self.file.fileno())
+        """Wait for the disk; called before a checkpoint. Raises as `write`."""
+        with told(Path(self.file.name), "the steps' rows", cure=CURE):
+            os.fsync(self.file.fileno())
 
     def __enter__(self) -> TrainedRows:
         return self
@@ -51,7 +57,7 @@ class TrainedRows:
 def open_trained_rows(path: Path, keep_steps: int) -> TrainedRows:
     """Open `path` to append to it, with its lines up to that step; what comes after them is cut off in one call."""
     end = _end_of_step(path, keep_steps) if keep_steps and path.exists() else 0
-    file = path.open("ab")
+    file = path.open("ab", buffering=0)
     file.truncate(end)
     return TrainedRows(file)
 

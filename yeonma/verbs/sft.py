@@ -9,10 +9,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from yeonma.configure import group_of, to_yaml
+from yeonma.errors import gather
 from yeonma.settings import RunSettings
+from yeonma.train.lock import check_unlocked
 from yeonma.train.preflight import preflight
 from yeonma.train.stop import BEGAN, REASONS, Stopped, stoppable
 
@@ -31,16 +34,19 @@ def run(settings: Mapping[type, object], *, as_command: bool = True) -> int:
 
 def train(verb: str, settings: Mapping[type, object], *, as_command: bool = True) -> int:
     """What `run` does, for any verb that trains."""
-    run = group_of(settings, RunSettings)
-    several = run.nproc > 1 and "WORLD_SIZE" not in os.environ
-    preflight(settings)
+    asked = group_of(settings, RunSettings)
+    several = asked.nproc > 1 and "WORLD_SIZE" not in os.environ
+    # the others need not look: where they come so far, the first of them may be the one that holds it
+    first = os.environ.get("RANK", "0") == "0"
+    unlocked = [partial(check_unlocked, asked.output_dir)] if first else []
+    gather(partial(preflight, settings), *unlocked)
     # torchrun's own handlers pass signals on to the processes that it started; a second one too.
-    with stoppable(run.time_limit, as_command=as_command and not several) as stop:
+    with stoppable(asked.time_limit, as_command=as_command and not several) as stop:
         if several:
             with tempfile.TemporaryDirectory() as folder:
                 config = Path(folder) / "settings.yaml"
                 config.write_text(to_yaml(*settings.values()), encoding="utf-8")
-                return _start_processes(run.nproc, ["-m", "yeonma", verb, "--config", str(config)])
+                return _start_processes(asked.nproc, ["-m", "yeonma", verb, "--config", str(config)])
         from yeonma.train.run import run_training
 
         run_training(settings, stop)

@@ -7,7 +7,8 @@ nobody touched, checkpoints included. Most processes are forked from this one, w
 computed nothing: as real to kill -9 as others, and ready at once. Every tenth is started from nothing.
 
 A kill counts as one during a save where the hidden folder of a checkpoint that is written, replaced or removed is
-still there afterwards. Nothing in the program knows of any of this.
+still there afterwards; another signal, where it is there when the signal is sent. Nothing in the program knows of any
+of this.
 """
 
 from __future__ import annotations
@@ -95,8 +96,18 @@ class Process:
     wait: Callable[[bool], int | None]
 
 
-def forked(words: Sequence[str], place: Path, cache: Path) -> Process:
-    """`yeonma` with these words in a child of this process, in the folder `place`."""
+def warm() -> None:
+    """Import what a run imports, and use none of it: a fork must find no threads."""
+    import peft  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    import yeonma.train.run  # noqa: F401
+
+
+def forked(
+    words: Sequence[str], place: Path, cache: Path, before: Callable[[], object] = lambda: None
+) -> Process:
+    """`yeonma` with these words in a child of this process, in the folder `place`; what it calls `before`."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -111,12 +122,13 @@ def forked(words: Sequence[str], place: Path, cache: Path) -> Process:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             from yeonma.cli import main
 
+            before()
             status = main(words)
-            sys.stdout.flush()
         except BaseException:
             traceback.print_exc()
-            sys.stderr.flush()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
 
     def wait(block: bool) -> int | None:
@@ -142,7 +154,7 @@ def started(words: Sequence[str], place: Path, cache: Path) -> Process:
 
 
 def left_behind(output: Path, checkpoints: bool) -> dict[str, Any]:
-    """Every file's bytes; metrics.jsonl as lines, without times and memory."""
+    """Every file's bytes; metrics.jsonl as lines, without times and memory, and without its sum."""
     found: dict[str, Any] = {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
@@ -152,7 +164,9 @@ def left_behind(output: Path, checkpoints: bool) -> dict[str, Any]:
     for line in lines:
         line.pop("seconds")
         line.pop("peak_memory_bytes", None)
-    return {**found, "metrics.jsonl": [json.dumps(line) for line in lines]}
+    sums = json.loads(found["manifest.json"])
+    sums["sha256"].pop("metrics.jsonl")
+    return {**found, "metrics.jsonl": [json.dumps(line) for line in lines], "manifest.json": sums}
 
 
 def in_save(output: Path) -> bool:
@@ -265,6 +279,7 @@ def one_run(
         if not moment(process, output, course, 2 * saves < tally.sent + 2, draw):
             status = 0 if (output / "README.md").exists() else 1
             break
+        saving = number != signal.SIGKILL and in_save(output)  # it will have been finished
         os.kill(process.pid, number)
         if number != signal.SIGKILL and draw.random() < 0.3:
             sleep(draw.uniform(0, 0.05))
@@ -272,7 +287,7 @@ def one_run(
         status = process.wait(True)
         if status not in (STATUS[number], -number):
             break  # it was about to end, and did, or something is wrong
-        tally.signals[phase(output, course.steps)] += 1
+        tally.signals["in a save" if saving else phase(output, course.steps)] += 1
     tally.runs += 1
     log = (place / "log.txt").read_text()
     if status != 0:
@@ -288,11 +303,7 @@ def kill(
     place: Path, verbs: Sequence[str], kills: int, number: signal.Signals, draw: random.Random
 ) -> dict[str, Tally]:
     """So many signals for each verb, at least half of them in a save. `place` is an empty folder."""
-    import peft  # noqa: F401  imported here, and not yet used
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
-    import yeonma.train.run  # noqa: F401
-
+    warm()
     commands = in_child(lambda: prepare(place))
     tallies: dict[str, Tally] = {}
     for verb in verbs:

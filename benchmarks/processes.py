@@ -67,7 +67,9 @@ def steps(folder: Path, name: str, words: list[str]) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base_model", required=True)
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--steps", type=int, default=12)
@@ -77,7 +79,14 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        words = ["--base_model", given.base_model, "--data_path", given.data_path, "--max_steps", str(given.steps)]
+        words = [
+            "--base_model",
+            given.base_model,
+            "--data_path",
+            given.data_path,
+            "--max_steps",
+            str(given.steps),
+        ]
         words += ["--batch_size", str(given.batch_size), "--micro_batch_size", str(given.micro_batch_size)]
         rate = rates(folder)
         runs = {
@@ -95,7 +104,9 @@ def main() -> None:
     for name, seconds in each.items():
         ratios = [one / mine for one, mine in zip(each["one"], seconds, strict=True)]
         print(f"{name}: {median(seconds):.3f} s a step, {median(ratios):.2f} times as fast as one")
-    print(f"two, by the model: {predicted:.3f} s a step, {reduce:.3f} s of it the sum of {adapter / 1e6:.1f} MB")
+    print(
+        f"two, by the model: {predicted:.3f} s a step, {reduce:.3f} s of it the sum of {adapter / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

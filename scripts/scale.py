@@ -1,7 +1,7 @@
 """The numbers of docs/scale.md: what fits on which GPUs, and how a step's time follows the number of processes.
 
     python scripts/scale.py --data alpaca.json --tokenizer FOLDER   trace the models, balance the rows: scale.json anew
-    python scripts/scale.py                                         the page's tables from scale.json (`--check`: compare)
+    python scripts/scale.py                                         the page's tables from scale.json; --check compares
 
 Nothing is measured on a GPU: shapes and operations are traced on PyTorch's meta device by the forecast's own code
 (`yeonma/before/trace.py`), and bandwidths are what vendors say.
@@ -65,7 +65,10 @@ def traced() -> dict[str, Any]:
         each: dict[str, Any] = {}
         for checkpointing in (False, True):
             drawn = blueprint(
-                config, torch.bfloat16, LoraShape(RANK, 16, 0.0, "all-linear"), gradient_checkpointing=checkpointing
+                config,
+                torch.bfloat16,
+                LoraShape(RANK, 16, 0.0, "all-linear"),
+                gradient_checkpointing=checkpointing,
             )
             passed = trace(drawn, forest, has_gradients=True)
             key = "checkpointed" if checkpointing else "activations"
@@ -123,8 +126,14 @@ def bytes_of(model: Mapping[str, int], way: str, gpus: int) -> float:
 
 
 def step_seconds(
-    model: Mapping[str, int], processes: int, batch: int, imbalance: float, network: float, efficiency: float, sharded: bool
-) -> dict[str, float]:  # fmt: skip
+    model: Mapping[str, int],
+    processes: int,
+    batch: int,
+    imbalance: float,
+    network: float,
+    efficiency: float,
+    sharded: bool,
+) -> dict[str, float]:
     """Of one step: its parts, and their sum. Sharded models are taken to run with gradient checkpointing."""
     bandwidth = REACHED * (NVLINK if processes <= NODE else min(NVLINK, network))
     units = imbalance * batch / processes
@@ -132,13 +141,19 @@ def step_seconds(
     others = (processes - 1) / processes
     rounds = 2 * ceil(log2(processes)) if processes > 1 else 0
     reduce = 2 * others * model["lora"] / bandwidth + rounds * LATENCY
-    gather = 2 * ceil(max(1.0, batch / processes) / MICRO) * others * model["weights"] / bandwidth if sharded else 0.0
+    gather = (
+        2 * ceil(max(1.0, batch / processes) / MICRO) * others * model["weights"] / bandwidth
+        if sharded
+        else 0.0
+    )
     return {"compute": compute, "reduce": reduce, "gather": gather, "step": max(compute, gather) + reduce}
 
 
 def enough_tokens(model: Mapping[str, int], bandwidth: float, efficiency: float) -> int:
     """Of a micro-batch, so that gathering the weights for it takes no longer than computing it."""
-    return ceil(2 * model["weights"] / (REACHED * bandwidth) * efficiency * PEAK / model["flops_checkpointed"])
+    return ceil(
+        2 * model["weights"] / (REACHED * bandwidth) * efficiency * PEAK / model["flops_checkpointed"]
+    )
 
 
 def tables(kept: Kept) -> dict[str, str]:
@@ -197,9 +212,13 @@ def _steps(
             if index and count <= NODE:
                 row += ["", ""]
                 continue
-            found = step_seconds(model, count, batch, ratios[f"{batch}/{count}"], network, efficiency, sharded)
+            found = step_seconds(
+                model, count, batch, ratios[f"{batch}/{count}"], network, efficiency, sharded
+            )
             if not index:
-                row += [_seconds(found[key]) for key in ("compute", "reduce", *(["gather"] if sharded else []))]
+                row += [
+                    _seconds(found[key]) for key in ("compute", "reduce", *(["gather"] if sharded else []))
+                ]
             row += [_seconds(found["step"]), f"{alone * batch / count / found['step']:.0%}"]
         rows.append(tuple(row))
     heads = ["processes", "batch_size", "compute", "all-reduce", *(["gather"] if sharded else [])]
@@ -233,10 +252,14 @@ def page_of(page: str, kept: Kept) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="a JSON list of rows whose lengths are balanced")
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer that counts them")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of step")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where the page is out of step"
+    )
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if given.data and given.tokenizer:

@@ -21,7 +21,10 @@ from yeonma.settings import (
     DemoSettings,
     GenerateSettings,
     InspectSettings,
+    PushSettings,
+    VerifySettings,
 )
+from yeonma.train.stop import Stopped
 
 HELD_SECONDS = 10
 
@@ -60,6 +63,15 @@ VERBS = {
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "verify": Verb(
+        "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
+        "yeonma.verbs.verify:run",
+        (VerifySettings,),
+        "adapter_dir",
+    ),
+    "push": Verb(
+        "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
+    ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(
         "Tune a small model on the bundled pairs, end to end.",
@@ -71,8 +83,8 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted,
-    141 when nobody reads the output any more.
+    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted, 143 when
+    training was told to end (SIGTERM), 75 when its time limit was over, 141 when nobody reads the output any more.
 
     YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
     """
@@ -90,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"yeonma: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if not stopped.told and os.environ.get("RANK", "0") == "0":
+            print(f"yeonma: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130

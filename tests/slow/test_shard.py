@@ -52,7 +52,11 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one(
     made = rows(13)
     if settings.get("loss") == "kto":
         made = [  # type: ignore[misc]
-            {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
+            {
+                "prompt": row["prompt"],
+                "completion": row["chosen" if i % 2 else "rejected"],
+                "label": i % 2 == 1,
+            }
             for i, row in enumerate(made)
         ]
     data = write_jsonl(tmp_path / "rows.jsonl", made)
@@ -61,7 +65,9 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one(
     assert one.status == 0, one.err
     two = sharded(verb, tmp_path / "two", base, data, **settings, cache_dir=tmp_path / "b")
     assert two.status == 0, two.err
-    assert [line["loss"] for line in two.lines] == pytest.approx([line["loss"] for line in one.lines], abs=1e-5)
+    assert [line["loss"] for line in two.lines] == pytest.approx(
+        [line["loss"] for line in one.lines], abs=1e-5
+    )
     for name, weight in two.weights.items():
         assert float((weight - one.weights[name]).abs().max()) < 1e-4, name
 

@@ -119,11 +119,16 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
     two = Done(ran.returncode, tmp_path / "two", ran.stdout, ran.stderr)
     assert (two.status, two.err) == (0, "")
     assert two.out.count("weights shared out over 2 processes") == 1
-    assert [line["loss"] for line in two.lines] == pytest.approx([line["loss"] for line in one.lines], abs=1e-5)
+    assert [line["loss"] for line in two.lines] == pytest.approx(
+        [line["loss"] for line in one.lines], abs=1e-5
+    )
     for name, weight in two.weights.items():
         torch.testing.assert_close(weight, one.weights[name], atol=1e-5, rtol=0)
     card = "README.md"
-    answers = [(each.folder / card).read_text().partition("## Use")[0].partition("## Before")[2] for each in (one, two)]
+    answers = [
+        (each.folder / card).read_text().partition("## Use")[0].partition("## Before")[2]
+        for each in (one, two)
+    ]
     assert answers[0] == answers[1] != ""
 
 

@@ -48,7 +48,9 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
     for each in whole:
         each.data = each.data.to(device)
     # of logits, which nobody here writes into
-    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view", UserWarning)
+    warnings.filterwarnings(
+        "ignore", rf"FSDP2-wrapped module \({type(model).__name__}\) returned a view", UserWarning
+    )
     setattr(model, WITHIN, MethodType(_call, model))
     register_fsdp_forward_method(model, WITHIN)
 
@@ -72,7 +74,7 @@ def parts_of(model: Any) -> list[nn.Module]:
     layers = _outermost(model, lambda module: own_class(module).__name__ in named)
     if not any(_has_frozen(layer) for layer in layers):
         lists = _outermost(model, lambda module: isinstance(module, nn.ModuleList))
-        layers = [layer for each in lists for layer in each]
+        layers = [layer for each in lists for layer in each.children()]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = [each for each in (embedding, head) if each is not None]
     if len(ends) == 2 and set(embedding.parameters()) & set(head.parameters()):
@@ -108,7 +110,9 @@ def _frozen_bytes(parameters: Iterator[nn.Parameter]) -> int:
 def held_bytes(model: nn.Module) -> int:
     """Bytes of frozen weights that this process holds now: of a weight that is shared out, its part."""
     weights = [own_part(each.detach()) for each in model.parameters() if not each.requires_grad]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in weights}.values())
+    return sum(
+        {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in weights}.values()
+    )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -148,8 +152,9 @@ def recover(model: nn.Module) -> None:
     """Make a sharded model ready again after an error in the midst of a forward pass, the same in every process."""
     if not is_sharded(model):
         return
-    if hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
+    reset: Callable[[], None] | None = getattr(model, "reset_iter_state", None)
+    if reset is not None:
+        reset()
         return
     from torch.distributed.fsdp import fully_shard  # before torch 2.12 there is no door for this
 

@@ -12,6 +12,7 @@ from yeonma.model.adapter import read_adapter_folder
 from yeonma.model.check import attention
 from yeonma.model.forward import Forward
 from yeonma.model.generate import generate
+from yeonma.model.samples import prompts_of
 from yeonma.text.template import Rendered, answer_text
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import stop_ids
@@ -45,25 +46,23 @@ def write_card(
     rows: int,
 ) -> None:
     """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
-    samples = take_samples(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
+    samples = ask_rows(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(output, samples, metrics, command, kept, dataset.kind.units)
     write_text_atomically(output / "README.md", text)
 
 
-def take_samples(
+def ask_rows(
     peft_model: Any, how: Forward, tokenizer: Any, dataset: Dataset, asked: Part, count: int
 ) -> list[Sample]:
     """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on.
 
     They are asked with the very token ids that come before the answer in training.
     """
-    rows, store = asked.first_rows(count), asked.store
+    rows = asked.first_rows(count)
     kind = dataset.kind
     rendered = [kind.wanted(kind.render(dataset.template, row, dataset.columns)) for row in rows]
-    firsts = {int(row): i for i, row in reversed(list(enumerate(store.row_numbers)))}
-    examples = [store.example(firsts[row.number]) for row in rows]
-    prompts = [each.token_ids[: each.prompt_length] for each in examples]
+    prompts = prompts_of(asked.store, [row.number for row in rows])
     model = peft_model.get_base_model()
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     options: dict[str, Any] = {

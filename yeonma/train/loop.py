@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import MicroBatching, Plan
-from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
+from yeonma.train.checkpoint import AdapterWriter, RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective, Sums
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
+from yeonma.train.stop import REASONS, Stop
+from yeonma.train.trained_rows import rows_of
 from yeonma.train.turns import Company, Turn, turn_logprobs, turns, unless_idle
 
 
@@ -42,6 +44,7 @@ class Tuning:
     micro: MicroBatching
     objective: Objective
     group: Processes
+    stop: Stop = field(default_factory=Stop)
     sharded: bool = False
     """Frozen weights are shared out: every process makes the same passes through the model, or all stop."""
 
@@ -73,29 +76,52 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
         totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
         del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
 
+    totals = torch.cat([totals, totals.new_tensor(tuning.stop.wishes())])
     totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
     _check_finite(totals[0], grad_norm, store, examples)
+    objective.settle()
     learning_rate = tuning.optimizer.param_groups[0]["lr"]
     tuning.optimizer.step()
     if not tuning.by_metric:
         tuning.scheduler.step()
     tuning.optimizer.zero_grad(set_to_none=True)
 
-    loss, *means = totals.tolist()
+    loss, *means = totals[: -len(REASONS)].tolist()
+    tuning.stop.agree(totals[-len(REASONS) :].tolist())
     tokens = int(store.unit_lengths[units].sum())
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
 
 
-def _measured(tuning: Tuning, store: TokenStore, units: np.ndarray) -> torch.Tensor | None:
-    """The mean that the objective wants of all the step's units before any is trained, dropout off; None for none."""
+def at_step(tuning: Tuning, step: int) -> Tuning:
+    """With the objective of what comes after so many updates."""
+    first = tuning.objective.at_start
+    return tuning if step or first is None else replace(tuning, objective=first)
+
+
+def forward_alone(tuning: Tuning, store: TokenStore, units: np.ndarray) -> None:
+    """A step's forward passes as training makes them, told to the objective; no weight and no gradient changes."""
+    for turn in _my_turns(tuning, store, units, store.trained_of):
+        _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), None)
+    tuning.objective.settle()
+
+
+def _measured(
+    tuning: Tuning, store: TokenStore, units: np.ndarray, leave: Callable[[], bool] = lambda: False
+) -> torch.Tensor | None:
+    """The mean that the objective wants of all the step's units before any is trained, dropout off; None for none.
+
+    Not to be used where `leave` said to go.
+    """
     measure = tuning.objective.measure
     if measure is None:
         return None
     total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
     with torch.no_grad(), in_eval_mode(tuning.model):
         for turn in _my_turns(tuning, store, units, store.measured_of):
+            if leave():
+                break
             logprobs = _logprobs(tuning, store, turn, units)
             if len(turn.examples):
                 total += measure(logprobs.double(), store, turn.examples)
@@ -137,23 +163,38 @@ def _check_finite(
 
 def evaluate(
     tuning: Tuning, store: TokenStore, units: np.ndarray, at_step: int, epoch: float
-) -> EvaluationRecord:
-    """Mean loss over some units' trained tokens, or over the units, dropout off; every process looks at its share."""
+) -> EvaluationRecord | None:
+    """Mean loss over some units' trained tokens, or over the units, dropout off; every process looks at its share.
+
+    None where a process has left it unfinished, because the run is to stop.
+    """
     started = time.perf_counter()
     objective = tuning.objective
-    point = _measured(tuning, store, units)
+
+    def hurry() -> bool:
+        return not tuning.sharded and tuning.stop.hurry()  # sharded, no process can leave the others alone
+
+    point = _measured(tuning, store, units, hurry)
     totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
+    left = False
     tuning.model.eval()
     with torch.no_grad():
         for turn in _my_turns(tuning, store, units, store.trained_of):
+            if left := hurry():
+                break
             logprobs = _logprobs(tuning, store, turn, units).double()
             loss_sum, metric_sums = _sums(tuning, store, turn, logprobs, point)
             totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
     tuning.model.train()
     trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())
     count = trained_tokens if objective.per_token else len(units)
+    totals = torch.cat([totals, totals.new_tensor([float(left), *tuning.stop.wishes()])])
     sums: list[float] = sum_over(tuning.group, totals.to(tuning.model.device)).tolist()
-    loss, *means = (each / count for each in sums)
+    tuning.stop.agree(sums[-len(REASONS) :])
+    if sums[-1 - len(REASONS)]:
+        return None
+    objective.settle()
+    loss, *means = (each / count for each in sums[: -1 - len(REASONS)])
     perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     seconds = time.perf_counter() - started
@@ -175,7 +216,7 @@ class Rhythm:
 class Watch:
     """Who is told of the run's progress. Every process calls these; those of rank 0 do something."""
 
-    step: Callable[[StepRecord], None]
+    step: Callable[[StepRecord, list[int]], None]  # with the rows that it was trained on
     evaluation: Callable[[EvaluationRecord], None]
     before_save: Callable[[], None]
     say: Callable[[str], None]
@@ -189,23 +230,30 @@ def run_steps(
     rhythm: Rhythm,
     state: RunState,
     output: Path,
-    write_adapter: Callable[[Path], None],
+    adapter: AdapterWriter,
     watch: Watch,
 ) -> RunState:
-    """From `state` to the end of the plan, or to early stopping. Returns the last state."""
+    """From `state` to the end of the plan, to early stopping, or to where `tuning.stop` is agreed on. Returns the last
+    state; all but one before the first step is saved by then."""
+    stop = tuning.stop
 
     def save(state: RunState) -> None:
+        started = time.perf_counter()
         random = random_tensors(tuning.group, tuning.model.device)
         if tuning.group.first:
             watch.before_save()
             names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}
-            write_checkpoint(output, state, write_adapter, optimizer_tensors(tuning.optimizer, names), random)
+            write_checkpoint(output, state, adapter, optimizer_tensors(tuning.optimizer, names), random)
             rotate(output, rhythm.save_total_limit, state.best_step)
+        stop.took(save=time.perf_counter() - started)
 
     def look(state: RunState) -> RunState:
         if validation is None:
             return state
-        record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
+        record = evaluate(at_step(tuning, state.step), *validation, state.step, plan.epoch_at(state.step))
+        state = replace(state, evaluation_due=record is None)
+        if record is None:
+            return state
         watch.evaluation(record)
         if state.step == 0:  # to compare with; the adapter has learnt nothing that one might keep
             return state
@@ -218,14 +266,20 @@ def run_steps(
         return replace(state, best_loss=record.loss, best_step=state.step) if record.loss < best else state
 
     tuning.model.train()
-    if state.step == 0:
+    if state.step == 0 or state.evaluation_due:
         state = look(state)
+        if state.step and not state.evaluation_due:
+            save(state)
+        if stop.settle():
+            return state
     for units in plan.steps(state.step):
         if rhythm.patience is not None and state.evaluations_without_gain >= rhythm.patience:
             watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
             break
         started = time.perf_counter()
-        result = train_step(tuning, store, units)
+        result = train_step(at_step(tuning, state.step), store, units)
+        seconds = time.perf_counter() - started
+        stop.took(step=seconds)
         state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())
         watch.step(
             StepRecord(
@@ -237,16 +291,20 @@ def run_steps(
                 examples=result.examples,
                 tokens=result.tokens,
                 trained_tokens=result.trained_tokens,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 peak_memory_bytes=peak_memory_bytes(tuning.model.device.type),
                 metrics=result.metrics,
-            )
+            ),
+            rows_of(store, units),
         )
         last = state.step == plan.total_steps
         if state.step % rhythm.eval_steps == 0 or last:
             state = look(state)
-        if state.step % rhythm.save_steps == 0 or last or state.best_step == state.step:
+        stopping = stop.settle()
+        if state.step % rhythm.save_steps == 0 or last or state.best_step == state.step or stopping:
             save(state)
+        if stopping:
+            break
     return state
 
 

@@ -64,8 +64,8 @@ def turns(
     mine, *others = (of(rank) for rank in (company.rank, *range(company.count)))
     passes = [[1 if by_forest else len(examples) for examples in each] for each in others]
     idle = idle_passes(passes, company.rank)
-    none = np.zeros(0, dtype=np.int64)
-    return [Turn(examples, more) for examples, more in zip_longest(mine, idle, fillvalue=none)]
+    mine += [np.zeros(0, dtype=np.int64)] * (len(idle) - len(mine))
+    return [Turn(examples, more) for examples, more in zip(mine, idle, strict=True)]
 
 
 def idle_passes(passes: Sequence[Sequence[int]], rank: int) -> list[int]:
@@ -95,7 +95,7 @@ def turn_logprobs(
                 units=store.units[turn.examples],
             )
         )
-    few = (examples[0] if examples else store.example(spare)).token_ids[:IDLE_TOKENS] if turn.idle else ()
+    few = (examples[0] if examples else store.example(spare)).token_ids[:IDLE_TOKENS]
     for _ in range(turn.idle):
         idle = example_logprobs(model, how, [few], [np.arange(len(few)) > 0], share_prefix=False)
         passes.append(idle[:0])

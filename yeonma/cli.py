@@ -22,6 +22,7 @@ from yeonma.settings import (
     GenerateSettings,
     InspectSettings,
     PushSettings,
+    VerifySettings,
 )
 
 HELD_SECONDS = 10
@@ -61,6 +62,12 @@ VERBS = {
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "verify": Verb(
+        "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
+        "yeonma.verbs.verify:run",
+        (VerifySettings,),
+        "adapter_dir",
+    ),
     "push": Verb(
         "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
     ),

@@ -18,6 +18,7 @@ from yeonma.settings import (
     TRAINING,
     AdapterSettings,
     AnswerSettings,
+    CompareSettings,
     DemoSettings,
     GenerateSettings,
     InspectSettings,
@@ -60,6 +61,11 @@ VERBS = {
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "compare": Verb(
+        "Measure models on the same rows, and write a report.",
+        "yeonma.verbs.compare:run",
+        (CompareSettings, AnswerSettings),
+    ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(
         "Tune a small model on the bundled pairs, end to end.",

@@ -33,7 +33,9 @@ def wrote(*texts: str, **more: Any) -> list[Wrote]:
 
 def values(answers: list[list[Wrote]], wanted: list[str | None]) -> dict[str, list[float]]:
     found = measured(answers, wanted, units_for(text for text in wanted if text))
-    return {metric.key: [float(metric.value(table.sum(axis=0))) for table in tables] for metric, tables in found}
+    return {
+        metric.key: [float(metric.value(table.sum(axis=0))) for table in tables] for metric, tables in found
+    }
 
 
 def scrambled(pairs: tuple[tuple[str, str], ...], count: int) -> list[tuple[str, str]]:
@@ -85,7 +87,15 @@ def test_rouge_l_of_long_texts_is_that_of_the_plain_table() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["도서관이 문을 연다", "図書館が開く", "مكتبة القرية تفتح", "Библиотека открылась", "पुस्तकालय खुला", "🎉 🎉!", "?!"],
+    [
+        "도서관이 문을 연다",
+        "図書館が開く",
+        "مكتبة القرية تفتح",
+        "Библиотека открылась",
+        "पुस्तकालय खुला",
+        "🎉 🎉!",
+        "?!",
+    ],
 )
 @pytest.mark.parametrize("split", [words, characters, morphemes])
 def test_no_text_has_zero_in_common_with_itself(text: str, split: Any) -> None:
@@ -145,7 +155,11 @@ def test_repetition_is_the_share_of_runs_that_stood_before() -> None:
 
 
 def test_loss_is_a_token_of_all_rows_and_perplexity_its_exponential() -> None:
-    answers = [Wrote("a", (1,), True, 6.0, 2), Wrote("b", (1,), False, 2.0, 6), Wrote("c", (1,), True, None, 9)]
+    answers = [
+        Wrote("a", (1,), True, 6.0, 2),
+        Wrote("b", (1,), False, 2.0, 6),
+        Wrote("c", (1,), True, None, 9),
+    ]
     found = values([answers], ["x", "y", "z"])
     assert found["loss"] == [1.0]
     assert found["perplexity"] == [pytest.approx(np.e)]
@@ -196,7 +210,9 @@ def test_the_interval_of_a_difference_is_narrow_because_rows_are_paired() -> Non
     assert paired < unpaired / 2
 
 
-def test_resampling_follows_from_the_seed_and_not_from_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_follows_from_the_seed_and_not_from_the_size_of_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tables = list(two_models(50, 0.1))
     once = resampled_sums(tables, seed=5)
     monkeypatch.setattr("yeonma.after.significance.BLOCK_NUMBERS", 999)
@@ -209,7 +225,9 @@ def test_the_swap_test_finds_what_is_there_and_seldom_what_is_not() -> None:
     a, b = two_models(100, 1.0)
     assert swap_test(a, b, metrics.mean, seed=0) == pytest.approx(1 / 2001)
     assert swap_test(a, a.copy(), metrics.mean, seed=0) == 1.0
-    chance = [swap_test(*two_models(40, 0.0, seed), metrics.mean, seed=0, resamples=200) for seed in range(200)]
+    chance = [
+        swap_test(*two_models(40, 0.0, seed), metrics.mean, seed=0, resamples=200) for seed in range(200)
+    ]
     assert 0.02 <= np.mean([p <= 0.05 for p in chance]) <= 0.09
     assert 0.4 <= np.mean(chance) <= 0.6
 

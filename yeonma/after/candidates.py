@@ -1,4 +1,4 @@
-"""The models that are compared: what each is, how it is asked, and what it is known by, before any weights are loaded."""
+"""The models that are compared: what each is, how it is asked, and what it is known by, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -59,14 +59,18 @@ class Candidate:
         chosen = (self.asker.adapter.columns or {}).get("chosen", "chosen")
         if missing and not template.is_chat and isinstance(row.values.get(chosen), str):
             own = {**{field: column for field, column in own.items() if field != answer}, "answer": chosen}
-        return {field: column for field, column in own.items() if field in template.fields or field == "answer"}
+        return {
+            field: column for field, column in own.items() if field in template.fields or field == "answer"
+        }
 
 
 def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
     """What `--models` names, in order. Raises UserError with all that is wrong with any of them."""
     specs = [spec.strip() for spec in asked.models]
     if not specs or not all(specs):
-        raise UserError("no model is named", place="--models", cure="give a model or an adapter folder, or several")
+        raise UserError(
+            "no model is named", place="--models", cure="give a model or an adapter folder, or several"
+        )
     twice = {spec for spec in specs if specs.count(spec) > 1}
     if twice:
         raise UserError(f"{min(twice)} is named twice", place="--models", cure="name each model once")
@@ -111,10 +115,12 @@ def _open(spec: str, asked: CompareSettings) -> Asker | _Bare:
     source = find_base(spec, trust_remote_code=asked.trust_remote_code)
     if source.adapter is not None and asked.base_model is not None:
         source = replace(find_base(asked.base_model, None, asked.trust_remote_code), adapter=source.adapter)
-    has_tokenizer = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
+    own = source
+    if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
+        own = replace(source, name=source.adapter, revision=None)
     config = load_config(source)
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or CUTOFF_LEN
-    tokenizer = load_tokenizer(replace(source, name=source.adapter, revision=None) if has_tokenizer else source)
+    tokenizer = load_tokenizer(own)
     if source.revision is None and getattr(config, "_commit_hash", None):
         source = replace(source, revision=config._commit_hash)
     return _Bare(source, tokenizer, most, *_brought(folder))
@@ -165,7 +171,8 @@ def _names(specs: Sequence[str]) -> list[str]:
     """Short names: the last part of each path, or more of it where that is not enough."""
     for parts in (1, 2, 3):
         names = [
-            "/".join(Path(spec).parts[-max(parts, 2 if Path(spec).name.startswith("checkpoint-") else 1) :]) or spec
+            "/".join(Path(spec).parts[-max(parts, 2 if Path(spec).name.startswith("checkpoint-") else 1) :])
+            or spec
             for spec in specs
         ]
         if len(set(names)) == len(names):
@@ -179,13 +186,17 @@ def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate]) -> N
     for field in asked.columns or {}:
         if field != "answer" and not any(field in template.fields for template in templates):
             known = ", ".join(sorted({name for template in templates for name in template.fields}))
-            raise UserError(f'no template has a field "{field}"', place="--columns", cure=f"they have {known}")
+            raise UserError(
+                f'no template has a field "{field}"', place="--columns", cure=f"they have {known}"
+            )
 
 
 def columns_for(candidate: Candidate, columns: Mapping[str, str] | None) -> dict[str, str] | None:
     """Of `--columns` what this model's template has."""
     known = candidate.asker.adapter.template.fields
-    return {field: column for field, column in (columns or {}).items() if field in known or field == "answer"} or None
+    return {
+        field: column for field, column in (columns or {}).items() if field in known or field == "answer"
+    } or None
 
 
 def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> str:

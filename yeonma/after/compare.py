@@ -75,10 +75,13 @@ def read_rows(rows: Rows, most: int | None) -> list[Row]:
     return found
 
 
-def wanted_answers(candidates: Sequence[Candidate], rows: Sequence[Row], asked: CompareSettings) -> list[str | None]:
+def wanted_answers(
+    candidates: Sequence[Candidate], rows: Sequence[Row], asked: CompareSettings
+) -> list[str | None]:
     """The rows' own answers, by the first model whose template finds one; None where there is none."""
     return [
-        next((text for each in candidates if (text := _wanted(each, row, asked)) is not None), None) for row in rows
+        next((text for each in candidates if (text := _wanted(each, row, asked)) is not None), None)
+        for row in rows
     ]
 
 
@@ -106,7 +109,11 @@ def make_tasks(
         except UserError as error:
             problems.update({str(problem): problem for problem in error.problems})
     if problems:
-        more = [Problem("there are more such problems", asked.data_path)] if len(problems) > MOST_PROBLEMS else []
+        more = (
+            [Problem("there are more such problems", asked.data_path)]
+            if len(problems) > MOST_PROBLEMS
+            else []
+        )
         raise UserError([*list(problems.values())[:MOST_PROBLEMS], *more])
     return tasks
 
@@ -125,10 +132,15 @@ def _task(candidate: Candidate, rows: Sequence[Row], asked: CompareSettings, how
     return Task(candidate, questions, examples, left_out)
 
 
-def _examples(candidate: Candidate, rows: Sequence[Row], asked: CompareSettings) -> tuple[list[list[Example]], int]:
-    """The examples of each row as training would make them, but that only answers are trained; and the rows left out."""
+def _examples(
+    candidate: Candidate, rows: Sequence[Row], asked: CompareSettings
+) -> tuple[list[list[Example]], int]:
+    """Each row's examples as training would make them, but that only answers are trained; and the rows left out."""
     asker, columns = candidate.asker, columns_for(candidate, asked.columns)
-    template, rules = asker.adapter.template, replace(asker.adapter.rules, train_on_inputs=False, over_limit="drop")
+    template, rules = (
+        asker.adapter.template,
+        replace(asker.adapter.rules, train_on_inputs=False, over_limit="drop"),
+    )
     wanted = [row for row in rows if _wanted(candidate, row, asked) is not None]
     rendered = [template.render(row, candidate.columns(row, columns)) for row in wanted]
     found: dict[int, list[Example]] = {row.number: [] for row in rows}
@@ -225,8 +237,10 @@ def _answer(
     )
     unmeasured = _unmeasured(task, kept)
     for group in _chunks(unmeasured, task.examples):
-        for row, (nll, count) in zip(group, _losses(model, forward, [task.examples[row] for row in group]), strict=True):
-            kept.add(task.loss_key(row), {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count})
+        losses = _losses(model, forward, [task.examples[row] for row in group])
+        for row, (nll, count) in zip(group, losses, strict=True):
+            record = {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count}
+            kept.add(task.loss_key(row), record)
     if unmeasured:
         say(f"{name}: measured the loss of {len(unmeasured)} rows")
     model.set_attn_implementation(forward.plain_attention)

@@ -92,9 +92,11 @@ LOSS = Metric("loss", "loss", "lower", "a token of the wanted answer", mean)
 PERPLEXITY = Metric("perplexity", "perplexity", "lower", "exp of the loss", perplexity, tested=False)
 CHRF = Metric("chrf", "chrF", "higher", "by sacrebleu: chrF2, characters", chrf)
 EXACT = Metric("exact", "exact match", "higher", "% of rows, without blanks at the ends, NFC", share)
-TOKENS = Metric("tokens", "length", "", "tokens an answer", mean)
-CHARACTERS = Metric("characters", "length in characters", "", "an answer", mean)
-REPETITION = Metric("repetition", "repetition", "lower", f"% of runs of {ORDER} tokens that stood before", share)
+TOKENS = Metric("tokens", "tokens", "", "length of an answer", mean)
+CHARACTERS = Metric("characters", "characters", "", "length of an answer", mean)
+REPETITION = Metric(
+    "repetition", "repetition", "lower", f"% of runs of {ORDER} tokens that stood before", share
+)
 UNENDED = Metric("unended", "cut off", "lower", "% of answers that max_new_tokens ended", share)
 
 
@@ -113,7 +115,7 @@ def measured(
     known = [row for row, text in enumerate(wanted) if text is not None]
     references = [unicodedata.normalize("NFC", wanted[row] or "").strip() for row in known]
     found: list[tuple[Metric, list[Array]]] = []
-    losses = [_table([(each.nll or 0.0, 0 if each.nll is None else each.trained_tokens) for each in model]) for model in wrote]
+    losses = [_table([_loss(each) for each in model]) for model in wrote]
     if any(table[:, 1].any() for table in losses):
         found += [(LOSS, losses), (PERPLEXITY, losses)]
     texts = [[unicodedata.normalize("NFC", model[row].text).strip() for row in known] for model in wrote]
@@ -130,7 +132,9 @@ def measured(
             name = Metric("bleu", "BLEU", "higher", f"by sacrebleu, tokenizer {units.bleu}", bleu)
             found += [(name, of_known([_bleu_counts(each, references, units.bleu) for each in texts]))]
         split = [units.split(text) for text in references]
-        scores = [np.array([rouge(units.split(a), b) for a, b in zip(each, split, strict=True)]) for each in texts]
+        scores = [
+            np.array([rouge(units.split(a), b) for a, b in zip(each, split, strict=True)]) for each in texts
+        ]
         for at, name_of in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L")):
             metric = Metric(f"rouge{name_of[-1].lower()}", name_of, "higher", f"F1 by {units.name}", share)
             found += [(metric, of_known([_with_ones(each[:, at]) for each in scores]))]
@@ -142,8 +146,14 @@ def measured(
         (REPETITION, lambda each: repetition(each.token_ids)),
         (UNENDED, lambda each: not each.ended),
     ):
-        found += [(metric, [_with_ones(np.array([of(each) for each in model], dtype=float)) for model in wrote])]
+        found += [
+            (metric, [_with_ones(np.array([of(each) for each in model], dtype=float)) for model in wrote])
+        ]
     return found
+
+
+def _loss(wrote: Wrote) -> tuple[float, int]:
+    return (0.0, 0) if wrote.nll is None else (wrote.nll, wrote.trained_tokens)
 
 
 def _table(rows: Sequence[Sequence[float]]) -> Array:

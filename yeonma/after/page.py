@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from yeonma.after.plots import colour, length_lines, legend, loss_curve, metric_bars
+from yeonma.after.plots import colour, legend, length_lines, loss_curve, metric_bars
 from yeonma.after.report import ARROWS, SURE, Report, about_numbers, shown, shown_p
 from yeonma.before.page import COLOURS
 
@@ -75,7 +75,10 @@ def _table(report: Report, names: Sequence[str]) -> Iterator[str]:
     yield '<h2 id="numbers">Numbers</h2>'
     yield '<div class="wide" tabindex="0" role="region" aria-labelledby="numbers"><table id="metrics">'
     yield "<caption>Of all rows, with 95% intervals; ↑ higher is better, ↓ lower is better.</caption>"
-    heads = [f'<th scope="col"><i class="key" style="background:{colour(at)}"></i>{escape(name)}</th>' for at, name in enumerate(names)]
+    heads = [
+        f'<th scope="col"><i class="key" style="background:{colour(at)}"></i>{escape(name)}</th>'
+        for at, name in enumerate(names)
+    ]
     pairs = [each["models"] for each in report["metrics"][0]["differences"]]
     for a, b in pairs:
         said = "difference" if len(pairs) == 1 else f"{names[b]} - {names[a]}"
@@ -114,9 +117,12 @@ def _plots(report: Report, names: Sequence[str]) -> Iterator[str]:
     for metric in report["metrics"]:
         bars = metric_bars(metric, names) if metric["key"] in PLOTTED else ""
         if bars:
-            about = f'{escape(metric["name"])} {ARROWS[metric["better"]]} <span class="dim">{escape(metric["about"])}</span>'
-            yield f"<figure><figcaption>{about}</figcaption>{bars}</figure>"
-    lengths = {f"answers of {name}": [len(row["answers"][at]["text"]) for row in report["rows"]] for at, name in enumerate(names)}
+            name, about = f"{escape(metric['name'])} {ARROWS[metric['better']]}", escape(metric["about"])
+            yield f'<figure><figcaption>{name} <span class="dim">{about}</span></figcaption>{bars}</figure>'
+    lengths = {
+        f"answers of {name}": [len(row["answers"][at]["text"]) for row in report["rows"]]
+        for at, name in enumerate(names)
+    }
     colours = [colour(at) for at in range(len(names))]
     wanted = [len(row["wanted"]) for row in report["rows"] if row["wanted"] is not None]
     if wanted:
@@ -133,32 +139,45 @@ def _plots(report: Report, names: Sequence[str]) -> Iterator[str]:
 
 
 def _rows_part(report: Report, names: Sequence[str]) -> Iterator[str]:
-    known = [metric for metric in report["metrics"] if metric["key"] in report["rows"][0]["answers"][0]["scores"]]
+    known = [
+        metric for metric in report["metrics"] if metric["key"] in report["rows"][0]["answers"][0]["scores"]
+    ]
     first = next((metric["key"] for metric in known if metric["key"] in ("rougel", "loss")), "tokens")
     first = next((metric["key"] for metric in known if metric["key"] == "chrf"), first)
     several = len(names) > 1
     yield '<h2 id="rows-heading">Rows</h2>'
     yield '<div class="controls" role="search" aria-label="Sort, filter and search rows">'
-    yield _select("metric", "metric", [(each["key"], each["name"]) for each in known if each["key"] != "unended"], first)
+    yield _select(
+        "metric", "metric", [(each["key"], each["name"]) for each in known if each["key"] != "unended"], first
+    )
     orders = ("largest gain first", "largest loss first") if several else ("best first", "worst first")
-    yield _select("order", "order", [("data", "as in the data"), ("gain", orders[0]), ("loss", orders[1])], "data")
+    yield _select(
+        "order", "order", [("data", "as in the data"), ("gain", orders[0]), ("loss", orders[1])], "data"
+    )
     if len(names) > 2:
         choices = [(str(at), name) for at, name in enumerate(names)]
         yield _select("from", "gain from", choices, "0")
         yield _select("to", "to", choices, "1")
     filters = [("all", "all rows")]
     if several:
-        filters += [("gained", "gained"), ("lost", "lost"), ("different", "different answers"), ("same", "equal answers")]
+        filters += [
+            ("gained", "gained"),
+            ("lost", "lost"),
+            ("different", "different answers"),
+            ("same", "equal answers"),
+        ]
     filters += [("right", "exactly right")] if any(each["key"] == "exact" for each in known) else []
     filters += [("cut", "cut off"), ("unwanted", "no wanted answer")]
     yield _select("filter", "show", filters, "all")
     has_wanted = any(row["wanted"] is not None for row in report["rows"])
     marks = [("wanted", "from wanted")] if has_wanted else []
     marks += [("first", f"from {names[0]}")] if several else []
-    yield _select("marks", "mark what differs", [*marks, ("none", "nothing")], marks[0][0] if marks else "none")
+    yield _select(
+        "marks", "mark what differs", [*marks, ("none", "nothing")], marks[0][0] if marks else "none"
+    )
     yield '<label>search<input id="search" type="search" autocomplete="off"></label></div>'
     yield '<p id="count" class="dim" role="status" aria-live="polite"></p>'
-    yield "<noscript><p>Rows are drawn by a script, which is off here; report.json beside this page has them.</p></noscript>"
+    yield "<noscript><p>A script draws the rows, and is off here; report.json beside this page has them.</p></noscript>"
     yield '<ol id="rows" aria-labelledby="rows-heading"></ol><button id="more" type="button" hidden>Show more</button>'
 
 

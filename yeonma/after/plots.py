@@ -21,9 +21,7 @@ def colour(model: int) -> str:
 
 def svg(height: float, about: str, parts: Sequence[str]) -> str:
     """`about` is what those read who do not see it."""
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(about)}">{"".join(parts)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(about)}">{"".join(parts)}</svg>'
 
 
 def metric_bars(metric: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -48,7 +46,8 @@ def metric_bars(metric: Mapping[str, Any], names: Sequence[str]) -> str:
             continue
         left, right = sorted((x(0), x(value)))
         parts.append(
-            f'<rect x="{left:.1f}" y="{top + 16}" width="{max(right - left, 0.5):.1f}" height="18" fill="{colour(at)}"/>'
+            f'<rect x="{left:.1f}" y="{top + 16}" width="{max(right - left, 0.5):.1f}" height="18" '
+            f'fill="{colour(at)}"/>'
         )
         end = right
         if between:
@@ -59,7 +58,9 @@ def metric_bars(metric: Mapping[str, Any], names: Sequence[str]) -> str:
                 f'M{b:.1f} {top + 20}v10"/>'
             )
         parts.append(_text(end + 5, top + 29, shown(value)))
-        told.append(f"{name} {shown(value)}" + (f" ({shown(between[0])} to {shown(between[1])})" if between else ""))
+        told.append(
+            f"{name} {shown(value)}" + (f" ({shown(between[0])} to {shown(between[1])})" if between else "")
+        )
     return svg(8 + 40 * len(names), f"{metric['name']}: {', '.join(told)}", parts)
 
 
@@ -70,7 +71,11 @@ def length_lines(lengths: Mapping[str, Sequence[int]], colours: Sequence[str]) -
     counts = [np.histogram(each, edges)[0] for each in lengths.values()]
     most = max(1, *(int(each.max()) for each in counts))
     left, bottom, wide, high = 30, 130, WIDTH - 40, 115
-    parts = [_axes(left, bottom, wide), _text(left, bottom + 14, "0"), _text(left - 26, bottom - high + 8, str(most))]
+    parts = [
+        _axes(left, bottom, wide),
+        _text(left, bottom + 14, "0"),
+        _text(left - 26, bottom - high + 8, str(most)),
+    ]
     parts.append(_text(left + wide, bottom + 14, f"{longest} characters", "end"))
     told = []
     for at, (name, each) in enumerate(zip(lengths, counts, strict=True)):
@@ -80,7 +85,7 @@ def length_lines(lengths: Mapping[str, Sequence[int]], colours: Sequence[str]) -
         )
         parts.append(
             f'<path d="M{left} {bottom}{points}V{bottom}" fill="none" stroke="{colours[at]}" stroke-width="2"'
-            f'{_dash(at)}/>'
+            f"{_dash(at)}/>"
         )
         middle = float(np.median(lengths[name])) if len(lengths[name]) else 0.0
         told.append(f"{name} median {middle:.0f}")
@@ -98,7 +103,11 @@ def loss_curve(curve: Mapping[str, Sequence[Sequence[float]]], model: int) -> st
     def place(step: float, loss: float) -> tuple[float, float]:
         return left + step / last * wide, bottom - (loss - low) / ((high - low) or 1) * tall - 2
 
-    parts = [_axes(left, bottom, wide), _text(left - 34, 20, shown(high)), _text(left - 34, bottom, shown(low))]
+    parts = [
+        _axes(left, bottom, wide),
+        _text(left - 34, 20, shown(high)),
+        _text(left - 34, bottom, shown(low)),
+    ]
     parts += [_text(left, bottom + 14, "0"), _text(left + wide, bottom + 14, f"step {last:.0f}", "end")]
     if training:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in training))

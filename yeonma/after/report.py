@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import combinations
@@ -104,17 +104,21 @@ def notes(compared: Compared, units: Units) -> list[str]:
     if without == total:
         said.append("No row has a wanted answer: there are texts to read, and nothing to measure them by.")
     elif without:
-        said.append(f"{without} of {total} rows have no wanted answer and count for lengths and repetition alone.")
+        said.append(
+            f"{without} of {total} rows have no wanted answer and count for lengths and repetition alone."
+        )
     for task in compared.tasks:
         name = task.candidate.name
         if task.left_out:
             cutoff_len = task.candidate.asker.adapter.rules.cutoff_len
-            said.append(f"{name}: {task.left_out} rows are over cutoff_len {cutoff_len} with their answers: no loss of them.")
+            said.append(f"{name}: {task.left_out} rows are over cutoff_len {cutoff_len}: no loss of them.")
         if shortened := sum(question.shortened for question in task.questions):
             said.append(f"{name}: {shortened} prompts were shortened to leave room for the answer.")
     vocabularies = {task.candidate.asker.source.name for task in compared.tasks}
     if len(vocabularies) > 1:
-        said.append("Models of different bases may cut texts into different tokens: compare their losses with care.")
+        said.append(
+            "Models of different bases may cut texts into different tokens: compare their losses with care."
+        )
     if total < 30:
         said.append(f"{total} rows are few: intervals from so few rows tend to be too narrow.")
     if without < total and not has_sacrebleu():
@@ -154,8 +158,8 @@ def _metrics(found: Sequence[tuple[Metric, list[np.ndarray]]], seed: int) -> lis
                 }
             )
         written.append(entry)
-    tested = [each for entry in written for each in entry["differences"] if each["p"] is not None]
-    for each, corrected in zip(tested, holm([each["p"] for each in tested]), strict=True):
+    every = [each for entry in written for each in entry["differences"] if each["p"] is not None]
+    for each, corrected in zip(every, holm([each["p"] for each in every]), strict=True):
         each["p_corrected"] = corrected
     return written
 
@@ -188,7 +192,9 @@ def _rows(compared: Compared, found: Sequence[tuple[Metric, list[np.ndarray]]]) 
 
 def _prompt(task: Task, row: int) -> str:
     ids = task.questions[row].token_ids.tolist()
-    decoded = task.candidate.asker.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    decoded = task.candidate.asker.tokenizer.decode(
+        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
     return str(decoded)
 
 
@@ -223,22 +229,29 @@ def print_table(console: Console, report: Report) -> None:
     """Values with their 95% intervals; of two models and more the difference to the first, and how sure it is."""
     names = [model["name"] for model in report["models"]]
     table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     others = range(1, len(names))
     for other in others:
-        table.add_column("difference" if len(names) == 2 else f"{names[other]} - {names[0]}", justify="right", overflow="fold")
+        table.add_column(
+            "difference" if len(names) == 2 else f"{names[other]} - {names[0]}",
+            justify="right",
+            overflow="fold",
+        )
+    gap = " " if console.width >= 30 + 30 * (2 * len(names) - 1) else "\n"
     for metric in report["metrics"]:
         cells = [f"{metric['name']} {ARROWS[metric['better']]}".rstrip()]
         for value, between in zip(metric["values"], metric["intervals"], strict=True):
-            cells.append(shown(value) + (f" [{shown(between[0])}, {shown(between[1])}]" if between else ""))
+            cells.append(
+                shown(value) + (f"{gap}[{shown(between[0])}, {shown(between[1])}]" if between else "")
+            )
         to_first = {each["models"][1]: each for each in metric["differences"] if each["models"][0] == 0}
         for other in others:
             each = to_first[other]
             difference = each["difference"]
             sign = "+" if difference is not None and difference >= 0 else ""
-            cells.append(f"{sign}{shown(difference)} {shown_p(each.get('p_corrected'))}".strip())
+            cells.append(f"{sign}{shown(difference)}{gap}{shown_p(each.get('p_corrected'))}".strip())
         table.add_row(*cells)
     console.print(table)
     for note in report["notes"]:
@@ -254,12 +267,12 @@ def about_numbers(report: Report) -> list[str]:
     tests = [each for metric in report["metrics"] for each in metric["differences"] if each["p"] is not None]
     if tests:
         said.append(
-            "p is of a paired randomisation test (Noreen 1989; Riezler & Maxwell 2005): how often swapping the two models' "
-            f"answers of random rows gives as large a difference. Shown corrected for the {len(tests)} tests on this page "
-            "(Holm 1979). The metrics go together, so this is careful rather than exact."
+            "p is of a paired randomisation test (Noreen 1989; Riezler & Maxwell 2005): how often swapping the two "
+            "models' answers of random rows gives as large a difference. It is corrected for the "
+            f"{len(tests)} tests on this page (Holm 1979). Metrics go together, so this is more careful than exact."
         )
     said.append(
-        "Both take the rows for independent draws of what the models will be asked. They say nothing of another training "
-        "run with another seed, and metrics of overlap are no judgement of quality: read the rows."
+        "Both take the rows for independent draws of what the models will be asked. They say nothing of another "
+        "training run with another seed, and metrics of overlap are no judgement of quality: read the rows."
     )
     return said

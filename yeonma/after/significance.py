@@ -44,7 +44,7 @@ def swap_test(a: Array, b: Array, value: Value, seed: int, resamples: int = RESA
     their two answers. (R, K) each; the least p is 1 / (resamples + 1).
     """
     totals = a.sum(axis=0), b.sum(axis=0)
-    observed = abs(value(totals[0]) - value(totals[1]))
+    observed = float(abs(value(totals[0]) - value(totals[1])))
     if not np.isfinite(observed):
         return 1.0
     draw = np.random.Generator(np.random.PCG64(seed))

@@ -1,4 +1,4 @@
-"""What of a text is counted: words, Korean morphemes or characters, by the script that the wanted answers are written in."""
+"""What of a text is counted: words, Korean morphemes or characters, by the script of the wanted answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO"})
+UNSPACED = frozenset(
+    {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO"}
+)
 NOTABLE = 0.2  # a script's share of the letters from which on it decides
 
 Split = Callable[[str], list[str]]

@@ -220,7 +220,11 @@ def decode(
                 if budget < 0 and len(live) > going_on:
                     break
                 waiting.pop()
-                numbers = uniforms(prompt, picking.seed, picking.max_new_tokens) if picking.temperature > 0 else None
+                numbers = (
+                    uniforms(prompt, picking.seed, picking.max_new_tokens)
+                    if picking.temperature > 0
+                    else None
+                )
                 live.append(_Row(index, [int(number) for number in prompt], numbers))
             logits_BV = _step(model, growing, live, going_on)
             seen.begin([row.prompt for row in live[going_on:]], logits_BV)
@@ -249,7 +253,9 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
 
 def _step(model: Any, growing: Growing, live: list[_Row], going_on: int) -> torch.Tensor:
     """logits_BV of the next token of every row; the last ones, from `going_on`, begin here."""
-    tokens, positions, ends, lengths, own = [], [], [], [], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    ends, lengths, own = list[int](), list[int](), list[int]()
     for place, row in enumerate(live):
         begins = place >= going_on
         new = row.prompt[growing.shared :] if begins else row.generated[-1:]

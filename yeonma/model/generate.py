@@ -1,7 +1,8 @@
 """Prompts -> answers, in batches: by transformers' own generation loop or, for a model that takes forests, by ours.
 
-In transformers' loop prompts are padded on the left and the padding is masked, so that an answer does not depend on what else is in its
-batch, to rounding: numbers that differ in their last bits can part two tokens that are equally likely.
+In transformers' loop prompts are padded on the left and the padding is masked, so that an answer does not depend on
+what else is in its batch, to rounding: numbers that differ in their last bits can part two tokens that are equally
+likely.
 Shapes: B prompts, S answer tokens, V vocabulary.
 """
 
@@ -65,8 +66,9 @@ def generate(
 
     `plain_attention`: transformers' name of the attention to generate with, for a model that is set up for forests.
     `by_forest`: such a model answers in `decode`'s way instead, `batch_size` prompts at once, the next as soon as one
-    has ended; with `on_text` it does not. `on_answer` gets each answer with its prompt's index as it comes. `on_text` gets the text of an answer bit by
-    bit, for a single prompt. Raises UserError where one prompt alone does not fit into memory.
+    has ended; with `on_text` it does not. `on_answer` gets each answer with its prompt's index as it comes. `on_text`
+    gets the text of an answer bit by bit, for a single prompt. Raises UserError where one prompt alone does not fit
+    into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("an empty prompt")

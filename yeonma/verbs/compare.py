@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from yeonma.after.candidates import open_candidates
@@ -27,16 +27,18 @@ def run(settings: Mapping[type, object]) -> int:
     """Compare what the settings name. All that may be wrong is told before any weights are loaded. Raises UserError."""
     asked, how = group_of(settings, CompareSettings), group_of(settings, AnswerSettings)
     try:
-        folder = compare(asked, how)
+        folder = compare(asked, how, _say)
     except KeyboardInterrupt:
-        _say(f"interrupted; what was answered so far is kept in {asked.output_dir}, and the same command goes on")
+        _say(
+            f"interrupted; what was answered so far is kept in {asked.output_dir}, and the same command goes on"
+        )
         return 130
     print(f"Open {folder / 'report.html'} in a browser; it needs no network.")
     return 0
 
 
-def compare(asked: CompareSettings, how: AnswerSettings) -> Path:
-    """The folder with the report. Prints the table. Raises UserError."""
+def compare(asked: CompareSettings, how: AnswerSettings, say: Callable[[str], None]) -> Path:
+    """The folder with the report. Prints the table; `say` gets what goes on before. Raises UserError."""
     output = _output(asked)
     source = open_rows(
         asked.data_path, split=asked.data_split, revision=asked.data_revision, encoding=asked.encoding
@@ -46,10 +48,10 @@ def compare(asked: CompareSettings, how: AnswerSettings) -> Path:
     tasks = make_tasks(candidates, rows, asked, how)
     wanted = wanted_answers(candidates, rows, asked)
     if any(text is not None for text in wanted) and not has_sacrebleu():
-        _say(f"BLEU and chrF are left out without sacrebleu: {INSTALL}")
+        say(f"BLEU and chrF are left out without sacrebleu: {INSTALL}")
     _made(output, asked.output_dir)
     with keeping(output / ANSWERS) as kept:
-        wrote, tasks = answer_all(tasks, asked, how, kept, _say)
+        wrote, tasks = answer_all(tasks, asked, how, kept, say)
     report = make_report(asked, how, Compared(source, rows, wanted, tasks, wrote))
     write_text_atomically(output / "report.json", to_json(report))
     write_text_atomically(output / "report.html", page(report))
@@ -79,7 +81,6 @@ def _output(asked: CompareSettings) -> Path:
 
 
 def _check_writable(folder: Path, place: str) -> None:
-
 
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError("cannot be written", place=place, cure="name a folder that you may write to")

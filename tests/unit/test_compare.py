@@ -100,7 +100,7 @@ def test_one_model_alone_is_an_evaluation(folders: Folders, data: Path, tmp_path
     report = report_of(done)
     assert len(report["rows"]) == 3
     assert all(len(metric["values"]) == 1 and not metric["differences"] for metric in report["metrics"])
-    assert "loss" in done.out and "difference" not in done.out
+    assert "loss" in done.out and "change" not in done.out
 
 
 def test_models_of_other_bases_are_each_asked_in_their_own_way(

@@ -1,4 +1,4 @@
-"""The page of `yeonma compare` in headless Chromium: it shows, sorts, filters, searches, and runs nothing of the data."""
+"""The page of `yeonma compare` in headless Chromium: it shows, sorts, filters, searches, and runs none of the data."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _table(report: Report, names: Sequence[str]) -> Iterator[str]:
     ]
     pairs = [each["models"] for each in report["metrics"][0]["differences"]]
     for a, b in pairs:
-        said = "difference" if len(pairs) == 1 else f"{names[b]} - {names[a]}"
+        said = "change" if len(pairs) == 1 else f"{names[b]} - {names[a]}"
         heads.append(f'<th scope="col">{escape(said)}</th>')
     yield f'<thead><tr><th scope="col">metric</th>{"".join(heads)}</tr></thead><tbody>'
     for metric in report["metrics"]:
@@ -150,7 +150,7 @@ def _rows_part(report: Report, names: Sequence[str]) -> Iterator[str]:
     yield _select(
         "metric", "metric", [(each["key"], each["name"]) for each in known if each["key"] != "unended"], first
     )
-    orders = ("largest gain first", "largest loss first") if several else ("best first", "worst first")
+    orders = ("most gained first", "most lost first") if several else ("best first", "worst first")
     yield _select(
         "order", "order", [("data", "as in the data"), ("gain", orders[0]), ("loss", orders[1])], "data"
     )

@@ -235,7 +235,7 @@ def print_table(console: Console, report: Report) -> None:
     others = range(1, len(names))
     for other in others:
         table.add_column(
-            "difference" if len(names) == 2 else f"{names[other]} - {names[0]}",
+            "change" if len(names) == 2 else f"{names[other]} - {names[0]}",
             justify="right",
             overflow="fold",
         )

@@ -100,6 +100,7 @@ function item(row, choice) {
   row.answers.forEach((answer, at) => {
     const own = choice.marks === "first" && at === 0 ? null : against;
     const kept = metrics.map(each => each.key === "unended" ? (answer.ended ? "" : "cut off at max_new_tokens")
+      : each.key === "exact" ? (answer.scores.exact ? each.name : "")
       : answer.scores[each.key] === null ? "" : `${each.name} ${number(answer.scores[each.key])}`);
     made.append(said(models[at], `--m${at % 6}`, answer.text, own, kept.filter(Boolean).join(" · ")));
     if (answer.prompt !== undefined) made.append(folded(`prompt of ${models[at]}`, answer.prompt));

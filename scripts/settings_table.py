@@ -59,6 +59,7 @@ VERBS = {
     "GenerateSettings": ("generate",),
     "CompareSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
+    "PushSettings": ("push",),
     "DemoSettings": ("demo",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")

@@ -22,6 +22,8 @@ from yeonma.settings import (
     DemoSettings,
     GenerateSettings,
     InspectSettings,
+    PushSettings,
+    VerifySettings,
 )
 
 HELD_SECONDS = 10
@@ -65,6 +67,15 @@ VERBS = {
         "Measure models on the same rows, and write a report.",
         "yeonma.verbs.compare:run",
         (CompareSettings, AnswerSettings),
+    ),
+    "verify": Verb(
+        "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
+        "yeonma.verbs.verify:run",
+        (VerifySettings,),
+        "adapter_dir",
+    ),
+    "push": Verb(
+        "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
     ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(

@@ -22,6 +22,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.disk import sync
 from yeonma.errors import Problem, UserError
 from yeonma.paths import user_path
 from yeonma.text.kinds import ANSWERS, LABELLED, PAIRS, Kind
@@ -32,7 +33,7 @@ from yeonma.tokens.desk import encode
 from yeonma.tokens.example import Example, LeftOut, TokenRules, Unit, check_rules, check_tokenizer
 from yeonma.tokens.labels import encode_labelled
 from yeonma.tokens.pairs import encode_pairs
-from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
+from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
 
@@ -61,8 +62,11 @@ def default_cache_dir() -> Path:
     return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name."""
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
+    """SHA-256 of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name.
+
+    Without `chat_template`: of what decides the ids of plain text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):
         content = backend.to_str()
@@ -72,7 +76,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         content = _canonical([type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_sum(tokenizer)])
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens]
-    return sha256(f"{content}\0{_canonical([special, tokenizer.chat_template])}".encode()).hexdigest()
+    chat = tokenizer.chat_template if chat_template else None
+    return sha256(f"{content}\0{_canonical([special, chat])}".encode()).hexdigest()
 
 
 def store_key(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.model.adapter import MANIFEST, TEMPLATE, WEIGHTS, AdapterFolder, BaseIdentity
 from yeonma.model.ask import Asker, open_folder
 from yeonma.model.load import load_config, load_tokenizer
@@ -90,7 +90,7 @@ def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
             candidates.append(Candidate(name, each, str(each.adapter.path), True, "its own"))
         else:
             candidates.append(_lent(spec, name, each, lent, asked, rows))
-    _check_columns(asked, candidates)
+    _check_columns(asked, candidates, rows)
     return candidates
 
 
@@ -180,10 +180,13 @@ def _names(specs: Sequence[str]) -> list[str]:
     return list(specs)
 
 
-def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate]) -> None:
-    """Raises UserError for a field that no template has."""
+def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate], rows: Rows) -> None:
+    """Raises UserError for a field that no template has, and for a column that the data lacks."""
     templates = [candidate.asker.adapter.template for candidate in candidates]
-    for field in asked.columns or {}:
+    for field, column in (asked.columns or {}).items():
+        if column not in rows.columns:
+            cure = did_you_mean(column, rows.columns) or f"it has {', '.join(rows.columns)}"
+            raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
         if field != "answer" and not any(field in template.fields for template in templates):
             known = ", ".join(sorted({name for template in templates for name in template.fields}))
             raise UserError(

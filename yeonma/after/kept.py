@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from yeonma.disk import told, write_all
 from yeonma.errors import UserError
 
 Record = Mapping[str, Any]
@@ -19,13 +21,15 @@ class Kept:
     """Records by their keys, and the file that more of them are added to."""
 
     records: dict[str, Record]
-    file: TextIO
+    path: Path
+    file: RawIOBase
 
     def add(self, key: str, record: Record) -> None:
-        """Whole and at once: what was added is there whatever happens next."""
+        """Whole and at once: what was added is there whatever happens next. Raises UserError where the disk is full."""
+        line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
+        with told(self.path.parent, "an answer"):
+            write_all(self.file, line.encode())
         self.records[key] = record
-        self.file.write(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n")
-        self.file.flush()
 
 
 @contextmanager
@@ -37,13 +41,13 @@ def keeping(path: Path) -> Iterator[Kept]:
     try:
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
         records = dict(_read(text))
-        file = path.open("a", encoding="utf-8", newline="\n")
+        file = path.open("ab", buffering=0)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror or error}", place=str(path)) from error
     with file:
         if text and not text.endswith("\n"):
-            file.write("\n")
-        yield Kept(records, file)
+            file.write(b"\n")
+        yield Kept(records, path, file)
 
 
 def _read(text: str) -> Iterator[tuple[str, Record]]:

@@ -14,11 +14,11 @@ from yeonma.after.metrics import INSTALL, has_sacrebleu
 from yeonma.after.page import page
 from yeonma.after.report import Compared, make_report, print_table, to_json
 from yeonma.configure import group_of
+from yeonma.disk import replace_file, told
 from yeonma.errors import UserError
 from yeonma.paths import user_path
 from yeonma.settings import AnswerSettings, CompareSettings
 from yeonma.text.rows import open_rows
-from yeonma.train.checkpoint import write_text_atomically
 
 ANSWERS = "answers.jsonl"
 
@@ -53,8 +53,9 @@ def compare(asked: CompareSettings, how: AnswerSettings, say: Callable[[str], No
     with keeping(output / ANSWERS) as kept:
         wrote, tasks = answer_all(tasks, asked, how, kept, say)
     report = make_report(asked, how, Compared(source, rows, wanted, tasks, wrote))
-    write_text_atomically(output / "report.json", to_json(report))
-    write_text_atomically(output / "report.html", page(report))
+    with told(output, "the report"):
+        replace_file(output / "report.json", to_json(report).encode())
+        replace_file(output / "report.html", page(report).encode())
     from rich.console import Console
 
     print_table(Console(highlight=False, markup=False, emoji=False), report)

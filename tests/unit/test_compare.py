@@ -80,7 +80,9 @@ def test_the_answers_are_those_of_generate_with_and_without_the_adapter(
     assert [model["name"] for model in report["models"]] == ["base", "OUT"]
     assert report["models"][0]["template"] == report["models"][1]["template"]
     assert ROWS[0]["document"] in report["rows"][0]["prompt"]
-    assert (tmp_path / "report" / "report.html").is_file()
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    for folder in (folders.base, data.parent):  # what is passed on does not say where it lay
+        assert str(folder) not in page + json.dumps(report)
 
 
 def test_the_losses_are_those_of_training_on_the_same_rows(tmp_path: Path) -> None:

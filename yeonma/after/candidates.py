@@ -152,7 +152,7 @@ def _lent(
         rules = lent.adapter.rules if lent is not None else default
     else:
         template, columns, rules = lent.adapter.template, lent.adapter.columns, lent.adapter.rules
-        of = f"that of {lent.adapter.path}"
+        of = f"that of {lent.adapter.path.name}"
     folder = AdapterFolder(
         path=Path(spec),
         base=BaseIdentity(bare.source.name, bare.source.revision, 0, ""),

@@ -53,7 +53,11 @@ def make_report(asked: CompareSettings, how: AnswerSettings, compared: Compared)
         "format": FORMAT,
         "yeonma": __version__,
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "data": {"name": asked.data_path, "sha256": compared.source.identity, "rows": len(compared.rows)},
+        "data": {
+            "name": _unplaced(asked.data_path),
+            "sha256": compared.source.identity,
+            "rows": len(compared.rows),
+        },
         "answers": asdict(how),
         "models": [_about(task) for task in compared.tasks],
         "units": {"rouge": units.name, "bleu": units.bleu},
@@ -69,9 +73,9 @@ def _about(task: Task) -> dict[str, Any]:
     template = candidate.asker.adapter.template
     return {
         "name": candidate.name,
-        "base": candidate.asker.source.name,
+        "base": _unplaced(candidate.asker.source.name),
         "revision": candidate.asker.source.revision,
-        "adapter": candidate.adapter,
+        "adapter": None if candidate.adapter is None else candidate.name,
         "identity": task.identity,
         "template": template.text,
         "template_of": candidate.template_of,
@@ -79,6 +83,11 @@ def _about(task: Task) -> dict[str, Any]:
         "left_out": task.left_out,
         "curve": _curve(candidate),
     }
+
+
+def _unplaced(name: str) -> str:
+    """A local file or folder without the way to it: a report is made to be passed on."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _curve(candidate: Candidate) -> dict[str, list[list[float]]] | None:

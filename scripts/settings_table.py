@@ -57,7 +57,8 @@ VERBS = {
     "InspectSettings": ("inspect",),
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
-    "AnswerSettings": ("generate", "chat"),
+    "CompareSettings": ("compare",),
+    "AnswerSettings": ("generate", "chat", "compare"),
     "PushSettings": ("push",),
     "DemoSettings": ("demo",),
 }

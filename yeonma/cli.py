@@ -18,6 +18,7 @@ from yeonma.settings import (
     TRAINING,
     AdapterSettings,
     AnswerSettings,
+    CompareSettings,
     DemoSettings,
     GenerateSettings,
     InspectSettings,
@@ -62,6 +63,11 @@ VERBS = {
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "compare": Verb(
+        "Measure models on the same rows, and write a report.",
+        "yeonma.verbs.compare:run",
+        (CompareSettings, AnswerSettings),
+    ),
     "verify": Verb(
         "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
         "yeonma.verbs.verify:run",

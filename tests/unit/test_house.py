@@ -291,5 +291,6 @@ def test_requirements_pin_torch_first_and_everything_within_the_declared_ranges(
         assert version.version in declared()[canonicalize_name(pin.name)].specifier, str(pin)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = {Requirement(text).name for text in [*project["dependencies"], *extras["demo"], *extras["dev"]]}
+    installed = [*project["dependencies"], *extras["demo"], *extras["compare"], *extras["dev"]]
+    wanted = {Requirement(text).name for text in installed}
     assert {pin.name for pin in pins} == wanted

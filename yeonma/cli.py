@@ -23,6 +23,7 @@ from yeonma.settings import (
     GenerateSettings,
     InspectSettings,
     PushSettings,
+    ServeSettings,
     VerifySettings,
 )
 
@@ -76,6 +77,12 @@ VERBS = {
     ),
     "push": Verb(
         "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
+    ),
+    "serve": Verb(
+        "Answer requests in OpenAI's form, with one or several adapters of a base.",
+        "yeonma.verbs.serve:run",
+        (ServeSettings,),
+        "adapter_dirs",
     ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(

@@ -7,20 +7,23 @@ https://platform.openai.com/docs/api-reference/chat and .../completions have the
 from __future__ import annotations
 
 import json
+import secrets
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from yeonma.configure import group_of, settings_from_keywords
-from yeonma.errors import UserError
+from yeonma.setting import describe, settings_of
 from yeonma.settings import AnswerSettings
 from yeonma.text.rows import Row
 from yeonma.text.template import Template
 
 READ = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
-"""Settings of an answer that a request may bring; the last but two are not OpenAI's, clients send them as extras."""
+"""Settings of an answer that a request may bring; top_k and repetition_penalty are not OpenAI's, clients send them as
+extras."""
+KNOWN = settings_of((AnswerSettings,))
+MOST_STOPS = 4  # OpenAI's own bound
 WITHOUT_EFFECT = (
     "user",
     "metadata",
@@ -49,7 +52,6 @@ AS_DEFAULT: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "stop": ([],),
 }
 """Fields that are accepted with these values alone (or null), which ask for what is done anyway."""
 
@@ -57,14 +59,22 @@ AS_DEFAULT: Mapping[str, tuple[object, ...]] = {
 class Refused(Exception):
     """A request that gets no answer: an HTTP status, and OpenAI's form of an error."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(_utf8(message))
+        self.status, self.code = status, code
+        self.param = None if param is None else _utf8(param)
 
     @property
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def _utf8(text: str) -> str:
+    """The text without half characters, which JSON can spell and no response can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,16 @@ class Asking:
     model: str
     prompt: Any  # a list of messages, or texts to continue
     how: AnswerSettings
+    stops: tuple[str, ...]
     stream: bool
     stream_usage: bool
+    token_ids: bool
+    """Whether the ids are wanted too: vLLM's `return_token_ids`."""
 
 
-def read_request(content: bytes, *, chat: bool, most_new_tokens: int) -> Asking:
-    """The body of a chat completion's request, or of a completion's. Raises Refused."""
+def read_request(content: bytes, *, chat: bool, usual: AnswerSettings, limit: int) -> Asking:
+    """The body of a chat completion's request, or of a completion's. `usual` is what holds where it does not say, and
+    `limit` the most tokens that it may ask for. Raises Refused."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -95,28 +109,38 @@ def read_request(content: bytes, *, chat: bool, most_new_tokens: int) -> Asking:
     if not isinstance(body["model"], str):
         raise Refused(400, "model is not a text", param="model")
     limits = ("max_tokens", "max_completion_tokens") if chat else ("max_tokens",)
-    own = {"model", prompt_name, "stream", "stream_options", *limits, *READ, *WITHOUT_EFFECT}
+    own = {"model", prompt_name, "stop", "stream", "stream_options", "return_token_ids", *limits, *READ}
+    own.update(WITHOUT_EFFECT)
     for name, value in body.items():
         if name in own:
             continue
         if name not in AS_DEFAULT:
             raise Refused(400, f"there is no {name} here", param=name, code="unsupported_parameter")
-        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in AS_DEFAULT[name]):
-            raise Refused(400, f"{name} cannot be had here: leave it out", param=name, code="unsupported_parameter")
+        if not any(
+            value == each and isinstance(value, bool) == isinstance(each, bool) for each in AS_DEFAULT[name]
+        ):
+            raise Refused(
+                400, f"{name} cannot be had here: leave it out", param=name, code="unsupported_parameter"
+            )
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
         raise Refused(400, "stream_options is not an object", param="stream_options")
     flags = {"stream": body.get("stream", False), "include_usage": options.get("include_usage", False)}
+    flags["return_token_ids"] = body.get("return_token_ids", False)
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise Refused(400, f"{name} is not true or false", param=name)
+    if flags["stream"] and flags["return_token_ids"]:
+        raise Refused(400, "a stream brings no token ids: leave one of the two out", param="return_token_ids")
     return Asking(
         chat,
         body["model"],
         body[prompt_name] if chat else _texts(body["prompt"]),
-        _how(body, limits, most_new_tokens),
+        _how(body, limits, usual, limit),
+        _stops(body.get("stop", [])),
         flags["stream"],
         flags["include_usage"],
+        flags["return_token_ids"],
     )
 
 
@@ -127,23 +151,37 @@ def _texts(prompt: Any) -> list[str]:
     return texts
 
 
-def _how(body: Mapping[str, Any], limits: Sequence[str], most_new_tokens: int) -> AnswerSettings:
-    given = {name: body[name] for name in READ if name in body}
-    wanted = most_new_tokens
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise Refused(400, "stop is not a text, nor a list of texts", param="stop")
+    if len(stops) > MOST_STOPS:
+        raise Refused(400, f"more than {MOST_STOPS} stop texts", param="stop")
+    return tuple(stops)
+
+
+def _how(body: Mapping[str, Any], limits: Sequence[str], usual: AnswerSettings, limit: int) -> AnswerSettings:
+    """Without a seed of its own every request draws anew, as with OpenAI."""
+    given: dict[str, Any] = {"seed": secrets.randbits(32)}
+    for name in READ:
+        if name not in body:
+            continue
+        value, setting = body[name], KNOWN[name]
+        kinds = (int, float) if float in setting.members else (int,)
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        if not fits or (setting.range is not None and value not in setting.range):
+            raise Refused(400, f"{name} is not {describe(setting)}", param=name)
+        given[name] = value
     for name in limits:
         if name not in body:
             continue
-        wanted = body[name]
+        given["max_new_tokens"] = wanted = body[name]
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-            raise Refused(400, f"{name} is not a number from 1 on", param=name)
-        if wanted > most_new_tokens:
-            what = f"{name} is {wanted}, and this server gives at most {most_new_tokens}"
+            raise Refused(400, f"{name} is not a whole number of at least 1", param=name)
+        if wanted > limit:
+            what = f"{name} is {wanted}, and this server gives at most {limit}"
             raise Refused(400, what, param=name, code="max_tokens_too_large")
-    try:
-        reading = settings_from_keywords((AnswerSettings,), {**given, "max_new_tokens": wanted})
-    except UserError as error:
-        raise Refused(400, str(error), param=error.problems[0].place or None) from None
-    return group_of(reading.settings, AnswerSettings)
+    return replace(usual, **given)
 
 
 def row_of_messages(template: Template, messages: Any) -> Row:
@@ -151,14 +189,20 @@ def row_of_messages(template: Template, messages: Any) -> Row:
 
     A template of turn lists takes the messages as they are. Any other has its own frame, so that there is one message,
     the user's: its text is the template's field; where a row may need several fields, it is a JSON object with a text
-    for each. Raises Refused for a conversation that the template has no place for.
+    for each, or plain text for the field of a variant that has one alone. Raises Refused for a conversation that the
+    template has no place for.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise Refused(400, "messages is not a list of messages", param="messages")
-    turns = [{"role": each.get("role"), "content": _content(each.get("content"), at)} for at, each in enumerate(messages)]
+    turns = [
+        {"role": each.get("role"), "content": _content(each.get("content"), at)}
+        for at, each in enumerate(messages)
+    ]
     if template.is_chat:
         if turns[-1]["role"] == "assistant":
-            raise Refused(400, "the last message is the assistant's: there is nothing to answer", param="messages")
+            raise Refused(
+                400, "the last message is the assistant's: there is nothing to answer", param="messages"
+            )
         return Row(1, {template.answer_field: turns}, "messages")
     if len(turns) != 1 or turns[0]["role"] != "user":
         what = "this model was trained with a frame of its own and answers one message, of the role user"
@@ -167,16 +211,21 @@ def row_of_messages(template: Template, messages: Any) -> Row:
     fields = sorted({name for variant in template.variants for name in variant.prompt_fields})
     if len(fields) == 1:
         return Row(1, {fields[0]: content}, "messages")
+    alone = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
+    if alone is not None and not content.lstrip().startswith("{"):
+        return Row(1, {alone: content}, "messages")
     what = f"the message must be a JSON object with the texts of {', '.join(fields)}"
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
         raise Refused(400, what, param="messages") from None
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+    if not isinstance(values, dict) or not all(
+        (value is None or isinstance(value, str)) for value in values.values()
+    ):
         raise Refused(400, what, param="messages")
     unknown = sorted(values.keys() - set(fields))
     if unknown:
-        raise Refused(400, f"there is no field {unknown[0]}; {what}", param="messages")
+        raise Refused(400, f"there is no field {unknown[0]!r:.100}; {what}", param="messages")
     return Row(1, values, "messages")
 
 
@@ -198,8 +247,10 @@ class Reply:
     """An answer's text, and why it ended where it did."""
 
     text: str
-    tokens: int
+    token_ids: tuple[int, ...]
+    """Without the token that ended it."""
     ended: bool
+    """By a stop token or a stop text, not by its length."""
 
     @property
     def finish_reason(self) -> str:
@@ -219,13 +270,21 @@ class Form:
         prefix = "chatcmpl" if asking.chat else "cmpl"
         return Form(asking, f"{prefix}-{uuid.uuid4().hex}", int(time.time()))
 
-    def whole(self, replies: Sequence[Reply], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, replies: Sequence[Reply], prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """`prompts`: the ids that each reply is the answer to."""
         choices = []
-        for at, reply in enumerate(replies):
-            said = {"message": {"role": "assistant", "content": reply.text}} if self.asking.chat else {"text": reply.text}
+        for at, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
+            said: dict[str, Any] = {"text": reply.text}
+            if self.asking.chat:
+                said = {"message": {"role": "assistant", "content": reply.text}}
+            if self.asking.token_ids:
+                said["token_ids"] = list(reply.token_ids)
+                if not self.asking.chat:
+                    said["prompt_token_ids"] = prompt
             choices.append({"index": at, **said, "logprobs": None, "finish_reason": reply.finish_reason})
-        usage = usage_of(prompt_tokens, sum(reply.tokens for reply in replies))
-        return {**self._head(""), "choices": choices, "usage": usage}
+        usage = usage_of(sum(map(len, prompts)), sum(len(reply.token_ids) for reply in replies))
+        ids = {"prompt_token_ids": prompts[0]} if self.asking.chat and self.asking.token_ids else {}
+        return {**self._head(""), "choices": choices, "usage": usage, **ids}
 
     def first(self) -> list[dict[str, Any]]:
         """What a stream begins with."""

@@ -1,4 +1,4 @@
-"""The web application around a worker: routes, the key, bounds on what comes in. Starlette's, run by uvicorn."""
+"""The web application around a worker: routes, the key, bounds on what comes in. On Starlette."""
 
 from __future__ import annotations
 
@@ -8,57 +8,89 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from yeonma.after.api import Asking, Form, Refused, Reply, model_list, read_request, row_of_messages
-from yeonma.after.worker import Busy, Job, Worker
+from yeonma.after.worker import Busy, Job, NoRoom, Worker
 from yeonma.errors import UserError
 from yeonma.model.ask import Asker, Question
+from yeonma.settings import AnswerSettings
 
 MOST_BYTES = 1_000_000
 """Of a request's body."""
+READ_BYTES = 64_000_000
+"""Of a larger one that are read to no use, so that its sender, who listens only afterwards, learns why."""
 MOST_TEXTS = 64
 """That one completion's request may ask to continue."""
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("yeonma.serve")
 
 
 @dataclass(frozen=True)
 class Bounds:
-    most_new_tokens: int
-    positions: Mapping[str, int | None]  # by model: prompt and answer together
+    """What requests may have."""
+
+    usual: AnswerSettings
+    """Where they do not say."""
+    max_new_tokens_limit: int
+    positions: int | None
+    """Of the model: prompt and answer together."""
     key: str | None
-    hosts: Sequence[str] = field(default=("*",))  # names under which a browser may call
+    local: bool
+    """Whether requests come from this machine alone. Then a name of another one shows a page in a browser that must not
+    get here (DNS rebinding)."""
 
 
-def make_app(askers: Mapping[str, Asker], worker: Worker, bounds: Bounds) -> Starlette:
-    """`/v1/chat/completions`, `/v1/completions`, `/v1/models` and `/health`; the first three want the key."""
+@dataclass(frozen=True)
+class Models:
+    """What can be asked, by the names in requests, and the thread that answers."""
+
+    askers: Mapping[str, Asker]
+    worker: Worker
+    tokenizing: ThreadPoolExecutor
+    """Of one thread: not every tokenizer bears two."""
+
+
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+Events = asyncio.Queue[tuple[int, str | Reply | Exception]]
+"""What is told of a request's questions, by their index."""
+
+
+def make_app(models: Models, bounds: Bounds, lifespan: Lifespan | None = None) -> Starlette:
+    """`/v1/chat/completions`, `/v1/completions` and `/v1/models`, which want the key, and `/health`."""
     created = int(time.time())
 
     def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
+            _check_host(request, bounds.local)
             _check_key(request, bounds.key)
             return await answer(request)
 
         return endpoint
 
     async def chat(request: Request) -> Response:
-        return await _complete(request, askers, worker, bounds, chat=True)
+        return await _complete(request, models, bounds, chat=True)
 
     async def completions(request: Request) -> Response:
-        return await _complete(request, askers, worker, bounds, chat=False)
+        return await _complete(request, models, bounds, chat=False)
 
-    async def models(request: Request) -> Response:
-        return JSONResponse(model_list(list(askers), created))
+    async def list_models(request: Request) -> Response:
+        return JSONResponse(model_list(list(models.askers), created))
+
+    async def one_model(request: Request) -> Response:
+        name = _known(request.path_params["name"], models.askers)
+        return JSONResponse(model_list([name], created)["data"][0])
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -67,12 +99,12 @@ def make_app(askers: Mapping[str, Asker], worker: Worker, bounds: Bounds) -> Sta
         routes=[
             Route("/v1/chat/completions", guarded(chat), methods=["POST"]),
             Route("/v1/completions", guarded(completions), methods=["POST"]),
-            Route("/v1/models", guarded(models), methods=["GET"]),
+            Route("/v1/models", guarded(list_models), methods=["GET"]),
+            Route("/v1/models/{name:path}", guarded(one_model), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
         exception_handlers={Refused: _refused, HTTPException: _http, Exception: _bug},
-        # a page in a browser must not reach a server on this machine by a name of its own
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(bounds.hosts), www_redirect=False)],
+        lifespan=lifespan,
     )
 
 
@@ -85,35 +117,51 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(Refused(error.status_code, what).body, status_code=error.status_code, headers=error.headers)
+    return JSONResponse(
+        Refused(error.status_code, what).body, status_code=error.status_code, headers=error.headers
+    )
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     return JSONResponse(Refused(500, "the server failed; its output says how").body, status_code=500)
 
 
+def _check_host(request: Request, local: bool) -> None:
+    try:
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    except ValueError:
+        name = None
+    if local and name not in LOCAL:
+        raise Refused(403, "this server is for this machine alone: ask for it as 127.0.0.1 or localhost")
+
+
 def _check_key(request: Request, key: str | None) -> None:
     if key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+    given_bytes = given.strip().encode("latin-1", "replace")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given_bytes, key.encode()):
         raise Refused(401, "a key is needed, and this is not it", code="invalid_api_key")
 
 
-async def _complete(
-    request: Request, askers: Mapping[str, Asker], worker: Worker, bounds: Bounds, *, chat: bool
-) -> Response:
+def _known(name: str, askers: Mapping[str, Asker]) -> str:
+    if name not in askers:
+        what = f"there is no model {name[:100]!r}; there are {', '.join(askers)}"
+        raise Refused(404, what, param="model", code="model_not_found")
+    return name
+
+
+async def _complete(request: Request, models: Models, bounds: Bounds, *, chat: bool) -> Response:
     # browsers send other types to other sites without asking them first
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the request's Content-Type must be application/json")
-    asking = read_request(await _body(request), chat=chat, most_new_tokens=bounds.most_new_tokens)
-    if asking.model not in askers:
-        what = f"there is no model {asking.model[:100]!r}; there are {', '.join(askers)}"
-        raise Refused(404, what, param="model", code="model_not_found")
-    questions = await asyncio.to_thread(
-        _questions, asking, askers[asking.model], bounds.positions[asking.model]
+    content = await _body(request)
+    asking = read_request(content, chat=chat, usual=bounds.usual, limit=bounds.max_new_tokens_limit)
+    asker = models.askers[_known(asking.model, models.askers)]
+    questions = await asyncio.get_running_loop().run_in_executor(
+        models.tokenizing, _questions, asking, asker, bounds.positions
     )
-    events: asyncio.Queue[tuple[int, str | Reply | Exception]] = asyncio.Queue()
+    events: Events = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def teller(index: int) -> Callable[[str | Reply | Exception], None]:
@@ -124,29 +172,39 @@ async def _complete(
         return tell
 
     jobs = [
-        Job(asking.model, question, asking.how, asking.stream, teller(index))
+        Job(asking.model, question, asking.how, asking.stops, asking.stream, teller(index))
         for index, question in enumerate(questions)
     ]
     try:
-        worker.put(jobs)
+        models.worker.put(jobs)
     except Busy as error:
         raise Refused(429, f"{error}: ask again later", code="rate_limit_exceeded") from None
-    form, prompt_tokens = Form.of(asking), sum(len(question.token_ids) for question in questions)
+    form, prompts = Form.of(asking), [question.token_ids.tolist() for question in questions]
+    # nothing is cut without a word
+    headers = {"Yeonma-Shortened": "true"} if any(question.shortened for question in questions) else None
     if asking.stream:
-        return StreamingResponse(_streamed(form, jobs, events, prompt_tokens), media_type="text/event-stream")
-    return JSONResponse(form.whole(await _replies(request, jobs, events), prompt_tokens))
+        parts = _streamed(form, jobs, events, sum(map(len, prompts)))
+        return StreamingResponse(parts, headers=headers, media_type="text/event-stream")
+    return JSONResponse(form.whole(await _replies(request, jobs, events), prompts), headers=headers)
 
 
 async def _body(request: Request) -> bytes:
+    refused = Refused(413, f"the request is larger than {MOST_BYTES:,} bytes", code="request_too_large")
+    length = request.headers.get("content-length", "")
+    if "expect" in request.headers and length.isdecimal() and int(length) > MOST_BYTES:
+        raise refused  # its sender waits for leave
     parts, size = [], 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size > MOST_BYTES:
-                raise Refused(413, f"the request is larger than {MOST_BYTES:,} bytes")
-            parts.append(part)
+            if size > READ_BYTES:
+                break
+            if size <= MOST_BYTES:
+                parts.append(part)
     except ClientDisconnect:
         raise Refused(400, "the request ended too early") from None
+    if size > MOST_BYTES:
+        raise refused
     return b"".join(parts)
 
 
@@ -156,7 +214,6 @@ def _questions(asking: Asking, asker: Asker, positions: int | None) -> list[Ques
     try:
         if asking.chat:
             row = row_of_messages(asker.adapter.template, asking.prompt)
-            # the fields' own names, whatever the columns were called in training
             questions = asker.questions([row], max_new_tokens=room)
         else:
             if len(asking.prompt) > MOST_TEXTS:
@@ -166,18 +223,15 @@ def _questions(asking: Asking, asker: Asker, positions: int | None) -> list[Ques
         raise Refused(400, str(error), param="messages" if asking.chat else "prompt") from None
     longest = max(len(question.token_ids) for question in questions)
     if positions is not None and longest + room > positions:
-        what = f"{longest} tokens and {room} new ones are more than the model's {positions}: shorten it, or ask for less"
+        what = f"{longest} tokens and {room} new ones are more than the model's {positions}: ask for less"
         raise Refused(400, what, param="max_tokens", code="context_length_exceeded")
     return questions
-
-
-Events = asyncio.Queue[tuple[int, str | Reply | Exception]]
 
 
 async def _replies(request: Request, jobs: Sequence[Job], events: Events) -> list[Reply]:
     """All answers; whoever hangs up is not worked for."""
     found: dict[int, Reply] = {}
-    watcher = asyncio.ensure_future(_hung_up(request, jobs))
+    watcher = asyncio.ensure_future(_hung_up(request, jobs, events))
     try:
         while len(found) < len(jobs):
             index, event = await events.get()
@@ -193,12 +247,11 @@ async def _replies(request: Request, jobs: Sequence[Job], events: Events) -> lis
     return [found[index] for index in range(len(jobs))]
 
 
-async def _hung_up(request: Request, jobs: Sequence[Job]) -> None:
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            _leave(jobs)
-            return
+async def _hung_up(request: Request, jobs: Sequence[Job], events: Events) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    _leave(jobs)
+    events.put_nowait((0, Busy("nobody waits any more")))
 
 
 def _leave(jobs: Sequence[Job]) -> None:
@@ -206,10 +259,11 @@ def _leave(jobs: Sequence[Job]) -> None:
         job.gone.set()
 
 
-async def _streamed(form: Form, jobs: Sequence[Job], events: Events, prompt_tokens: int) -> AsyncIterator[str]:
+async def _streamed(
+    form: Form, jobs: Sequence[Job], events: Events, prompt_tokens: int
+) -> AsyncIterator[str]:
     """The answers as server-sent events, text as it comes."""
     tokens, left = 0, len(jobs)
-    shown = [""] * len(jobs)
     try:
         for each in form.first():
             yield _event(each)
@@ -219,15 +273,10 @@ async def _streamed(form: Form, jobs: Sequence[Job], events: Events, prompt_toke
                 yield _event(_failed(event).body)
                 return
             if isinstance(event, Reply):
-                # what streaming held back, in case it was the frame's
-                rest = event.text.removeprefix(shown[index].strip()) if shown[index] else event.text
-                if not shown[index] and rest:
-                    yield _event(form.part(rest, index))
                 yield _event(form.last(event, index))
-                tokens += event.tokens
+                tokens += len(event.token_ids)
                 left -= 1
             else:
-                shown[index] += event
                 yield _event(form.part(event, index))
         for each in form.usage(prompt_tokens, tokens):
             yield _event(each)
@@ -237,7 +286,7 @@ async def _streamed(form: Form, jobs: Sequence[Job], events: Events, prompt_toke
 
 
 def _failed(error: Exception) -> Refused:
-    if isinstance(error, UserError | Busy):
+    if isinstance(error, Busy | NoRoom):
         return Refused(503, str(error))
     log.error("an answer failed", exc_info=error)
     return Refused(500, "the server failed; its output says how")

@@ -1,33 +1,53 @@
-"""One thread that answers all questions: those that wait together, and want to be answered alike, in one batch."""
+"""One thread that answers all questions: a question joins those at work as soon as there is room.
+
+Questions are taken in the order in which they came. Those to one model grow together, whatever way each is to be
+answered in; a question to another model waits until they have ended, and those behind it wait with it.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from yeonma.after.api import Reply
+from yeonma.after.said import Said
 from yeonma.model.ask import Question
-from yeonma.model.generate import Answer
+from yeonma.model.decode import Picking, Wanted, grow
+from yeonma.model.generate import answer_alone, continued_text, quiet
 from yeonma.settings import AnswerSettings
 
-Answerer = Callable[
-    [Sequence[Question], AnswerSettings, Callable[[int, Answer], None], Callable[[str], None] | None], None
-]
-"""Answers questions and calls back with the index of each; the last argument gets the text of a single one as it comes."""
+log = logging.getLogger("yeonma.serve")
 
 
 class Busy(Exception):
-    """Too many questions wait."""
+    """No answer now: too many questions wait, or the server is stopping."""
 
 
-class _Gone(Exception):
-    """Nobody waits for the answer any more."""
+class NoRoom(Exception):
+    """A question does not fit into memory."""
 
 
 @dataclass(frozen=True)
+class Speaker:
+    """A model that can be asked. `active` makes it the one that answers for as long as a block runs: several share
+    their base's weights."""
+
+    model: Any
+    """Without an adapter abatch it."""
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    by_forest: bool
+    active: Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """A question to one model. `tell` is called from the worker's thread: with text, if it streams, then with a Reply
     or an Exception."""
@@ -35,20 +55,18 @@ class Job:
     model: str
     question: Question
     how: AnswerSettings
+    stops: tuple[str, ...]
     streams: bool
     tell: Callable[[str | Reply | Exception], None]
     gone: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def alike(self) -> tuple[object, ...]:
-        return self.model, self.how, self.streams
+    """Set when nobody waits for the answer any more."""
 
 
 class Worker:
-    """The thread and its queue. A streamed answer is computed by itself, others together, first come, first served."""
+    """The thread and its queue."""
 
-    def __init__(self, answerers: Mapping[str, Answerer], batch_size: int, most_waiting: int) -> None:
-        self._answerers = answerers
+    def __init__(self, speakers: Mapping[str, Speaker], batch_size: int, most_waiting: int) -> None:
+        self._speakers = speakers
         self._batch_size, self._most_waiting = batch_size, most_waiting
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -59,7 +77,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more, and tell those that wait; the batch at work is left to itself."""
+        """Take no more, break off what is at work, and wait until the thread has ended."""
         with self._changed:
             self._ended = True
             waiting = list(self._jobs)
@@ -67,6 +85,7 @@ class Worker:
             self._changed.notify()
         for job in waiting:
             job.tell(Busy("the server is stopping"))
+        self._thread.join()
 
     def put(self, jobs: Sequence[Job]) -> None:
         """Raises Busy where there is no room for all of them."""
@@ -79,45 +98,140 @@ class Worker:
             self._changed.notify()
 
     def _work(self) -> None:
-        while batch := self._next():
-            self._answer(batch)
+        while jobs := self._next():
+            self._answer(jobs)
 
     def _next(self) -> list[Job]:
-        """The question that waits longest, and those that can be answered with it; none at the end."""
+        """Those that wait longest and can begin together; waits for some. None at the end."""
+        while True:
+            with self._changed:
+                while not self._jobs and not self._ended:
+                    self._changed.wait()
+                if self._ended:
+                    return []
+                model = self._jobs[0].model
+            most = self._batch_size if self._speakers[model].by_forest else 1
+            if found := self._take(most, model, []):
+                return found
+
+    def _take(self, most: int, model: str, frame: Sequence[int]) -> list[Job]:
+        """From the queue's front, as far as they are for this model and go on from `frame`."""
+        found: list[Job] = []
         with self._changed:
-            while True:
-                self._jobs = deque(job for job in self._jobs if not job.gone.is_set())
-                if self._jobs or self._ended:
-                    break
-                self._changed.wait()
-            if not self._jobs:
-                return []
-            first = self._jobs[0]
-            alike = [job for job in self._jobs if job.alike == first.alike]
-            batch = alike[: 1 if first.streams else self._batch_size]
-            taken = {id(job) for job in batch}
-            self._jobs = deque(job for job in self._jobs if id(job) not in taken)
-            return batch
+            while self._jobs and len(found) < most and not self._ended:
+                job = self._jobs[0]
+                if not job.gone.is_set():
+                    ids = job.question.token_ids
+                    begins = len(ids) > len(frame) and ids[: len(frame)].tolist() == list(frame)
+                    if job.model != model or not begins:
+                        break
+                    found.append(job)
+                self._jobs.popleft()
+        return found
 
-    def _answer(self, batch: Sequence[Job]) -> None:
-        def answered(index: int, answer: Answer) -> None:
-            text = batch[index].question.answer(answer.text)
-            told.add(index)
-            batch[index].tell(Reply(text, len(answer.token_ids), answer.ended))
-
-        def on_text(text: str) -> None:
-            if batch[0].gone.is_set():
-                raise _Gone
-            batch[0].tell(text)
-
-        told: set[int] = set()
+    def _answer(self, jobs: list[Job]) -> None:
+        """Answer these and those that join them. Whatever happens, each is told, or stands in the queue again."""
+        speaker = self._speakers[jobs[0].model]
+        batch = _Batch(speaker, lambda: self._ended)
         try:
-            answerer = self._answerers[batch[0].model]
-            streamed: Any = on_text if batch[0].streams else None
-            answerer([job.question for job in batch], batch[0].how, answered, streamed)
-        except _Gone:
-            pass
-        except Exception as error:  # one bad batch must not end the server
-            for index, job in enumerate(batch):
-                if index not in told:
-                    job.tell(error)
+            wanted = batch.add(jobs)
+            with speaker.active(), quiet(speaker.model):
+                if speaker.by_forest:
+                    grow(
+                        speaker.model,
+                        wanted,
+                        most_rows=self._batch_size,
+                        on_done=batch.done,
+                        on_token=batch.token,
+                        more=lambda most, frame: batch.add(self._take(most, jobs[0].model, frame)),
+                    )
+                else:
+                    (one,) = wanted
+                    ids = answer_alone(
+                        speaker.model, one.prompt, one.picking, lambda ids: batch.token(0, ids)
+                    )
+                    batch.done(0, ids)
+        except torch.OutOfMemoryError:
+            self._again(batch.unanswered)
+        except Exception as error:  # one bad question must not end the server
+            for job in batch.unanswered:
+                job.tell(error)
+
+    def _again(self, jobs: list[Job]) -> None:
+        """After memory was short: with fewer at once from now on."""
+        if len(jobs) == 1 or self._batch_size == 1:
+            job = jobs.pop(0)
+            tokens = len(job.question.token_ids)
+            job.tell(
+                NoRoom(f"a prompt of {tokens} tokens and its answer do not fit into the device's memory")
+            )
+        else:
+            self._batch_size = (min(self._batch_size, len(jobs)) + 1) // 2
+            log.warning("memory is short: at most %d answers at once from now on", self._batch_size)
+        with self._changed:
+            if not self._ended:
+                self._jobs.extendleft(reversed(jobs))
+                return
+        for job in jobs:
+            job.tell(Busy("the server is stopping"))
+
+
+class _Batch:
+    """The questions that are answered in one go, by their numbers."""
+
+    def __init__(self, speaker: Speaker, ended: Callable[[], bool]) -> None:
+        self._speaker, self._ended = speaker, ended
+        self._jobs: list[Job] = []
+        self._said: list[Said] = []
+        self._answered: set[int] = set()
+
+    @property
+    def unanswered(self) -> list[Job]:
+        return [job for at, job in enumerate(self._jobs) if at not in self._answered]
+
+    def add(self, jobs: Sequence[Job]) -> list[Wanted]:
+        self._jobs += jobs
+        self._said += [Said(job.question, job.stops) for job in jobs]
+        return [Wanted(job.question.token_ids.tolist(), self._picking(job.how)) for job in jobs]
+
+    def token(self, index: int, ids: list[int]) -> bool:
+        """After every token: show what can be shown, and say whether to end here."""
+        job, said = self._jobs[index], self._said[index]
+        if self._ended() or job.gone.is_set():
+            return True
+        if not job.streams and not job.stops:
+            return False
+        text = self._text(job, ids)
+        if said.stopped_at(text) is not None:
+            return True
+        if job.streams and (new := said.more(text)):
+            job.tell(new)
+        return False
+
+    def done(self, index: int, ids: list[int]) -> None:
+        job, said = self._jobs[index], self._said[index]
+        self._answered.add(index)
+        by_token = ids[-1] in self._speaker.stop_ids
+        kept = ids[:-1] if by_token else ids
+        text = self._text(job, kept)
+        by_text = said.stopped_at(text) is not None
+        if self._ended() and not by_token and not by_text and len(ids) < job.how.max_new_tokens:
+            job.tell(Busy("the server is stopping"))
+            return
+        if job.streams and (rest := said.rest(text)):
+            job.tell(rest)
+        job.tell(Reply(said.whole(text), tuple(kept), by_token or by_text))
+
+    def _text(self, job: Job, ids: list[int]) -> str:
+        return continued_text(self._speaker.tokenizer, job.question.token_ids.tolist(), ids)
+
+    def _picking(self, how: AnswerSettings) -> Picking:
+        return Picking(
+            self._speaker.stop_ids,
+            how.max_new_tokens,
+            how.temperature,
+            how.top_p,
+            how.top_k,
+            how.repetition_penalty,
+            how.seed,
+        )

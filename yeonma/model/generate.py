@@ -232,7 +232,7 @@ def answer_alone(
 
     ids = [int(number) for number in prompt]
     with quiet(model):
-        criteria = StoppingCriteriaList([heard])  # type: ignore[list-item]
+        criteria = StoppingCriteriaList([heard])
         return _generated(model, None, [ids], style, None, criteria)[0]
 
 

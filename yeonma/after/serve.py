@@ -63,7 +63,7 @@ def open_served(asked: ServeSettings) -> Served:
     for spec in specs:
         try:
             asker = open_folder(spec, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code)
-            asker.questions([], max_new_tokens=asked.max_new_tokens)
+            _check_room(asker, asked.max_new_tokens)
             # a request has the fields' own names, whatever the columns were called in training
             askers.append(replace(asker, adapter=replace(asker.adapter, columns=None)))
         except UserError as error:
@@ -90,6 +90,12 @@ def open_served(asked: ServeSettings) -> Served:
     base = askers[0].source.name
     *names, base_name = short_names([*paths, _place(base) if os.path.isdir(base) else base])
     return Served(dict(zip(names, askers, strict=True)), base if not os.path.isdir(base) else base_name)
+
+
+def _check_room(asker: Asker, max_new_tokens: int) -> None:
+    if max_new_tokens >= asker.adapter.rules.cutoff_len:
+        what = f"{max_new_tokens} new tokens leave no room for a prompt in its {asker.adapter.rules.cutoff_len}"
+        raise UserError(what, place=str(asker.adapter.path), cure="lower --max_new_tokens")
 
 
 def _place(name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from yeonma import __version__
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
 from yeonma.settings import (
     PREFERENCE,
     PREFERENCE_DEFAULTS,
@@ -97,7 +97,8 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted, 143 when
-    training was told to end (SIGTERM), 75 when its time limit was over, 141 when nobody reads the output any more.
+    training was told to end (SIGTERM), 75 when its time limit was over, 69 when another of its processes was lost, 141
+    when nobody reads the output any more.
 
     YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
     """
@@ -119,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not stopped.told and os.environ.get("RANK", "0") == "0":
             print(f"yeonma: {stopped}", file=sys.stderr)
         return stopped.status
+    except ProcessLost as lost:
+        print(f"yeonma: {lost}", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130

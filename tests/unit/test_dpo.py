@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yeonma
-from tests.pairs import PLAIN, chat_folder, dpo, pairs, tuned
+from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, model_folder, trained, write_jsonl
 from yeonma.settings import PreferenceLoss
 from yeonma.tokens.plan import epoch_order
@@ -152,14 +152,6 @@ def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, los
     assert ("reference: " in done.out) == (loss not in ("simpo", "cpo", "orpo"))
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert ("the accuracy is that of a coin" in card) == (loss not in ("simpo", "cpo", "orpo"))
-
-
-def labelled(count: int) -> list[dict[str, object]]:
-    """Two of three are wanted; the last is the only one of its step."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
-        for i, row in enumerate(pairs(count))
-    ]
 
 
 def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base: Path) -> None:

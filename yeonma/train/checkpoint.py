@@ -67,6 +67,9 @@ class RunState:
     evaluations_without_gain: int
     identity: dict[str, Any]  # the settings and data that the mathematics depends on
     surroundings: dict[str, str | int] = field(default_factory=dict)  # what equal bytes depend on besides
+    micro_batches: list[int] = field(
+        default_factory=list
+    )  # what was asked for, then what each process had room for
     evaluation_due: bool = (
         False  # the run was stopped before it had looked at the validation rows after this step
     )

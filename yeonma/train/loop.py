@@ -20,11 +20,12 @@ from yeonma.errors import UserError
 from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward
 from yeonma.tokens.cache import TokenStore
-from yeonma.tokens.plan import MicroBatching, Plan
+from yeonma.tokens.plan import Plan
 from yeonma.train.checkpoint import AdapterWriter, RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective, Sums
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
+from yeonma.train.room import Room
 from yeonma.train.stop import REASONS, Stop
 from yeonma.train.trained_rows import rows_of
 from yeonma.train.turns import Company, Turn, turn_logprobs, turns, unless_idle
@@ -41,7 +42,7 @@ class Tuning:
     scheduler: Any
     by_metric: bool  # the schedule follows a loss instead of the step count
     max_grad_norm: float
-    micro: MicroBatching
+    room: Room
     objective: Objective
     group: Processes
     stop: Stop = field(default_factory=Stop)
@@ -68,14 +69,18 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
     count = trained_tokens if objective.per_token else len(units)
 
     point = _measured(tuning, store, units)
-    totals = torch.zeros(1 + len(objective.metrics), device=tuning.model.device)
-    for turn in _my_turns(tuning, store, units, store.trained_of):
-        loss_sum, metric_sums = _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), point)
-        with unless_idle(turn, tuning.parameters.values()):
-            (loss_sum / count).backward()
-        totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
-        del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
 
+    def gradients() -> torch.Tensor:
+        totals = torch.zeros(1 + len(objective.metrics), device=tuning.model.device)
+        for turn in _my_turns(tuning, store, units, store.trained_of):
+            loss_sum, metric_sums = _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), point)
+            with unless_idle(turn, tuning.parameters.values()):
+                (loss_sum / count).backward()
+            totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
+            del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
+        return totals
+
+    totals = tuning.room.fit(gradients, store, units, undo=tuning.optimizer.zero_grad)
     totals = torch.cat([totals, totals.new_tensor(tuning.stop.wishes())])
     totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
@@ -100,10 +105,20 @@ def at_step(tuning: Tuning, step: int) -> Tuning:
     return tuning if step or first is None else replace(tuning, objective=first)
 
 
+def rooms(tuning: Tuning) -> list[int]:
+    """What each process takes through the model at once, at most, by rank."""
+    mine = torch.tensor([tuning.room.micro.most_examples]).view(torch.uint8)
+    return [int(each.view(torch.int64)) for each in gather_bytes(tuning.group, mine)]
+
+
 def forward_alone(tuning: Tuning, store: TokenStore, units: np.ndarray) -> None:
     """A step's forward passes as training makes them, told to the objective; no weight and no gradient changes."""
-    for turn in _my_turns(tuning, store, units, store.trained_of):
-        _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), None)
+
+    def forward() -> None:
+        for turn in _my_turns(tuning, store, units, store.trained_of):
+            _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), None)
+
+    tuning.room.fit(forward, store, units)
     tuning.objective.settle()
 
 
@@ -117,14 +132,19 @@ def _measured(
     measure = tuning.objective.measure
     if measure is None:
         return None
-    total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
-    with torch.no_grad(), in_eval_mode(tuning.model):
+
+    def mine() -> torch.Tensor:
+        total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
         for turn in _my_turns(tuning, store, units, store.measured_of):
             if leave():
                 break
             logprobs = _logprobs(tuning, store, turn, units)
             if len(turn.examples):
                 total += measure(logprobs.double(), store, turn.examples)
+        return total
+
+    with torch.no_grad(), in_eval_mode(tuning.model):
+        total = tuning.room.fit(mine, store, units)
     return sum_over(tuning.group, total)[0] / max(1, len(store.measured_of(units)))
 
 
@@ -132,12 +152,12 @@ def _my_turns(
     tuning: Tuning, store: TokenStore, units: np.ndarray, examples_of: Callable[[np.ndarray], np.ndarray]
 ) -> list[Turn]:
     company = Company(tuning.group.rank, tuning.group.count, tuning.sharded)
-    return turns(store, units, examples_of, tuning.micro, company, tuning.how.forest)
+    return turns(store, units, examples_of, tuning.room.micro, company, tuning.how.forest)
 
 
 def _logprobs(tuning: Tuning, store: TokenStore, turn: Turn, units: np.ndarray) -> torch.Tensor:
     spare = int(store.trained_of(units[:1])[0])
-    return turn_logprobs(tuning.model, tuning.how, store, turn, spare, tuning.micro.share_prefix)
+    return turn_logprobs(tuning.model, tuning.how, store, turn, spare, tuning.room.micro.share_prefix)
 
 
 def _sums(
@@ -175,16 +195,20 @@ def evaluate(
         return not tuning.sharded and tuning.stop.hurry()  # sharded, no process can leave the others alone
 
     point = _measured(tuning, store, units, hurry)
-    totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
-    left = False
-    tuning.model.eval()
-    with torch.no_grad():
+
+    def mine() -> tuple[torch.Tensor, bool]:
+        totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
         for turn in _my_turns(tuning, store, units, store.trained_of):
-            if left := hurry():
-                break
+            if hurry():
+                return totals, True
             logprobs = _logprobs(tuning, store, turn, units).double()
             loss_sum, metric_sums = _sums(tuning, store, turn, logprobs, point)
             totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
+        return totals, False
+
+    tuning.model.eval()
+    with torch.no_grad():
+        totals, left = tuning.room.fit(mine, store, units)
     tuning.model.train()
     trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())
     count = trained_tokens if objective.per_token else len(units)
@@ -240,6 +264,7 @@ def run_steps(
     def save(state: RunState) -> None:
         started = time.perf_counter()
         random = random_tensors(tuning.group, tuning.model.device)
+        state = replace(state, micro_batches=[tuning.room.asked.most_examples, *rooms(tuning)])
         if tuning.group.first:
             watch.before_save()
             names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ from yeonma.train.checkpoint import (
     recover,
     restore_optimizer,
 )
-from yeonma.train.distributed import processes, wait
+from yeonma.train.distributed import check_alike, processes, wait
 from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.opening import look_again
@@ -58,7 +59,7 @@ from yeonma.train.setup import (
 )
 from yeonma.train.space import Saves, adapter_bytes, check_room
 from yeonma.train.stop import REASONS, Stop, Stopped
-from yeonma.train.surroundings import moved, surroundings
+from yeonma.train.surroundings import moved, surroundings, versions
 from yeonma.train.tracking import check_trackers, plot_loss
 from yeonma.train.watched import watched
 
@@ -82,6 +83,7 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         say = partial(console.out, highlight=False)
         prepared = prepare(settings, source, continued, say)
         describe(prepared.dataset, say)
+        check_alike(group, _alike(settings, prepared))
         if group.first:
             held.enter_context(told(output, "the run's files"))
             held.enter_context(hold(output, say))
@@ -112,6 +114,14 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         if stopped is not None:
             raise Stopped(*stopped, told=True)
     return output
+
+
+def _alike(settings: Mapping[type, object], prepared: Prepared) -> str:
+    """What must be the same in all processes. Files may lie elsewhere on another machine; their content counts."""
+    flat = {name: value for group in settings.values() for name, value in vars(group).items()}
+    places = {"base_model", "adapter", "data_path", "val_data_path", "template", "output_dir", "cache_dir"}
+    kept = {name: value for name, value in flat.items() if name not in places}
+    return json.dumps([prepared.identity, kept, versions()], sort_keys=True, default=str)
 
 
 def saves_of(settings: Mapping[type, object], prepared: Prepared) -> Saves:
@@ -149,6 +159,8 @@ def _train(
     if start.checkpoint is not None and start.state is not None:
         _restore(tuning, peft_model, start.checkpoint, start.state)
         say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
+        if room := _room_of(state, tuning):
+            tuning.room.keep(room)
         if line := moved(state.surroundings, here, group_of(settings, LoraSettings).lora_dropout > 0):
             say(line)
     state = replace(state, surroundings=here)
@@ -208,6 +220,14 @@ def _train(
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
     return None
+
+
+def _room_of(state: RunState, tuning: Tuning) -> int | None:
+    """What this process had room for; None where something else is asked for now, or by as many processes."""
+    asked, *had = state.micro_batches or [0]
+    if asked != tuning.room.asked.most_examples or len(had) != tuning.group.count:
+        return None
+    return had[tuning.group.rank]
 
 
 def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:

@@ -40,6 +40,7 @@ from yeonma.train.prepare import (
     preference_options,
 )
 from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
+from yeonma.train.room import Room
 from yeonma.train.stop import Stop
 
 UNITS_WITHOUT_GRADIENT = 4
@@ -194,8 +195,7 @@ def make_objective(
                     later=first[key][1] if key in first else None,
                     identity=identity,
                     cache_dir=cache_dir,
-                    micro=micro,
-                    sharded=is_sharded(base),
+                    room=Room(micro, base.device, not is_sharded(base)),
                     group=group,
                     say=say,
                 )
@@ -217,7 +217,8 @@ def make_tuning(
     group: Processes,
     stop: Stop | None = None,
 ) -> Tuning:
-    step = group_of(settings, StepSettings)
+    step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
+    sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -228,16 +229,20 @@ def make_tuning(
         fused=True,
     )
     return Tuning(
-        model=loaded.peft_model.get_base_model(),
+        model=base,
         how=loaded.how,
         parameters=parameters,
         optimizer=optimizer,
         scheduler=make_schedule(step, optimizer, plan.total_steps),
         by_metric=step.lr_scheduler in BY_METRIC,
         max_grad_norm=step.max_grad_norm,
-        micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+        room=Room(
+            MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+            base.device,
+            not sharded,
+        ),
         objective=objective,
         group=group,
         stop=stop or Stop(),
-        sharded=is_sharded(loaded.peft_model.get_base_model()),
+        sharded=sharded,
     )

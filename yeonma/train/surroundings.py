@@ -20,8 +20,12 @@ def surroundings(processes: int, device: torch.device) -> dict[str, str | int]:
         "threads of a process": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        **versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    return {package: version(package) for package in ("torch", "transformers", "peft")}
 
 
 def moved(before: Mapping[str, str | int], now: Mapping[str, str | int], dropout: bool) -> str | None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from yeonma.configure import group_of, to_yaml
-from yeonma.errors import gather
+from yeonma.errors import LOST, gather
 from yeonma.settings import RunSettings
 from yeonma.train.lock import check_unlocked
 from yeonma.train.preflight import preflight
@@ -71,8 +71,8 @@ def _start_processes(processes: int, command: list[str]) -> int:
             run(parse_args(["--standalone", f"--nproc_per_node={processes}", *command]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # a mistake of the user's, which that process has told
-            return 2
+        if failure.exitcode in (2, LOST):  # which that process has told
+            return int(failure.exitcode)
         if failure.exitcode in REASONS:
             raise Stopped(told, failure.exitcode, told=True) from None
         print(f"yeonma: process {rank} ended with status {failure.exitcode}", file=sys.stderr)

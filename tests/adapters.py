@@ -63,6 +63,9 @@ def tiny_adapter(
     folder.mkdir()
     parsed = load_template(template)
     rules = TokenRules(cutoff_len)
-    details = describe(identity, parsed, columns, rules, trust_remote_code=False, trained_on={})
-    write_adapter(folder, peft_model, load_tokenizer(source), parsed, details)
+    own = load_tokenizer(source)
+    details = describe(
+        identity, parsed, columns, rules, tokenizer=own, trust_remote_code=False, trained_on={}
+    )
+    write_adapter(folder, peft_model, own, parsed, details)
     return Folders(base, folder)

@@ -14,8 +14,10 @@ from typing import Any, get_args, get_type_hints
 
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
+from yeonma.model.samples import SAMPLES, Samples
 from yeonma.paths import user_path
 from yeonma.text.template import Template
+from yeonma.tokens.cache import tokenizer_identity
 from yeonma.tokens.example import TokenRules
 
 MANIFEST = "yeonma.json"
@@ -72,6 +74,7 @@ def describe(
     columns: Mapping[str, str] | None,
     rules: TokenRules,
     *,
+    tokenizer: Any,
     trust_remote_code: bool,
     trained_on: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def describe(
     return {
         "format": FORMAT,
         "base": asdict(base),
+        "tokenizer": identity_of_tokenizer(tokenizer),
         "trust_remote_code": trust_remote_code,
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
@@ -89,8 +93,21 @@ def describe(
     }
 
 
+def identity_of_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of what decides the ids: of plain text, and of turns, which the chat template writes."""
+    return {
+        "sha256": tokenizer_identity(tokenizer, chat_template=False),
+        "with_chat_template_sha256": tokenizer_identity(tokenizer),
+    }
+
+
 def write_adapter(
-    folder: Path, peft_model: Any, tokenizer: Any, template: Template, details: Mapping[str, Any]
+    folder: Path,
+    peft_model: Any,
+    tokenizer: Any,
+    template: Template,
+    details: Mapping[str, Any],
+    samples: Samples | None = None,
 ) -> None:
     """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
     config = peft_model.peft_config["default"]
@@ -101,6 +118,8 @@ def write_adapter(
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
     tokenizer.save_pretrained(str(folder))
     (folder / TEMPLATE).write_bytes(template.text.encode())
+    if samples is not None:
+        (folder / SAMPLES).write_text(samples.to_json(), encoding="utf-8")
     (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

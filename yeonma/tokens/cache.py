@@ -62,8 +62,11 @@ def default_cache_dir() -> Path:
     return user_path(os.environ.get("YEONMA_CACHE") or "~/.cache/yeonma")
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name."""
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
+    """SHA-256 of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name.
+
+    Without `chat_template`: of what decides the ids of plain text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):
         content = backend.to_str()
@@ -73,7 +76,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         content = _canonical([type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_sum(tokenizer)])
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens]
-    return sha256(f"{content}\0{_canonical([special, tokenizer.chat_template])}".encode()).hexdigest()
+    chat = tokenizer.chat_template if chat_template else None
+    return sha256(f"{content}\0{_canonical([special, chat])}".encode()).hexdigest()
 
 
 def store_key(

@@ -12,6 +12,7 @@ from yeonma.model.adapter import read_adapter_folder
 from yeonma.model.check import attention
 from yeonma.model.forward import Forward
 from yeonma.model.generate import generate
+from yeonma.model.samples import prompts_of
 from yeonma.text.template import Rendered, answer_text
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import stop_ids
@@ -58,12 +59,10 @@ def take_samples(
 
     They are asked with the very token ids that come before the answer in training.
     """
-    rows, store = asked.first_rows(count), asked.store
+    rows = asked.first_rows(count)
     kind = dataset.kind
     rendered = [kind.wanted(kind.render(dataset.template, row, dataset.columns)) for row in rows]
-    firsts = {int(row): i for i, row in reversed(list(enumerate(store.row_numbers)))}
-    examples = [store.example(firsts[row.number]) for row in rows]
-    prompts = [each.token_ids[: each.prompt_length] for each in examples]
+    prompts = prompts_of(asked.store, [row.number for row in rows])
     model = peft_model.get_base_model()
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     options: dict[str, Any] = {

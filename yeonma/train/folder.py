@@ -16,6 +16,7 @@ from typing import Any
 from yeonma.disk import check_free, delete, files_in, hashes_of, settle, sync, told
 from yeonma.errors import Problem, UserError
 from yeonma.paths import user_path
+from yeonma.text.files import file_hash
 from yeonma.train.checkpoint import (
     GOES_ON,
     AdapterWriter,
@@ -30,8 +31,19 @@ from yeonma.train.checkpoint import (
 )
 
 RUN = "run.json"
+SEAL = "manifest.json"
 # What a run leaves behind beside run.json and checkpoints, as patterns.
-OURS = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "yeonma.json", "template.txt", "adapter_*")
+OURS = (
+    "settings.yaml",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+    "yeonma.json",
+    "template.txt",
+    "samples.json",
+    "manifest.json",
+    "adapter_*",
+)
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",
@@ -132,9 +144,11 @@ def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: 
     run starts anew, else the checkpoints after the one to continue from, whose steps are done again."""
     output.mkdir(parents=True, exist_ok=True)
     mark(output, identity, finished=False)
+    (output / SEAL).unlink(missing_ok=True)  # before anything that it speaks of changes
+    sync(output)
     files, folders = _going(output, start)
     for path in files:
-        path.unlink()
+        path.unlink(missing_ok=True)
     for checkpoint in folders:
         remove(checkpoint)
     sweep(output)
@@ -165,6 +179,19 @@ def _left_behind(output: Path) -> list[Path]:
 def mark(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
     text = json.dumps({"identity": identity, "finished": finished}, ensure_ascii=False, indent=2)
     write_text_atomically(output / RUN, text + "\n")
+
+
+def seal(output: Path) -> None:
+    """Write manifest.json: the SHA-256 of every file that the run leaves in the folder itself, all of them flushed to
+    the disk. `begin` takes it away: where run.json says that the run is finished, it is true of what the run left."""
+    hashes = {}
+    for path in _left_behind(output):
+        if path.name != SEAL:
+            sync(path)
+            hashes[path.relative_to(output).as_posix()] = file_hash(path)
+    sync(output)
+    write_text_atomically(output / SEAL, json.dumps({"sha256": hashes}, indent=2) + "\n")
+    sync(output)
 
 
 def install(output: Path, adapter: AdapterWriter) -> None:

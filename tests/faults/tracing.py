@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,21 @@ from typing import Any
 
 import pytest
 
+IDENTITY = {"objective": "sft", "seed": 1}
+"""Of the run whose folder the process fills."""
 ROOT = Path(__file__).resolve().parents[2]
-CALLS = (
-    "write,pwrite64,writev,pwritev,ftruncate,fallocate,copy_file_range,sendfile,fsync,fdatasync,sync_file_range,"
-    "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir"
-)
-"""The calls that change what is on a disk; `?` before each in strace's words: not every processor has all."""
-SET = ",".join(f"?{name}" for name in CALLS.split(","))
-TRACED = re.compile(r"(?P<process>\d+) +(?P<name>\w+)\((?P<rest>.*)")
+WRITES = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "ftruncate", "truncate", "fallocate")
+COPIES = ("copy_file_range", "sendfile")
+SYNCS = ("fsync", "fdatasync", "sync_file_range", "syncfs", "sync", "msync")
+RENAMES = ("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat")
+REMOVALS = ("unlink", "unlinkat", "rmdir")
+FOLDERS = ("mkdir", "mkdirat")
+OPENS = ("open", "openat", "openat2", "creat")
+CALLS = (*WRITES, *COPIES, *SYNCS, *RENAMES, *REMOVALS, *FOLDERS, *OPENS)
+"""The calls that change what is on a disk; of OPENS only those for writing. Memory maps for writing would be another
+way: `test_nothing_is_written_through_memory` looks for them."""
+LINE = re.compile(r"(?P<process>\d+) +(?P<name>\w+)\((?P<rest>.*)")
+FOR_WRITING = re.compile(r"O_WRONLY|O_RDWR|O_CREAT|O_TRUNC")
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`status` is negative where a signal ended it; `error` is what a user would read."""
+    """`status` is negative where a signal ended it; `done`: how many of the job's calls came to their end; `error` is
+    what a user would read."""
 
     status: int
+    done: int
     error: str
     bug: str
 
@@ -50,8 +59,8 @@ class Outcome:
 class Workshop:
     """The saving process, and jobs for it."""
 
-    def __init__(self, line: socket.socket, process: subprocess.Popen[bytes]) -> None:
-        self.line, self.process, self.received = line, process, b""
+    def __init__(self, line: socket.socket) -> None:
+        self.line, self.received = line, b""
         assert self._next() == {"ready": True}
 
     def _next(self) -> dict[str, Any]:
@@ -62,82 +71,82 @@ class Workshop:
         first, _, self.received = self.received.partition(b"\n")
         return dict(json.loads(first))
 
-    def do(self, job: Mapping[str, Any], *strace: str) -> Outcome:
-        """Have a child do the job; with words for strace, under it."""
+    def do(self, job: Mapping[str, Any], strace: Sequence[str] = ()) -> Outcome:
+        """Have a child do the job; with words for strace, under it. Skips the test where strace cannot attach."""
         self.line.sendall(json.dumps(job).encode() + b"\n")
         child = self._next()["process"]
-        tracer = None
+        tracer, refusal = None, ""
         if strace:
-            command = ["strace", "-f", "-y", "-s", "16", "-p", str(child), *strace]
-            tracer = subprocess.Popen(command, stderr=subprocess.PIPE)
+            command = ["strace", "-f", "-y", "-s", "16", *strace, "-p", str(child)]
+            tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
             assert tracer.stderr is not None
-            first = tracer.stderr.readline().decode()
-            if "attached" not in first:
-                self.line.sendall(b"x")
-                while "ended" not in self._next():
-                    pass
-                pytest.skip(f"strace cannot attach here: {first.strip()}")
+            first = tracer.stderr.readline()
+            refusal = "" if "attached" in first else first or "no word"
         self.line.sendall(b"x")
         said: dict[str, Any] = {}
         while "ended" not in said:
             said |= self._next()
         if tracer is not None:
             tracer.communicate()
-        return Outcome(said["ended"], said.get("error", ""), said.get("bug", ""))
+        if refusal:
+            pytest.skip(f"strace cannot attach here: {refusal.strip()}")
+        return Outcome(said["ended"], said.get("done", 0), said.get("error", ""), said.get("bug", ""))
 
-    def done(self, job: Mapping[str, Any]) -> None:
-        """The job must succeed."""
-        outcome = self.do(job)
+    def succeed(self, job: Mapping[str, Any], strace: Sequence[str] = ()) -> None:
+        outcome = self.do(job, strace)
         assert (outcome.status, outcome.error, outcome.bug) == (0, "", ""), outcome
 
-    def trace(self, job: Mapping[str, Any], log: Path) -> list[Call]:
-        """What a job that succeeds calls, in order."""
-        log.unlink(missing_ok=True)
-        outcome = self.do(job, "-e", f"trace={SET}", "-o", str(log))
-        assert (outcome.status, outcome.error, outcome.bug) == (0, "", ""), outcome
-        seen: Counter[tuple[str, str]] = Counter()
+    def trace(self, job: Mapping[str, Any], log: Path, also: str = "") -> list[Call]:
+        """What a job that succeeds calls, in order: of CALLS, and of `also`."""
+        names = ",".join(
+            f"?{name}" for name in (*CALLS, *also.split())
+        )  # `?`: not every processor has all of them
+        self.succeed(job, ("-e", f"trace={names}", "-o", str(log)))
+        seen: Counter[tuple[int, str]] = Counter()
         found = []
         for line in log.read_text(errors="replace").splitlines():
-            if parts := TRACED.fullmatch(line):
-                seen[parts["process"], parts["name"]] += 1
-                number = seen[parts["process"], parts["name"]]
-                found.append(Call(int(parts["process"]), parts["name"], number, parts["rest"]))
+            parts = LINE.fullmatch(line)
+            if parts is None:
+                continue
+            process, name = int(parts["process"]), parts["name"]
+            seen[process, name] += 1
+            if name not in OPENS or FOR_WRITING.search(parts["rest"]):
+                found.append(Call(process, name, seen[process, name], parts["rest"]))
         return found
 
-    def killed(self, job: Mapping[str, Any], at: Call) -> None:
-        """Kill the job right before this call."""
-        outcome = self.do(
-            job,
-            "-e", f"trace={at.name}",
-            "-e", f"inject={at.name}:signal=SIGKILL:when={at.number}",
-            "-o", os.devnull,
-        )  # fmt: skip
+    def kill(self, job: Mapping[str, Any], at: Call) -> Outcome:
+        """Kill the job as it enters this call, which is then not made."""
+        outcome = self.do(job, _inject(at, "signal=SIGKILL"))
         assert outcome.status == -9, (at, outcome)
+        return outcome
 
-    def failing(self, job: Mapping[str, Any], at: Call, error: str) -> Outcome:
+    def fail(self, job: Mapping[str, Any], at: Call, error: str) -> Outcome:
         """Let this call fail."""
-        return self.do(
-            job,
-            "-e", f"trace={at.name}",
-            "-e", f"inject={at.name}:error={error}:when={at.number}",
-            "-o", os.devnull,
-        )  # fmt: skip
+        return self.do(job, _inject(at, f"error={error}"))
+
+
+def _inject(at: Call, what: str) -> tuple[str, ...]:
+    return ("-e", f"trace={at.name}", "-e", f"inject={at.name}:{what}:when={at.number}", "-o", os.devnull)
 
 
 @contextmanager
 def workshop() -> Iterator[Workshop]:
-    """Skips where there is no strace."""
+    """Skips the test where there is no strace."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     ours, theirs = socket.socketpair()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "tests.faults.saver"]
     with ours:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.saver"], cwd=ROOT, stdin=theirs, env=environment
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, env=environment)
         theirs.close()
         try:
-            yield Workshop(ours, process)
+            yield Workshop(ours)
         finally:
             ours.close()
             process.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import Done, articles, model_folder, sft, trained, write_jsonl
+from tests.runs import Done, articles, left_behind, model_folder, sft, trained, write_jsonl
 from yeonma.train import checkpoint, folder, loop, run, tracking
 
 # Two epochs of 5 steps; checkpoints at 2, 4, ... and wherever the validation loss was lowest.
@@ -39,27 +38,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
     """A run that nothing interrupted."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
-
-
-def left_behind(output: Path) -> dict[str, Any]:
-    """Every file of an output folder, without where it lies, how long it took and how much memory."""
-    found: dict[str, Any] = {}
-    for path in sorted(output.rglob("*")):
-        if path.is_file():
-            content = path.read_bytes().replace(str(output.parent).encode(), b"")
-            found[str(path.relative_to(output))] = content
-    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
-    for line in lines:
-        line.pop("seconds")
-        line.pop("peak_memory_bytes", None)
-    if "manifest.json" in found:  # the sums of files that name the place, or times, are of these
-        sums = json.loads(found.pop("manifest.json"))["sha256"]
-        found["manifest.json"] = {
-            name: each
-            for name, each in sums.items()
-            if name not in ("README.md", "settings.yaml", "metrics.jsonl")
-        }
-    return {**found, "metrics.jsonl": lines}
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool = False) -> None:

@@ -113,12 +113,12 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def left_behind(output: Path) -> dict[str, Any]:
-    """Every file of an output folder, without where it lies, how long it took and how much memory."""
+def left_behind(output: Path, parent: Path | None = None) -> dict[str, Any]:
+    """Every file of an output folder, without where it lies (or lay), how long it took and how much memory."""
     found: dict[str, Any] = {}
     for path in sorted(output.rglob("*")):
         if path.is_file():
-            content = path.read_bytes().replace(str(output.parent).encode(), b"")
+            content = path.read_bytes().replace(str(parent or output.parent).encode(), b"")
             found[str(path.relative_to(output))] = content
     lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
     for line in lines:

@@ -11,11 +11,14 @@ import ctypes
 import gc
 import json
 import os
+import shutil
+import signal
 import socket
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,18 @@ import peft  # noqa: F401
 import torch
 from transformers import get_scheduler  # noqa: F401
 
+from tests.faults.room import mount_small, take_bytes, take_names
 from tests.faults.tracing import IDENTITY
 from tests.models import tiny_model
 from tests.runs import TEMPLATE, characters
 from yeonma.cli import main
-from yeonma.disk import told
+from yeonma.disk import delete, told
 from yeonma.errors import UserError
 from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.text.template import Template
 from yeonma.tokens.example import TokenRules
-from yeonma.train import checkpoint, folder
+from yeonma.train import checkpoint, folder, loop
 from yeonma.train import run as _run  # noqa: F401
 from yeonma.train.checkpoint import AdapterWriter, RunState, newest_whole, recover, write_checkpoint
 from yeonma.train.lock import hold
@@ -104,22 +108,84 @@ class Saver:
         folder.mark(output, IDENTITY, finished=True)
 
 
-def work(saver: Saver, job: dict[str, Any], done: Callable[[int], None]) -> str:
+def work(saver: Saver, job: dict[str, Any], say: Callable[..., None]) -> str:
     """Empty where all went well; else the message of the user's mistake."""
-    if "command" in job:
-        if job.get("without_pickle"):
-            forbid_pickle()
-        status = main(job["command"])
-        return "" if status == 0 else f"exit status {status}"
     output = Path(job["output"])
     try:
         with told(output, "the run's files"):  # as run_training does
             for number, (name, *arguments) in enumerate(job["calls"], start=1):
                 getattr(saver, name)(output, *arguments)
-                done(number)
+                say(done=number)
     except UserError as error:
         return str(error)
     return ""
+
+
+def command(job: dict[str, Any], say: Callable[..., None]) -> None:
+    """`yeonma` with the job's words; its exit status is the process's. Before a step it may do something else."""
+    number = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(number, 1)
+    os.dup2(number, 2)
+    os.close(number)
+    os.environ |= job["environment"]
+    if job.get("without_pickle"):
+        forbid_pickle()
+    if "before_step" in job:
+        before_step(*job["before_step"], say)
+    try:
+        status = main(job["command"])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def before_step(step: int, name: str, *arguments: Any) -> None:
+    """Call a function below when the run comes to this step, counted from its start."""
+    train_step, steps = loop.train_step, count(1)
+
+    def noted(*its: Any) -> Any:
+        if next(steps) == step:
+            AMONG_STEPS[name](*arguments)
+        return train_step(*its)
+
+    loop.train_step = noted
+
+
+def pause(say: Callable[..., None]) -> None:
+    """Stay until killed."""
+    say(paused=True)
+    while True:
+        signal.pause()
+
+
+AMONG_STEPS: dict[str, Callable[..., None]] = {
+    "pause": pause,
+    "take_bytes": lambda place, leave, say: take_bytes(Path(place), leave),
+    "take_names": lambda place, leave, say: take_names(Path(place), leave),
+}
+
+
+def in_small_room(job: dict[str, Any], say: Callable[..., None]) -> None:
+    """One job after another, each in a process of its own, on a file system of little room; what is left there when
+    one has ended, and how it has, is kept outside."""
+    place = Path(job["room"])
+    if why := mount_small(place, job["options"]):
+        say(skip=why)
+        return
+    statuses = []
+    for number, inner in enumerate(job["jobs"]):
+        for hog in place.glob("hog*"):
+            delete(hog)
+        process = os.fork()
+        if process == 0:
+            command(inner, say)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        if Path(inner["output"]).exists():
+            shutil.copytree(inner["output"], Path(job["keep"]) / str(number))
+    say(statuses=statuses)
 
 
 def forbid_pickle() -> None:
@@ -143,21 +209,17 @@ def child(saver: Saver, job: dict[str, Any], line: socket.socket) -> None:
     def say(**what: object) -> None:
         line.sendall(json.dumps(what).encode() + b"\n")
 
-    ctypes.CDLL(None).prctl(
-        PR_SET_PTRACER, PR_SET_PTRACER_ANY
-    )  # else a kernel may let only our parents trace us
-    if log := job.get("log"):
-        number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(number, 1)
-        os.dup2(number, 2)
-        os.close(number)
-    os.environ |= job.get("environment", {})
+    # else a kernel may let only our parents trace us
+    ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
     say(process=os.getpid())
     line.recv(1)
     try:
-        error = work(saver, job, lambda number: say(done=number))
-        sys.stdout.flush()
-        say(error=error)
+        if "room" in job:
+            in_small_room(job, say)
+        elif "command" in job:
+            command(job, say)
+        else:
+            say(error=work(saver, job, say))
     except BaseException:
         say(bug=traceback.format_exc())
     os._exit(0)
@@ -166,9 +228,8 @@ def child(saver: Saver, job: dict[str, Any], line: socket.socket) -> None:
 def serve() -> None:
     line = socket.socket(fileno=os.dup(0))
     saver = Saver()
-    with (
-        tempfile.TemporaryDirectory() as place
-    ):  # what is imported late, or made once, is there when a child begins
+    with tempfile.TemporaryDirectory() as place:
+        # What is imported late, or made once, is then there when a child begins.
         saver.save(Path(place), 1, 1.0)
         saver.begin(Path(place))
         saver.finish(Path(place), 1.0)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from tests.faults.tracing import (
     WRITES,
     Call,
     Workshop,
-    workshop,
 )
 from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import arguments, articles, left_behind, model_folder, write_jsonl
@@ -96,12 +95,6 @@ COURSES = {
         ends_with={"checkpoint-1", "checkpoint-2"},
     ),
 }
-
-
-@pytest.fixture(scope="session")
-def saver() -> Iterator[Workshop]:
-    with workshop() as place:
-        yield place
 
 
 class Stage:

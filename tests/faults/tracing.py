@@ -72,9 +72,10 @@ class Workshop:
         return dict(json.loads(first))
 
     def do(self, job: Mapping[str, Any], strace: Sequence[str] = ()) -> Outcome:
-        """Have a child do the job; with words for strace, under it. Skips the test where strace cannot attach."""
-        self.line.sendall(json.dumps(job).encode() + b"\n")
-        child = self._next()["process"]
+        """Have a child do the job; with words for strace, under it. Skips the test where that cannot be."""
+        if strace and shutil.which("strace") is None:
+            pytest.skip("strace is not installed")
+        child = self.take(job)["process"]
         tracer, refusal = None, ""
         if strace:
             command = ["strace", "-f", "-y", "-s", "16", *strace, "-p", str(child)]
@@ -82,15 +83,28 @@ class Workshop:
             assert tracer.stderr is not None
             first = tracer.stderr.readline()
             refusal = "" if "attached" in first else first or "no word"
-        self.line.sendall(b"x")
-        said: dict[str, Any] = {}
-        while "ended" not in said:
-            said |= self._next()
+        said = self.go_on("ended")
         if tracer is not None:
             tracer.communicate()
         if refusal:
             pytest.skip(f"strace cannot attach here: {refusal.strip()}")
         return Outcome(said["ended"], said.get("done", 0), said.get("error", ""), said.get("bug", ""))
+
+    def take(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """A child that waits to begin; what it says of itself."""
+        self.line.sendall(json.dumps(job).encode() + b"\n")
+        return self._next()
+
+    def go_on(self, until: str) -> dict[str, Any]:
+        """Let it begin; all that is said until that word."""
+        self.line.sendall(b"x")
+        return self.hear(until)
+
+    def hear(self, until: str) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        while until not in said:
+            said |= self._next()
+        return said
 
     def succeed(self, job: Mapping[str, Any], strace: Sequence[str] = ()) -> None:
         outcome = self.do(job, strace)
@@ -131,9 +145,6 @@ def _inject(at: Call, what: str) -> tuple[str, ...]:
 
 @contextmanager
 def workshop() -> Iterator[Workshop]:
-    """Skips the test where there is no strace."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
     ours, theirs = socket.socketpair()
     environment = {
         **os.environ,

@@ -218,15 +218,24 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over_too(
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
-def test_with_no_whole_checkpoint_the_run_starts_anew(
+def test_where_no_checkpoint_is_whole_the_run_is_refused_until_told_to_begin_anew(
     stopped: Path, base: Path, data: Path, whole: Done
 ) -> None:
     for place in stopped.glob("checkpoint-*"):
         damage(place / "state.json", "cut off")
-    done = trained(stopped, base, data, **SETTINGS)
+    before = everything_in(stopped)
+    done = sft(stopped, base, data, **SETTINGS)
     assert done.out.count("passing over checkpoint-") == 3
+    assert (done.status, done.err) == (
+        2,
+        f"yeonma: output_dir {stopped}: none of its checkpoints is whole (checkpoint-2, checkpoint-3, checkpoint-4); "
+        "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew\n",
+    )
+    assert everything_in(stopped) == before
+    done = trained(stopped, base, data, **SETTINGS, resume_from_checkpoint="none")
     assert "continuing" not in done.out
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert done.weight_bytes == whole.weight_bytes
+    assert left_behind(done.folder)["metrics.jsonl"] == left_behind(whole.folder)["metrics.jsonl"]
 
 
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(

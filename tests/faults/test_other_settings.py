@@ -203,7 +203,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("verb", "name"), cases())
-def test_a_setting_that_changes_the_result_is_refused_and_no_other(
+def test_fault_46_a_setting_that_changes_the_result_is_refused_and_no_other(
     place: Place, verb: str, name: str
 ) -> None:
     change = CHANGES[name]

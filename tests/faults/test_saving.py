@@ -269,8 +269,8 @@ def test_a_call_that_fails_harms_no_earlier_checkpoint_and_is_told(stage: Stage)
 
 # Whole runs
 
-KILLS_OF_A_RUN = 6
-"""Spread over all its calls. With YEONMA_EVERY_KILL in the environment it is killed at each of them: minutes."""
+KILLS_OF_A_RUN = int(os.environ.get("YEONMA_KILLS", "6"))
+"""Spread over all its calls; 1,000 are more than it makes, and kill it at each of them."""
 SETTINGS: dict[str, object] = {
     "num_epochs": 2,
     "save_steps": 2,
@@ -323,7 +323,7 @@ def test_nothing_in_a_run_relies_on_what_is_not_flushed(command: Command) -> Non
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_of_its_calls_ends_with_the_bytes_of_one_that_was_not(command: Command) -> None:
-    every = 1 if "YEONMA_EVERY_KILL" in os.environ else len(command.calls) // KILLS_OF_A_RUN
+    every = max(1, len(command.calls) // KILLS_OF_A_RUN)
     calls = command.calls[every // 2 :: every]
     command.kill_and_go_on(calls)
     print(f"{len(calls)} kills of {len(command.calls)} calls")

@@ -70,7 +70,7 @@ def find_start(
 ) -> Start:
     """What the folder holds for a run of this `identity`. Changes nothing.
 
-    Raises UserError where it holds another run, or something that is no run at all.
+    Raises UserError where it holds another run, something that is no run at all, or damaged checkpoints alone.
     """
     explicit = None if resume in ("latest", "none") else user_path(resume, "resume_from_checkpoint")
     if explicit is not None:
@@ -95,6 +95,12 @@ def find_start(
         return Start(explicit, state)
     found = newest_whole(output, say) if resume == "latest" else None
     if found is None:
+        if resume == "latest" and (damaged := checkpoints(output)):
+            names = ", ".join(path.name for path in damaged)
+            cure = "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew"
+            raise UserError(
+                f"none of its checkpoints is whole ({names})", place=f"output_dir {output}", cure=cure
+            )
         return Start()
     _check_same(identity, found[1].identity, str(found[0]))
     return Start(*found)

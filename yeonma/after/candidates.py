@@ -14,9 +14,17 @@ from typing import Any
 import torch
 
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.model.adapter import MANIFEST, TEMPLATE, WEIGHTS, AdapterFolder, BaseIdentity
+from yeonma.model.adapter import (
+    MANIFEST,
+    TEMPLATE,
+    WEIGHTS,
+    AdapterFolder,
+    BaseIdentity,
+    base_identity,
+    check_base,
+)
 from yeonma.model.ask import Asker, open_folder
-from yeonma.model.load import load_config, load_tokenizer
+from yeonma.model.load import check_vocabulary, load_config, load_tokenizer, outline
 from yeonma.model.source import BaseSource, find_base
 from yeonma.paths import user_path
 from yeonma.settings import CompareSettings
@@ -90,8 +98,36 @@ def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
             candidates.append(Candidate(name, each, str(each.adapter.path), True, "its own"))
         else:
             candidates.append(_lent(spec, name, each, lent, asked, rows))
+    _check_outlines(candidates)
     _check_columns(asked, candidates, rows)
     return candidates
+
+
+def check_model(candidate: Candidate, model: Any) -> None:
+    """Raises UserError where the model, or its outline, is not the adapter's base or has no embedding for some of the
+    tokenizer's ids."""
+    asker = candidate.asker
+    if candidate.is_run:
+        check_base(asker.adapter, base_identity(model, asker.source))
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(asker.tokenizer, embeddings, asker.source.name)
+
+
+def _check_outlines(candidates: Sequence[Candidate]) -> None:
+    """Raises UserError for all that `check_model` finds without weights."""
+    problems: list[Problem] = []
+    outlines: dict[object, Any] = {}
+    for candidate in candidates:
+        source = candidate.asker.source
+        if candidate.weights not in outlines:
+            outlines[candidate.weights] = outline(load_config(source), source)
+        try:
+            if (model := outlines[candidate.weights]) is not None:
+                check_model(candidate, model)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from yeonma.after.candidates import Candidate, columns_for, identity_of
+from yeonma.after.candidates import Candidate, check_model, columns_for, identity_of
 from yeonma.after.kept import Kept
 from yeonma.after.metrics import Wrote
 from yeonma.errors import Problem, UserError
-from yeonma.model.adapter import base_identity, check_base
 from yeonma.model.ask import Question
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.model.generate import Answer, generate
-from yeonma.model.load import check_vocabulary, load_adapter, load_base, pick_device, pick_dtype
+from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
 from yeonma.model.lora import speed_up
 from yeonma.settings import AnswerSettings, CompareSettings
 from yeonma.text.formats import column_of, field_text
@@ -169,10 +168,7 @@ def answer_all(
             if base is None:
                 say(f"loading {candidate.asker.source.name}")
                 base = load_base(candidate.asker.source, device, dtype)
-            if candidate.is_run:
-                check_base(candidate.asker.adapter, base_identity(base, candidate.asker.source))
-            embeddings = base.get_input_embeddings().weight.shape[0]
-            check_vocabulary(candidate.asker.tokenizer, embeddings, candidate.asker.source.name)
+            check_model(candidate, base)
             if candidate.adapter is None:
                 _answer(base, task, asked, how, kept, say)
                 continue

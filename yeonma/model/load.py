@@ -23,13 +23,16 @@ from yeonma.errors import UserError, did_you_mean
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 
+BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
+
 
 def load_tokenizer(source: BaseSource) -> Any:
-    """The base's tokenizer. Raises UserError where there is none or it cannot be reached."""
+    """The base's tokenizer, with the base's own chat template. Raises UserError where there is none or it cannot be reached."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        _restore_chat_template(tokenizer, Path(source.name) / BASE_CHAT_TEMPLATE)
         own = len(tokenizer) - len(set(tokenizer.all_special_ids))
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
         json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()  # half characters
@@ -38,6 +41,17 @@ def load_tokenizer(source: BaseSource) -> Any:
     if own <= 0:  # what transformers makes of no files at all
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
+
+
+def _restore_chat_template(tokenizer: Any, path: Path) -> None:
+    """The base's own chat template, where the folder's tokenizer has one that carries a training template."""
+    if not path.is_file():
+        return
+    own = path.read_bytes().decode() or None
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {**tokenizer.chat_template, "default": own}
+    else:
+        tokenizer.chat_template = own
 
 
 def load_config(source: BaseSource) -> Any:

@@ -40,6 +40,7 @@ OURS = (
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",
+    "base_chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",

@@ -72,20 +72,24 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
     The token ids are taken from the cache; the reference's log-probabilities of earlier runs are not.
     """
     from yeonma.cli import main
-    from yeonma.train import run
+    from yeonma.train import setup
 
     for kept in (folder / "cache").glob("*.reference"):
         kept.unlink()
-    reference_seconds, reference_logprobs = 0.0, run.reference_logprobs
+    reference_seconds = 0.0
 
-    def timed(*arguments: Any, **more: Any) -> Any:
-        nonlocal reference_seconds
-        started = time.perf_counter()
-        found = reference_logprobs(*arguments, **more)
-        reference_seconds += time.perf_counter() - started
-        return found
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal reference_seconds
+            started = time.perf_counter()
+            found = function(*arguments, **more)
+            reference_seconds += time.perf_counter() - started
+            return found
 
-    run.reference_logprobs = timed
+        return call
+
+    # what the first step finds of the reference is in the step's own seconds
+    setup.reference_logprobs, setup.is_reference = timed(setup.reference_logprobs), timed(setup.is_reference)
     output = folder / "output"
     settings = {
         "base_model": model,

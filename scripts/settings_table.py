@@ -58,6 +58,7 @@ VERBS = {
     "AdapterSettings": ("generate", "chat"),
     "GenerateSettings": ("generate",),
     "AnswerSettings": ("generate", "chat"),
+    "PushSettings": ("push",),
     "DemoSettings": ("demo",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")

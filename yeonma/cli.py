@@ -21,6 +21,8 @@ from yeonma.settings import (
     DemoSettings,
     GenerateSettings,
     InspectSettings,
+    PushSettings,
+    VerifySettings,
 )
 
 HELD_SECONDS = 10
@@ -60,6 +62,15 @@ VERBS = {
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "verify": Verb(
+        "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
+        "yeonma.verbs.verify:run",
+        (VerifySettings,),
+        "adapter_dir",
+    ),
+    "push": Verb(
+        "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
+    ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(
         "Tune a small model on the bundled pairs, end to end.",

@@ -10,8 +10,8 @@ from types import NoneType
 from typing import Literal, get_args, get_origin
 
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.ranges import Range
 from yeonma.setting import Given, Setting, describe
-from yeonma.settings import Range
 from yeonma.yaml_text import read_value
 
 NONE_WORDS = ("None", "null")

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from yeonma.settings import Range
+from yeonma.ranges import Range
 
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
 

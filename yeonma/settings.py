@@ -9,41 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The numbers that a setting takes. Infinity and NaN are never among them."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def __contains__(self, number: float) -> bool:
-        return (
-            float("-inf") < number < float("inf")
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
-
-    def __str__(self) -> str:
-        ends = (
-            ("of at least", self.at_least),
-            ("above", self.above),
-            ("at most", self.at_most),
-            ("below", self.below),
-        )
-        return " and ".join(f"{words} {number}" for words, number in ends if number is not None)
-
-
-COUNT = {"range": Range(at_least=1)}
-NOT_NEGATIVE = {"range": Range(at_least=0)}
-POSITIVE = {"range": Range(above=0)}
-SHARE = {"range": Range(at_least=0, at_most=1)}
-DECAY = {"range": Range(at_least=0, below=1)}
-SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
+from yeonma.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 
 LrScheduler = Literal[
     "linear",
@@ -306,6 +272,28 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """The folder that is looked at. Nothing in it changes, and no weights of the base model are read."""
+
+    adapter_dir: str
+    """A run's output folder, a checkpoint in it, or an adapter folder copied from there."""
+    base_model: str | None = None
+    """The base model's name or folder, where it is no longer where the adapter folder says."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a base model is not looked at."""
+    data_path: str | None = None
+    """Data of which to say whether the adapter was trained on it."""
+    data_split: str = "train"
+    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    encoding: str = "utf-8"
+    """Character encoding of text files, as in training."""
+    json: bool = False
+    """Print what was found as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """What is asked, and where the answers go. One of `data_path`, `row` and `prompt`."""
 
@@ -363,3 +351,25 @@ class DemoSettings:
     """A short form that shows that everything runs, with too few steps to learn much."""
     overwrite: bool = False
     """Replace what another run left in `output_dir`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSettings:
+    """What is sent to the hub, and who may see it there."""
+
+    folder: str
+    """The adapter folder that a run left behind, a checkpoint in it, or a merged model."""
+    repo: str
+    """The repository on the hub: `owner/name`, or a name in your own account. It is made where there is none."""
+    public: bool = False
+    """Let everybody see it. Off, it is private, and a repository that is public already is refused."""
+    base_model: str | None = None
+    """The base model's name on the hub, where training took it from a local folder. It is written in what is sent."""
+    hide_paths: bool = False
+    """Of each absolute path in the files, send the last part alone. Off, such files are refused."""
+    message: str = "Upload with Yeonma"
+    """What the commit says."""
+    dry_run: bool = False
+    """Show what would be sent, and send nothing."""
+    yes: bool = False
+    """Send without asking. Needed where there is no terminal."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +53,32 @@ def test_two_processes_give_the_losses_and_rewards_of_one(tmp_path: Path, base: 
     more = {} if command == "torchrun" else {"nproc": 2}
     two = started(words, tmp_path / "two", base, data, **settings, **more, cache_dir=tmp_path / "b")
     assert_same_run(two, one)
-    assert two.out.count("reference: 17 of 17 computed") == 1
+    assert two.out.count("reference: 8 of 8 computed") == 1  # not the first 5, nor the 4 held out
     again = started(words, tmp_path / "again", base, data, **settings, **more, cache_dir=tmp_path / "b")
     assert "reference: " not in again.out  # both processes know what the first of them has read
     assert again.losses == two.losses
+
+
+def test_two_processes_that_lost_the_cache_get_the_same_reference_again(tmp_path: Path, base: Path) -> None:
+    data, cache, out = write_jsonl(tmp_path / "rows.jsonl", pairs(17)), tmp_path / "cache", tmp_path / "out"
+    settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "save_steps": 1, "lora_dropout": 0.1}
+    whole = started([*TORCHRUN, "dpo-trainer.py"], out, base, data, **settings, cache_dir=cache)
+    assert (whole.status, whole.err) == (0, "")
+    (file,) = cache.glob("*.reference")
+    weights, values = whole.weight_bytes, file.read_bytes()
+    state = json.loads(
+        (out / "run.json").read_text(encoding="utf-8")
+    )  # as a kill after the first step leaves it
+    assert state["finished"] is True
+    (out / "run.json").write_text(json.dumps({**state, "finished": False}), encoding="utf-8")
+    for step in (2, 3):
+        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
+    (out / "adapter_model.safetensors").unlink()
+    file.unlink()
+    again = started([*TORCHRUN, "dpo-trainer.py"], out, base, data, **settings, cache_dir=cache)
+    assert "continuing after step 1 of 3" in again.out
+    assert file.read_bytes() == values
+    assert again.weight_bytes == weights
 
 
 def test_kto_in_two_processes_measures_the_whole_step(tmp_path: Path, base: Path) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.adapters import tiny_adapter
+from tests.runs import TEMPLATE, articles, characters, model_folder, trained, write_jsonl
 from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
 from yeonma.model.adapter import identity_of_tokenizer, save_tokenizer
 from yeonma.model.load import BaseSource, load_tokenizer
 from yeonma.text.rows import Row
 from yeonma.text.template import Template, load_template
-from yeonma.tokens.carried import messages_of
+from yeonma.tokens.carried import carry, messages_of
 from yeonma.tokens.desk import encode_prompts
 from yeonma.tokens.example import TokenRules
 
@@ -33,7 +35,7 @@ WITH_BOS: dict[str, Callable[[], Any]] = {
 TEXTS = (
     "월요일에 폭풍이 항구를 닫았다.",
     "  A storm {document} {{braces}} {% if x %} {{ 7 * 7 }} %}\n\n",
-    'She said "no" \\ and \\n, \'yes\'.\tTab, a slash / and 😀 é\u2028\u0301.',
+    "She said \"no\" \\ and \\n, 'yes'.\tTab, a slash / and 😀 é\u2028\u0301.",
     "{",
     '{"document": "looks like JSON"}',
 )
@@ -45,7 +47,7 @@ TEMPLATES = {
     "chat": load_template("chat").text,
     "turns": '[system]\nBe "brief" {{now}}.\n[user]\n{document}\n[assistant]\n{title}\n',
     "turn variants": "[user]\n{a}: {b}\n[assistant]\nTitle: {title}\n---\n[user]\n{a}\n[assistant]\nTitle: {title}\n",
-    "twice": "{a} and {b}, {a} \\ \"q\" {{x}} {{% y %}}\n{title} end",
+    "twice": '{a} and {b}, {a} \\ "q" {{x}} {{% y %}}\n{title} end',
     "mixed": "[user]\n{a}\n{b}\n[assistant]\n{title}\n---\n{a}:\n{title}\n",
 }
 BLANKS = (None, "", " \n\u3000")
@@ -54,7 +56,11 @@ BLANKS = (None, "", " \n\u3000")
 def rows_for(template: Template) -> list[Row]:
     if template.is_chat:
         turns = [
-            [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}, {"role": "user", "content": text}]
+            [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "x"},
+                {"role": "user", "content": text},
+            ]
             for text in TEXTS
         ]
         return [Row(i, {"messages": each}, f"row {i}") for i, each in enumerate(turns, 1)]
@@ -70,11 +76,11 @@ def rows_for(template: Template) -> list[Row]:
 
 
 def saved(template: Template, tokenizer: Any, folder: Path) -> Any:
-    save_tokenizer(tokenizer, template, folder)
+    save_tokenizer(tokenizer, carry(template, tokenizer), folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
-def trained(template: Template, rows: list[Row], tokenizer: Any) -> list[list[int]]:
+def trained_prompts(template: Template, rows: list[Row], tokenizer: Any) -> list[list[int]]:
     rendered = [template.render(row, None, with_answer=False) for row in rows]
     return [ids.tolist() for ids in encode_prompts(rendered, rows, tokenizer, RULES, 1)]
 
@@ -91,8 +97,8 @@ def test_messages_become_the_trained_tokens(kind: str, name: str, tmp_path: Path
     other = saved(template, tokenizer, tmp_path)
     rows = rows_for(template)
     assert len(rows) >= 5
-    for row, ids in zip(rows, trained(template, rows, tokenizer), strict=True):
-        messages = messages_of(template, row, None)
+    for row, ids in zip(rows, trained_prompts(template, rows, tokenizer), strict=True):
+        messages = messages_of(template, row, None, template.render(row, None, with_answer=False))
         assert asked(other, messages) == ids, row
         if not template.is_chat:  # OpenAI's content parts, escaped to ASCII
             text = messages[0]["content"]
@@ -122,7 +128,7 @@ def test_turns_without_a_chat_template_leave_none(tmp_path: Path) -> None:
 def test_an_adapter_folder_carries_it(tmp_path: Path) -> None:
     folder = tiny_adapter(tmp_path, sentencepiece_bpe()).adapter
     row = Row(1, {"document": TEXTS[0]}, "row 1")
-    (ids,) = trained(load_template("title"), [row], sentencepiece_bpe())
+    (ids,) = trained_prompts(load_template("title"), [row], sentencepiece_bpe())
     assert asked(AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": TEXTS[0]}]) == ids
 
 
@@ -163,14 +169,18 @@ def test_an_answer_follows_its_prompt(plain: bool, tmp_path: Path) -> None:
 )
 def test_a_message_that_is_not_the_fields_is_refused(content: str, tmp_path: Path) -> None:
     other = saved(Template.parse(TEMPLATES["twice"]), byte_level(), tmp_path)
-    with pytest.raises(Exception, match="a JSON object of the texts a, b|the message lacks a field"):
+    with pytest.raises(Exception, match=r"a JSON object of the texts a, b|the message lacks a field"):
         asked(other, [{"role": "user", "content": content}])
 
 
 def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
     other = saved(load_template("title"), byte_level(), tmp_path)
     user = {"role": "user", "content": "x"}
-    for messages in ([user, user], [{"role": "system", "content": "x"}, user], [{"role": "assistant", "content": "x"}]):
+    for messages in (
+        [user, user],
+        [{"role": "system", "content": "x"}, user],
+        [{"role": "assistant", "content": "x"}],
+    ):
         with pytest.raises(Exception, match="one user message with the text of document"):
             asked(other, messages)
 
@@ -178,5 +188,45 @@ def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
 def test_a_plain_message_is_the_only_field_of_a_variant_that_has_just_one(tmp_path: Path) -> None:
     template = load_template("alpaca")
     other = saved(template, byte_level(), tmp_path)
-    (ids,) = trained(template, [Row(1, {"instruction": "Write."}, "row")], byte_level())
+    (ids,) = trained_prompts(template, [Row(1, {"instruction": "Write."}, "row")], byte_level())
     assert asked(other, [{"role": "user", "content": "Write."}]) == ids
+
+
+def test_what_a_chat_template_cannot_carry_is_said_and_not_written(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    odd = characters()
+    backend = odd.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="# $A", special_tokens=[("#", odd.convert_tokens_to_ids("#"))]
+    )
+    odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    odd.save_pretrained(base)
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
+    done = trained(tmp_path / "OUT", base, data, max_steps=1)
+    assert "its chat template does not carry the training template: a chat template cannot" in done.out
+    assert not list(done.folder.glob("*chat_template*"))
+
+
+def test_a_run_leaves_it_in_the_folder_and_in_checkpoints(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
+    done = trained(tmp_path / "OUT", base, data, max_steps=2, save_steps=1)
+    assert "chat template" not in done.out
+    rows = [Row(1, row, "row 1") for row in articles(8)]
+    template = Template.parse(TEMPLATE)
+    for folder in (done.folder, done.folder / "checkpoint-1"):
+        other = AutoTokenizer.from_pretrained(folder)
+        for row, ids in zip(rows, trained_prompts(template, rows, characters()), strict=True):
+            assert asked(other, [{"role": "user", "content": row.values["document"]}]) == ids
+    sums = json.loads((done.folder / "manifest.json").read_text())["sha256"]
+    assert {"chat_template.jinja", "base_chat_template.jinja"} <= set(sums)
+
+
+def test_a_base_whose_default_chat_template_is_missing_gets_one(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"tool_use": "{{ messages[0]['content'] }}"}
+    other = saved(load_template("title"), tokenizer, tmp_path)
+    row = Row(1, {"document": TEXTS[0]}, "row 1")
+    (ids,) = trained_prompts(load_template("title"), [row], tokenizer)
+    assert asked(other, [{"role": "user", "content": TEXTS[0]}]) == ids
+    assert load_tokenizer(BaseSource(str(tmp_path))).chat_template == tokenizer.chat_template

@@ -119,7 +119,7 @@ def test_code_that_stumbles_over_a_forest_is_found_and_its_complaint_told() -> N
 
 def test_a_model_that_gives_nan_is_not_taken_for_equal() -> None:
     model = tiny_model("llama")
-    model.model.embed_tokens.weight.data[check._sequences(VOCABULARY, 0)[2]] = float(
+    model.model.embed_tokens.weight.data[check.tiny_sequences(VOCABULARY, 0)[2]] = float(
         "nan"
     )  # the last sequence alone
     assert not check_forward(model).forest

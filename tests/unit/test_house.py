@@ -190,7 +190,7 @@ def test_every_setting_is_read_somewhere() -> None:
     readers = {
         name: source
         for name, source in sources().items()
-        if name not in ("settings", "setting", "fit", "configure", "help")
+        if name not in ("ranges", "settings", "setting", "fit", "configure", "help")
     }
     assert len(names) > 50
     assert sorted(unread(names, readers)) == []

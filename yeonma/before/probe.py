@@ -19,7 +19,7 @@ from yeonma.train.distributed import Processes
 from yeonma.train.loop import train_step
 from yeonma.train.prepare import Prepared
 from yeonma.train.progress import peak_memory_bytes
-from yeonma.train.run import load_model, make_objective, make_tuning
+from yeonma.train.setup import load_model, make_objective, make_tuning
 
 STEPS = 3
 

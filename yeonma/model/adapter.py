@@ -13,17 +13,18 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from yeonma.errors import UserError
-from yeonma.model.load import BASE_CHAT_TEMPLATE, BaseSource
+from yeonma.model.load import BaseSource
 from yeonma.model.samples import SAMPLES, Samples
 from yeonma.paths import user_path
 from yeonma.text.template import Template
 from yeonma.tokens.cache import tokenizer_identity
-from yeonma.tokens.carried import chat_template_for
+from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, Carried, base_chat_template
 from yeonma.tokens.example import TokenRules
 
 MANIFEST = "yeonma.json"
 TEMPLATE = "template.txt"
 WEIGHTS = "adapter_model.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
 FORMAT = 1
 
 
@@ -108,6 +109,7 @@ def write_adapter(
     tokenizer: Any,
     template: Template,
     details: Mapping[str, Any],
+    carried: Carried,
     samples: Samples | None = None,
 ) -> None:
     """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
@@ -117,23 +119,21 @@ def write_adapter(
         config.target_modules = sorted(config.target_modules)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
-    save_tokenizer(tokenizer, template, folder)
+    save_tokenizer(tokenizer, carried, folder)
     (folder / TEMPLATE).write_bytes(template.text.encode())
     if samples is not None:
         (folder / SAMPLES).write_text(samples.to_json(), encoding="utf-8")
     (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tokenizer(tokenizer: Any, template: Template, folder: Path) -> None:
-    """The tokenizer, with a chat template that carries the training template; the base's own lies beside it, and
-    `load_tokenizer` takes that one (empty: the base has none)."""
+def save_tokenizer(tokenizer: Any, carried: Carried, folder: Path) -> None:
+    """The tokenizer, with the chat template that carries the training template where there is one; then the base's own
+    lies beside it, which `load_tokenizer` takes."""
     tokenizer.save_pretrained(str(folder))
-    carried = chat_template_for(template, tokenizer)
-    if carried is None:
-        return
-    own = tokenizer.get_chat_template() if tokenizer.chat_template is not None else ""
-    (folder / BASE_CHAT_TEMPLATE).write_bytes(own.encode())
-    (folder / "chat_template.jinja").write_bytes(carried.encode())
+    own = base_chat_template(tokenizer)
+    if carried.text is not None and carried.text != own:
+        (folder / BASE_CHAT_TEMPLATE).write_bytes(own.encode())
+        (folder / CHAT_TEMPLATE).write_bytes((MARK + carried.text).encode())
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:

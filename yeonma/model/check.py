@@ -30,7 +30,7 @@ def check_forward(model: Any, seed: int = 0) -> Forward:
     single tokens to other experts.
     """
     plain = model.config._attn_implementation or "eager"
-    sequences = _sequences(model.config.get_text_config().vocab_size, seed)
+    sequences = tiny_sequences(model.config.get_text_config().vocab_size, seed)
     with torch.no_grad(), in_eval_mode(model):
         one_by_one = _one_by_one(model, sequences)
         expected = torch.cat(one_by_one)
@@ -72,7 +72,8 @@ def in_eval_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _sequences(vocabulary: int, seed: int) -> list[np.ndarray]:
+def tiny_sequences(vocabulary: int, seed: int) -> list[np.ndarray]:
+    """Three, of which two begin with the same tokens, as a forest shares them."""
     random = np.random.default_rng(seed)
     frame, *ends = (
         random.integers(0, vocabulary, count, dtype=np.int32) for count in (LEAST_SHARED, 9, 6, 7)

@@ -18,21 +18,25 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError, did_you_mean
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
+from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 
-BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
 
+def load_tokenizer(source: BaseSource, *, carried: bool = False) -> Any:
+    """The base's tokenizer, with the base's own chat template; `carried`: with that of the folder, whatever it carries.
 
-def load_tokenizer(source: BaseSource) -> Any:
-    """The base's tokenizer, with the base's own chat template. Raises UserError where there is none or it cannot be reached."""
+    Raises UserError where there is none or it cannot be reached.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-        _restore_chat_template(tokenizer, Path(source.name) / BASE_CHAT_TEMPLATE)
+        if not carried and base_chat_template(tokenizer).startswith(MARK):
+            _restore_chat_template(tokenizer, source)
         own = len(tokenizer) - len(set(tokenizer.all_special_ids))
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
         json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()  # half characters
@@ -43,13 +47,15 @@ def load_tokenizer(source: BaseSource) -> Any:
     return tokenizer
 
 
-def _restore_chat_template(tokenizer: Any, path: Path) -> None:
-    """The base's own chat template, where the folder's tokenizer has one that carries a training template."""
-    if not path.is_file():
-        return
-    own = path.read_bytes().decode() or None
+def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
+    """The base's own chat template, from beside one that carries a training template."""
+    path = cached_file(
+        source.name, BASE_CHAT_TEMPLATE, revision=source.revision
+    )  # raises where it is missing
+    own = Path(str(path)).read_bytes().decode() or None
     if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = {**tokenizer.chat_template, "default": own}
+        others = {name: text for name, text in tokenizer.chat_template.items() if name != "default"}
+        tokenizer.chat_template = {**others, "default": own} if own else others
     else:
         tokenizer.chat_template = own
 

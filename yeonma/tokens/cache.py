@@ -22,6 +22,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.disk import sync
 from yeonma.errors import Problem, UserError
 from yeonma.paths import user_path
 from yeonma.text.kinds import ANSWERS, LABELLED, PAIRS, Kind
@@ -32,7 +33,7 @@ from yeonma.tokens.desk import encode
 from yeonma.tokens.example import Example, LeftOut, TokenRules, Unit, check_rules, check_tokenizer
 from yeonma.tokens.labels import encode_labelled
 from yeonma.tokens.pairs import encode_pairs
-from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store, sync
+from yeonma.tokens.store import Counts, StoreWriter, TokenStore, open_store
 
 __all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
 

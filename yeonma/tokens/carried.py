@@ -8,17 +8,94 @@ for special tokens; Yeonma does not.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from yeonma.text.formats import Turn, column_of, field_text, turns_of
+from yeonma.errors import UserError
+from yeonma.text.formats import column_of, field_text
 from yeonma.text.frame import Part, Placeholder, Variant
 from yeonma.text.rows import Row
-from yeonma.text.template import Template
+from yeonma.text.template import Rendered, Template
 from yeonma.tokens.chat import FIXED_DATE, Message
+from yeonma.tokens.desk import encode_prompts
 from yeonma.tokens.encode import TextEncoder
+from yeonma.tokens.example import TokenRules
+
+BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
+"""Where the base's own chat template lies beside one that carries a training template; empty where it has none."""
+MARK = f"{{#- A training template, for messages; the base model's own chat template is in {BASE_CHAT_TEMPLATE} -#}}\n"
+"""What such a template begins with."""
 
 _LEAD_PROBES = ("x", "가", "\n", "###", "x  y")
+_TRIAL_TEXTS = ("x", "서울의 아침, -3 °C.", '  A storm\n\nclosed "it" {x} {{y}}\n', "\n\\ é 😀\tend ")
+_UNLIMITED = TokenRules(2**40)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A chat template that was tried: it gives the trained tokens. `text` is None where there is none; `why` tells."""
+
+    text: str | None
+    why: str = ""
+
+
+def carry(template: Template, tokenizer: Any) -> Carried:
+    """The chat template that carries `template`, for a tokenizer with its base's own, after a trial on a few texts."""
+    text = chat_template_for(template, tokenizer)
+    if text is None:
+        return Carried(None, "the base model has no chat template to write turns with")
+    trials = 0
+    for row in _trial_rows(template):
+        rendered = template.render(row, None, with_answer=False)
+        try:
+            ids = whole_ids(rendered, row, tokenizer)
+        except UserError:  # a conversation that the base's chat template refuses
+            continue
+        try:
+            same = asked_ids(tokenizer, messages_of(template, row, None, rendered), text) == ids
+        except Exception as error:  # whatever Jinja raises
+            return Carried(
+                None, f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
+            )
+        if not same:
+            return Carried(None, "a chat template cannot give this tokenizer the trained tokens")
+        trials += 1
+    return (
+        Carried(text)
+        if trials
+        else Carried(None, "the base model's chat template refuses all that was tried")
+    )
+
+
+def whole_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
+    """The trained ids of the row's whole prompt, which nothing shortens. Raises UserError as encoding."""
+    return [int(one) for one in encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0]]
+
+
+def asked_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
+    """What other tools ask with: the ids of `messages` by transformers' `apply_chat_template`."""
+    found = tokenizer.apply_chat_template(
+        list(messages), chat_template=chat_template, add_generation_prompt=True
+    )
+    return list(found["input_ids"])
+
+
+def _trial_rows(template: Template) -> Iterator[Row]:
+    """Rows for each variant, with texts that try the borders of tokens, of JSON and of Jinja."""
+    if template.is_chat:
+        column = template.answer_field
+        for first, last in zip(_TRIAL_TEXTS, reversed(_TRIAL_TEXTS), strict=True):
+            question, answer = ({"role": role, "content": first} for role in ("user", "assistant"))
+            for turns in ([question], [question, answer, {"role": "user", "content": last}]):
+                yield Row(1, {column: turns}, "trial")
+                yield Row(1, {column: [{"role": "system", "content": last}, *turns]}, "trial")
+        return
+    for variant in template.variants:
+        for number in range(len(_TRIAL_TEXTS)):
+            texts = _TRIAL_TEXTS[number:] + _TRIAL_TEXTS[:number]
+            fields = enumerate(variant.prompt_fields)
+            yield Row(1, {name: texts[at % len(texts)] for at, name in fields}, "trial")
 
 
 def chat_template_for(template: Template, tokenizer: Any) -> str | None:
@@ -27,15 +104,13 @@ def chat_template_for(template: Template, tokenizer: Any) -> str | None:
     None where turns need the base's chat template and there is none.
     """
     encoder = TextEncoder.of(tokenizer)
-    own = tokenizer.get_chat_template() if tokenizer.chat_template is not None else None
-    turns = template.is_chat or template.variants[0].answer_role is not None
-    if not turns and any(variant.answer_role is not None for variant in template.variants):
-        turns = True
-    if turns and own is None:
+    own = base_chat_template(tokenizer)
+    turns = any(variant.answer_role is not None for variant in template.variants)
+    if turns and not own:
         return None
     if template.is_chat:
         return _dated(own, _lead_of_turns(tokenizer, encoder) + own)
-    fields = list(dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields))
+    fields = prompt_fields(template)
     head = _read_message(fields, template)
     branches = [
         "{%- "
@@ -68,23 +143,34 @@ def chat_template_for(template: Template, tokenizer: Any) -> str | None:
     )
 
 
-def messages_of(template: Template, row: Row, columns: Mapping[str, str] | None) -> list[Message]:
-    """The row as another tool sends it: a user message, or a turn list without its final answer.
+def base_chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own chat template, the default one of several; empty where it has none."""
+    named = tokenizer.chat_template
+    return str((named.get("default") if isinstance(named, dict) else named) or "")
 
-    Raises UserError as rendering does, for turn lists.
-    """
+
+def messages_of(
+    template: Template, row: Row, columns: Mapping[str, str] | None, rendered: Rendered
+) -> list[Message]:
+    """The row as another tool sends it: a user message, or a turn list without its final answer."""
     if template.is_chat:
-        names = [column_of(v.answer_placeholder.field, columns, template.answer_field) for v in template.variants]
-        column = next((name for name in names if row.values.get(name) is not None), names[0])
-        turns: Sequence[Turn] = turns_of(row, column)
-        turns = turns[:-1] if turns[-1].role == "assistant" else turns
-        return [{"role": turn.role, "content": turn.text} for turn in turns]
-    fields = list(dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields))
+        turns = rendered.turns
+        turns = turns[:-1] if turns[-1].role == "assistant" and not rendered.answer else turns
+        return [
+            {"role": str(turn.role), "content": "".join(piece.text for piece in turn.pieces)}
+            for turn in turns
+        ]
+    fields = prompt_fields(template)
     texts = {name: field_text(row, column_of(name, columns, template.answer_field)) for name in fields}
     if len(fields) == 1:
         return [{"role": "user", "content": texts[fields[0]] or ""}]
     filled = {name: text for name, text in texts.items() if text is not None}
     return [{"role": "user", "content": json.dumps(filled, ensure_ascii=False)}]
+
+
+def prompt_fields(template: Template) -> list[str]:
+    """The fields that a message fills, in the template's order. Of a turn list there are none."""
+    return list(dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields))
 
 
 def _dated(own: str, text: str) -> str:
@@ -104,7 +190,8 @@ def _needs(fields: Sequence[str]) -> str:
 
 def _expression(parts: Sequence[Part]) -> str:
     words = [
-        f"fields[{_quoted(part.field)}]" if isinstance(part, Placeholder) else _quoted(part.text) for part in parts
+        f"fields[{_quoted(part.field)}]" if isinstance(part, Placeholder) else _quoted(part.text)
+        for part in parts
     ]
     return " ~ ".join(words) or "''"
 
@@ -121,7 +208,8 @@ def _plain(variant: Variant, tokenizer: Any) -> str:
 
 def _turns(variant: Variant) -> str:
     turns = ", ".join(
-        f"{{'role': {_quoted(str(turn.role))}, 'content': {_expression(turn.parts)}}}" for turn in variant.turns
+        f"{{'role': {_quoted(str(turn.role))}, 'content': {_expression(turn.parts)}}}"
+        for turn in variant.turns
     )
     answer = _answer(variant.answer)
     return (
@@ -141,9 +229,7 @@ def _write(encoder: TextEncoder) -> str:
     blank, other = (_lead(encoder, [before + text for text in _LEAD_PROBES]) for before in (" ", ""))
     if blank == other:
         return "{{- " + _quoted(other) + " ~ own.text -}}\n"
-    return (
-        "{{- (" + _quoted(blank) + " if own.text[:1] == ' ' else " + _quoted(other) + ") ~ own.text -}}\n"
-    )
+    return "{{- (" + _quoted(blank) + " if own.text[:1] == ' ' else " + _quoted(other) + ") ~ own.text -}}\n"
 
 
 def _lead(encoder: TextEncoder, texts: Sequence[str]) -> str:
@@ -222,7 +308,9 @@ _JSON = """\
 {%- set json.escape = '' -%}{%- set json.start = loop.index -%}
 {%- if json.high -%}
 {%- if code < 56320 or code > 57343 -%}{%- set json.ok = false -%}
-{%- else -%}{%- set json.text = json.text ~ '%c'|format(65536 + (json.high - 55296) * 1024 + code - 56320) -%}{%- endif -%}
+{%- else -%}
+{%- set json.text = json.text ~ '%c'|format(65536 + (json.high - 55296) * 1024 + code - 56320) -%}
+{%- endif -%}
 {%- set json.high = 0 -%}
 {%- elif code >= 55296 and code <= 56319 -%}{%- set json.high = code -%}
 {%- elif code == 0 or (code >= 56320 and code <= 57343) -%}{%- set json.ok = false -%}

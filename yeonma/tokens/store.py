@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.disk import sync
 from yeonma.text.notes import Notes
 from yeonma.tokens.example import Example, LeftOut, Role, Unit
 
@@ -234,15 +235,6 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
         for name, kind in _ARRAYS.items()
     }
     return TokenStore(folder, key, counts, **arrays)
-
-
-def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's own entries (names made, renamed, removed in it), to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]:

@@ -6,13 +6,16 @@ OUT/checkpoint-N/
     random.safetensors                            torch's random state of every process
     state.json                                    step, schedule, best-so-far, what the run was
     manifest.json                                 SHA-256 of every other file; written last
+
+What is not whole has a hidden name: `.checkpoint-N.partial` is being written, `.checkpoint-N.removed` being deleted,
+and `.checkpoint-N.former` is the old one while another of the same step takes its place. A kill leaves such names; the
+next run of the folder puts a former one back where nothing has taken its place (`recover`), and deletes the rest
+(`sweep`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +24,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from yeonma.disk import check_free, delete, hashes_of, hidden, replace_file, settle, sync, told
 from yeonma.errors import UserError
 from yeonma.text.files import file_hash
-from yeonma.tokens.store import sync
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "state.json",
@@ -31,6 +34,26 @@ STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "random.safetensors",
     "manifest.json",
 )
+
+
+NEEDED = (STATE, OPTIMIZER, RANDOM, "adapter_model.safetensors", "adapter_config.json")
+"""What a run cannot go on without: a manifest that lacks one of them is damaged."""
+LEFTOVERS = (
+    *(f".checkpoint-*.{state}" for state in ("partial", "removed", "former")),
+    ".final.partial",
+    *(f".{name}.partial" for name in ("run.json", "settings.yaml", "README.md", "loss.png")),
+)
+ALLOWANCE_BYTES = 1 << 20
+"""For the small files and the file system's own blocks."""
+GOES_ON = "the same command then goes on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class AdapterWriter:
+    """Writes an adapter's files into an existing folder; `about_bytes` is what they take, small ones left out."""
+
+    write: Callable[[Path], None]
+    about_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,42 +87,88 @@ def step_of(checkpoint: Path) -> int:
 def write_checkpoint(
     output: Path,
     state: RunState,
-    write_adapter: Callable[[Path], None],
+    adapter: AdapterWriter,
     optimizer: Mapping[str, torch.Tensor],
     random: Mapping[str, torch.Tensor],
 ) -> Path:
-    """Write beside its place, flush to the disk, rename. A checkpoint of the same step is replaced."""
+    """Write beside its place, flush to the disk, read back, rename. A checkpoint of the same step is replaced.
+
+    Raises UserError where the disk is full or fails: no other checkpoint has then been touched, and nothing is left of
+    this one.
+    """
     place = checkpoint_path(output, state.step)
-    beside = output / f".{place.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write_adapter(beside)
-    save_file(dict(optimizer), beside / OPTIMIZER)
-    save_file(dict(random), beside / RANDOM)
-    (beside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-    hashes = {path.name: file_hash(path) for path in sorted(beside.iterdir())}
-    (beside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-    for path in beside.iterdir():
-        sync(path)
-    sync(beside)
-    if place.exists():
-        shutil.rmtree(place)
-    beside.rename(place)
-    sync(output)
+    beside = hidden(place, "partial")
+    tensors = sum(each.nbytes for each in (*optimizer.values(), *random.values()))
+    needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
+    cure = f"make room, or lower --save_total_limit; {GOES_ON}"
+    delete(beside)
+    check_free(output, needed, what, cure)
+    with told(output, what, needed, cure):
+        try:
+            beside.mkdir(parents=True)
+            adapter.write(beside)
+            save_file(dict(optimizer), beside / OPTIMIZER)
+            save_file(dict(random), beside / RANDOM)
+            (beside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+            hashes = hashes_of(beside)
+            (beside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+            settle(beside, {**hashes, MANIFEST: file_hash(beside / MANIFEST)})
+            _put(beside, place)
+        except Exception:
+            delete(beside)
+            raise
     return place
 
 
+def _put(beside: Path, place: Path) -> None:
+    """Give a whole checkpoint its name. No moment is without one: an old one stays findable until then (`recover`)."""
+    former = hidden(place, "former")
+    if place.exists():
+        delete(former)
+        place.rename(former)
+        sync(place.parent)
+    try:
+        beside.rename(place)
+    finally:
+        recover(place.parent)
+    sync(place.parent)
+    delete(former)
+
+
+def recover(output: Path) -> None:
+    """Give checkpoints their names back that a save was about to replace when it ended."""
+    for former in output.glob(".checkpoint-*.former"):
+        place = output / former.name[1 : -len(".former")]
+        if not place.exists():
+            former.rename(place)
+            sync(output)
+
+
+def sweep(output: Path) -> None:
+    """Delete what saves and removals left that did not come to their end."""
+    for pattern in LEFTOVERS:
+        for path in output.glob(pattern):
+            delete(path)
+
+
 def read_state(checkpoint: Path) -> RunState:
-    """Check every file against the manifest, then read the state. Raises UserError naming the first damaged file."""
+    """Check every file against the manifest, then read the state. Raises UserError naming the first damaged file.
+
+    A file that the manifest does not name is not looked at, here nor by what continues a run: it may be the user's.
+    """
     name = MANIFEST
     try:
         hashes = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["sha256"]
+        if lacking := sorted({*NEEDED} - hashes.keys()):
+            raise UserError(f"it has no SHA-256 of {', '.join(lacking)}", place=str(checkpoint / MANIFEST))
         for name, expected in hashes.items():
+            if not (checkpoint / name).is_file():
+                raise UserError("it is missing, and the manifest names it", place=str(checkpoint / name))
             if file_hash(checkpoint / name) != expected:
                 raise UserError("its SHA-256 is not the manifest's", place=str(checkpoint / name))
         name = STATE
         return RunState(**json.loads((checkpoint / STATE).read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
 
 
@@ -130,12 +199,24 @@ def read_tensors(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
 
 
 def rotate(output: Path, limit: int | None, keep: int | None) -> None:
-    """Remove the oldest checkpoints over `limit`, never the one of step `keep` (the best) nor the newest."""
+    """Remove the oldest checkpoints over `limit`, never the one of step `keep` (the best) nor the newest.
+
+    The newest is one that `write_checkpoint` has just read back: what is removed here is not needed to go on.
+    """
     if limit is None:
         return
     for checkpoint in checkpoints(output)[: -max(limit, 1)]:
         if keep is None or checkpoint != checkpoint_path(output, keep):
-            shutil.rmtree(checkpoint)
+            remove(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Out of sight first, then deleted, so that half of one is never found. `sweep` tries again what stays."""
+    removed = hidden(checkpoint, "removed")
+    delete(removed)
+    checkpoint.rename(removed)
+    sync(checkpoint.parent)
+    delete(removed)
 
 
 def optimizer_tensors(
@@ -163,7 +244,5 @@ def restore_optimizer(
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
+    """Raises OSError where it cannot be written; the old text stays then."""
+    replace_file(path, text.encode())

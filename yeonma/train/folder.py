@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yeonma.disk import check_free, delete, files_in, hashes_of, settle, sync, told
 from yeonma.errors import Problem, UserError
 from yeonma.paths import user_path
+from yeonma.text.files import file_hash
 from yeonma.train.checkpoint import (
+    GOES_ON,
+    AdapterWriter,
     RunState,
     checkpoints,
     newest_whole,
     read_whole,
+    remove,
     step_of,
+    sweep,
     write_text_atomically,
 )
 
 RUN = "run.json"
+SEAL = "manifest.json"
 # What a run leaves behind beside run.json and checkpoints, as patterns.
 OURS = (
     "settings.yaml",
@@ -35,12 +41,14 @@ OURS = (
     "yeonma.json",
     "template.txt",
     "samples.json",
+    "manifest.json",
     "adapter_*",
 )
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",
     "base_chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -137,15 +145,31 @@ def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: 
     run starts anew, else the checkpoints after the one to continue from, whose steps are done again."""
     output.mkdir(parents=True, exist_ok=True)
     mark(output, identity, finished=False)
-    if start.checkpoint is None:
-        for path in _left_behind(output):
-            path.unlink()
-    for checkpoint in checkpoints(output):
-        if start.state is None or step_of(checkpoint) > start.state.step:
-            shutil.rmtree(checkpoint)
-    for partial in output.glob(".*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    (output / SEAL).unlink(missing_ok=True)  # before anything that it speaks of changes
+    sync(output)
+    files, folders = _going(output, start)
+    for path in files:
+        path.unlink(missing_ok=True)
+    for checkpoint in folders:
+        remove(checkpoint)
+    sweep(output)
     write_text_atomically(output / "settings.yaml", settings_yaml)
+
+
+def bytes_going(output: Path, start: Start) -> int:
+    """What `begin` will make free."""
+    files, folders = _going(output, start)
+    return sum(
+        path.stat().st_size for path in (*files, *(file for each in folders for file in files_in(each)))
+    )
+
+
+def _going(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
+    """The files and checkpoints that the run has no use for."""
+    files = _left_behind(output) if start.checkpoint is None else []
+    return files, [
+        each for each in checkpoints(output) if start.state is None or step_of(each) > start.state.step
+    ]
 
 
 def _left_behind(output: Path) -> list[Path]:
@@ -158,12 +182,40 @@ def mark(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
     write_text_atomically(output / RUN, text + "\n")
 
 
-def install(output: Path, write: Callable[[Path], None]) -> None:
-    """Write the final adapter beside and move its files into place one by one, yeonma.json last."""
+def seal(output: Path) -> None:
+    """Write manifest.json: the SHA-256 of every file that the run leaves in the folder itself, all of them flushed to
+    the disk. `begin` takes it away: where run.json says that the run is finished, it is true of what the run left."""
+    hashes = {}
+    for path in _left_behind(output):
+        if path.name != SEAL:
+            sync(path)
+            hashes[path.relative_to(output).as_posix()] = file_hash(path)
+    sync(output)
+    write_text_atomically(output / SEAL, json.dumps({"sha256": hashes}, indent=2) + "\n")
+    sync(output)
+
+
+def install(output: Path, adapter: AdapterWriter) -> None:
+    """Write the final adapter beside, read it back, and move its files into place one by one, yeonma.json last.
+
+    A reader meanwhile may see files of both; those of one run differ in weights alone. Raises UserError where the disk
+    is full or fails.
+    """
     beside = output / ".final.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    write(beside)
-    for path in sorted(beside.iterdir(), key=lambda path: (path.name == "yeonma.json", path.name)):
-        os.replace(path, output / path.name)
-    beside.rmdir()
+    delete(beside)
+    cure = f"make room; {GOES_ON}"
+    check_free(output, adapter.about_bytes, "the adapter", cure)
+    with told(output, "the adapter", adapter.about_bytes, cure):
+        try:
+            beside.mkdir()
+            adapter.write(beside)
+            settle(beside, hashes_of(beside))
+            for path in sorted(files_in(beside), key=lambda path: (path.name == "yeonma.json", path)):
+                place = output / path.relative_to(beside)
+                place.parent.mkdir(exist_ok=True)
+                os.replace(path, place)
+                if place.parent != output:
+                    sync(place.parent)
+            sync(output)
+        finally:
+            delete(beside)

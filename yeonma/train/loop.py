@@ -21,7 +21,7 @@ from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward, example_logprobs
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import MicroBatching, Plan, micro_batches, shares
-from yeonma.train.checkpoint import RunState, optimizer_tensors, rotate, write_checkpoint
+from yeonma.train.checkpoint import AdapterWriter, RunState, optimizer_tensors, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
@@ -72,6 +72,7 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
     totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
     _check_finite(totals[0], grad_norm, store, examples)
+    objective.settle()
     learning_rate = tuning.optimizer.param_groups[0]["lr"]
     tuning.optimizer.step()
     if not tuning.by_metric:
@@ -82,6 +83,19 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
     tokens = int(store.unit_lengths[units].sum())
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
+
+
+def at_step(tuning: Tuning, step: int) -> Tuning:
+    """With the objective of what comes after so many updates."""
+    first = tuning.objective.at_start
+    return tuning if step or first is None else replace(tuning, objective=first)
+
+
+def forward_alone(tuning: Tuning, store: TokenStore, units: np.ndarray) -> None:
+    """A step's forward passes as training makes them, told to the objective; no weight and no gradient changes."""
+    for members in _my_micro_batches(tuning, store, units, store.trained_of):
+        tuning.objective.sums(_logprobs(tuning, store, members), store, members, None)
+    tuning.objective.settle()
 
 
 def _measured(tuning: Tuning, store: TokenStore, units: np.ndarray) -> torch.Tensor | None:
@@ -150,6 +164,7 @@ def evaluate(
     trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())
     count = trained_tokens if objective.per_token else len(units)
     sums: list[float] = sum_over(tuning.group, totals.to(tuning.model.device)).tolist()
+    objective.settle()
     loss, *means = (each / count for each in sums)
     perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
@@ -186,7 +201,7 @@ def run_steps(
     rhythm: Rhythm,
     state: RunState,
     output: Path,
-    write_adapter: Callable[[Path], None],
+    adapter: AdapterWriter,
     watch: Watch,
 ) -> RunState:
     """From `state` to the end of the plan, or to early stopping. Returns the last state."""
@@ -196,13 +211,13 @@ def run_steps(
         if tuning.group.first:
             watch.before_save()
             names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}
-            write_checkpoint(output, state, write_adapter, optimizer_tensors(tuning.optimizer, names), random)
+            write_checkpoint(output, state, adapter, optimizer_tensors(tuning.optimizer, names), random)
             rotate(output, rhythm.save_total_limit, state.best_step)
 
     def look(state: RunState) -> RunState:
         if validation is None:
             return state
-        record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
+        record = evaluate(at_step(tuning, state.step), *validation, state.step, plan.epoch_at(state.step))
         watch.evaluation(record)
         if state.step == 0:  # to compare with; the adapter has learnt nothing that one might keep
             return state
@@ -222,7 +237,7 @@ def run_steps(
             watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
             break
         started = time.perf_counter()
-        result = train_step(tuning, store, units)
+        result = train_step(at_step(tuning, state.step), store, units)
         state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())
         watch.step(
             StepRecord(

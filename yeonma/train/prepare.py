@@ -29,6 +29,7 @@ from yeonma.tokens.dataset import Dataset, prepare_dataset
 from yeonma.tokens.plan import Plan, make_plan
 from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
 from yeonma.train.preflight import kind_of
+from yeonma.train.space import stored_parameters
 
 TRIED_STEPS = 40
 SURE = ("linear", "cosine", "constant")  # schedules that cannot fail without arguments
@@ -45,6 +46,8 @@ class Prepared:
     plan: Plan
     adapter: str | None  # an adapter folder to continue
     identity: dict[str, Any]
+    trained_parameters: int | None = None
+    """None where it is not known before the weights are loaded."""
 
 
 def prepare(
@@ -64,8 +67,9 @@ def prepare(
     load.pick_dtype(model.dtype, load.pick_device(model.device))
     config, tokenizer = load.load_config(source), load.load_tokenizer(source)
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
+    trained = None
     if try_adapter:
-        check_adapter(group_of(settings, LoraSettings), config, source, continued)
+        trained = check_adapter(group_of(settings, LoraSettings), config, source, continued)
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, say)
@@ -99,7 +103,7 @@ def prepare(
     )
     _check_positions(config, dataset)
     identity = _identity(settings, source, tokenizer, dataset, plan, continued)
-    return Prepared(config, tokenizer, dataset, plan, continued, identity)
+    return Prepared(config, tokenizer, dataset, plan, continued, identity, trained)
 
 
 def preference_of(settings: Mapping[type, object]) -> PreferenceSettings | None:
@@ -146,13 +150,21 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
     )
 
 
-def check_adapter(lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None) -> None:
-    """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter."""
+def check_adapter(
+    lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None
+) -> int | None:
+    """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter.
+
+    Returns how many parameters it trains; None where the model's code is its own, and there is no outline.
+    """
     model = load.outline(config, source)
     if continued is not None:
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
-    elif model is not None:
-        load.add_lora(model, lora_shape(lora), seed=0)
+        return stored_parameters(Path(continued) / adapters.WEIGHTS)
+    if model is None:
+        return None
+    adapted = load.add_lora(model, lora_shape(lora), seed=0)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from yeonma.disk import sync
 from yeonma.errors import UserError
 from yeonma.model.adapter import WEIGHTS, BaseIdentity
 from yeonma.model.check import in_eval_mode
@@ -28,7 +29,7 @@ from yeonma.model.forward import Forward, example_logprobs
 from yeonma.model.load import BaseSource
 from yeonma.text.files import file_hash
 from yeonma.tokens.plan import micro_batches, shares
-from yeonma.tokens.store import TokenStore, sync
+from yeonma.tokens.store import TokenStore
 from yeonma.train.distributed import Processes, sum_over
 from yeonma.train.objectives import answer_logprobs
 
@@ -60,12 +61,17 @@ def reference_identity(
     return sha256(json.dumps(content).encode()).hexdigest()
 
 
+def reference_path(cache_dir: Path, identity: str, store: TokenStore) -> Path:
+    return cache_dir / f"{sha256(f'{identity}{store.key}'.encode()).hexdigest()}.reference"
+
+
 def reference_logprobs(
     model: Any,
     how: Forward,
     store: TokenStore,
     units: np.ndarray,
     *,
+    later: np.ndarray | None = None,
     identity: str,
     cache_dir: Path,
     most_units: int,
@@ -77,21 +83,28 @@ def reference_logprobs(
     """float64 (examples,): the log-probability of the answers of the examples of `units`; NaN for others.
 
     `model` is the reference as it stands; it is asked with dropout off. What the cache does not hold is computed, every
-    process its share, and written there by the first. `identity` and `cache_dir` matter in the first process alone.
+    process its share, and written there by the first; of the units in `later`, no matter whether they are in `units`,
+    only what the cache holds is told. What it holds may come from a run with other micro-batches, and is then equal to
+    rounding only. `identity` and `cache_dir` matter in the first process alone.
     Raises UserError where the cache cannot be written.
     """
-    path = cache_dir / f"{sha256(f'{identity}{store.key}'.encode()).hexdigest()}.reference"
+    path = reference_path(cache_dir, identity, store)
     known = np.zeros(len(store))
     if group.first:
         found = _read(path, len(store))
         known = np.full(len(store), np.nan) if found is None else found
-    known = _summed(known, group, model.device)  # the others' zeros: all know what the first knows
-    missing = units[np.isin(units, store.units[np.isnan(known)])]
+    known = summed(known, group, model.device)  # the others' zeros: all know what the first knows
+    asked = units if later is None else units[~np.isin(units, later)]
+    missing = asked[np.isin(asked, store.units[np.isnan(known)])]
     if not len(missing):
         return known
     done = 0
     with torch.no_grad(), in_eval_mode(model):
-        for part in _rounds(missing, store.unit_lengths, ROUND_TOKENS * group.count):
+        # the borders are those of all, so that a pass which was killed goes on with the same micro-batches
+        for whole in _rounds(asked, store.unit_lengths, ROUND_TOKENS * group.count):
+            part = whole[np.isin(whole, missing)]
+            if not len(part):
+                continue
             fresh = np.zeros(len(store))
             mine = part[shares(store.unit_lengths[part].tolist(), group.count)[group.rank]]
             for members in micro_batches(store.unit_lengths[mine].tolist(), most_units, most_tokens):
@@ -108,10 +121,10 @@ def reference_logprobs(
                 sums = answer_logprobs(logprob_N.double(), store.trained_counts[examples])
                 fresh[examples] = sums.cpu().numpy()
             of_part = store.examples_of(part)
-            known[of_part] = _summed(fresh, group, model.device)[of_part]
+            known[of_part] = summed(fresh, group, model.device)[of_part]
             done += len(part)
             if group.first:
-                _write(path, known)
+                write_reference(path, known)
             say(f"reference: {done:,} of {len(missing):,} computed")
     return known
 
@@ -123,7 +136,8 @@ def _rounds(units: np.ndarray, unit_lengths: np.ndarray, most_tokens: int) -> It
     yield from np.split(units, np.flatnonzero(np.diff(numbers)) + 1)
 
 
-def _summed(values: np.ndarray, group: Processes, device: torch.device) -> np.ndarray:
+def summed(values: np.ndarray, group: Processes, device: torch.device) -> np.ndarray:
+    """Over all processes."""
     if group.count == 1:
         return values
     return sum_over(group, torch.from_numpy(values).to(device)).cpu().numpy()
@@ -140,8 +154,8 @@ def _read(path: Path, count: int) -> np.ndarray | None:
     return values if whole and values.shape == (count,) and values.dtype == np.float64 else None
 
 
-def _write(path: Path, values: np.ndarray) -> None:
-    """Beside its place, flushed to the disk, renamed."""
+def write_reference(path: Path, values: np.ndarray) -> None:
+    """Raises UserError where it cannot be kept. Beside its place, flushed to the disk, renamed."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

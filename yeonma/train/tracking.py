@@ -10,14 +10,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from yeonma.disk import replace_file, told, write_all
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.train.progress import EvaluationRecord, StepRecord
 
+CURE = "make room; the same command then goes on from the last checkpoint"
 Settings = Mapping[str, object]
 
 
@@ -25,18 +28,22 @@ Settings = Mapping[str, object]
 class MetricsFile:
     """metrics.jsonl, open at its end. A context manager; `open_metrics` makes it."""
 
-    file: BinaryIO
+    file: FileIO
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
-        """Append one line and hand it to the operating system: a killed process loses no line."""
-        self.file.write(_line(record))
-        self.file.flush()
+        """Append one line and hand it to the operating system: a killed process loses no line. Raises UserError where
+        the disk is full or fails; a part of a line is then cut off when the run goes on.
+        """
+        line = _line(record)
+        with told(Path(self.file.name), "a step's line", len(line), CURE):
+            write_all(self.file, line)
 
     def sync(self) -> None:
         """Wait for the disk. Called before a checkpoint is renamed into place, so that no power cut leaves a
-        checkpoint whose steps have no lines.
+        checkpoint whose steps have no lines. Raises as `write`.
         """
-        os.fsync(self.file.fileno())
+        with told(Path(self.file.name), "the steps' lines", cure=CURE):
+            os.fsync(self.file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -52,7 +59,7 @@ def open_metrics(path: Path, keep_steps: int | None) -> MetricsFile:
     kept lines are not rewritten. Raises UserError for a line that is no record.
     """
     end = _end_of_step(path, keep_steps) if keep_steps is not None and path.exists() else 0
-    file = path.open("ab")
+    file = path.open("ab", buffering=0)
     file.truncate(end)
     return MetricsFile(file)
 
@@ -94,7 +101,9 @@ def plot_loss(metrics_path: Path, png_path: Path, per: str = "trained token") ->
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=11)
-    _write_beside(png_path, lambda file: canvas.print_png(file))
+    picture = BytesIO()
+    canvas.print_png(picture)
+    replace_file(png_path, picture.getvalue())
 
 
 @dataclass(frozen=True)
@@ -271,19 +280,6 @@ def _moving_mean(values: np.ndarray, each_side: int) -> np.ndarray:
     start = np.maximum(index - each_side, 0)
     stop = np.minimum(index + each_side + 1, len(values))
     return (sums[stop] - sums[start]) / (stop - start)
-
-
-def _write_beside(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 # Trackers

@@ -8,10 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from yeonma.configure import group_of, to_yaml
+from yeonma.errors import gather
 from yeonma.settings import RunSettings
+from yeonma.train.lock import check_unlocked
 from yeonma.train.preflight import preflight
 
 
@@ -25,8 +28,12 @@ def run(settings: Mapping[type, object]) -> int:
 
 def train(verb: str, settings: Mapping[type, object]) -> int:
     """What `run` does, for any verb that trains."""
-    preflight(settings)
-    processes = group_of(settings, RunSettings).nproc
+    asked = group_of(settings, RunSettings)
+    # the others need not look: where they come so far, the first of them may be the one that holds it
+    first = os.environ.get("RANK", "0") == "0"
+    unlocked = [partial(check_unlocked, asked.output_dir)] if first else []
+    gather(partial(preflight, settings), *unlocked)
+    processes = asked.nproc
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "settings.yaml"

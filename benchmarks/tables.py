@@ -368,6 +368,39 @@ def _is_ours(result: Mapping[str, Any], line: PairLine) -> bool:
     return bool(contenders[line.contender]["library"] == contenders[result["ours"]]["library"])
 
 
+def generate_section(result: Mapping[str, Any]) -> str:
+    """The words and table about answering many rows. Ratios are ours to theirs, round by round."""
+    runs = {(run["contender"], run["round"]): run for run in result["runs"]}
+    rounds = sorted({run["round"] for run in result["runs"]})
+    any_run = result["runs"][0]
+    rows = [
+        "| contender | seconds | new tokens/s | Yeonma is | peak memory | answers equal to one by one |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in result["contenders"]:
+        own = [runs[name, number] for number in rounds]
+        ratios = [
+            run["seconds"] / runs[result["ours"], number]["seconds"]
+            for number, run in zip(rounds, own, strict=True)
+        ]
+        cells = (
+            label_of(name, len(rounds), len(rounds), result),
+            f"{median(run['seconds'] for run in own):.1f}",
+            f"{median(run['new_tokens'] / run['seconds'] for run in own):.0f}",
+            "" if name == result["ours"] else times(median(ratios), min(ratios), max(ratios)),
+            gigabytes(median(run["peak_memory_bytes"] for run in own)),
+            f"{result['equal'][name]} of {result['rows']}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    about = (
+        f"Model: {result['model']}, float32, greedy. {result['rows']} prompts of the demo, "
+        f"{any_run['prompt_tokens']:,} tokens, "
+        f"{result['new_tokens']} new tokens at most. Rounds: {len(rounds)}. Matrix rate: "
+        f"{median(rate for run in result['runs'] for rate in run['matrix_rates']) / 1e9:.1f} GFLOP/s."
+    )
+    return "\n\n".join([about_machine(result), about, "\n".join(rows)])
+
+
 def times(middle: float, least: float, most: float) -> str:
     spread = f" ({least:.2f}-{most:.2f})" if f"{least:.2f}" != f"{most:.2f}" else ""
     return f"{middle:.2f}x as fast{spread}"
@@ -391,7 +424,12 @@ def put(page: str, name: str, section: str) -> str:
     return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
 
-SECTIONS = {"sft": sft_section, "tokenize_rows": tokenize_section, "dpo": dpo_section}
+SECTIONS = {
+    "sft": sft_section,
+    "tokenize_rows": tokenize_section,
+    "dpo": dpo_section,
+    "generate": generate_section,
+}
 
 
 def page_of(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:

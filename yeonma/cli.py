@@ -18,10 +18,12 @@ from yeonma.settings import (
     TRAINING,
     AdapterSettings,
     AnswerSettings,
+    CompareSettings,
     DemoSettings,
     GenerateSettings,
     InspectSettings,
     PushSettings,
+    ServeSettings,
     VerifySettings,
 )
 
@@ -62,6 +64,11 @@ VERBS = {
     ),
     "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
     "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "compare": Verb(
+        "Measure models on the same rows, and write a report.",
+        "yeonma.verbs.compare:run",
+        (CompareSettings, AnswerSettings),
+    ),
     "verify": Verb(
         "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
         "yeonma.verbs.verify:run",
@@ -70,6 +77,12 @@ VERBS = {
     ),
     "push": Verb(
         "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
+    ),
+    "serve": Verb(
+        "Answer requests in OpenAI's form, with one or several adapters of a base.",
+        "yeonma.verbs.serve:run",
+        (ServeSettings,),
+        "adapter_dirs",
     ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(

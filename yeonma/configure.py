@@ -115,7 +115,7 @@ def _from_command_line(
         option = OPTION.fullmatch(argument)
         if option is None:
             if positional and positional not in given and not _looks_like_option(argument):
-                given[positional] = Given(argument, positional)
+                given[positional] = Given(_with_more(known.get(positional), argument, waiting), positional)
             else:
                 problems.append(_unexpected(argument, known))
             continue
@@ -133,8 +133,21 @@ def _from_command_line(
         elif name == "config" and name in given:
             problems.append(Problem("given twice", "--config", "put the settings into one file"))
         else:
-            given[name] = Given(value, name)
+            given[name] = Given(_with_more(known.get(name), value, waiting), name)
     return given
+
+
+def _with_more(setting: Setting | None, value: str, waiting: list[str]) -> object:
+    """The value; for a list of texts, `--models a b c`, with the words that follow, which are taken from `waiting`.
+
+    A list that has no name on the command line, `yeonma serve a b`, is read alike.
+    """
+    if setting is None or setting.hint != list[str] or value.startswith("["):
+        return value
+    words = [value]
+    while waiting and not _looks_like_option(waiting[0]):
+        words.append(waiting.pop(0))
+    return words
 
 
 def _looks_like_option(argument: str) -> bool:

@@ -21,7 +21,14 @@ from typing import Any
 
 from yeonma.configure import group_of, settings_from_keywords
 from yeonma.paths import user_path
-from yeonma.settings import PREFERENCE, PREFERENCE_DEFAULTS, TRAINING, DemoSettings
+from yeonma.settings import (
+    PREFERENCE,
+    PREFERENCE_DEFAULTS,
+    TRAINING,
+    AnswerSettings,
+    CompareSettings,
+    DemoSettings,
+)
 from yeonma.text.rows import Row, open_rows
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -119,8 +126,11 @@ def _teach(lesson: Lesson, settings: Mapping[type, object]) -> int:
     _heading("3. Three articles that it was not trained on")
     _show_answers(lesson, output)
     _show_gain(lesson, output)
-    _heading("4. What is where, and what to try next")
+    _heading("4. All held-out rows, measured")
+    report = _compared(lesson, output, base)
+    _heading("5. What is where, and what to try next")
     print(_ending(lesson, output, base))
+    print(f"\nOpen {report} in a browser to read all of them side by side; it needs no network.")
     print(f"\nThe demo took {_duration(time.perf_counter() - started)}.")
     return 0
 
@@ -192,6 +202,22 @@ def _show_gain(lesson: Lesson, output: Path) -> None:
     )
 
 
+def _compared(lesson: Lesson, output: Path, base: str) -> Path:
+    """Base and adapter on all held-out rows: the page that shows them."""
+    from yeonma.verbs.compare import compare
+
+    chosen: dict[str, object] = {
+        "models": [base, str(output)],
+        "data_path": _near(SAMPLES / lesson.held_out),
+        "max_new_tokens": NEW_TOKENS,
+        "output_dir": str(output / "report"),
+    }
+    print("This command does the same:\n", _command(["compare"], chosen), "", sep="\n", flush=True)
+    settings = settings_from_keywords((CompareSettings, AnswerSettings), chosen).settings
+    asked, how = group_of(settings, CompareSettings), group_of(settings, AnswerSettings)
+    return compare(asked, how, lambda text: print(text, flush=True)) / "report.html"
+
+
 def _loss(look: Mapping[str, Any]) -> float:
     return float("inf") if look["loss"] is None else float(look["loss"])
 
@@ -214,7 +240,8 @@ def _command(words: Sequence[str], settings: Mapping[str, object] | None = None)
     """A command as one types it here, over several lines if it has settings."""
     lines = [" ".join([_yeonma(), *map(shlex.quote, words)])]
     for name, value in (settings or {}).items():
-        pair = f"--{name} {shlex.quote(_written(value))}"
+        words = value if isinstance(value, list) else [_written(value)]
+        pair = f"--{name} {shlex.join(words)}"
         if len(lines) > 1 and len(lines[-1]) + len(pair) < LINE:
             lines[-1] += f" {pair}"
         else:

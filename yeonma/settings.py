@@ -9,26 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yeonma.choices import LrScheduler as LrScheduler
+from yeonma.choices import PreferenceLoss as PreferenceLoss
+from yeonma.choices import Tracker as Tracker
 from yeonma.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
-
-LrScheduler = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "reduce_lr_on_plateau",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "warmup_stable_decay",
-    "greedy",
-]
-PreferenceLoss = Literal[
-    "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
-]
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+from yeonma.settings_after import PushSettings as PushSettings
+from yeonma.settings_after import ServeSettings as ServeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +306,40 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """Which models are compared on which rows, and where the report goes."""
+
+    models: list[str]
+    """The models, the first of them the one to compare with: `--models BASE OUT OUT2`. Each is a model (a name on the hub or a folder) or an adapter folder; one alone is measured by itself."""
+    data_path: str
+    """Rows that no model was trained on, in any form that training takes. Rows without a wanted answer are answered, too."""
+    data_split: str = "train"
+    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    data_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    encoding: str = "utf-8"
+    """Character encoding of text files; never guessed."""
+    columns: dict[str, str] | None = None
+    """Template field -> column, where their names differ: `{document: body, answer: headline}`. Without it, as in training."""
+    template: str | None = None
+    """How models without a template of their own are asked: a built-in template's name, a file, or the text itself. Without it, as the first adapter is, or by the columns."""
+    rows: int | None = field(default=None, metadata=COUNT)
+    """Compare on only so many of the first rows."""
+    output_dir: str = "report"
+    """Folder for report.html, report.json and the answers, answers.jsonl, which the same command goes on from."""
+    base_model: str | None = None
+    """The adapters' base model, where it is no longer where their folders say."""
+    batch_size: int = field(default=32, metadata=COUNT)
+    """Prompts answered at once: memory and speed, not the answers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model. Off, such a model is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerSettings:
     """How the model answers."""
 
@@ -351,25 +371,3 @@ class DemoSettings:
     """A short form that shows that everything runs, with too few steps to learn much."""
     overwrite: bool = False
     """Replace what another run left in `output_dir`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushSettings:
-    """What is sent to the hub, and who may see it there."""
-
-    folder: str
-    """The adapter folder that a run left behind, a checkpoint in it, or a merged model."""
-    repo: str
-    """The repository on the hub: `owner/name`, or a name in your own account. It is made where there is none."""
-    public: bool = False
-    """Let everybody see it. Off, it is private, and a repository that is public already is refused."""
-    base_model: str | None = None
-    """The base model's name on the hub, where training took it from a local folder. It is written in what is sent."""
-    hide_paths: bool = False
-    """Of each absolute path in the files, send the last part alone. Off, such files are refused."""
-    message: str = "Upload with Yeonma"
-    """What the commit says."""
-    dry_run: bool = False
-    """Show what would be sent, and send nothing."""
-    yes: bool = False
-    """Send without asking. Needed where there is no terminal."""

@@ -62,6 +62,20 @@ def test_it_ends_with_the_losses_of_the_run_and_what_to_try(done: Done) -> None:
         assert f"yeonma {verb} {done.folder}" in done.out
 
 
+def test_it_ends_with_a_report_of_base_and_adapter_on_all_held_out_rows(done: Done) -> None:
+    report = json.loads((done.folder / "report" / "report.json").read_text("utf-8"))
+    assert len(report["rows"]) == 20
+    loss = next(metric["values"] for metric in report["metrics"] if metric["key"] == "loss")
+    assert loss == pytest.approx([done.looks[0]["loss"], min(look["loss"] for look in done.looks)], abs=1e-4)
+    page = done.folder / "report" / "report.html"
+    assert page.is_file() and f"Open {page} in a browser" in done.out
+    text = done.out.split("4. All held-out rows")[1].split("does the same:\n\n")[1].split("\n\n")[0]
+    words = shlex.split(text.replace("\\\n", " "))
+    again = command(done.folder, *words[words.index("compare") :])
+    assert again.status == 0
+    assert json.loads((done.folder / "report" / "report.json").read_text("utf-8"))["rows"] == report["rows"]
+
+
 def test_the_command_it_prints_is_the_run_that_it_made(done: Done) -> None:
     text = done.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)

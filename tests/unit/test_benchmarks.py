@@ -153,3 +153,30 @@ def test_the_page_shows_the_results_that_are_kept(tables: Any) -> None:
         for path in (ROOT / "benchmarks" / "results").glob("*.json")
     }
     assert tables.page_of(page, kept) == page
+
+
+def test_answers_are_compared_with_those_one_by_one_and_times_within_a_round(tables: Any) -> None:
+    import generate  # type: ignore[import-not-found]
+
+    runs = [{"answers": [[1, 2], [3]]}, {"answers": [[1, 2], [4]]}]
+    assert generate.equal_answers(runs[:1], [[1, 2], [3]]) == 2
+    assert generate.equal_answers(runs, [[1, 2], [3]]) == 1
+
+    def measured(contender: str, number: int, seconds: float) -> dict[str, Any]:
+        more = {"prompt_tokens": 6400, "new_tokens": 640, "peak_memory_bytes": 10**9, "matrix_rates": [1e11]}
+        return {"contender": contender, "round": number, "seconds": seconds, **more}
+
+    section = tables.generate_section(
+        {
+            **{key: result()[key] for key in ("date", "command", "machine", "versions")},
+            "model": "m",
+            "rows": 64,
+            "new_tokens": 10,
+            "ours": "a",
+            "contenders": {"a": {"label": "A"}, "b": {"label": "B"}},
+            "equal": {"a": 63, "b": 64},
+            "runs": [measured("a", 1, 2), measured("b", 1, 8), measured("a", 2, 4), measured("b", 2, 12)],
+        }
+    )
+    assert "| **A** | 3.0 | 240 |  | 1.00 GB | 63 of 64 |" in section
+    assert "| B | 10.0 | 67 | 3.50x as fast (3.00-4.00) | 1.00 GB | 64 of 64 |" in section

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from yeonma import settings as settings_module
 from yeonma.configure import (
     Reading,
+    group_of,
     read_settings,
     settings_from_keywords,
     to_yaml,
@@ -527,3 +528,19 @@ def test_reading_imports_neither_torch_nor_transformers() -> None:
     root = Path(inspect.getfile(settings_module)).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_list_of_texts_takes_the_words_that_follow_it() -> None:
+    from yeonma.settings import AnswerSettings, CompareSettings
+
+    def models(*words: str) -> list[str]:
+        found = read_settings((CompareSettings, AnswerSettings), [*words, "--data_path", "x"], verb="compare")
+        return group_of(found.settings, CompareSettings).models
+
+    assert models("--models", "a", "b c", "d") == ["a", "b c", "d"]
+    assert models("--models", "a") == ["a"]
+    assert models("--models=a", "--rows", "3") == ["a"]
+    assert models("--models", "[a, b]") == ["a", "b"]
+    assert models("--rows", "3", "--models", "a", "b") == ["a", "b"]
+    with pytest.raises(UserError, match="belongs to no setting"):
+        models("--models", "[a, b]", "c")

@@ -55,6 +55,71 @@ def test_greedy_answers_are_the_models_likeliest_tokens_for_any_batch_size(famil
         assert [answer.token_ids for answer in found] == expected
 
 
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+@pytest.mark.parametrize("shared", [0, 20])
+def test_a_growing_forest_gives_the_models_likeliest_tokens(family: str, shared: int) -> None:
+    model = tiny_model(family)
+    frame = prompts([shared], seed=7)[0]
+    asked = [np.concatenate([frame, prompt]) for prompt in prompts()]
+    expected = [tuple(greedy(model, prompt, 8)) for prompt in asked]
+    assert check_forward(model).forest
+    for batch_size in (1, 2, 6):
+        found = answers(model, asked, stop_ids=[], max_new_tokens=8, batch_size=batch_size, by_forest=True)
+        assert [answer.token_ids for answer in found] == expected
+    assert model.config._attn_implementation == FOREST
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 40}, {"repetition_penalty": 1.5}])
+def test_a_growing_forest_answers_as_transformers_does(options: dict[str, Any]) -> None:
+    model = tiny_model("qwen3")
+    frame = prompts([19], seed=7)[0]
+    asked = [np.concatenate([frame, prompt]) for prompt in prompts() * 3]
+    stops = [answers(model, asked[:1], stop_ids=[], **options)[0].token_ids[9]]
+    expected = answers(model, asked, stop_ids=stops, **options)
+    assert len({len(answer.token_ids) for answer in expected}) > 1
+    assert {answer.ended for answer in expected} == {True, False}
+    check_forward(model)
+    for batch_size in (2, 18):
+        options["batch_size"] = batch_size
+        assert answers(model, asked, stop_ids=stops, by_forest=True, **options) == expected
+
+
+def test_a_growing_forest_computes_no_token_twice() -> None:
+    model = tiny_model("llama")
+    frame = prompts([40], seed=7)[0]
+    asked = [np.concatenate([frame, prompt]) for prompt in prompts()]
+    check_forward(model)
+    counts: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, keywords: counts.append(keywords["input_ids"].numel()), with_kwargs=True
+    )
+    found = answers(model, asked, stop_ids=[], max_new_tokens=5, batch_size=3, by_forest=True)
+    written = sum(len(answer.token_ids) for answer in found)
+    assert sum(counts) == 40 + sum(LENGTHS) + written - len(asked)  # the last token of each is never read
+    assert len(counts) < written
+
+
+def test_too_little_memory_halves_the_rows_of_a_growing_forest() -> None:
+    model = tiny_model("llama")
+    check_forward(model)
+    expected = answers(model, prompts(), by_forest=True)
+    most: list[int] = []
+
+    def refuse(module: Any, args: Any, keywords: Any) -> None:
+        rows = len(keywords["logits_to_keep"])
+        most.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError("no")
+
+    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert answers(model, prompts(), by_forest=True, batch_size=6) == expected
+    assert max(most) == 6
+    hook.remove()
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(UserError, match="prompt of 30 tokens"):
+        answers(model, prompts(), by_forest=True)
+
+
 def test_an_answer_ends_before_the_first_stop_token_and_others_go_on() -> None:
     model = tiny_model("llama")
     whole = [list(answer.token_ids) for answer in answers(model, prompts(), stop_ids=[])]

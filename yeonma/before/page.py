@@ -12,11 +12,15 @@ from yeonma.before.audit import Audit, Lengths, PartAudit
 from yeonma.before.terminal import heading_of, print_audit, printable
 from yeonma.tokens.explain import View
 
-STYLE = """
+COLOURS = """
 :root { color-scheme: light dark; --text: #1d2126; --dim: #6b7280; --line: #d7dbe0; --page: #fff; --field: #0b6e8f;
   --answer: #0d5f2c; --on-answer: #d9f2e1; --cut: #b3261e; --note: #8a5a00; --bar: #7fb2c9; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --dim: #9aa3ad; --line: #3a4149; --page: #14171a;
   --field: #6cc7e6; --answer: #b5f0c8; --on-answer: #1d3d2a; --cut: #ff8a80; --note: #f0c674; --bar: #3f7489; } }
+"""
+STYLE = (
+    COLOURS
+    + """\
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem;
   margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; } .left-out { color: var(--cut); }
@@ -32,6 +36,7 @@ caption { text-align: left; color: var(--dim); } td { padding: 0 .5rem 0 0; text
 td.bar { text-align: left; width: 10rem; } td.bar i { display: block; height: .8em; background: var(--bar); }
 .note { color: var(--note); }
 """
+)
 SCRIPT = """
 document.getElementById("borders").addEventListener("change", event =>
   document.body.classList.toggle("tokens", event.target.checked));

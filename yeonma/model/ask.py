@@ -78,7 +78,7 @@ class Asker:
         problems: list[Problem] = []
         for row in rows:
             try:
-                own = self._columns(row, columns)
+                own = self.columns(row, columns)
                 rendered.append(self.adapter.template.render(row, own, with_answer=False))
             except UserError as error:
                 problems += error.problems
@@ -100,7 +100,7 @@ class Asker:
     def reference(self, row: Row, columns: Columns = None) -> str | None:
         """The row's own answer, where it has one."""
         template = self.adapter.template
-        column = column_of(template.answer_field, self._columns(row, columns), template.answer_field)
+        column = column_of(template.answer_field, self.columns(row, columns), template.answer_field)
         try:
             if not template.is_chat:
                 return field_text(row, column)
@@ -110,7 +110,8 @@ class Asker:
         except UserError:  # not needed, so no reason to stop
             return None
 
-    def _columns(self, row: Row, columns: Columns) -> dict[str, str]:
+    def columns(self, row: Row, columns: Columns) -> dict[str, str]:
+        """Field -> column for this row: those of training and `columns`, but for columns that the row lacks."""
         answer = self.adapter.template.answer_field
         wanted = {**(self.adapter.columns or {}), **(columns or {})}
         return {

@@ -69,13 +69,36 @@ def forest_attention(
     for q, path in zip(queries, forest.paths, strict=True):
         k = keys[path[0]] if len(path) == 1 else torch.cat([keys[i] for i in path], dim=2)
         v = values[path[0]] if len(path) == 1 else torch.cat([values[i] for i in path], dim=2)
-        mask = _mask(q.shape[2], k.shape[2], sliding_window, query.device)
-        if softcap is None and s_aux is None:
-            output = _fused_attention(q, k, v, mask, dropout, scaling)
-        else:
-            output = _plain_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        output = segment_attention(
+            q,
+            k,
+            v,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+        )
         outputs.append(output.transpose(1, 2))
     return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Of a segment's queries (1, heads, t, D) to the keys of its ancestors and its own, t the last of them."""
+    mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
+    if softcap is None and s_aux is None:
+        return _fused_attention(q, k, v, mask, dropout, scaling)
+    return _plain_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
 
 
 def _fused_attention(
@@ -150,9 +173,9 @@ def reference_mask(forest: Forest) -> torch.Tensor:
     return seen
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
 AttentionInterface.register(FOREST, forest_attention)
-AttentionMaskInterface.register(FOREST, _no_mask)
+AttentionMaskInterface.register(FOREST, no_mask)

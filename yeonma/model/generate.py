@@ -1,13 +1,13 @@
-"""Prompts -> answers, in batches, by transformers' own generation loop.
+"""Prompts -> answers, in batches: by transformers' own generation loop or, for a model that takes forests, by ours.
 
-Prompts are padded on the left and the padding is masked, so that an answer does not depend on what else is in its
-batch, to rounding: numbers that differ in their last bits can part two tokens that are equally likely.
+In transformers' loop prompts are padded on the left and the padding is masked, so that an answer does not depend on
+what else is in its batch, to rounding: numbers that differ in their last bits can part two tokens that are equally
+likely.
 Shapes: B prompts, S answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from typing import Any, SupportsInt
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from yeonma.errors import UserError
 from yeonma.model.check import attention
+from yeonma.model.decode import Picking, decode
+from yeonma.model.draw import drawn, uniforms
 
 CONTEXT = 32  # tokens before an answer that decide how its first one is written
 
@@ -51,6 +53,7 @@ def generate(
     batch_size: int = 8,
     seed: int = 42,
     plain_attention: str | None = None,
+    by_forest: bool = False,
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
@@ -62,18 +65,31 @@ def generate(
     mode meanwhile.
 
     `plain_attention`: transformers' name of the attention to generate with, for a model that is set up for forests.
-    `on_answer` gets each answer with its prompt's index, batch by batch. `on_text` gets the text of an answer bit by
-    bit, for a single prompt. Raises UserError where one prompt alone does not fit into memory.
+    `by_forest`: such a model answers in `decode`'s way instead, `batch_size` prompts at once, the next as soon as one
+    has ended; with `on_text` it does not. `on_answer` gets each answer with its prompt's index as it comes. `on_text`
+    gets the text of an answer bit by bit, for a single prompt. Raises UserError where one prompt alone does not fit
+    into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("an empty prompt")
     if on_text is not None and len(prompts) != 1:
         raise ValueError("text is streamed for one prompt at a time")
     asked = model.get_base_model() if hasattr(model, "get_base_model") else model
-    style = _Style(tuple(stop_ids), max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    style = Picking(tuple(stop_ids), max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
-    with _quiet(asked), attention(asked, plain_attention) if plain_attention else nullcontext():
+    if by_forest and on_text is None:
+
+        def done(index: int, generated: list[int]) -> None:
+            answer = _answer(tokenizer, [int(number) for number in prompts[index]], generated, style)
+            texts[index] = answer.text
+            if on_answer is not None:
+                on_answer(index, answer)
+
+        with quiet(asked):
+            _decode_all(asked, prompts, order, style, batch_size, done)
+        return texts
+    with quiet(asked), attention(asked, plain_attention) if plain_attention else nullcontext():
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids = [[int(number) for number in prompts[index]] for index in batch]
@@ -82,6 +98,38 @@ def generate(
                 if on_answer is not None:
                     on_answer(index, answer)
     return texts
+
+
+def _decode_all(
+    model: Any,
+    prompts: Sequence[Ids],
+    order: Sequence[int],
+    style: Picking,
+    most_rows: int,
+    on_done: Callable[[int, list[int]], None],
+) -> None:
+    """`decode` of the prompts in this order; where memory is short, of those left with half as many at once."""
+    waiting = list(order)
+
+    def done(at: int, generated: list[int]) -> None:
+        finished.append(at)
+        on_done(asked[at], generated)
+
+    while waiting:
+        asked, finished = waiting, list[int]()
+        try:
+            ids = [[int(number) for number in prompts[index]] for index in asked]
+            decode(model, ids, style, most_rows=most_rows, on_done=done)
+        except torch.OutOfMemoryError as error:
+            if most_rows == 1:
+                raise _no_room(max(len(prompts[index]) for index in asked)) from error
+            most_rows = (most_rows + 1) // 2
+        waiting = [index for at, index in enumerate(asked) if at not in set(finished)]
+
+
+def _no_room(tokens: int) -> UserError:
+    what = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
+    return UserError(what, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu")
 
 
 def continued_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -104,35 +152,22 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-@dataclass(frozen=True)
-class _Style:
-    """How answers are chosen and ended."""
-
-    stop_ids: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    seed: int
-
-    @property
-    def config(self) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,  # draws are made by _Draws
-            repetition_penalty=self.repetition_penalty,
-            eos_token_id=list(self.stop_ids) or None,
-            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,  # fills answers that have ended
-            use_cache=True,
-        )
+def _config(picking: Picking) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=picking.max_new_tokens,
+        do_sample=False,  # draws are made by _Draws
+        repetition_penalty=picking.repetition_penalty,
+        eos_token_id=list(picking.stop_ids) or None,
+        pad_token_id=picking.stop_ids[0] if picking.stop_ids else 0,  # fills answers that have ended
+        use_cache=True,
+    )
 
 
 def _answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    style: _Style,
+    style: Picking,
     on_text: Callable[[str], None] | None,
 ) -> list[Answer]:
     """Of a batch, or where memory is short of its halves."""
@@ -141,16 +176,13 @@ def _answers(
         return [_answer(tokenizer, *each, style) for each in zip(prompts, generated_BS, strict=True)]
     except torch.OutOfMemoryError as error:
         if len(prompts) == 1:
-            what = f"a prompt of {len(prompts[0])} tokens and its answer do not fit into the device's memory"
-            raise UserError(
-                what, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu"
-            ) from error
+            raise _no_room(len(prompts[0])) from error
     half = (len(prompts) + 1) // 2
     parts = (prompts[:half], prompts[half:])
     return [answer for part in parts for answer in _answers(model, tokenizer, part, style, on_text)]
 
 
-def _answer(tokenizer: Any, prompt: list[int], generated: list[int], style: _Style) -> Answer:
+def _answer(tokenizer: Any, prompt: list[int], generated: list[int], style: Picking) -> Answer:
     end = next((at for at, number in enumerate(generated) if number in style.stop_ids), None)
     kept = generated[: end if end is not None else style.max_new_tokens]
     return Answer(continued_text(tokenizer, prompt, kept).rstrip(), tuple(kept), end is not None)
@@ -160,8 +192,9 @@ def _generated(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    style: _Style,
+    style: Picking,
     on_text: Callable[[str], None] | None,
+    criteria: StoppingCriteriaList | None = None,
 ) -> list[list[int]]:
     """The ids after each prompt, with what fills up those that end before others."""
     longest = max(map(len, prompts))
@@ -170,21 +203,41 @@ def _generated(
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     processors = LogitsProcessorList()
     if style.temperature > 0:
-        uniform_BS = np.stack([_uniforms(prompt, style.seed, style.max_new_tokens + 1) for prompt in prompts])
+        uniform_BS = np.stack([uniforms(prompt, style.seed, style.max_new_tokens + 1) for prompt in prompts])
         draws = torch.from_numpy(uniform_BS).to(model.device)
         processors.append(_Draws(draws, longest, style.temperature, style.top_p, style.top_k))
     sequences = model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=style.config,
+        generation_config=_config(style),
         logits_processor=processors,
+        stopping_criteria=criteria,
         streamer=_Stream(tokenizer, prompts[0], style.stop_ids, on_text) if on_text is not None else None,
     )
     return sequences[:, longest:].tolist()
 
 
+def answer_alone(
+    model: Any, prompt: Sequence[int], style: Picking, on_token: Callable[[list[int]], bool]
+) -> list[int]:
+    """The ids after a prompt by transformers' loop, with the stop token that ended it, if one did.
+
+    For a model that takes no forests, without an adapter around it. `on_token` gets the answer's ids so far after each
+    that has not ended it, and says whether to end it there.
+    """
+
+    def heard(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        ids = input_ids[0, len(prompt) :].tolist()
+        return torch.tensor([ids[-1] not in style.stop_ids and on_token(ids)], device=input_ids.device)
+
+    ids = [int(number) for number in prompt]
+    with quiet(model):
+        criteria = StoppingCriteriaList([heard])
+        return _generated(model, None, [ids], style, None, criteria)[0]
+
+
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
+def quiet(model: Any) -> Iterator[None]:
     """Eval mode, and none of the generation settings that the model brings, which would fill in what is left open."""
     own, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
@@ -194,14 +247,6 @@ def _quiet(model: Any) -> Iterator[None]:
     finally:
         model.generation_config = own
         model.train(was_training)
-
-
-def _uniforms(prompt: Sequence[int], seed: int, count: int) -> np.ndarray:
-    """(count,) numbers in [0, 1) that follow from prompt and seed, the same on every device and with every NumPy."""
-    content = np.array([seed, *prompt], dtype="<i8").tobytes()
-    key = int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
-    raw = np.random.Philox(key=key).random_raw(count)
-    return (raw >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -216,20 +261,8 @@ class _Draws:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = min(input_ids.shape[1] - self.prompt_length, self.uniform_BS.shape[1] - 1)
-        scores_BV = scores.double()
-        highest = scores_BV.amax(dim=1, keepdim=True)  # taken off first: a low temperature must not overflow
-        probability = torch.softmax((scores_BV - highest) / self.temperature, dim=1)
-        likeliest, order = probability.sort(dim=1, descending=True, stable=True)
-        if self.top_k:
-            likeliest[:, self.top_k :] = 0
-            likeliest /= likeliest.sum(dim=1, keepdim=True)
-        if self.top_p < 1:
-            likeliest = likeliest.where(likeliest.cumsum(dim=1) - likeliest < self.top_p, 0.0)
-        total = likeliest.cumsum(dim=1)
-        aim = self.uniform_BS[:, step : step + 1] * total[:, -1:]
-        place = torch.searchsorted(total, aim, right=True).clamp(max=scores.shape[1] - 1)
-        chosen = torch.full_like(scores, float("-inf"))
-        return chosen.scatter(1, order.gather(1, place), 0.0)
+        ids_B = drawn(scores, self.uniform_BS[:, step], self.temperature, self.top_p, self.top_k)
+        return torch.full_like(scores, float("-inf")).scatter(1, ids_B.unsqueeze(1), 0.0)
 
 
 @dataclass

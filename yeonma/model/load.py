@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,11 +274,26 @@ def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | N
     config = PeftConfig.from_pretrained(folder)
     if dropout is not None:
         config.lora_dropout = dropout
-    try:
+    with _fitting(folder, config.base_model_name_or_path, model.name_or_path):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
+
+
+def load_another(peft_model: Any, folder: str, name: str) -> None:
+    """Put the adapter of a folder beside the first one, to be chosen by `name`. Raises UserError as `load_adapter`."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    with _fitting(folder, base, peft_model.get_base_model().name_or_path):
+        peft_model.load_adapter(folder, name, is_trainable=False)
+
+
+@contextmanager
+def _fitting(folder: str, made_for: object, base: object) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the adapter was made for {config.base_model_name_or_path} and does not fit {model.name_or_path}",
+            f"the adapter was made for {made_for} and does not fit {base}",
             place=folder,
             cure="give the base model that the adapter was trained on",
         ) from error

@@ -1,0 +1,105 @@
+"""One contender answers the prompts of a job file, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import matrix_rate, own_bytes
+
+TEMPLATE = "title_en.txt"
+
+
+def prompts_of(tokenizer: Any, samples: Path, count: int) -> list[list[int]]:
+    """The demo's prompts of its training articles."""
+    frame = (samples / TEMPLATE).read_text("utf-8").partition("{title}")[0]
+    rows = [json.loads(line) for line in (samples / "news_en.jsonl").read_text("utf-8").splitlines()]
+    return [tokenizer(frame.replace("{document}", row["document"]))["input_ids"] for row in rows[:count]]
+
+
+def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
+    """As `yeonma compare` asks."""
+    from yeonma.model.check import check_forward
+    from yeonma.model.generate import generate
+    from yeonma.model.lora import speed_up
+
+    assert check_forward(model).forest
+    speed_up(model)
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        generate(
+            model,
+            tokenizer,
+            prompts,
+            stop_ids=[tokenizer.eos_token_id],
+            max_new_tokens=job["new_tokens"],
+            batch_size=job["batch"],
+            by_forest=True,
+            on_answer=lambda at, each: found.__setitem__(at, list(each.token_ids)),
+        )
+        return [found[at] for at in range(len(prompts))]
+
+    return answer
+
+
+def theirs(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
+    """transformers' generate over batches in the order of length, padded on the left; one by one with batches of 1."""
+    import torch
+
+    tokenizer.padding_side = "left"
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
+        found: dict[int, list[int]] = {}
+        for start in range(0, len(order), job["batch"]):
+            part = order[start : start + job["batch"]]
+            batch = tokenizer.pad({"input_ids": [prompts[at] for at in part]}, return_tensors="pt")
+            with torch.no_grad():
+                out = model.generate(
+                    **batch,
+                    max_new_tokens=job["new_tokens"],
+                    do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            for at, ids in zip(part, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+                found[at] = ids[:end]
+        return [found[at] for at in range(len(prompts))]
+
+    return answer
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    model = (
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval().requires_grad_(False)
+    )
+    prompts = prompts_of(tokenizer, Path(job["samples"]), job["rows"])
+    answer = (ours if job["ours"] else theirs)(model, tokenizer, job)
+    answer(prompts[:2])  # warm-up
+    before = matrix_rate()
+    started, worked = time.perf_counter(), time.process_time()
+    answers = answer(prompts)
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - worked,
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": sum(map(len, answers)),
+        "answers": answers,
+        "peak_memory_bytes": own_bytes("VmHWM"),
+        "matrix_rates": [before, matrix_rate()],
+    }
+
+
+if __name__ == "__main__":
+    given = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    (Path(given["folder"]) / "measured.json").write_text(json.dumps(measure(given)), "utf-8")

@@ -1,0 +1,167 @@
+"use strict";
+// Texts reach the page by textContent alone: nothing in the data is ever read as HTML.
+const report = JSON.parse(document.getElementById("data").textContent);
+const PAGE = 50, MOST_COMPARED = 250000;
+const byId = id => document.getElementById(id);
+const models = report.models.map(model => model.name);
+const metrics = report.metrics.filter(metric => metric.key in (report.rows[0].answers[0].scores));
+const list = byId("rows");
+let shown = [], drawn = 0;
+
+function node(tag, text, attributes = {}) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function number(value) {
+  if (value === null) return "-";
+  const size = Math.abs(value);
+  return size < 10 ? value.toFixed(3) : size < 10000 ? value.toFixed(1) : value.toPrecision(3);
+}
+
+const metricOf = key => metrics.find(metric => metric.key === key);
+const score = (row, model, key) => row.answers[model].scores[key];
+
+// How much better the second model's answer is; of one model alone, how good. Null where it is not known.
+function gain(row, choice) {
+  const sign = metricOf(choice.metric).better === "lower" ? -1 : 1;
+  const last = score(row, choice.to, choice.metric);
+  if (last === null) return null;
+  if (choice.from === choice.to) return sign * last;
+  const first = score(row, choice.from, choice.metric);
+  return first === null ? null : sign * (last - first);
+}
+
+// Differences: units that are not in the longest common subsequence with the other text.
+
+const LETTERS = /[\p{Script=Hangul}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]|[\p{L}\p{M}\p{N}]+|\s+|./gsu;
+const units = text => text.match(LETTERS) || [];
+
+function uncommon(text, other) {
+  const a = units(text), b = units(other);
+  if (a.length * b.length > MOST_COMPARED) return null;
+  const wide = b.length + 1, table = new Uint32Array((a.length + 1) * wide);
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--)
+      table[i * wide + j] = a[i] === b[j] ? table[(i + 1) * wide + j + 1] + 1
+        : Math.max(table[(i + 1) * wide + j], table[i * wide + j + 1]);
+  const parts = [];
+  for (let i = 0, j = 0; i < a.length;) {
+    const common = j < b.length && a[i] === b[j];
+    if (!common && j < b.length && table[i * wide + j + 1] > table[(i + 1) * wide + j]) { j++; continue; }
+    const last = parts[parts.length - 1];
+    if (last && last.marked === !common) last.text += a[i]; else parts.push({text: a[i], marked: !common});
+    if (common) j++;
+    i++;
+  }
+  return parts;
+}
+
+function marked(text, other) {
+  const made = node("p", undefined, {dir: "auto"});
+  const parts = other === null ? null : uncommon(text, other);
+  if (parts === null) made.textContent = text;
+  else for (const part of parts) made.append(part.marked && part.text.trim() ? node("mark", part.text) : part.text);
+  if (!text) made.append(node("span", "(empty)", {class: "dim"}));
+  return made;
+}
+
+function said(name, colour, text, other, more) {
+  const made = node("div", undefined, {class: "said"});
+  made.style.borderColor = `var(${colour})`;
+  made.append(node("small", name), marked(text, other));
+  if (more) made.append(node("small", more));
+  return made;
+}
+
+function folded(title, text) {
+  const made = node("details");
+  made.append(node("summary", title));
+  made.addEventListener("toggle", () => { if (made.open && made.children.length === 1) made.append(node("pre", text, {dir: "auto"})); });
+  return made;
+}
+
+function item(row, choice) {
+  const made = node("li", undefined, {"data-row": row.row});
+  const head = node("div", undefined, {class: "head"});
+  head.append(node("h3", `Row ${row.row}`));
+  const change = gain(row, choice), metric = metricOf(choice.metric);
+  if (change !== null && choice.from !== choice.to) {
+    const raw = metric.better === "lower" ? -change : change;
+    const kind = change > 0 && metric.better ? "better" : change < 0 && metric.better ? "worse" : "dim";
+    const word = {better: "gain", worse: "loss", dim: change ? "change" : "no change"}[kind];
+    head.append(node("span", `${word}: ${metric.name} ${raw >= 0 ? "+" : ""}${number(raw)}`, {class: `change ${kind}`}));
+  }
+  made.append(head, folded("prompt", row.prompt));
+  const against = choice.marks === "wanted" ? row.wanted : choice.marks === "first" ? row.answers[0].text : null;
+  if (row.wanted !== null) made.append(said("wanted", "--wanted", row.wanted, choice.marks === "first" ? against : null));
+  row.answers.forEach((answer, at) => {
+    const own = choice.marks === "first" && at === 0 ? null : against;
+    const kept = metrics.map(each => each.key === "unended" ? (answer.ended ? "" : "cut off at max_new_tokens")
+      : each.key === "exact" ? (answer.scores.exact ? each.name : "")
+      : answer.scores[each.key] === null ? "" : `${each.name} ${number(answer.scores[each.key])}`);
+    made.append(said(models[at], `--m${at % 6}`, answer.text, own, kept.filter(Boolean).join(" · ")));
+    if (answer.prompt !== undefined) made.append(folded(`prompt of ${models[at]}`, answer.prompt));
+  });
+  return made;
+}
+
+function chosen() {
+  const value = id => byId(id) ? byId(id).value : "";
+  return {metric: value("metric"), order: value("order"), filter: value("filter"), marks: value("marks"),
+    from: byId("from") ? Number(value("from")) : 0, to: byId("to") ? Number(value("to")) : models.length - 1,
+    search: value("search").normalize("NFC").toLowerCase()};
+}
+
+const FILTERS = {
+  all: () => true,
+  gained: (row, choice) => gain(row, choice) > 0,
+  lost: (row, choice) => gain(row, choice) < 0,
+  different: (row, choice) => row.answers[choice.from].text !== row.answers[choice.to].text,
+  same: (row, choice) => row.answers[choice.from].text === row.answers[choice.to].text,
+  right: (row, choice) => score(row, choice.to, "exact") === 100,
+  cut: row => row.answers.some(answer => !answer.ended),
+  unwanted: row => row.wanted === null,
+};
+
+function holds(row, text) {
+  return [row.prompt, row.wanted || "", ...row.answers.map(answer => answer.text)]
+    .some(part => part.normalize("NFC").toLowerCase().includes(text));
+}
+
+function redraw() {
+  const choice = chosen();
+  shown = report.rows.filter(row => FILTERS[choice.filter](row, choice) && (!choice.search || holds(row, choice.search)));
+  if (choice.order !== "data") {
+    const sign = choice.order === "gain" ? -1 : 1;
+    const known = new Map(shown.map(row => [row, gain(row, choice)]));
+    shown.sort((a, b) => {
+      const x = known.get(a), y = known.get(b);
+      return x === null || y === null ? (x === null) - (y === null) : sign * (x - y) || a.row - b.row;
+    });
+  }
+  list.replaceChildren();
+  drawn = 0;
+  more();
+  byId("count").textContent = `${shown.length} of ${report.rows.length} rows`;
+}
+
+function more() {
+  const choice = chosen();
+  for (const row of shown.slice(drawn, drawn + PAGE)) list.append(item(row, choice));
+  drawn = Math.min(shown.length, drawn + PAGE);
+  byId("more").hidden = drawn >= shown.length;
+  byId("more").textContent = `Show more (${shown.length - drawn} left)`;
+}
+
+for (const id of ["metric", "order", "filter", "marks", "from", "to"]) byId(id)?.addEventListener("change", redraw);
+byId("search").addEventListener("input", redraw);
+byId("more").addEventListener("click", () => {
+  const next = drawn;
+  more();
+  list.children[next].tabIndex = -1;
+  list.children[next].focus();
+});
+redraw();

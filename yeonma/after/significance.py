@@ -1,0 +1,71 @@
+"""How sure the numbers are: intervals by resampling the rows, and whether two models differ by swapping their answers.
+
+Shapes: R rows, K sums of a metric, B resamplings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+BLOCK_NUMBERS = 4_000_000  # held at once
+
+Array = np.ndarray
+Value = Callable[[Array], Array]
+
+
+def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:
+    """(B, K) for each (R, K): sums over R rows drawn with replacement, the same draws for all tables (Efron 1979)."""
+    rows = len(tables[0])
+    draw = np.random.Generator(np.random.PCG64(seed))
+    blocks: list[list[Array]] = [[] for _ in tables]
+    for count in _blocks(resamples, rows):
+        times = draw.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(float)
+        for block, table in zip(blocks, tables, strict=True):
+            block.append(times @ table)
+    return [np.concatenate(block) for block in blocks]
+
+
+def interval(values: Array, share: float = 0.95) -> tuple[float, float] | None:
+    """The middle `share` of resampled values (the percentile method); None where too many are not numbers."""
+    values = values[np.isfinite(values)]
+    if len(values) < 100:
+        return None
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+def swap_test(a: Array, b: Array, value: Value, seed: int, resamples: int = RESAMPLES) -> float:
+    """p of a difference as large as this one if it were chance which model gave which of a row's two answers.
+
+    Paired approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): each time, half of the rows on average swap
+    their two answers. (R, K) each; the least p is 1 / (resamples + 1).
+    """
+    totals = a.sum(axis=0), b.sum(axis=0)
+    observed = float(abs(value(totals[0]) - value(totals[1])))
+    if not np.isfinite(observed):
+        return 1.0
+    draw = np.random.Generator(np.random.PCG64(seed))
+    reached = 0
+    for count in _blocks(resamples, len(a)):
+        swapped = draw.integers(0, 2, size=(count, len(a))).astype(float) @ (b - a)
+        differences = abs(value(totals[0] + swapped) - value(totals[1] - swapped))
+        reached += int((differences >= observed - 1e-12 * max(1.0, observed)).sum())
+    return (reached + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The same p-values corrected for being that many (Holm 1979): none is found by trying often."""
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=lambda at: p_values[at])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = highest
+    return corrected
+
+
+def _blocks(count: int, rows: int) -> list[int]:
+    size = max(1, BLOCK_NUMBERS // rows)
+    return [min(size, count - start) for start in range(0, count, size)]

@@ -60,6 +60,7 @@ VERBS = {
     "GenerateSettings": ("generate",),
     "CompareSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
+    "MergeSettings": ("merge",),
     "PushSettings": ("push",),
     "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),

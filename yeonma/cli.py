@@ -22,6 +22,7 @@ from yeonma.settings import (
     DemoSettings,
     GenerateSettings,
     InspectSettings,
+    MergeSettings,
     PushSettings,
     ServeSettings,
     VerifySettings,
@@ -73,6 +74,12 @@ VERBS = {
         "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
         "yeonma.verbs.verify:run",
         (VerifySettings,),
+        "adapter_dir",
+    ),
+    "merge": Verb(
+        "Make one whole model of an adapter and its base, and check that it says the same.",
+        "yeonma.after.merge:run",
+        (MergeSettings,),
         "adapter_dir",
     ),
     "push": Verb(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -114,8 +114,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Any:
-    """The frozen base model, in eval mode.
+def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """The frozen base model, in eval mode; `dtype` auto: in the base's own number format.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
     """

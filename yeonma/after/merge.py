@@ -301,5 +301,7 @@ def _tell(merging: Merging, found: Agreement, say: Say) -> None:
     )
     parted = f"; others part where two tokens are {found.parted_at:.2g} apart" if found.parted_at else ""
     say(f"  {found.same_answers} of {found.rows} greedy answers are the same{parted}")
+    if found.effect <= found.tolerance:
+        say("  that is so little that these rows cannot show whether the adapter was merged")
     if not found.is_close:
         say("the merged model does not say what the adapter on its base says: nothing was written")

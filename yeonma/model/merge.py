@@ -64,15 +64,9 @@ def dtype_of(config: Any, files: Sequence[Path]) -> torch.dtype:
 
 
 def merge_in_memory(peft_model: Any, folder: Path, max_shard_bytes: int) -> None:
-    """PEFT's merge, with its check for what is not finite, and the whole model written into `folder`.
-
-    The model is of no use afterwards. Raises UserError where the merged weights are not finite.
-    """
+    """PEFT's merge, and the whole model written into `folder`. The model is of no use afterwards."""
     _untie(peft_model)
-    try:
-        model = peft_model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # PEFT's word for weights that are not finite
-        raise UserError(f"PEFT cannot merge it ({error})", place=str(folder)) from error
+    model = peft_model.merge_and_unload()
     model.generation_config = (
         GenerationConfig()
     )  # saved strictly; `write_generation_config` has the base's own
@@ -146,14 +140,12 @@ def _merged(layer: Any, tensor: torch.Tensor, name: str, source: BaseSource) -> 
     if tuple(getattr(base, "weight", torch.empty(0)).shape) != tuple(tensor.shape):
         raise OnlyInMemory(f"its files lay {name} out otherwise")
     outlined = base.weight
-    base.weight = nn.Parameter(tensor, requires_grad=False)
-    try:
-        layer.merge(safe_merge=True)
-        result: torch.Tensor = base.weight.data
-    except ValueError as error:
-        raise UserError(f"PEFT cannot merge {name} ({error})", place=source.name) from error
-    finally:
-        base.weight = outlined
+    base.weight = nn.Parameter(tensor.clone(), requires_grad=False)
+    layer.merge()  # PEFT's safe way rounds twice: the product, then the sum
+    result: torch.Tensor = base.weight.data
+    base.weight = outlined
+    if not result.isfinite().all():
+        raise UserError(f"NaN or infinity in {name} with the adapter", place=source.name)
     return result
 
 

@@ -61,6 +61,7 @@ VERBS = {
     "CompareSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
     "MergeSettings": ("merge",),
+    "ExportSettings": ("export",),
     "PushSettings": ("push",),
     "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),

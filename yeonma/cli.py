@@ -20,6 +20,7 @@ from yeonma.settings import (
     AnswerSettings,
     CompareSettings,
     DemoSettings,
+    ExportSettings,
     GenerateSettings,
     InspectSettings,
     MergeSettings,
@@ -81,6 +82,12 @@ VERBS = {
         "yeonma.after.merge:run",
         (MergeSettings,),
         "adapter_dir",
+    ),
+    "export": Verb(
+        "Write a tuned model for llama.cpp or Ollama.",
+        "yeonma.after.export:run",
+        (ExportSettings,),
+        "model_dir",
     ),
     "push": Verb(
         "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"

@@ -16,9 +16,9 @@ from yeonma.errors import UserError
 from yeonma.model.generate import Answer, generate
 
 MOST_NEW_TOKENS = 32
-ROUNDED = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+ROUNDED = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 """Weights in a number format, computed with in float32: what rounding may make of a logit, as a share of the largest
-one. On SmolLM2 it makes a half of that, or less."""
+one. On SmolLM2 it makes a third of that, or less."""
 COMPUTED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """The same of computing in the format."""
 

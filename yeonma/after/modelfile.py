@@ -74,9 +74,10 @@ def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, 
 
 
 def _names(fields: Sequence[str]) -> dict[str, str] | None:
-    """Ollama's names for the fields: `system` is the system's, one other the prompt. None where there are others."""
-    others = [field for field in fields if field.lower() != "system"]
-    if len(others) != 1:
+    """Ollama's names for the fields: `system` or `system_prompt` is the system's, one other the prompt. None where there
+    are others."""
+    others = [field for field in fields if field.lower() not in ("system", "system_prompt")]
+    if len(others) != 1 or len(fields) > 2:
         return None
     return {field: PROMPT if field in others else SYSTEM for field in fields}
 

@@ -220,7 +220,8 @@ def test_a_folder_that_is_no_adapter_or_is_merged_already(run: Path, tmp_path: P
             run, "generate", str(tmp_path / "M"), "--row", '{"document": "x"}', "--adapter_weights", "false"
         ).err
     )
-    assert "it is a merged model" in command(run, "verify", str(tmp_path / "M")).err
+    for verb in ("verify", "serve"):
+        assert "it is a merged model" in command(run, verb, str(tmp_path / "M")).err
 
 
 def test_a_place_that_is_taken(run: Path, tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, 
 
 
 def _names(fields: Sequence[str]) -> dict[str, str] | None:
-    """Ollama's names for the fields: `system` or `system_prompt` is its system message, one other the prompt. None where
-    there are more."""
+    """Ollama's names for the fields: `system` or `system_prompt` is its system message, one other the prompt. None
+    where there are more."""
     others = [field for field in fields if field.lower() not in ("system", "system_prompt")]
     if len(others) != 1 or len(fields) > 2:
         return None

@@ -13,6 +13,8 @@ from yeonma.choices import LrScheduler as LrScheduler
 from yeonma.choices import PreferenceLoss as PreferenceLoss
 from yeonma.choices import Tracker as Tracker
 from yeonma.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
+from yeonma.settings_after import ExportSettings as ExportSettings
+from yeonma.settings_after import MergeSettings as MergeSettings
 from yeonma.settings_after import PushSettings as PushSettings
 from yeonma.settings_after import ServeSettings as ServeSettings
 

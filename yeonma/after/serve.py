@@ -65,6 +65,9 @@ def open_served(asked: ServeSettings) -> Served:
     for spec in specs:
         try:
             asker = open_folder(spec, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code)
+            if asker.adapter.is_merged:
+                cure = "give the folder of the adapter that was merged"
+                raise UserError("it is a merged model", place=spec, cure=cure)
             _check_room(asker, asked.max_new_tokens)
             # a request has the fields' own names, whatever the columns were called in training
             askers.append(replace(asker, adapter=replace(asker.adapter, columns=None)))

@@ -216,6 +216,10 @@ class Loaded:
         """The answers in the order of the questions. The callbacks are those of `generate`, with the answers' texts;
         `on_text` gets the model's text as it comes, with the template's own text after the answer if there is any."""
 
+        if not self.adapter_weights and self.asker.adapter.is_merged:
+            what, cure = "the adapter is merged into it", "ask the base model's adapter folder instead"
+            raise UserError(what, place=str(self.asker.adapter.path), cure=cure)
+
         def answered(index: int, text: str) -> None:
             if on_answer is not None:
                 on_answer(index, questions[index].answer(text))
@@ -262,6 +266,11 @@ def open_folder(
 ) -> Asker:
     """What `load` needs before the weights, so that rows can be checked first. Raises UserError as `load`."""
     adapter = read_adapter_folder(adapter_dir)
+    if adapter.is_merged:
+        if base_model is not None:
+            cure = "leave base_model out"
+            raise UserError("the base model is part of it", place=str(adapter_dir), cure=cure)
+        base_model = str(adapter.path)
     if base_model is None and Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir():
         what = f"its base model is no longer at {adapter.base.name}"
         raise UserError(what, place=str(adapter_dir), cure="say with --base_model where it is")
@@ -274,7 +283,8 @@ def open_folder(
 
 
 def load_model(asker: Asker, device: str, dtype: str) -> Any:
-    """The base with the adapter on it, a PeftModel. Raises UserError where it cannot be had or is another base."""
+    """The base with the adapter on it, a PeftModel, or a merged model. Raises UserError where it cannot be had or is
+    another base."""
     on = pick_device(device)
     try:
         base = load_base(asker.source, on, pick_dtype(dtype, on))
@@ -283,6 +293,8 @@ def load_model(asker: Asker, device: str, dtype: str) -> Any:
             raise
         cure = "name a folder that has it with --base_model"
         raise UserError([replace(each, cure=f"{each.cure}, or {cure}") for each in error.problems]) from error
+    if asker.adapter.is_merged:
+        return base
     check_base(asker.adapter, base_identity(base, asker.source))
     return load_adapter(base, str(asker.adapter.path), trainable=False).eval()
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -19,19 +19,26 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError, did_you_mean
 from yeonma.model.shard import agree_on, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
+from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 
 
-def load_tokenizer(source: BaseSource) -> Any:
-    """The base's tokenizer. Raises UserError where there is none or it cannot be reached."""
+def load_tokenizer(source: BaseSource, *, carried: bool = False) -> Any:
+    """The base's tokenizer, with the base's own chat template; `carried`: with that of the folder, whatever it carries.
+
+    Raises UserError where there is none or it cannot be reached.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        if not carried and base_chat_template(tokenizer).startswith(MARK):
+            _restore_chat_template(tokenizer, source)
         own = len(tokenizer) - len(set(tokenizer.all_special_ids))
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
         json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()  # half characters
@@ -40,6 +47,19 @@ def load_tokenizer(source: BaseSource) -> Any:
     if own <= 0:  # what transformers makes of no files at all
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
+
+
+def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
+    """The base's own chat template, from beside one that carries a training template."""
+    path = cached_file(
+        source.name, BASE_CHAT_TEMPLATE, revision=source.revision
+    )  # raises where it is missing
+    own = Path(str(path)).read_bytes().decode() or None
+    if isinstance(tokenizer.chat_template, dict):
+        others = {name: text for name, text in tokenizer.chat_template.items() if name != "default"}
+        tokenizer.chat_template = {**others, "default": own} if own else others
+    else:
+        tokenizer.chat_template = own
 
 
 def load_config(source: BaseSource) -> Any:
@@ -95,9 +115,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype) -> Any:
-    """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
-    not searched for NaN: for `yeonma.model.shard`.
+def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """The frozen base model, in eval mode; `dtype` auto: in the base's own number format. Without a `device` it stays
+    as transformers reads it, on the CPU, and is not searched for NaN: for `yeonma.model.shard`.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
     """

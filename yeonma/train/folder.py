@@ -48,6 +48,7 @@ OURS = (
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",
+    "base_chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -28,6 +28,7 @@ from yeonma.settings import (
     RunSettings,
     StepSettings,
 )
+from yeonma.tokens.carried import Carried, carry
 from yeonma.tokens.dataset import Dataset, describe
 from yeonma.train import folder
 from yeonma.train.card import ask_rows, write_card
@@ -145,10 +146,11 @@ def _train(
     dataset, peft_model = prepared.dataset, loaded.peft_model
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
+    carried = carry(dataset.template, prepared.tokenizer) if group.first else Carried(None)
 
     def write_adapter(place: Path) -> None:
         tokenizer, template = prepared.tokenizer, dataset.template
-        adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, samples)
+        adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, carried, samples)
 
     trained = sum(each.numel() for each in tuning.parameters.values())
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
@@ -219,6 +221,8 @@ def _train(
     folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
+    if carried.text is None:
+        say(f"its chat template does not carry the training template: {carried.why}")
     return None
 
 

@@ -55,7 +55,7 @@ def serving(
         yield Server(process, found[0], said, errors)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_SECONDS) == 0, errors.read_text()
-        assert "Traceback" not in errors.read_text()
+        assert "Traceback" not in errors.read_text(), errors.read_text()
     finally:
         process.kill()
         process.wait()

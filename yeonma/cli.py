@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from yeonma import __version__
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
 from yeonma.settings import (
     PREFERENCE,
     PREFERENCE_DEFAULTS,
@@ -28,6 +28,7 @@ from yeonma.settings import (
     ServeSettings,
     VerifySettings,
 )
+from yeonma.train.stop import Stopped
 
 HELD_SECONDS = 10
 
@@ -109,8 +110,9 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted,
-    141 when nobody reads the output any more.
+    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted, 143 when
+    training was told to end (SIGTERM), 75 when its time limit was over, 69 when another of its processes was lost, 141
+    when nobody reads the output any more.
 
     YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
     """
@@ -128,6 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"yeonma: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if not stopped.told and os.environ.get("RANK", "0") == "0":
+            print(f"yeonma: {stopped}", file=sys.stderr)
+        return stopped.status
+    except ProcessLost as lost:
+        print(f"yeonma: {lost}", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130

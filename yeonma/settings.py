@@ -77,6 +77,8 @@ class ModelSettings:
     """Number format of the frozen weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
+    shard: bool = False
+    """With several processes: share the frozen weights out over them (FSDP2), so that a model fits that is too large for one GPU. Slower where it would fit; the result is the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -191,6 +193,8 @@ class RunSettings:
     """Keep only so many of the newest checkpoints, and the best one."""
     resume_from_checkpoint: str = "latest"
     """Continue from `latest` in `output_dir`, from a checkpoint folder, or from `none`."""
+    time_limit: str | None = None
+    """Stop with a checkpoint and exit status 75 before the command has run for so long: `11h30m`, `90m`, `45s` or `1:30:00`. The same command goes on."""
     logging_steps: int = field(default=1, metadata=COUNT)
     """Print and report every so many steps; metrics.jsonl has every step."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"

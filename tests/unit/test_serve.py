@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -361,6 +362,20 @@ def test_only_who_has_the_key_is_answered(place: Place, tmp_path: Path) -> None:
                     assert said == "a key is needed, and this is not it"
         with OpenAI(base_url=url, api_key="sesame", max_retries=0) as client:
             assert text_of(say(client, DOCUMENTS[0], max_tokens=TOKENS)) == ask(load(place.one), DOCUMENTS[0])
+
+
+def test_ctrl_c_ends_answers_with_a_word_and_the_server_in_order(place: Place, tmp_path: Path) -> None:
+    errors, folder = tmp_path / "errors", adapter_on(place.base, tmp_path / "endless", TEMPLATE, seed=2)
+    loaded = load(folder)
+    # one that goes round in circles, and does not end by itself
+    endless = next(word for word in WORDS if len(loaded.complete(word, max_new_tokens=300)) > 250)
+    with serving(errors, folder, "--max_new_tokens_limit", "4000") as server, server.client() as client:
+        parts = client.completions.create(model="endless", prompt=endless, max_tokens=4000, stream=True)
+        next(iter(parts))
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(parts)
+    assert errors.read_text().endswith("yeonma: stopped\n")
 
 
 def problem(*words: Path | str) -> str:

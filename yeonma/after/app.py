@@ -123,6 +123,7 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse(Refused(500, "the server failed; its output says how").body, status_code=500)
 
 
@@ -293,4 +294,5 @@ def _failed(error: Exception) -> Refused:
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    # ASCII alone: some clients take U+2028 and its like for the end of a line
+    return f"data: {json.dumps(value)}\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from yeonma.settings import AnswerSettings, ServeSettings
 
 MOST_WAITING = 256  # questions
 GRACE_SECONDS = 3  # that answers at work have when the server is told to stop
+LOOK_SECONDS = 0.1  # between looks whether it is
 
 Say = Callable[[str], None]
 
@@ -172,13 +174,21 @@ def run_server(
         is_local(listener),
     )
 
+    async def end_in_time() -> None:
+        while not server.should_exit:
+            await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(GRACE_SECONDS)
+        worker.break_off()
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         worker.start()
+        ending = asyncio.create_task(end_in_time())
         on_ready()
         try:
             yield
         finally:
+            ending.cancel()
             worker.stop()
             tokenizing.shutdown()
 
@@ -187,11 +197,12 @@ def run_server(
     settings = uvicorn.Config(
         app,
         log_config=None,
-        log_level="warning",
+        log_level="critical",  # the app tells of its own faults
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=10 * GRACE_SECONDS,  # a client that reads nothing must not hold it up
         lifespan="on",
     )
-    uvicorn.Server(settings).run(sockets=[listener])
+    server = uvicorn.Server(settings)
+    server.run(sockets=[listener])

@@ -77,7 +77,12 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more, break off what is at work, and wait until the thread has ended."""
+        """`break_off`, and wait until the thread has ended."""
+        self.break_off()
+        self._thread.join()
+
+    def break_off(self) -> None:
+        """Take no more, and end what is at work and what waits; all are told."""
         with self._changed:
             self._ended = True
             waiting = list(self._jobs)
@@ -85,7 +90,6 @@ class Worker:
             self._changed.notify()
         for job in waiting:
             job.tell(Busy("the server is stopping"))
-        self._thread.join()
 
     def put(self, jobs: Sequence[Job]) -> None:
         """Raises Busy where there is no room for all of them."""

@@ -21,6 +21,7 @@ from yeonma.errors import UserError
 from yeonma.model.check import attention
 from yeonma.model.decode import Picking, decode
 from yeonma.model.draw import drawn, uniforms
+from yeonma.model.shard import is_sharded
 
 CONTEXT = 32  # tokens before an answer that decide how its first one is written
 
@@ -175,7 +176,7 @@ def _answers(
         generated_BS = _generated(model, tokenizer, prompts, style, on_text)
         return [_answer(tokenizer, *each, style) for each in zip(prompts, generated_BS, strict=True)]
     except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
+        if len(prompts) == 1 or is_sharded(model):  # whose processes go on together or not at all
             raise _no_room(len(prompts[0])) from error
     half = (len(prompts) + 1) // 2
     parts = (prompts[:half], prompts[half:])

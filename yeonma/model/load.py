@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.shard import agree_on, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, base_chat_template
@@ -114,8 +115,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype | Literal["auto"]) -> Any:
-    """The frozen base model, in eval mode; `dtype` auto: in the base's own number format.
+def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype) -> Any:
+    """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
+    not searched for NaN: for `yeonma.model.shard`.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
     """
@@ -139,8 +141,10 @@ def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype | Lit
     model, found = loaded
     _check_complete(found, source.name)
     model.requires_grad_(False)
-    model = model.to(device).eval()
-    _check_finite(model, source.name)
+    model.eval()
+    if device is not None:
+        model = model.to(device)
+        check_finite(model, source.name)
     return model
 
 
@@ -157,18 +161,22 @@ def _check_complete(found: Mapping[str, Any], name: str) -> None:
         raise UserError(f"weights of another shape than config.json says: {_some(shapes)}", place=name)
 
 
-def _check_finite(model: nn.Module, name: str) -> None:
-    """One pass of sums, which NaN and infinity go through."""
-    suspects = [
-        key
-        for key, weight in model.named_parameters()
-        if weight.is_floating_point()
-        and weight.element_size() > 1
-        and not weight.sum(dtype=torch.float32).isfinite()
-    ]
-    broken = [key for key in suspects if not bool(model.get_parameter(key).isfinite().all())]
+def check_finite(model: nn.Module, name: str) -> None:
+    """One pass of sums, which NaN and infinity go through; of a sharded model every process looks at its parts.
+
+    Raises UserError, in every process alike.
+    """
+    frozen = {key: each.detach() for key, each in model.named_parameters() if not each.requires_grad}
+    found = agree_on(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
+    broken = [key for key, bad in zip(frozen, found, strict=True) if bad]
     if broken:
         raise UserError(f"NaN or infinity in {_some(broken)}", place=name, cure="download the weights again")
+
+
+def _is_broken(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return False
+    return not weight.sum(dtype=torch.float32).isfinite() and not bool(weight.isfinite().all())
 
 
 def _some(names: Sequence[str]) -> str:

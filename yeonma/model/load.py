@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -115,7 +115,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype | Literal["auto"]) -> Any:
+def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype | Literal[auto]) -> Any:
     """The frozen base model, in eval mode; `dtype` auto: in the base's own number format. Without a `device` it stays
     as transformers reads it, on the CPU, and is not searched for NaN: for `yeonma.model.shard`.
 

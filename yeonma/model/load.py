@@ -115,9 +115,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype | Literal[auto]) -> Any:
-    """The frozen base model, in eval mode; `dtype` auto: in the base's own number format. Without a `device` it stays
-    as transformers reads it, on the CPU, and is not searched for NaN: for `yeonma.model.shard`.
+def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype) -> Any:
+    """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
+    not searched for NaN: for `yeonma.model.shard`.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
     """

@@ -2,11 +2,12 @@
 PYTHON ?= python3
 DATA ?=
 CASES ?= 10000
+KILLS ?= 200
 SEED ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo demo-dpo test fuzz lint bench docs
+.PHONY: setup demo demo-dpo test fuzz faults lint bench docs
 
 setup: .venv/.installed
 
@@ -32,6 +33,10 @@ test: setup
 # Damaged data, templates, settings and folders; docs/reliability.md says what is looked for.
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
+
+# Runs that are killed at random moments; docs/reliability.md has the counts.
+faults: setup
+	$(BIN)/python -m tests.faults.kills --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Write the table of settings into README.md and README.ko.md, between the two `settings` comments.
 
-The English texts are the docstrings in yeonma/settings.py, the Korean ones lie in docs/settings.ko.yaml.
+The English texts are the docstrings in yeonma/settings.py and settings_after.py, the Korean ones lie in
+docs/settings.ko.yaml.
 With --check nothing is written; the exit status is 1 where a table is out of step.
 """
 
@@ -60,6 +61,7 @@ VERBS = {
     "CompareSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
     "PushSettings": ("push",),
+    "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
@@ -109,14 +111,15 @@ def settings_of(cls: type) -> Iterator[Setting]:
         yield Setting(name, default_of(by_name[name], default), choices_of(hints[name]), meaning)
 
 
-def groups_of(module: ModuleType) -> tuple[Group, ...]:
-    """The module's own public dataclasses of settings, in the order of the file."""
+def groups_of(*modules: ModuleType) -> tuple[Group, ...]:
+    """The modules' own public dataclasses of settings, in the order of the files."""
     found = []
-    for name, cls in vars(module).items():
-        own = inspect.isclass(cls) and is_dataclass(cls) and cls.__module__ == module.__name__
-        if own and name.endswith("Settings"):
-            meaning = (inspect.getdoc(cls) or "").split("\n\n")[0]
-            found.append(Group(name, " ".join(meaning.split()), tuple(settings_of(cls))))
+    for module in modules:
+        for name, cls in vars(module).items():
+            own = inspect.isclass(cls) and is_dataclass(cls) and cls.__module__ == module.__name__
+            if own and name.endswith("Settings"):
+                meaning = (inspect.getdoc(cls) or "").split("\n\n")[0]
+                found.append(Group(name, " ".join(meaning.split()), tuple(settings_of(cls))))
     return tuple(found)
 
 
@@ -174,9 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
 
     sys.path.insert(0, str(ROOT))
-    from yeonma import settings
+    from yeonma import settings, settings_after
 
-    groups = groups_of(settings)
+    groups = groups_of(settings, settings_after)
     pages = {"README.md": ENGLISH, "README.ko.md": translated(groups, ROOT / "docs" / "settings.ko.yaml")}
     stale = []
     for name, wording in pages.items():

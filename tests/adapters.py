@@ -51,15 +51,29 @@ def tiny_adapter(
 ) -> Folders:
     """A base under `root` and an adapter folder beside it, as a run would leave it."""
     base = tiny_base(root / "base", tokenizer)
+    return Folders(base, adapter_on(base, root / "OUT", template, columns=columns, cutoff_len=cutoff_len))
+
+
+def adapter_on(
+    base: Path,
+    folder: Path,
+    template: str,
+    *,
+    columns: dict[str, str] | None = None,
+    cutoff_len: int = 2048,
+    seed: int = 0,
+    r: int = 4,
+) -> Path:
+    """An adapter folder on a base that is there; the same weights for the same seed."""
     source = find_base(str(base))
     model: Any = load_base(source, torch.device("cpu"), torch.float32)
     identity = base_identity(model, source)
-    peft_model = add_lora(model, LoraShape(4, 8, 0.0, "all-linear"), seed=0)
+    peft_model = add_lora(model, LoraShape(r, 8, 0.0, "all-linear"), seed=seed)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:  # zero at the start: without this base and adapter would be one
-                parameter.normal_(std=0.3)
-    folder = root / "OUT"
+                parameter.normal_(std=0.3, generator=draw)
     folder.mkdir()
     parsed = load_template(template)
     rules = TokenRules(cutoff_len)
@@ -68,4 +82,4 @@ def tiny_adapter(
         identity, parsed, columns, rules, tokenizer=own, trust_remote_code=False, trained_on={}
     )
     write_adapter(folder, peft_model, own, parsed, details)
-    return Folders(base, folder)
+    return folder

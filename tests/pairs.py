@@ -28,6 +28,14 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+def labelled(count: int) -> list[dict[str, object]]:
+    """Two of three are wanted; the last is the only one of its step."""
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
+        for i, row in enumerate(pairs(count))
+    ]
+
+
 def dpo(output: Path, base: Path, data: Path, **settings: object) -> Done:
     """`yeonma dpo` with small settings, in this process. A mistake of the user's gives status 2."""
     wanted = {"base_model": base, "data_path": data, "output_dir": output, **PLAIN, **settings}

@@ -13,18 +13,25 @@ if TYPE_CHECKING:
     from yeonma.errors import UserError
     from yeonma.model.ask import Loaded
     from yeonma.text.template import Template
+    from yeonma.train.stop import Stopped
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Template", "UserError", "__version__", "dpo", "load", "sft"]
+__all__ = ["Loaded", "Stopped", "Template", "UserError", "__version__", "dpo", "load", "sft"]
 
-_HOMES = {"Loaded": "yeonma.model.ask", "Template": "yeonma.text.template", "UserError": "yeonma.errors"}
+_HOMES = {
+    "Loaded": "yeonma.model.ask",
+    "Stopped": "yeonma.train.stop",
+    "Template": "yeonma.text.template",
+    "UserError": "yeonma.errors",
+}
 
 
 def sft(**settings: Any) -> Path:
     """Fine-tune, with the settings of `yeonma sft` as keywords. Returns the adapter folder.
 
     Raises UserError for every mistake that `yeonma sft` reports, and RuntimeError where one of several processes
-    failed (`nproc`).
+    failed (`nproc`). Ctrl-C and `time_limit` end it with a checkpoint and Stopped, which is a KeyboardInterrupt; the
+    same call goes on. A second Ctrl-C ends it at once.
     """
     return _train("sft", settings)
 
@@ -47,7 +54,7 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     for warning in reading.warnings:
         warnings.warn(warning, stacklevel=3)
     module, function = verb.run.split(":")
-    status = getattr(import_module(module), function)(reading.settings)
+    status = getattr(import_module(module), function)(reading.settings, as_command=False)
     if status:
         raise RuntimeError(f"training ended with status {status}")
     return Path(group_of(reading.settings, RunSettings).output_dir).expanduser()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from yeonma import __version__
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
 from yeonma.settings import (
     PREFERENCE,
     PREFERENCE_DEFAULTS,
@@ -23,8 +23,10 @@ from yeonma.settings import (
     GenerateSettings,
     InspectSettings,
     PushSettings,
+    ServeSettings,
     VerifySettings,
 )
+from yeonma.train.stop import Stopped
 
 HELD_SECONDS = 10
 
@@ -77,6 +79,12 @@ VERBS = {
     "push": Verb(
         "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
     ),
+    "serve": Verb(
+        "Answer requests in OpenAI's form, with one or several adapters of a base.",
+        "yeonma.verbs.serve:run",
+        (ServeSettings,),
+        "adapter_dirs",
+    ),
     "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
     "demo-dpo": Verb(
         "Tune a small model on the bundled pairs, end to end.",
@@ -88,8 +96,9 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted,
-    141 when nobody reads the output any more.
+    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted, 143 when
+    training was told to end (SIGTERM), 75 when its time limit was over, 69 when another of its processes was lost, 141
+    when nobody reads the output any more.
 
     YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
     """
@@ -107,6 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"yeonma: {line}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if not stopped.told and os.environ.get("RANK", "0") == "0":
+            print(f"yeonma: {stopped}", file=sys.stderr)
+        return stopped.status
+    except ProcessLost as lost:
+        print(f"yeonma: {lost}", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130

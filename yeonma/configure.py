@@ -115,7 +115,7 @@ def _from_command_line(
         option = OPTION.fullmatch(argument)
         if option is None:
             if positional and positional not in given and not _looks_like_option(argument):
-                given[positional] = Given(argument, positional)
+                given[positional] = Given(_with_more(known.get(positional), argument, waiting), positional)
             else:
                 problems.append(_unexpected(argument, known))
             continue
@@ -138,7 +138,10 @@ def _from_command_line(
 
 
 def _with_more(setting: Setting | None, value: str, waiting: list[str]) -> object:
-    """The value; for a list of texts, `--models a b c`, with the words that follow, which are taken from `waiting`."""
+    """The value; for a list of texts, `--models a b c`, with the words that follow, which are taken from `waiting`.
+
+    A list that has no name on the command line, `yeonma serve a b`, is read alike.
+    """
     if setting is None or setting.hint != list[str] or value.startswith("["):
         return value
     words = [value]

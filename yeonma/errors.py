@@ -20,6 +20,14 @@ class Problem:
         return f"{text}; {self.cure}" if self.cure else text
 
 
+LOST = 69
+"""Exit status of a process that ended because another of its run was lost: sysexits' EX_UNAVAILABLE."""
+
+
+class ProcessLost(Exception):
+    """Another process of the run is gone; says which."""
+
+
 class UserError(Exception):
     """A mistake in the data, the template, the settings or a folder. `yeonma` prints it and exits with status 2."""
 

@@ -39,3 +39,4 @@ POSITIVE = {"range": Range(above=0)}
 SHARE = {"range": Range(at_least=0, at_most=1)}
 DECAY = {"range": Range(at_least=0, below=1)}
 SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
+PORT = {"range": Range(at_least=0, at_most=65535)}

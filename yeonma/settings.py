@@ -13,6 +13,8 @@ from yeonma.choices import LrScheduler as LrScheduler
 from yeonma.choices import PreferenceLoss as PreferenceLoss
 from yeonma.choices import Tracker as Tracker
 from yeonma.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
+from yeonma.settings_after import PushSettings as PushSettings
+from yeonma.settings_after import ServeSettings as ServeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,8 @@ class ModelSettings:
     """Number format of the frozen weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
+    shard: bool = False
+    """With several processes: share the frozen weights out over them (FSDP2), so that a model fits that is too large for one GPU. Slower where it would fit; the result is the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -187,6 +191,8 @@ class RunSettings:
     """Keep only so many of the newest checkpoints, and the best one."""
     resume_from_checkpoint: str = "latest"
     """Continue from `latest` in `output_dir`, from a checkpoint folder, or from `none`."""
+    time_limit: str | None = None
+    """Stop with a checkpoint and exit status 75 before the command has run for so long: `11h30m`, `90m`, `45s` or `1:30:00`. The same command goes on."""
     logging_steps: int = field(default=1, metadata=COUNT)
     """Print and report every so many steps; metrics.jsonl has every step."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"
@@ -369,25 +375,3 @@ class DemoSettings:
     """A short form that shows that everything runs, with too few steps to learn much."""
     overwrite: bool = False
     """Replace what another run left in `output_dir`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushSettings:
-    """What is sent to the hub, and who may see it there."""
-
-    folder: str
-    """The adapter folder that a run left behind, a checkpoint in it, or a merged model."""
-    repo: str
-    """The repository on the hub: `owner/name`, or a name in your own account. It is made where there is none."""
-    public: bool = False
-    """Let everybody see it. Off, it is private, and a repository that is public already is refused."""
-    base_model: str | None = None
-    """The base model's name on the hub, where training took it from a local folder. It is written in what is sent."""
-    hide_paths: bool = False
-    """Of each absolute path in the files, send the last part alone. Off, such files are refused."""
-    message: str = "Upload with Yeonma"
-    """What the commit says."""
-    dry_run: bool = False
-    """Show what would be sent, and send nothing."""
-    yes: bool = False
-    """Send without asking. Needed where there is no terminal."""

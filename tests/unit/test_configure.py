@@ -544,3 +544,21 @@ def test_a_list_of_texts_takes_the_words_that_follow_it() -> None:
     assert models("--rows", "3", "--models", "a", "b") == ["a", "b"]
     with pytest.raises(UserError, match="belongs to no setting"):
         models("--models", "[a, b]", "c")
+
+
+def test_a_list_without_a_name_takes_the_words_that_follow_it() -> None:
+    from yeonma.settings import ServeSettings
+
+    def folders(*words: str) -> list[str]:
+        found = read_settings((ServeSettings,), words, verb="serve", positional="adapter_dirs")
+        return group_of(found.settings, ServeSettings).adapter_dirs
+
+    assert folders("a") == ["a"]
+    assert folders("a", "b c", "--port", "1") == ["a", "b c"]
+    assert folders("--port", "1", "a", "b") == ["a", "b"]
+    assert folders("--adapter_dirs", "a", "b") == ["a", "b"]
+    assert folders("[a, b]") == ["a", "b"]
+    with pytest.raises(UserError, match="b belongs to no setting"):
+        folders("a", "--port", "1", "b")
+    with pytest.raises(UserError, match="65536 is out of range"):
+        folders("a", "--port", "65536")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yeonma
-from tests.pairs import PLAIN, chat_folder, dpo, pairs, tuned
+from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, model_folder, trained, write_jsonl
 from yeonma.settings import PreferenceLoss
 from yeonma.tokens.plan import epoch_order
@@ -154,14 +154,6 @@ def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, los
     assert ("the accuracy is that of a coin" in card) == (loss not in ("simpo", "cpo", "orpo"))
 
 
-def labelled(count: int) -> list[dict[str, object]]:
-    """Two of three are wanted; the last is the only one of its step."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
-        for i, row in enumerate(pairs(count))
-    ]
-
-
 def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", labelled(21))
     kto: dict[str, object] = {"loss": "kto", "batch_size": 5, "num_epochs": 3, "val_set_size": 0, "beta": 0.5}
@@ -284,15 +276,15 @@ def test_other_mathematics_is_another_run_and_speed_is_not(tmp_path: Path, base:
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The examples of each of the reference's passes through the model from now on."""
     asked: list[int] = []
-    compute = reference.example_logprobs
+    compute = reference.turn_logprobs
 
-    def counted(model: Any, how: Any, token_ids: Any, *others: Any, **keywords: Any) -> torch.Tensor:
+    def counted(model: Any, how: Any, store: Any, turn: Any, *others: Any) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in model.modules())
-        asked.append(len(token_ids))
-        return compute(model, how, token_ids, *others, **keywords)
+        asked.append(len(turn.examples))
+        return compute(model, how, store, turn, *others)
 
-    monkeypatch.setattr(reference, "example_logprobs", counted)
+    monkeypatch.setattr(reference, "turn_logprobs", counted)
     return asked
 
 
@@ -337,7 +329,7 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(reference, "ROUND_TOKENS", 300)
     asked = forward_passes(monkeypatch)
-    compute, calls = reference.example_logprobs, 0
+    compute, calls = reference.turn_logprobs, 0
 
     def killed(*arguments: Any, **keywords: Any) -> torch.Tensor:
         nonlocal calls
@@ -347,7 +339,7 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
         return compute(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "example_logprobs", killed)
+        patch.setattr(reference, "turn_logprobs", killed)
         assert dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache").status == 130
     before = sum(asked)
     assert 0 < before < 34
@@ -532,8 +524,8 @@ def test_settings_that_make_no_sense_are_refused(
 def test_a_loss_that_is_no_number_names_the_rows_of_its_pairs(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = loop.example_logprobs
-    monkeypatch.setattr(loop, "example_logprobs", lambda *a, **k: compute(*a, **k) * math.nan)
+    compute = loop.turn_logprobs
+    monkeypatch.setattr(loop, "turn_logprobs", lambda *a, **k: compute(*a, **k) * math.nan)
     done = dpo(tmp_path / "out", base, data, batch_size=3)
     rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in epoch_order(21, 42, 0, 3)[:3]))
     assert done.status == 2

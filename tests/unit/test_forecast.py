@@ -29,15 +29,16 @@ from yeonma.configure import group_of, settings_from_keywords
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.attention import FOREST
-from yeonma.model.forward import HEAD_CHUNK_BYTES, plain_head
+from yeonma.model.forward import HEAD_CHUNK_BYTES, Forward, plain_head
 from yeonma.model.lora import speed_up
 from yeonma.settings import TRAINING, ModelSettings
 from yeonma.tokens.forest import Forest, lay_out
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.distributed import Processes
-from yeonma.train.loop import Tuning, _my_micro_batches
+from yeonma.train.loop import Tuning, _my_turns
 from yeonma.train.objectives import SFT
 from yeonma.train.prepare import Prepared, prepare
+from yeonma.train.room import Room
 
 SHAPE = load.LoraShape(4, 8, 0.0, "all-linear")
 TRACED = [family for family in FOREST_FAMILIES if family not in ("gpt_oss", "qwen3_moe")]
@@ -202,8 +203,9 @@ def test_the_micro_batches_are_those_of_the_step(
         for rank in range(processes):
             group = Processes(rank, processes)
             nothing: Any = None
-            tuning = Tuning(nothing, nothing, {}, nothing, nothing, False, 1.0, micro, SFT, group)
-            batches = _my_micro_batches(tuning, store, positions, store.trained_of)
+            how, room = Forward(True, None, "sdpa", ""), Room(micro, torch.device("cpu"))
+            tuning = Tuning(nothing, how, {}, nothing, nothing, False, 1.0, room, SFT, group)
+            batches = [turn.examples for turn in _my_turns(tuning, store, positions, store.trained_of)]
             expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
     found = list(batches_module._batches(prepared.plan, store, micro, processes))
     assert [(step, members.tolist(), several) for step, members, several in found] == expected

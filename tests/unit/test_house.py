@@ -155,6 +155,7 @@ def test_rows_become_text_without_torch() -> None:
         if module.split(".")[0] in (
             "errors",
             "paths",
+            "settings_after",
             "settings",
             "yaml_text",
             "setting",
@@ -190,7 +191,7 @@ def test_every_setting_is_read_somewhere() -> None:
     readers = {
         name: source
         for name, source in sources().items()
-        if name not in ("ranges", "settings", "setting", "fit", "configure", "help")
+        if name not in ("ranges", "settings_after", "settings", "setting", "fit", "configure", "help")
     }
     assert len(names) > 50
     assert sorted(unread(names, readers)) == []
@@ -291,6 +292,12 @@ def test_requirements_pin_torch_first_and_everything_within_the_declared_ranges(
         assert version.version in declared()[canonicalize_name(pin.name)].specifier, str(pin)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    installed = [*project["dependencies"], *extras["demo"], *extras["compare"], *extras["dev"]]
+    installed = [
+        *project["dependencies"],
+        *extras["demo"],
+        *extras["compare"],
+        *extras["serve"],
+        *extras["dev"],
+    ]
     wanted = {Requirement(text).name for text in installed}
     assert {pin.name for pin in pins} == wanted

@@ -500,7 +500,7 @@ def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_st
 ) -> None:
     from yeonma.train import loop
 
-    order, compute = epoch_order(29, 42, 0, 4), loop.example_logprobs
+    order, compute = epoch_order(29, 42, 0, 4), loop.turn_logprobs
     calls = 0
 
     def logprobs(*arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -508,7 +508,7 @@ def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_st
         calls += 1
         return compute(*arguments, **keywords) * (math.nan if calls == 6 else 1)  # two micro-batches a step
 
-    monkeypatch.setattr(loop, "example_logprobs", logprobs)
+    monkeypatch.setattr(loop, "turn_logprobs", logprobs)
     done = sft(tmp_path / "out", base, data, save_steps=1)
     rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in order[8:12]))
     assert done.status == 2

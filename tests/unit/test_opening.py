@@ -99,15 +99,15 @@ def examples_through(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The examples of every pass through the model, whoever asks, from now on."""
     seen: list[int] = []
     for module in (loop, reference):
-        compute = module.example_logprobs
+        compute = module.turn_logprobs
 
         def counted(
-            model: Any, how: Any, ids: Any, *others: Any, _compute: Any = compute, **more: Any
+            model: Any, how: Any, store: Any, turn: Any, *others: Any, _compute: Any = compute
         ) -> Any:
-            seen.append(len(ids))
-            return _compute(model, how, ids, *others, **more)
+            seen.append(len(turn.examples))
+            return _compute(model, how, store, turn, *others)
 
-        monkeypatch.setattr(module, "example_logprobs", counted)
+        monkeypatch.setattr(module, "turn_logprobs", counted)
     return seen
 
 

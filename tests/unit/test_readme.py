@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,10 @@ def test_both_readmes_have_the_same_parts_in_the_same_order() -> None:
     english, korean = (re.findall(r"^(#+) (\d*)", text, re.MULTILINE) for text in plain)
     assert english == korean
     assert len(english) > 15
+
+
+def test_the_tables_of_the_page_on_scale_are_those_of_its_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/scale.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

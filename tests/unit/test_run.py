@@ -51,7 +51,15 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:
-    of_the_run = {"settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json"}
+    of_the_run = {
+        "settings.yaml",
+        "metrics.jsonl",
+        "trained_rows.jsonl",
+        "loss.png",
+        "README.md",
+        "run.json",
+        "manifest.json",
+    }
     assert names_in(done.folder) == ADAPTER | TOKENIZER | of_the_run | {"checkpoint-3", "checkpoint-6"}
     of_a_checkpoint = {"optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"}
     assert names_in(done.folder / "checkpoint-3") == ADAPTER | TOKENIZER | of_a_checkpoint

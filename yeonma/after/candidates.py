@@ -93,7 +93,7 @@ def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
         raise UserError(problems)
     lent = next((each for each in opened if isinstance(each, Asker)), None)
     candidates = []
-    for spec, name, each in zip(specs, _names(specs), opened, strict=True):
+    for spec, name, each in zip(specs, short_names(specs), opened, strict=True):
         if isinstance(each, Asker):
             candidates.append(Candidate(name, each, str(each.adapter.path), True, "its own"))
         else:
@@ -203,7 +203,7 @@ def _lent(
     return Candidate(name, Asker(folder, bare.source, bare.tokenizer, ends), bare.source.adapter, False, of)
 
 
-def _names(specs: Sequence[str]) -> list[str]:
+def short_names(specs: Sequence[str]) -> list[str]:
     """Short names: the last part of each path, or more of it where that is not enough."""
     for parts in (1, 2, 3):
         names = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def estimate(
         gradient_checkpointing=model.gradient_checkpointing,
         micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
         processes=processes,
+        sharded=model.shard and processes > 1,
     )
     drawn = _draw(case)
     process = _process_bytes(device.type)
@@ -106,6 +108,7 @@ class _Case:
     gradient_checkpointing: bool
     micro: MicroBatching
     processes: int
+    sharded: bool
 
 
 def _draw(case: _Case) -> Blueprint:
@@ -121,7 +124,13 @@ def _draw(case: _Case) -> Blueprint:
 def _memory(
     case: _Case, drawn: Blueprint, batches: Batches, traced: Trace, process: int, steps: int
 ) -> Memory:
-    loading = process + drawn.weight_bytes
+    weights, gathered = drawn.weight_bytes, 0
+    loading = process + weights
+    if case.sharded:
+        weights = ceil(drawn.weight_bytes / case.processes)
+        gathered = min(drawn.gathered_bytes, drawn.weight_bytes - weights)
+        # on the CPU the file's pages, until all parts have been taken from them
+        loading = weights + gathered if case.device == "cuda" else loading + weights
     stored = getattr(case.config, "dtype", None) or case.dtype
     if case.device == "cpu" and stored != case.dtype:  # the file's pages and the converted weights at once
         loading += drawn.frozen * stored.itemsize
@@ -131,7 +140,7 @@ def _memory(
         routines = min(KEPT_ROUTINES, met) * ROUTINE_BYTES
     return Memory(
         process=process,
-        weights=drawn.weight_bytes,
+        weights=weights,
         lora=drawn.trained_bytes,
         gradients=traced.gradients,
         optimizer=2 * drawn.trained_bytes if steps > 1 else 0,  # made by the first step, after its peak
@@ -140,6 +149,7 @@ def _memory(
         workspace=traced.workspace,
         routines=routines,
         loading=loading,
+        gathered=gathered,
     )
 
 
@@ -183,6 +193,8 @@ def _alternatives(
 
     if not case.gradient_checkpointing:
         add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
+    if case.processes > 1 and not case.sharded:
+        add("shard true", "slower: layers are gathered as they run", sharded=True)
     most = case.micro.most_examples
     for fewer in sorted({most // 2, 1} - {0, most}, reverse=True):
         add(f"micro_batch_size {fewer}", "the same result", micro=replace(case.micro, most_examples=fewer))
@@ -190,7 +202,7 @@ def _alternatives(
         slow = ", slow on most CPUs" if case.device == "cpu" else ""
         add("dtype bfloat16", f"coarser numbers{slow}", dtype=torch.bfloat16)
     for name, each in QUANTISED.items():
-        saved = int(drawn.dense * (case.dtype.itemsize - each))
+        saved = int(drawn.dense * (case.dtype.itemsize - each)) // (case.processes if case.sharded else 1)
         peak = replace(memory, weights=memory.weights - saved).training
         found.append(Alternative(name, peak, False, "not in this version; only the weights are counted anew"))
     return tuple(found)

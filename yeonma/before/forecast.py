@@ -36,6 +36,8 @@ class Memory:
     """What oneDNN keeps for the shapes that it has met; 0 where it plays no part."""
     loading: int
     """The peak while weights are read and converted; not a part of the sum."""
+    gathered: int = 0
+    """Of weights that are sharded, what is whole at a time: the layer that runs, and the next."""
 
     @property
     def training(self) -> int:

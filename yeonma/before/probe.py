@@ -50,10 +50,10 @@ def probe_run(
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
     micro = MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix)
     batches = look_at_batches(plan, store, micro, processes=1)
-    loaded = load_model(settings, source, device, prepared, say)
     taken = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
     taken += taken[: max(0, steps - len(taken))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(taken))
+    loaded = load_model(settings, source, device, prepared, say, group)
     objective = make_objective(settings, loaded, prepared, {store.key: (store, units)}, group, say)
     tuning = make_tuning(settings, loaded, plan, objective, group)
     tuning.model.train()

@@ -25,6 +25,7 @@ from yeonma.model import load
 from yeonma.model.attention import FOREST
 from yeonma.model.forward import Head, plain_head, trained_logprobs
 from yeonma.model.lora import speed_up
+from yeonma.model.shard import gathered_bytes
 from yeonma.tokens.forest import Forest
 
 aten = torch.ops.aten
@@ -44,6 +45,8 @@ class Blueprint:
     weight_bytes: int
     """Frozen parameters and buffers; a tied one counts once."""
     trained_bytes: int
+    gathered_bytes: int
+    """What of the weights a process holds whole at a time where they are sharded."""
 
 
 def blueprint(
@@ -84,6 +87,7 @@ def blueprint(
         dense=sum(m.weight.numel() for m in linear if not m.weight.requires_grad),
         weight_bytes=sum(each.untyped_storage().nbytes() for each in held),
         trained_bytes=sum(each.untyped_storage().nbytes() for each in trained),
+        gathered_bytes=gathered_bytes(base),
     )
 
 

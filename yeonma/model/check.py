@@ -16,6 +16,7 @@ import torch
 
 from yeonma.model.attention import FOREST
 from yeonma.model.forward import Forward, Head, plain_head, sequence_logprobs, trained_logprobs
+from yeonma.model.shard import recover
 from yeonma.tokens.forest import LEAST_SHARED, Forest, lay_out
 
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
@@ -103,6 +104,7 @@ def _try_forest(model: Any, forest: Forest) -> tuple[str, torch.Tensor | None]:
         model.set_attn_implementation(FOREST)
         own = trained_logprobs(model, forest, None, watch=watch)
     except Exception as error:  # whatever a model's code may raise, it means: not by forests
+        recover(model)
         return f"its code does not take a forest ({type(error).__name__}: {_first_line(error)})", None
     other = _other_layers(model.config.get_text_config(), windows)
     return (other, None) if other else ("", own)
@@ -118,6 +120,7 @@ def _try_head(
     try:
         fused = trained_logprobs(model, forest, head)
     except Exception:  # a decoder that cannot be called by itself
+        recover(model)
         return None
     return head if distance(fused, own) <= tolerance else None
 

@@ -181,14 +181,25 @@ def _seen(growing: Growing, rows: int, window: int | None) -> torch.Tensor:
     return growing.masks[window]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A prompt, and how it is to be answered."""
+
+    prompt: Sequence[int]
+    picking: Picking
+
+
 @dataclass(eq=False)
 class _Row:
     """A prompt that is being answered."""
 
     index: int
     prompt: list[int]
+    picking: Picking
     uniform: Any  # numbers in [0, 1), one a token; None where nothing is drawn
     generated: list[int] = field(default_factory=list)
+    seen_V: torch.Tensor | None = None
+    """Which tokens it holds, where that makes them less likely."""
 
 
 def decode(
@@ -199,46 +210,67 @@ def decode(
     most_rows: int,
     on_done: Callable[[int, list[int]], None],
 ) -> None:
+    """`grow` of prompts that are known from the beginning and answered alike."""
+    grow(model, [Wanted(prompt, picking) for prompt in prompts], most_rows=most_rows, on_done=on_done)
+
+
+def grow(
+    model: Any,
+    wanted: Sequence[Wanted],
+    *,
+    most_rows: int,
+    on_done: Callable[[int, list[int]], None],
+    on_token: Callable[[int, list[int]], bool] | None = None,
+    more: Callable[[int, list[int]], Sequence[Wanted]] | None = None,
+) -> None:
     """Answer the prompts, in their order as room comes free, at most `most_rows` at once.
 
     `on_done` gets each prompt's index and the ids of its answer, with the stop token that ended it, if one did. The
     model is one that `check_forward` found fit for forests, without an adapter around it or with one inside, and in
     eval mode. What the prompts share from the first token, but for their last, is computed once.
+
+    `on_token` gets an answer's ids so far after each that has not ended it, and says whether to end it there. `more`
+    is asked before a step with room for so many more prompts, numbered on from those before; each must begin with the
+    ids that it is given and be longer.
     """
-    shared = _shared(prompts)
+    shared = _shared([each.prompt for each in wanted])
     growing, live = Growing(shared=shared), list[_Row]()
-    waiting = list(enumerate(prompts))[::-1]
-    seen = _Seen(model, picking.repetition_penalty)
+    waiting, known = list(enumerate(wanted))[::-1], len(wanted)
+    frame = [int(number) for number in wanted[0].prompt[:shared]] if wanted else []
     with torch.no_grad(), attention(model, GROWING):
         if shared:
-            _forward(model, growing, list(prompts[0][:shared]), range(shared), [shared - 1])
-        while live or waiting:
+            _forward(model, growing, frame, range(shared), [shared - 1])
+        while True:
+            if more is not None and not waiting and len(live) < most_rows:
+                waiting = list(enumerate(more(most_rows - len(live), frame), start=known))[::-1]
+                known += len(waiting)
+            if not live and not waiting:
+                return
             going_on, budget = len(live), PROMPT_TOKENS
             while waiting and len(live) < most_rows:
-                index, prompt = waiting[-1]
-                budget -= len(prompt) - shared
+                budget -= len(waiting[-1][1].prompt) - shared
                 if budget < 0 and len(live) > going_on:
                     break
-                waiting.pop()
-                numbers = (
-                    uniforms(prompt, picking.seed, picking.max_new_tokens)
-                    if picking.temperature > 0
-                    else None
-                )
-                live.append(_Row(index, [int(number) for number in prompt], numbers))
-            logits_BV = _step(model, growing, live, going_on)
-            seen.begin([row.prompt for row in live[going_on:]], logits_BV)
-            ids = _picked(logits_BV, live, picking, seen)
-            seen.add(ids)
+                live.append(_begun(*waiting.pop()))
+            ids = _picked(_step(model, growing, live, going_on), live).tolist()
             ended = []
-            for place, (row, number) in enumerate(zip(live, ids.tolist(), strict=True)):
+            for place, (row, number) in enumerate(zip(live, ids, strict=True)):
                 row.generated.append(number)
-                if number in picking.stop_ids or len(row.generated) == picking.max_new_tokens:
+                if row.seen_V is not None:
+                    row.seen_V[number] = True
+                stopped = number in row.picking.stop_ids or len(row.generated) == row.picking.max_new_tokens
+                if stopped or (on_token is not None and on_token(row.index, row.generated)):
                     ended.append(place)
             for place in reversed(ended):  # from behind: what is moved into a gap has not ended
                 row = live[place]
-                _remove(growing, seen, live, place)
+                _remove(growing, live, place)
                 on_done(row.index, row.generated)
+
+
+def _begun(index: int, wanted: Wanted) -> _Row:
+    picking, prompt = wanted.picking, [int(number) for number in wanted.prompt]
+    drawn_from = uniforms(prompt, picking.seed, picking.max_new_tokens) if picking.temperature > 0 else None
+    return _Row(index, prompt, picking, drawn_from)
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:
@@ -286,16 +318,43 @@ def _forward(
     return logits.float()
 
 
-def _picked(logits_BV: torch.Tensor, live: Sequence[_Row], picking: Picking, seen: _Seen) -> torch.Tensor:
-    scores_BV = seen.penalised(logits_BV)
+def _picked(logits_BV: torch.Tensor, live: Sequence[_Row]) -> torch.Tensor:
+    """ids_B; rows that are picked alike together."""
+    styles: dict[tuple[float, float, int, float], list[int]] = {}
+    for place, row in enumerate(live):
+        how = row.picking
+        style = (how.temperature, how.top_p, how.top_k, how.repetition_penalty)
+        styles.setdefault(style, []).append(place)
+    if len(styles) == 1:
+        return _picked_alike(logits_BV, live)
+    ids_B = torch.empty(len(live), dtype=torch.long, device=logits_BV.device)
+    for places in styles.values():
+        at = torch.tensor(places, device=logits_BV.device)
+        ids_B[at] = _picked_alike(logits_BV[at], [live[place] for place in places])
+    return ids_B
+
+
+def _picked_alike(scores_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+    picking = rows[0].picking
+    if picking.repetition_penalty != 1.0:
+        seen_BV = torch.stack([_seen_tokens(row, scores_BV) for row in rows])
+        scores_BV = penalised(scores_BV, seen_BV, picking.repetition_penalty)
     if picking.temperature == 0:
         return scores_BV.argmax(dim=1)
-    uniform = [float(row.uniform[len(row.generated)]) for row in live]
+    uniform = [float(row.uniform[len(row.generated)]) for row in rows]
     uniform_B = torch.tensor(uniform, dtype=torch.float64, device=scores_BV.device)
     return drawn(scores_BV, uniform_B, picking.temperature, picking.top_p, picking.top_k)
 
 
-def _remove(growing: Growing, seen: _Seen, live: list[_Row], place: int) -> None:
+def _seen_tokens(row: _Row, like_BV: torch.Tensor) -> torch.Tensor:
+    """(V,): the row's own record, begun with its prompt."""
+    if row.seen_V is None:
+        row.seen_V = torch.zeros(like_BV.shape[1], dtype=torch.bool, device=like_BV.device)
+        row.seen_V[torch.tensor(row.prompt, device=like_BV.device)] = True
+    return row.seen_V
+
+
+def _remove(growing: Growing, live: list[_Row], place: int) -> None:
     """Take a row out; the last one moves to its place, so that the rows stay the first ones of what is held."""
     last = len(live) - 1
     if place != last:
@@ -304,37 +363,7 @@ def _remove(growing: Growing, seen: _Seen, live: list[_Row], place: int) -> None
                 assert held is not None
                 held[place, :, : growing.places] = held[last, :, : growing.places]
         live[place] = live[last]
-    seen.remove(place)
     live.pop()
-
-
-@dataclass(eq=False)
-class _Seen:
-    """Which tokens each row holds already, where that makes them less likely."""
-
-    model: Any
-    penalty: float
-    seen_BV: torch.Tensor | None = None
-
-    def begin(self, prompts: Sequence[list[int]], logits_BV: torch.Tensor) -> None:
-        if self.penalty == 1.0 or not prompts:
-            return
-        fresh = torch.zeros(len(prompts), logits_BV.shape[1], dtype=torch.bool, device=logits_BV.device)
-        for row, prompt in zip(fresh, prompts, strict=True):
-            row[torch.tensor(prompt, device=row.device)] = True
-        self.seen_BV = fresh if self.seen_BV is None else torch.cat([self.seen_BV, fresh])
-
-    def add(self, ids_B: torch.Tensor) -> None:
-        if self.seen_BV is not None:
-            self.seen_BV.scatter_(1, ids_B.unsqueeze(1), True)
-
-    def penalised(self, scores_BV: torch.Tensor) -> torch.Tensor:
-        return scores_BV if self.seen_BV is None else penalised(scores_BV, self.seen_BV, self.penalty)
-
-    def remove(self, place: int) -> None:
-        if self.seen_BV is not None:
-            self.seen_BV[place] = self.seen_BV[-1].clone()
-            self.seen_BV = self.seen_BV[:-1]
 
 
 AttentionInterface.register(GROWING, growing_attention)

@@ -6,7 +6,8 @@ Shapes: T tokens, N trained tokens, U distinct (source, target) pairs, H hidden,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 
 from yeonma.model.attention import layout
 from yeonma.model.linear import product
+from yeonma.model.shard import gathered, is_sharded, own_class, within
 from yeonma.tokens.forest import Forest, lay_out
 
 HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
@@ -47,7 +49,7 @@ def plain_head(model: Any) -> Head | None:
     the model's own logits, so that a model with a head of another kind uses its own forward instead.
     """
     layer, config = model.get_output_embeddings(), model.config
-    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+    if own_class(layer) is not nn.Linear or layer.weight.requires_grad:
         return None
     divisor = getattr(config, "logits_scaling", None) or 1.0
     factor = getattr(config, "logit_scale", None) or 1.0
@@ -96,9 +98,19 @@ def trained_logprobs(model: Any, forest: Forest, head: Head | None, **keywords: 
         logits = model(**batch, logits_to_keep=source_U).logits[0]
         logprob_U = _gather_logprobs(logits, target_U)
     else:
-        hidden = model.get_decoder()(**batch).last_hidden_state[0]
-        logprob_U = head_logprobs(hidden.index_select(0, source_U), target_U, head)
+        logprob_U = within(model, partial(_by_our_head, model, batch, source_U, target_U, head))
     return logprob_U[torch.from_numpy(forest.pair_N).to(device)]
+
+
+def _by_our_head(
+    model: Any, batch: dict[str, Any], source_U: torch.Tensor, target_U: torch.Tensor, head: Head
+) -> torch.Tensor:
+    hidden = model.get_decoder()(**batch).last_hidden_state[0].index_select(0, source_U)
+    if not is_sharded(model):
+        return head_logprobs(hidden, target_U, head)
+    layer = model.get_output_embeddings()
+    with gathered(layer):  # its weights are others now than those that `head` was made of
+        return head_logprobs(hidden, target_U, replace(head, weight_VH=layer.weight, bias_V=layer.bias))
 
 
 def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:

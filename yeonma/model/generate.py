@@ -15,12 +15,13 @@ from typing import Any, SupportsInt
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from yeonma.errors import UserError
 from yeonma.model.check import attention
 from yeonma.model.decode import Picking, decode
 from yeonma.model.draw import drawn, uniforms
+from yeonma.model.shard import is_sharded
 
 CONTEXT = 32  # tokens before an answer that decide how its first one is written
 
@@ -86,10 +87,10 @@ def generate(
             if on_answer is not None:
                 on_answer(index, answer)
 
-        with _quiet(asked):
+        with quiet(asked):
             _decode_all(asked, prompts, order, style, batch_size, done)
         return texts
-    with _quiet(asked), attention(asked, plain_attention) if plain_attention else nullcontext():
+    with quiet(asked), attention(asked, plain_attention) if plain_attention else nullcontext():
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids = [[int(number) for number in prompts[index]] for index in batch]
@@ -175,7 +176,7 @@ def _answers(
         generated_BS = _generated(model, tokenizer, prompts, style, on_text)
         return [_answer(tokenizer, *each, style) for each in zip(prompts, generated_BS, strict=True)]
     except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
+        if len(prompts) == 1 or is_sharded(model):  # whose processes go on together or not at all
             raise _no_room(len(prompts[0])) from error
     half = (len(prompts) + 1) // 2
     parts = (prompts[:half], prompts[half:])
@@ -194,6 +195,7 @@ def _generated(
     prompts: Sequence[list[int]],
     style: Picking,
     on_text: Callable[[str], None] | None,
+    criteria: StoppingCriteriaList | None = None,
 ) -> list[list[int]]:
     """The ids after each prompt, with what fills up those that end before others."""
     longest = max(map(len, prompts))
@@ -210,13 +212,33 @@ def _generated(
         attention_mask=torch.tensor(mask, device=model.device),
         generation_config=_config(style),
         logits_processor=processors,
+        stopping_criteria=criteria,
         streamer=_Stream(tokenizer, prompts[0], style.stop_ids, on_text) if on_text is not None else None,
     )
     return sequences[:, longest:].tolist()
 
 
+def answer_alone(
+    model: Any, prompt: Sequence[int], style: Picking, on_token: Callable[[list[int]], bool]
+) -> list[int]:
+    """The ids after a prompt by transformers' loop, with the stop token that ended it, if one did.
+
+    For a model that takes no forests, without an adapter around it. `on_token` gets the answer's ids so far after each
+    that has not ended it, and says whether to end it there.
+    """
+
+    def heard(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        ids = input_ids[0, len(prompt) :].tolist()
+        return torch.tensor([ids[-1] not in style.stop_ids and on_token(ids)], device=input_ids.device)
+
+    ids = [int(number) for number in prompt]
+    with quiet(model):
+        criteria = StoppingCriteriaList([heard])
+        return _generated(model, None, [ids], style, None, criteria)[0]
+
+
 @contextmanager
-def _quiet(model: Any) -> Iterator[None]:
+def quiet(model: Any) -> Iterator[None]:
     """Eval mode, and none of the generation settings that the model brings, which would fill in what is left open."""
     own, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()

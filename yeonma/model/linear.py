@@ -62,7 +62,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """A plain dense layer in float32 on the CPU, none of whose parameters is trained."""
+    """A plain dense layer in float32 on the CPU, none of whose parameters is trained; not a head that is sharded by
+    itself, whose result must be no view."""
     return (
         type(layer) is nn.Linear
         and layer.weight.device.type == "cpu"

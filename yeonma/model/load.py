@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.shard import agree_on, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 
@@ -93,8 +95,9 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype) -> Any:
-    """The frozen base model, in eval mode.
+def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype) -> Any:
+    """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
+    not searched for NaN: for `yeonma.model.shard`.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
     """
@@ -118,8 +121,10 @@ def load_base(source: BaseSource, device: torch.device, dtype: torch.dtype) -> A
     model, found = loaded
     _check_complete(found, source.name)
     model.requires_grad_(False)
-    model = model.to(device).eval()
-    _check_finite(model, source.name)
+    model.eval()
+    if device is not None:
+        model = model.to(device)
+        check_finite(model, source.name)
     return model
 
 
@@ -136,18 +141,22 @@ def _check_complete(found: Mapping[str, Any], name: str) -> None:
         raise UserError(f"weights of another shape than config.json says: {_some(shapes)}", place=name)
 
 
-def _check_finite(model: nn.Module, name: str) -> None:
-    """One pass of sums, which NaN and infinity go through."""
-    suspects = [
-        key
-        for key, weight in model.named_parameters()
-        if weight.is_floating_point()
-        and weight.element_size() > 1
-        and not weight.sum(dtype=torch.float32).isfinite()
-    ]
-    broken = [key for key in suspects if not bool(model.get_parameter(key).isfinite().all())]
+def check_finite(model: nn.Module, name: str) -> None:
+    """One pass of sums, which NaN and infinity go through; of a sharded model every process looks at its parts.
+
+    Raises UserError, in every process alike.
+    """
+    frozen = {key: each.detach() for key, each in model.named_parameters() if not each.requires_grad}
+    found = agree_on(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
+    broken = [key for key, bad in zip(frozen, found, strict=True) if bad]
     if broken:
         raise UserError(f"NaN or infinity in {_some(broken)}", place=name, cure="download the weights again")
+
+
+def _is_broken(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return False
+    return not weight.sum(dtype=torch.float32).isfinite() and not bool(weight.isfinite().all())
 
 
 def _some(names: Sequence[str]) -> str:
@@ -253,11 +262,26 @@ def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | N
     config = PeftConfig.from_pretrained(folder)
     if dropout is not None:
         config.lora_dropout = dropout
-    try:
+    with _fitting(folder, config.base_model_name_or_path, model.name_or_path):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
+
+
+def load_another(peft_model: Any, folder: str, name: str) -> None:
+    """Put the adapter of a folder beside the first one, to be chosen by `name`. Raises UserError as `load_adapter`."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    with _fitting(folder, base, peft_model.get_base_model().name_or_path):
+        peft_model.load_adapter(folder, name, is_trainable=False)
+
+
+@contextmanager
+def _fitting(folder: str, made_for: object, base: object) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the adapter was made for {config.base_model_name_or_path} and does not fit {model.name_or_path}",
+            f"the adapter was made for {made_for} and does not fit {base}",
             place=folder,
             cure="give the base model that the adapter was trained on",
         ) from error

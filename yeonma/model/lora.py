@@ -27,8 +27,12 @@ def speed_up(model: nn.Module) -> int:
             layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
             taken += 1
         elif has_onednn() and is_frozen_linear(layer):
-            layer.forward = partial(frozen_linear, weight=layer.weight, bias=layer.bias)  # type: ignore[method-assign]
+            layer.forward = partial(_frozen_forward, layer)  # type: ignore[method-assign]
     return taken
+
+
+def _frozen_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return frozen_linear(x, layer.weight, layer.bias)  # as they are now: weights may be gathered and let go
 
 
 def _is_plain(layer: LoraLinear) -> bool:

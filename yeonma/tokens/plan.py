@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heapreplace
 from math import ceil
 
 import numpy as np
@@ -126,9 +127,13 @@ def micro_batches(
 
 def _balanced(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
     """Longest first, each to the bin with the fewest tokens that has room; within a bin in the given order."""
-    loads, filled = [0] * bins, [[] for _ in range(bins)]  # type: tuple[list[int], list[list[int]]]
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    open_bins = [(0, number) for number in range(bins)]  # tokens so far; a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        target = min((b for b in range(bins) if len(filled[b]) < most), key=lambda b: loads[b])
-        loads[target] += int(lengths[index])
+        load, target = open_bins[0]
         filled[target].append(index)
+        if len(filled[target]) < most:
+            heapreplace(open_bins, (load + int(lengths[index]), target))
+        else:
+            heappop(open_bins)
     return [sorted(each) for each in filled]

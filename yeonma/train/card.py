@@ -46,13 +46,13 @@ def write_card(
     rows: int,
 ) -> None:
     """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
-    samples = take_samples(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
+    samples = ask_rows(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(output, samples, metrics, command, kept, dataset.kind.units)
     write_text_atomically(output / "README.md", text)
 
 
-def take_samples(
+def ask_rows(
     peft_model: Any, how: Forward, tokenizer: Any, dataset: Dataset, asked: Part, count: int
 ) -> list[Sample]:
     """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on.

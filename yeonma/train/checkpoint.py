@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class RunState:
     best_step: int | None
     evaluations_without_gain: int
     identity: dict[str, Any]  # the settings and data that the mathematics depends on
+    surroundings: dict[str, str | int] = field(default_factory=dict)  # what equal bytes depend on besides
+    micro_batches: list[int] = field(
+        default_factory=list
+    )  # what was asked for, then what each process had room for
+    evaluation_due: bool = (
+        False  # the run was stopped before it had looked at the validation rows after this step
+    )
 
 
 def checkpoint_path(output: Path, step: int) -> Path:

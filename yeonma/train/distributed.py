@@ -7,11 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-TIME_OUT = timedelta(minutes=30)
+from yeonma.errors import UserError
+from yeonma.train.heartbeat import company
+
+TIME_TO_MEET = timedelta(minutes=30)
+"""For all processes to start."""
+TIME_OUT = timedelta(days=30)
+"""Of a sum. The others may wait for hours while one tokenises; who is gone, `heartbeat` finds."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +35,29 @@ class Processes:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun started (its RANK and WORLD_SIZE); a single process joins nothing."""
+    """Join the processes that torchrun started (its RANK and WORLD_SIZE); a single process joins nothing.
+
+    Raises ProcessLost where one of the others ends early; the process ends by itself where it hangs in a sum then.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes(0, 1)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIME_OUT)
+    store, rank, count = next(rendezvous("env://", timeout=TIME_TO_MEET))
+    store.set_timeout(TIME_TO_MEET)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(f"group/{attempt}", store),
+        rank=rank,
+        world_size=count,
+        timeout=TIME_OUT,
+    )
     try:
-        yield Processes(dist.get_rank(), count)
+        with company(PrefixStore(f"heartbeat/{attempt}", store.clone()), rank, count):
+            yield Processes(rank, count)
     finally:
         dist.destroy_process_group()
 
@@ -77,6 +99,18 @@ def gather_bytes(group: Processes, mine: torch.Tensor) -> list[torch.Tensor]:
     everyone = [torch.empty_like(mine) for _ in range(group.count)]
     dist.all_gather(everyone, mine)
     return [each.cpu() for each in everyone]
+
+
+def check_alike(group: Processes, content: str) -> None:
+    """Raises UserError, in every process, where one was given other settings, data or files than the first."""
+    mine = torch.frombuffer(bytearray(sha256(content.encode()).digest()), dtype=torch.uint8)
+    first, *others = gather_bytes(group, mine)
+    odd = [str(rank) for rank, each in enumerate(others, 1) if not torch.equal(each, first)]
+    if odd:
+        raise UserError(
+            f"process {', '.join(odd)} of {group.count} has other settings, data or versions than process 0",
+            cure="give every process the same command, files and versions",
+        )
 
 
 def wait(group: Processes) -> None:

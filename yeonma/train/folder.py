@@ -36,6 +36,7 @@ SEAL = "manifest.json"
 OURS = (
     "settings.yaml",
     "metrics.jsonl",
+    "trained_rows.jsonl",
     "loss.png",
     "README.md",
     "yeonma.json",

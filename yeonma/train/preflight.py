@@ -16,6 +16,7 @@ from yeonma.settings import DataSettings, ModelSettings, PreferenceSettings, Run
 from yeonma.text.kinds import Choice, Kind, choose_template, kind_for
 from yeonma.text.rows import Rows, glance
 from yeonma.text.template import load_template
+from yeonma.train.stop import seconds_of
 from yeonma.train.tracking import check_trackers
 
 ROWS = 1000
@@ -30,6 +31,7 @@ def preflight(settings: Mapping[type, object]) -> None:
     model, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
     gather(
         partial(check_trackers, run.report_to),
+        *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
         partial(check_data, group_of(settings, DataSettings), kind_of(settings), adapter_of(model)),
     )

@@ -25,13 +25,14 @@ from yeonma.disk import sync
 from yeonma.errors import UserError
 from yeonma.model.adapter import WEIGHTS, BaseIdentity
 from yeonma.model.check import in_eval_mode
-from yeonma.model.forward import Forward, example_logprobs
+from yeonma.model.forward import Forward
 from yeonma.model.load import BaseSource
 from yeonma.text.files import file_hash
-from yeonma.tokens.plan import micro_batches, shares
 from yeonma.tokens.store import TokenStore
 from yeonma.train.distributed import Processes, sum_over
 from yeonma.train.objectives import answer_logprobs
+from yeonma.train.room import Room
+from yeonma.train.turns import Company, turn_logprobs, turns
 
 FORMAT = 1
 """Raised whenever the same rows would get other numbers or another file."""
@@ -74,9 +75,7 @@ def reference_logprobs(
     later: np.ndarray | None = None,
     identity: str,
     cache_dir: Path,
-    most_units: int,
-    most_tokens: int | None,
-    share_prefix: bool,
+    room: Room,
     group: Processes,
     say: Callable[[str], None],
 ) -> np.ndarray:
@@ -98,29 +97,25 @@ def reference_logprobs(
     missing = asked[np.isin(asked, store.units[np.isnan(known)])]
     if not len(missing):
         return known
-    done = 0
+    done, company = 0, Company(group.rank, group.count, not room.alone)
     with torch.no_grad(), in_eval_mode(model):
         # the borders are those of all, so that a pass which was killed goes on with the same micro-batches
         for whole in _rounds(asked, store.unit_lengths, ROUND_TOKENS * group.count):
             part = whole[np.isin(whole, missing)]
             if not len(part):
                 continue
-            fresh = np.zeros(len(store))
-            mine = part[shares(store.unit_lengths[part].tolist(), group.count)[group.rank]]
-            for members in micro_batches(store.unit_lengths[mine].tolist(), most_units, most_tokens):
-                examples = store.examples_of(mine[members])
-                held = [store.example(int(position)) for position in examples]
-                logprob_N = example_logprobs(
-                    model,
-                    how,
-                    [each.token_ids for each in held],
-                    [each.trained for each in held],
-                    share_prefix=share_prefix,
-                    units=store.units[examples],
-                )
-                sums = answer_logprobs(logprob_N.double(), store.trained_counts[examples])
-                fresh[examples] = sums.cpu().numpy()
             of_part = store.examples_of(part)
+
+            def mine(part: np.ndarray = part, spare: int = int(of_part[0])) -> np.ndarray:
+                fresh = np.zeros(len(store))
+                for turn in turns(store, part, store.examples_of, room.micro, company, how.forest):
+                    logprob_N = turn_logprobs(model, how, store, turn, spare, room.micro.share_prefix)
+                    if len(turn.examples):
+                        sums = answer_logprobs(logprob_N.double(), store.trained_counts[turn.examples])
+                        fresh[turn.examples] = sums.cpu().numpy()
+                return fresh
+
+            fresh = room.fit(mine, store, part)
             known[of_part] = summed(fresh, group, model.device)[of_part]
             done += len(part)
             if group.first:

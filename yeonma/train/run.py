@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,18 @@ from yeonma.disk import told
 from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.model.samples import Samples, take_samples
+from yeonma.model.shard import spread_trained
 from yeonma.paths import user_path
 from yeonma.settings import (
     EvaluationSettings,
+    LoraSettings,
     ModelSettings,
     RunSettings,
     StepSettings,
 )
 from yeonma.tokens.dataset import Dataset, describe
 from yeonma.train import folder
-from yeonma.train.card import write_card
+from yeonma.train.card import ask_rows, write_card
 from yeonma.train.checkpoint import (
     AdapterWriter,
     RunState,
@@ -34,7 +39,7 @@ from yeonma.train.checkpoint import (
     recover,
     restore_optimizer,
 )
-from yeonma.train.distributed import processes, wait
+from yeonma.train.distributed import check_alike, processes, wait
 from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.opening import look_again
@@ -43,7 +48,6 @@ from yeonma.train.prepare import (
     Prepared,
     prepare,
 )
-from yeonma.train.progress import EvaluationRecord, Progress, StepRecord
 from yeonma.train.setup import (
     Loaded,
     all_looked_at,
@@ -54,13 +58,19 @@ from yeonma.train.setup import (
     make_tuning,
 )
 from yeonma.train.space import Saves, adapter_bytes, check_room
-from yeonma.train.tracking import check_trackers, open_metrics, open_trackers, plot_loss, tracked
+from yeonma.train.stop import REASONS, Stop, Stopped
+from yeonma.train.surroundings import moved, surroundings, versions
+from yeonma.train.tracking import check_trackers, plot_loss
+from yeonma.train.watched import watched
+
+SAVE_SECONDS_A_WEIGHT = 12 / 50e6
+"""A guess for the time limit, until a save was seen: a weight with its two moments, at 50 MB/s."""
 
 
-def run_training(settings: Mapping[type, object]) -> Path:
+def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
     """Supervised fine-tuning or, where there are PreferenceSettings, learning from pairs. Returns the output folder.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can mend, and Stopped where `stop` ended the run before it was finished.
     """
     model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
     output = user_path(run.output_dir)
@@ -68,10 +78,12 @@ def run_training(settings: Mapping[type, object]) -> Path:
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
     with processes(device) as group, ExitStack() as held:
+        stop.others = group.count > 1
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
         say = partial(console.out, highlight=False)
         prepared = prepare(settings, source, continued, say)
         describe(prepared.dataset, say)
+        check_alike(group, _alike(settings, prepared))
         if group.first:
             held.enter_context(told(output, "the run's files"))
             held.enter_context(hold(output, say))
@@ -84,19 +96,32 @@ def run_training(settings: Mapping[type, object]) -> Path:
         if group.first and prepared.trained_parameters is not None:
             saves = saves_of(settings, prepared)
             check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
-        loaded = load_model(settings, source, device, prepared, say)
+        stop.check()
+        loaded = load_model(settings, source, device, prepared, say, group)
+        stop.check()
         looked_at = all_looked_at(prepared)
         first = looked_at_first(prepared)
         objective = make_objective(settings, loaded, prepared, looked_at, group, say, first)
-        tuning = make_tuning(settings, loaded, prepared.plan, objective, group)
+        tuning = make_tuning(settings, loaded, prepared.plan, objective, group, stop)
         if start.state is not None:
             look_again(tuning, prepared.plan, prepared.dataset.train.store, held_out(prepared))
+        stop.check()
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
-        _train(settings, loaded, tuning, console, prepared, start, output)
-        wait(group)
+        stopped = _train(settings, loaded, tuning, console, prepared, start, output)
+        wait(group)  # torchrun ends all when one ends: nobody leaves before the first has saved
+        if stopped is not None:
+            raise Stopped(*stopped, told=True)
     return output
+
+
+def _alike(settings: Mapping[type, object], prepared: Prepared) -> str:
+    """What must be the same in all processes. Files may lie elsewhere on another machine; their content counts."""
+    flat = {name: value for group in settings.values() for name, value in vars(group).items()}
+    places = {"base_model", "adapter", "data_path", "val_data_path", "template", "output_dir", "cache_dir"}
+    kept = {name: value for name, value in flat.items() if name not in places}
+    return json.dumps([prepared.identity, kept, versions()], sort_keys=True, default=str)
 
 
 def saves_of(settings: Mapping[type, object], prepared: Prepared) -> Saves:
@@ -113,7 +138,8 @@ def _train(
     prepared: Prepared,
     start: folder.Start,
     output: Path,
-) -> None:
+) -> tuple[str, int] | None:
+    """None where the run is finished; else what was told of its end, and the exit status."""
     run, evaluation = group_of(settings, RunSettings), group_of(settings, EvaluationSettings)
     say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
     dataset, peft_model = prepared.dataset, loaded.peft_model
@@ -128,10 +154,16 @@ def _train(
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
+    here = surroundings(group.count, tuning.model.device)
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
     if start.checkpoint is not None and start.state is not None:
         _restore(tuning, peft_model, start.checkpoint, start.state)
         say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
+        if room := _room_of(state, tuning):
+            tuning.room.keep(room)
+        if line := moved(state.surroundings, here, group_of(settings, LoraSettings).lora_dropout > 0):
+            say(line)
+    state = replace(state, surroundings=here)
     rhythm = Rhythm(
         eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
         save_steps=run.save_steps or plan.steps_per_epoch,
@@ -141,15 +173,33 @@ def _train(
     )
     validation = held_out(prepared)
     steps = partial(run_steps, tuning, plan, dataset.train.store, validation, rhythm, state, output, adapter)
+    stop = tuning.stop
+    stop.took(save=sum(each.numel() for each in tuning.parameters.values()) * SAVE_SECONDS_A_WEIGHT)
+    with stop.between_steps():
+        if group.first:
+            state = watched(settings, steps, console, plan.total_steps, state, output)
+        else:
+            state = steps(Watch(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
+    if stop.agreed:
+        told = _stopped_after(stop.agreed, state.step, plan.total_steps, output)
+        console.out(told, highlight=False)
+        sys.stdout.flush()
+        return told, stop.agreed
+    stop.check()
     if not group.first:
-        steps(Watch(lambda _: None, lambda _: None, lambda: None, lambda _: None))
-        return
-    state = _watched(settings, steps, console, plan.total_steps, state.step, output)
+        if tuning.sharded and evaluation.card_rows:  # no process can ask the model alone
+            spread_trained(tuning.model)
+            asked = dataset.validation or dataset.train
+            ask_rows(peft_model, loaded.how, prepared.tokenizer, dataset, asked, evaluation.card_rows)
+        return None
     kept = state.step if state.best_step is None or not evaluation.keep_best else state.best_step
     if kept != state.step:
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
         load_weights(peft_model, checkpoint_path(output, kept))
     folder.install(output, adapter)
+    stop.check()
+    if evaluation.card_rows:
+        spread_trained(tuning.model)
     per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
@@ -169,6 +219,22 @@ def _train(
     folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
+    return None
+
+
+def _room_of(state: RunState, tuning: Tuning) -> int | None:
+    """What this process had room for; None where something else is asked for now, or by as many processes."""
+    asked, *had = state.micro_batches or [0]
+    if asked != tuning.room.asked.most_examples or len(had) != tuning.group.count:
+        return None
+    return had[tuning.group.rank]
+
+
+def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:
+    if not step:
+        return f"stopped by {REASONS[status]} before the first step; the same command begins anew"
+    where = f"stopped by {REASONS[status]} after step {step} of {total_steps}"
+    return f"{where}; {checkpoint_path(output, step)} is saved, and the same command goes on"
 
 
 def _samples(dataset: Dataset, count: int) -> Samples:
@@ -193,34 +259,3 @@ def load_weights(peft_model: Any, checkpoint: Path) -> None:
 
     weights = load_peft_weights(str(checkpoint), device=str(peft_model.device))
     set_peft_model_state_dict(peft_model, weights)
-
-
-def _watched(
-    settings: Mapping[type, object],
-    steps: Callable[[Watch], RunState],
-    console: Console,
-    total_steps: int,
-    start_step: int,
-    output: Path,
-) -> RunState:
-    """The steps, with progress, metrics.jsonl and trackers."""
-    run = group_of(settings, RunSettings)
-    flat = {name: value for group in settings.values() for name, value in vars(group).items()}
-    with (
-        open_metrics(output / "metrics.jsonl", start_step or None) as metrics,
-        open_trackers(run.report_to, run.run_name, output, flat, start_step) as trackers,
-        Progress(total_steps, start_step, run.logging_steps, console) as progress,
-    ):
-
-        def step(record: StepRecord) -> None:
-            metrics.write(record)
-            progress.step(record)
-            if record.step % run.logging_steps == 0:
-                trackers.log(record.step, tracked(record))
-
-        def evaluation(record: EvaluationRecord) -> None:
-            metrics.write(record)
-            progress.evaluation(record)
-            trackers.log(record.step, tracked(record))
-
-        return steps(Watch(step, evaluation, metrics.sync, progress.say))

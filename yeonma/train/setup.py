@@ -16,6 +16,7 @@ from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.lora import speed_up
+from yeonma.model.shard import held_bytes, is_sharded, shard_weights
 from yeonma.settings import (
     LoraSettings,
     ModelSettings,
@@ -39,6 +40,8 @@ from yeonma.train.prepare import (
     preference_options,
 )
 from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
+from yeonma.train.room import Room
+from yeonma.train.stop import Stop
 
 UNITS_WITHOUT_GRADIENT = 4
 """Pairs that the reference takes at once for each that training does: without gradients, memory holds one layer's."""
@@ -66,15 +69,22 @@ def load_model(
     device: torch.device,
     prepared: Prepared,
     say: Callable[[str], None],
+    group: Processes,
 ) -> Loaded:
     model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
-    base = load.load_base(source, device, load.pick_dtype(model_settings.dtype, device))
+    shard = model_settings.shard and group.count > 1
+    if model_settings.shard and not shard:
+        say("one process holds all weights: shard plays no part")
+    base = load.load_base(source, None if shard else device, load.pick_dtype(model_settings.dtype, device))
     identity = adapters.base_identity(base, source)
     if prepared.adapter is not None:
         adapters.check_continued(prepared.adapter, identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
         peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
+    if shard:
+        shard_weights(base, device)
+        load.check_finite(base, source.name)
     how = check_forward(base)  # with the adapter in place: it may sit on the head
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")
@@ -85,6 +95,8 @@ def load_model(
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
     )
+    if shard:
+        say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this one")
     dataset = prepared.dataset
     details = adapters.describe(
         identity,
@@ -163,8 +175,11 @@ def make_objective(
             )
         as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
         cache_dir = cache_folder(group_of(settings, TokenSettings))
+        most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
+        micro = MicroBatching(most, step.micro_batch_tokens, step.share_prefix)
         if (
             first is None
+            or is_sharded(base)  # every look at it is a meeting of all
             or preference.loss == "kto"  # its mean over the step is needed before
             or group_of(settings, LoraSettings).use_dora  # the base to rounding only
             or not is_reference(base, loaded.how, as_reference, group)
@@ -180,9 +195,7 @@ def make_objective(
                     later=first[key][1] if key in first else None,
                     identity=identity,
                     cache_dir=cache_dir,
-                    most_units=UNITS_WITHOUT_GRADIENT * step.micro_batch_size,
-                    most_tokens=step.micro_batch_tokens,
-                    share_prefix=step.share_prefix,
+                    room=Room(micro, base.device, not is_sharded(base)),
                     group=group,
                     say=say,
                 )
@@ -197,9 +210,15 @@ def make_objective(
 
 
 def make_tuning(
-    settings: Mapping[type, object], loaded: Loaded, plan: Plan, objective: Objective, group: Processes
+    settings: Mapping[type, object],
+    loaded: Loaded,
+    plan: Plan,
+    objective: Objective,
+    group: Processes,
+    stop: Stop | None = None,
 ) -> Tuning:
-    step = group_of(settings, StepSettings)
+    step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
+    sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -210,14 +229,20 @@ def make_tuning(
         fused=True,
     )
     return Tuning(
-        model=loaded.peft_model.get_base_model(),
+        model=base,
         how=loaded.how,
         parameters=parameters,
         optimizer=optimizer,
         scheduler=make_schedule(step, optimizer, plan.total_steps),
         by_metric=step.lr_scheduler in BY_METRIC,
         max_grad_norm=step.max_grad_norm,
-        micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+        room=Room(
+            MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+            base.device,
+            not sharded,
+        ),
         objective=objective,
         group=group,
+        stop=stop or Stop(),
+        sharded=sharded,
     )

@@ -52,13 +52,15 @@ class MetricsFile:
         self.file.close()
 
 
-def open_metrics(path: Path, keep_steps: int | None) -> MetricsFile:
-    """Open `path` to append to it: empty for a new run (`keep_steps` None), else with lines up to that step.
+def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = True) -> MetricsFile:
+    """Open `path` to append to it: empty for a new run (`keep_steps` None), else with lines up to that step, its
+    evaluation among them or not.
 
     What comes after them is cut off in one system call, so a kill leaves the old lines or the kept ones. The
     kept lines are not rewritten. Raises UserError for a line that is no record.
     """
-    end = _end_of_step(path, keep_steps) if keep_steps is not None and path.exists() else 0
+    kept = keep_steps is not None and path.exists()
+    end = _end_of_step(path, keep_steps or 0, keep_evaluation) if kept else 0
     file = path.open("ab", buffering=0)
     file.truncate(end)
     return MetricsFile(file)
@@ -245,10 +247,10 @@ def _values(line: bytes, place: str) -> dict[str, Any]:
     return values
 
 
-def _end_of_step(path: Path, step: int) -> int:
+def _end_of_step(path: Path, step: int, with_evaluation: bool) -> int:
     kept = 0
     for end, values in _lines(path):
-        if values["step"] > step:
+        if (values["step"], values.get("evaluation", False)) > (step, with_evaluation):
             break
         kept = end
     return kept

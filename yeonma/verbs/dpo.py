@@ -7,6 +7,6 @@ from collections.abc import Mapping
 from yeonma.verbs.sft import train
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: Mapping[type, object], *, as_command: bool = True) -> int:
     """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds."""
-    return train("dpo", settings)
+    return train("dpo", settings, as_command=as_command)

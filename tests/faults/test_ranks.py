@@ -1,0 +1,151 @@
+"""One of several processes is killed, stopped, or given something else: the others end, say which, and lose nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from tests.faults.kills import ROOT, left_behind, prepare
+from yeonma.train import heartbeat
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+LONG = ["--num_epochs", "3", "--early_stopping_patience", "50", "--save_steps", "5"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return prepare(tmp_path_factory.mktemp("ranks"))
+
+
+def start(words: Sequence[str], place: Path, **variables: str) -> subprocess.Popen[str]:
+    place.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=place,
+        env={**os.environ, "YEONMA_CACHE": str(place / "cache"), "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lines_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def process_of(rank: int, started: subprocess.Popen[str]) -> int:
+    """The process id of the run's process of that rank."""
+    for child in _children(started.pid):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in variables:
+            return child
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def _children(pid: int) -> Iterator[int]:
+    for each in Path(f"/proc/{pid}/task").iterdir():
+        for child in (each / "children").read_text().split():
+            yield int(child)
+            yield from _children(int(child))
+
+
+@pytest.fixture(scope="module")
+def whole(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    place = tmp_path_factory.mktemp("whole")
+    untouched = start(["-m", "yeonma", *commands["sft"], *LONG, "--nproc", "2"], place)
+    out = untouched.communicate()[0]
+    assert untouched.returncode == 0, out
+    return left_behind(place / "out", checkpoints=False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "says"),
+    [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "was not heard of for 4 seconds")],
+    ids=["second killed", "first killed", "second stopped"],
+)
+def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
+    commands: dict[str, list[str]],
+    whole: dict[str, object],
+    tmp_path: Path,
+    rank: int,
+    how: signal.Signals,
+    says: str,
+) -> None:
+    words = ["-m", "yeonma", *commands["sft"], *LONG, "--nproc", "2"]
+    run = start(words, tmp_path, YEONMA_SILENCE_SECONDS="4")
+    lines = lines_until(run, "step 7/")
+    os.kill(process_of(rank, run), how)
+    began = monotonic()
+    lines.append(run.communicate()[0])
+    out = "".join(lines)
+    assert run.returncode not in (0, 2), out
+    assert monotonic() - began < 60
+    assert f"process {rank} " in out
+    assert says in out
+    assert "Traceback" not in out
+    if (rank, how) != (1, signal.SIGKILL):
+        return
+    again = start(words, tmp_path)
+    out = again.communicate()[0]
+    assert again.returncode == 0, out
+    assert "continuing after step 5" in out
+    assert left_behind(tmp_path / "out", checkpoints=False) == whole
+
+
+def test_they_end_within_a_minute_by_default() -> None:
+    assert heartbeat.SILENCE_SECONDS + 4 * heartbeat.INTERVAL_SECONDS < 60
+
+
+def test_processes_that_nobody_started_together_name_the_one_that_is_gone(
+    commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """As on several machines, where torchrun of the one does not see the processes of the other."""
+    words = ["-m", "yeonma", *commands["sft"], *LONG]
+    port = "29531"
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    runs = [start(words, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **together) for rank in range(2)]
+    lines_until(runs[0], "step 7/")
+    runs[1].kill()
+    out = runs[0].communicate()[0]
+    runs[1].communicate()
+    assert runs[0].returncode == heartbeat.LOST, out
+    assert f"yeonma: process 1 ({os.uname().nodename}, process id {runs[1].pid}) has ended; " in out
+    assert "the same command goes on from the last checkpoint" in out
+    assert "Traceback" not in out
+
+
+def test_a_process_with_other_settings_is_refused_before_weights_are_read(
+    commands: dict[str, list[str]], tmp_path: Path
+) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        "from yeonma.cli import main\n"
+        "rate = '1e-3' if os.environ['RANK'] == '0' else '2e-3'\n"
+        "sys.exit(main([*sys.argv[1:], '--learning_rate', rate]))\n"
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    plain = [word for name in _pairs(commands["sft"][1:]) if name[0] != "--learning_rate" for word in name]
+    run = start([*words, "sft", *plain], tmp_path)
+    out = run.communicate()[0]
+    assert run.returncode == 1, out
+    cure = "give every process the same command, files and versions"
+    assert f"process 1 of 2 has other settings, data or versions than process 0; {cure}" in out
+    assert not (tmp_path / "out").exists()
+
+
+def _pairs(words: Sequence[str]) -> list[Sequence[str]]:
+    return [words[i : i + 2] for i in range(0, len(words), 2)]

@@ -1,0 +1,142 @@
+"""Sharded runs of two processes beside runs of one: families, losses, uneven shares, resuming, and memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.pairs import PLAIN, dpo, pairs
+from tests.runs import SETTINGS, Done, arguments, articles, characters, model_folder, sft, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+VERBS = {"sft": (sft, SETTINGS, articles), "dpo": (dpo, PLAIN, pairs)}
+UNEVEN: dict[str, object] = {"batch_size": 5, "micro_batch_size": 1, "val_set_size": 4, "eval_steps": 2}
+
+pytestmark = pytest.mark.slow
+
+
+def sharded(verb: str, output: Path, base: Path, data: Path, **settings: object) -> Done:
+    wanted = {"base_model": base, "data_path": data, "output_dir": output, **VERBS[verb][1], **settings}
+    words = arguments({**wanted, "shard": True})
+    done = subprocess.run([*TORCHRUN, f"{verb}-trainer.py", *words], cwd=ROOT, capture_output=True, text=True)
+    return Done(done.returncode, output, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("verb", "family", "settings"),
+    [
+        ("sft", "llama", {"gradient_checkpointing": True}),
+        ("sft", "llama", {"batch_size": 1, "max_steps": 4, "num_epochs": None}),
+        ("sft", "gpt2", {"cutoff_len": 128}),  # a tied head, in PyTorch's other dense layer
+        ("sft", "bloom", {}),  # one sequence at a time
+        ("sft", "gemma2", {"use_dora": True}),
+        ("sft", "qwen3_moe", {}),
+        ("dpo", "llama", {"use_rslora": True}),
+        ("dpo", "bloom", {}),
+        ("dpo", "gpt2", {"cutoff_len": 128, "gradient_checkpointing": True}),
+        ("dpo", "llama", {"loss": "kto"}),
+    ],
+)
+def test_a_sharded_run_has_the_losses_of_a_whole_one(
+    tmp_path: Path, verb: str, family: str, settings: dict[str, object]
+) -> None:
+    base = model_folder(tmp_path / "model", family)
+    in_one_process, _, rows = VERBS[verb]
+    made = rows(13)
+    if settings.get("loss") == "kto":
+        made = [  # type: ignore[misc]
+            {
+                "prompt": row["prompt"],
+                "completion": row["chosen" if i % 2 else "rejected"],
+                "label": i % 2 == 1,
+            }
+            for i, row in enumerate(made)
+        ]
+    data = write_jsonl(tmp_path / "rows.jsonl", made)
+    settings = {**UNEVEN, **settings}
+    one = in_one_process(tmp_path / "one", base, data, **settings, cache_dir=tmp_path / "a")
+    assert one.status == 0, one.err
+    two = sharded(verb, tmp_path / "two", base, data, **settings, cache_dir=tmp_path / "b")
+    assert two.status == 0, two.err
+    assert [line["loss"] for line in two.lines] == pytest.approx(
+        [line["loss"] for line in one.lines], abs=1e-5
+    )
+    for name, weight in two.weights.items():
+        assert float((weight - one.weights[name]).abs().max()) < 1e-4, name
+
+
+def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "model")
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(13))
+    settings: dict[str, object] = {**UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2}
+    whole = sharded("sft", tmp_path / "whole", base, data, **settings)
+    assert whole.status == 0, whole.err
+    part = tmp_path / "part"
+    shutil.copytree(whole.folder, part)
+    for left in part.glob("checkpoint-*"):  # as a run is found that was ended after step 2
+        if left.name != "checkpoint-2":
+            shutil.rmtree(left)
+    run = json.loads((part / "run.json").read_text())
+    (part / "run.json").write_text(json.dumps({**run, "finished": False}))
+    (part / "adapter_model.safetensors").unlink()
+    again = sharded("sft", part, base, data, **settings)
+    assert again.status == 0, again.err
+    assert "continuing after step 2 of" in again.out
+    assert again.weight_bytes == whole.weight_bytes
+    assert again.losses == whole.losses
+
+
+MEMORY = """
+import json
+import sys
+from pathlib import Path
+import torch
+from yeonma.model import load
+from yeonma.model.check import check_forward
+from yeonma.model.shard import gathered_bytes, held_bytes, shard_weights
+from yeonma.train.distributed import processes, wait
+from yeonma.train.progress import status_bytes
+
+with processes(torch.device("cpu")) as group:
+    before = {name: status_bytes(name) for name in ("RssAnon", "RssFile")}
+    model = load.load_base(load.BaseSource(sys.argv[1]), None, torch.float32)
+    load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+    whole, gathered = held_bytes(model), gathered_bytes(model)
+    shard_weights(model, torch.device("cpu"))
+    after = {name: status_bytes(name) - before[name] for name in before}
+    check_forward(model)
+    passed = {name: status_bytes(name) - before[name] for name in before}
+    found = {"whole": whole, "gathered": gathered, "held": held_bytes(model), "after": after, "passed": passed}
+    Path(sys.argv[2], f"{group.rank}.json").write_text(json.dumps(found))
+    wait(group)
+"""
+
+
+def test_each_process_holds_half_of_the_frozen_weights(tmp_path: Path) -> None:
+    """By the tensors, and by what Linux says of the process: its own memory, and the pages of the weights' file."""
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    characters().save_pretrained(tmp_path / "model")
+    script = tmp_path / "memory.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{MEMORY}")
+    command = [*TORCHRUN, str(script), str(tmp_path / "model"), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        whole = found["whole"]
+        assert whole > 250e6
+        assert found["held"] == pytest.approx(whole / 2, rel=0.01)
+        lora = 20e6  # the adapter, and code that is imported meanwhile
+        assert found["after"]["RssAnon"] < whole / 2 + found["gathered"] + lora
+        assert found["after"]["RssFile"] < 0.2 * whole + lora  # the file's pages have been let go
+        assert found["passed"]["RssAnon"] < whole / 2 + 2 * found["gathered"] + lora

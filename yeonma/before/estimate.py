@@ -23,7 +23,7 @@ from yeonma.before.trace import Blueprint, Trace, blueprint, trace
 from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import load
-from yeonma.model.linear import KEPT_ROUTINES, frozen_linear, has_onednn
+from yeonma.model.linear import KEPT_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.prepare import Prepared, lora_shape
@@ -158,7 +158,7 @@ def _process_bytes(device_type: str) -> int:
     if device_type == "cuda":
         return 0
     weight, trained = torch.zeros(64, 64), torch.zeros(64, 64, requires_grad=True)
-    hidden = frozen_linear(trained, weight, None)
+    hidden = frozen_linear(trained, Dense(weight), None)
     heads = hidden.view(1, 4, 64, 16)
     attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     attended.log_softmax(-1).sum().backward()

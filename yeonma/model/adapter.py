@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
+from yeonma.model.packed import numbers_of
 from yeonma.model.samples import SAMPLES, Samples
 from yeonma.paths import user_path
 from yeonma.text.template import Template
@@ -63,7 +64,7 @@ def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(numbers_of(parameter) for parameter in model.parameters()),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
 

@@ -53,7 +53,6 @@ def traced() -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig
 
-    from yeonma.before.estimate import QUANTISED
     from yeonma.before.trace import blueprint, trace
     from yeonma.model.load import LoraShape
     from yeonma.tokens.forest import lay_out
@@ -62,12 +61,13 @@ def traced() -> dict[str, Any]:
     for name, shape in SHAPES.items():
         config = LlamaConfig(**shape, max_position_embeddings=4096)  # type: ignore[arg-type]
         forest = lay_out([np.arange(TOKENS, dtype=np.int32)], [np.arange(TOKENS) > 0])
+        lora = LoraShape(RANK, 16, 0.0, "all-linear")
         each: dict[str, Any] = {}
         for checkpointing in (False, True):
             drawn = blueprint(
                 config,
                 torch.bfloat16,
-                LoraShape(RANK, 16, 0.0, "all-linear"),
+                lora,
                 gradient_checkpointing=checkpointing,
             )
             passed = trace(drawn, forest, has_gradients=True)
@@ -80,7 +80,7 @@ def traced() -> dict[str, Any]:
             "weights": drawn.weight_bytes,
             "lora": drawn.trained_bytes,
             "gathered": drawn.gathered_bytes,
-            "nf4": drawn.weight_bytes - int(drawn.dense * (2 - QUANTISED["nf4"])),
+            "nf4": blueprint(config, torch.bfloat16, lora, quantization="nf4").weight_bytes,
         }
         found[name] = each
     return found
@@ -170,7 +170,7 @@ def tables(kept: Kept) -> dict[str, str]:
     ]  # fmt: skip
     fits = []
     for name, each in models.items():
-        ways = [("plain", 1, "any"), ("nf4 (not built)", 1, "any")]
+        ways = [("plain", 1, "any"), ("nf4", 1, "any")]
         ways += [("sharded", count, str(count)) for count in COUNTS[1:]]
         for way, count, told in ways:
             size = bytes_of(each, way.partition(" ")[0], count)

@@ -36,7 +36,9 @@ def run(settings: Mapping[type, object]) -> int:
         folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code
     )
     asker.questions([], max_new_tokens=how.max_new_tokens)
-    loaded = Loaded(asker, load_model(asker, folder.device, folder.dtype), folder.adapter_weights)
+    loaded = Loaded(
+        asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights
+    )
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
         with suppress(ImportError):

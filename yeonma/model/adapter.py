@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from yeonma.choices import Quantization
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
 from yeonma.model.packed import numbers_of
@@ -50,6 +51,12 @@ class AdapterFolder:
     details: dict[str, Any]  # the whole of yeonma.json
 
     @property
+    def quantization(self) -> Quantization:
+        """How the base was held in training. Adapters of earlier versions do not say: it was not quantised."""
+        found: Quantization = self.details.get("quantization", "none")
+        return found
+
+    @property
     def source(self) -> BaseSource:
         return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
 
@@ -77,6 +84,7 @@ def describe(
     *,
     tokenizer: Any,
     trust_remote_code: bool,
+    quantization: Quantization,
     trained_on: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The contents of yeonma.json."""
@@ -86,6 +94,7 @@ def describe(
         "base": asdict(base),
         "tokenizer": identity_of_tokenizer(tokenizer),
         "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),
@@ -190,6 +199,8 @@ def _check_types(details: Any) -> None:
     for group, name, kind in types:
         if not isinstance(group[name], kind):
             raise TypeError(f"{name} is {group[name]!r:.100}")
+    if details.get("quantization", "none") not in get_args(Quantization):
+        raise ValueError(f"quantization is {details['quantization']!r:.100}")
     for name in ("shrink_side", "over_limit"):
         if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
             raise ValueError(f"{name} is {rules[name]!r:.100}")

@@ -7,7 +7,9 @@ rows, so their scales go into what is quantised: g @ W = (q(g * s_W.T) @ W_q) * 
 arXiv:2209.05433.
 
 The device multiplies them where it can (compute capability 8.9 and above, in bfloat16). Elsewhere the same numbers are
-multiplied as bfloat16 or float32, which hold all of e4m3: equal up to the order of sums, and no faster than dense.
+multiplied as bfloat16 or float32, which hold all of e4m3: equal up to the order of sums and bfloat16's own rounding,
+and no faster than dense.
+
 Shapes: N tokens, K inputs, M outputs.
 """
 
@@ -40,28 +42,31 @@ def quantise_rows(values: torch.Tensor) -> Rows:
 
 @dataclass(frozen=True, eq=False)
 class Fp8Weight:
-    """A weight W (M, K) with a scale a row, as `yeonma.model.linear.Weight` wants it."""
+    """A weight W (M, K) with a scale a row, as `yeonma.model.linear.Weight` wants it; `by_device`: multiplied by the
+    device's own products."""
 
     rows: Rows
+    by_device: bool
 
     @property
     def scale(self) -> torch.Tensor:
         return self.rows.scale
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        result = rows_product(quantise_rows(x), self.rows, x.dtype)
+        result = rows_product(quantise_rows(x), self.rows, x.dtype, by_device=self.by_device)
         return result if bias is None else result.add_(bias)
 
     def input_gradient(self, upstream: torch.Tensor) -> torch.Tensor:
         # for the device W must stand column by column, and a second copy of it would be held all the time
         columns = self.rows.bits.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
         ones = torch.ones(len(columns), 1, dtype=torch.float32, device=columns.device)
-        return rows_product(quantise_rows(upstream * self.scale.t()), Rows(columns, ones), upstream.dtype)
+        rows = quantise_rows(upstream * self.scale.t())
+        return rows_product(rows, Rows(columns, ones), upstream.dtype, by_device=self.by_device)
 
 
-def rows_product(a: Rows, b: Rows, dtype: torch.dtype) -> torch.Tensor:
+def rows_product(a: Rows, b: Rows, dtype: torch.dtype, *, by_device: bool) -> torch.Tensor:
     """a (N, K) @ b (M, K) transposed -> (N, M) in `dtype`."""
-    if dtype == torch.bfloat16 and has_products(a.bits.device) and not any(n % DIVISOR for n in b.bits.shape):
+    if by_device and dtype == torch.bfloat16 and not any(n % DIVISOR for n in b.bits.shape):
         return torch._scaled_mm(a.bits, b.bits.t(), a.scale, b.scale.t().contiguous(), out_dtype=dtype)
     return emulated(a, b, dtype)
 

@@ -140,7 +140,7 @@ def load_base(
         del model.config.quantization_config  # how it is held is no part of what it is
         adopt(model)
     elif quantization == "fp8":
-        to_fp8(model, device)
+        to_fp8(model, device or torch.device("cpu"), source.name)
     if device is not None:
         model = model if config is not None else model.to(device)
         check_finite(model, source.name)

@@ -24,7 +24,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from yeonma.choices import Quantization
-from yeonma.model.fp8 import Fp8Weight, quantise_rows
+from yeonma.errors import UserError
+from yeonma.model.fp8 import Fp8Weight, has_products, quantise_rows
 from yeonma.model.linear import Weight, frozen_linear, product
 
 NF4_BLOCK, NF4_BLOCKS = 64, 256  # numbers that share a scale; scales that share one of their own
@@ -126,25 +127,64 @@ def _of_nf4(
     return dequantise(bits, state).to(dtype)
 
 
-def to_fp8(model: Any, device: torch.device) -> None:
-    """Quantise layer by layer, on `device`, where the layers then stay; no more than one is there whole."""
+def check_layers(model: Any, quantization: Quantization, name: str) -> None:
+    """Raises UserError where the model has no layer to quantise."""
+    if quantization != "none" and not quantised_layers(model, quantization):
+        what, place = f"{name} has no dense layers that it serves", f"quantization {quantization}"
+        raise UserError(
+            what, place=place, cure="use int8 or nf4" if quantization == "fp8" else "leave it out"
+        )
+
+
+def to_fp8(model: Any, device: torch.device, name: str) -> None:
+    """Quantise layer by layer, on `device`, where the layers then stay; no more than one is there whole.
+
+    Raises UserError as `check_layers`.
+    """
+    check_layers(model, "fp8", name)
     for layer in quantised_layers(model, "fp8"):
-        rows = quantise_rows(layer.weight.data.to(device))
-        # as bytes: nobody is to take them for numbers that trained weights or activations should be like
-        layer.weight = nn.Parameter(rows.bits.view(torch.uint8), requires_grad=False)
-        pack(layer, Fp8Weight(rows))
+        _pack_fp8(layer, layer.weight.data.to(device), has_products(device))
+
+
+def _pack_fp8(layer: Any, weight: torch.Tensor, by_device: bool) -> None:
+    rows = quantise_rows(weight)
+    # as bytes: nobody is to take them for numbers that trained weights or activations should be like
+    layer.weight = nn.Parameter(rows.bits.view(torch.uint8), requires_grad=False)
+    layer.register_buffer("scale", rows.scale, persistent=False)
+    pack(layer, Fp8Weight(rows, by_device))
+
+
+def sketch(model: Any, quantization: Quantization, by_device: bool) -> None:
+    """Quantise a model on the meta device: the layers get the bytes that they will hold, and products without numbers.
+    `by_device` as for `Fp8Weight`."""
+    names = {module: name for name, module in model.named_modules()}
+    for layer in quantised_layers(model, quantization):
+        if quantization == "fp8":
+            _pack_fp8(layer, layer.weight.data, by_device)
+            continue
+        rows, columns = layer.weight.shape[:: -1 if isinstance(layer, Conv1D) else 1]
+        bits = torch.empty(held_bytes_of(quantization, rows, columns), dtype=torch.uint8, device="meta")
+        dense = nn.Linear(columns, rows, bias=False, device="meta")
+        dense.bias, dense.weight = layer.bias, nn.Parameter(bits, requires_grad=False)
+        parent, _, name = names[layer].rpartition(".")
+        setattr(model.get_submodule(parent), name, dense)
+        pack(dense, Dequantised(partial(_unfilled, rows, columns), bits))
+
+
+def _unfilled(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device="meta")
+
+
+def held_bytes_of(quantization: Quantization, rows: int, columns: int) -> int:
+    """Bytes of a weight (rows, columns) in int8 or nf4 with its scales, as bitsandbytes holds it."""
+    numbers = rows * columns
+    if quantization == "nf4":
+        scales = math.ceil(numbers / NF4_BLOCK)
+        return (numbers + 1) // 2 + scales + 4 * math.ceil(scales / NF4_BLOCKS) + NF4_TABLES
+    return numbers + 4 * rows
 
 
 def numbers_of(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for: two to a byte in nf4."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
-
-
-def held_bytes_of(quantization: Quantization, rows: int, columns: int) -> int:
-    """Bytes of a quantised weight (rows, columns) and its scales."""
-    numbers = rows * columns
-    if quantization == "nf4":
-        scales = math.ceil(numbers / NF4_BLOCK)
-        return (numbers + 1) // 2 + scales + 4 * math.ceil(scales / NF4_BLOCKS) + NF4_TABLES
-    return numbers + 4 * rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from yeonma.choices import Optimizer, Quantization
@@ -9,6 +10,8 @@ from yeonma.errors import UserError
 
 BITSANDBYTES = "bitsandbytes==0.50.2"
 """The version that Yeonma is tested with; pyproject.toml has the same."""
+LEAST_IN_8_BITS, BLOCK = 4096, 256
+"""Of its 8-bit optimizers: numbers that a parameter has at least, and those that share a scale."""
 BY_BITSANDBYTES = ("int8", "nf4")
 
 
@@ -16,6 +19,11 @@ def check_installed(quantization: Quantization) -> None:
     """Raises UserError where the base cannot be quantised so with what is installed."""
     if quantization in BY_BITSANDBYTES:
         _check_bitsandbytes(f"quantization {quantization}")
+
+
+def quantised_by(quantization: Quantization) -> list[str]:
+    """What decides the quantised numbers, beside the weights."""
+    return [quantization, *([version("bitsandbytes")] if quantization in BY_BITSANDBYTES else [])]
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

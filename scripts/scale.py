@@ -173,7 +173,7 @@ def tables(kept: Kept) -> dict[str, str]:
         ways = [("plain", 1, "any"), ("nf4", 1, "any")]
         ways += [("sharded", count, str(count)) for count in COUNTS[1:]]
         for way, count, told in ways:
-            size = bytes_of(each, way.partition(" ")[0], count)
+            size = bytes_of(each, way, count)
             yes = ["yes" if size <= USABLE * card * 1e9 else "" for card in CARDS]
             fits.append((name, way, told, _gb(size), *yes))
     return {

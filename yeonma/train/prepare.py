@@ -254,8 +254,7 @@ def _identity(
         "base_model": source.name,
         "model_revision": source.revision,
         "dtype": model.dtype,
-        # named where they are not what they were before there was a choice: runs from then go on
-        **({"quantization": model.quantization} if model.quantization != "none" else {}),
+        "quantization": model.quantization,
         "content of data_path": dataset.train.rows.identity,
         "content of the validation rows": held_out.identity if held_out else None,
         "content of the template": hashlib.sha256(dataset.template.text.encode()).hexdigest(),
@@ -269,10 +268,6 @@ def _identity(
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},
         **asdict(group_of(settings, LoraSettings)),
         **(asdict(preference) if preference else {}),
-        **{
-            name: value
-            for name, value in asdict(step).items()
-            if name not in speed and (name, value) != ("optimizer", "adamw")
-        },
+        **{name: value for name, value in asdict(step).items() if name not in speed},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
     }

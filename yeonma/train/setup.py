@@ -31,6 +31,7 @@ from yeonma.train.distributed import Processes
 from yeonma.train.loop import Tuning
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
 from yeonma.train.opening import Opening, is_reference, with_opening
+from yeonma.train.optimizers import make_optimizer
 from yeonma.train.preference import REFERENCE_FREE
 from yeonma.train.prepare import (
     BY_METRIC,
@@ -234,13 +235,13 @@ def make_tuning(
     step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
     sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=step.learning_rate,
+    optimizer = make_optimizer(
+        step.optimizer,
+        list(parameters.values()),
+        learning_rate=step.learning_rate,
         betas=(step.adam_beta1, step.adam_beta2),
-        eps=step.adam_epsilon,
+        epsilon=step.adam_epsilon,
         weight_decay=step.weight_decay,
-        fused=True,
     )
     return Tuning(
         model=base,

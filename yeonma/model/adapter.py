@@ -84,8 +84,8 @@ def describe(
     *,
     tokenizer: Any,
     trust_remote_code: bool,
-    quantization: Quantization,
     trained_on: Mapping[str, Any],
+    quantization: Quantization = "none",
 ) -> dict[str, Any]:
     """The contents of yeonma.json."""
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")

@@ -74,13 +74,16 @@ def traced() -> dict[str, Any]:
             key = "checkpointed" if checkpointing else "activations"
             each[key] = passed.activations + passed.logits + passed.workspace
             each["flops_checkpointed" if checkpointing else "flops"] = passed.flops // TOKENS
+        nf4 = blueprint(config, torch.bfloat16, lora, gradient_checkpointing=True, quantization="nf4")
+        passed = trace(nf4, forest, has_gradients=True)
         each |= {
             "frozen": drawn.frozen,
             "trained": drawn.trained,
             "weights": drawn.weight_bytes,
             "lora": drawn.trained_bytes,
             "gathered": drawn.gathered_bytes,
-            "nf4": blueprint(config, torch.bfloat16, lora, quantization="nf4").weight_bytes,
+            "nf4": nf4.weight_bytes,
+            "nf4_checkpointed": passed.activations + passed.logits + passed.workspace,
         }
         found[name] = each
     return found
@@ -122,7 +125,8 @@ def bytes_of(model: Mapping[str, int], way: str, gpus: int) -> float:
     much as the LoRA weights."""
     held = {"plain": model["weights"], "nf4": model["nf4"], "sharded": model["weights"] / gpus}[way]
     gathered = min(model["gathered"], model["weights"] - held) if way == "sharded" else 0
-    return float(held + gathered + 4 * model["lora"] + model["checkpointed"])
+    kept = model["nf4_checkpointed" if way == "nf4" else "checkpointed"]
+    return float(held + gathered + 4 * model["lora"] + kept)
 
 
 def step_seconds(

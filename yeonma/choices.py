@@ -22,3 +22,6 @@ PreferenceLoss = Literal[
     "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
 ]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Quantization = Literal["none", "int8", "nf4", "fp8"]
+AskedQuantization = Literal["auto", "none", "int8", "nf4", "fp8"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yeonma.choices import AskedQuantization
 from yeonma.ranges import COUNT, NOT_NEGATIVE, PORT
 
 
@@ -58,6 +59,8 @@ class ServeSettings:
     """Run Python code that comes with the model. Off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    quantization: AskedQuantization = "auto"
+    """How the frozen weights are held, as in training. auto: as the adapters were trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from yeonma.choices import AskedQuantization, Quantization
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.model.adapter import (
     MANIFEST,
@@ -23,8 +24,9 @@ from yeonma.model.adapter import (
     base_identity,
     check_base,
 )
-from yeonma.model.ask import Asker, open_folder
+from yeonma.model.ask import Asker, held_as, open_folder
 from yeonma.model.load import check_vocabulary, load_config, load_tokenizer, outline
+from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
 from yeonma.paths import user_path
 from yeonma.settings import CompareSettings
@@ -51,12 +53,13 @@ class Candidate:
     """Whether the folder is what a run of Yeonma left behind: then its base is checked, and there is a loss curve."""
     template_of: str
     """Where the template comes from, in words."""
+    quantization: Quantization = "none"
+    """How the base is held."""
 
     @property
-    def weights(self) -> tuple[str, str | None]:
+    def weights(self) -> tuple[str, str | None, str]:
         """Candidates that are equal in it share one base in memory."""
-        name = self.asker.source.name
-        return (os.path.realpath(name), None) if os.path.isdir(name) else (name, self.asker.source.revision)
+        return (*_place(self.asker.source), self.quantization)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
         """The columns that fill the template from this row, the wanted answer among them: in rows of preference data
@@ -100,7 +103,29 @@ def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
             candidates.append(_lent(spec, name, each, lent, asked, rows))
     _check_outlines(candidates)
     _check_columns(asked, candidates, rows)
-    return candidates
+    return _held(candidates, asked.quantization)
+
+
+def _place(source: BaseSource) -> tuple[str, str | None]:
+    return (
+        (os.path.realpath(source.name), None)
+        if os.path.isdir(source.name)
+        else (source.name, source.revision)
+    )
+
+
+def _held(candidates: Sequence[Candidate], quantization: AskedQuantization) -> list[Candidate]:
+    """With how each one's base is held: as asked for; or as in training, and a base by itself as for the first adapter
+    on it, so that the two differ in the adapter alone."""
+    trained = {_place(each.asker.source): each.asker.adapter for each in reversed(candidates) if each.is_run}
+
+    def held(each: Candidate) -> Quantization:
+        adapter = each.asker.adapter if each.is_run else trained.get(_place(each.asker.source))
+        if adapter is None:
+            return "none" if quantization == "auto" else quantization
+        return held_as(quantization, adapter)
+
+    return [replace(each, quantization=held(each)) for each in candidates]
 
 
 def check_model(candidate: Candidate, model: Any) -> None:
@@ -253,4 +278,5 @@ def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) 
         adapter = [file_hash(Path(candidate.adapter) / name) for name in (WEIGHTS, "adapter_config.json")]
     versions = [version(package) for package in ("torch", "transformers", "peft")]
     content = [FORMAT, base, adapter, str(dtype), device.type, versions]
+    content += [quantised_by(candidate.quantization)] if candidate.quantization != "none" else []
     return sha256(json.dumps(content).encode()).hexdigest()

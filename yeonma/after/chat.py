@@ -38,7 +38,9 @@ def run(settings: Mapping[type, object]) -> int:
     # fields are given by their own names, whatever the columns were called in training
     asker = replace(asker, adapter=replace(asker.adapter, columns=None))
     asker.questions([], max_new_tokens=how.max_new_tokens)
-    loaded = Loaded(asker, load_model(asker, folder.device, folder.dtype), folder.adapter_weights)
+    loaded = Loaded(
+        asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights
+    )
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
         with suppress(ImportError):

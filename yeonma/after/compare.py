@@ -26,6 +26,7 @@ from yeonma.model.forward import Forward, example_logprobs
 from yeonma.model.generate import Answer, generate
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
 from yeonma.model.lora import speed_up
+from yeonma.model.quantization import check_installed
 from yeonma.settings import AnswerSettings, CompareSettings
 from yeonma.text.formats import column_of, field_text
 from yeonma.text.rows import Row, Rows
@@ -159,6 +160,8 @@ def answer_all(
     back with the identities of their models."""
     device = pick_device(asked.device)
     dtype = pick_dtype(asked.dtype, device)
+    for task in tasks:
+        check_installed(task.candidate.quantization)
     tasks = [replace(task, identity=identity_of(task.candidate, dtype, device)) for task in tasks]
     for weights in dict.fromkeys(task.candidate.weights for task in tasks):
         group = [task for task in tasks if task.candidate.weights == weights and _missing(task, how, kept)]
@@ -167,7 +170,7 @@ def answer_all(
             candidate = task.candidate
             if base is None:
                 say(f"loading {candidate.asker.source.name}")
-                base = load_base(candidate.asker.source, device, dtype)
+                base = load_base(candidate.asker.source, device, dtype, candidate.quantization)
             check_model(candidate, base)
             if candidate.adapter is None:
                 _answer(base, task, asked, how, kept, say)

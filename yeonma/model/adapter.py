@@ -12,8 +12,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from yeonma.choices import Quantization
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
+from yeonma.model.packed import numbers_of
 from yeonma.model.samples import SAMPLES, Samples
 from yeonma.paths import user_path
 from yeonma.text.template import Template
@@ -58,6 +60,12 @@ class AdapterFolder:
         return self.details.get(MERGED) is True
 
     @property
+    def quantization(self) -> Quantization:
+        """How the base was held in training. Adapters of earlier versions do not say: it was not quantised."""
+        found: Quantization = self.details.get("quantization", "none")
+        return found
+
+    @property
     def source(self) -> BaseSource:
         return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
 
@@ -67,7 +75,7 @@ def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(numbers_of(parameter) for parameter in model.parameters()),
         config_sha256=config_hash(model.config),
     )
 
@@ -91,6 +99,7 @@ def describe(
     tokenizer: Any,
     trust_remote_code: bool,
     trained_on: Mapping[str, Any],
+    quantization: Quantization = "none",
 ) -> dict[str, Any]:
     """The contents of yeonma.json."""
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
@@ -99,6 +108,7 @@ def describe(
         "base": asdict(base),
         "tokenizer": identity_of_tokenizer(tokenizer),
         "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),
@@ -218,6 +228,8 @@ def _check_types(details: Any) -> None:
     for group, name, kind in types:
         if not isinstance(group[name], kind):
             raise TypeError(f"{name} is {group[name]!r:.100}")
+    if details.get("quantization", "none") not in get_args(Quantization):
+        raise ValueError(f"quantization is {details['quantization']!r:.100}")
     for name in ("shrink_side", "over_limit"):
         if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
             raise ValueError(f"{name} is {rules[name]!r:.100}")

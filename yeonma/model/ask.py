@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.choices import AskedQuantization, Quantization
 from yeonma.configure import group_of, settings_from_keywords
 from yeonma.errors import Problem, UserError
 from yeonma.model.adapter import AdapterFolder, base_identity, check_base, read_adapter_folder
@@ -248,17 +249,19 @@ def load(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantization: AskedQuantization = "auto",
     adapter_weights: bool = True,
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """An adapter folder (or a checkpoint in it) on its base model, in eval mode.
 
-    `base_model` is needed only where the base is no longer where it was trained from.
+    `quantization` auto holds the base as training did. `base_model` is needed only where the base is no longer where
+    it was trained from.
     Raises UserError for a folder that is no adapter folder, and for a base that is missing or another one.
     """
     asker = open_folder(adapter_dir, base_model=base_model, trust_remote_code=trust_remote_code)
-    return Loaded(asker, load_model(asker, device, dtype), adapter_weights)
+    return Loaded(asker, load_model(asker, device, dtype, quantization), adapter_weights)
 
 
 def open_folder(
@@ -282,12 +285,17 @@ def open_folder(
     return Asker(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
 
 
-def load_model(asker: Asker, device: str, dtype: str) -> Any:
+def held_as(asked: AskedQuantization, adapter: AdapterFolder) -> Quantization:
+    """How the base is held for an adapter: as asked for, or as in its training."""
+    return adapter.quantization if asked == "auto" else asked
+
+
+def load_model(asker: Asker, device: str, dtype: str, quantization: AskedQuantization = "auto") -> Any:
     """The base with the adapter on it, a PeftModel, or a merged model. Raises UserError where it cannot be had or is
     another base."""
     on = pick_device(device)
     try:
-        base = load_base(asker.source, on, pick_dtype(dtype, on))
+        base = load_base(asker.source, on, pick_dtype(dtype, on), held_as(quantization, asker.adapter))
     except UserError as error:
         if Path(asker.source.name).is_dir():
             raise

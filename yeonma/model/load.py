@@ -21,7 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from yeonma.choices import Quantization
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.packed import adopt, bitsandbytes_config, packed_layers, to_fp8
+from yeonma.model.quantization import check_installed
 from yeonma.model.shard import agree_on, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
@@ -115,13 +118,23 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype) -> Any:
+def load_base(
+    source: BaseSource,
+    device: torch.device | None,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+) -> Any:
     """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
-    not searched for NaN: for `yeonma.model.shard`.
+    not searched for NaN: for `yeonma.model.shard`, which takes no quantised ones.
 
-    Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
+    Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite, and where
+    what quantises them is not installed.
     """
+    check_installed(quantization)
     keep_the_console_clean()
+    config = bitsandbytes_config(quantization, dtype)
+    # bitsandbytes quantises on the device, weight by weight
+    placed = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
@@ -131,6 +144,7 @@ def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtyp
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below
             output_loading_info=True,
+            **placed,
         )
     except SafetensorError as error:
         raise UserError(
@@ -142,8 +156,13 @@ def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtyp
     _check_complete(found, source.name)
     model.requires_grad_(False)
     model.eval()
+    if config is not None:
+        del model.config.quantization_config  # how it is held is no part of what it is
+        adopt(model)
+    elif quantization == "fp8":
+        to_fp8(model, device or torch.device("cpu"), source.name)
     if device is not None:
-        model = model.to(device)
+        model = model if config is not None else model.to(device)
         check_finite(model, source.name)
     return model
 
@@ -167,6 +186,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises UserError, in every process alike.
     """
     frozen = {key: each.detach() for key, each in model.named_parameters() if not each.requires_grad}
+    frozen |= {key: weight.scale for key, weight in packed_layers(model)}
     found = agree_on(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
     broken = [key for key, bad in zip(frozen, found, strict=True) if bad]
     if broken:

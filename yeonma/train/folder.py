@@ -31,6 +31,8 @@ from yeonma.train.checkpoint import (
 )
 
 RUN = "run.json"
+BEFORE_THE_CHOICE = {"quantization": "none", "optimizer": "adamw"}
+"""What runs of earlier versions had, which do not say so."""
 SEAL = "manifest.json"
 # What a run leaves behind beside run.json and checkpoints, as patterns.
 OURS = (
@@ -131,6 +133,7 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
 
 def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], place: str) -> None:
     mine = json.loads(json.dumps(mine))
+    theirs = {**{name: value for name, value in BEFORE_THE_CHOICE.items() if name in mine}, **theirs}
     differences = [
         Problem(_difference(key, theirs.get(key), mine.get(key)), place)
         for key in sorted({*mine, *theirs})

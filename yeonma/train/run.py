@@ -38,12 +38,12 @@ from yeonma.train.checkpoint import (
     checkpoint_path,
     read_tensors,
     recover,
-    restore_optimizer,
 )
 from yeonma.train.distributed import check_alike, processes, wait
 from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.opening import look_again
+from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import (
     Prepared,

@@ -16,6 +16,7 @@ from torch import nn
 
 from yeonma.model.attention import layout
 from yeonma.model.linear import product
+from yeonma.model.ragged import Capability
 from yeonma.model.shard import gathered, is_sharded, own_class, within
 from yeonma.tokens.forest import Forest, lay_out
 
@@ -40,6 +41,9 @@ class Forward:
     head: Head | None  # else the model's own head
     plain_attention: str  # transformers' name of the backend to generate with
     why_not: str  # why not by forests; empty otherwise
+    capability: Capability | None = (
+        None  # of the CUDA device on which a forest's segments go through one call
+    )
 
 
 def plain_head(model: Any) -> Head | None:
@@ -70,7 +74,7 @@ def example_logprobs(
     `lay_out`."""
     if how.forest:
         forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
-        return trained_logprobs(model, forest, how.head)
+        return trained_logprobs(model, forest, how.head, how.capability)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
         on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
@@ -78,7 +82,9 @@ def example_logprobs(
     return torch.cat(sequences)
 
 
-def trained_logprobs(model: Any, forest: Forest, head: Head | None, **keywords: Any) -> torch.Tensor:
+def trained_logprobs(
+    model: Any, forest: Forest, head: Head | None, capability: Capability | None = None, **keywords: Any
+) -> torch.Tensor:
     """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
 
     With a plain `head` no more than a chunk of logits is ever held. Without, the model's own head runs at the
@@ -88,7 +94,7 @@ def trained_logprobs(model: Any, forest: Forest, head: Head | None, **keywords: 
     batch = {
         "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
         "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
-        "forest": layout(forest),
+        "forest": layout(forest, device, capability),
         "use_cache": False,
         **keywords,
     }

@@ -273,3 +273,31 @@ def test_the_head_without_gradients_keeps_none() -> None:
     torch.testing.assert_close(
         logprob, by_log_softmax(hidden, target, Head(weight, None, 1.0, None)).detach()
     )
+
+
+def test_a_chunk_is_as_large_as_the_head_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, target = head_case(torch.bfloat16)
+    rows: list[int] = []
+    compute = forward._head_chunk
+    monkeypatch.setattr(
+        forward, "_head_chunk", lambda hidden, *others: [rows.append(len(hidden)), compute(hidden, *others)]
+    )
+    whole = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
+    parts = head_logprobs(hidden, target, Head(weight, None, 1.0, None, chunk_bytes=4 * 50 * 10))
+    assert rows == [23, 10, 10, 3]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert plain_head(tiny_model("llama")).chunk_bytes is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HEADS)
+def test_on_a_gpu_the_heads_sums_are_of_float32(kind: str) -> None:
+    hidden, weight, bias, target = (each.detach().to("cuda") for each in head_case(torch.bfloat16))
+    hidden = hidden.requires_grad_()
+    ours = head_logprobs(hidden, target, HEADS[kind](weight, bias))
+    exact = hidden.detach().float().requires_grad_()
+    theirs = by_log_softmax(exact, target, HEADS[kind](weight.float(), bias.float()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the CPU's bfloat16 is only within 0.05
+    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (other,) = torch.autograd.grad(theirs.sum(), exact)
+    torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.05)

@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 from yeonma.model.attention import layout
-from yeonma.model.linear import product
+from yeonma.model.linear import float32_product, product
 from yeonma.model.ragged import Capability
 from yeonma.model.shard import gathered, is_sharded, own_class, within
 from yeonma.tokens.forest import Forest, lay_out
 
 HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
+CUDA_CHUNK_BYTES = (
+    512 * 2**20
+)  # a GPU reads the head once a chunk: 1,000 rows and more hide that behind the product
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Head:
     bias_V: torch.Tensor | None
     scale: float
     cap: float | None
+    chunk_bytes: int | None = None  # of float32 logits held at once; None for HEAD_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def plain_head(model: Any) -> Head | None:
     divisor = getattr(config, "logits_scaling", None) or 1.0
     factor = getattr(config, "logit_scale", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, factor / divisor, cap)
+    chunk = CUDA_CHUNK_BYTES if layer.weight.device.type == "cuda" else None
+    return Head(layer.weight, layer.bias, factor / divisor, cap, chunk)
 
 
 def example_logprobs(
@@ -150,7 +155,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
         wants_gradient = hidden_UH.requires_grad
-        rows = max(1, HEAD_CHUNK_BYTES // (4 * head.weight_VH.shape[0]))
+        rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
         logprob = torch.empty(len(target_U), dtype=torch.float32, device=hidden_UH.device)
         gradient = torch.empty_like(hidden_UH) if wants_gradient else None
         for start in range(0, len(target_U), rows):
@@ -180,7 +185,7 @@ def _head_chunk(
     gradient: torch.Tensor | None,
 ) -> None:
     """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
-    logits = product(hidden, head.weight_VH, head.bias_V).float()
+    logits = float32_product(hidden, head.weight_VH, head.bias_V)
     if head.scale != 1.0:
         logits *= head.scale
     slope = None

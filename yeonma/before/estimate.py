@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from yeonma.before.batches import Batches, look_at_batches
 from yeonma.before.forecast import Alternative, Forecast, Memory
-from yeonma.before.trace import Blueprint, Trace, blueprint, trace
 from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.linear import KEPT_ROUTINES, frozen_linear, has_onednn
+from yeonma.model.trace import Blueprint, Trace, blueprint, trace
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
+from yeonma.tokens.batches import Batches, look_at_batches
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.prepare import Prepared, lora_shape
 from yeonma.train.progress import peak_memory_bytes, status_bytes
@@ -118,6 +118,7 @@ def _draw(case: _Case) -> Blueprint:
         case.lora,
         trust_remote_code=case.trust_remote_code,
         gradient_checkpointing=case.gradient_checkpointing,
+        device=torch.device(case.device),
     )
 
 

@@ -16,7 +16,7 @@ from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.train.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the same run would get other numbers."""
 
 

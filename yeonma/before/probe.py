@@ -10,10 +10,10 @@ from itertools import islice
 import numpy as np
 import torch
 
-from yeonma.before.batches import look_at_batches
 from yeonma.configure import group_of
 from yeonma.model import load
 from yeonma.settings import ModelSettings, StepSettings
+from yeonma.tokens.batches import look_at_batches
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.distributed import Processes
 from yeonma.train.loop import train_step

@@ -21,4 +21,6 @@ LrScheduler = Literal[
 PreferenceLoss = Literal[
     "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
 ]
+Checkpointing = bool | Literal["selective"]
+AskedCheckpointing = bool | Literal["selective", "auto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]

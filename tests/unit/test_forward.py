@@ -13,6 +13,7 @@ from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model
 from yeonma.model import forward
 from yeonma.model.attention import FOREST, layout
 from yeonma.model.forward import Head, head_logprobs, plain_head, sequence_logprobs, trained_logprobs
+from yeonma.model.load import checkpoint_activations
 from yeonma.model.lora import speed_up
 from yeonma.tokens.forest import LEAST_SHARED, Forest, lay_out
 
@@ -143,6 +144,23 @@ def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family
     )
     assert_as_expected(family, model, logprob)
     assert sorted(layers) == [0, 0, 1, 1]  # each layer ran again for the backward pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_selective_checkpointing_recomputes_every_other_layer_and_changes_nothing(family: str) -> None:
+    model = with_lora(tiny_model(family))
+    model.set_attn_implementation(FOREST)
+    checkpoint_activations(model.get_base_model(), "selective")
+    model.train()
+    layers: list[int] = []
+    logprob = trained_logprobs(
+        model,
+        small_forest()[0],
+        head_of(model, "plain"),
+        watch=lambda layer, window: layers.append(layer.layer_idx),
+    )
+    assert_as_expected(family, model, logprob)
+    assert sorted(layers) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from yeonma.before.forecast import Alternative, Forecast, Memory
+from yeonma.choices import Checkpointing
 from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import load
@@ -26,6 +27,7 @@ from yeonma.model.trace import Blueprint, Trace, blueprint, trace
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.tokens.batches import Batches, look_at_batches
 from yeonma.tokens.plan import MicroBatching
+from yeonma.train.budget import checkpointing, micro_batching
 from yeonma.train.prepare import Prepared, lora_shape
 from yeonma.train.progress import peak_memory_bytes, status_bytes
 
@@ -63,8 +65,8 @@ def estimate(
         trust_remote_code=source.trust_remote_code,
         device=device.type,
         dtype=dtype,
-        gradient_checkpointing=model.gradient_checkpointing,
-        micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+        gradient_checkpointing=checkpointing(model),
+        micro=micro_batching(step),
         processes=processes,
         sharded=model.shard and processes > 1,
     )
@@ -105,7 +107,7 @@ class _Case:
     trust_remote_code: bool
     device: str
     dtype: torch.dtype
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     micro: MicroBatching
     processes: int
     sharded: bool

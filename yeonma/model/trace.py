@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from yeonma.choices import Checkpointing
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.attention import FOREST, layout
@@ -58,7 +59,7 @@ def blueprint(
     lora: load.LoraShape | str,
     *,
     trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
     device: torch.device | None = None,
 ) -> Blueprint:
     """`lora`: a fresh adapter's shape, or the folder of an adapter to continue. `device`: what the run will be on, the
@@ -79,7 +80,7 @@ def blueprint(
     if head is not None and device.type == "cuda":
         head = replace(head, chunk_bytes=CUDA_CHUNK_BYTES)
     if gradient_checkpointing:
-        load.checkpoint_activations(base)
+        load.checkpoint_activations(base, gradient_checkpointing)
     speed_up(base)
     base.train()
     trained = [each for each in base.parameters() if each.requires_grad]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,28 @@ def machine() -> dict[str, Any]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = f"{platform.system()} {platform.release()}"
     return {"cpu": cpu, "cores": cores(), "memory_bytes": memory_bytes, "system": system}
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first CUDA device, its driver and the CUDA version that torch was built with; None without a device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(0)
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "name": about.name,
+        "memory_bytes": about.total_memory,
+        "capability": [about.major, about.minor],
+        "multiprocessors": about.multi_processor_count,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

@@ -4,7 +4,7 @@
     python scripts/scale.py                                         the page's tables from scale.json; --check compares
 
 Nothing is measured on a GPU: shapes and operations are traced on PyTorch's meta device by the forecast's own code
-(`yeonma/before/trace.py`), and bandwidths are what vendors say.
+(`yeonma/model/trace.py`), and bandwidths are what vendors say.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def traced() -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig
 
-    from yeonma.before.trace import blueprint, trace
     from yeonma.model.load import LoraShape
+    from yeonma.model.trace import blueprint, trace
     from yeonma.tokens.forest import lay_out
 
     found = {}

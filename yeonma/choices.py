@@ -21,6 +21,8 @@ LrScheduler = Literal[
 PreferenceLoss = Literal[
     "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
 ]
+Checkpointing = bool | Literal["selective"]
+AskedCheckpointing = bool | Literal["selective", "auto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 AskedQuantization = Literal["auto", "none", "int8", "nf4", "fp8"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yeonma.choices import AskedCheckpointing as AskedCheckpointing
 from yeonma.choices import AskedQuantization, Optimizer, Quantization
 from yeonma.choices import LrScheduler as LrScheduler
 from yeonma.choices import PreferenceLoss as PreferenceLoss
@@ -82,8 +83,8 @@ class ModelSettings:
     """Hold the frozen weights of dense layers in fewer bits: int8, nf4 (4 bits, double quantisation) or fp8. Less memory, another result. int8 and nf4 need bitsandbytes; fp8 is fast on GPUs from compute capability 8.9 on."""
     shard: bool = False
     """With several processes: share the frozen weights out over them (FSDP2), so that a model fits that is too large for one GPU. Slower where it would fit; the result is the same."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: AskedCheckpointing = False
+    """Recompute activations in the backward pass: less memory, about a third more time. selective: in every other layer. auto: what the forecast has room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,8 @@ class StepSettings:
     """Examples a step, or pairs, over all processes. Need not divide by anything."""
     micro_batch_size: int = field(default=4, metadata=COUNT)
     """The most examples, or pairs, that go through the model at once: memory and speed, never the result."""
-    micro_batch_tokens: int | None = field(default=None, metadata=COUNT)
-    """The most tokens that go through the model at once; one longer example still goes alone."""
+    micro_batch_tokens: int | Literal["auto"] | None = field(default=None, metadata=COUNT)
+    """The most tokens that go through the model at once; one longer example still goes alone. auto: what free memory holds by the forecast, tried before the first step; `micro_batch_size` plays no part then."""
     share_prefix: bool = True
     """Compute once what the examples of a micro-batch begin with in common, from 16 tokens; the prompt of a pair always."""
     num_epochs: float = field(default=3, metadata=POSITIVE)

@@ -13,8 +13,6 @@ from transformers import LlamaConfig
 from tests.models import FOREST_FAMILIES, tiny_model
 from tests.quantised import INT8, KINDS, loaded
 from tests.runs import SETTINGS, articles, model_folder, write_jsonl
-from yeonma.before import batches as batches_module
-from yeonma.before.batches import look_at_batches
 from yeonma.before.estimate import estimate
 from yeonma.before.forecast import (
     Forecast,
@@ -26,7 +24,6 @@ from yeonma.before.forecast import (
 )
 from yeonma.before.probe import probe_run
 from yeonma.before.rate import measure_rate
-from yeonma.before.trace import Blueprint, blueprint, trace
 from yeonma.choices import Quantization
 from yeonma.configure import group_of, settings_from_keywords
 from yeonma.errors import UserError
@@ -35,7 +32,10 @@ from yeonma.model.attention import FOREST
 from yeonma.model.forward import HEAD_CHUNK_BYTES, Forward, plain_head
 from yeonma.model.lora import speed_up
 from yeonma.model.packed import packed_layers
+from yeonma.model.trace import Blueprint, blueprint, trace
 from yeonma.settings import TRAINING, ModelSettings
+from yeonma.tokens import batches as batches_module
+from yeonma.tokens.batches import look_at_batches
 from yeonma.tokens.forest import Forest, lay_out
 from yeonma.tokens.plan import MicroBatching
 from yeonma.train.distributed import Processes
@@ -107,6 +107,23 @@ def test_checkpointing_is_traced_as_it_runs() -> None:
     without = trace(drawn(), laid, has_gradients=True)
     assert found.activations < 0.5 * without.activations
     assert without.flops < found.flops < 1.5 * without.flops
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_in_one_call_is_traced_as_segment_by_segment(checkpointing: bool) -> None:
+    laid = forest(90, 80, 70, shared=40)
+    by_segment = drawn(dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+    one_call = replace(by_segment, capability=(9, 0))
+    expected, found = (trace(each, laid, has_gradients=True) for each in (by_segment, one_call))
+    assert found.flops == pytest.approx(expected.flops, rel=0.01)
+    assert found.peak == pytest.approx(expected.peak, rel=0.25)
+    assert found.peak != expected.peak  # a segment's mask is not made, its keys are gathered
+    softcapped = drawn("gemma2", dtype=torch.bfloat16)
+    plain = [
+        trace(replace(softcapped, capability=each), laid, has_gradients=False) for each in (None, (9, 0))
+    ]
+    assert plain[0].flops == plain[1].flops
+    assert plain[0].peak == pytest.approx(plain[1].peak, rel=0.02)  # but for the indices, which are laid out
 
 
 def test_memory_grows_with_tokens_and_gradients_come_on_top() -> None:

@@ -13,6 +13,7 @@ from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model
 from yeonma.model import forward
 from yeonma.model.attention import FOREST, layout
 from yeonma.model.forward import Head, head_logprobs, plain_head, sequence_logprobs, trained_logprobs
+from yeonma.model.load import checkpoint_activations
 from yeonma.model.lora import speed_up
 from yeonma.tokens.forest import LEAST_SHARED, Forest, lay_out
 
@@ -145,6 +146,23 @@ def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family
     assert sorted(layers) == [0, 0, 1, 1]  # each layer ran again for the backward pass
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_selective_checkpointing_recomputes_every_other_layer_and_changes_nothing(family: str) -> None:
+    model = with_lora(tiny_model(family))
+    model.set_attn_implementation(FOREST)
+    checkpoint_activations(model.get_base_model(), "selective")
+    model.train()
+    layers: list[int] = []
+    logprob = trained_logprobs(
+        model,
+        small_forest()[0],
+        head_of(model, "plain"),
+        watch=lambda layer, window: layers.append(layer.layer_idx),
+    )
+    assert_as_expected(family, model, logprob)
+    assert sorted(layers) == [0, 0, 1]
+
+
 @pytest.mark.parametrize("family", ["llama", "granite"])
 def test_lora_on_the_head_trains_through_the_models_own_head(family: str) -> None:
     targets = ["q_proj", "lm_head"]
@@ -273,3 +291,31 @@ def test_the_head_without_gradients_keeps_none() -> None:
     torch.testing.assert_close(
         logprob, by_log_softmax(hidden, target, Head(weight, None, 1.0, None)).detach()
     )
+
+
+def test_a_chunk_is_as_large_as_the_head_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, target = head_case(torch.bfloat16)
+    rows: list[int] = []
+    compute = forward._head_chunk
+    monkeypatch.setattr(
+        forward, "_head_chunk", lambda hidden, *others: [rows.append(len(hidden)), compute(hidden, *others)]
+    )
+    whole = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
+    parts = head_logprobs(hidden, target, Head(weight, None, 1.0, None, chunk_bytes=4 * 50 * 10))
+    assert rows == [23, 10, 10, 3]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert plain_head(tiny_model("llama")).chunk_bytes is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HEADS)
+def test_on_a_gpu_the_heads_sums_are_of_float32(kind: str) -> None:
+    hidden, weight, bias, target = (each.detach().to("cuda") for each in head_case(torch.bfloat16))
+    hidden = hidden.requires_grad_()
+    ours = head_logprobs(hidden, target, HEADS[kind](weight, bias))
+    exact = hidden.detach().float().requires_grad_()
+    theirs = by_log_softmax(exact, target, HEADS[kind](weight.float(), bias.float()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the CPU's bfloat16 is only within 0.05
+    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (other,) = torch.autograd.grad(theirs.sum(), exact)
+    torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.05)

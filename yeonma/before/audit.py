@@ -12,8 +12,8 @@ from math import ceil
 
 import numpy as np
 
-from yeonma.before.batches import forest_of
 from yeonma.text.notes import script_names
+from yeonma.tokens.batches import forest_of
 from yeonma.tokens.dataset import Dataset, Part
 from yeonma.tokens.example import LeftOut, Role
 from yeonma.tokens.pairs import NOTHING_TO_CHOOSE

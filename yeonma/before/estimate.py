@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 
-from yeonma.before.batches import Batches, look_at_batches
 from yeonma.before.forecast import Alternative, Forecast, Memory
-from yeonma.before.trace import Blueprint, Trace, blueprint, trace
-from yeonma.choices import Optimizer, Quantization
+from yeonma.choices import Checkpointing, Optimizer, Quantization
 from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.fp8 import has_products
 from yeonma.model.linear import KEPT_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
+from yeonma.model.trace import Blueprint, Trace, blueprint, trace
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
+from yeonma.tokens.batches import Batches, look_at_batches
 from yeonma.tokens.plan import MicroBatching
+from yeonma.train.budget import checkpointing, micro_batching
 from yeonma.train.prepare import Prepared, lora_shape
 from yeonma.train.progress import peak_memory_bytes, status_bytes
 
@@ -62,8 +63,8 @@ def estimate(
         trust_remote_code=source.trust_remote_code,
         device=device.type,
         dtype=dtype,
-        gradient_checkpointing=model.gradient_checkpointing,
-        micro=MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
+        gradient_checkpointing=checkpointing(model),
+        micro=micro_batching(step),
         processes=processes,
         sharded=model.shard and processes > 1,
         quantization=model.quantization,
@@ -105,7 +106,7 @@ class _Case:
     trust_remote_code: bool
     device: str
     dtype: torch.dtype
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     micro: MicroBatching
     processes: int
     sharded: bool
@@ -124,6 +125,7 @@ def _draw(case: _Case) -> Blueprint:
         gradient_checkpointing=case.gradient_checkpointing,
         quantization=case.quantization,
         by_device=case.has_fp8,
+        device=torch.device(case.device),
     )
 
 

@@ -10,11 +10,11 @@ from itertools import islice
 import numpy as np
 import torch
 
-from yeonma.before.batches import look_at_batches
 from yeonma.configure import group_of
 from yeonma.model import load
 from yeonma.settings import ModelSettings, StepSettings
-from yeonma.tokens.plan import MicroBatching
+from yeonma.tokens.batches import look_at_batches
+from yeonma.train.budget import micro_batching
 from yeonma.train.distributed import Processes
 from yeonma.train.loop import train_step
 from yeonma.train.prepare import Prepared
@@ -48,8 +48,7 @@ def probe_run(
     """
     model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
-    micro = MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix)
-    batches = look_at_batches(plan, store, micro, processes=1)
+    batches = look_at_batches(plan, store, micro_batching(step), processes=1)
     taken = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
     taken += taken[: max(0, steps - len(taken))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(taken))

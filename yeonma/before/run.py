@@ -29,7 +29,9 @@ from yeonma.settings import (
 )
 from yeonma.tokens.dataset import cache_folder
 from yeonma.tokens.explain import View
+from yeonma.train.budget import micro_batching, settled
 from yeonma.train.checkpoint import write_text_atomically
+from yeonma.train.distributed import Processes
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, check_adapter, prepare
 
@@ -42,6 +44,9 @@ def run_inspect(settings: Mapping[type, object]) -> None:
     shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
     source, continued = check_folders(model, group_of(settings, RunSettings))
     prepared = prepare(settings, source, continued, _say, try_adapter=False)
+    group = Processes(0, 1)
+    processes = group_of(settings, RunSettings).nproc
+    settings = settled(settings, source, prepared, group, _say, processes=processes)
     dataset = prepared.dataset
     wanted = wanted_rows(shown.rows, dataset.train.store.counts.rows)
     audit = _audit(settings, prepared)
@@ -67,16 +72,16 @@ def run_inspect(settings: Mapping[type, object]) -> None:
 
 
 def _audit(settings: Mapping[type, object], prepared: Prepared) -> Audit:
-    step, tokenizer = group_of(settings, StepSettings), prepared.tokenizer
+    micro, tokenizer = micro_batching(group_of(settings, StepSettings)), prepared.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         unknown = None  # such as GPT-2's, which stands for other things as well
     return audit_of(
         prepared.dataset,
         prepared.plan,
-        micro_batch_size=step.micro_batch_size,
-        micro_batch_tokens=step.micro_batch_tokens,
-        share_prefix=step.share_prefix,
+        micro_batch_size=micro.most_examples,
+        micro_batch_tokens=micro.most_tokens,
+        share_prefix=micro.share_prefix,
         unknown_id=unknown,
     )
 

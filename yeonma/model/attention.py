@@ -4,6 +4,9 @@ A model loaded with the implementation `FOREST` calls `forest_attention` in ever
 any backend: scale, grouped heads, sliding window (counted in positions), soft-capping and attention sinks are
 honoured. Anything that a model does with its mask instead (ALiBi, chunks) is not seen here; the check at loading
 finds such models.
+
+On CUDA in bfloat16 or float16 all segments go through one call (`yeonma.model.ragged`), where the layer's features
+allow it; else each is a call of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from yeonma.model.ragged import Capability, Ragged, pick_backend, ragged, ragged_attention
 from yeonma.tokens.forest import Forest
 
 FOREST = "yeonma_forest"
@@ -29,13 +33,20 @@ class ForestLayout:
 
     lengths: tuple[int, ...]  # of the segments, in flat order; they sum to T
     paths: tuple[tuple[int, ...], ...]  # segment -> the segments it sees: its ancestors in order, then itself
+    ragged: Ragged | None = None  # the same for one call, on a device that has it
 
 
-def layout(forest: Forest) -> ForestLayout:
+def layout(
+    forest: Forest, device: torch.device | None = None, capability: Capability | None = None
+) -> ForestLayout:
+    """`capability`: of the CUDA device that all segments may go through one call on; its tensors are on `device`."""
     paths: list[tuple[int, ...]] = []
     for index, segment in enumerate(forest.segments):
         paths.append((*paths[segment.parent], index) if segment.parent is not None else (index,))
-    return ForestLayout(tuple(segment.length for segment in forest.segments), tuple(paths))
+    lengths = tuple(segment.length for segment in forest.segments)
+    if device is None or capability is None:
+        return ForestLayout(lengths, tuple(paths))
+    return ForestLayout(lengths, tuple(paths), ragged(lengths, paths, device, capability))
 
 
 def forest_attention(
@@ -63,6 +74,20 @@ def forest_attention(
         raise ValueError("the model made an attention mask of its own")
     if watch is not None:
         watch(module, sliding_window)
+    if forest.ragged is not None:
+        backend = pick_backend(
+            capability=forest.ragged.capability,
+            dtype=query.dtype,
+            query_width=query.shape[-1],
+            value_width=value.shape[-1],
+            dropout=dropout,
+            softcap=softcap,
+            sinks=s_aux is not None,
+        )
+        if backend == "varlen":
+            return ragged_attention(
+                query, key, value, forest.ragged, scaling=scaling, sliding_window=sliding_window
+            ), None
     # split, not slices: the gradient of a split is one concatenation
     queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
     outputs = []

@@ -17,6 +17,7 @@ import torch
 from yeonma.model.attention import FOREST
 from yeonma.model.forward import Forward, Head, plain_head, sequence_logprobs, trained_logprobs
 from yeonma.model.packed import is_rounded
+from yeonma.model.ragged import Capability, capability_of
 from yeonma.model.shard import recover
 from yeonma.tokens.forest import LEAST_SHARED, Forest, lay_out
 
@@ -42,14 +43,15 @@ def check_forward(model: Any, seed: int = 0) -> Forward:
             effect = _mean(torch.cat([logprobs[1 - LAST :] for logprobs in one_by_one]), torch.cat(blind))
             distance, tolerance = _mean, max(1e-4, effect / 10)
         forest = lay_out(sequences, [np.ones(len(sequence), dtype=bool) for sequence in sequences])
-        why_not, own = _try_forest(model, forest)
-        if own is not None:
-            difference = distance(own, expected)
-            if difference <= tolerance:  # false of NaN
-                return Forward(True, _try_head(model, forest, own, distance, tolerance), plain, "")
-            why_not = (
-                f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
-            )
+        found = capability_of(model.device, model.dtype)
+        for capability in (found, None) if found else (None,):  # a kernel that fails here is done without
+            why_not, own = _try_forest(model, forest, capability)
+            if own is not None:
+                difference = distance(own, expected)
+                if difference <= tolerance:  # false of NaN
+                    head = _try_head(model, forest, own, distance, tolerance, capability)
+                    return Forward(True, head, plain, "", capability)
+                why_not = f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
     model.set_attn_implementation(plain)
     return Forward(False, None, plain, why_not)
 
@@ -93,7 +95,7 @@ def _one_by_one(model: Any, sequences: list[np.ndarray]) -> list[torch.Tensor]:
     return results
 
 
-def _try_forest(model: Any, forest: Forest) -> tuple[str, torch.Tensor | None]:
+def _try_forest(model: Any, forest: Forest, capability: Capability | None) -> tuple[str, torch.Tensor | None]:
     """Why not, or the log-probabilities that the model's own head gives."""
     windows: dict[int, int | None] = {}
 
@@ -103,7 +105,7 @@ def _try_forest(model: Any, forest: Forest) -> tuple[str, torch.Tensor | None]:
 
     try:
         model.set_attn_implementation(FOREST)
-        own = trained_logprobs(model, forest, None, watch=watch)
+        own = trained_logprobs(model, forest, None, capability, watch=watch)
     except Exception as error:  # whatever a model's code may raise, it means: not by forests
         recover(model)
         return f"its code does not take a forest ({type(error).__name__}: {_first_line(error)})", None
@@ -112,14 +114,19 @@ def _try_forest(model: Any, forest: Forest) -> tuple[str, torch.Tensor | None]:
 
 
 def _try_head(
-    model: Any, forest: Forest, own: torch.Tensor, distance: Distance, tolerance: float
+    model: Any,
+    forest: Forest,
+    own: torch.Tensor,
+    distance: Distance,
+    tolerance: float,
+    capability: Capability | None,
 ) -> Head | None:
     """The head as data, if it gives what the model's own head gives."""
     head = plain_head(model)
     if head is None:
         return None
     try:
-        fused = trained_logprobs(model, forest, head)
+        fused = trained_logprobs(model, forest, head, capability)
     except Exception:  # a decoder that cannot be called by itself
         recover(model)
         return None

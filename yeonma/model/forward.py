@@ -15,11 +15,15 @@ import torch
 from torch import nn
 
 from yeonma.model.attention import layout
-from yeonma.model.linear import product
+from yeonma.model.linear import float32_product, product
+from yeonma.model.ragged import Capability
 from yeonma.model.shard import gathered, is_sharded, own_class, within
 from yeonma.tokens.forest import Forest, lay_out
 
 HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
+CUDA_CHUNK_BYTES = (
+    512 * 2**20
+)  # a GPU reads the head once a chunk: 1,000 rows and more hide that behind the product
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Head:
     bias_V: torch.Tensor | None
     scale: float
     cap: float | None
+    chunk_bytes: int | None = None  # of float32 logits held at once; None for HEAD_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Forward:
     head: Head | None  # else the model's own head
     plain_attention: str  # transformers' name of the backend to generate with
     why_not: str  # why not by forests; empty otherwise
+    capability: Capability | None = (
+        None  # of the CUDA device on which a forest's segments go through one call
+    )
 
 
 def plain_head(model: Any) -> Head | None:
@@ -54,7 +62,8 @@ def plain_head(model: Any) -> Head | None:
     divisor = getattr(config, "logits_scaling", None) or 1.0
     factor = getattr(config, "logit_scale", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, factor / divisor, cap)
+    chunk = CUDA_CHUNK_BYTES if layer.weight.device.type == "cuda" else None
+    return Head(layer.weight, layer.bias, factor / divisor, cap, chunk)
 
 
 def example_logprobs(
@@ -70,7 +79,7 @@ def example_logprobs(
     `lay_out`."""
     if how.forest:
         forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
-        return trained_logprobs(model, forest, how.head)
+        return trained_logprobs(model, forest, how.head, how.capability)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
         on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
@@ -78,7 +87,9 @@ def example_logprobs(
     return torch.cat(sequences)
 
 
-def trained_logprobs(model: Any, forest: Forest, head: Head | None, **keywords: Any) -> torch.Tensor:
+def trained_logprobs(
+    model: Any, forest: Forest, head: Head | None, capability: Capability | None = None, **keywords: Any
+) -> torch.Tensor:
     """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
 
     With a plain `head` no more than a chunk of logits is ever held. Without, the model's own head runs at the
@@ -88,7 +99,7 @@ def trained_logprobs(model: Any, forest: Forest, head: Head | None, **keywords: 
     batch = {
         "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
         "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
-        "forest": layout(forest),
+        "forest": layout(forest, device, capability),
         "use_cache": False,
         **keywords,
     }
@@ -144,7 +155,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
         wants_gradient = hidden_UH.requires_grad
-        rows = max(1, HEAD_CHUNK_BYTES // (4 * head.weight_VH.shape[0]))
+        rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
         logprob = torch.empty(len(target_U), dtype=torch.float32, device=hidden_UH.device)
         gradient = torch.empty_like(hidden_UH) if wants_gradient else None
         for start in range(0, len(target_U), rows):
@@ -174,7 +185,7 @@ def _head_chunk(
     gradient: torch.Tensor | None,
 ) -> None:
     """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
-    logits = product(hidden, head.weight_VH, head.bias_V).float()
+    logits = float32_product(hidden, head.weight_VH, head.bias_V)
     if head.scale != 1.0:
         logits *= head.scale
     slope = None

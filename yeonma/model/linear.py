@@ -68,6 +68,16 @@ class Dense:
         return product(upstream, self.weight_MK.t())
 
 
+def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `product`, in float32. On CUDA the sums over half-precision products stay as they are, which are of float32;
+    elsewhere the routine has rounded them."""
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+        return product(x, weight, bias).float()
+    with torch.no_grad():
+        result = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return result if bias is None else result.add_(bias)
+
+
 def frozen_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` for a weight that is not trained: x (..., K), weight (M, K) -> (..., M)."""
     flat = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)

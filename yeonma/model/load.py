@@ -17,11 +17,12 @@ from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from yeonma.choices import Quantization
+from yeonma.choices import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
 from yeonma.model.packed import adopt, bitsandbytes_config, packed_layers, to_fp8
 from yeonma.model.quantization import check_installed
@@ -203,11 +204,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Keep only the layers' inputs for the backward pass, and compute the rest again (Chen et al. 2016)."""
+def checkpoint_activations(model: Any, how: Checkpointing = True) -> None:
+    """Keep only the layers' inputs for the backward pass, and compute the rest again (Chen et al. 2016); `selective`
+    does so in every other layer."""
     # by its later name where transformers has it: the former one warns there
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    if how == "selective":
+        layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        for layer in layers[1::2]:
+            layer.gradient_checkpointing = False
 
 
 def keep_the_console_clean() -> None:

@@ -70,6 +70,9 @@ class RunState:
     micro_batches: list[int] = field(
         default_factory=list
     )  # what was asked for, then what each process had room for
+    micro_batch_tokens: list[int] = field(
+        default_factory=list
+    )  # the tokens that each process had room for, where they were its own choice
     evaluation_due: bool = (
         False  # the run was stopped before it had looked at the validation rows after this step
     )

@@ -106,10 +106,13 @@ def at_step(tuning: Tuning, step: int) -> Tuning:
     return tuning if step or first is None else replace(tuning, objective=first)
 
 
-def rooms(tuning: Tuning) -> list[int]:
-    """What each process takes through the model at once, at most, by rank."""
-    mine = torch.tensor([tuning.room.micro.most_examples]).view(torch.uint8)
-    return [int(each.view(torch.int64)) for each in gather_bytes(tuning.group, mine)]
+def rooms(tuning: Tuning) -> tuple[list[int], list[int]]:
+    """What each process takes through the model at once, at most, by rank: units, and tokens where those are its own
+    choice."""
+    micro = tuning.room.micro
+    mine = torch.tensor([micro.most_examples, micro.most_tokens or 0]).view(torch.uint8)
+    found = [each.view(torch.int64).tolist() for each in gather_bytes(tuning.group, mine)]
+    return [each[0] for each in found], [each[1] for each in found] if tuning.room.by_tokens else []
 
 
 def forward_alone(tuning: Tuning, store: TokenStore, units: np.ndarray) -> None:
@@ -265,7 +268,10 @@ def run_steps(
     def save(state: RunState) -> None:
         started = time.perf_counter()
         random = random_tensors(tuning.group, tuning.model.device)
-        state = replace(state, micro_batches=[tuning.room.asked.most_examples, *rooms(tuning)])
+        counts, tokens = rooms(tuning)
+        state = replace(
+            state, micro_batches=[tuning.room.asked.most_examples, *counts], micro_batch_tokens=tokens
+        )
         if tuning.group.first:
             watch.before_save()
             names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}

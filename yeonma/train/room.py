@@ -32,11 +32,13 @@ class Room:
     """What this process takes through the model at once: `asked` at first, half of it after each lack of memory.
 
     `alone`: whether it may make more passes than the others, which it may not where weights are shared out.
+    `by_tokens`: it is tokens that are halved, down to those of the longest unit, which then goes alone.
     """
 
     asked: MicroBatching
     device: torch.device
     alone: bool = True
+    by_tokens: bool = False
     say: Callable[[str], None] = _say
     micro: MicroBatching = field(init=False)
 
@@ -46,6 +48,21 @@ class Room:
     def keep(self, most_examples: int) -> None:
         """As a checkpoint says that it was."""
         self.micro = replace(self.asked, most_examples=most_examples)
+
+    def _smaller(self, store: TokenStore, units: np.ndarray) -> tuple[str, MicroBatching] | None:
+        """Words for what some units took at once, and for half of it; None where each already goes alone."""
+        micro = self.micro
+        if self.by_tokens and micro.most_tokens is not None:
+            longest, whole = int(store.unit_lengths[units].max()), int(store.unit_lengths[units].sum())
+            tokens = min(micro.most_tokens, whole)
+            if tokens <= longest or len(units) == 1:
+                return None
+            half = max(longest, tokens // 2)
+            return f"{tokens:,} tokens at once; going on with {half:,}", replace(micro, most_tokens=half)
+        most = min(micro.most_examples, len(units))
+        if most == 1:
+            return None
+        return f"{most} at once; going on with {most // 2}", replace(micro, most_examples=most // 2)
 
     def fit(
         self,
@@ -68,18 +85,16 @@ class Room:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_lack_of_memory(error):
                     raise
-                most = min(self.micro.most_examples, len(units))
-                if most == 1 or not self.alone:
+                smaller = self._smaller(store, units)
+                if smaller is None or not self.alone:
                     raise _no_room(store, units, self.device, self.alone) from error
             undo()  # out here, where the error no longer holds the tensors of what failed
             if of_gpu is not None:
                 torch.cuda.empty_cache()
                 torch.cuda.set_rng_state(of_gpu, self.device)
             torch.set_rng_state(random)
-            self.micro = replace(self.micro, most_examples=most // 2)
-            self.say(
-                f"out of memory with {most} at once; going on with {most // 2}, the same result to rounding"
-            )
+            words, self.micro = smaller
+            self.say(f"out of memory with {words}, the same result to rounding")
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -31,6 +31,7 @@ from yeonma.settings import (
 from yeonma.tokens.carried import Carried, carry
 from yeonma.tokens.dataset import Dataset, describe
 from yeonma.train import folder
+from yeonma.train.budget import one_by_one, settled, try_heaviest
 from yeonma.train.card import ask_rows, write_card
 from yeonma.train.checkpoint import (
     AdapterWriter,
@@ -39,7 +40,7 @@ from yeonma.train.checkpoint import (
     read_tensors,
     recover,
 )
-from yeonma.train.distributed import check_alike, processes, wait
+from yeonma.train.distributed import Processes, check_alike, processes, wait
 from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.opening import look_again
@@ -98,12 +99,21 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
             saves = saves_of(settings, prepared)
             check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
         stop.check()
-        loaded = load_model(settings, source, device, prepared, say, group)
+        by_tokens = group_of(settings, StepSettings).micro_batch_tokens == "auto"
+        kept = _tokens_of(start.state, group) if by_tokens else None
+        chosen = settled(settings, source, prepared, group, say, kept=kept)
+        loaded = load_model(chosen, source, device, prepared, say, group)
+        if by_tokens and not loaded.how.forest:
+            chosen = one_by_one(chosen)
         stop.check()
         looked_at = all_looked_at(prepared)
         first = looked_at_first(prepared)
-        objective = make_objective(settings, loaded, prepared, looked_at, group, say, first)
-        tuning = make_tuning(settings, loaded, prepared.plan, objective, group, stop)
+        objective = make_objective(chosen, loaded, prepared, looked_at, group, say, first)
+        tuning = make_tuning(
+            chosen, loaded, prepared.plan, objective, group, stop, by_tokens=by_tokens and loaded.how.forest
+        )
+        if tuning.room.by_tokens and kept is None:
+            try_heaviest(tuning, prepared.plan, prepared.dataset.train.store)
         if start.state is not None:
             look_again(tuning, prepared.plan, prepared.dataset.train.store, held_out(prepared))
         stop.check()
@@ -232,6 +242,13 @@ def _room_of(state: RunState, tuning: Tuning) -> int | None:
     if asked != tuning.room.asked.most_examples or len(had) != tuning.group.count:
         return None
     return had[tuning.group.rank]
+
+
+def _tokens_of(state: RunState | None, group: Processes) -> int | None:
+    """The tokens that this process had room for when the checkpoint was written; None where there are none, or another
+    number of processes."""
+    had = state.micro_batch_tokens if state is not None else []
+    return had[group.rank] if len(had) == group.count else None
 
 
 def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,9 @@ from yeonma.settings import (
     TokenSettings,
 )
 from yeonma.tokens.dataset import cache_folder
-from yeonma.tokens.plan import MicroBatching, Plan
+from yeonma.tokens.plan import Plan
 from yeonma.tokens.store import TokenStore
+from yeonma.train.budget import checkpointing, micro_batching
 from yeonma.train.distributed import Processes
 from yeonma.train.loop import Tuning
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
@@ -93,8 +94,8 @@ def load_model(
     how = check_forward(base)  # with the adapter in place: it may sit on the head
     if how.why_not:
         say(f"one sequence at a time, because {how.why_not}")
-    if model_settings.gradient_checkpointing:
-        load.checkpoint_activations(base)
+    if how_kept := checkpointing(model_settings):
+        load.checkpoint_activations(base, how_kept)
     speed_up(base)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
@@ -191,7 +192,7 @@ def make_objective(
         as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
         cache_dir = cache_folder(group_of(settings, TokenSettings))
         most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
-        micro = MicroBatching(most, step.micro_batch_tokens, step.share_prefix)
+        micro = replace(micro_batching(step), most_examples=most)
         if (
             first is None
             or is_sharded(base)  # every look at it is a meeting of all
@@ -231,7 +232,10 @@ def make_tuning(
     objective: Objective,
     group: Processes,
     stop: Stop | None = None,
+    *,
+    by_tokens: bool = False,
 ) -> Tuning:
+    """`by_tokens`: for want of room it is the tokens at once that are halved."""
     step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
     sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
@@ -251,11 +255,7 @@ def make_tuning(
         scheduler=make_schedule(step, optimizer, plan.total_steps),
         by_metric=step.lr_scheduler in BY_METRIC,
         max_grad_norm=step.max_grad_norm,
-        room=Room(
-            MicroBatching(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix),
-            base.device,
-            not sharded,
-        ),
+        room=Room(micro_batching(step), base.device, not sharded, by_tokens),
         objective=objective,
         group=group,
         stop=stop or Stop(),

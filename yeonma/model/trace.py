@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from yeonma.choices import Quantization
+from yeonma.choices import Checkpointing, Quantization
 from yeonma.errors import UserError
 from yeonma.model import load
-from yeonma.model.attention import FOREST
-from yeonma.model.forward import Head, plain_head, trained_logprobs
+from yeonma.model.attention import FOREST, layout
+from yeonma.model.forward import CUDA_CHUNK_BYTES, Head, plain_head, trained_logprobs
 from yeonma.model.lora import speed_up
 from yeonma.model.packed import quantised_layers, sketch
+from yeonma.model.ragged import Capability, capability_of
 from yeonma.model.shard import gathered_bytes
 from yeonma.tokens.forest import Forest
 
@@ -48,6 +49,8 @@ class Blueprint:
     trained_bytes: int
     gathered_bytes: int
     """What of the weights a process holds whole at a time where they are sharded."""
+    capability: Capability | None = None
+    """Of the CUDA device that will compute attention in one call."""
 
 
 def blueprint(
@@ -56,12 +59,13 @@ def blueprint(
     lora: load.LoraShape | str,
     *,
     trust_remote_code: bool = False,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
+    device: torch.device | None = None,
     quantization: Quantization = "none",
     by_device: bool = False,
 ) -> Blueprint:
-    """`lora`: a fresh adapter's shape, or the folder of an adapter to continue. Draws no random numbers.
-    `by_device`: fp8 is multiplied by the device's own products.
+    """`lora`: a fresh adapter's shape, or the folder of an adapter to continue. `device`: what the run will be on, the
+    CPU by default. `by_device`: fp8 is multiplied by the device's own products. Draws no random numbers.
 
     Raises UserError for target modules that the model does not have.
     """
@@ -77,9 +81,11 @@ def blueprint(
             sketch(base, quantization, by_device)
         _put_adapter_on(base, lora)
     base.set_attn_implementation(FOREST)
-    head = plain_head(base)
+    head, device = plain_head(base), device or torch.device("cpu")
+    if head is not None and device.type == "cuda":
+        head = replace(head, chunk_bytes=CUDA_CHUNK_BYTES)
     if gradient_checkpointing:
-        load.checkpoint_activations(base)
+        load.checkpoint_activations(base, gradient_checkpointing)
     speed_up(base)
     base.train()
     trained = [each for each in base.parameters() if each.requires_grad]
@@ -93,6 +99,7 @@ def blueprint(
         weight_bytes=sum(each.untyped_storage().nbytes() for each in held),
         trained_bytes=sum(each.untyped_storage().nbytes() for each in trained),
         gathered_bytes=gathered_bytes(base),
+        capability=capability_of(device, dtype),
     )
 
 
@@ -140,12 +147,13 @@ def trace(drawn: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
     trained = [each for each in model.parameters() if each.requires_grad]
     for each in trained:
         each.grad = torch.zeros_like(each) if has_gradients else None
-    record = _Record(model.get_output_embeddings().weight.shape[0])
+    laid = layout(forest, model.device, drawn.capability).ragged
+    record = _Record(model.get_output_embeddings().weight.shape[0], laid.pairs if laid else 0)
     record.hold([*model.parameters(), *model.buffers()], counted=False)
     record.hold([each.grad for each in trained if each.grad is not None])
     try:
         with record:
-            loss = trained_logprobs(model, forest, drawn.head).sum()
+            loss = trained_logprobs(model, forest, drawn.head, drawn.capability).sum()
             forward, forward_shapes = len(record.events), len(record.shapes)
             loss.backward()
     except (RuntimeError, NotImplementedError) as error:
@@ -196,9 +204,10 @@ def _held(record: _Record, events: int) -> set[int]:
 class _Record(TorchDispatchMode):
     """Every storage that operations make, when it came and when it went; products and their operations."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, pairs: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.pairs = pairs  # of queries and keys, where attention is one call
         self.sizes: list[int] = []  # bytes, by number
         self.events: list[tuple[int, bool]] = []  # a storage's number, and whether it goes
         self.logits: set[int] = set()
@@ -242,6 +251,9 @@ class _Record(TorchDispatchMode):
             q, k = args[at], args[at + 1]
             pairs = q.shape[2] * (k.shape[2] - q.shape[2] / 2)
             self.flops += int(2 * products * q.shape[1] * q.shape[3] * pairs)
+        if str(func) in _ONE_CALL:
+            at, products = _ONE_CALL[str(func)]
+            self.flops += 2 * products * args[at].shape[1] * args[at].shape[2] * self.pairs
         return result
 
 
@@ -256,4 +268,8 @@ _FACTORS = {
 _ATTENTION = {  # where the query stands, and how many products there are
     aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2),
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5),
+}
+_ONE_CALL = {  # of a whole forest, (T, heads, D)
+    "torch_attn._varlen_attn.default": (0, 2),
+    "torch_attn._varlen_attn_backward.default": (1, 5),
 }

@@ -1,0 +1,155 @@
+"""Training on one GPU beside transformers' Trainer, TRL and, where they are installed, Unsloth and LLaMA-Factory.
+
+Shapes of known models with random weights, so that nothing is downloaded. Every contender trains the same LoRA start on
+the same token ids, each time in a process of its own. Writes results/gpu.json after every measurement, and prints one
+table. `--tiny true` proves the harness on the CPU with a tiny shape. A machine with nothing else to do, please.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gpu_contenders import DPO, OURS, SFT, contenders, lacking
+from gpu_shapes import LORA_R, REAL, SEED
+from gpu_tables import gpu_section, tokens_per_second
+from gpu_workloads import WORKLOADS
+from machine import gpu, machine, versions
+from sft import PACKAGES, child, save
+from tables import shown_command
+from workloads import HERE
+
+RESULT = HERE / "results" / "gpu.json"
+MORE_PACKAGES = ("bitsandbytes", "liger-kernel", "flash-attn", "unsloth", "llamafactory")
+QUANTIZATIONS = ("none", "fp8", "nf4")
+
+
+def options(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", choices=["true", "false"], default="false", help="a tiny shape, on the CPU")
+    parser.add_argument("--shapes", nargs="+", choices=REAL, default=list(REAL))
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS))
+    names = list(dict.fromkeys([*SFT, *DPO]))
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16; tiny: float32")
+    parser.add_argument("--steps", type=int, default=6, help="of each measurement; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument(
+        "--table-only", action="store_true", help="measure nothing; the table of --output as it is"
+    )
+    asked = parser.parse_args(given)
+    asked.tiny = asked.tiny == "true"
+    if asked.steps < 2:
+        parser.error("--steps: at least 2, since the first is not timed")
+    return asked
+
+
+def run(asked: argparse.Namespace, command: str) -> dict[str, Any]:
+    device = "cpu" if asked.tiny else "cuda"
+    dtype = asked.dtype or ("float32" if asked.tiny else "bfloat16")
+    result: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "machine": machine(),
+        "gpu": None if asked.tiny else gpu(),
+        "versions": versions((*PACKAGES, *MORE_PACKAGES)),
+        "settings": {"dtype": dtype, "lora_r": LORA_R, "seed": SEED, "steps": asked.steps},
+        "ours": OURS,
+        "contenders": {
+            f"{workload}/{name}": each.label
+            for workload in asked.workloads
+            for name, each in contenders(WORKLOADS[workload].pairs).items()
+        },
+        "shapes": {},
+        "runs": [],
+        "failures": [],
+        "left_out": [],
+    }
+    for shape in ["tiny"] if asked.tiny else asked.shapes:
+        with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as made:
+            folder = Path(made)
+            job = {
+                "folder": made,
+                "shape": shape,
+                "dtype": dtype,
+                "steps": asked.steps,
+                "workloads": asked.workloads,
+            }
+            child("gpu_shapes.py", job, folder / "log")
+            result["shapes"][shape] = json.loads((folder / "prepared.json").read_text("utf-8"))
+            for number in range(1, asked.rounds + 1):
+                measure_all(asked, result, shape, number, folder, {"device": device, "dtype": dtype})
+    return result
+
+
+def measure_all(
+    asked: argparse.Namespace,
+    result: dict[str, Any],
+    shape: str,
+    number: int,
+    folder: Path,
+    where: dict[str, str],
+) -> None:
+    for workload, about in result["shapes"][shape]["workloads"].items():
+        known = contenders(about["pairs"])
+        for quantization in asked.quantizations:
+            for name in [each for each in asked.contenders if each in known]:
+                key = {"shape": shape, "workload": workload, "quantization": quantization, "contender": name}
+                if why := lacking(known[name], quantization, about):
+                    if number == 1:
+                        result["left_out"].append({**key, "why": why})
+                    continue
+                measure(result, {**key, "round": number}, folder, {**where, "about": about})
+                save(asked.output, result)
+
+
+def measure(result: dict[str, Any], key: dict[str, Any], folder: Path, job: dict[str, Any]) -> None:
+    """Add one contender's steps to the runs, or to the failures."""
+    measured = folder / "measured.json"
+    measured.unlink(missing_ok=True)
+    shutil.rmtree(folder / "output", ignore_errors=True)
+    shown = f"round {key['round']}  {key['shape']:10} {key['workload']:7} {key['quantization']:5} {key['contender']:22}"
+    try:
+        child("gpu_contenders.py", {"folder": str(folder), **key, **job}, folder / "log")
+    except RuntimeError as error:
+        print(f"{shown} failed: {error}", flush=True)
+        result["failures"].append({**key, "error": str(error).replace(str(folder), "FOLDER")[:300]})
+        return
+    found = {**key, **json.loads(measured.read_text("utf-8"))}
+    result["runs"].append(found)
+    rate = sum(found["matrix_rates"]) / 2e12
+    print(
+        f"{shown} {tokens_per_second(found):9.1f} tokens/s  {found['peak_memory_bytes'] / 1e9:.2f} GB  "
+        f"losses {', '.join(f'{loss:.5f}' for loss in found['losses'])}  matrix rate {rate:.2f} TFLOP/s",
+        flush=True,
+    )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    asked = options(given)
+    if asked.table_only:
+        result = json.loads(asked.output.read_text("utf-8"))
+    else:
+        if not asked.tiny and gpu() is None:
+            print("no CUDA device; --tiny true proves the harness on the CPU", file=sys.stderr)
+            return 2
+        result = run(asked, shown_command("gpu.py", sys.argv[1:] if given is None else given))
+        save(asked.output, result)
+    if any(each["contender"] == result["ours"] for each in result["runs"]):
+        print(f"\n{gpu_section(result)}")
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

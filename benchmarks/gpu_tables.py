@@ -1,0 +1,151 @@
+"""Results of gpu.py -> its table. Pure functions of what lies in results/gpu.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from tables import gigabytes, times
+
+Run = Mapping[str, Any]
+KEY = ("shape", "workload", "quantization")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender at one workload of one shape, over all rounds. Ratios are ours to theirs, round by round."""
+
+    shape: str
+    workload: str
+    quantization: str
+    contender: str
+    tokens_per_second: float
+    ratio: float
+    ratio_least: float
+    ratio_most: float
+    share: float  # of the device's matrix rate
+    peak_memory_bytes: int
+    loss: float
+    loss_gap: float | None  # to ours, the largest of any step; None where the steps have other rows
+
+
+def tokens_per_second(run: Run) -> float:
+    """Without the first step, which is warm-up; a pass over the reference is shared out over all steps."""
+    others = len(run["seconds"]) - 1
+    reference = run["reference_seconds"] * others / len(run["seconds"])
+    return sum(run["tokens"][1:]) / (sum(run["seconds"][1:]) + reference)
+
+
+def operations_per_token(model: Mapping[str, Any], steps: list[Mapping[str, int]]) -> float:
+    """Forward, and backward to the inputs: 4 a parameter that is no embedding. And causal attention: 2 products forward
+    and 4 backward over half the pairs of tokens, 6 x width x n^2 a layer."""
+    tokens, squares = (sum(each[name] for each in steps) for name in ("tokens", "squares"))
+    attention = 6 * model["layers"] * model["attention_width"] * squares / tokens
+    return float(4 * model["non_embedding_parameters"] + attention)
+
+
+def lines(result: Mapping[str, Any]) -> list[Line]:
+    """In the order in which they were first measured; those that were never measured beside ours are left out."""
+    runs = {(*(run[name] for name in KEY), run["contender"], run["round"]): run for run in result["runs"]}
+    rate = median(rate for run in result["runs"] for rate in run["matrix_rates"])
+    rounds = sorted({run["round"] for run in result["runs"]})
+    found = []
+    for *where, contender in dict.fromkeys(key[:-1] for key in runs):
+        both = [
+            (runs[(*where, contender, number)], runs[(*where, result["ours"], number)])
+            for number in rounds
+            if (*where, contender, number) in runs and (*where, result["ours"], number) in runs
+        ]
+        if not both:
+            continue
+        shape, workload, quantization = where
+        prepared = result["shapes"][shape]
+        operations = operations_per_token(prepared["model"], prepared["workloads"][workload]["steps"])
+        speed = median(tokens_per_second(theirs) for theirs, _ in both)
+        ratios = [tokens_per_second(ours) / tokens_per_second(theirs) for theirs, ours in both]
+        gaps = [loss_gap(theirs, ours) for theirs, ours in both]
+        known = [gap for gap in gaps if gap is not None]
+        found.append(
+            Line(
+                shape=shape,
+                workload=workload,
+                quantization=quantization,
+                contender=contender,
+                tokens_per_second=speed,
+                ratio=median(ratios),
+                ratio_least=min(ratios),
+                ratio_most=max(ratios),
+                share=speed * operations / rate,
+                peak_memory_bytes=int(median(theirs["peak_memory_bytes"] for theirs, _ in both)),
+                loss=median(sum(theirs["losses"]) / len(theirs["losses"]) for theirs, _ in both),
+                loss_gap=max(known) if len(known) == len(gaps) else None,
+            )
+        )
+    return found
+
+
+def loss_gap(run: Run, ours: Run) -> float | None:
+    if run["tokens"] != ours["tokens"] or len(run["losses"]) != len(ours["losses"]):
+        return None
+    return max(abs(a - b) for a, b in zip(run["losses"], ours["losses"], strict=True))
+
+
+def gpu_section(result: Mapping[str, Any]) -> str:
+    """The words and the table."""
+    rows = [
+        "| shape | workload | base | contender | tokens/s | Yeonma is | of matrix rate | peak memory | loss | gap |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in lines(result):
+        label = result["contenders"][f"{line.workload}/{line.contender}"]
+        mine = line.contender == result["ours"]
+        cells = (
+            line.shape,
+            line.workload,
+            result["settings"]["dtype"] if line.quantization == "none" else line.quantization,
+            f"**{label}**" if mine else label,
+            f"{line.tokens_per_second:.0f}",
+            "" if mine else times(line.ratio, line.ratio_least, line.ratio_most),
+            f"{line.share:.0%}",
+            gigabytes(line.peak_memory_bytes),
+            f"{line.loss:.4f}",
+            "" if mine else "other rows a step" if line.loss_gap is None else f"{line.loss_gap:.0e}",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    works = dict(chain_of(result))
+    told = [f"- `{name}`: {about}" for name, about in works.items()]
+    failed = [
+        f"- {each['shape']}, {each['workload']}, {each['contender']}: `{each['error']}`"
+        for each in result["failures"]
+    ]
+    left = sorted({f"{each['contender']}: {each['why']}" for each in result["left_out"]})
+    blocks = [about_device(result), "\n".join(told), "\n".join(rows)]
+    if failed:
+        blocks.append("Failed:\n\n" + "\n".join(failed))
+    if left:
+        blocks.append(f"Not measured: {'; '.join(left)}.")
+    return "\n\n".join(blocks)
+
+
+def chain_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, f"{work['about']}; {work['batch']} a step, {len(work['steps'])} steps, the first not timed")
+        for prepared in result["shapes"].values()
+        for name, work in prepared["workloads"].items()
+    ]
+
+
+def about_device(result: Mapping[str, Any]) -> str:
+    gpu, machine = result["gpu"], result["machine"]
+    where = f"{machine['cpu']}, cores: {machine['cores']}"
+    if gpu is not None:
+        where = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
+    packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    rate = median(rate for run in result["runs"] for rate in run["matrix_rates"])
+    return (
+        f"{result['date']}, {where}; {packages}.\n`{result['command']}`\n\n"
+        f"Random weights, LoRA r={result['settings']['lora_r']} on all linear layers, {result['settings']['dtype']}. "
+        f"Matrix rate: {rate / 1e12:.2f} TFLOP/s, the median of one large product before and after each run."
+    )

@@ -1,0 +1,130 @@
+"""Rows of random words with the lengths of real work, tokenised once by Yeonma's own rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dpo_workloads import tokenised
+from gpu_shapes import SEED, word
+from workloads import IGNORED
+
+TEMPLATE = "{prompt} {completion}"
+CUTOFF_LEN = 16384
+TINY = 32  # a tiny workload's lengths are so many times shorter
+TINY_PACKED = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`prompt` and `answer` are tokens, the end token among the answer's; a pair has two answers of that length."""
+
+    about: str
+    batch: int  # rows, or pairs, a step
+    prompt: int
+    answer: int
+    spread: float = 0.0  # standard deviation of the lengths' logarithm
+    pairs: bool = False
+    packed: int | None = None  # tokens at once, the same for all who can pack
+
+
+WORKLOADS = {
+    "long": Workload("long prompts and short answers, 2048/32 tokens", 16, 2048, 32),
+    "alpaca": Workload(
+        "lengths as alpaca's: about 60 and 120 tokens, of wide spread", 128, 45, 80, spread=0.9
+    ),
+    "packed": Workload("the same kind of rows, 8192 tokens at once", 256, 45, 80, spread=0.9, packed=8192),
+    "dpo": Workload("pairs of 1024/256/256 tokens", 16, 1024, 256, pairs=True),
+}
+
+
+def of_size(work: Workload, tiny: bool) -> Workload:
+    if not tiny:
+        return work
+    packed = work.packed and TINY_PACKED
+    prompt, answer = max(6, work.prompt // TINY), max(3, work.answer // TINY)
+    return Workload(work.about, 16 if packed else 8, prompt, answer, work.spread / 2, work.pairs, packed)
+
+
+def prepare_workloads(
+    folder: Path, tokenizer: Any, names: Sequence[str], steps: int, *, tiny: bool
+) -> dict[str, Any]:
+    return {name: _prepare(folder, tokenizer, name, of_size(WORKLOADS[name], tiny), steps) for name in names}
+
+
+def rows_of(work: Workload, count: int, words: int) -> list[dict[str, str]]:
+    draw = np.random.default_rng(SEED)
+
+    def text(mean: int, fewer: int = 0) -> str:
+        length = round(mean * float(np.exp(work.spread * draw.standard_normal()))) if work.spread else mean
+        length = min(max(length, 3), 4096)
+        return " ".join(word(int(number)) for number in draw.integers(1, words, length - fewer))
+
+    rows = []
+    for _ in range(count):
+        prompt, answers = text(work.prompt), [text(work.answer, fewer=1) for _ in range(1 + work.pairs)]
+        names = ("chosen", "rejected") if work.pairs else ("completion",)
+        rows.append({"prompt": f"{prompt} ", **dict(zip(names, answers, strict=True))})
+    return rows
+
+
+def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int) -> dict[str, Any]:
+    """Write a workload's rows (`NAME.jsonl`), and their token ids in the order of training (`NAME.json`)."""
+    from yeonma.tokens.plan import make_plan
+
+    rows = rows_of(work, work.batch * steps, tokenizer.vocab_size - 1)
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    part = tokenised(path, folder, tokenizer) if work.pairs else _answers(path, folder, tokenizer)
+    store, units = part.store, part.units
+    plan = make_plan(
+        units, store.unit_lengths[units], batch_size=work.batch, seed=SEED, num_epochs=1, max_steps=None
+    )
+    order = [int(unit) for step in plan.steps() for unit in step]
+    made = [_pair(store, unit) if work.pairs else _labelled(store, unit) for unit in order]
+    (folder / f"{name}.json").write_text(json.dumps(made), "utf-8")
+    described = []
+    for step in plan.steps():
+        examples = store.trained_of(step)
+        lengths = store.lengths[examples].astype(int)
+        described.append(
+            {
+                "tokens": int(lengths.sum()),
+                "trained_tokens": int(store.trained_counts[examples].sum()),
+                "squares": int((lengths**2).sum()),
+            }
+        )
+    return {
+        "about": work.about,
+        "batch": work.batch,
+        "packed": work.packed,
+        "pairs": work.pairs,
+        "steps": described,
+    }
+
+
+def _answers(path: Path, folder: Path, tokenizer: Any) -> Any:
+    from yeonma.settings import DataSettings, TokenSettings
+    from yeonma.tokens.dataset import prepare_dataset
+
+    data = DataSettings(data_path=str(path))
+    tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))
+    return prepare_dataset(data, tokens, tokenizer, SEED, lambda _: None, lambda _: None).train
+
+
+def _labelled(store: Any, unit: int) -> dict[str, list[int]]:
+    example = store.example(unit)
+    ids = example.token_ids.tolist()
+    pairs = zip(ids, example.trained.tolist(), strict=True)
+    return {"input_ids": ids, "labels": [token if trained else IGNORED for token, trained in pairs]}
+
+
+def _pair(store: Any, unit: int) -> dict[str, list[int]]:
+    start = int(store.unit_starts[unit])
+    prompt = int(store.prompt_lengths[start])
+    chosen, rejected = (store.example(start + side).token_ids.tolist() for side in (0, 1))
+    return {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}

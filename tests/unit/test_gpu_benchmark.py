@@ -1,0 +1,167 @@
+"""The arithmetic of the GPU benchmark, its rows and its table; the harness itself runs in tests/slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield
+
+
+@pytest.fixture
+def tables() -> Any:
+    import gpu_tables  # type: ignore[import-not-found]
+
+    return gpu_tables
+
+
+@pytest.fixture
+def workloads() -> Any:
+    import gpu_workloads  # type: ignore[import-not-found]
+
+    return gpu_workloads
+
+
+@pytest.fixture
+def shapes() -> Any:
+    import gpu_shapes  # type: ignore[import-not-found]
+
+    return gpu_shapes
+
+
+@pytest.fixture
+def contenders() -> Any:
+    import gpu_contenders  # type: ignore[import-not-found]
+
+    return gpu_contenders
+
+
+def run(contender: str, number: int, seconds: float, **more: Any) -> dict[str, Any]:
+    """Three steps, the first slow."""
+    return {
+        "shape": "tiny",
+        "workload": "long",
+        "quantization": "none",
+        "contender": contender,
+        "round": number,
+        "seconds": [60.0, seconds, seconds],
+        "tokens": [10, 50, 50],
+        "losses": [4.0, 2.0, 1.0],
+        "reference_seconds": 0.0,
+        "peak_memory_bytes": 2_000_000_000,
+        "matrix_rates": [1e6, 3e6],
+        **more,
+    }
+
+
+def result(*runs: dict[str, Any]) -> dict[str, Any]:
+    steps = [{"tokens": 100, "trained_tokens": 5, "squares": 2000}]
+    work = {"about": "long rows", "batch": 8, "packed": None, "pairs": False, "steps": steps}
+    model = {"name": "tiny", "non_embedding_parameters": 1000, "layers": 2, "attention_width": 8}
+    return {
+        "date": "2000-01-01",
+        "command": "python x",
+        "machine": {"cpu": "CPU", "cores": 2, "memory_bytes": 2**34},
+        "gpu": None,
+        "versions": {"torch": "1", "trl": None},
+        "settings": {"dtype": "bfloat16", "lora_r": 16},
+        "ours": "yeonma",
+        "contenders": {"long/yeonma": "Ours", "long/theirs": "Theirs"},
+        "shapes": {"tiny": {"model": model, "workloads": {"long": work}}},
+        "runs": list(runs),
+        "failures": [],
+        "left_out": [],
+    }
+
+
+def test_speed_leaves_out_the_first_step_and_shares_the_reference_out(tables: Any) -> None:
+    assert tables.tokens_per_second(run("yeonma", 1, 2.0)) == 25.0
+    assert tables.tokens_per_second(run("yeonma", 1, 2.0, reference_seconds=9.0)) == 10.0
+
+
+def test_operations_are_four_a_parameter_and_attention_over_half_the_pairs(tables: Any) -> None:
+    made = result()["shapes"]["tiny"]
+    found = tables.operations_per_token(made["model"], made["workloads"]["long"]["steps"])
+    assert found == 4 * 1000 + 6 * 2 * 8 * 2000 / 100
+    (line,) = tables.lines(result(run("yeonma", 1, 1.0)))
+    assert line.share == 50 * found / 2e6
+
+
+def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) -> None:
+    ours = [run("yeonma", number, seconds) for number, seconds in ((1, 1.0), (2, 2.0), (3, 4.0))]
+    theirs = [
+        run("theirs", number, seconds, losses=[4.0, 2.25, 1.0]) for number, seconds in ((1, 2.0), (2, 6.0))
+    ]
+    line = tables.lines(result(*ours, *theirs))[1]
+    assert (line.ratio, line.ratio_least, line.ratio_most, line.loss_gap) == (2.5, 2.0, 3.0, 0.25)
+    other = run("theirs", 1, 1.0, tokens=[10, 51, 50])
+    assert tables.lines(result(ours[0], other))[1].loss_gap is None
+
+
+def test_the_table_has_every_contender_and_says_what_failed_or_was_left_out(tables: Any) -> None:
+    made = result(run("yeonma", 1, 1.0), run("theirs", 1, 2.0))
+    key = {"shape": "tiny", "workload": "long", "quantization": "fp8"}
+    made["failures"] = [{**key, "contender": "theirs", "error": "out of luck"}]
+    made["left_out"] = [{**key, "contender": "unsloth-4", "why": "unsloth is not installed"}]
+    section = tables.gpu_section(made)
+    assert "| tiny | long | bfloat16 | **Ours** | 50 |  | 15% | 2.00 GB | 2.3333 |  |" in section
+    assert (
+        "| tiny | long | bfloat16 | Theirs | 25 | 2.00x as fast | 7% | 2.00 GB | 2.3333 | 0e+00 |" in section
+    )
+    assert "- tiny, long, theirs: `out of luck`" in section
+    assert "Not measured: unsloth-4: unsloth is not installed." in section
+
+
+def test_a_word_is_a_token_and_rows_are_as_long_as_they_say(
+    workloads: Any, shapes: Any, tmp_path: Path
+) -> None:
+    tokenizer = shapes.word_tokenizer(512)
+    names = list(workloads.WORKLOADS)
+    made = workloads.prepare_workloads(tmp_path, tokenizer, names, 2, tiny=True)
+    assert [step["tokens"] for step in made["long"]["steps"]] == [8 * (64 + 3)] * 2
+    assert [step["trained_tokens"] for step in made["long"]["steps"]] == [8 * 3] * 2
+    assert [step["tokens"] for step in made["dpo"]["steps"]] == [8 * 2 * (32 + 8)] * 2
+    assert [step["trained_tokens"] for step in made["dpo"]["steps"]] == [8 * 2 * 8] * 2
+    assert all(step["squares"] > step["tokens"] ** 2 / 16 for step in made["alpaca"]["steps"])
+    assert made["packed"]["packed"] == 64 and made["long"]["packed"] is None
+    full = workloads.of_size(workloads.WORKLOADS["long"], tiny=False)
+    (row,) = workloads.rows_of(full, 1, 511)
+    assert len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) == 2048 + 31  # and the end token
+
+
+def test_the_shapes_are_those_that_they_are_named_for(shapes: Any) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    expected = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen3-0.6b": 596_049_920}
+    for name, count in expected.items():
+        shape = dict(shapes.SHAPES[name])
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert sum(each.numel() for each in model.parameters()) == count, name
+
+
+def test_what_is_not_installed_is_left_out_with_its_reason(
+    contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    short, packed = {"packed": None}, {"packed": 8192}
+    for name, why in (("trl-1", "trl"), ("unsloth-4", "unsloth"), ("factory-4", "llamafactory")):
+        assert contenders.lacking(contenders.SFT[name], "none", short) == f"{why} is not installed"
+    assert contenders.lacking(contenders.SFT["transformers-4"], "none", short) == ""
+    assert contenders.lacking(contenders.SFT["transformers-4"], "fp8", short) == "it has no fp8 here"
+    assert "bitsandbytes" in contenders.lacking(contenders.SFT["transformers-4"], "nf4", short)
+    monkeypatch.setattr(contenders, "find_spec", lambda name: name)
+    assert "packed workload" in contenders.lacking(contenders.SFT["trl-packing"], "none", short)
+    assert contenders.lacking(contenders.SFT["trl-packing-liger"], "none", packed) == ""
+    assert contenders.lacking(contenders.SFT["yeonma"], "none", short) == ""

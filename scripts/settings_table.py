@@ -62,6 +62,7 @@ VERBS = {
     "AnswerSettings": ("generate", "chat", "compare"),
     "MergeSettings": ("merge",),
     "ExportSettings": ("export",),
+    "VerifySettings": ("verify",),
     "PushSettings": ("push",),
     "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),

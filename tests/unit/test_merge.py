@@ -263,6 +263,24 @@ def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors_of(tmp_path / "M").items())
 
 
+def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_whole_weights(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(10))
+    settings: dict[str, object] = {
+        "max_steps": 2,
+        "card_rows": 3,
+        "learning_rate": 0.05,
+        "quantization": "fp8",
+    }
+    run = trained(tmp_path / "OUT", base, data, **settings).folder
+    done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
+    assert done.status == 0, done.out + done.err
+    assert "3 of 3 greedy answers are the same" in done.out
+    expected = by_peft(base, run, torch.float32)
+    for name, weight in tensors_of(tmp_path / "M").items():
+        assert torch.equal(weight, expected[name]), name
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """The system refuses to let a file grow beyond `size` bytes, as a full disk would."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     assert "Traceback" not in out
     if (rank, how) != (1, signal.SIGKILL):
         return
+    shutil.copytree(tmp_path / "out", tmp_path / "alone" / "out")
+    alone = start(["-m", "yeonma", *commands["sft"], *LONG], tmp_path / "alone")
+    out = alone.communicate()[0]
+    assert alone.returncode == 0, out
+    assert "processes was 2 and is now 1" in out
+    assert "the result equals the uninterrupted run's only to rounding; dropout draws other numbers" in out
+    rows = (tmp_path / "alone" / "out" / "trained_rows.jsonl").read_bytes()
+    assert rows == whole["trained_rows.jsonl"]
     again = start(words, tmp_path)
     out = again.communicate()[0]
     assert again.returncode == 0, out

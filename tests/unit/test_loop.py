@@ -477,8 +477,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
     poisoned: list[Any] = []
     make = run.make_tuning
 
-    def tuning(*arguments: Any) -> Any:
-        made = make(*arguments)
+    def tuning(*arguments: Any, **more: Any) -> Any:
+        made = make(*arguments, **more)
         poisoned.append(made)
         next(iter(made.parameters.values())).data[0, 0] = math.nan
         return made

@@ -7,7 +7,7 @@ SEED ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo demo-dpo test fuzz faults lint bench docs
+.PHONY: setup demo demo-dpo test fuzz faults lint bench docs llama
 
 setup: .venv/.installed
 
@@ -50,3 +50,11 @@ bench: setup
 
 docs: setup
 	$(BIN)/python scripts/settings_table.py
+
+# llama.cpp, compiled: tests/slow/test_gguf.py asks exported files through it.
+llama: .venv-llama/.installed
+
+.venv-llama/.installed:
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip --disable-pip-version-check install llama-cpp-python
+	@touch $@

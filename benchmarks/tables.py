@@ -401,6 +401,23 @@ def generate_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join([about_machine(result), about, "\n".join(rows)])
 
 
+def saving_section(result: Mapping[str, Any]) -> str:
+    """The words about what saving costs."""
+    settings, saves, steps = result["settings"], result["save_seconds"], result["step_seconds"]
+    share = sum(saves) / (sum(saves) + sum(steps))
+    each = ", ".join(f"{seconds:.2f}" for seconds in saves)
+    return "\n\n".join(
+        [
+            about_machine(result),
+            f"{result['model']}, LoRA r={settings['lora_r']} on all linear layers, batch {settings['batch_size']}, "
+            f"{settings['max_steps']} steps, save_steps {settings['save_steps']}. Data: {result['data']['name']}. "
+            f"A checkpoint has {megabytes(result['checkpoint_bytes'])}.",
+            f"Saves: {each} s. Steps: {sum(steps):.0f} s, {median(steps):.2f} each in the middle. "
+            f"**Saving took {share:.2%} of the run.**",
+        ]
+    )
+
+
 def times(middle: float, least: float, most: float) -> str:
     spread = f" ({least:.2f}-{most:.2f})" if f"{least:.2f}" != f"{most:.2f}" else ""
     return f"{middle:.2f}x as fast{spread}"
@@ -429,6 +446,7 @@ SECTIONS = {
     "tokenize_rows": tokenize_section,
     "dpo": dpo_section,
     "generate": generate_section,
+    "saving": saving_section,
 }
 
 

@@ -53,7 +53,6 @@ def traced() -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig
 
-    from yeonma.before.estimate import QUANTISED
     from yeonma.model.load import LoraShape
     from yeonma.model.trace import blueprint, trace
     from yeonma.tokens.forest import lay_out
@@ -62,25 +61,29 @@ def traced() -> dict[str, Any]:
     for name, shape in SHAPES.items():
         config = LlamaConfig(**shape, max_position_embeddings=4096)  # type: ignore[arg-type]
         forest = lay_out([np.arange(TOKENS, dtype=np.int32)], [np.arange(TOKENS) > 0])
+        lora = LoraShape(RANK, 16, 0.0, "all-linear")
         each: dict[str, Any] = {}
         for checkpointing in (False, True):
             drawn = blueprint(
                 config,
                 torch.bfloat16,
-                LoraShape(RANK, 16, 0.0, "all-linear"),
+                lora,
                 gradient_checkpointing=checkpointing,
             )
             passed = trace(drawn, forest, has_gradients=True)
             key = "checkpointed" if checkpointing else "activations"
             each[key] = passed.activations + passed.logits + passed.workspace
             each["flops_checkpointed" if checkpointing else "flops"] = passed.flops // TOKENS
+        nf4 = blueprint(config, torch.bfloat16, lora, gradient_checkpointing=True, quantization="nf4")
+        passed = trace(nf4, forest, has_gradients=True)
         each |= {
             "frozen": drawn.frozen,
             "trained": drawn.trained,
             "weights": drawn.weight_bytes,
             "lora": drawn.trained_bytes,
             "gathered": drawn.gathered_bytes,
-            "nf4": drawn.weight_bytes - int(drawn.dense * (2 - QUANTISED["nf4"])),
+            "nf4": nf4.weight_bytes,
+            "nf4_checkpointed": passed.activations + passed.logits + passed.workspace,
         }
         found[name] = each
     return found
@@ -122,7 +125,8 @@ def bytes_of(model: Mapping[str, int], way: str, gpus: int) -> float:
     much as the LoRA weights."""
     held = {"plain": model["weights"], "nf4": model["nf4"], "sharded": model["weights"] / gpus}[way]
     gathered = min(model["gathered"], model["weights"] - held) if way == "sharded" else 0
-    return float(held + gathered + 4 * model["lora"] + model["checkpointed"])
+    kept = model["nf4_checkpointed" if way == "nf4" else "checkpointed"]
+    return float(held + gathered + 4 * model["lora"] + kept)
 
 
 def step_seconds(
@@ -170,10 +174,10 @@ def tables(kept: Kept) -> dict[str, str]:
     ]  # fmt: skip
     fits = []
     for name, each in models.items():
-        ways = [("plain", 1, "any"), ("nf4 (not built)", 1, "any")]
+        ways = [("plain", 1, "any"), ("nf4", 1, "any")]
         ways += [("sharded", count, str(count)) for count in COUNTS[1:]]
         for way, count, told in ways:
-            size = bytes_of(each, way.partition(" ")[0], count)
+            size = bytes_of(each, way, count)
             yes = ["yes" if size <= USABLE * card * 1e9 else "" for card in CARDS]
             fits.append((name, way, told, _gb(size), *yes))
     return {

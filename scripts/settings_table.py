@@ -60,6 +60,8 @@ VERBS = {
     "GenerateSettings": ("generate",),
     "CompareSettings": ("compare",),
     "AnswerSettings": ("generate", "chat", "compare"),
+    "MergeSettings": ("merge",),
+    "ExportSettings": ("export",),
     "PushSettings": ("push",),
     "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from yeonma.model.adapter import base_identity, describe, write_adapter
 from yeonma.model.load import LoraShape, add_lora, find_base, load_base, load_tokenizer
 from yeonma.text.template import load_template
+from yeonma.tokens.carried import carry
 from yeonma.tokens.example import TokenRules
 
 
@@ -81,5 +82,5 @@ def adapter_on(
     details = describe(
         identity, parsed, columns, rules, tokenizer=own, trust_remote_code=False, trained_on={}
     )
-    write_adapter(folder, peft_model, own, parsed, details)
+    write_adapter(folder, peft_model, own, parsed, details, carry(parsed, own))
     return folder

@@ -113,6 +113,27 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def left_behind(output: Path, parent: Path | None = None) -> dict[str, Any]:
+    """Every file of an output folder, without where it lies (or lay), how long it took and how much memory."""
+    found: dict[str, Any] = {}
+    for path in sorted(output.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes().replace(str(parent or output.parent).encode(), b"")
+            found[str(path.relative_to(output))] = content
+    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
+    for line in lines:
+        line.pop("seconds")
+        line.pop("peak_memory_bytes", None)
+    if "manifest.json" in found:  # the sums of files that name the place, or times, are of these
+        sums = json.loads(found.pop("manifest.json"))["sha256"]
+        found["manifest.json"] = {
+            name: each
+            for name, each in sums.items()
+            if name not in ("README.md", "settings.yaml", "metrics.jsonl")
+        }
+    return {**found, "metrics.jsonl": lines}
+
+
 def arguments(settings: Mapping[str, object]) -> list[str]:
     """Settings as they stand on a command line; those that are None are left out."""
     words: list[str] = []

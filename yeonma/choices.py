@@ -24,3 +24,6 @@ PreferenceLoss = Literal[
 Checkpointing = bool | Literal["selective"]
 AskedCheckpointing = bool | Literal["selective", "auto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+Quantization = Literal["none", "int8", "nf4", "fp8"]
+AskedQuantization = Literal["auto", "none", "int8", "nf4", "fp8"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]

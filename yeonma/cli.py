@@ -20,8 +20,10 @@ from yeonma.settings import (
     AnswerSettings,
     CompareSettings,
     DemoSettings,
+    ExportSettings,
     GenerateSettings,
     InspectSettings,
+    MergeSettings,
     PushSettings,
     ServeSettings,
     VerifySettings,
@@ -75,6 +77,18 @@ VERBS = {
         "yeonma.verbs.verify:run",
         (VerifySettings,),
         "adapter_dir",
+    ),
+    "merge": Verb(
+        "Make one whole model of an adapter and its base, and check that it says the same.",
+        "yeonma.after.merge:run",
+        (MergeSettings,),
+        "adapter_dir",
+    ),
+    "export": Verb(
+        "Write a tuned model for llama.cpp or Ollama.",
+        "yeonma.after.export:run",
+        (ExportSettings,),
+        "model_dir",
     ),
     "push": Verb(
         "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"

@@ -57,8 +57,9 @@ def told(folder: Path, what: str, needed_bytes: int | None = None, cure: str = "
             raise
         named = getattr(error, "filename", None)
         place = folder if named is None or Path(os.fsdecode(named)).is_relative_to(folder) else named
-        size = "" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, and "
-        problem = f"{what} cannot be written: {os.strerror(number)}; {size}{free_bytes(folder):,} are free"
+        free = f"{free_bytes(folder):,}"
+        size = f"{free} bytes" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, and {free}"
+        problem = f"{what} cannot be written: {os.strerror(number)}; {size} are free"
         raise UserError(problem, place=str(place), cure=cure) from error
 
 

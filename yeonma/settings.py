@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from yeonma.choices import AskedCheckpointing as AskedCheckpointing
+from yeonma.choices import AskedQuantization, Optimizer, Quantization
 from yeonma.choices import LrScheduler as LrScheduler
 from yeonma.choices import PreferenceLoss as PreferenceLoss
 from yeonma.choices import Tracker as Tracker
 from yeonma.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
+from yeonma.settings_after import ExportSettings as ExportSettings
+from yeonma.settings_after import MergeSettings as MergeSettings
 from yeonma.settings_after import PushSettings as PushSettings
 from yeonma.settings_after import ServeSettings as ServeSettings
 
@@ -76,6 +79,8 @@ class ModelSettings:
     """Number format of the frozen weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
+    quantization: Quantization = "none"
+    """Hold the frozen weights of dense layers in fewer bits: int8, nf4 (4 bits, double quantisation) or fp8. Less memory, another result. int8 and nf4 need bitsandbytes; fp8 is fast on GPUs from compute capability 8.9 on."""
     shard: bool = False
     """With several processes: share the frozen weights out over them (FSDP2), so that a model fits that is too large for one GPU. Slower where it would fit; the result is the same."""
     gradient_checkpointing: AskedCheckpointing = False
@@ -126,6 +131,8 @@ class StepSettings:
     """Steps until the learning rate is at its highest; wins over `warmup_ratio`."""
     warmup_ratio: float = field(default=0.0, metadata=SHARE)
     """The same as a share of all steps."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, its two averages in 8 bits (Dettmers et al. 2021, arXiv:2110.02861), and those where the GPU may page them out: the latter two by bitsandbytes, on a GPU."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """AdamW's weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
     adam_beta1: float = field(default=0.9, metadata=DECAY)
@@ -258,6 +265,8 @@ class AdapterSettings:
     """Run Python code that comes with the model. Off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    quantization: AskedQuantization = "auto"
+    """How the frozen weights are held, as in training. auto: as the adapter was trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
 
@@ -340,6 +349,8 @@ class CompareSettings:
     """Run Python code that comes with a model. Off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    quantization: AskedQuantization = "auto"
+    """How the frozen weights are held, as in training. auto: as the adapter was trained; a base alone as the first adapter on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
 

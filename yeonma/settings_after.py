@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yeonma.choices import AskedQuantization
 from yeonma.ranges import COUNT, NOT_NEGATIVE, PORT
 
 
@@ -58,5 +59,49 @@ class ServeSettings:
     """Run Python code that comes with the model. Off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    quantization: AskedQuantization = "auto"
+    """How the frozen weights are held, as in training. auto: as the adapters were trained."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: the GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """What becomes one model, where, and how it is asked whether it still says the same."""
+
+    adapter_dir: str
+    """The adapter folder that a run left behind, or a checkpoint in it."""
+    output_dir: str
+    """The folder to make for the merged model."""
+    base_model: str | None = None
+    """The base model's name or folder, where it is no longer where the adapter folder says, or is quantised there."""
+    max_shard_bytes: int = field(default=5_000_000_000, metadata=COUNT)
+    """The most bytes of one file of weights, and about the most memory that merging takes."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a model is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format in which both models are asked. auto: float32 where memory holds it, else the base's own. The weights keep their own in any case."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where both models are asked. auto: the GPU if there is one. The merging itself is on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What is written for other programs, and where."""
+
+    model_dir: str
+    """The adapter folder that a run left behind, a checkpoint in it, or a merged model. An adapter is merged first."""
+    output_dir: str
+    """The folder to make for the files."""
+    format: Literal["gguf", "ollama"] = "gguf"
+    """gguf: one file for llama.cpp and its like. ollama: a Modelfile beside it, with template, stop texts and parameters."""
+    outtype: Literal["f16", "bf16", "q8_0"] = "f16"
+    """Number format of the weights in the file; q8_0 takes about half of the others."""
+    base_model: str | None = None
+    """The base model's name or folder, where it is no longer where the adapter folder says, or is quantised there."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off, such a model is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format in which merged and unmerged are asked, as for `yeonma merge`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where they are asked. auto: the GPU if there is one."""

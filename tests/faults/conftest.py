@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import tiny_base
+from tests.faults.tracing import Workshop, workshop
 from tests.runs import Done, model_folder, sft
 from tests.tokenizers import byte_level
 from yeonma.model import load
@@ -35,6 +36,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another, whose tokenizer knows every text and has a chat template."""
     return tiny_base(tmp_path_factory.mktemp("models") / "chat", byte_level())
+
+
+@pytest.fixture(scope="session")
+def saver() -> Iterator[Workshop]:
+    """A process whose children save and train, to be watched, ended, or given little room."""
+    with workshop() as place:
+        yield place
 
 
 @pytest.fixture

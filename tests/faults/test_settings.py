@@ -231,6 +231,41 @@ def test_fault_52_fewer_rows_a_step_than_processes(tmp_path: Path, base: Path, d
     assert two.losses == pytest.approx(one.losses, abs=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"resume_from_checkpoint": "out/checkpoint-1"}], ids=["latest", "named"])
+def test_fault_46_a_checkpoint_of_other_settings(
+    tmp_path: Path,
+    refused: Refused,
+    base: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: dict[str, object],
+) -> None:
+    """A run that was killed; what changes the result is listed, what is only speed goes on."""
+    monkeypatch.chdir(tmp_path)
+    whole = trained(tmp_path / "whole", base, data, max_steps=3, save_steps=1, cutoff_len=200)
+    with monkeypatch.context() as patch:
+        patch.setattr("yeonma.train.run.folder.install", _killed)
+        run = {"max_steps": 3, "save_steps": 1, "cutoff_len": 200}
+        assert sft(tmp_path / "out", base, data, **run).status == 130
+    lines = refused(data, **run, **how, learning_rate=1e-4, lora_alpha=32, batch_size=3, seed=7)
+    cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+    assert lines == [
+        "out: batch_size was 4 and is now 3",
+        "out: learning_rate was 0.003 and is now 0.0001",
+        "out: lora_alpha was 8.0 and is now 32.0",
+        "out: seed was 42 and is now 7",
+        f"out: the folder holds another run; {cure}",
+    ]
+    faster = {**run, "micro_batch_size": 1, "share_prefix": False, "logging_steps": 2, "save_steps": 2}
+    done = trained(tmp_path / "out", base, data, **faster, **how)
+    assert "continuing after step " in done.out
+    assert done.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_fault_53_a_folder_that_holds_another_run(
     tmp_path: Path, refused: Refused, base: Path, data: Path
 ) -> None:

@@ -427,6 +427,16 @@ def test_chat_asks_a_plain_templates_field_and_each_question_stands_alone(
     assert chat(titles.adapter, quitting, monkeypatch, capsys) == f"{expected[1]}\n"
 
 
+def test_chat_takes_fields_by_their_own_names_whatever_the_columns_were_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training the answer's column had the name of the prompt's field."""
+    columns = {"document": "body", "title": "document"}
+    folder = tiny_adapter(tmp_path, byte_level(), columns=columns).adapter
+    expected = load(folder).generate({"body": "서울"}, max_new_tokens=6)
+    assert chat(folder, "서울\n\n", monkeypatch, capsys) == f"{expected}\n"
+
+
 def test_chat_asks_field_by_field_and_empty_ones_choose_the_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,25 @@ def test_a_table_has_a_row_for_every_contender_and_names_failures(tables: Any) -
     assert "theirs-4 failed at alpaca: `out of luck`" in section
 
 
+def test_what_saving_costs_is_a_share_of_the_saves_and_the_steps(tables: Any) -> None:
+    about = {key: result()[key] for key in ("date", "command", "machine", "versions")}
+    settings = {"lora_r": 16, "batch_size": 8, "max_steps": 4, "save_steps": 2}
+    section = tables.saving_section(
+        {
+            **about,
+            "model": "m",
+            "data": {"name": "rows.jsonl"},
+            "settings": settings,
+            "save_seconds": [0.5, 1.5],
+            "step_seconds": [20.0, 24.0, 26.0, 28.0],
+            "checkpoint_bytes": 62_000_000,
+        }
+    )
+    assert "Saves: 0.50, 1.50 s. Steps: 98 s, 25.00 each in the middle." in section
+    assert "**Saving took 2.00% of the run.**" in section
+    assert "A checkpoint has 62 MB" in section
+
+
 def test_a_section_is_put_between_its_comments_and_nowhere_else(tables: Any) -> None:
     page = "a\n<!-- sft -->\nold\n<!-- /sft -->\nb\n"
     assert tables.put(page, "sft", "new") == "a\n<!-- sft -->\n\nnew\n\n<!-- /sft -->\nb\n"

@@ -17,21 +17,13 @@ from typing import Any
 import pytest
 
 from tests.adapters import Folders, tiny_adapter, tiny_base
-from tests.runs import Done, arguments, articles, command, model_folder, trained, write_jsonl
+from tests.comparing import ROWS, TEMPLATE, compare
+from tests.runs import Done, articles, model_folder, trained, write_jsonl
 from tests.tokenizers import byte_level, sentencepiece_bpe
 from yeonma import load
 from yeonma.after import compare as compare_module
 from yeonma.after import metrics
 from yeonma.after.kept import keeping
-
-TEMPLATE = "Write a title for the article.\n\n{document}\n\nTitle: {title}"
-ROWS = [
-    {"document": "The ferry will run every half hour from June.", "title": "Second boat doubles ferries"},
-    {"document": "Nine beekeepers have moved 40 hives. " * 4, "title": "Bees settle on bus depot roof"},
-    {"document": "A", "title": "B"},
-    {"document": "도서관이 다시 문을 열었다. The library.", "title": "도서관 다시 열어"},
-    {"document": "The old lighthouse will open in May.", "title": "Lighthouse opens library"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +34,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "held_out.jsonl", ROWS)
-
-
-def compare(output: Path, *models: Path | str, **settings: object) -> Done:
-    words = arguments({"max_new_tokens": 12, **settings})
-    return command(output, "compare", "--models", *map(str, models), "--output_dir", str(output), *words)
 
 
 def report_of(done: Done) -> dict[str, Any]:
@@ -309,77 +296,6 @@ def test_a_chat_template_is_compared_by_its_last_answers(tmp_path: Path) -> None
     report = report_of(compare(tmp_path / "report", folders.base, folders.adapter, data_path=data))
     assert [row["wanted"] for row in report["rows"]] == ["Apple.", None]
     assert values(report)["loss"][0] is not None
-
-
-# What is refused, before any weights are loaded
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "load_base", lambda *_: pytest.fail("weights were loaded"))
-
-
-@pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"data_path": "nowhere/rows.jsonl"}, "nowhere/rows.jsonl"),
-        ({"rows": 0}, "of at least 1"),
-        ({"template": "none.txt"}, "none.txt"),
-        ({"columns": {"documnet": "title"}}, 'no template has a field "documnet"'),
-        ({"columns": {"document": "documents"}}, 'did you mean "document"'),
-        ({"output_dir": "FILE"}, "it is a file"),
-        ({"output_dir": "FILE/below"}, "is a file"),
-        ({"output_dir": "BASE"}, "it is a model's folder"),
-        ({"max_new_tokens": 5000}, "leave no room"),
-    ],
-)
-def test_a_mistake_is_told_with_its_cure(
-    settings: dict[str, Any], said: str, folders: Folders, data: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    output = str(settings.pop("output_dir", tmp_path / "report"))
-    output = output.replace("FILE", str(tmp_path / "file")).replace("BASE", str(folders.base))
-    before = sorted(path.name for path in tmp_path.iterdir())
-    words = arguments({"data_path": data, "max_new_tokens": 12, "template": TEMPLATE, **settings})
-    done = command(tmp_path, "compare", "--models", str(folders.base), "--output_dir", output, *words)
-    assert done.status == 2, done.err
-    assert said in done.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_all_models_that_are_wrong_are_told_together(folders: Folders, data: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    done = compare(tmp_path / "report", "./gone", folders.base, empty, data_path=data)
-    assert done.status == 2
-    assert "./gone: no such model folder" in done.err
-    assert f"{empty}: the folder is empty" in done.err
-    done = compare(tmp_path / "report", folders.base, folders.base, data_path=data)
-    assert "is named twice" in done.err
-    assert not (tmp_path / "report").exists()
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_rows_that_do_not_fit_are_told_with_their_places_once(folders: Folders, tmp_path: Path) -> None:
-    data = write_jsonl(
-        tmp_path / "odd.jsonl", [ROWS[0], {"title": "no article"}, {"document": 7, "title": "x"}]
-    )
-    done = compare(tmp_path / "report", folders.base, folders.adapter, data_path=data)
-    assert done.status == 2
-    assert done.err.count("odd.jsonl:2") == 1
-    assert done.err.count("odd.jsonl:3") == 1
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-@pytest.mark.usefixtures("no_weights")
-def test_a_folder_that_may_not_be_written_to_is_told(folders: Folders, data: Path, tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    done = compare(closed / "report", folders.base, data_path=data, template=TEMPLATE)
-    assert done.status == 2
-    assert "cannot be written" in done.err
 
 
 def test_kept_answers_survive_any_torn_or_foreign_line(tmp_path: Path) -> None:

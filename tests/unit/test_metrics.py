@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,11 @@ def test_without_sacrebleu_its_metrics_are_not_there(monkeypatch: pytest.MonkeyP
     found = values([wrote("a b")], ["a c"])
     assert {"chrf", "bleu"}.isdisjoint(found)
     assert found["rouge1"] == [50.0]
+
+
+def test_the_version_to_install_is_the_one_that_is_tested() -> None:
+    pins = (Path(__file__).parents[2] / "requirements.txt").read_text("utf-8").splitlines()
+    assert metrics.INSTALL.split()[-1] in pins
 
 
 # How sure the numbers are

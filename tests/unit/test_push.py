@@ -81,6 +81,8 @@ def test_what_arrives_is_the_adapter_and_nothing_of_this_machine(there: Hub, fol
         "yeonma.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat_template.jinja",
+        "base_chat_template.jinja",
         "loss.png",
     }
     for name in ("adapter_model.safetensors", "template.txt", "tokenizer.json", "loss.png"):
@@ -95,7 +97,7 @@ def test_what_arrives_is_the_adapter_and_nothing_of_this_machine(there: Hub, fol
     assert f"base_model: {NAME}\n".encode() in repository.files["README.md"]
     for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json"):
         assert name in done.stdout.partition("stays here:")[2]
-    assert "8 files are there as they are here" in done.stdout
+    assert "10 files are there as they are here" in done.stdout
 
 
 def test_the_list_comes_before_anything_is_asked_of_the_hub(there: Hub, folder: Path) -> None:
@@ -103,7 +105,7 @@ def test_the_list_comes_before_anything_is_asked_of_the_hub(there: Hub, folder: 
     assert done.returncode == 0, done.stderr
     assert there.asked == []
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"{folder} -> titles (private): 8 files, ")
+    assert lines[0].startswith(f"{folder} -> titles (private): 10 files, ")
     assert any(line.split()[0] == "adapter_model.safetensors" for line in lines)
     assert any(line.startswith("  yeonma.json") and line.endswith("changed on the way") for line in lines)
     assert not any(line.startswith("  template.txt") and line.endswith("way") for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import Done, articles, model_folder, sft, trained, write_jsonl
+from tests.runs import Done, articles, left_behind, model_folder, sft, trained, write_jsonl
 from yeonma.train import checkpoint, folder, loop, run, tracking
 
 # Two epochs of 5 steps; checkpoints at 2, 4, ... and wherever the validation loss was lowest.
@@ -39,27 +38,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
     """A run that nothing interrupted."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
-
-
-def left_behind(output: Path) -> dict[str, Any]:
-    """Every file of an output folder, without where it lies, how long it took and how much memory."""
-    found: dict[str, Any] = {}
-    for path in sorted(output.rglob("*")):
-        if path.is_file():
-            content = path.read_bytes().replace(str(output.parent).encode(), b"")
-            found[str(path.relative_to(output))] = content
-    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
-    for line in lines:
-        line.pop("seconds")
-        line.pop("peak_memory_bytes", None)
-    if "manifest.json" in found:  # the sums of files that name the place, or times, are of these
-        sums = json.loads(found.pop("manifest.json"))["sha256"]
-        found["manifest.json"] = {
-            name: each
-            for name, each in sums.items()
-            if name not in ("README.md", "settings.yaml", "metrics.jsonl")
-        }
-    return {**found, "metrics.jsonl": lines}
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool = False) -> None:
@@ -240,15 +218,24 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over_too(
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
-def test_with_no_whole_checkpoint_the_run_starts_anew(
+def test_where_no_checkpoint_is_whole_the_run_is_refused_until_told_to_begin_anew(
     stopped: Path, base: Path, data: Path, whole: Done
 ) -> None:
     for place in stopped.glob("checkpoint-*"):
         damage(place / "state.json", "cut off")
-    done = trained(stopped, base, data, **SETTINGS)
+    before = everything_in(stopped)
+    done = sft(stopped, base, data, **SETTINGS)
     assert done.out.count("passing over checkpoint-") == 3
+    assert (done.status, done.err) == (
+        2,
+        f"yeonma: output_dir {stopped}: none of its checkpoints is whole (checkpoint-2, checkpoint-3, checkpoint-4); "
+        "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew\n",
+    )
+    assert everything_in(stopped) == before
+    done = trained(stopped, base, data, **SETTINGS, resume_from_checkpoint="none")
     assert "continuing" not in done.out
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert done.weight_bytes == whole.weight_bytes
+    assert left_behind(done.folder)["metrics.jsonl"] == left_behind(whole.folder)["metrics.jsonl"]
 
 
 def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(

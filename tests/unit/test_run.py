@@ -47,7 +47,12 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"}
-TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "base_chat_template.jinja",
+}
 
 
 def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:

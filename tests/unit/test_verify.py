@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from tests.faults.conftest import everything_in
 from tests.pairs import chat_folder, pairs, tuned
 from tests.runs import Done, articles, characters, command, model_folder, sft, trained, write_jsonl
+from yeonma.tokens.carried import MARK
 from yeonma.train import run as run_module
 
 OF_THE_RUN = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json")
@@ -110,6 +111,7 @@ WELL = {
     "base": "well",
     "tokenizer": "well",
     "sample rows": "well",
+    "chat template": "well",
     "base's tokenizer": "well",
     "sample rows, as the base": "well",
 }
@@ -176,6 +178,20 @@ def test_the_chat_template_plays_no_part_where_the_text_is_plain(copy: Path) -> 
     tokenizer.save_pretrained(copy)
     reseal(copy)
     assert not differing(copy)
+
+
+def test_a_chat_template_that_asks_with_other_tokens_is_found(copy: Path) -> None:
+    path = copy / "chat_template.jinja"
+    path.write_text(path.read_text("utf-8").replace("below is", "above is"), "utf-8")
+    reseal(copy)
+    found = differing(copy)
+    assert set(found) == {"chat template"}
+    assert "messages of row" in found["chat template"]
+    assert "do not become the trained prompt: from token 1 on" in found["chat template"]
+    path.write_text("{{ messages.nothing.here }}", "utf-8")
+    assert "chat template" not in differing(copy)  # it no longer claims to carry the training template
+    path.write_text(MARK + "{{ messages.nothing.here }}", "utf-8")
+    assert "it refuses a row" in differing(copy)["chat template"]
 
 
 # What is not
@@ -428,6 +444,7 @@ def test_a_folder_of_an_earlier_version_is_not_said_to_differ(copy: Path) -> Non
         "files",
         "tokenizer",
         "sample rows",
+        "chat template",
         "base's tokenizer",
         "sample rows, as the base",
     }

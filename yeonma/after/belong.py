@@ -12,6 +12,7 @@ from safetensors import SafetensorError, deserialize
 from yeonma.after.findings import Finding, found, not_checked
 from yeonma.errors import Problem, UserError
 from yeonma.model.adapter import (
+    CHAT_TEMPLATE,
     MANIFEST,
     WEIGHTS,
     AdapterFolder,
@@ -21,6 +22,9 @@ from yeonma.model.adapter import (
 )
 from yeonma.model.load import BaseSource, find_base, load_config, outline
 from yeonma.model.samples import SAMPLES, Samples, prompts_now
+from yeonma.text.rows import Row
+from yeonma.tokens.carried import MARK, asked_ids, base_chat_template, messages_of, whole_ids
+from yeonma.tokens.encode import TextEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 ANEW = "put a copy of the file back, or train anew"
@@ -186,6 +190,44 @@ def check_samples(
         if (difference := _difference(row.prompt_ids, ids))
     ]
     return found(check, problems, f"the prompts of {len(samples.rows)} rows have the token ids of training")
+
+
+def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokenizer: Any, own: Any) -> Finding:
+    """Whether messages sent through the folder's chat template (`tokenizer` has it) have the token ids of training.
+
+    `own`: the same tokenizer with the base's chat template. Rows with special-token text in them are left out: other
+    tools take it for special tokens.
+    """
+    check, place = "chat template", str(adapter.path / CHAT_TEMPLATE)
+    template = adapter.template
+    if not (template.is_chat or base_chat_template(tokenizer).startswith(MARK)):
+        return not_checked(
+            check, "it does not carry the training template: other tools ask with other tokens"
+        )
+    if samples is None or not samples.rows:
+        return not_checked(check, "there are no sample rows to ask with")
+    encoder, problems, same = TextEncoder.of(own), [], 0
+    for sample in samples.rows:
+        row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
+        try:
+            rendered = samples.kind.wanted(samples.kind.render(template, row, adapter.columns))
+            messages = messages_of(template, row, adapter.columns, rendered)
+            if any(encoder.has_special(message["content"]) for message in messages):
+                continue
+            ids = whole_ids(rendered, row, own)
+        except UserError as error:
+            return found(check, error.problems, "")
+        try:
+            asked = asked_ids(tokenizer, messages)
+        except Exception as error:  # whatever Jinja raises
+            return found(check, [Problem(f"it refuses a row ({error!s:.200})", place, ANEW)], "")
+        same += asked == ids
+        if difference := _difference(ids, asked):
+            what = f"the messages of row {sample.row_number} do not become the trained prompt: {difference}"
+            problems.append(Problem(what, place, ANEW))
+    if not same and not problems:
+        return not_checked(check, "every sample row has special-token text in it")
+    return found(check, problems, f"the messages of {same} rows become the trained token ids")
 
 
 def _difference(before: list[int], now: list[int] | None) -> str:

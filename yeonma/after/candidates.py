@@ -13,10 +13,20 @@ from typing import Any
 
 import torch
 
+from yeonma.choices import AskedQuantization, Quantization
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.model.adapter import MANIFEST, TEMPLATE, WEIGHTS, AdapterFolder, BaseIdentity
-from yeonma.model.ask import Asker, open_folder
-from yeonma.model.load import load_config, load_tokenizer
+from yeonma.model.adapter import (
+    MANIFEST,
+    TEMPLATE,
+    WEIGHTS,
+    AdapterFolder,
+    BaseIdentity,
+    base_identity,
+    check_base,
+)
+from yeonma.model.ask import Asker, held_as, open_folder
+from yeonma.model.load import check_vocabulary, load_config, load_tokenizer, outline
+from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
 from yeonma.paths import user_path
 from yeonma.settings import CompareSettings
@@ -43,12 +53,13 @@ class Candidate:
     """Whether the folder is what a run of Yeonma left behind: then its base is checked, and there is a loss curve."""
     template_of: str
     """Where the template comes from, in words."""
+    quantization: Quantization = "none"
+    """How the base is held."""
 
     @property
-    def weights(self) -> tuple[str, str | None]:
+    def weights(self) -> tuple[str, str | None, str]:
         """Candidates that are equal in it share one base in memory."""
-        name = self.asker.source.name
-        return (os.path.realpath(name), None) if os.path.isdir(name) else (name, self.asker.source.revision)
+        return (*_place(self.asker.source), self.quantization)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
         """The columns that fill the template from this row, the wanted answer among them: in rows of preference data
@@ -90,8 +101,58 @@ def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
             candidates.append(Candidate(name, each, str(each.adapter.path), True, "its own"))
         else:
             candidates.append(_lent(spec, name, each, lent, asked, rows))
+    _check_outlines(candidates)
     _check_columns(asked, candidates, rows)
-    return candidates
+    return _held(candidates, asked.quantization)
+
+
+def _place(source: BaseSource) -> tuple[str, str | None]:
+    return (
+        (os.path.realpath(source.name), None)
+        if os.path.isdir(source.name)
+        else (source.name, source.revision)
+    )
+
+
+def _held(candidates: Sequence[Candidate], quantization: AskedQuantization) -> list[Candidate]:
+    """With how each one's base is held: as asked for; or as in training, and a base by itself as for the first adapter
+    on it, so that the two differ in the adapter alone."""
+    trained = {_place(each.asker.source): each.asker.adapter for each in reversed(candidates) if each.is_run}
+
+    def held(each: Candidate) -> Quantization:
+        adapter = each.asker.adapter if each.is_run else trained.get(_place(each.asker.source))
+        if adapter is None:
+            return "none" if quantization == "auto" else quantization
+        return held_as(quantization, adapter)
+
+    return [replace(each, quantization=held(each)) for each in candidates]
+
+
+def check_model(candidate: Candidate, model: Any) -> None:
+    """Raises UserError where the model, or its outline, is not the adapter's base or has no embedding for some of the
+    tokenizer's ids."""
+    asker = candidate.asker
+    if candidate.is_run:
+        check_base(asker.adapter, base_identity(model, asker.source))
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(asker.tokenizer, embeddings, asker.source.name)
+
+
+def _check_outlines(candidates: Sequence[Candidate]) -> None:
+    """Raises UserError for all that `check_model` finds without weights."""
+    problems: list[Problem] = []
+    outlines: dict[object, Any] = {}
+    for candidate in candidates:
+        source = candidate.asker.source
+        if candidate.weights not in outlines:
+            outlines[candidate.weights] = outline(load_config(source), source)
+        try:
+            if (model := outlines[candidate.weights]) is not None:
+                check_model(candidate, model)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
 
 
 @dataclass(frozen=True)
@@ -217,4 +278,5 @@ def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) 
         adapter = [file_hash(Path(candidate.adapter) / name) for name in (WEIGHTS, "adapter_config.json")]
     versions = [version(package) for package in ("torch", "transformers", "peft")]
     content = [FORMAT, base, adapter, str(dtype), device.type, versions]
+    content += [quantised_by(candidate.quantization)] if candidate.quantization != "none" else []
     return sha256(json.dumps(content).encode()).hexdigest()

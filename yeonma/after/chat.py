@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from yeonma.configure import group_of
 from yeonma.errors import UserError
@@ -35,8 +35,12 @@ def run(settings: Mapping[type, object]) -> int:
     asker = open_folder(
         folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code
     )
+    # fields are given by their own names, whatever the columns were called in training
+    asker = replace(asker, adapter=replace(asker.adapter, columns=None))
     asker.questions([], max_new_tokens=how.max_new_tokens)
-    loaded = Loaded(asker, load_model(asker, folder.device, folder.dtype), folder.adapter_weights)
+    loaded = Loaded(
+        asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights
+    )
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:
         with suppress(ImportError):
@@ -129,7 +133,6 @@ def _answer(loaded: Loaded, row: Mapping[str, object], how: AnswerSettings, live
     """Write the answer as it comes, and return it. On a terminal an error or Ctrl-C ends the answer alone: None."""
     try:
         asked = Row(1, row, "this question")
-        # the fields' own names, whatever the columns were called in training
         (question,) = loaded.asker.questions([asked], max_new_tokens=how.max_new_tokens)
         if question.shortened:
             limit = loaded.asker.adapter.rules.cutoff_len

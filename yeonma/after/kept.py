@@ -46,7 +46,8 @@ def keeping(path: Path) -> Iterator[Kept]:
         raise UserError(f"cannot be written: {error.strerror or error}", place=str(path)) from error
     with file:
         if text and not text.endswith("\n"):
-            file.write(b"\n")
+            with told(path.parent, "an answer"):
+                write_all(file, b"\n")
         yield Kept(records, path, file)
 
 

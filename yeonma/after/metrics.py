@@ -18,7 +18,7 @@ import numpy as np
 from yeonma.after.units import Units
 
 ORDER = 4  # tokens: runs of so many are looked at for repetition
-INSTALL = "pip install sacrebleu"
+INSTALL = "pip install sacrebleu==2.6.0"
 
 Array = np.ndarray
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from yeonma.after.listen import is_local
 from yeonma.after.worker import Speaker, Worker
 from yeonma.errors import Problem, UserError
 from yeonma.model.adapter import base_identity, check_base
-from yeonma.model.ask import Asker, open_folder
+from yeonma.model.ask import Asker, held_as, open_folder
 from yeonma.model.check import check_forward
 from yeonma.model.load import (
     check_vocabulary,
@@ -65,6 +65,9 @@ def open_served(asked: ServeSettings) -> Served:
     for spec in specs:
         try:
             asker = open_folder(spec, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code)
+            if asker.adapter.is_merged:
+                cure = "give the folder of the adapter that was merged"
+                raise UserError("it is a merged model", place=spec, cure=cure)
             _check_room(asker, asked.max_new_tokens)
             # a request has the fields' own names, whatever the columns were called in training
             askers.append(replace(asker, adapter=replace(asker.adapter, columns=None)))
@@ -78,6 +81,7 @@ def open_served(asked: ServeSettings) -> Served:
         for at, spec in enumerate(specs)
         if spec in specs[:at]
     ]
+    problems += _held_differently(asked, askers)
     bases = {(_place(asker.source.name), asker.source.revision): asker for asker in askers}
     if len(bases) > 1 and not problems:
         one, other = list(bases.values())[:2]
@@ -92,6 +96,15 @@ def open_served(asked: ServeSettings) -> Served:
     base = askers[0].source.name
     *names, base_name = short_names([*paths, _place(base) if os.path.isdir(base) else base])
     return Served(dict(zip(names, askers, strict=True)), base if not os.path.isdir(base) else base_name)
+
+
+def _held_differently(asked: ServeSettings, askers: Sequence[Asker]) -> list[Problem]:
+    kinds = {held_as(asked.quantization, asker.adapter): asker.adapter.path for asker in askers}
+    if len(kinds) < 2:
+        return []
+    (one, first), (other, path) = list(kinds.items())[:2]
+    what = f"it was trained on a base with quantization {other}, {first} with {one}"
+    return [Problem(what, str(path), "serve it by a second command at another --port, or say --quantization")]
 
 
 def _check_room(asker: Asker, max_new_tokens: int) -> None:
@@ -111,7 +124,8 @@ def load_speakers(served: Served, asked: ServeSettings, say: Say) -> dict[str, S
     device = pick_device(asked.device)
     source = served.first.source
     say(f"loading {source.name}")
-    base = load_base(source, device, pick_dtype(asked.dtype, device))
+    held = held_as(asked.quantization, served.first.adapter)
+    base = load_base(source, device, pick_dtype(asked.dtype, device), held)
     identity = base_identity(base, source)
     for asker in served.askers.values():
         check_base(asker.adapter, identity)

@@ -70,6 +70,9 @@ def verify(asked: VerifySettings) -> Report:
     if not (folder / MANIFEST).is_file():
         cure = "give the output folder of a run, a checkpoint, or an adapter folder copied from there"
         raise UserError("it holds no run of Yeonma's", place=asked.adapter_dir, cure=cure)
+    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        what, cure = "it is a merged model, not an adapter", "give the folder of the adapter that was merged"
+        raise UserError(what, place=asked.adapter_dir, cure=cure)
     findings, details = _of_adapter(folder, asked)
     what = "an adapter without its run"
     return _report(folder, what, [check_files(folder, whole=False), *findings], details)
@@ -172,6 +175,9 @@ def _of_tokenizers(
             continue
         findings.append(belong.check_tokenizer(adapter, tokenizer, check, place.name))
         findings.append(damaged or belong.check_samples(adapter, samples, tokenizer, rows, place.name))
+        if place is own:
+            carrying = load_tokenizer(own, carried=True)
+            findings.append(belong.check_chat_template(adapter, samples, carrying, tokenizer))
     return findings
 
 

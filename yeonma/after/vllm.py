@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from yeonma.model.ask import Asker
+from yeonma.choices import AskedQuantization
+from yeonma.model.ask import Asker, held_as
 from yeonma.text.rows import Row
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -73,11 +74,14 @@ def vllm_command(plan: Plan) -> list[str]:
     return [*words, "--trust-remote-code"] if plan.trust_remote_code else words
 
 
-def why_not(askers: Sequence[Asker]) -> str:
+def why_not(askers: Sequence[Asker], quantization: AskedQuantization = "auto") -> str:
     """Why vLLM would not answer as the adapters were trained, or cannot at all; empty where nothing speaks against it.
 
     It has one chat template for all of them, which must give the trained tokens.
     """
+    held = next((kind for each in askers if (kind := held_as(quantization, each.adapter)) != "none"), None)
+    if held is not None:
+        return f"it would not hold the base in {held} as Yeonma does"
     templates = {_chat_template(asker) for asker in askers}
     if len(templates) > 1:
         return "the adapters have different chat templates, and it has one for all"

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from yeonma.before.forecast import Alternative, Forecast, Memory
-from yeonma.choices import Checkpointing
+from yeonma.choices import Checkpointing, Optimizer, Quantization
 from yeonma.configure import group_of
 from yeonma.errors import UserError
 from yeonma.model import load
-from yeonma.model.linear import KEPT_ROUTINES, frozen_linear, has_onednn
+from yeonma.model.fp8 import has_products
+from yeonma.model.linear import KEPT_ROUTINES, Dense, frozen_linear, has_onednn
+from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
 from yeonma.model.trace import Blueprint, Trace, blueprint, trace
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.tokens.batches import Batches, look_at_batches
@@ -35,10 +37,6 @@ ROUTINE_BYTES = (
     620_000  # of what oneDNN makes for one shape of a product; measured with oneDNN 3.12 on AVX-512
 )
 CHECKED = 4  # token counts that the check at loading goes through the model with
-
-# Bytes for a weight: int8 with a float16 scale a row; nf4 in blocks of 64 with scales that are quantised themselves
-# (Dettmers et al. 2023, arXiv:2305.14314).
-QUANTISED = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
 
 
 def estimate(
@@ -69,6 +67,9 @@ def estimate(
         micro=micro_batching(step),
         processes=processes,
         sharded=model.shard and processes > 1,
+        quantization=model.quantization,
+        has_fp8=has_products(device),
+        optimizer=step.optimizer,
     )
     drawn = _draw(case)
     process = _process_bytes(device.type)
@@ -90,9 +91,7 @@ def estimate(
         heaviest_units=batches.heaviest_units,
         heaviest_tokens=traced.tokens,
         memory=memory,
-        alternatives=_alternatives(case, drawn, prepared, batches, memory, process)
-        if with_alternatives
-        else (),
+        alternatives=_alternatives(case, prepared, batches, process) if with_alternatives else (),
         time=None,
         price=None,
     )
@@ -111,6 +110,10 @@ class _Case:
     micro: MicroBatching
     processes: int
     sharded: bool
+    quantization: Quantization
+    has_fp8: bool
+    """Whether the device multiplies fp8 by itself."""
+    optimizer: Optimizer
 
 
 def _draw(case: _Case) -> Blueprint:
@@ -120,6 +123,8 @@ def _draw(case: _Case) -> Blueprint:
         case.lora,
         trust_remote_code=case.trust_remote_code,
         gradient_checkpointing=case.gradient_checkpointing,
+        quantization=case.quantization,
+        by_device=case.has_fp8,
         device=torch.device(case.device),
     )
 
@@ -135,7 +140,9 @@ def _memory(
         # on the CPU the file's pages, until all parts have been taken from them
         loading = weights + gathered if case.device == "cuda" else loading + weights
     stored = getattr(case.config, "dtype", None) or case.dtype
-    if case.device == "cpu" and stored != case.dtype:  # the file's pages and the converted weights at once
+    if case.device == "cpu" and (
+        stored != case.dtype or case.quantization != "none"
+    ):  # the file's pages and the converted weights at once
         loading += drawn.frozen * stored.itemsize
     routines = 0
     if case.device == "cpu" and case.dtype == torch.float32 and has_onednn():
@@ -146,7 +153,9 @@ def _memory(
         weights=weights,
         lora=drawn.trained_bytes,
         gradients=traced.gradients,
-        optimizer=2 * drawn.trained_bytes if steps > 1 else 0,  # made by the first step, after its peak
+        optimizer=_optimizer_bytes(case.optimizer, drawn)
+        if steps > 1
+        else 0,  # made after the first step's peak
         activations=traced.activations,
         logits=traced.logits,
         workspace=traced.workspace,
@@ -156,12 +165,20 @@ def _memory(
     )
 
 
+def _optimizer_bytes(optimizer: Optimizer, drawn: Blueprint) -> int:
+    """AdamW's two averages of every trained parameter; those that may be paged out count as if they were not."""
+    if optimizer == "adamw":
+        return 2 * drawn.trained_bytes
+    sizes = [each.numel() for each in drawn.model.parameters() if each.requires_grad]
+    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= LEAST_IN_8_BITS else 4 * n) for n in sizes)
+
+
 def _process_bytes(device_type: str) -> int:
     """Resident bytes of this process, once the code of a step is in memory; 0 for a GPU, where only tensors count."""
     if device_type == "cuda":
         return 0
     weight, trained = torch.zeros(64, 64), torch.zeros(64, 64, requires_grad=True)
-    hidden = frozen_linear(trained, weight, None)
+    hidden = frozen_linear(trained, Dense(weight), None)
     heads = hidden.view(1, 4, 64, 16)
     attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     attended.log_softmax(-1).sum().backward()
@@ -170,9 +187,7 @@ def _process_bytes(device_type: str) -> int:
     return peak_memory_bytes(device_type) if told is None else told
 
 
-def _alternatives(
-    case: _Case, drawn: Blueprint, prepared: Prepared, same: Batches, memory: Memory, process: int
-) -> tuple[Alternative, ...]:
+def _alternatives(case: _Case, prepared: Prepared, same: Batches, process: int) -> tuple[Alternative, ...]:
     """What is cheaper, each by itself. `same`: the micro-batches where that setting makes no others."""
     plan = prepared.plan
     found: list[Alternative] = []
@@ -204,10 +219,11 @@ def _alternatives(
     if case.dtype == torch.float32:
         slow = ", slow on most CPUs" if case.device == "cpu" else ""
         add("dtype bfloat16", f"coarser numbers{slow}", dtype=torch.bfloat16)
-    for name, each in QUANTISED.items():
-        saved = int(drawn.dense * (case.dtype.itemsize - each)) // (case.processes if case.sharded else 1)
-        peak = replace(memory, weights=memory.weights - saved).training
-        found.append(Alternative(name, peak, False, "not in this version; only the weights are counted anew"))
+    if case.quantization == "none" and not case.sharded:
+        add("quantization int8", "another result; by bitsandbytes", quantization="int8")
+        add("quantization nf4", "another result; by bitsandbytes", quantization="nf4")
+        if case.has_fp8:
+            add("quantization fp8", "another result", quantization="fp8")
     return tuple(found)
 
 

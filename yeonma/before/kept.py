@@ -30,7 +30,7 @@ def forecast_key(settings: Mapping[type, object], prepared: Prepared, processes:
         [version(package) for package in ("torch", "transformers", "peft", "yeonma")],
         prepared.config.to_json_string(),
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
-        [str(device), str(pick_dtype(model.dtype, device)), model.gradient_checkpointing],
+        [str(device), str(pick_dtype(model.dtype, device)), model.gradient_checkpointing, model.quantization],
         [processes, model.shard],
         asdict(group_of(settings, LoraSettings)),
         asdict(group_of(settings, StepSettings)),

@@ -98,7 +98,8 @@ def _forecast(
     if found is None:
         from yeonma.before.estimate import estimate  # brings PEFT and the model's code: seconds
 
-        check_adapter(group_of(settings, LoraSettings), prepared.config, source, prepared.adapter)
+        lora = group_of(settings, LoraSettings)
+        check_adapter(lora, prepared.config, source, prepared.adapter, model.quantization)
         try:
             found = estimate(settings, source, prepared, processes=processes)
         except UserError as error:

@@ -12,17 +12,23 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from yeonma.choices import Quantization
 from yeonma.errors import UserError
 from yeonma.model.load import BaseSource
+from yeonma.model.packed import numbers_of
 from yeonma.model.samples import SAMPLES, Samples
 from yeonma.paths import user_path
 from yeonma.text.template import Template
 from yeonma.tokens.cache import tokenizer_identity
+from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, Carried, base_chat_template
 from yeonma.tokens.example import TokenRules
 
 MANIFEST = "yeonma.json"
 TEMPLATE = "template.txt"
 WEIGHTS = "adapter_model.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
+MERGED = "merged"
+"""Of yeonma.json: true in the folder of a merged model."""
 FORMAT = 1
 
 
@@ -49,23 +55,39 @@ class AdapterFolder:
     details: dict[str, Any]  # the whole of yeonma.json
 
     @property
+    def is_merged(self) -> bool:
+        """Whether the folder holds a whole model, with the adapter merged into it."""
+        return self.details.get(MERGED) is True
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the base was held in training. Adapters of earlier versions do not say: it was not quantised."""
+        found: Quantization = self.details.get("quantization", "none")
+        return found
+
+    @property
     def source(self) -> BaseSource:
         return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
 
 
 def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
     """Of the model as loaded, before an adapter is put on it. A local folder is named by its absolute path."""
-    config = model.config.to_diff_dict()
-    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
-    text = json.dumps(
-        {key: config[key] for key in sorted(config) if key not in volatile}, sort_keys=True, default=str
-    )
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        parameters=sum(numbers_of(parameter) for parameter in model.parameters()),
+        config_sha256=config_hash(model.config),
     )
+
+
+def config_hash(config: Any) -> str:
+    """SHA-256 of a model's config without paths and versions."""
+    content = config.to_diff_dict()
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
+    text = json.dumps(
+        {key: content[key] for key in sorted(content) if key not in volatile}, sort_keys=True, default=str
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe(
@@ -77,6 +99,7 @@ def describe(
     tokenizer: Any,
     trust_remote_code: bool,
     trained_on: Mapping[str, Any],
+    quantization: Quantization = "none",
 ) -> dict[str, Any]:
     """The contents of yeonma.json."""
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
@@ -85,6 +108,7 @@ def describe(
         "base": asdict(base),
         "tokenizer": identity_of_tokenizer(tokenizer),
         "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),
@@ -107,6 +131,7 @@ def write_adapter(
     tokenizer: Any,
     template: Template,
     details: Mapping[str, Any],
+    carried: Carried,
     samples: Samples | None = None,
 ) -> None:
     """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
@@ -116,19 +141,31 @@ def write_adapter(
         config.target_modules = sorted(config.target_modules)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, carried, folder)
     (folder / TEMPLATE).write_bytes(template.text.encode())
     if samples is not None:
         (folder / SAMPLES).write_text(samples.to_json(), encoding="utf-8")
     (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+def save_tokenizer(tokenizer: Any, carried: Carried, folder: Path) -> None:
+    """The tokenizer, with the chat template that carries the training template where there is one; then the base's own
+    lies beside it, which `load_tokenizer` takes."""
+    tokenizer.save_pretrained(str(folder))
+    own = base_chat_template(tokenizer)
+    if carried.text is not None and carried.text != own:
+        (folder / BASE_CHAT_TEMPLATE).write_bytes(own.encode())
+        (folder / CHAT_TEMPLATE).write_bytes((MARK + carried.text).encode())
+
+
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
-    """Everything but the weights. Raises UserError where the folder is not an adapter folder or is damaged."""
+    """Everything but the weights, also of a merged model's folder. Raises UserError where the folder is neither or is
+    damaged."""
     folder = user_path(path)
     if not folder.is_dir():
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
-    for name in (MANIFEST, TEMPLATE, "adapter_config.json", WEIGHTS):
+    whole_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    for name in (MANIFEST, TEMPLATE, *(() if whole_model else ("adapter_config.json", WEIGHTS))):
         if not (folder / name).is_file():
             raise UserError(
                 f"{name} is missing", place=str(path), cure="give the output folder of a finished run"
@@ -136,6 +173,8 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     try:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
         _check_types(details)
+        if whole_model and details.get(MERGED) is not True:
+            raise ValueError("a whole model lies beside it")
         rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
         text = (folder / TEMPLATE).read_text("utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
@@ -189,6 +228,8 @@ def _check_types(details: Any) -> None:
     for group, name, kind in types:
         if not isinstance(group[name], kind):
             raise TypeError(f"{name} is {group[name]!r:.100}")
+    if details.get("quantization", "none") not in get_args(Quantization):
+        raise ValueError(f"quantization is {details['quantization']!r:.100}")
     for name in ("shrink_side", "over_limit"):
         if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
             raise ValueError(f"{name} is {rules[name]!r:.100}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.choices import AskedQuantization, Quantization
 from yeonma.configure import group_of, settings_from_keywords
 from yeonma.errors import Problem, UserError
 from yeonma.model.adapter import AdapterFolder, base_identity, check_base, read_adapter_folder
@@ -216,6 +217,10 @@ class Loaded:
         """The answers in the order of the questions. The callbacks are those of `generate`, with the answers' texts;
         `on_text` gets the model's text as it comes, with the template's own text after the answer if there is any."""
 
+        if not self.adapter_weights and self.asker.adapter.is_merged:
+            what, cure = "the adapter is merged into it", "ask the base model's adapter folder instead"
+            raise UserError(what, place=str(self.asker.adapter.path), cure=cure)
+
         def answered(index: int, text: str) -> None:
             if on_answer is not None:
                 on_answer(index, questions[index].answer(text))
@@ -244,17 +249,19 @@ def load(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    quantization: AskedQuantization = "auto",
     adapter_weights: bool = True,
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """An adapter folder (or a checkpoint in it) on its base model, in eval mode.
 
-    `base_model` is needed only where the base is no longer where it was trained from.
+    `quantization` auto holds the base as training did. `base_model` is needed only where the base is no longer where
+    it was trained from.
     Raises UserError for a folder that is no adapter folder, and for a base that is missing or another one.
     """
     asker = open_folder(adapter_dir, base_model=base_model, trust_remote_code=trust_remote_code)
-    return Loaded(asker, load_model(asker, device, dtype), adapter_weights)
+    return Loaded(asker, load_model(asker, device, dtype, quantization), adapter_weights)
 
 
 def open_folder(
@@ -262,6 +269,11 @@ def open_folder(
 ) -> Asker:
     """What `load` needs before the weights, so that rows can be checked first. Raises UserError as `load`."""
     adapter = read_adapter_folder(adapter_dir)
+    if adapter.is_merged:
+        if base_model is not None:
+            cure = "leave base_model out"
+            raise UserError("the base model is part of it", place=str(adapter_dir), cure=cure)
+        base_model = str(adapter.path)
     if base_model is None and Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir():
         what = f"its base model is no longer at {adapter.base.name}"
         raise UserError(what, place=str(adapter_dir), cure="say with --base_model where it is")
@@ -273,16 +285,24 @@ def open_folder(
     return Asker(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
 
 
-def load_model(asker: Asker, device: str, dtype: str) -> Any:
-    """The base with the adapter on it, a PeftModel. Raises UserError where it cannot be had or is another base."""
+def held_as(asked: AskedQuantization, adapter: AdapterFolder) -> Quantization:
+    """How the base is held for an adapter: as asked for, or as in its training."""
+    return adapter.quantization if asked == "auto" else asked
+
+
+def load_model(asker: Asker, device: str, dtype: str, quantization: AskedQuantization = "auto") -> Any:
+    """The base with the adapter on it, a PeftModel, or a merged model. Raises UserError where it cannot be had or is
+    another base."""
     on = pick_device(device)
     try:
-        base = load_base(asker.source, on, pick_dtype(dtype, on))
+        base = load_base(asker.source, on, pick_dtype(dtype, on), held_as(quantization, asker.adapter))
     except UserError as error:
         if Path(asker.source.name).is_dir():
             raise
         cure = "name a folder that has it with --base_model"
         raise UserError([replace(each, cure=f"{each.cure}, or {cure}") for each in error.problems]) from error
+    if asker.adapter.is_merged:
+        return base
     check_base(asker.adapter, base_identity(base, asker.source))
     return load_adapter(base, str(asker.adapter.path), trainable=False).eval()
 

@@ -8,8 +8,9 @@ depends on the machine and the shapes alone, never on a measurement: equal runs 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,31 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return F.linear(x, weight, bias)
 
 
+class Weight(Protocol):
+    """A weight W (M, K) that is not trained, in whatever form it is held. Neither product records a gradient."""
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (N, K) @ W.T + bias (M,) -> (N, M)."""
+        ...
+
+    def input_gradient(self, upstream: torch.Tensor) -> torch.Tensor:
+        """upstream (N, M) @ W -> (N, K)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A weight as it is."""
+
+    weight_MK: torch.Tensor
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return product(x, self.weight_MK, bias)
+
+    def input_gradient(self, upstream: torch.Tensor) -> torch.Tensor:
+        return product(upstream, self.weight_MK.t())
+
+
 def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `product`, in float32. On CUDA the sums over half-precision products stay as they are, which are of float32;
     elsewhere the routine has rounded them."""
@@ -52,7 +78,7 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return result if bias is None else result.add_(bias)
 
 
-def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def frozen_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` for a weight that is not trained: x (..., K), weight (M, K) -> (..., M)."""
     flat = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     # viewed out here: a view made inside could not be changed in place, as some models do
@@ -61,14 +87,13 @@ def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+    def forward(ctx: Any, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return weight.product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return product(upstream, weight.t()), None, None
+        return ctx.weight.input_gradient(upstream), None, None
 
 
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:

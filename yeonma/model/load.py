@@ -20,20 +20,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
-from yeonma.choices import Checkpointing
+from yeonma.choices import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.packed import adopt, bitsandbytes_config, packed_layers, to_fp8
+from yeonma.model.quantization import check_installed
 from yeonma.model.shard import agree_on, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
+from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 
 
-def load_tokenizer(source: BaseSource) -> Any:
-    """The base's tokenizer. Raises UserError where there is none or it cannot be reached."""
+def load_tokenizer(source: BaseSource, *, carried: bool = False) -> Any:
+    """The base's tokenizer, with the base's own chat template; `carried`: with that of the folder, whatever it carries.
+
+    Raises UserError where there is none or it cannot be reached.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        if not carried and base_chat_template(tokenizer).startswith(MARK):
+            _restore_chat_template(tokenizer, source)
         own = len(tokenizer) - len(set(tokenizer.all_special_ids))
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
         json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()  # half characters
@@ -42,6 +51,19 @@ def load_tokenizer(source: BaseSource) -> Any:
     if own <= 0:  # what transformers makes of no files at all
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
+
+
+def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
+    """The base's own chat template, from beside one that carries a training template."""
+    path = cached_file(
+        source.name, BASE_CHAT_TEMPLATE, revision=source.revision
+    )  # raises where it is missing
+    own = Path(str(path)).read_bytes().decode() or None
+    if isinstance(tokenizer.chat_template, dict):
+        others = {name: text for name, text in tokenizer.chat_template.items() if name != "default"}
+        tokenizer.chat_template = {**others, "default": own} if own else others
+    else:
+        tokenizer.chat_template = own
 
 
 def load_config(source: BaseSource) -> Any:
@@ -97,13 +119,23 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtype) -> Any:
+def load_base(
+    source: BaseSource,
+    device: torch.device | None,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+) -> Any:
     """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
-    not searched for NaN: for `yeonma.model.shard`.
+    not searched for NaN: for `yeonma.model.shard`, which takes no quantised ones.
 
-    Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite.
+    Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite, and where
+    what quantises them is not installed.
     """
+    check_installed(quantization)
     keep_the_console_clean()
+    config = bitsandbytes_config(quantization, dtype)
+    # bitsandbytes quantises on the device, weight by weight
+    placed = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
@@ -113,6 +145,7 @@ def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtyp
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below
             output_loading_info=True,
+            **placed,
         )
     except SafetensorError as error:
         raise UserError(
@@ -124,8 +157,13 @@ def load_base(source: BaseSource, device: torch.device | None, dtype: torch.dtyp
     _check_complete(found, source.name)
     model.requires_grad_(False)
     model.eval()
+    if config is not None:
+        del model.config.quantization_config  # how it is held is no part of what it is
+        adopt(model)
+    elif quantization == "fp8":
+        to_fp8(model, device or torch.device("cpu"), source.name)
     if device is not None:
-        model = model.to(device)
+        model = model if config is not None else model.to(device)
         check_finite(model, source.name)
     return model
 
@@ -149,6 +187,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises UserError, in every process alike.
     """
     frozen = {key: each.detach() for key, each in model.named_parameters() if not each.requires_grad}
+    frozen |= {key: weight.scale for key, weight in packed_layers(model)}
     found = agree_on(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
     broken = [key for key, bad in zip(frozen, found, strict=True) if bad]
     if broken:

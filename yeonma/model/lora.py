@@ -1,7 +1,8 @@
 """PEFT's LoRA layers with fewer passes over memory: the same mathematics, one autograd node a layer.
 
-Only plain cases are taken over (a dense frozen `nn.Linear`, one active adapter, no DoRA, no bias, not merged);
-every other layer keeps PEFT's own forward. Weights, names and saving stay PEFT's. Hu et al. 2021, arXiv:2106.09685.
+Only plain cases are taken over (a frozen `nn.Linear`, dense or quantised, one active adapter, no DoRA, no bias, not
+merged); every other layer keeps PEFT's own forward. Weights, names and saving stay PEFT's. Hu et al. 2021,
+arXiv:2106.09685.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from yeonma.model.linear import frozen_linear, has_onednn, is_frozen_linear, product
+from yeonma.model.linear import Dense, Weight, frozen_linear, has_onednn, is_frozen_linear, product
+from yeonma.model.packed import packed_weight
 
 
 def speed_up(model: nn.Module) -> int:
@@ -23,8 +26,8 @@ def speed_up(model: nn.Module) -> int:
     """
     taken = 0
     for layer in model.modules():
-        if type(layer) is LoraLinear and _is_plain(layer):
-            layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+        if isinstance(layer, LoraLayer) and _is_plain(layer):
+            layer.forward = partial(_forward, layer, layer.forward)
             taken += 1
         elif has_onednn() and is_frozen_linear(layer):
             layer.forward = partial(_frozen_forward, layer)  # type: ignore[method-assign]
@@ -32,18 +35,22 @@ def speed_up(model: nn.Module) -> int:
 
 
 def _frozen_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return frozen_linear(x, layer.weight, layer.bias)  # as they are now: weights may be gathered and let go
+    return frozen_linear(
+        x, Dense(layer.weight), layer.bias
+    )  # as they are now: weights may be gathered and let go
 
 
-def _is_plain(layer: LoraLinear) -> bool:
+def _is_plain(layer: Any) -> bool:
     """As the layer stands now: adapters may be added, switched and merged later."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
+    # around what bitsandbytes has made PEFT puts layers of other classes, which hold the same
+    dense = type(layer) is LoraLinear and type(base) is nn.Linear
     return (
         adapter in layer.lora_A
-        and type(base) is nn.Linear
+        and (dense or packed_weight(base) is not None)
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
         and adapter not in layer.lora_variant
@@ -52,19 +59,18 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _forward(
-    layer: LoraLinear, peft_forward: Any, x: torch.Tensor, *args: Any, **keywords: Any
-) -> torch.Tensor:
+def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
     """x (..., H_in) -> (..., H_out). What is not plain, and unknown arguments, are PEFT's business."""
     if args or keywords or not _is_plain(layer):
         return peft_forward(x, *args, **keywords)
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
+    weight = packed_weight(base) or Dense(base.weight)
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     down, up = down.to(x.dtype), up.to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     dropped = layer.lora_dropout[adapter](flat)
-    result = _LoraLinear.apply(flat, dropped, base.weight, base.bias, down, up, layer.scaling[adapter])
+    result = _LoraLinear.apply(flat, dropped, weight, base.bias, down, up, layer.scaling[adapter])
     # viewed out here: a view made inside could not be changed in place, as some models do
     return result.view(*x.shape[:-1], -1)
 
@@ -77,28 +83,28 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         dropped: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Weight,
         bias: torch.Tensor | None,
         down: torch.Tensor,
         up: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
         inner = product(dropped, down)
-        result = product(x, weight, bias)
+        result = weight.product(x, bias)
         result.addmm_(inner, up.t(), alpha=scale)
-        ctx.save_for_backward(dropped, inner, weight, down, up)
-        ctx.scale, ctx.same = scale, dropped is x
+        ctx.save_for_backward(dropped, inner, down, up)
+        ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, inner, weight, down, up = ctx.saved_tensors
+        dropped, inner, down, up = ctx.saved_tensors
         inner_gradient = product(upstream, up.t()).mul_(ctx.scale)
         down_gradient = product(inner_gradient.t(), dropped.t())
         up_gradient = product(inner.t(), upstream.t()).t().mul(ctx.scale)
         x_gradient = dropped_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = product(upstream, weight.t())
+            x_gradient = ctx.weight.input_gradient(upstream)
             if ctx.same:
                 x_gradient.addmm_(inner_gradient, down)
         if ctx.needs_input_grad[1] and not ctx.same:

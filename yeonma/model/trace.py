@@ -18,14 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from yeonma.choices import Checkpointing
+from yeonma.choices import Checkpointing, Quantization
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.attention import FOREST, layout
 from yeonma.model.forward import CUDA_CHUNK_BYTES, Head, plain_head, trained_logprobs
 from yeonma.model.lora import speed_up
+from yeonma.model.packed import quantised_layers, sketch
 from yeonma.model.ragged import Capability, capability_of
 from yeonma.model.shard import gathered_bytes
 from yeonma.tokens.forest import Forest
@@ -43,7 +43,7 @@ class Blueprint:
     """Parameters."""
     frozen: int
     dense: int
-    """Frozen parameters of dense layers other than the head: what quantisation would shrink."""
+    """Frozen parameters of dense layers other than the head: what quantisation shrinks."""
     weight_bytes: int
     """Frozen parameters and buffers; a tied one counts once."""
     trained_bytes: int
@@ -61,9 +61,11 @@ def blueprint(
     trust_remote_code: bool = False,
     gradient_checkpointing: Checkpointing = False,
     device: torch.device | None = None,
+    quantization: Quantization = "none",
+    by_device: bool = False,
 ) -> Blueprint:
     """`lora`: a fresh adapter's shape, or the folder of an adapter to continue. `device`: what the run will be on, the
-    CPU by default. Draws no random numbers.
+    CPU by default. `by_device`: fp8 is multiplied by the device's own products. Draws no random numbers.
 
     Raises UserError for target modules that the model does not have.
     """
@@ -74,6 +76,9 @@ def blueprint(
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         base.requires_grad_(False)
         frozen = sum(each.numel() for each in base.parameters())
+        dense = sum(each.weight.numel() for each in quantised_layers(base, "int8"))
+        if quantization != "none":
+            sketch(base, quantization, by_device)
         _put_adapter_on(base, lora)
     base.set_attn_implementation(FOREST)
     head, device = plain_head(base), device or torch.device("cpu")
@@ -84,15 +89,13 @@ def blueprint(
     speed_up(base)
     base.train()
     trained = [each for each in base.parameters() if each.requires_grad]
-    output = base.get_output_embeddings()
-    linear = [m for m in base.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output]
     held = {each for each in [*base.parameters(), *base.buffers()] if not each.requires_grad}
     return Blueprint(
         model=base,
         head=head,
         trained=sum(each.numel() for each in trained),
         frozen=frozen,
-        dense=sum(m.weight.numel() for m in linear if not m.weight.requires_grad),
+        dense=dense,
         weight_bytes=sum(each.untyped_storage().nbytes() for each in held),
         trained_bytes=sum(each.untyped_storage().nbytes() for each in trained),
         gathered_bytes=gathered_bytes(base),
@@ -256,6 +259,7 @@ class _Record(TorchDispatchMode):
 
 _FACTORS = {
     aten.mm.default: (0, 1),
+    aten._scaled_mm.default: (0, 1),
     aten.bmm.default: (0, 1),
     aten.addmm.default: (1, 2),
     aten.addmm_.default: (1, 2),

@@ -33,7 +33,7 @@ _DATE = {
 }
 _TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
 _FIXED_DAY = "".join(f"|replace('{code}','{text}')" for code, text in {**_DATE, **_TIME}.items())
-_STRFTIME = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FIXED_DAY} }}}}{{%- endmacro %}}\n"
+FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FIXED_DAY} }}}}{{%- endmacro %}}\n"
 
 _PROBE = "Zq{number}qZ"
 _PROBES = re.compile(r"Zq\d+qZ")
@@ -179,7 +179,7 @@ def _with_trailer(chat: Chat) -> Chat:
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool) -> str:
     template = tokenizer.get_chat_template()
-    template = _STRFTIME + template if "strftime_now" in template else template
+    template = FIXED_DATE + template if "strftime_now" in template else template
     return str(
         tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=ask

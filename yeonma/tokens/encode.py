@@ -71,6 +71,10 @@ class TextEncoder:
         """Ids of each text, with the tokenizer's start tokens and at most one BOS at the front."""
         return [self._started(ids) for ids in self._bare(texts)]
 
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text alone, as other tools take a rendered text."""
+        return self._bare(texts)
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -2,7 +2,7 @@
 
 OUT/checkpoint-N/
     adapter_model.safetensors ... yeonma.json     a whole adapter folder, loadable by plain PEFT
-    optimizer.safetensors                         AdamW's state by parameter name
+    optimizer.safetensors                         the optimizer's state by parameter name
     random.safetensors                            torch's random state of every process
     state.json                                    step, schedule, best-so-far, what the run was
     manifest.json                                 SHA-256 of every other file; written last
@@ -227,30 +227,6 @@ def remove(checkpoint: Path) -> None:
     checkpoint.rename(removed)
     sync(checkpoint.parent)
     delete(removed)
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
-) -> dict[str, torch.Tensor]:
-    """Optimizer state as flat tensors, `name/exp_avg` and so on."""
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().contiguous().clone()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[torch.Tensor, str],
-    tensors: Mapping[str, torch.Tensor],
-) -> None:
-    by_name = {name: parameter for parameter, name in names.items()}
-    for key, value in tensors.items():
-        name, _, what = key.rpartition("/")
-        parameter = by_name[name]
-        # AdamW keeps its step counter on the CPU
-        optimizer.state[parameter][what] = value if what == "step" else value.to(parameter.device)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

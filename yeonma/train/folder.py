@@ -31,6 +31,8 @@ from yeonma.train.checkpoint import (
 )
 
 RUN = "run.json"
+BEFORE_THE_CHOICE = {"quantization": "none", "optimizer": "adamw"}
+"""What runs of earlier versions had, which do not say so."""
 SEAL = "manifest.json"
 # What a run leaves behind beside run.json and checkpoints, as patterns.
 OURS = (
@@ -48,6 +50,7 @@ OURS = (
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",
+    "base_chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -70,7 +73,7 @@ def find_start(
 ) -> Start:
     """What the folder holds for a run of this `identity`. Changes nothing.
 
-    Raises UserError where it holds another run, or something that is no run at all.
+    Raises UserError where it holds another run, something that is no run at all, or damaged checkpoints alone.
     """
     explicit = None if resume in ("latest", "none") else user_path(resume, "resume_from_checkpoint")
     if explicit is not None:
@@ -95,6 +98,12 @@ def find_start(
         return Start(explicit, state)
     found = newest_whole(output, say) if resume == "latest" else None
     if found is None:
+        if resume == "latest" and (damaged := checkpoints(output)):
+            names = ", ".join(path.name for path in damaged)
+            cure = "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew"
+            raise UserError(
+                f"none of its checkpoints is whole ({names})", place=f"output_dir {output}", cure=cure
+            )
         return Start()
     _check_same(identity, found[1].identity, str(found[0]))
     return Start(*found)
@@ -124,6 +133,7 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
 
 def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], place: str) -> None:
     mine = json.loads(json.dumps(mine))
+    theirs = {**{name: value for name, value in BEFORE_THE_CHOICE.items() if name in mine}, **theirs}
     differences = [
         Problem(_difference(key, theirs.get(key), mine.get(key)), place)
         for key in sorted({*mine, *theirs})

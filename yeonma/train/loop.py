@@ -21,9 +21,10 @@ from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward
 from yeonma.tokens.cache import TokenStore
 from yeonma.tokens.plan import Plan
-from yeonma.train.checkpoint import AdapterWriter, RunState, optimizer_tensors, rotate, write_checkpoint
+from yeonma.train.checkpoint import AdapterWriter, RunState, rotate, write_checkpoint
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.objectives import Objective, Sums
+from yeonma.train.optimizers import optimizer_tensors
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.train.room import Room
 from yeonma.train.stop import REASONS, Stop

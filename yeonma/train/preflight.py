@@ -10,9 +10,17 @@ from pathlib import Path
 
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError, gather
+from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, find_base
 from yeonma.paths import user_path
-from yeonma.settings import DataSettings, ModelSettings, PreferenceSettings, RunSettings
+from yeonma.settings import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    PreferenceSettings,
+    RunSettings,
+    StepSettings,
+)
 from yeonma.text.kinds import Choice, Kind, choose_template, kind_for
 from yeonma.text.rows import Rows, glance
 from yeonma.text.template import load_template
@@ -29,8 +37,11 @@ def preflight(settings: Mapping[type, object]) -> None:
     Raises UserError with the problems of all of them. What it passes is checked to the end when it is used.
     """
     model, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
+    lora = group_of(settings, LoraSettings)
     gather(
         partial(check_trackers, run.report_to),
+        partial(check_quantization, model.quantization, shard=model.shard, use_dora=lora.use_dora),
+        partial(check_optimizer, group_of(settings, StepSettings).optimizer),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
         partial(check_data, group_of(settings, DataSettings), kind_of(settings), adapter_of(model)),

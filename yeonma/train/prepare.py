@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from yeonma.choices import Optimizer, Quantization
 from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError
 from yeonma.model import adapter as adapters
 from yeonma.model import load
+from yeonma.model.packed import check_layers
 from yeonma.settings import (
     DataSettings,
     EvaluationSettings,
@@ -64,12 +66,16 @@ def prepare(
     """
     model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
     evaluation = group_of(settings, EvaluationSettings)
-    load.pick_dtype(model.dtype, load.pick_device(model.device))
+    device = load.pick_device(model.device)
+    load.pick_dtype(model.dtype, device)
+    _check_optimizer(step.optimizer, device)
     config, tokenizer = load.load_config(source), load.load_tokenizer(source)
+    _check_not_quantised(config, model.quantization, source.name)
     load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
     trained = None
     if try_adapter:
-        trained = check_adapter(group_of(settings, LoraSettings), config, source, continued)
+        lora = group_of(settings, LoraSettings)
+        trained = check_adapter(lora, config, source, continued, model.quantization)
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, say)
@@ -151,13 +157,20 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
 
 
 def check_adapter(
-    lora: LoraSettings, config: Any, source: load.BaseSource, continued: str | None
+    lora: LoraSettings,
+    config: Any,
+    source: load.BaseSource,
+    continued: str | None,
+    quantization: Quantization,
 ) -> int | None:
     """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter.
+    So for a model that has no layers to quantise.
 
     Returns how many parameters it trains; None where the model's code is its own, and there is no outline.
     """
     model = load.outline(config, source)
+    if model is not None:
+        check_layers(model, quantization, source.name)
     if continued is not None:
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
         return stored_parameters(Path(continued) / adapters.WEIGHTS)
@@ -165,6 +178,20 @@ def check_adapter(
         return None
     adapted = load.add_lora(model, lora_shape(lora), seed=0)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
+    if optimizer != "adamw" and device.type != "cuda":
+        what = f"it runs on a CUDA device alone, and this is the {device.type.upper()}"
+        raise UserError(what, place=f"optimizer {optimizer}", cure="use --optimizer adamw")
+
+
+def _check_not_quantised(config: Any, quantization: Quantization, name: str) -> None:
+    if quantization != "none" and getattr(config, "quantization_config", None) is not None:
+        what = f"{name} is quantised already"
+        raise UserError(
+            what, place=f"quantization {quantization}", cure="leave it out, or give the whole model"
+        )
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:
@@ -227,6 +254,7 @@ def _identity(
         "base_model": source.name,
         "model_revision": source.revision,
         "dtype": model.dtype,
+        "quantization": model.quantization,
         "content of data_path": dataset.train.rows.identity,
         "content of the validation rows": held_out.identity if held_out else None,
         "content of the template": hashlib.sha256(dataset.template.text.encode()).hexdigest(),

@@ -21,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from yeonma.choices import Quantization
 from yeonma.disk import sync
 from yeonma.errors import UserError
 from yeonma.model.adapter import WEIGHTS, BaseIdentity
 from yeonma.model.check import in_eval_mode
 from yeonma.model.forward import Forward
 from yeonma.model.load import BaseSource
+from yeonma.model.quantization import quantised_by
 from yeonma.text.files import file_hash
 from yeonma.tokens.store import TokenStore
 from yeonma.train.distributed import Processes, sum_over
@@ -42,7 +44,12 @@ ROUND_TOKENS = 100_000
 
 
 def reference_identity(
-    source: BaseSource, base: BaseIdentity, continued: str | None, dtype: torch.dtype, device: torch.device
+    source: BaseSource,
+    base: BaseIdentity,
+    continued: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = "none",
 ) -> str:
     """SHA-256 of all that decides what the reference gives some tokens: weights, config, adapter, number format and the
     versions of the libraries.
@@ -59,6 +66,7 @@ def reference_identity(
     )
     versions = [version(package) for package in ("torch", "transformers", "peft")]
     content = [FORMAT, weights, named, base.config_sha256, adapter, str(dtype), device.type, versions]
+    content += [quantised_by(quantization)] if quantization != "none" else []
     return sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from yeonma.settings import (
     RunSettings,
     StepSettings,
 )
+from yeonma.tokens.carried import Carried, carry
 from yeonma.tokens.dataset import Dataset, describe
 from yeonma.train import folder
 from yeonma.train.budget import one_by_one, settled, try_heaviest
@@ -38,12 +39,12 @@ from yeonma.train.checkpoint import (
     checkpoint_path,
     read_tensors,
     recover,
-    restore_optimizer,
 )
 from yeonma.train.distributed import Processes, check_alike, processes, wait
 from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
 from yeonma.train.opening import look_again
+from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import (
     Prepared,
@@ -155,10 +156,11 @@ def _train(
     dataset, peft_model = prepared.dataset, loaded.peft_model
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
+    carried = carry(dataset.template, prepared.tokenizer) if group.first else Carried(None)
 
     def write_adapter(place: Path) -> None:
         tokenizer, template = prepared.tokenizer, dataset.template
-        adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, samples)
+        adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, carried, samples)
 
     trained = sum(each.numel() for each in tuning.parameters.values())
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
@@ -229,6 +231,8 @@ def _train(
     folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
     say(f"the adapter is in {output}")
+    if carried.text is None:
+        say(f"its chat template does not carry the training template: {carried.why}")
     return None
 
 

@@ -15,6 +15,7 @@ from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
+from yeonma.model.fp8 import has_products
 from yeonma.model.lora import speed_up
 from yeonma.model.shard import held_bytes, is_sharded, shard_weights
 from yeonma.settings import (
@@ -31,6 +32,7 @@ from yeonma.train.distributed import Processes
 from yeonma.train.loop import Tuning
 from yeonma.train.objectives import SFT, Objective, label_objective, pair_objective
 from yeonma.train.opening import Opening, is_reference, with_opening
+from yeonma.train.optimizers import make_optimizer
 from yeonma.train.preference import REFERENCE_FREE
 from yeonma.train.prepare import (
     BY_METRIC,
@@ -76,7 +78,10 @@ def load_model(
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
         say("one process holds all weights: shard plays no part")
-    base = load.load_base(source, None if shard else device, load.pick_dtype(model_settings.dtype, device))
+    quantization = model_settings.quantization
+    base = load.load_base(
+        source, None if shard else device, load.pick_dtype(model_settings.dtype, device), quantization
+    )
     identity = adapters.base_identity(base, source)
     if prepared.adapter is not None:
         adapters.check_continued(prepared.adapter, identity)
@@ -96,6 +101,10 @@ def load_model(
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
     )
+    if quantization != "none":
+        emulated = quantization == "fp8" and not has_products(device)
+        slow = "; this device has no products of fp8, they are emulated: no faster" if emulated else ""
+        say(f"dense layers in {quantization}: {held_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}")
     if shard:
         say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this one")
     dataset = prepared.dataset
@@ -106,6 +115,7 @@ def load_model(
         dataset.rules,
         tokenizer=prepared.tokenizer,
         trust_remote_code=source.trust_remote_code,
+        quantization=quantization,
         trained_on={
             "data": dataset.train.rows.name,
             "data_sha256": dataset.train.rows.identity,
@@ -172,7 +182,12 @@ def make_objective(
         identity = ""
         if group.first:
             identity = reference_identity(
-                loaded.source, loaded.base, prepared.adapter, base.dtype, base.device
+                loaded.source,
+                loaded.base,
+                prepared.adapter,
+                base.dtype,
+                base.device,
+                group_of(settings, ModelSettings).quantization,
             )
         as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
         cache_dir = cache_folder(group_of(settings, TokenSettings))
@@ -224,13 +239,13 @@ def make_tuning(
     step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
     sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=step.learning_rate,
+    optimizer = make_optimizer(
+        step.optimizer,
+        list(parameters.values()),
+        learning_rate=step.learning_rate,
         betas=(step.adam_beta1, step.adam_beta2),
-        eps=step.adam_epsilon,
+        epsilon=step.adam_epsilon,
         weight_decay=step.weight_decay,
-        fused=True,
     )
     return Tuning(
         model=base,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.disk import replace_file, told, write_all
+from yeonma.disk import replace_file, sync, told, write_all
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.train.progress import EvaluationRecord, StepRecord
 
@@ -63,6 +63,7 @@ def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = Tru
     end = _end_of_step(path, keep_steps or 0, keep_evaluation) if kept else 0
     file = path.open("ab", buffering=0)
     file.truncate(end)
+    sync(path.parent)  # its name; what is in it waits for `MetricsFile.sync`
     return MetricsFile(file)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from yeonma.disk import told, write_all
+from yeonma.disk import sync, told, write_all
 from yeonma.errors import UserError
 from yeonma.tokens.store import TokenStore
 from yeonma.train.tracking import CURE
@@ -59,6 +59,7 @@ def open_trained_rows(path: Path, keep_steps: int) -> TrainedRows:
     end = _end_of_step(path, keep_steps) if keep_steps and path.exists() else 0
     file = path.open("ab", buffering=0)
     file.truncate(end)
+    sync(path.parent)  # its name, before a checkpoint relies on it
     return TrainedRows(file)
 
 

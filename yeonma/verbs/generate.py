@@ -36,7 +36,9 @@ def run(settings: Mapping[type, object]) -> int:
     )
 
     def loaded() -> Loaded:
-        return Loaded(asker, load_model(asker, folder.device, folder.dtype), folder.adapter_weights)
+        return Loaded(
+            asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights
+        )
 
     if asked.data_path is not None:
         rows = open_rows(

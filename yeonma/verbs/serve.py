@@ -51,7 +51,9 @@ def _by_vllm(asked: ServeSettings, served: Served) -> bool:
     if asked.engine == "yeonma" or (asked.engine == "auto" and (asked.device == "cpu" or not is_there())):
         return False
     reason = (
-        why_not(list(served.askers.values())) if is_there() else "it is not installed, or there is no GPU"
+        why_not(list(served.askers.values()), asked.quantization)
+        if is_there()
+        else "it is not installed, or there is no GPU"
     )
     if reason and asked.engine == "vllm":
         raise UserError(f"vLLM cannot serve this: {reason}", place="--engine vllm", cure="leave it out")

@@ -1,0 +1,106 @@
+"""What a power cut could still take, followed through a trace, and whether anything relied on it.
+
+Content that was written is safe once its file is flushed; a name that was made or changed, once the folder that holds
+it is. A removal that is lost leaves more than was meant, which the next run deletes: it does not count. Names that
+begin with a dot are of things that nobody reads as whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+
+from tests.faults.tracing import FOLDERS, OPENS, SYNCS, WRITES, Call
+
+OPENED = re.compile(r"\d+<(?P<path>[^>]*)>")
+NAMED = re.compile(r"(?:(?:AT_FDCWD|\d+)<(?P<folder>[^>]*)>, )?\"(?P<path>[^\"]*)\"")
+FAILED = re.compile(r"\) *= -1 ")
+CHECKPOINT = re.compile(r"checkpoint-\d+|\.checkpoint-\d+\.former")
+GOING = re.compile(r"\.checkpoint-\d+\.removed")
+
+
+class Unsafe:
+    """Files whose content, and paths whose name, are not flushed."""
+
+    def __init__(self) -> None:
+        self.contents: set[PurePath] = set()
+        self.names: set[PurePath] = set()
+
+    def all(self) -> set[PurePath]:
+        return self.contents | self.names
+
+    def below(self, place: PurePath) -> set[PurePath]:
+        """Of a file, or of a folder and all in it."""
+        return {path for path in self.all() if path.is_relative_to(place)}
+
+    def follow(self, call: Call) -> None:
+        if call.name in WRITES:
+            self.contents.add(opened(call))
+        elif call.name in SYNCS:
+            flushed = opened(call)
+            self.contents.discard(flushed)
+            self.names = {path for path in self.names if path.parent != flushed}
+        elif call.name in (*FOLDERS, *OPENS):
+            if call.name in FOLDERS or "O_CREAT" in call.text:
+                self.names.add(named(call)[0])
+            if "O_TRUNC" in call.text:
+                self.contents.add(named(call)[0])
+        else:
+            before, *after = named(call)
+            for paths in (self.contents, self.names):
+                moved = {path for path in paths if path.is_relative_to(before)}
+                paths -= moved
+                paths |= {place / path.relative_to(before) for path in moved for place in after}
+            self.names |= {*after}
+
+
+def opened(call: Call) -> PurePath:
+    found = OPENED.match(call.text)
+    assert found is not None, call
+    return PurePath(found["path"])
+
+
+def named(call: Call) -> list[PurePath]:
+    """The paths in a call's arguments, whole."""
+    arguments = call.text.rpartition(")")[0]
+    return [
+        PurePath(os.path.join(found["folder"] or "", found["path"])) for found in NAMED.finditer(arguments)
+    ]
+
+
+def is_hidden(path: PurePath, output: PurePath) -> bool:
+    return path.is_relative_to(output) and any(
+        part.startswith(".") for part in path.relative_to(output).parts
+    )
+
+
+def breaches(calls: Sequence[Call], output: PurePath) -> list[str]:
+    """Where a run's calls break the order: file, folder, rename, parent."""
+    unsafe, found = Unsafe(), []
+    for call in calls:
+        if FAILED.search(call.text):
+            continue
+        found += [f"{call.name} {call.text}: {what}" for what in _relied_on(call, unsafe, output)]
+        unsafe.follow(call)
+    left = sorted(path for path in unsafe.all() if not is_hidden(path, output))
+    return found + [f"{path} is not safe at the end" for path in left]
+
+
+def _relied_on(call: Call, unsafe: Unsafe, output: PurePath) -> Iterator[str]:
+    if call.name in (*WRITES, *SYNCS, *FOLDERS, *OPENS):
+        return
+    before, *after = named(call)
+    new_names = {path for path in unsafe.names if CHECKPOINT.fullmatch(path.name)}
+    if after and not is_hidden(after[0], output):
+        yield from (f"{path} is not safe" for path in unsafe.below(before) - ({before} & unsafe.names))
+        if before in unsafe.contents:
+            yield f"{before} is not safe"
+    if after and (CHECKPOINT.fullmatch(after[0].name) or after[0].name == "run.json"):
+        # the steps' lines up to a checkpoint; all of a finished run
+        others = {path for path in unsafe.all() - unsafe.below(before) if not is_hidden(path, output)}
+        yield from (f"{path} is not safe" for path in others | new_names)
+    parts = before.relative_to(output).parts if before.is_relative_to(output) else ()
+    if parts and (CHECKPOINT.fullmatch(parts[0]) or GOING.fullmatch(parts[0])):
+        yield from (f"the name of {path} is not safe" for path in new_names - {before})

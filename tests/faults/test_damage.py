@@ -1,0 +1,120 @@
+"""Every file of a checkpoint and of a run's folder cut short, changed by a bit, zeroed and deleted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import everything_in
+from tests.runs import Done, articles, left_behind, sft, trained, write_jsonl
+from yeonma.train.checkpoint import newest_whole
+
+SETTINGS: dict[str, object] = {"save_steps": 2, "num_epochs": 2, "lora_dropout": 0.1}
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+WAYS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "zero": zero, "delete": Path.unlink}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(12))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, whole: Done) -> Path:
+    """The folder of a run that was killed before its end: all checkpoints are there, and it is not marked finished."""
+    output = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    run = output / "run.json"
+    run.write_text(run.read_text("utf-8").replace('"finished": true', '"finished": false'), encoding="utf-8")
+    return output
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_file_of_a_checkpoint_is_missed_and_named(stopped: Path, way: str) -> None:
+    newest = stopped / "checkpoint-6"
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(files) >= 9
+    for path in files:
+        content = path.read_bytes()
+        WAYS[way](path)
+        said: list[str] = []
+        found = newest_whole(stopped, said.append)
+        assert found is not None
+        assert found[0].name == "checkpoint-4"
+        (line,) = said
+        assert line.startswith("passing over checkpoint-6, which is damaged: ")
+        if path.name != "manifest.json":  # whose damage may be in the sum or the name of another file
+            why = "it is missing" if way == "delete" else "its SHA-256 is not the manifest's"
+            assert f"checkpoint-6/{path.name}: {why}" in line
+        path.write_bytes(content)
+    assert newest_whole(stopped, print) is not None
+
+
+def test_the_run_goes_on_from_the_one_before_and_ends_the_same(
+    stopped: Path, base: Path, data: Path, whole: Done
+) -> None:
+    flip(stopped / "checkpoint-6" / "optimizer.safetensors")
+    done = trained(stopped, base, data, **SETTINGS)
+    where = f"{stopped}/checkpoint-6/optimizer.safetensors"
+    assert (
+        f"passing over checkpoint-6, which is damaged: {where}: its SHA-256 is not the manifest's" in done.out
+    )
+    assert "continuing after step 4 of 6" in done.out
+    assert left_behind(stopped) == left_behind(whole.folder)
+
+
+def test_where_all_are_damaged_nothing_is_deleted(stopped: Path, base: Path, data: Path) -> None:
+    names = ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    for name in names:
+        zero(stopped / name / "adapter_model.safetensors")
+    before = everything_in(stopped)
+    done = sft(stopped, base, data, **SETTINGS)
+    assert done.status == 2
+    assert [f"passing over {name}" in done.out for name in names] == [True] * 3
+    assert f"none of its checkpoints is whole ({', '.join(names)})" in done.err
+    assert "--resume_from_checkpoint none" in done.err
+    assert everything_in(stopped) == before
+
+
+def test_fault_30_data_that_changed_since_the_checkpoint(
+    stopped: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    before = everything_in(stopped)
+    for change in ("added", "removed", "edited", "in another order"):
+        rows = articles(12)
+        if change == "added":
+            rows.append({"document": "new", "title": "new"})
+        elif change == "removed":
+            del rows[3]
+        elif change == "edited":
+            rows[3]["title"] += "."
+        else:
+            rows.reverse()
+        done = sft(stopped, base, write_jsonl(tmp_path / "changed.jsonl", rows), **SETTINGS)
+        assert done.status == 2
+        assert f"yeonma: {stopped}: the content of data_path has changed\n" in done.err
+        assert everything_in(stopped) == before
+    assert sft(stopped, base, data, **SETTINGS).status == 0

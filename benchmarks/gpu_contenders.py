@@ -214,12 +214,8 @@ def at_once(contender: Contender, job: Job) -> dict[str, Any]:
         return {"micro_batch_size": contender.micro_batch}
     if job.about["packed"]:
         own = {"micro_batch_size": job.about["batch"], "micro_batch_tokens": job.about["packed"]}
-        return {**own, "gradient_checkpointing": "true"}
-    return {
-        "micro_batch_size": job.about["batch"],
-        "micro_batch_tokens": 8192,
-        "gradient_checkpointing": "true",
-    }
+        return {**own, "gradient_checkpointing": "auto"}
+    return {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"}
 
 
 def loaded(job: Job) -> tuple[Any, Any]:

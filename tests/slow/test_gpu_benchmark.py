@@ -22,7 +22,7 @@ def test_the_harness_measures_and_compares_on_the_cpu(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "YEONMA_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "YEONMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())

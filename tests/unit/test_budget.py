@@ -114,6 +114,17 @@ def test_activations_are_kept_where_there_is_room(base: Path, data: Path, tokens
     ]  # fmt: skip
 
 
+def test_a_quantised_base_leaves_more_room(base: Path, data: Path) -> None:
+    free = Case(base, data).free_for(False, MicroBatching(4, None, True))
+    whole, packed = (
+        Case(base, data, gradient_checkpointing="auto", micro_batch_size=4, quantization=each).chosen(
+            free - 1000
+        )
+        for each in ("none", "fp8")
+    )
+    assert (whole[0], packed[0]) == ("selective", False)
+
+
 def test_what_is_not_auto_stays_and_what_a_checkpoint_had_is_kept(base: Path, data: Path) -> None:
     plain = Case(base, data)
     assert settled(plain.settings, plain.source, plain.prepared, Processes(0, 1), print) is plain.settings

@@ -111,6 +111,8 @@ STEPS: dict[str, object] = {"batch_size": 8, "num_epochs": 2, "val_data_path": N
         {"micro_batch_size": 3, "micro_batch_tokens": 1},
         {"micro_batch_size": 8, "share_prefix": False},
         {"micro_batch_size": 8, "gradient_checkpointing": True},
+        {"micro_batch_size": 8, "gradient_checkpointing": "selective"},
+        {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"},
     ],
 )
 def test_micro_batches_and_sharing_change_nothing(

@@ -149,6 +149,8 @@ STEPS: dict[str, object] = {"batch_size": 8, "num_epochs": 2}
         {"micro_batch_size": 3, "micro_batch_tokens": 1},
         {"micro_batch_size": 8, "share_prefix": False},
         {"micro_batch_size": 8, "gradient_checkpointing": True},
+        {"micro_batch_size": 8, "gradient_checkpointing": "selective"},
+        {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"},
     ],
 )
 def test_micro_batches_and_sharing_change_nothing(
@@ -477,8 +479,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
     poisoned: list[Any] = []
     make = run.make_tuning
 
-    def tuning(*arguments: Any) -> Any:
-        made = make(*arguments)
+    def tuning(*arguments: Any, **more: Any) -> Any:
+        made = make(*arguments, **more)
         poisoned.append(made)
         next(iter(made.parameters.values())).data[0, 0] = math.nan
         return made

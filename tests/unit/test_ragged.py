@@ -266,6 +266,12 @@ def test_this_torch_has_the_function_with_all_that_it_is_given() -> None:
 # On a GPU
 
 
+def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
+    """As a whole: single numbers in half precision may be far off, and those that should be 0 are not quite."""
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    assert float((ours - theirs).norm()) <= share * float(theirs.norm()) + 0.01 * theirs.numel() ** 0.5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -280,10 +286,10 @@ def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: i
         found = layout(laid, device, torch.cuda.get_device_capability()).ragged
         assert found is not None
         output = ragged_attention(*exact, found, kernel=kernel, **how)
-        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(output)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(output)
         results.append([output, *torch.autograd.grad((output * weight).sum(), exact)])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=0.05, atol=0.05)
+        close(ours, theirs, 0.03)
 
 
 @pytest.mark.gpu
@@ -300,5 +306,4 @@ def test_a_model_on_a_gpu_takes_the_kernel_and_trains_as_segment_by_segment(fami
         trained = [each for each in model.parameters() if each.requires_grad]
         results.append([logprob, *torch.autograd.grad(logprob.sum(), trained)])
     for ours, theirs in zip(*results, strict=True):
-        scale = float(theirs.abs().max())
-        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=0.05)
+        close(ours, theirs, 0.1)

@@ -18,6 +18,7 @@ from yeonma.configure import group_of
 from yeonma.errors import Problem, UserError
 from yeonma.model import load
 from yeonma.model.forward import trained_logprobs
+from yeonma.model.fp8 import has_products
 from yeonma.model.trace import Blueprint, blueprint, trace
 from yeonma.settings import LoraSettings, ModelSettings, StepSettings
 from yeonma.tokens.batches import look_at_batches
@@ -123,11 +124,15 @@ class _Case:
 def _drawing(
     settings: Mapping[type, object], source: load.BaseSource, prepared: Prepared, device: torch.device
 ) -> Callable[[Checkpointing], Blueprint]:
+    model = group_of(settings, ModelSettings)
+
     def draw(way: Checkpointing) -> Blueprint:
         return blueprint(
             prepared.config,
-            load.pick_dtype(group_of(settings, ModelSettings).dtype, device),
+            load.pick_dtype(model.dtype, device),
             prepared.adapter or lora_shape(group_of(settings, LoraSettings)),
+            quantization=model.quantization,
+            by_device=has_products(device),
             trust_remote_code=source.trust_remote_code,
             gradient_checkpointing=way,
             device=device,

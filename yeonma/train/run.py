@@ -43,6 +43,7 @@ from yeonma.train.checkpoint import (
 from yeonma.train.distributed import Processes, check_alike, processes, wait
 from yeonma.train.lock import hold
 from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
+from yeonma.train.objectives import SFT
 from yeonma.train.opening import look_again
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
@@ -106,14 +107,14 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         if by_tokens and not loaded.how.forest:
             chosen = one_by_one(chosen)
         stop.check()
+        by_tokens = by_tokens and loaded.how.forest
+        tuning = make_tuning(chosen, loaded, prepared.plan, SFT, group, stop, by_tokens=by_tokens)
+        if by_tokens and kept is None:  # before a pass over the reference, which may take hours
+            try_heaviest(tuning, prepared.plan, prepared.dataset.train.store)
         looked_at = all_looked_at(prepared)
         first = looked_at_first(prepared)
         objective = make_objective(chosen, loaded, prepared, looked_at, group, say, first)
-        tuning = make_tuning(
-            chosen, loaded, prepared.plan, objective, group, stop, by_tokens=by_tokens and loaded.how.forest
-        )
-        if tuning.room.by_tokens and kept is None:
-            try_heaviest(tuning, prepared.plan, prepared.dataset.train.store)
+        tuning = replace(tuning, objective=objective)
         if start.state is not None:
             look_again(tuning, prepared.plan, prepared.dataset.train.store, held_out(prepared))
         stop.check()

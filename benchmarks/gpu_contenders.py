@@ -85,16 +85,11 @@ def lacking(contender: Contender, quantization: str, workload: dict[str, Any]) -
             return f"{package} is not installed"
     if contender.packed and not workload["packed"]:
         return "packing is measured on the packed workload alone"
-    if quantization == "none":
+    if quantization == "nf4" and find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if quantization == "none" or contender.library == YEONMA:
         return ""
-    if contender.library == YEONMA:
-        from yeonma.settings import ModelSettings
-
-        known = {field.name for field in fields(ModelSettings)}
-        return "" if "quantization" in known else "this version of Yeonma holds no quantised weights"
-    if quantization != "nf4" or contender.library == FACTORY:
-        return f"it has no {quantization} here"
-    return "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+    return "" if quantization == "nf4" and contender.library != FACTORY else f"it has no {quantization} here"
 
 
 @dataclass(frozen=True)

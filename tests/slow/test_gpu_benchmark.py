@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_harness_measures_and_compares_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     words = "--tiny true --rounds 1 --steps 2 --workloads long dpo --contenders yeonma transformers-4 trl-2"
+    words += " --quantizations none fp8"
     done = subprocess.run(
         [sys.executable, "benchmarks/gpu.py", *words.split(), "--output", str(output)],
         cwd=ROOT,
@@ -27,7 +28,10 @@ def test_the_harness_measures_and_compares_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
     assert result["failures"] == [] and result["gpu"] is None
-    measured = {(run["workload"], run["contender"]): run for run in result["runs"]}
+    assert {run["contender"] for run in result["runs"] if run["quantization"] == "fp8"} == {"yeonma"}
+    measured = {
+        (run["workload"], run["contender"]): run for run in result["runs"] if run["quantization"] == "none"
+    }
     assert ("long", "yeonma") in measured and ("long", "transformers-4") in measured
     for (workload, contender), run in measured.items():
         ours = measured[workload, "yeonma"]

@@ -2,7 +2,7 @@
 
 All train the same LoRA start on the same token ids and in the same order. A step's time is that of its forward,
 backward and update, with the device's work done. Unsloth and LLaMA-Factory run only where they are installed; their
-parts below follow their documentation and have not been tried.
+parts below have not been tried, and may not fit their present interfaces.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from yeonma.errors import UserError
 from yeonma.model import adapter as adapters
 from yeonma.model import load
 from yeonma.text.template import Template
+from yeonma.tokens.carried import carry
 from yeonma.tokens.example import TokenRules
 from yeonma.train import checkpoint, folder, loop
 from yeonma.train import run as _run  # noqa: F401
@@ -58,6 +59,7 @@ class Saver:
         self.model = load.add_lora(base, load.LoraShape(2, 4, 0.0, ["q_proj"]), 0)
         self.tokenizer = characters()
         self.template = Template.parse(TEMPLATE, "test")
+        self.carried = carry(self.template, self.tokenizer)
         self.details = adapters.describe(
             adapters.base_identity(base, load.BaseSource("tiny", None, False)),
             self.template,
@@ -76,7 +78,9 @@ class Saver:
                 parameter.fill_(value)
 
         def write(place: Path) -> None:
-            adapters.write_adapter(place, self.model, self.tokenizer, self.template, self.details)
+            adapters.write_adapter(
+                place, self.model, self.tokenizer, self.template, self.details, self.carried
+            )
 
         return AdapterWriter(write, 10_000)
 

@@ -59,7 +59,10 @@ def test_each_file_of_a_checkpoint_is_missed_and_named(stopped: Path, way: str) 
     assert len(files) >= 9
     for path in files:
         content = path.read_bytes()
-        WAYS[way](path)
+        if content or way == "delete":
+            WAYS[way](path)
+        else:  # such as the chat template of a base that has none
+            path.write_bytes(b"x")
         said: list[str] = []
         found = newest_whole(stopped, said.append)
         assert found is not None

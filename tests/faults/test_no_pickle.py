@@ -122,6 +122,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     ".yaml": as_yaml,
     ".txt": as_text,
     ".md": as_text,
+    ".jinja": as_text,
     ".png": as_picture,
     ".bin": as_array,
     ".lock": as_nothing,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from tables import gigabytes, times
+from tables import gigabytes, loss_gap, matrix_rate, times
 
 Run = Mapping[str, Any]
 KEY = ("shape", "workload", "quantization")
@@ -49,7 +49,7 @@ def operations_per_token(model: Mapping[str, Any], steps: list[Mapping[str, int]
 def lines(result: Mapping[str, Any]) -> list[Line]:
     """In the order in which they were first measured; those that were never measured beside ours are left out."""
     runs = {(*(run[name] for name in KEY), run["contender"], run["round"]): run for run in result["runs"]}
-    rate = median(rate for run in result["runs"] for rate in run["matrix_rates"])
+    rate = matrix_rate(result)
     rounds = sorted({run["round"] for run in result["runs"]})
     found = []
     for *where, contender in dict.fromkeys(key[:-1] for key in runs):
@@ -65,7 +65,10 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
         operations = operations_per_token(prepared["model"], prepared["workloads"][workload]["steps"])
         speed = median(tokens_per_second(theirs) for theirs, _ in both)
         ratios = [tokens_per_second(ours) / tokens_per_second(theirs) for theirs, ours in both]
-        gaps = [loss_gap(theirs, ours) for theirs, ours in both]
+        gaps = [
+            loss_gap(theirs, ours) if len(theirs["losses"]) == len(ours["losses"]) else None
+            for theirs, ours in both
+        ]
         known = [gap for gap in gaps if gap is not None]
         found.append(
             Line(
@@ -84,12 +87,6 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
             )
         )
     return found
-
-
-def loss_gap(run: Run, ours: Run) -> float | None:
-    if run["tokens"] != ours["tokens"] or len(run["losses"]) != len(ours["losses"]):
-        return None
-    return max(abs(a - b) for a, b in zip(run["losses"], ours["losses"], strict=True))
 
 
 def gpu_section(result: Mapping[str, Any]) -> str:
@@ -143,7 +140,7 @@ def about_device(result: Mapping[str, Any]) -> str:
     if gpu is not None:
         where = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
     packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
-    rate = median(rate for run in result["runs"] for rate in run["matrix_rates"])
+    rate = matrix_rate(result)
     return (
         f"{result['date']}, {where}; {packages}.\n`{result['command']}`\n\n"
         f"Random weights, LoRA r={result['settings']['lora_r']} on all linear layers, {result['settings']['dtype']}. "

@@ -85,6 +85,11 @@ def group_of(settings: Mapping[type, object], group: type[Group]) -> Group:
     return found
 
 
+def flat(settings: Mapping[type, object]) -> dict[str, object]:
+    """The settings of all groups by their names, which are no one else's."""
+    return {name: value for group in settings.values() for name, value in vars(group).items()}
+
+
 def to_yaml(*groups: object) -> str:
     """The settings as flat YAML that `--config` reads back to equal ones, in the order of settings.py."""
     order = list(vars(settings_module).values())

@@ -135,6 +135,33 @@ def _forget(path: Path) -> None:
         os.close(number)
 
 
+@contextmanager
+def folder_beside(output: Path, what: str, least_bytes: int, told_bytes: int | None = None) -> Iterator[Path]:
+    """A folder beside `output` to write `what` into, for `give_name`. Nothing half-written stays, however this ends.
+
+    Raises UserError where less than `least_bytes` is free, and for a disk that fills up or fails within; `told_bytes`:
+    what it then says that is needed.
+    """
+    folder = hidden(output.absolute(), "partial")
+    delete(folder)
+    check_free(output, least_bytes, what, "make room, or give an output_dir on another disk")
+    with told(folder, what, told_bytes):
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+        finally:
+            delete(folder)
+
+
+def give_name(folder: Path, output: Path) -> None:
+    """Settle a folder that was written beside `output`, and put it there; `output` may be an empty folder."""
+    settle(folder, hashes_of(folder))
+    if output.exists():
+        output.rmdir()
+    folder.rename(output)
+    sync(output.absolute().parent)
+
+
 def delete(path: Path) -> None:
     """What can be deleted of a file or a folder with all below it; links are not followed."""
     if path.is_dir() and not path.is_symlink():

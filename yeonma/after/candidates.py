@@ -59,7 +59,7 @@ class Candidate:
     @property
     def weights(self) -> tuple[str, str | None, str]:
         """Candidates that are equal in it share one base in memory."""
-        return (*_place(self.asker.source), self.quantization)
+        return (*place_of(self.asker.source), self.quantization)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
         """The columns that fill the template from this row, the wanted answer among them: in rows of preference data
@@ -106,7 +106,8 @@ def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
     return _held(candidates, asked.quantization)
 
 
-def _place(source: BaseSource) -> tuple[str, str | None]:
+def place_of(source: BaseSource) -> tuple[str, str | None]:
+    """Where a base is, by which two of them are the same: a folder whatever leads to it, a name with its revision."""
     return (
         (os.path.realpath(source.name), None)
         if os.path.isdir(source.name)
@@ -117,10 +118,12 @@ def _place(source: BaseSource) -> tuple[str, str | None]:
 def _held(candidates: Sequence[Candidate], quantization: AskedQuantization) -> list[Candidate]:
     """With how each one's base is held: as asked for; or as in training, and a base by itself as for the first adapter
     on it, so that the two differ in the adapter alone."""
-    trained = {_place(each.asker.source): each.asker.adapter for each in reversed(candidates) if each.is_run}
+    trained = {
+        place_of(each.asker.source): each.asker.adapter for each in reversed(candidates) if each.is_run
+    }
 
     def held(each: Candidate) -> Quantization:
-        adapter = each.asker.adapter if each.is_run else trained.get(_place(each.asker.source))
+        adapter = each.asker.adapter if each.is_run else trained.get(place_of(each.asker.source))
         if adapter is None:
             return "none" if quantization == "auto" else quantization
         return held_as(quantization, adapter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from yeonma.configure import group_of
 from yeonma.errors import UserError
@@ -35,8 +35,7 @@ def run(settings: Mapping[type, object]) -> int:
     asker = open_folder(
         folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code
     )
-    # fields are given by their own names, whatever the columns were called in training
-    asker = replace(asker, adapter=replace(asker.adapter, columns=None))
+    asker = asker.by_field_names()
     asker.questions([], max_new_tokens=how.max_new_tokens)
     loaded = Loaded(
         asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights

@@ -9,7 +9,7 @@ from yeonma.after.converter import convert, converter
 from yeonma.after.merge import check_output, merge, prepare
 from yeonma.after.modelfile import modelfile
 from yeonma.configure import group_of
-from yeonma.disk import check_free, delete, hashes_of, hidden, settle, sync, told
+from yeonma.disk import delete, folder_beside, give_name, hidden
 from yeonma.model.ask import Asker, open_folder
 from yeonma.model.load import load_config
 from yeonma.model.merge import weight_files
@@ -28,24 +28,13 @@ def run(settings: Mapping[type, object]) -> int:
         asked.model_dir, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
     )
     converter()
-    beside = hidden(output.absolute(), "partial")
-    delete(beside)
-    needed = sum(path.stat().st_size for path in weight_files(asker.source))
-    check_free(output, needed, "the exported model", "make room, or give an output_dir on another disk")
-    with told(beside, "the exported model"):
-        try:
-            beside.mkdir(parents=True)
-            model = _whole_model(asked, asker, beside, _say)
-            if model is None:
-                return 1
-            _write(asked, asker, model, beside, output.absolute().name)
-            settle(beside, hashes_of(beside))
-            if output.exists():
-                output.rmdir()
-            beside.rename(output)
-            sync(output.absolute().parent)
-        finally:
-            delete(beside)
+    least = sum(path.stat().st_size for path in weight_files(asker.source))
+    with folder_beside(output, "the exported model", least) as folder:
+        model = _whole_model(asked, asker, folder, _say)
+        if model is None:
+            return 1
+        _write(asked, asker, model, folder, output.absolute().name)
+        give_name(folder, output)
     _tell(asked, output)
     return 0
 
@@ -55,12 +44,12 @@ def _say(text: str) -> None:
 
 
 def _whole_model(
-    asked: ExportSettings, asker: Asker, beside: Path, say: Callable[[str], None]
+    asked: ExportSettings, asker: Asker, folder: Path, say: Callable[[str], None]
 ) -> Path | None:
     """The merged model's folder, made where an adapter was given; None where it does not say what the adapter does."""
     if asker.adapter.is_merged:
         return asker.adapter.path
-    merged = hidden(beside, "merged")
+    merged = hidden(folder, "merged")
     merging = prepare(
         MergeSettings(
             adapter_dir=asked.model_dir,

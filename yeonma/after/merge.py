@@ -14,7 +14,7 @@ import torch
 
 from yeonma.after.agree import Agreement, Said, answers_of, compare, logits_along
 from yeonma.configure import group_of
-from yeonma.disk import check_free, delete, files_in, hashes_of, hidden, settle, sync, told
+from yeonma.disk import files_in, folder_beside, give_name
 from yeonma.errors import UserError
 from yeonma.model import merge as weights
 from yeonma.model.adapter import (
@@ -44,6 +44,7 @@ from yeonma.paths import user_path
 from yeonma.settings import MergeSettings
 from yeonma.tokens.carried import carry
 from yeonma.tokens.encode import TextEncoder
+from yeonma.train.budget import free_memory
 
 MEMORY_SHARE = 0.7
 """Of the memory that is free, what a model in float32 may take; the rest is for its activations."""
@@ -127,18 +128,8 @@ def dtype_to_ask_in(dtype: str, own: torch.dtype, files: Sequence[Path], device:
     if dtype != "auto":
         return pick_dtype(dtype, device)
     needed = sum(path.stat().st_size for path in files) * torch.float32.itemsize // own.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    free = free_memory(device)
     return torch.float32 if free is None or needed <= MEMORY_SHARE * free else own
-
-
-def free_memory_bytes() -> int | None:
-    """Of this machine, by Linux; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
 
 
 def check_unquantised(adapter: AdapterFolder, model: Any, source: BaseSource) -> None:
@@ -179,26 +170,15 @@ def merge(merging: Merging, output: Path, say: Say) -> Agreement:
 
     Raises UserError where the disk is full or fails, or memory is short. Whatever ends it, nothing half-written stays.
     """
-    beside = hidden(output.absolute(), "partial")
     needed = sum(path.stat().st_size for path in merging.files) + ALLOWANCE_BYTES
-    delete(beside)
-    check_free(output, needed, "the merged model", "make room, or give an output_dir on another disk")
-    with told(beside, "the merged model", needed):
-        try:
-            beside.mkdir(parents=True)
-            before, base = _ask_unmerged(merging)
-            _write(merging, beside, say)
-            after = _ask_merged(merging, beside, before)
-            agreement = compare(before, after, base, merging.weights_dtype, merging.dtype)
-            _tell(merging, agreement, say)
-            if agreement.is_close:
-                settle(beside, hashes_of(beside))
-                if output.exists():
-                    output.rmdir()
-                beside.rename(output)
-                sync(output.absolute().parent)
-        finally:
-            delete(beside)
+    with folder_beside(output, "the merged model", needed, told_bytes=needed) as folder:
+        before, base = _ask_unmerged(merging)
+        _write(merging, folder, say)
+        after = _ask_merged(merging, folder, before)
+        agreement = compare(before, after, base, merging.weights_dtype, merging.dtype)
+        _tell(merging, agreement, say)
+        if agreement.is_close:
+            give_name(folder, output)
     return agreement
 
 

@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from yeonma.after.app import Bounds, Models, make_app
-from yeonma.after.candidates import short_names
+from yeonma.after.candidates import place_of, short_names
 from yeonma.after.listen import is_local
 from yeonma.after.worker import Speaker, Worker
 from yeonma.errors import Problem, UserError
@@ -69,8 +69,7 @@ def open_served(asked: ServeSettings) -> Served:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("it is a merged model", place=spec, cure=cure)
             _check_room(asker, asked.max_new_tokens)
-            # a request has the fields' own names, whatever the columns were called in training
-            askers.append(replace(asker, adapter=replace(asker.adapter, columns=None)))
+            askers.append(asker.by_field_names())
         except UserError as error:
             problems += error.problems
     if not specs:
@@ -82,7 +81,7 @@ def open_served(asked: ServeSettings) -> Served:
         if spec in specs[:at]
     ]
     problems += _held_differently(asked, askers)
-    bases = {(_place(asker.source.name), asker.source.revision): asker for asker in askers}
+    bases = {place_of(asker.source): asker for asker in askers}
     if len(bases) > 1 and not problems:
         one, other = list(bases.values())[:2]
         what = f"its base is {other.source.name}, that of {one.adapter.path} is {one.source.name}"
@@ -93,9 +92,9 @@ def open_served(asked: ServeSettings) -> Served:
         problems.append(Problem(what, "max_new_tokens", "lower the one, or raise the other"))
     if problems:
         raise UserError(problems)
-    base = askers[0].source.name
-    *names, base_name = short_names([*paths, _place(base) if os.path.isdir(base) else base])
-    return Served(dict(zip(names, askers, strict=True)), base if not os.path.isdir(base) else base_name)
+    base = askers[0].source
+    *names, base_name = short_names([*paths, place_of(base)[0]])
+    return Served(dict(zip(names, askers, strict=True)), base_name if os.path.isdir(base.name) else base.name)
 
 
 def _held_differently(asked: ServeSettings, askers: Sequence[Asker]) -> list[Problem]:
@@ -113,10 +112,6 @@ def _check_room(asker: Asker, max_new_tokens: int) -> None:
             f"{max_new_tokens} new tokens leave no room for a prompt in its {asker.adapter.rules.cutoff_len}"
         )
         raise UserError(what, place=str(asker.adapter.path), cure="lower --max_new_tokens")
-
-
-def _place(name: str) -> str:
-    return os.path.realpath(name) if os.path.isdir(name) else name
 
 
 def load_speakers(served: Served, asked: ServeSettings, say: Say) -> dict[str, Speaker]:

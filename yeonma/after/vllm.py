@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.choices import AskedQuantization
+from yeonma.model.adapter import CHAT_TEMPLATE
 from yeonma.model.ask import Asker, held_as
-from yeonma.text.rows import Row
+from yeonma.tokens.carried import why_not_carried
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` takes, but for 1, which not every version does."""
-PROBES = ("Forty boats wait for the wind.", "  배 마흔 척이\n\nwait for {the} wind  ")
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def is_there() -> bool:
@@ -114,12 +113,11 @@ def _why_not(asker: Asker, chat_template: str | None) -> str:
         return f"it would not end answers where {path} does"
     if chat_template is None:
         return f"{path} has no {CHAT_TEMPLATE}"
-    for row, messages in _probes(asker):
-        (question,) = asker.questions([row], max_new_tokens=1)
-        if question.frame != ("", ""):
-            return f"the template of {path} goes on after the answer's beginning, which it would show"
-        if question.token_ids.tolist() != _asked(asker.tokenizer, chat_template, messages):
-            return f"the chat template in {path} does not give the trained tokens"
+    template = asker.adapter.template
+    if any(asker.frame(variant) != ("", "") for variant in range(len(template.variants))):
+        return f"the template of {path} goes on after the answer's beginning, which it would show"
+    if why_not_carried(template, asker.tokenizer, chat_template):
+        return f"the chat template in {path} does not give the trained tokens"
     return ""
 
 
@@ -134,32 +132,3 @@ def _own_stops(asker: Asker) -> set[int]:
         own = None
     listed = own if isinstance(own, list) else [own]
     return {number for number in [*listed, asker.tokenizer.eos_token_id] if number is not None}
-
-
-def _probes(asker: Asker) -> list[tuple[Row, list[dict[str, str]]]]:
-    """Rows, with the messages that a client would send for them: a few texts in every variant of the template."""
-    template = asker.adapter.template
-    found = []
-    for text in PROBES:
-        if template.is_chat:
-            turns = [{"role": "user", "content": text}]
-            found.append((Row(1, {template.answer_field: turns}, "probe"), turns))
-            continue
-        fields = list(dict.fromkeys(name for each in template.variants for name in each.prompt_fields))
-        for variant in template.variants:
-            values = {name: f"{text} {name}" for name in variant.prompt_fields}
-            content = next(iter(values.values())) if len(fields) == 1 else json.dumps(values)
-            found.append((Row(1, values, "probe"), [{"role": "user", "content": content}]))
-    return found
-
-
-def _asked(tokenizer: Any, chat_template: str, messages: list[dict[str, str]]) -> list[int] | None:
-    """The ids that vLLM would ask with."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-        )
-    except Exception:  # whatever a template raises: it is not our code
-        return None
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids

@@ -40,7 +40,7 @@ class Speaker:
     their base's weights."""
 
     model: Any
-    """Without an adapter abatch it."""
+    """Without an adapter around it."""
     tokenizer: Any
     stop_ids: tuple[int, ...]
     by_forest: bool

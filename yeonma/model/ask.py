@@ -86,7 +86,7 @@ class Asker:
         if problems:
             raise UserError(problems)
         return [
-            Question(ids, shortened, text.answer_role is not None, self._frame(text.variant))
+            Question(ids, shortened, text.answer_role is not None, self.frame(text.variant))
             for text, (ids, shortened) in zip(
                 rendered, self._fitted(rendered, rows, max_new_tokens), strict=True
             )
@@ -135,7 +135,12 @@ class Asker:
         fitted = dict(zip(long, short, strict=True))
         return [(fitted.get(at, ids), at in fitted) for at, ids in enumerate(whole)]
 
-    def _frame(self, variant: int) -> tuple[str, str]:
+    def by_field_names(self) -> Asker:
+        """For rows that have the fields' own names, whatever the columns were called in training."""
+        return replace(self, adapter=replace(self.adapter, columns=None))
+
+    def frame(self, variant: int) -> tuple[str, str]:
+        """The text around the answer in a variant of the template."""
         return _around_answer(self.adapter.template.variants[variant])
 
 

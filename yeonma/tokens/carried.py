@@ -45,6 +45,12 @@ def carry(template: Template, tokenizer: Any) -> Carried:
     text = chat_template_for(template, tokenizer)
     if text is None:
         return Carried(None, "the base model has no chat template to write turns with")
+    why = why_not_carried(template, tokenizer, text)
+    return Carried(None if why else text, why)
+
+
+def why_not_carried(template: Template, tokenizer: Any, text: str) -> str:
+    """Why the chat template `text` does not give the trained tokens of a few texts; empty where it does."""
     trials = 0
     for row in _trial_rows(template):
         rendered = template.render(row, None, with_answer=False)
@@ -55,17 +61,11 @@ def carry(template: Template, tokenizer: Any) -> Carried:
         try:
             same = asked_ids(tokenizer, messages_of(template, row, None, rendered), text) == ids
         except Exception as error:  # whatever Jinja raises
-            return Carried(
-                None, f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
-            )
+            return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
         if not same:
-            return Carried(None, "a chat template cannot give this tokenizer the trained tokens")
+            return "a chat template cannot give this tokenizer the trained tokens"
         trials += 1
-    return (
-        Carried(text)
-        if trials
-        else Carried(None, "the base model's chat template refuses all that was tried")
-    )
+    return "" if trials else "the base model's chat template refuses all that was tried"
 
 
 def whole_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:

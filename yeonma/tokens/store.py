@@ -155,6 +155,11 @@ class TokenStore:
         examples = self.examples_of(units)
         return examples[self.roles[examples] == Role.MISMATCHED]
 
+    def rows_of(self, units: NDArray[np.int64]) -> list[int]:
+        """The row that each unit was made of. One row may give several: a turn list asked at each of its answers."""
+        firsts = units if self.counts.units == len(self) else self.unit_starts[units]
+        return [int(row) for row in self.row_numbers[firsts]]
+
     @property
     def left_out(self) -> list[LeftOut]:
         """The rows left out, read from disk at each use."""

@@ -34,6 +34,7 @@ SHARE = {"cpu": 0.5, "cuda": 0.9}  # of free memory that is given out; the CPU's
 WAYS: tuple[Checkpointing, ...] = (False, "selective", True)
 """From the fastest to that which needs least."""
 
+CURE = "give micro_batch_tokens a number and gradient_checkpointing true or false"
 Say = Callable[[str], None]
 
 
@@ -71,8 +72,7 @@ def settled(
     device = load.pick_device(model.device)
     free = free_memory(device) if free is None else free
     if free is None:
-        cure = "give micro_batch_tokens a number and gradient_checkpointing true or false"
-        raise UserError("how much memory is free is not known on this system", place="auto", cure=cure)
+        raise UserError("how much memory is free is not known on this system", place="auto", cure=CURE)
     case = _Case(
         plan=prepared.plan,
         store=prepared.dataset.train.store,
@@ -90,10 +90,8 @@ def settled(
         else:
             way, tokens = _tokens_for(case, ways, step, kept)
     except UserError as error:
-        cure = "give micro_batch_tokens a number and gradient_checkpointing true or false"
-        raise UserError(
-            [Problem(each.what, each.place, each.cure or cure) for each in error.problems]
-        ) from error
+        problems = [Problem(each.what, each.place, each.cure or CURE) for each in error.problems]
+        raise UserError(problems) from error
     way, least = _agreed(group, way, tokens)
     tokens = kept or least  # what each had room for is its own: the same sums in the same order
     say(_told(way, tokens, free))
@@ -179,10 +177,8 @@ def _tokens_for(
                 if kept or tokens >= min(enough, case.most_tokens):
                     return way, tokens
                 break
-    return (
-        way,
-        kept or tokens,
-    )  # the last way, with what it has room for; where that is nothing, the trial will tell
+    # the last way, with what it has room for; where that is nothing, the trial will tell
+    return way, kept or tokens
 
 
 def _drawn(case: _Case, way: Checkpointing) -> Blueprint | None:
@@ -228,9 +224,7 @@ def try_heaviest(tuning: Tuning, plan: Plan, store: TokenStore) -> None:
     """
     trained = sum(each.nbytes for each in tuning.parameters.values())
     device = tuning.model.device
-
-    def undo() -> None:
-        tuning.optimizer.zero_grad(set_to_none=True)
+    undo = tuning.optimizer.zero_grad
 
     def compute() -> None:
         to_come = torch.empty(2 * trained, dtype=torch.uint8, device=device)  # AdamW's averages

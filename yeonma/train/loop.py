@@ -28,7 +28,6 @@ from yeonma.train.optimizers import optimizer_tensors
 from yeonma.train.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.train.room import Room
 from yeonma.train.stop import REASONS, Stop
-from yeonma.train.trained_rows import rows_of
 from yeonma.train.turns import Company, Turn, turn_logprobs, turns, unless_idle
 
 
@@ -93,8 +92,9 @@ def train_step(tuning: Tuning, store: TokenStore, units: np.ndarray) -> StepResu
         tuning.scheduler.step()
     tuning.optimizer.zero_grad(set_to_none=True)
 
-    loss, *means = totals[: -len(REASONS)].tolist()
-    tuning.stop.agree(totals[-len(REASONS) :].tolist())
+    sums: list[float] = totals.tolist()  # at once: on a GPU each reading waits for it
+    loss, *means = sums[: -len(REASONS)]
+    tuning.stop.agree(sums[-len(REASONS) :])
     tokens = int(store.unit_lengths[units].sum())
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
@@ -327,7 +327,7 @@ def run_steps(
                 peak_memory_bytes=peak_memory_bytes(tuning.model.device.type),
                 metrics=result.metrics,
             ),
-            rows_of(store, units),
+            store.rows_of(units),
         )
         last = state.step == plan.total_steps
         if state.step % rhythm.eval_steps == 0 or last:

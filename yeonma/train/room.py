@@ -107,10 +107,9 @@ def _is_lack_of_memory(error: Exception) -> bool:
 def _no_room(store: TokenStore, units: np.ndarray, device: torch.device, alone: bool) -> UserError:
     lengths = store.unit_lengths[units]
     longest = units[np.argsort(-lengths, kind="stable")[:NAMED_ROWS]]
-    firsts = longest if store.counts.units == len(store) else store.unit_starts[longest]
     rows = ", ".join(
-        f"{int(store.row_numbers[first])} ({int(store.unit_lengths[unit]):,} tokens)"
-        for first, unit in zip(firsts, longest, strict=True)
+        f"{row} ({int(store.unit_lengths[unit]):,} tokens)"
+        for row, unit in zip(store.rows_of(longest), longest, strict=True)
     )
     helps = "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16"
     if alone:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from yeonma.configure import group_of, to_yaml
+from yeonma.configure import flat, group_of, to_yaml
 from yeonma.disk import told
 from yeonma.model import adapter as adapters
 from yeonma.model import load
@@ -130,9 +130,8 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
 
 def _alike(settings: Mapping[type, object], prepared: Prepared) -> str:
     """What must be the same in all processes. Files may lie elsewhere on another machine; their content counts."""
-    flat = {name: value for group in settings.values() for name, value in vars(group).items()}
     places = {"base_model", "adapter", "data_path", "val_data_path", "template", "output_dir", "cache_dir"}
-    kept = {name: value for name, value in flat.items() if name not in places}
+    kept = {name: value for name, value in flat(settings).items() if name not in places}
     return json.dumps([prepared.identity, kept, versions()], sort_keys=True, default=str)
 
 
@@ -187,7 +186,7 @@ def _train(
     validation = held_out(prepared)
     steps = partial(run_steps, tuning, plan, dataset.train.store, validation, rhythm, state, output, adapter)
     stop = tuning.stop
-    stop.took(save=sum(each.numel() for each in tuning.parameters.values()) * SAVE_SECONDS_A_WEIGHT)
+    stop.took(save=trained * SAVE_SECONDS_A_WEIGHT)
     with stop.between_steps():
         if group.first:
             state = watched(settings, steps, console, plan.total_steps, state, output)

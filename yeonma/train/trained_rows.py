@@ -12,20 +12,11 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-import numpy as np
-
 from yeonma.disk import sync, told, write_all
 from yeonma.errors import UserError
-from yeonma.tokens.store import TokenStore
 from yeonma.train.tracking import CURE
 
 TRAINED_ROWS = "trained_rows.jsonl"
-
-
-def rows_of(store: TokenStore, units: np.ndarray) -> list[int]:
-    """The row that each unit was made of. One row may give several: a turn list asked at each of its answers."""
-    examples = units if store.counts.units == len(store) else store.unit_starts[units]
-    return [int(row) for row in store.row_numbers[examples]]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from yeonma.configure import group_of
+from yeonma.configure import flat, group_of
 from yeonma.settings import RunSettings
 from yeonma.train.checkpoint import RunState
 from yeonma.train.loop import Watch
@@ -26,11 +26,10 @@ def watched(
 ) -> RunState:
     """Take the steps from `start` on, in the one process that tells of them. Returns the last state."""
     run = group_of(settings, RunSettings)
-    flat = {name: value for group in settings.values() for name, value in vars(group).items()}
     with (
         open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
         open_trained_rows(output / TRAINED_ROWS, start.step) as trained_rows,
-        open_trackers(run.report_to, run.run_name, output, flat, start.step) as trackers,
+        open_trackers(run.report_to, run.run_name, output, flat(settings), start.step) as trackers,
         Progress(total_steps, start.step, run.logging_steps, console) as progress,
     ):
 

@@ -35,6 +35,17 @@ SETTINGS: Mapping[str, object] = {
 }
 
 
+TWO_EPOCHS: Mapping[str, object] = {
+    "num_epochs": 2,
+    "save_steps": 2,
+    "eval_steps": 3,
+    "val_set_size": 5,
+    "lora_dropout": 0.1,
+    "card_rows": 1,
+}
+"""More: dropout, evaluations and checkpoints within epochs, for runs that do not come to their end at once."""
+
+
 def characters() -> PreTrainedTokenizerFast:
     """One token a character, fewer than the tiny models' 97; ids 0, 1 and 2 are theirs: pad, bos and eos."""
     names = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
@@ -113,6 +124,12 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def untimed(metrics: bytes) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without how long it took and how much memory."""
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes")} for line in lines]
+
+
 def left_behind(output: Path, parent: Path | None = None) -> dict[str, Any]:
     """Every file of an output folder, without where it lies (or lay), how long it took and how much memory."""
     found: dict[str, Any] = {}
@@ -120,10 +137,7 @@ def left_behind(output: Path, parent: Path | None = None) -> dict[str, Any]:
         if path.is_file():
             content = path.read_bytes().replace(str(parent or output.parent).encode(), b"")
             found[str(path.relative_to(output))] = content
-    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
-    for line in lines:
-        line.pop("seconds")
-        line.pop("peak_memory_bytes", None)
+    lines = untimed(found.pop("metrics.jsonl"))
     if "manifest.json" in found:  # the sums of files that name the place, or times, are of these
         sums = json.loads(found.pop("manifest.json"))["sha256"]
         found["manifest.json"] = {

@@ -155,15 +155,14 @@ def started(words: Sequence[str], place: Path, cache: Path) -> Process:
 
 def left_behind(output: Path, checkpoints: bool) -> dict[str, Any]:
     """Every file's bytes; metrics.jsonl as lines, without times and memory, and without its sum."""
+    from tests.runs import untimed
+
     found: dict[str, Any] = {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
         if path.is_file() and (checkpoints or path.parent == output)
     }
-    lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
-    for line in lines:
-        line.pop("seconds")
-        line.pop("peak_memory_bytes", None)
+    lines = untimed(found["metrics.jsonl"])
     sums = json.loads(found["manifest.json"])
     sums["sha256"].pop("metrics.jsonl")
     return {**found, "metrics.jsonl": [json.dumps(line) for line in lines], "manifest.json": sums}

@@ -16,18 +16,10 @@ import pytest
 from tests.faults.conftest import Refused, everything_in
 from tests.faults.tracing import ROOT, Workshop
 from tests.runs import SETTINGS as RUN_SETTINGS
-from tests.runs import Done, arguments, articles, left_behind, sft, trained, write_jsonl
+from tests.runs import TWO_EPOCHS, Done, arguments, articles, left_behind, sft, trained, write_jsonl
 from yeonma.train.checkpoint import checkpoints, read_whole
 
-SETTINGS: dict[str, object] = {
-    **RUN_SETTINGS,
-    "num_epochs": 2,
-    "save_steps": 2,
-    "eval_steps": 3,
-    "val_set_size": 5,
-    "lora_dropout": 0.1,
-    "card_rows": 1,
-}
+SETTINGS: dict[str, object] = {**RUN_SETTINGS, **TWO_EPOCHS}
 MEGABYTE = 1 << 20
 
 

@@ -20,17 +20,12 @@ from safetensors import safe_open
 from tests.faults.tracing import Workshop
 from tests.pairs import PLAIN, pairs
 from tests.runs import SETTINGS as RUN_SETTINGS
-from tests.runs import arguments, articles, left_behind, model_folder, write_jsonl
+from tests.runs import TWO_EPOCHS, arguments, articles, left_behind, model_folder, write_jsonl
 
-SETTINGS: dict[str, object] = {
-    "num_epochs": 2,
-    "save_steps": 2,
-    "eval_steps": 3,
-    "val_set_size": 5,
-    "lora_dropout": 0.1,
-    "card_rows": 1,
+VERBS: dict[str, dict[str, object]] = {
+    "sft": {**RUN_SETTINGS, **TWO_EPOCHS},
+    "dpo": {**PLAIN, **TWO_EPOCHS},
 }
-VERBS: dict[str, dict[str, object]] = {"sft": {**RUN_SETTINGS, **SETTINGS}, "dpo": {**PLAIN, **SETTINGS}}
 
 
 class Runs:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import everything_in
-from tests.pairs import dpo, pairs
+from tests.pairs import dpo, labelled, pairs
 from tests.runs import Done, articles, model_folder, sft, write_jsonl
 from yeonma.settings import PREFERENCE, TRAINING
 
@@ -233,14 +233,6 @@ def test_a_run_is_done_anew_or_elsewhere_where_that_is_said(place: Place, verb: 
     assert (done.status, done.err) == (0, "")
     assert "finished; --overwrite" not in done.out and "continuing" not in done.out
     assert done.weight_bytes == finished.weight_bytes
-
-
-def labelled(count: int) -> list[dict[str, object]]:
-    """Answers of which two of three are wanted."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": i % 3 > 0}
-        for i, row in enumerate(pairs(count))
-    ]
 
 
 def test_the_optimizer_is_part_of_what_a_run_is(place: Place) -> None:

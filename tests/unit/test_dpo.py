@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yeonma
 from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
-from tests.runs import Done, command, model_folder, trained, write_jsonl
+from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
 from yeonma.settings import PreferenceLoss
 from yeonma.tokens.plan import epoch_order
 from yeonma.train import loop, reference, setup
@@ -216,24 +215,6 @@ RESUMED: dict[str, object] = {
     "lora_dropout": 0.1,
     "card_rows": 1,
 }
-
-
-def left_behind(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        str(path.relative_to(output)): path.read_bytes().replace(str(output.parent).encode(), b"")
-        for path in sorted(output.rglob("*"))
-        if path.is_file()
-    }
-    sums = json.loads(found.pop("manifest.json"))[
-        "sha256"
-    ]  # of files that name the place, or times, they differ
-    found["manifest.json"] = {name: each for name, each in sums.items() if name not in OF_A_PLACE}
-    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
-    return {**found, "lines": [{k: v for k, v in line.items() if k not in TIMED} for line in lines]}
-
-
-TIMED = ("seconds", "peak_memory_bytes")
-OF_A_PLACE = ("README.md", "settings.yaml", "metrics.jsonl")
 
 
 @pytest.mark.parametrize("cache_stays", [True, False])

@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.runs import Done, articles, left_behind, model_folder, sft, trained, write_jsonl
+from tests.runs import TWO_EPOCHS, Done, articles, left_behind, model_folder, sft, trained, write_jsonl
 from yeonma.train import checkpoint, folder, loop, run, tracking
 
 # Two epochs of 5 steps; checkpoints at 2, 4, ... and wherever the validation loss was lowest.
 SETTINGS: dict[str, object] = {
-    "num_epochs": 2,
-    "save_steps": 2,
-    "eval_steps": 3,
-    "val_set_size": 5,
-    "lora_dropout": 0.1,
-    "card_rows": 1,
+    **TWO_EPOCHS,
     "logging_steps": 5,
 }
 

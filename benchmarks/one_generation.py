@@ -24,11 +24,13 @@ def prompts_of(tokenizer: Any, samples: Path, count: int) -> list[list[int]]:
 def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
     """As `yeonma compare` asks."""
     from yeonma.model.check import check_forward
+    from yeonma.model.fuse import fuse
     from yeonma.model.generate import generate
     from yeonma.model.lora import speed_up
 
     assert check_forward(model).forest
     speed_up(model)
+    fuse(model)
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         found: dict[int, list[int]] = {}

@@ -23,6 +23,7 @@ PreferenceLoss = Literal[
 ]
 Checkpointing = bool | Literal["selective"]
 AskedCheckpointing = bool | Literal["selective", "auto"]
+Compiling = bool | Literal["auto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 AskedQuantization = Literal["auto", "none", "int8", "nf4", "fp8"]

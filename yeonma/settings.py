@@ -11,6 +11,7 @@ from typing import Literal
 
 from yeonma.choices import AskedCheckpointing as AskedCheckpointing
 from yeonma.choices import AskedQuantization, Optimizer, Quantization
+from yeonma.choices import Compiling as Compiling
 from yeonma.choices import LrScheduler as LrScheduler
 from yeonma.choices import PreferenceLoss as PreferenceLoss
 from yeonma.choices import Tracker as Tracker
@@ -85,6 +86,8 @@ class ModelSettings:
     """With several processes: share the frozen weights out over them (FSDP2), so that a model fits that is too large for one GPU. Slower where it would fit; the result is the same."""
     gradient_checkpointing: AskedCheckpointing = False
     """Recompute activations in the backward pass: less memory, about a third more time. selective: in every other layer. auto: what the forecast has room for."""
+    torch_compile: Compiling = "auto"
+    """Norms, SwiGLU and rotary positions by kernels that PyTorch's compiler makes, which takes some seconds at the start. auto: on a GPU. The result is the same to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ CHANGES: dict[str, Change] = dict(
         matters("quantization", "fp8"),
         harmless("device", "cpu"),
         harmless("gradient_checkpointing", True),
+        harmless("torch_compile", False),
         harmless("shard", True),
         # LoraSettings
         matters("lora_r", 8),

@@ -20,6 +20,7 @@ from tests.unit.test_dpo import LOSSES, MORE, left_behind
 from yeonma.model import load
 from yeonma.model.check import check_forward, in_eval_mode
 from yeonma.model.forward import example_logprobs
+from yeonma.model.fuse import fuse
 from yeonma.model.lora import speed_up
 from yeonma.tokens.example import Role
 from yeonma.train import loop, opening, reference, setup
@@ -49,6 +50,7 @@ def adapted(model: Any, checkpointing: bool = False, **shape: Any) -> tuple[Any,
     if checkpointing:
         load.checkpoint_activations(model)
     speed_up(model)
+    fuse(model)
     return peft_model, model, how
 
 

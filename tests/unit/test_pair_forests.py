@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward, example_logprobs
+from yeonma.model.fuse import fuse
 from yeonma.model.lora import speed_up
 from yeonma.tokens.forest import lay_out
 from yeonma.train.objectives import answer_logprobs
@@ -89,6 +90,7 @@ def test_pairs_have_the_logprobs_and_gradients_of_separate_sequences(family: str
         family != "qwen3_next"
     ):  # whose recurrence makes much of another routine's rounding; tests of LoRA have it
         speed_up(model)
+        fuse(model)
     sequences, trained = pairs()
     logprob_N = example_logprobs(
         model.get_base_model(), how, sequences, trained, share_prefix=share_prefix, units=UNITS

@@ -29,6 +29,7 @@ from yeonma.model import load
 from yeonma.model.attention import FOREST
 from yeonma.model.check import check_forward
 from yeonma.model.forward import example_logprobs
+from yeonma.model.fuse import fuse
 from yeonma.model.lora import speed_up
 from yeonma.model.shard import held_bytes, shard_weights
 from yeonma.train.distributed import processes
@@ -50,6 +51,7 @@ def adapted(family):
 def gone_through(model):
     how = check_forward(model)
     speed_up(model)
+    fuse(model)
     loss = -example_logprobs(model, how, ids, trained, share_prefix=True).sum()
     loss.backward()
     grads = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}

@@ -23,6 +23,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.model.ask import Question
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward, example_logprobs
+from yeonma.model.fuse import fuse
 from yeonma.model.generate import Answer, generate
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
 from yeonma.model.lora import speed_up
@@ -199,6 +200,7 @@ def _answer(
     """Ask what is missing, then measure what is missing. Leaves the model with its plain attention."""
     forward = check_forward(model)
     speed_up(model)
+    fuse(model)
     name, asker = task.candidate.name, task.candidate.asker
     rows = _unanswered(task, how, kept)
     total, before = len(task.questions), len(task.questions) - len(rows)

@@ -23,6 +23,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.model.adapter import base_identity, check_base
 from yeonma.model.ask import Asker, held_as, open_folder
 from yeonma.model.check import check_forward
+from yeonma.model.fuse import fuse
 from yeonma.model.load import (
     check_vocabulary,
     load_adapter,
@@ -136,6 +137,7 @@ def load_speakers(served: Served, asked: ServeSettings, say: Say) -> dict[str, S
             load_another(tuned, folder, inside[name])
     forward = check_forward(tuned.eval().get_base_model())
     speed_up(tuned)
+    fuse(tuned)
     if not forward.forest:
         say(f"answers are computed one by one: {forward.why_not}")
 

@@ -166,7 +166,7 @@ def _train(
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
-    here = surroundings(group.count, tuning.model.device)
+    here = {**surroundings(group.count, tuning.model.device), "kernels": loaded.kernels}
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
     if start.checkpoint is not None and start.state is not None:
         _restore(tuning, peft_model, start.checkpoint, start.state)

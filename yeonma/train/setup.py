@@ -16,6 +16,8 @@ from yeonma.model import load
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward
 from yeonma.model.fp8 import has_products
+from yeonma.model.fuse import fuse, pick_kernels
+from yeonma.model.fused import PLAIN
 from yeonma.model.lora import speed_up
 from yeonma.model.shard import held_bytes, is_sharded, shard_weights
 from yeonma.settings import (
@@ -64,6 +66,8 @@ class Loaded:
     base: adapters.BaseIdentity
     how: Forward
     details: dict[str, Any]
+    kernels: str
+    """`plain` or `compiled`: the numbers depend on it, to rounding."""
 
 
 def load_model(
@@ -78,10 +82,9 @@ def load_model(
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
         say("one process holds all weights: shard plays no part")
-    quantization = model_settings.quantization
-    base = load.load_base(
-        source, None if shard else device, load.pick_dtype(model_settings.dtype, device), quantization
-    )
+    quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
+    kernels = pick_kernels(model_settings.torch_compile, device, dtype, say)
+    base = load.load_base(source, None if shard else device, dtype, quantization)
     identity = adapters.base_identity(base, source)
     if prepared.adapter is not None:
         adapters.check_continued(prepared.adapter, identity)
@@ -97,6 +100,7 @@ def load_model(
     if how_kept := checkpointing(model_settings):
         load.checkpoint_activations(base, how_kept)
     speed_up(base)
+    fuse(base, kernels)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
@@ -125,7 +129,7 @@ def load_model(
             "shortened": dataset.train.store.counts.shortened,
         },
     )
-    return Loaded(peft_model, source, identity, how, details)
+    return Loaded(peft_model, source, identity, how, details, "plain" if kernels is PLAIN else "compiled")
 
 
 def all_looked_at(prepared: Prepared) -> References:

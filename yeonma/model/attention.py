@@ -5,7 +5,7 @@ any backend: scale, grouped heads, sliding window (counted in positions), soft-c
 honoured. Anything that a model does with its mask instead (ALiBi, chunks) is not seen here; the check at loading
 finds such models.
 
-On CUDA in bfloat16 or float16 all segments go through one call (`yeonma.model.ragged`), where the layer's features
+On CUDA all segments go through one call, of `yeonma.model.ragged` or `yeonma.model.flex`, where the layer's features
 allow it; else each is a call of its own.
 """
 
@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from yeonma.model.ragged import Capability, Ragged, pick_backend, ragged, ragged_attention
+from yeonma.model.flex import Tree, flex_forest_attention, has_flex
+from yeonma.model.ragged import (
+    Capability,
+    Ragged,
+    pick_backend,
+    ragged,
+    ragged_attention,
+    varlen_attention,
+)
 from yeonma.tokens.forest import Forest
 
 FOREST = "yeonma_forest"
@@ -34,6 +42,7 @@ class ForestLayout:
     lengths: tuple[int, ...]  # of the segments, in flat order; they sum to T
     paths: tuple[tuple[int, ...], ...]  # segment -> the segments it sees: its ancestors in order, then itself
     ragged: Ragged | None = None  # the same for one call, on a device that has it
+    tree: Tree | None = None  # and for FlexAttention
 
 
 def layout(
@@ -46,7 +55,9 @@ def layout(
     lengths = tuple(segment.length for segment in forest.segments)
     if device is None or capability is None:
         return ForestLayout(lengths, tuple(paths))
-    return ForestLayout(lengths, tuple(paths), ragged(lengths, paths, device, capability))
+    # a forecast of memory, on the meta device, takes what needs no compiler
+    tree = Tree(lengths, tuple(paths), device) if device.type == "cuda" and has_flex() else None
+    return ForestLayout(lengths, tuple(paths), ragged(lengths, paths, device, capability), tree)
 
 
 def forest_attention(
@@ -83,7 +94,20 @@ def forest_attention(
             dropout=dropout,
             softcap=softcap,
             sinks=s_aux is not None,
+            varlen=varlen_attention() is not None,
+            flex=forest.tree is not None,
         )
+        if backend == "flex" and forest.tree is not None:
+            return flex_forest_attention(
+                query,
+                key,
+                value,
+                forest.tree,
+                scaling=scaling,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                s_aux=s_aux,
+            ), None
         if backend == "varlen":
             return ragged_attention(
                 query, key, value, forest.ragged, scaling=scaling, sliding_window=sliding_window

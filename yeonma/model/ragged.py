@@ -16,7 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Backend = Literal["varlen", "sdpa", "plain"]
+from yeonma.model.flex import has_flex, takes_widths
+
+Backend = Literal["varlen", "flex", "sdpa", "plain"]
 Capability = tuple[int, int]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -36,18 +38,24 @@ def pick_backend(
     dropout: float = 0.0,
     softcap: float | None = None,
     sinks: bool = False,
+    varlen: bool = True,
+    flex: bool = False,
 ) -> Backend:
-    """What computes a layer's attention: `varlen` in one call, `sdpa` segment by segment, or `plain` operations.
+    """What computes a layer's attention: `varlen` or `flex` in one call, `sdpa` segment by segment, or `plain` operations.
 
-    `capability`: of the CUDA device that has the kernel; None for any other device. The widths are those of one head.
+    `capability`: of the CUDA device that has the kernels; None for any other device. The widths are those of one head.
+    `varlen`, `flex`: whether there is such a kernel; both, where a GPU has them and the check at loading kept them.
     """
-    if softcap is not None or sinks:
-        return "plain"
-    if capability is None or capability < LEAST_CAPABILITY or dtype not in HALF or dropout:
-        return "sdpa"
-    if query_width != value_width or query_width % 8 or query_width > WIDEST_HEAD:
-        return "sdpa"
-    return "varlen" if query_width <= WIDE_HEAD or capability in DATA_CENTRE else "sdpa"
+    without: Backend = "plain" if softcap is not None or sinks else "sdpa"
+    if capability is None or capability < LEAST_CAPABILITY or dropout:
+        return without
+    equal = query_width == value_width and query_width % 8 == 0 and query_width <= WIDEST_HEAD
+    fits = equal and (query_width <= WIDE_HEAD or capability in DATA_CENTRE)
+    if varlen and fits and dtype in HALF and without == "sdpa":
+        return "varlen"
+    if flex and takes_widths(query_width, value_width) and dtype in (*HALF, torch.float32):
+        return "flex"
+    return without
 
 
 @cache
@@ -76,11 +84,12 @@ def varlen_attention() -> Callable[..., Any] | None:
 
 
 def capability_of(device: torch.device, dtype: torch.dtype) -> Capability | None:
-    """Of a device that has the kernel for this number format; None for others."""
-    if device.type != "cuda" or torch.version.cuda is None or varlen_attention() is None:
+    """Of a device that has a kernel for this number format; None for others."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return None
+    taken = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
     found = torch.cuda.get_device_capability(device)
-    return found if found >= LEAST_CAPABILITY and dtype in HALF else None
+    return found if found >= LEAST_CAPABILITY and dtype in taken else None
 
 
 @dataclass(frozen=True, eq=False)

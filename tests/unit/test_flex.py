@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.debugging import aot_eager
 from torch._higher_order_ops.flex_attention import flex_attention as operator
 from torch.nn.attention.flex_attention import AuxOutput, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -23,12 +24,13 @@ from yeonma.model.flex import (
     Kind,
     Tree,
     _attend,
+    compile_for,
     compiled,
     flex_forest_attention,
     has_flex,
     mask_of,
 )
-from yeonma.model.ragged import pick_backend
+from yeonma.model.ragged import capability_of, pick_backend
 from yeonma.tokens.forest import Forest, lay_out
 
 CPU = torch.device("cpu")
@@ -211,6 +213,12 @@ def test_what_each_layer_is_computed_by() -> None:
             assert pick_backend(**{**case, **without}) == otherwise, (changed, without)
 
 
+def test_without_a_gpu_nothing_is_laid_out_for_it() -> None:
+    for device in (CPU, torch.device("meta")):
+        assert layout(forest(), device, (9, 0)).tree is None
+    assert capability_of(CPU, torch.float32) is None
+
+
 # The whole under the compiler
 
 
@@ -222,7 +230,7 @@ def test_attention_segment_by_segment_is_traced_whole(options: dict) -> None:
     def run(query: Any, key: Any, value: Any, laid: Any) -> Any:
         return forest_attention(torch.nn.Module(), query, key, value, None, forest=laid, **options)[0]
 
-    traced = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    traced = torch.compile(run, backend="aot_eager", fullgraph=True)
     rows = [np.arange(n, dtype=np.int32) for n in (9, 30)]
     other = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows], share_prefix=False)
     for laid in (forest(), other):
@@ -233,6 +241,48 @@ def test_attention_segment_by_segment_is_traced_whole(options: dict) -> None:
             results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
         for our, their in zip(*results, strict=True):
             torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("softcap", "sums"), [(None, False), (2.0, True)])
+def test_one_kernel_is_compiled_for_all_lengths_and_windows(softcap: float | None, sums: bool) -> None:
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: Any, examples: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, examples)
+
+    kind = Kind(CPU, torch.float64, 4, 2, 16, 24, 0.3, softcap, sums)
+    kernel = compile_for(kind, torchs_reference, True, backend=count)
+    draw = torch.Generator().manual_seed(5)
+    for blocks, window in ((2, None), (3, 100), (8, 200)):
+        shapes = [(1, heads, blocks * BLOCK, width) for heads, width in ((4, 16), (2, 16), (2, 24))]
+        inputs = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
+        masked = mask_of((40, blocks * BLOCK - 70, 20), ((0,), (0, 1), (0, 2)), window, CPU)
+        results = []
+        for function in (kernel, _attend(kind, torchs_reference)):
+            output, total = function(*inputs, *masked.tensors())
+            loss = output.square().sum() + (0 if total is None else total.square().sum())
+            results.append([output, *torch.autograd.grad(loss, inputs)])
+        for our, their in zip(*results, strict=True):
+            torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
+    assert graphs == 1
+
+
+def test_it_may_stand_in_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    laid, results = forest(), []
+
+    def layer(q: Any, k: Any, v: Any) -> Any:
+        return 2 * flex_forest_attention(3 * q, k, v, tree_of(laid), softcap=2.0, kernel=torchs_reference)
+
+    for function in (layer, torch.compile(layer, backend="aot_eager")):
+        inputs = states(2)[:3]
+        output = function(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for our, their in zip(*results, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
 
 
 # On a GPU
@@ -288,7 +338,9 @@ def test_what_came_before_changes_no_bit() -> None:
         torch._dynamo.reset()
         compiled.cache_clear()
         if not first:
-            long = [torch.randn(1, heads, 1000, 32, device=gpu, requires_grad=True) for heads in (HEADS, 2, 2)]
+            long = [
+                torch.randn(1, heads, 1000, 32, device=gpu, requires_grad=True) for heads in (HEADS, 2, 2)
+            ]
             flex_forest_attention(*long, tree_of(others, gpu), softcap=2.0).sum().backward()
         inputs = wide_states(2, gpu, torch.float32)[:3]
         output = flex_forest_attention(*inputs, tree_of(forest(), gpu), softcap=2.0)

@@ -182,6 +182,7 @@ def _visits(paths: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return enter, enter + below
 
 
+@torch.compiler.disable  # a graph of its own, whatever the model around it is compiled by
 def flex_forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -237,42 +238,53 @@ def compiled(kind: Kind) -> tuple[Kernel, Kernel]:
 
     known = inductor_settings()
     settings = {name: value for name, value in KERNEL_SETTINGS.items() if name in known}
+    without, with_gradient = (
+        compile_for(kind, flex_attention, wants_gradient, options=settings)
+        for wants_gradient in (False, True)
+    )
+    return without, with_gradient
+
+
+def compile_for(kind: Kind, function: Kernel, wants_gradient: bool, **how: Any) -> Kernel:
+    """One kernel for all lengths and all windows. `how`: keywords of `torch.compile`."""
+    plain = _attend(kind, function)
+    # of a copy of its code: at one code the compiler would make a second kind's kernel for widths of all sizes
+    copy = FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__
+    )
+    kernel: Kernel = torch.compile(copy, fullgraph=True, **how)
     length = FIRST_BLOCKS * BLOCK
-    kernels = []
-    for wants_gradient in (False, True):
-        plain = _attend(kind, flex_attention)
-        # of a copy of its code: at one code the compiler would make a second kind's kernel for widths of all sizes
-        copy = FunctionType(
-            plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__
-        )
-        kernel: Kernel = torch.compile(copy, fullgraph=True, options=settings)
-        shapes = [(kind.heads, kind.query_width), (kind.key_heads, kind.query_width)]
-        states = [
-            torch.zeros(1, heads, length, width, dtype=kind.dtype, device=kind.device)
-            for heads, width in [*shapes, (kind.key_heads, kind.value_width)]
-        ]
-        first = mask_of((length,), ((0,),), None, kind.device).tensors()
-        for each in states:
-            torch._dynamo.mark_dynamic(each, 2)
-            each.requires_grad_(wants_gradient)
-        for each in first:
-            for dimension in range(0 if each.ndim == 1 else 2, each.ndim):
-                torch._dynamo.mark_dynamic(each, dimension)
-        with torch.set_grad_enabled(wants_gradient):
-            output, sums = kernel(*states, *first)
-            if wants_gradient:
-                total = output.sum() if sums is None else output.sum() + sums.sum()
-                torch.autograd.grad(total, states)
-        kernels.append(kernel)
-    return kernels[0], kernels[1]
+    widths = (
+        (kind.heads, kind.query_width),
+        (kind.key_heads, kind.query_width),
+        (kind.key_heads, kind.value_width),
+    )
+    states = [
+        torch.zeros(1, heads, length, width, dtype=kind.dtype, device=kind.device) for heads, width in widths
+    ]
+    masked = mask_of((length,), ((0,),), None, kind.device).tensors()
+    for each in states:
+        torch._dynamo.mark_dynamic(each, 2)
+        each.requires_grad_(wants_gradient)
+    for each in masked:
+        for dimension in range(0 if each.ndim == 1 else 2, each.ndim):
+            torch._dynamo.mark_dynamic(each, dimension)
+    with torch.set_grad_enabled(wants_gradient):
+        output, sums = kernel(*states, *masked)
+        if wants_gradient:
+            torch.autograd.grad(output.sum() if sums is None else output.sum() + sums.sum(), states)
+    return kernel
 
 
 def _attend(kind: Kind, kernel: Kernel) -> FunctionType:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
     # constants of the compiled function
-    scale, softcap, sums, grouped = kind.scale, kind.softcap, kind.sums, kind.heads != kind.key_heads
-    options = {"BACKEND": "TRITON"} if kind.device.type == "cuda" else {}  # and none that suits short forests alone
+    scale, sums, grouped = kind.scale, kind.sums, kind.heads != kind.key_heads
+    cap, is_capped = kind.softcap or 0.0, kind.softcap is not None
+    options = (
+        {"BACKEND": "TRITON"} if kind.device.type == "cuda" else {}
+    )  # and none that suits short forests alone
 
     def attend(
         query: torch.Tensor,
@@ -282,23 +294,22 @@ def _attend(kind: Kind, kernel: Kernel) -> FunctionType:
         leave_P: torch.Tensor,
         position_P: torch.Tensor,
         first_P: torch.Tensor,
-        *blocks: torch.Tensor,
+        *blocks: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
             above = (enter_P[k] <= enter_P[q]) & (enter_P[q] < leave_P[k])
             return above & (position_P[k] <= position_P[q]) & (position_P[k] >= first_P[q])
 
         def capped(score: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:
-            return softcap * torch.tanh(score / softcap)
+            return cap * torch.tanh(score / cap)
 
-        mask = BlockMask(
-            (query.shape[2], key.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees
-        )
+        lengths = (query.shape[2], key.shape[2])
+        mask = BlockMask(lengths, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)  # type: ignore[misc]
         found = kernel(
             query,
             key,
             value,
-            score_mod=None if softcap is None else capped,
+            score_mod=capped if is_capped else None,
             block_mask=mask,
             scale=scale,
             enable_gqa=grouped,

@@ -41,7 +41,7 @@ def pick_backend(
     varlen: bool = True,
     flex: bool = False,
 ) -> Backend:
-    """What computes a layer's attention: `varlen` or `flex` in one call, `sdpa` segment by segment, or `plain` operations.
+    """What computes a layer's attention: `varlen` or `flex` in one call, `sdpa` or `plain` segment by segment.
 
     `capability`: of the CUDA device that has the kernels; None for any other device. The widths are those of one head.
     `varlen`, `flex`: whether there is such a kernel; both, where a GPU has them and the check at loading kept them.

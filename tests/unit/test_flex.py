@@ -270,6 +270,28 @@ def test_one_kernel_is_compiled_for_all_lengths_and_windows(softcap: float | Non
     assert graphs == 1
 
 
+def test_a_kernel_may_be_made_in_the_middle_of_a_checkpointed_layer() -> None:
+    torch._dynamo.reset()
+    kind, results = Kind(CPU, torch.float64, 4, 2, 16, 16, 0.3, 2.0, True), []
+    masked = mask_of((300, 84), ((0,), (0, 1)), None, CPU).tensors()
+    draw = torch.Generator().manual_seed(5)
+    first = [torch.randn(1, heads, 384, 16, generator=draw, dtype=torch.float64) for heads in (4, 2, 2)]
+    made: list[Any] = []
+
+    def layer(q: Any, k: Any, v: Any) -> Any:
+        if not made:
+            made.append(compile_for(kind, torchs_reference, True, backend="aot_eager"))
+        output, sums = made[0](q, k, v, *masked)
+        return output * sums.unsqueeze(-1)
+
+    for checkpointing in (True, False):
+        inputs = [each.clone().requires_grad_() for each in first]
+        output = checkpoint(layer, *inputs, use_reentrant=False) if checkpointing else layer(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for our, their in zip(*results, strict=True):
+        assert torch.equal(our, their)
+
+
 def test_it_may_stand_in_a_compiled_model() -> None:
     torch._dynamo.reset()
     laid, results = forest(), []

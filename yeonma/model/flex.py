@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from yeonma.model.fused import KERNEL_SETTINGS, inductor_settings
 
@@ -269,11 +270,16 @@ def compile_for(kind: Kind, function: Kernel, wants_gradient: bool, **how: Any) 
     for each in masked:
         for dimension in range(0 if each.ndim == 1 else 2, each.ndim):
             torch._dynamo.mark_dynamic(each, dimension)
-    with torch.set_grad_enabled(wants_gradient):
+    # checkpointing of the layer that is being computed must not take this for a part of it: its hooks are covered
+    with torch.set_grad_enabled(wants_gradient), saved_tensors_hooks(_same, _same):
         output, sums = kernel(*states, *masked)
         if wants_gradient:
             torch.autograd.grad(output.sum() if sums is None else output.sum() + sums.sum(), states)
     return kernel
+
+
+def _same(saved: torch.Tensor) -> torch.Tensor:
+    return saved
 
 
 def _attend(kind: Kind, kernel: Kernel) -> FunctionType:

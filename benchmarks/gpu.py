@@ -2,8 +2,9 @@
 
 Shapes of known models with random weights, so that nothing is downloaded. Every contender trains the same LoRA start on
 the same token ids, each time in a process of its own. Unsloth and LLaMA-Factory pin other versions than Yeonma's:
---unsloth-python and --factory-python name the Python of an environment of theirs (requirements-*.txt). Writes results/gpu.json after every measurement, and prints one
-table. `--tiny true` proves the harness on the CPU with a tiny shape. A machine with nothing else to do, please.
+--unsloth-python and --factory-python name the Python of an environment of theirs (requirements-*.txt). Writes
+results/gpu.json after every measurement, and prints one table. `--tiny true` proves the harness on the CPU with a tiny
+shape. A machine with nothing else to do, please.
 """
 
 from __future__ import annotations

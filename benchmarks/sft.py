@@ -67,7 +67,7 @@ def chosen(asked: argparse.Namespace) -> list[str]:
 
 def child(script: str, job: dict[str, Any], log: Path, python: str | None = None) -> None:
     """Run a script of this folder with a job file, by this Python or the one at a path: it finds Yeonma's modules, and
-    no packages but its own. Raises RuntimeError with the last line that it wrote.
+    its own packages. Raises RuntimeError with the last line that it wrote.
     """
     job_file = Path(job["folder"]) / "job.json"
     job_file.write_text(json.dumps(job), "utf-8")
@@ -78,7 +78,8 @@ def child(script: str, job: dict[str, Any], log: Path, python: str | None = None
         "TOKENIZERS_PARALLELISM": "true",
     }
     if python is not None:
-        environment["PYTHONPATH"] = str(HERE.parent)
+        own = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *([own] if own else [])])
     with open(log, "wb") as output:
         command = [python or sys.executable, str(HERE / script), str(job_file)]
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode

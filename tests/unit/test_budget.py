@@ -102,8 +102,15 @@ def test_more_tokens_than_bring_speed_are_not_taken(
 
 
 @pytest.mark.parametrize("tokens", [None, "auto"])
-def test_activations_are_kept_where_there_is_room(base: Path, data: Path, tokens: object) -> None:
-    case = Case(base, data, micro_batch_size=4, **{**AUTO, "micro_batch_tokens": tokens})
+def test_activations_are_kept_where_there_is_room(
+    tmp_path: Path, base: Path, data: Path, tokens: object
+) -> None:
+    deeper = shutil.copytree(base, tmp_path / "deeper")
+    config = json.loads((deeper / "config.json").read_text("utf-8"))
+    config |= {"num_hidden_layers": 4}  # of two layers, the last is as large computed again as kept
+    config.pop("layer_types", None)
+    (deeper / "config.json").write_text(json.dumps(config), "utf-8")
+    case = Case(deeper, data, micro_batch_size=4, **{**AUTO, "micro_batch_tokens": tokens})
     micro = MicroBatching(4, None, True) if tokens is None else micro_batching(case.chosen(PLENTY)[1])
     needs = [case.free_for(way, micro) for way in WAYS]
     assert needs[0] > needs[1] > needs[2]

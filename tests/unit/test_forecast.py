@@ -131,7 +131,7 @@ def test_attention_in_one_call_is_traced_as_segment_by_segment(checkpointing: bo
 def test_memory_grows_with_tokens_and_gradients_come_on_top() -> None:
     model = drawn()
     small, large = (trace(model, forest(length, length), has_gradients=False) for length in (40, 80))
-    assert 1.5 * small.activations < large.activations < 2.5 * small.activations
+    assert 1.5 * small.activations < large.activations < 2.6 * small.activations
     again = trace(model, forest(80, 80), has_gradients=True)
     assert again.gradients == model.trained_bytes
     assert large.peak < again.peak <= large.peak + model.trained_bytes

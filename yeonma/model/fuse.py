@@ -19,6 +19,7 @@ from torch import nn
 from yeonma.choices import Compiling
 from yeonma.errors import UserError
 from yeonma.model.fused import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
+from yeonma.model.lora import gated, takes_gated
 
 ROTATION = "apply_rotary_pos_emb"
 """The function that transformers' attention modules turn queries and keys by."""
@@ -130,7 +131,10 @@ def _short_mlp(module: Any, kernels: Kernels) -> Forward | None:
 
 
 def _mlp(module: Any, kernels: Kernels, x: torch.Tensor) -> Any:
-    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x), kernels))
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if takes_gated(module.down_proj):
+        return gated(module.down_proj, gate, up, kernels)
+    return module.down_proj(swiglu(gate, up, kernels))
 
 
 def _short_attention(module: Any, kernels: Kernels) -> Forward | None:

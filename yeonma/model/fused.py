@@ -57,6 +57,17 @@ def swiglu_backward(upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: tor
     return to_gate.to(gate_NI.dtype), F.silu(gate).mul_(upstream).to(up_NI.dtype)
 
 
+def swiglu_backward_again(
+    upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, and silu(gate) * up, which need not be kept then."""
+    gate, upstream = gate_NI.float(), upstream_NI.float()
+    to_gate = torch.ops.aten.silu_backward(upstream * up_NI, gate)
+    active = F.silu(gate)
+    to_up = (active * upstream).to(up_NI.dtype)
+    return to_gate.to(gate_NI.dtype), to_up, active.mul_(up_NI).to(gate_NI.dtype)
+
+
 def rotate_forward(q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> Two:
     """q (T, heads, D) and k (T, key heads, D), the two halves of each head turned against each other."""
     cos, sin = cos_TD.float().unsqueeze(1), sin_TD.float().unsqueeze(1)
@@ -86,6 +97,7 @@ class Kernels:
     norm_backward: Callable[..., torch.Tensor] = norm_backward
     swiglu_forward: Callable[..., torch.Tensor] = swiglu_forward
     swiglu_backward: Callable[..., Two] = swiglu_backward
+    swiglu_backward_again: Callable[..., tuple[torch.Tensor, ...]] = swiglu_backward_again
     rotate_forward: Callable[..., Two] = rotate_forward
     rotate_backward: Callable[..., Two] = rotate_backward
 

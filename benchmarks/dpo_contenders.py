@@ -35,7 +35,7 @@ class Contender:
 
 
 CONTENDERS = {
-    **{f"yeonma-{size}": Contender(YEONMA, size) for size in (1, 2, 4)},
+    **{f"yeonma-{size}": Contender(YEONMA, size) for size in (1, 2, 4, 8)},
     **{f"trl-{size}": Contender(TRL, size) for size in (1, 2, 4)},
     **{f"trl-precomputed-{size}": Contender(TRL, size, precomputed=True) for size in (1, 2, 4)},
 }

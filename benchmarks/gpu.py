@@ -1,8 +1,10 @@
 """Training on one GPU beside transformers' Trainer, TRL and, where they are installed, Unsloth and LLaMA-Factory.
 
 Shapes of known models with random weights, so that nothing is downloaded. Every contender trains the same LoRA start on
-the same token ids, each time in a process of its own. Writes results/gpu.json after every measurement, and prints one
-table. `--tiny true` proves the harness on the CPU with a tiny shape. A machine with nothing else to do, please.
+the same token ids, each time in a process of its own. Unsloth and LLaMA-Factory pin other versions than Yeonma's:
+--unsloth-python and --factory-python name the Python of an environment of theirs (requirements-*.txt). Writes
+results/gpu.json after every measurement, and prints one table. `--tiny true` proves the harness on the CPU with a tiny
+shape. A machine with nothing else to do, please.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gpu_contenders import DPO, OURS, SFT, contenders, lacking
+from gpu_contenders import DPO, FACTORY, OURS, SFT, UNSLOTH, contenders, lacking, versions_of
 from gpu_shapes import LORA_R, REAL, SEED
 from gpu_tables import gpu_section, tokens_per_second
 from gpu_workloads import WORKLOADS
@@ -41,6 +43,8 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS))
     names = list(dict.fromkeys([*SFT, *DPO]))
     parser.add_argument("--contenders", nargs="+", choices=names, default=names)
+    parser.add_argument("--unsloth-python", help="of an environment with benchmarks/requirements-unsloth.txt")
+    parser.add_argument("--factory-python", help="of an environment with benchmarks/requirements-factory.txt")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16; tiny: float32")
     parser.add_argument("--steps", type=int, default=6, help="of each measurement; the first is not timed")
     parser.add_argument("--rounds", type=int, default=2)
@@ -50,9 +54,18 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     )
     asked = parser.parse_args(given)
     asked.tiny = asked.tiny == "true"
+    for python in own_pythons(asked).values():
+        if shutil.which(python) is None:
+            parser.error(f"{python} is not a Python that can be run")
     if asked.steps < 2:
         parser.error("--steps: at least 2, since the first is not timed")
     return asked
+
+
+def own_pythons(asked: argparse.Namespace) -> dict[str, str]:
+    """The Pythons of peers that have environments of their own, by the peer."""
+    named = {UNSLOTH: asked.unsloth_python, FACTORY: asked.factory_python}
+    return {library: python for library, python in named.items() if python}
 
 
 def run(asked: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -64,6 +77,10 @@ def run(asked: argparse.Namespace, command: str) -> dict[str, Any]:
         "machine": machine(),
         "gpu": None if asked.tiny else gpu(),
         "versions": versions((*PACKAGES, *MORE_PACKAGES)),
+        "own_versions": {
+            library: versions_of(python, (*PACKAGES[1:], *MORE_PACKAGES))
+            for library, python in own_pythons(asked).items()
+        },
         "settings": {"dtype": dtype, "lora_r": LORA_R, "seed": SEED, "steps": asked.steps},
         "ours": OURS,
         "contenders": {
@@ -101,27 +118,31 @@ def measure_all(
     folder: Path,
     where: dict[str, str],
 ) -> None:
+    pythons = own_pythons(asked)
     for workload, about in result["shapes"][shape]["workloads"].items():
         known = contenders(about["pairs"])
         for quantization in asked.quantizations:
             for name in [each for each in asked.contenders if each in known]:
                 key = {"shape": shape, "workload": workload, "quantization": quantization, "contender": name}
-                if why := lacking(known[name], quantization, about):
+                python = pythons.get(known[name].library)
+                if why := lacking(known[name], quantization, about, python):
                     if number == 1:
                         result["left_out"].append({**key, "why": why})
                     continue
-                measure(result, {**key, "round": number}, folder, {**where, "about": about})
+                measure(result, {**key, "round": number}, folder, {**where, "about": about}, python)
                 save(asked.output, result)
 
 
-def measure(result: dict[str, Any], key: dict[str, Any], folder: Path, job: dict[str, Any]) -> None:
+def measure(
+    result: dict[str, Any], key: dict[str, Any], folder: Path, job: dict[str, Any], python: str | None = None
+) -> None:
     """Add one contender's steps to the runs, or to the failures."""
     measured = folder / "measured.json"
     measured.unlink(missing_ok=True)
     shutil.rmtree(folder / "output", ignore_errors=True)
     shown = f"round {key['round']}  {key['shape']:10} {key['workload']:7} {key['quantization']:5} {key['contender']:22}"
     try:
-        child("gpu_contenders.py", {"folder": str(folder), **key, **job}, folder / "log")
+        child("gpu_measure.py", {"folder": str(folder), **key, **job}, folder / "log", python)
     except RuntimeError as error:
         print(f"{shown} failed: {error}", flush=True)
         result["failures"].append({**key, "error": str(error).replace(str(folder), "FOLDER")[:300]})

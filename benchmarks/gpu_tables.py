@@ -140,6 +140,9 @@ def about_device(result: Mapping[str, Any]) -> str:
     if gpu is not None:
         where = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}"
     packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    for library, own in result.get("own_versions", {}).items():
+        packages += f"; {library} in an environment of its own: "
+        packages += ", ".join(f"{name} {number}" for name, number in own.items() if number)
     rate = matrix_rate(result)
     return (
         f"{result['date']}, {where}; {packages}.\n`{result['command']}`\n\n"

@@ -65,8 +65,10 @@ def chosen(asked: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([asked.ours, *names]))
 
 
-def child(script: str, job: dict[str, Any], log: Path) -> None:
-    """Run a script of this folder with a job file. Raises RuntimeError with the last line that it wrote."""
+def child(script: str, job: dict[str, Any], log: Path, python: str | None = None) -> None:
+    """Run a script of this folder with a job file, by this Python or the one at a path: it finds Yeonma's modules, and
+    its own packages. Raises RuntimeError with the last line that it wrote.
+    """
     job_file = Path(job["folder"]) / "job.json"
     job_file.write_text(json.dumps(job), "utf-8")
     environment = {
@@ -75,8 +77,11 @@ def child(script: str, job: dict[str, Any], log: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
+    if python is not None:
+        own = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *([own] if own else [])])
     with open(log, "wb") as output:
-        command = [sys.executable, str(HERE / script), str(job_file)]
+        command = [python or sys.executable, str(HERE / script), str(job_file)]
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
     if status != 0:
         written = log.read_text("utf-8", errors="replace").strip().splitlines()

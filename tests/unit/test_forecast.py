@@ -31,6 +31,7 @@ from yeonma.model import load
 from yeonma.model.attention import FOREST
 from yeonma.model.forward import HEAD_CHUNK_BYTES, Forward, plain_head
 from yeonma.model.fuse import fuse
+from yeonma.model.last import spare_last_layer
 from yeonma.model.lora import speed_up
 from yeonma.model.packed import packed_layers
 from yeonma.model.trace import Blueprint, blueprint, trace
@@ -62,6 +63,7 @@ def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprin
         load.checkpoint_activations(base)
     speed_up(base)
     fuse(base)
+    spare_last_layer(base)
     return replace(on_meta, model=base.train(), head=plain_head(base))
 
 
@@ -351,6 +353,7 @@ def test_a_quantised_model_is_traced_as_the_real_one(tmp_path: Path, kind: Quant
     base.set_attn_implementation(FOREST)
     speed_up(base)
     fuse(base)
+    spare_last_layer(base)
     on_meta = drawn(quantization=kind)
     found = replace(on_meta, model=base.train(), head=plain_head(base))
     forecast, real = (trace(each, laid, has_gradients=True) for each in (on_meta, found))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,3 +168,60 @@ def test_what_is_not_installed_is_left_out_with_its_reason(
     assert "packed workload" in contenders.lacking(contenders.SFT["trl-packing"], "none", short)
     assert contenders.lacking(contenders.SFT["trl-packing-liger"], "none", packed) == ""
     assert contenders.lacking(contenders.SFT["yeonma"], "none", short) == ""
+
+
+def test_a_peer_is_looked_for_where_its_own_python_looks(
+    contenders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llamafactory").mkdir()
+    (tmp_path / "llamafactory" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a child sees it, this process does not
+    factory, short = contenders.SFT["factory-4"], {"packed": None}
+    assert contenders.lacking(factory, "none", short) == "llamafactory is not installed"
+    assert contenders.lacking(factory, "none", short, sys.executable) == ""
+    assert contenders.lacking(factory, "fp8", short, sys.executable) == "it has no fp8 here"
+    found = contenders.versions_of(sys.executable, ("torch", "llamafactory"))
+    assert found["torch"] and found["llamafactory"] is None
+
+
+def test_a_peers_python_finds_yeonma_and_runs_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sft  # type: ignore[import-not-found]
+
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        f"pathlib.Path({str(seen)!r}).write_text(sys.executable + chr(10) + os.environ['PYTHONPATH'])\n"
+    )
+    own = tmp_path / "python"
+    own.symlink_to(sys.executable)
+    sft.child(str(script), {"folder": str(tmp_path)}, tmp_path / "log", str(own))
+    assert seen.read_text() == f"{own}\n{ROOT}{os.pathsep}elsewhere"
+
+
+def test_a_measurement_imports_no_trainer_before_the_contender_is_known() -> None:
+    """Unsloth must come before transformers, TRL and PEFT; an environment of a peer's own has not all of Yeonma's."""
+    heavy = ("torch", "transformers", "trl", "peft", "datasets", "yeonma")
+    asked = f"import sys, gpu_measure, gpu_peers_apart; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_python_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu  # type: ignore[import-not-found]
+
+    with pytest.raises(SystemExit):
+        gpu.options(["--tiny", "true", "--factory-python", "/nowhere/python"])
+    assert "/nowhere/python is not a Python that can be run" in capsys.readouterr().err
+    asked = gpu.options(["--factory-python", sys.executable])
+    assert gpu.own_pythons(asked) == {"LLaMA-Factory": sys.executable}
+
+
+def test_the_table_names_the_versions_of_a_peers_own_environment(tables: Any) -> None:
+    made = result(run("yeonma", 1, 1.0))
+    made["own_versions"] = {"Theirs": {"torch": "2", "trl": None}}
+    assert "torch 1; Theirs in an environment of its own: torch 2.\n" in tables.gpu_section(made)

@@ -21,6 +21,8 @@ from yeonma.model.shard import gathered, is_sharded, own_class, within
 from yeonma.tokens.forest import Forest, lay_out
 
 HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
+READ = "read_positions"
+"""The keyword by which a forward pass tells the positions whose final hidden states are read; None for all."""
 CUDA_CHUNK_BYTES = (
     512 * 2**20
 )  # a GPU reads the head once a chunk: 1,000 rows and more hide that behind the product
@@ -104,6 +106,8 @@ def trained_logprobs(
         **keywords,
     }
     source_U = torch.from_numpy(forest.source_U).to(device)
+    read = np.unique(forest.source_U)
+    batch.setdefault(READ, torch.from_numpy(read).to(device) if len(read) < len(forest.token_ids_T) else None)
     target_U = torch.from_numpy(forest.target_U).to(device)
     if head is None:
         logits = model(**batch, logits_to_keep=source_U).logits[0]

@@ -25,6 +25,7 @@ from yeonma.model import load
 from yeonma.model.attention import FOREST, layout
 from yeonma.model.forward import CUDA_CHUNK_BYTES, Head, plain_head, trained_logprobs
 from yeonma.model.fuse import fuse
+from yeonma.model.last import spare_last_layer
 from yeonma.model.lora import speed_up
 from yeonma.model.packed import quantised_layers, sketch
 from yeonma.model.ragged import Capability, capability_of
@@ -89,6 +90,7 @@ def blueprint(
         load.checkpoint_activations(base, gradient_checkpointing)
     speed_up(base)
     fuse(base)
+    spare_last_layer(base)
     base.train()
     trained = [each for each in base.parameters() if each.requires_grad]
     held = {each for each in [*base.parameters(), *base.buffers()] if not each.requires_grad}

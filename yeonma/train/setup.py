@@ -18,6 +18,7 @@ from yeonma.model.forward import Forward
 from yeonma.model.fp8 import has_products
 from yeonma.model.fuse import fuse, pick_kernels
 from yeonma.model.fused import PLAIN
+from yeonma.model.last import spare_where_equal
 from yeonma.model.lora import speed_up
 from yeonma.model.shard import held_bytes, is_sharded, shard_weights
 from yeonma.settings import (
@@ -101,6 +102,7 @@ def load_model(
         load.checkpoint_activations(base, how_kept)
     speed_up(base)
     fuse(base, kernels)
+    spare_where_equal(base, how)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"

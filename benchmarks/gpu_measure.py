@@ -1,0 +1,145 @@
+"""One measurement of gpu.py: as a script, with a job file, in a process of its own.
+
+All train the same LoRA start on the same token ids and in the same order. A step's time is that of its forward,
+backward and update, with the device's work done. Unsloth and LLaMA-Factory may bring a Python of their own, in which
+this runs without Yeonma's packages: at the top it imports only what every environment has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from contenders import YEONMA
+from gpu_contenders import (
+    BETA,
+    FACTORY,
+    LEARNING_RATE,
+    TRL_DPO,
+    UNSLOTH,
+    Contender,
+    Job,
+    Measured,
+    contenders,
+    peak_memory,
+)
+from gpu_shapes import LORA_R, SEED
+from gpu_workloads import CUTOFF_LEN
+
+
+def measure(contender: Contender, job: Job) -> Measured:
+    if contender.library == UNSLOTH:
+        import unsloth  # noqa: F401  It replaces parts of transformers, TRL and PEFT, so it goes before them.
+    import torch
+
+    from yeonma.before.rate import measure_rate
+
+    device, dtype = torch.device(job.device), getattr(torch, job.dtype)
+    before = measure_rate(device, dtype).flops_per_second
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    measured = trainer_of(contender)(contender, job)
+    return replace(measured, matrix_rates=(before, measure_rate(device, dtype).flops_per_second))
+
+
+def trainer_of(contender: Contender) -> Callable[[Contender, Job], Measured]:
+    if contender.library == YEONMA:
+        return ours
+    if contender.library in (UNSLOTH, FACTORY):
+        import gpu_peers_apart
+
+        return gpu_peers_apart.unsloth if contender.library == UNSLOTH else gpu_peers_apart.factory
+    import gpu_peers
+
+    return gpu_peers.trl_dpo if contender.library == TRL_DPO else gpu_peers.trainer_of_rows
+
+
+def ours(contender: Contender, job: Job) -> Measured:
+    """`yeonma sft` or `dpo` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl."""
+    from yeonma.cli import main
+    from yeonma.train import setup
+
+    for kept in (job.folder / "cache").glob("*.reference"):
+        kept.unlink()
+    spent: list[float] = []
+
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            started = time.perf_counter()
+            found = function(*arguments, **more)
+            spent.append(time.perf_counter() - started)
+            return found
+
+        return call
+
+    setup.reference_logprobs, setup.is_reference = timed(setup.reference_logprobs), timed(setup.is_reference)
+    output, pairs = job.folder / "output", job.about["pairs"]
+    settings: dict[str, Any] = {
+        "base_model": job.model,
+        "data_path": job.folder / f"{job.workload}.jsonl",
+        "cache_dir": job.folder / "cache",
+        "output_dir": output,
+        "overwrite": "true",
+        "device": job.device,
+        "dtype": job.dtype,
+        "cutoff_len": CUTOFF_LEN,
+        "lora_r": LORA_R,
+        "lora_alpha": LORA_R,
+        "batch_size": job.about["batch"],
+        "num_epochs": 1,
+        "learning_rate": LEARNING_RATE[pairs],
+        "seed": SEED,
+        "card_rows": 0,
+        **({"loss": "sigmoid", "beta": BETA} if pairs else {}),
+        **({"quantization": job.quantization} if job.quantization != "none" else {}),
+        **at_once(contender, job),
+    }
+    verb = "dpo" if pairs else "sft"
+    if main([verb, *(f"--{name}={value}" for name, value in settings.items())]) != 0:
+        raise SystemExit(f"yeonma {verb} failed")
+    lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
+    steps = [each for each in map(json.loads, lines) if not each.get("evaluation")]
+    return Measured(
+        seconds=[each["seconds"] for each in steps],
+        tokens=[each["tokens"] for each in job.about["steps"]],
+        losses=[each["loss"] for each in steps],
+        trained_tokens=[each["trained_tokens"] for each in job.about["steps"]],
+        reference_seconds=sum(spent),
+        peak_memory_bytes=peak_memory(job),
+    )
+
+
+def at_once(contender: Contender, job: Job) -> dict[str, Any]:
+    """Yeonma's settings of memory and speed: its own choice, or the contender's."""
+    if contender.micro_batch:
+        return {"micro_batch_size": contender.micro_batch}
+    if job.about["packed"]:
+        own = {"micro_batch_size": job.about["batch"], "micro_batch_tokens": job.about["packed"]}
+        return {**own, "gradient_checkpointing": "auto"}
+    return {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"}
+
+
+def main(given: dict[str, Any]) -> None:
+    names = [field.name for field in fields(Job) if field.name != "folder"]
+    job = Job(Path(given["folder"]), **{name: given[name] for name in names})
+    contender = contenders(job.about["pairs"])[given["contender"]]
+    found = measure(contender, job)
+    counts = {len(each) for each in (found.seconds, found.tokens, found.losses)}
+    if counts != {len(found.seconds)}:
+        raise SystemExit(f"{contender.label}: steps, tokens and losses do not match: {sorted(counts)}")
+    if len(found.seconds) < 2:
+        raise SystemExit(f"{contender.label}: one step, and the first is not timed")
+    if any(math.isnan(loss) for loss in found.losses):
+        raise SystemExit(f"{contender.label}: a loss is not a number")
+    (job.folder / "measured.json").write_text(json.dumps(asdict(found)), "utf-8")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text("utf-8")))

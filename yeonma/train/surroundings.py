@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -21,7 +21,15 @@ def surroundings(processes: int, device: torch.device) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         **versions(),
+        **({"triton": _version_or_none("triton")} if on_gpu else {}),
     }
+
+
+def _version_or_none(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def versions() -> dict[str, str]:

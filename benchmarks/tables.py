@@ -445,7 +445,7 @@ SECTIONS = {
     "sft": sft_section,
     "tokenize_rows": tokenize_section,
     "dpo": dpo_section,
-    "dpo_opening": dpo_section,
+    "dpo_after": dpo_section,
     "generate": generate_section,
     "saving": saving_section,
 }

@@ -307,6 +307,18 @@ def test_a_model_with_compiled_kernels_gives_the_same() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+def test_a_kind_that_cannot_be_compiled_runs_plain_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(RuntimeWarning, match="fails at norm_forward"):
+        found = rows(20, compiled.__wrapped__())
+    assert all(torch.equal(a, b) for a, b in zip(found, rows(20, PLAIN), strict=True))
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        rows(20, compiled.__wrapped__(strict=True))
+
+
 def test_auto_compiles_on_a_gpu_only_and_does_without_where_that_fails() -> None:
     said: list[str] = []
     assert pick_kernels("auto", torch.device("cpu"), torch.float32, said.append) is PLAIN

@@ -58,9 +58,8 @@ def pick_kernels(
     """
     if asked is False or (asked == "auto" and device.type != "cuda"):
         return PLAIN
-    kernels = compiled()
     try:
-        _run_all(kernels, device, dtype)
+        _run_all(compiled(strict=True), device, dtype)
     except Exception as error:  # whatever a compiler may raise
         why = f"PyTorch's compiler fails here ({type(error).__name__}: {_first_line(error)})"
         if asked == "auto":
@@ -69,7 +68,7 @@ def pick_kernels(
         raise UserError(
             why, place="torch_compile", cure="use --torch_compile false, or install a C++ compiler"
         ) from error
-    return kernels
+    return compiled()
 
 
 def _run_all(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ Shapes: N rows, H and I hidden, T tokens, D head width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -106,15 +107,16 @@ PLAIN = Kernels()
 
 
 @cache
-def compiled() -> Kernels:
+def compiled(strict: bool = False) -> Kernels:
     """Each by PyTorch's compiler, at its first call for each number format and width; then for any number of rows.
 
-    Such a call raises whatever the compiler raises, as where it finds no C++ compiler or no Triton.
+    Where the compiler fails, as without a C++ compiler or Triton, the plain function does that kind's part, with a
+    warning; `strict`: the call raises whatever the compiler raised.
     """
-    return Kernels(**{name: _compiled(function) for name, function in vars(PLAIN).items()})
+    return Kernels(**{name: _compiled(function, strict) for name, function in vars(PLAIN).items()})
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], strict: bool) -> Callable[..., Any]:
     kernels: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
@@ -125,10 +127,25 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             for each in arguments
         )
         if kind not in kernels:
-            kernels[kind] = _compile_for(function, arguments)
+            kernels[kind] = _compile_or_not(function, arguments, strict)
         return kernels[kind](*(_plainly_laid(each) for each in arguments))
 
     return call
+
+
+def _compile_or_not(
+    function: Callable[..., Any], arguments: Sequence[Any], strict: bool
+) -> Callable[..., Any]:
+    try:
+        return _compile_for(function, arguments)
+    except torch.OutOfMemoryError:  # not the compiler's fault; a later call may have room
+        raise
+    except Exception as error:  # whatever a compiler may raise
+        if strict:
+            raise
+        what = f"PyTorch's compiler fails at {function.__name__} ({type(error).__name__}); it runs uncompiled"
+        warnings.warn(what, RuntimeWarning, stacklevel=2)
+        return function
 
 
 def _compile_for(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:

@@ -121,6 +121,18 @@ def test_a_model_whose_last_mlp_mixes_tokens_keeps_it_whole() -> None:
     assert "forward" in mlp.__dict__ and mlp.forward.__name__ == "<lambda>"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_too(dtype: torch.dtype) -> None:
+    base = tiny_model("llama").to(dtype)
+    how = check_forward(base)
+    assert spare_where_equal(base, how)
+    mixing = tiny_model("llama").to(dtype)
+    mlp = mixing.model.layers[-1].mlp
+    before = mlp.forward
+    mlp.forward = lambda x: before(x - x.mean(1, keepdim=True))
+    assert not spare_where_equal(mixing, how)
+
+
 def test_layers_of_other_names_and_a_second_time_change_nothing() -> None:
     assert not spare_last_layer(tiny_model("gpt2"))
     model = tiny_model("llama")

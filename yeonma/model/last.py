@@ -16,13 +16,15 @@ from torch import nn
 
 from yeonma.model.check import in_eval_mode, tiny_sequences
 from yeonma.model.forward import READ, Forward, trained_logprobs
+from yeonma.model.packed import is_rounded
 from yeonma.model.shard import recover
 from yeonma.tokens.forest import lay_out
 
 PARTS = ("self_attn", "self_attn.o_proj", "mlp")
 """Of transformers' decoder layers: what learns which positions are read, and the large layers behind the mixing."""
 TRAINED = (2, 4)  # tokens at the end of each sequence of the trials
-TOLERANCE = 1e-5
+TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 0.05
+"""Of the mean difference of log-probabilities. Products of other sizes round otherwise; mixed rows differ by units."""
 
 
 def spare_last_layer(model: Any) -> bool:
@@ -53,11 +55,13 @@ def spare_where_equal(model: Any, how: Forward) -> bool:
         forest = lay_out(ids, [np.arange(len(each)) >= len(each) - last for each in ids])
         return trained_logprobs(model, forest, how.head, how.capability, **what)
 
+    exact = model.dtype == torch.float32 and not is_rounded(model)
+    tolerance = TOLERANCE if exact else ROUNDED_TOLERANCE
     with torch.no_grad(), in_eval_mode(model):
         whole = [look(last, **{READ: None}) for last in TRAINED]
         try:  # one after the other: nothing of the first may be left for the second
             found = [look(last) for last in TRAINED]
-            same = all(bool((a - b).abs().max() <= TOLERANCE) for a, b in zip(found, whole, strict=True))
+            same = all(bool((a - b).abs().mean() <= tolerance) for a, b in zip(found, whole, strict=True))
         except Exception:  # whatever a model's code may raise
             recover(model)
             same = False

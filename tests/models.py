@@ -103,3 +103,15 @@ def _built(family: str, seed: int) -> Any:
             else:  # gains, biases, sinks: near what they start from
                 parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
     return model.requires_grad_(False).eval()
+
+
+def with_lora(family: str) -> Any:
+    """One of them, as a PeftModel with an adapter on all linear layers that is no zero; the same numbers each time."""
+    from yeonma.model.load import LoraShape, add_lora
+
+    model = add_lora(tiny_model(family), LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if "lora_B" in name:
+                each.normal_(generator=torch.Generator().manual_seed(2), std=0.2)
+    return model

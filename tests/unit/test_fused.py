@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
+from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model, with_lora
 from yeonma.errors import UserError
 from yeonma.model.check import check_forward
 from yeonma.model.forward import Forward, example_logprobs
@@ -58,12 +58,8 @@ def test_what_is_taken_of_each_family(family: str) -> None:
     assert taken(model) == TAKEN[family]
 
 
-def with_lora(family: str) -> tuple[Any, Forward]:
-    model = add_lora(tiny_model(family), LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if "lora_B" in name:
-                each.normal_(generator=torch.Generator().manual_seed(2), std=0.2)
+def adapted(family: str) -> tuple[Any, Forward]:
+    model = with_lora(family)
     how = check_forward(model.get_base_model())
     assert how.forest
     return model, how
@@ -82,7 +78,7 @@ def logprobs_and_gradients(model: Any, how: Forward) -> tuple[torch.Tensor, list
 @pytest.mark.parametrize("short_lora", [False, True])
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
 def test_a_model_gives_the_same_logprobs_and_gradients(family: str, short_lora: bool) -> None:
-    model, how = with_lora(family)
+    model, how = adapted(family)
     expected, gradients = logprobs_and_gradients(model, how)
     if short_lora:
         speed_up(model)
@@ -95,7 +91,7 @@ def test_a_model_gives_the_same_logprobs_and_gradients(family: str, short_lora: 
 
 
 def test_gradient_checkpointing_computes_the_same_again() -> None:
-    model, how = with_lora("qwen3")
+    model, how = adapted("qwen3")
     fuse(model)
     _, expected = logprobs_and_gradients(model, how)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -297,7 +293,7 @@ def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> 
 
 @has_compiler
 def test_a_model_with_compiled_kernels_gives_the_same() -> None:
-    model, how = with_lora("qwen3")
+    model, how = adapted("qwen3")
     fuse(model)
     expected, gradients = logprobs_and_gradients(model, how)
     fuse(model, pick_kernels(True, torch.device("cpu"), torch.float32, print))

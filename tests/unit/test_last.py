@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model
+from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model, with_lora
 from yeonma.model.check import check_forward
 from yeonma.model.forward import READ, Forward, trained_logprobs
 from yeonma.model.fuse import fuse
 from yeonma.model.last import spare_last_layer, spare_where_equal
-from yeonma.model.load import LoraShape, add_lora
 from yeonma.model.lora import speed_up
 from yeonma.tokens.forest import Forest, lay_out
 
@@ -23,11 +22,7 @@ SPARED = [
 
 
 def adapted(family: str, short: bool = True) -> tuple[Any, Forward]:
-    model = add_lora(tiny_model(family), LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if "lora_B" in name:
-                each.normal_(generator=torch.Generator().manual_seed(2), std=0.2)
+    model = with_lora(family)
     how = check_forward(model.get_base_model())
     if short:
         speed_up(model)

@@ -57,3 +57,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean "title"?`, or an empty string where nothing known looks like `word`."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f'did you mean "{close[0]}"?' if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """Of what another library says, so much as a line of ours can hold."""
+    return (str(error).strip().splitlines() or [""])[0][:120]

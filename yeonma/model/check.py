@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from yeonma.errors import first_line
 from yeonma.model.attention import FOREST
 from yeonma.model.forward import Forward, Head, plain_head, sequence_logprobs, trained_logprobs
 from yeonma.model.packed import is_rounded
@@ -108,7 +109,7 @@ def _try_forest(model: Any, forest: Forest, capability: Capability | None) -> tu
         own = trained_logprobs(model, forest, None, capability, watch=watch)
     except Exception as error:  # whatever a model's code may raise, it means: not by forests
         recover(model)
-        return f"its code does not take a forest ({type(error).__name__}: {_first_line(error)})", None
+        return f"its code does not take a forest ({type(error).__name__}: {first_line(error)})", None
     other = _other_layers(model.config.get_text_config(), windows)
     return (other, None) if other else ("", own)
 
@@ -152,10 +153,6 @@ def _other_layers(config: Any, windows: dict[int, int | None]) -> str:
     if any(kind == "sliding_attention" and windows.get(i) is None for i, kind in enumerate(kinds)):
         return "it has sliding-window layers with a mask of their own"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120]
 
 
 @contextmanager

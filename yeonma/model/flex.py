@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from yeonma.model.fused import KERNEL_SETTINGS, inductor_settings
+from yeonma.model.fused import kernel_settings
 
 BLOCK = 128
 LEAST_BLOCKS = 2
@@ -237,8 +237,7 @@ def compiled(kind: Kind) -> tuple[Kernel, Kernel]:
     """Without a gradient and with one; both tried forwards and backwards, so that what fails, fails here."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    known = inductor_settings()
-    settings = {name: value for name, value in KERNEL_SETTINGS.items() if name in known}
+    settings = kernel_settings()
     without, with_gradient = (
         compile_for(kind, flex_attention, wants_gradient, options=settings)
         for wants_gradient in (False, True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from yeonma.choices import Compiling
-from yeonma.errors import UserError
+from yeonma.errors import UserError, first_line
 from yeonma.model.fused import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.lora import gated, takes_gated
 
@@ -61,7 +61,7 @@ def pick_kernels(
     try:
         _run_all(compiled(strict=True), device, dtype)
     except Exception as error:  # whatever a compiler may raise
-        why = f"PyTorch's compiler fails here ({type(error).__name__}: {_first_line(error)})"
+        why = f"PyTorch's compiler fails here ({type(error).__name__}: {first_line(error)})"
         if asked == "auto":
             say(f"{why}; plain operations do its part")
             return PLAIN
@@ -76,10 +76,6 @@ def _run_all(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None
     heads = x.view(1, 1, FEWEST_ROWS, WIDTH)
     q, k = rotate(heads, heads, heads[0], heads[0], kernels)
     (norm(swiglu(x, x, kernels), x[0], 1e-6, kernels) + q[0, 0] + k[0, 0]).sum().backward()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120]
 
 
 def _is_own(forward: object) -> bool:

@@ -152,9 +152,7 @@ def _compile_for(function: Callable[..., Any], arguments: Sequence[Any]) -> Call
     """For arguments of these kinds, with any number of rows. Of a copy of the function: at one code the compiler
     would make the second kind's kernel for widths of all sizes, so that it mattered which came first."""
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    known = inductor_settings()
-    settings = {name: value for name, value in KERNEL_SETTINGS.items() if name in known}
-    kernel: Callable[..., Any] = torch.compile(copy, fullgraph=True, options=settings)
+    kernel: Callable[..., Any] = torch.compile(copy, fullgraph=True, options=kernel_settings())
     kernel(*map(_of_first_size, arguments))
     return kernel
 
@@ -164,14 +162,15 @@ KERNEL_SETTINGS: dict[str, Any] = {
     "batch_invariant": True,  # nor by how many rows there are
     "compile_threads": 1,  # in this process: a killed run leaves no others behind
 }
-"""Of PyTorch's compiler, where it knows them."""
+"""Of PyTorch's compiler."""
 
 
-def inductor_settings() -> set[str]:
-    """The names of all settings of PyTorch's compiler."""
+def kernel_settings() -> dict[str, Any]:
+    """Those that this version of the compiler knows."""
     from torch._inductor import list_options
 
-    return set(list_options())
+    known = set(list_options())
+    return {name: value for name, value in KERNEL_SETTINGS.items() if name in known}
 
 
 def _of_first_size(argument: Any) -> Any:

@@ -79,14 +79,11 @@ def test_tokens_are_what_free_memory_holds(base: Path, data: Path) -> None:
     way, step = case.chosen(PLENTY)
     assert way is False and micro_batching(step) == MicroBatching(8, whole, True)
     assert f"at most {whole:,} tokens at once; activations are kept" in case.said[-1]
-    found = []
-    for tokens in budgets(whole, longest):
-        free = case.free_for(False, MicroBatching(8, tokens, True))
-        _, step = case.chosen(free + 2)
-        assert step.micro_batch_tokens >= tokens
-        assert case.free_for(False, micro_batching(step)) <= free + 2
-        found.append(step.micro_batch_tokens)
-    assert found[0] > found[-1] == longest and found == sorted(found, reverse=True)
+    needs = {n: case.free_for(False, MicroBatching(8, n, True)) for n in budgets(whole, longest)}
+    found = [case.chosen(free + 2)[1].micro_batch_tokens for free in needs.values()]
+    # a long row alone may take more than several short ones of more tokens
+    assert found == [max(n for n, need in needs.items() if need <= free) for free in needs.values()]
+    assert len(set(found)) > 3
     assert case.chosen(1)[1].micro_batch_tokens == longest  # the trial will tell
 
 

@@ -5,8 +5,8 @@ any backend: scale, grouped heads, sliding window (counted in positions), soft-c
 honoured. Anything that a model does with its mask instead (ALiBi, chunks) is not seen here; the check at loading
 finds such models.
 
-On CUDA all segments go through one call, of `yeonma.model.ragged` or `yeonma.model.flex`, where the layer's features
-allow it; else each is a call of its own.
+On CUDA all segments go through one call, of `yeonma.model.ragged` or `yeonma.model.flex`, on the CPU in float32 through
+calls of `yeonma.model.cascade`, where the layer's features allow it; else each is a call of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from yeonma.model.cascade import Cascade, cascade, cascade_attention, takes
 from yeonma.model.flex import Tree, flex_forest_attention, has_flex
 from yeonma.model.ragged import (
     Capability,
@@ -43,6 +44,7 @@ class ForestLayout:
     paths: tuple[tuple[int, ...], ...]  # segment -> the segments it sees: its ancestors in order, then itself
     ragged: Ragged | None = None  # the same for one call, on a device that has it
     tree: Tree | None = None  # and for FlexAttention
+    cascade: Cascade | None = None  # and for the CPU
 
 
 def layout(
@@ -54,7 +56,9 @@ def layout(
         paths.append((*paths[segment.parent], index) if segment.parent is not None else (index,))
     lengths = tuple(segment.length for segment in forest.segments)
     if device is None or capability is None:
-        return ForestLayout(lengths, tuple(paths))
+        device = device or torch.device("cpu")
+        on_cpu = cascade(lengths, paths, device) if device.type in ("cpu", "meta") else None
+        return ForestLayout(lengths, tuple(paths), cascade=on_cpu)
     # a forecast of memory, on the meta device, takes what needs no compiler
     tree = Tree(lengths, tuple(paths), device) if device.type == "cuda" and has_flex() else None
     return ForestLayout(lengths, tuple(paths), ragged(lengths, paths, device, capability), tree)
@@ -112,6 +116,9 @@ def forest_attention(
             return ragged_attention(
                 query, key, value, forest.ragged, scaling=scaling, sliding_window=sliding_window
             ), None
+    plain = softcap is None and s_aux is None
+    if plain and forest.cascade is not None and takes(forest.cascade, query, value, dropout, sliding_window):
+        return cascade_attention(query, key, value, forest.cascade, scaling), None
     # split, not slices: the gradient of a split is one concatenation
     queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
     outputs = []

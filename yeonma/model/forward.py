@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from yeonma.model.attention import layout
+from yeonma.model.attention import ForestLayout, layout
 from yeonma.model.linear import float32_product, product
 from yeonma.model.ragged import Capability
 from yeonma.model.shard import gathered, is_sharded, own_class, within
@@ -90,10 +90,16 @@ def example_logprobs(
 
 
 def trained_logprobs(
-    model: Any, forest: Forest, head: Head | None, capability: Capability | None = None, **keywords: Any
+    model: Any,
+    forest: Forest,
+    head: Head | None,
+    capability: Capability | None = None,
+    laid: ForestLayout | None = None,
+    **keywords: Any,
 ) -> torch.Tensor:
     """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
 
+    `laid`: the forest for attention, where it is not to be made for the model's device.
     With a plain `head` no more than a chunk of logits is ever held. Without, the model's own head runs at the
     source positions (`logits_to_keep`), and U x V logits are held.
     """
@@ -101,7 +107,7 @@ def trained_logprobs(
     batch = {
         "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
         "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
-        "forest": layout(forest, device, capability),
+        "forest": laid or layout(forest, device, capability),
         "use_cache": False,
         **keywords,
     }

@@ -53,6 +53,7 @@ class Blueprint:
     """What of the weights a process holds whole at a time where they are sharded."""
     capability: Capability | None = None
     """Of the CUDA device that will compute attention in one call."""
+    on_cpu: bool = True
 
 
 def blueprint(
@@ -104,6 +105,7 @@ def blueprint(
         trained_bytes=sum(each.untyped_storage().nbytes() for each in trained),
         gathered_bytes=gathered_bytes(base),
         capability=capability_of(device, dtype),
+        on_cpu=device.type == "cpu",
     )
 
 
@@ -151,13 +153,15 @@ def trace(drawn: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
     trained = [each for each in model.parameters() if each.requires_grad]
     for each in trained:
         each.grad = torch.zeros_like(each) if has_gradients else None
-    laid = layout(forest, model.device, drawn.capability).ragged
-    record = _Record(model.get_output_embeddings().weight.shape[0], laid.pairs if laid else 0)
+    laid = layout(forest, model.device, drawn.capability)
+    if not drawn.on_cpu:
+        laid = replace(laid, cascade=None)
+    record = _Record(model.get_output_embeddings().weight.shape[0], laid.ragged.pairs if laid.ragged else 0)
     record.hold([*model.parameters(), *model.buffers()], counted=False)
     record.hold([each.grad for each in trained if each.grad is not None])
     try:
         with record:
-            loss = trained_logprobs(model, forest, drawn.head, drawn.capability).sum()
+            loss = trained_logprobs(model, forest, drawn.head, drawn.capability, laid).sum()
             forward, forward_shapes = len(record.events), len(record.shapes)
             loss.backward()
     except (RuntimeError, NotImplementedError) as error:
@@ -250,10 +254,11 @@ class _Record(TorchDispatchMode):
             self.flops += 2 * a.numel() * b.shape[-1]
         if func in (aten.mm.default, aten.addmm.default):
             self.shapes.add((*a.shape, *b.shape, a.stride(-1) == 1, b.stride(-1) == 1))
-        if func in _ATTENTION:  # of equal lengths, half the pairs are seen
-            at, products = _ATTENTION[func]
+        if func in _ATTENTION:
+            at, products, causal = _ATTENTION[func]
             q, k = args[at], args[at + 1]
-            pairs = q.shape[2] * (k.shape[2] - q.shape[2] / 2)
+            masked = (kwargs or {}).get("attn_mask") is not None or args[causal : causal + 1] == (True,)
+            pairs = q.shape[2] * (k.shape[2] - q.shape[2] / 2 * masked)  # of equal lengths, half are seen
             self.flops += int(2 * products * q.shape[1] * q.shape[3] * pairs)
         if str(func) in _ONE_CALL:
             at, products = _ONE_CALL[str(func)]
@@ -269,9 +274,9 @@ _FACTORS = {
     aten.addmm_.default: (1, 2),
     aten.baddbmm.default: (1, 2),
 }
-_ATTENTION = {  # where the query stands, and how many products there are
-    aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5),
+_ATTENTION = {  # where the query stands, how many products there are, and where it says whether they are causal
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2, 4),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5, 7),
 }
 _ONE_CALL = {  # of a whole forest, (T, heads, D)
     "torch_attn._varlen_attn.default": (0, 2),

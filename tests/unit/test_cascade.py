@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.test_attention import WIDTH, dense
 from yeonma.model.attention import ForestLayout, forest_attention, layout, reference_mask
 from yeonma.model.cascade import CHUNK, Cascade, cascade, cascade_attention, takes
 from yeonma.tokens.forest import Forest, lay_out
 
 CPU = torch.device("cpu")
-WIDTH = 8
 
 
 def branching(seed: int, examples: int, longest: int) -> Forest:
@@ -37,16 +37,6 @@ def states(
     return [*laid_as_models_do, upstream.to(dtype)]
 
 
-def masked(
-    laid: Forest, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """By one softmax over the whole flat sequence."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~reference_mask(laid), -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
-
-
 def made_of(laid: Forest, chunk: int = CHUNK) -> Cascade:
     found = layout(laid)
     made = cascade(found.lengths, found.paths, CPU, chunk)
@@ -68,7 +58,7 @@ def test_values_and_gradients_are_those_of_one_masked_softmax(
 ) -> None:
     *inputs, upstream = states(laid, heads, key_heads)
     ours = cascade_attention(*inputs, made_of(laid, chunk), 0.4)
-    theirs = masked(laid, *inputs, 0.4)
+    theirs = dense(laid, *inputs, scaling=0.4)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     pairs = (torch.autograd.grad((each * upstream).sum(), inputs) for each in (ours, theirs))
     for mine, wanted in zip(*pairs, strict=True):
@@ -112,7 +102,7 @@ def test_the_model_attends_by_it_and_keeps_nothing_twice() -> None:
         output, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=layout(laid))
     tokens = len(laid.token_ids_T)
     assert sum(kept.values()) == 4 * tokens * (WIDTH * (6 + 2 + 2 + 6) + 6)
-    torch.testing.assert_close(output, masked(laid, *inputs, WIDTH**-0.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output, dense(laid, *inputs), rtol=0, atol=1e-5)
 
 
 def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
@@ -120,7 +110,7 @@ def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
     *inputs, _ = states(laid, 6, 2)
     strided = [torch.stack([each, each], -1)[..., 0].detach().requires_grad_() for each in inputs]
     assert strided[0].stride(-1) == 2
-    outputs = cascade_attention(*strided, made_of(laid), None), masked(laid, *inputs, WIDTH**-0.5)
+    outputs = cascade_attention(*strided, made_of(laid), None), dense(laid, *inputs)
     found = torch.autograd.grad(outputs[0].sum(), strided), torch.autograd.grad(outputs[1].sum(), inputs)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)

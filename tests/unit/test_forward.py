@@ -116,9 +116,9 @@ def test_the_logits_of_a_forest_are_those_of_each_sequence_alone(family: str) ->
         mine = forest.answer_N == example
         trained = np.flatnonzero(small_forest()[1][example].numpy()[1:])
         sources = torch.from_numpy(forest.source_U[forest.pair_N[mine]])
-        # of the largest logit: in float32 a sequence alone is no nearer to the true numbers
-        within = 1e-5 * max(1.0, float(logits.abs().max()))
-        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], rtol=0, atol=within)
+        # granite's logits reach 10, and those of a sequence alone are 1.7e-5 from what they are in float64
+        within = {**EXACT, "atol": 2e-5} if family == "granite" else EXACT
+        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], **within)
 
 
 @pytest.mark.parametrize("head", ["plain", "own"])

@@ -99,7 +99,7 @@ class _Cascade(torch.autograd.Function):
         for segment in laid.segments:
             for rows in segment.chunks:
                 seen = slice(segment.own.start, rows.stop)
-                mask = _mask(laid, rows, seen)
+                mask = _mask(laid, segment.own, rows)
                 part = _forward(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale)
                 output[:, :, rows], log_sums[:, :, rows] = part
         for segment in laid.segments:
@@ -135,10 +135,10 @@ class _Cascade(torch.autograd.Function):
             # the kernel shares out key heads over the threads; repeated, there are enough of them
             keys, values = (each[:, :, own].repeat_interleave(groups, 1) for each in (k, v))
             *chunks, last = segment.chunks
-            to_q[:, :, last], to_keys, to_values = part(last, keys, values, _mask(laid, last, own))
+            to_q[:, :, last], to_keys, to_values = part(last, keys, values, _mask(laid, own, last))
             for rows in chunks:
                 count = rows.stop - own.start
-                mask = _mask(laid, rows, slice(own.start, rows.stop))
+                mask = _mask(laid, own, rows)
                 to_q[:, :, rows], more_k, more_v = part(rows, keys[:, :, :count], values[:, :, :count], mask)
                 to_keys[:, :, :count] += more_k
                 to_values[:, :, :count] += more_v
@@ -153,10 +153,10 @@ class _Cascade(torch.autograd.Function):
         return to_q, to_k, to_v, None, None
 
 
-def _mask(laid: Cascade, rows: slice, seen: slice) -> torch.Tensor:
+def _mask(laid: Cascade, own: slice, rows: slice) -> torch.Tensor:
     """Of a chunk's queries, which are the last of the keys that they see."""
     queries, keys = laid.mask.shape
-    return laid.mask[queries - (rows.stop - rows.start) :, keys - (seen.stop - seen.start) :]
+    return laid.mask[queries - (rows.stop - rows.start) :, keys - (rows.stop - own.start) :]
 
 
 def _rows_laid(states: torch.Tensor) -> torch.Tensor:

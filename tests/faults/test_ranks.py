@@ -14,6 +14,7 @@ from time import monotonic
 import pytest
 
 from tests.faults.kills import ROOT, left_behind, prepare
+from tests.faults.zygote import Zygote
 from yeonma.train import heartbeat
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
@@ -64,11 +65,12 @@ def _children(pid: int) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def whole(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def whole(
+    zygotes: Zygote, commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
     place = tmp_path_factory.mktemp("whole")
-    untouched = start(["-m", "yeonma", *commands["sft"], *LONG, "--nproc", "2"], place)
-    out = untouched.communicate()[0]
-    assert untouched.returncode == 0, out
+    status = zygotes.run_together([*commands["sft"], *LONG, "--nproc", "2"], place)
+    assert status == 0, (place / "log.txt").read_text()
     return left_behind(place / "out", checkpoints=False)
 
 

@@ -7,27 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.kills import ROOT, in_save, left_behind, prepare
-from tests.faults.zygote import Zygote, zygote
+from tests.faults.zygote import Zygote
 from tests.runs import sft
 from yeonma.train.stop import seconds_of
 
 COMMANDS = "sft", "dpo"
-
-
-@pytest.fixture(scope="module")
-def zygotes() -> Iterator[Zygote]:
-    child = zygote()
-    yield Zygote(child)
-    assert child.stdin is not None
-    child.stdin.close()
-    assert child.wait() == 0
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +145,9 @@ def test_what_is_no_time_is_told_before_anything_else(tmp_path: Path, text: str)
     assert not done.folder.exists()
 
 
-def test_two_processes_stop_after_the_same_step(commands: dict[str, list[str]], tmp_path: Path) -> None:
+def test_two_processes_stop_after_the_same_step(
+    zygotes: Zygote, commands: dict[str, list[str]], tmp_path: Path
+) -> None:
     """The signal goes to the process that was started, as a job queue sends it; it passes it on."""
     words = [*commands["sft"], "--nproc", "2", "--num_epochs", "12", "--early_stopping_patience", "50"]
     environment = {**os.environ, "YEONMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -177,9 +169,9 @@ def test_two_processes_stop_after_the_same_step(commands: dict[str, list[str]], 
     assert stopped.wait() == 143, "".join(lines)
     assert sum("stopped by SIGTERM after step" in line for line in lines) == 1
     assert not any("Traceback" in line for line in lines)
-    again, untouched = start(tmp_path / "stopped"), start(tmp_path / "untouched")
+    again = start(tmp_path / "stopped")
+    assert zygotes.run_together(words, tmp_path / "untouched") == 0
     assert "continuing after step" in again.communicate()[0]
-    assert untouched.communicate()[0]
-    assert again.returncode == untouched.returncode == 0
+    assert again.returncode == 0
     found = left_behind(tmp_path / "stopped" / "out", checkpoints=False)
     assert found == left_behind(tmp_path / "untouched" / "out", checkpoints=False)

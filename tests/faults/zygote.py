@@ -1,9 +1,10 @@
 """`python -m tests.faults.zygote`: forks runs of the command line from a process that has imported the libraries.
 
 Requests come as JSON lines on its standard input, and each has an answer on its standard output: `{"words": [...],
-"place": folder, "cache": folder, "sends": ...}` starts a run and gives its process id; `{"wait": id}` gives its exit
-status. `sends` is `["module:function", n, ["SIGTERM", ...]]`: the run signals itself at the n-th call of a function.
-In the place of a signal, `HOUR` lets an hour pass.
+"place": folder, "cache": folder, "sends": ..., "variables": {...}}` starts a run and gives its process id; `{"wait":
+[id, ...]}` gives the first exit status that is not 0, after which it kills the others. `sends` is `["module:function",
+n, ["SIGTERM", ...]]`: the run signals itself at the n-th call of a function. In the place of a signal, `HOUR` lets an
+hour pass.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.kills import ROOT, Process, forked, warm
+from torch.distributed import TCPStore
+
+from tests.faults.kills import ROOT, forked, warm
+from tests.runs import Done, arguments
 
 
 def let_an_hour_pass() -> None:
@@ -52,21 +57,32 @@ def send_at(place: str, call: int, signals: Sequence[str]) -> None:
 
 def main() -> None:
     warm()
-    runs: dict[int, Process] = {}
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
-            answer = runs.pop(request["wait"]).wait(True)
-        else:
-            sends = request["sends"]
-            process = forked(
-                request["words"],
-                Path(request["place"]),
-                Path(request["cache"]),
-                before=lambda sends=sends: send_at(*sends) if sends else None,  # type: ignore[misc]
-            )
-            runs[process.pid], answer = process, process.pid
+        answer = ended(request["wait"]) if "wait" in request else begun(request)
         print(json.dumps(answer), flush=True)
+
+
+def begun(request: Mapping[str, Any]) -> int:
+    def before() -> None:
+        os.environ.update(request["variables"])
+        if request["sends"]:
+            send_at(*request["sends"])
+
+    return forked(request["words"], Path(request["place"]), Path(request["cache"]), before).pid
+
+
+def ended(runs: Sequence[int]) -> int:
+    """A process waits for those that it is to meet: when one has failed, the others are not waited for."""
+    left, failed = set(runs), 0
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        if status and not failed:
+            failed = os.waitstatus_to_exitcode(status)
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return failed
 
 
 @dataclass(frozen=True)
@@ -82,21 +98,49 @@ class Zygote:
         self.child.stdin.flush()
         return int(json.loads(self.child.stdout.readline()))
 
+    def start(self, words: Sequence[str], place: Path, sends: object = None, **variables: str) -> int:
+        cache = str(place / "cache")
+        return self.ask(words=list(words), place=str(place), cache=cache, sends=sends, variables=variables)
+
     def run(self, words: Sequence[str], place: Path, sends: tuple[str, int, list[str]] | None = None) -> int:
         """The exit status of a whole run in the folder `place`; what it printed is added to log.txt there."""
         place.mkdir(exist_ok=True)
-        pid = self.ask(words=list(words), place=str(place), cache=str(place / "cache"), sends=sends)
-        return self.ask(wait=pid)
+        return self.ask(wait=[self.start(words, place, sends)])
+
+    def run_together(self, words: Sequence[str], place: Path, count: int = 2) -> int:
+        """The same in processes that meet as those of torchrun do, whose store is its own."""
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+        meeting["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        place.mkdir(exist_ok=True)
+        ranks = [self.start(words, place, RANK=str(i), LOCAL_RANK=str(i), **meeting) for i in range(count)]
+        return self.ask(wait=ranks)
 
 
-def zygote() -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def together(zygotes: Zygote, verb: str, settings: Mapping[str, object]) -> Done:
+    """A run of two processes, with these settings alone. What both print is in `out`, of a run that fails in `err`."""
+    output = Path(str(settings["output_dir"]))
+    place = output.with_name(f"{output.name}-processes")
+    log = place / "log.txt"
+    log.unlink(missing_ok=True)
+    status = zygotes.run_together([verb, *arguments(settings)], place)
+    return Done(status, output, log.read_text(), log.read_text() if status else "")
+
+
+@contextmanager
+def zygote() -> Iterator[Zygote]:
+    """For as long as it is used. Its end is checked."""
+    child = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.zygote"],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    yield Zygote(child)
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait() == 0
 
 
 if __name__ == "__main__":

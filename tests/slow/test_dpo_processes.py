@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.faults.zygote import Zygote, together
 from tests.pairs import PLAIN, pairs, tuned
 from tests.runs import Done, arguments, model_folder, write_jsonl
 
@@ -24,10 +26,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("models") / "llama")
 
 
+def wanted(output: Path, base: Path, data: Path, settings: Mapping[str, object]) -> dict[str, object]:
+    return {"base_model": base, "data_path": data, "output_dir": output, **PLAIN, **settings}
+
+
 def started(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
-    wanted = {"base_model": base, "data_path": data, "output_dir": output, **PLAIN, **settings}
-    done = subprocess.run([*command, *arguments(wanted)], cwd=ROOT, capture_output=True, text=True)
+    words = arguments(wanted(output, base, data, settings))
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
     return Done(done.returncode, output, done.stdout, done.stderr)
+
+
+def forked(zygotes: Zygote, output: Path, base: Path, data: Path, **settings: object) -> Done:
+    return together(zygotes, "dpo", wanted(output, base, data, settings))
 
 
 def assert_same_run(several: Done, one: Done) -> None:
@@ -43,7 +53,9 @@ def assert_same_run(several: Done, one: Done) -> None:
 
 
 @pytest.mark.parametrize("command", ["torchrun", "nproc"])
-def test_two_processes_give_the_losses_and_rewards_of_one(tmp_path: Path, base: Path, command: str) -> None:
+def test_two_processes_give_the_losses_and_rewards_of_one(
+    zygotes: Zygote, tmp_path: Path, base: Path, command: str
+) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", pairs(17))
     settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "eval_steps": 2, "num_epochs": 2}
     one = tuned(tmp_path / "one", base, data, **settings, cache_dir=tmp_path / "a")
@@ -54,16 +66,18 @@ def test_two_processes_give_the_losses_and_rewards_of_one(tmp_path: Path, base: 
     two = started(words, tmp_path / "two", base, data, **settings, **more, cache_dir=tmp_path / "b")
     assert_same_run(two, one)
     assert two.out.count("reference: 8 of 8 computed") == 1  # not the first 5, nor the 4 held out
-    again = started(words, tmp_path / "again", base, data, **settings, **more, cache_dir=tmp_path / "b")
+    again = forked(zygotes, tmp_path / "again", base, data, **settings, cache_dir=tmp_path / "b")
     assert "reference: " not in again.out  # both processes know what the first of them has read
     assert again.losses == two.losses
 
 
-def test_two_processes_that_lost_the_cache_get_the_same_reference_again(tmp_path: Path, base: Path) -> None:
+def test_two_processes_that_lost_the_cache_get_the_same_reference_again(
+    zygotes: Zygote, tmp_path: Path, base: Path
+) -> None:
     data, cache, out = write_jsonl(tmp_path / "rows.jsonl", pairs(17)), tmp_path / "cache", tmp_path / "out"
     settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "save_steps": 1, "lora_dropout": 0.1}
-    whole = started([*TORCHRUN, "dpo-trainer.py"], out, base, data, **settings, cache_dir=cache)
-    assert (whole.status, whole.err) == (0, "")
+    whole = forked(zygotes, out, base, data, **settings, cache_dir=cache)
+    assert whole.status == 0, whole.err
     (file,) = cache.glob("*.reference")
     weights, values = whole.weight_bytes, file.read_bytes()
     state = json.loads(
@@ -75,13 +89,13 @@ def test_two_processes_that_lost_the_cache_get_the_same_reference_again(tmp_path
         shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
     (out / "adapter_model.safetensors").unlink()
     file.unlink()
-    again = started([*TORCHRUN, "dpo-trainer.py"], out, base, data, **settings, cache_dir=cache)
+    again = forked(zygotes, out, base, data, **settings, cache_dir=cache)
     assert "continuing after step 1 of 3" in again.out
     assert file.read_bytes() == values
     assert again.weight_bytes == weights
 
 
-def test_kto_in_two_processes_measures_the_whole_step(tmp_path: Path, base: Path) -> None:
+def test_kto_in_two_processes_measures_the_whole_step(zygotes: Zygote, tmp_path: Path, base: Path) -> None:
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
         for i, row in enumerate(pairs(11))
@@ -89,6 +103,6 @@ def test_kto_in_two_processes_measures_the_whole_step(tmp_path: Path, base: Path
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings: dict[str, object] = {"loss": "kto", "batch_size": 5, "num_epochs": 3, "beta": 0.5}
     one = tuned(tmp_path / "one", base, data, **settings)
-    two = started([*TORCHRUN, "dpo-trainer.py"], tmp_path / "two", base, data, **settings)
+    two = forked(zygotes, tmp_path / "two", base, data, **settings)
     assert_same_run(two, one)
     assert any(step["reference_point"] > 0 for step in one.steps)

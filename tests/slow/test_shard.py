@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.faults.zygote import Zygote, together
 from tests.pairs import PLAIN, dpo, pairs
-from tests.runs import SETTINGS, Done, arguments, articles, characters, model_folder, sft, write_jsonl
+from tests.runs import SETTINGS, Done, articles, characters, model_folder, sft, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -22,11 +23,9 @@ UNEVEN: dict[str, object] = {"batch_size": 5, "micro_batch_size": 1, "val_set_si
 pytestmark = pytest.mark.slow
 
 
-def sharded(verb: str, output: Path, base: Path, data: Path, **settings: object) -> Done:
+def sharded(zygotes: Zygote, verb: str, output: Path, base: Path, data: Path, **settings: object) -> Done:
     wanted = {"base_model": base, "data_path": data, "output_dir": output, **VERBS[verb][1], **settings}
-    words = arguments({**wanted, "shard": True})
-    done = subprocess.run([*TORCHRUN, f"{verb}-trainer.py", *words], cwd=ROOT, capture_output=True, text=True)
-    return Done(done.returncode, output, done.stdout, done.stderr)
+    return together(zygotes, verb, {**wanted, "shard": True})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def sharded(verb: str, output: Path, base: Path, data: Path, **settings: object)
     ],
 )
 def test_a_sharded_run_has_the_losses_of_a_whole_one(
-    tmp_path: Path, verb: str, family: str, settings: dict[str, object]
+    zygotes: Zygote, tmp_path: Path, verb: str, family: str, settings: dict[str, object]
 ) -> None:
     base = model_folder(tmp_path / "model", family)
     in_one_process, _, rows = VERBS[verb]
@@ -63,7 +62,7 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one(
     settings = {**UNEVEN, **settings}
     one = in_one_process(tmp_path / "one", base, data, **settings, cache_dir=tmp_path / "a")
     assert one.status == 0, one.err
-    two = sharded(verb, tmp_path / "two", base, data, **settings, cache_dir=tmp_path / "b")
+    two = sharded(zygotes, verb, tmp_path / "two", base, data, **settings, cache_dir=tmp_path / "b")
     assert two.status == 0, two.err
     assert [line["loss"] for line in two.lines] == pytest.approx(
         [line["loss"] for line in one.lines], abs=1e-5
@@ -72,11 +71,11 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one(
         assert float((weight - one.weights[name]).abs().max()) < 1e-4, name
 
 
-def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(zygotes: Zygote, tmp_path: Path) -> None:
     base = model_folder(tmp_path / "model")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(13))
     settings: dict[str, object] = {**UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2}
-    whole = sharded("sft", tmp_path / "whole", base, data, **settings)
+    whole = sharded(zygotes, "sft", tmp_path / "whole", base, data, **settings)
     assert whole.status == 0, whole.err
     part = tmp_path / "part"
     shutil.copytree(whole.folder, part)
@@ -86,7 +85,7 @@ def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(tmp_path: Path) -> N
     run = json.loads((part / "run.json").read_text())
     (part / "run.json").write_text(json.dumps({**run, "finished": False}))
     (part / "adapter_model.safetensors").unlink()
-    again = sharded("sft", part, base, data, **settings)
+    again = sharded(zygotes, "sft", part, base, data, **settings)
     assert again.status == 0, again.err
     assert "continuing after step 2 of" in again.out
     assert again.weight_bytes == whole.weight_bytes

@@ -22,7 +22,14 @@ class Folders:
     adapter: Path
 
 
-def tiny_base(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, layers: int = 2) -> Path:
+def tiny_base(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    positions: int = 4096,
+) -> Path:
     """A whole model on disk: a llama with random weights, as many tokens as the tokenizer has."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -32,7 +39,7 @@ def tiny_base(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=4096,
+        max_position_embeddings=positions,
         initializer_range=0.3,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

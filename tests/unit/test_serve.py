@@ -15,7 +15,9 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from openai import OpenAI
+from transformers import LlamaForCausalLM
 
 from tests.adapters import adapter_on, tiny_base
 from tests.runs import WORDS, characters, command
@@ -364,13 +366,15 @@ def test_only_who_has_the_key_is_answered(place: Place, tmp_path: Path) -> None:
             assert text_of(say(client, DOCUMENTS[0], max_tokens=TOKENS)) == ask(load(place.one), DOCUMENTS[0])
 
 
-def test_ctrl_c_ends_answers_with_a_word_and_the_server_in_order(place: Place, tmp_path: Path) -> None:
-    errors, folder = tmp_path / "errors", adapter_on(place.base, tmp_path / "endless", TEMPLATE, seed=2)
-    loaded = load(folder)
-    # one that goes round in circles, and does not end by itself
-    endless = next(word for word in WORDS if len(loaded.complete(word, max_new_tokens=300)) > 250)
-    with serving(errors, folder, "--max_new_tokens_limit", "4000") as server, server.client() as client:
-        parts = client.completions.create(model="endless", prompt=endless, max_tokens=4000, stream=True)
+def test_ctrl_c_ends_answers_with_a_word_and_the_server_in_order(tmp_path: Path) -> None:
+    base, most = tiny_base(tmp_path / "base", characters(), positions=1_000_000), 900_000
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0.0  # some other token's logit is always above 0
+    model.save_pretrained(base)
+    errors, folder = tmp_path / "errors", adapter_on(base, tmp_path / "endless", TEMPLATE)
+    with serving(errors, folder, "--max_new_tokens_limit", str(most)) as server, server.client() as client:
+        parts = client.completions.create(model="endless", prompt="storm", max_tokens=most, stream=True)
         next(iter(parts))
         server.process.send_signal(signal.SIGINT)
         with pytest.raises(openai.APIError, match="the server is stopping"):

@@ -80,6 +80,7 @@ def whole(
     ids=["second killed", "first killed", "second stopped"],
 )
 def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
+    zygotes: Zygote,
     commands: dict[str, list[str]],
     whole: dict[str, object],
     tmp_path: Path,
@@ -102,16 +103,16 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     if (rank, how) != (1, signal.SIGKILL):
         return
     shutil.copytree(tmp_path / "out", tmp_path / "alone" / "out")
-    alone = start(["-m", "yeonma", *commands["sft"], *LONG], tmp_path / "alone")
-    out = alone.communicate()[0]
-    assert alone.returncode == 0, out
+    status = zygotes.run([*commands["sft"], *LONG], tmp_path / "alone")
+    out = (tmp_path / "alone" / "log.txt").read_text()
+    assert status == 0, out
     assert "processes was 2 and is now 1" in out
     assert "the result equals the uninterrupted run's only to rounding; dropout draws other numbers" in out
     rows = (tmp_path / "alone" / "out" / "trained_rows.jsonl").read_bytes()
     assert rows == whole["trained_rows.jsonl"]
-    again = start(words, tmp_path)
-    out = again.communicate()[0]
-    assert again.returncode == 0, out
+    status = zygotes.run_together([*commands["sft"], *LONG, "--nproc", "2"], tmp_path)
+    out = (tmp_path / "log.txt").read_text()
+    assert status == 0, out
     assert "continuing after step 5" in out
     assert left_behind(tmp_path / "out", checkpoints=False) == whole
 

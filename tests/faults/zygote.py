@@ -27,6 +27,9 @@ from torch.distributed import TCPStore
 from tests.faults.kills import ROOT, forked, warm
 from tests.runs import Done, arguments
 
+Sends = tuple[str, int, list[str]]
+"""A function, one of its calls, and the signals that the run sends itself then."""
+
 
 def let_an_hour_pass() -> None:
     """By the clock that the time limit looks at."""
@@ -98,11 +101,11 @@ class Zygote:
         self.child.stdin.flush()
         return int(json.loads(self.child.stdout.readline()))
 
-    def start(self, words: Sequence[str], place: Path, sends: object = None, **variables: str) -> int:
+    def start(self, words: Sequence[str], place: Path, sends: Sends | None = None, **variables: str) -> int:
         cache = str(place / "cache")
         return self.ask(words=list(words), place=str(place), cache=cache, sends=sends, variables=variables)
 
-    def run(self, words: Sequence[str], place: Path, sends: tuple[str, int, list[str]] | None = None) -> int:
+    def run(self, words: Sequence[str], place: Path, sends: Sends | None = None) -> int:
         """The exit status of a whole run in the folder `place`; what it printed is added to log.txt there."""
         place.mkdir(exist_ok=True)
         return self.ask(wait=[self.start(words, place, sends)])

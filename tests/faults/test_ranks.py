@@ -88,8 +88,8 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     how: signal.Signals,
     says: str,
 ) -> None:
-    words = ["-m", "yeonma", *commands["sft"], *LONG, "--nproc", "2"]
-    run = start(words, tmp_path, YEONMA_SILENCE_SECONDS="4")
+    words = [*commands["sft"], *LONG, "--nproc", "2"]
+    run = start(["-m", "yeonma", *words], tmp_path, YEONMA_SILENCE_SECONDS="4")
     lines = lines_until(run, "step 7/")
     os.kill(process_of(rank, run), how)
     began = monotonic()
@@ -110,7 +110,7 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     assert "the result equals the uninterrupted run's only to rounding; dropout draws other numbers" in out
     rows = (tmp_path / "alone" / "out" / "trained_rows.jsonl").read_bytes()
     assert rows == whole["trained_rows.jsonl"]
-    status = zygotes.run_together([*commands["sft"], *LONG, "--nproc", "2"], tmp_path)
+    status = zygotes.run_together(words, tmp_path)
     out = (tmp_path / "log.txt").read_text()
     assert status == 0, out
     assert "continuing after step 5" in out

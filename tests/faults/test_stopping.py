@@ -168,6 +168,7 @@ def test_two_processes_stop_after_the_same_step(
     assert sum("stopped by SIGTERM after step" in line for line in lines) == 1
     assert not any("Traceback" in line for line in lines)
     assert zygotes.run_together(words, tmp_path / "untouched") == 0
+    assert (tmp_path / "untouched" / "log.txt").read_text()
     assert zygotes.run_together(words, place) == 0
     assert "continuing after step" in (place / "log.txt").read_text()
     found = left_behind(place / "out", checkpoints=False)

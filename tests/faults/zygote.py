@@ -69,6 +69,8 @@ def main() -> None:
 def begun(request: Mapping[str, Any]) -> int:
     def before() -> None:
         os.environ.update(request["variables"])
+        if request["errors"]:
+            os.dup2(os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
         if request["sends"]:
             send_at(*request["sends"])
 
@@ -101,33 +103,50 @@ class Zygote:
         self.child.stdin.flush()
         return int(json.loads(self.child.stdout.readline()))
 
-    def start(self, words: Sequence[str], place: Path, sends: Sends | None = None, **variables: str) -> int:
-        cache = str(place / "cache")
-        return self.ask(words=list(words), place=str(place), cache=cache, sends=sends, variables=variables)
+    def start(
+        self,
+        words: Sequence[str],
+        place: Path,
+        sends: Sends | None = None,
+        errors: Path | None = None,
+        **variables: str,
+    ) -> int:
+        return self.ask(
+            words=list(words),
+            place=str(place),
+            cache=str(place / "cache"),
+            sends=sends,
+            errors=errors and str(errors),
+            variables=variables,
+        )
 
     def run(self, words: Sequence[str], place: Path, sends: Sends | None = None) -> int:
         """The exit status of a whole run in the folder `place`; what it printed is added to log.txt there."""
         place.mkdir(exist_ok=True)
         return self.ask(wait=[self.start(words, place, sends)])
 
-    def run_together(self, words: Sequence[str], place: Path, count: int = 2) -> int:
-        """The same in processes that meet as those of torchrun do, whose store is its own."""
+    def run_together(self, words: Sequence[str], place: Path, errors: Path | None = None) -> int:
+        """The same in two processes, which meet as those of torchrun do, whose store is its own. `errors`: a file for
+        their standard error, which is in log.txt too otherwise."""
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
         meeting["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         place.mkdir(exist_ok=True)
-        ranks = [self.start(words, place, RANK=str(i), LOCAL_RANK=str(i), **meeting) for i in range(count)]
+        ranks = [
+            self.start(words, place, errors=errors, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"
+        ]
         return self.ask(wait=ranks)
 
 
 def together(zygotes: Zygote, verb: str, settings: Mapping[str, object]) -> Done:
-    """A run of two processes, with these settings alone. What both print is in `out`, of a run that fails in `err`."""
+    """A run of two processes, with these settings alone, and what both print."""
     output = Path(str(settings["output_dir"]))
     place = output.with_name(f"{output.name}-processes")
-    log = place / "log.txt"
-    log.unlink(missing_ok=True)
-    status = zygotes.run_together([verb, *arguments(settings)], place)
-    return Done(status, output, log.read_text(), log.read_text() if status else "")
+    out, err = place / "log.txt", place / "errors.txt"
+    for file in (out, err):
+        file.unlink(missing_ok=True)
+    status = zygotes.run_together([verb, *arguments(settings)], place, err)
+    return Done(status, output, out.read_text(), err.read_text())
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
     The token ids are taken from the cache; the reference's log-probabilities of earlier runs are not.
     """
     from yeonma.cli import main
-    from yeonma.train import setup
+    from yeonma.train import build as setup
 
     for kept in (folder / "cache").glob("*.reference"):
         kept.unlink()

@@ -116,9 +116,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def tokenised(path: Path, folder: Path, tokenizer: Any) -> Any:
-    from yeonma.settings import DataSettings, TokenSettings
-    from yeonma.text.kinds import PAIRS
-    from yeonma.tokens.dataset import prepare_dataset
+    from yeonma.config.settings import DataSettings, TokenSettings
+    from yeonma.data.task import PAIRS
+    from yeonma.tokenization.dataset import prepare_dataset
 
     data = DataSettings(data_path=str(path))
     tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))
@@ -134,7 +134,7 @@ def lengths_of(store: Any, unit: int) -> Lengths:
 
 def write_pairs(name: str, rows: Sequence[Row], folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Write some pairs and their token ids; returns what describes them."""
-    from yeonma.tokens.plan import make_plan
+    from yeonma.batch.plan import make_plan
 
     part = tokenised(write_rows(folder / f"{name}.jsonl", rows), folder, tokenizer)
     store, units = part.store, part.units

@@ -38,7 +38,7 @@ def measure(contender: Contender, job: Job) -> Measured:
         import unsloth  # noqa: F401  It replaces parts of transformers, TRL and PEFT, so it goes before them.
     import torch
 
-    from yeonma.before.rate import measure_rate
+    from yeonma.inspect.probe import measure_rate
 
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     before = measure_rate(device, dtype).flops_per_second
@@ -64,7 +64,7 @@ def trainer_of(contender: Contender) -> Callable[[Contender, Job], Measured]:
 def ours(contender: Contender, job: Job) -> Measured:
     """`yeonma sft` or `dpo` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl."""
     from yeonma.cli import main
-    from yeonma.train import setup
+    from yeonma.train import build as setup
 
     for kept in (job.folder / "cache").glob("*.reference"):
         kept.unlink()

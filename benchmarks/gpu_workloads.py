@@ -74,7 +74,7 @@ def rows_of(work: Workload, count: int, words: int) -> list[dict[str, str]]:
 
 def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int) -> dict[str, Any]:
     """Write a workload's rows (`NAME.jsonl`), and their token ids in the order of training (`NAME.json`)."""
-    from yeonma.tokens.plan import make_plan
+    from yeonma.batch.plan import make_plan
 
     rows = rows_of(work, work.batch * steps, tokenizer.vocab_size - 1)
     path = folder / f"{name}.jsonl"
@@ -108,8 +108,8 @@ def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int
 
 
 def _answers(path: Path, folder: Path, tokenizer: Any) -> Any:
-    from yeonma.settings import DataSettings, TokenSettings
-    from yeonma.tokens.dataset import prepare_dataset
+    from yeonma.config.settings import DataSettings, TokenSettings
+    from yeonma.tokenization.dataset import prepare_dataset
 
     data = DataSettings(data_path=str(path))
     tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))

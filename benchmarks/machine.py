@@ -80,7 +80,7 @@ def matrix_rate() -> float:
 
 def frozen_rate() -> float:
     """The same of the routine that Yeonma multiplies frozen weights by; on some machines it is another one."""
-    from yeonma.model.linear import product
+    from yeonma.model.kernels.linear import product
 
     return _rate(product)
 

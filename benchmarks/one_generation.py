@@ -23,14 +23,14 @@ def prompts_of(tokenizer: Any, samples: Path, count: int) -> list[list[int]]:
 
 def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
     """As `yeonma compare` asks."""
-    from yeonma.model.check import check_forward
-    from yeonma.model.fuse import fuse
-    from yeonma.model.generate import generate
-    from yeonma.model.lora import speed_up
+    from yeonma.generation.completion import generate
+    from yeonma.model.forest_support import check_forest_support
+    from yeonma.model.kernels.lora import speed_up
+    from yeonma.model.kernels.patch import patch
 
-    assert check_forward(model).forest
+    assert check_forest_support(model).forest
     speed_up(model)
-    fuse(model)
+    patch(model)
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         found: dict[int, list[int]] = {}

@@ -16,12 +16,13 @@ TEMPLATE = "### Article:\n{document}\n\n### Title:\n{title}"
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Open and tokenise the rows, looking at the memory at every quarter of them."""
-    from yeonma.model.load import find_base, load_tokenizer
-    from yeonma.settings import TokenSettings
-    from yeonma.text.rows import open_rows
-    from yeonma.text.template import load_template
-    from yeonma.tokens.cache import build_store
-    from yeonma.tokens.dataset import token_rules
+    from yeonma.config.settings import TokenSettings
+    from yeonma.data.rows import open_rows
+    from yeonma.data.template import load_template
+    from yeonma.model.load import load_tokenizer
+    from yeonma.model.source import find_base
+    from yeonma.tokenization.cache import build_store
+    from yeonma.tokenization.dataset import token_rules
 
     tokenizer = load_tokenizer(find_base(job["model"]))
     folder = Path(job["folder"])

@@ -72,7 +72,8 @@ def question(row: Fields) -> str:
 
 def loaded(folder: str) -> tuple[Any, Any, dict[str, Any]]:
     """A base model in float32 on the CPU, its tokenizer, and what the results say of it."""
-    from yeonma.model.load import find_base, load_base, load_tokenizer, pick_device, pick_dtype
+    from yeonma.model.load import load_base, load_tokenizer, pick_device, pick_dtype
+    from yeonma.model.source import find_base
 
     source, device = find_base(folder), pick_device("cpu")
     model = load_base(source, device, pick_dtype("float32", device))
@@ -114,10 +115,10 @@ def weights_sum(model: Any) -> str:
 
 def tokenise(name: str, work: Workload, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Write a workload's rows, template and examples; returns what describes them."""
-    from yeonma.settings import DataSettings, TokenSettings
-    from yeonma.tokens.dataset import prepare_dataset
-    from yeonma.tokens.forest import lay_out
-    from yeonma.tokens.plan import make_plan
+    from yeonma.batch.forest import lay_out
+    from yeonma.batch.plan import make_plan
+    from yeonma.config.settings import DataSettings, TokenSettings
+    from yeonma.tokenization.dataset import prepare_dataset
 
     rows_file, template_file = folder / f"{name}.jsonl", folder / f"{name}.txt"
     rows_file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in work.rows), "utf-8")

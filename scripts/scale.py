@@ -4,7 +4,7 @@
     python scripts/scale.py                                         the page's tables from scale.json; --check compares
 
 Nothing is measured on a GPU: shapes and operations are traced on PyTorch's meta device by the forecast's own code
-(`yeonma/model/trace.py`), and bandwidths are what vendors say.
+(`yeonma/model/memory_trace.py`), and bandwidths are what vendors say.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def traced() -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig
 
+    from yeonma.batch.forest import lay_out
     from yeonma.model.load import LoraShape
-    from yeonma.model.trace import blueprint, trace
-    from yeonma.tokens.forest import lay_out
+    from yeonma.model.memory_trace import blueprint, trace
 
     found = {}
     for name, shape in SHAPES.items():
@@ -95,7 +95,7 @@ def imbalances(data: Path, tokenizer: str) -> dict[str, Any]:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from yeonma.tokens.plan import shares
+    from yeonma.batch.plan import shares
 
     encode = AutoTokenizer.from_pretrained(tokenizer)
     texts = ["\n\n".join(str(value) for value in row.values()) for row in json.loads(data.read_text("utf-8"))]
@@ -267,7 +267,7 @@ def main() -> int:
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if given.data and given.tokenizer:
-        from yeonma.before.forecast import EFFICIENCY
+        from yeonma.inspect.forecast import EFFICIENCY
 
         kept = {
             "efficiency": EFFICIENCY["cuda"][1],

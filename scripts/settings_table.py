@@ -1,6 +1,6 @@
 """Write the table of settings into README.md and README.ko.md, between the two `settings` comments.
 
-The English texts are the docstrings in yeonma/settings.py and settings_after.py, the Korean ones lie in
+The English texts are the docstrings in yeonma/config/settings.py, the Korean ones lie in
 docs/settings.ko.yaml.
 With --check nothing is written; the exit status is 1 where a table is out of step.
 """
@@ -180,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
 
     sys.path.insert(0, str(ROOT))
-    from yeonma import settings, settings_after
+    from yeonma.config import settings
 
-    groups = groups_of(settings, settings_after)
+    groups = groups_of(settings)
     pages = {"README.md": ENGLISH, "README.ko.md": translated(groups, ROOT / "docs" / "settings.ko.yaml")}
     stale = []
     for name, wording in pages.items():
@@ -194,7 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 (ROOT / name).write_text(fresh, encoding="utf-8")
     for name in stale:
         print(
-            f"{name}: out of step with yeonma/settings.py; run `make docs`" if check else f"{name}: written"
+            f"{name}: out of step with yeonma/config/settings.py; run `make docs`"
+            if check
+            else f"{name}: written"
         )
     return int(check and bool(stale))
 

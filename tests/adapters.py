@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from yeonma.model.adapter import base_identity, describe, write_adapter
-from yeonma.model.load import LoraShape, add_lora, find_base, load_base, load_tokenizer
-from yeonma.text.template import load_template
-from yeonma.tokens.carried import carry
-from yeonma.tokens.example import TokenRules
+from yeonma.adapter.adapter_folder import base_identity, describe, write_adapter
+from yeonma.data.template import load_template
+from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
+from yeonma.model.source import find_base
+from yeonma.tokenization.chat_template_export import export_chat_template
+from yeonma.tokenization.example import TokenRules
 
 
 @dataclass(frozen=True)
@@ -89,5 +90,5 @@ def adapter_on(
     details = describe(
         identity, parsed, columns, rules, tokenizer=own, trust_remote_code=False, trained_on={}
     )
-    write_adapter(folder, peft_model, own, parsed, details, carry(parsed, own))
+    write_adapter(folder, peft_model, own, parsed, details, export_chat_template(parsed, own))
     return folder

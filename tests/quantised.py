@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from yeonma.choices import Quantization
+from yeonma.config.settings import Quantization
 from yeonma.model import load
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from yeonma.data.rows import Rows, open_rows
 from yeonma.errors import UserError
-from yeonma.text.rows import Rows, open_rows
 
 TABLE = [
     {"document": "첫 기사\n둘째 줄", "title": "제목 1"},

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from yeonma.data.template import Template
     from yeonma.errors import UserError
-    from yeonma.model.ask import Loaded
-    from yeonma.text.template import Template
-    from yeonma.train.stop import Stopped
+    from yeonma.policy import Policy
+    from yeonma.train.interrupt import Stopped
+
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Stopped", "Template", "UserError", "__version__", "dpo", "load", "sft"]
+__all__ = ["Loaded", "Policy", "Stopped", "Template", "UserError", "__version__", "dpo", "load", "sft"]
 
 _HOMES = {
-    "Loaded": "yeonma.model.ask",
-    "Stopped": "yeonma.train.stop",
-    "Template": "yeonma.text.template",
+    "Policy": "yeonma.policy",
+    "Stopped": "yeonma.train.interrupt",
+    "Template": "yeonma.data.template",
     "UserError": "yeonma.errors",
 }
 
@@ -46,8 +47,8 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     from importlib import import_module
 
     from yeonma.cli import VERBS
-    from yeonma.configure import group_of, settings_from_keywords
-    from yeonma.settings import RunSettings
+    from yeonma.config.parse import group_of, settings_from_keywords
+    from yeonma.config.settings import RunSettings
 
     verb = VERBS[name]
     reading = settings_from_keywords(verb.groups, keywords, verb.defaults)
@@ -60,16 +61,17 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     return Path(group_of(reading.settings, RunSettings).output_dir).expanduser()
 
 
-def load(adapter_dir: str | Path, **options: Any) -> Loaded:
-    """An adapter folder on its base model, ready to be asked; options and errors as `yeonma.model.ask.load`."""
-    from yeonma.model import ask
+def load(adapter_dir: str | Path, **options: Any) -> Policy:
+    """An adapter folder on its base model, ready to be asked; options and errors as `yeonma.policy.load_policy`."""
+    from yeonma.policy import load_policy
 
-    return ask.load(adapter_dir, **options)
+    return load_policy(adapter_dir, **options)
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    name = {"Loaded": "Policy"}.get(name, name)  # the name that a policy had before
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

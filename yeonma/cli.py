@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from yeonma import __version__
-from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
-from yeonma.settings import (
+from yeonma.config.settings import (
     PREFERENCE,
     PREFERENCE_DEFAULTS,
     TRAINING,
@@ -28,7 +27,8 @@ from yeonma.settings import (
     ServeSettings,
     VerifySettings,
 )
-from yeonma.train.stop import Stopped
+from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
+from yeonma.train.interrupt import Stopped
 
 HELD_SECONDS = 10
 
@@ -52,57 +52,64 @@ class Verb:
 GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
 CHATTING = (AdapterSettings, AnswerSettings)
 VERBS = {
-    "sft": Verb("Fine-tune a model on the answers of a table of examples.", "yeonma.verbs.sft:run", TRAINING),
+    "sft": Verb(
+        "Fine-tune a model on the answers of a table of examples.", "yeonma.commands.sft:run", TRAINING
+    ),
     "dpo": Verb(
         "Fine-tune a model on pairs of a chosen and a rejected answer.",
-        "yeonma.verbs.dpo:run",
+        "yeonma.commands.dpo:run",
         PREFERENCE,
         defaults=PREFERENCE_DEFAULTS,
     ),
     "inspect": Verb(
         "Show rows as the model will see them, and audit all of them, before training.",
-        "yeonma.verbs.inspect:run",
+        "yeonma.commands.inspect:run",
         (InspectSettings, *PREFERENCE),
         needless=("output_dir",),
     ),
-    "generate": Verb("Answer rows or a prompt.", "yeonma.verbs.generate:run", GENERATING, "adapter_dir"),
-    "chat": Verb("Talk with a tuned model.", "yeonma.after.chat:run", CHATTING, "adapter_dir"),
+    "generate": Verb("Answer rows or a prompt.", "yeonma.commands.generate:run", GENERATING, "adapter_dir"),
+    "chat": Verb("Talk with a tuned model.", "yeonma.commands.chat:run", CHATTING, "adapter_dir"),
     "compare": Verb(
         "Measure models on the same rows, and write a report.",
-        "yeonma.verbs.compare:run",
+        "yeonma.commands.compare:run",
         (CompareSettings, AnswerSettings),
     ),
     "verify": Verb(
         "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
-        "yeonma.verbs.verify:run",
+        "yeonma.commands.verify:run",
         (VerifySettings,),
         "adapter_dir",
     ),
     "merge": Verb(
         "Make one whole model of an adapter and its base, and check that it says the same.",
-        "yeonma.after.merge:run",
+        "yeonma.export.merged_model:run",
         (MergeSettings,),
         "adapter_dir",
     ),
     "export": Verb(
         "Write a tuned model for llama.cpp or Ollama.",
-        "yeonma.after.export:run",
+        "yeonma.commands.export:run",
         (ExportSettings,),
         "model_dir",
     ),
     "push": Verb(
-        "Send an adapter or a merged model to the hub.", "yeonma.after.push:run", (PushSettings,), "folder"
+        "Send an adapter or a merged model to the hub.",
+        "yeonma.export.hub_push:run",
+        (PushSettings,),
+        "folder",
     ),
     "serve": Verb(
         "Answer requests in OpenAI's form, with one or several adapters of a base.",
-        "yeonma.verbs.serve:run",
+        "yeonma.commands.serve:run",
         (ServeSettings,),
         "adapter_dirs",
     ),
-    "demo": Verb("Tune a small model on the bundled sample, end to end.", "yeonma.demo:run", (DemoSettings,)),
+    "demo": Verb(
+        "Tune a small model on the bundled sample, end to end.", "yeonma.commands.demo:run", (DemoSettings,)
+    ),
     "demo-dpo": Verb(
         "Tune a small model on the bundled pairs, end to end.",
-        "yeonma.demo:run_dpo",
+        "yeonma.commands.demo:run_dpo",
         (DemoSettings,),
         defaults={"output_dir": "demo-dpo"},
     ),
@@ -158,7 +165,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError("no such verb", place=name, cure=cure)
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
-        from yeonma.help import help_text
+        from yeonma.config.help import help_text
 
         page = help_text(
             verb.groups,
@@ -176,7 +183,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     from importlib import import_module
 
-    from yeonma.configure import read_settings
+    from yeonma.config.parse import read_settings
 
     reading = read_settings(
         verb.groups,

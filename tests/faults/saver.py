@@ -35,18 +35,20 @@ from tests.faults.room import mount_small, take_bytes, take_names
 from tests.faults.tracing import IDENTITY
 from tests.models import tiny_model
 from tests.runs import TEMPLATE, characters
+from yeonma.adapter import adapter_folder as adapters
 from yeonma.cli import main
-from yeonma.disk import delete, told
+from yeonma.data.template import Template
 from yeonma.errors import UserError
-from yeonma.model import adapter as adapters
+from yeonma.files import delete, disk_errors_as_user_errors
 from yeonma.model import load
-from yeonma.text.template import Template
-from yeonma.tokens.carried import carry
-from yeonma.tokens.example import TokenRules
-from yeonma.train import checkpoint, folder, loop
+from yeonma.run_folder import checkpoint
+from yeonma.run_folder import output_folder as folder
+from yeonma.run_folder.checkpoint import AdapterWriter, RunState, newest_whole, recover, write_checkpoint
+from yeonma.run_folder.lock import hold
+from yeonma.tokenization.chat_template_export import export_chat_template
+from yeonma.tokenization.example import TokenRules
+from yeonma.train import loop
 from yeonma.train import run as _run  # noqa: F401
-from yeonma.train.checkpoint import AdapterWriter, RunState, newest_whole, recover, write_checkpoint
-from yeonma.train.lock import hold
 
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
 
@@ -59,7 +61,7 @@ class Saver:
         self.model = load.add_lora(base, load.LoraShape(2, 4, 0.0, ["q_proj"]), 0)
         self.tokenizer = characters()
         self.template = Template.parse(TEMPLATE, "test")
-        self.carried = carry(self.template, self.tokenizer)
+        self.carried = export_chat_template(self.template, self.tokenizer)
         self.details = adapters.describe(
             adapters.base_identity(base, load.BaseSource("tiny", None, False)),
             self.template,
@@ -126,7 +128,7 @@ def work(saver: Saver, job: dict[str, Any], say: Callable[..., None]) -> str:
     """Empty where all went well; else the message of the user's mistake."""
     output = Path(job["output"])
     try:
-        with told(output, "the run's files"):  # as run_training does
+        with disk_errors_as_user_errors(output, "the run's files"):  # as run_training does
             for number, (name, *arguments) in enumerate(job["calls"], start=1):
                 getattr(saver, name)(output, *arguments)
                 say(done=number)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.conftest import everything_in
 from tests.runs import Done, articles, left_behind, sft, trained, write_jsonl
-from yeonma.train.checkpoint import newest_whole
+from yeonma.run_folder.checkpoint import newest_whole
 
 SETTINGS: dict[str, object] = {"save_steps": 2, "num_epochs": 2, "lora_dropout": 0.1}
 

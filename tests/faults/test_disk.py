@@ -17,7 +17,7 @@ from tests.faults.conftest import Refused, everything_in
 from tests.faults.tracing import ROOT, Workshop
 from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import TWO_EPOCHS, Done, arguments, articles, left_behind, sft, trained, write_jsonl
-from yeonma.train.checkpoint import checkpoints, read_whole
+from yeonma.run_folder.checkpoint import checkpoints, read_whole
 
 SETTINGS: dict[str, object] = {**RUN_SETTINGS, **TWO_EPOCHS}
 MEGABYTE = 1 << 20
@@ -198,7 +198,7 @@ TAKING_TURNS = """
 import os, sys
 from pathlib import Path
 from yeonma.errors import UserError
-from yeonma.train.lock import hold
+from yeonma.run_folder.lock import hold
 output, inside, turns = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 while turns:
     try:

@@ -15,7 +15,7 @@ from tests.faults.conftest import Accepted, Refused
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, tiny_model
 from tests.runs import Done, articles, model_folder, trained, write_jsonl
 from tests.tokenizers import byte_level
-from yeonma.model import adapter as adapters
+from yeonma.adapter import adapter_folder as adapters
 from yeonma.model import load
 
 Change = Callable[..., Path]

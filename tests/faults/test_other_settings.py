@@ -15,7 +15,7 @@ import pytest
 from tests.faults.conftest import everything_in
 from tests.pairs import dpo, labelled, pairs
 from tests.runs import Done, articles, model_folder, sft, write_jsonl
-from yeonma.settings import PREFERENCE, TRAINING
+from yeonma.config.settings import PREFERENCE, TRAINING
 
 RUN: dict[str, object] = {"val_set_size": 5, "lr_scheduler": "cosine_with_restarts"}
 OTHER = "OTHER"

@@ -32,11 +32,10 @@ from tests.faults.tracing import (
 )
 from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import arguments, articles, left_behind, model_folder, write_jsonl
-from yeonma.disk import hashes_of
-from yeonma.text.files import file_hash
-from yeonma.train import folder
-from yeonma.train.checkpoint import newest_whole, read_whole, recover
-from yeonma.train.lock import hold
+from yeonma.files import file_hash, hashes_of
+from yeonma.run_folder import output_folder as folder
+from yeonma.run_folder.checkpoint import newest_whole, read_whole, recover
+from yeonma.run_folder.lock import hold
 
 Calls = Sequence[Sequence[object]]
 

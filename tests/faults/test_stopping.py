@@ -15,7 +15,7 @@ import pytest
 from tests.faults.kills import ROOT, in_save, left_behind, prepare
 from tests.faults.zygote import Zygote
 from tests.runs import sft
-from yeonma.train.stop import seconds_of
+from yeonma.train.interrupt import seconds_of
 
 COMMANDS = "sft", "dpo"
 
@@ -56,11 +56,11 @@ def test_kills_at_random_moments() -> None:
 # What a run does when the signal comes: the function that it is about to call, and which call of it.
 LOADING = "yeonma.train.run:load_model", 1
 REFERENCE = "yeonma.train.run:make_objective", 1
-FIRST_LOOK = "yeonma.train.loop:evaluate", 1
-STEPPING = "yeonma.train.loop:train_step", 5
-EVALUATING = "yeonma.train.loop:evaluate", 3
+FIRST_LOOK = "yeonma.train.step:evaluate", 1
+STEPPING = "yeonma.train.step:train_step", 5
+EVALUATING = "yeonma.train.step:evaluate", 3
 SAVING = "yeonma.train.loop:write_checkpoint", 2
-INSTALLING = "yeonma.train.folder:install", 1
+INSTALLING = "yeonma.run_folder.output_folder:install", 1
 BEFORE_THE_FIRST_STEP = (LOADING, REFERENCE, FIRST_LOOK)
 NUMBERS = {"SIGTERM": 143, "SIGINT": 130}
 NAMES = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}

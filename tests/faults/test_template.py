@@ -12,7 +12,7 @@ from tests.adapters import tiny_base
 from tests.faults.conftest import Accepted, Refused, Write
 from tests.runs import write_jsonl
 from tests.tokenizers import CHATML, LLAMA2_CHAT, byte_level, sentencepiece_bpe
-from yeonma.tokens import chat
+from yeonma.tokenization import chat_template as chat
 
 ROWS = [{"document": "a b", "title": "t"}, {"document": "c d", "title": "u"}]
 TURNS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]

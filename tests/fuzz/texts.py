@@ -31,9 +31,9 @@ from tests.fuzz.samples import (
     rows_as_json,
 )
 from tests.tables import table_as
-from yeonma.configure import group_of, read_settings, settings_from_keywords, to_yaml
-from yeonma.errors import UserError
-from yeonma.settings import (
+from yeonma.commands.generate import row_of
+from yeonma.config.parse import group_of, read_settings, settings_from_keywords, to_yaml
+from yeonma.config.settings import (
     TRAINING,
     AdapterSettings,
     AnswerSettings,
@@ -42,11 +42,11 @@ from yeonma.settings import (
     StepSettings,
     TokenSettings,
 )
-from yeonma.text.formats import recognise
-from yeonma.text.rows import Row, open_rows
-from yeonma.text.strict_json import kind_of
-from yeonma.text.template import Template, field_lengths, load_template, shorten
-from yeonma.verbs.generate import row_of
+from yeonma.data.columns import recognise
+from yeonma.data.rows import Row, open_rows
+from yeonma.data.strict_json import kind_of
+from yeonma.data.template import Template, field_lengths, load_template, shorten
+from yeonma.errors import UserError
 
 # Data
 

@@ -48,11 +48,11 @@ from tests.runs import characters
 from tests.tables import table_as
 from tests.tokenizers import CHATML, LLAMA2_CHAT, PLAIN_CHAT, byte_level, sentencepiece_bpe, unigram
 from yeonma.cli import main
-from yeonma.configure import group_of, settings_from_keywords
+from yeonma.config.parse import group_of, settings_from_keywords
+from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.errors import Problem, UserError
-from yeonma.settings import DataSettings, TokenSettings
-from yeonma.tokens.dataset import prepare_dataset
-from yeonma.tokens.desk import encode_prompts
+from yeonma.tokenization.dataset import prepare_dataset
+from yeonma.tokenization.example_encoder import encode_prompts
 
 # Data to examples
 

@@ -11,9 +11,9 @@ import pytest
 
 from tests.runs import Done, command, model_folder
 from yeonma import load
-from yeonma.configure import read_settings, to_yaml
-from yeonma.demo import SAMPLES
-from yeonma.settings import PREFERENCE, PREFERENCE_DEFAULTS, TRAINING
+from yeonma.commands.demo import SAMPLES
+from yeonma.config.parse import read_settings, to_yaml
+from yeonma.config.settings import PREFERENCE, PREFERENCE_DEFAULTS, TRAINING
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.runs import TEMPLATE, arguments, characters, read_lines, write_jsonl
-from yeonma.model.linear import has_onednn
+from yeonma.model.kernels.linear import has_onednn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,10 +24,10 @@ pytestmark = [
 
 FORECAST = """
 import sys
-from yeonma.before.estimate import estimate
-from yeonma.configure import group_of, read_settings
+from yeonma.inspect.estimate import estimate
+from yeonma.config.parse import group_of, read_settings
 from yeonma.model import load
-from yeonma.settings import TRAINING, ModelSettings
+from yeonma.config.settings import TRAINING, ModelSettings
 from yeonma.train.prepare import prepare
 
 settings = read_settings(TRAINING, sys.argv[1:], verb="sft").settings
@@ -114,7 +114,7 @@ def test_the_forecast_is_within_15_percent_of_the_measured_peak(name: str, tmp_p
 ROUTINES = """
 from pathlib import Path
 import torch
-from yeonma.model.linear import product
+from yeonma.model.kernels.linear import product
 
 def resident():
     text = Path("/proc/self/status").read_text()

@@ -16,9 +16,9 @@ import pytest
 
 from tests.runs import command
 from yeonma import load
-from yeonma.after.converter import converter
-from yeonma.demo import SAMPLES
+from yeonma.commands.demo import SAMPLES
 from yeonma.errors import UserError
+from yeonma.export.gguf_converter import converter
 from yeonma.model.smollm2 import fetch
 
 pytestmark = pytest.mark.slow

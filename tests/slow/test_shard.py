@@ -98,10 +98,10 @@ import sys
 from pathlib import Path
 import torch
 from yeonma.model import load
-from yeonma.model.check import check_forward
-from yeonma.model.shard import gathered_bytes, held_bytes, shard_weights
+from yeonma.model.forest_support import check_forward
+from yeonma.model.sharding import gathered_bytes, held_bytes, shard_weights
 from yeonma.train.distributed import processes, wait
-from yeonma.train.progress import status_bytes
+from yeonma.run_folder.progress import status_bytes
 
 with processes(torch.device("cpu")) as group:
     before = {name: status_bytes(name) for name in ("RssAnon", "RssFile")}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from tests.runs import WORDS, Done, arguments, articles, command, model_folder, trained, write_jsonl
-from yeonma.tokens.plan import epoch_order
+from yeonma.batch.plan import epoch_order
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its word of warning about what is imported next
 from trl.experimental.cpo import CPOConfig, CPOTrainer

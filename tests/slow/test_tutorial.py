@@ -32,9 +32,9 @@ SPEED = {  # what a tiny model need not do at length
 }
 ELSEWHERE = {
     "torchrun": "tests/slow/test_processes.py",
-    "push": "tests/unit/test_push.py",
+    "push": "tests/unit/export/test_hub_push.py",
     "export": "tests/slow/test_gguf.py",
-    "serve": "below, and tests/unit/test_serve.py",
+    "serve": "below, and tests/unit/serve/test_serve.py",
 }
 
 

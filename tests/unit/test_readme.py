@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from yeonma.cli import VERBS
-from yeonma.configure import read_settings
-from yeonma.demo import SAMPLES
-from yeonma.text import template
+from yeonma.commands.demo import SAMPLES
+from yeonma.config.parse import read_settings
+from yeonma.data import template
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]

@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from yeonma.choices import Checkpointing, Quantization
+from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
-from yeonma.model.packed import adopt, bitsandbytes_config, packed_layers, to_fp8
 from yeonma.model.quantization import check_installed
-from yeonma.model.shard import agree_on, own_part
+from yeonma.model.quantized import adopt, bitsandbytes_config, packed_layers, to_fp8
+from yeonma.model.sharding import agree_on, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
-from yeonma.tokens.carried import BASE_CHAT_TEMPLATE, MARK, base_chat_template
+from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 
 
 def load_tokenizer(source: BaseSource, *, carried: bool = False) -> Any:
@@ -126,7 +126,7 @@ def load_base(
     quantization: Quantization = "none",
 ) -> Any:
     """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
-    not searched for NaN: for `yeonma.model.shard`, which takes no quantised ones.
+    not searched for NaN: for `yeonma.model.sharding`, which takes no quantised ones.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite, and where
     what quantises them is not installed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from yeonma.choices import Optimizer, Quantization
+from yeonma.config.settings import Optimizer, Quantization
 from yeonma.errors import UserError
 
 BITSANDBYTES = "bitsandbytes==0.50.2"

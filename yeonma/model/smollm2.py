@@ -20,7 +20,7 @@ from io import StringIO
 from pathlib import Path
 
 from yeonma.errors import UserError
-from yeonma.tokens.cache import default_cache_dir
+from yeonma.tokenization.cache import default_cache_dir
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_SECONDS = 5.0

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from yeonma.errors import UserError, gather
-from yeonma.paths import user_path
+from yeonma.files import user_path
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Examples -> an adapter: objectives, the training step, checkpoints, and the record of the run."""
+"""The training step and the run around it."""

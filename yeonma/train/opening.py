@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from yeonma.model.check import in_eval_mode, tiny_sequences
-from yeonma.model.forward import Forward, example_logprobs
-from yeonma.tokens.plan import Plan
-from yeonma.tokens.store import TokenStore
+from yeonma.batch.plan import Plan
+from yeonma.model.forest_support import in_eval_mode, tiny_sequences
+from yeonma.model.logprobs import Forward, example_logprobs
+from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
-from yeonma.train.loop import Tuning, evaluate, forward_alone
-from yeonma.train.objectives import Objective, answer_logprobs
+from yeonma.train.losses import Objective, answer_logprobs
 from yeonma.train.reference import summed, write_reference
+from yeonma.train.step import TrainState, evaluate, forward_alone
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def with_opening(
 
 
 def look_again(
-    tuning: Tuning, plan: Plan, store: TokenStore, validation: tuple[TokenStore, np.ndarray] | None
+    tuning: TrainState, plan: Plan, store: TokenStore, validation: tuple[TokenStore, np.ndarray] | None
 ) -> None:
     """Before a checkpoint is read: what the run looked at before its first update, as far as the cache has lost it."""
     first = tuning.objective.at_start

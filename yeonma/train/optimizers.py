@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from yeonma.choices import Optimizer
+from yeonma.config.settings import Optimizer
 
 
 def make_optimizer(

@@ -8,12 +8,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from yeonma.configure import group_of
-from yeonma.errors import Problem, UserError, gather
-from yeonma.model.quantization import check_optimizer, check_quantization
-from yeonma.model.source import BaseSource, find_base
-from yeonma.paths import user_path
-from yeonma.settings import (
+from yeonma.config.parse import group_of
+from yeonma.config.settings import (
     DataSettings,
     LoraSettings,
     ModelSettings,
@@ -21,11 +17,15 @@ from yeonma.settings import (
     RunSettings,
     StepSettings,
 )
-from yeonma.text.kinds import Choice, Kind, choose_template, kind_for
-from yeonma.text.rows import Rows, glance
-from yeonma.text.template import load_template
-from yeonma.train.stop import seconds_of
-from yeonma.train.tracking import check_trackers
+from yeonma.data.rows import Rows, glance
+from yeonma.data.task import Choice, Task, choose_template, task_for_loss
+from yeonma.data.template import load_template
+from yeonma.errors import Problem, UserError, gather
+from yeonma.files import user_path
+from yeonma.model.quantization import check_optimizer, check_quantization
+from yeonma.model.source import BaseSource, find_base
+from yeonma.run_folder.trackers import check_trackers
+from yeonma.train.interrupt import seconds_of
 
 ROWS = 1000
 MOST_PROBLEMS = 20
@@ -48,11 +48,11 @@ def preflight(settings: Mapping[type, object]) -> None:
     )
 
 
-def kind_of(settings: Mapping[type, object]) -> Kind:
+def kind_of(settings: Mapping[type, object]) -> Task:
     """What the rows hold for the verb that has these settings."""
     if PreferenceSettings not in settings:
-        return kind_for(None)
-    return kind_for(group_of(settings, PreferenceSettings).loss)
+        return task_for_loss(None)
+    return task_for_loss(group_of(settings, PreferenceSettings).loss)
 
 
 def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, str | None]:
@@ -83,7 +83,7 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     return model.adapter or source.adapter
 
 
-def check_data(data: DataSettings, kind: Kind, continued: str | None = None) -> None:
+def check_data(data: DataSettings, kind: Task, continued: str | None = None) -> None:
     """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
 
     `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no
@@ -133,7 +133,7 @@ def adapter_of(model: ModelSettings) -> str | None:
     return named if (user_path(named) / "adapter_config.json").is_file() else None
 
 
-def _check_rows(rows: Rows, choice: Choice, kind: Kind) -> None:
+def _check_rows(rows: Rows, choice: Choice, kind: Task) -> None:
     template, columns = choice.template, choice.columns
     if missing := kind.without_column(template, rows.columns, columns):
         raise UserError(missing)

@@ -11,27 +11,28 @@ from typing import Any
 
 import torch
 
-from yeonma.choices import Optimizer, Quantization
-from yeonma.configure import group_of
-from yeonma.errors import Problem, UserError
-from yeonma.model import adapter as adapters
-from yeonma.model import load
-from yeonma.model.packed import check_layers
-from yeonma.settings import (
+from yeonma.adapter import adapter_folder as adapters
+from yeonma.batch.plan import Plan, make_plan
+from yeonma.config.parse import group_of
+from yeonma.config.settings import (
     DataSettings,
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
+    Optimizer,
     PreferenceSettings,
+    Quantization,
     StepSettings,
     TokenSettings,
 )
-from yeonma.tokens.cache import tokenizer_identity
-from yeonma.tokens.dataset import Dataset, prepare_dataset
-from yeonma.tokens.plan import Plan, make_plan
-from yeonma.train.preference import OPTIONS_READ, PreferenceOptions
+from yeonma.errors import Problem, UserError
+from yeonma.model import load
+from yeonma.model.quantized import check_layers
+from yeonma.run_folder.disk_space import stored_parameters
+from yeonma.tokenization.cache import tokenizer_identity
+from yeonma.tokenization.dataset import Dataset, prepare_dataset
+from yeonma.train.losses import OPTIONS_READ, PreferenceOptions
 from yeonma.train.preflight import kind_of
-from yeonma.train.space import stored_parameters
 
 TRIED_STEPS = 40
 SURE = ("linear", "cosine", "constant")  # schedules that cannot fail without arguments

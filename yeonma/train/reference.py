@@ -21,20 +21,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from yeonma.choices import Quantization
-from yeonma.disk import sync
+from yeonma.adapter.adapter_folder import WEIGHTS, BaseIdentity
+from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
-from yeonma.model.adapter import WEIGHTS, BaseIdentity
-from yeonma.model.check import in_eval_mode
-from yeonma.model.forward import Forward
-from yeonma.model.load import BaseSource
+from yeonma.files import file_hash, sync
+from yeonma.model.forest_support import in_eval_mode
+from yeonma.model.logprobs import Forward
 from yeonma.model.quantization import quantised_by
-from yeonma.text.files import file_hash
-from yeonma.tokens.store import TokenStore
+from yeonma.model.source import BaseSource
+from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, sum_over
-from yeonma.train.objectives import answer_logprobs
-from yeonma.train.room import Room
-from yeonma.train.turns import Company, turn_logprobs, turns
+from yeonma.train.losses import answer_logprobs
+from yeonma.train.oom_retry import MicroBatchLimit
+from yeonma.train.step import RankInfo, micro_batch_passes, pass_logprobs
 
 FORMAT = 1
 """Raised whenever the same rows would get other numbers or another file."""
@@ -83,7 +82,7 @@ def reference_logprobs(
     later: np.ndarray | None = None,
     identity: str,
     cache_dir: Path,
-    room: Room,
+    room: MicroBatchLimit,
     group: Processes,
     say: Callable[[str], None],
 ) -> np.ndarray:
@@ -105,7 +104,7 @@ def reference_logprobs(
     missing = asked[np.isin(asked, store.units[np.isnan(known)])]
     if not len(missing):
         return known
-    done, company = 0, Company(group.rank, group.count, not room.alone)
+    done, company = 0, RankInfo(group.rank, group.count, not room.alone)
     with torch.no_grad(), in_eval_mode(model):
         # the borders are those of all, so that a pass which was killed goes on with the same micro-batches
         for whole in _rounds(asked, store.unit_lengths, ROUND_TOKENS * group.count):
@@ -116,8 +115,10 @@ def reference_logprobs(
 
             def mine(part: np.ndarray = part, spare: int = int(of_part[0])) -> np.ndarray:
                 fresh = np.zeros(len(store))
-                for turn in turns(store, part, store.examples_of, room.micro, company, how.forest):
-                    logprob_N = turn_logprobs(model, how, store, turn, spare, room.micro.share_prefix)
+                for turn in micro_batch_passes(
+                    store, part, store.examples_of, room.micro, company, how.forest
+                ):
+                    logprob_N = pass_logprobs(model, how, store, turn, spare, room.micro.share_prefix)
                     if len(turn.examples):
                         sums = answer_logprobs(logprob_N.double(), store.trained_counts[turn.examples])
                         fresh[turn.examples] = sums.cpu().numpy()

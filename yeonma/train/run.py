@@ -1,10 +1,10 @@
-"""A run from settings to the adapter folder: everything that can be wrong is found first, then weights are loaded."""
+"""The steps of a run with all that is told of them: progress, metrics.jsonl, trained_rows.jsonl and trackers."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,45 +14,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from yeonma.configure import flat, group_of, to_yaml
-from yeonma.disk import told
-from yeonma.model import adapter as adapters
+from yeonma.adapter import adapter_folder as adapters
+from yeonma.adapter.samples import Samples, take_samples
+from yeonma.config.parse import flat, group_of, to_yaml
+from yeonma.config.settings import EvaluationSettings, LoraSettings, ModelSettings, RunSettings, StepSettings
+from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
-from yeonma.model.samples import Samples, take_samples
-from yeonma.model.shard import spread_trained
-from yeonma.paths import user_path
-from yeonma.settings import (
-    EvaluationSettings,
-    LoraSettings,
-    ModelSettings,
-    RunSettings,
-    StepSettings,
-)
-from yeonma.tokens.carried import Carried, carry
-from yeonma.tokens.dataset import Dataset, describe
-from yeonma.train import folder
-from yeonma.train.budget import one_by_one, settled, try_heaviest
-from yeonma.train.card import ask_rows, write_card
-from yeonma.train.checkpoint import (
-    AdapterWriter,
-    RunState,
-    checkpoint_path,
-    read_tensors,
-    recover,
-)
-from yeonma.train.distributed import Processes, check_alike, processes, wait
-from yeonma.train.lock import hold
-from yeonma.train.loop import Rhythm, Tuning, Watch, restore_random, run_steps
-from yeonma.train.objectives import SFT
-from yeonma.train.opening import look_again
-from yeonma.train.optimizers import restore_optimizer
-from yeonma.train.preflight import check_folders
-from yeonma.train.prepare import (
-    Prepared,
-    prepare,
-)
-from yeonma.train.setup import (
-    Loaded,
+from yeonma.model.sharding import spread_trained
+from yeonma.run_folder import output_folder as folder
+from yeonma.run_folder.checkpoint import AdapterWriter, RunState, checkpoint_path, read_tensors, recover
+from yeonma.run_folder.disk_space import Saves, adapter_bytes, check_room
+from yeonma.run_folder.environment import environment, moved, versions
+from yeonma.run_folder.lock import hold
+from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
+from yeonma.run_folder.run_log import TRAINED_ROWS, open_trained_rows
+from yeonma.run_folder.trackers import check_trackers, open_metrics, open_trackers, plot_loss, tracked
+from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
+from yeonma.tokenization.dataset import Dataset, describe
+from yeonma.train.build import (
+    LoadedModel,
     all_looked_at,
     held_out,
     load_model,
@@ -60,11 +40,54 @@ from yeonma.train.setup import (
     make_objective,
     make_tuning,
 )
-from yeonma.train.space import Saves, adapter_bytes, check_room
-from yeonma.train.stop import REASONS, Stop, Stopped
-from yeonma.train.surroundings import moved, surroundings, versions
-from yeonma.train.tracking import check_trackers, plot_loss
-from yeonma.train.watched import watched
+from yeonma.train.distributed import Processes, check_alike, processes, wait
+from yeonma.train.interrupt import REASONS, Stop, Stopped
+from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
+from yeonma.train.losses import SFT
+from yeonma.train.memory_budget import one_by_one, resolve_auto, try_heaviest
+from yeonma.train.model_card import ask_rows, write_card
+from yeonma.train.opening import look_again
+from yeonma.train.optimizers import restore_optimizer
+from yeonma.train.preflight import check_folders
+from yeonma.train.prepare import Prepared, prepare
+from yeonma.train.step import TrainState
+
+
+def run_with_callbacks(
+    settings: Mapping[type, object],
+    steps: Callable[[RunCallbacks], RunState],
+    console: Console,
+    total_steps: int,
+    start: RunState,
+    output: Path,
+) -> RunState:
+    """Take the steps from `start` on, in the one process that tells of them. Returns the last state."""
+    run = group_of(settings, RunSettings)
+    with (
+        open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
+        open_trained_rows(output / TRAINED_ROWS, start.step) as trained_rows,
+        open_trackers(run.report_to, run.run_name, output, flat(settings), start.step) as trackers,
+        Progress(total_steps, start.step, run.logging_steps, console) as progress,
+    ):
+
+        def step(record: StepRecord, rows: list[int]) -> None:
+            metrics.write(record)
+            trained_rows.write(record.step, rows)
+            progress.step(record)
+            if record.step % run.logging_steps == 0:
+                trackers.log(record.step, tracked(record))
+
+        def evaluation(record: EvaluationRecord) -> None:
+            metrics.write(record)
+            progress.evaluation(record)
+            trackers.log(record.step, tracked(record))
+
+        def before_save() -> None:
+            metrics.sync()
+            trained_rows.sync()
+
+        return steps(RunCallbacks(step, evaluation, before_save, progress.say))
+
 
 SAVE_SECONDS_A_WEIGHT = 12 / 50e6
 """A guess for the time limit, until a save was seen: a weight with its two moments, at 50 MB/s."""
@@ -88,7 +111,7 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         describe(prepared.dataset, say)
         check_alike(group, _alike(settings, prepared))
         if group.first:
-            held.enter_context(told(output, "the run's files"))
+            held.enter_context(disk_errors_as_user_errors(output, "the run's files"))
             held.enter_context(hold(output, say))
             recover(output)
         wait(group)  # nobody looks into a folder that another run may be writing
@@ -102,7 +125,7 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         stop.check()
         by_tokens = group_of(settings, StepSettings).micro_batch_tokens == "auto"
         kept = _tokens_of(start.state, group) if by_tokens else None
-        chosen = settled(settings, source, prepared, group, say, kept=kept)
+        chosen = resolve_auto(settings, source, prepared, group, say, kept=kept)
         loaded = load_model(chosen, source, device, prepared, say, group)
         if by_tokens and not loaded.how.forest:
             chosen = one_by_one(chosen)
@@ -143,8 +166,8 @@ def saves_of(settings: Mapping[type, object], prepared: Prepared) -> Saves:
 
 def _train(
     settings: Mapping[type, object],
-    loaded: Loaded,
-    tuning: Tuning,
+    loaded: LoadedModel,
+    tuning: TrainState,
     console: Console,
     prepared: Prepared,
     start: folder.Start,
@@ -156,7 +179,11 @@ def _train(
     dataset, peft_model = prepared.dataset, loaded.peft_model
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
-    carried = carry(dataset.template, prepared.tokenizer) if group.first else Carried(None)
+    carried = (
+        export_chat_template(dataset.template, prepared.tokenizer)
+        if group.first
+        else ExportedChatTemplate(None)
+    )
 
     def write_adapter(place: Path) -> None:
         tokenizer, template = prepared.tokenizer, dataset.template
@@ -166,7 +193,7 @@ def _train(
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
-    here = {**surroundings(group.count, tuning.model.device), "kernels": loaded.kernels}
+    here = {**environment(group.count, tuning.model.device), "kernels": loaded.kernels}
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
     if start.checkpoint is not None and start.state is not None:
         _restore(tuning, peft_model, start.checkpoint, start.state)
@@ -176,7 +203,7 @@ def _train(
         if line := moved(state.surroundings, here, group_of(settings, LoraSettings).lora_dropout > 0):
             say(line)
     state = replace(state, surroundings=here)
-    rhythm = Rhythm(
+    rhythm = EvalSaveSchedule(
         eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
         save_steps=run.save_steps or plan.steps_per_epoch,
         save_total_limit=run.save_total_limit,
@@ -189,14 +216,14 @@ def _train(
     stop.took(save=trained * SAVE_SECONDS_A_WEIGHT)
     with stop.between_steps():
         if group.first:
-            state = watched(settings, steps, console, plan.total_steps, state, output)
+            state = run_with_callbacks(settings, steps, console, plan.total_steps, state, output)
         else:
-            state = steps(Watch(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
+            state = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
     if stop.agreed:
-        told = _stopped_after(stop.agreed, state.step, plan.total_steps, output)
-        console.out(told, highlight=False)
+        ending = _stopped_after(stop.agreed, state.step, plan.total_steps, output)
+        console.out(ending, highlight=False)
         sys.stdout.flush()
-        return told, stop.agreed
+        return ending, stop.agreed
     stop.check()
     if not group.first:
         if tuning.sharded and evaluation.card_rows:  # no process can ask the model alone
@@ -236,7 +263,7 @@ def _train(
     return None
 
 
-def _room_of(state: RunState, tuning: Tuning) -> int | None:
+def _room_of(state: RunState, tuning: TrainState) -> int | None:
     """What this process had room for; None where something else is asked for now, or by as many processes."""
     asked, *had = state.micro_batches or [0]
     if asked != tuning.room.asked.most_examples or len(had) != tuning.group.count:
@@ -264,7 +291,7 @@ def _samples(dataset: Dataset, count: int) -> Samples:
     return take_samples(part, dataset.kind, dataset.template, dataset.columns, count)
 
 
-def _restore(tuning: Tuning, peft_model: Any, checkpoint: Path, state: RunState) -> None:
+def _restore(tuning: TrainState, peft_model: Any, checkpoint: Path, state: RunState) -> None:
     load_weights(peft_model, checkpoint)
     optimizer, random = read_tensors(checkpoint)
     restore_optimizer(tuning.optimizer, {each: name for name, each in tuning.parameters.items()}, optimizer)

@@ -1,0 +1,212 @@
+"""The command: verbs, help, exit statuses, and what it does not import."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import yeonma
+from yeonma.cli import VERBS, Verb, main
+from yeonma.config.help import setting_texts
+from yeonma.config.parse import group_of
+from yeonma.config.settings import StepSettings, TokenSettings
+from yeonma.errors import Problem, UserError
+
+ROOT = Path(inspect.getfile(yeonma)).parents[1]
+Run = Callable[[Mapping[type, object]], int | None]
+HEAVY = ("torch", "transformers", "jsonargparse", "rich", "numpy")
+
+
+def in_new_process(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "yeonma", *argv], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help pages in lines that never break."""
+    monkeypatch.setenv("COLUMNS", "10000")
+
+
+@pytest.fixture
+def try_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
+    """Makes a function the verb `try`."""
+
+    def install(run: Run) -> None:
+        module = ModuleType("verb_under_test")
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "verb_under_test", module)
+        verb = Verb("Try.", "verb_under_test:run", (TokenSettings, StepSettings))
+        monkeypatch.setitem(VERBS, "try", verb)
+
+    return install
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_every_verb(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, verb in VERBS.items():
+        assert any(line.split() == [name, *verb.about.split()] for line in lines)
+
+
+def test_help_answers_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert in_new_process("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["sft", "--help"]])
+def test_help_imports_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        f"import sys; from yeonma.cli import main; main({argv!r})\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"yeonma {yeonma.__version__}\n"
+
+
+def test_an_unknown_verb_gets_a_suggestion() -> None:
+    done = in_new_process("genarate", "OUT")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == 'yeonma: genarate: no such verb; did you mean "generate"?\n'
+
+
+def test_a_verb_unlike_any_other_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zzz"]) == 2
+    assert f"the verbs are {', '.join(VERBS)}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verbs_help_has_each_of_its_settings_with_its_text(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for group in VERBS[verb].groups:
+        assert (group.__doc__ or "").rstrip(".") in page
+        texts = setting_texts(group)
+        assert list(texts) == [field.name for field in fields(group)]
+        for name, text in texts.items():
+            assert f"--{name} " in page
+            assert text in page
+
+
+@pytest.mark.usefixtures("wide")
+def test_help_shows_ranges_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sft", "--lora_r", "nonsense", "--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert "--lora_r N Rank of the adapter. (a whole number of at least 1; default 16)" in page
+    assert "(one of end, start, middle; default end)" in page
+    assert "--output_dir TEXT The adapter folder. (required)" in page
+    assert page.startswith(
+        "usage: yeonma sft [--config FILE] --data_path ... --base_model ... --output_dir ... "
+    )
+    main(["generate", "--help"])
+    assert capsys.readouterr().out.startswith(
+        "usage: yeonma generate ADAPTER_DIR [--config FILE] [--setting value"
+    )
+
+
+def test_no_verb_reads_one_name_twice() -> None:
+    for name, verb in VERBS.items():
+        names = [field.name for group in verb.groups for field in fields(group)]
+        assert len(set(names)) == len(names), name
+        assert verb.positional is None or verb.positional in names
+        assert "config" not in names and "help" not in names
+
+
+def test_a_verb_gets_its_groups_and_gives_the_exit_status(try_verb: Callable[[Run], None]) -> None:
+    seen: list[Mapping[type, object]] = []
+
+    def run(settings: Mapping[type, object]) -> int | None:
+        seen.append(settings)
+        return 5 if len(seen) == 1 else None
+
+    try_verb(run)
+    assert main(["try", "--cutoff-len", "7"]) == 5
+    assert main(["try"]) == 0
+    assert group_of(seen[0], TokenSettings) == TokenSettings(cutoff_len=7)
+    assert seen[1] == {TokenSettings: TokenSettings(), StepSettings: StepSettings()}
+
+
+def test_warnings_go_to_stderr_once_for_all_processes(
+    try_verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try_verb(lambda settings: None)
+    argv = ["try", "--num_epochs", "1", "--max_steps", "2"]
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    warning = "yeonma: warning: num_epochs and max_steps are both given: max_steps (2) wins\n"
+    assert (printed.out, printed.err) == ("", warning)
+    monkeypatch.setenv("RANK", "1")
+    assert main(argv) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_that_do_not_fit_end_with_status_2_and_no_traceback() -> None:
+    done = in_new_process("sft", "--lora_r", "0", "--learning_rate", "-1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "yeonma: lora_r: 0 is out of range; give a whole number of at least 1",
+        "yeonma: learning_rate: -1 is out of range; give a number above 0",
+        "yeonma: data_path, base_model, output_dir: required, but not given; write --data_path ... "
+        "--base_model ... --output_dir ..., or set them in a --config file",
+    ]
+
+
+def test_a_users_mistake_in_a_verb_is_printed_and_debug_adds_the_traceback(
+    try_verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(settings: Mapping[type, object]) -> int | None:
+        raise UserError([Problem("no title", "rows.jsonl:3", "add one"), Problem("empty", "rows.jsonl:5")])
+
+    try_verb(run)
+    monkeypatch.delenv("YEONMA_DEBUG", raising=False)
+    assert main(["try"]) == 2
+    lines = "yeonma: rows.jsonl:3: no title; add one\nyeonma: rows.jsonl:5: empty\n"
+    assert capsys.readouterr().err == lines
+    monkeypatch.setenv("YEONMA_DEBUG", "1")
+    assert main(["try"]) == 2
+    debug = capsys.readouterr().err
+    assert debug.startswith("Traceback") and debug.endswith(lines)
+
+
+def test_an_interrupt_ends_with_status_130(
+    try_verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Mapping[type, object]) -> int | None:
+        raise KeyboardInterrupt
+
+    try_verb(run)
+    assert main(["try"]) == 130
+    assert capsys.readouterr().err == "yeonma: interrupted\n"
+
+
+def test_a_bug_keeps_its_traceback(try_verb: Callable[[Run], None]) -> None:
+    def run(settings: Mapping[type, object]) -> int | None:
+        raise ZeroDivisionError("a bug")
+
+    try_verb(run)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["try"])

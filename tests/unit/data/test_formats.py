@@ -1,0 +1,230 @@
+"""Forms of data: which template the columns suit, turn lists, and what a field's text may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from yeonma.data.columns import ROLES, Turn, column_of, field_text, recognise, turns_of
+from yeonma.data.rows import Row
+from yeonma.errors import UserError
+
+
+def row(**values: object) -> Row:
+    return Row(41, values, "train.jsonl:41")
+
+
+def field_error(value: object) -> str:
+    with pytest.raises(UserError) as caught:
+        field_text(row(title=value), "title")
+    return str(caught.value)
+
+
+def turns_error(*turns: object) -> str:
+    with pytest.raises(UserError) as caught:
+        turns_of(row(messages=list(turns)), "messages")
+    return str(caught.value)
+
+
+# Which template
+
+
+@pytest.mark.parametrize(
+    ("columns", "template", "named"),
+    [
+        ("date category press title document link", "title", "title, document"),
+        ("instruction input output", "alpaca", "instruction, input, output"),
+        ("output instruction", "alpaca", "output, instruction"),
+        ("id system_prompt question response", "orca", "system_prompt, question, response"),
+        ("question response", "orca", "question, response"),
+        ("prompt prompt_id messages", "chat", "messages"),
+        ("id conversations", "chat", "conversations"),
+        ("prompt completion", "prompt-completion", "prompt, completion"),
+    ],
+)
+def test_the_columns_choose_the_template(columns: str, template: str, named: str) -> None:
+    recognised = recognise(columns.split())
+    assert recognised.template == template
+    assert recognised.reason == f"template {template}, because the columns are {named}"
+
+
+def test_every_built_in_template_can_be_recognised() -> None:
+    folder = Path(__file__).parents[3] / "yeonma" / "data" / "templates"
+    recognised = {
+        recognise(columns.split()).template
+        for columns in (
+            "document title",
+            "instruction output",
+            "question response",
+            "messages",
+            "prompt completion",
+        )
+    }
+    assert recognised == {path.stem for path in folder.glob("*.txt")}
+
+
+def test_columns_that_suit_none_are_listed_with_what_each_template_needs() -> None:
+    with pytest.raises(UserError) as caught:
+        recognise(["id", "text"])
+    message = str(caught.value)
+    assert message.startswith("--template: the columns (id, text) fit no built-in template; ")
+    for words in (
+        "--template",
+        "--columns",
+        "title needs document, title",
+        "chat needs messages or conversations",
+    ):
+        assert words in message
+
+
+def test_a_tie_lists_the_candidates() -> None:
+    with pytest.raises(UserError) as caught:
+        recognise(["messages", "prompt", "completion"])
+    assert str(caught.value) == (
+        "--template: the columns (messages, prompt, completion) fit several templates: chat, prompt-completion; "
+        "choose one of them"
+    )
+
+
+def test_renamed_columns_count_as_the_fields_they_fill() -> None:
+    recognised = recognise(["id", "body", "headline"], {"document": "body", "answer": "headline"})
+    assert recognised.template == "title"
+    assert recognised.reason == (
+        "template title, because the columns are body (as document), headline (as title)"
+    )
+    assert recognise(["dialogue"], {"conversations": "dialogue"}).template == "chat"
+
+
+def test_a_renaming_takes_the_field_from_its_own_column() -> None:
+    columns = ["messages", "prompt", "completion", "other"]
+    assert recognise([*columns[1:]], {"prompt": "other"}).template == "prompt-completion"
+    with pytest.raises(
+        UserError, match=r'--columns: the data has no column "promt"; did you mean "prompt"\?'
+    ):
+        recognise(columns, {"document": "promt"})
+
+
+def test_the_column_of_a_field_follows_the_setting() -> None:
+    setting = {"document": "body", "answer": "headline"}
+    assert column_of("document", setting, "title") == "body"
+    assert column_of("title", setting, "title") == "headline"
+    assert column_of("date", setting, "title") == "date"
+    assert column_of("title", None, "title") == "title"
+    assert column_of("title", {**setting, "title": "name"}, "title") == "name"
+
+
+# Texts
+
+
+@pytest.mark.parametrize("text", ["a", " a\n", "{title}", "가", "\ufeff", "\u200b", "😀"])
+def test_text_is_verbatim(text: str) -> None:
+    assert field_text(row(title=text), "title") == text
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "\n\t\u3000"])
+def test_blank_text_is_none(value: object) -> None:
+    assert field_text(row(title=value), "title") is None
+    assert field_text(row(other="x"), "title") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (3, "a number (3)"),
+        (0.5, "a number (0.5)"),
+        (False, "true or false (False)"),
+        (["a"], "a list"),
+        ({"a": 1}, "an object"),
+        (b"a", "a bytes"),
+    ],
+)
+def test_what_is_not_text_is_an_error(value: object, kind: str) -> None:
+    assert field_error(value) == (
+        f'train.jsonl:41: field "title" is {kind}, not text; a template\'s field takes text'
+    )
+
+
+def test_a_turn_list_where_text_is_expected_names_the_template_chat() -> None:
+    assert "needs the template chat" in field_error([{"role": "user", "content": "q"}])
+
+
+def test_a_lone_surrogate_and_a_nul_are_errors() -> None:
+    assert "the lone surrogate U+D83D, after 2 characters" in field_error("가나\ud83d")
+    assert "a NUL character (U+0000) after 1 characters" in field_error("가\0")
+
+
+# Turn lists
+
+TURNS = (Turn("system", "Be kind."), Turn("user", "안녕?"), Turn("assistant", " 네. "), Turn("tool", ""))
+
+
+def test_messages_and_sharegpt_give_the_same_turns() -> None:
+    messages = [{"role": turn.role, "content": turn.text, "name": None, "tool_calls": None} for turn in TURNS]
+    names = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+    sharegpt = [{"from": names[turn.role], "value": turn.text} for turn in TURNS]
+    assert turns_of(row(messages=messages), "messages") == TURNS
+    assert turns_of(row(conversations=sharegpt), "conversations") == TURNS
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        ("user human", "user"),
+        ("assistant gpt chatgpt bing bard model", "assistant"),
+        ("system developer", "system"),
+        ("tool function observation", "tool"),
+    ],
+)
+def test_role_names_stand_for_roles(names: str, role: str) -> None:
+    for name in names.split():
+        assert turns_of(row(c=[{"from": name, "value": "x"}]), "c") == (Turn(ROLES[name], "x"),)
+        assert ROLES[name] == role
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "가"}, {"type": "text", "text": "나"}]
+    assert turns_of(row(m=[{"role": "user", "content": parts}]), "m") == (Turn("user", "가나"),)
+
+
+def test_a_blank_system_turn_is_left_out() -> None:
+    turns = [{"from": "system", "value": " "}, {"from": "human", "value": "q"}]
+    assert turns_of(row(c=turns), "c") == (Turn("user", "q"),)
+
+
+USER = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "asistant"}, 'messages[2].role: "asistant" is no known role; did you mean "assistant"?'),
+        ({"role": "zzz", "content": "a"}, 'messages[2].role: "zzz" is no known role; roles are system, developer'),
+        ({"from": 3, "value": "a"}, "messages[2].from: a number (3) is no known role"),
+        ({"content": "a"}, "messages[2].role is missing"),
+        ({"role": "assistant"}, "messages[2].content is missing"),
+        ({"from": "gpt", "value": None}, "messages[2].value is missing"),
+        ({"role": "assistant", "content": " \n"}, "messages[2].content is empty"),
+        ({"role": "user", "content": ""}, "messages[2].content is empty"),
+        ({"role": "assistant", "content": 3}, "messages[2].content is a number (3), not text"),
+        ({"role": "user", "content": "\udc00"}, "messages[2].content holds half a character"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[2].tool_calls: calls of tools"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, 'messages[2].content[0] is of type "image_url"'),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[2].content[0] is no text part"),
+        ({"role": "user", "content": ["a"]}, "messages[2].content[0] is no text part"),
+        ("a", "messages[2] is text, not a turn"),
+    ],
+)  # fmt: skip
+def test_a_wrong_turn_has_its_place_in_the_row(turn: object, message: str) -> None:
+    assert turns_error(USER, USER, turn).startswith(f"train.jsonl:41: {message}")
+
+
+def test_all_wrong_turns_are_told() -> None:
+    assert turns_error({"role": "bot"}, USER, "x").count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["text", 3, None, {"role": "user"}])
+def test_what_is_not_a_list_of_turns_is_an_error(value: object) -> None:
+    with pytest.raises(UserError, match=r'train.jsonl:41: field "messages" is .*, not a list of turns'):
+        turns_of(row(messages=value), "messages")
+    assert turns_error().startswith('train.jsonl:41: field "messages" has no turns')

@@ -1,0 +1,470 @@
+"""Preference data as text and as tokens: its forms, where a prompt ends, and one prompt fitted for both answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.tokenizers import CHATML, LLAMA2_CHAT, byte_level, sentencepiece_bpe, unigram
+from yeonma.data.preference_pairs import (
+    RenderedPair,
+    notes_of_pair,
+    recognise_labelled,
+    recognise_pairs,
+    render_label,
+    render_pair,
+)
+from yeonma.data.rows import Row, Rows
+from yeonma.data.task import LABELLED, PAIRS
+from yeonma.data.template import answer_text, load_template, prompt_text
+from yeonma.data.text_checks import SPACED_APART
+from yeonma.errors import UserError
+from yeonma.tokenization.cache import build_store
+from yeonma.tokenization.example import AnswerRole, Example, LeftOut, TokenRules, Unit
+from yeonma.tokenization.example_encoder import encode_prompt
+from yeonma.tokenization.preference_encoder import encode_labelled, encode_pairs
+
+CHAT = load_template("chat")
+RULES = TokenRules(cutoff_len=512)
+TOKENIZERS = {"byte_level": byte_level, "sentencepiece_bpe": sentencepiece_bpe, "unigram": unigram}
+
+
+def row(**values: object) -> Row:
+    return Row(41, values, "train.jsonl:41")
+
+
+def table(rows: Iterable[Mapping[str, object]]) -> Rows:
+    rows = list(rows)
+    columns = tuple(dict.fromkeys(name for values in rows for name in values))
+    found = [Row(number, values, f"train.jsonl:{number}") for number, values in enumerate(rows, start=1)]
+    return Rows("train.jsonl", "data", columns, lambda: iter(found))
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def shown(pair: RenderedPair) -> tuple[list[tuple[str | None, str]], list[str], list[str]]:
+    """The prompt's turns, and each side's turns after it."""
+
+    def turns(side: object) -> list[tuple[str | None, str]]:
+        return [(turn.role, "".join(piece.text for piece in turn.pieces)) for turn in side.turns]  # type: ignore[attr-defined]
+
+    sides = []
+    for side in (pair.chosen, pair.rejected):
+        after = [text for _, text in turns(side)[pair.prompt_turns :]]
+        sides.append([*after, answer_text(side)] if side.answer else after)
+    return turns(pair.chosen)[: pair.prompt_turns], sides[0], sides[1]
+
+
+def error_of(**values: object) -> str:
+    with pytest.raises(UserError) as caught:
+        render_pair(CHAT, row(**values))
+    return str(caught.value)
+
+
+# Texts
+
+
+@pytest.mark.parametrize(
+    ("values", "template", "prompt"),
+    [
+        ({"prompt": "p\n"}, "prompt-completion", "p\n"),
+        ({"question": "q"}, "orca", "### User:\nq\n\n### Assistant:\n"),
+        (
+            {"system": "s", "question": "q"},
+            "orca",
+            "### System:\ns\n\n### User:\nq\n\n### Assistant:\n",
+        ),
+        ({"system": "", "question": "q"}, "orca", "### User:\nq\n\n### Assistant:\n"),
+        ({"document": "d"}, "title", None),
+        ({"instruction": "i", "input": ""}, "alpaca", None),
+        ({"instruction": "i", "input": "n"}, "alpaca", None),
+    ],
+)
+def test_columns_of_texts_choose_the_template_and_fill_its_answer_twice(
+    values: dict[str, str], template: str, prompt: str | None
+) -> None:
+    values = {**values, "chosen": "good", "rejected": "bad"}
+    recognised = recognise_pairs(table([values]))
+    assert (recognised.template, recognised.columns) == (template, ())
+    assert recognised.reason == f"template {template}, because the columns are {', '.join(values)}"
+    pair = render_pair(load_template(template), row(**values))
+    assert (answer_text(pair.chosen), answer_text(pair.rejected)) == ("good", "bad")
+    assert pair.chosen.turns == pair.rejected.turns
+    if prompt is not None:
+        assert prompt_text(pair.chosen) == prompt
+
+
+def test_the_columns_of_the_answers_may_have_other_names() -> None:
+    values = {"prompt": "p", "better": "good", "worse": "bad"}
+    columns = {"chosen": "better", "rejected": "worse"}
+    recognised = recognise_pairs(table([values]), columns)
+    assert recognised.template == "prompt-completion"
+    pair = render_pair(load_template("prompt-completion"), row(**values), columns)
+    assert (answer_text(pair.chosen), answer_text(pair.rejected)) == ("good", "bad")
+
+
+@pytest.mark.parametrize("name", ["answer", "completion"])
+def test_a_column_for_the_answer_itself_is_refused(name: str) -> None:
+    with pytest.raises(
+        UserError, match="--columns: a pair has two answers; name the columns of `chosen` and"
+    ):
+        render_pair(
+            load_template("prompt-completion"), row(prompt="p", chosen="a", rejected="b"), {name: "c"}
+        )
+
+
+def test_a_prompt_may_show_neither_answer() -> None:
+    for side in ("chosen", "rejected"):
+        with pytest.raises(UserError, match=f'the column "{side}" is the answer and also the field "prompt"'):
+            render_pair(load_template("prompt-completion"), row(chosen="a", rejected="b"), {"prompt": side})
+
+
+def test_columns_that_fit_several_templates_or_none_are_listed() -> None:
+    answers = {"chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match="fit several templates: orca, prompt-completion"):
+        recognise_pairs(table([{"prompt": "p", "question": "q", **answers}]))
+    with pytest.raises(UserError, match="alpaca needs instruction, chosen, rejected") as caught:
+        recognise_pairs(table([{"text": "p", **answers}]))
+    assert "fit no built-in template" in str(caught.value)
+
+
+# Turns
+
+OPENAI = {"messages": [user("q")], "chosen": answer("good"), "rejected": answer("bad")}
+TURNS: dict[str, dict[str, object]] = {
+    "an object each": OPENAI,
+    "sharegpt": {"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")},
+    "lists of one": {**OPENAI, "chosen": [answer("good")], "rejected": [answer("bad")]},
+    "mixed": {**OPENAI, "chosen": [gpt("good")], "rejected": "bad"},
+    "the prompt's turns in prompt": {
+        "prompt": [user("q")],
+        "chosen": [answer("good")],
+        "rejected": [answer("bad")],
+    },
+    "the prompt's text in prompt": {"prompt": "q", "chosen": [answer("good")], "rejected": [answer("bad")]},
+    "whole dialogues": {"chosen": [user("q"), answer("good")], "rejected": [user("q"), answer("bad")]},
+    "whole dialogues and their messages": {
+        "prompt": "q",
+        "messages": [user("q"), answer("good")],
+        "chosen": [user("q"), answer("good")],
+        "rejected": [user("q"), answer("bad")],
+    },
+    "dialogues as texts": {
+        "chosen": "\n\nHuman: q\n\nAssistant: good",
+        "rejected": "\n\nHuman: q\n\nAssistant: bad",
+    },
+}
+
+
+@pytest.mark.parametrize("form", TURNS)
+def test_every_form_of_turns_gives_the_same_pair(form: str) -> None:
+    values = TURNS[form]
+    recognised = recognise_pairs(table([values]))
+    assert recognised.template == "chat"
+    in_prompt = form.startswith("the prompt's")
+    assert recognised.columns == ((("messages", "prompt"),) if in_prompt else ())
+    pair = render_pair(CHAT, row(**values), dict(recognised.columns))
+    assert shown(pair) == ([("user", "q")], ["good"], ["bad"])
+    assert pair.chosen.answer_role == "assistant"
+
+
+def test_what_dialogues_share_up_to_the_last_turn_is_the_prompt() -> None:
+    begin = [user("a"), answer("b"), user("c")]
+    pair = render_pair(
+        CHAT, row(chosen=[*begin, answer("same start, good")], rejected=[*begin, answer("same start, bad")])
+    )
+    prompt = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert shown(pair) == (prompt, ["same start, good"], ["same start, bad"])  # never inside a turn
+
+
+def test_a_dialogue_that_is_how_the_other_begins_is_an_answer() -> None:
+    chosen = [user("a"), answer("b")]
+    pair = render_pair(CHAT, row(chosen=chosen, rejected=[*chosen, user("c"), answer("d")]))
+    assert shown(pair) == ([("user", "a")], ["b"], ["b", "c", "d"])
+
+
+def test_answers_may_go_on_over_several_turns() -> None:
+    pair = render_pair(
+        CHAT,
+        row(
+            messages=[user("a")],
+            chosen=[answer("b"), user("c"), answer("d")],
+            rejected=[answer("x"), user("y"), answer("z")],
+        ),
+    )
+    assert shown(pair) == ([("user", "a")], ["b", "c", "d"], ["x", "y", "z"])
+
+
+def test_a_text_dialogue_has_its_turns_at_its_speakers() -> None:
+    text = "\n\nHuman: one\n\ntwo Assistant: no\n\nAssistant: three\n\nHuman: Human: four\n\nAssistant: {}"
+    pair = render_pair(CHAT, row(chosen=text.format("five"), rejected=text.format("six")))
+    prompt = [("user", "one\n\ntwo Assistant: no"), ("assistant", "three"), ("user", "Human: four")]
+    assert shown(pair) == (prompt, ["five"], ["six"])
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (
+            {"chosen": answer("a"), "rejected": answer("b")},
+            'field "messages" is missing, and the answers are no whole dialogues',
+        ),
+        (
+            {"messages": [user("q"), answer("a")], "chosen": answer("b"), "rejected": answer("c")},
+            "the prompt of chosen and rejected ends with a turn of the assistant",
+        ),
+        (
+            {"messages": [user("q")], "chosen": [answer("a"), user("q")], "rejected": answer("c")},
+            "chosen ends with a turn of the user",
+        ),
+        ({**OPENAI, "chosen": [{"role": "robot", "content": "a"}]}, "chosen[0].role"),
+        ({**OPENAI, "chosen": {"role": "assistant"}}, "chosen.content is missing"),
+        ({**OPENAI, "chosen": 3}, 'field "chosen" is a number (3), not a list of turns'),
+    ],
+)
+def test_turns_that_make_no_pair_are_refused_with_their_place(values: dict[str, object], what: str) -> None:
+    message = error_of(**values)
+    assert message.startswith(f"train.jsonl:41: {what}"), message
+
+
+def test_notes_are_of_the_prompt_and_both_answers() -> None:
+    template = load_template("prompt-completion")
+
+    def notes(prompt: str, chosen: str, rejected: str) -> object:
+        return notes_of_pair(render_pair(template, row(prompt=prompt, chosen=chosen, rejected=rejected)))
+
+    first = notes("p", "a b", "a  b")
+    assert first.flags == SPACED_APART  # type: ignore[attr-defined]
+    assert notes("p", "a b", "c").flags == 0  # type: ignore[attr-defined]
+    digests = {notes(*texts).digest for texts in (("p", "a", "b"), ("p", "b", "a"), ("q", "a", "b"))}  # type: ignore[attr-defined]
+    assert len(digests) == 3
+    assert len({notes("p", *answers).prompt_digest for answers in ("ab", "cd")}) == 1  # type: ignore[attr-defined]
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("label", "desirable"),
+    [(True, True), (False, False), ("true", True), ("False", False), (1, True), ("0", False)],
+)
+def test_a_label_says_whether_an_answer_is_wanted(label: object, desirable: bool) -> None:
+    values = {"prompt": "p", "completion": "c", "label": label}
+    assert recognise_labelled(table([values])).template == "prompt-completion"
+    found = render_label(load_template("prompt-completion"), row(**values))
+    assert (answer_text(found.rendered), found.desirable) == ("c", desirable)
+
+
+@pytest.mark.parametrize("label", [None, "good", 2, 1.0, [True]])
+def test_a_label_that_is_none_is_refused(label: object) -> None:
+    with pytest.raises(UserError, match=r'train.jsonl:41: field "label" is .*true or false'):
+        render_label(load_template("prompt-completion"), row(prompt="p", completion="c", label=label))
+
+
+def test_a_labelled_turn_list_ends_with_its_answer() -> None:
+    found = render_label(CHAT, row(messages=[user("q"), answer("a")], label=False))
+    assert [turn.role for turn in found.rendered.turns] == ["user"]
+    assert answer_text(found.rendered) == "a"
+
+
+# Tokens
+
+
+def units_of(
+    pairs: list[dict[str, object]],
+    tokenizer: PreTrainedTokenizerFast,
+    rules: TokenRules = RULES,
+    template: str = "prompt-completion",
+) -> list[Unit | LeftOut]:
+    rows = list(table(pairs))
+    return encode_pairs([render_pair(load_template(template), each) for each in rows], rows, tokenizer, rules)
+
+
+def sides(unit: Unit | LeftOut) -> tuple[Example, Example]:
+    assert isinstance(unit, Unit)
+    (first, chosen), (second, rejected) = unit.members
+    assert (first, second) == (AnswerRole.CHOSEN, AnswerRole.REJECTED)
+    return chosen, rejected
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", ["prompt-completion", "title", "chat"])
+def test_both_answers_continue_the_ids_that_generation_feeds(name: str, template: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    field = {"prompt-completion": "prompt", "title": "document", "chat": "messages"}[template]
+    for asked in ("The storm ", "월요일에 폭풍이", "a <|im_end|> b </s>"):
+        value: object = [user(asked)] if template == "chat" else asked
+        answers = {"chosen": "closes the harbour", "rejected": " 항구를 닫았고"}
+        chosen, rejected = sides(units_of([{field: value, **answers}], tokenizer, template=template)[0])
+        rendered = load_template(template).render(row(**{field: value}), with_answer=False)
+        prompt = encode_prompt(rendered, row(), tokenizer, RULES, max_new_tokens=99)
+        for side, text in ((chosen, answers["chosen"]), (rejected, answers["rejected"])):
+            assert side.prompt_length == len(prompt)
+            assert side.token_ids[: len(prompt)].tolist() == prompt.tolist()
+            assert side.trained.tolist() == [i >= len(prompt) for i in range(len(side.token_ids))]
+            decoded = tokenizer.decode(side.token_ids[len(prompt) :], skip_special_tokens=True)
+            assert re.sub(r"\s", "", text) in re.sub(r"\s", "", decoded)
+
+
+@pytest.mark.parametrize("side", ["end", "start", "middle"])
+def test_a_prompt_is_cut_once_for_the_longer_answer(side: str) -> None:
+    tokenizer = byte_level()
+    pairs: list[dict[str, object]] = [
+        {
+            "prompt": f"{number} The storm closed the harbour. " * 9,
+            "chosen": "x " * number,
+            "rejected": "long " * 9,
+        }
+        for number in range(1, 12)
+    ]
+    rules = TokenRules(cutoff_len=70, shrink_side=side)  # type: ignore[arg-type]
+    for unit, values in zip(units_of(pairs, tokenizer, rules), pairs, strict=True):
+        chosen, rejected = sides(unit)
+        length = chosen.prompt_length
+        assert chosen.token_ids[:length].tolist() == rejected.token_ids[:length].tolist()
+        assert chosen.cut_characters == rejected.cut_characters > 0
+        longer = max(len(chosen.token_ids), len(rejected.token_ids))
+        assert 70 - 4 < longer <= 70
+        whole = sides(units_of([values], tokenizer)[0])
+        for cut, uncut in zip((chosen, rejected), whole, strict=True):  # the answers are whole
+            assert cut.token_ids[length:].tolist() == uncut.token_ids[uncut.prompt_length :].tolist()
+        rendered = load_template("prompt-completion").render(row(**values), with_answer=False)
+        prompt = encode_prompt(rendered, row(), tokenizer, rules, max_new_tokens=longer - length)
+        assert prompt.tolist() == chosen.token_ids[:length].tolist()
+
+
+def test_a_pair_whose_longer_answer_does_not_fit_is_left_out_or_an_error() -> None:
+    good: dict[str, object] = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    pairs = [good, {"prompt": "p", "chosen": "a", "rejected": "x " * 99}]
+    _, left_out = units_of(pairs, byte_level(), TokenRules(cutoff_len=40))
+    assert isinstance(left_out, LeftOut)
+    assert left_out.row == 2
+    with pytest.raises(UserError, match=r"train.jsonl:2: .*cutoff_len is 40; raise --cutoff_len"):
+        units_of(pairs, byte_level(), TokenRules(cutoff_len=40, over_limit="error"))
+
+
+def test_of_several_turns_the_answers_after_the_prompt_are_trained() -> None:
+    tokenizer = byte_level(CHATML)
+    values: dict[str, object] = {
+        "messages": [user("a"), answer("untrained"), user("b")],
+        "chosen": [answer("first"), user("and?"), answer("second")],
+        "rejected": [answer("third")],
+    }
+    chosen, rejected = sides(units_of([values], tokenizer, template="chat")[0])
+    trained = tokenizer.decode(chosen.token_ids[chosen.trained])
+    assert trained == "first<|im_end|>second<|im_end|>"
+    assert tokenizer.decode(rejected.token_ids[rejected.trained]) == "third<|im_end|>"
+    assert chosen.prompt_length == rejected.prompt_length
+    length = chosen.prompt_length
+    assert chosen.token_ids[:length].tolist() == rejected.token_ids[:length].tolist()
+
+
+def test_several_turns_that_the_chat_template_rewrites_are_left_out() -> None:
+    rewriting = CHATML.replace(
+        "message['content']", "(message['content'] if loop.last else message['content'][:1])"
+    )
+    values: dict[str, object] = {
+        "messages": [user("aa")],
+        "chosen": [answer("first"), user("and?"), answer("second")],
+        "rejected": [answer("third")],
+    }
+    (found,) = units_of([values], byte_level(rewriting), template="chat")
+    assert isinstance(found, LeftOut)
+    assert "rewrites earlier turns" in found.reason
+
+
+def test_a_chat_template_that_refuses_a_row_names_it() -> None:
+    values = {**OPENAI, "messages": [{"role": "tool", "content": "3"}, user("q")]}
+    with pytest.raises(
+        UserError, match=r"train.jsonl:1: the model's chat template refuses this row: Only system"
+    ):
+        units_of([values], sentencepiece_bpe(chat_template=LLAMA2_CHAT), template="chat")
+
+
+# The store
+
+
+def test_a_store_knows_its_pairs_by_unit_and_role(tmp_path: Path) -> None:
+    rows = table(
+        {"prompt": f"{i} p ", "chosen": "a" * (i % 3 + 1), "rejected": "a" if i == 2 else "b"}
+        for i in range(5)
+    )
+    equal = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
+    rows = table([*(each.values for each in rows), *equal, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    store = build_store(
+        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, kind=PAIRS
+    )
+    assert (store.counts.rows, store.counts.units, store.counts.examples) == (7, 6, 12)
+    assert store.units.tolist() == [unit for unit in range(6) for _ in range(2)]
+    assert store.roles.tolist() == [AnswerRole.CHOSEN, AnswerRole.REJECTED] * 6
+    assert store.row_numbers.tolist() == [number for number in (1, 2, 3, 4, 5, 7) for _ in range(2)]
+    assert store.examples_of(np.array([4, 1])).tolist() == [8, 9, 2, 3]
+    for unit in range(6):
+        chosen, rejected = (store[int(i)] for i in store.examples_of(np.array([unit])))
+        answers = len(chosen.token_ids) + len(rejected.token_ids) - 2 * chosen.prompt_length
+        assert store.unit_lengths[unit] == chosen.prompt_length + answers
+    plain = build_store(
+        rows, load_template("prompt-completion"), {"answer": "chosen"}, byte_level(), RULES, tmp_path
+    )
+    assert plain.key != store.key
+    assert plain.unit_lengths is plain.lengths
+
+
+def test_a_labelled_answer_has_anothers_beside_it_to_be_measured(tmp_path: Path) -> None:
+    rows = table({"prompt": f"{i} p ", "completion": f"{'x' * i}!", "label": i % 2 == 0} for i in range(1, 5))
+    store = build_store(
+        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, kind=LABELLED
+    )
+    own, measured = store.trained_of(np.arange(4)), store.measured_of(np.arange(4))
+    assert [AnswerRole(role) for role in store.roles[own]] == [
+        AnswerRole.UNDESIRABLE,
+        AnswerRole.DESIRABLE,
+    ] * 2
+    for unit in range(4):
+        asked, other, mixed = (store[int(i)] for i in (own[unit], own[(unit + 1) % 4], measured[unit]))
+        answers = other.token_ids[other.prompt_length :].tolist()
+        assert mixed.token_ids.tolist() == [*asked.token_ids[: asked.prompt_length].tolist(), *answers]
+        assert int(mixed.trained.sum()) == len(answers)
+    assert store.counts.tokens == int(store.lengths[own].sum())
+    assert store.counts.trained_tokens == int(store.trained_counts[own].sum())
+
+
+def test_a_single_labelled_answer_has_none_beside_it() -> None:
+    rows = list(table([{"prompt": "p", "completion": "c", "label": True}]))
+    labelled = [render_label(load_template("prompt-completion"), rows[0])]
+    (unit,) = encode_labelled(labelled, rows, byte_level(), RULES)
+    assert isinstance(unit, Unit)
+    assert [role for role, _ in unit.members] == [AnswerRole.DESIRABLE]
+
+
+def test_a_mismatched_answer_is_cut_to_fit() -> None:
+    values = [
+        {"prompt": "a long prompt for an answer", "completion": "a", "label": True},
+        {"prompt": "a", "completion": "a long answer to it", "label": False},
+    ]
+    rows = list(table(values))
+    labelled = [render_label(load_template("prompt-completion"), each) for each in rows]
+    rules = TokenRules(cutoff_len=24)
+    for unit in encode_labelled(labelled, rows, byte_level(), rules):
+        assert isinstance(unit, Unit)
+        assert all(len(example.token_ids) <= 24 for _, example in unit.members)
+        assert all(example.trained.any() for _, example in unit.members)

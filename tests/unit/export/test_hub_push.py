@@ -1,0 +1,262 @@
+"""`yeonma push`: what goes to the hub, what stays, what is refused, and that what arrived is what was sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub import OWNER, TOKEN, Hub, Repository, hub
+from tests.runs import articles, model_folder, trained, write_jsonl
+from yeonma.errors import UserError
+from yeonma.export.hub_push import collect
+
+ROOT = Path(__file__).resolve().parents[3]
+NAME = "someone/tiny-base"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of two steps left, on a base in a local folder."""
+    place = tmp_path_factory.mktemp("run")
+    base = model_folder(place / "base")
+    data = write_jsonl(place / "rows.jsonl", articles(8))
+    return trained(place / "titles", base, data, max_steps=2, card_rows=1).folder
+
+
+@pytest.fixture
+def folder(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "titles"))
+
+
+@pytest.fixture
+def there() -> Iterator[Hub]:
+    with hub() as state:
+        yield state
+
+
+def environment(there: Hub | None, home: Path, **more: str) -> dict[str, str]:
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    address = there.address if there else "http://127.0.0.1:9"
+    # xet has servers of its own; without it the client takes git-lfs's way
+    own = {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    return {**kept, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
+
+
+def push(there: Hub | None, folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "yeonma", "push", str(folder), "--repo", "titles", *words]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(there, folder.parent / "home", **more),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+READY = ("--base_model", NAME, "--hide_paths", "true", "--yes", "true")
+
+
+def test_what_arrives_is_the_adapter_and_nothing_of_this_machine(there: Hub, folder: Path) -> None:
+    done = push(there, folder, *READY)
+    assert done.returncode == 0, done.stderr
+    repository = there.repositories[f"{OWNER}/titles"]
+    assert repository.private
+    assert set(repository.files) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "template.txt",
+        "yeonma.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "base_chat_template.jinja",
+        "loss.png",
+    }
+    for name in ("adapter_model.safetensors", "template.txt", "tokenizer.json", "loss.png"):
+        assert repository.files[name] == (folder / name).read_bytes()
+    assert repository.large == {"adapter_model.safetensors", "loss.png"}
+    everything = b"".join(repository.files.values())
+    assert str(folder.parent).encode() not in everything
+    run_place = json.loads((folder / "yeonma.json").read_text("utf-8"))["base"]["name"]
+    assert run_place.encode() not in everything
+    assert json.loads(repository.files["yeonma.json"])["base"]["name"] == NAME
+    assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == NAME
+    assert f"base_model: {NAME}\n".encode() in repository.files["README.md"]
+    for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json"):
+        assert name in done.stdout.partition("stays here:")[2]
+    assert "10 files are there as they are here" in done.stdout
+
+
+def test_the_list_comes_before_anything_is_asked_of_the_hub(there: Hub, folder: Path) -> None:
+    done = push(there, folder, *READY[:4], "--dry_run", "true")
+    assert done.returncode == 0, done.stderr
+    assert there.asked == []
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{folder} -> titles (private): 10 files, ")
+    assert any(line.split()[0] == "adapter_model.safetensors" for line in lines)
+    assert any(line.startswith("  yeonma.json") and line.endswith("changed on the way") for line in lines)
+    assert not any(line.startswith("  template.txt") and line.endswith("way") for line in lines)
+
+
+def test_without_a_terminal_nothing_is_sent_unasked(there: Hub, folder: Path) -> None:
+    done = push(there, folder, *READY[:4])
+    assert done.returncode == 2
+    assert "--yes true" in done.stderr
+    assert there.asked == []
+
+
+@pytest.mark.parametrize(("said", "status", "sent"), [("y\n", 0, True), ("\n", 1, False)])
+def test_a_terminal_is_asked(there: Hub, folder: Path, said: str, status: int, sent: bool) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "yeonma", "push", str(folder), "--repo", "titles", *READY[:4]]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(there, folder.parent / "home"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = ""
+        while "[y/N]" not in shown:
+            assert select.select([ours], [], [], 60)[0], shown
+            shown += os.read(ours, 4096).decode()
+        assert there.asked == []
+        os.write(ours, said.encode())
+        assert process.wait(timeout=60) == status
+    os.close(ours)
+    assert (f"{OWNER}/titles" in there.repositories) == sent
+
+
+def test_public_only_where_it_is_said(there: Hub, folder: Path) -> None:
+    assert push(there, folder, *READY, "--public", "true").returncode == 0
+    assert not there.repositories[f"{OWNER}/titles"].private
+    done = push(there, folder, *READY)  # the same repository, which all can see
+    assert done.returncode == 2
+    assert "it is public" in done.stderr
+    assert len(there.repositories[f"{OWNER}/titles"].messages) == 1
+
+
+def test_a_private_repository_is_not_made_public(there: Hub, folder: Path) -> None:
+    there.repositories[f"{OWNER}/titles"] = Repository(private=True)
+    done = push(there, folder, *READY, "--public", "true")
+    assert done.returncode == 2
+    assert "it is private" in done.stderr
+    assert there.repositories[f"{OWNER}/titles"].files == {}
+
+
+def test_a_second_push_is_a_second_commit(there: Hub, folder: Path) -> None:
+    assert push(there, folder, *READY).returncode == 0
+    (folder / "README.md").write_text("# Better words\n", encoding="utf-8")
+    assert push(there, folder, *READY, "--message", "Better words").returncode == 0
+    repository = there.repositories[f"{OWNER}/titles"]
+    assert repository.messages == ["Upload with Yeonma", "Better words"]
+    assert repository.files["README.md"] == b"# Better words\n"
+
+
+def test_a_base_that_nobody_else_has_is_refused(there: Hub, folder: Path) -> None:
+    done = push(there, folder, "--hide_paths", "true", "--yes", "true")
+    assert done.returncode == 2
+    assert "--base_model owner/name" in done.stderr
+    assert there.asked == []
+
+
+def test_paths_are_refused_with_their_places(there: Hub, folder: Path) -> None:
+    done = push(there, folder, "--base_model", NAME, "--yes", "true")
+    assert done.returncode == 2
+    assert "yeonma.json: trained_on.data: it holds a path of this machine" in done.stderr
+    assert "README.md:" in done.stderr
+    assert "--hide_paths true" in done.stderr
+    assert there.asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("README.md", "see hf_" + "a" * 34, "a Hugging Face token"),
+        ("README.md", "sk-" + "Ab1" * 10, "an API key"),
+        ("README.md", "AKIA" + "A1" * 8, "an AWS access key"),
+        ("README.md", "https://me:pass@example.org/", "a password in a URL"),
+        ("template.txt", "-----BEGIN RSA PRIVATE KEY-----", "a private key"),
+        ("chat_template.jinja", "{# ghp_" + "a" * 36 + " #}", "a GitHub token"),
+        ("README.md", "over-the-hills-and-far", "the value of $OTHER_SECRET"),
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(folder: Path, name: str, text: str, what: str) -> None:
+    path = folder / name
+    path.write_text((path.read_text("utf-8") if path.exists() else "") + f"\n{text}\n", encoding="utf-8")
+    line = path.read_text("utf-8").count("\n")
+    with pytest.raises(UserError) as error:
+        collect(folder, NAME, True, {"OTHER_SECRET": "over-the-hills-and-far"})
+    (problem,) = error.value.problems
+    assert what in problem.what
+    assert problem.place == f"{name}:{line}"
+    assert text not in str(error.value)
+
+
+def test_what_weights_say_of_themselves_is_looked_at(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"from": "/home/mina/secret/run"})
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors.*/home/mina/secret/run"):
+        collect(folder, NAME, True, {})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("token", "hf auth login"),
+        ("read_only", "a token that may write"),
+        ("loses", "did not arrive"),
+        ("damages", "is not what was sent"),
+        ("away", "cannot be reached"),
+        ("no token", "no token for the hub"),
+        ("name", "owner/name"),
+    ],
+)
+def test_what_the_hub_does_wrong_is_told(there: Hub, folder: Path, wrong: str, told: str) -> None:
+    more: dict[str, str] = {}
+    words = list(READY)
+    if wrong == "token":
+        more["HF_TOKEN"] = "hf_other"
+    elif wrong == "no token":
+        more["HF_TOKEN"] = ""
+    elif wrong == "name":
+        words += ["--repo", "a/b/c"]
+    elif wrong == "read_only":
+        there.read_only = True
+    elif wrong == "loses":
+        there.loses = "template.txt"
+    elif wrong == "damages":
+        there.damages = "adapter_model.safetensors"
+    done = push(None if wrong == "away" else there, folder, *words, **more)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_folders_that_hold_nothing_to_send(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        collect(tmp_path / "nowhere", None, False, {})
+    with pytest.raises(UserError, match="neither an adapter nor a model"):
+        collect(tmp_path, None, False, {})
+    (folder / "yeonma.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="damaged"):
+        collect(folder, NAME, True, {})
+    with pytest.raises(UserError, match="base_model"):
+        collect(folder, str(tmp_path), True, {})

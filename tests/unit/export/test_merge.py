@@ -1,0 +1,350 @@
+"""`yeonma merge`: the merged model says what the adapter on its base says, by PEFT's merge, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.adapters import tiny_adapter, tiny_base
+from tests.runs import articles, command, model_folder, trained, write_jsonl
+from tests.tokenizers import sentencepiece_bpe
+from yeonma import load
+from yeonma.export import merge_weights as merging
+from yeonma.export.agreement import GreedyAnswers, compare
+from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
+from yeonma.model.source import find_base
+from yeonma.tokenization.chat_template_export import asked_ids
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps with sample rows; its base lies beside it."""
+    place = tmp_path_factory.mktemp("run")
+    base = model_folder(place / "base")
+    data = write_jsonl(place / "rows.jsonl", articles(10))
+    return trained(
+        place / "OUT", base, data, max_steps=2, save_steps=1, card_rows=3, learning_rate=0.05
+    ).folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """PEFT's merge, without any of ours."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return dict(merged.state_dict())
+
+
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    return [int(one) for one in out[0, len(ids) :]]
+
+
+def test_the_merged_model_says_the_same_without_us(run: Path, tmp_path: Path) -> None:
+    done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
+    assert done.status == 0, done.out + done.err
+    assert "asked 3 sample rows, computing in float32" in done.out
+    assert "3 of 3 greedy answers are the same" in done.out
+    folder, base = tmp_path / "M", run.parent / "base"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run))
+    samples = json.loads((run / "samples.json").read_text())["samples"]
+    for sample in samples:
+        ids = asked_ids(tokenizer, [{"role": "user", "content": sample["row"]["document"]}])
+        assert ids == sample["prompt_ids"]
+        one, other = model(torch.tensor([ids])).logits, tuned(torch.tensor([ids])).logits
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert greedy(model, ids) == greedy(tuned, ids)
+    row = {"document": samples[0]["row"]["document"]}
+    assert load(folder).generate(row) == load(run).generate(row)
+
+
+def test_what_the_folder_holds(run: Path, tmp_path: Path) -> None:
+    assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
+    assert {path.name for path in (tmp_path / "M").iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "base_chat_template.jinja"),
+        *("template.txt", "yeonma.json", "samples.json"),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["M"]
+    for name in ("template.txt", "samples.json", "chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "M" / name).read_bytes() == (run / name).read_bytes()
+    assert json.loads((tmp_path / "M" / "yeonma.json").read_text())["merged"] is True
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("llama", LoraShape(4, 8, 0.0, "all-linear")),
+        ("llama", LoraShape(4, 8, 0.0, "all-linear", use_dora=True)),
+        ("qwen2", LoraShape(3, 8, 0.0, ["q_proj", "down_proj"], use_rslora=True)),
+        ("gpt2", LoraShape(4, 8, 0.0, "all-linear")),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shard_by_shard_it_is_pefts_merge_to_the_bit(
+    family: str, shape: LoraShape, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = model_folder(tmp_path / "base", family)
+    model: Any = AutoModelForCausalLM.from_pretrained(base).to(dtype)
+    model.save_pretrained(base, max_shard_size=20_000)
+    (base / "model.safetensors").unlink()
+    source = find_base(str(base))
+    peft_model = add_lora(load_base(source, torch.device("cpu"), dtype), shape, seed=0)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    peft_model.save_pretrained(str(tmp_path / "A"))
+    files = merging.weight_files(source)
+    assert len(files) >= 3
+    (tmp_path / "M").mkdir()
+    merging.merge_by_shard(source, files, str(tmp_path / "A"), tmp_path / "M", 30_000)
+    found, wanted = tensors_of(tmp_path / "M"), by_peft(base, tmp_path / "A", dtype)
+    assert found.keys() == tensors_of(base).keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, wanted[name]), name
+    for path in (tmp_path / "M").glob("*.safetensors"):
+        assert path.stat().st_size < 40_000
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "M")  # the index and the config are whole
+    assert own.dtype == dtype
+    (tmp_path / "W").mkdir()
+    whole = PeftModel.from_pretrained(load_base(source, torch.device("cpu"), dtype), str(tmp_path / "A"))
+    merging.merge_in_memory(whole, tmp_path / "W", 10**9)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors_of(tmp_path / "W").items())
+
+
+def test_experts_whose_files_name_them_otherwise_are_merged_in_memory(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", "qwen3_moe")
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
+    out = trained(tmp_path / "OUT", base, data, max_steps=1, card_rows=2, learning_rate=0.05).folder
+    done = command(out, "merge", str(out), "--output_dir", str(tmp_path / "M"))
+    assert done.status == 0, done.out + done.err
+    assert "held in memory as a whole" in done.out
+
+
+def test_a_tied_head_with_an_adapter_of_its_own_gets_its_own_weight(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
+    settings: dict[str, Any] = {"max_steps": 2, "card_rows": 2, "learning_rate": 0.05}
+    out = trained(tmp_path / "OUT", base, data, lora_target_modules=["lm_head"], **settings).folder
+    done = command(out, "merge", str(out), "--output_dir", str(tmp_path / "M"))
+    assert done.status == 0, done.out + done.err
+    assert not torch.equal(
+        *(tensors_of(tmp_path / "M")[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    )
+
+
+def test_generation_ends_where_training_ended_answers(tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    path = folders.base / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": 7, "do_sample": False, "temperature": 0.5}))
+    assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
+    ends = load_tokenizer(find_base(str(folders.base))).eos_token_id
+    found = json.loads((tmp_path / "M" / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [7, ends], "do_sample": False, "temperature": 0.5}
+
+
+def test_the_tutorials_command_takes_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "merge.py"), "--base_model_name_or_path", str(run.parent / "base")]
+    words += [f"--peft_model_path={run / 'checkpoint-1'}", "--output-dir", str(tmp_path / "M")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found, wanted = (
+        tensors_of(tmp_path / "M"),
+        by_peft(run.parent / "base", run / "checkpoint-1", torch.float32),
+    )
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
+# What is refused
+
+
+def refused(run: Path, output: Path, *words: str) -> str:
+    """What is said; nothing is left behind."""
+    before = {path.name for path in output.parent.iterdir()}
+    done = command(run, "merge", str(run), "--output_dir", str(output), *words)
+    assert done.status == 2
+    assert {path.name for path in output.parent.iterdir()} == before
+    return done.err
+
+
+def test_an_adapter_of_another_base(run: Path, tmp_path: Path) -> None:
+    other = tiny_base(tmp_path / "other", sentencepiece_bpe(), layers=3)
+    said = refused(run, tmp_path / "M", "--base_model", str(other))
+    assert f"was trained on {run.parent / 'base'}, which is not {other}" in said
+
+
+def test_a_missing_shard(run: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(run.parent / "base", tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size=20_000)
+    (base / "model.safetensors").unlink()
+    gone = sorted(base.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert f"missing shards: {gone.name}" in refused(run, tmp_path / "M", "--base_model", str(base))
+
+
+def test_a_folder_that_is_no_adapter_or_is_merged_already(run: Path, tmp_path: Path) -> None:
+    assert "yeonma.json is missing" in refused(run.parent / "base", tmp_path / "M")
+    assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
+    assert "merged already" in refused(tmp_path / "M", tmp_path / "N")
+    assert (
+        "the adapter is merged into it"
+        in command(
+            run, "generate", str(tmp_path / "M"), "--row", '{"document": "x"}', "--adapter_weights", "false"
+        ).err
+    )
+    for verb in ("verify", "serve"):
+        assert "it is a merged model" in command(run, verb, str(tmp_path / "M")).err
+
+
+def test_a_place_that_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "M").mkdir()
+    (tmp_path / "M" / "mine.txt").write_text("x")
+    assert "it is there already" in refused(run, tmp_path / "M")
+    assert "it is there already" in refused(run, run)
+    assert (tmp_path / "M" / "mine.txt").read_text() == "x"
+
+
+def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    plain = shutil.copytree(folders.base, tmp_path / "plain")
+    from yeonma.adapter.adapter_folder import config_hash
+    from yeonma.model.load import load_config
+
+    path = folders.base / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
+    details = json.loads((folders.adapter / "yeonma.json").read_text())
+    # as an adapter that was trained on the quantised base has it: packed weights count as fewer
+    details["base"]["config_sha256"] = config_hash(load_config(find_base(str(folders.base))))
+    details["base"]["parameters"] //= 2
+    (folders.adapter / "yeonma.json").write_text(json.dumps(details))
+    assert "the base's weights are quantised" in refused(folders.adapter, tmp_path / "M")
+    done = command(
+        tmp_path,
+        "merge",
+        str(folders.adapter),
+        "--base_model",
+        str(plain),
+        "--output_dir",
+        str(tmp_path / "M"),
+    )
+    assert done.status == 0, done.out + done.err
+    wanted = by_peft(plain, folders.adapter, torch.float32)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors_of(tmp_path / "M").items())
+
+
+def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_whole_weights(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(10))
+    settings: dict[str, object] = {
+        "max_steps": 2,
+        "card_rows": 3,
+        "learning_rate": 0.05,
+        "quantization": "fp8",
+    }
+    run = trained(tmp_path / "OUT", base, data, **settings).folder
+    done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
+    assert done.status == 0, done.out + done.err
+    assert "3 of 3 greedy answers are the same" in done.out
+    expected = by_peft(base, run, torch.float32)
+    for name, weight in tensors_of(tmp_path / "M").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to let a file grow beyond `size` bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
+
+
+@pytest.mark.parametrize("size", [1_000, 30_000])
+def test_a_disk_that_fills_up_leaves_nothing(run: Path, tmp_path: Path, size: int) -> None:
+    with files_of_at_most(size):
+        said = refused(run, tmp_path / "M")
+    assert "the merged model cannot be written" in said
+
+
+def test_too_little_room_is_known_before_anything_is_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yeonma.files.free_bytes", lambda _: 1_000)
+    said = refused(run, tmp_path / "M")
+    assert "the merged model needs" in said
+    assert "1,000 are free" in said
+
+
+def test_a_merged_model_that_says_something_else_is_not_left_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_adapter(source: Any, files: list[Path], adapter: str, folder: Path, size: int) -> None:
+        AutoModelForCausalLM.from_pretrained(source.name).save_pretrained(folder)
+
+    monkeypatch.setattr(merging, "merge_by_shard", without_adapter)
+    done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
+    assert done.status == 1
+    assert "nothing was written" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    path = folders.adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "lora_B" in name)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    said = refused(folders.adapter, tmp_path / "M")
+    assert "NaN" in said or "not finite" in said
+
+
+def test_answers_may_part_only_between_tokens_that_are_as_good_as_equal() -> None:
+    logits = torch.tensor([[5.0, 4.99999, 0.0], [0.0, 0.0, 9.0]])
+    before = GreedyAnswers(((0, 2),), (logits,))
+    float32 = torch.float32
+    near = compare(before, GreedyAnswers(((1, 2),), (logits + 1e-5,)), [logits - 1], float32, float32)
+    assert near.is_close
+    assert (near.same_answers, near.rows) == (0, 1)
+    assert near.effect == 1.0
+    far = compare(before, GreedyAnswers(((2, 2),), (logits,)), [logits], float32, float32)
+    assert not far.is_close
+    assert far.parted_at == 5.0
+    lost = compare(before, GreedyAnswers(((0, 2),), (logits * float("nan"),)), [logits], float32, float32)
+    assert not lost.is_close

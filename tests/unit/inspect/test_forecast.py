@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tests.models import FOREST_FAMILIES, tiny_model
+from tests.quantised import INT8, KINDS, loaded
+from tests.runs import SETTINGS, articles, model_folder, write_jsonl
+from yeonma.batch import micro_batches as batches_module
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.batch.micro_batches import look_at_batches
+from yeonma.batch.plan import MicroBatchBounds
+from yeonma.config.parse import group_of, settings_from_keywords
+from yeonma.config.settings import TRAINING, ModelSettings, Quantization
+from yeonma.errors import UserError
+from yeonma.inspect.estimate import estimate
+from yeonma.inspect.forecast import (
+    Forecast,
+    forecast_dict,
+    forecast_lines,
+    forecast_of,
+    timed_by_probe,
+    timed_by_rate,
+)
+from yeonma.inspect.probe import measure_rate, probe_run
+from yeonma.model import load
+from yeonma.model.attention.dispatch import FOREST
+from yeonma.model.kernels.last_layer import spare_last_layer
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.patch import patch
+from yeonma.model.logprobs import HEAD_CHUNK_BYTES, Forward, plain_head
+from yeonma.model.memory_trace import Blueprint, blueprint, trace
+from yeonma.model.quantized import packed_layers
+from yeonma.train.distributed import Processes
+from yeonma.train.losses import SFT
+from yeonma.train.oom_retry import MicroBatchLimit
+from yeonma.train.prepare import Prepared, prepare
+from yeonma.train.step import TrainState, _my_passes
+
+SHAPE = load.LoraShape(4, 8, 0.0, "all-linear")
+TRACED = [family for family in FOREST_FAMILIES if family not in ("gpt_oss", "qwen3_moe")]
+
+
+def drawn(family: str = "llama", shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
+    return blueprint(tiny_model(family).config, changed.pop("dtype", torch.float32), shape, **changed)
+
+
+def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
+    """The same with real weights, to be traced by real operations."""
+    on_meta, base = drawn(family, shape), tiny_model(family)
+    load.add_lora(base, shape, seed=0)
+    base.set_attn_implementation(FOREST)
+    if changed.get("gradient_checkpointing"):
+        load.checkpoint_activations(base)
+    speed_up(base)
+    patch(base)
+    spare_last_layer(base)
+    return replace(on_meta, model=base.train(), head=plain_head(base))
+
+
+def forest(*lengths: int, shared: int = 20) -> Forest:
+    random = np.random.default_rng(0)
+    ids = [random.integers(3, 97, length).astype(np.int32) for length in lengths]
+    for each in ids[1:]:
+        each[:shared] = ids[0][:shared]
+    return lay_out(ids, [np.arange(len(each)) >= len(each) // 2 for each in ids])
+
+
+@pytest.mark.parametrize("family", TRACED)
+@pytest.mark.parametrize("targets", ["all-linear", "one layer"])
+def test_counts_and_bytes_of_weights_are_the_real_models(family: str, targets: str) -> None:
+    names = {"gpt2": "c_attn", "phi3": "qkv_proj"}
+    shape = SHAPE if targets == "all-linear" else replace(SHAPE, target_modules=[names.get(family, "q_proj")])
+    base = tiny_model(family)
+    weights = {*base.parameters(), *base.buffers()}
+    frozen, held = sum(each.numel() for each in base.parameters()), sum(each.nbytes for each in weights)
+    peft_model = load.add_lora(base, shape, seed=0)
+    trained = [each for each in peft_model.parameters() if each.requires_grad]
+    found = drawn(family, shape)
+    assert (found.trained, found.frozen) == (sum(each.numel() for each in trained), frozen)
+    assert (found.trained_bytes, found.weight_bytes) == (sum(each.nbytes for each in trained), held)
+    assert 0 < found.dense < frozen
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "exaone4", "mistral"])
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_trace_without_numbers_holds_what_real_tensors_hold(family: str, has_gradients: bool) -> None:
+    laid = forest(60, 50, 44)
+    expected = trace(real(family), laid, has_gradients=has_gradients)
+    found = trace(drawn(family), laid, has_gradients=has_gradients)
+    assert found.activations > 20_000
+    assert found.peak == pytest.approx(expected.peak, rel=0.01)
+    for part in ("activations", "logits", "gradients"):
+        assert getattr(found, part) == pytest.approx(getattr(expected, part), rel=0.01), part
+
+
+def test_checkpointing_is_traced_as_it_runs() -> None:
+    laid = forest(90, 80)
+    found = trace(drawn(gradient_checkpointing=True), laid, has_gradients=True)
+    expected = trace(real("llama", gradient_checkpointing=True), laid, has_gradients=True)
+    assert found.peak == pytest.approx(expected.peak, rel=0.02)
+    without = trace(drawn(), laid, has_gradients=True)
+    assert found.activations < 0.5 * without.activations
+    assert without.flops < found.flops < 1.5 * without.flops
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_in_one_call_is_traced_as_segment_by_segment(checkpointing: bool) -> None:
+    laid = forest(90, 80, 70, shared=40)
+    by_segment = drawn(dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+    one_call = replace(by_segment, capability=(9, 0))
+    expected, found = (trace(each, laid, has_gradients=True) for each in (by_segment, one_call))
+    assert found.flops == pytest.approx(expected.flops, rel=0.01)
+    assert found.peak == pytest.approx(expected.peak, rel=0.25)
+    assert found.peak != expected.peak  # a segment's mask is not made, its keys are gathered
+    softcapped = drawn("gemma2", dtype=torch.bfloat16)
+    plain = [
+        trace(replace(softcapped, capability=each), laid, has_gradients=False) for each in (None, (9, 0))
+    ]
+    assert plain[0].flops == plain[1].flops
+    assert plain[0].peak == pytest.approx(plain[1].peak, rel=0.02)  # but for the indices, which are laid out
+
+
+def test_memory_grows_with_tokens_and_gradients_come_on_top() -> None:
+    model = drawn()
+    small, large = (trace(model, forest(length, length), has_gradients=False) for length in (40, 80))
+    assert 1.5 * small.activations < large.activations < 2.6 * small.activations
+    again = trace(model, forest(80, 80), has_gradients=True)
+    assert again.gradients == model.trained_bytes
+    assert large.peak < again.peak <= large.peak + model.trained_bytes
+    assert trace(model, forest(80, 80), has_gradients=True) == again  # nothing is left behind
+    assert all(each.grad is None for each in model.model.parameters())
+
+
+def test_sharing_a_beginning_saves_memory() -> None:
+    model = drawn()
+    shared, apart = (trace(model, forest(80, 80, shared=each), has_gradients=False) for each in (60, 0))
+    assert (shared.tokens, apart.tokens) == (100, 160)
+    assert shared.activations < 0.8 * apart.activations
+
+
+def test_logits_are_a_chunk_with_a_plain_head_and_all_of_them_with_lora_on_the_head() -> None:
+    config = tiny_model("llama").config
+    config.vocab_size = 200_000  # a chunk of 41 rows
+    laid = forest(150)
+    plain = trace(blueprint(config, torch.float32, SHAPE), laid, has_gradients=False)
+    assert plain.logits == HEAD_CHUNK_BYTES // (4 * 200_000) * 4 * 200_000
+    on_head = replace(SHAPE, target_modules=["q_proj", "lm_head"])
+    model = blueprint(config, torch.float32, on_head)
+    assert model.head is None
+    own = trace(model, laid, has_gradients=False)
+    assert own.logits + own.activations > 2 * len(laid.source_U) * 4 * 200_000
+
+
+def test_operations_are_the_products_two_each_way() -> None:
+    shape = replace(SHAPE, r=1, target_modules=["q_proj"])
+    model, laid = drawn("llama", shape), forest(100)
+    found = trace(model, laid, has_gradients=False)
+    products = 4 * model.dense * 100 + 4 * 97 * 32 * len(laid.source_U)
+    attention = 2 * 7 * 4 * 8 * 100 * 50 * 2  # products, heads, head size, pairs, layers
+    # the first layer's keys and values need no gradient below them, and the adapter is small
+    assert 0.85 * (products + attention) < found.flops < 1.15 * (products + attention)
+
+
+def test_bfloat16_takes_half() -> None:
+    whole, half = drawn(), drawn(dtype=torch.bfloat16)
+    assert half.weight_bytes < 0.6 * whole.weight_bytes
+    assert half.trained_bytes == whole.trained_bytes  # LoRA stays in float32
+    laid = forest(90, 80)
+    ratio = (
+        trace(half, laid, has_gradients=False).activations
+        / trace(whole, laid, has_gradients=False).activations
+    )
+    assert 0.45 < ratio < 0.8
+
+
+def test_drawing_a_model_draws_no_random_numbers_and_unknown_targets_are_told() -> None:
+    before = torch.get_rng_state()
+    drawn()
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(UserError, match="no layer of the model is called"):
+        drawn(shape=replace(SHAPE, target_modules=["queries"]))
+
+
+# Whole forecasts
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(21))
+
+
+def prepared_run(base: Path, data: Path, **changed: object) -> tuple[Any, load.BaseSource, Prepared]:
+    wanted = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
+    settings = settings_from_keywords(TRAINING, wanted).settings
+    source = load.find_base(group_of(settings, ModelSettings).base_model)
+    return settings, source, prepare(settings, source, None, lambda _: None)
+
+
+def forecast(base: Path, data: Path, changed: dict[str, object], **options: Any) -> Forecast:
+    options = {"with_alternatives": False, **options}
+    return estimate(*prepared_run(base, data, **changed), **options)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("most_tokens", [None, 90])
+def test_the_micro_batches_are_those_of_the_step(
+    base: Path, data: Path, processes: int, most_tokens: int | None
+) -> None:
+    _, _, prepared = prepared_run(base, data)
+    store, micro = prepared.dataset.train.store, MicroBatchBounds(2, most_tokens, True)
+    expected = []
+    for step, positions in enumerate(prepared.plan.steps()):
+        for rank in range(processes):
+            group = Processes(rank, processes)
+            nothing: Any = None
+            how, room = Forward(True, None, "sdpa", ""), MicroBatchLimit(micro, torch.device("cpu"))
+            tuning = TrainState(nothing, how, {}, nothing, nothing, False, 1.0, room, SFT, group)
+            batches = [turn.examples for turn in _my_passes(tuning, store, positions, store.trained_of)]
+            expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
+    found = list(batches_module._batches(prepared.plan, store, micro, processes))
+    assert [(step, members.tolist(), several) for step, members, several in found] == expected
+    heaviest = look_at_batches(prepared.plan, store, micro, processes)
+    forests = [batches_module.forest_of(store, np.array(members), True) for _, members, _ in expected]
+    assert len(heaviest.heaviest.token_ids_T) == max(len(each.token_ids_T) for each in forests)
+    assert heaviest.several == any(several for *_, several in expected)
+    assert heaviest.forest_tokens <= 1
+    if processes == 1 and most_tokens is None:
+        assert heaviest.forest_tokens < 0.95  # the template's beginning is shared
+
+
+def test_the_parts_are_the_whole_and_it_goes_into_json(base: Path, data: Path) -> None:
+    untimed = forecast(base, data, {}, with_alternatives=True)
+    found = timed_by_rate(untimed, 1e11, price=2.0)
+    as_dict = json.loads(json.dumps(forecast_dict(found)))
+    memory = as_dict["memory"]
+    parts = [value for name, value in memory.items() if name not in ("loading", "training", "peak")]
+    assert sum(parts) == memory["training"]
+    assert memory["peak"] == max(memory["training"], memory["loading"])
+    assert memory["process"] > 100e6
+    assert memory["optimizer"] == 2 * memory["lora"] == 2 * 4 * found.parameters_trained
+    assert (
+        memory["weights"] == 4 * found.parameters_frozen + 32
+    )  # and the rotary frequencies, twice 4 numbers
+    lines = dict(forecast_lines(found))
+    assert lines["parameters"] == f"{found.parameters_trained:,} trained, {found.parameters_frozen:,} frozen"
+    assert "peak memory" in lines and "price" in lines and "roughly" in lines["time"]
+    assert forecast_of(as_dict) == untimed
+
+
+def test_the_tokens_are_those_of_the_steps(base: Path, data: Path) -> None:
+    for changed in ({"num_epochs": 2}, {"num_epochs": 1.5}, {"max_steps": 2, "num_epochs": None}):
+        _, _, prepared = prepared_run(base, data, **{k: v for k, v in changed.items() if v is not None})
+        lengths = prepared.dataset.train.store.lengths
+        expected = sum(int(lengths[positions].sum()) for positions in prepared.plan.steps())
+        found = forecast(base, data, {k: v for k, v in changed.items() if v is not None})
+        assert (found.tokens, found.time, found.price) == (expected, None, None)
+
+
+def test_a_smaller_micro_batch_and_checkpointing_need_less(base: Path, data: Path) -> None:
+    large, small = (forecast(base, data, {"micro_batch_size": each}) for each in (4, 1))
+    assert small.memory.activations < large.memory.activations
+    assert (small.heaviest_units, large.heaviest_units) == (1, 4)
+    found = forecast(base, data, {"micro_batch_size": 4}, with_alternatives=True)
+    names = [each.name for each in found.alternatives]
+    assert names == [
+        "gradient_checkpointing true", "micro_batch_size 2", "micro_batch_size 1", "dtype bfloat16",
+        "quantization int8", "quantization nf4",
+    ]  # fmt: skip
+    peaks = {each.name: each.peak_bytes for each in found.alternatives}
+    assert peaks["gradient_checkpointing true"] < found.memory.peak
+    assert all(each.available for each in found.alternatives)
+
+
+def test_reading_into_another_precision_holds_both(base: Path, data: Path) -> None:
+    same, other = forecast(base, data, {}), forecast(base, data, {"dtype": "bfloat16"})
+    assert same.memory.loading == same.memory.process + same.memory.weights
+    extra = other.memory.loading - other.memory.process - other.memory.weights
+    assert extra == 4 * other.parameters_frozen
+
+
+def test_time_and_price_follow_from_the_rate(base: Path, data: Path) -> None:
+    slow, fast = (timed_by_rate(forecast(base, data, {}), rate, price=3.0) for rate in (1e10, 2e10))
+    assert slow.time is not None and fast.time is not None and slow.price is not None
+    assert slow.time.seconds == pytest.approx(2 * fast.time.seconds)
+    assert slow.time.seconds_low < slow.time.seconds < slow.time.seconds_high
+    assert slow.price.of_the_run == pytest.approx(3.0 * slow.time.seconds / 3600)
+    bought = slow.price.epochs_per_hour * slow.time.seconds / 3600
+    assert bought == pytest.approx(slow.epochs)
+
+
+def test_the_rate_is_measured() -> None:
+    assert measure_rate(torch.device("cpu"), torch.float32, seconds=0.1).flops_per_second > 1e8
+
+
+def test_a_probe_takes_real_steps_and_writes_nothing(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings, source, prepared = prepared_run(base, data)
+    probe = probe_run(settings, source, prepared, lambda _: None)
+    assert probe.steps == 3 and probe.tokens_per_second > 0 and probe.peak_memory_bytes > 100e6
+    assert list(tmp_path.iterdir()) == []
+    untimed = estimate(settings, source, prepared, with_alternatives=False)
+    found = timed_by_probe(untimed, probe.tokens_per_second)
+    assert found.time is not None and found.time.measured_by == "probe"
+    assert found.time.seconds == pytest.approx(found.tokens / probe.tokens_per_second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_bytes_of_quantised_weights_are_the_real_ones(
+    tmp_path: Path, family: str, kind: Quantization
+) -> None:
+    if kind == "fp8" and family == "gpt2":
+        pytest.skip("its layers are no nn.Linear")
+    model = loaded(model_folder(tmp_path / family, family), kind)
+    held = {*model.parameters(), *model.buffers()}
+    for name, weight in packed_layers(model):
+        own = model.get_submodule(name).weight
+        if kind == "int8":
+            held.add(own.SCB)
+        elif kind == "nf4":
+            state = own.quant_state
+            held |= {state.absmax, state.state2.absmax, state.state2.code, state.code, state.offset}
+        else:
+            held.add(weight.scale)
+    found = drawn(family, quantization=kind)
+    assert found.weight_bytes == sum(each.nbytes for each in held)
+    assert found.frozen == drawn(family).frozen and found.trained == drawn(family).trained
+    assert found.dense == drawn(family).dense
+
+
+@pytest.mark.parametrize("kind", [INT8, "fp8"])
+def test_a_quantised_model_is_traced_as_the_real_one(tmp_path: Path, kind: Quantization) -> None:
+    folder, laid = model_folder(tmp_path / "llama"), forest(60, 50)
+    base = loaded(folder, kind)
+    load.add_lora(base, SHAPE, seed=0)
+    base.set_attn_implementation(FOREST)
+    speed_up(base)
+    patch(base)
+    spare_last_layer(base)
+    on_meta = drawn(quantization=kind)
+    found = replace(on_meta, model=base.train(), head=plain_head(base))
+    forecast, real = (trace(each, laid, has_gradients=True) for each in (on_meta, found))
+    for part in ("activations", "logits", "gradients", "workspace"):
+        assert getattr(forecast, part) == pytest.approx(getattr(real, part), rel=0.03), part
+
+
+def test_quantised_weights_take_less_and_the_forecast_says_how_much(base: Path, data: Path) -> None:
+    plain, int8, nf4 = (
+        forecast(base, data, {"quantization": kind}, with_alternatives=True)
+        for kind in ("none", "int8", "nf4")
+    )
+    assert max(nf4.memory.weights, int8.memory.weights) < 0.6 * plain.memory.weights
+    assert plain.parameters_frozen == int8.parameters_frozen == nf4.parameters_frozen
+    names = [each.name for each in nf4.alternatives]
+    assert not any(name.startswith("quantization") for name in names)
+    alternative = next(each for each in plain.alternatives if each.name == "quantization int8")
+    assert alternative.peak_bytes == pytest.approx(
+        int8.memory.peak, rel=0.05
+    )  # the process has grown meanwhile
+
+
+def test_a_7b_model_in_nf4_is_forecast_without_its_weights() -> None:
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+    )
+    shape = replace(SHAPE, r=16)
+    found = blueprint(config, torch.bfloat16, shape, quantization="nf4", gradient_checkpointing=True)
+    assert 3.5e9 < found.weight_bytes < 4.0e9
+    passed = trace(found, forest(2048), has_gradients=True)
+    assert found.weight_bytes + 4 * found.trained_bytes + passed.peak < 9e9

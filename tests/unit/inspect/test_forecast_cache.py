@@ -1,0 +1,104 @@
+"""A forecast is made once for the same settings, data and versions, and again where any of them changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import SETTINGS, Done, arguments, articles, command, model_folder, write_jsonl
+from yeonma.inspect import estimate as estimating
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each forecast that is made, by the real function."""
+    calls: list[int] = []
+    real = estimating.estimate
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return real(*given, **named)
+
+    monkeypatch.setattr(estimating, "estimate", counted)
+    return calls
+
+
+def inspected(base: Path, data: Path, **settings: object) -> dict[str, Any]:
+    wanted = {"base_model": base, "data_path": data, "rows": "none", "json": True, **SETTINGS, **settings}
+    done: Done = command(data.parent, "inspect", *arguments(wanted))
+    assert done.status == 0, done.err
+    (line,) = done.out.splitlines()
+    return json.loads(line)["forecast"]
+
+
+def test_a_second_look_makes_no_forecast_and_shows_the_same(
+    base: Path, tmp_path: Path, made: list[int]
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
+    first, second = (inspected(base, data, cache_dir=tmp_path / "cache") for _ in range(2))
+    assert len(made) == 1
+    for found in (first, second):
+        assert found.pop("time")["measured_by"] == "rate"
+    assert first == second
+    assert first["parameters_trained"] > 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lora_r": 2},
+        {"micro_batch_size": 1},
+        {"gradient_checkpointing": True},
+        {"dtype": "bfloat16"},
+        {"cutoff_len": 60},
+        {"val_set_size": 3},
+        {"nproc": 2},
+        {"seed": 7},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_run_has_a_forecast_of_its_own(
+    base: Path, tmp_path: Path, made: list[int], changed: dict[str, object]
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
+    inspected(base, data, cache_dir=tmp_path / "cache")
+    inspected(base, data, cache_dir=tmp_path / "cache", **changed)
+    assert len(made) == 2
+
+
+def test_a_damaged_one_is_made_again(base: Path, tmp_path: Path, made: list[int]) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
+    first = inspected(base, data, cache_dir=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").glob("*.forecast")
+    for damage in ("", "[]", kept.read_text()[:-9]):
+        kept.write_text(damage)
+        assert (
+            inspected(base, data, cache_dir=tmp_path / "cache")["parameters_trained"]
+            == first["parameters_trained"]
+        )
+    assert len(made) == 4
+
+
+def test_a_probe_and_a_price_say_what_the_run_costs(base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
+    found = inspected(base, data, cache_dir=tmp_path / "cache", probe=True, price=3.6)
+    assert found["time"]["measured_by"] == "probe"
+    assert found["price"]["of_the_run"] == pytest.approx(3.6 * found["time"]["seconds"] / 3600)
+
+
+def test_layers_that_the_model_has_not_are_told_though_weights_are_not_read(
+    base: Path, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
+    wanted = {"base_model": base, "data_path": data, **SETTINGS, "lora_target_modules": "[q_prj]"}
+    done = command(tmp_path, "inspect", *arguments(wanted))
+    assert done.status == 2
+    assert "q_proj" in done.err

@@ -1,0 +1,359 @@
+"""`yeonma inspect` shows what `yeonma sft` trains on, in text, in JSON and as a page, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.runs import (
+    SETTINGS,
+    Done,
+    arguments,
+    articles,
+    characters,
+    command,
+    model_folder,
+    trained,
+    write_jsonl,
+)
+from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
+from yeonma.adapter.adapter_folder import read_adapter_folder
+from yeonma.data.rows import Row
+from yeonma.data.template import Template, load_template
+from yeonma.errors import UserError
+from yeonma.inspect.row_views import RowSelection, select_rows
+from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example_encoder import encode_prompts
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", articles(20))
+
+
+def inspect(base: Path, data: Path, **settings: object) -> Done:
+    return command(
+        data.parent, "inspect", *arguments({"base_model": base, "data_path": data, **SETTINGS, **settings})
+    )
+
+
+def lines(done: Done) -> list[dict[str, Any]]:
+    assert done.status == 0, done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def test_json_has_an_object_a_row_and_then_the_audit(base: Path, data: Path) -> None:
+    *rows, last = lines(inspect(base, data, json=True, rows="all"))
+    keys = ["row", "token_ids", "trained", "prompt", "answer", "cut_characters", "variant", "left_out"]
+    assert all(list(row) == keys for row in rows)
+    assert [row["row"] for row in rows] == list(range(1, 21))
+    assert "audit" in last
+    tokenizer = characters()
+    for row, article in zip(rows, articles(20), strict=True):
+        assert len(row["token_ids"]) == len(row["trained"])
+        assert set(row["trained"]) == {0, 1}
+        assert row["prompt"] == f"below is an article.\n\n{article['document']}\n\ntitle: "
+        assert row["answer"] == article["title"]
+        assert tokenizer.decode(row["token_ids"]) == row["prompt"] + row["answer"] + "</s>"
+        assert (row["cut_characters"], row["variant"], row["left_out"]) == (0, 0, None)
+
+
+def test_what_is_shown_is_what_is_trained(base: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"val_set_size": 4, "cutoff_len": 60, "over_limit": "drop"}
+    done = trained(tmp_path / "out", base, data, **settings)
+    *rows, last = lines(inspect(base, data, json=True, rows="all", **settings))
+    used = [row for row in rows if row["left_out"] is None]
+    audit = last["audit"]
+    assert audit["train"]["rows"] + audit["validation"]["rows"] == len(used) < 20
+    assert audit["sources"][0]["left_out"] == 20 - len(used)
+    assert audit["steps"] == done.steps[-1]["step"]
+    assert audit["trained_tokens_per_epoch"] == sum(step["trained_tokens"] for step in done.steps)
+    assert audit["tokens_per_epoch"] == sum(step["tokens"] for step in done.steps)
+    details = read_adapter_folder(done.folder).details["trained_on"]
+    assert details["trained_tokens"] == audit["trained_tokens_per_epoch"]
+    assert details["left_out"] == audit["sources"][0]["left_out"]
+    everything = audit["train"]["shortened"] + audit["validation"]["shortened"]
+    assert details["shortened"] == everything == sum(row["cut_characters"] > 0 for row in rows)
+
+
+def test_nothing_is_written_and_no_weights_are_read(base: Path, data: Path, tmp_path: Path) -> None:
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    for path in base.iterdir():
+        content = path.read_bytes()
+        if path.name == "model.safetensors":  # as long as it says, and full of NaN
+            size = 8 + int.from_bytes(content[:8], "little")
+            content = content[:size] + b"\xff" * (len(content) - size)
+        (blind / path.name).write_bytes(content)
+    before = sorted(data.parent.rglob("*"))
+    assert inspect(blind, data, output_dir=tmp_path / "out").status == 0
+    assert sorted(data.parent.rglob("*")) == before
+
+
+def test_a_training_command_only_changes_its_verb(base: Path, data: Path, tmp_path: Path) -> None:
+    settings = {"base_model": base, "data_path": data, "output_dir": tmp_path / "out", **SETTINGS}
+    assert command(tmp_path, "inspect", *arguments(settings)).status == 0
+    refused = command(tmp_path, "inspect", *arguments({**settings, "output_dir": base}))
+    assert (refused.status, "folder of the base model" in refused.err) == (2, True)
+    missing = command(tmp_path, "inspect")
+    assert missing.status == 2
+    assert "base_model" in missing.err
+    assert "output_dir" not in missing.err
+
+
+def test_mistakes_are_those_of_sft(base: Path, data: Path, tmp_path: Path) -> None:
+    rows = articles(5)
+    rows[1]["title"], rows[3]["document"] = "", " "
+    bad = write_jsonl(tmp_path / "bad.jsonl", rows)
+    settings = {"base_model": base, "data_path": bad, "output_dir": tmp_path / "out", **SETTINGS}
+    shown, refused = (command(tmp_path, verb, *arguments(settings)) for verb in ("inspect", "sft"))
+    assert shown.status == refused.status == 2
+    assert shown.err.removeprefix("yeonma: tokenised 5 rows\n") == refused.err
+    assert "bad.jsonl:2" in shown.err
+    assert "bad.jsonl:4" in shown.err
+
+
+def test_an_adapter_that_is_none_is_told(base: Path, data: Path) -> None:
+    done = inspect(base, data, adapter=base)
+    assert (done.status, "adapter_config.json" in done.err or "yeonma.json" in done.err) == (2, True)
+    assert "Traceback" not in done.err
+
+
+def test_the_terminal_shows_rows_in_marks_where_there_is_no_colour(base: Path, data: Path) -> None:
+    rows = articles(20)
+    done = inspect(base, data, rows="2")
+    assert f"{rows[1]['document']}\n\ntitle: «{rows[1]['title']}</s>»" in done.out
+    assert f"── row 2 · {data}:2 · " in done.out
+    assert "row 1 ·" not in done.out
+    assert "20 rows read, none left out" in done.out
+
+
+def test_what_was_cut_stands_where_it_was(base: Path, data: Path) -> None:
+    rows = articles(20)
+    longest = max(range(20), key=lambda number: len(rows[number]["document"]))
+    document = rows[longest]["document"]
+    done = inspect(base, data, rows=str(longest + 1), cutoff_len=90, shrink_side="start")
+    found = re.search(r"⟨(\d+) characters cut: (.*?)⟩(.*)\n", done.out)
+    assert found is not None
+    assert found[2] + found[3] == document
+    assert len(found[2]) == int(found[1])
+    assert f"{found[1]} characters cut from document" in done.out
+
+
+def test_tokens_are_listed_with_ids(base: Path, data: Path) -> None:
+    done = inspect(base, data, rows="1", tokens=True)
+    (row, _) = lines(inspect(base, data, rows="1", json=True))
+    listed = [line.split() for line in done.out.splitlines() if re.match(r" *\d+ +\d+ ", line)]
+    assert [int(words[1]) for words in listed] == row["token_ids"]
+    assert [int(words[-1] == "trained") for words in listed] == row["trained"]
+
+
+def test_held_out_rows_say_so(base: Path, data: Path) -> None:
+    done = inspect(base, data, rows="all", val_set_size=5)
+    assert sum(line.endswith("· validation ──") for line in done.out.splitlines()) == 5
+    assert "validation: 5 rows" in done.out
+
+
+def test_control_characters_do_not_reach_the_terminal(base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"document": "a \x1b[31m b\u200b", "title": "c\rd"}])
+    done = inspect(base, data, base_model=base)
+    assert "\x1b" not in done.out
+    assert "⟨U+001B⟩" in done.out or "<unk>" in done.out
+
+
+def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path) -> None:
+    rows = articles(6)
+    rows[0]["document"] += " <script>alert(1)</script>"
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    page = tmp_path / "page.html"
+    done = inspect(base, data, rows="1-2", html=page)
+    assert done.status == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<script>") == 1
+    assert not re.search(r"(src|href)=", text)
+    (first, second, _) = lines(inspect(base, data, rows="1-2", json=True))
+    for shown, row in zip(re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)[:2], (first, second), strict=True):
+        ids = re.findall(r'title="(\d+) ', shown)
+        assert [int(number) for number in ids] == row["token_ids"]
+        plain = unescape(re.sub(r"<[^>]*>", "", shown))
+        assert plain == characters().decode(row["token_ids"])
+        answer = "".join(
+            unescape(part) for part in re.findall(r'<span class="t answer"[^>]*>(.*?)</span>', shown)
+        )
+        assert answer == row["answer"]
+    assert list(tmp_path.glob(".*")) == []
+    beside = tmp_path / "beside.html"
+    both = inspect(base, data, rows="1-2", html=beside, json=True)
+    assert lines(both)[:2] == [first, second]
+    assert (
+        beside.read_text(encoding="utf-8").partition("<h1>Forecast")[0] == text.partition("<h1>Forecast")[0]
+    )
+
+
+def test_a_page_that_cannot_be_written_is_told_first(base: Path, data: Path, tmp_path: Path) -> None:
+    before = data.read_bytes()
+    for place, words in (
+        (tmp_path / "no" / "page.html", "there is no such folder"),
+        (tmp_path, "it is a folder"),
+        (data, "it is the data that is read"),
+    ):
+        done = inspect(base, data, html=place)
+        assert (done.status, done.out) == (2, "")
+        assert f"--html {place}: {words}" in done.err
+    assert data.read_bytes() == before
+
+
+PAIRS = [
+    {
+        "prompt": f"{number}. write a title for the harbour.\n",
+        "chosen": "storm closes harbour" + " and wind" * (number % 3),
+        "rejected": "boats " * (number % 4 + 1) + "wait",
+    }
+    for number in range(12)
+]
+
+
+def test_pairs_are_shown_as_dpo_trains_on_them(base: Path, tmp_path: Path) -> None:
+    rows = [dict(row) for row in PAIRS]
+    rows[4]["rejected"] = rows[4]["chosen"]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    settings = {**SETTINGS, "template": None, "base_model": base, "data_path": data}
+    done = command(tmp_path, "dpo", *arguments({**settings, "output_dir": tmp_path / "out"}))
+    assert done.status == 0, done.err
+    steps = Done(0, tmp_path / "out", "", "").steps
+    shown = command(
+        tmp_path, "inspect", *arguments({**settings, "objective": "dpo", "json": True, "rows": "all"})
+    )
+    *views, last = lines(shown)
+    audit = last["audit"]
+    assert [(view["row"], view["role"]) for view in views] == [
+        (number, role) for number in range(1, 13) for role in ("chosen", "rejected")
+    ]
+    for chosen, rejected, row in zip(views[::2], views[1::2], rows, strict=True):
+        assert chosen["prompt"] == rejected["prompt"] == row["prompt"]
+        assert (chosen["answer"], rejected["answer"]) == (row["chosen"], row["rejected"])
+    used = [view for view in views if view["left_out"] is None]
+    assert len(used) == 22
+    assert audit["train"]["units"] == 11
+    assert audit["train"]["trained_tokens"] == sum(sum(view["trained"]) for view in used)
+    assert audit["trained_tokens_per_epoch"] == sum(step["trained_tokens"] for step in steps)
+    assert audit["steps"] == len(steps)
+    assert audit["kind"] == "pairs"
+    assert (audit["sources"][0]["left_out"], audit["sources"][0]["identical"]) == (1, 1)
+    lengths = [(sum(a["trained"]), sum(b["trained"])) for a, b in zip(used[::2], used[1::2], strict=True)]
+    bias = audit["train"]["bias"]
+    assert bias["chosen_longer"] == sum(chosen > rejected for chosen, rejected in lengths)
+    assert bias["rejected_longer"] == sum(chosen < rejected for chosen, rejected in lengths)
+    assert bias["chosen_mean"] == pytest.approx(np.mean([chosen for chosen, _ in lengths]))
+
+
+def test_a_pair_shows_its_prompt_once_and_what_lengths_alone_would_teach(base: Path, tmp_path: Path) -> None:
+    rows = [{**row, "rejected": row["chosen"] + " and on and on"} for row in PAIRS]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    done = inspect(base, data, template=None, objective="dpo", rows="2")
+    assert done.out.count(rows[1]["prompt"].strip()) == 1
+    assert f"«{rows[1]['chosen']}</s>»" in done.out
+    assert f"\n«{rows[1]['rejected']}</s>»" in done.out
+    assert "rejected in 100%" in done.out
+    assert "a model can learn length alone from that" in done.out
+
+
+def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{number}. a title?\n", "completion": f"title {number}", "label": number % 2 == 0}
+        for number in range(6)
+    ]
+    data = write_jsonl(tmp_path / "labelled.jsonl", rows)
+    done = inspect(base, data, template=None, objective="dpo", loss="kto", json=True, rows="all")
+    *views, last = lines(done)
+    assert [view["role"] for view in views] == ["desirable", "undesirable"] * 3
+    assert last["audit"]["train"]["examples"] == 6
+    assert last["audit"]["train"]["bias"] is None
+    assert last["audit"]["train"]["tokens"] == sum(len(view["token_ids"]) for view in views)
+
+
+@pytest.mark.parametrize(
+    ("rows", "numbers"),
+    [(None, {1, 2, 3}), ("17,40", {17, 40}), (" 5 - 7 , 2", {2, 5, 6, 7}), ("none", set()), ("100", {100})],
+)
+def test_rows_are_named_by_number(rows: str | None, numbers: set[int]) -> None:
+    assert select_rows(rows, 100) == RowSelection(frozenset(numbers))
+    assert 17 in select_rows("all", 100)
+
+
+@pytest.mark.parametrize("rows", ["0", "101", "a", "", "3-2", "1,,2", "-1", "99-101"])
+def test_rows_that_are_not_there_are_refused(rows: str) -> None:
+    with pytest.raises(UserError, match="no row"):
+        select_rows(rows, 100)
+
+
+LONG = [
+    {
+        "document": " ".join(
+            f"{word} 폭풍이 항구를 닫았고 {number}" for word in ("storm", "library", "배 마흔 척이") * 12
+        ),
+        "title": f"제목 {number} " + "harbour " * (number % 5 + 1),
+    }
+    for number in range(50)
+]
+
+
+@pytest.mark.parametrize("side", ["end", "start", "middle"])
+@pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe, unigram])
+@pytest.mark.parametrize(
+    "template",
+    [
+        load_template("title"),
+        Template.parse("[system]\nWrite.\n[user]\n본문: {document}\n!\n[assistant]\n{title}\n"),
+    ],
+    ids=["plain", "turns"],
+)
+def test_fifty_long_articles_keep_frame_and_answer_whole(
+    base: Path, tmp_path: Path, template: Template, make: Any, side: str
+) -> None:
+    """And generation, which has as much room as the answer took, asks with the prompts of training."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 700}))
+    (folder / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    tokenizer = make()
+    tokenizer.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "rows.jsonl", LONG)
+    cutoff_len = 200
+    settings = {"template": template.text, "cutoff_len": cutoff_len, "shrink_side": side}
+    *rows, last = lines(inspect(folder, data, json=True, rows="all", **settings))
+    assert len(rows) == 50
+    frame = [
+        piece.text for turn in template.variants[0].turns for piece in turn.parts if hasattr(piece, "text")
+    ]
+    for row, article in zip(rows, LONG, strict=True):
+        assert row["left_out"] is None
+        assert row["cut_characters"] > 0
+        assert len(row["token_ids"]) <= cutoff_len
+        assert all(text.strip() in row["prompt"] for text in frame)
+        assert row["answer"].strip().startswith(article["title"].strip())
+        prompt_length = row["trained"].index(1)
+        assert all(row["trained"][prompt_length:])
+        rules = TokenRules(cutoff_len=cutoff_len, shrink_side=side)  # type: ignore[arg-type]
+        asked = template.render(Row(row["row"], article, "rows:1"), with_answer=False)
+        (prompt,) = encode_prompts(
+            [asked],
+            [Row(row["row"], article, "rows:1")],
+            tokenizer,
+            rules,
+            len(row["token_ids"]) - prompt_length,
+        )
+        assert np.array_equal(prompt, row["token_ids"][:prompt_length])
+    assert last["audit"]["train"]["shortened"] == 50

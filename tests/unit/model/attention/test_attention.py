@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.model.attention.dispatch import ForestLayout, forest_attention, layout, reference_mask
+
+HEADS, WIDTH = 4, 8
+
+
+def forest() -> Forest:
+    """A frame over an article over two answers, a third row under the frame, and a row alone: seven segments."""
+    frame, article = np.arange(LEAST_SHARED), np.arange(30, 30 + LEAST_SHARED + 2)
+    ends = [[*article, 1, 2, 3], [*article, 4], [5, 6], [*article, 1, 2, 9]]
+    examples = [np.concatenate([frame, end]).astype(np.int32) for end in ends] + [
+        np.arange(60, 67, dtype=np.int32)
+    ]
+    laid = lay_out(examples, [np.ones(len(example), dtype=bool) for example in examples])
+    assert len(laid.segments) == 7
+    return laid
+
+
+def states(key_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    length = len(forest().token_ids_T)
+    shapes = [
+        (1, HEADS, length, WIDTH),
+        (1, key_heads, length, WIDTH),
+        (1, key_heads, length, WIDTH),
+        (HEADS,),
+    ]
+    return [
+        (2 * torch.randn(s, generator=draw, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes
+    ]
+
+
+def dense(
+    laid: Forest,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax over the whole flat sequence, head by head, with the mask written down: (1, T, heads, D)."""
+    position = torch.from_numpy(laid.position_T)
+    seen = reference_mask(laid)
+    if sliding_window is not None:
+        seen &= position[:, None] - position[None, :] < sliding_window
+    outputs = []
+    for head in range(query.shape[1]):
+        group = head * key.shape[1] // query.shape[1]
+        scores = query[0, head] @ key[0, group].T * (scaling or query.shape[-1] ** -0.5)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        exponents = torch.where(seen, scores.exp(), torch.zeros_like(scores))
+        total = exponents.sum(1, keepdim=True)
+        if s_aux is not None:
+            total = total + s_aux[head].exp()
+        outputs.append(exponents / total @ value[0, group])
+    return torch.stack(outputs, dim=1).unsqueeze(0)
+
+
+OPTIONS = {
+    "plain": {},
+    "scale": {"scaling": 0.7},
+    "window": {"sliding_window": 5},
+    "window one short of a segment": {"sliding_window": LEAST_SHARED - 1},
+    "window of one token": {"sliding_window": 1},
+    "window wider than all": {"sliding_window": 1000},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"s_aux": True},
+    "all": {"scaling": 0.2, "sliding_window": 7, "softcap": 2.0, "s_aux": True},
+}
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
+    laid = forest()
+    results = []
+    for attend in (
+        lambda q, k, v, **how: forest_attention(torch.nn.Module(), q, k, v, None, forest=layout(laid), **how)[
+            0
+        ],
+        lambda q, k, v, **how: dense(laid, q, k, v, **how),
+    ):
+        *inputs, sinks = states(key_heads)
+        how = dict(options)
+        if "s_aux" in how:
+            how["s_aux"] = sinks
+            inputs.append(sinks)
+        output = attend(*inputs[:3], **how)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
+        results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        # sinks: the softmax is taken in float32, as the model's own attention does
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=1e-5 if {"softcap", "s_aux"} & {*options} else 1e-12
+        )
+
+
+def test_bfloat16_is_close_with_and_without_plain_operations() -> None:
+    laid = forest()
+    for how in ({}, {"softcap": 5.0}):
+        query, key, value, _ = states(2, torch.bfloat16)
+        ours, _ = forest_attention(torch.nn.Module(), query, key, value, None, forest=layout(laid), **how)
+        assert ours.dtype == torch.bfloat16
+        expected = dense(laid, query.double(), key.double(), value.double(), **how)
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.05)
+
+
+def test_the_reference_mask_of_a_small_forest() -> None:
+    frame = np.arange(LEAST_SHARED)
+    examples = [np.append(frame, end).astype(np.int32) for end in ([20, 21], [22])]
+    seen = reference_mask(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples])).int()
+    assert torch.equal(seen[:16, :16], torch.ones(16, 16).tril().int())
+    assert seen[16:, :16].all() and not seen[:16, 16:].any()
+    assert seen[16:, 16:].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
+    frame, article = range(LEAST_SHARED), range(30, 30 + LEAST_SHARED)
+    examples = [
+        np.array([*frame, *end], dtype=np.int32) for end in ([*article, 50, 51], [60], [*article, 70])
+    ]
+    found = layout(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples]))
+    assert found.lengths == (16, 16, 1, 2, 1)
+    assert found.paths == ((0,), (0, 1), (0, 2), (0, 1, 3), (0, 1, 4))
+
+
+def test_a_mask_that_the_model_made_is_refused() -> None:
+    query, key, value, _ = states(2)
+    mask = torch.zeros(1, 1, query.shape[2], query.shape[2])
+    with pytest.raises(ValueError, match="mask of its own"):
+        forest_attention(torch.nn.Module(), query, key, value, mask, forest=layout(forest()))
+
+
+def test_dropout_drops_what_it_is_told_to() -> None:
+    query, key, value, _ = states(2)
+    alone = ForestLayout((query.shape[2],), ((0,),))
+    for how in ({}, {"softcap": 1e6}):
+        outputs = []
+        for dropout in (0.0, 0.5):
+            torch.manual_seed(0)
+            outputs.append(
+                forest_attention(
+                    torch.nn.Module(), query, key, value, None, forest=alone, dropout=dropout, **how
+                )[0]
+            )
+        assert not torch.allclose(*outputs)

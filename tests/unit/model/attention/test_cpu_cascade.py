@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.model.attention.test_attention import WIDTH, dense
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.model.attention.cpu_cascade import CHUNK, CascadeLayout, cascade_attention, cascade_layout, takes
+from yeonma.model.attention.dispatch import ForestLayout, forest_attention, layout, reference_mask
+
+CPU = torch.device("cpu")
+
+
+def branching(seed: int, examples: int, longest: int) -> Forest:
+    """Examples that begin with parts of one another, in the order of a forest that may be several levels deep."""
+    random = np.random.default_rng(seed)
+    made: list[np.ndarray] = []
+    for _ in range(examples):
+        start = made[random.integers(len(made))] if made and random.random() < 0.8 else np.array([], int)
+        kept = start[: random.integers(len(start) + 1)]
+        made.append(np.concatenate([kept, random.integers(0, 1000, random.integers(1, longest))]))
+    ids = [each.astype(np.int32) for each in made]
+    return lay_out(ids, [np.ones(len(each), dtype=bool) for each in ids], units=[0] * len(ids))
+
+
+def states(
+    laid: Forest, heads: int, key_heads: int, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    tokens = len(laid.token_ids_T)
+    shapes = [(1, tokens, each, WIDTH) for each in (heads, key_heads, key_heads, heads)]
+    *inputs, upstream = (2 * torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
+    laid_as_models_do = [each.to(dtype).transpose(1, 2).requires_grad_() for each in inputs]
+    return [*laid_as_models_do, upstream.to(dtype)]
+
+
+def made_of(laid: Forest, chunk: int = CHUNK) -> CascadeLayout:
+    found = layout(laid)
+    made = cascade_layout(found.lengths, found.paths, CPU, chunk)
+    assert made is not None
+    return made
+
+
+FORESTS = [
+    branching(seed, examples, longest)
+    for seed, (examples, longest) in enumerate([(6, 40), (9, 25), (4, 500)])
+]
+
+
+@pytest.mark.parametrize("heads, key_heads", [(6, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("chunk", [16, 40, CHUNK])
+@pytest.mark.parametrize("laid", FORESTS, ids=["wide", "deep", "long"])
+def test_values_and_gradients_are_those_of_one_masked_softmax(
+    laid: Forest, chunk: int, heads: int, key_heads: int
+) -> None:
+    *inputs, upstream = states(laid, heads, key_heads)
+    ours = cascade_attention(*inputs, made_of(laid, chunk), 0.4)
+    theirs = dense(laid, *inputs, scaling=0.4)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    pairs = (torch.autograd.grad((each * upstream).sum(), inputs) for each in (ours, theirs))
+    for mine, wanted in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11)
+
+
+def test_the_forests_of_these_tests_have_segments_of_several_chunks_and_depths() -> None:
+    depths = {len(path) for laid in FORESTS for path in layout(laid).paths}
+    assert {1, 2, 3, 4} <= depths
+    assert any(len(keys.chunks) > 2 for keys in made_of(FORESTS[2]).segments)
+
+
+@pytest.mark.parametrize("laid", FORESTS, ids=["wide", "deep", "long"])
+def test_its_calls_meet_every_query_and_key_that_see_each_other_once(laid: Forest) -> None:
+    """And the mask of a chunk hides the rest of what the chunk's call would meet."""
+    met = np.zeros(reference_mask(laid).shape, dtype=int)
+    made = made_of(laid, 16)
+    for keys in made.segments:
+        assert [keys.own.start, *(chunk.stop for chunk in keys.chunks)][-1] == keys.own.stop
+        assert all(first.stop == second.start for first, second in pairwise(keys.chunks))
+        for rows in keys.chunks:
+            height, width = rows.stop - rows.start, rows.stop - keys.own.start
+            corner = made.mask[len(made.mask) - height :, made.mask.shape[1] - width :]
+            met[rows, keys.own.start : rows.stop] += (corner == 0).numpy()
+        if keys.below is not None:
+            met[keys.below, keys.own] += 1
+    assert (met == reference_mask(laid).numpy()).all()
+
+
+def test_the_model_attends_by_it_and_keeps_nothing_twice() -> None:
+    """For the backward: queries, keys, values, the output, and a number for each head and token."""
+    laid = FORESTS[1]
+    *inputs, _ = states(laid, 6, 2, torch.float32)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=layout(laid))
+    tokens = len(laid.token_ids_T)
+    assert sum(kept.values()) == 4 * tokens * (WIDTH * (6 + 2 + 2 + 6) + 6)
+    torch.testing.assert_close(output, dense(laid, *inputs), rtol=0, atol=1e-5)
+
+
+def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
+    laid = FORESTS[0]
+    *inputs, _ = states(laid, 6, 2)
+    strided = [torch.stack([each, each], -1)[..., 0].detach().requires_grad_() for each in inputs]
+    assert strided[0].stride(-1) == 2
+    outputs = cascade_attention(*strided, made_of(laid), None), dense(laid, *inputs)
+    found = torch.autograd.grad(outputs[0].sum(), strided), torch.autograd.grad(outputs[1].sum(), inputs)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "dtype, value_width, dropout, window, taken",
+    [
+        (torch.float32, WIDTH, 0.0, None, True),
+        (torch.float32, WIDTH, 0.0, "all", True),
+        (torch.float32, WIDTH, 0.0, "one less", False),
+        (torch.float32, WIDTH, 0.1, None, False),
+        (torch.float32, WIDTH - 4, 0.0, None, False),
+        (torch.bfloat16, WIDTH, 0.0, None, False),
+    ],
+)
+def test_what_it_leaves_to_calls_segment_by_segment(
+    dtype: torch.dtype, value_width: int, dropout: float, window: str | None, taken: bool
+) -> None:
+    made = made_of(FORESTS[1])
+    most = max(sum(layout(FORESTS[1]).lengths[i] for i in path) for path in layout(FORESTS[1]).paths)
+    query, value = torch.ones(1, 2, 3, WIDTH, dtype=dtype), torch.ones(1, 2, 3, value_width, dtype=dtype)
+    sliding_window = {None: None, "all": most, "one less": most - 1}[window]
+    assert takes(made, query, value, dropout, sliding_window) is taken
+
+
+def test_a_forest_whose_branches_lie_apart_goes_segment_by_segment() -> None:
+    lengths, paths = (3, 4, 2, 5), ((0,), (0, 1), (2,), (0, 3))
+    assert cascade_layout(lengths, paths, CPU) is None
+    *inputs, _ = (torch.randn(1, 2, 14, WIDTH, dtype=torch.float64) for _ in range(4))
+    ours, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=ForestLayout(lengths, paths))
+    seen = torch.ones(14, 14, dtype=torch.bool).tril()
+    seen[7:9, :7], seen[9:, 3:9] = False, False
+    scores = (inputs[0] @ inputs[1].transpose(2, 3) * WIDTH**-0.5).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(ours, (scores.softmax(-1) @ inputs[2]).transpose(1, 2), rtol=0, atol=1e-12)

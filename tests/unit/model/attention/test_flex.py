@@ -1,0 +1,371 @@
+"""Attention over a forest by FlexAttention. Its kernels need a GPU; here stands torch's own reference of the operation,
+gradients and all (the operator called with tensors of the CPU), and all else is the real code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.backends.debugging import aot_eager
+from torch._higher_order_ops.flex_attention import flex_attention as operator
+from torch.nn.attention.flex_attention import AuxOutput, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from tests.unit.model.attention.test_attention import HEADS, OPTIONS, dense, forest, states
+from tests.unit.model.attention.test_varlen import close, forests
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.model.attention.dispatch import forest_attention, layout, reference_mask
+from yeonma.model.attention.flex import (
+    BLOCK,
+    LayerSpec,
+    Tree,
+    _attend,
+    compile_for,
+    compiled,
+    flex_forest_attention,
+    has_flex,
+    mask_of,
+)
+from yeonma.model.attention.varlen import capability_of, pick_backend
+
+CPU = torch.device("cpu")
+
+
+def torchs_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    score_mod: Any,
+    block_mask: Any,
+    scale: float,
+    enable_gqa: bool,
+    kernel_options: dict,
+    return_aux: Any,
+) -> Any:
+    """`flex_attention` without its refusal of gradients on the CPU; sums come to the base 2, as kernels give them."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+
+    def same(score: Any, *_: Any) -> Any:
+        return score
+
+    options = {**kernel_options, "BACKEND": "AUTO", "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False}
+    mask = block_mask.as_tuple()
+    output, sums, _ = operator(query, key, value, score_mod or same, mask, scale, options)
+    return output if return_aux is None else (output, AuxOutput(lse=sums * math.log(2), max_scores=None))
+
+
+def tree_of(laid: Forest, device: torch.device = CPU) -> Tree:
+    found = layout(laid)
+    return Tree(found.lengths, found.paths, device)
+
+
+def sees(laid: Forest, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the mask function says of the T tokens, and (blocks, blocks): 0 nothing, 1 a part, 2 all to be computed."""
+    found = layout(laid)
+    masked = mask_of(found.lengths, found.paths, window, CPU)
+    total, filled = len(laid.token_ids_T), len(masked.enter_P)
+    assert filled % BLOCK == 0 and filled >= max(total, 2 * BLOCK)
+    taken: list[Any] = []
+    kind = LayerSpec(CPU, torch.float32, 1, 1, 16, 16, 1.0, None, False)
+    _attend(kind, lambda *_, block_mask, **__: taken.append(block_mask))(
+        *[torch.zeros(1, 1, filled, 16)] * 3, *masked.tensors()
+    )
+    (mask,) = taken
+    square = torch.arange(filled)
+    seen = mask.mask_mod(0, 0, square[:, None], square[None, :])
+    assert not seen[:total, total:].any() and seen.diagonal().all()
+    blocks = torch.zeros(filled // BLOCK, filled // BLOCK, dtype=torch.int64)
+    for transposed, arrays in ((False, masked.blocks[:4]), (True, masked.blocks[4:])):
+        found_here = torch.zeros_like(blocks)
+        for kind_of, (count, index) in enumerate((arrays[:2], arrays[2:]), 1):
+            for row, number in enumerate(count[0, 0].tolist()):
+                found_here[row, index[0, 0, row, :number].long()] += kind_of
+        if transposed:
+            assert torch.equal(found_here.T, blocks)
+        else:
+            blocks = found_here
+    theirs = create_block_mask(mask.mask_mod, None, None, filled, filled, device="cpu")
+    assert torch.equal(theirs.to_dense()[0, 0] > 0, blocks > 0)
+    whole = seen.unfold(0, BLOCK, BLOCK).unfold(1, BLOCK, BLOCK).all(-1).all(-1)
+    assert torch.equal(whole, blocks == 2)
+    return seen[:total, :total], blocks
+
+
+def expected(laid: Forest, window: int | None) -> torch.Tensor:
+    seen, position = reference_mask(laid), torch.from_numpy(laid.position_T)
+    return seen if window is None else seen & (position[:, None] - position[None, :] < window)
+
+
+@settings(max_examples=40, deadline=None)
+@given(laid=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
+def test_a_token_sees_what_the_contract_says(laid: Forest, window: int | None) -> None:
+    assert torch.equal(sees(laid, window)[0], expected(laid, window))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_long_forests_have_the_blocks_that_hold_something_and_no_others(data: st.DataObject) -> None:
+    draw = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    frame = draw.integers(0, 9, data.draw(st.integers(0, 400)))
+    rows = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        beginning = rows[-1][: draw.integers(len(rows[-1]))] if rows and draw.random() < 0.5 else frame
+        rows.append(np.concatenate([beginning, draw.integers(0, 9, draw.integers(1, 300))]).astype(np.int32))
+    laid = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows])
+    window = data.draw(st.one_of(st.none(), st.sampled_from([1, 100, 128, 129, 300, 5000])))
+    seen, _ = sees(laid, window)
+    assert torch.equal(seen, expected(laid, window))
+
+
+def test_most_of_a_long_forest_is_not_computed() -> None:
+    rows = [np.full(512, n, dtype=np.int32) for n in range(4)]
+    _, blocks = sees(lay_out(rows, [np.ones(512, dtype=bool)] * 4), None)
+    assert [int((blocks == n).sum()) for n in range(3)] == [256 - 4 * 10, 4 * 4, 4 * 6]
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
+    laid, results = forest(), []
+    for ours in (True, False):
+        *inputs, sinks = states(key_heads)
+        how = dict(options)
+        if "s_aux" in how:
+            how["s_aux"] = sinks
+            inputs.append(sinks)
+        if ours:
+            output = flex_forest_attention(*inputs[:3], tree_of(laid), kernel=torchs_reference, **how)
+        else:
+            output = dense(laid, *inputs[:3], **how)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
+        results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
+    for our, their in zip(*results, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
+
+
+def test_values_of_another_width_than_the_queries_as_segment_by_segment() -> None:
+    laid, results = forest(), []
+    for ours in (True, False):
+        query, key, value, _ = states(2)
+        value = torch.cat([value, 2 * value], dim=-1)
+        if ours:
+            output = flex_forest_attention(query, key, value, tree_of(laid), kernel=torchs_reference)
+        else:
+            output = forest_attention(torch.nn.Module(), query, key, value, None, forest=layout(laid))[0]
+        assert output.shape == (1, len(laid.token_ids_T), HEADS, 16)
+        results.append([output, *torch.autograd.grad(output.square().sum(), (query, key))])
+    for our, their in zip(*results, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
+
+
+def test_torchs_function_itself_gives_the_same_values_on_the_cpu() -> None:
+    laid = forest()
+    query, key, value, _ = (each.detach() for each in states(2))
+    how: dict[str, Any] = {"scaling": 0.2, "sliding_window": 7, "softcap": 2.0}
+    output = flex_forest_attention(query, key, value, tree_of(laid), kernel=flex_attention, **how)
+    torch.testing.assert_close(output, dense(laid, query, key, value, **how), rtol=0, atol=1e-6)
+
+
+def test_layers_share_what_is_made_of_a_window() -> None:
+    tree = tree_of(forest())
+    assert tree.masked(5) is tree.masked(5) is not tree.masked(6)
+    assert tree.masked(None) is tree.masked(10**6)  # nothing is outside of it
+
+
+# The choice
+
+
+def test_what_each_layer_is_computed_by() -> None:
+    usual: dict[str, Any] = {
+        "capability": (9, 0),
+        "dtype": torch.bfloat16,
+        "query_width": 128,
+        "value_width": 128,
+        "flex": True,
+    }
+    assert pick_backend(**usual) == "varlen"
+    for changed, otherwise in (
+        ({"dtype": torch.float32}, "sdpa"),
+        ({"softcap": 30.0}, "plain"),
+        ({"sinks": True}, "plain"),
+        ({"value_width": 64}, "sdpa"),
+        ({"query_width": 100, "value_width": 100}, "sdpa"),
+        ({"query_width": 256, "value_width": 256, "capability": (8, 9)}, "sdpa"),
+        ({"varlen": False}, "sdpa"),
+    ):
+        case = {**usual, **changed}
+        assert pick_backend(**case) == "flex", changed
+        for without in (
+            {"flex": False},
+            {"dropout": 0.1},
+            {"capability": None},
+            {"capability": (7, 5)},
+            {"dtype": torch.float64},
+            {"query_width": 8, "value_width": 16},
+            {"query_width": 512, "value_width": 512},
+        ):
+            assert pick_backend(**{**case, **without}) == otherwise, (changed, without)
+
+
+def test_without_a_gpu_nothing_is_laid_out_for_it() -> None:
+    for device in (CPU, torch.device("meta")):
+        assert layout(forest(), device, (9, 0)).tree is None
+    assert capability_of(CPU, torch.float32) is None
+
+
+# The whole under the compiler
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 1.5}])
+def test_attention_segment_by_segment_is_traced_whole(options: dict) -> None:
+    """Forests of several lengths and shapes, without a break in the graph."""
+    torch._dynamo.reset()
+
+    def run(query: Any, key: Any, value: Any, laid: Any) -> Any:
+        return forest_attention(torch.nn.Module(), query, key, value, None, forest=laid, **options)[0]
+
+    traced = torch.compile(run, backend="aot_eager", fullgraph=True)
+    rows = [np.arange(n, dtype=np.int32) for n in (9, 30)]
+    other = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows], share_prefix=False)
+    for laid in (forest(), other):
+        length, results = len(laid.token_ids_T), []
+        for function in (traced, run):
+            inputs = [each[:, :, :length].detach().requires_grad_() for each in states(2)[:3]]
+            output = function(*inputs, layout(laid))
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        for our, their in zip(*results, strict=True):
+            torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("softcap", "sums"), [(None, False), (2.0, True)])
+def test_one_kernel_is_compiled_for_all_lengths_and_windows(softcap: float | None, sums: bool) -> None:
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: Any, examples: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, examples)
+
+    kind = LayerSpec(CPU, torch.float64, 4, 2, 16, 24, 0.3, softcap, sums)
+    kernel = compile_for(kind, torchs_reference, True, backend=count)
+    draw = torch.Generator().manual_seed(5)
+    for blocks, window in ((2, None), (3, 100), (8, 200)):
+        shapes = [(1, heads, blocks * BLOCK, width) for heads, width in ((4, 16), (2, 16), (2, 24))]
+        inputs = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
+        masked = mask_of((40, blocks * BLOCK - 70, 20), ((0,), (0, 1), (0, 2)), window, CPU)
+        results = []
+        for function in (kernel, _attend(kind, torchs_reference)):
+            output, total = function(*inputs, *masked.tensors())
+            loss = output.square().sum() + (0 if total is None else total.square().sum())
+            results.append([output, *torch.autograd.grad(loss, inputs)])
+        for our, their in zip(*results, strict=True):
+            torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
+    assert graphs == 1
+
+
+def test_a_kernel_may_be_made_in_the_middle_of_a_checkpointed_layer() -> None:
+    torch._dynamo.reset()
+    kind, results = LayerSpec(CPU, torch.float64, 4, 2, 16, 16, 0.3, 2.0, True), []
+    masked = mask_of((300, 84), ((0,), (0, 1)), None, CPU).tensors()
+    draw = torch.Generator().manual_seed(5)
+    first = [torch.randn(1, heads, 384, 16, generator=draw, dtype=torch.float64) for heads in (4, 2, 2)]
+    made: list[Any] = []
+
+    def layer(q: Any, k: Any, v: Any) -> Any:
+        if not made:
+            made.append(compile_for(kind, torchs_reference, True, backend="aot_eager"))
+        output, sums = made[0](q, k, v, *masked)
+        return output * sums.unsqueeze(-1)
+
+    for checkpointing in (True, False):
+        inputs = [each.clone().requires_grad_() for each in first]
+        output = checkpoint(layer, *inputs, use_reentrant=False) if checkpointing else layer(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for our, their in zip(*results, strict=True):
+        assert torch.equal(our, their)
+
+
+def test_it_may_stand_in_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    laid, results = forest(), []
+
+    def layer(q: Any, k: Any, v: Any) -> Any:
+        return 2 * flex_forest_attention(3 * q, k, v, tree_of(laid), softcap=2.0, kernel=torchs_reference)
+
+    for function in (layer, torch.compile(layer, backend="aot_eager")):
+        inputs = states(2)[:3]
+        output = function(*inputs)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for our, their in zip(*results, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
+
+
+# On a GPU
+
+
+def wide_states(key_heads: int, device: Any, dtype: Any) -> list[torch.Tensor]:
+    draw, length = torch.Generator().manual_seed(3), len(forest().token_ids_T)
+    shapes = [(1, HEADS, length, 32), (1, key_heads, length, 32), (1, key_heads, length, 32), (HEADS,)]
+    return [torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_the_kernel_does_as_segment_by_segment(
+    options: dict, key_heads: int, dtype: Any, checkpointing: bool
+) -> None:
+    if not has_flex():
+        pytest.skip("there is no Triton")
+    laid, gpu, results = forest(), torch.device("cuda"), []
+    for ours in (True, False):
+        *inputs, sinks = wide_states(key_heads, gpu, dtype)
+        how = dict(options)
+        if "s_aux" in how:
+            how["s_aux"] = sinks
+            inputs.append(sinks)
+
+        def attend(q: Any, k: Any, v: Any, ours: bool = ours, how: dict = how) -> Any:
+            if ours:
+                return flex_forest_attention(q, k, v, tree_of(laid, gpu), **how)
+            return forest_attention(torch.nn.Module(), q, k, v, None, forest=layout(laid), **how)[0]
+
+        if checkpointing:
+            output = checkpoint(attend, *inputs[:3], use_reentrant=False)
+        else:
+            output = attend(*inputs[:3])
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(output)
+        results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
+    for our, their in zip(*results, strict=True):
+        close(our, their, 0.03 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.gpu
+def test_what_came_before_changes_no_bit() -> None:
+    if not has_flex():
+        pytest.skip("there is no Triton")
+    gpu, outputs = torch.device("cuda"), []
+    rows = [np.arange(n, dtype=np.int32) for n in (300, 700)]
+    others = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows], share_prefix=False)
+    for first in (True, False):
+        torch._dynamo.reset()
+        compiled.cache_clear()
+        if not first:
+            long = [
+                torch.randn(1, heads, 1000, 32, device=gpu, requires_grad=True) for heads in (HEADS, 2, 2)
+            ]
+            flex_forest_attention(*long, tree_of(others, gpu), softcap=2.0).sum().backward()
+        inputs = wide_states(2, gpu, torch.float32)[:3]
+        output = flex_forest_attention(*inputs, tree_of(forest(), gpu), softcap=2.0)
+        outputs.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,314 @@
+"""The one call that a forest's attention is on CUDA. Its kernel needs a GPU; in its place stands what torch documents
+of it, in plain operations on the CPU, and all else is the real code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from tests.models import FOREST_FAMILIES, tiny_model
+from tests.unit.model.attention.test_attention import HEADS, WIDTH, dense, forest, states
+from tests.unit.model.test_logprobs import assert_as_expected, head_of, small_forest, with_lora
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.model.attention.dispatch import FOREST, forest_attention, layout, no_mask, reference_mask
+from yeonma.model.attention.varlen import (
+    VarlenLayout,
+    pick_backend,
+    varlen_attention,
+    varlen_forest_attention,
+)
+from yeonma.model.forest_support import check_forest_support
+from yeonma.model.logprobs import Forward, trained_logprobs
+
+CPU, H100 = torch.device("cpu"), (9, 0)
+RAGGED = "ragged_on_the_cpu"
+
+
+def documented_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` as its documentation and FlashAttention's say: a query at row i of t sees
+    key j of k where i + k - t - left <= j <= i + k - t + right."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert int(cu_seq_q[-1]) == len(query) and int(cu_seq_k[-1]) == len(key) == len(value)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    (left, right), outputs = window_size, []
+    groups = query.shape[1] // key.shape[1]
+    assert (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max())) == (max_q, max_k)
+    for n in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[n] : cu_seq_q[n + 1]].transpose(0, 1)
+        k, v = (
+            states[cu_seq_k[n] : cu_seq_k[n + 1]].transpose(0, 1).repeat_interleave(groups, 0)
+            for states in (key, value)
+        )
+        at = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        of = torch.arange(k.shape[1])[None, :]
+        seen = (of <= at + right) & ((left == -1) | (of >= at - left))
+        scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def in_one_call(laid: Forest) -> VarlenLayout:
+    found = layout(laid, CPU, H100).varlen
+    assert found is not None
+    return found
+
+
+def attend(laid: Forest, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
+    how = {"scaling": None, "sliding_window": None, **how}
+    return varlen_forest_attention(q, k, v, in_one_call(laid), kernel=documented_varlen, **how)
+
+
+OPTIONS = {
+    "plain": {},
+    "scale": {"scaling": 0.7},
+    "window": {"sliding_window": 5},
+    "window of one token": {"sliding_window": 1},
+    "window one short of all": {"sliding_window": 36},
+    "window as wide as all": {"sliding_window": 37},
+    "both": {"scaling": 0.2, "sliding_window": 7},
+}
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
+    laid, results = forest(), []
+    assert in_one_call(laid).most_keys == 37
+    for way in (attend, dense):
+        inputs = states(key_heads)[:3]
+        output = way(laid, *inputs, **options)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
+        results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Forest:
+    """Rows of two letters in units: beginnings shared from the first token, nested and not."""
+    count = draw(st.integers(1, 7))
+    rows = [
+        np.array([9, *draw(st.lists(st.integers(0, 1), min_size=1, max_size=7))], dtype=np.int32)
+        for _ in range(count)
+    ]
+    share = draw(st.booleans())
+    return lay_out(
+        rows, [np.ones(len(row), dtype=bool) for row in rows], share_prefix=share, units=[0] * count
+    )
+
+
+@settings(max_examples=60)
+@given(laid=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
+def test_any_forest_has_the_values_and_gradients_of_its_segments_one_by_one(
+    laid: Forest, window: int | None
+) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shape = (1, 2, len(laid.token_ids_T), WIDTH)
+    first = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
+    *inputs, weight = first
+    results = []
+    for one_by_one in (False, True):
+        q, k, v = (each.clone().requires_grad_() for each in inputs)
+        if one_by_one:
+            output = forest_attention(
+                torch.nn.Module(), q, k, v, None, forest=layout(laid), sliding_window=window
+            )[0]
+        else:
+            output = attend(laid, q, k, v, sliding_window=window)
+        gradients = torch.autograd.grad((output * weight.transpose(1, 2)).sum(), (q, k, v))
+        results.append([output, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_copies_find_back_to_their_tokens_and_are_summed_in_float32() -> None:
+    laid = forest()
+    copies = in_one_call(laid).copies
+    assert copies is not None
+    times = torch.bincount(copies.token_K, minlength=len(laid.token_ids_T))
+    assert torch.equal(copies.token_K[copies.own_T], torch.arange(len(laid.token_ids_T)))
+    assert torch.equal(copies.shared_S, times.argsort(descending=True, stable=True)[: int((times > 1).sum())])
+    for places in copies.rounds:
+        assert torch.equal(copies.token_K[places], copies.shared_S[: len(places)])
+    found = torch.cat([copies.own_T, *copies.rounds]).sort().values
+    assert torch.equal(found, torch.arange(len(copies.token_K)))  # each copy once
+
+    rows = [np.array([5, 6, 7 + n], dtype=np.int32) for n in range(9)]
+    laid = lay_out(rows, [np.ones(3, dtype=bool)] * 9, units=[0] * 9)
+    assert len(laid.segments) == 10
+    states = torch.zeros(1, 1, 11, 8, dtype=torch.bfloat16, requires_grad=True)
+    copied: list[torch.Tensor] = []
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        copied.append(k)
+        return k
+
+    how = {"scaling": None, "sliding_window": None, "kernel": kernel}
+    varlen_forest_attention(states, states, states, in_one_call(laid), **how)
+    upstream = torch.full_like(copied[0], 2**-9)
+    upstream[0:2] = 1  # the first copy of the two shared tokens
+    (gradient,) = torch.autograd.grad(copied[0], states, upstream)
+    exact = 1 + 9 * 2**-9  # bfloat16 would lose every one of the nine
+    assert gradient[0, 0, 0, 0] == torch.tensor(exact).bfloat16() != 1
+
+
+def test_without_parents_nothing_is_gathered() -> None:
+    rows = [np.arange(5, dtype=np.int32), np.arange(10, 13, dtype=np.int32)]
+    laid = in_one_call(lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows]))
+    assert laid.copies is None and laid.query_ends.tolist() == laid.key_ends.tolist() == [0, 5, 8]
+    assert laid.pairs == 15 + 6
+    assert in_one_call(forest()).pairs == int(reference_mask(forest()).sum())
+
+
+# Models
+
+
+def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
+    """`forest_attention` on an H100, told that float32 is bfloat16."""
+    _, query, key, value, mask = args
+    assert mask is None
+    backend = pick_backend(
+        capability=H100,
+        dtype=torch.bfloat16,
+        query_width=query.shape[-1],
+        value_width=value.shape[-1],
+        dropout=keywords.get("dropout", 0.0),
+        softcap=keywords.get("softcap"),
+        sinks=keywords.get("s_aux") is not None,
+    )
+    TAKEN.append(backend)
+    if backend != "varlen":
+        return forest_attention(*args, **keywords)
+    how = {name: keywords.get(name) for name in ("scaling", "sliding_window")}
+    laid = keywords["forest"].varlen
+    return varlen_forest_attention(query, key, value, laid, kernel=documented_varlen, **how), None
+
+
+TAKEN: list[str] = []
+AttentionInterface.register(RAGGED, in_one_call_where_it_may_be)
+AttentionMaskInterface.register(RAGGED, no_mask)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_a_model_has_the_logprobs_and_lora_gradients_of_its_sequences(
+    family: str, checkpointing: bool
+) -> None:
+    model = with_lora(tiny_model(family))
+    model.set_attn_implementation(RAGGED)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    TAKEN.clear()
+    # float32 through `forest_attention` itself takes the way of the CPU: the layout alone is the GPU's
+    logprob = trained_logprobs(model, small_forest()[0], head_of(model, "plain"), H100)
+    assert_as_expected(family, model, logprob)
+    assert set(TAKEN) == {"plain" if family in ("gemma2", "gpt_oss") else "varlen"}
+    assert len(TAKEN) == (4 if checkpointing else 2)
+
+
+# The choice
+
+
+def test_what_each_layer_is_computed_by() -> None:
+    usual: dict[str, Any] = {
+        "capability": H100,
+        "dtype": torch.bfloat16,
+        "query_width": 128,
+        "value_width": 128,
+    }
+    assert pick_backend(**usual) == "varlen"
+    assert pick_backend(**{**usual, "dtype": torch.float16}) == "varlen"
+    assert pick_backend(**{**usual, "capability": (8, 0)}) == "varlen"
+    for changed in (
+        {"capability": None},  # the CPU, and torch without the function
+        {"capability": (7, 5)},
+        {"dtype": torch.float32},
+        {"dropout": 0.1},
+        {"value_width": 64},
+        {"query_width": 100, "value_width": 100},
+        {"query_width": 512, "value_width": 512},
+    ):
+        assert pick_backend(**{**usual, **changed}) == "sdpa", changed
+    for capability, expected in (((8, 0), "varlen"), ((9, 0), "varlen"), ((8, 9), "sdpa"), ((12, 0), "sdpa")):
+        wide = {"capability": capability, "query_width": 256, "value_width": 256}
+        assert pick_backend(**{**usual, **wide}) == expected
+    for changed in ({"softcap": 30.0}, {"sinks": True}):
+        assert pick_backend(**{**usual, **changed}) == "plain"
+        assert pick_backend(**{**usual, **changed, "capability": None}) == "plain"
+
+
+def test_on_the_cpu_nothing_is_laid_out_for_it() -> None:
+    assert layout(forest()).varlen is None
+    model = tiny_model("llama").bfloat16()
+    assert check_forest_support(model).capability is None
+
+
+def test_this_torch_has_the_function_with_all_that_it_is_given() -> None:
+    assert varlen_attention() is not None
+
+
+# On a GPU
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
+    """As a whole: single numbers in half precision may be far off, and those that should be 0 are not quite."""
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    assert float((ours - theirs).norm()) <= share * float(theirs.norm()) + 0.01 * theirs.numel() ** 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: int, dtype: Any) -> None:
+    laid, results = forest(), []
+    gpu = torch.device("cuda")
+    how = {"scaling": None, "sliding_window": None, **options}
+    for device, kernel in ((gpu, None), (CPU, documented_varlen)):
+        inputs = [each.detach().to(device, dtype).requires_grad_() for each in states(key_heads)[:3]]
+        exact = inputs if kernel is None else [each.detach().double().requires_grad_() for each in inputs]
+        found = layout(laid, device, torch.cuda.get_device_capability()).varlen
+        assert found is not None
+        output = varlen_forest_attention(*exact, found, kernel=kernel, **how)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(output)
+        results.append([output, *torch.autograd.grad((output * weight).sum(), exact)])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2"])
+def test_a_model_on_a_gpu_takes_the_kernel_and_trains_as_segment_by_segment(family: str) -> None:
+    model = with_lora(tiny_model(family)).to("cuda", torch.bfloat16)
+    base = model.get_base_model()
+    how: Forward = check_forest_support(base)
+    assert how.forest and how.capability == torch.cuda.get_device_capability()
+    assert base.config._attn_implementation == FOREST
+    results = []
+    for capability in (how.capability, None):
+        logprob = trained_logprobs(base, small_forest()[0], how.head, capability)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        results.append([logprob, *torch.autograd.grad(logprob.sum(), trained)])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 0.1)

@@ -1,0 +1,337 @@
+"""Norms, SwiGLU and rotary positions in the short form: the modules' own numbers and gradients, plain and compiled."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model, with_lora
+from yeonma.errors import UserError
+from yeonma.model.forest_support import check_forest_support
+from yeonma.model.kernels.elementwise import (
+    FEWEST_ROWS,
+    FIRST_ROWS,
+    PLAIN,
+    Kernels,
+    compiled,
+    norm,
+    rotate,
+    swiglu,
+)
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.patch import patch, pick_kernels
+from yeonma.model.load import LoraShape, add_lora
+from yeonma.model.logprobs import Forward, example_logprobs
+
+TAKEN = {  # norms, MLPs, attentions of two layers
+    "llama": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "qwen3_moe": (9, 0, 2),
+    "gemma2": (9, 0, 2),
+    "gemma3_text": (13, 0, 2),
+    "mistral": (5, 2, 2),
+    "gpt_oss": (5, 0, 0),
+    "phi3": (5, 0, 2),
+    "granite": (5, 2, 2),
+    "exaone4": (9, 2, 2),
+    "gpt2": (0, 0, 0),
+    "qwen3_next": (7, 2, 1),
+    "lfm2": (7, 0, 1),
+    "bloom": (0, 0, 0),
+    "phimoe": (0, 0, 2),
+}
+
+has_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def taken(model: nn.Module) -> tuple[int, ...]:
+    names = Counter(
+        module.__dict__["forward"].func.__name__ for module in model.modules() if "forward" in module.__dict__
+    )
+    return tuple(names[name] for name in ("_norm", "_mlp", "_attention"))
+
+
+@pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
+def test_what_is_taken_of_each_family(family: str) -> None:
+    model = tiny_model(family)
+    assert patch(model) == sum(TAKEN[family])
+    assert taken(model) == TAKEN[family]
+
+
+def adapted(family: str) -> tuple[Any, Forward]:
+    model = with_lora(family)
+    how = check_forest_support(model.get_base_model())
+    assert how.forest
+    return model, how
+
+
+def logprobs_and_gradients(model: Any, how: Forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    random = np.random.default_rng(3)
+    frame = random.integers(3, VOCABULARY, 20)
+    ids = [np.concatenate([frame, random.integers(3, VOCABULARY, n)]).astype(np.int32) for n in (9, 14, 11)]
+    trained = [np.arange(len(each)) >= 20 for each in ids]
+    weights = [each for each in model.parameters() if each.requires_grad]
+    result = example_logprobs(model.get_base_model(), how, ids, trained, share_prefix=True)
+    return result.detach(), list(torch.autograd.grad(result.sum(), weights))
+
+
+@pytest.mark.parametrize("short_lora", [False, True])
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_a_model_gives_the_same_logprobs_and_gradients(family: str, short_lora: bool) -> None:
+    model, how = adapted(family)
+    expected, gradients = logprobs_and_gradients(model, how)
+    if short_lora:
+        speed_up(model)
+    patch(model)
+    found, others = logprobs_and_gradients(model, how)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    largest = max(float(each.abs().max()) for each in gradients)
+    for ours, theirs in zip(others, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * largest, rtol=1e-4)
+
+
+def test_gradient_checkpointing_computes_the_same_again() -> None:
+    model, how = adapted("qwen3")
+    patch(model)
+    _, expected = logprobs_and_gradients(model, how)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    _, found = logprobs_and_gradients(model, how)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_no_farther_from_the_exact_than_the_module(dtype: torch.dtype) -> None:
+    model = tiny_model("llama")
+    layer, attention = model.model.layers[0], model.model.layers[0].self_attn
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 32, generator=draw)
+    place = torch.arange(64).unsqueeze(0)
+    upstream = torch.randn(1, 64, 32, generator=draw)
+
+    def passes(number: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        model.to(number)
+        hidden = x.to(number).requires_grad_()
+        position = model.model.rotary_emb(hidden, place)
+        result = layer(hidden, position_embeddings=position, attention_mask=None)
+        (gradient,) = torch.autograd.grad(result, hidden, upstream.to(number))
+        return result.detach().float(), gradient.float()
+
+    x, upstream = x.to(dtype).float(), upstream.to(dtype).float()
+    model.to(dtype)
+    model.float()
+    exact = passes(torch.float32)
+    theirs = passes(dtype)
+    assert patch(layer) == 4
+    assert attention.forward.func.__name__ == "_attention"
+    ours = passes(dtype)
+    for best, own, other in zip(exact, ours, theirs, strict=True):
+        assert (own - best).norm() < 1.1 * (other - best).norm()
+        assert (other - best).norm() > 0
+
+
+class Norm(nn.Module):
+    """As transformers' are, but for what a test changes."""
+
+    def __init__(self, twist: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5, requires_grad=False)
+        self.eps = 1e-5
+        self.twist = twist
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (
+            self.twist(x) * torch.rsqrt(self.twist(x).pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        )
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.activation, self.dropout = activation, dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(F.dropout(inner, self.dropout, self.training))
+
+
+def test_modules_that_compute_something_else_keep_their_own_forward() -> None:
+    assert patch(Norm()) == 1
+    assert patch(Norm(lambda x: x - x.mean(-1, keepdim=True))) == 0  # a layer norm
+    trained = Norm()
+    trained.weight.requires_grad_()
+    assert patch(trained) == 0
+    biased = Norm()
+    biased.bias = nn.Parameter(torch.zeros(8), requires_grad=False)
+    assert patch(biased) == 0
+    other = Norm()
+    other.eps = 1e-5 + 1e-6 * other.eps  # the trial sees what the module does, whatever it says
+    assert patch(other) == 1
+    assert patch(Mlp(F.silu)) == 1
+    assert patch(Mlp(F.gelu)) == 0
+    assert patch(Mlp(F.silu, dropout=0.1).eval()) == 0  # as it will be in training
+
+
+def test_an_epsilon_outside_of_the_root_is_seen() -> None:
+    class Outside(Norm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+
+    assert patch(Outside()) == 0
+
+
+def test_hooked_forwards_are_left_alone() -> None:
+    module = Norm()
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    assert patch(module) == 0
+
+
+def test_a_model_of_another_number_format_than_its_norms_keeps_their_rule() -> None:
+    module = tiny_model("llama").model.norm
+    x = torch.randn(2, 20, 32, dtype=torch.bfloat16)
+    expected = module(x)
+    patch(module)
+    assert module(x).dtype == expected.dtype == torch.float32
+    assert torch.equal(module(x), expected)
+
+
+def test_rotation_of_several_sequences_is_the_models_own() -> None:
+    model = tiny_model("llama")
+    ids = torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    patch(model)
+    torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_sines_of_the_two_halves_may_differ() -> None:
+    """As with scaled or interpolated positions; then the gradient is not the turn by the negative angle."""
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 3, 20, 8, generator=draw, dtype=torch.float32).requires_grad_()
+    k = torch.randn(1, 1, 20, 8, generator=draw).requires_grad_()
+    cos, sin = torch.randn(2, 1, 20, 8, generator=draw)
+    upstream = [torch.randn_like(each) for each in (q, k)]
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+    expected = torch.autograd.grad([plain(q), plain(k)], [q, k], upstream)
+    found = torch.autograd.grad(rotate(q, k, cos, sin), [q, k], upstream)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def kept(run: Callable[[], torch.Tensor]) -> int:
+    """Bytes that are kept for the backward of something."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = run()
+    return sum(storages.values()) + 0 * len(result)
+
+
+def test_less_is_kept_for_the_backward() -> None:
+    layer = tiny_model("llama").model.layers[0]
+    x = torch.randn(1, 128, 32, requires_grad=True)
+    before = kept(lambda: layer.mlp(layer.input_layernorm(x)))
+    patch(layer)
+    after = kept(lambda: layer.mlp(layer.input_layernorm(x)))
+    assert before - after == 128 * 48 * 4  # silu(gate)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_before_a_lora_layer_the_product_of_gate_and_up_is_not_kept(dropout: float) -> None:
+    model = add_lora(tiny_model("llama"), LoraShape(4, 8, dropout, ["down_proj"]), seed=1)
+    speed_up(model)
+    mlp = model.get_base_model().model.layers[0].mlp.train()
+    x = torch.randn(1, 128, 32, requires_grad=True)
+    before = kept(lambda: mlp(x))
+    patch(mlp)
+    # silu(gate), and the product where the adapter sees it whole
+    assert before - kept(lambda: mlp(x)) == 128 * 48 * 4 * (1 if dropout else 2)
+
+
+# compiled
+
+
+def rows(count: int, kernels: Kernels) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(count)
+    x, up = (torch.randn(count, 48, generator=draw).requires_grad_() for _ in "xu")
+    q, k = (torch.randn(1, heads, count, 8, generator=draw).requires_grad_() for heads in (4, 2))
+    cos, sin = torch.randn(2, 1, count, 8, generator=draw)
+    turned = rotate(q, k, cos, sin, kernels)
+    results = [norm(x, torch.linspace(0.5, 2, 48), 1e-6, kernels), swiglu(x, up, kernels), *turned]
+    upstream = [torch.randn(each.shape, generator=draw) for each in results]
+    again = kernels.swiglu_backward_again(upstream[1], x.detach(), up.detach())
+    gradients = torch.autograd.grad(results, [x, up, q, k], upstream)
+    return [*(each.detach() for each in results), *gradients, *again]
+
+
+@has_compiler
+def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> None:
+    """To the bit whichever came first: a run that goes on meets other numbers of rows first than the whole one."""
+    counts = (FEWEST_ROWS - 1, FEWEST_ROWS, 333, 48, FIRST_ROWS)
+    kernels = compiled.__wrapped__()
+    first = {count: rows(count, kernels) for count in counts}
+    torch._dynamo.reset()
+    kernels = compiled.__wrapped__()
+    torch._dynamo.utils.counters.clear()
+    for count in reversed(counts):
+        for found, before, plain in zip(rows(count, kernels), first[count], rows(count, PLAIN), strict=True):
+            assert torch.equal(found, before)
+            torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
+    )  # one for each function, whatever the rows
+
+
+@has_compiler
+def test_a_model_with_compiled_kernels_gives_the_same() -> None:
+    model, how = adapted("qwen3")
+    patch(model)
+    expected, gradients = logprobs_and_gradients(model, how)
+    patch(model, pick_kernels(True, torch.device("cpu"), torch.float32, print))
+    found, others = logprobs_and_gradients(model, how)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    for ours, theirs in zip(others, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_kind_that_cannot_be_compiled_runs_plain_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.warns(RuntimeWarning, match="fails at norm_forward"):
+        found = rows(20, compiled.__wrapped__())
+    assert all(torch.equal(a, b) for a, b in zip(found, rows(20, PLAIN), strict=True))
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        rows(20, compiled.__wrapped__(strict=True))
+
+
+def test_auto_compiles_on_a_gpu_only_and_does_without_where_that_fails() -> None:
+    said: list[str] = []
+    assert pick_kernels("auto", torch.device("cpu"), torch.float32, said.append) is PLAIN
+    assert pick_kernels(False, torch.device("cuda"), torch.float32, said.append) is PLAIN
+    assert not said
+    if not torch.cuda.is_available():  # else it may well succeed
+        assert pick_kernels("auto", torch.device("cuda"), torch.bfloat16, said.append) is PLAIN
+        assert "compiler fails here" in said[0]
+        with pytest.raises(UserError) as caught:
+            pick_kernels(True, torch.device("cuda"), torch.bfloat16, said.append)
+        assert caught.value.problems[0].place == "torch_compile"

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.models import FOREST_FAMILIES, VOCABULARY, WINDOW, tiny_model
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.model import forest_support as check
+from yeonma.model.attention.dispatch import FOREST
+from yeonma.model.forest_support import attention, check_forest_support
+from yeonma.model.logprobs import Forward, sequence_logprobs, trained_logprobs
+
+ROW = np.arange(3, 30, dtype=np.int32)
+
+
+def one_row() -> Forest:
+    return lay_out([ROW], [np.ones(len(ROW), dtype=bool)])
+
+
+def with_lora(model: Any, **config: Any) -> Any:
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    return get_peft_model(model, LoraConfig(**options))
+
+
+def lora_gradients(model: Any) -> list[torch.Tensor]:
+    logprob = sequence_logprobs(model, torch.from_numpy(ROW).long(), torch.ones(len(ROW), dtype=torch.bool))
+    return list(torch.autograd.grad(logprob.sum(), [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_the_forest_families_pass_with_a_plain_head(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    own_attention = model.config._attn_implementation
+    found = check_forest_support(model)
+    assert found.forest and found.head is not None and found.why_not == ""
+    assert found.plain_attention == own_attention
+    assert model.config._attn_implementation == FOREST
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("qwen3_next", "it has linear_attention layers"),
+        ("lfm2", "it has conv layers"),
+        ("bloom", "2 of its 2 layers have an attention of their own"),
+        ("phimoe", "it has sliding-window layers with a mask of their own"),
+    ],
+)
+def test_other_families_are_found_and_left_as_they_were_able_to_train(family: str, reason: str) -> None:
+    targets = ["q_proj", "o_proj"] if family == "phimoe" else "all-linear"  # PEFT cannot adapt its router
+    expected = lora_gradients(with_lora(tiny_model(family), target_modules=targets))
+    model = with_lora(tiny_model(family), target_modules=targets)
+    own_attention = model.config._attn_implementation
+    found = check_forest_support(model)
+    assert found == Forward(forest=False, head=None, plain_attention=own_attention, why_not=reason)
+    assert model.config._attn_implementation == own_attention
+    assert all(bool(gradient.any()) for gradient in expected)
+    for ours, theirs in zip(lora_gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_layer_that_keeps_its_own_attention_is_found() -> None:
+    model = tiny_model("llama")
+    layer = model.model.layers[0].self_attn
+    layer.config = copy.deepcopy(layer.config)  # so that the change of attention passes it by
+    found = check_forest_support(model)
+    assert found.why_not == "1 of its 2 layers have an attention of their own"
+
+
+@pytest.mark.parametrize("window", [WINDOW, 64])
+def test_a_window_that_reaches_the_attention_passes_and_one_that_does_not_is_found_however_long(
+    window: int,
+) -> None:
+    reached = tiny_model("gemma2")
+    reached.config.sliding_window = window
+    reached.model.layers[0].self_attn.sliding_window = window
+    assert check_forest_support(reached).forest
+    lost = tiny_model("gemma2")
+    lost.config.sliding_window = window
+    lost.model.layers[0].self_attn.sliding_window = None
+    assert check_forest_support(lost).why_not == "it has sliding-window layers with a mask of their own"
+
+
+def test_a_forest_computed_wrongly_is_found_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "lay_out", _with_positions_from_zero)
+    found = check_forest_support(tiny_model("llama"))
+    assert not found.forest
+    assert "a forest and the same sequences one by one differ by" in found.why_not
+
+
+def _with_positions_from_zero(*arguments: Any) -> Forest:
+    forest = lay_out(*arguments)
+    forest.position_T[:] = np.arange(len(forest.position_T))
+    return forest
+
+
+def test_code_that_stumbles_over_a_forest_is_found_and_its_complaint_told() -> None:
+    model = tiny_model("llama")
+
+    def complain(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        if "forest" in keywords:
+            raise TypeError("unexpected keyword argument 'forest'\nand more")
+
+    model.register_forward_pre_hook(complain, with_kwargs=True)
+    found = check_forest_support(model)
+    assert not found.forest
+    assert (
+        found.why_not == "its code does not take a forest (TypeError: unexpected keyword argument 'forest')"
+    )
+
+
+def test_a_model_that_gives_nan_is_not_taken_for_equal() -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[check.tiny_sequences(VOCABULARY, 0)[2]] = float(
+        "nan"
+    )  # the last sequence alone
+    assert not check_forest_support(model).forest
+
+
+def test_a_head_that_does_more_than_its_config_says_is_left_to_the_model() -> None:
+    model = tiny_model("llama")
+    model.config.final_logit_softcapping = 1.0  # what llama's own head does not do
+    found = check_forest_support(model)
+    assert found.forest and found.head is None
+    logprob = trained_logprobs(model, one_row(), found.head)
+    own = tiny_model("llama")
+    alone = sequence_logprobs(own, torch.from_numpy(ROW).long(), torch.ones(len(ROW), dtype=torch.bool))
+    torch.testing.assert_close(logprob, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_that_cannot_be_called_alone_leaves_the_head_to_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(model, "get_decoder", lambda: None)
+    found = check_forest_support(model)
+    assert found.forest and found.head is None
+
+
+def test_lora_on_the_head_leaves_it_to_the_model() -> None:
+    found = check_forest_support(with_lora(tiny_model("llama"), target_modules=["lm_head"]))
+    assert found.forest and found.head is None
+
+
+def test_the_check_uses_no_dropout_and_leaves_every_layers_mode_as_it_was() -> None:
+    model = with_lora(tiny_model("llama"), lora_dropout=0.5)
+    model.model.model.layers[0].train()
+    before = [module.training for module in model.modules()]
+    assert True in before and False in before
+    assert check_forest_support(model).forest
+    assert [module.training for module in model.modules()] == before
+
+
+def _random_states() -> tuple[object, ...]:
+    return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+
+
+def test_the_check_leaves_the_random_states_and_the_weights_alone() -> None:
+    model = with_lora(tiny_model("qwen3_moe"), target_modules=["q_proj"], lora_dropout=0.5).train()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = _random_states()
+    check_forest_support(model)
+    assert _random_states() == before
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_another_attention_holds_inside_the_context_and_the_former_after_it() -> None:
+    model = tiny_model("llama")
+    found = check_forest_support(model)
+    with pytest.raises(RuntimeError, match="stop"), attention(model, found.plain_attention):
+        assert model.config._attn_implementation == "sdpa"
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == FOREST
+
+
+def test_a_window_wider_than_the_tried_sequences_is_seen_to_arrive() -> None:
+    model = tiny_model("mistral")
+    model.config.sliding_window = 1000
+    assert check_forest_support(model).forest

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model
+from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.model import logprobs as forward
+from yeonma.model.attention.dispatch import FOREST, layout
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.load import checkpoint_activations
+from yeonma.model.logprobs import Head, head_logprobs, plain_head, sequence_logprobs, trained_logprobs
+
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def sequences() -> list[np.ndarray]:
+    """Two rows under one article under one frame, one under the frame alone, one beginning another, one alone."""
+    draw = np.random.default_rng(5)
+    frame, article, *ends = (
+        draw.integers(3, VOCABULARY, n) for n in (LEAST_SHARED + 3, LEAST_SHARED, 9, 4, 6, 12)
+    )
+    rows = [
+        [frame, article, ends[0]],
+        [frame, article, ends[1]],
+        [frame, ends[2]],
+        [frame, article],
+        [ends[3]],
+    ]
+    return [np.concatenate(row).astype(np.int32) for row in rows]
+
+
+@lru_cache
+def small_forest() -> tuple[Forest, tuple[torch.Tensor, ...]]:
+    """The forest of `sequences()`, three tokens in four trained, and each sequence's trained mask."""
+    draw = np.random.default_rng(6)
+    masks = [draw.random(len(sequence)) < 0.75 for sequence in sequences()]
+    forest = lay_out(sequences(), masks)
+    assert len(forest.segments) == 6
+    return forest, tuple(torch.from_numpy(mask) for mask in masks)
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.from_numpy(sequence).long() for sequence in sequences()]
+
+
+def with_lora(model: Any, targets: Any = "all-linear") -> Any:
+    """A PeftModel whose adapter does something from the start."""
+    torch.manual_seed(1)
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_alpha=4)
+    )
+
+
+def lora_gradients(model: Any, logprob: torch.Tensor) -> list[torch.Tensor]:
+    """Of a loss that weighs every trained token differently."""
+    weight = torch.linspace(-1, 1, len(logprob))
+    return list(
+        torch.autograd.grad((weight * logprob).sum(), [p for p in model.parameters() if p.requires_grad])
+    )
+
+
+def plain_logprobs(model: Any) -> torch.Tensor:
+    """Each sequence alone through the model as transformers made it."""
+    found = []
+    for ids, mask in zip(tensors(), small_forest()[1], strict=True):
+        logprobs = torch.log_softmax(model(input_ids=ids.unsqueeze(0)).logits[0, :-1].float(), -1)
+        found.append(logprobs.gather(1, ids[1:, None])[mask[1:], 0])
+    return torch.cat(found)
+
+
+@lru_cache
+def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probabilities and LoRA gradients of the trained tokens, sequence by sequence."""
+    model = with_lora(tiny_model(family))
+    logprob = plain_logprobs(model)
+    gradients = lora_gradients(model, logprob)
+    assert all(float(gradient.abs().max()) > 0.1 for gradient in gradients)
+    return logprob.detach(), gradients
+
+
+def assert_as_expected(family: str, model: Any, logprob: torch.Tensor) -> None:
+    values, gradients = expected(family)
+    torch.testing.assert_close(logprob.detach(), values, **EXACT)
+    for ours, theirs in zip(lora_gradients(model, logprob), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+def head_of(model: Any, kind: str) -> Head | None:
+    if kind == "own":
+        return None
+    head = plain_head(model)
+    assert head is not None
+    return head
+
+
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_the_logits_of_a_forest_are_those_of_each_sequence_alone(family: str) -> None:
+    model, (forest, _) = tiny_model(family), small_forest()
+    with torch.no_grad():
+        alone = [model(input_ids=ids.unsqueeze(0)).logits[0] for ids in tensors()]
+        model.set_attn_implementation(FOREST)
+        ours = model(
+            input_ids=torch.from_numpy(forest.token_ids_T).unsqueeze(0),
+            position_ids=torch.from_numpy(forest.position_T).unsqueeze(0),
+            forest=layout(forest),
+            use_cache=False,
+        ).logits[0]
+    for example, logits in enumerate(alone):
+        mine = forest.answer_N == example
+        trained = np.flatnonzero(small_forest()[1][example].numpy()[1:])
+        sources = torch.from_numpy(forest.source_U[forest.pair_N[mine]])
+        # granite's logits reach 10, and those of a sequence alone are 1.7e-5 from what they are in float64
+        within = {**EXACT, "atol": 2e-5} if family == "granite" else EXACT
+        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], **within)
+
+
+@pytest.mark.parametrize("head", ["plain", "own"])
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_a_forest_has_the_logprobs_and_lora_gradients_of_its_sequences(family: str, head: str) -> None:
+    model = with_lora(tiny_model(family))
+    model.set_attn_implementation(FOREST)
+    assert_as_expected(family, model, trained_logprobs(model, small_forest()[0], head_of(model, head)))
+
+
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family: str) -> None:
+    model = with_lora(tiny_model(family))
+    model.set_attn_implementation(FOREST)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    if family != "gpt2":  # its layers are no nn.Linear
+        assert speed_up(model) > 0
+    layers: list[int] = []
+    logprob = trained_logprobs(
+        model,
+        small_forest()[0],
+        head_of(model, "plain"),
+        watch=lambda layer, window: layers.append(layer.layer_idx),
+    )
+    assert_as_expected(family, model, logprob)
+    assert sorted(layers) == [0, 0, 1, 1]  # each layer ran again for the backward pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_selective_checkpointing_recomputes_every_other_layer_and_changes_nothing(family: str) -> None:
+    model = with_lora(tiny_model(family))
+    model.set_attn_implementation(FOREST)
+    checkpoint_activations(model.get_base_model(), "selective")
+    model.train()
+    layers: list[int] = []
+    logprob = trained_logprobs(
+        model,
+        small_forest()[0],
+        head_of(model, "plain"),
+        watch=lambda layer, window: layers.append(layer.layer_idx),
+    )
+    assert_as_expected(family, model, logprob)
+    assert sorted(layers) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_lora_on_the_head_trains_through_the_models_own_head(family: str) -> None:
+    targets = ["q_proj", "lm_head"]
+    model = with_lora(tiny_model(family), targets)
+    logprob = plain_logprobs(model)
+    gradients = lora_gradients(model, logprob)
+    assert plain_head(model) is None
+    model.set_attn_implementation(FOREST)
+    ours = trained_logprobs(model, small_forest()[0], None)
+    torch.testing.assert_close(ours, logprob, **EXACT)
+    for mine, theirs in zip(lora_gradients(model, ours), gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+def test_a_trained_head_is_not_taken_for_plain() -> None:
+    model = tiny_model("llama")
+    model.get_output_embeddings().weight.requires_grad_(True)
+    assert plain_head(model) is None
+
+
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
+def test_bfloat16_is_as_close_to_float32_as_the_models_own_forward_is(family: str) -> None:
+    model, forest = tiny_model(family).bfloat16(), small_forest()[0]
+    with torch.no_grad():
+        exact = plain_logprobs(tiny_model(family))
+        own = plain_logprobs(model)
+        model.set_attn_implementation(FOREST)
+        ours = trained_logprobs(model, forest, plain_head(model))
+    assert ours.dtype == torch.float32
+    assert float((ours - exact).abs().mean()) <= 1.5 * float((own - exact).abs().mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next", "lfm2", "bloom"])
+def test_one_sequence_alone_gives_the_models_own_logprobs(family: str) -> None:
+    model = with_lora(tiny_model(family))
+    pairs = zip(tensors(), small_forest()[1], strict=True)
+    assert_as_expected(family, model, torch.cat([sequence_logprobs(model, ids, mask) for ids, mask in pairs]))
+
+
+def test_a_model_that_keeps_all_logits_still_gives_those_of_the_trained_tokens() -> None:
+    model = tiny_model("llama")
+    ids, mask = tensors()[0], small_forest()[1][0]
+    expected_logprobs = sequence_logprobs(model, ids, mask)
+    own_forward = model.forward
+    model.forward = lambda logits_to_keep=None, **batch: own_forward(**batch)
+    torch.testing.assert_close(sequence_logprobs(model, ids, mask), expected_logprobs)
+
+
+def test_a_token_that_two_examples_share_counts_for_both() -> None:
+    rows = [np.arange(3, 25, dtype=np.int32)] * 2
+    forest = lay_out(rows, [np.ones(22, dtype=bool), np.ones(22, dtype=bool)])
+    assert len(forest.token_ids_T) == 22
+    model = with_lora(tiny_model("llama"))
+    alone = sequence_logprobs(model, torch.arange(3, 25), torch.ones(22, dtype=torch.bool))
+    gradients = torch.autograd.grad(2 * alone.sum(), [p for p in model.parameters() if p.requires_grad])
+    model.set_attn_implementation(FOREST)
+    both = trained_logprobs(model, forest, plain_head(model))
+    torch.testing.assert_close(both, torch.cat([alone, alone]), **EXACT)
+    for ours, theirs in zip(
+        torch.autograd.grad(both.sum(), [p for p in model.parameters() if p.requires_grad]),
+        gradients,
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+HEADS: dict[str, Callable[[torch.Tensor, torch.Tensor], Head]] = {
+    "plain": lambda weight, bias: Head(weight, None, 1.0, None),
+    "bias": lambda weight, bias: Head(weight, bias, 1.0, None),
+    "scale": lambda weight, bias: Head(weight, bias, 0.125, None),
+    "cap": lambda weight, bias: Head(weight, None, 1.0, 2.0),
+    "scale and cap": lambda weight, bias: Head(weight, bias, 3.0, 2.0),
+}
+
+
+def head_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=draw).to(dtype) for shape in ((23, 16), (50, 16), (50,))
+    )
+    return hidden.requires_grad_(), weight, bias, torch.randint(0, 50, (23,), generator=draw)
+
+
+def by_log_softmax(hidden: torch.Tensor, target: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden, head.weight_VH, head.bias_V).float() * head.scale
+    if head.cap is not None:
+        logits = head.cap * torch.tanh(logits / head.cap)
+    return torch.log_softmax(logits, -1).gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_head_in_chunks_is_log_softmax_in_values_and_gradients(
+    kind: str, rows_a_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, target = head_case(torch.float32)
+    head = HEADS[kind](weight, bias)
+    monkeypatch.setattr(forward, "HEAD_CHUNK_BYTES", 4 * 50 * rows_a_chunk)
+    upstream = torch.linspace(-2, 1, 23)
+    ours, theirs = head_logprobs(hidden, target, head), by_log_softmax(hidden, target, head)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    (mine,) = torch.autograd.grad((upstream * ours).sum(), hidden)
+    (other,) = torch.autograd.grad((upstream * theirs).sum(), hidden)
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_in_bfloat16_gives_float32_logprobs_and_a_bfloat16_gradient() -> None:
+    hidden, weight, _, target = head_case(torch.bfloat16)
+    head = Head(weight, None, 1.0, None)
+    ours = head_logprobs(hidden, target, head)
+    exact = hidden.detach().float().requires_grad_()
+    theirs = by_log_softmax(exact, target, Head(weight.float(), None, 1.0, None))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
+    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (other,) = torch.autograd.grad(theirs.sum(), exact)
+    assert mine.dtype == torch.bfloat16
+    torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.05)
+
+
+def test_the_head_without_gradients_keeps_none() -> None:
+    hidden, weight, _, target = head_case(torch.float32)
+    with torch.no_grad():
+        logprob = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
+    assert logprob.grad_fn is None
+    torch.testing.assert_close(
+        logprob, by_log_softmax(hidden, target, Head(weight, None, 1.0, None)).detach()
+    )
+
+
+def test_a_chunk_is_as_large_as_the_head_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, target = head_case(torch.bfloat16)
+    rows: list[int] = []
+    compute = forward._head_chunk
+    monkeypatch.setattr(
+        forward, "_head_chunk", lambda hidden, *others: [rows.append(len(hidden)), compute(hidden, *others)]
+    )
+    whole = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
+    parts = head_logprobs(hidden, target, Head(weight, None, 1.0, None, chunk_bytes=4 * 50 * 10))
+    assert rows == [23, 10, 10, 3]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert plain_head(tiny_model("llama")).chunk_bytes is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HEADS)
+def test_on_a_gpu_the_heads_sums_are_of_float32(kind: str) -> None:
+    hidden, weight, bias, target = (each.detach().to("cuda") for each in head_case(torch.bfloat16))
+    hidden = hidden.requires_grad_()
+    ours = head_logprobs(hidden, target, HEADS[kind](weight, bias))
+    exact = hidden.detach().float().requires_grad_()
+    theirs = by_log_softmax(exact, target, HEADS[kind](weight.float(), bias.float()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the CPU's bfloat16 is only within 0.05
+    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (other,) = torch.autograd.grad(theirs.sum(), exact)
+    torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.05)

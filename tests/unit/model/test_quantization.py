@@ -1,0 +1,310 @@
+"""Runs on quantised bases: what they leave behind, how they go on, what is refused, how their adapters are asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pairs import pairs, tuned
+from tests.quantised import KINDS, NF4
+from tests.runs import Done, arguments, articles, command, model_folder, sft, trained, write_jsonl
+from yeonma.adapter.prompt_builder import open_folder
+from yeonma.config.settings import CompareSettings, ServeSettings
+from yeonma.data.rows import open_rows
+from yeonma.errors import UserError
+from yeonma.evaluate.candidates import identity_of, open_candidates
+from yeonma.model import quantization
+from yeonma.model.quantization import BITSANDBYTES
+from yeonma.model.quantized import packed_layers
+from yeonma.policy import load_policy
+from yeonma.serve.server import load_served_models, open_served
+from yeonma.serve.vllm import why_not
+from yeonma.train import loop, run
+
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS: dict[str, object] = {
+    "max_steps": 6,
+    "save_steps": 2,
+    "lora_dropout": 0.1,
+    "card_rows": 1,
+    "val_set_size": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(17))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    """The run on weights that are not quantised."""
+    return trained(tmp_path_factory.mktemp("none") / "out", base, data, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> dict[str, Done]:
+    """The same on quantised ones, by kind, each made once where a test asks for it."""
+    return _Made(tmp_path_factory, base, data)
+
+
+class _Made(dict[str, Done]):
+    def __init__(self, places: pytest.TempPathFactory, base: Path, data: Path) -> None:
+        super().__init__()
+        self.places, self.base, self.data = places, base, data
+
+    def __missing__(self, kind: str) -> Done:
+        place = self.places.mktemp(kind) / "out"
+        self[kind] = trained(place, self.base, self.data, quantization=kind, **SETTINGS)
+        return self[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_says_how_the_base_is_held_and_writes_it_down(runs: dict[str, Done], kind: str) -> None:
+    done = runs[kind]
+    assert done.out.count(f"dense layers in {kind}: ") == 1
+    assert json.loads((done.folder / "yeonma.json").read_text())["quantization"] == kind
+    assert json.loads((done.folder / "checkpoint-2" / "yeonma.json").read_text())["quantization"] == kind
+    assert json.loads((done.folder / "run.json").read_text())["identity"]["quantization"] == kind
+    assert f"quantization: {kind}" in (done.folder / "settings.yaml").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_near_those_of_whole_weights_and_not_the_same(
+    runs: dict[str, Done], whole: Done, kind: str
+) -> None:
+    furthest = max(abs(a - b) for a, b in zip(runs[kind].losses, whole.losses, strict=True))
+    assert 0 < furthest < {"int8": 0.02, "fp8": 0.25, "nf4": 0.5}[kind]
+    assert runs[kind].looks[-1]["loss"] < runs[kind].looks[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tmp_path: Path, base: Path, data: Path, runs: dict[str, Done], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loop.train_step, 0
+
+    def interrupted(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    settings = {**SETTINGS, "quantization": kind}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        assert sft(tmp_path / "out", base, data, **settings).status == 130
+    done = trained(tmp_path / "out", base, data, **settings)
+    assert "continuing after step 2" in done.out
+    assert done.weight_bytes == runs[kind].weight_bytes
+    assert done.losses == runs[kind].losses
+    optimizer = "checkpoint-6/optimizer.safetensors"
+    assert (done.folder / optimizer).read_bytes() == (runs[kind].folder / optimizer).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_only_speed(
+    tmp_path: Path, base: Path, data: Path, runs: dict[str, Done], kind: str
+) -> None:
+    settings = {**SETTINGS, "lora_dropout": 0, "max_steps": 3, "quantization": kind}
+    one, four = (
+        trained(tmp_path / str(size), base, data, **settings, micro_batch_size=size) for size in (1, 4)
+    )
+    # rounding of activations may turn a last bit into a step of an eighth
+    assert one.losses == pytest.approx(four.losses, abs=2e-2 if kind == "fp8" else 1e-5)
+
+
+def test_another_value_is_another_run(tmp_path: Path, base: Path, data: Path, runs: dict[str, Done]) -> None:
+    folder = Path(shutil.copytree(runs["fp8"].folder, tmp_path / "out"))
+    done = sft(folder, base, data, **SETTINGS)
+    assert done.status == 2
+    assert "quantization was 'fp8' and is now 'none'" in done.err
+    assert "optimizer was" not in done.err
+
+
+def test_a_run_of_a_version_without_the_choice_goes_on(
+    tmp_path: Path, base: Path, data: Path, whole: Done
+) -> None:
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    marked = json.loads((folder / "run.json").read_text())
+    for name in ("quantization", "optimizer"):
+        del marked["identity"][name]
+    (folder / "run.json").write_text(json.dumps(marked))
+    assert "holds this run, finished" in trained(folder, base, data, **SETTINGS).out
+    assert sft(folder, base, data, **SETTINGS, quantization="fp8").status == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_come_from_the_base_as_it_was_in_training_unless_told_otherwise(
+    runs: dict[str, Done], whole: Done, kind: str
+) -> None:
+    model = load_policy(runs[kind].folder).model
+    assert len(list(packed_layers(model))) == 14
+    other = load_policy(runs[kind].folder, quantization="none").model
+    assert not list(packed_layers(other))
+    assert not list(packed_layers(load_policy(whole.folder).model))
+    row = '{"document": "storm harbour boats"}'
+    words = ["generate", str(runs[kind].folder), "--row", row, "--max_new_tokens", "6"]
+    auto, told = (
+        command(runs[kind].folder, *words),
+        command(runs[kind].folder, *words, "--quantization", kind),
+    )
+    assert auto.status == 0 and auto.out == told.out
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert float((model(ids).logits - other(ids).logits).abs().max()) > 1e-3
+
+
+def test_an_adapter_folder_that_says_something_else_is_damaged(tmp_path: Path, runs: dict[str, Done]) -> None:
+    folder = Path(shutil.copytree(runs["fp8"].folder, tmp_path / "out"))
+    text = (folder / "yeonma.json").read_text()
+    (folder / "yeonma.json").write_text(text.replace('"quantization": "fp8"', '"quantization": "fp7"'))
+    with pytest.raises(UserError, match="quantization is 'fp7'"):
+        open_folder(folder)
+
+
+def test_compared_models_are_held_as_trained_and_a_base_as_the_first_adapter_on_it(
+    base: Path, data: Path, runs: dict[str, Done], whole: Done
+) -> None:
+    names = [str(base), str(runs["fp8"].folder), str(whole.folder)]
+    rows = open_rows(str(data))
+    by_itself, *_ = open_candidates(
+        CompareSettings(models=names[:1], data_path=str(data), template="title"), rows
+    )
+    assert by_itself.quantization == "none"
+    candidates = open_candidates(CompareSettings(models=names, data_path=str(data)), rows)
+    assert [each.quantization for each in candidates] == ["fp8", "fp8", "none"]
+    assert candidates[0].weights == candidates[1].weights != candidates[2].weights
+    told = open_candidates(CompareSettings(models=names, data_path=str(data), quantization="none"), rows)
+    assert {each.quantization for each in told} == {"none"}
+    cpu = torch.device("cpu")
+    assert identity_of(candidates[1], torch.float32, cpu) != identity_of(told[1], torch.float32, cpu)
+    assert identity_of(candidates[2], torch.float32, cpu) == identity_of(told[2], torch.float32, cpu)
+
+
+def test_a_comparison_runs_on_a_quantised_base(
+    tmp_path: Path, base: Path, data: Path, runs: dict[str, Done]
+) -> None:
+    words = {"data_path": data, "rows": 3, "max_new_tokens": 3, "output_dir": tmp_path / "report"}
+    models = ["--models", str(base), str(runs["fp8"].folder)]
+    done = command(tmp_path / "report", "compare", *models, *arguments(words))
+    assert done.status == 0, done.err
+    assert done.err.count("loading") == 1
+
+
+def test_a_server_holds_one_base_in_one_way(runs: dict[str, Done], whole: Done) -> None:
+    folders = [str(runs["fp8"].folder), str(whole.folder)]
+    with pytest.raises(UserError, match=r"trained on a base with quantization none, .* with fp8"):
+        open_served(ServeSettings(adapter_dirs=folders, max_new_tokens=8))
+    served = open_served(ServeSettings(adapter_dirs=folders, max_new_tokens=8, quantization="none"))
+    assert len(served.askers) == 2
+    asked = ServeSettings(adapter_dirs=folders[:1], max_new_tokens=8)
+    served = open_served(asked)
+    speaker = next(iter(load_served_models(served, asked, lambda _: None).values()))
+    assert len(list(packed_layers(speaker.model))) == 14
+    reason = "it would not hold the base in fp8 as Yeonma does"
+    assert why_not(list(served.askers.values())) == reason
+    assert why_not(list(served.askers.values()), "none") != reason
+
+
+def test_a_reference_is_kept_for_its_own_base_alone(tmp_path: Path, base: Path) -> None:
+    rows = write_jsonl(tmp_path / "pairs.jsonl", pairs(9))
+    settings = {"max_steps": 2, "cache_dir": tmp_path / "cache"}
+    for kind in ("none", "fp8", "none"):
+        done = tuned(tmp_path / "out", base, rows, quantization=kind, overwrite=True, **settings)
+        # at the start the policy is the reference: with another base's numbers the margin would not be 0
+        assert done.steps[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
+    assert len(list((tmp_path / "cache").glob("*.reference"))) == 2
+
+
+# What is refused, and when
+
+
+def refused(tmp_path: Path, base: Path, data: Path, **settings: object) -> str:
+    """Before any weight is read, which would fail here, and with nothing left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_model", None)
+        done = sft(tmp_path / "out", base, data, **settings)
+    assert done.status == 2, done.out
+    assert not (tmp_path / "out").exists()
+    return done.err
+
+
+def test_what_is_not_installed_is_named_with_the_command(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    error = refused(tmp_path, base, data, quantization="nf4", optimizer="adamw_8bit", template="{nothing")
+    assert f"quantization nf4: bitsandbytes is not installed; pip install {BITSANDBYTES}" in error
+    assert f"optimizer adamw_8bit: bitsandbytes is not installed; pip install {BITSANDBYTES}" in error
+    assert "no built-in template" in error  # told together, before torch is imported
+
+
+def test_the_command_names_the_version_that_is_declared() -> None:
+    assert f'quantization = ["{BITSANDBYTES}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharing_out_quantised_weights_is_refused(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
+    error = refused(tmp_path, base, data, quantization=kind, shard=True)
+    assert f"quantization {kind}: quantised weights cannot be shared out over processes" in error
+
+
+def test_dora_is_refused_where_the_weights_are_not_kept(tmp_path: Path, base: Path, data: Path) -> None:
+    assert "DoRA needs the weights" in refused(tmp_path, base, data, quantization="fp8", use_dora=True)
+
+
+@pytest.mark.parametrize("kind", [NF4])
+def test_dora_is_trained_on_nf4(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
+    done = trained(tmp_path / "out", base, data, quantization=kind, use_dora=True, max_steps=3)
+    assert all(torch.isfinite(each).all() for each in done.weights.values())
+
+
+def test_a_model_without_layers_for_it_is_refused(tmp_path: Path, data: Path) -> None:
+    folder = model_folder(tmp_path / "gpt2", "gpt2")
+    error = refused(tmp_path, folder, data, quantization="fp8", lora_target_modules="[c_attn]")
+    assert "has no dense layers that it serves; use int8 or nf4" in error
+
+
+def test_a_base_that_is_quantised_already_is_refused(tmp_path: Path, data: Path) -> None:
+    folder = model_folder(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"{folder} is quantised already" in refused(tmp_path, folder, data, quantization="fp8")
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
+def test_optimizers_in_8_bits_want_a_gpu(
+    tmp_path: Path, base: Path, data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda name: name)
+    error = refused(tmp_path, base, data, optimizer=kind, device="cpu")
+    assert f"optimizer {kind}: it runs on a CUDA device alone, and this is the CPU" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=NF4.marks) for kind in ("adamw_8bit", "paged_adamw_8bit")]
+)
+def test_a_run_with_such_an_optimizer_goes_on_with_the_same_bytes(
+    tmp_path: Path, base: Path, data: Path, kind: str
+) -> None:
+    settings = {**SETTINGS, "optimizer": kind, "quantization": "nf4", "lora_r": 64}
+    done = trained(tmp_path / "whole", base, data, **settings)
+    trained(tmp_path / "out", base, data, **settings)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    again = trained(
+        tmp_path / "out", base, data, **settings, resume_from_checkpoint=tmp_path / "out" / "checkpoint-4"
+    )
+    assert again.weight_bytes == done.weight_bytes

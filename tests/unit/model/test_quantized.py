@@ -1,0 +1,241 @@
+"""Models held in 8 or 4 bits: as the model whose weights are what the few bits stand for, by forests and one by one,
+under LoRA and without."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.models import tiny_model
+from tests.quantised import CPU, INT8, KINDS, NF4, adapted, draw_second_factor, loaded
+from tests.runs import model_folder
+from yeonma.adapter.adapter_folder import base_identity
+from yeonma.config.settings import Quantization
+from yeonma.errors import UserError
+from yeonma.model import load
+from yeonma.model.attention.dispatch import FOREST
+from yeonma.model.forest_support import check_forest_support
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.logprobs import Forward, example_logprobs, sequence_logprobs
+from yeonma.model.quantized import Dequantised, numbers_of, packed_layers, quantised_layers
+
+FAMILIES = ("llama", "gpt2", "qwen3_moe", "gemma2")
+FAR: dict[Quantization, float] = {"int8": 0.05, "fp8": 0.25}
+"""How far log-probabilities are from those of the whole weights, on the average over wildly drawn tiny models."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+def sequences() -> list[np.ndarray]:
+    draw = np.random.default_rng(3)
+    frame, *ends = (draw.integers(3, 97, count, dtype=np.int32) for count in (20, 14, 9, 30))
+    return [np.concatenate([frame, ends[0]]), np.concatenate([frame, ends[1]]), ends[2]]
+
+
+def trained() -> list[np.ndarray]:
+    return [np.arange(len(each)) > 8 for each in sequences()]
+
+
+def gone_through(model: Any, how: Forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probabilities, and the gradients of all that is trained."""
+    logprobs = example_logprobs(model, how, sequences(), trained(), share_prefix=True)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    return logprobs.detach(), list(torch.autograd.grad(logprobs.sum(), weights)) if weights else []
+
+
+def assert_same(
+    found: tuple[torch.Tensor, list[torch.Tensor]], expected: tuple[torch.Tensor, list[torch.Tensor]]
+) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-4)
+    assert len(found[1]) == len(expected[1])
+    for mine, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4 * max(1.0, float(other.abs().max())))
+
+
+def with_weights_of(model: Any, folder: Path) -> Any:
+    """The model unquantised, its dense weights set to what the quantised layers stand for."""
+    plain = loaded(folder, "none")
+    for name, weight in packed_layers(model):
+        assert isinstance(weight, Dequantised)
+        own = plain.get_submodule(name)
+        whole = weight.whole(torch.float32)
+        own.weight.data.copy_(whole if isinstance(own, nn.Linear) else whole.t())
+    return plain
+
+
+@pytest.mark.parametrize("kind", [INT8, NF4])
+def test_a_model_is_the_one_whose_weights_the_few_bits_stand_for(family: Path, kind: Quantization) -> None:
+    model = loaded(family, kind)
+    plain = with_weights_of(model, family)
+    results = []
+    for each in (model, plain):
+        load.add_lora(each, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+        draw_second_factor(each)
+        how = check_forest_support(each)
+        assert how.forest and how.head is not None
+        speed_up(each)
+        results.append(gone_through(each, how))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_dense_layers_but_the_head_are_held_in_few_bits(family: Path, kind: Quantization) -> None:
+    if kind == "fp8" and family.name == "gpt2":
+        with pytest.raises(UserError, match="no dense layers that it serves"):
+            loaded(family, kind)
+        return
+    model, plain = loaded(family, kind), tiny_model(family.name)
+    assert len(list(packed_layers(model))) == len(quantised_layers(plain, kind)) > 3
+    for name, _ in packed_layers(model):
+        weight, own = model.get_submodule(name).weight, plain.get_submodule(name).weight
+        assert weight.nbytes == own.numel() * (0.5 if kind == "nf4" else 1)
+        assert numbers_of(weight) == own.numel() and not weight.requires_grad
+    assert model.get_output_embeddings().weight.dtype == torch.float32
+    assert not hasattr(model.config, "quantization_config")
+    source = load.find_base(str(family))
+    assert base_identity(model, source) == base_identity(loaded(family, "none"), source)
+
+
+@pytest.mark.parametrize("kind", [INT8, "fp8"])
+def test_log_probabilities_are_near_those_of_the_whole_weights(llama: Path, kind: Quantization) -> None:
+    (found, _), (whole, _) = (
+        gone_through(model, check_forest_support(model))
+        for model in (adapted(llama, kind), adapted(llama, "none"))
+    )
+    assert 1e-4 < float((found - whole).abs().mean()) < FAR[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forest_is_the_sequences_one_by_one(llama: Path, kind: Quantization) -> None:
+    model = adapted(llama, kind)
+    how = check_forest_support(model)
+    assert how.forest
+    speed_up(model)
+    with torch.no_grad():
+        by_forest = example_logprobs(model, how, sequences(), trained(), share_prefix=True)
+        model.set_attn_implementation(how.plain_attention)
+        alone = torch.cat(
+            [
+                sequence_logprobs(model, torch.from_numpy(ids).long(), torch.from_numpy(mask))
+                for ids, mask in zip(sequences(), trained(), strict=True)
+            ]
+        )
+    # rounding of activations may turn a last bit into a step of an eighth
+    assert float((by_forest - alone).abs().mean()) < (0.02 if kind == "fp8" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", [INT8, NF4])
+def test_an_example_is_the_same_beside_others_of_far_larger_activations(
+    llama: Path, kind: Quantization
+) -> None:
+    layer = next(each for _, each in packed_layers(loaded(llama, kind)))
+    x = torch.randn(4, 32)
+    alone = layer.product(x, None)
+    x = torch.cat([x, 1000 * torch.randn(3, 32)])
+    torch.testing.assert_close(layer.product(x, None)[:4], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_in_one_node_is_pefts_own(llama: Path, kind: Quantization, dropout: float) -> None:
+    pefts = adapted(llama, kind, dropout)
+    ours = copy.deepcopy(pefts)
+    assert speed_up(ours) == 14
+    how = check_forest_support(pefts)
+    ours.set_attn_implementation(FOREST)
+    results = []
+    for model in (ours, pefts):
+        model.train()
+        torch.manual_seed(5)
+        results.append(gone_through(model, how))
+    (found, gradients), (expected, others) = results
+    limit = 0.02 if kind == "fp8" else 1e-5
+    assert float((found - expected).abs().mean()) < limit
+    distance = sum(float((a - b).norm()) for a, b in zip(gradients, others, strict=True))
+    assert distance < 10 * limit * sum(float(each.norm()) for each in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations_give_the_same_bytes(llama: Path, kind: Quantization) -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = adapted(llama, kind)
+        how = check_forest_support(model)
+        if checkpointed:
+            load.checkpoint_activations(model)
+        speed_up(model)
+        results.append(gone_through(model.train(), how))
+    (one, gradients), (other, others) = results
+    assert torch.equal(one, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_its_adapter_the_base_is_as_it_was(llama: Path, kind: Quantization) -> None:
+    model = loaded(llama, kind)
+    how = check_forest_support(model)
+    before, _ = gone_through(model, how)
+    peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+    draw_second_factor(model)
+    speed_up(model)
+    with peft_model.disable_adapter(), torch.no_grad():
+        assert torch.equal(example_logprobs(model, how, sequences(), trained(), share_prefix=True), before)
+    after, _ = gone_through(model, how)
+    assert float((after - before).abs().mean()) > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_found(tmp_path: Path, kind: Quantization, bad: float) -> None:
+    folder = model_folder(tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"NaN or infinity in model\.layers\.1\.mlp\.up_proj"):
+        loaded(folder, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_taken(llama: Path, kind: Quantization) -> None:
+    model = loaded(llama, kind, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+    trained_weights = [each for each in model.parameters() if each.requires_grad]
+    assert {each.dtype for each in trained_weights} == {torch.float32}
+    how = check_forest_support(model)
+    assert how.forest
+    speed_up(model)
+    (found, gradients), (whole, _) = gone_through(model, how), gone_through(*_plain(llama))
+    assert found.isfinite().all() and all(each.dtype == torch.float32 for each in gradients)
+    assert float((found - whole).abs().mean()) < 1.0
+
+
+def _plain(folder: Path) -> tuple[Any, Forward]:
+    model = adapted(folder, "none")
+    return model, check_forest_support(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_the_log_probabilities_are_those_of_the_cpu(llama: Path, kind: Quantization) -> None:
+    results = []
+    for device in (CPU, torch.device("cuda", 0)):
+        model = load.load_base(load.find_base(str(llama)), device, torch.float32, kind)
+        results.append(gone_through(model, check_forest_support(model))[0].cpu())
+    assert float((results[0] - results[1]).abs().mean()) < (0.05 if kind == "fp8" else 1e-3)

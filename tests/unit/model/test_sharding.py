@@ -1,0 +1,163 @@
+"""Frozen weights shared out over two processes, beside the same model whole: one pass, and one short run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny_model
+from tests.pairs import PLAIN, pairs, tuned
+from tests.runs import Done, arguments, model_folder, write_jsonl
+from yeonma.model.sharding import gathered_bytes, held_bytes, parts_of
+from yeonma.train.step import idle_passes
+
+ROOT = Path(__file__).resolve().parents[3]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+PASSES = """
+import json
+import numpy as np
+import torch
+from tests.models import tiny_model
+from yeonma.errors import UserError
+from yeonma.model import load
+from yeonma.model.attention.dispatch import FOREST
+from yeonma.model.forest_support import check_forward
+from yeonma.model.logprobs import example_logprobs
+from yeonma.model.kernels.patch import fuse
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.sharding import held_bytes, shard_weights
+from yeonma.train.distributed import processes
+
+ids = [np.random.default_rng(seed).integers(3, 97, 30, dtype=np.int32) for seed in (1, 2)]
+trained = [np.arange(30) > 9] * 2
+
+
+def adapted(family):
+    model = tiny_model(family)
+    load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+    with torch.no_grad():  # the second factor begins at 0, and with it the first one's gradient
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def gone_through(model):
+    how = check_forward(model)
+    speed_up(model)
+    fuse(model)
+    loss = -example_logprobs(model, how, ids, trained, share_prefix=True).sum()
+    loss.backward()
+    grads = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    return how, float(loss), grads
+
+
+with processes(torch.device("cpu")) as group:
+    found = {}
+    for family in ("llama", "bloom", "gemma2"):  # by forests, one by one with a tied head, by forests with one
+        whole, model = adapted(family), adapted(family)
+        how, loss, grads = gone_through(whole)
+        before = held_bytes(model)
+        shard_weights(model, torch.device("cpu"))
+        other_how, other_loss, other_grads = gone_through(model)
+        found[family] = {
+            "forest": [how.forest, other_how.forest],
+            "head": [how.head is not None, other_how.head is not None],
+            "loss": [loss, other_loss],
+            "gradient": max(float((each - other_grads[name]).abs().max()) for name, each in grads.items()),
+            "held": held_bytes(model) / before,
+        }
+    model = adapted("llama")
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.up_proj.base_layer.weight[-1, -1] = torch.nan  # in the last part
+    shard_weights(model, torch.device("cpu"))
+    try:
+        load.check_finite(model, "tiny")
+    except UserError as error:
+        found["broken"] = str(error)
+    if group.rank == 0:
+        print(json.dumps(found))
+"""
+
+
+def test_a_sharded_model_gives_the_losses_and_gradients_of_the_whole_one(tmp_path: Path) -> None:
+    script = tmp_path / "passes.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PASSES}")
+    done = subprocess.run([*TORCHRUN, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "layers.1.mlp.up_proj" in found.pop("broken")  # which the first process alone does not hold
+    assert {family: each["forest"] for family, each in found.items()} == {
+        "llama": [True, True],
+        "bloom": [False, False],
+        "gemma2": [True, True],
+    }
+    for each in found.values():
+        assert each["head"][0] == each["head"][1]
+        assert each["loss"][0] == pytest.approx(each["loss"][1], rel=1e-6)
+        assert each["gradient"] < 1e-4
+        assert each["held"] == pytest.approx(0.5, abs=0.02)  # a weight of 97 rows is parted 49 to 48
+
+
+def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
+    """With steps of which a process has no part, held-out rows, a reference and the card."""
+    base = model_folder(tmp_path / "llama")
+    data = write_jsonl(tmp_path / "rows.jsonl", pairs(9))
+    settings: dict[str, object] = {
+        "batch_size": 2, "micro_batch_size": 1, "max_steps": 4, "val_set_size": 3, "eval_steps": 2, "card_rows": 2
+    }  # fmt: skip
+    one = tuned(tmp_path / "one", base, data, **settings, num_epochs=None, cache_dir=tmp_path / "a")
+    words = {**PLAIN, "base_model": base, "data_path": data, "output_dir": tmp_path / "two", **settings}
+    words |= {"num_epochs": None, "nproc": 2, "shard": True, "cache_dir": tmp_path / "b"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "yeonma", "dpo", *arguments(words)], cwd=ROOT, capture_output=True, text=True
+    )
+    two = Done(ran.returncode, tmp_path / "two", ran.stdout, ran.stderr)
+    assert (two.status, two.err) == (0, "")
+    assert two.out.count("weights shared out over 2 processes") == 1
+    assert [line["loss"] for line in two.lines] == pytest.approx(
+        [line["loss"] for line in one.lines], abs=1e-5
+    )
+    for name, weight in two.weights.items():
+        torch.testing.assert_close(weight, one.weights[name], atol=1e-5, rtol=0)
+    card = "README.md"
+    answers = [
+        (each.folder / card).read_text().partition("## Use")[0].partition("## Before")[2]
+        for each in (one, two)
+    ]
+    assert answers[0] == answers[1] != ""
+
+
+def test_one_process_has_nothing_to_share_out(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", pairs(5))
+    done = tuned(tmp_path / "out", model_folder(tmp_path / "llama"), data, shard=True)
+    assert done.out.count("one process holds all weights: shard plays no part") == 1
+    assert "shared out" not in done.out
+
+
+def test_processes_with_fewer_passes_make_up_for_them() -> None:
+    assert idle_passes([[1, 1, 1], [1], []], 0) == [0, 0, 0]
+    assert idle_passes([[1, 1, 1], [1], []], 1) == [0, 1, 1]
+    assert idle_passes([[1, 1, 1], [1], []], 2) == [1, 1, 1]
+    assert idle_passes([[2, 1], [3, 2, 2]], 0) == [1, 1, 2]  # sequence by sequence
+    assert idle_passes([[2, 1], [3, 2, 2]], 1) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen3_moe", "qwen3_next"])
+def test_layers_are_found_in_every_family(family: str) -> None:
+    model = tiny_model(family)
+    parts = parts_of(model)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert len(parts) == 2 + (0 if tied else 2)
+    inside = {each for part in parts for each in part.parameters()}
+    outside = [each for each in model.parameters() if each not in inside]
+    assert all(each.ndim == 1 for each in outside) or tied or family == "gpt2"  # its positions
+    assert 0 < gathered_bytes(model) <= held_bytes(model)
+    model._no_split_modules = None  # as in code that comes with a model
+    assert parts_of(model) == parts

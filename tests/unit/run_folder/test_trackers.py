@@ -1,0 +1,541 @@
+"""What a run prints, records, draws and reports."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from yeonma.config import settings
+from yeonma.errors import UserError
+from yeonma.run_folder import trackers as tracking
+from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, peak_memory_bytes
+from yeonma.run_folder.trackers import (
+    RunningTracker,
+    Trackers,
+    check_trackers,
+    open_metrics,
+    open_trackers,
+    plot_loss,
+    read_metrics,
+    tracked,
+)
+
+STEP = StepRecord(
+    step=12,
+    epoch=0.4,
+    loss=1.23448,
+    learning_rate=1.8e-4,
+    grad_norm=0.75,
+    examples=8,
+    tokens=312,
+    trained_tokens=90,
+    seconds=1.0,
+    peak_memory_bytes=2_100_000_000,
+)
+EVALUATION = EvaluationRecord(
+    step=12, epoch=0.4, loss=1.5, perplexity=4.4816890703, examples=20, trained_tokens=100, seconds=3.2
+)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def steps(*numbers: int) -> list[StepRecord]:
+    return [replace(STEP, step=number, loss=3 / number) for number in numbers]
+
+
+# Progress
+
+
+def printed(
+    show: Callable[[Progress], None],
+    *,
+    total_steps: int = 90,
+    logging_steps: int = 1,
+    terminal: bool = False,
+    width: int = 80,
+) -> str:
+    out = StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width)
+    with Progress(total_steps, 0, logging_steps, console) as progress:
+        show(progress)
+    return out.getvalue()
+
+
+def test_a_step_is_one_plain_line_outside_a_terminal() -> None:
+    expected = "step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  1m18s left  2.1 GB\n"
+    assert printed(lambda progress: progress.step(STEP)) == expected
+
+
+def test_an_evaluation_is_one_plain_line() -> None:
+    expected = "step 12/90  epoch 0.40  validation loss 1.5000  perplexity 4.48  20 examples in 3s\n"
+    assert printed(lambda progress: progress.evaluation(EVALUATION)) == expected
+
+
+def test_the_last_step_is_printed_as_well_as_every_logging_steps_th() -> None:
+    def show(progress: Progress) -> None:
+        for record in steps(*range(1, 8)):
+            progress.step(record)
+
+    text = printed(show, total_steps=7, logging_steps=3)
+    assert re.findall(r"^step (\d+)/7 ", text, flags=re.MULTILINE) == ["3", "6", "7"]
+
+
+def test_said_text_is_neither_wrapped_nor_read_as_markup() -> None:
+    text = "[bold]:smile:[/bold] " + "연마 " * 60
+    assert printed(lambda progress: progress.say(text), width=40) == text + "\n"
+
+
+def test_time_left_and_rate_follow_from_recent_steps_and_not_from_evaluations() -> None:
+    def show(progress: Progress) -> None:
+        for number in range(1, 31):
+            progress.step(replace(STEP, step=number, seconds=1000.0, tokens=1))
+        for number in range(31, 51):
+            progress.step(replace(STEP, step=number, seconds=3.0, tokens=600))
+            progress.evaluation(replace(EVALUATION, step=number, seconds=5000.0))
+
+    last_step = printed(show, total_steps=90).splitlines()[-2]
+    assert "  200 tokens/s  2m00s left" in last_step
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [(0.0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599.0, "59m59s"), (3661.0, "1h01m"), (90_000.0, "1d01h")],
+)
+def test_time_left_is_written_in_its_two_largest_units(seconds: float, left: str) -> None:
+    text = printed(lambda progress: progress.step(replace(STEP, step=89, seconds=seconds)))
+    assert f"  {left} left" in text
+
+
+def test_a_terminal_has_one_live_line_with_evaluations_above_it() -> None:
+    def show(progress: Progress) -> None:
+        progress.step(replace(STEP, step=11))
+        progress.evaluation(EVALUATION)
+        progress.step(STEP)
+
+    text = printed(show, terminal=True, width=100)
+    rows = screen(text)
+    assert rows[0] == "step 12/90  epoch 0.40  validation loss 1.5000  perplexity 4.48  20 examples in 3s"
+    assert rows[1].startswith(
+        "step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  1m18s left  2.1 GB"
+    )
+    assert rows[2:] == []
+
+
+def test_a_narrow_terminal_still_has_one_line() -> None:
+    (row,) = screen(printed(lambda progress: progress.step(STEP), terminal=True, width=50))
+    assert row.startswith("step 12/90  epoch 0.40  loss 1.2345")
+
+
+def screen(text: str) -> list[str]:
+    """What a terminal shows in the end: carriage return, one line up and erasing a line are all that is used."""
+    rows, row = [""], 0
+    for part in re.split(r"(\r|\n|\x1b\[[0-9;?]*[A-Za-z])", text):
+        if part == "\n":
+            row += 1
+            rows += [""] * (row == len(rows))
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part == "\x1b[2K":
+            rows[row] = ""
+        elif part != "\r" and not part.startswith("\x1b"):
+            rows[row] += part
+    return [row.rstrip() for row in rows if row.strip()]
+
+
+# Memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_peak_memory_is_this_processs_own_and_remembers_what_was_freed() -> None:
+    child = (
+        "from yeonma.run_folder.progress import peak_memory_bytes\n"
+        "first = peak_memory_bytes('cpu'); block = b'x' * 100_000_000; del block\n"
+        "print(first, peak_memory_bytes('cpu'))"
+    )
+    # The process in between is larger than the child will ever be.
+    parent = f"import subprocess, sys; large = b'x' * 300_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert 1_000_000 < first < 150_000_000
+    assert 90_000_000 < second - first < 150_000_000
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_gpu_counts_its_tensors() -> None:
+    import torch
+
+    before = peak_memory_bytes("cuda")
+    block = torch.empty(before + 50_000_000, dtype=torch.uint8, device="cuda")
+    assert peak_memory_bytes("cuda") >= block.numel()
+
+
+# metrics.jsonl
+
+
+def test_lines_have_fixed_keys_and_floats_that_come_back_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    third = replace(STEP, loss=1 / 3, learning_rate=1e-05)
+    with open_metrics(path, None) as metrics:
+        metrics.write(replace(EVALUATION, step=0))
+        metrics.write(third)
+    assert path.read_text() == (
+        '{"evaluation": true, "step": 0, "epoch": 0.4, "loss": 1.5, "perplexity": 4.4816890703, "examples": 20,'
+        ' "trained_tokens": 100, "seconds": 3.2}\n'
+        '{"step": 12, "epoch": 0.4, "loss": 0.3333333333333333, "learning_rate": 1e-05, "grad_norm": 0.75,'
+        ' "examples": 8, "tokens": 312, "trained_tokens": 90, "seconds": 1.0, "peak_memory_bytes": 2100000000}\n'
+    )
+    assert read_metrics(path)[1]["loss"] == 1 / 3
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with open_metrics(path, None) as metrics:
+        metrics.write(replace(EVALUATION, perplexity=float("inf")))
+        metrics.write(replace(STEP, grad_norm=float("nan")))
+    evaluation, step = read_metrics(path)
+    assert (evaluation["perplexity"], step["grad_norm"]) == (None, None)
+
+
+def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from yeonma.run_folder.progress import StepRecord\n"
+        "from yeonma.run_folder.trackers import open_metrics\n"
+        f"metrics = open_metrics(Path({str(path)!r}), None)\n"
+        "for step in (1, 2, 3):\n"
+        "    metrics.write(StepRecord(step, 0.1, 1.0, 1e-4, 1.0, 8, 100, 50, 0.5, 1))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+
+
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    records = [replace(EVALUATION, step=0), *steps(1, 2), replace(EVALUATION, step=2), *steps(3, 4, 5)]
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    with open_metrics(whole, None) as metrics:
+        for record in records:
+            metrics.write(record)
+    # Killed in the middle of writing step 5, with the last checkpoint at step 2.
+    cut.write_bytes(whole.read_bytes()[:-20])
+    with open_metrics(cut, keep_steps=2) as metrics:
+        assert cut.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
+        for record in records[4:]:
+            metrics.write(record)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_a_line_cut_short_goes_even_if_its_step_was_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1')
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    open_metrics(path, keep_steps=5).file.close()
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n')
+    open_metrics(path, None).file.close()
+    assert path.read_bytes() == b""
+
+
+def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
+    open_metrics(tmp_path / "metrics.jsonl", keep_steps=5).file.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("line", ['{"step": 2', "[2]", '{"loss": 1.0}', '{"step": "2", "loss": 1.0}', "\xff"])
+def test_a_line_that_is_no_record_is_named_and_the_file_left_alone(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    before = f'{{"step": 1, "loss": 2.0}}\n{line}\n'.encode("latin-1")
+    path.write_bytes(before)
+    with pytest.raises(UserError, match=re.escape(f"{path}:2: not a record of a step")):
+        open_metrics(path, keep_steps=9)
+    assert path.read_bytes() == before
+
+
+def test_reading_metrics_that_are_not_there_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+# loss.png
+
+TRAINING, VALIDATION = (46, 111, 149), (209, 73, 91)
+
+
+def metrics_of(path: Path, *records: StepRecord | EvaluationRecord) -> Path:
+    with open_metrics(path, None) as metrics:
+        for record in records:
+            metrics.write(record)
+    return path
+
+
+def colours(png: Path) -> set[tuple[int, ...]]:
+    from matplotlib.image import imread
+
+    pixels = (imread(png)[..., :3] * 255).round().astype(int)
+    return {tuple(map(int, colour)) for colour in np.unique(pixels.reshape(-1, 3), axis=0)}
+
+
+def test_the_picture_shows_training_and_validation(tmp_path: Path) -> None:
+    evaluations = [replace(EVALUATION, step=step) for step in (0, 20, 40)]
+    metrics = metrics_of(
+        tmp_path / "metrics.jsonl", *evaluations[:1], *steps(*range(1, 41)), *evaluations[1:]
+    )
+    plot_loss(metrics, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {TRAINING, VALIDATION} <= colours(tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize("number", [1, 9, 10])
+def test_a_short_run_without_validation_is_drawn_too(tmp_path: Path, number: int) -> None:
+    plot_loss(metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, number + 1))), tmp_path / "loss.png")
+    shown = colours(tmp_path / "loss.png")
+    assert TRAINING in shown
+    assert VALIDATION not in shown
+
+
+def test_a_loss_that_was_not_finite_is_left_out_of_the_picture(tmp_path: Path) -> None:
+    finite = steps(1, 2, 4)
+    plot_loss(metrics_of(tmp_path / "finite.jsonl", *finite), tmp_path / "finite.png")
+    with_gap = [*finite[:2], replace(STEP, step=3, loss=float("nan")), *finite[2:]]
+    plot_loss(metrics_of(tmp_path / "gap.jsonl", *with_gap), tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").read_bytes() == (tmp_path / "finite.png").read_bytes()
+
+
+def test_without_a_loss_there_is_no_picture(tmp_path: Path) -> None:
+    plot_loss(metrics_of(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_picture_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(1, 2))
+    (tmp_path / "loss.png").mkdir()
+    with pytest.raises(OSError):
+        plot_loss(metrics, tmp_path / "loss.png")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(1, 2))
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from yeonma.run_folder.trackers import plot_loss\n"
+        f"plot_loss(Path({str(metrics)!r}), Path({str(tmp_path / 'loss.png')!r}))\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_the_moving_mean_is_centred_and_shorter_at_the_ends() -> None:
+    mean = tracking._moving_mean(np.array([1.0, 2.0, 6.0, 7.0]), each_side=1)
+    assert mean.tolist() == [1.5, 3.0, 5.0, 6.5]
+
+
+# Trackers
+
+
+def test_every_tracker_of_the_settings_can_be_started() -> None:
+    assert tuple(tracking._START) == get_args(settings.Tracker)
+
+
+def test_none_is_no_tracker_and_a_name_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda name: type("Spec", (), {"origin": "somewhere"}))
+    assert check_trackers("none") == check_trackers(["none"]) == check_trackers([]) == ()
+    assert check_trackers("wandb") == ("wandb",)
+    assert check_trackers(["mlflow", "wandb", "mlflow"]) == ("mlflow", "wandb")
+
+
+def test_missing_and_unknown_trackers_are_named_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()  # what an earlier run left in the working folder: not the library
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("wandb", "mlflow"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UserError) as error:
+        check_trackers(["wandb", "mlflow", "tensorbord"])
+    assert str(error.value).splitlines() == [
+        "report_to: wandb is not installed; pip install yeonma[wandb]",
+        "report_to: mlflow is not installed; pip install yeonma[mlflow]",
+        'report_to: no tracker "tensorbord"; did you mean "tensorboard"?',
+    ]
+
+
+def test_numbers_are_tracked_under_train_and_validation() -> None:
+    assert tracked(replace(STEP, seconds=0.5)) == {
+        "train/epoch": 0.4,
+        "train/loss": 1.23448,
+        "train/learning_rate": 1.8e-4,
+        "train/grad_norm": 0.75,
+        "train/examples": 8,
+        "train/tokens": 312,
+        "train/trained_tokens": 90,
+        "train/seconds": 0.5,
+        "train/peak_memory_bytes": 2_100_000_000,
+        "train/tokens_per_second": 624.0,
+    }
+    assert set(tracked(EVALUATION)) == {
+        f"validation/{name}"
+        for name in ("epoch", "loss", "perplexity", "examples", "trained_tokens", "seconds")
+    }
+
+
+def recorder(calls: list[object], fail: bool = False) -> RunningTracker:
+    def log(step: int, values: Mapping[str, float]) -> None:
+        calls.append((step, dict(values)))
+        if fail:
+            raise ConnectionError("no route to https://me:sesame@host/api?api_key=sesame\nsecond line")
+
+    return RunningTracker("shaky" if fail else "steady", log, lambda failed: calls.append(failed))
+
+
+def test_a_tracker_that_fails_is_named_once_and_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    steady: list[object] = []
+    shaky: list[object] = []
+    with Trackers([recorder(shaky, fail=True), recorder(steady)]) as trackers:
+        for step in (1, 2, 3):
+            trackers.log(step, {"train/loss": 1.0})
+    assert shaky == [(1, {"train/loss": 1.0})]
+    assert steady == [*((step, {"train/loss": 1.0}) for step in (1, 2, 3)), False]
+    assert capsys.readouterr().err == (
+        "warning: shaky failed and gets no more metrics; training goes on"
+        " (ConnectionError: no route to https://***@host/api?api_key=***)\n"
+    )
+
+
+def test_a_run_that_stops_with_an_error_is_closed_as_failed() -> None:
+    calls: list[object] = []
+    with pytest.raises(KeyboardInterrupt), Trackers([recorder(calls)]):
+        raise KeyboardInterrupt
+    assert calls == [True]
+
+
+def test_a_tracker_that_fails_at_its_end_hinders_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[object] = []
+
+    def close(failed: bool) -> None:
+        raise OSError("disk full")
+
+    trackers = Trackers([RunningTracker("shaky", lambda step, values: None, close), recorder(calls)])
+    trackers.close()
+    trackers.close()
+    assert calls == [False]
+    assert capsys.readouterr().err == "warning: shaky failed at its end (OSError: disk full)\n"
+
+
+def events(folder: Path):  # type: ignore[no-untyped-def]
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return accumulator.EventAccumulator(str(folder)).Reload()
+
+
+def test_tensorboard_gets_the_numbers_and_the_settings_without_secrets(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    given = {
+        "learning_rate": 2e-4,
+        "add_eos_token": True,
+        "micro_batch_tokens": 4096,
+        "template": "{document}\n{title}",
+        "hub_token": "sesame",
+        "data_path": "s3://me:sesame@bucket/rows.jsonl",
+    }
+    with open_trackers("tensorboard", "first", tmp_path, given) as trackers:
+        trackers.log(1, {"train/loss": 2.5, "train/tokens": 100})
+        trackers.log(2, {"train/loss": 1.5, "train/tokens": 90})
+    found = events(tmp_path / "tensorboard")
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
+    assert [event.value for event in found.Scalars("train/tokens")] == [100, 90]
+    (text,) = found.Tensors("settings/text_summary")
+    assert text.tensor_proto.string_val[0].decode().splitlines() == [
+        '    run_name: "first"',
+        "    learning_rate: 0.0002",
+        "    add_eos_token: true",
+        "    micro_batch_tokens: 4096",
+        r'    template: "{document}\n{title}"',
+        '    hub_token: "***"',
+        '    data_path: "s3://***@bucket/rows.jsonl"',
+    ]
+
+
+def test_tensorboard_shows_no_step_twice_after_resuming(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with open_trackers(["tensorboard"], None, tmp_path, {}) as trackers:
+        for step in (1, 2, 3, 4):
+            trackers.log(step, {"train/loss": float(step)})
+    with open_trackers(["tensorboard"], None, tmp_path, {}, start_step=2) as trackers:
+        trackers.log(3, {"train/loss": 30.0})
+    shown = [(event.step, event.value) for event in events(tmp_path / "tensorboard").Scalars("train/loss")]
+    assert shown == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_tracker_that_cannot_start_is_a_users_mistake(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with pytest.raises(
+        UserError, match=r"report_to: tensorboard cannot start: .*; see that tensorboard works"
+    ):
+        open_trackers("tensorboard", None, tmp_path, {})
+
+
+def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
+    with open_trackers("none", None, tmp_path, {}) as trackers:
+        trackers.log(1, {"train/loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_only_sound_like_secrets_are_shown() -> None:
+    shown = json.loads(
+        json.dumps({key: tracking._shown(key, 5) for key in ("card_rows", "micro_batch_tokens")})
+    )
+    assert shown == {"card_rows": 5, "micro_batch_tokens": 5}
+    assert tracking._shown("lr_scheduler", "linear") == "linear"
+    assert tracking._shown("base_model", "hf_abcdefghij1234") == "***"
+
+
+# Preferences
+
+REWARDS = {"reward_margin": 0.25, "reward_accuracy": 0.75}
+
+
+def test_rewards_stand_after_the_other_numbers_everywhere(tmp_path: Path) -> None:
+    step = replace(STEP, metrics=REWARDS)
+    look = replace(EVALUATION, perplexity=None, examples=16, metrics={**REWARDS, "reward_chosen": math.nan})
+    with open_metrics(tmp_path / "metrics.jsonl", None) as metrics:
+        metrics.write(step)
+        metrics.write(look)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(first)[-3:] == ["peak_memory_bytes", *REWARDS]
+    assert list(second)[-4:] == ["seconds", *REWARDS, "reward_chosen"]
+    assert second["reward_chosen"] is None
+    assert "perplexity" not in second
+    assert tracked(step)["train/reward_margin"] == tracked(look)["validation/reward_margin"] == 0.25
+    assert printed(lambda progress: progress.step(step)) == (
+        "step 12/90  epoch 0.40  loss 1.2345  margin 0.25  accuracy 0.75  lr 1.8e-04  312 tokens/s"
+        "  1m18s left  2.1 GB\n"
+    )
+    assert printed(lambda progress: progress.evaluation(look)) == (
+        "step 12/90  epoch 0.40  validation loss 1.5000  margin 0.25  accuracy 0.75  16 pairs in 3s\n"
+    )

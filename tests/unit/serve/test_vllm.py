@@ -1,0 +1,89 @@
+"""vLLM in our place: the command, and when it would not ask with the trained tokens. vLLM itself does not run here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.adapters import adapter_on, tiny_base
+from tests.tokenizers import CHATML, byte_level
+from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
+from yeonma.adapter.prompt_builder import open_folder
+from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command, why_not
+
+PLAIN = "### Text:\n{document}\n\n### Title:\n{title}\n"
+PLAN = VllmPlan(
+    base="some/base",
+    base_name="some/base",
+    revision=None,
+    adapters={"one": (Path("/runs/one"), 4), "two": (Path("/runs/a=b, c"), 17)},
+    host="127.0.0.1",
+    port=8000,
+    dtype="auto",
+    trust_remote_code=False,
+    temperature=0.0,
+    max_new_tokens_limit=1024,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("vllm") / "base", byte_level())
+
+
+def test_the_command_has_loras_template_and_bounds() -> None:
+    assert vllm_command(PLAN) == [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "some/base"),
+        *("--served-model-name", "some/base", "--tokenizer", "/runs/one"),
+        *("--chat-template", "/runs/one/chat_template.jinja", "--enable-lora", "--lora-modules"),
+        '{"name": "one", "path": "/runs/one"}',
+        '{"name": "two", "path": "/runs/a=b, c"}',
+        *("--max-loras", "2", "--max-lora-rank", "32", "--override-generation-config"),
+        '{"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,'
+        ' "max_new_tokens": 1024}',
+        *("--host", "127.0.0.1", "--port", "8000", "--dtype", "auto"),
+    ]
+    more = vllm_command(replace(PLAN, revision="abc", trust_remote_code=True))
+    assert more[-3:] == ["--revision", "abc", "--trust-remote-code"]
+
+
+def test_it_may_where_its_chat_template_gives_the_trained_tokens(base: Path, tmp_path: Path) -> None:
+    fit = open_folder(adapter_on(base, tmp_path / "fit", "chat"))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))  # <|im_end|> is 2
+    assert why_not([fit]) == ""
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert "would not end answers" in why_not([fit])
+
+
+def test_it_may_not_where_the_template_is_not_in_its_chat_template(base: Path, tmp_path: Path) -> None:
+    folder = adapter_on(base, tmp_path / "plain", PLAIN)
+    (folder / CHAT_TEMPLATE).write_text(CHATML)
+    assert "does not give the trained tokens" in why_not([open_folder(folder)])
+    carried = "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
+    (folder / CHAT_TEMPLATE).write_text(carried)
+    asker = open_folder(folder)
+    assert why_not([asker]) == ""
+    (folder / CHAT_TEMPLATE).unlink()
+    assert f"has no {CHAT_TEMPLATE}" in why_not([asker])
+
+
+def test_it_may_not_where_it_would_show_the_frame_or_lacks_a_kind_of_adapter(
+    base: Path, tmp_path: Path
+) -> None:
+    framed = adapter_on(base, tmp_path / "framed", PLAIN.rstrip() + "\n### End\n")
+    (framed / CHAT_TEMPLATE).write_text(
+        "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
+    )
+    assert "goes on after" in why_not([open_folder(framed)])
+    high = open_folder(adapter_on(base, tmp_path / "high", PLAIN, r=600))
+    assert rank_of(high) == 600
+    assert "no ranks above 512" in why_not([high])
+    other = open_folder(adapter_on(base, tmp_path / "other", "chat"))
+    assert "different chat templates" in why_not([open_folder(framed), other])
+    path = high.adapter.path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8, "use_dora": True}))
+    assert "no DoRA" in why_not([high])

@@ -1,0 +1,43 @@
+"""Paths as users write them: what can be none is told as such, wherever it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from yeonma.adapter.adapter_folder import read_adapter_folder
+from yeonma.data.rows import open_rows
+from yeonma.errors import UserError
+from yeonma.files import user_path
+from yeonma.model.source import find_base
+
+IMPOSSIBLE = {
+    "a" * 5000: "File name too long",
+    "b/" + "a" * 5000: "File name too long",
+    "~nobody-of-this-name/x": "home directory",
+    "a\0b": "null",
+}
+
+
+@pytest.mark.parametrize("written", IMPOSSIBLE)
+def test_what_can_be_no_path_is_an_error_with_its_place(written: str) -> None:
+    for use in (user_path, find_base, read_adapter_folder, open_rows):
+        with pytest.raises(UserError, match=IMPOSSIBLE[written]) as caught:
+            use(written)
+        assert str(caught.value).startswith(f"{written[:100]}")
+        assert len(str(caught.value)) < 300
+
+
+def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="output_dir: no path that can be used: Too many levels"):
+        user_path(tmp_path / "a", "output_dir")
+
+
+def test_a_path_need_not_exist_and_begins_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert user_path("~/new/deep") == tmp_path / "new" / "deep"
+    assert user_path(f"{tmp_path}/file/below") == tmp_path / "file" / "below"

@@ -1,0 +1,521 @@
+"""Asking an adapter folder: the prompts are those of training, and everything is found from the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import yeonma
+from tests.adapters import Folders, tiny_adapter, tiny_base
+from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
+from yeonma.cli import main
+from yeonma.data.rows import Row, open_rows
+from yeonma.errors import UserError
+from yeonma.policy import Policy, load_policy
+from yeonma.tokenization.example import Example
+from yeonma.tokenization.example_encoder import encode
+from yeonma.tokenization.text_encoder import TextEncoder
+
+ROOT = Path(yeonma.__file__).parents[1]
+SAMPLES = ROOT / "yeonma" / "samples"
+KINDS: dict[str, Callable[[], Any]] = {
+    "byte_level": byte_level,
+    "sentencepiece_bpe": sentencepiece_bpe,
+    "unigram": unigram,
+}
+CHAT_TEMPLATE = "[system]\nYou write titles.\n[user]\n{document}\n[assistant]\n{title}\n"
+DOCUMENT = {"document": "월요일에 폭풍이 항구를 닫았다."}
+
+
+@pytest.fixture(scope="module")
+def titles(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """With the title template and a byte-level tokenizer."""
+    return tiny_adapter(tmp_path_factory.mktemp("titles"), byte_level())
+
+
+@pytest.fixture(scope="module")
+def loaded(titles: Folders) -> Policy:
+    return load_policy(titles.adapter)
+
+
+def asked_ids(loaded: Policy, ask: Callable[[], object]) -> list[list[int]]:
+    """The ids that the model gets first, of each prompt, without the padding."""
+    seen: list[list[int]] = []
+
+    def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        if keywords["input_ids"].shape[1] > 1:
+            ids = keywords["input_ids"]  # a mask that hides nothing is not handed on
+            masks = keywords.get("attention_mask", torch.ones_like(ids)).bool()
+            seen.extend(each[mask].tolist() for each, mask in zip(ids, masks, strict=True))
+
+    hook = loaded.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        ask()
+    finally:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("template", ["title", CHAT_TEMPLATE], ids=["plain", "turns"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample_row_is_asked_with_the_tokens_it_was_trained_with(
+    kind: str, template: str, tmp_path: Path
+) -> None:
+    tokenizer = KINDS[kind]()
+    loaded = load_policy(tiny_adapter(tmp_path, tokenizer, template=template, cutoff_len=4096).adapter)
+    asker = loaded.asker
+    for name in ("news_en", "news_ko"):
+        rows = list(open_rows(str(SAMPLES / f"{name}.jsonl")))
+        rendered = [asker.adapter.template.render(row) for row in rows]
+        trained = encode(rendered, rows, tokenizer, asker.adapter.rules)
+        questions = asker.questions(rows, max_new_tokens=128)
+        assert len(trained) == len(rows) > 50
+        for example, question in zip(trained, questions, strict=True):
+            assert isinstance(example, Example)
+            assert question.token_ids.tolist() == example.token_ids[: example.prompt_length].tolist()
+            assert not question.shortened
+        some = [dict(row.values) for row in rows[:3]]
+        fed = asked_ids(loaded, lambda some=some: loaded.generate(some, max_new_tokens=1))
+        expected = [example.token_ids[: example.prompt_length].tolist() for example in trained[:3]]
+        assert sorted(fed) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_peft_gives_the_same_greedy_text(kind: str, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    tokenizer = KINDS[kind]()
+    folder = tiny_adapter(tmp_path, tokenizer).adapter
+    loaded = load_policy(folder)
+    ids = loaded.prompt_ids(DOCUMENT)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    prompt = torch.tensor(ids[None].astype(np.int64))
+    whole = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False
+    )
+    # as text after the prompt's; a reader who decodes the answer by itself loses SentencePiece's first blank
+    answer = [number for number in whole[0, len(ids) :].tolist() if number not in tokenizer.all_special_ids]
+    decoded = TextEncoder.of(tokenizer).decode
+    expected = decoded([*ids.tolist(), *answer])[len(decoded(ids.tolist())) :]
+    text = loaded.generate(DOCUMENT, max_new_tokens=24)
+    assert text == expected.rstrip()
+    assert text
+
+
+def test_without_the_adapters_weights_the_base_answers(titles: Folders, loaded: Policy) -> None:
+    base = AutoModelForCausalLM.from_pretrained(titles.base)
+    ids = torch.tensor(loaded.prompt_ids(DOCUMENT)[None].astype(np.int64))
+    expected = base.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    alone = dataclasses.replace(loaded, adapter_weights=False)
+    tokenizer = byte_level()
+    kept = (
+        expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
+    )
+    tuned = loaded.generate(DOCUMENT, max_new_tokens=12)
+    assert alone.generate(DOCUMENT, max_new_tokens=12) == tokenizer.decode(kept).rstrip() != tuned
+    assert loaded.generate(DOCUMENT, max_new_tokens=12) == tuned
+    assert load_policy(titles.adapter, adapter_weights=False).generate(DOCUMENT, max_new_tokens=12) != tuned
+
+
+def test_several_rows_are_answered_as_each_alone(loaded: Policy) -> None:
+    rows = [dict(row.values) for row in open_rows(str(SAMPLES / "news_ko_validation.jsonl"))][:5]
+    for options in ({"max_new_tokens": 10}, {"max_new_tokens": 10, "temperature": 1.0, "seed": 3}):
+        together = loaded.generate(rows, batch_size=3, **options)
+        assert together == [loaded.generate(row, **options) for row in rows]
+    assert loaded.generate(rows, max_new_tokens=10, temperature=1.0, seed=4) != together
+    assert loaded.generate([], max_new_tokens=10) == []
+
+
+def test_complete_continues_text_as_it_stands(loaded: Policy) -> None:
+    ids = asked_ids(loaded, lambda: loaded.complete("<|im_start|>서울\n", max_new_tokens=3))
+    assert ids == [byte_level()("<|im_start|>서울\n")["input_ids"]]
+    with pytest.raises(UserError, match="prompt: it is empty"):
+        loaded.complete("")
+    with pytest.raises(UserError, match="tokens and 4096 new ones are more than the model's 4096"):
+        loaded.complete("서울", max_new_tokens=4096)
+
+
+def test_a_long_field_is_shortened_as_in_training_and_it_shows(tmp_path: Path) -> None:
+    asker = load_policy(tiny_adapter(tmp_path, byte_level(), cutoff_len=200).adapter).asker
+    long, short = ({"document": "가나다라 " * count} for count in (100, 2))
+    rows = [Row(number, values, f"row {number}") for number, values in enumerate([long, short], start=1)]
+    first, second = asker.questions(rows, max_new_tokens=20)
+    assert (first.shortened, second.shortened) == (True, False)
+    assert 170 < len(first.token_ids) <= 180
+    decoded = byte_level().decode(first.token_ids)
+    assert decoded.startswith("당신은") and decoded.endswith("\n\n### 제목:\n")
+    with pytest.raises(UserError, match="200 new tokens leave no room"):
+        asker.questions(rows, max_new_tokens=200)
+
+
+@pytest.mark.parametrize(
+    ("template", "model_text", "answer"),
+    [
+        ("title", "  Storm\n \n", "  Storm"),
+        ('Title of {document}: "{title}"', 'Storm "x""\n', 'Storm "x"'),
+        ('Title of {document}: "{title}"', "Storm", "Storm"),
+        (CHAT_TEMPLATE, " Storm ", "Storm"),
+        ("[user]\n{document}\n[assistant]\nTitle: <{title}>\n", " Title: <Storm>", "Storm"),
+    ],
+)
+def test_the_answer_is_the_fields_text_without_the_templates(
+    template: str, model_text: str, answer: str, tmp_path: Path
+) -> None:
+    asker = load_policy(tiny_adapter(tmp_path, byte_level(), template=template).adapter).asker
+    (question,) = asker.questions([Row(1, DOCUMENT, "row 1")], max_new_tokens=10)
+    assert question.answer(model_text) == answer
+
+
+def test_rows_go_by_the_columns_of_training_or_the_fields_own_names(tmp_path: Path) -> None:
+    columns = {"document": "body", "answer": "headline"}
+    loaded = load_policy(tiny_adapter(tmp_path, byte_level(), columns=columns).adapter)
+    expected = loaded.prompt_ids({"body": "서울"}).tolist()
+    assert loaded.prompt_ids({"document": "서울"}).tolist() == expected
+    assert loaded.prompt_ids({"body": "서울", "document": "부산"}).tolist() == expected
+    assert loaded.prompt_ids({"text": "서울"}, columns={"document": "text"}).tolist() == expected
+    row = Row(1, {"body": "서울", "headline": "제목"}, "row 1")
+    assert loaded.asker.reference(row) == "제목"
+    with pytest.raises(UserError, match=r'row 1: field "document" \(column "body"\) is missing'):
+        loaded.prompt_ids({"bodi": "서울"})
+
+
+def test_a_turn_list_is_asked_for_its_last_answer(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    loaded = load_policy(tiny_adapter(tmp_path, tokenizer, template="chat").adapter)
+    turns = [{"role": "user", "content": "서울은?"}, {"role": "assistant", "content": "수도"}]
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+    assert loaded.prompt_ids({"messages": turns}).tolist() == asked
+    assert loaded.prompt_ids({"messages": turns[:1]}).tolist() == asked
+    assert loaded.asker.reference(Row(1, {"messages": turns}, "row 1")) == "수도"
+    assert loaded.asker.reference(Row(1, {"messages": turns[:1]}, "row 1")) is None
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert set(loaded.asker.stop_ids) == {tokenizer.eos_token_id, end}
+
+
+def test_wrong_rows_and_options_are_refused_all_at_once(loaded: Policy) -> None:
+    with pytest.raises(UserError) as caught:
+        loaded.generate([{"document": "x"}, {"documant": "x"}, {"document": 3}])
+    assert [problem.place for problem in caught.value.problems] == ["row 2", "row 3"]
+    with pytest.raises(UserError, match="max_new_token: unknown setting; did you mean"):
+        loaded.generate(DOCUMENT, max_new_token=3)
+    with pytest.raises(UserError, match="temperature: -1 is out of range"):
+        loaded.generate(DOCUMENT, temperature=-1)
+    with pytest.raises(UserError, match="a row is a mapping of fields, not str"):
+        loaded.generate(["text"])  # type: ignore[list-item]
+
+
+# ---------------------------------------------------------------- the base
+
+
+def test_a_base_that_has_moved_is_an_error_until_it_is_named(tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, byte_level())
+    expected = load_policy(folders.adapter).generate(DOCUMENT, max_new_tokens=5)
+    moved = tmp_path / "moved"
+    folders.base.rename(moved)
+    with pytest.raises(UserError) as caught:
+        load_policy(folders.adapter)
+    assert str(caught.value) == (
+        f"{folders.adapter}: its base model is no longer at {folders.base}; say with --base_model where it is"
+    )
+    assert (
+        load_policy(folders.adapter, base_model=str(moved)).generate(DOCUMENT, max_new_tokens=5) == expected
+    )
+    other = tiny_base(tmp_path / "other", byte_level(), layers=3)
+    with pytest.raises(UserError, match=f"it was trained on {folders.base}, which is not {other}"):
+        load_policy(folders.adapter, base_model=str(other))
+
+
+def test_a_base_on_the_hub_that_cannot_be_reached_is_an_error_with_a_cure(tmp_path: Path) -> None:
+    folders = tiny_adapter(tmp_path, byte_level())
+    manifest = folders.adapter / "yeonma.json"
+    manifest.write_text(manifest.read_text().replace(str(folders.base), "nobody/nothing"))
+    with pytest.raises(
+        UserError, match=r"nobody/nothing: cannot load .* or name a folder that has it with --base_model"
+    ):
+        load_policy(folders.adapter)
+
+
+@pytest.mark.parametrize("missing", ["yeonma.json", "adapter_model.safetensors", "template.txt"])
+def test_a_folder_that_is_no_adapter_folder_is_refused(missing: str, titles: Folders, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=f"{missing} is missing"):
+        load_policy(folder)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        (None, "base", []),
+        ("base", "name", 5),
+        ("base", "parameters", None),
+        (None, "columns", {"title": ["a"]}),
+        (None, "columns", ["title"]),
+        (None, "trust_remote_code", "yes"),
+        (None, "template", "title"),
+        ("rules", "cutoff_len", "512"),
+        ("rules", "shrink_side", "left"),
+        ("rules", "over_limit", {}),
+    ],
+)
+def test_a_manifest_with_values_of_the_wrong_kind_is_damaged(
+    group: str | None, name: str, value: object, titles: Folders, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
+    manifest = folder / "yeonma.json"
+    details = json.loads(manifest.read_text())
+    (details[group] if group else details)[name] = value
+    manifest.write_text(json.dumps(details))
+    with pytest.raises(UserError, match=r"yeonma\.json: damaged \("):
+        load_policy(folder)
+
+
+def test_a_checkpoint_in_the_folder_is_asked_too(titles: Folders, loaded: Policy, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT" / "checkpoint-3"))
+    assert load_policy(folder).generate(DOCUMENT, max_new_tokens=8) == loaded.generate(
+        DOCUMENT, max_new_tokens=8
+    )
+
+
+# ---------------------------------------------------------------- yeonma generate
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_generate_answers_rows_with_and_without_their_answers(
+    titles: Folders, loaded: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    table = [{"document": f"서울 {number} " * number, "title": "제목"} for number in range(1, 8)]
+    del table[2]["title"]
+    table[3]["title"] = ""
+    data.write_text("".join(json.dumps(row) + "\n" for row in table))
+    options = ["--max_new_tokens", "6", "--batch_size", "2", "--device", "cpu"]
+    assert main(["generate", str(titles.adapter), "--data_path", str(data), *options]) == 0
+    found = capsys.readouterr()
+    answers = loaded.generate(table, max_new_tokens=6)
+    expected: list[dict[str, object]] = [
+        {"row": number, "answer": answer, "reference": "제목"}
+        for number, answer in enumerate(answers, start=1)
+    ]
+    del expected[2]["reference"], expected[3]["reference"]
+    assert lines(found.out) == expected
+    assert "answered 7 of 7 rows" in found.err
+
+    output = tmp_path / "answers.jsonl"
+    options += ["--output", str(output), "--limit", "3"]
+    assert main(["generate", str(titles.adapter), "--data_path", str(data), *options]) == 0
+    assert lines(output.read_text("utf-8")) == expected[:3]
+    assert capsys.readouterr().out == ""
+
+
+def test_answers_are_written_while_others_are_still_to_come(titles: Folders, tmp_path: Path) -> None:
+    data, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text('{"document": "서울"}\n' * 20)
+    from yeonma.commands import generate as verb
+
+    written: list[int] = []
+
+    def look(*_: Any) -> None:
+        written.append(output.read_text("utf-8").count("\n"))
+
+    original = verb.load_model
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(*arguments: Any) -> Any:
+            model = original(*arguments)
+            model.get_base_model().register_forward_pre_hook(look)
+            return model
+
+        patch.setattr(verb, "load_model", watched)
+        command = ["generate", str(titles.adapter), "--data_path", str(data), "--output", str(output)]
+        assert main([*command, "--max_new_tokens", "1", "--batch_size", "1"]) == 0
+    assert sorted(set(written)) == [0, 8, 16]  # a chunk is eight batches
+
+
+def test_generate_prints_the_answer_to_a_row_or_a_prompt_as_text(
+    titles: Folders, loaded: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(titles.adapter), "--max_new_tokens", "7"]
+    assert main([*command, "--row", json.dumps(DOCUMENT)]) == 0
+    answer = loaded.generate(DOCUMENT, max_new_tokens=7)
+    assert capsys.readouterr().out == f"{answer}\n"
+    assert main([*command, "--row", json.dumps(DOCUMENT), "--adapter_weights", "false"]) == 0
+    alone = dataclasses.replace(loaded, adapter_weights=False)
+    assert capsys.readouterr().out == f"{alone.generate(DOCUMENT, max_new_tokens=7)}\n" != f"{answer}\n"
+    output = tmp_path / "answer.jsonl"
+    assert main([*command, "--row", json.dumps({**DOCUMENT, "title": "폭풍"}), "--output", str(output)]) == 0
+    assert lines(output.read_text("utf-8")) == [{"row": 1, "answer": answer, "reference": "폭풍"}]
+    capsys.readouterr()
+    assert main([*command, "--prompt", "서울의 아침"]) == 0
+    assert capsys.readouterr().out == f"{loaded.complete('서울의 아침', max_new_tokens=7)}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing is asked; give one of --data_path, --row and --prompt"),
+        (["--row", "{}", "--prompt", "x"], "--row and --prompt are both given"),
+        (["--row", "{'document': 'x'}"], "--row: not JSON"),
+        (["--row", '{"document": "x"} x'], "--row: more text after the row, at character 19"),
+        (["--row", '["x"]'], "--row: a row must be an object, not a list"),
+        (["--row", '{"title": "x"}'], '--row: field "document" is missing'),
+        (["--prompt", ""], "--prompt: it is empty"),
+        (["--prompt", "x", "--output", "nowhere/x"], "--output nowhere/x: there is no such folder"),
+        (["--data_path", "rows.jsonl", "--output", "rows.jsonl"], "it is the data that is read"),
+        (["--data_path", "bad.jsonl"], "bad.jsonl: there are more"),
+        (["--data_path", "bad.jsonl", "--limit", "2"], 'bad.jsonl:2: field "document" is missing'),
+    ],
+)
+def test_generate_refuses_before_the_model_is_loaded(
+    options: list[str],
+    message: str,
+    titles: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"document": "x"}\n')
+    Path("bad.jsonl").write_text('{"document": "x"}\n' + '{"documant": "x"}\n' * 30)
+    folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
+    (folder / "adapter_model.safetensors").write_bytes(b"no weights")  # what would be noticed on loading
+    assert main(["generate", str(folder), *options]) == 2
+    found = capsys.readouterr()
+    assert message in found.err
+    assert found.out == ""
+    assert Path("rows.jsonl").read_text() == '{"document": "x"}\n'
+
+
+def test_generate_says_which_rows_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_adapter(tmp_path, byte_level(), cutoff_len=150).adapter
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"document": "가 " * count}) + "\n" for count in (300, 1, 300)))
+    assert main(["generate", str(folder), "--data_path", str(data), "--max_new_tokens", "2"]) == 0
+    assert "2 of 3 rows are shortened to fit cutoff_len 150: 1, 3\n" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- yeonma chat
+
+
+def chat(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is written to standard output when the text is piped in."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["chat", str(folder), "--max_new_tokens", "6"]) == 0
+    return capsys.readouterr().out
+
+
+def test_chat_asks_a_plain_templates_field_and_each_question_stands_alone(
+    titles: Folders, loaded: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["서울의 아침\n기온이", "부산"]
+    expected = [loaded.generate({"document": text}, max_new_tokens=6) for text in texts]
+    out = chat(titles.adapter, f"\n{texts[0]}\n\n{texts[1]}", monkeypatch, capsys)
+    assert out == "".join(f"{answer}\n" for answer in expected)
+    assert len(set(expected)) == 2
+    quitting = f"/new\n{texts[1]}\n\n/quit\n{texts[0]}\n\n"
+    assert chat(titles.adapter, quitting, monkeypatch, capsys) == f"{expected[1]}\n"
+
+
+def test_chat_takes_fields_by_their_own_names_whatever_the_columns_were_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training the answer's column had the name of the prompt's field."""
+    columns = {"document": "body", "title": "document"}
+    folder = tiny_adapter(tmp_path, byte_level(), columns=columns).adapter
+    expected = load_policy(folder).generate({"body": "서울"}, max_new_tokens=6)
+    assert chat(folder, "서울\n\n", monkeypatch, capsys) == f"{expected}\n"
+
+
+def test_chat_asks_field_by_field_and_empty_ones_choose_the_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_adapter(tmp_path, byte_level(), template="alpaca").adapter
+    loaded = load_policy(folder)
+    rows: list[Mapping[str, object]] = [{"instruction": "Add", "input": "1\n2"}, {"instruction": "Sing"}]
+    expected = "".join(f"{answer}\n" for answer in loaded.generate(rows, max_new_tokens=6))
+    assert chat(folder, "Add\n\n1\n2\n\nSing\n\n\n", monkeypatch, capsys) == expected
+    assert chat(folder, "Dance\n\n/new\nAdd\n\n1\n2\n\nSing", monkeypatch, capsys) == expected
+
+
+def test_chat_on_turn_lists_keeps_the_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_adapter(tmp_path, byte_level(), template="chat").adapter
+    loaded = load_policy(folder)
+
+    def answer(*contents: str) -> str:
+        roles = ("user", "assistant")
+        turns = [{"role": roles[number % 2], "content": text} for number, text in enumerate(contents)]
+        return loaded.generate({"messages": turns}, max_new_tokens=6)
+
+    first = answer("서울은?")
+    second = answer("서울은?", first, "부산은?")
+    assert first and second and second != answer("부산은?")
+    out = chat(folder, "서울은?\n\n부산은?\n/new\n부산은?\n", monkeypatch, capsys)
+    assert out == f"{first}\n{second}\n{answer('부산은?')}\n"
+
+
+def test_chat_without_a_terminal_ends_at_the_first_error(
+    titles: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\0y\n\n서울\n"))
+    assert main(["chat", str(titles.adapter), "--max_new_tokens", "2"]) == 2
+    found = capsys.readouterr()
+    assert 'this question: field "document" holds a NUL' in found.err
+    assert found.out == ""
+
+
+# ---------------------------------------------------------------- Python
+
+
+def test_the_door_imports_neither_torch_nor_transformers_until_they_are_needed() -> None:
+    code = (
+        "import sys, yeonma\n"
+        "names = set(dir(yeonma)) >= set(yeonma.__all__)\n"
+        "print(names, yeonma.Template.parse('{a} {b}').answer_field, yeonma.UserError.__name__)\n"
+        "print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "True b UserError\n[]\n"
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        yeonma.lod  # noqa: B018
+
+
+def test_yeonma_load_is_the_loading_of_an_adapter_folder(titles: Folders, loaded: Policy) -> None:
+    answered = yeonma.load(titles.adapter, device="cpu").generate(DOCUMENT, max_new_tokens=4)
+    assert answered == loaded.generate(DOCUMENT, max_new_tokens=4)
+    assert yeonma.Loaded is Policy
+
+
+def test_yeonma_sft_takes_the_verbs_settings_as_keywords_and_returns_the_folder(
+    titles: Folders, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="batchsize: unknown setting; did you mean"):
+        yeonma.sft(base_model="x", data_path="y", output_dir="z", batchsize=3)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"document": "서울의 아침", "title": "첫 영하"}\n' * 4)
+    folder = yeonma.sft(
+        base_model=titles.base,
+        data_path=data,
+        output_dir=tmp_path / "OUT",
+        max_steps=1,
+        batch_size=2,
+        card_rows=0,
+    )
+    assert folder == tmp_path / "OUT"
+    assert isinstance(yeonma.load(folder).generate(DOCUMENT, max_new_tokens=3), str)

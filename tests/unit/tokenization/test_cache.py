@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import yeonma.tokenization.cache
+from tests.tokenizers import byte_level, sentencepiece_bpe
+from yeonma.data.rows import Row, Rows
+from yeonma.data.template import Template, load_template
+from yeonma.errors import Problem, UserError
+from yeonma.tokenization.cache import build_store, default_cache_dir, store_key, tokenizer_identity
+from yeonma.tokenization.example import Example, TokenRules
+from yeonma.tokenization.example_encoder import ExampleEncoder, encode
+from yeonma.tokenization.store import TokenStore, open_store
+
+TEMPLATE = Template.parse("{document}\n\nTitle:{title}")
+RULES = TokenRules(cutoff_len=64)
+
+
+def data(count: int = 5, *, identity: str = "data", read: Callable[[], Iterator[Row]] | None = None) -> Rows:
+    def rows() -> Iterator[Row]:
+        for number in range(1, count + 1):
+            text = f"폭풍 {number} closed the harbour. " * (number % 3 + 1)
+            yield Row(number, {"document": text, "title": f"Storm {number}"}, f"train.jsonl:{number}")
+
+    return Rows("train.jsonl", identity, ("document", "title"), read or rows)
+
+
+def built(folder: Path, rows: Rows, rules: TokenRules = RULES, template: Template = TEMPLATE) -> TokenStore:
+    return build_store(rows, template, None, byte_level(), rules, folder)
+
+
+def same(store: TokenStore, examples: list[Example]) -> bool:
+    def values(example: Example) -> dict[str, object]:
+        ids, trained = example.token_ids.tolist(), example.trained.tolist()
+        return {**vars(example), "token_ids": ids, "trained": trained}
+
+    return [values(store[index]) for index in range(len(store))] == [values(example) for example in examples]
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each call for tokens that the cache makes."""
+    calls: list[int] = []
+    encoded = ExampleEncoder.encode
+
+    def counting(desk: ExampleEncoder, rendered: list, rows: list) -> list:
+        calls.append(len(rows))
+        return encoded(desk, rendered, rows)
+
+    monkeypatch.setattr(ExampleEncoder, "encode", counting)
+    return calls
+
+
+# What a store holds
+
+
+def test_a_store_gives_back_the_examples_of_its_rows(tmp_path: Path) -> None:
+    rules = TokenRules(cutoff_len=40)
+    rows = list(data(20))
+    rows.append(Row(21, {"document": "a <|im_end|> b", "title": "x" * 20}, "train.jsonl:21"))
+    rows.append(Row(22, {"document": "a", "title": "0" * 99}, "train.jsonl:22"))
+    expected = encode([TEMPLATE.render(row) for row in rows], rows, byte_level(), rules)
+    examples = [one for one in expected if isinstance(one, Example)]
+    store = built(tmp_path, data(read=lambda: iter(rows)), rules)
+    assert same(store, examples)
+    assert store.left_out == [one for one in expected if not isinstance(one, Example)]
+    assert [left_out.place for left_out in store.left_out] == ["train.jsonl:22"]
+    assert store.lengths.tolist() == [len(example.token_ids) for example in examples]
+    assert store.prompt_lengths.tolist() == [example.prompt_length for example in examples]
+    assert store.trained_counts.tolist() == [int(example.trained.sum()) for example in examples]
+    assert store.row_numbers.tolist() == list(range(1, 22))
+
+
+def test_counts_say_what_became_of_the_rows(tmp_path: Path) -> None:
+    rows = [
+        Row(1, {"a": "boats", "b": "storm", "c": "x"}, "a:1"),
+        Row(2, {"a": "</s> <|im_end|>", "c": "x"}, "a:2"),
+        Row(3, {"a": "0" * 50, "c": "x"}, "a:3"),
+        Row(4, {"a": "0", "c": "0" * 50}, "a:4"),
+    ]
+    template = Template.parse("{a}{b}\n{c}\n---\n{a}\n{c}")
+    counts = built(tmp_path, data(read=lambda: iter(rows)), TokenRules(cutoff_len=30), template).counts
+    assert (counts.rows, counts.examples, counts.left_out) == (4, 3, 1)
+    assert (counts.shortened, counts.cut_characters, counts.special_text) == (1, 23, 1)
+    assert counts.variants == (1, 2)
+    assert counts.trained_tokens == 3 * len(["x", "eos"])
+    store = built(tmp_path, data(read=lambda: iter(rows)), TokenRules(cutoff_len=30), template)
+    assert counts == store.counts
+    assert counts.tokens == len(store.token_ids) == int(store.lengths.sum())
+
+
+def test_stored_arrays_cannot_be_written_to(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        built(tmp_path, data())[0].token_ids[0] = 1
+    with pytest.raises(IndexError):
+        built(tmp_path, data())[5]
+
+
+def test_rows_are_read_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yeonma.tokenization.cache, "ROWS_A_CHUNK", 7)
+    read: list[int] = []
+
+    def rows() -> Iterator[Row]:
+        for row in data(20):
+            read.append(row.number)
+            yield row
+
+    ahead: list[tuple[int, int]] = []
+    store = build_store(
+        data(read=rows),
+        TEMPLATE,
+        None,
+        byte_level(),
+        RULES,
+        tmp_path,
+        lambda done: ahead.append((done, len(read))),
+    )
+    assert ahead == [(7, 7), (14, 14), (20, 20)]
+    monkeypatch.setattr(yeonma.tokenization.cache, "ROWS_A_CHUNK", 2000)
+    whole = built(tmp_path / "whole", data(20))
+    assert same(store, [whole[index] for index in range(len(whole))])
+
+
+# Once for each key
+
+
+def test_a_second_build_with_the_same_key_tokenises_nothing(tmp_path: Path, tokenised: list[int]) -> None:
+    first = built(tmp_path, data())
+
+    def never() -> Iterator[Row]:
+        raise AssertionError("the rows were read again")
+
+    second = built(tmp_path, data(read=never))
+    assert tokenised == [5]
+    assert same(second, [first[index] for index in range(len(first))])
+
+
+def test_the_key_changes_with_everything_that_matters() -> None:
+    def key(
+        rows: Rows | None = None,
+        template: Template = TEMPLATE,
+        columns: dict[str, str] | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        rules: TokenRules = RULES,
+    ) -> str:
+        return store_key(rows or data(), template, columns, tokenizer or byte_level(), rules)
+
+    def changed(change: Callable[[PreTrainedTokenizerFast], object]) -> PreTrainedTokenizerFast:
+        tokenizer = byte_level()
+        change(tokenizer)
+        return tokenizer
+
+    bos = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    keys = [
+        key(),
+        key(data(identity="other")),
+        key(template=Template.parse("{document}\nTitle:{title}")),
+        key(columns={"document": "body"}),
+        key(columns={"document": "text"}),
+        key(tokenizer=sentencepiece_bpe()),
+        key(tokenizer=byte_level(None)),
+        key(tokenizer=changed(lambda one: one.add_tokens(["storm"]))),
+        key(tokenizer=changed(lambda one: setattr(one, "eos_token", "<|im_end|>"))),
+        key(tokenizer=changed(lambda one: setattr(one.backend_tokenizer, "post_processor", bos))),
+        key(rules=replace(RULES, cutoff_len=65)),
+        key(rules=replace(RULES, shrink="document")),
+        key(rules=replace(RULES, shrink_side="start")),
+        key(rules=replace(RULES, over_limit="error")),
+        key(rules=replace(RULES, train_on_inputs=True)),
+        key(rules=replace(RULES, add_eos_token=False)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+    assert key(columns={}) == keys[0]
+
+
+def test_a_tokenizer_s_identity_is_its_content(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_identity(loaded) == tokenizer_identity(tokenizer)
+    loaded(["a", "b c d e"], truncation=True, max_length=2)
+    assert tokenizer_identity(loaded) == tokenizer_identity(tokenizer)
+
+
+def test_processes_that_want_the_same_tokens_build_them_once(tmp_path: Path, tokenised: list[int]) -> None:
+    # A file lock is held by an open file, so threads contend for it as processes do.
+    inside, lengths = threading.Event(), []
+
+    def rows() -> Iterator[Row]:
+        inside.set()
+        yield from data(50)
+
+    def build() -> None:
+        lengths.append(len(built(tmp_path, data(read=rows))))
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        inside.wait(10)
+    for thread in threads:
+        thread.join()
+    assert lengths == [50, 50, 50]
+    assert tokenised == [50]
+
+
+# Damage
+
+
+def files_of(store: TokenStore) -> list[Path]:
+    return sorted(path for path in store.folder.iterdir() if path.stat().st_size)
+
+
+def test_a_store_with_any_file_damaged_is_built_again(tmp_path: Path, tokenised: list[int]) -> None:
+    rows = data(20)
+    whole = [built(tmp_path, rows)[index] for index in range(20)]
+    expected = [replace(one, token_ids=one.token_ids.copy(), trained=one.trained.copy()) for one in whole]
+    names = [path.name for path in files_of(built(tmp_path, rows))]
+    assert len(names) == 18
+    for name in names:
+        path = built(tmp_path, rows).folder / name
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for damaged in (content[:-1], bytes(flipped), None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert open_store(path.parent, path.parent.name) is None
+            tokenised.clear()
+            assert same(built(tmp_path, rows), expected)
+            assert tokenised == [20]
+
+
+def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+    key = store_key(data(), TEMPLATE, None, byte_level(), RULES)
+    (tmp_path / f"{key}.tmp").mkdir()
+    (tmp_path / f"{key}.tmp" / "token_ids.bin").write_bytes(b"half")
+    assert len(built(tmp_path, data())) == 5
+    assert not (tmp_path / f"{key}.tmp").exists()
+
+
+def test_a_build_that_fails_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yeonma.tokenization.cache, "ROWS_A_CHUNK", 2)
+
+    def rows() -> Iterator[Row]:
+        yield from data(4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path, data(read=rows))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_only_plain_arrays_and_json_are_written(tmp_path: Path) -> None:
+    store = built(tmp_path, data())
+    assert {path.suffix for path in store.folder.iterdir()} == {".bin", ".json", ".jsonl"}
+    assert json.loads((store.folder / "meta.json").read_text())["meta"]["key"] == store.key
+    assert (store.folder / "token_ids.bin").stat().st_size == 4 * store.counts.tokens
+
+
+# Problems of the rows
+
+
+def test_problems_of_many_rows_come_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yeonma.tokenization.cache, "ROWS_A_CHUNK", 4)
+
+    def rows() -> Iterator[Row]:
+        for row in data(12):
+            yield row if row.number % 5 else Row(row.number, {"title": "x"}, row.place)
+        raise UserError("malformed", place="train.jsonl:13")
+
+    with pytest.raises(UserError) as caught:
+        built(tmp_path, data(read=rows))
+    assert [problem.place for problem in caught.value.problems] == [
+        "train.jsonl:5",
+        "train.jsonl:10",
+        "train.jsonl:13",
+    ]
+
+
+def test_twenty_problems_are_shown_and_reading_stops(tmp_path: Path) -> None:
+    def rows() -> Iterator[Row]:
+        for number in range(1, 10_000):
+            assert number <= 2000  # one chunk
+            yield Row(number, {"title": "x"}, f"train.jsonl:{number}")
+
+    with pytest.raises(UserError) as caught:
+        built(tmp_path, data(read=rows))
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[20] == Problem("there are more such problems", "train.jsonl")
+
+
+def test_when_no_row_is_left_it_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no row fits into cutoff_len 4: all 5 would be left out"):
+        built(tmp_path, data(), TokenRules(cutoff_len=4))
+    with pytest.raises(UserError, match="no rows"):
+        built(tmp_path, data(0))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
+
+
+def test_over_limit_error_stops_with_the_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl:1: .* cutoff_len is 4"):
+        built(tmp_path, data(), TokenRules(cutoff_len=4, over_limit="error"))
+
+
+def test_wrong_rules_are_found_before_a_row_is_read(tmp_path: Path) -> None:
+    def never() -> Iterator[Row]:
+        raise AssertionError("a row was read")
+
+    with pytest.raises(UserError, match="did you mean"):
+        built(tmp_path, data(read=never), TokenRules(cutoff_len=64, shrink="documents"))
+
+
+def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_dir"):
+        built(tmp_path / "file", data())
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YEONMA_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("YEONMA_CACHE")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert default_cache_dir() == Path("/home/someone/.cache/yeonma")
+
+
+def test_built_in_templates_go_through_the_cache(tmp_path: Path) -> None:
+    rows = [
+        Row(1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a:1")
+    ]
+    store = built(tmp_path, data(read=lambda: iter(rows)), template=load_template("chat"))
+    assert store.counts.examples == 1

@@ -1,0 +1,233 @@
+"""The chat template in the folder: messages that other tools send become the tokens of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.adapters import tiny_adapter
+from tests.runs import TEMPLATE, articles, characters, model_folder, trained, write_jsonl
+from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
+from yeonma.adapter.adapter_folder import identity_of_tokenizer, save_tokenizer
+from yeonma.data.rows import Row
+from yeonma.data.template import Template, load_template
+from yeonma.model.load import load_tokenizer
+from yeonma.model.source import BaseSource
+from yeonma.tokenization.chat_template_export import export_chat_template, messages_of
+from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example_encoder import encode_prompts
+
+RULES = TokenRules(100_000)
+DATED = "{{ strftime_now('%d %b %Y') }}" + str(byte_level().chat_template)
+WITH_BOS: dict[str, Callable[[], Any]] = {
+    "byte_level": byte_level,
+    "dated": lambda: byte_level(DATED),
+    "sentencepiece_first": sentencepiece_bpe,
+    "sentencepiece_always": lambda: sentencepiece_bpe("always"),
+    "bos_only_by_the_rules": lambda: sentencepiece_bpe(chat_template=unigram().chat_template),
+    "unigram": unigram,
+}
+TEXTS = (
+    "월요일에 폭풍이 항구를 닫았다.",
+    "  A storm {document} {{braces}} {% if x %} {{ 7 * 7 }} %}\n\n",
+    "She said \"no\" \\ and \\n, 'yes'.\tTab, a slash / and 😀 é\u2028\u0301.",
+    "{",
+    '{"document": "looks like JSON"}',
+)
+TEMPLATES = {
+    "title": load_template("title").text,
+    "alpaca": load_template("alpaca").text,
+    "orca": load_template("orca").text,
+    "prompt-completion": load_template("prompt-completion").text,
+    "chat": load_template("chat").text,
+    "turns": '[system]\nBe "brief" {{now}}.\n[user]\n{document}\n[assistant]\n{title}\n',
+    "turn variants": "[user]\n{a}: {b}\n[assistant]\nTitle: {title}\n---\n[user]\n{a}\n[assistant]\nTitle: {title}\n",
+    "twice": '{a} and {b}, {a} \\ "q" {{x}} {{% y %}}\n{title} end',
+    "mixed": "[user]\n{a}\n{b}\n[assistant]\n{title}\n---\n{a}:\n{title}\n",
+}
+BLANKS = (None, "", " \n\u3000")
+
+
+def rows_for(template: Template) -> list[Row]:
+    if template.is_chat:
+        turns = [
+            [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "x"},
+                {"role": "user", "content": text},
+            ]
+            for text in TEXTS
+        ]
+        return [Row(i, {"messages": each}, f"row {i}") for i, each in enumerate(turns, 1)]
+    fields = sorted(template.fields - {template.answer_field})
+    filled = [{name: TEXTS[(i + j) % len(TEXTS)] for j, name in enumerate(fields)} for i in range(len(TEXTS))]
+    blanked = [{**filled[1], name: blank} for name in fields for blank in BLANKS]
+    fitting = []
+    for i, values in enumerate([*filled, *blanked], 1):
+        present = {name for name, text in values.items() if text and not text.isspace()}
+        if any(present.issuperset(variant.prompt_fields) for variant in template.variants):
+            fitting.append(Row(i, values, f"row {i}"))
+    return fitting
+
+
+def saved(template: Template, tokenizer: Any, folder: Path) -> Any:
+    save_tokenizer(tokenizer, export_chat_template(template, tokenizer), folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def trained_prompts(template: Template, rows: list[Row], tokenizer: Any) -> list[list[int]]:
+    rendered = [template.render(row, None, with_answer=False) for row in rows]
+    return [ids.tolist() for ids in encode_prompts(rendered, rows, tokenizer, RULES, 1)]
+
+
+def asked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return list(found["input_ids"])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", WITH_BOS)
+def test_messages_become_the_trained_tokens(kind: str, name: str, tmp_path: Path) -> None:
+    tokenizer, template = WITH_BOS[kind](), Template.parse(TEMPLATES[name])
+    other = saved(template, tokenizer, tmp_path)
+    rows = rows_for(template)
+    assert len(rows) >= 5
+    for row, ids in zip(rows, trained_prompts(template, rows, tokenizer), strict=True):
+        messages = messages_of(template, row, None, template.render(row, None, with_answer=False))
+        assert asked(other, messages) == ids, row
+        if not template.is_chat:  # OpenAI's content parts, escaped to ASCII
+            text = messages[0]["content"]
+            if len(template.fields) > 2:
+                text = json.dumps(json.loads(text), indent=2)
+            half = len(text) // 2
+            parts = [{"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]}]
+            assert asked(other, [{"role": "user", "content": parts}]) == ids, row
+
+
+def test_the_tokenizer_is_the_bases_again_when_yeonma_loads_it(tmp_path: Path) -> None:
+    for number, chat in enumerate((byte_level().chat_template, None)):
+        folder = tmp_path / str(number)
+        tokenizer = byte_level(chat)
+        other = saved(load_template("title"), tokenizer, folder)
+        assert other.chat_template != chat
+        again = load_tokenizer(BaseSource(str(folder)))
+        assert again.chat_template == chat
+        assert identity_of_tokenizer(again) == identity_of_tokenizer(tokenizer)
+
+
+def test_turns_without_a_chat_template_leave_none(tmp_path: Path) -> None:
+    template = Template.parse(TEMPLATES["turns"])
+    assert saved(template, byte_level(None), tmp_path).chat_template is None
+
+
+def test_an_adapter_folder_carries_it(tmp_path: Path) -> None:
+    folder = tiny_adapter(tmp_path, sentencepiece_bpe()).adapter
+    row = Row(1, {"document": TEXTS[0]}, "row 1")
+    (ids,) = trained_prompts(load_template("title"), [row], sentencepiece_bpe())
+    assert asked(AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": TEXTS[0]}]) == ids
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_an_answer_follows_its_prompt(plain: bool, tmp_path: Path) -> None:
+    template = Template.parse(TEMPLATES["twice" if plain else "turn variants"])
+    other = saved(template, byte_level(), tmp_path)
+    user = {"role": "user", "content": '{"a": "x", "b": "y"}'}
+    text = other.apply_chat_template([user, {"role": "assistant", "content": "T"}], tokenize=False)
+    prompt = other.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    assert text.removeprefix(prompt) == ("T end<|endoftext|>" if plain else "Title: T<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "plain",
+        "{}",
+        '{"a": "x"}',
+        '{"a": "x", "b": null}',
+        '{"a": "x", "b": 3}',
+        '{"a": "x", "b": {"c": "y"}}',
+        '{"a": "x", "b": "y"',
+        '{"a": "x", "b": "y"} z',
+        '{"a": "x", "b": "y",}',
+        '{"a": "x" "b": "y"}',
+        '{"a": "x", "b": "\\q"}',
+        '{"a": "x", "b": "\\u12g4"}',
+        '{"a": "x", "b": "\\ud800"}',
+        '{"a": "x", "b": "\\ud800x"}',
+        '{"a": "x", "b": "\\ud800\\n"}',
+        '{"a": "x", "b": "\\ud800\\ud800"}',
+        '{"a": "x", "b": "\\udc00"}',
+        '{"a": "x", "b": "\\u0000"}',
+        '{"a": "x", "b": nuil}',
+    ],
+)
+def test_a_message_that_is_not_the_fields_is_refused(content: str, tmp_path: Path) -> None:
+    other = saved(Template.parse(TEMPLATES["twice"]), byte_level(), tmp_path)
+    with pytest.raises(Exception, match=r"a JSON object of the texts a, b|the message lacks a field"):
+        asked(other, [{"role": "user", "content": content}])
+
+
+def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
+    other = saved(load_template("title"), byte_level(), tmp_path)
+    user = {"role": "user", "content": "x"}
+    for messages in (
+        [user, user],
+        [{"role": "system", "content": "x"}, user],
+        [{"role": "assistant", "content": "x"}],
+    ):
+        with pytest.raises(Exception, match="one user message with the text of document"):
+            asked(other, messages)
+
+
+def test_a_plain_message_is_the_only_field_of_a_variant_that_has_just_one(tmp_path: Path) -> None:
+    template = load_template("alpaca")
+    other = saved(template, byte_level(), tmp_path)
+    (ids,) = trained_prompts(template, [Row(1, {"instruction": "Write."}, "row")], byte_level())
+    assert asked(other, [{"role": "user", "content": "Write."}]) == ids
+
+
+def test_what_a_chat_template_cannot_carry_is_said_and_not_written(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    odd = characters()
+    backend = odd.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="# $A", special_tokens=[("#", odd.convert_tokens_to_ids("#"))]
+    )
+    odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    odd.save_pretrained(base)
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
+    done = trained(tmp_path / "OUT", base, data, max_steps=1)
+    assert "its chat template does not carry the training template: a chat template cannot" in done.out
+    assert not list(done.folder.glob("*chat_template*"))
+
+
+def test_a_run_leaves_it_in_the_folder_and_in_checkpoints(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
+    done = trained(tmp_path / "OUT", base, data, max_steps=2, save_steps=1)
+    assert "chat template" not in done.out
+    rows = [Row(1, row, "row 1") for row in articles(8)]
+    template = Template.parse(TEMPLATE)
+    for folder in (done.folder, done.folder / "checkpoint-1"):
+        other = AutoTokenizer.from_pretrained(folder)
+        for row, ids in zip(rows, trained_prompts(template, rows, characters()), strict=True):
+            assert asked(other, [{"role": "user", "content": row.values["document"]}]) == ids
+    sums = json.loads((done.folder / "manifest.json").read_text())["sha256"]
+    assert {"chat_template.jinja", "base_chat_template.jinja"} <= set(sums)
+
+
+def test_a_base_whose_default_chat_template_is_missing_gets_one(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"tool_use": "{{ messages[0]['content'] }}"}
+    other = saved(load_template("title"), tokenizer, tmp_path)
+    row = Row(1, {"document": TEXTS[0]}, "row 1")
+    (ids,) = trained_prompts(load_template("title"), [row], tokenizer)
+    assert asked(other, [{"role": "user", "content": TEXTS[0]}]) == ids
+    assert load_tokenizer(BaseSource(str(tmp_path))).chat_template == tokenizer.chat_template

@@ -1,0 +1,534 @@
+"""Whole runs of `yeonma dpo`: the same whatever the micro-batches, however often interrupted, in every form of data."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import yeonma
+from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
+from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
+from yeonma.batch.plan import epoch_order
+from yeonma.config.settings import PreferenceLoss
+from yeonma.train import build as setup
+from yeonma.train import loop, reference
+
+ROWS = pairs(21)
+LOSSES = [name for name in PreferenceLoss.__args__ if name != "kto"]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
+
+
+def assert_same(one: Done, other: Done) -> None:
+    for name in one.steps[0].keys() - {"seconds", "peak_memory_bytes", "reward_accuracy"}:
+        for mine, theirs in zip(one.lines, other.lines, strict=True):
+            values = [math.nan if line.get(name) is None else line[name] for line in (mine, theirs)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4, rel=1e-4, nan_ok=True), name
+    for name, weight in one.weights.items():
+        assert float((weight - other.weights[name]).abs().max()) < 1e-3, name
+
+
+def answer_logprob(model: Any, tokenizer: Any, prompt: str, text: str) -> tuple[torch.Tensor, int]:
+    """By transformers alone."""
+    before = tokenizer(prompt)["input_ids"]
+    after = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(after)[:, None]).sum(), len(after)
+
+
+# The mathematics
+
+
+def test_the_first_steps_are_those_of_the_paper_written_out(tmp_path: Path, base: Path, data: Path) -> None:
+    done = tuned(tmp_path / "out", base, data, batch_size=5, max_steps=3, save_steps=1, beta=0.3)
+    frozen, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    order = epoch_order(21, 42, 0, 5)
+    for step in (2, 3):  # the first has nothing learnt
+        folder = done.folder / f"checkpoint-{step - 1}"
+        policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        sums = dict.fromkeys(("loss", "reward_chosen", "reward_rejected", "reward_accuracy"), 0.0)
+        counts = dict.fromkeys(
+            ("logprob_chosen", "logprob_rejected", "tokens_chosen", "tokens_rejected"), 0.0
+        )
+        with torch.no_grad():
+            for i in order[5 * (step - 1) : 5 * step]:
+                rewards = {}
+                for side in ("chosen", "rejected"):
+                    text = ROWS[i][side]
+                    ours, tokens = answer_logprob(policy, tokenizer, ROWS[i]["prompt"], text)
+                    theirs, _ = answer_logprob(frozen, tokenizer, ROWS[i]["prompt"], text)
+                    rewards[side] = 0.3 * float(ours - theirs)
+                    counts[f"logprob_{side}"] += float(ours)
+                    counts[f"tokens_{side}"] += tokens
+                    sums[f"reward_{side}"] += rewards[side]
+                margin = rewards["chosen"] - rewards["rejected"]
+                sums["loss"] += math.log1p(math.exp(-margin))
+                sums["reward_accuracy"] += margin > 0
+        for name, value in {**sums, **counts}.items():
+            assert done.steps[step - 1][name] == pytest.approx(value / 5, abs=2e-4), (step, name)
+        margin = done.steps[step - 1]["reward_chosen"] - done.steps[step - 1]["reward_rejected"]
+        assert done.steps[step - 1]["reward_margin"] == pytest.approx(margin, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    """21 pairs in steps of 8, two epochs; the last step of each has 5."""
+    place = tmp_path_factory.mktemp("run") / "out"
+    return tuned(place, base, data, **STEPS, micro_batch_size=1, share_prefix=False)
+
+
+STEPS: dict[str, object] = {"batch_size": 8, "num_epochs": 2, "val_data_path": None}
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 8},
+        {"micro_batch_size": 8, "micro_batch_tokens": 150},
+        {"micro_batch_size": 3, "micro_batch_tokens": 1},
+        {"micro_batch_size": 8, "share_prefix": False},
+        {"micro_batch_size": 8, "gradient_checkpointing": True},
+        {"micro_batch_size": 8, "gradient_checkpointing": "selective"},
+        {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"},
+    ],
+)
+def test_micro_batches_and_sharing_change_nothing(
+    tmp_path: Path, base: Path, data: Path, one_by_one: Done, speed: dict[str, object]
+) -> None:
+    done = tuned(tmp_path / "out", base, data, **STEPS, **speed)
+    assert [line["examples"] for line in done.steps] == [8, 8, 5] * 2
+    assert_same(done, one_by_one)
+    assert done.losses[-1] < done.losses[0] - 0.05  # something was learnt
+
+
+@pytest.mark.parametrize("family", ["bloom", "lfm2"])
+def test_a_model_that_takes_no_forest_learns_the_same_one_by_one(
+    tmp_path: Path, data: Path, family: str
+) -> None:
+    base = model_folder(tmp_path / "base", family)
+    one, other = (
+        tuned(tmp_path / str(size), base, data, max_steps=3, micro_batch_size=size) for size in (1, 4)
+    )
+    assert "one sequence at a time" in one.out
+    assert_same(one, other)
+
+
+MORE: dict[str, dict[str, object]] = {"robust": {"label_smoothing": 0.1}, "cpo": {"sft_weight": 0}}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
+    settings: dict[str, object] = {
+        "cache_dir": tmp_path,
+        "val_set_size": 6,
+        "num_epochs": 3,
+        **MORE.get(loss, {}),
+    }
+    done = tuned(tmp_path / "out", base, data, loss=loss, keep_best=False, **settings)
+    margins = [look["reward_margin"] for look in done.looks]
+    assert margins[-1] > margins[0], margins
+    assert done.looks[-1]["loss"] < done.looks[0]["loss"]
+    assert ("reference: " in done.out) == (loss not in ("simpo", "cpo", "orpo"))
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    assert ("the accuracy is that of a coin" in card) == (loss not in ("simpo", "cpo", "orpo"))
+
+
+def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", labelled(21))
+    kto: dict[str, object] = {"loss": "kto", "batch_size": 5, "num_epochs": 3, "val_set_size": 0, "beta": 0.5}
+    one, four, alone = (
+        tuned(tmp_path / name, base, data, **kto, **speed)
+        for name, speed in (
+            ("one", {"micro_batch_size": 1}),
+            ("four", {"micro_batch_size": 4}),
+            ("alone", {"micro_batch_size": 5, "share_prefix": False}),
+        )
+    )
+    assert_same(four, one)
+    assert_same(alone, one)
+    assert any(step["reference_point"] > 0 for step in one.steps)
+    assert one.losses[-1] < one.losses[0] - 0.05
+    (last,) = (step for step in one.steps[:5] if step["examples"] == 1)  # no row of the other label
+    assert {last["desirable"], last["undesirable"]} == {0.0, 1.0}
+    assert None in (last["reward_desirable"], last["reward_undesirable"])
+
+
+def test_the_card_of_labelled_answers_has_no_wanted_answer_where_none_is_known(
+    tmp_path: Path, base: Path
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", labelled(12))
+    done = tuned(tmp_path / "out", base, data, loss="kto", val_set_size=6, card_rows=6, max_steps=2)
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    parts = card.partition("## Before and after")[2].partition("## Use")[0].split("### Row ")[1:]
+    rows = {int(part.partition("\n")[0]): part for part in parts}
+    assert len(rows) == 6
+    assert {labelled(12)[number - 1]["label"] for number in rows} == {True, False}
+    for number, part in rows.items():
+        assert ("wanted:" in part) == labelled(12)[number - 1]["label"]
+    assert "on 6 labelled answers (" in card
+    assert (
+        "| validation | loss | reward accuracy | reward of desirable | reward of undesirable | step |" in card
+    )
+
+
+def test_the_kept_adapter_is_the_one_with_the_lowest_loss_on_held_out_pairs(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    done = tuned(tmp_path / "out", base, data, val_set_size=8, max_steps=6, eval_steps=1, learning_rate=3e-2)
+    best = min(done.looks[1:], key=lambda look: look["loss"])["step"]
+    assert (
+        done.weight_bytes == (done.folder / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+    )
+    assert "perplexity" not in done.looks[0]
+    assert done.looks[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(f"reward_{what}" in look for look in done.looks for what in ("chosen", "rejected", "margin"))
+
+
+# Resuming
+
+RESUMED: dict[str, object] = {
+    "num_epochs": 2,
+    "save_steps": 2,
+    "val_set_size": 5,
+    "lora_dropout": 0.1,
+    "card_rows": 1,
+}
+
+
+@pytest.mark.parametrize("cache_stays", [True, False])
+def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache_stays: bool
+) -> None:
+    monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
+    whole = tuned(tmp_path / "whole" / "out", base, data, **RESUMED)
+    step, calls = loop.train_step, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        assert dpo(tmp_path / "out", base, data, **RESUMED).status == 130
+    if not cache_stays:  # the reference is the model as it was at the start, not that of the checkpoint
+        shutil.rmtree(tmp_path / "cache")
+    asked = forward_passes(monkeypatch)
+    done = tuned(tmp_path / "out", base, data, **RESUMED)
+    assert "continuing after step 4 of 8" in done.out
+    assert sum(asked) == (0 if cache_stays else 2 * (21 - 4 - 5))
+    assert left_behind(done.folder) == left_behind(whole.folder)
+
+
+def test_other_mathematics_is_another_run_and_speed_is_not(tmp_path: Path, base: Path, data: Path) -> None:
+    tuned(tmp_path / "out", base, data, max_steps=2)
+    again = dpo(tmp_path / "out", base, data, max_steps=2, beta=0.2)
+    assert again.status == 2
+    assert "beta was 0.1 and is now 0.2" in again.err
+    same = tuned(tmp_path / "out", base, data, max_steps=2, micro_batch_size=4)
+    assert "holds this run, finished" in same.out
+
+
+# The reference
+
+
+def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The examples of each of the reference's passes through the model from now on."""
+    asked: list[int] = []
+    compute = reference.pass_logprobs
+
+    def counted(model: Any, how: Any, store: Any, turn: Any, *others: Any) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        assert not any(module.training for module in model.modules())
+        asked.append(len(turn.examples))
+        return compute(model, how, store, turn, *others)
+
+    monkeypatch.setattr(reference, "turn_logprobs", counted)
+    return asked
+
+
+def test_the_reference_is_asked_once_for_all_runs(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    asked = forward_passes(monkeypatch)
+    first = tuned(tmp_path / "first", base, data, cache_dir=cache, lora_dropout=0.2)
+    assert sum(asked) == 2 * (21 - 4)  # the first step's are its own look at them
+    assert len(asked) == math.ceil(
+        17 / (2 * setup.UNITS_WITHOUT_GRADIENT)
+    )  # fewer than micro-batches in training
+    asked.clear()
+    second = tuned(tmp_path / "second", base, data, cache_dir=cache, beta=0.2, val_set_size=3, lora_r=8)
+    assert asked == []
+    assert "reference: " in first.out
+    assert "reference: " not in second.out
+
+
+def test_only_what_a_run_needs_is_computed_and_the_rest_later(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    asked = forward_passes(monkeypatch)
+    tuned(tmp_path / "short", base, data, cache_dir=cache, max_steps=2, val_set_size=3)
+    assert sum(asked) == 2 * 4  # the second step's
+    asked.clear()
+    (file,) = cache.glob("*.reference")
+    missing = set(np.flatnonzero(np.isnan(load_file(file)["logprobs"])) // 2)
+    assert len(missing) == 21 - 11
+    whole = tuned(tmp_path / "whole", base, data, cache_dir=cache)
+    assert sum(asked) == 2 * len(
+        missing - set(epoch_order(21, 42, 0, 4)[:4])
+    )  # its own first step tells the rest
+    fresh = tuned(tmp_path / "fresh", base, data, cache_dir=tmp_path / "other")
+    assert_same(whole, fresh)
+
+
+def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "ROUND_TOKENS", 300)
+    asked = forward_passes(monkeypatch)
+    compute, calls = reference.pass_logprobs, 0
+
+    def killed(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return compute(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "turn_logprobs", killed)
+        assert dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache").status == 130
+    before = sum(asked)
+    assert 0 < before < 34
+    tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "cache")
+    assert sum(asked) == 34
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_file_is_computed_again(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    cache = tmp_path / "cache"
+    first = tuned(tmp_path / "first", base, data, cache_dir=cache, max_steps=2)
+    (file,) = cache.glob("*.reference")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-8]), "empty": b""}[damage])
+    asked = forward_passes(monkeypatch)
+    second = tuned(tmp_path / "second", base, data, cache_dir=cache, max_steps=2)
+    assert sum(asked) == 2 * 4  # the second step's
+    assert second.weight_bytes == first.weight_bytes
+
+
+def test_other_weights_adapters_rows_or_cutoffs_have_a_reference_of_their_own(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, object] = {"cache_dir": tmp_path / "cache", "max_steps": 2}
+    tuned(tmp_path / "out", base, data, **settings)
+    other = model_folder(tmp_path / "other", seed=1)
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs(5, seed=1))
+    adapter = tmp_path / "out"
+    asked = forward_passes(monkeypatch)
+    tuned(tmp_path / "a", other, data, **settings)
+    tuned(tmp_path / "b", base, rows, **settings)
+    tuned(tmp_path / "c", base, data, **settings, cutoff_len=60)
+    tuned(tmp_path / "d", base, data, **settings, adapter=adapter)
+    tuned(tmp_path / "e", base, data, **settings, dtype="bfloat16")
+    assert sum(asked) == 2 * (4 * 4 + 1)  # of each second step
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reference, "save_file", full)
+    done = dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache")
+    assert done.status == 2
+    assert done.err.startswith(
+        f"yeonma: {tmp_path / 'cache'}: the reference's log-probabilities cannot be kept"
+    )
+    assert list((tmp_path / "cache").glob("*reference*")) == []
+
+
+# Continuing an adapter
+
+
+def test_a_supervised_adapter_is_continued_and_is_the_reference(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    answers = write_jsonl(tmp_path / "answers.jsonl", rows)
+    first = trained(tmp_path / "sft", base, answers, template="prompt-completion", num_epochs=2)
+    frozen_bytes = first.weight_bytes
+    done = tuned(tmp_path / "out", base, data, adapter=first.folder, max_steps=4, batch_size=21)
+    assert done.losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts from
+    assert done.losses[-1] < done.losses[0] - 0.01
+    assert first.weight_bytes == frozen_bytes
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first.folder)
+    with torch.no_grad():
+        logprobs = [float(answer_logprob(policy, tokenizer, r["prompt"], r["chosen"])[0]) for r in ROWS]
+    assert done.steps[0]["logprob_chosen"] == pytest.approx(sum(logprobs) / 21, abs=1e-3)
+
+
+# Forms of data, from the command line to the answers
+
+DEMO = [
+    {
+        "conversations": [
+            {"from": "system", "value": "be brief"},
+            {"from": "human", "value": f"number {i}?"},
+            {"from": "gpt", "value": "yes"},
+            {"from": "human", "value": "are you sure?"},
+        ],
+        "chosen": {"from": "gpt", "value": "quite sure"},
+        "rejected": {"from": "gpt", "value": f"no, not at all {i}"},
+    }
+    for i in range(6)
+]
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "prompt": pairs(6),
+    "question": [
+        {"system": "", "question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in pairs(6)
+    ],
+    "instruction": [
+        {"instruction": row["prompt"], "input": "", "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in pairs(6)
+    ],
+    "conversations": DEMO,
+    "dialogues": [
+        {side: [*row["conversations"], row[side]] for side in ("chosen", "rejected")} for row in DEMO
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_pairs_trains_and_is_asked_as_it_was_trained(
+    tmp_path: Path, chatting: Path, form: str
+) -> None:
+    rows = FORMS[form]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = tuned(tmp_path / "out", chatting, data, val_set_size=2, card_rows=2)
+    assert done.looks[-1]["examples"] == 2
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    assert "| validation | loss | reward accuracy | margin |" in card
+    assert "| before | 0.6931 | 0.5000 | 0.0000 | 0.0000 | 0.0000 | 0 |" in card
+    assert f"| {done.looks[-1]['loss']:.4f} | {done.looks[-1]['reward_accuracy']:.4f} | " in card
+    assert f"on 4 pairs ({sum(line['trained_tokens'] for line in done.steps):,} trained tokens" in card
+    assert "yeonma dpo --config settings.yaml" in card
+    loaded = yeonma.load(done.folder)
+    shown = rows[int(card.partition("### Row ")[2].partition("\n")[0]) - 1]
+    row = {name: value for name, value in shown.items() if name not in ("chosen", "rejected")}
+    if form == "dialogues":
+        row = {"messages": shown["chosen"]}
+    prompt = loaded.asker.tokenizer.decode(loaded.prompt_ids(row, max_new_tokens=8))
+    asked = loaded.generate([row], max_new_tokens=4)
+    assert len(asked) == 1
+    assert prompt.rstrip("\n") in card
+    answers = tmp_path / "answers.jsonl"
+    settings = ["--data_path", str(write_jsonl(tmp_path / "asked.jsonl", [row]))]
+    asking = command(
+        tmp_path, "generate", str(done.folder), *settings, "--max_new_tokens", "4", "--output", str(answers)
+    )
+    assert asking.status == 0, asking.err
+    assert len(answers.read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_the_door_for_notebooks(tmp_path: Path, base: Path, data: Path) -> None:
+    settings = {**PLAIN, "max_steps": 1}
+    del settings["num_epochs"]
+    folder = yeonma.dpo(base_model=base, data_path=data, output_dir=tmp_path / "out", **settings)
+    assert folder == tmp_path / "out"
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    done = tuned(tmp_path / "out", base, data, max_steps=1, learning_rate=None)
+    assert done.steps[0]["learning_rate"] == 1e-5
+    assert "learning_rate: 1.0e-05" in (done.folder / "settings.yaml").read_text()
+    page = command(tmp_path, "dpo", "--help").out
+    assert "default 1e-05" in " ".join(page.split())
+
+
+# Objections before anything costs time
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train_on_inputs": True}, "train_on_inputs: a prompt is the same for both answers"),
+        ({"label_smoothing": 0.5}, "label_smoothing: 0.5 is out of range"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "label_smoothing: hinge does not read it"),
+        ({"simpo_gamma": 1}, "simpo_gamma: sigmoid does not read it"),
+        ({"kto_desirable_weight": 2}, "kto_desirable_weight: sigmoid does not read it"),
+        ({"beta": 0}, "beta: 0 is out of range"),
+        ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm does not fit"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    tmp_path: Path, base: Path, data: Path, settings: dict[str, object], told: str
+) -> None:
+    done = dpo(tmp_path / "out", base, data, **settings)
+    assert (done.status, done.err.startswith(f"yeonma: {told}")) == (2, True), done.err
+    assert not done.folder.exists()
+
+
+def test_a_loss_that_is_no_number_names_the_rows_of_its_pairs(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = loop.pass_logprobs
+    monkeypatch.setattr(loop, "turn_logprobs", lambda *a, **k: compute(*a, **k) * math.nan)
+    done = dpo(tmp_path / "out", base, data, batch_size=3)
+    rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in epoch_order(21, 42, 0, 3)[:3]))
+    assert done.status == 2
+    assert done.err.startswith(f"yeonma: rows {rows}: the loss is nan")
+
+
+def test_without_a_template_that_of_the_adapter_continued_is_used(tmp_path: Path, base: Path) -> None:
+    template = "say it: {prompt}\nwell: {completion}"
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS[:4]]
+    first = trained(
+        tmp_path / "sft", base, write_jsonl(tmp_path / "a.jsonl", rows), template=template, max_steps=1
+    )
+    data = write_jsonl(tmp_path / "b.jsonl", ROWS[:4])
+    done = tuned(tmp_path / "out", base, data, adapter=first.folder, max_steps=1)
+    assert (done.folder / "template.txt").read_text() == template + "\n"
+    assert f"template {first.folder}/template.txt, of the adapter continued" in done.out
+    other = [
+        {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS[:4]
+    ]
+    asked = write_jsonl(tmp_path / "c.jsonl", other)
+    done = tuned(tmp_path / "other", base, asked, adapter=first.folder, max_steps=1)
+    assert "template orca, because the columns are question, chosen, rejected" in done.out

@@ -1,0 +1,423 @@
+"""Each preference loss against its paper's formula, written out for one pair in plain floats; its gradient against
+finite differences of that formula; limits; metrics as sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import get_args
+
+import pytest
+import torch
+
+from yeonma.config.settings import PreferenceLoss, PreferenceSettings
+from yeonma.train.losses import (
+    KTO_METRICS,
+    OPTIONS_READ,
+    PAIR_LOSSES,
+    PAIR_METRICS,
+    REFERENCE_FREE,
+    LabelledLogprobs,
+    Logprobs,
+    PreferenceOptions,
+    ReferenceLogprobs,
+    kto_losses,
+    kto_metric_sums,
+    kto_reference_point,
+    log_odds,
+    pair_losses,
+    pair_metric_sums,
+    rewards,
+    sft_term,
+)
+
+OPTIONS = PreferenceOptions(beta=0.3, label_smoothing=0.1, simpo_gamma=0.7, sft_weight=0.0)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair in plain numbers: the policy's sums, the reference's, and the answers' lengths."""
+
+    chosen: float
+    rejected: float
+    reference_chosen: float
+    reference_rejected: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+PAIRS = (
+    Pair(-14.0, -21.5, -15.5, -19.0, 5, 9),
+    Pair(-30.25, -8.0, -27.0, -9.5, 11, 3),
+    Pair(-2.5, -3.0, -2.5, -3.0, 4, 4),
+    Pair(-120.0, -260.0, -150.0, -180.0, 40, 80),  # far apart: sigmoids at their ends
+    Pair(-260.0, -120.0, -180.0, -150.0, 80, 40),
+)
+
+
+def of(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def policy_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> Logprobs:
+    return Logprobs(
+        of([pair.chosen for pair in pairs], dtype).requires_grad_(),
+        of([pair.rejected for pair in pairs], dtype).requires_grad_(),
+        torch.tensor([pair.chosen_tokens for pair in pairs]),
+        torch.tensor([pair.rejected_tokens for pair in pairs]),
+    )
+
+
+def reference_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> ReferenceLogprobs:
+    return ReferenceLogprobs(
+        of([pair.reference_chosen for pair in pairs], dtype),
+        of([pair.reference_rejected for pair in pairs], dtype),
+    )
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def softplus(x: float) -> float:
+    """-log sigma(-x), without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def ratios(pair: Pair) -> tuple[float, float]:
+    return pair.chosen - pair.reference_chosen, pair.rejected - pair.reference_rejected
+
+
+def margin(pair: Pair, beta: float) -> float:
+    chosen, rejected = ratios(pair)
+    return beta * (chosen - rejected)
+
+
+def paper_sigmoid(pair: Pair, o: PreferenceOptions) -> float:
+    h = margin(pair, o.beta)
+    return (1 - o.label_smoothing) * softplus(-h) + o.label_smoothing * softplus(h)
+
+
+def paper_hinge(pair: Pair, o: PreferenceOptions) -> float:
+    return max(0.0, 1 - margin(pair, o.beta))
+
+
+def paper_ipo(pair: Pair, o: PreferenceOptions) -> float:
+    chosen, rejected = ratios(pair)
+    h = chosen / pair.chosen_tokens - rejected / pair.rejected_tokens
+    return (h - 1 / (2 * o.beta)) ** 2
+
+
+def paper_robust(pair: Pair, o: PreferenceOptions) -> float:
+    h, e = margin(pair, o.beta), o.label_smoothing
+    return ((1 - e) * softplus(-h) - e * softplus(h)) / (1 - 2 * e)
+
+
+def paper_apo_zero(pair: Pair, o: PreferenceOptions) -> float:
+    chosen, rejected = ratios(pair)
+    return -sigma(o.beta * chosen) + sigma(o.beta * rejected) + 1
+
+
+def paper_apo_down(pair: Pair, o: PreferenceOptions) -> float:
+    chosen, rejected = ratios(pair)
+    return sigma(o.beta * chosen) - sigma(o.beta * chosen - o.beta * rejected) + 1
+
+
+def paper_simpo(pair: Pair, o: PreferenceOptions) -> float:
+    chosen, rejected = pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens
+    h = o.beta * chosen - o.beta * rejected - o.simpo_gamma
+    return (1 - o.label_smoothing) * softplus(-h) + o.label_smoothing * softplus(h)
+
+
+def paper_cpo(pair: Pair, o: PreferenceOptions) -> float:
+    h = o.beta * pair.chosen - o.beta * pair.rejected
+    return (1 - o.label_smoothing) * softplus(-h) + o.label_smoothing * softplus(h)
+
+
+def paper_orpo(pair: Pair, o: PreferenceOptions) -> float:
+    p_chosen = math.exp(pair.chosen / pair.chosen_tokens)
+    p_rejected = math.exp(pair.rejected / pair.rejected_tokens)
+    odds_ratio = (p_chosen / (1 - p_chosen)) / (p_rejected / (1 - p_rejected))
+    return -o.beta * math.log(sigma(math.log(odds_ratio)))
+
+
+PAPER: dict[str, Callable[[Pair, PreferenceOptions], float]] = {
+    "sigmoid": paper_sigmoid,
+    "hinge": paper_hinge,
+    "ipo": paper_ipo,
+    "robust": paper_robust,
+    "apo_zero": paper_apo_zero,
+    "apo_down": paper_apo_down,
+    "simpo": paper_simpo,
+    "cpo": paper_cpo,
+    "orpo": paper_orpo,
+}
+
+
+def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
+    assert PAPER.keys() == PAIR_LOSSES.keys()
+    assert PAIR_LOSSES.keys() > REFERENCE_FREE
+    assert set(get_args(PreferenceLoss)) == {*PAIR_LOSSES, "kto"} == OPTIONS_READ.keys()
+    settings = {field.name for field in fields(PreferenceSettings)}
+    assert {field.name for field in fields(PreferenceOptions)} == settings - {"loss"}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_a_loss_is_its_papers_formula(name: str) -> None:
+    found = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([PAPER[name](pair, OPTIONS) for pair in PAIRS], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_a_gradient_is_the_formulas_by_finite_differences(name: str) -> None:
+    policy = policy_of(PAIRS, torch.float64)
+    pair_losses(name, policy, reference_of(PAIRS, torch.float64), OPTIONS).sum().backward()
+    step = 1e-5
+    for side, tensor in (("chosen", policy.chosen_P), ("rejected", policy.rejected_P)):
+        assert tensor.grad is not None
+        for pair, slope in zip(PAIRS, tensor.grad.tolist(), strict=True):
+            ahead = replace(pair, **{side: getattr(pair, side) + step})
+            behind = replace(pair, **{side: getattr(pair, side) - step})
+            wanted = (PAPER[name](ahead, OPTIONS) - PAPER[name](behind, OPTIONS)) / (2 * step)
+            assert slope == pytest.approx(wanted, rel=1e-5, abs=1e-8), (side, pair)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_the_supervised_term_is_the_mean_over_the_chosen_answers_tokens(name: str) -> None:
+    without = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
+    added = (
+        pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=0.5)) - without
+    )
+    wanted = [-0.5 * pair.chosen / pair.chosen_tokens for pair in PAIRS]
+    assert added.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_without_a_weight_the_supervised_term_has_the_papers(name: str) -> None:
+    found = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=None))
+    weight = {"cpo": 1.0, "orpo": 1.0}.get(name, 0.0)
+    wanted = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=weight))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
+def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
+    policy = policy_of(PAIRS)
+    reference = ReferenceLogprobs(policy.chosen_P.detach(), policy.rejected_P.detach())
+    wanted = {
+        "sigmoid": math.log(2),
+        "robust": math.log(2),
+        "hinge": 1.0,
+        "ipo": 1 / (2 * OPTIONS.beta) ** 2,
+        "apo_zero": 1.0,
+        "apo_down": 1.0,
+    }[name]
+    found = pair_losses(name, policy, reference, OPTIONS)
+    assert found.tolist() == pytest.approx([wanted] * len(PAIRS), rel=1e-6)
+    for reward_P in rewards(name, policy, reference, OPTIONS):
+        assert not reward_P.any()
+
+
+def test_equal_answers_without_a_reference_have_no_margin() -> None:
+    same = policy_of((Pair(-8.0, -8.0, 0.0, 0.0, 4, 4),))
+    plain = replace(OPTIONS, simpo_gamma=0.0)
+    assert pair_losses("cpo", same, None, plain).item() == pytest.approx(math.log(2))
+    assert pair_losses("simpo", same, None, plain).item() == pytest.approx(math.log(2))
+    assert pair_losses("orpo", same, None, plain).item() == pytest.approx(plain.beta * math.log(2))
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
+def test_a_loss_without_a_reference_does_not_look_at_one(name: str) -> None:
+    policy = policy_of(PAIRS)
+    with_one = pair_losses(name, policy, reference_of(PAIRS), OPTIONS)
+    assert torch.equal(pair_losses(name, policy, None, OPTIONS), with_one)
+    assert torch.equal(
+        pair_metric_sums(name, policy, None, OPTIONS),
+        pair_metric_sums(name, policy, reference_of(PAIRS), OPTIONS),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
+def test_a_loss_with_a_reference_asks_for_it(name: str) -> None:
+    with pytest.raises(ValueError, match="reference"):
+        pair_losses(name, policy_of(PAIRS), None, OPTIONS)
+
+
+def test_labels_that_are_right_for_certain_leave_dpo_as_it_is() -> None:
+    plain = replace(OPTIONS, label_smoothing=0.0)
+    policy, reference = policy_of(PAIRS), reference_of(PAIRS)
+    dpo = pair_losses("sigmoid", policy, reference, plain)
+    assert torch.allclose(dpo, pair_losses("robust", policy, reference, plain))
+    assert dpo.tolist() == pytest.approx([softplus(-margin(pair, plain.beta)) for pair in PAIRS], rel=1e-5)
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
+    """Over pairs whose labels are flipped with probability e, its mean is the loss of the true labels."""
+    policy, reference, e = policy_of(PAIRS), reference_of(PAIRS), OPTIONS.label_smoothing
+    flipped = Logprobs(policy.rejected_P, policy.chosen_P, policy.rejected_tokens_P, policy.chosen_tokens_P)
+    flipped_reference = ReferenceLogprobs(reference.rejected_P, reference.chosen_P)
+    mean = (1 - e) * pair_losses("robust", policy, reference, OPTIONS) + e * pair_losses(
+        "robust", flipped, flipped_reference, OPTIONS
+    )
+    true = pair_losses("sigmoid", policy, reference, replace(OPTIONS, label_smoothing=0.0))
+    assert torch.allclose(mean, true, rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_matter_where_the_loss_is_per_token_and_only_there() -> None:
+    longer = tuple(replace(pair, chosen_tokens=pair.chosen_tokens + 3) for pair in PAIRS)
+    moved = {
+        name
+        for name in PAIR_LOSSES
+        if not torch.equal(
+            pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), OPTIONS),
+            pair_losses(name, policy_of(longer), reference_of(longer), OPTIONS),
+        )
+    }
+    assert moved == {"ipo", "simpo", "orpo"}
+
+
+@pytest.mark.parametrize("name", [*PAIR_LOSSES, "kto"])
+def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
+    rows = labelled()
+    policy, reference = policy_of(PAIRS), reference_of(PAIRS)
+
+    def losses(options: PreferenceOptions) -> torch.Tensor:
+        if name == "kto":
+            return kto_losses(rows, torch.tensor(0.4), options)
+        return pair_losses(name, policy, reference, options)
+
+    as_it_was = losses(OPTIONS)
+    read = {
+        field.name
+        for field in fields(PreferenceOptions)
+        if not torch.equal(losses(replace(OPTIONS, **{field.name: 0.25})), as_it_was)
+    }
+    assert read == OPTIONS_READ[name]
+
+
+def test_the_odds_of_a_certain_answer_are_finite_and_so_are_their_gradients() -> None:
+    sums = torch.tensor([0.0, -1e-9, -1e-4, -0.5, -30.0, -300.0], requires_grad=True)
+    found = log_odds(sums)
+    for logprob, odds in zip(sums.tolist()[2:], found.tolist()[2:], strict=True):
+        p = math.exp(logprob)
+        assert odds == pytest.approx(logprob - math.log1p(-p), rel=1e-4)
+    found.sum().backward()
+    assert sums.grad is not None
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(sums.grad).all()
+
+
+def test_a_steps_loss_is_the_same_however_its_pairs_are_divided() -> None:
+    for name in PAIR_LOSSES:
+        options = replace(OPTIONS, sft_weight=0.5)
+        whole = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), options)
+        parts = [
+            pair_losses(name, policy_of((pair,)), reference_of((pair,)), options).item() for pair in PAIRS
+        ]
+        assert whole.tolist() == pytest.approx(parts, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_metrics_are_sums_over_the_pairs(name: str) -> None:
+    policy, reference = policy_of(PAIRS), reference_of(PAIRS)
+    sums = pair_metric_sums(name, policy, reference, OPTIONS)
+    assert not sums.requires_grad
+    found = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
+    if name not in REFERENCE_FREE:
+        both = [ratios(pair) for pair in PAIRS]
+    elif name == "cpo":
+        both = [(pair.chosen, pair.rejected) for pair in PAIRS]
+    else:
+        both = [(pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens) for pair in PAIRS]
+    chosen, rejected = ([OPTIONS.beta * ratio for ratio in side] for side in zip(*both, strict=True))
+    wanted = {
+        "reward_chosen": sum(chosen),
+        "reward_rejected": sum(rejected),
+        "reward_margin": sum(chosen) - sum(rejected),
+        "reward_accuracy": sum(a > b for a, b in zip(chosen, rejected, strict=True)),
+        "logprob_chosen": sum(pair.chosen for pair in PAIRS),
+        "logprob_rejected": sum(pair.rejected for pair in PAIRS),
+        "tokens_chosen": sum(pair.chosen_tokens for pair in PAIRS),
+        "tokens_rejected": sum(pair.rejected_tokens for pair in PAIRS),
+    }
+    assert 0 < wanted["reward_accuracy"] < len(PAIRS)
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_the_supervised_term_is_the_negative_log_likelihood_per_token() -> None:
+    found = sft_term(policy_of(PAIRS)).tolist()
+    assert found == pytest.approx([-pair.chosen / pair.chosen_tokens for pair in PAIRS])
+
+
+POLICY = [-14.0, -21.5, -30.25, -8.0, -2.5, -260.0]
+REFERENCE = [-15.5, -19.0, -27.0, -9.5, -2.5, -120.0]
+TOKENS = [5, 9, 11, 3, 4, 80]
+DESIRABLE = [True, True, False, False, True, False]
+WEIGHTED = replace(OPTIONS, kto_desirable_weight=1.5, kto_undesirable_weight=0.75)
+
+
+def labelled(dtype: torch.dtype = torch.float32) -> LabelledLogprobs:
+    return LabelledLogprobs(
+        of(POLICY, dtype).requires_grad_(),
+        of(REFERENCE, dtype),
+        torch.tensor(TOKENS),
+        torch.tensor(DESIRABLE),
+    )
+
+
+def paper_kto(logprob: float, reference: float, desirable: bool, z: float, o: PreferenceOptions) -> float:
+    r = logprob - reference
+    if desirable:
+        return o.kto_desirable_weight - o.kto_desirable_weight * sigma(o.beta * (r - z))
+    return o.kto_undesirable_weight - o.kto_undesirable_weight * sigma(o.beta * (z - r))
+
+
+@pytest.mark.parametrize("z", [0.0, 0.8])
+def test_kto_is_its_papers_formula_and_so_is_its_gradient(z: float) -> None:
+    rows, step = labelled(torch.float64), 1e-5
+    found = kto_losses(rows, torch.tensor(z, dtype=torch.float64), WEIGHTED)
+    found.sum().backward()
+    assert rows.logprob_R.grad is not None
+    for i, (logprob, reference, desirable) in enumerate(zip(POLICY, REFERENCE, DESIRABLE, strict=True)):
+        assert found[i].item() == pytest.approx(paper_kto(logprob, reference, desirable, z, WEIGHTED))
+        ahead, behind = (
+            paper_kto(at, reference, desirable, z, WEIGHTED) for at in (logprob + step, logprob - step)
+        )
+        assert rows.logprob_R.grad[i].item() == pytest.approx(
+            (ahead - behind) / (2 * step), rel=1e-5, abs=1e-9
+        )
+
+
+def test_ktos_reference_point_is_the_steps_mean_where_that_is_positive_and_has_no_gradient() -> None:
+    ratio = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
+    point = kto_reference_point(ratio.sum(), 3)
+    assert point.item() == pytest.approx(0.5)
+    assert not point.requires_grad
+    assert kto_reference_point(-ratio.sum(), 3).item() == 0.0
+
+
+def test_a_kto_row_at_the_reference_point_loses_half_its_weight() -> None:
+    rows = labelled()
+    point = torch.tensor(0.0)
+    at_it = replace(rows, reference_R=rows.logprob_R.detach())
+    found = kto_losses(at_it, point, WEIGHTED).tolist()
+    assert found == pytest.approx([0.75 if wanted else 0.375 for wanted in DESIRABLE])
+
+
+def test_kto_metrics_are_sums_by_label() -> None:
+    z = 0.8
+    sums = kto_metric_sums(labelled(), torch.tensor(z), OPTIONS)
+    assert not sums.requires_grad
+    found = dict(zip(KTO_METRICS, sums.tolist(), strict=True))
+    ratio = [a - b for a, b in zip(POLICY, REFERENCE, strict=True)]
+    for name, label in (("desirable", True), ("undesirable", False)):
+        mine = [i for i, desirable in enumerate(DESIRABLE) if desirable is label]
+        assert found[name] == len(mine)
+        assert found[f"reward_{name}"] == pytest.approx(sum(OPTIONS.beta * ratio[i] for i in mine))
+        assert found[f"logprob_{name}"] == pytest.approx(sum(POLICY[i] for i in mine))
+        assert found[f"tokens_{name}"] == sum(TOKENS[i] for i in mine)
+    right = sum((r > z) if wanted else (r < z) for r, wanted in zip(ratio, DESIRABLE, strict=True))
+    assert found["reward_accuracy"] == right
+    assert 0 < right < len(DESIRABLE)

@@ -1,0 +1,173 @@
+"""A step that has no room is done again in smaller parts, with the same result; errors of memory are injected."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pairs import chat_folder, labelled, pairs, tuned
+from tests.runs import Done, articles, model_folder, sft, trained, write_jsonl
+from yeonma.train import loop, reference
+from yeonma.train.oom_retry import MicroBatchLimit, _is_lack_of_memory
+
+Fails = Callable[[int, int], bool]
+DROPOUT: dict[str, object] = {"lora_dropout": 0.1, "save_steps": 1, "micro_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(24))
+
+
+def out_of_memory(text: str = "CUDA out of memory. Tried to allocate 2.00 GiB.") -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(text)
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, module: Any, fails: Fails, error: Callable[[], Exception]
+) -> list[int]:
+    """From now on a pass through the model fails where `fails(number of the pass, examples)`; the failed ones."""
+    compute, passes, failed = module.turn_logprobs, [0], []
+
+    def limited(model: Any, how: Any, store: Any, turn: Any, *others: Any) -> torch.Tensor:
+        passes[0] += 1
+        if fails(passes[0], len(turn.examples)):
+            failed.append(passes[0])
+            raise error()
+        return compute(model, how, store, turn, *others)
+
+    monkeypatch.setattr(module, "turn_logprobs", limited)
+    return failed
+
+
+def same(one: Done, other: Done) -> None:
+    """To rounding: losses, and the weights they led to."""
+    assert one.losses == pytest.approx(other.losses, rel=1e-5)
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        out_of_memory,
+        MemoryError,
+        lambda: RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
+    ids=["device", "python", "cpu"],
+)
+def test_a_step_without_room_is_done_again_in_halves(
+    tmp_path: Path,
+    base: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Callable[[], Exception],
+) -> None:
+    whole = trained(tmp_path / "whole", base, data, batch_size=8, micro_batch_size=4)
+    # from the fourth pass on, which is the second of the second step: what its first pass added must go
+    failed = failing(monkeypatch, loop, lambda number, examples: number >= 4 and examples > 1, error)
+    done = trained(tmp_path / "out", base, data, batch_size=8, micro_batch_size=4)
+    assert failed == [4, 5]  # of 4, the second of the step; then of 2, the first
+    same(done, whole)
+    told = [line for line in done.err.splitlines() if "out of memory" in line]
+    assert told == [
+        "yeonma: out of memory with 4 at once; going on with 2, the same result to rounding",
+        "yeonma: out of memory with 2 at once; going on with 1, the same result to rounding",
+    ]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto", "simpo"])
+def test_so_with_preferences_their_means_evaluations_and_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    base = chat_folder(tmp_path / "base")
+    rows = labelled(16) if loss == "kto" else pairs(16)
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    settings: dict[str, object] = {"loss": loss, "val_set_size": 4, "batch_size": 6, "micro_batch_size": 3}
+    whole = tuned(tmp_path / "whole", base, data, cache_dir=tmp_path / "cache", **settings)
+    failed = [
+        failing(monkeypatch, module, lambda number, examples: examples > 2, out_of_memory)
+        for module in (loop, reference)
+    ]
+    done = tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "other", **settings)
+    assert failed[0]
+    assert bool(failed[1]) == (loss != "simpo")
+    same(done, whole)
+    assert [line["loss"] for line in done.looks] == pytest.approx(
+        [line["loss"] for line in whole.looks], rel=1e-5
+    )
+
+
+def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, whose numbers depend on what goes through the model together; killed after the third step."""
+
+    def run(place: Path, dies_at: int | None) -> Done:
+        with monkeypatch.context() as patch:
+            failed = failing(
+                patch, loop, lambda number, examples: number >= 2 and examples > 2, out_of_memory
+            )
+            if dies_at is not None:
+                step = loop.train_step
+
+                def dying(tuning: Any, store: Any, units: Any) -> Any:
+                    if tuning.scheduler.last_epoch == dies_at:
+                        raise KeyboardInterrupt
+                    return step(tuning, store, units)
+
+                patch.setattr(loop, "train_step", dying)
+            done = sft(place, base, data, **DROPOUT)
+            assert failed == [2]
+        return done
+
+    whole = run(tmp_path / "whole", None)
+    assert whole.status == 0
+    assert run(tmp_path / "out", 3).status == 130
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "state.json").read_text())
+    assert state["micro_batches"] == [4, 2]
+    shutil.copytree(tmp_path / "out", tmp_path / "asked")
+    with monkeypatch.context() as patch:
+        kept: list[int] = []
+        patch.setattr(MicroBatchLimit, "keep", lambda room, most: kept.append(most))
+        trained(tmp_path / "asked", base, data, **{**DROPOUT, "micro_batch_size": 3})
+        assert kept == []  # what is asked for now counts
+    again = trained(tmp_path / "out", base, data, **DROPOUT)  # nothing fails here
+    assert again.losses == whole.losses
+    assert again.weight_bytes == whole.weight_bytes
+    plain = trained(tmp_path / "plain", base, data, **DROPOUT)
+    assert plain.losses != whole.losses
+
+
+def test_where_one_row_has_no_room_the_longest_are_named(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, loop, lambda number, examples: number >= 3, out_of_memory)
+    done = sft(tmp_path / "out", base, data, save_steps=1)
+    assert done.status == 2
+    line = done.err.splitlines()[-1]
+    assert "no memory on cpu for one row at a time; the longest of the step" in line
+    assert "tokens)" in line
+    assert "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16" in line
+    rows = json.loads((tmp_path / "out" / "trained_rows.jsonl").read_text().splitlines()[0])
+    assert rows["step"] == 1
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert not _is_lack_of_memory(RuntimeError("shape mismatch"))
+    assert not _is_lack_of_memory(ValueError("out of memory"))

@@ -1,0 +1,411 @@
+"""From settings to an adapter folder: what is left behind, what is refused and when, and what may be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+from tests.runs import TEMPLATE, Done, articles, command, model_folder, sft, trained, write_jsonl
+from yeonma.train import run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(17))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    """12 rows to train, 5 to look at; two epochs of three steps. The loss still falls at the end."""
+    settings = {"val_set_size": 5, "num_epochs": 2, "card_rows": 2}
+    return trained(tmp_path_factory.mktemp("done") / "out", base, data, **settings)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What is left behind
+
+
+ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"}
+TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "base_chat_template.jinja",
+}
+
+
+def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:
+    of_the_run = {
+        "settings.yaml",
+        "metrics.jsonl",
+        "trained_rows.jsonl",
+        "loss.png",
+        "README.md",
+        "run.json",
+        "manifest.json",
+    }
+    assert names_in(done.folder) == ADAPTER | TOKENIZER | of_the_run | {"checkpoint-3", "checkpoint-6"}
+    of_a_checkpoint = {"optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"}
+    assert names_in(done.folder / "checkpoint-3") == ADAPTER | TOKENIZER | of_a_checkpoint
+
+
+def test_the_manifest_has_the_sum_of_every_other_file(done: Done) -> None:
+    place = done.folder / "checkpoint-6"
+    sums = json.loads((place / "manifest.json").read_text())["sha256"]
+    assert set(sums) == names_in(place) - {"manifest.json"}
+    for name, expected in sums.items():
+        assert sha256((place / name).read_bytes()).hexdigest() == expected
+
+
+def test_yeonma_json_says_what_the_adapter_is_of(done: Done, base: Path, data: Path) -> None:
+    details = json.loads((done.folder / "yeonma.json").read_text())
+    assert details["format"] == 1
+    assert details["base"]["name"] == str(base)
+    assert details["base"]["parameters"] == 21728
+    assert re.fullmatch("[0-9a-f]{64}", details["base"]["config_sha256"])
+    assert details["template"]["sha256"] == sha256(f"{TEMPLATE}\n".encode()).hexdigest()
+    assert (done.folder / "template.txt").read_text() == f"{TEMPLATE}\n"
+    assert details["rules"] == {
+        "cutoff_len": 2048,
+        "shrink": None,
+        "shrink_side": "end",
+        "over_limit": "drop",
+        "train_on_inputs": False,
+        "add_eos_token": True,
+    }
+    steps = done.steps[:3]
+    assert details["trained_on"] == {
+        "data": str(data),
+        "data_sha256": details["trained_on"]["data_sha256"],
+        "examples": 12,
+        "trained_tokens": sum(step["trained_tokens"] for step in steps),
+        "left_out": 0,
+        "shortened": 0,
+    }
+    assert details["versions"]["torch"] == version("torch")
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-3"])
+def test_plain_peft_loads_the_folder_and_every_checkpoint(done: Done, data: Path, place: str) -> None:
+    folder = done.folder / place
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    look = next(line for line in done.looks if line["step"] == (3 if place == "checkpoint-3" else 6))
+    total = count = 0.0
+    for row in held_out(done, data):
+        prompt = tokenizer(TEMPLATE.partition("{title}")[0].replace("{document}", row["document"]))[
+            "input_ids"
+        ]
+        answer = [*tokenizer(row["title"])["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * len(answer)
+        count += len(answer)
+    assert total / count == pytest.approx(look["loss"], abs=1e-5)
+
+
+def held_out(done: Done, data: Path) -> list[dict[str, str]]:
+    """The validation rows of `done`, by the rule that draws them."""
+    from yeonma.data.rows import draw_validation
+
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    return [rows[i] for i in draw_validation(len(rows), 5, 42)[1]]
+
+
+def test_the_settings_file_runs_again_to_the_same_bytes(done: Done, tmp_path: Path) -> None:
+    config, output = done.folder / "settings.yaml", tmp_path / "again"
+    again = command(output, "sft", "--config", str(config), "--output_dir", str(output))
+    assert (again.status, again.err) == (0, "")
+    assert again.weight_bytes == done.weight_bytes
+    for name in ADAPTER | TOKENIZER:
+        assert (again.folder / name).read_bytes() == (done.folder / name).read_bytes(), name
+
+
+def test_the_card_shows_before_and_after(done: Done) -> None:
+    card = (done.folder / "README.md").read_text()
+    before, after = done.looks[0], done.looks[-1]
+    assert f"| before | {before['loss']:.4f} | {before['perplexity']:.4f} | 0 |" in card
+    assert f"| after | {after['loss']:.4f} | {after['perplexity']:.4f} | 6 |" in card
+    assert card.count("### Row ") == card.count("\ntuned:\n") == card.count("\nbase:\n") == 2
+    assert "on 12 examples" in card
+    assert "in 6 steps" in card
+    assert TEMPLATE in card
+
+
+def test_the_card_asks_with_the_trained_prompts_however_few_positions_are_left(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "gpt2", "gpt2")  # 128 positions, learnt: there are no more
+    frame = TEMPLATE.partition("{title}")[0]
+    room = 128 - len(frame.replace("{document}", "")) - len("a title") - 1
+    rows = [{"document": "a" * room, "title": "a title"}, {"document": "b", "title": "b"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = trained(tmp_path / "out", base, data, card_rows=2)
+    assert (done.steps[0]["tokens"], done.err) == (128 + 128 - room + 1 - len("a title") + 1, "")
+    card = (done.folder / "README.md").read_text()
+    for row in rows:
+        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nwanted:\n" in card
+
+
+def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "gpt2", "gpt2")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"document": "a" * 200, "title": "b"}])
+    length = len(TEMPLATE.format(document="a" * 200, title="b")) + 1
+    refused = sft(tmp_path / "out", base, data)
+    what = f"the longest example has {length} tokens, and the model only 128 positions"
+    assert (refused.status, refused.err) == (2, f"yeonma: cutoff_len: {what}; use --cutoff_len 128\n")
+    assert trained(tmp_path / "out", base, data, cutoff_len=128).steps[0]["tokens"] == 128
+
+
+def test_the_console_has_one_line_a_step_and_nothing_that_libraries_print(
+    done: Done, base: Path, data: Path
+) -> None:
+    kinds = [
+        re.escape(f"{data}: 17 rows, 17 examples, ") + r"[\d,]+ tokens, \d+ of them trained",
+        re.escape(f"{base}: ") + "3,712 parameters trained, 21,728 frozen, torch.float32 on cpu",
+        *(["step 0/6 .* validation loss .*"]),
+        *([r"step \d/6  epoch .*  loss .*  lr .* tokens/s .* left .*"] * 3),
+        *(["step 3/6 .* validation loss .*"]),
+        *([r"step \d/6  epoch .*  loss .*  lr .* tokens/s .* left .*"] * 3),
+        *(["step 6/6 .* validation loss .*"]),
+        re.escape(f"the adapter is in {done.folder}"),
+    ]
+    lines = [line for line in done.out.splitlines() if not line.startswith("tokenised ")]
+    assert len(lines) == len(kinds)
+    for line, kind in zip(lines, kinds, strict=True):
+        assert re.fullmatch(kind, line), line
+    assert done.err == ""
+
+
+def test_a_run_needs_no_template_where_the_columns_are_known(tmp_path: Path, base: Path, data: Path) -> None:
+    chosen = trained(tmp_path / "out", base, data, template=None, max_steps=1)
+    assert 'template "title"' in chosen.out or "title" in chosen.out.splitlines()[0]
+    assert (chosen.folder / "template.txt").read_text().rstrip().endswith("{title}")
+
+
+# What is refused, and that nothing is changed by then
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights may be read: it is a bug if the run comes so far."""
+
+    def load(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(run.load, "load_base", load)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "checkpoint-7/x",
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_with_files_that_would_be_replaced_is_refused(
+    tmp_path: Path, base: Path, data: Path, name: str
+) -> None:
+    place = tmp_path / "mine" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    refused = sft(tmp_path / "mine", base, data)
+    cure = "give another folder, or --overwrite true"
+    what = f"it holds files that no run left there ({name.partition('/')[0]})"
+    assert (refused.status, refused.err) == (2, f"yeonma: output_dir {tmp_path / 'mine'}: {what}; {cure}\n")
+    assert everything_in(tmp_path / "mine") == {name: b"mine"}
+
+
+def test_other_files_in_the_folder_stay(tmp_path: Path, base: Path, data: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    trained(tmp_path / "out", base, data, max_steps=1)
+    trained(tmp_path / "out", base, data, max_steps=2, overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_folder_of_the_base_is_refused_also_by_another_name(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    before = everything_in(base)
+    (tmp_path / "link").symlink_to(base)
+    for output in (base, tmp_path / "link", base / "x" / ".."):
+        refused = sft(output, base, data, overwrite=True)
+        assert refused.status == 2
+        assert "it is the folder of the base model; give another folder" in refused.err
+    assert everything_in(base) == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_folder_of_the_adapter_to_continue_is_refused(base: Path, data: Path, done: Done) -> None:
+    before = everything_in(done.folder)
+    for settings in ({"adapter": done.folder}, {"base_model": done.folder}):
+        refused = sft(done.folder, base, data, overwrite=True, **settings)
+        assert refused.status == 2
+        assert "it is the folder of the adapter to continue; give another folder" in refused.err
+    assert everything_in(done.folder) == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused = sft(tmp_path / "file", base, data)
+    assert (refused.status, refused.err) == (
+        2,
+        f"yeonma: output_dir {tmp_path / 'file'}: it is a file; give a folder\n",
+    )
+    below = sft(tmp_path / "file" / "out", base, data)
+    assert below.status == 2
+    assert f"{tmp_path / 'file'}: cannot be written" in below.err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused = sft(tmp_path / "locked" / "out", base, data)
+    assert refused.status == 2
+    assert f"{tmp_path / 'locked'}: cannot be written" in refused.err
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data_path": "/nowhere.jsonl"},
+        {"template": "{documents}\n{title}"},
+        {"val_set_size": 17},
+        {"cutoff_len": 5},
+        {"columns": {"document": "no such column"}},
+        {"report_to": "mlflow"},
+    ],
+)
+def test_what_is_wrong_is_found_before_weights_are_loaded(
+    tmp_path: Path, base: Path, data: Path, settings: dict[str, object]
+) -> None:
+    refused = sft(tmp_path / "out", base, data, **settings)
+    assert refused.status == 2
+    assert refused.err.startswith("yeonma: ")
+    assert "Traceback" not in refused.err
+    assert not refused.folder.exists()
+
+
+def test_a_refusal_that_needs_the_weights_changes_nothing_either(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    first = trained(tmp_path / "out", base, data, max_steps=1)
+    before = everything_in(first.folder)
+    refused = sft(tmp_path / "out", base, data, lora_target_modules=["gate_prj"], overwrite=True)
+    assert refused.status == 2
+    assert 'did you mean "gate_proj"?' in refused.err
+    assert everything_in(first.folder) == before
+    fresh = sft(tmp_path / "fresh", base, data, lora_target_modules=["gate_prj"])
+    assert not fresh.folder.exists()
+
+
+def test_a_damaged_run_json_is_named(tmp_path: Path, base: Path, data: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("{")
+    refused = sft(tmp_path / "out", base, data)
+    assert refused.status == 2
+    assert f"{tmp_path / 'out' / 'run.json'}: damaged" in refused.err
+
+
+# Another run in its place
+
+
+def test_overwriting_leaves_nothing_of_the_former_run(tmp_path: Path, base: Path, data: Path) -> None:
+    settings = {"max_steps": 2, "save_steps": 1}
+    trained(tmp_path / "out", base, data, **{**settings, "max_steps": 4, "val_set_size": 5})
+    (tmp_path / "out" / "chat_template.jinja").write_text("of another tokenizer")
+    over = trained(tmp_path / "out", base, data, **settings, overwrite=True)
+    fresh = trained(tmp_path / "fresh", base, data, **settings)
+    assert names_in(over.folder) == names_in(fresh.folder)
+    assert over.weight_bytes == fresh.weight_bytes
+    assert over.losses == fresh.losses
+
+
+# Continuing an adapter
+
+
+def test_an_adapter_is_continued_from_its_weights(tmp_path: Path, base: Path, data: Path, done: Done) -> None:
+    on = trained(tmp_path / "on", base, data, adapter=done.folder, val_set_size=5, num_epochs=2, lora_r=9)
+    assert on.looks[0]["loss"] == pytest.approx(done.looks[-1]["loss"], abs=1e-6)
+    assert on.looks[-1]["loss"] < done.looks[-1]["loss"]
+    assert {name: each.shape for name, each in on.weights.items()} == {
+        name: each.shape for name, each in done.weights.items()
+    }
+
+
+def test_an_adapter_given_as_base_is_continued_too(
+    tmp_path: Path, base: Path, data: Path, done: Done
+) -> None:
+    by_adapter = trained(tmp_path / "a", base, data, adapter=done.folder, max_steps=2)
+    by_base = trained(tmp_path / "b", base, data, base_model=done.folder, max_steps=2)
+    assert by_base.weight_bytes == by_adapter.weight_bytes
+    details = json.loads((by_base.folder / "yeonma.json").read_text())
+    assert details["base"]["name"] == str(base)
+
+
+def test_dropout_of_a_continued_adapter_is_the_settings(
+    tmp_path: Path, base: Path, data: Path, done: Done
+) -> None:
+    plain, dropped = (
+        trained(tmp_path / str(rate), base, data, adapter=done.folder, max_steps=2, lora_dropout=rate)
+        for rate in (0.0, 0.5)
+    )
+    assert plain.losses != pytest.approx(dropped.losses, abs=1e-4)
+    assert json.loads((dropped.folder / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+
+
+def test_two_adapters_at_once_are_refused(tmp_path: Path, base: Path, data: Path, done: Done) -> None:
+    refused = sft(tmp_path / "out", done.folder, data, adapter=done.folder / "checkpoint-3")
+    assert refused.status == 2
+    assert f"base_model {done.folder} is an adapter too; give --base_model {base}" in refused.err
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, data: Path, done: Done, base: Path) -> None:
+    other = model_folder(tmp_path / "qwen", "qwen3")
+    refused = sft(tmp_path / "out", other, data, adapter=done.folder)
+    assert refused.status == 2
+    assert f"it was trained on {base}, which is not {other}; use --base_model {base}" in refused.err
+    assert not refused.folder.exists()
+
+
+def test_a_run_that_continues_an_adapter_is_another_once_that_changes(
+    tmp_path: Path, base: Path, data: Path, done: Done
+) -> None:
+    first = trained(tmp_path / "first", base, data, max_steps=1)
+    settings: dict[str, object] = {"adapter": first.folder, "max_steps": 1}
+    trained(tmp_path / "out", base, data, **settings)
+    assert "finished" in trained(tmp_path / "out", base, data, **settings).out
+    (first.folder / "adapter_model.safetensors").write_bytes(done.weight_bytes)
+    refused = sft(tmp_path / "out", base, data, **settings)
+    assert refused.status == 2
+    assert "the content of the adapter continued has changed" in refused.err

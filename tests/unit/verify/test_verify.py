@@ -1,0 +1,516 @@
+"""`yeonma verify`: what a run left is found well, and every change to it is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+from tests.faults.conftest import everything_in
+from tests.pairs import chat_folder, pairs, tuned
+from tests.runs import Done, articles, characters, command, model_folder, sft, trained, write_jsonl
+from yeonma.tokenization.chat_template_export import MARK
+from yeonma.train import run as run_module
+
+OF_THE_RUN = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A finished run; its base and data lie beside it."""
+    base, data = model_folder(place / "base"), write_jsonl(place / "data.jsonl", articles(20))
+    return trained(place / "whole", base, data, val_set_size=5, card_rows=3, save_steps=2).folder
+
+
+@pytest.fixture(scope="module")
+def other(place: Path, whole: Path) -> Path:
+    """Another run, of another model with another tokenizer and template."""
+    base = model_folder(place / "other-base", "qwen2", seed=1)
+    tokenizer = characters()
+    tokenizer.add_tokens(["storm"])
+    tokenizer.save_pretrained(base)
+    data = write_jsonl(place / "other.jsonl", articles(20, seed=1))
+    settings = {"template": "{document}\n>{title}", "lora_r": 2, "val_set_size": 5, "card_rows": 3}
+    return trained(place / "other", base, data, save_steps=2, **settings).folder
+
+
+@pytest.fixture
+def copy(tmp_path: Path, whole: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def looked_at(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Exit status, and the checks by name. The folder is as before."""
+    before = everything_in(folder)
+    done = command(folder, "verify", str(folder), "--json", "true", *words)
+    assert everything_in(folder) == before
+    assert done.err == ""
+    report = json.loads(done.out)
+    assert report["is_well"] == (done.status == 0)
+    return done.status, {finding["check"]: finding for finding in report["findings"]}
+
+
+def differing(folder: Path, *words: str) -> dict[str, str]:
+    """The checks that found differences, with the places and words of all of them. Each has a cure."""
+    status, checks = looked_at(folder, *words)
+    found = {name: each for name, each in checks.items() if each["outcome"] == "differs"}
+    assert status == (1 if found else 0)
+    for each in found.values():
+        assert each["problems"]
+        for problem in each["problems"]:
+            assert problem["place"]
+            assert problem["cure"]
+    return {
+        name: "\n".join(f"{each['place']}: {each['what']}" for each in finding["problems"])
+        for name, finding in found.items()
+    }
+
+
+def outcomes(folder: Path, *words: str) -> dict[str, str]:
+    return {name: each["outcome"] for name, each in looked_at(folder, *words)[1].items()}
+
+
+def rewrite(path: Path, change: Callable[[Any], object]) -> None:
+    content = json.loads(path.read_text("utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def reseal(folder: Path) -> None:
+    """As if the run had left the files so: then the sums can no longer tell."""
+    from yeonma.files import file_hash
+
+    names = json.loads((folder / "manifest.json").read_text())["sha256"]
+    sums = {name: file_hash(folder / name) for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": sums}))
+
+
+# What is well
+
+
+WELL = {
+    "files": "well",
+    "checkpoint-2": "well",
+    "checkpoint-4": "well",
+    "run": "well",
+    "template and rules": "well",
+    "adapter": "well",
+    "base": "well",
+    "tokenizer": "well",
+    "sample rows": "well",
+    "chat template": "well",
+    "base's tokenizer": "well",
+    "sample rows, as the base": "well",
+}
+
+
+def test_a_finished_run_is_found_well_in_all(whole: Path) -> None:
+    assert outcomes(whole) == WELL
+    done = command(whole, "verify", str(whole))
+    assert done.status == 0
+    assert done.out.endswith("\nnothing differs\n")
+    assert "trained on 15 examples" in done.out
+
+
+def test_the_seal_has_the_sum_of_every_file_of_the_folder_itself(whole: Path) -> None:
+    sums = json.loads((whole / "manifest.json").read_text())["sha256"]
+    files = {path.name for path in whole.iterdir() if path.is_file()}
+    assert set(sums) == files - {"manifest.json", "run.json"}
+
+
+def test_dpo_that_continues_an_adapter_is_found_well(tmp_path: Path, whole: Path, place: Path) -> None:
+    rows = [
+        {"document": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs(12)
+    ]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    done = tuned(tmp_path / "out", place / "base", data, adapter=whole, card_rows=2, val_set_size=3)
+    found = outcomes(done.folder)
+    assert set(found.values()) == {"well"}
+    assert not differing(done.folder, "--data_path", str(data))
+
+
+@pytest.mark.parametrize("shape", [{"use_dora": True}, {"use_rslora": True, "lora_r": 3}])
+def test_other_forms_of_lora_are_found_well(tmp_path: Path, place: Path, whole: Path, shape: Any) -> None:
+    done = trained(tmp_path / "out", place / "base", place / "data.jsonl", max_steps=1, card_rows=1, **shape)
+    assert set(outcomes(done.folder).values()) == {"well"}
+
+
+def test_turns_are_found_well_until_the_chat_template_changes(tmp_path: Path) -> None:
+    base = chat_folder(tmp_path / "base")
+    turns = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n}?"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+        for n in range(8)
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", turns)
+    done = trained(tmp_path / "out", base, data, template=None, max_steps=1, card_rows=2)
+    assert set(outcomes(done.folder).values()) == {"well"}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "!" + tokenizer.chat_template
+    tokenizer.save_pretrained(base)
+    found = differing(done.folder)
+    assert set(found) == {"base's tokenizer", "sample rows, as the base"}
+    assert "chat template is not the one" in found["base's tokenizer"]
+    tokenizer.save_pretrained(done.folder)
+    assert {"files", "tokenizer", "sample rows"} <= set(differing(done.folder))
+
+
+def test_the_chat_template_plays_no_part_where_the_text_is_plain(copy: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(copy)
+    reseal(copy)
+    assert not differing(copy)
+
+
+def test_a_chat_template_that_asks_with_other_tokens_is_found(copy: Path) -> None:
+    path = copy / "chat_template.jinja"
+    path.write_text(path.read_text("utf-8").replace("below is", "above is"), "utf-8")
+    reseal(copy)
+    found = differing(copy)
+    assert set(found) == {"chat template"}
+    assert "messages of row" in found["chat template"]
+    assert "do not become the trained prompt: from token 1 on" in found["chat template"]
+    path.write_text("{{ messages.nothing.here }}", "utf-8")
+    assert "chat template" not in differing(copy)  # it no longer claims to carry the training template
+    path.write_text(MARK + "{{ messages.nothing.here }}", "utf-8")
+    assert "it refuses a row" in differing(copy)["chat template"]
+
+
+# What is not
+
+
+FILES = (
+    *("adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"),
+    *("tokenizer.json", "tokenizer_config.json", "settings.yaml", "metrics.jsonl", "loss.png", "README.md"),
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flipped", "cut", "deleted", "emptied"])
+def test_each_file_that_is_not_as_the_run_left_it_is_named(copy: Path, name: str, how: str) -> None:
+    damage(copy / name, how)
+    found = differing(copy)
+    assert f"{copy / name}: " in found["files"]
+    assert len(found["files"].splitlines()) == 1
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "deleted":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        at = len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+OF_A_CHECKPOINT = (
+    *("adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"),
+    *("tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "random.safetensors", "state.json"),
+)
+
+
+@pytest.mark.parametrize("name", OF_A_CHECKPOINT)
+@pytest.mark.parametrize("how", ["flipped", "deleted"])
+def test_each_file_of_a_checkpoint_too(copy: Path, name: str, how: str) -> None:
+    damage(copy / "checkpoint-2" / name, how)
+    found = differing(copy)
+    assert set(found) == {"checkpoint-2"}
+    assert found["checkpoint-2"].startswith(f"{copy / 'checkpoint-2' / name}: ")
+    assert "checkpoint-2" in differing(copy / "checkpoint-2")
+
+
+def test_manifests_that_are_damaged_are_named(copy: Path) -> None:
+    (copy / "manifest.json").write_text('{"sha256": {"../run.json": "0"}}')
+    (copy / "checkpoint-4" / "manifest.json").write_text("[1")
+    (copy / "run.json").write_text("{}")
+    found = differing(copy)
+    assert set(found) == {"run", "checkpoint-4"}  # an unfinished run's seal would say nothing
+    shutil.copy(copy / "checkpoint-2" / "state.json", copy / "run.json")
+
+
+def test_a_manifest_that_leads_outside_is_refused(copy: Path) -> None:
+    (copy / "manifest.json").write_text(json.dumps({"sha256": {"../run.json": "0" * 64}}))
+    assert "no SHA-256 sums" in differing(copy)["files"]
+
+
+def test_unknown_files_are_told(copy: Path) -> None:
+    (copy / "notes.txt").write_text("mine")
+    status, checks = looked_at(copy)
+    assert status == 0
+    assert {name: each["outcome"] for name, each in checks.items()} == WELL
+    assert "not from the run: notes.txt" in command(copy, "verify", str(copy)).out
+    (copy / "checkpoint-2" / "adapter_model.bin").write_text("x")
+    assert "adapter_model.bin: no part of the checkpoint" in differing(copy)["checkpoint-2"]
+
+
+def swap(source: Path, target: Path, *names: str) -> None:
+    for name in names:
+        shutil.copy(source / name, target / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("template.txt",), {"template and rules"}),
+        (("tokenizer.json", "tokenizer_config.json"), {"tokenizer"}),
+        (("adapter_model.safetensors",), {"adapter", "base"}),
+        (("adapter_config.json",), {"template and rules", "adapter", "base", "run"}),
+        (("adapter_model.safetensors", "adapter_config.json"), {"template and rules", "run"}),
+        (("samples.json",), {"sample rows", "sample rows, as the base"}),
+        (("settings.yaml",), {"run"}),
+        (("yeonma.json", "template.txt"), {"run"}),
+        (("run.json",), {"run", "checkpoint-2", "checkpoint-4"}),
+    ],
+    ids=lambda names: "+".join(sorted(names)) if isinstance(names, tuple) else "",
+)
+def test_what_is_another_runs_is_found_even_where_the_sums_were_made_anew(
+    copy: Path, other: Path, names: tuple[str, ...], expected: set[str]
+) -> None:
+    swap(other, copy, *names)
+    if names != ("run.json",):
+        assert "files" in differing(copy)
+        reseal(copy)
+    found = set(differing(copy))
+    assert "files" not in found
+    assert expected <= found
+
+
+def test_a_checkpoint_of_another_run_or_under_another_name_is_found(copy: Path, other: Path) -> None:
+    shutil.rmtree(copy / "checkpoint-2")
+    shutil.copytree(other / "checkpoint-2", copy / "checkpoint-2")
+    assert "it is of another run: they differ in" in differing(copy)["checkpoint-2"]
+    shutil.rmtree(copy / "checkpoint-2")
+    (copy / "checkpoint-4").rename(copy / "checkpoint-3")
+    assert "the checkpoint of step 4, not of step 3" in differing(copy)["checkpoint-3"]
+
+
+def test_ids_of_sample_rows_that_are_no_longer_the_same_are_told_with_row_and_token(copy: Path) -> None:
+    def change(content: Any) -> None:
+        content["samples"][1]["prompt_ids"][4] += 1
+
+    rewrite(copy / "samples.json", change)
+    reseal(copy)
+    found = differing(copy)
+    assert set(found) == {"sample rows", "sample rows, as the base"}
+    row = json.loads((copy / "samples.json").read_text())["samples"][1]
+    assert f"row {row['row_number']} is no longer the trained one: from token 5 on" in found["sample rows"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_named(copy: Path, value: float) -> None:
+    weights = load_file(copy / "adapter_model.safetensors")
+    name = sorted(weights)[3]
+    weights[name][0, 1] = value
+    save_file(weights, copy / "adapter_model.safetensors")
+    reseal(copy)
+    assert name in differing(copy)["adapter"]
+
+
+def test_weights_in_bfloat16_are_looked_at_too() -> None:
+    from yeonma.verify.compatibility import _is_finite
+
+    def bfloat16(*values: float) -> bytes:
+        return b"".join(struct.pack("<f", value)[2:] for value in values)
+
+    assert _is_finite("BF16", bfloat16(0.0, -1.5, 3e38))
+    assert not _is_finite("BF16", bfloat16(1.0, float("inf")))
+    assert not _is_finite("BF16", bfloat16(float("nan"), 1.0))
+
+
+def test_metrics_with_a_gap_or_without_their_end_are_told(copy: Path) -> None:
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 2)
+    (copy / "metrics.jsonl").write_text("".join(lines[:at] + lines[at + 1 :]))
+    reseal(copy)
+    assert "after step 1 comes step 3" in differing(copy)["run"]
+    kept = [line for line in lines if json.loads(line)["step"] < 4]
+    (copy / "metrics.jsonl").write_text("".join(kept))
+    reseal(copy)
+    assert "it has 3 steps, and the run had 4" in differing(copy)["run"]
+
+
+def test_a_setting_that_was_changed_afterwards_is_told(copy: Path) -> None:
+    path = copy / "settings.yaml"
+    path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
+    reseal(copy)
+    assert "seed is 43, and was 42 in the run" in differing(copy)["run"]
+
+
+# The base
+
+
+def test_a_base_that_was_replaced_is_found(tmp_path: Path) -> None:
+    base, data = model_folder(tmp_path / "base"), write_jsonl(tmp_path / "data.jsonl", articles(8))
+    done = trained(tmp_path / "out", base, data, max_steps=1, card_rows=2)
+    assert set(outcomes(done.folder).values()) == {"well"}
+    tokenizer = characters()
+    tokenizer.add_tokens(["storm"])
+    tokenizer.save_pretrained(base)
+    assert "base's tokenizer" in differing(done.folder)
+    shutil.rmtree(base)
+    model_folder(base, "qwen2")
+    assert "base" in differing(done.folder)
+    (base / "model.safetensors").unlink()
+    assert "base" in differing(done.folder)
+
+
+def test_a_base_that_is_gone_is_not_checked_and_said_so(copy: Path, place: Path, other: Path) -> None:
+    moved = place / "elsewhere"
+    (place / "base").rename(moved)
+    try:
+        status, checks = looked_at(copy)
+        assert status == 0
+        assert checks["base"]["outcome"] == "not checked"
+        assert "--base_model" in checks["base"]["about"]
+        assert "base's tokenizer" not in checks
+        assert command(copy, "verify", str(copy)).out.endswith("nothing differs; 1 could not be made\n")
+        assert outcomes(copy, "--base_model", str(moved)) == WELL
+        assert "base" in differing(copy, "--base_model", str(place / "other-base"))
+        done = command(copy, "verify", str(copy), "--base_model", str(place / "nowhere"))
+        assert done.status == 2
+        assert "no such model folder" in done.err
+    finally:
+        moved.rename(place / "base")
+
+
+# The data
+
+
+def test_data_is_told_from_other_data(whole: Path, place: Path, tmp_path: Path) -> None:
+    copied = shutil.copy(place / "data.jsonl", tmp_path / "same.jsonl")
+    assert outcomes(whole, "--data_path", str(copied))["data"] == "well"
+    with Path(copied).open("a") as file:
+        file.write("\n")
+    assert "was not trained on it" in differing(whole, "--data_path", str(copied))["data"]
+    done = command(whole, "verify", str(whole), "--data_path", str(tmp_path / "none.jsonl"))
+    assert done.status == 2
+
+
+# Folders that are not a finished run
+
+
+def test_a_copied_adapter_is_looked_at_by_itself(copy: Path) -> None:
+    for name in OF_THE_RUN:
+        if name != "manifest.json":
+            (copy / name).unlink()
+    for checkpoint in copy.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    alone = {name: each for name, each in WELL.items() if name not in ("run", "checkpoint-2", "checkpoint-4")}
+    status, checks = looked_at(copy)
+    assert status == 0
+    assert {name: each["outcome"] for name, each in checks.items()} == alone
+    assert "not in this copy: README.md" in checks["files"]["about"]
+    (copy / "tokenizer_config.json").write_text("{}")
+    assert "tokenizer_config.json" in differing(copy)["files"]
+    (copy / "manifest.json").unlink()
+    (copy / "samples.json").unlink()
+    status, checks = looked_at(copy)
+    assert checks["files"]["outcome"] == checks["sample rows"]["outcome"] == "not checked"
+
+
+def test_a_folder_of_an_earlier_version_is_not_said_to_differ(copy: Path) -> None:
+    for folder in (copy, *copy.glob("checkpoint-*")):
+        rewrite(folder / "yeonma.json", lambda content: content.pop("tokenizer"))
+        (folder / "samples.json").unlink()
+    (copy / "manifest.json").unlink()
+    for checkpoint in copy.glob("checkpoint-*"):
+        rewrite(checkpoint / "manifest.json", lambda content: content["sha256"].pop("samples.json"))
+        reseal(checkpoint)
+    assert not differing(copy)
+    found = outcomes(copy)
+    assert {name for name, outcome in found.items() if outcome == "not checked"} == {
+        "files",
+        "tokenizer",
+        "sample rows",
+        "chat template",
+        "base's tokenizer",
+        "sample rows, as the base",
+    }
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "model"])
+def test_what_is_no_run_is_refused(tmp_path: Path, place: Path, whole: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    folder = place / "base" if name == "model" else tmp_path / name
+    done = command(folder, "verify", str(folder))
+    assert done.status == 2
+    assert "; give the output folder of a run" in done.err
+
+
+def stopped(output: Path, place: Path, name: str, owner: Any = run_module, **settings: Any) -> Done:
+    """The run of `whole`, interrupted as it is about to call a function of the run's end."""
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        wanted = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
+        done = sft(output, place / "base", place / "data.jsonl", **wanted)
+    assert done.status == 130
+    return done
+
+
+@pytest.mark.parametrize("name", ["install", "seal", "mark"])
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_run_that_is_not_finished_is_said_to_be_so_and_its_checkpoints_are_looked_at(
+    copy: Path, place: Path, whole: Path, name: str, anew: bool
+) -> None:
+    """Also where the folder held a finished run before, whose sums must not speak for the new one's files."""
+    settings = {"overwrite": True} if anew else {"resume_from_checkpoint": copy / "checkpoint-2"}
+    if name == "mark":  # its second call: the first begins the run
+        mark = run_module.folder.mark
+
+        def marked(*arguments: Any, finished: bool) -> None:
+            if finished:
+                raise KeyboardInterrupt
+            mark(*arguments, finished=finished)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module.folder, "mark", marked)
+            wanted = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
+            assert sft(copy, place / "base", place / "data.jsonl", **wanted).status == 130
+    else:
+        stopped(copy, place, name, run_module.folder, **settings)
+        assert not (copy / "manifest.json").exists()
+    status, checks = looked_at(copy)
+    assert status == 0
+    assert checks["files"]["outcome"] == "not checked"
+    assert checks["checkpoint-4"]["outcome"] == checks["run"]["outcome"] == "well"
+    assert checks["sample rows"]["outcome"] == "well"
+    assert "a run that is not finished" in command(copy, "verify", str(copy)).out
+    damage(copy / "checkpoint-4" / "tokenizer.json", "flipped")
+    assert "checkpoint-4" in differing(copy)
+    trained(copy, place / "base", place / "data.jsonl", val_set_size=5, card_rows=3, save_steps=2)
+    assert outcomes(copy) == WELL
+
+
+def test_a_run_that_goes_on_now_is_said_to_be_under_way(copy: Path) -> None:
+    import fcntl
+
+    with (copy / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "a run that is under way" in command(copy, "verify", str(copy)).out
+    assert "a finished run" in command(copy, "verify", str(copy)).out

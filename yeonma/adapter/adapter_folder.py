@@ -1,0 +1,252 @@
+"""The adapter folder: PEFT's files, the template, the tokenizer, and yeonma.json, which binds them together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from yeonma.adapter.samples import SAMPLES, Samples
+from yeonma.config.settings import Quantization
+from yeonma.data.template import Template
+from yeonma.errors import UserError
+from yeonma.files import user_path
+from yeonma.model.quantized import numbers_of
+from yeonma.model.source import BaseSource
+from yeonma.tokenization.cache import tokenizer_identity
+from yeonma.tokenization.chat_template_export import (
+    BASE_CHAT_TEMPLATE,
+    MARK,
+    ExportedChatTemplate,
+    base_chat_template,
+)
+from yeonma.tokenization.example import TokenRules
+
+MANIFEST = "yeonma.json"
+TEMPLATE = "template.txt"
+WEIGHTS = "adapter_model.safetensors"
+CHAT_TEMPLATE = "chat_template.jinja"
+MERGED = "merged"
+"""Of yeonma.json: true in the folder of a merged model."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model an adapter belongs to. `config_sha256` is of the model's config without paths and versions."""
+
+    name: str
+    revision: str | None
+    parameters: int
+    config_sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What is needed to ask an adapter: where its base is, its template and the rules its tokens were made by."""
+
+    path: Path
+    base: BaseIdentity
+    trust_remote_code: bool
+    template: Template
+    columns: dict[str, str] | None
+    rules: TokenRules
+    details: dict[str, Any]  # the whole of yeonma.json
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the folder holds a whole model, with the adapter merged into it."""
+        return self.details.get(MERGED) is True
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the base was held in training. Adapters of earlier versions do not say: it was not quantised."""
+        found: Quantization = self.details.get("quantization", "none")
+        return found
+
+    @property
+    def source(self) -> BaseSource:
+        return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
+
+
+def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
+    """Of the model as loaded, before an adapter is put on it. A local folder is named by its absolute path."""
+    return BaseIdentity(
+        name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
+        revision=getattr(model.config, "_commit_hash", None) or source.revision,
+        parameters=sum(numbers_of(parameter) for parameter in model.parameters()),
+        config_sha256=config_hash(model.config),
+    )
+
+
+def config_hash(config: Any) -> str:
+    """SHA-256 of a model's config without paths and versions."""
+    content = config.to_diff_dict()
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
+    text = json.dumps(
+        {key: content[key] for key in sorted(content) if key not in volatile}, sort_keys=True, default=str
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe(
+    base: BaseIdentity,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    rules: TokenRules,
+    *,
+    tokenizer: Any,
+    trust_remote_code: bool,
+    trained_on: Mapping[str, Any],
+    quantization: Quantization = "none",
+) -> dict[str, Any]:
+    """The contents of yeonma.json."""
+    packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
+    return {
+        "format": FORMAT,
+        "base": asdict(base),
+        "tokenizer": identity_of_tokenizer(tokenizer),
+        "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
+        "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        "columns": dict(columns) if columns else None,
+        "rules": asdict(rules),
+        "trained_on": dict(trained_on),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def identity_of_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of what decides the ids: of plain text, and of turns, which the chat template writes."""
+    return {
+        "sha256": tokenizer_identity(tokenizer, chat_template=False),
+        "with_chat_template_sha256": tokenizer_identity(tokenizer),
+    }
+
+
+def write_adapter(
+    folder: Path,
+    peft_model: Any,
+    tokenizer: Any,
+    template: Template,
+    details: Mapping[str, Any],
+    carried: ExportedChatTemplate,
+    samples: Samples | None = None,
+) -> None:
+    """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
+    config = peft_model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = details["base"]["name"], details["base"]["revision"]
+    if isinstance(config.target_modules, set):  # whose order changes from one process to the next
+        config.target_modules = sorted(config.target_modules)
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
+    save_tokenizer(tokenizer, carried, folder)
+    (folder / TEMPLATE).write_bytes(template.text.encode())
+    if samples is not None:
+        (folder / SAMPLES).write_text(samples.to_json(), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: Any, carried: ExportedChatTemplate, folder: Path) -> None:
+    """The tokenizer, with the chat template that carries the training template where there is one; then the base's own
+    lies beside it, which `load_tokenizer` takes."""
+    tokenizer.save_pretrained(str(folder))
+    own = base_chat_template(tokenizer)
+    if carried.text is not None and carried.text != own:
+        (folder / BASE_CHAT_TEMPLATE).write_bytes(own.encode())
+        (folder / CHAT_TEMPLATE).write_bytes((MARK + carried.text).encode())
+
+
+def read_adapter_folder(path: str | Path) -> AdapterFolder:
+    """Everything but the weights, also of a merged model's folder. Raises UserError where the folder is neither or is
+    damaged."""
+    folder = user_path(path)
+    if not folder.is_dir():
+        raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
+    whole_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+    for name in (MANIFEST, TEMPLATE, *(() if whole_model else ("adapter_config.json", WEIGHTS))):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{name} is missing", place=str(path), cure="give the output folder of a finished run"
+            )
+    try:
+        details = json.loads((folder / MANIFEST).read_text("utf-8"))
+        _check_types(details)
+        if whole_model and details.get(MERGED) is not True:
+            raise ValueError("a whole model lies beside it")
+        rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
+        text = (folder / TEMPLATE).read_text("utf-8")
+        if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
+            raise UserError(
+                "it is not the template that the adapter was trained with", place=str(folder / TEMPLATE)
+            )
+        return AdapterFolder(
+            path=folder,
+            base=BaseIdentity(**details["base"]),
+            trust_remote_code=details["trust_remote_code"],
+            template=Template.parse(text, details["template"]["name"]),
+            columns=details["columns"],
+            rules=rules,
+            details=details,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        raise UserError(f"damaged ({error})", place=str(folder / MANIFEST)) from error
+
+
+def check_continued(path: str, base: BaseIdentity | None) -> None:
+    """Raises UserError where the folder is no adapter that training can go on from, or is one of another base.
+
+    An adapter of PEFT alone is one, too; it only names its base, so that its shapes must tell when it is loaded.
+    """
+    folder = user_path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file():
+        if not (folder / WEIGHTS).is_file():
+            cure = "give an adapter saved as safetensors"
+            raise UserError(f"{WEIGHTS} is missing", place=path, cure=cure)
+        return
+    adapter = read_adapter_folder(path)
+    if base is not None:
+        check_base(adapter, base)
+
+
+def _check_types(details: Any) -> None:
+    """Raises TypeError, ValueError or KeyError where a value is not one that `describe` writes."""
+    base, rules, columns, text = details["base"], details["rules"], details["columns"], (str, NoneType)
+    types = (
+        (base, "name", str),
+        (base, "revision", text),
+        (base, "parameters", int),
+        (base, "config_sha256", str),
+        (details, "trust_remote_code", bool),
+        (details["template"], "name", str),
+        (rules, "cutoff_len", int),
+        (rules, "shrink", text),
+        (rules, "train_on_inputs", bool),
+        (rules, "add_eos_token", bool),
+    )
+    for group, name, kind in types:
+        if not isinstance(group[name], kind):
+            raise TypeError(f"{name} is {group[name]!r:.100}")
+    if details.get("quantization", "none") not in get_args(Quantization):
+        raise ValueError(f"quantization is {details['quantization']!r:.100}")
+    for name in ("shrink_side", "over_limit"):
+        if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
+            raise ValueError(f"{name} is {rules[name]!r:.100}")
+    if columns is not None and not all(isinstance(text, str) for pair in columns.items() for text in pair):
+        raise TypeError("columns are not names")
+
+
+def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
+    """Raises UserError where the adapter was trained on another base (by its config, not by its name)."""
+    if adapter.base.config_sha256 != base.config_sha256 or adapter.base.parameters != base.parameters:
+        raise UserError(
+            f"it was trained on {adapter.base.name}, which is not {base.name}",
+            place=str(adapter.path),
+            cure=f"use --base_model {adapter.base.name}",
+        )

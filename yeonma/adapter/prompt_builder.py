@@ -1,0 +1,167 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
+from yeonma.config.settings import AskedQuantization, Quantization
+from yeonma.data.columns import column_of, field_text, turns_of
+from yeonma.data.rows import Row
+from yeonma.data.template import Placeholder, Rendered, Variant
+from yeonma.errors import Problem, UserError
+from yeonma.model.load import load_tokenizer
+from yeonma.model.source import BaseSource, find_base
+from yeonma.tokenization.example import stop_ids
+from yeonma.tokenization.example_encoder import encode_prompts
+from yeonma.tokenization.text_encoder import TextEncoder
+
+NO_LIMIT = 2**40  # tokens
+
+Columns = Mapping[str, str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt, and what of the model's text after it is the answer."""
+
+    token_ids: NDArray[np.int32]
+    shortened: bool = False
+    """Whether a prompt field lost text so that the answer has room."""
+    is_turn: bool = False
+    """Whether the model's chat template wrote the prompt: then blanks around the answer are the template's."""
+    frame: tuple[str, str] = ("", "")
+    """The template's own text before and after the answer's field."""
+
+    def answer(self, text: str) -> str:
+        """The answer in the model's `text`."""
+        text = text.strip() if self.is_turn else text.rstrip()
+        return text.removeprefix(self.frame[0]).removesuffix(self.frame[1].rstrip()).rstrip()
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """An adapter folder without its weights: all that turns rows into prompts."""
+
+    adapter: AdapterFolder
+    source: BaseSource
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+    def questions(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
+        """The rows' prompts, with the columns of training but for those that `columns` names.
+
+        Where a row lacks such a column, the template's own name for the field holds. Raises UserError with a problem
+        for every row that the template does not fit or that leaves no room for `max_new_tokens`.
+        """
+        rendered: list[Rendered] = []
+        problems: list[Problem] = []
+        for row in rows:
+            try:
+                own = self.columns(row, columns)
+                rendered.append(self.adapter.template.render(row, own, with_answer=False))
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
+        return [
+            Prompt(ids, shortened, text.answer_role is not None, self.frame(text.variant))
+            for text, (ids, shortened) in zip(
+                rendered, self._fitted(rendered, rows, max_new_tokens), strict=True
+            )
+        ]
+
+    def text_question(self, text: str, place: str = "prompt") -> Prompt:
+        """Text to continue as it stands; special tokens in it stay special. Raises UserError where it is empty."""
+        if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
+            raise UserError("it is empty", place=place, cure="give the text to continue")
+        return Prompt(np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32))
+
+    def reference(self, row: Row, columns: Columns = None) -> str | None:
+        """The row's own answer, where it has one."""
+        template = self.adapter.template
+        column = column_of(template.answer_field, self.columns(row, columns), template.answer_field)
+        try:
+            if not template.is_chat:
+                return field_text(row, column)
+            names = [variant.answer_placeholder.field for variant in template.variants]
+            turns = turns_of(row, next((name for name in names if row.values.get(name) is not None), column))
+            return turns[-1].text if turns[-1].role == "assistant" else None
+        except UserError:  # not needed, so no reason to stop
+            return None
+
+    def columns(self, row: Row, columns: Columns) -> dict[str, str]:
+        """Field -> column for this row: those of training and `columns`, but for columns that the row lacks."""
+        answer = self.adapter.template.answer_field
+        wanted = {**(self.adapter.columns or {}), **(columns or {})}
+        return {
+            field: column
+            for field, column in wanted.items()
+            if column in row.values or (answer if field == "answer" else field) not in row.values
+        }
+
+    def _fitted(
+        self, rendered: Sequence[Rendered], rows: Sequence[Row], max_new_tokens: int
+    ) -> list[tuple[NDArray[np.int32], bool]]:
+        """The prompts' ids and whether they were shortened."""
+        rules = self.adapter.rules
+        whole = encode_prompts(
+            rendered, rows, self.tokenizer, replace(rules, cutoff_len=NO_LIMIT), max_new_tokens
+        )
+        long = [at for at, ids in enumerate(whole) if len(ids) > rules.cutoff_len - max_new_tokens]
+        texts, places = [rendered[at] for at in long], [rows[at] for at in long]
+        short = encode_prompts(texts, places, self.tokenizer, rules, max_new_tokens) if long else []
+        fitted = dict(zip(long, short, strict=True))
+        return [(fitted.get(at, ids), at in fitted) for at, ids in enumerate(whole)]
+
+    def by_field_names(self) -> PromptBuilder:
+        """For rows that have the fields' own names, whatever the columns were called in training."""
+        return replace(self, adapter=replace(self.adapter, columns=None))
+
+    def frame(self, variant: int) -> tuple[str, str]:
+        """The text around the answer in a variant of the template."""
+        return _around_answer(self.adapter.template.variants[variant])
+
+
+def open_folder(
+    adapter_dir: str | Path, *, base_model: str | None = None, trust_remote_code: bool = False
+) -> PromptBuilder:
+    """What a policy needs before its weights, so that rows can be checked first. Raises UserError as
+    `yeonma.policy.load_policy`."""
+    adapter = read_adapter_folder(adapter_dir)
+    if adapter.is_merged:
+        if base_model is not None:
+            cure = "leave base_model out"
+            raise UserError("the base model is part of it", place=str(adapter_dir), cure=cure)
+        base_model = str(adapter.path)
+    if base_model is None and Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir():
+        what = f"its base model is no longer at {adapter.base.name}"
+        raise UserError(what, place=str(adapter_dir), cure="say with --base_model where it is")
+    name, revision = (base_model, None) if base_model else (adapter.base.name, adapter.base.revision)
+    source = find_base(name, revision, trust_remote_code)
+    tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
+    template = adapter.template
+    turns = template.is_chat or any(variant.answer_role is not None for variant in template.variants)
+    return PromptBuilder(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
+
+
+def held_as(asked: AskedQuantization, adapter: AdapterFolder) -> Quantization:
+    """How the base is held for an adapter: as asked for, or as in its training."""
+    return adapter.quantization if asked == "auto" else asked
+
+
+def _around_answer(variant: Variant) -> tuple[str, str]:
+    """The frame's text before and after the answer's field."""
+    sides, side = ["", ""], 0
+    for part in variant.answer:
+        if isinstance(part, Placeholder):
+            side = 1
+        else:
+            sides[side] += part.text
+    return sides[0], sides[1]

@@ -1,0 +1,140 @@
+"""samples.json of an adapter folder: a few rows as they were trained on, with the ids of their prompts.
+
+They are the rows of the model card. Who has the folder can ask what the adapter was asked, and see whether tokenizer
+and template still give the tokens of training. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yeonma.data.columns import column_of
+from yeonma.data.rows import Row
+from yeonma.data.task import ANSWERS, LABELLED, PAIRS, Task
+from yeonma.data.template import Template
+from yeonma.errors import UserError
+from yeonma.tokenization.cache import ENCODERS
+from yeonma.tokenization.dataset import Part
+from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
+from yeonma.tokenization.store import TokenStore
+
+SAMPLES = "samples.json"
+KINDS = {kind.name: kind for kind in (ANSWERS, PAIRS, LABELLED)}
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A row of the run's data: the columns that the template reads, answers included."""
+
+    row_number: int
+    row: dict[str, Any]
+    prompt_ids: list[int]
+    """The row's (last) prompt as it was trained, shortened to leave room for its own answer if it had to be."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    kind: Task
+    rows: tuple[SampleRow, ...]
+
+    def to_json(self) -> str:
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"kind": self.kind.name, "samples": rows}, ensure_ascii=False, default=str) + "\n"
+
+
+def take_samples(
+    part: Part, kind: Task, template: Template, columns: Mapping[str, str] | None, count: int
+) -> Samples:
+    """The first `count` rows of `part`."""
+    rows = part.first_rows(count)
+    names = _columns_read(kind, template, columns)
+    prompts = prompts_of(part.store, [row.number for row in rows])
+    return Samples(
+        kind,
+        tuple(
+            SampleRow(
+                row.number, {name: row.values[name] for name in names if name in row.values}, ids.tolist()
+            )
+            for row, ids in zip(rows, prompts, strict=True)
+        ),
+    )
+
+
+def prompts_of(store: TokenStore, numbers: Sequence[int]) -> list[np.ndarray]:
+    """The prompt ids of each row's last example, shape (tokens,)."""
+    lasts = [int(np.flatnonzero(store.row_numbers == number)[-1]) for number in numbers]
+    examples = [store.example(last) for last in lasts]
+    return [each.token_ids[: each.prompt_length] for each in examples]
+
+
+def read_samples(folder: Path) -> Samples | None:
+    """What `folder` holds; None where it has no samples.json, as folders of earlier versions.
+
+    Raises UserError where the file is damaged.
+    """
+    path = folder / SAMPLES
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        rows = tuple(
+            SampleRow(**{each.name: entry[each.name] for each in fields(SampleRow)})
+            for entry in content["samples"]
+        )
+        for row in rows:
+            ids = row.prompt_ids
+            if not (isinstance(ids, list) and all(type(one) is int for one in (row.row_number, *ids))):
+                raise TypeError("ids and row numbers are whole numbers")
+            if not isinstance(row.row, dict):
+                raise TypeError("a row is an object")
+        return Samples(KINDS[content["kind"]], rows)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        raise UserError(f"damaged ({error})", place=str(path)) from error
+
+
+def prompts_now(
+    samples: Samples,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    tokenizer: Any,
+    rules: TokenRules,
+) -> list[list[int] | None]:
+    """The prompt ids that the samples' rows would be trained with now; None for one that would be left out.
+
+    Raises UserError as rendering and encoding.
+    """
+    rows = [Row(each.row_number, each.row, f"{SAMPLES}, row {each.row_number}") for each in samples.rows]
+    if not rows:
+        return []
+    kind = samples.kind
+    rendered = [kind.render(template, row, columns) for row in rows]
+    found = ENCODERS[kind.name](rendered, rows, tokenizer, rules)
+    lasts: dict[int, list[int]] = {}
+    for example in _examples(found):
+        lasts[example.row] = example.token_ids[: example.prompt_length].tolist()
+    return [lasts.get(row.number) for row in rows]
+
+
+def _examples(found: Iterable[Example | Unit | LeftOut]) -> Iterable[Example]:
+    for one in found:
+        if isinstance(one, Unit):
+            yield from (example for _, example in one.members)
+        elif isinstance(one, Example):
+            yield one
+
+
+def _columns_read(kind: Task, template: Template, columns: Mapping[str, str] | None) -> list[str]:
+    names = set(template.fields)
+    if kind is PAIRS:
+        names |= {"chosen", "rejected"}
+        if not template.is_chat:
+            names.discard(template.answer_field)
+    elif kind is LABELLED:
+        names.add("label")
+    return sorted({column_of(name, columns, template.answer_field) for name in names})

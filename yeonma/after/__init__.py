@@ -1,1 +1,0 @@
-"""What one does with an adapter folder once it is there."""

@@ -1,0 +1,1 @@
+"""Examples to batches: the plan of steps, forests, micro-batches."""

@@ -1,0 +1,39 @@
+"""`yeonma inspect`: the settings of a training run in, what it would train on out."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from yeonma.config.parse import group_of
+from yeonma.config.settings import DataSettings, InspectSettings, PreferenceSettings
+from yeonma.files import output_file
+from yeonma.train.preflight import preflight
+
+
+def run(settings: Mapping[type, object]) -> int:
+    """Raises UserError for whatever the verb that would train refuses before it loads weights, and as early."""
+    shown = group_of(settings, InspectSettings)
+    if shown.html is not None:
+        output_file(shown.html, "--html", group_of(settings, DataSettings).data_path)
+    if shown.objective == "sft":
+        settings = {group: values for group, values in settings.items() if group is not PreferenceSettings}
+    preflight(settings)
+    with _patient_collector():
+        from yeonma.inspect.inspect_run import run_inspect
+
+        run_inspect(settings)
+    return 0
+
+
+@contextmanager
+def _patient_collector() -> Iterator[None]:
+    """Torch and transformers make a million objects as they are imported, which all stay: Python's garbage collector
+    would look through them again and again, for a second in all."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)

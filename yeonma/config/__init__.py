@@ -1,0 +1,1 @@
+"""Settings: every option once; command line, YAML and Python keywords into checked values. No torch here."""

@@ -1,0 +1,1 @@
+"""Rows to text: readers, columns, templates, turns, preference pairs. No torch here."""

@@ -1,0 +1,340 @@
+"""Where the rows come from: files, folders, saved data sets, the hub. Reading streams and can be repeated."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yeonma.data.data_files import ENDINGS, KNOWN_ENDINGS, files_of, local_path, wants_to_run_code
+from yeonma.data.readers import csv_rows, json_rows, jsonl_rows, no_rows
+from yeonma.errors import UserError, brief, did_you_mean
+from yeonma.files import file_hash
+
+ROWS_FOR_COLUMNS = 1000
+ROWS_A_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of the data set."""
+
+    number: int
+    """Position in the data set, from 1; in a folder of files it runs on."""
+    values: Mapping[str, object]
+    place: str
+    """`train.jsonl:41`, the line it begins on, for text files; `train.parquet row 41` for others."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set that can be read again and again; memory does not grow with its rows.
+
+    Reading raises UserError at a row that is wrong.
+    """
+
+    name: str
+    identity: str
+    """SHA-256 of the content in hexadecimal: of the files' bytes, or of a hub data set's fingerprint."""
+    columns: tuple[str, ...]
+    """In order of appearance in the first 1,000 rows and the first row of each file."""
+    read: Callable[[], Iterator[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+Placed = tuple[str, Mapping[str, object]]
+Source = Callable[[], Iterator[Placed]]
+
+
+def open_rows(
+    data_path: str, *, split: str = "train", revision: str | None = None, encoding: str = "utf-8"
+) -> Rows:
+    """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`).
+
+    What exists on this machine is local; what only looks like a path is an error; the rest is sought on the hub.
+    `split` and `revision` are for data sets that have them, `encoding` for text files.
+
+    Raises:
+        UserError: nothing is there, or the file, its encoding or one of its first rows is wrong.
+    """
+    path, encoding = local_path(data_path), _known_encoding(encoding)
+    if path is None:
+        return _hub_rows(data_path, split, revision)
+    with _reading(data_path):
+        if _is_saved(path):
+            return _saved_rows(data_path, path, split)
+        files = files_of(data_path, path)
+        return _file_rows(data_path, files, encoding, _identity_of(files, encoding))
+
+
+def glance(data_path: str, *, encoding: str = "utf-8") -> Rows | None:
+    """The same rows of a file or a folder of files, in less time: `identity`, which takes reading it whole, is empty.
+
+    None for what the library `datasets` reads. Raises UserError as `open_rows`.
+    """
+    path, encoding = local_path(data_path), _known_encoding(encoding)
+    if path is None or _is_saved(path):
+        return None
+    with _reading(data_path):
+        return _file_rows(data_path, files_of(data_path, path), encoding, identity="")
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or _one_line(error)}"
+        raise UserError(what, place=name, cure="check the file, or write it again") from None
+
+
+def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw validation rows: (train positions, validation positions), both sorted, int64, from 0.
+
+    `val_set_size` from 1 is a count; below 1 a fraction of `count`, rounded, and one row at least. The draw depends
+    on the arguments alone: it sorts raw PCG64 numbers, which NumPy keeps the same between versions.
+
+    Raises:
+        UserError: `val_set_size` is neither, or no row is left to train.
+    """
+    if not math.isfinite(val_set_size) or val_set_size < 0 or (val_set_size > 1 and val_set_size % 1):
+        cure = "give a count (1 or more) or a fraction (below 1)"
+        raise UserError(f"{val_set_size} is no number of rows", place="--val_set_size", cure=cure)
+    held_out = int(val_set_size) if val_set_size >= 1 else math.floor(count * val_set_size + 0.5)
+    if val_set_size > 0:
+        held_out = max(held_out, 1)
+    if held_out >= count:
+        what = f"{held_out} validation rows of {count} leave nothing to train"
+        raise UserError(what, place="--val_set_size", cure="hold out fewer rows")
+    keys = np.random.PCG64(seed % 2**64).random_raw(count)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+# Sources of one kind, one after the other
+
+
+def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
+    def read() -> Iterator[Row]:
+        number = 0
+        for source in sources:
+            for place, values in source():
+                number += 1
+                yield Row(number, values, place)
+
+    columns: dict[str, None] = {}
+    seen = 0
+    for source in sources:
+        of_source = 0
+        try:
+            for _, values in islice(source(), max(ROWS_FOR_COLUMNS - seen, 1)):
+                columns.update(dict.fromkeys(values))
+                of_source += 1
+        except UserError:
+            if of_source == 0:
+                raise
+            # Told when the rows are read, with whatever is wrong with the rows before it.
+        seen += of_source
+    return Rows(name, identity, tuple(columns), read)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+# Files
+
+
+def _numbered_lines(
+    rows: Callable[..., Iterator[tuple[int, dict[str, object]]]], path: Path, name: str, encoding: str
+) -> Iterator[Placed]:
+    for line, values in rows(path, name, encoding):
+        yield f"{name}:{line}", values
+
+
+def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            said, found = file.metadata.num_rows, 0
+            if said == 0:
+                raise no_rows(name)
+            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name):
+                found += 1
+                yield row
+            if found != said:
+                what = f"{found} rows can be read of the {said} that the file says it has"
+                raise UserError(what, place=name, cure="write the file again")
+    except (pa.ArrowException, OSError) as error:
+        what = f"not a parquet file that can be read: {_one_line(error)}"
+        raise UserError(what, place=name, cure="write the file again") from None
+
+
+def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
+    """Rows of Arrow tables or record batches; they are numbered from 1."""
+    number = 0
+    for batch in batches:
+        doubled = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
+        if doubled:
+            cure = "give each column a name of its own"
+            raise UserError(f'two columns are named "{brief(doubled[0])}"', place=name, cure=cure)
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError):
+            place = f"{name} rows {number + 1}-{number + batch.num_rows}"
+            raise _unreadable_column(batch, place) from None
+        for values in rows:
+            number += 1
+            yield f"{name} row {number}", values
+
+
+def _unreadable_column(batch: Any, place: str) -> UserError:
+    """For the first column with values that Python has no form for, such as a date after the year 9999."""
+    for column in batch.schema.names:
+        try:
+            batch.column(column).to_pylist()
+        except UnicodeDecodeError as error:
+            what = f'text that is not UTF-8 in column "{column}" ({error.reason})'
+            return UserError(what, place=place, cure="write the file again, its text as UTF-8")
+        except (ValueError, OverflowError) as error:
+            cure = "store them as text, or leave the column out"
+            what = f'values that cannot be read in column "{column}" ({_one_line(error)})'
+            return UserError(what, place=place, cure=cure)
+    raise AssertionError("every column can be read")
+
+
+_READERS: tuple[Callable[[Path, str, str], Iterator[Placed]], ...] = (
+    partial(_numbered_lines, jsonl_rows),
+    partial(_numbered_lines, json_rows),
+    partial(_numbered_lines, csv_rows),
+    partial(_numbered_lines, partial(csv_rows, delimiter="\t")),
+    _parquet_rows,
+)
+FILE_KINDS = dict(zip(ENDINGS, _READERS, strict=True))
+
+
+def _known_encoding(encoding: str) -> str:
+    """Python's own name for it, `utf-8` also for the form with a byte order mark."""
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        return codecs.lookup(encoding).name.replace("utf-8-sig", "utf-8")
+    except (LookupError, ValueError):
+        common = ("utf-8", "cp949", "euc-kr", "utf-16", "latin-1", "shift_jis", "gb18030")
+        cure = did_you_mean(encoding, common) or "give a name such as utf-8, cp949 or utf-16"
+        raise UserError(f'no text encoding is named "{encoding}"', place="--encoding", cure=cure) from None
+
+
+def _file_rows(name: str, files: Sequence[tuple[Path, str]], encoding: str, identity: str) -> Rows:
+    kind = files[0][0].suffix.lower()
+    return _rows(name, identity, [partial(FILE_KINDS[kind], path, shown, encoding) for path, shown in files])
+
+
+def _identity_of(files: Sequence[tuple[Path, str]], encoding: str) -> str:
+    kind = files[0][0].suffix.lower()
+    return _hash(kind, "" if kind == ".parquet" else encoding, *[file_hash(path) for path, _ in files])
+
+
+# Data sets of the library `datasets`
+
+
+def _saved_rows(name: str, folder: Path, split: str) -> Rows:
+    """A folder that `save_to_disk` wrote; of several splits, the one asked for."""
+    listing = folder / "dataset_dict.json"
+    try:
+        if listing.exists():
+            splits = json.loads(listing.read_text("utf-8"))["splits"]
+            if split not in splits:
+                cure = did_you_mean(split, splits) or "name one of them with --data_split"
+                raise UserError(f'no split "{split}"; it has {", ".join(splits)}', place=name, cure=cure)
+            folder = folder / split
+        files = [
+            folder / part["filename"]
+            for part in json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+        ]
+        identity = _hash("save_to_disk", *(file_hash(file) for file in files))
+        import datasets
+
+        table = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"a saved data set that cannot be read: {_one_line(error)}"
+        raise UserError(what, place=name, cure="save it again with save_to_disk") from None
+    return _table_rows(name, identity, table)
+
+
+def _table_rows(name: str, identity: str, table: Any) -> Rows:
+    """Rows of a `datasets.Dataset`, as they are stored: nothing is decoded."""
+    if table.num_rows == 0:
+        raise no_rows(name)
+
+    def source() -> Iterator[Placed]:
+        return _batch_rows(table.with_format("arrow").iter(ROWS_A_BATCH), name)
+
+    return _rows(name, identity, [source])
+
+
+def _hub_rows(data_path: str, split: str, revision: str | None) -> Rows:
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    name, _, config = data_path.partition(":")
+    # `json`, `csv`, ... would read whatever lies in the working directory.
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise UserError("no such file or folder", place=data_path, cure=f"give a {KNOWN_ENDINGS} file")
+    try:
+        table = datasets.load_dataset(name, config or None, split=split, revision=revision)
+    except Exception as error:
+        known = _hub_error(data_path, error)
+        if known is None:
+            raise
+        raise known from None
+    return _table_rows(data_path, _hash("hub", name, config, table._fingerprint), table)
+
+
+def _hub_error(name: str, error: Exception) -> UserError | None:
+    """What the library's exception means to the user; None where it may be a bug."""
+    import datasets
+
+    text = _one_line(error)
+    script = re.search(r"scripts are no longer supported, but found (\S+)", text)
+    if script:
+        return wants_to_run_code(name, script[1])
+    if isinstance(error, FileNotFoundError):
+        cure = "check the name; log in with `hf auth login` if it is private or gated"
+        return UserError(f"no such file, and no such data set on the hub: {text}", place=name, cure=cure)
+    if "Unknown split" in text:
+        return UserError(text, place=name, cure="name one with --data_split")
+    if "onfig" in text and isinstance(error, ValueError):
+        return UserError(text, place=name, cure="name one as --data_path name:config")
+    if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+        cure = "check the connection, or download the data set and give its files"
+        return UserError(f"no such file here, and the hub cannot be reached: {text}", place=name, cure=cure)
+    if not isinstance(error, (ValueError, datasets.exceptions.DatasetsError)):
+        return None
+    if error.__cause__ is not None:
+        text = f"{text} ({_one_line(error.__cause__)})"
+    return UserError(f"the data set cannot be loaded: {text}", place=name)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

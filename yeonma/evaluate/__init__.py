@@ -1,0 +1,1 @@
+"""Comparing models: answers, metrics, significance, the report."""

@@ -1,0 +1,1 @@
+"""Merging, conversion to GGUF, Ollama, and upload to the hub."""

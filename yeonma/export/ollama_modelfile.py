@@ -1,0 +1,118 @@
+"""The training template as Ollama's Modelfile has it: a TEMPLATE in Go's language, stop texts and parameters.
+
+https://docs.ollama.com/modelfile and https://docs.ollama.com/template say what stands there. Ollama fills `.System`
+and `.Prompt`; where a template has other fields, it cannot fill them by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from yeonma.data.template import Part, Placeholder, Template, Variant
+from yeonma.errors import UserError
+from yeonma.tokenization.chat_template import Chat, chat_of
+from yeonma.tokenization.text_encoder import TextEncoder
+
+PROMPT, SYSTEM = ".Prompt", ".System"
+_PROBE = "Zq{number}qZ"
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    text: str
+    remarks: tuple[str, ...] = ()
+    """What a person should know of it."""
+
+
+def modelfile(
+    template: Template, encoder: TextEncoder, gguf: str, stops: Sequence[int], context_tokens: int
+) -> Modelfile:
+    """What `ollama create NAME -f Modelfile` takes; `gguf`: the file beside it, `stops`: the ids that end an answer."""
+    go, remarks = _go_template(template, encoder)
+    lines = [f"FROM ./{gguf}"]
+    if go is not None:
+        lines.append(f'TEMPLATE """{go}{{{{ .Response }}}}"""')
+    ends = [encoder.special_text[number] for number in stops if number in encoder.special_text]
+    lines += [f'PARAMETER stop "{_escaped(end)}"' for end in ends]
+    # Ollama's own values would change what the model was trained to say: it draws, and makes repeated words less likely
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {context_tokens}"]
+    return Modelfile("\n".join([*(f"# {remark}" for remark in remarks), *lines, ""]), tuple(remarks))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, list[str]]:
+    if template.is_chat:
+        return None, [
+            "no TEMPLATE: Ollama writes conversations by the chat template in the GGUF file, if it knows it"
+        ]
+    filled = [(variant, _names(variant.prompt_fields)) for variant in template.variants]
+    usable = [(variant, names) for variant, names in filled if names is not None]
+    if not usable:
+        fields = ", ".join(
+            dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields)
+        )
+        remark = f"the template has several fields ({fields}), which Ollama cannot fill: send the whole prompt as text"
+        return "{{ .Prompt }}", [remark]
+    remarks = []
+    if len(usable) < len(filled):
+        kept = ", ".join(usable[0][0].prompt_fields)
+        remarks.append(f"of the template's variants only those with {kept} can be asked through Ollama")
+    plain = next((one for one in usable if SYSTEM not in one[1].values()), None)
+    system = next((one for one in usable if SYSTEM in one[1].values()), None)
+    try:
+        texts = [None if one is None else _variant(*one, encoder) for one in (system, plain)]
+    except UserError as error:
+        return None, [f"no TEMPLATE: {error.problems[0].what}"]
+    if texts[0] is None or texts[1] is None:
+        return texts[0] or texts[1], remarks
+    return f"{{{{ if .System }}}}{texts[0]}{{{{ else }}}}{texts[1]}{{{{ end }}}}", remarks
+
+
+def _names(fields: Sequence[str]) -> dict[str, str] | None:
+    """Ollama's names for the fields: `system` or `system_prompt` is its system message, one other the prompt. None
+    where there are more."""
+    others = [field for field in fields if field.lower() not in ("system", "system_prompt")]
+    if len(others) != 1 or len(fields) > 2:
+        return None
+    return {field: PROMPT if field in others else SYSTEM for field in fields}
+
+
+def _variant(variant: Variant, names: Mapping[str, str], encoder: TextEncoder) -> str:
+    if variant.answer_role is None:
+        return "".join(_go(part, names) for turn in variant.turns for part in turn.parts)
+    with chat_of(encoder) as chat:
+        return _turns(variant, names, encoder, chat)
+
+
+def _turns(variant: Variant, names: Mapping[str, str], encoder: TextEncoder, chat: Chat) -> str:
+    """The turns as the model's chat template writes them, with a probe in each field's place."""
+    probes = {field: _PROBE.format(number=number) for number, field in enumerate(names)}
+    messages = [
+        {
+            "role": str(turn.role),
+            "content": "".join(
+                probes[part.field] if isinstance(part, Placeholder) else part.text for part in turn.parts
+            ),
+        }
+        for turn in variant.turns
+    ]
+    text = chat.prompt(messages, "TEMPLATE")
+    start = "".join(encoder.special_text.get(number, "") for number in encoder.start_ids)
+    text = _literal(text.removeprefix(start))  # Ollama puts it there of itself
+    for field, probe in probes.items():
+        text = text.replace(probe, f"{{{{ {names[field]} }}}}")
+    return text
+
+
+def _go(part: Part, names: Mapping[str, str]) -> str:
+    return f"{{{{ {names[part.field]} }}}}" if isinstance(part, Placeholder) else _literal(part.text)
+
+
+def _literal(text: str) -> str:
+    """Text as Go's templates and Modelfiles take it: braces would begin an action, three quotes would end the text."""
+    text = text.replace("{", "{{ `{` }}")
+    return text.replace('"', '{{ `"` }}') if '""' in text or text[:1] == '"' else text

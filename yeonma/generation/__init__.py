@@ -1,0 +1,1 @@
+"""Prompts to answers: sampling, decoding over a forest."""

@@ -1,0 +1,242 @@
+"""What a run will need, before a weight is loaded: parameters, memory by part, and the operations that take time.
+
+Memory follows from the config: the heaviest micro-batch that the run will form goes through the model on the meta
+device (see `trace`).
+
+Not counted is what the C library's heap loses in holes between tensors on the CPU. That was 0 to 15% of the measured
+peak in most runs, and up to 40% with gradient checkpointing in a deep model with long micro-batches, whose tensors
+are small beside those that come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+
+from yeonma.batch.micro_batches import Batches, look_at_batches
+from yeonma.batch.plan import MicroBatchBounds
+from yeonma.config.parse import group_of
+from yeonma.config.settings import (
+    Checkpointing,
+    LoraSettings,
+    ModelSettings,
+    Optimizer,
+    Quantization,
+    StepSettings,
+)
+from yeonma.errors import UserError
+from yeonma.inspect.forecast import Alternative, Forecast, Memory
+from yeonma.model import load
+from yeonma.model.kernels.linear import KEPT_ROUTINES, Dense, frozen_linear, has_onednn
+from yeonma.model.memory_trace import Blueprint, Trace, blueprint, trace
+from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
+from yeonma.model.quantized import has_products
+from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
+from yeonma.train.memory_budget import checkpointing, micro_batching
+from yeonma.train.prepare import Prepared, lora_shape
+
+ROUTINE_BYTES = (
+    620_000  # of what oneDNN makes for one shape of a product; measured with oneDNN 3.12 on AVX-512
+)
+CHECKED = 4  # token counts that the check at loading goes through the model with
+
+
+def estimate(
+    settings: Mapping[type, object],
+    source: load.BaseSource,
+    prepared: Prepared,
+    *,
+    processes: int = 1,
+    with_alternatives: bool = True,
+) -> Forecast:
+    """`settings` as of a training run, `prepared` by `train.prepare`; `processes` that the run will have. No time yet:
+    `timed_by_rate` or `timed_by_probe` add it.
+
+    Call it before anything large is held: what this process holds counts as the process.
+    The base is taken to be one that forests can be trained on, which the run itself will see at loading.
+    Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
+    """
+    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
+    device = load.pick_device(model.device)
+    dtype = load.pick_dtype(model.dtype, device)
+    case = _Case(
+        config=prepared.config,
+        lora=prepared.adapter or lora_shape(group_of(settings, LoraSettings)),
+        trust_remote_code=source.trust_remote_code,
+        device=device.type,
+        dtype=dtype,
+        gradient_checkpointing=checkpointing(model),
+        micro=micro_batching(step),
+        processes=processes,
+        sharded=model.shard and processes > 1,
+        quantization=model.quantization,
+        has_fp8=has_products(device),
+        optimizer=step.optimizer,
+    )
+    drawn = _draw(case)
+    process = _process_bytes(device.type)
+    batches = look_at_batches(prepared.plan, prepared.dataset.train.store, case.micro, processes)
+    traced = trace(drawn, batches.heaviest, has_gradients=batches.several)
+    memory = _memory(case, drawn, batches, traced, process, prepared.plan.total_steps)
+    tokens = _tokens(prepared)
+    return Forecast(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters_trained=drawn.trained,
+        parameters_frozen=drawn.frozen,
+        steps=prepared.plan.total_steps,
+        epochs=prepared.plan.epoch_at(prepared.plan.total_steps),
+        processes=processes,
+        tokens=tokens,
+        tokens_per_epoch=int(prepared.plan.lengths.sum()),
+        operations=tokens * batches.forest_tokens * traced.flops / traced.tokens / processes,
+        heaviest_units=batches.heaviest_units,
+        heaviest_tokens=traced.tokens,
+        memory=memory,
+        alternatives=_alternatives(case, prepared, batches, process) if with_alternatives else (),
+        time=None,
+        price=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What memory depends on, beside the data."""
+
+    config: Any
+    lora: load.LoraShape | str
+    trust_remote_code: bool
+    device: str
+    dtype: torch.dtype
+    gradient_checkpointing: Checkpointing
+    micro: MicroBatchBounds
+    processes: int
+    sharded: bool
+    quantization: Quantization
+    has_fp8: bool
+    """Whether the device multiplies fp8 by itself."""
+    optimizer: Optimizer
+
+
+def _draw(case: _Case) -> Blueprint:
+    return blueprint(
+        case.config,
+        case.dtype,
+        case.lora,
+        trust_remote_code=case.trust_remote_code,
+        gradient_checkpointing=case.gradient_checkpointing,
+        quantization=case.quantization,
+        by_device=case.has_fp8,
+        device=torch.device(case.device),
+    )
+
+
+def _memory(
+    case: _Case, drawn: Blueprint, batches: Batches, traced: Trace, process: int, steps: int
+) -> Memory:
+    weights, gathered = drawn.weight_bytes, 0
+    loading = process + weights
+    if case.sharded:
+        weights = ceil(drawn.weight_bytes / case.processes)
+        gathered = min(drawn.gathered_bytes, drawn.weight_bytes - weights)
+        # on the CPU the file's pages, until all parts have been taken from them
+        loading = weights + gathered if case.device == "cuda" else loading + weights
+    stored = getattr(case.config, "dtype", None) or case.dtype
+    if case.device == "cpu" and (
+        stored != case.dtype or case.quantization != "none"
+    ):  # the file's pages and the converted weights at once
+        loading += drawn.frozen * stored.itemsize
+    routines = 0
+    if case.device == "cpu" and case.dtype == torch.float32 and has_onednn():
+        met = batches.distinct * traced.shapes + CHECKED * traced.forward_shapes
+        routines = min(KEPT_ROUTINES, met) * ROUTINE_BYTES
+    return Memory(
+        process=process,
+        weights=weights,
+        lora=drawn.trained_bytes,
+        gradients=traced.gradients,
+        optimizer=_optimizer_bytes(case.optimizer, drawn)
+        if steps > 1
+        else 0,  # made after the first step's peak
+        activations=traced.activations,
+        logits=traced.logits,
+        workspace=traced.workspace,
+        routines=routines,
+        loading=loading,
+        gathered=gathered,
+    )
+
+
+def _optimizer_bytes(optimizer: Optimizer, drawn: Blueprint) -> int:
+    """AdamW's two averages of every trained parameter; those that may be paged out count as if they were not."""
+    if optimizer == "adamw":
+        return 2 * drawn.trained_bytes
+    sizes = [each.numel() for each in drawn.model.parameters() if each.requires_grad]
+    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= LEAST_IN_8_BITS else 4 * n) for n in sizes)
+
+
+def _process_bytes(device_type: str) -> int:
+    """Resident bytes of this process, once the code of a step is in memory; 0 for a GPU, where only tensors count."""
+    if device_type == "cuda":
+        return 0
+    weight, trained = torch.zeros(64, 64), torch.zeros(64, 64, requires_grad=True)
+    hidden = frozen_linear(trained, Dense(weight), None)
+    heads = hidden.view(1, 4, 64, 16)
+    attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    attended.log_softmax(-1).sum().backward()
+    torch.optim.AdamW([trained], fused=True).step()
+    told = status_bytes("VmRSS")
+    return peak_memory_bytes(device_type) if told is None else told
+
+
+def _alternatives(case: _Case, prepared: Prepared, same: Batches, process: int) -> tuple[Alternative, ...]:
+    """What is cheaper, each by itself. `same`: the micro-batches where that setting makes no others."""
+    plan = prepared.plan
+    found: list[Alternative] = []
+
+    def add(name: str, note: str, **changed: Any) -> None:
+        other = replace(case, **changed)
+        try:
+            other_drawn = _draw(other)
+            store = prepared.dataset.train.store
+            batches = (
+                same
+                if other.micro == case.micro
+                else look_at_batches(plan, store, other.micro, other.processes)
+            )
+            traced = trace(other_drawn, batches.heaviest, has_gradients=batches.several)
+        except (UserError, ValueError):  # a model without checkpointing, or without that precision
+            return
+        steps = prepared.plan.total_steps
+        other_memory = _memory(other, other_drawn, batches, traced, process, steps)
+        found.append(Alternative(name, other_memory.peak, True, note))
+
+    if not case.gradient_checkpointing:
+        add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
+    if case.processes > 1 and not case.sharded:
+        add("shard true", "slower: layers are gathered as they run", sharded=True)
+    most = case.micro.most_examples
+    for fewer in sorted({most // 2, 1} - {0, most}, reverse=True):
+        add(f"micro_batch_size {fewer}", "the same result", micro=replace(case.micro, most_examples=fewer))
+    if case.dtype == torch.float32:
+        slow = ", slow on most CPUs" if case.device == "cpu" else ""
+        add("dtype bfloat16", f"coarser numbers{slow}", dtype=torch.bfloat16)
+    if case.quantization == "none" and not case.sharded:
+        add("quantization int8", "another result; by bitsandbytes", quantization="int8")
+        add("quantization nf4", "another result; by bitsandbytes", quantization="nf4")
+        if case.has_fp8:
+            add("quantization fp8", "another result", quantization="fp8")
+    return tuple(found)
+
+
+def _tokens(prepared: Prepared) -> int:
+    """Of all steps, a pair's prompt counted once: whole epochs, and the steps of the last one."""
+    plan, lengths = prepared.plan, prepared.dataset.train.store.unit_lengths
+    epochs, rest = divmod(plan.total_steps, plan.steps_per_epoch)
+    tokens = epochs * int(plan.lengths.sum())
+    last = plan.steps(epochs * plan.steps_per_epoch)
+    return tokens + sum(int(lengths[units].sum()) for units in last) if rest else tokens

@@ -1,0 +1,60 @@
+"""Forecasts on disk: the same settings, data and versions need no second look at the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+from yeonma.config.parse import group_of
+from yeonma.config.settings import LoraSettings, ModelSettings, StepSettings
+from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_of
+from yeonma.model.load import pick_device, pick_dtype
+from yeonma.run_folder.checkpoint import write_text_atomically
+from yeonma.train.prepare import Prepared
+
+FORMAT = 3
+"""Raised whenever the same run would get other numbers."""
+
+
+def forecast_key(settings: Mapping[type, object], prepared: Prepared, processes: int) -> str:
+    """SHA-256 of all that a forecast without time depends on."""
+    model, plan = group_of(settings, ModelSettings), prepared.plan
+    device = pick_device(model.device)
+    adapter = Path(prepared.adapter or "") / "adapter_config.json"
+    content = [
+        FORMAT,
+        [version(package) for package in ("torch", "transformers", "peft", "yeonma")],
+        prepared.config.to_json_string(),
+        sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
+        [str(device), str(pick_dtype(model.dtype, device)), model.gradient_checkpointing, model.quantization],
+        [processes, model.shard],
+        asdict(group_of(settings, LoraSettings)),
+        asdict(group_of(settings, StepSettings)),
+        prepared.dataset.train.store.key,
+        [plan.total_steps, sha256(plan.positions.tobytes()).hexdigest()],
+    ]
+    return sha256(json.dumps(content).encode()).hexdigest()
+
+
+def kept_forecast(folder: Path, key: str) -> Forecast | None:
+    """None where there is none, or it cannot be read."""
+    try:
+        return forecast_of(json.loads(_path(folder, key).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def keep_forecast(folder: Path, key: str, forecast: Forecast) -> None:
+    """Where the folder cannot be written nothing is kept: the next time takes longer, that is all."""
+    try:
+        write_text_atomically(_path(folder, key), json.dumps(forecast_dict(forecast)))
+    except OSError:
+        return
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.forecast"

@@ -1,0 +1,130 @@
+"""Views, audit and forecast as one self-contained page: no script from elsewhere, light and dark, made for sharing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from io import StringIO
+
+from rich.console import Console
+
+from yeonma.inspect.audit import Audit, Lengths, PartAudit
+from yeonma.inspect.terminal import heading_of, print_audit, printable
+from yeonma.tokenization.explain import View
+
+COLOURS = """
+:root { color-scheme: light dark; --text: #1d2126; --dim: #6b7280; --line: #d7dbe0; --page: #fff; --field: #0b6e8f;
+  --answer: #0d5f2c; --on-answer: #d9f2e1; --cut: #b3261e; --note: #8a5a00; --bar: #7fb2c9; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --dim: #9aa3ad; --line: #3a4149; --page: #14171a;
+  --field: #6cc7e6; --answer: #b5f0c8; --on-answer: #1d3d2a; --cut: #ff8a80; --note: #f0c674; --bar: #3f7489; } }
+"""
+STYLE = (
+    COLOURS
+    + """\
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; } .left-out { color: var(--cut); }
+pre { font: 14px/1.55 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+  padding: .6rem; border: 1px solid var(--line); border-radius: 6px; }
+.frame, .start { color: var(--dim); } .field, .prompt { color: var(--field); }
+.answer, .end { color: var(--answer); background: var(--on-answer); } .end { font-weight: bold; }
+.trained { text-decoration: underline; }
+.cut { color: var(--cut); text-decoration: line-through; } .legend span { margin-right: 1rem; }
+.tokens .t { outline: 1px solid var(--line); } .t:hover { outline: 2px solid var(--field); }
+table { border-collapse: collapse; display: inline-table; margin: .5rem 2rem .5rem 0; vertical-align: top; }
+caption { text-align: left; color: var(--dim); } td { padding: 0 .5rem 0 0; text-align: right; }
+td.bar { text-align: left; width: 10rem; } td.bar i { display: block; height: .8em; background: var(--bar); }
+.note { color: var(--note); }
+"""
+)
+SCRIPT = """
+document.getElementById("borders").addEventListener("change", event =>
+  document.body.classList.toggle("tokens", event.target.checked));
+"""
+
+
+def page(
+    title: str,
+    views: Sequence[View],
+    held_out: Sequence[int],
+    audit: Audit,
+    forecast: Sequence[tuple[str, str]],
+) -> str:
+    """HTML. Each token's id shows when it is pointed at; a switch draws the tokens' borders.
+
+    `held_out` as in `print_views`; `forecast`: names and texts.
+    """
+    validation = set(held_out)
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        '<p class="legend"><span class="frame">frame</span><span class="field">field</span>'
+        '<span class="answer">trained answer</span><span class="end">trained end token</span>'
+        '<span class="cut">cut</span>'
+        '<label><input type="checkbox" id="borders"> borders of tokens; point at one for its id</label></p>',
+    ]
+    for view in views:
+        kind = ' class="left-out"' if view.left_out is not None else ""
+        lines.append(f"<h2{kind}>{escape(heading_of(view, view.row in validation))}</h2>")
+        lines.append(f"<pre>{''.join(_spans(view))}</pre>")
+    lines += ["<h1>The whole data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
+    for name, part in (("trained", audit.train), ("validation", audit.validation)):
+        if part is not None:
+            lines += _histograms(name, part)
+    if forecast:
+        rows = "".join(
+            f'<tr><td style="text-align:left">{escape(name)}</td><td style="text-align:left">{escape(text)}</td></tr>'
+            for name, text in forecast
+        )
+        lines += ["<h1>Forecast</h1>", f"<table>{rows}</table>"]
+    lines += [f"<script>{SCRIPT}</script>", "</body></html>", ""]
+    return "\n".join(lines)
+
+
+def _spans(view: View) -> Iterator[str]:
+    """The stretches, cut at the borders of tokens, so that each token has its id."""
+    tokens = iter([(token, len(token.text)) for token in view.tokens if token.text])
+    token, left = next(tokens, (None, 0))
+    for stretch in view.stretches:
+        also = " trained" if stretch.trained and stretch.kind not in ("answer", "end") else ""
+        if stretch.kind == "cut":
+            yield f'<span class="cut" title="cut: {len(stretch.text):,} characters">{_shown(stretch.text)}</span>'
+            continue
+        at = 0
+        while at < len(stretch.text):
+            size = min(left, len(stretch.text) - at) if token is not None else len(stretch.text) - at
+            text = _shown(stretch.text[at : at + size])
+            known = f' title="{token.id} {escape(printable(token.name))}"' if token is not None else ""
+            yield f'<span class="t {stretch.kind}{also}"{known}>{text}</span>'
+            at, left = at + size, left - size
+            if left == 0:
+                token, left = next(tokens, (None, 0))
+
+
+def _shown(text: str) -> str:
+    return escape(printable(text))
+
+
+def _audit_text(audit: Audit) -> str:
+    out = StringIO()
+    print_audit(
+        Console(file=out, width=100, color_system=None, highlight=False, markup=False), audit, bars=False
+    )
+    return out.getvalue()
+
+
+def _histograms(name: str, part: PartAudit) -> Iterator[str]:
+    for what, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
+        yield f"<table><caption>{name}: tokens of {what}, examples</caption>{_bars(lengths)}</table>"
+
+
+def _bars(lengths: Lengths) -> str:
+    largest = max(each.count for each in lengths.bins)
+    return "".join(
+        f"<tr><td>{each.least:,}-{each.most:,}</td>"
+        f'<td class="bar"><i style="width:{each.count / largest:.1%}"></i></td><td>{each.count:,}</td></tr>'
+        for each in lengths.bins
+    )

@@ -1,0 +1,121 @@
+"""The settings of a training run in, what it would train on out. Nothing is trained, and nothing written but a page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from yeonma.config.parse import group_of
+from yeonma.config.settings import (
+    InspectSettings,
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    StepSettings,
+    TokenSettings,
+)
+from yeonma.errors import UserError
+from yeonma.files import user_path
+from yeonma.inspect.audit import Audit, audit_of
+from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_lines, timed_by_probe, timed_by_rate
+from yeonma.inspect.forecast_cache import forecast_key, keep_forecast, kept_forecast
+from yeonma.inspect.inspect_page import page
+from yeonma.inspect.probe import measure_rate
+from yeonma.inspect.row_views import audit_json, held_out_rows, select_rows, view_json, views_of
+from yeonma.inspect.terminal import print_audit, print_forecast, print_views
+from yeonma.model import load
+from yeonma.run_folder.checkpoint import write_text_atomically
+from yeonma.tokenization.dataset import cache_folder
+from yeonma.tokenization.explain import View
+from yeonma.train.distributed import Processes
+from yeonma.train.memory_budget import micro_batching, resolve_auto
+from yeonma.train.preflight import check_folders
+from yeonma.train.prepare import Prepared, check_adapter, prepare
+
+
+def run_inspect(settings: Mapping[type, object]) -> None:
+    """Show what the settings name, on standard output; what is said meanwhile goes to standard error.
+
+    Raises UserError for whatever `yeonma sft` would refuse before it loads weights.
+    """
+    shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
+    source, continued = check_folders(model, group_of(settings, RunSettings))
+    prepared = prepare(settings, source, continued, _say, try_adapter=False)
+    group = Processes(0, 1)
+    processes = group_of(settings, RunSettings).nproc
+    settings = resolve_auto(settings, source, prepared, group, _say, processes=processes)
+    dataset = prepared.dataset
+    wanted = select_rows(shown.rows, dataset.train.store.counts.rows)
+    audit = _audit(settings, prepared)
+    forecast = _forecast(settings, source, prepared)
+    lines = forecast_lines(forecast, dataset.kind.units) if forecast is not None else []
+    views: Iterable[View] = views_of(
+        dataset, prepared.tokenizer, wanted, in_full=not shown.json or shown.html is not None
+    )
+    held_out = held_out_rows(dataset)
+    if shown.html is not None:
+        views = list(views)
+        title = f"{dataset.train.rows.name} for {Path(source.name).name}"
+        write_text_atomically(user_path(shown.html), page(title, views, held_out, audit, lines))
+    if shown.json:
+        for view in views:
+            sys.stdout.write(view_json(view))
+        sys.stdout.write(audit_json(audit, {"forecast": forecast and forecast_dict(forecast)}))
+        return
+    console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+    print_views(console, views, held_out, tokens=shown.tokens)
+    print_audit(console, audit)
+    print_forecast(console, lines)
+
+
+def _audit(settings: Mapping[type, object], prepared: Prepared) -> Audit:
+    micro, tokenizer = micro_batching(group_of(settings, StepSettings)), prepared.tokenizer
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        unknown = None  # such as GPT-2's, which stands for other things as well
+    return audit_of(
+        prepared.dataset,
+        prepared.plan,
+        micro_batch_size=micro.most_examples,
+        micro_batch_tokens=micro.most_tokens,
+        share_prefix=micro.share_prefix,
+        unknown_id=unknown,
+    )
+
+
+def _forecast(
+    settings: Mapping[type, object], source: load.BaseSource, prepared: Prepared
+) -> Forecast | None:
+    """What the run will need; None, having said why, where the model cannot be followed without its weights."""
+    shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
+    processes = group_of(settings, RunSettings).nproc
+    folder = cache_folder(group_of(settings, TokenSettings))
+    key = forecast_key(settings, prepared, processes)
+    found = kept_forecast(folder, key)
+    if found is None:
+        from yeonma.inspect.estimate import estimate  # brings PEFT and the model's code: seconds
+
+        lora = group_of(settings, LoraSettings)
+        check_adapter(lora, prepared.config, source, prepared.adapter, model.quantization)
+        try:
+            found = estimate(settings, source, prepared, processes=processes)
+        except UserError as error:
+            _say(f"no forecast: {error}")
+            return None
+        keep_forecast(folder, key, found)
+    if shown.probe:
+        from yeonma.inspect.probe import probe_run
+
+        probe = probe_run(settings, source, prepared, _say)
+        _say(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
+        return timed_by_probe(found, probe.tokens_per_second, shown.price)
+    device = load.pick_device(model.device)
+    rate = measure_rate(device, load.pick_dtype(model.dtype, device), seconds=0.25)
+    return timed_by_rate(found, rate.flops_per_second, shown.price)
+
+
+def _say(text: str) -> None:
+    print(f"yeonma: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,89 @@
+"""How fast the device multiplies matrices, by the very routine that frozen weights are multiplied with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from yeonma.batch.micro_batches import look_at_batches
+from yeonma.config.parse import group_of
+from yeonma.config.settings import ModelSettings, StepSettings
+from yeonma.model import load
+from yeonma.model.kernels.linear import product
+from yeonma.run_folder.progress import peak_memory_bytes
+from yeonma.train.build import load_model, make_objective, make_tuning
+from yeonma.train.distributed import Processes
+from yeonma.train.memory_budget import micro_batching
+from yeonma.train.prepare import Prepared
+from yeonma.train.step import train_step
+
+SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns
+
+
+@dataclass(frozen=True)
+class Rate:
+    flops_per_second: float
+
+
+def measure_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Rate:
+    """The best of the products that fit into `seconds`, at least two, after one that warms up."""
+    size = SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < seconds:
+        started = time.perf_counter()
+        product(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return Rate(2 * size**3 / min(taken[1:]))
+
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    tokens_per_second: float
+    """Of the examples' own tokens, in the steps after the first."""
+    peak_memory_bytes: int
+    """As metrics.jsonl says it; of this process since it began, so other work that it did may be in it."""
+    steps: int
+    seconds: float
+    """Of the steps that were timed."""
+
+
+def probe_run(
+    settings: Mapping[type, object],
+    source: load.BaseSource,
+    prepared: Prepared,
+    say: Callable[[str], None],
+    steps: int = STEPS,
+) -> Probe:
+    """Load the base as the run will, take the step with the heaviest micro-batch, untimed, and then `steps` - 1 more.
+
+    In one process, whatever the run will have. Raises UserError as the run does.
+    """
+    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
+    device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
+    batches = look_at_batches(plan, store, micro_batching(step), processes=1)
+    taken = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
+    taken += taken[: max(0, steps - len(taken))]  # a plan of one step
+    group, units = Processes(0, 1), np.unique(np.concatenate(taken))
+    loaded = load_model(settings, source, device, prepared, say, group)
+    objective = make_objective(settings, loaded, prepared, {store.key: (store, units)}, group, say)
+    tuning = make_tuning(settings, loaded, plan, objective, group)
+    tuning.model.train()
+    torch.manual_seed(step.seed)
+    seconds, tokens = 0.0, 0
+    for index, units in enumerate(taken):
+        started = time.perf_counter()
+        result = train_step(tuning, store, units)  # reads the loss, so that a GPU has finished, too
+        if index:
+            seconds, tokens = seconds + time.perf_counter() - started, tokens + result.tokens
+    return Probe(tokens / seconds, peak_memory_bytes(device.type), len(taken), seconds)

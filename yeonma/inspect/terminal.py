@@ -1,0 +1,253 @@
+"""Views, audit and forecast on a terminal: in colour where there is one, with marks where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import dropwhile
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from yeonma.inspect.audit import Audit, Bias, Lengths, PartAudit, Source
+from yeonma.tokenization.data_warnings import listed
+from yeonma.tokenization.explain import Stretch, StretchKind, View
+
+STYLES: dict[StretchKind, str] = {
+    "start": "magenta",
+    "frame": "bright_black",
+    "field": "cyan",
+    "prompt": "cyan",
+    "answer": "bold green",
+    "end": "black on green",
+    "cut": "red strike",
+}
+WORDS: dict[StretchKind, str] = {
+    "start": "start token",
+    "frame": "frame",
+    "field": "field",
+    "prompt": "prompt",
+    "answer": "trained answer",
+    "end": "trained end token",
+    "cut": "cut",
+}
+BAR = 16
+CUT_SHOWN = 120
+ROWS_LEFT_OUT_SHOWN = 3
+
+
+def print_views(console: Console, views: Iterable[View], held_out: Sequence[int], *, tokens: bool) -> None:
+    """`held_out`: rows that are measured by and not trained on."""
+    validation = set(held_out)
+    shown = False
+    for view in views:
+        if not shown:
+            console.print(_legend(console), end="\n\n")
+            shown = True
+        style = "bold red" if view.left_out is not None else "bold"
+        console.print(Text(f"── {heading_of(view, view.row in validation)} ──", style))
+        if tokens and view.tokens:
+            console.print(_token_table(view))
+        else:
+            stretches = view.stretches
+            if view.role == "rejected":  # the chosen answer has shown the prompt
+                stretches = tuple(dropwhile(lambda each: each.kind not in ("answer", "end"), stretches))
+            console.print(_coloured(stretches, marks=console.color_system is None))
+        console.print()
+
+
+def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
+    """The audit, in about one screen; `bars`: under a heading, and with the histograms of token lengths."""
+    if bars:
+        console.print(Text("── the whole data set ──", "bold"))
+    for source in audit.sources:
+        for line in _source_lines(source, audit):
+            console.print(line)
+    for part in (audit.train, audit.validation):
+        if part is not None:
+            _print_part(console, part, "trained" if part is audit.train else "validation")
+    if bars:
+        console.print(_histograms(audit.train))
+    if audit.overlap is not None:
+        console.print(Text(f"! {audit.overlap}", "yellow"))
+    console.print(Text.assemble(("an epoch: ", "bold"), _epoch(audit)))
+    console.print(Text.assemble(("work: ", "bold"), _saving(audit)))
+
+
+def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """`lines`: names and texts; those that begin with blanks are parts of the one before."""
+    if lines:
+        console.print(Text("── forecast ──", "bold"))
+    for name, text in lines:
+        part = name.startswith(" ")
+        console.print(Text.assemble((f"{name}: ", "" if part else "bold"), text))
+
+
+def _legend(console: Console) -> Text:
+    if console.color_system is None:
+        return Text("«trained answer and end token»  ⟨what was cut⟩")
+    kinds: tuple[StretchKind, ...] = ("frame", "field", "answer", "end", "cut")
+    return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
+
+
+def heading_of(view: View, held_out: bool) -> str:
+    """What is to say of a view in one line. `held_out`: its row is measured by, not trained on."""
+    trained = sum(view.trained)
+    parts = [f"row {view.row}", view.place, *([view.role] if view.role is not None else [])]
+    if view.left_out is not None:
+        parts.append(f"left out: {view.left_out}")
+    else:
+        parts.append(f"{len(view.token_ids):,} tokens, {trained:,} trained")
+    if view.cut_characters:
+        fields = sorted({each.field or "" for each in view.stretches if each.kind == "cut"})
+        parts.append(f"{view.cut_characters:,} characters cut from {', '.join(fields)}")
+    if view.straddles:
+        parts.append("the answer would have joined the prompt's last token")
+    if view.special_text:
+        parts.append(f"{view.special_text} special-token texts encoded as text")
+    if held_out:
+        parts.append("validation")
+    return " · ".join(parts)
+
+
+def _coloured(stretches: Sequence[Stretch], *, marks: bool) -> Text:
+    text = Text()
+    trained = False
+    for each in stretches:
+        if marks and each.trained != trained:
+            text.append("«" if each.trained else "»")
+            trained = each.trained
+        shown = printable(each.text)
+        if each.kind == "cut":
+            if len(shown) > CUT_SHOWN:
+                shown = f"{shown[: CUT_SHOWN // 2]} … {shown[-CUT_SHOWN // 2 :]}"
+            text.append(f"⟨{len(each.text):,} characters cut: ", "red" if not marks else "")
+            text.append(shown, STYLES["cut"])
+            text.append("⟩", "red")
+        else:
+            also = " underline" if each.trained and each.kind not in ("answer", "end") else ""
+            text.append(shown, STYLES[each.kind] + also)
+    if trained:
+        text.append("»")
+    return text
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may get it: line ends and tabs stay, other unseen characters are written as U+200B."""
+    if text.isprintable():
+        return text
+    return "".join(
+        [char if char.isprintable() or char in "\n\t" else f"⟨U+{ord(char):04X}⟩" for char in text]
+    )
+
+
+def _token_table(view: View) -> Table:
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
+    for name, justify in (("at", "right"), ("id", "right"), ("text", "left"), ("", "left"), ("", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for at, token in enumerate(view.tokens):
+        text = _one_line(token.text) if token.text else f"({token.name})"
+        style = STYLES[token.kind]
+        words = "trained" if token.trained else ""
+        table.add_row(str(at), str(token.id), Text(text, style), Text(WORDS[token.kind], "dim"), words)
+    return table
+
+
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+
+
+def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
+    left = f", {source.left_out:,} left out" if source.left_out else ", none left out"
+    left += f" ({source.identical:,} with nothing to choose between)" if source.identical else ""
+    yield Text(f"{source.name}: {source.rows:,} rows read{left}; template {audit.template}")
+    for one in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
+        yield Text(f"  {one.place}: {one.reason}", "red")
+    more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
+    if more:
+        rows = [one.row for one in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
+        yield Text(f"  and {more:,} more: {listed(rows, more)}", "red")
+
+
+def _print_part(console: Console, part: PartAudit, label: str) -> None:
+    examples = "" if part.examples == part.rows else f", {part.examples:,} answers"
+    line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
+    console.print(Text.assemble((f"{label}: ", "bold"), line))
+    if part.shortened:
+        what = f"{part.shortened:,} shortened by {part.cut_characters:,} characters in all"
+        console.print(Text(f"  {what} ({listed(part.shortened_rows, part.shortened)})", "red"))
+    else:
+        console.print("  none shortened")
+    if len(part.variants) > 1:
+        used = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
+        console.print(f"  template {', '.join(used)}")
+    console.print(f"  answers in {_scripts(part)}")
+    if part.bias is not None:
+        console.print(
+            Text(f"  {_bias(part.bias, part.units)}", "yellow" if _leans(part.bias, part.units) else "")
+        )
+    for remark in part.remarks:
+        console.print(Text(f"  ! {remark}", "yellow"))
+    for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
+        spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
+        console.print(f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
+
+
+def _bias(bias: Bias, pairs: int) -> str:
+    means = f"{bias.chosen_mean:.0f} tokens on average against {bias.rejected_mean:.0f}"
+    longer = (
+        f"in {bias.chosen_longer / pairs:.0%} of pairs, the rejected in {bias.rejected_longer / pairs:.0%}"
+    )
+    warning = ": a model can learn length alone from that" if _leans(bias, pairs) else ""
+    return f"length: the chosen answer is the longer one {longer}; {means}{warning}"
+
+
+def _leans(bias: Bias, pairs: int) -> bool:
+    """Whether the longer or the shorter answer wins so often that length alone would guess three pairs of four."""
+    return pairs >= 8 and max(bias.chosen_longer, bias.rejected_longer) >= 0.75 * pairs
+
+
+def _scripts(part: PartAudit) -> str:
+    shown = []
+    for scripts in part.scripts[:4]:
+        names = " + ".join(scripts.names) or "no letters"
+        few = f" ({listed(scripts.rows, scripts.count, most=3)})" if scripts.count * 20 <= part.rows else ""
+        shown.append(f"{names}: {scripts.count:,}{few}")
+    more = len(part.scripts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more mixtures" if more else "")
+
+
+def _histograms(part: PartAudit) -> Table:
+    table = Table(box=None, padding=(0, 4, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("  tokens of a prompt: rows")
+    table.add_column("  tokens of its answer: rows")
+    table.add_row(_histogram(part.prompt_tokens), _histogram(part.answer_tokens))
+    return table
+
+
+def _histogram(lengths: Lengths) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    largest = max(each.count for each in lengths.bins)
+    for each in lengths.bins:
+        length = each.count / largest * BAR
+        bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 or (each.count and length < 0.5) else "")
+        span = f"{each.least:,}" if each.least == each.most else f"{each.least:,}-{each.most:,}"
+        table.add_row(f"  {span}", Text(bar.ljust(BAR), "cyan"), f"{each.count:,}")
+    return table
+
+
+def _epoch(audit: Audit) -> str:
+    tokens = f"{audit.tokens_per_epoch:,} tokens, {audit.trained_tokens_per_epoch:,} of them trained"
+    return f"{audit.steps_per_epoch:,} steps, {tokens}; the whole run: {audit.steps:,} steps"
+
+
+def _saving(audit: Audit) -> str:
+    work = audit.work
+    padding, shared = 1 - work.unpadded / work.padded, (work.unpadded - work.forest) / work.padded
+    return (
+        f"{work.saved:.0%} less than with padding: {padding:.0%} is padding that is never made, {shared:.0%} shared"
+        f" beginnings computed once (the first {work.steps:,} steps)"
+    )

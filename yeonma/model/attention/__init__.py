@@ -1,0 +1,1 @@
+"""Attention over a forest: one dispatch, several backends."""

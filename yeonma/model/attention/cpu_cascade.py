@@ -1,0 +1,164 @@
+"""Attention over a forest on the CPU: a segment's keys are read in one call by all segments below it, and in a few by
+its own tokens. No keys are gathered or kept twice.
+
+What a query finds among its own segment's keys and among each ancestor's is joined by the sums of their exponentials
+(Juravsky et al. 2024, arXiv:2402.05099, section 3.1). The gradient needs no joining: with the whole sum and the whole
+output, any part of the keys gives its part of it (Dao et al. 2022, arXiv:2205.14135, appendix B).
+
+PyTorch's kernel for the CPU computes the scores of up to 512 keys before it hides any, so a segment's own queries go
+through it in chunks, each with the keys up to its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+CHUNK = 96
+"""Queries of a segment at a time. With fewer, fewer scores are hidden in vain, in more calls."""
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A segment and who sees it, as slices of the T tokens."""
+
+    own: slice
+    chunks: tuple[slice, ...]  # of `own`; each sees the keys from its start to the chunk's own end
+    below: slice | None  # the segments below, together; they see all of it
+
+
+@dataclass(frozen=True, eq=False)
+class CascadeLayout:
+    """A forest as `cascade_attention` takes it."""
+
+    segments: tuple[Keys, ...]  # parents before their children
+    mask: torch.Tensor
+    """(queries, keys) for the longest chunk and segment, to be added to scores; its lower right corner is any
+    chunk's."""
+    most_keys: int  # that a token sees
+
+
+def cascade_layout(
+    lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, chunk: int = CHUNK
+) -> CascadeLayout | None:
+    """From `ForestLayout`'s lengths and paths; None where what is below some segment does not lie together."""
+    ends = list(accumulate(lengths))
+    below: list[list[int]] = [[] for _ in lengths]
+    for index, path in enumerate(paths):
+        for ancestor in path[:-1]:
+            below[ancestor].append(index)
+    segments = []
+    for end, length, under in zip(ends, lengths, below, strict=True):
+        if under and under[-1] - under[0] + 1 != len(under):
+            return None
+        even = math.ceil(length / math.ceil(length / chunk))
+        step = min(chunk, 16 * math.ceil(even / 16))  # the kernel takes 16 numbers at once
+        chunks = tuple(slice(first, min(end, first + step)) for first in range(end - length, end, step))
+        seen_by = slice(ends[under[0]] - lengths[under[0]], ends[under[-1]]) if under else None
+        segments.append(Keys(slice(end - length, end), chunks, seen_by))
+    queries, keys = min(chunk, max(lengths)), max(lengths)
+    mask = torch.zeros(queries, keys, device=device)
+    mask[:, keys - queries :] = torch.full((queries, queries), -math.inf, device=device).triu(1)
+    return CascadeLayout(tuple(segments), mask, max(sum(lengths[i] for i in path) for path in paths))
+
+
+def takes(
+    laid: CascadeLayout, query: torch.Tensor, value: torch.Tensor, dropout: float, sliding_window: int | None
+) -> bool:
+    """Whether `cascade_attention` computes this. In half precision what is joined would have been rounded before."""
+    outside = sliding_window is not None and sliding_window < laid.most_keys
+    exact = query.dtype in (torch.float32, torch.float64)
+    return exact and query.shape[-1] == value.shape[-1] and not dropout and not outside
+
+
+def cascade_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, laid: CascadeLayout, scaling: float | None
+) -> torch.Tensor:
+    """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
+    laid = replace(laid, mask=laid.mask.to(query.dtype))
+    output: torch.Tensor = _Cascade.apply(*map(_rows_laid, (query, key, value)), laid, scaling)
+    return output.transpose(1, 2)
+
+
+class _Cascade(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, laid: CascadeLayout, scale: float | None
+    ) -> torch.Tensor:
+        _, heads, tokens, width = q.shape
+        output = q.new_empty(1, tokens, heads, width).transpose(1, 2)
+        log_sums = q.new_empty(1, heads, tokens)
+        for segment in laid.segments:
+            for rows in segment.chunks:
+                seen = slice(segment.own.start, rows.stop)
+                mask = _mask(laid, segment.own, rows)
+                part = _forward(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale)
+                output[:, :, rows], log_sums[:, :, rows] = part
+        for segment in laid.segments:
+            if segment.below is None:
+                continue
+            rows, own = segment.below, segment.own
+            # without a mask, the heads that share a key head are as good as one with all their queries
+            together = q[:, :, rows].reshape(1, k.shape[1], -1, width)
+            found, sums = _forward(together, k[:, :, own], v[:, :, own], scale=scale)
+            sums = sums.reshape(1, heads, -1)
+            total = torch.logaddexp(log_sums[:, :, rows], sums)
+            share = torch.exp(sums - total).unsqueeze(-1)
+            output[:, :, rows].lerp_(found.reshape(1, heads, -1, width), share)
+            log_sums[:, :, rows] = total
+        ctx.save_for_backward(q, k, v, output, log_sums)
+        ctx.laid, ctx.scale = laid, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, output, log_sums = ctx.saved_tensors
+        laid: CascadeLayout = ctx.laid
+        upstream, groups = _rows_laid(upstream), q.shape[1] // k.shape[1]
+        to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
+
+        def part(rows: slice, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> Any:
+            """The gradients to these queries, keys and values."""
+            known = q[:, :, rows], keys, values, output[:, :, rows], log_sums[:, :, rows]
+            return _backward(upstream[:, :, rows], *known, 0.0, False, attn_mask=mask, scale=ctx.scale)
+
+        for segment in reversed(laid.segments):  # children first, so that there is what parents add to
+            own, below = segment.own, segment.below
+            # the kernel shares out key heads over the threads; repeated, there are enough of them
+            keys, values = (each[:, :, own].repeat_interleave(groups, 1) for each in (k, v))
+            *chunks, last = segment.chunks
+            to_q[:, :, last], to_keys, to_values = part(last, keys, values, _mask(laid, own, last))
+            for rows in chunks:
+                count = rows.stop - own.start
+                mask = _mask(laid, own, rows)
+                to_q[:, :, rows], more_k, more_v = part(rows, keys[:, :, :count], values[:, :, :count], mask)
+                to_keys[:, :, :count] += more_k
+                to_values[:, :, :count] += more_v
+            if below is not None:
+                more_q, more_k, more_v = part(below, keys, values, None)
+                to_q[:, :, below] += more_q
+                to_keys += more_k
+                to_values += more_v
+            to_k[:, :, own], to_v[:, :, own] = (
+                each.unflatten(1, (-1, groups)).sum(2) for each in (to_keys, to_values)
+            )
+        return to_q, to_k, to_v, None, None
+
+
+def _mask(laid: CascadeLayout, own: slice, rows: slice) -> torch.Tensor:
+    """Of a chunk's queries, which are the last of the keys that they see."""
+    queries, keys = laid.mask.shape
+    return laid.mask[queries - (rows.stop - rows.start) :, keys - (rows.stop - own.start) :]
+
+
+def _rows_laid(states: torch.Tensor) -> torch.Tensor:
+    """The kernel reads a head's numbers one after the other."""
+    return states if states.stride(-1) == 1 else states.contiguous()

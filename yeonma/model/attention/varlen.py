@@ -1,0 +1,217 @@
+"""Attention over a whole forest in one call on CUDA, by `torch.nn.attention.varlen.varlen_attn` (FlashAttention).
+
+A segment's queries are its own tokens; its keys are those of its ancestors and its own, gathered one after the other,
+so that there are more keys than queries. The kernel lines such a rectangle up at its lower right corner: the last query
+sees all keys (Dao 2023, arXiv:2307.08691). All index arithmetic is done once a forest, and on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from yeonma.model.attention.flex import has_flex, takes_widths
+
+Backend = Literal["varlen", "flex", "sdpa", "plain"]
+Capability = tuple[int, int]
+
+HALF = (torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
+WIDEST_HEAD = 256
+WIDE_HEAD = 192
+"""Backward through wider ones needs the shared memory of a data centre's cards."""
+DATA_CENTRE = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def pick_backend(
+    *,
+    capability: Capability | None,
+    dtype: torch.dtype,
+    query_width: int,
+    value_width: int,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: bool = False,
+    varlen: bool = True,
+    flex: bool = False,
+) -> Backend:
+    """What computes a layer's attention: `varlen` or `flex` in one call, `sdpa` or `plain` segment by segment.
+
+    `capability`: of the CUDA device that has the kernels; None for any other device. The widths are those of one head.
+    `varlen`, `flex`: whether there is such a kernel; both, where a GPU has them and the check at loading kept them.
+    """
+    without: Backend = "plain" if softcap is not None or sinks else "sdpa"
+    if capability is None or capability < LEAST_CAPABILITY or dropout:
+        return without
+    equal = query_width == value_width and query_width % 8 == 0 and query_width <= WIDEST_HEAD
+    fits = equal and (query_width <= WIDE_HEAD or capability in DATA_CENTRE)
+    if varlen and fits and dtype in HALF and without == "sdpa":
+        return "varlen"
+    if flex and takes_widths(query_width, value_width) and dtype in (*HALF, torch.float32):
+        return "flex"
+    return without
+
+
+@cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """torch's function, or None where it lacks the scale or the window. Versions without `enable_gqa` get every
+    key head repeated."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        return None
+    if "enable_gqa" in known:
+        return varlen_attn
+
+    def with_heads_repeated(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, enable_gqa: bool, **how: Any
+    ) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        if enable_gqa:
+            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+        return varlen_attn(query, key, value, *rest, **how)
+
+    return with_heads_repeated
+
+
+def capability_of(device: torch.device, dtype: torch.dtype) -> Capability | None:
+    """Of a device that has a kernel for this number format; None for others."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    taken = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
+    found = torch.cuda.get_device_capability(device)
+    return found if found >= LEAST_CAPABILITY and dtype in taken else None
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Where the K gathered keys come from among the T tokens, and how gradients find back.
+
+    A token's key stands there once for its own segment and once for every segment below. The sum over these copies is
+    taken in float32 and always in the same order.
+    """
+
+    token_K: torch.Tensor  # int64, the token that a key is of
+    own_T: torch.Tensor  # int64, index into K of a token's copy in its own segment
+    shared_S: torch.Tensor  # int64, the tokens with more copies than that, those with most first
+    rounds: tuple[torch.Tensor, ...]
+    """The n-th further copy, as index into K, of the first of `shared_S`: each round is as long as there are tokens
+    with so many."""
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenLayout:
+    """A forest as `varlen_attn` takes it."""
+
+    query_ends: torch.Tensor  # (segments + 1,) int32
+    key_ends: torch.Tensor
+    most_queries: int
+    most_keys: int
+    pairs: int
+    """Queries times the keys that each sees, without a window."""
+    copies: Copies | None  # None where no segment has a parent: the keys are the tokens
+    capability: Capability
+
+
+def varlen_layout(
+    lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, capability: Capability
+) -> VarlenLayout:
+    """From `ForestLayout`'s lengths and paths; the tensors are on `device`."""
+    count = np.asarray(lengths, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(count)])
+    keys = np.asarray([sum(lengths[i] for i in path) for path in paths], dtype=np.int64)
+    ends = np.concatenate([[0], np.cumsum(keys)])
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    copies = None
+    if ends[-1] > starts[-1]:
+        token_K = np.concatenate([np.arange(starts[i], starts[i + 1]) for path in paths for i in path])
+        own_T = np.concatenate([np.arange(end - n, end) for end, n in zip(ends[1:], count, strict=True)])
+        shared_S, rounds = _further_copies(token_K, own_T)
+        copies = Copies(
+            on_device(token_K), on_device(own_T), on_device(shared_S), tuple(map(on_device, rounds))
+        )
+    return VarlenLayout(
+        query_ends=on_device(starts.astype(np.int32)),
+        key_ends=on_device(ends.astype(np.int32)),
+        most_queries=int(count.max()),
+        most_keys=int(keys.max()),
+        pairs=int((count * (keys - count) + count * (count + 1) // 2).sum()),
+        copies=copies,
+        capability=capability,
+    )
+
+
+def _further_copies(token_K: np.ndarray, own_T: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    inherited = np.ones(len(token_K), dtype=bool)
+    inherited[own_T] = False
+    places = np.flatnonzero(inherited)
+    places = places[np.argsort(token_K[places], kind="stable")]  # by token, then in the order of the segments
+    tokens, firsts, counts = np.unique(token_K[places], return_index=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    tokens, firsts, counts = tokens[order], firsts[order], counts[order]
+    rounds = [places[firsts[counts > n] + n] for n in range(int(counts[0]))]
+    return tokens, rounds
+
+
+def varlen_forest_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    laid: VarlenLayout,
+    *,
+    scaling: float | None,
+    sliding_window: int | None,
+    kernel: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D). `kernel`: in place of torch's."""
+    kernel = kernel or varlen_attention()
+    assert kernel is not None  # else the backend would be another
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    if laid.copies is not None:
+        k, v = (_Gathered.apply(each, laid.copies) for each in (k, v))
+    # a window counts the query itself; one that nothing is outside of is left to the faster causal kernel
+    left = -1 if sliding_window is None or sliding_window >= laid.most_keys else sliding_window - 1
+    output = kernel(
+        q,
+        k,
+        v,
+        laid.query_ends,
+        laid.key_ends,
+        laid.most_queries,
+        laid.most_keys,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output.unsqueeze(0)
+
+
+class _Gathered(torch.autograd.Function):
+    """Of each token's states (T, heads, D) the copies (K, heads, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, copies: Copies) -> torch.Tensor:
+        ctx.copies = copies
+        return states.index_select(0, copies.token_K)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        copies: Copies = ctx.copies
+        gradient = upstream.index_select(0, copies.own_T)
+        total = gradient.index_select(0, copies.shared_S)
+        total = total.to(torch.promote_types(total.dtype, torch.float32))
+        for places in copies.rounds:
+            total[: len(places)] += upstream.index_select(0, places)
+        return gradient.index_copy_(0, copies.shared_S, total.to(gradient.dtype)), None

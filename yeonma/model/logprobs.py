@@ -1,0 +1,219 @@
+"""Forest -> log-probabilities of the trained tokens. The LM head is called from nowhere else in training.
+
+Shapes: T tokens, N trained tokens, U distinct (source, target) pairs, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.model.attention.dispatch import ForestLayout, layout
+from yeonma.model.attention.varlen import Capability
+from yeonma.model.kernels.linear import float32_product, product
+from yeonma.model.sharding import gathered, is_sharded, own_class, within
+
+HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
+READ = "read_positions"
+"""The keyword by which a forward pass tells the positions whose final hidden states are read; None for all."""
+CUDA_CHUNK_BYTES = (
+    512 * 2**20
+)  # a GPU reads the head once a chunk: 1,000 rows and more hide that behind the product
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`."""
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None
+    scale: float
+    cap: float | None
+    chunk_bytes: int | None = None  # of float32 logits held at once; None for HEAD_CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How to get log-probabilities out of a model; found by `yeonma.model.forest_support.check_forest_support`."""
+
+    forest: bool  # else one sequence at a time
+    head: Head | None  # else the model's own head
+    plain_attention: str  # transformers' name of the backend to generate with
+    why_not: str  # why not by forests; empty otherwise
+    capability: Capability | None = (
+        None  # of the CUDA device on which a forest's segments go through one call
+    )
+
+
+def plain_head(model: Any) -> Head | None:
+    """The model's head as data, or None where it is more than a frozen linear layer (LoRA on it, no such layer).
+
+    The scale and cap are read from the config by transformers' names; the check at loading compares the result with
+    the model's own logits, so that a model with a head of another kind uses its own forward instead.
+    """
+    layer, config = model.get_output_embeddings(), model.config
+    if own_class(layer) is not nn.Linear or layer.weight.requires_grad:
+        return None
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    factor = getattr(config, "logit_scale", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    chunk = CUDA_CHUNK_BYTES if layer.weight.device.type == "cuda" else None
+    return Head(layer.weight, layer.bias, factor / divisor, cap, chunk)
+
+
+def example_logprobs(
+    model: Any,
+    how: Forward,
+    token_ids: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
+    *,
+    share_prefix: bool,
+    units: Sequence[int] | np.ndarray | None = None,
+) -> torch.Tensor:
+    """logprob_N of some examples' trained tokens, example by example, by the way that `how` says; `units` as in
+    `lay_out`."""
+    if how.forest:
+        forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
+        return trained_logprobs(model, forest, how.head, how.capability)
+    sequences = []
+    for ids, mask in zip(token_ids, trained, strict=True):
+        on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
+        sequences.append(sequence_logprobs(model, on_device, torch.from_numpy(mask.copy()).to(model.device)))
+    return torch.cat(sequences)
+
+
+def trained_logprobs(
+    model: Any,
+    forest: Forest,
+    head: Head | None,
+    capability: Capability | None = None,
+    laid: ForestLayout | None = None,
+    **keywords: Any,
+) -> torch.Tensor:
+    """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
+
+    `laid`: the forest for attention, where it is not to be made for the model's device.
+    With a plain `head` no more than a chunk of logits is ever held. Without, the model's own head runs at the
+    source positions (`logits_to_keep`), and U x V logits are held.
+    """
+    device = model.device
+    batch = {
+        "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
+        "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
+        "forest": laid or layout(forest, device, capability),
+        "use_cache": False,
+        **keywords,
+    }
+    source_U = torch.from_numpy(forest.source_U).to(device)
+    read = np.unique(forest.source_U)
+    batch.setdefault(READ, torch.from_numpy(read).to(device) if len(read) < len(forest.token_ids_T) else None)
+    target_U = torch.from_numpy(forest.target_U).to(device)
+    if head is None:
+        logits = model(**batch, logits_to_keep=source_U).logits[0]
+        logprob_U = _gather_logprobs(logits, target_U)
+    else:
+        logprob_U = within(model, partial(_by_our_head, model, batch, source_U, target_U, head))
+    return logprob_U[torch.from_numpy(forest.pair_N).to(device)]
+
+
+def _by_our_head(
+    model: Any, batch: dict[str, Any], source_U: torch.Tensor, target_U: torch.Tensor, head: Head
+) -> torch.Tensor:
+    hidden = model.get_decoder()(**batch).last_hidden_state[0].index_select(0, source_U)
+    if not is_sharded(model):
+        return head_logprobs(hidden, target_U, head)
+    layer = model.get_output_embeddings()
+    with gathered(layer):  # its weights are others now than those that `head` was made of
+        return head_logprobs(hidden, target_U, replace(head, weight_VH=layer.weight, bias_V=layer.bias))
+
+
+def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """The same for one sequence alone, by the model's own causal forward: for models that a forest cannot serve.
+
+    token_ids (T,), trained (T,) bool -> logprob of the trained tokens in order.
+    """
+    predicted = torch.nonzero(trained[1:]).squeeze(1) + 1
+    mask = torch.ones_like(token_ids).unsqueeze(0)
+    logits = model(
+        input_ids=token_ids.unsqueeze(0), attention_mask=mask, use_cache=False, logits_to_keep=predicted - 1
+    ).logits[0]
+    if len(logits) != len(predicted):  # a few models do not know `logits_to_keep` and keep them all
+        logits = logits[predicted - 1]
+    return _gather_logprobs(logits, token_ids[predicted])
+
+
+def _gather_logprobs(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def head_logprobs(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
+    """logprob_U of the targets, never holding U x V numbers and computing nothing twice."""
+    return _HeadLogprobs.apply(hidden_UH, target_U, head)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """A log-probability depends on its own row of hidden states alone, so its gradient there is known as soon as it
+    is computed; backward only scales it. Wanted by any objective, with one pass over the head each way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
+        wants_gradient = hidden_UH.requires_grad
+        rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
+        logprob = torch.empty(len(target_U), dtype=torch.float32, device=hidden_UH.device)
+        gradient = torch.empty_like(hidden_UH) if wants_gradient else None
+        for start in range(0, len(target_U), rows):
+            part = slice(start, start + rows)
+            _head_chunk(
+                hidden_UH[part],
+                target_U[part],
+                head,
+                logprob[part],
+                None if gradient is None else gradient[part],
+            )
+        if wants_gradient:
+            ctx.save_for_backward(gradient)
+        return logprob
+
+    @staticmethod
+    def backward(ctx: Any, upstream_U: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream_U.unsqueeze(1)).to(gradient.dtype), None, None
+
+
+def _head_chunk(
+    hidden: torch.Tensor,
+    target: torch.Tensor,
+    head: Head,
+    logprob: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
+    logits = float32_product(hidden, head.weight_VH, head.bias_V)
+    if head.scale != 1.0:
+        logits *= head.scale
+    slope = None
+    if head.cap is not None:
+        logits.div_(head.cap).tanh_()
+        slope = 1 - logits * logits if gradient is not None else None
+        logits *= head.cap
+    chosen = logits.gather(1, target.unsqueeze(1)).squeeze(1)
+    highest = logits.amax(dim=1, keepdim=True)
+    logits.sub_(highest).exp_()
+    total = logits.sum(dim=1, keepdim=True)
+    torch.sub(chosen, (highest + total.log()).squeeze(1), out=logprob)
+    if gradient is None:
+        return
+    logits.div_(-total)
+    logits.scatter_add_(1, target.unsqueeze(1), torch.ones_like(target, dtype=logits.dtype).unsqueeze(1))
+    if slope is not None:
+        logits *= slope
+    if head.scale != 1.0:
+        logits *= head.scale
+    gradient.copy_(product(logits.to(hidden.dtype), head.weight_VH.t()))

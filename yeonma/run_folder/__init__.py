@@ -1,0 +1,1 @@
+"""What a run leaves on disk: the output folder, checkpoints, the lock, logs, trackers. No training here."""

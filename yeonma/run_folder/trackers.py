@@ -1,0 +1,397 @@
+"""The record of a run: metrics.jsonl, loss.png, and the trackers that get the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from io import BytesIO, FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.files import disk_errors_as_user_errors, replace_file, sync, write_all
+from yeonma.run_folder.progress import EvaluationRecord, StepRecord
+
+CURE = "make room; the same command then goes on from the last checkpoint"
+Settings = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class MetricsFile:
+    """metrics.jsonl, open at its end. A context manager; `open_metrics` makes it."""
+
+    file: FileIO
+
+    def write(self, record: StepRecord | EvaluationRecord) -> None:
+        """Append one line and hand it to the operating system: a killed process loses no line. Raises UserError where
+        the disk is full or fails; a part of a line is then cut off when the run goes on.
+        """
+        line = _line(record)
+        with disk_errors_as_user_errors(Path(self.file.name), "a step's line", len(line), CURE):
+            write_all(self.file, line)
+
+    def sync(self) -> None:
+        """Wait for the disk. Called before a checkpoint is renamed into place, so that no power cut leaves a
+        checkpoint whose steps have no lines. Raises as `write`.
+        """
+        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", cure=CURE):
+            os.fsync(self.file.fileno())
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+
+def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = True) -> MetricsFile:
+    """Open `path` to append to it: empty for a new run (`keep_steps` None), else with lines up to that step, its
+    evaluation among them or not.
+
+    What comes after them is cut off in one system call, so a kill leaves the old lines or the kept ones. The
+    kept lines are not rewritten. Raises UserError for a line that is no record.
+    """
+    kept = keep_steps is not None and path.exists()
+    end = _end_of_step(path, keep_steps or 0, keep_evaluation) if kept else 0
+    file = path.open("ab", buffering=0)
+    file.truncate(end)
+    sync(path.parent)  # its name; what is in it waits for `MetricsFile.sync`
+    return MetricsFile(file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, evaluations among them, in the order written.
+
+    A number that was not finite is None. A last line without a line end is a write that was cut short: it is
+    left out. Raises UserError where there is no such file and for a line that is no record.
+    """
+    if not path.is_file():
+        raise UserError("no such file", place=str(path))
+    return [values for _, values in _lines(path)]
+
+
+def plot_loss(metrics_path: Path, png_path: Path, per: str = "trained token") -> None:
+    """Draw training loss (each step, and a moving mean) and validation loss over the steps.
+
+    The picture is written beside its place and renamed. No loss yet, no picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [row for row in read_metrics(metrics_path) if row["loss"] is not None]
+    if not rows:
+        return
+    # A figure with its own canvas: pyplot would keep global state and choose a backend for the whole process.
+    figure = Figure(figsize=(7, 3.8), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw_training(axes, *_points(rows, evaluation=False))
+    steps, losses = _points(rows, evaluation=True)
+    if len(steps):
+        axes.plot(steps, losses, color="#d1495b", marker="o", markersize=5, linewidth=1.6, label="validation")
+    axes.set_xlabel("step", fontsize=12)
+    axes.set_ylabel(f"loss per {per}", fontsize=12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=11)
+    picture = BytesIO()
+    canvas.print_png(picture)
+    replace_file(png_path, picture.getvalue())
+
+
+@dataclass(frozen=True)
+class RunningTracker:
+    """A tracker that took the run's name and settings. `close` is told whether the run failed."""
+
+    name: str
+    log: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[bool], None]
+
+
+class Trackers:
+    """The trackers of this run. One that fails is named once and dropped; training goes on."""
+
+    def __init__(self, running: Sequence[RunningTracker] = ()) -> None:
+        self._running = list(running)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send `values` of `step`; steps must not go back."""
+        for tracker in tuple(self._running):
+            try:
+                tracker.log(step, values)
+            except Exception as error:
+                self._running.remove(tracker)
+                _warn(f"{tracker.name} failed and gets no more metrics; training goes on ({_reason(error)})")
+
+    def close(self, failed: bool = False) -> None:
+        """Finish every tracker, as a failed run where `failed`. More calls do nothing."""
+        running, self._running = self._running, []
+        for tracker in running:
+            try:
+                tracker.close(failed)
+            except Exception as error:
+                _warn(f"{tracker.name} failed at its end ({_reason(error)})")
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(failed=kind is not None)
+
+
+def check_trackers(report_to: str | Sequence[str]) -> tuple[str, ...]:
+    """The trackers that the setting names, each once; none for "none". Imports nothing and is quick.
+
+    Raises UserError, with a line for each, for names that are unknown or not installed.
+    """
+    named = (report_to,) if isinstance(report_to, str) else tuple(report_to)
+    names = tuple(dict.fromkeys(name for name in named if name != "none"))
+    problems = [problem for name in names for problem in _problems(name)]
+    if problems:
+        raise UserError(problems)
+    return names
+
+
+def open_trackers(
+    report_to: str | Sequence[str],
+    run_name: str | None,
+    output_dir: Path,
+    settings: Mapping[str, object],
+    start_step: int = 0,
+) -> Trackers:
+    """Start the named trackers. wandb may ask for a key on the terminal: start them before a progress line.
+
+    Each gets the settings, without what looks like a secret. `run_name` defaults to the folder's name.
+    `start_step` is the step of the checkpoint resumed from: tensorboard hides what an earlier process logged
+    after it. The others show a resumed run as one more run. Raises UserError where one is missing or cannot
+    start.
+    """
+    name = run_name or output_dir.resolve().name
+    shown = {key: _shown(key, value) for key, value in settings.items()}
+    running: list[RunningTracker] = []
+    for tracker in check_trackers(report_to):
+        try:
+            running.append(_START[tracker](name, output_dir, shown, start_step))
+        except Exception as error:
+            Trackers(running).close(failed=True)
+            cure = f"see that {tracker} works by itself, or leave it out"
+            raise UserError(
+                f"{tracker} cannot start: {_reason(error)}", place="report_to", cure=cure
+            ) from error
+    return Trackers(running)
+
+
+def tracked(record: StepRecord | EvaluationRecord) -> dict[str, float]:
+    """A record's numbers under the names that trackers show: `train/loss`, `validation/perplexity`, ..."""
+    group = "validation" if isinstance(record, EvaluationRecord) else "train"
+    values: dict[str, float] = {
+        f"{group}/{key}": value for key, value in _flat(record).items() if key != "step"
+    }
+    if isinstance(record, StepRecord) and record.seconds > 0:
+        values["train/tokens_per_second"] = record.tokens / record.seconds
+    return values
+
+
+# metrics.jsonl
+
+
+def _line(record: StepRecord | EvaluationRecord) -> bytes:
+    values = _flat(record)
+    if isinstance(record, EvaluationRecord):
+        values = {"evaluation": True, **values}
+    # JSON has no NaN and no infinity. Floats are written with as many digits as give the same float back.
+    strict = {key: None if _is_not_finite(value) else value for key, value in values.items()}
+    return (json.dumps(strict, allow_nan=False) + "\n").encode()
+
+
+def _flat(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
+    """A record's numbers, its metrics after the others; without a perplexity where there is none."""
+    values = asdict(record)
+    metrics = values.pop("metrics")
+    if values.get("perplexity", 0.0) is None:
+        del values["perplexity"]
+    return {**values, **metrics}
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each whole line's end, in bytes from the start of the file, and its values."""
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield end, _values(line, f"{path}:{number}")
+
+
+def _values(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not (isinstance(values, dict) and isinstance(values.get("step"), int) and "loss" in values):
+        raise UserError("not a record of a step", place=place, cure="delete this line")
+    return values
+
+
+def _end_of_step(path: Path, step: int, with_evaluation: bool) -> int:
+    kept = 0
+    for end, values in _lines(path):
+        if (values["step"], values.get("evaluation", False)) > (step, with_evaluation):
+            break
+        kept = end
+    return kept
+
+
+# loss.png
+
+
+def _points(rows: Sequence[Mapping[str, Any]], evaluation: bool) -> tuple[np.ndarray, np.ndarray]:
+    chosen = [(row["step"], row["loss"]) for row in rows if row.get("evaluation", False) == evaluation]
+    steps, losses = np.array(chosen, dtype=np.float64).reshape(-1, 2).T
+    return steps, losses
+
+
+def _draw_training(axes: Any, steps: np.ndarray, losses: np.ndarray) -> None:
+    if len(steps) < 10:
+        if len(steps):
+            axes.plot(steps, losses, color="#2e6f95", marker=".", linewidth=1.6, label="training")
+        return
+    axes.plot(steps, losses, color="#2e6f95", alpha=0.35, linewidth=0.7, label="training, each step")
+    smooth = _moving_mean(losses, each_side=max(2, len(steps) // 40))
+    axes.plot(steps, smooth, color="#2e6f95", linewidth=2, label="training, moving mean")
+
+
+def _moving_mean(values: np.ndarray, each_side: int) -> np.ndarray:
+    """The mean of each value and of up to `each_side` neighbours before and after it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    start = np.maximum(index - each_side, 0)
+    stop = np.minimum(index + each_side + 1, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+# Trackers
+
+
+def _tensorboard(run_name: str, output_dir: Path, settings: Settings, start_step: int) -> RunningTracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = start_step + 1 if start_step else 0
+    writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
+    shown = {"run_name": run_name, **settings}
+    # Four spaces: tensorboard renders Markdown, and this is a block of code.
+    lines = (
+        f"    {key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in shown.items()
+    )
+    writer.add_text("settings", "\n".join(lines), start_step)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return RunningTracker("tensorboard", log, lambda failed: writer.close())
+
+
+def _wandb(run_name: str, output_dir: Path, settings: Settings, start_step: int) -> RunningTracker:
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "yeonma"),
+        name=run_name,
+        dir=os.environ.get("WANDB_DIR", str(output_dir)),
+        config=dict(settings),
+    )
+    return RunningTracker(
+        "wandb",
+        lambda step, values: run.log(dict(values), step=step),
+        lambda failed: run.finish(exit_code=int(failed)),
+    )
+
+
+def _trackio(run_name: str, output_dir: Path, settings: Settings, start_step: int) -> RunningTracker:
+    import trackio
+
+    run = trackio.init(project="yeonma", name=run_name, config=dict(settings))
+    return RunningTracker(
+        "trackio",
+        lambda step, values: run.log(dict(values), step=step),
+        lambda failed: trackio.finish(),
+    )
+
+
+def _mlflow(run_name: str, output_dir: Path, settings: Settings, start_step: int) -> RunningTracker:
+    import mlflow
+
+    if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
+        mlflow.set_experiment("yeonma")
+    mlflow.start_run(run_name=run_name)
+    mlflow.log_params(dict(settings))
+    return RunningTracker(
+        "mlflow",
+        lambda step, values: mlflow.log_metrics(dict(values), step=step),
+        lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED"),
+    )
+
+
+_START: Mapping[str, Callable[[str, Path, Settings, int], RunningTracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+    "mlflow": _mlflow,
+}
+
+
+def _problems(name: str) -> list[Problem]:
+    if name not in _START:
+        cure = did_you_mean(name, _START) or f"known are {', '.join(_START)}"
+        return [Problem(f'no tracker "{name}"', place="report_to", cure=cure)]
+    spec = find_spec(name)
+    # A folder `wandb`, left by a run in the working folder, imports as a package without an origin.
+    if spec is None or spec.origin is None:
+        return [Problem(f"{name} is not installed", place="report_to", cure=f"pip install yeonma[{name}]")]
+    return []
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """One short line of an error, without secrets: some trackers quote their address, password and all."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return _without_secrets(f"{type(error).__name__}: {first}" if first else type(error).__name__)[:300]
+
+
+_SECRET_NAME = r"(?:token|key|secret|password|signature|credential)"
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/@\s]+(?=@)"), "***"),
+    (re.compile(rf"({_SECRET_NAME}=)[^&\s]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"\b(?:hf_|sk-|wandb_v1_)[\w-]{8,}"), "***"),
+)
+
+
+def _without_secrets(text: str) -> str:
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def _shown(name: str, value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return "***" if re.search(rf"{_SECRET_NAME}$", name, re.IGNORECASE) else _without_secrets(value)

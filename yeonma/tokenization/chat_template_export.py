@@ -1,0 +1,356 @@
+"""The training template as a chat template, so that other tools ask with the trained tokens.
+
+What `apply_chat_template`, vLLM and their like send is a list of messages. A user message becomes the template's field;
+where there are several fields its content is a flat JSON object of texts. Other tools take special-token text in data
+for special tokens; Yeonma does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from yeonma.data.columns import column_of, field_text
+from yeonma.data.rows import Row
+from yeonma.data.template import Part, Placeholder, Rendered, Template, Variant
+from yeonma.errors import UserError
+from yeonma.tokenization.chat_template import FIXED_DATE, Message
+from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example_encoder import encode_prompts
+from yeonma.tokenization.text_encoder import TextEncoder
+
+BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
+"""Where the base's own chat template lies beside one that carries a training template; empty where it has none."""
+MARK = f"{{#- A training template, for messages; the base model's own chat template is in {BASE_CHAT_TEMPLATE} -#}}\n"
+"""What such a template begins with."""
+
+_LEAD_PROBES = ("x", "가", "\n", "###", "x  y")
+_TRIAL_TEXTS = ("x", "서울의 아침, -3 °C.", '  A storm\n\nclosed "it" {x} {{y}}\n', "\n\\ é 😀\tend ")
+_UNLIMITED = TokenRules(2**40)
+
+
+@dataclass(frozen=True)
+class ExportedChatTemplate:
+    """A chat template that was tried: it gives the trained tokens. `text` is None where there is none; `why` tells."""
+
+    text: str | None
+    why: str = ""
+
+
+def export_chat_template(template: Template, tokenizer: Any) -> ExportedChatTemplate:
+    """The chat template that carries `template`, for a tokenizer with its base's own, after a trial on a few texts."""
+    text = chat_template_for(template, tokenizer)
+    if text is None:
+        return ExportedChatTemplate(None, "the base model has no chat template to write turns with")
+    why = why_not_carried(template, tokenizer, text)
+    return ExportedChatTemplate(None if why else text, why)
+
+
+def why_not_carried(template: Template, tokenizer: Any, text: str) -> str:
+    """Why the chat template `text` does not give the trained tokens of a few texts; empty where it does."""
+    trials = 0
+    for row in _trial_rows(template):
+        rendered = template.render(row, None, with_answer=False)
+        try:
+            ids = whole_ids(rendered, row, tokenizer)
+        except UserError:  # a conversation that the base's chat template refuses
+            continue
+        try:
+            same = asked_ids(tokenizer, messages_of(template, row, None, rendered), text) == ids
+        except Exception as error:  # whatever Jinja raises
+            return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
+        if not same:
+            return "a chat template cannot give this tokenizer the trained tokens"
+        trials += 1
+    return "" if trials else "the base model's chat template refuses all that was tried"
+
+
+def whole_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
+    """The trained ids of the row's whole prompt, which nothing shortens. Raises UserError as encoding."""
+    return [int(one) for one in encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0]]
+
+
+def asked_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
+    """What other tools ask with: the ids of `messages` by transformers' `apply_chat_template`."""
+    found = tokenizer.apply_chat_template(
+        list(messages), chat_template=chat_template, add_generation_prompt=True
+    )
+    return list(found["input_ids"])
+
+
+def _trial_rows(template: Template) -> Iterator[Row]:
+    """Rows for each variant, with texts that try the borders of tokens, of JSON and of Jinja."""
+    if template.is_chat:
+        column = template.answer_field
+        for first, last in zip(_TRIAL_TEXTS, reversed(_TRIAL_TEXTS), strict=True):
+            question, answer = ({"role": role, "content": first} for role in ("user", "assistant"))
+            for turns in ([question], [question, answer, {"role": "user", "content": last}]):
+                yield Row(1, {column: turns}, "trial")
+                yield Row(1, {column: [{"role": "system", "content": last}, *turns]}, "trial")
+        return
+    for variant in template.variants:
+        for number in range(len(_TRIAL_TEXTS)):
+            texts = _TRIAL_TEXTS[number:] + _TRIAL_TEXTS[:number]
+            fields = enumerate(variant.prompt_fields)
+            yield Row(1, {name: texts[at % len(texts)] for at, name in fields}, "trial")
+
+
+def chat_template_for(template: Template, tokenizer: Any) -> str | None:
+    """Jinja that renders messages to the text of the template's prompts, for a tokenizer with its base's chat template.
+
+    None where turns need the base's chat template and there is none.
+    """
+    encoder = TextEncoder.of(tokenizer)
+    own = base_chat_template(tokenizer)
+    turns = any(variant.answer_role is not None for variant in template.variants)
+    if turns and not own:
+        return None
+    if template.is_chat:
+        return _dated(own, _lead_of_turns(tokenizer, encoder) + own)
+    fields = prompt_fields(template)
+    head = _read_message(fields, template)
+    branches = [
+        "{%- "
+        + ("if " if number == 0 else "elif ")
+        + " and ".join(f"(fields[{_quoted(name)}] or '')|trim" for name in variant.prompt_fields or ())
+        + " -%}\n"
+        + (_turns(variant) if variant.answer_role else _plain(variant, tokenizer))
+        for number, variant in enumerate(template.variants)
+        if variant.prompt_fields
+    ]
+    constant = [variant for variant in template.variants if not variant.prompt_fields]
+    last = (
+        (_turns(constant[0]) if constant[0].answer_role else _plain(constant[0], tokenizer))
+        if constant
+        else "{{- raise_exception(" + _quoted(f"the message lacks a field: {_needs(fields)}") + ") -}}\n"
+    )
+    chosen = "".join(branches) + "{%- else -%}\n" + last + "{%- endif -%}\n" if branches else last
+    if not turns:
+        return head + "{%- set own = namespace(text='', turns=none) -%}\n" + chosen + _write(encoder)
+    return _dated(
+        own,
+        head
+        + "{%- set own = namespace(text='', turns=none) -%}\n"
+        + chosen
+        + ("{%- if own.turns is none -%}\n" + _write(encoder) + "{%- else -%}\n")
+        + "{%- set messages = own.turns -%}\n"
+        + _lead_of_turns(tokenizer, encoder)
+        + own
+        + "{%- endif -%}",
+    )
+
+
+def base_chat_template(tokenizer: Any) -> str:
+    """The tokenizer's own chat template, the default one of several; empty where it has none."""
+    named = tokenizer.chat_template
+    return str((named.get("default") if isinstance(named, dict) else named) or "")
+
+
+def messages_of(
+    template: Template, row: Row, columns: Mapping[str, str] | None, rendered: Rendered
+) -> list[Message]:
+    """The row as another tool sends it: a user message, or a turn list without its final answer."""
+    if template.is_chat:
+        turns = rendered.turns
+        turns = turns[:-1] if turns[-1].role == "assistant" and not rendered.answer else turns
+        return [
+            {"role": str(turn.role), "content": "".join(piece.text for piece in turn.pieces)}
+            for turn in turns
+        ]
+    fields = prompt_fields(template)
+    texts = {name: field_text(row, column_of(name, columns, template.answer_field)) for name in fields}
+    if len(fields) == 1:
+        return [{"role": "user", "content": texts[fields[0]] or ""}]
+    filled = {name: text for name, text in texts.items() if text is not None}
+    return [{"role": "user", "content": json.dumps(filled, ensure_ascii=False)}]
+
+
+def prompt_fields(template: Template) -> list[str]:
+    """The fields that a message fills, in the template's order. Of a turn list there are none."""
+    return list(dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields))
+
+
+def _dated(own: str, text: str) -> str:
+    """With the date of training, where the base's chat template writes one."""
+    return FIXED_DATE + text if "strftime_now" in own else text
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _needs(fields: Sequence[str]) -> str:
+    if len(fields) == 1:
+        return f"one user message with the text of {fields[0]}"
+    return "one user message with a JSON object of the texts " + ", ".join(fields)
+
+
+def _expression(parts: Sequence[Part]) -> str:
+    words = [
+        f"fields[{_quoted(part.field)}]" if isinstance(part, Placeholder) else _quoted(part.text)
+        for part in parts
+    ]
+    return " ~ ".join(words) or "''"
+
+
+def _plain(variant: Variant, tokenizer: Any) -> str:
+    prompt = [part for turn in variant.turns for part in turn.parts]
+    answer = _answer(variant.answer)
+    end = _quoted(tokenizer.eos_token or "")
+    return (
+        f"{{%- set own.text = {_expression(prompt)} -%}}\n"
+        f"{{%- if answer is not none -%}}{{%- set own.text = own.text ~ {answer} ~ {end} -%}}{{%- endif -%}}\n"
+    )
+
+
+def _turns(variant: Variant) -> str:
+    turns = ", ".join(
+        f"{{'role': {_quoted(str(turn.role))}, 'content': {_expression(turn.parts)}}}"
+        for turn in variant.turns
+    )
+    answer = _answer(variant.answer)
+    return (
+        f"{{%- set own.turns = [{turns}] -%}}\n"
+        "{%- if answer is not none -%}"
+        f"{{%- set own.turns = own.turns + [{{'role': 'assistant', 'content': {answer}}}] -%}}{{%- endif -%}}\n"
+    )
+
+
+def _answer(parts: Sequence[Part]) -> str:
+    words = ["answer" if isinstance(part, Placeholder) else _quoted(part.text) for part in parts]
+    return " ~ ".join(words)
+
+
+def _write(encoder: TextEncoder) -> str:
+    """The text with what stands before it: what a tokenizer's own rules would have put there."""
+    blank, other = (_lead(encoder, [before + text for text in _LEAD_PROBES]) for before in (" ", ""))
+    if blank == other:
+        return "{{- " + _quoted(other) + " ~ own.text -}}\n"
+    return "{{- (" + _quoted(blank) + " if own.text[:1] == ' ' else " + _quoted(other) + ") ~ own.text -}}\n"
+
+
+def _lead(encoder: TextEncoder, texts: Sequence[str]) -> str:
+    """The text in front that makes a tokenizer without its rules give their ids: the start tokens' own text, and a
+    blank where a dummy prefix would stand. Nothing does for a tokenizer of another kind; the check tells."""
+    start = "".join(encoder.special_text.get(number, "") for number in encoder.start_ids)
+    for lead in (start, start + " "):
+        if encoder.bare([lead + text for text in texts]) == encoder.batch(texts):
+            return lead
+    return start
+
+
+def _lead_of_turns(tokenizer: Any, encoder: TextEncoder) -> str:
+    """The start tokens, where the base's chat template does not write them."""
+    if not encoder.start_ids:
+        return ""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # whatever the base's template raises: it is not our code
+        return ""
+    lead = "" if encoder.bare([text]) == encoder.batch([text]) else _lead(encoder, [text])
+    return "{{- " + _quoted(lead) + " -}}\n" if lead else ""
+
+
+def _read_message(fields: Sequence[str], template: Template) -> str:
+    """Jinja: `fields`, the texts by name, and `answer`, the assistant's text or none."""
+    needs = _quoted(f"this model takes {_needs(fields)}")
+    head = _MESSAGE.replace("@NEEDS@", needs)
+    if len(fields) == 1:
+        return head + f"{{%- set fields = {{{_quoted(fields[0])}: said.content}} -%}}\n"
+    empty = "{" + ", ".join(f"{_quoted(name)}: none" for name in fields) + "}"
+    alone = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
+    plain = (
+        "{%- set json.fields = dict(json.fields, **{" + _quoted(alone) + ": said.content}) -%}"
+        if alone
+        else "{{- raise_exception(" + needs + ") -}}"
+    )
+    return head + _JSON.replace("@EMPTY@", empty).replace("@PLAIN@", plain).replace("@NEEDS@", needs)
+
+
+_MESSAGE = """\
+{%- set said = namespace(content='', answer=none) -%}
+{%- if messages|length not in (1, 2) or messages[0]['role'] != 'user'
+       or (messages|length == 2 and messages[1]['role'] != 'assistant') -%}
+{{- raise_exception(@NEEDS@) -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- set one = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set one.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}{%- set one.text = one.text ~ part['text'] -%}{%- endfor -%}
+{%- endif -%}
+{%- if loop.first -%}{%- set said.content = one.text -%}{%- else -%}{%- set said.answer = one.text -%}{%- endif -%}
+{%- endfor -%}
+{%- set answer = said.answer -%}
+"""
+
+# A reader of {"name": "text", ...}, character by character. `at`: what is expected next. Texts are taken in stretches
+# between escapes.
+_JSON = """\
+{%- set json = namespace(fields=@EMPTY@, at='open', name='', text='', start=0, escape='', hex='', high=0, ok=true) -%}
+{%- if said.content|trim and (said.content|trim)[0] != '{' -%}
+@PLAIN@
+{%- else -%}
+{%- set shorts = {'n': '\\n', 't': '\\t', 'r': '\\r', 'b': '\\b', 'f': '\\f', '"': '"', '/': '/', '\\\\': '\\\\'} -%}
+{%- for c in said.content -%}
+{%- if json.at in ('in name', 'in text') -%}
+{%- if json.escape == 'u' -%}
+{%- set json.hex = json.hex ~ c -%}
+{%- if c not in '0123456789abcdefABCDEF' -%}{%- set json.ok = false -%}{%- endif -%}
+{%- if json.hex|length == 4 -%}
+{%- set code = json.hex|int(0, 16) -%}
+{%- set json.escape = '' -%}{%- set json.start = loop.index -%}
+{%- if json.high -%}
+{%- if code < 56320 or code > 57343 -%}{%- set json.ok = false -%}
+{%- else -%}
+{%- set json.text = json.text ~ '%c'|format(65536 + (json.high - 55296) * 1024 + code - 56320) -%}
+{%- endif -%}
+{%- set json.high = 0 -%}
+{%- elif code >= 55296 and code <= 56319 -%}{%- set json.high = code -%}
+{%- elif code == 0 or (code >= 56320 and code <= 57343) -%}{%- set json.ok = false -%}
+{%- else -%}{%- set json.text = json.text ~ '%c'|format(code) -%}
+{%- endif -%}
+{%- endif -%}
+{%- elif json.escape -%}
+{%- if c == 'u' -%}{%- set json.escape = 'u' -%}{%- set json.hex = '' -%}
+{%- elif c in shorts and not json.high -%}
+{%- set json.text = json.text ~ shorts[c] -%}{%- set json.escape = '' -%}{%- set json.start = loop.index -%}
+{%- else -%}{%- set json.ok = false -%}{%- set json.escape = '' -%}
+{%- endif -%}
+{%- elif c == '\\\\' -%}
+{%- if json.high and loop.index0 != json.start -%}{%- set json.ok = false -%}{%- endif -%}
+{%- set json.text = json.text ~ said.content[json.start:loop.index0] -%}{%- set json.escape = 'any' -%}
+{%- elif json.high -%}{%- set json.ok = false -%}
+{%- elif c == '"' -%}
+{%- set json.text = json.text ~ said.content[json.start:loop.index0] -%}
+{%- if json.at == 'in name' -%}{%- set json.name = json.text -%}{%- set json.at = 'colon' -%}
+{%- else -%}{%- set json.fields = dict(json.fields, **{json.name: json.text}) -%}{%- set json.at = 'comma' -%}
+{%- endif -%}
+{%- endif -%}
+{%- elif json.at == 'null' -%}
+{%- set json.text = json.text ~ c -%}
+{%- if json.text == 'null' -%}
+{%- set json.fields = dict(json.fields, **{json.name: none}) -%}{%- set json.at = 'comma' -%}
+{%- elif json.text not in ('nu', 'nul') -%}{%- set json.ok = false -%}
+{%- endif -%}
+{%- elif c in ' \\t\\r\\n' -%}
+{%- elif json.at == 'open' and c == '{' -%}{%- set json.at = 'first' -%}
+{%- elif json.at in ('first', 'name', 'value') and c == '"' -%}
+{%- set json.at = 'in text' if json.at == 'value' else 'in name' -%}
+{%- set json.text = '' -%}{%- set json.start = loop.index -%}
+{%- elif json.at == 'value' and c == 'n' -%}{%- set json.text = 'n' -%}{%- set json.at = 'null' -%}
+{%- elif json.at == 'colon' and c == ':' -%}{%- set json.at = 'value' -%}
+{%- elif json.at == 'comma' and c == ',' -%}{%- set json.at = 'name' -%}
+{%- elif json.at in ('first', 'comma') and c == '}' -%}{%- set json.at = 'end' -%}
+{%- else -%}{%- set json.ok = false -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if json.at != 'end' or not json.ok -%}{{- raise_exception(@NEEDS@) -}}{%- endif -%}
+{%- endif -%}
+{%- set fields = json.fields -%}
+"""

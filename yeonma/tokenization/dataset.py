@@ -1,0 +1,165 @@
+"""Settings -> the examples of a run: the template chosen, the rows tokenised, the validation rows drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yeonma.config.settings import DataSettings, TokenSettings
+from yeonma.data.rows import Row, Rows, draw_validation, open_rows
+from yeonma.data.task import ANSWERS, Task, choose_template
+from yeonma.data.template import Template
+from yeonma.errors import UserError
+from yeonma.files import user_path
+from yeonma.tokenization.cache import build_store, default_cache_dir
+from yeonma.tokenization.data_warnings import listed, overlap_of, remarks_of, used_rows
+from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
+from yeonma.tokenization.store import TokenStore
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples of a token store, by their positions there, and the rows they came from."""
+
+    rows: Rows
+    store: TokenStore
+    positions: np.ndarray
+
+    @property
+    def examples(self) -> tuple[TokenStore, np.ndarray]:
+        return self.store, self.positions
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """What the plan is made of: the examples or, in preference data, the pairs."""
+        return np.unique(self.store.units[self.positions])
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.store.trained_counts[self.store.trained_of(self.units)].sum())
+
+    def first_rows(self, count: int) -> list[Row]:
+        """The rows of the first `count` distinct row numbers; reads no further than the last of them."""
+        wanted = set(used_rows(self.store, self.positions)[:count].tolist())
+        found: list[Row] = []
+        for row in self.rows:
+            if len(found) == len(wanted):
+                break
+            if row.number in wanted:
+                found.append(row)
+        return found
+
+
+@dataclass(frozen=True)
+class Dataset:
+    kind: Task
+    template: Template
+    columns: dict[str, str] | None
+    rules: TokenRules
+    train: Part
+    validation: Part | None
+
+    @property
+    def sources(self) -> list[Part]:
+        """A part of each data set that was read: one where validation was drawn from the training rows."""
+        parts = {self.train.store.key: self.train}
+        if self.validation is not None:
+            parts.setdefault(self.validation.store.key, self.validation)
+        return list(parts.values())
+
+
+def token_rules(tokens: TokenSettings) -> TokenRules:
+    return TokenRules(
+        cutoff_len=tokens.cutoff_len,
+        shrink=tokens.shrink,
+        shrink_side=tokens.shrink_side,
+        over_limit=tokens.over_limit,
+        train_on_inputs=tokens.train_on_inputs,
+        add_eos_token=tokens.add_eos_token,
+    )
+
+
+def cache_folder(tokens: TokenSettings) -> Path:
+    return user_path(tokens.cache_dir) if tokens.cache_dir else default_cache_dir()
+
+
+def prepare_dataset(
+    data: DataSettings,
+    tokens: TokenSettings,
+    tokenizer: Any,
+    seed: int,
+    say: Say,
+    progress: Callable[[int], None],
+    kind: Task = ANSWERS,
+    continued: str | None = None,
+) -> Dataset:
+    """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
+    limits make impossible."""
+    if data.val_data_path is not None and data.val_set_size:
+        raise UserError(
+            "val_set_size and val_data_path are both given", place="val_set_size", cure="give one of the two"
+        )
+    rows = open_rows(
+        data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
+    )
+    choice = choose_template(kind, data.template, rows, data.columns, continued)
+    rules = token_rules(tokens)
+    template, columns = choice.template, choice.columns
+    if choice.reason:
+        say(choice.reason)
+    cache = cache_folder(tokens)
+
+    def part(rows: Rows) -> Part:
+        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, kind)
+        return Part(rows, store, np.arange(len(store)))
+
+    train = part(rows)
+    validation = None
+    if data.val_data_path is not None:
+        revision = data.data_revision if data.val_data_path == data.data_path else None
+        validation = part(
+            open_rows(data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding)
+        )
+    elif data.val_set_size:
+        numbers = used_rows(train.store, train.positions)
+        _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
+        held_out = np.isin(train.store.row_numbers, numbers[drawn])
+        validation = Part(rows, train.store, np.flatnonzero(held_out))
+        train = Part(rows, train.store, np.flatnonzero(~held_out))
+    return Dataset(kind, template, columns, rules, train, validation)
+
+
+def describe(dataset: Dataset, say: Say) -> None:
+    """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
+    for part in dataset.sources:
+        _describe(part.rows.name, part.store, dataset.kind, say)
+    if dataset.validation is not None:
+        overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
+        if overlap is not None:
+            say(f"{dataset.validation.rows.name}: {overlap}")
+
+
+def _describe(name: str, store: TokenStore, kind: Task, say: Say) -> None:
+    counts = store.counts
+    line = f"{name}: {counts.rows:,} rows, {counts.units:,} {kind.units}, {counts.tokens:,} tokens"
+    say(f"{line}, {counts.trained_tokens:,} of them trained")
+    if counts.shortened:
+        say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
+    left_out = store.left_out if counts.left_out else []
+    for reason in NOTHING_TO_CHOOSE:
+        numbers = [left.row for left in left_out if left.reason == reason]
+        if numbers:
+            say(f"{name}: {reason}: {len(numbers):,} left out ({listed(numbers)})")
+    numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
+    if numbers:
+        say(f"{name}: {len(numbers):,} left out: {listed(numbers)}")
+    for remark in remarks_of(store, np.arange(len(store))):
+        say(f"{name}: {remark}")

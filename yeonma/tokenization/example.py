@@ -1,0 +1,108 @@
+"""What a row becomes: an example's token ids and which of them are trained, by the rules that decide them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from yeonma.data.template import Template
+from yeonma.errors import UserError, did_you_mean
+from yeonma.tokenization.chat_template import chat_of
+from yeonma.tokenization.text_encoder import TextEncoder
+
+
+class AnswerRole(IntEnum):
+    """What an example's answer is to be: the only right one, the better or worse of two, wanted or not by itself."""
+
+    ANSWER = 0
+    CHOSEN = 1
+    REJECTED = 2
+    DESIRABLE = 3
+    UNDESIRABLE = 4
+    MISMATCHED = 5
+    """An answer to another row's prompt: never trained, only measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Token ids of one prompt with its answer, or of a turn list with its answers."""
+
+    token_ids: NDArray[np.int32]
+    """Shape (tokens,): prompt, answer, end token."""
+    trained: NDArray[np.bool_]
+    """Shape (tokens,): whether the token is trained, as a target. The first token never is."""
+    prompt_length: int
+    """Tokens before the answer, in a turn list before the last one: what generation feeds."""
+    row: int
+    variant: int
+    cut_characters: int
+    """Characters that a prompt field lost to fit `cutoff_len`."""
+    straddles: bool
+    """Whether a token of the whole text straddles the border: the answer was encoded as a continuation."""
+    special_text: int
+    """Special-token texts that were found in data and encoded as ordinary text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Examples with one prompt that a step counts as one and no micro-batch parts, such as the two of a pair."""
+
+    members: tuple[tuple[AnswerRole, Example], ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row, or one answer of a turn list, that is over the limit with its prompt field cut to one character; or a
+    pair with nothing to choose between."""
+
+    row: int
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """The token settings that decide what an example is."""
+
+    cutoff_len: int
+    shrink: str | None = None
+    shrink_side: Literal["end", "start", "middle"] = "end"
+    over_limit: Literal["drop", "error"] = "drop"
+    train_on_inputs: bool = False
+    add_eos_token: bool = True
+
+
+def check_rules(template: Template, rules: TokenRules) -> None:
+    """Raises UserError where `shrink` names no prompt field of the template."""
+    prompt_fields = sorted(template.fields - {template.answer_field})
+    if rules.shrink is None or (rules.shrink in prompt_fields and not template.is_chat):
+        return
+    if template.is_chat:
+        cure = "leave it out: the longest turn that is not the assistant's is shortened"
+        raise UserError("a turn list has no fields to shorten", place="--shrink", cure=cure)
+    known = did_you_mean(rules.shrink, prompt_fields) or f"the template uses {', '.join(prompt_fields)}"
+    raise UserError(f'"{rules.shrink}" is not a prompt field of the template', place="--shrink", cure=known)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> None:
+    """Raises UserError where answers need an EOS token that the tokenizer does not have."""
+    if rules.add_eos_token and tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-sequence token",
+            place="--base_model",
+            cure="set eos_token in its tokenizer_config.json, or give --add_eos_token false",
+        )
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, ...]:
+    """The ids that end an answer: EOS and, with `chat`, the token that the chat template ends a turn with."""
+    found = {tokenizer.eos_token_id}
+    if chat:
+        with chat_of(TextEncoder.of(tokenizer)) as asked:
+            found.add(asked.end_id())
+    return tuple(sorted(number for number in found if number is not None))

@@ -1,0 +1,309 @@
+"""A folder of examples as flat arrays: written once, then read through memory maps. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yeonma.data.text_checks import Notes
+from yeonma.files import sync
+from yeonma.tokenization.example import AnswerRole, Example, LeftOut, Unit
+
+# One value a token.
+_OF_TOKENS: dict[str, str] = {"token_ids": "<i4", "trained": "?"}
+# One value an example.
+_OF_EXAMPLES: dict[str, str] = {
+    "starts": "<i8",
+    "lengths": "<i4",
+    "prompt_lengths": "<i4",
+    "trained_counts": "<i4",
+    "row_numbers": "<i8",
+    "variants": "<i4",
+    "cut_characters": "<i8",
+    "straddles": "?",
+    "special_text": "<i4",
+    "units": "<i8",
+    "roles": "|u1",
+}
+# One value a row read, left out or not.
+_OF_ROWS: dict[str, str] = {
+    "row_flags": "|u1",
+    "row_scripts": "<u4",
+    "row_digests": "<u8",
+    "prompt_digests": "<u8",
+}
+_ARRAYS = {**_OF_TOKENS, **_OF_EXAMPLES, **_OF_ROWS}
+_LEFT_OUT, _META = "left_out.jsonl", "meta.json"
+_BYTES_A_READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows, for a summary of one screen."""
+
+    rows: int = 0
+    examples: int = 0
+    units: int = 0
+    """What a step counts: examples or, in preference data, pairs."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    """Mismatched answers not counted; so of tokens."""
+    shortened: int = 0
+    """Examples whose prompt field lost text."""
+    cut_characters: int = 0
+    left_out: int = 0
+    straddles: int = 0
+    special_text: int = 0
+    """Special-token texts in data that were encoded as ordinary text."""
+    variants: tuple[int, ...] = ()
+    """Examples of each variant of the template."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Examples on disk. Arrays are memory-mapped: reading one example reads its pages alone."""
+
+    folder: Path
+    key: str
+    counts: Counts
+    token_ids: NDArray[np.int32]
+    """Shape (tokens of all examples,); example i begins at `starts[i]`."""
+    trained: NDArray[np.bool_]
+    """Shape (tokens of all examples,)."""
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    """Shape (examples,), tokens; so the arrays below."""
+    prompt_lengths: NDArray[np.int32]
+    trained_counts: NDArray[np.int32]
+    row_numbers: NDArray[np.int64]
+    variants: NDArray[np.int32]
+    cut_characters: NDArray[np.int64]
+    straddles: NDArray[np.bool_]
+    special_text: NDArray[np.int32]
+    units: NDArray[np.int64]
+    """The unit that an example belongs to, from 0; those of one unit stand next to each other."""
+    roles: NDArray[np.uint8]
+    """Values of `AnswerRole`."""
+    row_flags: NDArray[np.uint8]
+    """Shape (rows read,), as the arrays below; row number n is at n - 1. Bits as in `yeonma.data.text_checks`."""
+    row_scripts: NDArray[np.uint32]
+    row_digests: NDArray[np.uint64]
+    prompt_digests: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.example(index)
+
+    def example(self, index: int) -> Example:
+        """The example at `index`, from 0; its arrays are views of the store and cannot be written to."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        start = int(self.starts[index])
+        end = start + int(self.lengths[index])
+        return Example(
+            token_ids=self.token_ids[start:end],
+            trained=self.trained[start:end],
+            prompt_length=int(self.prompt_lengths[index]),
+            row=int(self.row_numbers[index]),
+            variant=int(self.variants[index]),
+            cut_characters=int(self.cut_characters[index]),
+            straddles=bool(self.straddles[index]),
+            special_text=int(self.special_text[index]),
+        )
+
+    @cached_property
+    def unit_starts(self) -> NDArray[np.int64]:
+        """Shape (units + 1,): the first example of each unit; at last the number of examples."""
+        return np.searchsorted(self.units, np.arange(self.counts.units + 1)).astype(np.int64)
+
+    @cached_property
+    def unit_lengths(self) -> NDArray[np.int32]:
+        """Shape (units,), tokens: of a unit's examples, the prompt counted once."""
+        if self.counts.units == len(self):
+            return self.lengths
+        answers, starts = self.lengths - self.prompt_lengths, self.unit_starts[:-1]
+        return np.add.reduceat(answers, starts) + self.prompt_lengths[starts]
+
+    def examples_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions of the examples of some units, unit by unit."""
+        if self.counts.units == len(self):
+            return units
+        starts = self.unit_starts
+        members = [np.arange(starts[unit], starts[unit + 1]) for unit in units]
+        return np.concatenate([np.empty(0, np.int64), *members])
+
+    def trained_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same but for mismatched answers, which are only measured."""
+        examples = self.examples_of(units)
+        if self.counts.units == len(self):
+            return examples
+        return examples[self.roles[examples] != AnswerRole.MISMATCHED]
+
+    def measured_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The mismatched answers alone."""
+        examples = self.examples_of(units)
+        return examples[self.roles[examples] == AnswerRole.MISMATCHED]
+
+    def rows_of(self, units: NDArray[np.int64]) -> list[int]:
+        """The row that each unit was made of. One row may give several: a turn list asked at each of its answers."""
+        firsts = units if self.counts.units == len(self) else self.unit_starts[units]
+        return [int(row) for row in self.row_numbers[firsts]]
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The rows left out, read from disk at each use."""
+        with open(self.folder / _LEFT_OUT, encoding="utf-8") as lines:
+            return [LeftOut(**json.loads(line)) for line in lines]
+
+
+@dataclass
+class StoreWriter:
+    """Appends examples to the files of a folder; `finish` makes it a store and closes them.
+
+    Raises OSError where it cannot write.
+    """
+
+    folder: Path
+    files: dict[str, BinaryIO]
+    sums: dict[str, int]
+    counts: Counts
+
+    @staticmethod
+    def open(folder: Path) -> StoreWriter:
+        """`folder` must not exist."""
+        folder.mkdir(parents=True)
+        names = [*(f"{name}.bin" for name in _ARRAYS), _LEFT_OUT]
+        files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
+        return StoreWriter(folder, files, dict.fromkeys(names, 0), Counts())
+
+    def add(self, notes: Sequence[Notes], found: Sequence[Example | Unit | LeftOut]) -> None:
+        """Append what some rows gave; `notes` has one entry for each of them. An example by itself is a unit."""
+        units = [
+            ((AnswerRole.ANSWER, one),) if isinstance(one, Example) else one.members
+            for one in found
+            if not isinstance(one, LeftOut)
+        ]
+        left_out = [one for one in found if isinstance(one, LeftOut)]
+        columns = _columns([example for unit in units for _, example in unit], self.counts.tokens)
+        numbers = np.arange(self.counts.units, self.counts.units + len(units))
+        columns["units"] = np.repeat(numbers, [len(unit) for unit in units])
+        columns["roles"] = np.array([role for unit in units for role, _ in unit], dtype=np.uint8)
+        for name, values in {**columns, **_row_columns(notes)}.items():
+            self._append(f"{name}.bin", values.astype(_ARRAYS[name]).tobytes())
+        lines = "".join([json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in left_out])
+        self._append(_LEFT_OUT, lines.encode())
+        self.counts = _added(self.counts, len(notes), len(units), columns, len(left_out))
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Write the description and bring everything to disk."""
+        files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
+        meta = {**about, "counts": asdict(self.counts), "files": files}
+        with open(self.folder / _META, "w", encoding="utf-8") as file:
+            file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
+            _to_disk(file)
+        for data in self.files.values():
+            _to_disk(data)
+            data.close()
+        sync(self.folder)
+
+    def _append(self, name: str, content: bytes) -> None:
+        self.files[name].write(content)
+        self.sums[name] = zlib.crc32(content, self.sums[name])
+
+
+def open_store(folder: Path, key: str) -> TokenStore | None:
+    """The store in `folder`; None where there is none of this key, or any of its files is damaged."""
+    try:
+        known = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta, files = known["meta"], known["meta"]["files"]
+        whole = zlib.crc32(_canonical(meta).encode()) == known["crc32"] and meta["key"] == key
+        if not whole or any(
+            _sum_of(folder / name) != (of["bytes"], of["crc32"]) for name, of in files.items()
+        ):
+            return None
+        counts = Counts(**{**meta["counts"], "variants": tuple(meta["counts"]["variants"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    arrays: dict[str, Any] = {
+        name: np.asarray(np.memmap(folder / f"{name}.bin", dtype=kind, mode="r"))
+        for name, kind in _ARRAYS.items()
+    }
+    return TokenStore(folder, key, counts, **arrays)
+
+
+def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]:
+    def of(value: Callable[[Example], int]) -> NDArray[np.int64]:
+        return np.array([value(example) for example in examples], dtype=np.int64)
+
+    lengths = of(lambda example: len(example.token_ids))
+    trained = [example.trained for example in examples]
+    return {
+        "token_ids": np.concatenate([np.empty(0, np.int32), *(example.token_ids for example in examples)]),
+        "trained": np.concatenate([np.empty(0, np.bool_), *trained]),
+        "starts": start + np.cumsum(lengths) - lengths,
+        "lengths": lengths,
+        "prompt_lengths": of(lambda example: example.prompt_length),
+        "trained_counts": np.array([np.count_nonzero(mask) for mask in trained], dtype=np.int64),
+        "row_numbers": of(lambda example: example.row),
+        "variants": of(lambda example: example.variant),
+        "cut_characters": of(lambda example: example.cut_characters),
+        "straddles": of(lambda example: example.straddles),
+        "special_text": of(lambda example: example.special_text),
+    }
+
+
+def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
+    return {
+        "row_flags": np.array([each.flags for each in notes], dtype="|u1"),
+        "row_scripts": np.array([each.scripts for each in notes], dtype="<u4"),
+        "row_digests": np.array([each.digest for each in notes], dtype="<u8"),
+        "prompt_digests": np.array([each.prompt_digest for each in notes], dtype="<u8"),
+    }
+
+
+def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any]], left_out: int) -> Counts:
+    own = columns["roles"] != AnswerRole.MISMATCHED
+    variants = np.bincount(columns["variants"], minlength=len(counts.variants))
+    variants[: len(counts.variants)] += np.array(counts.variants, dtype=np.int64)
+    return Counts(
+        rows=counts.rows + rows,
+        examples=counts.examples + len(columns["lengths"]),
+        units=counts.units + units,
+        tokens=counts.tokens + int(columns["lengths"][own].sum()),
+        trained_tokens=counts.trained_tokens + int(columns["trained_counts"][own].sum()),
+        shortened=counts.shortened + int(np.count_nonzero(columns["cut_characters"])),
+        cut_characters=counts.cut_characters + int(columns["cut_characters"].sum()),
+        left_out=counts.left_out + left_out,
+        straddles=counts.straddles + int(columns["straddles"].sum()),
+        special_text=counts.special_text + int(columns["special_text"].sum()),
+        variants=tuple(int(count) for count in variants),
+    )
+
+
+def _sum_of(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file, read in pieces."""
+    size = total = 0
+    with open(path, "rb") as file:
+        while piece := file.read(_BYTES_A_READ):
+            size, total = size + len(piece), zlib.crc32(piece, total)
+    return size, total
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,1 +1,0 @@
-"""Text to tokens: examples, their limits, and the tokenised data on disk."""

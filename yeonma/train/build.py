@@ -1,0 +1,265 @@
+"""What a run is made of, once everything is prepared: the model with its adapter, the objective, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from yeonma.adapter import adapter_folder as adapters
+from yeonma.batch.plan import Plan
+from yeonma.config.parse import group_of
+from yeonma.config.settings import LoraSettings, ModelSettings, StepSettings, TokenSettings
+from yeonma.model import load
+from yeonma.model.forest_support import check_forest_support
+from yeonma.model.kernels.elementwise import PLAIN
+from yeonma.model.kernels.last_layer import spare_where_equal
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.patch import patch, pick_kernels
+from yeonma.model.logprobs import Forward
+from yeonma.model.quantized import has_products
+from yeonma.model.sharding import held_bytes, is_sharded, shard_weights
+from yeonma.tokenization.dataset import cache_folder
+from yeonma.tokenization.store import TokenStore
+from yeonma.train.distributed import Processes
+from yeonma.train.interrupt import Stop
+from yeonma.train.losses import REFERENCE_FREE, SFT, Objective, label_objective, pair_objective
+from yeonma.train.memory_budget import checkpointing, micro_batching
+from yeonma.train.oom_retry import MicroBatchLimit
+from yeonma.train.opening import Opening, is_reference, with_opening
+from yeonma.train.optimizers import make_optimizer
+from yeonma.train.prepare import (
+    BY_METRIC,
+    Prepared,
+    lora_shape,
+    make_schedule,
+    preference_of,
+    preference_options,
+)
+from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
+from yeonma.train.step import TrainState
+
+UNITS_WITHOUT_GRADIENT = 4
+"""Pairs that the reference takes at once for each that training does: without gradients, memory holds one layer's."""
+
+
+References = Mapping[str, tuple[TokenStore, np.ndarray]]
+"""The units of each token store, by its key, that a reference is asked about."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base with its adapter on top, ready to train; where it is from; how to get log-probabilities; and
+    yeonma.json's contents."""
+
+    peft_model: Any
+    source: load.BaseSource
+    base: adapters.BaseIdentity
+    how: Forward
+    details: dict[str, Any]
+    kernels: str
+    """`plain` or `compiled`: the numbers depend on it, to rounding."""
+
+
+def load_model(
+    settings: Mapping[type, object],
+    source: load.BaseSource,
+    device: torch.device,
+    prepared: Prepared,
+    say: Callable[[str], None],
+    group: Processes,
+) -> LoadedModel:
+    model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
+    shard = model_settings.shard and group.count > 1
+    if model_settings.shard and not shard:
+        say("one process holds all weights: shard plays no part")
+    quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
+    kernels = pick_kernels(model_settings.torch_compile, device, dtype, say)
+    base = load.load_base(source, None if shard else device, dtype, quantization)
+    identity = adapters.base_identity(base, source)
+    if prepared.adapter is not None:
+        adapters.check_continued(prepared.adapter, identity)
+        peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
+    else:
+        peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
+    if shard:
+        shard_weights(base, device)
+        load.check_finite(base, source.name)
+    how = check_forest_support(base)  # with the adapter in place: it may sit on the head
+    if how.why_not:
+        say(f"one sequence at a time, because {how.why_not}")
+    if how_kept := checkpointing(model_settings):
+        load.checkpoint_activations(base, how_kept)
+    speed_up(base)
+    patch(base, kernels)
+    spare_where_equal(base, how)
+    trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+    say(
+        f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
+    )
+    if quantization != "none":
+        emulated = quantization == "fp8" and not has_products(device)
+        slow = "; this device has no products of fp8, they are emulated: no faster" if emulated else ""
+        say(f"dense layers in {quantization}: {held_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}")
+    if shard:
+        say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this one")
+    dataset = prepared.dataset
+    details = adapters.describe(
+        identity,
+        dataset.template,
+        dataset.columns,
+        dataset.rules,
+        tokenizer=prepared.tokenizer,
+        trust_remote_code=source.trust_remote_code,
+        quantization=quantization,
+        trained_on={
+            "data": dataset.train.rows.name,
+            "data_sha256": dataset.train.rows.identity,
+            "examples": len(dataset.train.units),
+            "trained_tokens": dataset.train.trained_tokens,
+            "left_out": dataset.train.store.counts.left_out,
+            "shortened": dataset.train.store.counts.shortened,
+        },
+    )
+    return LoadedModel(
+        peft_model, source, identity, how, details, "plain" if kernels is PLAIN else "compiled"
+    )
+
+
+def all_looked_at(prepared: Prepared) -> References:
+    """All units that the run trains on or measures by."""
+    dataset = prepared.dataset
+    needed = {dataset.train.store.key: (dataset.train.store, prepared.plan.used())}
+    if dataset.validation is not None:
+        store, held_out = dataset.validation.store, dataset.validation.units
+        _, others = needed.get(store.key, (store, held_out[:0]))
+        needed[store.key] = store, np.union1d(others, held_out)
+    return needed
+
+
+def looked_at_first(prepared: Prepared) -> References:
+    """The units that the run looks at before its first update."""
+    store, validation = prepared.dataset.train.store, held_out(prepared)
+    first = {store.key: (store, next(prepared.plan.steps()))}
+    if validation is not None:
+        key = validation[0].key
+        first[key] = (
+            validation[0],
+            np.union1d(validation[1], first[key][1] if key in first else validation[1]),
+        )
+    return first
+
+
+def held_out(prepared: Prepared) -> tuple[TokenStore, np.ndarray] | None:
+    held_out = prepared.dataset.validation
+    return None if held_out is None else (held_out.store, held_out.units)
+
+
+def make_objective(
+    settings: Mapping[type, object],
+    loaded: LoadedModel,
+    prepared: Prepared,
+    needed: References,
+    group: Processes,
+    say: Callable[[str], None],
+    first: References | None = None,
+) -> Objective:
+    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of `needed`.
+
+    Those of `first` are left to the run's own look at them, where it gives the same: of pairs, with no dropout that
+    changes anything.
+    The adapter must be as it was at the start: the first step is still to come, or the checkpoint to be read.
+    """
+    preference, step = preference_of(settings), group_of(settings, StepSettings)
+    if preference is None:
+        return SFT
+    references: dict[str, np.ndarray] = {}
+    openings: dict[str, Opening] = {}
+    base = loaded.peft_model.get_base_model()
+    if preference.loss not in REFERENCE_FREE:
+        identity = ""
+        if group.first:
+            identity = reference_identity(
+                loaded.source,
+                loaded.base,
+                prepared.adapter,
+                base.dtype,
+                base.device,
+                group_of(settings, ModelSettings).quantization,
+            )
+        as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
+        cache_dir = cache_folder(group_of(settings, TokenSettings))
+        most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
+        micro = replace(micro_batching(step), most_examples=most)
+        if (
+            first is None
+            or is_sharded(base)  # every look at it is a meeting of all
+            or preference.loss == "kto"  # its mean over the step is needed before
+            or group_of(settings, LoraSettings).use_dora  # the base to rounding only
+            or not is_reference(base, loaded.how, as_reference, group)
+        ):
+            first = {}
+        with as_reference():
+            for key, (store, units) in needed.items():
+                references[key] = reference_logprobs(
+                    base,
+                    loaded.how,
+                    store,
+                    units,
+                    later=first[key][1] if key in first else None,
+                    identity=identity,
+                    cache_dir=cache_dir,
+                    room=MicroBatchLimit(micro, base.device, not is_sharded(base)),
+                    group=group,
+                    say=say,
+                )
+        for key, (store, units) in first.items():
+            wanted = np.isnan(references[key])
+            wanted[~np.isin(store.units, units)] = False
+            openings[key] = Opening(reference_path(cache_dir, identity, store), references[key], wanted)
+    if preference.loss == "kto":
+        return label_objective(preference_options(preference), references)
+    objective = pair_objective(preference.loss, preference_options(preference), references)
+    return with_opening(objective, openings, group, base.device) if openings else objective
+
+
+def make_tuning(
+    settings: Mapping[type, object],
+    loaded: LoadedModel,
+    plan: Plan,
+    objective: Objective,
+    group: Processes,
+    stop: Stop | None = None,
+    *,
+    by_tokens: bool = False,
+) -> TrainState:
+    """`by_tokens`: for want of room it is the tokens at once that are halved."""
+    step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
+    sharded = is_sharded(base)
+    parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
+    optimizer = make_optimizer(
+        step.optimizer,
+        list(parameters.values()),
+        learning_rate=step.learning_rate,
+        betas=(step.adam_beta1, step.adam_beta2),
+        epsilon=step.adam_epsilon,
+        weight_decay=step.weight_decay,
+    )
+    return TrainState(
+        model=base,
+        how=loaded.how,
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=make_schedule(step, optimizer, plan.total_steps),
+        by_metric=step.lr_scheduler in BY_METRIC,
+        max_grad_norm=step.max_grad_norm,
+        room=MicroBatchLimit(micro_batching(step), base.device, not sharded, by_tokens),
+        objective=objective,
+        group=group,
+        stop=stop or Stop(),
+        sharded=sharded,
+    )

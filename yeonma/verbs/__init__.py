@@ -1,1 +1,0 @@
-"""The verbs of the command line that are no room of their own: settings in, files out."""

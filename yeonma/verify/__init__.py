@@ -1,0 +1,1 @@
+"""Whether a run's folder is whole and its parts belong together."""

@@ -19,9 +19,9 @@ LrScheduler = Literal[
     "warmup_stable_decay",
     "greedy",
 ]
-PreferenceLoss = Literal[
-    "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"
-]
+PairLossName = Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo"]
+LabelLossName = Literal["kto"]  # it learns from labelled answers instead of pairs
+LossName = Literal[PairLossName, LabelLossName]
 Checkpointing = bool | Literal["selective"]
 AskedCheckpointing = bool | Literal["selective", "auto"]
 Compiling = bool | Literal["auto"]
@@ -202,7 +202,7 @@ class StepSettings:
 class PreferenceSettings:
     """What is learnt from preferences. Setting what the chosen `loss` does not read is an error."""
 
-    loss: PreferenceLoss = "sigmoid"
+    loss: LossName = "sigmoid"
     """What a pair costs. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290); simpo, cpo and orpo need no reference. kto takes single answers with a `label` of true or false instead of pairs."""
     beta: float = field(default=0.1, metadata=POSITIVE)
     """Scale of an answer's reward: the higher it is, the closer the model stays to the reference."""

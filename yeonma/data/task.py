@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
+from yeonma.config.settings import LabelLossName
 from yeonma.data.columns import Recognised, recognise
 from yeonma.data.preference_pairs import (
     label_without_column,
@@ -82,7 +83,9 @@ LABELLED = Task(
 
 def task_for_loss(loss: str | None) -> Task:
     """The data that a preference loss takes; without one, that of supervised training."""
-    return ANSWERS if loss is None else LABELLED if loss == "kto" else PAIRS
+    if loss is None:
+        return ANSWERS
+    return LABELLED if loss in get_args(LabelLossName) else PAIRS
 
 
 def choose_template(

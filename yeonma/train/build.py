@@ -27,7 +27,7 @@ from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
-from yeonma.train.losses import REFERENCE_FREE, SFT, Objective, label_objective, pair_objective
+from yeonma.train.losses import LOSSES, SFT, Objective, preference_objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.opening import Opening, is_reference, with_opening
@@ -177,10 +177,12 @@ def make_objective(
     preference, step = preference_of(settings), group_of(settings, StepSettings)
     if preference is None:
         return SFT
+    loss = LOSSES[preference.loss]
     references: dict[str, np.ndarray] = {}
+    objective = preference_objective(loss, preference_options(preference), references)
     openings: dict[str, Opening] = {}
     base = loaded.peft_model.get_base_model()
-    if preference.loss not in REFERENCE_FREE:
+    if loss.needs_reference:
         identity = ""
         if group.first:
             identity = reference_identity(
@@ -198,7 +200,7 @@ def make_objective(
         if (
             first is None
             or is_sharded(base)  # every look at it is a meeting of all
-            or preference.loss == "kto"  # its mean over the step is needed before
+            or objective.measure is not None  # its mean over the step needs the reference before
             or group_of(settings, LoraSettings).use_dora  # the base to rounding only
             or not is_reference(base, loaded.how, as_reference, group)
         ):
@@ -221,9 +223,6 @@ def make_objective(
             wanted = np.isnan(references[key])
             wanted[~np.isin(store.units, units)] = False
             openings[key] = Opening(reference_path(cache_dir, identity, store), references[key], wanted)
-    if preference.loss == "kto":
-        return label_objective(preference_options(preference), references)
-    objective = pair_objective(preference.loss, preference_options(preference), references)
     return with_opening(objective, openings, group, base.device) if openings else objective
 
 

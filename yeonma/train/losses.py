@@ -1,9 +1,11 @@
-"""Preference objectives: small pure functions from the log-probabilities of answers to losses. The step sums, and
-divides once by the pairs (KTO: rows) of the whole step.
+"""The losses of training, as pure functions of log-probabilities, and what each of them needs.
 
-Shapes: P pairs, R rows of one answer each. Log-probabilities are natural, float32 or better, summed over an answer's
-trained tokens, its end token included. A log-ratio is the policy's log-probability less the reference's; beta times it
-is the answer's implicit reward (Rafailov et al. 2023, arXiv:2305.18290, section 4).
+A new preference loss is a function and its record in LOSSES. All losses are summed over a micro-batch; the step divides
+once, by its trained tokens, pairs or labelled answers.
+
+Shapes: N trained tokens, P pairs, R labelled answers. Log-probabilities are natural, float32 or better; those of an
+answer are summed over its trained tokens, its end token included. A log-ratio is the policy's log-probability less the
+reference's; beta times it is the answer's implicit reward (Rafailov et al. 2023, arXiv:2305.18290, section 4).
 """
 
 from __future__ import annotations
@@ -17,15 +19,77 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from yeonma.data.task import LABELLED, PAIRS, Task
 from yeonma.tokenization.example import AnswerRole
 from yeonma.tokenization.store import TokenStore
 
-LOG_BELOW_ONE = -1e-6  # the highest log of a probability that ORPO takes the odds of; at 0 they are infinite
+LOG_BELOW_ONE = -1e-6  # the highest log-probability that ORPO takes the odds of; at 0 they are infinite
+
+Sums = tuple[Tensor, Tensor]
+"""The loss, a scalar, and M metrics, each summed."""
+
+References = Mapping[str, np.ndarray]
+"""Token store's key -> log-probabilities that the reference gives its examples' answers, float64, shape (examples,)."""
 
 
 @dataclass(frozen=True)
-class Logprobs:
-    """What the model in training gives P pairs, with its gradient, and how many tokens each sum has."""
+class Objective:
+    """What differs between one loss and another, for the loop.
+
+    `sums(logprob_N, store, examples, point)` takes the log-probabilities of the trained tokens of some examples, by
+    their positions in the store, and gives the loss summed over them, a scalar with its gradient, and M sums of
+    metrics. `point` is a mean over all of the step, where the objective has a `measure`.
+    """
+
+    name: str
+    per_token: bool
+    """Whether the step divides by its trained tokens; otherwise by its units (pairs)."""
+    sums: Callable[[Tensor, TokenStore, np.ndarray, Tensor | None], Sums]
+    metrics: tuple[str, ...] = ()
+    """Names of the M sums of metrics."""
+    report: Callable[[Mapping[str, float]], dict[str, float]] = dict
+    """From each metric's mean over the units to what is logged."""
+    measure: Callable[[Tensor, TokenStore, np.ndarray], Tensor] | None = None
+    """What the objective wants to know of a whole step before any of it is trained: from the log-probabilities of some
+    mismatched answers, without gradient, to a sum over them."""
+    at_start: Objective | None = None
+    """The same objective for what is looked at before the first update, where it learns something there."""
+    settle: Callable[[], None] = lambda: None
+    """Called in every process when all of a pass is through the model and found finite, before any update."""
+    wants: Callable[[TokenStore, np.ndarray], bool] = lambda store, units: False
+    """Whether some of these units have something to tell it still."""
+
+
+def sft_loss(logprob_N: Tensor) -> Tensor:
+    """Negative log-likelihood summed over the trained tokens, a float32 scalar; to be divided by their count."""
+    return -logprob_N.sum()
+
+
+def _sft_sums(logprob_N: Tensor, store: TokenStore, examples: np.ndarray, point: Tensor | None) -> Sums:
+    return sft_loss(logprob_N), logprob_N.new_zeros(0)
+
+
+SFT = Objective("sft", per_token=True, sums=_sft_sums)
+
+
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """Hyperparameters of the losses; each loss reads those in its record's `options`."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    """Assumed fraction of pairs whose labels are flipped, below 0.5."""
+    sft_weight: float | None = None
+    """Weight of `sft_term`; None: that of the loss's paper, which is 1 for cpo and orpo, else 0."""
+    simpo_gamma: float = 0.5
+    """SimPO's target margin between the two rewards."""
+    kto_desirable_weight: float = 1.0
+    kto_undesirable_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PairLogprobs:
+    """The trained model's log-probabilities of P pairs, with their gradient, and the tokens of each answer."""
 
     chosen_P: Tensor
     rejected_P: Tensor
@@ -44,47 +108,19 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class ReferenceLogprobs:
-    """What the frozen reference gives the same pairs: constants."""
+    """The frozen reference's log-probabilities of the same pairs: constants."""
 
     chosen_P: Tensor
     rejected_P: Tensor
 
 
-@dataclass(frozen=True)
-class PreferenceOptions:
-    """The numbers that the losses depend on; which loss reads which is in OPTIONS_READ."""
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0  # the probability that a pair is labelled the wrong way round, below 0.5
-    sft_weight: float | None = (
-        None  # of `sft_term`; None: the paper's own, which is 1 for cpo and orpo, else 0
-    )
-    simpo_gamma: float = 0.5  # the margin that SimPO wants between rewards
-    kto_desirable_weight: float = 1.0
-    kto_undesirable_weight: float = 1.0
-
-
-PairLoss = Callable[[Logprobs, ReferenceLogprobs | None, PreferenceOptions], Tensor]
-"""-> loss_P. The reference is None for the losses in REFERENCE_FREE, which do not look at it."""
-
-
-def pair_losses(
-    name: str, policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
-) -> Tensor:
-    """loss_P of the loss of that name, the supervised term included; to be summed and divided by the step's pairs."""
-    loss_P = PAIR_LOSSES[name](policy, reference, options)
-    weight = SFT_WEIGHT.get(name, 0.0) if options.sft_weight is None else options.sft_weight
-    return loss_P + weight * sft_term(policy) if weight else loss_P
-
-
-def sft_term(policy: Logprobs) -> Tensor:
-    """Negative log-likelihood of the chosen answer, a mean over its tokens, as Pang et al. 2024,
-    arXiv:2404.19733, add it to DPO. A pair weighs the same whatever its answer's length and whatever else is in its
-    micro-batch."""
+def sft_term(policy: PairLogprobs) -> Tensor:
+    """Negative log-likelihood of the chosen answer, a mean over its tokens, as Pang et al. 2024, arXiv:2404.19733, add
+    it to DPO. A pair's weight depends neither on its answer's length nor on the other pairs of its micro-batch."""
     return -policy.chosen_mean_P
 
 
-def log_ratios(policy: Logprobs, reference: ReferenceLogprobs | None) -> tuple[Tensor, Tensor]:
+def log_ratios(policy: PairLogprobs, reference: ReferenceLogprobs | None) -> tuple[Tensor, Tensor]:
     """(chosen_P, rejected_P) of log policy - log reference."""
     if reference is None:
         raise ValueError("this loss compares with a reference; give its log-probabilities")
@@ -92,37 +128,43 @@ def log_ratios(policy: Logprobs, reference: ReferenceLogprobs | None) -> tuple[T
 
 
 def smoothed_logistic(margin_P: Tensor, label_smoothing: float) -> Tensor:
-    """-log sigmoid(margin), the mean over both ways round that the pair may truly stand: "conservative DPO"
+    """-log sigmoid(margin), its expectation when labels are flipped with that probability: "conservative DPO"
     (Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO")."""
     return -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
 
 
-def sigmoid_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
+def sigmoid_loss(
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+) -> Tensor:
     """DPO: Rafailov et al. 2023, arXiv:2305.18290, equation 7; with label smoothing the conservative form of it."""
     chosen_P, rejected_P = log_ratios(policy, reference)
     return smoothed_logistic(options.beta * (chosen_P - rejected_P), options.label_smoothing)
 
 
-def hinge_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
-    """The hinge of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425) on implicit rewards, with a reference as in RSO
+def hinge_loss(
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+) -> Tensor:
+    """The hinge loss of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425) on implicit rewards, with a reference as in RSO
     (Liu et al. 2023, arXiv:2309.06657)."""
     chosen_P, rejected_P = log_ratios(policy, reference)
     return torch.relu(1 - options.beta * (chosen_P - rejected_P))
 
 
-def ipo_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
+def ipo_loss(policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
     """IPO: Azar et al. 2023, arXiv:2310.12036, equation 17 with tau = beta, on log-ratios per token of each answer.
 
-    The paper's equation has the sums; TRL averages, and says that the paper's authors did too.
+    The paper's equation has sums; TRL averages, and says that the paper's authors do too.
     """
     chosen_P, rejected_P = log_ratios(policy, reference)
     margin_P = chosen_P / policy.chosen_tokens_P - rejected_P / policy.rejected_tokens_P
     return (margin_P - 1 / (2 * options.beta)) ** 2
 
 
-def robust_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
+def robust_loss(
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+) -> Tensor:
     """Robust DPO: Chowdhury et al. 2024, arXiv:2403.00409. Unlike the conservative form it is an unbiased estimate of
-    the loss without noise, when labels are flipped with a probability of `label_smoothing`."""
+    the loss without noise when labels are flipped with probability `label_smoothing`."""
     chosen_P, rejected_P = log_ratios(policy, reference)
     margin_P, flipped = options.beta * (chosen_P - rejected_P), options.label_smoothing
     both = -(1 - flipped) * logsigmoid(margin_P) + flipped * logsigmoid(-margin_P)
@@ -130,88 +172,69 @@ def robust_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: 
 
 
 def apo_zero_loss(
-    policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
 ) -> Tensor:
     """APO-zero: D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7, plus 1, so that it is never negative.
 
-    For chosen answers that are better than the model's own: makes them likelier and the rejected less likely.
+    For chosen answers that are better than the model's own: it raises their probability and lowers the rejected ones'.
     """
     chosen_P, rejected_P = log_ratios(policy, reference)
     return 1 - torch.sigmoid(options.beta * chosen_P) + torch.sigmoid(options.beta * rejected_P)
 
 
 def apo_down_loss(
-    policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
 ) -> Tensor:
     """APO-down: D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 8, plus 1, so that it is never negative.
 
-    For chosen answers that are worse than the model's own: makes both less likely, the rejected more so.
+    For chosen answers that are worse than the model's own: it lowers both probabilities, the rejected one's more.
     """
     chosen_P, rejected_P = log_ratios(policy, reference)
     return 1 + torch.sigmoid(options.beta * chosen_P) - torch.sigmoid(options.beta * (chosen_P - rejected_P))
 
 
-def simpo_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
-    """SimPO: Meng et al. 2024, arXiv:2405.14734, equation 6: log-probabilities per token, no reference, a margin
-    gamma between rewards. The paper's runs have a beta of 2 to 10."""
+def simpo_loss(
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+) -> Tensor:
+    """SimPO: Meng et al. 2024, arXiv:2405.14734, equation 6: log-probabilities per token, no reference, a target margin
+    gamma between rewards. The paper uses a beta of 2 to 10."""
     margin_P = options.beta * (policy.chosen_mean_P - policy.rejected_mean_P) - options.simpo_gamma
     return smoothed_logistic(margin_P, options.label_smoothing)
 
 
-def cpo_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
-    """CPO's preference term: Xu et al. 2024, arXiv:2401.08417, equation 3. The paper adds the supervised term, with a
-    weight of 1, which is the default here; the term is a mean over tokens, see `sft_term`."""
+def cpo_loss(policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
+    """CPO's preference term: Xu et al. 2024, arXiv:2401.08417, equation 3. The paper adds the supervised term with a
+    weight of 1, the default here; that term is a mean over tokens, see `sft_term`."""
     return smoothed_logistic(options.beta * (policy.chosen_P - policy.rejected_P), options.label_smoothing)
 
 
-def orpo_loss(policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions) -> Tensor:
+def orpo_loss(
+    policy: PairLogprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+) -> Tensor:
     """ORPO's odds ratio term: Hong et al. 2024, arXiv:2403.07691, equations 3, 4 and 7, times the paper's lambda, here
-    beta; an answer's probability is the geometric mean over its tokens. The paper adds the supervised term, with a
-    weight of 1, which is the default here; it is taken over the answer alone, not over the prompt."""
+    beta; an answer's probability is the geometric mean over its tokens. The paper adds the supervised term with a
+    weight of 1, the default here; it covers the answer alone, not the prompt."""
     odds_P = log_odds(policy.chosen_mean_P) - log_odds(policy.rejected_mean_P)
     return -options.beta * logsigmoid(odds_P)
 
 
 def log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) for log p; a p nearer to 1 than LOG_BELOW_ONE counts as that, with no gradient."""
+    """log(p / (1 - p)) of log p, which is clamped to LOG_BELOW_ONE; beyond that it has no gradient."""
     logprob = logprob.clamp(max=LOG_BELOW_ONE)
     return logprob - torch.log(-torch.expm1(logprob))
 
 
-PAIR_LOSSES: Mapping[str, PairLoss] = {
-    "sigmoid": sigmoid_loss,
-    "hinge": hinge_loss,
-    "ipo": ipo_loss,
-    "robust": robust_loss,
-    "apo_zero": apo_zero_loss,
-    "apo_down": apo_down_loss,
-    "simpo": simpo_loss,
-    "cpo": cpo_loss,
-    "orpo": orpo_loss,
-}
-"""The preference term alone; `pair_losses` adds the supervised one."""
-
-REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo"})
-SFT_WEIGHT: Mapping[str, float] = {"cpo": 1.0, "orpo": 1.0}  # the papers' own
-PER_TOKEN_REWARD = frozenset({"simpo", "orpo"})  # whose losses look at log-probabilities per token
-
-OPTIONS_READ: Mapping[str, frozenset[str]] = {
-    **{name: frozenset({"beta", "sft_weight"}) for name in PAIR_LOSSES},
-    **{name: frozenset({"beta", "sft_weight", "label_smoothing"}) for name in ("sigmoid", "robust", "cpo")},
-    "simpo": frozenset({"beta", "sft_weight", "label_smoothing", "simpo_gamma"}),
-    "kto": frozenset({"beta", "kto_desirable_weight", "kto_undesirable_weight"}),
-}
-"""Which fields of PreferenceOptions change a loss: setting another one is a mistake."""
-
-
 def rewards(
-    name: str, policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+    loss: PreferenceLoss,
+    policy: PairLogprobs,
+    reference: ReferenceLogprobs | None,
+    options: PreferenceOptions,
 ) -> tuple[Tensor, Tensor]:
-    """(chosen_P, rejected_P), without gradient: beta times the log-ratio; beta times the log-probability for losses
-    without a reference, per token where the loss is."""
-    if name not in REFERENCE_FREE:
+    """(chosen_P, rejected_P), without gradient: beta times the log-ratio; for losses without a reference beta times the
+    log-probability, per token where the loss is."""
+    if loss.needs_reference:
         chosen_P, rejected_P = log_ratios(policy, reference)
-    elif name in PER_TOKEN_REWARD:
+    elif loss.per_token_reward:
         chosen_P, rejected_P = policy.chosen_mean_P, policy.rejected_mean_P
     else:
         chosen_P, rejected_P = policy.chosen_P, policy.rejected_P
@@ -231,10 +254,13 @@ PAIR_METRICS = (
 
 
 def pair_metric_sums(
-    name: str, policy: Logprobs, reference: ReferenceLogprobs | None, options: PreferenceOptions
+    loss: PreferenceLoss,
+    policy: PairLogprobs,
+    reference: ReferenceLogprobs | None,
+    options: PreferenceOptions,
 ) -> Tensor:
-    """PAIR_METRICS summed over the pairs, in that order, without gradient; to be divided by their count."""
-    chosen_P, rejected_P = rewards(name, policy, reference, options)
+    """PAIR_METRICS summed over the pairs, in that order, without gradient; to be divided by the number of pairs."""
+    chosen_P, rejected_P = rewards(loss, policy, reference, options)
     columns = (
         chosen_P,
         rejected_P,
@@ -250,195 +276,226 @@ def pair_metric_sums(
 
 @dataclass(frozen=True)
 class LabelledLogprobs:
-    """R answers that are each known to be wanted or not, with what the policy (its gradient too) and the reference
-    give them."""
+    """Log-probabilities of R answers, each labelled desirable or not: the policy's, with their gradient, and the
+    reference's."""
 
     logprob_R: Tensor
     reference_R: Tensor
     tokens_R: Tensor
-    desirable_R: Tensor  # bool
+    """Trained tokens of each answer."""
+    desirable_R: Tensor
+    """bool"""
 
 
 def kto_reference_point(mismatched_log_ratio_sum: Tensor, count: int) -> Tensor:
-    """KTO's z, a scalar without gradient: max(0, the mean log-ratio over the whole step of prompts with
-    answers that belong to other prompts of it), an estimate of the policy's divergence from the reference.
+    """KTO's z, a scalar without gradient: max(0, the step's mean log-ratio of prompts with answers to other prompts),
+    an estimate of the policy's divergence from the reference.
 
-    `mismatched_log_ratio_sum` is summed over the step's micro-batches and processes, `count` the number of its terms.
+    `mismatched_log_ratio_sum` is summed over the step's micro-batches and processes; `count` is the number of terms.
     """
     return (mismatched_log_ratio_sum.detach() / count).clamp(min=0)
 
 
-def kto_losses(rows: LabelledLogprobs, reference_point: Tensor, options: PreferenceOptions) -> Tensor:
-    """loss_R of KTO: Ethayarajh et al. 2024, arXiv:2402.01306: lambda - value of each row; to be summed and divided by
-    the step's rows. The same `reference_point` for every micro-batch of the step."""
-    gain_R = options.beta * (rows.logprob_R - rows.reference_R - reference_point)
+def kto_losses(answers: LabelledLogprobs, reference_point: Tensor, options: PreferenceOptions) -> Tensor:
+    """loss_R of KTO: Ethayarajh et al. 2024, arXiv:2402.01306: lambda - value of each answer. `reference_point` is the
+    same for every micro-batch of the step."""
+    gain_R = options.beta * (answers.logprob_R - answers.reference_R - reference_point)
     desirable_R = options.kto_desirable_weight * (1 - torch.sigmoid(gain_R))
     undesirable_R = options.kto_undesirable_weight * (1 - torch.sigmoid(-gain_R))
-    return torch.where(rows.desirable_R, desirable_R, undesirable_R)
+    return torch.where(answers.desirable_R, desirable_R, undesirable_R)
 
 
 KTO_METRICS = (
     "reward_desirable",
     "logprob_desirable",
     "tokens_desirable",
-    "desirable",  # rows: what the three before are to be divided by
+    "desirable",  # the number of such answers, by which `report_by_label` divides the three before
     "reward_undesirable",
     "logprob_undesirable",
     "tokens_undesirable",
     "undesirable",
-    "reward_accuracy",  # rows whose log-ratio is on the side of the reference point that their label says; of all
+    "reward_accuracy",  # answers whose log-ratio lies on their label's side of the reference point
+    "reference_point",
 )
 
 
-def kto_metric_sums(rows: LabelledLogprobs, reference_point: Tensor, options: PreferenceOptions) -> Tensor:
-    """KTO_METRICS summed over the rows, in that order, without gradient. The reward is beta times the
-    log-ratio, as for pairs."""
-    log_ratio_R = (rows.logprob_R - rows.reference_R).detach()
+def kto_metric_sums(answers: LabelledLogprobs, reference_point: Tensor, options: PreferenceOptions) -> Tensor:
+    """KTO_METRICS summed over the answers, in that order, without gradient. The reward is beta times the log-ratio."""
+    log_ratio_R = (answers.logprob_R - answers.reference_R).detach()
     columns = (
         options.beta * log_ratio_R,
-        rows.logprob_R.detach(),
-        rows.tokens_R,
+        answers.logprob_R.detach(),
+        answers.tokens_R,
         torch.ones_like(log_ratio_R),
     )
-    sums = [(column * wanted).sum() for wanted in (rows.desirable_R, ~rows.desirable_R) for column in columns]
-    right_R = torch.where(rows.desirable_R, log_ratio_R > reference_point, log_ratio_R < reference_point)
-    return torch.stack([*sums, right_R.to(log_ratio_R.dtype).sum()])
+    labels = (answers.desirable_R, ~answers.desirable_R)
+    sums = [(column * label_R).sum() for label_R in labels for column in columns]
+    right_R = torch.where(answers.desirable_R, log_ratio_R > reference_point, log_ratio_R < reference_point)
+    right = right_R.to(log_ratio_R.dtype).sum()
+    return torch.stack([*sums, right, reference_point * len(log_ratio_R)])
 
 
-References = Mapping[str, np.ndarray]
-"""Of each token store, by its key: what the reference gives its examples' answers, float64, shape (examples,)."""
+def report_by_label(means: Mapping[str, float]) -> dict[str, float]:
+    """KTO's metrics with those of one label averaged over the answers with that label; NaN where there are none."""
 
+    def mean(name: str, value: float) -> float:
+        metric, _, label = name.rpartition("_")
+        if not metric or label not in ("desirable", "undesirable"):
+            return value
+        return value / means[label] if means[label] else math.nan
 
-Sums = tuple[torch.Tensor, torch.Tensor]
-"""The loss, a scalar, and M metrics, each summed."""
+    return {name: mean(name, value) for name, value in means.items()}
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What differs between one loss and another, for the loop.
-
-    `sums(logprob_N, store, examples, point)` takes the log-probabilities of the trained tokens of some examples, by
-    their positions in the store, and gives the loss summed over them, a scalar with its gradient, and M sums of
-    metrics. `point` is a mean over all of the step, where the objective has a `measure`.
-    """
+class PreferenceLoss:
+    """A preference loss: its function and what that needs."""
 
     name: str
-    per_token: bool
-    """Whether the step divides by its trained tokens; otherwise by its units (pairs)."""
-    sums: Callable[[torch.Tensor, TokenStore, np.ndarray, torch.Tensor | None], Sums]
-    metrics: tuple[str, ...] = ()
-    """Names of the M sums of metrics."""
-    report: Callable[[Mapping[str, float]], dict[str, float]] = dict
-    """From each metric's mean over the units to what is logged."""
-    measure: Callable[[torch.Tensor, TokenStore, np.ndarray], torch.Tensor] | None = None
-    """What the objective wants to know of a whole step before any of it is trained: from the log-probabilities of some
-    mismatched answers, without gradient, to a sum over them."""
-    at_start: Objective | None = None
-    """The same objective for what is looked at before the first update, where it learns something there."""
-    settle: Callable[[], None] = lambda: None
-    """Called in every process when all of a pass is through the model and found finite, before any update."""
-    wants: Callable[[TokenStore, np.ndarray], bool] = lambda store, units: False
-    """Whether some of these units have something to tell it still."""
+    """The value of `--loss`."""
+    function: Callable[..., Tensor]
+    """Pairs: (PairLogprobs, ReferenceLogprobs | None, PreferenceOptions) -> loss_P, without the supervised term.
+    Labelled answers: (LabelledLogprobs, reference point, PreferenceOptions) -> loss_R."""
+    options: frozenset[str]
+    """The fields of PreferenceOptions that the loss depends on; setting another one is an error."""
+    needs_reference: bool = True
+    sft_weight: float = 0.0
+    """The paper's weight of `sft_term`."""
+    per_token_reward: bool = False
+    """Without a reference: rewards are means over the answer's tokens instead of sums, as in the loss."""
+    task: Task = PAIRS
+    """The kind of data that it learns from."""
+    metrics: tuple[str, ...] = PAIR_METRICS
+    """Names of the sums that `metric_sums` returns."""
+    metric_sums: Callable[..., Tensor] = pair_metric_sums
+    """Pairs: (PreferenceLoss, PairLogprobs, ReferenceLogprobs | None, PreferenceOptions) -> sums over the pairs.
+    Labelled answers: (LabelledLogprobs, reference point, PreferenceOptions) -> sums over the answers."""
 
 
-def sft_loss(logprob_N: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihood over the trained tokens, a float32 scalar; to be divided by their count."""
-    return -logprob_N.sum()
+_PAIR_OPTIONS = frozenset({"beta", "sft_weight"})
+_SMOOTHED = _PAIR_OPTIONS | {"label_smoothing"}
+
+LOSSES: Mapping[str, PreferenceLoss] = {
+    loss.name: loss
+    for loss in (
+        PreferenceLoss("sigmoid", sigmoid_loss, _SMOOTHED),
+        PreferenceLoss("hinge", hinge_loss, _PAIR_OPTIONS),
+        PreferenceLoss("ipo", ipo_loss, _PAIR_OPTIONS),
+        PreferenceLoss("robust", robust_loss, _SMOOTHED),
+        PreferenceLoss("apo_zero", apo_zero_loss, _PAIR_OPTIONS),
+        PreferenceLoss("apo_down", apo_down_loss, _PAIR_OPTIONS),
+        PreferenceLoss(
+            "simpo",
+            simpo_loss,
+            _SMOOTHED | {"simpo_gamma"},
+            needs_reference=False,
+            per_token_reward=True,
+        ),
+        PreferenceLoss("cpo", cpo_loss, _SMOOTHED, needs_reference=False, sft_weight=1.0),
+        PreferenceLoss(
+            "orpo", orpo_loss, _PAIR_OPTIONS, needs_reference=False, sft_weight=1.0, per_token_reward=True
+        ),
+        PreferenceLoss(
+            "kto",
+            kto_losses,
+            frozenset({"beta", "kto_desirable_weight", "kto_undesirable_weight"}),
+            task=LABELLED,
+            metrics=KTO_METRICS,
+            metric_sums=kto_metric_sums,
+        ),
+    )
+}
+"""Every preference loss by its name."""
 
 
-def _sft_sums(
-    logprob_N: torch.Tensor, store: TokenStore, examples: np.ndarray, point: torch.Tensor | None
-) -> Sums:
-    return sft_loss(logprob_N), logprob_N.new_zeros(0)
+def pair_losses(
+    loss: PreferenceLoss,
+    policy: PairLogprobs,
+    reference: ReferenceLogprobs | None,
+    options: PreferenceOptions,
+) -> Tensor:
+    """loss_P, the supervised term included. `reference` may be None for a loss that needs none."""
+    loss_P = loss.function(policy, reference, options)
+    weight = loss.sft_weight if options.sft_weight is None else options.sft_weight
+    return loss_P + weight * sft_term(policy) if weight else loss_P
 
 
-SFT = Objective("sft", per_token=True, sums=_sft_sums)
+def preference_objective(
+    loss: PreferenceLoss, options: PreferenceOptions, references: References
+) -> Objective:
+    """The objective of a preference loss. `references` may be empty for a loss that needs none."""
+    return _OBJECTIVES[loss.task.name](loss, options, references)
 
 
-def pair_objective(loss: str, options: PreferenceOptions, references: References) -> Objective:
-    """A loss of `yeonma.train.losses` over pairs. `references` may be empty for one that needs none."""
-
-    def sums(
-        logprob_N: torch.Tensor, store: TokenStore, examples: np.ndarray, point: torch.Tensor | None
-    ) -> Sums:
+def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions, references: References) -> Objective:
+    def sums(logprob_N: Tensor, store: TokenStore, examples: np.ndarray, point: Tensor | None) -> Sums:
         roles, units = store.roles[examples], store.units[examples]
         chosen, rejected = (
             np.flatnonzero(roles == role) for role in (AnswerRole.CHOSEN, AnswerRole.REJECTED)
         )
         if not np.array_equal(units[chosen], units[rejected]):
-            raise ValueError("a micro-batch parts a pair")
+            raise ValueError("a micro-batch splits a pair")
         counts = store.trained_counts[examples]
         logprob_E = answer_logprobs(logprob_N, counts)
-        policy = Logprobs(
+        policy = PairLogprobs(
             chosen_P=_at(logprob_E, chosen),
             rejected_P=_at(logprob_E, rejected),
             chosen_tokens_P=_like(logprob_E, counts[chosen]),
             rejected_tokens_P=_like(logprob_E, counts[rejected]),
         )
         reference = None
-        if loss not in REFERENCE_FREE:
+        if loss.needs_reference:
             known = references[store.key]
             reference = ReferenceLogprobs(
                 chosen_P=_like(logprob_E, known[examples[chosen]]),
                 rejected_P=_like(logprob_E, known[examples[rejected]]),
             )
         loss_P = pair_losses(loss, policy, reference, options)
-        return loss_P.sum(), pair_metric_sums(loss, policy, reference, options)
+        return loss_P.sum(), loss.metric_sums(loss, policy, reference, options)
 
-    return Objective("dpo", per_token=False, sums=sums, metrics=PAIR_METRICS)
+    return Objective("dpo", per_token=False, sums=sums, metrics=loss.metrics)
 
 
-def label_objective(options: PreferenceOptions, references: References) -> Objective:
-    """KTO over answers with labels. Its reference point is measured over the whole step."""
+def _label_objective(loss: PreferenceLoss, options: PreferenceOptions, references: References) -> Objective:
+    """The reference point is measured over the whole step before any of it is trained."""
 
-    def measure(logprob_N: torch.Tensor, store: TokenStore, examples: np.ndarray) -> torch.Tensor:
+    def measure(logprob_N: Tensor, store: TokenStore, examples: np.ndarray) -> Tensor:
         logprob_E = answer_logprobs(logprob_N, store.trained_counts[examples])
         return (logprob_E - _like(logprob_E, references[store.key][examples])).sum()
 
-    def sums(
-        logprob_N: torch.Tensor, store: TokenStore, examples: np.ndarray, point: torch.Tensor | None
-    ) -> Sums:
+    def sums(logprob_N: Tensor, store: TokenStore, examples: np.ndarray, point: Tensor | None) -> Sums:
         assert point is not None
         counts = store.trained_counts[examples]
         logprob_R = answer_logprobs(logprob_N, counts)
-        rows = LabelledLogprobs(
+        answers = LabelledLogprobs(
             logprob_R=logprob_R,
             reference_R=_like(logprob_R, references[store.key][examples]),
             tokens_R=_like(logprob_R, counts),
             desirable_R=torch.from_numpy(store.roles[examples] == AnswerRole.DESIRABLE).to(logprob_R.device),
         )
         z = kto_reference_point(point.to(logprob_R), 1)
-        metrics = torch.cat([kto_metric_sums(rows, z, options).to(logprob_R), z.reshape(1) * len(examples)])
-        return kto_losses(rows, z, options).sum(), metrics
+        return loss.function(answers, z, options).sum(), loss.metric_sums(answers, z, options).to(logprob_R)
 
-    names = (*KTO_METRICS, "reference_point")
-    return Objective("dpo", per_token=False, sums=sums, metrics=names, report=_of_each_label, measure=measure)
-
-
-def _of_each_label(means: Mapping[str, float]) -> dict[str, float]:
-    """KTO's metrics, those of one label over the rows with that label: NaN where a step has none of them."""
-
-    def of(name: str, value: float) -> float:
-        what, _, label = name.rpartition("_")
-        if not what or label not in ("desirable", "undesirable"):
-            return value
-        return value / means[label] if means[label] else math.nan
-
-    return {name: of(name, value) for name, value in means.items()}
+    return Objective(
+        "dpo", per_token=False, sums=sums, metrics=loss.metrics, report=report_by_label, measure=measure
+    )
 
 
-def answer_logprobs(logprob_N: torch.Tensor, counts: Sequence[int] | np.ndarray) -> torch.Tensor:
-    """logprob_E: the log-probability of each example's answer whole; `counts` are its trained tokens.
+_OBJECTIVES = {PAIRS.name: _pair_objective, LABELLED.name: _label_objective}
 
-    Each sum is of the example's own tokens alone, in their order: what stands beside it changes nothing.
+
+def answer_logprobs(logprob_N: Tensor, counts: Sequence[int] | np.ndarray) -> Tensor:
+    """logprob_E: the log-probability of each example's whole answer; `counts` are its trained tokens.
+
+    Each sum adds the example's own tokens in their order: the other examples do not change it.
     """
     return torch.stack([part.sum() for part in logprob_N.split([int(count) for count in counts])])
 
 
-def _at(values_E: torch.Tensor, examples: np.ndarray) -> torch.Tensor:
+def _at(values_E: Tensor, examples: np.ndarray) -> Tensor:
     return values_E[torch.from_numpy(examples).to(values_E.device)]
 
 
-def _like(values_E: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-    """Numbers where and as the log-probabilities are."""
+def _like(values_E: Tensor, numbers: np.ndarray) -> Tensor:
+    """The numbers as a tensor of the same device and dtype."""
     return torch.from_numpy(np.asarray(numbers, dtype=np.float64)).to(values_E)

@@ -31,7 +31,7 @@ from yeonma.model.quantized import check_layers
 from yeonma.run_folder.disk_space import stored_parameters
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, prepare_dataset
-from yeonma.train.losses import OPTIONS_READ, PreferenceOptions
+from yeonma.train.losses import LOSSES, PreferenceOptions
 from yeonma.train.preflight import kind_of
 
 TRIED_STEPS = 40
@@ -136,7 +136,7 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> 
     problems = [
         Problem(f"{loss} does not read it", name, f"leave it out, or choose another --loss than {loss}")
         for name, value in given.items()
-        if value != unset[name] and name not in OPTIONS_READ[loss]
+        if value != unset[name] and name not in LOSSES[loss].options
     ]
     if tokens.train_on_inputs:
         what = "a prompt is the same for both answers: there is nothing to choose in it"

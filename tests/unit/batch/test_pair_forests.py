@@ -16,7 +16,14 @@ from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.lora import speed_up
 from yeonma.model.kernels.patch import patch
 from yeonma.model.logprobs import Forward, example_logprobs
-from yeonma.train.losses import Logprobs, PreferenceOptions, ReferenceLogprobs, answer_logprobs, pair_losses
+from yeonma.train.losses import (
+    LOSSES,
+    PairLogprobs,
+    PreferenceOptions,
+    ReferenceLogprobs,
+    answer_logprobs,
+    pair_losses,
+)
 
 EXACT = {"rtol": 2e-5, "atol": 1e-5}  # an answer's log-probability is a sum, far below -1
 OPTIONS = PreferenceOptions(beta=0.5)
@@ -42,11 +49,11 @@ def pairs() -> tuple[list[np.ndarray], list[np.ndarray]]:
 def loss_of(logprob_N: torch.Tensor) -> torch.Tensor:
     counts = [int(mask.sum()) for mask in pairs()[1]]
     logprob_E = answer_logprobs(logprob_N, counts)
-    policy = Logprobs(
+    policy = PairLogprobs(
         logprob_E[0::2], logprob_E[1::2], *(torch.tensor(counts[i::2], dtype=torch.float32) for i in (0, 1))
     )
     reference = ReferenceLogprobs(policy.chosen_P.detach() + 1.0, policy.rejected_P.detach() - 0.5)
-    return pair_losses("sigmoid", policy, reference, OPTIONS).sum()
+    return pair_losses(LOSSES["sigmoid"], policy, reference, OPTIONS).sum()
 
 
 def adapted(family: str) -> Any:

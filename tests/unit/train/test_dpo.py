@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ import yeonma
 from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
-from yeonma.config.settings import PreferenceLoss
+from yeonma.config.settings import PairLossName
 from yeonma.train import build as setup
 from yeonma.train import loop, reference
 
 ROWS = pairs(21)
-LOSSES = [name for name in PreferenceLoss.__args__ if name != "kto"]  # type: ignore[attr-defined]
+LOSSES = get_args(PairLossName)
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ from typing import get_args
 import pytest
 import torch
 
-from yeonma.config.settings import PreferenceLoss, PreferenceSettings
+from yeonma.config.settings import LossName, PreferenceSettings
+from yeonma.data.task import PAIRS as PAIRS_TASK
+from yeonma.data.task import task_for_loss
 from yeonma.train.losses import (
     KTO_METRICS,
-    OPTIONS_READ,
-    PAIR_LOSSES,
+    LOSSES,
     PAIR_METRICS,
-    REFERENCE_FREE,
     LabelledLogprobs,
-    Logprobs,
+    PairLogprobs,
     PreferenceOptions,
     ReferenceLogprobs,
     kto_losses,
@@ -32,6 +32,8 @@ from yeonma.train.losses import (
     sft_term,
 )
 
+PAIR_LOSSES = {name: loss for name, loss in LOSSES.items() if loss.task is PAIRS_TASK}
+REFERENCE_FREE = {name for name, loss in LOSSES.items() if not loss.needs_reference}
 OPTIONS = PreferenceOptions(beta=0.3, label_smoothing=0.1, simpo_gamma=0.7, sft_weight=0.0)
 
 
@@ -60,8 +62,8 @@ def of(values: list[float], dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-def policy_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> Logprobs:
-    return Logprobs(
+def policy_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> PairLogprobs:
+    return PairLogprobs(
         of([pair.chosen for pair in pairs], dtype).requires_grad_(),
         of([pair.rejected for pair in pairs], dtype).requires_grad_(),
         torch.tensor([pair.chosen_tokens for pair in pairs]),
@@ -157,15 +159,18 @@ PAPER: dict[str, Callable[[Pair, PreferenceOptions], float]] = {
 
 def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
     assert PAPER.keys() == PAIR_LOSSES.keys()
-    assert PAIR_LOSSES.keys() > REFERENCE_FREE
-    assert set(get_args(PreferenceLoss)) == {*PAIR_LOSSES, "kto"} == OPTIONS_READ.keys()
+    assert PAIR_LOSSES.keys() > REFERENCE_FREE == {"simpo", "cpo", "orpo"}
+    assert set(get_args(LossName)) == {*PAIR_LOSSES, "kto"} == LOSSES.keys()
+    for name, loss in LOSSES.items():
+        assert loss.name == name
+        assert loss.task is task_for_loss(name)
     settings = {field.name for field in fields(PreferenceSettings)}
     assert {field.name for field in fields(PreferenceOptions)} == settings - {"loss"}
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_a_loss_is_its_papers_formula(name: str) -> None:
-    found = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
+    found = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx([PAPER[name](pair, OPTIONS) for pair in PAIRS], rel=1e-5, abs=1e-6)
 
@@ -173,7 +178,7 @@ def test_a_loss_is_its_papers_formula(name: str) -> None:
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_a_gradient_is_the_formulas_by_finite_differences(name: str) -> None:
     policy = policy_of(PAIRS, torch.float64)
-    pair_losses(name, policy, reference_of(PAIRS, torch.float64), OPTIONS).sum().backward()
+    pair_losses(LOSSES[name], policy, reference_of(PAIRS, torch.float64), OPTIONS).sum().backward()
     step = 1e-5
     for side, tensor in (("chosen", policy.chosen_P), ("rejected", policy.rejected_P)):
         assert tensor.grad is not None
@@ -186,9 +191,10 @@ def test_a_gradient_is_the_formulas_by_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_the_supervised_term_is_the_mean_over_the_chosen_answers_tokens(name: str) -> None:
-    without = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
+    without = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
     added = (
-        pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=0.5)) - without
+        pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=0.5))
+        - without
     )
     wanted = [-0.5 * pair.chosen / pair.chosen_tokens for pair in PAIRS]
     assert added.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
@@ -196,9 +202,13 @@ def test_the_supervised_term_is_the_mean_over_the_chosen_answers_tokens(name: st
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_without_a_weight_the_supervised_term_has_the_papers(name: str) -> None:
-    found = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=None))
+    found = pair_losses(
+        LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=None)
+    )
     weight = {"cpo": 1.0, "orpo": 1.0}.get(name, 0.0)
-    wanted = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=weight))
+    wanted = pair_losses(
+        LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=weight)
+    )
     assert torch.equal(found, wanted)
 
 
@@ -214,54 +224,56 @@ def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
         "apo_zero": 1.0,
         "apo_down": 1.0,
     }[name]
-    found = pair_losses(name, policy, reference, OPTIONS)
+    found = pair_losses(LOSSES[name], policy, reference, OPTIONS)
     assert found.tolist() == pytest.approx([wanted] * len(PAIRS), rel=1e-6)
-    for reward_P in rewards(name, policy, reference, OPTIONS):
+    for reward_P in rewards(LOSSES[name], policy, reference, OPTIONS):
         assert not reward_P.any()
 
 
 def test_equal_answers_without_a_reference_have_no_margin() -> None:
     same = policy_of((Pair(-8.0, -8.0, 0.0, 0.0, 4, 4),))
     plain = replace(OPTIONS, simpo_gamma=0.0)
-    assert pair_losses("cpo", same, None, plain).item() == pytest.approx(math.log(2))
-    assert pair_losses("simpo", same, None, plain).item() == pytest.approx(math.log(2))
-    assert pair_losses("orpo", same, None, plain).item() == pytest.approx(plain.beta * math.log(2))
+    assert pair_losses(LOSSES["cpo"], same, None, plain).item() == pytest.approx(math.log(2))
+    assert pair_losses(LOSSES["simpo"], same, None, plain).item() == pytest.approx(math.log(2))
+    assert pair_losses(LOSSES["orpo"], same, None, plain).item() == pytest.approx(plain.beta * math.log(2))
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
 def test_a_loss_without_a_reference_does_not_look_at_one(name: str) -> None:
     policy = policy_of(PAIRS)
-    with_one = pair_losses(name, policy, reference_of(PAIRS), OPTIONS)
-    assert torch.equal(pair_losses(name, policy, None, OPTIONS), with_one)
+    with_one = pair_losses(LOSSES[name], policy, reference_of(PAIRS), OPTIONS)
+    assert torch.equal(pair_losses(LOSSES[name], policy, None, OPTIONS), with_one)
     assert torch.equal(
-        pair_metric_sums(name, policy, None, OPTIONS),
-        pair_metric_sums(name, policy, reference_of(PAIRS), OPTIONS),
+        pair_metric_sums(LOSSES[name], policy, None, OPTIONS),
+        pair_metric_sums(LOSSES[name], policy, reference_of(PAIRS), OPTIONS),
     )
 
 
 @pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
 def test_a_loss_with_a_reference_asks_for_it(name: str) -> None:
     with pytest.raises(ValueError, match="reference"):
-        pair_losses(name, policy_of(PAIRS), None, OPTIONS)
+        pair_losses(LOSSES[name], policy_of(PAIRS), None, OPTIONS)
 
 
 def test_labels_that_are_right_for_certain_leave_dpo_as_it_is() -> None:
     plain = replace(OPTIONS, label_smoothing=0.0)
     policy, reference = policy_of(PAIRS), reference_of(PAIRS)
-    dpo = pair_losses("sigmoid", policy, reference, plain)
-    assert torch.allclose(dpo, pair_losses("robust", policy, reference, plain))
+    dpo = pair_losses(LOSSES["sigmoid"], policy, reference, plain)
+    assert torch.allclose(dpo, pair_losses(LOSSES["robust"], policy, reference, plain))
     assert dpo.tolist() == pytest.approx([softplus(-margin(pair, plain.beta)) for pair in PAIRS], rel=1e-5)
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
     """Over pairs whose labels are flipped with probability e, its mean is the loss of the true labels."""
     policy, reference, e = policy_of(PAIRS), reference_of(PAIRS), OPTIONS.label_smoothing
-    flipped = Logprobs(policy.rejected_P, policy.chosen_P, policy.rejected_tokens_P, policy.chosen_tokens_P)
-    flipped_reference = ReferenceLogprobs(reference.rejected_P, reference.chosen_P)
-    mean = (1 - e) * pair_losses("robust", policy, reference, OPTIONS) + e * pair_losses(
-        "robust", flipped, flipped_reference, OPTIONS
+    flipped = PairLogprobs(
+        policy.rejected_P, policy.chosen_P, policy.rejected_tokens_P, policy.chosen_tokens_P
     )
-    true = pair_losses("sigmoid", policy, reference, replace(OPTIONS, label_smoothing=0.0))
+    flipped_reference = ReferenceLogprobs(reference.rejected_P, reference.chosen_P)
+    mean = (1 - e) * pair_losses(LOSSES["robust"], policy, reference, OPTIONS) + e * pair_losses(
+        LOSSES["robust"], flipped, flipped_reference, OPTIONS
+    )
+    true = pair_losses(LOSSES["sigmoid"], policy, reference, replace(OPTIONS, label_smoothing=0.0))
     assert torch.allclose(mean, true, rtol=1e-5, atol=1e-5)
 
 
@@ -271,8 +283,8 @@ def test_lengths_matter_where_the_loss_is_per_token_and_only_there() -> None:
         name
         for name in PAIR_LOSSES
         if not torch.equal(
-            pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), OPTIONS),
-            pair_losses(name, policy_of(longer), reference_of(longer), OPTIONS),
+            pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS),
+            pair_losses(LOSSES[name], policy_of(longer), reference_of(longer), OPTIONS),
         )
     }
     assert moved == {"ipo", "simpo", "orpo"}
@@ -286,7 +298,7 @@ def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
     def losses(options: PreferenceOptions) -> torch.Tensor:
         if name == "kto":
             return kto_losses(rows, torch.tensor(0.4), options)
-        return pair_losses(name, policy, reference, options)
+        return pair_losses(LOSSES[name], policy, reference, options)
 
     as_it_was = losses(OPTIONS)
     read = {
@@ -294,7 +306,7 @@ def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
         for field in fields(PreferenceOptions)
         if not torch.equal(losses(replace(OPTIONS, **{field.name: 0.25})), as_it_was)
     }
-    assert read == OPTIONS_READ[name]
+    assert read == LOSSES[name].options
 
 
 def test_the_odds_of_a_certain_answer_are_finite_and_so_are_their_gradients() -> None:
@@ -312,9 +324,10 @@ def test_the_odds_of_a_certain_answer_are_finite_and_so_are_their_gradients() ->
 def test_a_steps_loss_is_the_same_however_its_pairs_are_divided() -> None:
     for name in PAIR_LOSSES:
         options = replace(OPTIONS, sft_weight=0.5)
-        whole = pair_losses(name, policy_of(PAIRS), reference_of(PAIRS), options)
+        whole = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), options)
         parts = [
-            pair_losses(name, policy_of((pair,)), reference_of((pair,)), options).item() for pair in PAIRS
+            pair_losses(LOSSES[name], policy_of((pair,)), reference_of((pair,)), options).item()
+            for pair in PAIRS
         ]
         assert whole.tolist() == pytest.approx(parts, rel=1e-6)
 
@@ -322,7 +335,7 @@ def test_a_steps_loss_is_the_same_however_its_pairs_are_divided() -> None:
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_metrics_are_sums_over_the_pairs(name: str) -> None:
     policy, reference = policy_of(PAIRS), reference_of(PAIRS)
-    sums = pair_metric_sums(name, policy, reference, OPTIONS)
+    sums = pair_metric_sums(LOSSES[name], policy, reference, OPTIONS)
     assert not sums.requires_grad
     found = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
     if name not in REFERENCE_FREE:

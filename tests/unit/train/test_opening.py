@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, tiny_model
 from tests.pairs import dpo, pairs, tuned
 from tests.runs import Done, model_folder, write_jsonl
-from tests.unit.train.test_dpo import LOSSES, MORE, left_behind
+from tests.unit.train.test_dpo import LOSSES as NAMES
+from tests.unit.train.test_dpo import MORE, left_behind
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support, in_eval_mode
 from yeonma.model.kernels.lora import speed_up
@@ -26,7 +27,7 @@ from yeonma.tokenization.example import AnswerRole
 from yeonma.train import build as setup
 from yeonma.train import loop, opening, reference
 from yeonma.train.distributed import Processes
-from yeonma.train.losses import REFERENCE_FREE, PreferenceOptions, pair_objective
+from yeonma.train.losses import LOSSES, PreferenceOptions, preference_objective
 
 ALONE = Processes(0, 1)
 QUIET = [family for family in OTHER_FAMILIES if family != "phimoe"]  # whose router draws in training
@@ -116,7 +117,7 @@ def examples_through(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 RUN: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5, "lora_dropout": 0.1}
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in REFERENCE_FREE])
+@pytest.mark.parametrize("loss", [name for name in NAMES if LOSSES[name].needs_reference])
 def test_nothing_is_computed_twice_and_the_run_is_the_same(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
@@ -204,7 +205,7 @@ class OnePair:
 
 def test_only_the_first_objective_takes_the_policy_for_the_reference(tmp_path: Path) -> None:
     store, known = OnePair(), np.full(2, math.nan)
-    plain = pair_objective("sigmoid", PreferenceOptions(), {"pair": known})
+    plain = preference_objective(LOSSES["sigmoid"], PreferenceOptions(), {"pair": known})
     opened = opening.Opening(tmp_path / "pair.reference", known, np.array([True, True]))
     objective = opening.with_opening(plain, {"pair": opened}, ALONE, torch.device("cpu"))
     both, first = np.array([0, 1]), objective.at_start

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+Log = Callable[[str], None]
+"""Takes a line of progress or a warning for the user, without its line end."""
+
 
 @dataclass(frozen=True)
 class Problem:

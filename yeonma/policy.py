@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import base_identity, check_base
-from yeonma.adapter.prompt_builder import Columns, Prompt, PromptBuilder, held_as, open_folder
+from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, held_as, open_folder
 from yeonma.config.parse import group_of, settings_from_keywords
 from yeonma.config.settings import AnswerSettings, AskedQuantization
+from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.generation.completion import generate

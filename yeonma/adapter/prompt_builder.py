@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
 from yeonma.config.settings import AskedQuantization, Quantization
-from yeonma.data.columns import column_of, field_text, turns_of
+from yeonma.data.columns import Columns, column_of, field_text, turns_of
 from yeonma.data.rows import Row
 from yeonma.data.template import Placeholder, Rendered, Variant
 from yeonma.errors import Problem, UserError
@@ -23,8 +23,6 @@ from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.text_encoder import TextEncoder
 
 NO_LIMIT = 2**40  # tokens
-
-Columns = Mapping[str, str] | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from yeonma.config.parse import group_of
 from yeonma.config.settings import AnswerSettings, CompareSettings
 from yeonma.data.rows import open_rows
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.evaluate.answer_cache import open_answer_cache
 from yeonma.evaluate.answers import answer_all, comparison_rows, read_rows, wanted_answers
 from yeonma.evaluate.candidates import open_candidates
@@ -36,7 +36,7 @@ def run(settings: Mapping[type, object]) -> int:
     return 0
 
 
-def compare(asked: CompareSettings, how: AnswerSettings, say: Callable[[str], None]) -> Path:
+def compare(asked: CompareSettings, how: AnswerSettings, say: Log) -> Path:
     """The folder with the report. Prints the table; `say` gets what goes on before. Raises UserError."""
     output = _output(asked)
     source = open_rows(

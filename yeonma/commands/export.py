@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
 from yeonma.config.parse import group_of
 from yeonma.config.settings import ExportSettings, MergeSettings
+from yeonma.errors import Log
 from yeonma.export.gguf_converter import convert, converter
 from yeonma.export.merge_weights import weight_files
 from yeonma.export.merged_model import check_output, merge, prepare
@@ -43,9 +44,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _whole_model(
-    asked: ExportSettings, asker: PromptBuilder, folder: Path, say: Callable[[str], None]
-) -> Path | None:
+def _whole_model(asked: ExportSettings, asker: PromptBuilder, folder: Path, say: Log) -> Path | None:
     """The merged model's folder, made where an adapter was given; None where it does not say what the adapter does."""
     if asker.adapter.is_merged:
         return asker.adapter.path

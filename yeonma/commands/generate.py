@@ -15,7 +15,7 @@ from yeonma.config.parse import group_of
 from yeonma.config.settings import AdapterSettings, AnswerSettings, GenerateSettings
 from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.files import output_file, user_path
 from yeonma.policy import Policy, load_model
 
@@ -24,7 +24,6 @@ MOST_PROBLEMS = 20
 MOST_NUMBERS = 10
 
 Write = Callable[[str], None]
-Say = Callable[[str], None]
 
 
 def run(settings: Mapping[type, object]) -> int:
@@ -91,7 +90,7 @@ def _check(asked: GenerateSettings) -> None:
 
 
 def _check_rows(
-    asker: PromptBuilder, rows: Rows, asked: GenerateSettings, how: AnswerSettings, say: Say
+    asker: PromptBuilder, rows: Rows, asked: GenerateSettings, how: AnswerSettings, say: Log
 ) -> int:
     """The number of rows. Raises UserError with the problems of all, the first twenty; says which are shortened."""
     count = shortened = 0

@@ -10,6 +10,9 @@ from yeonma.data.rows import Row
 from yeonma.data.strict_json import kind_of
 from yeonma.errors import Problem, UserError, did_you_mean
 
+Columns = Mapping[str, str] | None
+"""`--columns`: field of the template -> column of the data, where their names differ."""
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 # Role names of OpenAI messages and of ShareGPT's, and what they stand for.

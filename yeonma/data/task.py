@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from yeonma.config.settings import LabelLossName
-from yeonma.data.columns import Recognised, recognise
+from yeonma.data.columns import Columns, Recognised, recognise
 from yeonma.data.preference_pairs import (
     label_without_column,
     notes_of_pair,
@@ -22,8 +22,6 @@ from yeonma.data.template import Rendered, Template, load_template
 from yeonma.data.text_checks import Notes, notes_of
 from yeonma.errors import Problem
 from yeonma.files import user_path
-
-Columns = Mapping[str, str] | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ base share it in memory; else one model at a time is loaded, and none that has a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
@@ -20,7 +20,7 @@ from yeonma.adapter.prompt_builder import Prompt
 from yeonma.config.settings import AnswerSettings, CompareSettings
 from yeonma.data.columns import column_of, field_text
 from yeonma.data.rows import Row, Rows
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.answer_cache import AnswerCache
 from yeonma.evaluate.candidates import Candidate, check_model, columns_for, identity_of
 from yeonma.evaluate.metrics import Wrote
@@ -38,8 +38,6 @@ MOST_PROBLEMS = 20
 LOSS_TOKENS = 4096  # of examples that go through the model at once
 LOSS_EXAMPLES = 32
 ROWS_A_CHUNK = 1000
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +155,7 @@ def _examples(
 
 
 def answer_all(
-    tasks: Sequence[ComparisonRow], asked: CompareSettings, how: AnswerSettings, kept: AnswerCache, say: Say
+    tasks: Sequence[ComparisonRow], asked: CompareSettings, how: AnswerSettings, kept: AnswerCache, say: Log
 ) -> tuple[list[list[Wrote]], list[ComparisonRow]]:
     """What every model wrote for every row; what `kept` does not hold yet is computed and added to it. The tasks come
     back with the identities of their models."""
@@ -197,7 +195,7 @@ def _unmeasured(task: ComparisonRow, kept: AnswerCache) -> list[int]:
 
 
 def _answer(
-    model: Any, task: ComparisonRow, asked: CompareSettings, how: AnswerSettings, kept: AnswerCache, say: Say
+    model: Any, task: ComparisonRow, asked: CompareSettings, how: AnswerSettings, kept: AnswerCache, say: Log
 ) -> None:
     """Ask what is missing, then measure what is missing. Leaves the model with its plain attention."""
     forward = check_forest_support(model)

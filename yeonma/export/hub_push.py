@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yeonma.config.parse import group_of
 from yeonma.config.settings import PushSettings
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.export.secret_scan import problems, renamed, without_paths
 from yeonma.files import file_hash, user_path
 
@@ -214,7 +214,7 @@ def _asked() -> bool:
         return False
 
 
-def send(repo: str, uploads: Sequence[Upload], message: str, public: bool, say: Callable[[str], None]) -> str:
+def send(repo: str, uploads: Sequence[Upload], message: str, public: bool, say: Log) -> str:
     """Send the files to the hub in one commit, and compare what lies there with what was to be sent.
 
     Returns the commit's address. Raises UserError for what the hub refuses; without a commit nothing has changed there

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.parse import group_of
 from yeonma.config.settings import MergeSettings
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.export import merge_weights as weights
 from yeonma.export.agreement import Agreement, GreedyAnswers, answers_of, compare, logits_along
 from yeonma.files import files_in, folder_beside, give_name, user_path
@@ -49,7 +49,6 @@ MEMORY_SHARE = 0.7
 ALLOWANCE_BYTES = 64 << 20
 """For the tokenizer and the small files."""
 CARD = "README.md"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _prompts(asker: PromptBuilder, samples: Samples | None) -> list[list[int]]:
     return TextEncoder.of(asker.tokenizer).batch([asker.adapter.template.text])
 
 
-def merge(merging: Merging, output: Path, say: Say) -> Agreement:
+def merge(merging: Merging, output: Path, say: Log) -> Agreement:
     """Merge beside `output`, ask both models, and give the folder its name where they agree.
 
     Raises UserError where the disk is full or fails, or memory is short. Whatever ends it, nothing half-written stays.
@@ -189,7 +188,7 @@ def _ask_unmerged(merging: Merging) -> tuple[GreedyAnswers, tuple[torch.Tensor, 
     return said, logits_along(peft_model, merging.prompts, said.answers, adapter=False)
 
 
-def _write(merging: Merging, folder: Path, say: Say) -> None:
+def _write(merging: Merging, folder: Path, say: Log) -> None:
     """The whole folder of the merged model."""
     asker = merging.asker
     adapter, cpu = str(asker.adapter.path), torch.device("cpu")
@@ -268,7 +267,7 @@ def _ask_merged(merging: Merging, folder: Path, before: GreedyAnswers) -> Greedy
     return GreedyAnswers(said.answers, logits_along(model, merging.prompts, before.answers))
 
 
-def _tell(merging: Merging, found: Agreement, say: Say) -> None:
+def _tell(merging: Merging, found: Agreement, say: Log) -> None:
     rows = merging.samples is not None and merging.samples.rows
     asked = f"{found.rows} sample rows" if rows else "the template's own text (there are no sample rows)"
     own, computed = (str(each).removeprefix("torch.") for each in (merging.weights_dtype, merging.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,6 +13,7 @@ import torch
 from yeonma.batch.micro_batches import look_at_batches
 from yeonma.config.parse import group_of
 from yeonma.config.settings import ModelSettings, StepSettings
+from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.kernels.linear import product
 from yeonma.run_folder.progress import peak_memory_bytes
@@ -62,7 +63,7 @@ def probe_run(
     settings: Mapping[type, object],
     source: load.BaseSource,
     prepared: Prepared,
-    say: Callable[[str], None],
+    say: Log,
     steps: int = STEPS,
 ) -> Probe:
     """Load the base as the run will, take the step with the heaviest micro-batch, untimed, and then `steps` - 1 more.

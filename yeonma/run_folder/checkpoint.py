@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.files import (
     check_free,
     delete,
@@ -191,7 +191,7 @@ def read_state(checkpoint: Path) -> RunState:
         raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
 
 
-def newest_whole(output: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
+def newest_whole(output: Path, say: Log) -> tuple[Path, RunState] | None:
     """The newest checkpoint to continue from; damaged ones are named and passed over."""
     for checkpoint in reversed(checkpoints(output)):
         try:

@@ -11,12 +11,12 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.files import sync, user_path
 
 LOCK = ".lock"
@@ -40,7 +40,7 @@ def check_unlocked(output_dir: str) -> None:
 
 
 @contextmanager
-def hold(output: Path, say: Callable[[str], None]) -> Iterator[None]:
+def hold(output: Path, say: Log) -> Iterator[None]:
     """Holds the folder, made where it is not there, until the block or the process ends.
 
     Raises UserError where another run holds it. Where the file system has no locks it says so, and goes on: two runs
@@ -62,7 +62,7 @@ def hold(output: Path, say: Callable[[str], None]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(output: Path, say: Callable[[str], None]) -> int | None:
+def _locked(output: Path, say: Log) -> int | None:
     """The open file, locked; None where locks are unknown."""
     while True:
         number = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.files import (
     check_free,
     delete,
@@ -76,9 +76,7 @@ class Start:
     finished: bool = False
 
 
-def find_start(
-    output: Path, identity: Mapping[str, Any], resume: str, overwrite: bool, say: Callable[[str], None]
-) -> Start:
+def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite: bool, say: Log) -> Start:
     """What the folder holds for a run of this `identity`. Changes nothing.
 
     Raises UserError where it holds another run, something that is no run at all, or damaged checkpoints alone.

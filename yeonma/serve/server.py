@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from yeonma.adapter.adapter_folder import base_identity, check_base
 from yeonma.adapter.prompt_builder import PromptBuilder, held_as, open_folder
 from yeonma.config.settings import AnswerSettings, ServeSettings
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import place_of, short_names
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.lora import speed_up
@@ -31,8 +31,6 @@ from yeonma.serve.worker import ServedModel, Worker
 MOST_WAITING = 256  # questions
 GRACE_SECONDS = 3  # that answers at work have when the server is told to stop
 LOOK_SECONDS = 0.1  # between looks whether it is
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _check_room(asker: PromptBuilder, max_new_tokens: int) -> None:
         raise UserError(what, place=str(asker.adapter.path), cure="lower --max_new_tokens")
 
 
-def load_served_models(served: Served, asked: ServeSettings, say: Say) -> dict[str, ServedModel]:
+def load_served_models(served: Served, asked: ServeSettings, say: Log) -> dict[str, ServedModel]:
     """The base with all adapters on it, in memory once. Raises UserError as `load_model`."""
     device = pick_device(asked.device)
     source = served.first.source

@@ -14,15 +14,13 @@ from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.task import ANSWERS, Task, choose_template
 from yeonma.data.template import Template
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
 from yeonma.tokenization.data_warnings import listed, overlap_of, remarks_of, used_rows
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def prepare_dataset(
     tokens: TokenSettings,
     tokenizer: Any,
     seed: int,
-    say: Say,
+    say: Log,
     progress: Callable[[int], None],
     kind: Task = ANSWERS,
     continued: str | None = None,
@@ -137,7 +135,7 @@ def prepare_dataset(
     return Dataset(kind, template, columns, rules, train, validation)
 
 
-def describe(dataset: Dataset, say: Say) -> None:
+def describe(dataset: Dataset, say: Log) -> None:
     """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
     for part in dataset.sources:
         _describe(part.rows.name, part.store, dataset.kind, say)
@@ -147,7 +145,7 @@ def describe(dataset: Dataset, say: Say) -> None:
             say(f"{dataset.validation.rows.name}: {overlap}")
 
 
-def _describe(name: str, store: TokenStore, kind: Task, say: Say) -> None:
+def _describe(name: str, store: TokenStore, kind: Task, say: Log) -> None:
     counts = store.counts
     line = f"{name}: {counts.rows:,} rows, {counts.units:,} {kind.units}, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.plan import Plan
 from yeonma.config.parse import group_of
 from yeonma.config.settings import LoraSettings, ModelSettings, StepSettings, TokenSettings
+from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.elementwise import PLAIN
@@ -70,7 +71,7 @@ def load_model(
     source: load.BaseSource,
     device: torch.device,
     prepared: Prepared,
-    say: Callable[[str], None],
+    say: Log,
     group: Processes,
 ) -> LoadedModel:
     model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
@@ -165,7 +166,7 @@ def make_objective(
     prepared: Prepared,
     needed: References,
     group: Processes,
-    say: Callable[[str], None],
+    say: Log,
     first: References | None = None,
 ) -> Objective:
     """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of `needed`.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from yeonma.batch.plan import Plan
+from yeonma.errors import Log
 from yeonma.run_folder.checkpoint import AdapterWriter, RunState, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.tokenization.store import TokenStore
@@ -48,7 +49,7 @@ class RunCallbacks:
     step: Callable[[StepRecord, list[int]], None]  # with the rows that it was trained on
     evaluation: Callable[[EvaluationRecord], None]
     before_save: Callable[[], None]
-    say: Callable[[str], None]
+    say: Log
 
 
 def run_steps(

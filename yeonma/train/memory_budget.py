@@ -17,7 +17,7 @@ from yeonma.batch.micro_batches import look_at_batches
 from yeonma.batch.plan import MicroBatchBounds, Plan
 from yeonma.config.parse import group_of
 from yeonma.config.settings import Checkpointing, LoraSettings, ModelSettings, StepSettings
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.logprobs import trained_logprobs
 from yeonma.model.memory_trace import Blueprint, blueprint, trace
@@ -34,7 +34,6 @@ WAYS: tuple[Checkpointing, ...] = (False, "selective", True)
 """From the fastest to that which needs least."""
 
 CURE = "give micro_batch_tokens a number and gradient_checkpointing true or false"
-Say = Callable[[str], None]
 
 
 def micro_batching(step: StepSettings) -> MicroBatchBounds:
@@ -53,7 +52,7 @@ def resolve_auto(
     source: load.BaseSource,
     prepared: Prepared,
     group: Processes,
-    say: Say,
+    say: Log,
     *,
     processes: int | None = None,
     kept: int | None = None,

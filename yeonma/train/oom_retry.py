@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from yeonma.batch.plan import MicroBatchBounds
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.tokenization.store import TokenStore
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class MicroBatchLimit:
     device: torch.device
     alone: bool = True
     by_tokens: bool = False
-    say: Callable[[str], None] = _say
+    say: Log = _say
     micro: MicroBatchBounds = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from yeonma.config.settings import (
     StepSettings,
     TokenSettings,
 )
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.quantized import check_layers
 from yeonma.run_folder.disk_space import stored_parameters
@@ -57,7 +57,7 @@ def prepare(
     settings: Mapping[type, object],
     source: load.BaseSource,
     continued: str | None,
-    say: Callable[[str], None],
+    say: Log,
     *,
     try_adapter: bool = True,
 ) -> Prepared:
@@ -205,7 +205,7 @@ def _check_positions(config: Any, dataset: Dataset) -> None:
         raise UserError(what, place="cutoff_len", cure=f"use --cutoff_len {most}")
 
 
-def _check_schedule(step: StepSettings, say: Callable[[str], None]) -> None:
+def _check_schedule(step: StepSettings, say: Log) -> None:
     """Try the schedule on nothing. Raises UserError for arguments that it does not take; says what plays no part."""
     if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *BY_METRIC):
         say(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio play no part")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from yeonma.adapter.adapter_folder import WEIGHTS, BaseIdentity
 from yeonma.config.settings import Quantization
-from yeonma.errors import UserError
+from yeonma.errors import Log, UserError
 from yeonma.files import file_hash, sync
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import Forward
@@ -84,7 +84,7 @@ def reference_logprobs(
     cache_dir: Path,
     room: MicroBatchLimit,
     group: Processes,
-    say: Callable[[str], None],
+    say: Log,
 ) -> np.ndarray:
     """float64 (examples,): the log-probability of the answers of the examples of `units`; NaN for others.
 

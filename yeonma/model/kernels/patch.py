@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from yeonma.config.settings import Compiling
-from yeonma.errors import UserError, first_line
+from yeonma.errors import Log, UserError, first_line
 from yeonma.model.kernels.elementwise import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.lora import gated, takes_gated
 
@@ -49,9 +49,7 @@ def patch(model: nn.Module, kernels: Kernels = PLAIN) -> int:
     return taken
 
 
-def pick_kernels(
-    asked: Compiling, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
-) -> Kernels:
+def pick_kernels(asked: Compiling, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
     """Compiled ones where asked for, and on CUDA by `auto`; tried with a few rows, forward and backward.
 
     `auto` does without where the compiler fails, and says so. Raises UserError where `true` cannot be had.

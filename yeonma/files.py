@@ -68,8 +68,7 @@ def sync(path: Path) -> None:
 def free_bytes(folder: Path) -> int:
     """What may still be written where `folder` is, or will be. A quota is not known here: writing may fail earlier."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    about = os.statvfs(there)
-    return about.f_bavail * about.f_frsize
+    return shutil.disk_usage(there).free
 
 
 def check_free(folder: Path, needed_bytes: int, what: str, cure: str) -> None:

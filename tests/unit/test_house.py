@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from yeonma.config import settings
 
@@ -310,6 +311,15 @@ def test_every_package_imported_is_declared() -> None:
             if not any(canonicalize_name(name) in declared() for name in distributions.get(top, [top])):
                 missing.add(f"{module}:{line} imports {top}")
     assert missing == set()
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_torch_and_transformers_end_after_the_minor_version_that_is_pinned(name: str) -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line).specifier for line in lines if re.match(rf"{name}==", line)]
+    newest = max(Version(next(iter(pin)).version) for pin in pins)
+    (bound,) = (part.version for part in declared()[name].specifier if part.operator == "<")
+    assert bound == f"{newest.major}.{newest.minor + 1}"
 
 
 def test_requirements_pin_torch_first_and_everything_within_the_declared_ranges() -> None:

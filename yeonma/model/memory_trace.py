@@ -9,14 +9,13 @@ itself is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from yeonma.batch.forest import Forest
@@ -31,8 +30,6 @@ from yeonma.model.kernels.patch import patch
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, Head, plain_head, trained_logprobs
 from yeonma.model.quantized import quantised_layers, sketch
 from yeonma.model.sharding import gathered_bytes
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def trace(drawn: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
     record.hold([*model.parameters(), *model.buffers()], counted=False)
     record.hold([each.grad for each in trained if each.grad is not None])
     try:
-        with record:
+        with _recording(record):
             loss = trained_logprobs(model, forest, drawn.head, drawn.capability, laid).sum()
             forward, forward_shapes = len(record.events), len(record.shapes)
             loss.backward()
@@ -209,11 +206,10 @@ def _held(record: _Record, events: int) -> set[int]:
     return held
 
 
-class _Record(TorchDispatchMode):
+class _Record:
     """Every storage that operations make, when it came and when it went; products and their operations."""
 
     def __init__(self, vocabulary: int, pairs: int) -> None:
-        super().__init__()
         self.vocabulary = vocabulary
         self.pairs = pairs  # of queries and keys, where attention is one call
         self.sizes: list[int] = []  # bytes, by number
@@ -221,62 +217,92 @@ class _Record(TorchDispatchMode):
         self.logits: set[int] = set()
         self.shapes: set[tuple[Any, ...]] = set()
         self.flops = 0
-        self._numbers: dict[int, int] = {}  # address of a living storage -> its number
+        self._numbers: dict[int, int] = {}  # id of a living storage -> its number
 
     def hold(self, tensors: Sequence[torch.Tensor], *, counted: bool = True) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            address = storage._cdata
-            if address in self._numbers:
+            if id(storage) in self._numbers:
                 continue
-            number = self._numbers[address] = len(self.sizes)
+            number = self._numbers[id(storage)] = len(self.sizes)
             self.sizes.append(storage.nbytes() if counted else 0)
             self.events.append((number, False))
             if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
                 self.logits.add(number)
-            weakref.finalize(storage, self._gone, address)
+            weakref.finalize(storage, self._gone, id(storage))
 
     def number_of(self, tensor: torch.Tensor) -> int:
-        return self._numbers[tensor.untyped_storage()._cdata]
+        return self._numbers[id(tensor.untyped_storage())]
 
-    def _gone(self, address: int) -> None:
-        self.events.append((self._numbers.pop(address), True))
+    def _gone(self, storage_id: int) -> None:
+        self.events.append((self._numbers.pop(storage_id), True))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is aten._local_scalar_dense.default:
+    def run(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """An operator's result, recorded."""
+        name = str(operator)
+        if name == "aten._local_scalar_dense.default":
             return 0  # asked by code that looks for padding and packed sequences, of which there are none
-        result = func(*args, **(kwargs or {}))
-        self.hold([each for each in tree_leaves(result) if isinstance(each, torch.Tensor)])
-        if func in _FACTORS:
-            a, b = (args[at] for at in _FACTORS[func])
+        result = operator(*args, **kwargs)
+        self.hold(list(_tensors(result)))
+        if name in _FACTORS:
+            a, b = (args[at] for at in _FACTORS[name])
             self.flops += 2 * a.numel() * b.shape[-1]
-        if func in (aten.mm.default, aten.addmm.default):
+        if name in ("aten.mm.default", "aten.addmm.default"):
             self.shapes.add((*a.shape, *b.shape, a.stride(-1) == 1, b.stride(-1) == 1))
-        if func in _ATTENTION:
-            at, products, causal = _ATTENTION[func]
+        if name in _ATTENTION:
+            at, products, causal = _ATTENTION[name]
             q, k = args[at], args[at + 1]
-            masked = (kwargs or {}).get("attn_mask") is not None or args[causal : causal + 1] == (True,)
+            masked = kwargs.get("attn_mask") is not None or args[causal : causal + 1] == (True,)
             pairs = q.shape[2] * (k.shape[2] - q.shape[2] / 2 * masked)  # of equal lengths, half are seen
             self.flops += int(2 * products * q.shape[1] * q.shape[3] * pairs)
-        if str(func) in _ONE_CALL:
-            at, products = _ONE_CALL[str(func)]
+        if name in _ONE_CALL:
+            at, products = _ONE_CALL[name]
             self.flops += 2 * products * args[at].shape[1] * args[at].shape[2] * self.pairs
         return result
 
 
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    """An operator returns a tensor, several, lists of them, or none."""
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for part in result:
+            yield from _tensors(part)
+
+
+def _recording(record: _Record) -> AbstractContextManager[object]:
+    """Sends every operator called within through `record`.
+
+    Raises UserError where this version of PyTorch has no such hook.
+    """
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError as error:
+        what = f"PyTorch {torch.__version__} does not show the operators that a model calls"
+        cure = "install the version of PyTorch in requirements.txt, or set what is auto"
+        raise UserError(what, place="memory", cure=cure) from error
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            return record.run(func, args, kwargs or {})
+
+    return Recording()
+
+
+# Operators by name: some are private, and none is looked up that the model does not call.
 _FACTORS = {
-    aten.mm.default: (0, 1),
-    aten._scaled_mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.addmm_.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
+    "aten.mm.default": (0, 1),
+    "aten._scaled_mm.default": (0, 1),
+    "aten.bmm.default": (0, 1),
+    "aten.addmm.default": (1, 2),
+    "aten.addmm_.default": (1, 2),
+    "aten.baddbmm.default": (1, 2),
 }
 _ATTENTION = {  # where the query stands, how many products there are, and where it says whether they are causal
-    aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2, 4),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5, 7),
+    "aten._scaled_dot_product_flash_attention_for_cpu.default": (0, 2, 4),
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": (1, 5, 7),
 }
 _ONE_CALL = {  # of a whole forest, (T, heads, D)
     "torch_attn._varlen_attn.default": (0, 2),

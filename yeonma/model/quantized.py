@@ -234,8 +234,12 @@ class Fp8Weight:
 
 def rows_product(a: Rows, b: Rows, dtype: torch.dtype, *, by_device: bool) -> torch.Tensor:
     """a (N, K) @ b (M, K) transposed -> (N, M) in `dtype`."""
-    if by_device and dtype == torch.bfloat16 and not any(n % DIVISOR for n in b.bits.shape):
-        return torch._scaled_mm(a.bits, b.bits.t(), a.scale, b.scale.t().contiguous(), out_dtype=dtype)
+    scaled_mm = getattr(torch, "_scaled_mm", None)  # private; without it a forecast takes the plain products
+    if by_device and scaled_mm and dtype == torch.bfloat16 and not any(n % DIVISOR for n in b.bits.shape):
+        result: torch.Tensor = scaled_mm(
+            a.bits, b.bits.t(), a.scale, b.scale.t().contiguous(), out_dtype=dtype
+        )
+        return result
     return emulated(a, b, dtype)
 
 
@@ -246,5 +250,7 @@ def emulated(a: Rows, b: Rows, dtype: torch.dtype) -> torch.Tensor:
 
 
 def has_products(device: torch.device) -> bool:
-    """Whether the device multiplies e4m3 by itself."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the device multiplies e4m3 by itself, and this PyTorch has the private operator for it."""
+    if device.type != "cuda" or not hasattr(torch, "_scaled_mm"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)

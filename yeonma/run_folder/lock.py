@@ -7,7 +7,6 @@ run takes it over.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -31,7 +30,11 @@ def check_unlocked(output_dir: str) -> None:
     except (OSError, UserError):  # no such file: nobody is there. What cannot be opened, others will tell of.
         return
     try:
+        import fcntl
+
         fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return
     except OSError as error:
         if error.errno in HELD:
             raise _refused(output, number) from None
@@ -66,6 +69,16 @@ def _locked(output: Path, say: Log) -> int | None:
     """The open file, locked; None where locks are unknown."""
     while True:
         number = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            os.close(number)
+            with suppress(OSError):
+                os.unlink(output / LOCK)
+            say(
+                f"warning: {output} cannot be locked (no flock on this system): do not start a second run there"
+            )
+            return None
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

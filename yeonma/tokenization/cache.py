@@ -6,12 +6,11 @@ place and renamed; a lock file lets one process of the machine build it while th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
@@ -209,7 +208,9 @@ def _locked(cache_dir: Path, key: str) -> Iterator[None]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = open(cache_dir / f"{key}.lock", "wb")  # noqa: SIM115 (closed below)
     with lock:
-        with _keeping(cache_dir):
+        with _keeping(cache_dir), suppress(ImportError):  # Windows has no flock
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

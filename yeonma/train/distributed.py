@@ -11,8 +11,6 @@ from hashlib import sha256
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from yeonma.errors import UserError
 from yeonma.train.heartbeat import company
@@ -43,6 +41,11 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if count == 1:
         yield Processes(0, 1)
         return
+    if not dist.is_available():
+        raise UserError("this build of PyTorch has no torch.distributed", cure="run it as one process")
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, count = next(rendezvous("env://", timeout=TIME_TO_MEET))

@@ -20,11 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
 from yeonma.errors import LOST, ProcessLost
+
+if TYPE_CHECKING:  # a build of PyTorch may be without processes
+    from torch.distributed.distributed_c10d import Store
 
 INTERVAL_SECONDS = 2.0
 SILENCE_SECONDS = float(os.environ.get("YEONMA_SILENCE_SECONDS", "40"))
@@ -100,7 +103,7 @@ class Heartbeat:
         if silent_seconds < SILENCE_SECONDS:
             return None
         if here:  # stopped, it would not hear torchrun's SIGTERM either
-            os.kill(who["pid"], signal.SIGKILL)
+            os.kill(who["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
         return f"{name} was not heard of for {SILENCE_SECONDS:.0f} seconds"
 
 

@@ -5,7 +5,6 @@ The sums lie beside the files: they show what an accident has done, not what som
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -36,11 +35,13 @@ GOES_ON = "delete the checkpoint; a run goes on from the one before"
 def is_running(folder: Path) -> bool:
     """Whether a run holds the folder now: its lock on .lock ends with its process."""
     try:
+        import fcntl
+
         with (folder / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (ImportError, OSError):  # Windows has no flock
         return False
     return False
 

@@ -12,8 +12,9 @@ through it in chunks, each with the keys up to its end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -22,8 +23,20 @@ import torch
 CHUNK = 96
 """Queries of a segment at a time. With fewer, fewer scores are hidden in vain, in more calls."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+@cache
+def cpu_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """PyTorch's attention for the CPU, forward and backward, with the logarithms of the sums of exponentials.
+
+    None where this version of PyTorch does not have these private operators.
+    """
+    try:
+        return (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        )
+    except AttributeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,8 @@ def takes(
     laid: CascadeLayout, query: torch.Tensor, value: torch.Tensor, dropout: float, sliding_window: int | None
 ) -> bool:
     """Whether `cascade_attention` computes this. In half precision what is joined would have been rounded before."""
+    if cpu_kernels() is None:
+        return False
     outside = sliding_window is not None and sliding_window < laid.most_keys
     exact = query.dtype in (torch.float32, torch.float64)
     return exact and query.shape[-1] == value.shape[-1] and not dropout and not outside
@@ -93,6 +108,9 @@ class _Cascade(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, laid: CascadeLayout, scale: float | None
     ) -> torch.Tensor:
+        kernels = cpu_kernels()
+        assert kernels is not None  # else `takes` says no
+        forward, _ = kernels
         _, heads, tokens, width = q.shape
         output = q.new_empty(1, tokens, heads, width).transpose(1, 2)
         log_sums = q.new_empty(1, heads, tokens)
@@ -100,7 +118,7 @@ class _Cascade(torch.autograd.Function):
             for rows in segment.chunks:
                 seen = slice(segment.own.start, rows.stop)
                 mask = _mask(laid, segment.own, rows)
-                part = _forward(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale)
+                part = forward(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale)
                 output[:, :, rows], log_sums[:, :, rows] = part
         for segment in laid.segments:
             if segment.below is None:
@@ -108,7 +126,7 @@ class _Cascade(torch.autograd.Function):
             rows, own = segment.below, segment.own
             # without a mask, the heads that share a key head are as good as one with all their queries
             together = q[:, :, rows].reshape(1, k.shape[1], -1, width)
-            found, sums = _forward(together, k[:, :, own], v[:, :, own], scale=scale)
+            found, sums = forward(together, k[:, :, own], v[:, :, own], scale=scale)
             sums = sums.reshape(1, heads, -1)
             total = torch.logaddexp(log_sums[:, :, rows], sums)
             share = torch.exp(sums - total).unsqueeze(-1)
@@ -122,13 +140,16 @@ class _Cascade(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, log_sums = ctx.saved_tensors
         laid: CascadeLayout = ctx.laid
+        kernels = cpu_kernels()
+        assert kernels is not None
+        _, backward = kernels
         upstream, groups = _rows_laid(upstream), q.shape[1] // k.shape[1]
         to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
 
         def part(rows: slice, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> Any:
             """The gradients to these queries, keys and values."""
             known = q[:, :, rows], keys, values, output[:, :, rows], log_sums[:, :, rows]
-            return _backward(upstream[:, :, rows], *known, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            return backward(upstream[:, :, rows], *known, 0.0, False, attn_mask=mask, scale=ctx.scale)
 
         for segment in reversed(laid.segments):  # children first, so that there is what parents add to
             own, below = segment.own, segment.below

@@ -26,6 +26,7 @@ from yeonma.model.attention.cpu_cascade import (
     CascadeLayout,
     cascade_attention,
     cascade_layout,
+    cpu_kernels,
     takes,
 )
 from yeonma.model.attention.flex import Tree, flex_forest_attention, has_flex
@@ -171,12 +172,12 @@ def _fused_attention(
     scaling: float | None,
 ) -> torch.Tensor:
     causal, grouped = mask is None, q.shape[1] != k.shape[1]
-    if q.device.type == "meta" and q.shape[-1] == v.shape[-1]:
+    kernels = cpu_kernels()
+    if q.device.type == "meta" and q.shape[-1] == v.shape[-1] and kernels is not None:
         # for a forecast of memory: there PyTorch would take apart what is one operation on any real device
         if mask is not None:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output: torch.Tensor = fused(q, k, v, dropout, causal, attn_mask=mask, scale=scaling)[0]
+        output: torch.Tensor = kernels[0](q, k, v, dropout, causal, attn_mask=mask, scale=scaling)[0]
         return output
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped

@@ -52,10 +52,19 @@ def swiglu_forward(gate_NI: torch.Tensor, up_NI: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_NI.float()).mul_(up_NI).to(gate_NI.dtype)
 
 
+def _silu_backward(upstream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """By PyTorch's operator, which is private, or by the formula where it is gone."""
+    if hasattr(torch.ops.aten, "silu_backward"):
+        gradient: torch.Tensor = torch.ops.aten.silu_backward(upstream, x)
+        return gradient
+    sigmoid = torch.sigmoid(x)
+    return upstream * sigmoid * (1 + x * (1 - sigmoid))
+
+
 def swiglu_backward(upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor) -> Two:
     """Its gradients to gate and up."""
     gate, upstream = gate_NI.float(), upstream_NI.float()
-    to_gate = torch.ops.aten.silu_backward(upstream * up_NI, gate)
+    to_gate = _silu_backward(upstream * up_NI, gate)
     return to_gate.to(gate_NI.dtype), F.silu(gate).mul_(upstream).to(up_NI.dtype)
 
 
@@ -64,7 +73,7 @@ def swiglu_backward_again(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same, and silu(gate) * up, which need not be kept then."""
     gate, upstream = gate_NI.float(), upstream_NI.float()
-    to_gate = torch.ops.aten.silu_backward(upstream * up_NI, gate)
+    to_gate = _silu_backward(upstream * up_NI, gate)
     active = F.silu(gate)
     to_up = (active * upstream).to(up_NI.dtype)
     return to_gate.to(gate_NI.dtype), to_up, active.mul_(up_NI).to(gate_NI.dtype)

@@ -27,19 +27,30 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read 
 
 @cache
 def has_onednn() -> bool:
-    """Whether this machine has AVX-512 and this PyTorch the operator that its compiler uses for dense layers."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    """Whether this machine has AVX-512 and this PyTorch the operator that its compiler uses for dense layers.
+
+    The operator is private: it is tried once, and where it is gone or takes other arguments `F.linear` does its part.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    x = torch.ones(FEWEST_ROWS, FEWEST_ROWS, device="cpu")
+    try:
+        with torch.no_grad():
+            return bool(torch.equal(_onednn_linear(x, x, None), F.linear(x, x)))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (N, K) @ weight (M, K) transposed + bias (M,) -> (N, M); records no gradient."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= FEWEST_ROWS and has_onednn():
         with torch.no_grad():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -22,8 +22,9 @@ def prompts_of(tokenizer: Any, samples: Path, count: int) -> list[list[int]]:
 
 
 def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
-    """As `yeonma compare` asks."""
+    """As `yeonma generate` and `yeonma compare` ask."""
     from yeonma.generation.completion import generate
+    from yeonma.generation.sampling import SamplingParams
     from yeonma.model.forest_support import check_forest_support
     from yeonma.model.kernels.lora import speed_up
     from yeonma.model.kernels.patch import patch
@@ -33,18 +34,9 @@ def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list
     patch(model)
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
-        found: dict[int, list[int]] = {}
-        generate(
-            model,
-            tokenizer,
-            prompts,
-            stop_ids=[tokenizer.eos_token_id],
-            max_new_tokens=job["new_tokens"],
-            batch_size=job["batch"],
-            by_forest=True,
-            on_answer=lambda at, each: found.__setitem__(at, list(each.token_ids)),
-        )
-        return [found[at] for at in range(len(prompts))]
+        sampling = SamplingParams((tokenizer.eos_token_id,), job["new_tokens"])
+        answers = generate(model, tokenizer, prompts, sampling, by_forest=True, batch_size=job["batch"])
+        return [list(answer.token_ids) for answer in answers]
 
     return answer
 

@@ -19,8 +19,13 @@ from yeonma.config.settings import AnswerSettings, AskedQuantization
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
-from yeonma.generation.completion import generate
+from yeonma.generation.completion import Answer, generate
+from yeonma.generation.sampling import SamplingParams
+from yeonma.model.forest_support import check_forest_support
+from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.patch import patch
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
+from yeonma.model.logprobs import Forward
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Policy:
 
     asker: PromptBuilder
     model: Any
+    forward: Forward
     adapter_weights: bool = True
 
     @overload
@@ -100,36 +106,30 @@ class Policy:
     ) -> list[str]:
         """The answers in the order of the questions. The callbacks are those of `generate`, with the answers' texts;
         `on_text` gets the model's text as it comes, with the template's own text after the answer if there is any."""
-
         if not self.adapter_weights and self.asker.adapter.is_merged:
             what, cure = "the adapter is merged into it", "ask the base model's adapter folder instead"
             raise UserError(what, place=str(self.asker.adapter.path), cure=cure)
 
-        def answered(index: int, text: str) -> None:
+        def answered(index: int, answer: Answer) -> None:
             if on_answer is not None:
-                on_answer(index, questions[index].answer(text))
+                on_answer(index, questions[index].answer(answer.text))
 
         with nullcontext() if self.adapter_weights else self.model.disable_adapter():
-            texts = generate(
+            answers = generate(
                 self.model,
                 self.asker.tokenizer,
                 [question.token_ids for question in questions],
-                stop_ids=self.asker.stop_ids,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                repetition_penalty=settings.repetition_penalty,
+                SamplingParams.of(settings, self.asker.stop_ids),
+                by_forest=self.forward.forest,
                 batch_size=batch_size,
-                seed=settings.seed,
-                on_answer=lambda index, answer: answered(index, answer.text),
+                on_answer=answered,
                 on_text=on_text,
             )
-        return [question.answer(text) for question, text in zip(questions, texts, strict=True)]
+        return [question.answer(answer.text) for question, answer in zip(questions, answers, strict=True)]
 
 
 def load_policy(
-    adapter_dir: str | Path,
+    adapter: str | Path | PromptBuilder,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -138,33 +138,34 @@ def load_policy(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """An adapter folder (or a checkpoint in it) on its base model, in eval mode.
+    """An adapter on its base model, in eval mode. `adapter`: its folder (or a checkpoint in it), or what `open_folder`
+    returned for one; then `base_model` and `trust_remote_code` play no part.
 
     `quantization` auto holds the base as training did. `base_model` is needed only where the base is no longer where
     it was trained from.
     Raises UserError for a folder that is no adapter folder, and for a base that is missing or another one.
     """
-    asker = open_folder(adapter_dir, base_model=base_model, trust_remote_code=trust_remote_code)
-    return Policy(asker, load_model(asker, device, dtype, quantization), adapter_weights)
-
-
-def load_model(
-    asker: PromptBuilder, device: str, dtype: str, quantization: AskedQuantization = "auto"
-) -> Any:
-    """The base with the adapter on it, a PeftModel, or a merged model. Raises UserError where it cannot be had or is
-    another base."""
+    asker = adapter
+    if not isinstance(asker, PromptBuilder):
+        asker = open_folder(asker, base_model=base_model, trust_remote_code=trust_remote_code)
     on = pick_device(device)
     try:
-        base = load_base(asker.source, on, pick_dtype(dtype, on), held_as(quantization, asker.adapter))
+        model = load_base(asker.source, on, pick_dtype(dtype, on), held_as(quantization, asker.adapter))
     except UserError as error:
         if Path(asker.source.name).is_dir():
             raise
         cure = "name a folder that has it with --base_model"
-        raise UserError([replace(each, cure=f"{each.cure}, or {cure}") for each in error.problems]) from error
-    if asker.adapter.is_merged:
-        return base
-    check_base(asker.adapter, base_identity(base, asker.source))
-    return load_adapter(base, str(asker.adapter.path), trainable=False).eval()
+        problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
+        raise UserError(problems) from error
+    inner = model
+    if not asker.adapter.is_merged:
+        check_base(asker.adapter, base_identity(model, asker.source))
+        model = load_adapter(model, str(asker.adapter.path), trainable=False).eval()
+        inner = model.get_base_model()
+    forward = check_forest_support(inner)
+    speed_up(inner)
+    patch(inner)
+    return Policy(asker, model, forward, adapter_weights)
 
 
 def _answer_settings(options: Mapping[str, Any]) -> AnswerSettings:

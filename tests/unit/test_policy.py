@@ -333,15 +333,15 @@ def test_answers_are_written_while_others_are_still_to_come(titles: Folders, tmp
     def look(*_: Any) -> None:
         written.append(output.read_text("utf-8").count("\n"))
 
-    original = verb.load_model
+    original = verb.load_policy
     with pytest.MonkeyPatch.context() as patch:
 
-        def watched(*arguments: Any) -> Any:
-            model = original(*arguments)
-            model.get_base_model().register_forward_pre_hook(look)
-            return model
+        def watched(*arguments: Any, **options: Any) -> Policy:
+            policy = original(*arguments, **options)
+            policy.model.get_base_model().register_forward_pre_hook(look)
+            return policy
 
-        patch.setattr(verb, "load_model", watched)
+        patch.setattr(verb, "load_policy", watched)
         command = ["generate", str(titles.adapter), "--data_path", str(data), "--output", str(output)]
         assert main([*command, "--max_new_tokens", "1", "--batch_size", "1"]) == 0
     assert sorted(set(written)) == [0, 8, 16]  # a chunk is eight batches

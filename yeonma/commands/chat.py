@@ -12,7 +12,7 @@ from yeonma.config.parse import group_of
 from yeonma.config.settings import AdapterSettings, AnswerSettings
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
-from yeonma.policy import Policy, load_model
+from yeonma.policy import Policy, load_policy
 
 ChatTurn = dict[str, str]
 
@@ -38,8 +38,12 @@ def run(settings: Mapping[type, object]) -> int:
     )
     asker = asker.by_field_names()
     asker.questions([], max_new_tokens=how.max_new_tokens)
-    loaded = Policy(
-        asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights
+    loaded = load_policy(
+        asker,
+        device=folder.device,
+        dtype=folder.dtype,
+        quantization=folder.quantization,
+        adapter_weights=folder.adapter_weights,
     )
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:

@@ -17,7 +17,7 @@ from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import output_file, user_path
-from yeonma.policy import Policy, load_model
+from yeonma.policy import Policy, load_policy
 
 BATCHES_A_CHUNK = 8  # answers are written after so many batches, sorted by length within them
 MOST_PROBLEMS = 20
@@ -36,8 +36,12 @@ def run(settings: Mapping[type, object]) -> int:
     )
 
     def loaded() -> Policy:
-        return Policy(
-            asker, load_model(asker, folder.device, folder.dtype, folder.quantization), folder.adapter_weights
+        return load_policy(
+            asker,
+            device=folder.device,
+            dtype=folder.dtype,
+            quantization=folder.quantization,
+            adapter_weights=folder.adapter_weights,
         )
 
     if asked.data_path is not None:

@@ -25,6 +25,7 @@ from yeonma.evaluate.answer_cache import AnswerCache
 from yeonma.evaluate.candidates import Candidate, check_model, columns_for, identity_of
 from yeonma.evaluate.metrics import Wrote
 from yeonma.generation.completion import Answer, generate
+from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.lora import speed_up
 from yeonma.model.kernels.patch import patch
@@ -224,16 +225,9 @@ def _answer(
         model,
         asker.tokenizer,
         [task.questions[row].token_ids for row in rows],
-        stop_ids=asker.stop_ids,
-        max_new_tokens=how.max_new_tokens,
-        temperature=how.temperature,
-        top_p=how.top_p,
-        top_k=how.top_k,
-        repetition_penalty=how.repetition_penalty,
-        batch_size=asked.batch_size,
-        seed=how.seed,
-        plain_attention=forward.plain_attention,
+        SamplingParams.of(how, asker.stop_ids),
         by_forest=forward.forest,
+        batch_size=asked.batch_size,
         on_answer=answered,
     )
     unmeasured = _unmeasured(task, kept)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from yeonma.errors import UserError
-from yeonma.generation.completion import Answer, generate
+from yeonma.generation.completion import generate
+from yeonma.generation.sampling import SamplingParams
 
 MOST_NEW_TOKENS = 32
 ROUNDED = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -57,24 +58,13 @@ def answers_of(
     """Ask a model, and look at its logits along its own answers."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     room = max(1, min(MOST_NEW_TOKENS, most - max(map(len, prompts))))
-    found: list[tuple[int, ...]] = [()] * len(prompts)
-
-    def answered(at: int, answer: Answer) -> None:
-        found[at] = answer.token_ids
-
+    sampling = SamplingParams(tuple(stop_ids), room)
     try:
-        generate(
-            model,
-            tokenizer,
-            prompts,
-            stop_ids=stop_ids,
-            max_new_tokens=room,
-            batch_size=1,
-            on_answer=answered,
-        )
+        answers = generate(model, tokenizer, prompts, sampling, by_forest=False)
     except torch.OutOfMemoryError as error:
         raise UserError("the model does not fit into the device's memory", cure="use --device cpu") from error
-    return GreedyAnswers(tuple(found), logits_along(model, prompts, found))
+    token_ids = tuple(answer.token_ids for answer in answers)
+    return GreedyAnswers(token_ids, logits_along(model, prompts, token_ids))
 
 
 def logits_along(

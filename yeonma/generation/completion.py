@@ -1,15 +1,14 @@
-"""Prompts -> answers, in batches: by transformers' own generation loop or, for a model that takes forests, by ours.
+"""Prompts -> answers. No prompt is padded.
 
-In transformers' loop prompts are padded on the left and the padding is masked, so that an answer does not depend on
-what else is in its batch, to rounding: numbers that differ in their last bits can part two tokens that are equally
-likely.
-Shapes: B prompts, S answer tokens, V vocabulary.
+A model that takes forests answers many prompts at once, as one growing forest (`yeonma.generation.forest_decode`). Any
+other answers one prompt at a time, by transformers' own generation loop. Either way an answer depends on its prompt and
+the sampling parameters alone, to rounding: numbers that differ in their last bits can part two equally likely tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsInt
 
@@ -18,9 +17,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from yeonma.errors import UserError
-from yeonma.generation.forest_decode import decode
-from yeonma.generation.sampling import SamplingParams, drawn, uniforms
-from yeonma.model.forest_support import attention
+from yeonma.generation.forest_decode import DecodeRequest, decode
+from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.model.sharding import is_sharded
 
 CONTEXT = 32  # tokens before an answer that decide how its first one is written
@@ -33,106 +31,176 @@ class Answer:
     """What a model wrote after a prompt."""
 
     text: str
-    """What decoding the prompt and the answer adds to decoding the prompt, without white space at the end."""
+    """What decoding prompt and answer adds to decoding the prompt, without white space at the end."""
     token_ids: tuple[int, ...]
     """Without the token that ended it."""
     ended: bool
-    """By one of the stop tokens, not by `max_new_tokens`."""
+    """Whether a stop token ended it, not `max_new_tokens`."""
 
 
 def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Ids],
+    sampling: SamplingParams,
     *,
-    stop_ids: Sequence[int],
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
+    by_forest: bool,
     batch_size: int = 8,
-    seed: int = 42,
-    plain_attention: str | None = None,
-    by_forest: bool = False,
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
-) -> list[str]:
-    """The answers' texts, in the order of the prompts, which are token ids as `encode_prompts` gives them.
+) -> list[Answer]:
+    """The answers in the order of the prompts, which are token ids as `encode_prompts` gives them.
 
-    At `temperature` 0 greedily; above it the draws of an answer depend on its prompt and `seed` alone, not on the
-    batch or the other prompts. The longest prompts go first, so that too little memory shows at once; a batch that
-    does not fit is halved. The model may be a PeftModel. Its own generation settings play no part, and it is in eval
-    mode meanwhile.
+    `model` may be a PeftModel. It is in eval mode meanwhile, and its own generation settings play no part.
+    `by_forest`: whether it takes forests (`Forward.forest`). Then `batch_size` prompts are answered at once, and the
+    next one begins as soon as one has ended; where memory is short, half as many at once. The longest prompts go first,
+    so that too little memory shows early.
 
-    `plain_attention`: transformers' name of the attention to generate with, for a model that is set up for forests.
-    `by_forest`: such a model answers in `decode`'s way instead, `batch_size` prompts at once, the next as soon as one
-    has ended; with `on_text` it does not. `on_answer` gets each answer with its prompt's index as it comes. `on_text`
-    gets the text of an answer bit by bit, for a single prompt. Raises UserError where one prompt alone does not fit
-    into memory.
+    `on_answer` gets each answer with its prompt's index as soon as it has ended. `on_text` gets the text of a single
+    answer piece by piece. Raises UserError where one prompt alone does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("an empty prompt")
     if on_text is not None and len(prompts) != 1:
         raise ValueError("text is streamed for one prompt at a time")
-    asked = model.get_base_model() if hasattr(model, "get_base_model") else model
-    style = SamplingParams(
-        tuple(stop_ids), max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed
-    )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    token_ids = [[int(number) for number in prompt] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    texts = [""] * len(prompts)
-    if by_forest and on_text is None:
+    answers: dict[int, Answer] = {}
+    stream = None if on_text is None else _TextStream(tokenizer, token_ids[0], on_text)
 
-        def done(index: int, generated: list[int]) -> None:
-            answer = _answer(tokenizer, [int(number) for number in prompts[index]], generated, style)
-            texts[index] = answer.text
-            if on_answer is not None:
-                on_answer(index, answer)
+    def token(index: int, ids: list[int]) -> bool:
+        if stream is not None:
+            stream.add(ids)
+        return False
 
-        with quiet(asked):
-            _decode_all(asked, prompts, order, style, batch_size, done)
-        return texts
-    with quiet(asked), attention(asked, plain_attention) if plain_attention else nullcontext():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            ids = [[int(number) for number in prompts[index]] for index in batch]
-            for index, answer in zip(batch, _answers(asked, tokenizer, ids, style, on_text), strict=True):
-                texts[index] = answer.text
-                if on_answer is not None:
-                    on_answer(index, answer)
-    return texts
+    def done(index: int, ids: list[int]) -> None:
+        answers[index] = answer = _answer(tokenizer, token_ids[index], ids, sampling)
+        if stream is not None:
+            stream.show(answer.text)
+        if on_answer is not None:
+            on_answer(index, answer)
+
+    with generation_mode(inner):
+        if by_forest:
+            _decode_all(inner, token_ids, order, sampling, batch_size, token, done)
+        else:
+            for index in order:
+                try:
+                    ids = answer_alone(
+                        inner, token_ids[index], sampling, lambda ids, index=index: token(index, ids)
+                    )
+                except torch.OutOfMemoryError as error:
+                    raise _out_of_memory(len(token_ids[index])) from error
+                done(index, ids)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _decode_all(
     model: Any,
-    prompts: Sequence[Ids],
+    prompts: Sequence[list[int]],
     order: Sequence[int],
-    style: SamplingParams,
-    most_rows: int,
+    sampling: SamplingParams,
+    max_rows: int,
+    on_token: Callable[[int, list[int]], bool],
     on_done: Callable[[int, list[int]], None],
 ) -> None:
-    """`decode` of the prompts in this order; where memory is short, of those left with half as many at once."""
+    """`decode` of the prompts in `order`; where memory is short, of those left with half as many at once."""
     waiting = list(order)
-
-    def done(at: int, generated: list[int]) -> None:
-        finished.append(at)
-        on_done(asked[at], generated)
-
     while waiting:
-        asked, finished = waiting, list[int]()
+        batch, ended = waiting, set[int]()
+
+        def done(at: int, ids: list[int], batch: list[int] = batch, ended: set[int] = ended) -> None:
+            ended.add(at)
+            on_done(batch[at], ids)
+
         try:
-            ids = [[int(number) for number in prompts[index]] for index in asked]
-            decode(model, ids, style, most_rows=most_rows, on_done=done)
+            decode(
+                model,
+                [DecodeRequest(prompts[index], sampling) for index in batch],
+                max_rows=max_rows,
+                on_done=done,
+                on_token=lambda at, ids, batch=batch: on_token(batch[at], ids),
+            )
         except torch.OutOfMemoryError as error:
-            if most_rows == 1:
-                raise _no_room(max(len(prompts[index]) for index in asked)) from error
-            most_rows = (most_rows + 1) // 2
-        waiting = [index for at, index in enumerate(asked) if at not in set(finished)]
+            if max_rows == 1 or is_sharded(model):  # whose processes go on together or not at all
+                raise _out_of_memory(max(len(prompts[index]) for index in batch)) from error
+            max_rows = (max_rows + 1) // 2
+        waiting = [index for at, index in enumerate(batch) if at not in ended]
 
 
-def _no_room(tokens: int) -> UserError:
+def _out_of_memory(tokens: int) -> UserError:
     what = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
     return UserError(what, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu")
+
+
+def answer_alone(
+    model: Any, prompt: Sequence[int], sampling: SamplingParams, on_token: Callable[[list[int]], bool]
+) -> list[int]:
+    """The ids after one prompt, by transformers' loop, with the stop token if one ended the answer.
+
+    For a model that takes no forests; not a PeftModel, though its layers may hold an adapter. `on_token` gets the ids
+    of the answer so far after each token that does not end it, and returns True to end it there.
+    """
+    ids = [int(number) for number in prompt]
+
+    def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        answer = input_ids[0, len(ids) :].tolist()
+        return torch.tensor(
+            [answer[-1] not in sampling.stop_ids and on_token(answer)], device=input_ids.device
+        )
+
+    input_ids = torch.tensor([ids], device=model.device)
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        uniform = uniforms(ids, sampling.seed, sampling.max_new_tokens + 1)
+        processors.append(_Sampler(torch.from_numpy(uniform).to(model.device), len(ids), sampling))
+    with generation_mode(model):
+        sequences = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,  # _Sampler draws
+                repetition_penalty=sampling.repetition_penalty,
+                eos_token_id=list(sampling.stop_ids) or None,
+                pad_token_id=sampling.stop_ids[0] if sampling.stop_ids else 0,  # else transformers warns
+                use_cache=True,
+            ),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+    answer: list[int] = sequences[0, len(ids) :].tolist()
+    return answer
+
+
+@contextmanager
+def generation_mode(model: Any) -> Iterator[None]:
+    """Eval mode, and an empty generation config in place of the model's own, which would fill in what is left open."""
+    own, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """A logits processor that leaves one token possible at each step: the one drawn by that step's own number."""
+
+    uniform_S: torch.Tensor
+    prompt_length: int
+    sampling: SamplingParams
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = min(input_ids.shape[1] - self.prompt_length, len(self.uniform_S) - 1)
+        sampling = self.sampling
+        uniform_B = self.uniform_S[step : step + 1]
+        ids_B = sample(scores, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k)
+        return torch.full_like(scores, float("-inf")).scatter(1, ids_B.unsqueeze(1), 0.0)
 
 
 def continued_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -155,148 +223,27 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _config(picking: SamplingParams) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=picking.max_new_tokens,
-        do_sample=False,  # draws are made by _Draws
-        repetition_penalty=picking.repetition_penalty,
-        eos_token_id=list(picking.stop_ids) or None,
-        pad_token_id=picking.stop_ids[0] if picking.stop_ids else 0,  # fills answers that have ended
-        use_cache=True,
-    )
-
-
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    style: SamplingParams,
-    on_text: Callable[[str], None] | None,
-) -> list[Answer]:
-    """Of a batch, or where memory is short of its halves."""
-    try:
-        generated_BS = _generated(model, tokenizer, prompts, style, on_text)
-        return [_answer(tokenizer, *each, style) for each in zip(prompts, generated_BS, strict=True)]
-    except torch.OutOfMemoryError as error:
-        if len(prompts) == 1 or is_sharded(model):  # whose processes go on together or not at all
-            raise _no_room(len(prompts[0])) from error
-    half = (len(prompts) + 1) // 2
-    parts = (prompts[:half], prompts[half:])
-    return [answer for part in parts for answer in _answers(model, tokenizer, part, style, on_text)]
-
-
-def _answer(tokenizer: Any, prompt: list[int], generated: list[int], style: SamplingParams) -> Answer:
-    end = next((at for at, number in enumerate(generated) if number in style.stop_ids), None)
-    kept = generated[: end if end is not None else style.max_new_tokens]
-    return Answer(continued_text(tokenizer, prompt, kept).rstrip(), tuple(kept), end is not None)
-
-
-def _generated(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    style: SamplingParams,
-    on_text: Callable[[str], None] | None,
-    criteria: StoppingCriteriaList | None = None,
-) -> list[list[int]]:
-    """The ids after each prompt, with what fills up those that end before others."""
-    longest = max(map(len, prompts))
-    # A prompt's own first token pads it: not every transformers hides the padding from the repetition penalty.
-    padded = [[prompt[0]] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    processors = LogitsProcessorList()
-    if style.temperature > 0:
-        uniform_BS = np.stack([uniforms(prompt, style.seed, style.max_new_tokens + 1) for prompt in prompts])
-        draws = torch.from_numpy(uniform_BS).to(model.device)
-        processors.append(_Draws(draws, longest, style.temperature, style.top_p, style.top_k))
-    sequences = model.generate(
-        torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        generation_config=_config(style),
-        logits_processor=processors,
-        stopping_criteria=criteria,
-        streamer=_Stream(tokenizer, prompts[0], style.stop_ids, on_text) if on_text is not None else None,
-    )
-    return sequences[:, longest:].tolist()
-
-
-def answer_alone(
-    model: Any, prompt: Sequence[int], style: SamplingParams, on_token: Callable[[list[int]], bool]
-) -> list[int]:
-    """The ids after a prompt by transformers' loop, with the stop token that ended it, if one did.
-
-    For a model that takes no forests, without an adapter around it. `on_token` gets the answer's ids so far after each
-    that has not ended it, and says whether to end it there.
-    """
-
-    def heard(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        ids = input_ids[0, len(prompt) :].tolist()
-        return torch.tensor([ids[-1] not in style.stop_ids and on_token(ids)], device=input_ids.device)
-
-    ids = [int(number) for number in prompt]
-    with quiet(model):
-        criteria = StoppingCriteriaList([heard])
-        return _generated(model, None, [ids], style, None, criteria)[0]
-
-
-@contextmanager
-def quiet(model: Any) -> Iterator[None]:
-    """Eval mode, and none of the generation settings that the model brings, which would fill in what is left open."""
-    own, was_training = model.generation_config, model.training
-    model.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """Leaves one token possible at each step: the one drawn by that prompt's own number for that step."""
-
-    uniform_BS: torch.Tensor
-    prompt_length: int
-    temperature: float
-    top_p: float
-    top_k: int
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = min(input_ids.shape[1] - self.prompt_length, self.uniform_BS.shape[1] - 1)
-        ids_B = drawn(scores, self.uniform_BS[:, step], self.temperature, self.top_p, self.top_k)
-        return torch.full_like(scores, float("-inf")).scatter(1, ids_B.unsqueeze(1), 0.0)
+def _answer(tokenizer: Any, prompt: list[int], generated: list[int], sampling: SamplingParams) -> Answer:
+    end = next((at for at, number in enumerate(generated) if number in sampling.stop_ids), None)
+    ids = generated[: end if end is not None else sampling.max_new_tokens]
+    return Answer(continued_text(tokenizer, prompt, ids).rstrip(), tuple(ids), end is not None)
 
 
 @dataclass
-class _Stream:
-    """Hands on an answer's text as it grows, as transformers' streamers do, but as it continues the prompt."""
+class _TextStream:
+    """Passes on an answer's text as it grows. What may still change is held back: half a character, and white space
+    that may be the answer's end."""
 
     tokenizer: Any
     prompt: Sequence[int]
-    stop_ids: Sequence[int]
     on_text: Callable[[str], None]
-    ids: list[int] | None = None
     shown: str = ""
-    ended: bool = False
 
-    def put(self, value: torch.Tensor) -> None:
-        if self.ids is None:  # the first call brings the prompt
-            self.ids = []
-            return
-        new = [int(number) for number in value.reshape(-1)]
-        self.ended = self.ended or any(number in self.stop_ids for number in new)
-        if not self.ended:
-            self.ids += new
-            text = continued_text(self.tokenizer, self.prompt, self.ids)
-            self._show(
-                text.rstrip("\ufffd").rstrip()
-            )  # half a character, or white space that may be the end's
+    def add(self, ids: Sequence[int]) -> None:
+        """`ids`: of the answer so far."""
+        self.show(continued_text(self.tokenizer, self.prompt, ids).rstrip("\ufffd").rstrip())
 
-    def end(self) -> None:
-        self._show(continued_text(self.tokenizer, self.prompt, self.ids or []).rstrip())
-
-    def _show(self, text: str) -> None:
+    def show(self, text: str) -> None:
         if len(text) > len(self.shown) and text.startswith(self.shown):
             self.on_text(text[len(self.shown) :])
             self.shown = text

@@ -1,9 +1,10 @@
-"""Prompts -> answers over a forest that grows by a token a row and step.
+"""Decoding over a forest that grows by one token a row and step.
 
-What all prompts begin with is computed and held once. No row is padded in computation. A row that has ended makes room
-for the next prompt, whose tokens go through the model together with the next step of the others.
-Shapes: B rows answered at once, T tokens of a forward, P shared tokens, S places for a row's own, D of a head, V
-vocabulary.
+The beginning that all prompts share is computed once and kept once. No prompt is padded. When a row has ended, the next
+prompt takes its place, and its tokens go through the model together with the next step of the other rows.
+
+Shapes: B rows answered at once, T tokens of a forward pass, P shared tokens, S slots for a row's own tokens, D head
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,69 +18,70 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import LEAST_SHARED
-from yeonma.generation.sampling import SamplingParams, drawn, penalised, uniforms
+from yeonma.generation.sampling import SamplingParams, penalised, sample, uniforms
 from yeonma.model.attention.dispatch import no_mask, segment_attention
 from yeonma.model.forest_support import attention
 
-GROWING = "yeonma_growing"
-PROMPT_TOKENS = 2048  # that join one step at most; one longer prompt still goes whole
-PLACES = 64  # that a row's own keys grow by
+DECODING = "yeonma_decoding"
+PROMPT_TOKENS = 2048  # of new prompts in one step, at most; a single longer prompt still goes whole
+SLOTS = 64  # a row's own keys grow by so many at a time
 
 
 @dataclass(eq=False)
-class _Layer:
-    """Keys and values of one layer. Shared (1, key heads, P, D); own (rows, key heads, S, D)."""
+class _LayerCache:
+    """Keys and values of one layer: the shared ones (1, key heads, P, D), each row's own (rows, key heads, S, D)."""
 
     shared_key: torch.Tensor | None = None
     shared_value: torch.Tensor | None = None
     own_key: torch.Tensor | None = None
     own_value: torch.Tensor | None = None
 
-    def room(self, rows: int, places: int, like_key: torch.Tensor, like_value: torch.Tensor) -> None:
-        """See that so many rows have so many places."""
-        self.own_key = _grown(self.own_key, rows, places, like_key)
-        self.own_value = _grown(self.own_value, rows, places, like_value)
+    def reserve(self, rows: int, slots: int, like_key: torch.Tensor, like_value: torch.Tensor) -> None:
+        """Make room for so many rows of so many tokens."""
+        self.own_key = _enlarged(self.own_key, rows, slots, like_key)
+        self.own_value = _enlarged(self.own_value, rows, slots, like_value)
 
 
-def _grown(held: torch.Tensor | None, rows: int, places: int, like: torch.Tensor) -> torch.Tensor:
-    if held is not None and held.shape[0] >= rows and held.shape[2] >= places:
-        return held
-    had = (0, 0) if held is None else (held.shape[0], held.shape[2])
-    places = max(had[1], -(-places // PLACES) * PLACES)
-    fresh = like.new_zeros(max(had[0], rows), like.shape[1], places, like.shape[3])
-    if held is not None:
-        fresh[: had[0], :, : had[1]] = held
-    return fresh
+def _enlarged(tensor: torch.Tensor | None, rows: int, slots: int, like: torch.Tensor) -> torch.Tensor:
+    if tensor is not None and tensor.shape[0] >= rows and tensor.shape[2] >= slots:
+        return tensor
+    old_rows, old_slots = (0, 0) if tensor is None else (tensor.shape[0], tensor.shape[2])
+    slots = max(old_slots, -(-slots // SLOTS) * SLOTS)
+    larger = like.new_zeros(max(old_rows, rows), like.shape[1], slots, like.shape[3])
+    if tensor is not None:
+        larger[:old_rows, :, :old_slots] = tensor
+    return larger
 
 
 @dataclass(eq=False)
-class Growing:
-    """What attention needs to know of one forward pass, and what it keeps for those that follow.
+class ForestCache:
+    """Keys and values of all layers, and the layout of the forward pass that reads and extends them.
 
-    In the forward's sequence stand one token of each row that goes on, then the tokens of the rows that begin. With
-    `lengths` empty it is what all rows share.
+    A forward pass holds one token of each row that continues, then the prompts of the rows that begin. Where `lengths`
+    is empty it holds the beginning that all rows share.
     """
 
-    layers: dict[int, _Layer] = field(default_factory=dict)
+    layers: dict[int, _LayerCache] = field(default_factory=dict)
     shared: int = 0
     own_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    """Own tokens that each row has before this forward, on the device."""
+    """Each continuing row's own tokens before this forward pass, on the device."""
     lengths: tuple[int, ...] = ()
-    """Of the rows in this forward: 1 for those that go on."""
-    going_on: int = 0
-    places: int = 0
-    """The most own tokens of a row after this forward."""
+    """Tokens of each row in this forward pass: 1 for those that continue."""
+    continuing: int = 0
+    slots: int = 0
+    """The most own tokens of any row after this forward pass."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """By sliding window, made once a forward pass."""
 
 
-def growing_attention(
+def decoding_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    growing: Growing,
+    forest_cache: ForestCache,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -87,25 +89,26 @@ def growing_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D), as `forest_attention`."""
+    cache = forest_cache
     if attention_mask is not None:
         raise ValueError("the model made an attention mask of its own")
     options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
-    layer = growing.layers.setdefault(module.layer_idx, _Layer())  # type: ignore[arg-type]
-    if not growing.lengths:
+    layer = cache.layers.setdefault(module.layer_idx, _LayerCache())  # type: ignore[arg-type]
+    if not cache.lengths:
         layer.shared_key, layer.shared_value = key, value
         return segment_attention(query, key, value, **options).transpose(1, 2), None  # type: ignore[arg-type]
-    layer.room(len(growing.lengths), growing.places, key, value)
+    layer.reserve(len(cache.lengths), cache.slots, key, value)
     assert layer.own_key is not None and layer.own_value is not None
     outputs = []
-    if count := growing.going_on:
+    if count := cache.continuing:
         row_B = torch.arange(count, device=query.device)
-        layer.own_key[row_B, :, growing.own_B] = key[0, :, :count].transpose(0, 1)
-        layer.own_value[row_B, :, growing.own_B] = value[0, :, :count].transpose(0, 1)
+        layer.own_key[row_B, :, cache.own_B] = key[0, :, :count].transpose(0, 1)
+        layer.own_value[row_B, :, cache.own_B] = value[0, :, :count].transpose(0, 1)
         outputs.append(
-            _one_token_each(query[:, :, :count], layer, growing, scaling, sliding_window, softcap, s_aux)
+            _one_token_each(query[:, :, :count], layer, cache, scaling, sliding_window, softcap, s_aux)
         )
     start = count
-    for row, length in enumerate(growing.lengths[count:], start=count):
+    for row, length in enumerate(cache.lengths[count:], start=count):
         part = slice(start, start + length)
         k, v, start = key[:, :, part], value[:, :, part], start + length
         layer.own_key[row, :, :length], layer.own_value[row, :, :length] = k[0], v[0]
@@ -117,8 +120,8 @@ def growing_attention(
 
 def _one_token_each(
     query: torch.Tensor,
-    layer: _Layer,
-    growing: Growing,
+    layer: _LayerCache,
+    cache: ForestCache,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
@@ -128,44 +131,44 @@ def _one_token_each(
     each row's own by itself."""
     assert layer.own_key is not None and layer.own_value is not None
     _, heads, rows, size = query.shape
-    key, value = layer.own_key[:rows, :, : growing.places], layer.own_value[:rows, :, : growing.places]
+    key, value = layer.own_key[:rows, :, : cache.slots], layer.own_value[:rows, :, : cache.slots]
     groups = heads // key.shape[1]
     query = query[0].transpose(0, 1).reshape(rows, key.shape[1], groups, size)
     scores = query @ key.transpose(2, 3)
-    if growing.shared:
+    if cache.shared:
         assert layer.shared_key is not None
         together = query.transpose(0, 1).reshape(key.shape[1], rows * groups, size)
         shared = together @ layer.shared_key[0].transpose(1, 2)
-        shared = shared.view(key.shape[1], rows, groups, growing.shared).transpose(0, 1)
+        shared = shared.view(key.shape[1], rows, groups, cache.shared).transpose(0, 1)
         scores = torch.cat([shared, scores], dim=3)
     scores = scores * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill_(~_seen(growing, rows, window), float("-inf"))
+    scores = scores.float().masked_fill_(~_seen(cache, rows, window), float("-inf"))
     if s_aux is not None:  # a learned score per head that takes part in the softmax and leads nowhere
         sink = s_aux.float().reshape(1, key.shape[1], groups, 1).expand(rows, -1, -1, 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=3), dim=3)[..., :-1].to(query.dtype)
     else:
         weights = torch.softmax(scores, dim=3).to(query.dtype)
-    output = weights[..., growing.shared :] @ value
-    if growing.shared:
+    output = weights[..., cache.shared :] @ value
+    if cache.shared:
         assert layer.shared_value is not None
-        together = weights[..., : growing.shared].transpose(0, 1)
-        together = together.reshape(key.shape[1], rows * groups, growing.shared) @ layer.shared_value[0]
+        together = weights[..., : cache.shared].transpose(0, 1)
+        together = together.reshape(key.shape[1], rows * groups, cache.shared) @ layer.shared_value[0]
         output = output + together.view(key.shape[1], rows, groups, -1).transpose(0, 1)
     return output.reshape(1, rows, heads, -1)
 
 
-def _seen(growing: Growing, rows: int, window: int | None) -> torch.Tensor:
+def _seen(cache: ForestCache, rows: int, window: int | None) -> torch.Tensor:
     """(B, 1, 1, P + S): which of the shared and of its own tokens each row's newest one sees."""
-    if window not in growing.masks:
-        own_B = growing.own_B[:rows, None]
-        at = torch.arange(growing.shared + growing.places, device=own_B.device) - growing.shared
+    if window not in cache.masks:
+        own_B = cache.own_B[:rows, None]
+        at = torch.arange(cache.shared + cache.slots, device=own_B.device) - cache.shared
         seen = at <= own_B
         if window is not None:
             seen &= at > own_B - window
-        growing.masks[window] = seen[:, None, None]
-    return growing.masks[window]
+        cache.masks[window] = seen[:, None, None]
+    return cache.masks[window]
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class DecodeRequest:
     """A prompt, and how it is to be answered."""
 
     prompt: Sequence[int]
-    picking: SamplingParams
+    sampling: SamplingParams
 
 
 @dataclass(eq=False)
@@ -182,116 +185,110 @@ class _Row:
 
     index: int
     prompt: list[int]
-    picking: SamplingParams
-    uniform: Any  # numbers in [0, 1), one a token; None where nothing is drawn
+    sampling: SamplingParams
+    uniform: Any  # numbers in [0, 1), one a token; None where the likeliest token is taken
     generated: list[int] = field(default_factory=list)
     seen_V: torch.Tensor | None = None
-    """Which tokens it holds, where that makes them less likely."""
+    """Which tokens stand in prompt and answer; kept only for a repetition penalty."""
 
 
 def decode(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    picking: SamplingParams,
+    requests: Sequence[DecodeRequest],
     *,
-    most_rows: int,
-    on_done: Callable[[int, list[int]], None],
-) -> None:
-    """`grow` of prompts that are known from the beginning and answered alike."""
-    grow(model, [DecodeRequest(prompt, picking) for prompt in prompts], most_rows=most_rows, on_done=on_done)
-
-
-def grow(
-    model: Any,
-    wanted: Sequence[DecodeRequest],
-    *,
-    most_rows: int,
+    max_rows: int,
     on_done: Callable[[int, list[int]], None],
     on_token: Callable[[int, list[int]], bool] | None = None,
     more: Callable[[int, list[int]], Sequence[DecodeRequest]] | None = None,
 ) -> None:
-    """Answer the prompts, in their order as room comes free, at most `most_rows` at once.
+    """Answer the requests in order, at most `max_rows` at once; the next one begins as soon as a row has ended.
 
-    `on_done` gets each prompt's index and the ids of its answer, with the stop token that ended it, if one did. The
-    model is one that `check_forward` found fit for forests, without an adapter around it or with one inside, and in
-    eval mode. What the prompts share from the first token, but for their last, is computed once.
+    `on_done` gets each request's index and the ids of its answer, with the stop token if one ended it. `model` is a
+    transformers model in eval mode that `check_forest_support` found fit for forests; its layers may hold an adapter,
+    but it is not a PeftModel. What the prompts share from the first token on, but for each one's last, is computed
+    once.
 
-    `on_token` gets an answer's ids so far after each that has not ended it, and says whether to end it there. `more`
-    is asked before a step with room for so many more prompts, numbered on from those before; each must begin with the
-    ids that it is given and be longer.
+    `on_token` gets the ids of an answer so far after each token that does not end it, and returns True to end it there.
+    `more` is asked before a step with free rows for so many more requests, which are numbered on from those before;
+    their prompts must begin with the given ids and be longer.
     """
-    shared = _shared([each.prompt for each in wanted])
-    growing, live = Growing(shared=shared), list[_Row]()
-    waiting, known = list(enumerate(wanted))[::-1], len(wanted)
-    frame = [int(number) for number in wanted[0].prompt[:shared]] if wanted else []
-    with torch.no_grad(), attention(model, GROWING):
+    shared = _shared_length([request.prompt for request in requests])
+    cache, live = ForestCache(shared=shared), list[_Row]()
+    waiting, count = list(enumerate(requests))[::-1], len(requests)
+    beginning = [int(number) for number in requests[0].prompt[:shared]] if requests else []
+    with torch.no_grad(), attention(model, DECODING):
         if shared:
-            _forward(model, growing, frame, range(shared), [shared - 1])
+            _forward(model, cache, beginning, range(shared), [shared - 1])
         while True:
-            if more is not None and not waiting and len(live) < most_rows:
-                waiting = list(enumerate(more(most_rows - len(live), frame), start=known))[::-1]
-                known += len(waiting)
+            if more is not None and not waiting and len(live) < max_rows:
+                waiting = list(enumerate(more(max_rows - len(live), beginning), start=count))[::-1]
+                count += len(waiting)
             if not live and not waiting:
                 return
-            going_on, budget = len(live), PROMPT_TOKENS
-            while waiting and len(live) < most_rows:
+            continuing, budget = len(live), PROMPT_TOKENS
+            while waiting and len(live) < max_rows:
                 budget -= len(waiting[-1][1].prompt) - shared
-                if budget < 0 and len(live) > going_on:
+                if budget < 0 and len(live) > continuing:
                     break
-                live.append(_begun(*waiting.pop()))
-            ids = _picked(_step(model, growing, live, going_on), live).tolist()
+                live.append(_new_row(*waiting.pop()))
+            ids = _next_tokens(_step(model, cache, live, continuing), live).tolist()
             ended = []
             for place, (row, number) in enumerate(zip(live, ids, strict=True)):
                 row.generated.append(number)
                 if row.seen_V is not None:
                     row.seen_V[number] = True
-                stopped = number in row.picking.stop_ids or len(row.generated) == row.picking.max_new_tokens
+                stopped = number in row.sampling.stop_ids or len(row.generated) == row.sampling.max_new_tokens
                 if stopped or (on_token is not None and on_token(row.index, row.generated)):
                     ended.append(place)
-            for place in reversed(ended):  # from behind: what is moved into a gap has not ended
-                row = live[place]
-                _remove(growing, live, place)
+            done = sorted((live[place] for place in ended), key=lambda row: row.index)
+            for place in reversed(ended):  # from the end: the row that moves into the gap has not ended
+                _remove(cache, live, place)
+            for row in done:
                 on_done(row.index, row.generated)
 
 
-def _begun(index: int, wanted: DecodeRequest) -> _Row:
-    picking, prompt = wanted.picking, [int(number) for number in wanted.prompt]
-    drawn_from = uniforms(prompt, picking.seed, picking.max_new_tokens) if picking.temperature > 0 else None
-    return _Row(index, prompt, picking, drawn_from)
+def _new_row(index: int, request: DecodeRequest) -> _Row:
+    sampling, prompt = request.sampling, [int(number) for number in request.prompt]
+    drawn = sampling.temperature > 0
+    uniform = uniforms(prompt, sampling.seed, sampling.max_new_tokens) if drawn else None
+    return _Row(index, prompt, sampling, uniform)
 
 
-def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with; 0 where there is too little to share. Every prompt keeps its last for itself."""
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; 0 where there is too little to share. Each keeps its last for itself."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts, key=list), max(prompts, key=list)  # in order, so that all others lie between
-    most = min(map(len, prompts)) - 1
-    same = next((at for at in range(most) if first[at] != last[at]), most)
+    first, last = (
+        min(prompts, key=list),
+        max(prompts, key=list),
+    )  # sorted, so that all others lie between them
+    limit = min(map(len, prompts)) - 1
+    same = next((at for at in range(limit) if first[at] != last[at]), limit)
     return same if same >= LEAST_SHARED else 0
 
 
-def _step(model: Any, growing: Growing, live: list[_Row], going_on: int) -> torch.Tensor:
-    """logits_BV of the next token of every row; the last ones, from `going_on`, begin here."""
+def _step(model: Any, cache: ForestCache, live: list[_Row], continuing: int) -> torch.Tensor:
+    """logits_BV of each row's next token; the rows from `continuing` on begin with this step."""
     tokens: list[int] = []
     positions: list[int] = []
     ends, lengths, own = list[int](), list[int](), list[int]()
     for place, row in enumerate(live):
-        begins = place >= going_on
-        new = row.prompt[growing.shared :] if begins else row.generated[-1:]
-        before = growing.shared if begins else len(row.prompt) + len(row.generated) - 1
+        begins = place >= continuing
+        new = row.prompt[cache.shared :] if begins else row.generated[-1:]
+        before = cache.shared if begins else len(row.prompt) + len(row.generated) - 1
         tokens += new
         positions += range(before, before + len(new))
         ends.append(len(tokens) - 1)
         lengths.append(len(new))
-        own.append(before - growing.shared)
-    growing.lengths, growing.going_on, growing.masks = tuple(lengths), going_on, {}
-    growing.own_B = torch.tensor(own[:going_on], dtype=torch.long, device=model.device)
-    growing.places = max(had + new for had, new in zip(own, lengths, strict=True))
-    return _forward(model, growing, tokens, positions, ends)
+        own.append(before - cache.shared)
+    cache.lengths, cache.continuing, cache.masks = tuple(lengths), continuing, {}
+    cache.own_B = torch.tensor(own[:continuing], dtype=torch.long, device=model.device)
+    cache.slots = max(before + new for before, new in zip(own, lengths, strict=True))
+    return _forward(model, cache, tokens, positions, ends)
 
 
 def _forward(
-    model: Any, growing: Growing, tokens: list[int], positions: Sequence[int], ends: list[int]
+    model: Any, cache: ForestCache, tokens: list[int], positions: Sequence[int], ends: list[int]
 ) -> torch.Tensor:
     device = model.device
     output = model(
@@ -299,59 +296,59 @@ def _forward(
         position_ids=torch.tensor([list(positions)], device=device),
         use_cache=False,
         logits_to_keep=torch.tensor(ends, device=device),
-        growing=growing,
+        forest_cache=cache,
     )
     logits: torch.Tensor = output.logits[0]
     return logits.float()
 
 
-def _picked(logits_BV: torch.Tensor, live: Sequence[_Row]) -> torch.Tensor:
-    """ids_B; rows that are picked alike together."""
-    styles: dict[tuple[float, float, int, float], list[int]] = {}
+def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_Row]) -> torch.Tensor:
+    """ids_B, with one call for all rows of the same sampling parameters."""
+    groups: dict[tuple[float, float, int, float], list[int]] = {}
     for place, row in enumerate(live):
-        how = row.picking
-        style = (how.temperature, how.top_p, how.top_k, how.repetition_penalty)
-        styles.setdefault(style, []).append(place)
-    if len(styles) == 1:
-        return _picked_alike(logits_BV, live)
+        sampling = row.sampling
+        key = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty)
+        groups.setdefault(key, []).append(place)
+    if len(groups) == 1:
+        return _next_tokens_alike(logits_BV, live)
     ids_B = torch.empty(len(live), dtype=torch.long, device=logits_BV.device)
-    for places in styles.values():
+    for places in groups.values():
         at = torch.tensor(places, device=logits_BV.device)
-        ids_B[at] = _picked_alike(logits_BV[at], [live[place] for place in places])
+        ids_B[at] = _next_tokens_alike(logits_BV[at], [live[place] for place in places])
     return ids_B
 
 
-def _picked_alike(scores_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
-    picking = rows[0].picking
-    if picking.repetition_penalty != 1.0:
-        seen_BV = torch.stack([_seen_tokens(row, scores_BV) for row in rows])
-        scores_BV = penalised(scores_BV, seen_BV, picking.repetition_penalty)
-    if picking.temperature == 0:
-        return scores_BV.argmax(dim=1)
+def _next_tokens_alike(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+    sampling = rows[0].sampling
+    if sampling.repetition_penalty != 1.0:
+        seen_BV = torch.stack([_seen_tokens(row, logits_BV) for row in rows])
+        logits_BV = penalised(logits_BV, seen_BV, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=1)
     uniform = [float(row.uniform[len(row.generated)]) for row in rows]
-    uniform_B = torch.tensor(uniform, dtype=torch.float64, device=scores_BV.device)
-    return drawn(scores_BV, uniform_B, picking.temperature, picking.top_p, picking.top_k)
+    uniform_B = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
+    return sample(logits_BV, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k)
 
 
 def _seen_tokens(row: _Row, like_BV: torch.Tensor) -> torch.Tensor:
-    """(V,): the row's own record, begun with its prompt."""
+    """(V,): the tokens that stand in the row, at first those of its prompt."""
     if row.seen_V is None:
         row.seen_V = torch.zeros(like_BV.shape[1], dtype=torch.bool, device=like_BV.device)
         row.seen_V[torch.tensor(row.prompt, device=like_BV.device)] = True
     return row.seen_V
 
 
-def _remove(growing: Growing, live: list[_Row], place: int) -> None:
-    """Take a row out; the last one moves to its place, so that the rows stay the first ones of what is held."""
+def _remove(cache: ForestCache, live: list[_Row], place: int) -> None:
+    """Take a row out. The last row moves into its place, so that the cache's first rows are always the live ones."""
     last = len(live) - 1
     if place != last:
-        for layer in growing.layers.values():
-            for held in (layer.own_key, layer.own_value):
-                assert held is not None
-                held[place, :, : growing.places] = held[last, :, : growing.places]
+        for layer in cache.layers.values():
+            for tensor in (layer.own_key, layer.own_value):
+                assert tensor is not None
+                tensor[place, :, : cache.slots] = tensor[last, :, : cache.slots]
         live[place] = live[last]
     live.pop()
 
 
-AttentionInterface.register(GROWING, growing_attention)
-AttentionMaskInterface.register(GROWING, no_mask)
+AttentionInterface.register(DECODING, decoding_attention)
+AttentionMaskInterface.register(DECODING, no_mask)

@@ -18,8 +18,8 @@ import torch
 
 from yeonma.adapter.prompt_builder import Prompt
 from yeonma.config.settings import AnswerSettings
-from yeonma.generation.completion import answer_alone, continued_text, quiet
-from yeonma.generation.forest_decode import DecodeRequest, grow
+from yeonma.generation.completion import answer_alone, continued_text, generation_mode
+from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.sampling import SamplingParams
 from yeonma.serve.openai_api import Reply
 from yeonma.serve.stream_buffer import StreamBuffer
@@ -140,12 +140,12 @@ class Worker:
         batch = _Batch(speaker, lambda: self._ended)
         try:
             wanted = batch.add(jobs)
-            with speaker.active(), quiet(speaker.model):
+            with speaker.active(), generation_mode(speaker.model):
                 if speaker.by_forest:
-                    grow(
+                    decode(
                         speaker.model,
                         wanted,
-                        most_rows=self._batch_size,
+                        max_rows=self._batch_size,
                         on_done=batch.done,
                         on_token=batch.token,
                         more=lambda most, frame: batch.add(self._take(most, jobs[0].model, frame)),
@@ -153,7 +153,7 @@ class Worker:
                 else:
                     (one,) = wanted
                     ids = answer_alone(
-                        speaker.model, one.prompt, one.picking, lambda ids: batch.token(0, ids)
+                        speaker.model, one.prompt, one.sampling, lambda ids: batch.token(0, ids)
                     )
                     batch.done(0, ids)
         except torch.OutOfMemoryError:
@@ -197,7 +197,10 @@ class _Batch:
     def add(self, jobs: Sequence[Job]) -> list[DecodeRequest]:
         self._jobs += jobs
         self._said += [StreamBuffer(job.question, job.stops) for job in jobs]
-        return [DecodeRequest(job.question.token_ids.tolist(), self._picking(job.how)) for job in jobs]
+        return [
+            DecodeRequest(job.question.token_ids.tolist(), SamplingParams.of(job.how, self._speaker.stop_ids))
+            for job in jobs
+        ]
 
     def token(self, index: int, ids: list[int]) -> bool:
         """After every token: show what can be shown, and say whether to end here."""
@@ -229,14 +232,3 @@ class _Batch:
 
     def _text(self, job: Job, ids: list[int]) -> str:
         return continued_text(self._speaker.tokenizer, job.question.token_ids.tolist(), ids)
-
-    def _picking(self, how: AnswerSettings) -> SamplingParams:
-        return SamplingParams(
-            self._speaker.stop_ids,
-            how.max_new_tokens,
-            how.temperature,
-            how.top_p,
-            how.top_k,
-            how.repetition_penalty,
-            how.seed,
-        )

@@ -12,7 +12,7 @@ from yeonma.adapter.adapter_folder import read_adapter_folder
 from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.completion import generate
-from yeonma.model.forest_support import attention
+from yeonma.generation.sampling import SamplingParams
 from yeonma.model.logprobs import Forward
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.trackers import read_metrics
@@ -65,18 +65,18 @@ def ask_rows(
     prompts = prompts_of(asked.store, [row.number for row in rows])
     model = peft_model.get_base_model()
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    options: dict[str, Any] = {
-        "stop_ids": stop_ids(tokenizer, chat=rendered[0].answer_role is not None),
-        "max_new_tokens": int(max(1, min(MOST_NEW_TOKENS, most - max(map(len, prompts))))),
-        "batch_size": len(rows),
-    }
-    was_training = model.training
-    model.eval()
-    with attention(model, how.plain_attention):
-        tuned = generate(model, tokenizer, prompts, **options)
-        with peft_model.disable_adapter():
-            base = generate(model, tokenizer, prompts, **options)
-    model.train(was_training)
+    sampling = SamplingParams(
+        stop_ids=tuple(stop_ids(tokenizer, chat=rendered[0].answer_role is not None)),
+        max_new_tokens=int(max(1, min(MOST_NEW_TOKENS, most - max(map(len, prompts))))),
+    )
+
+    def answers() -> list[str]:
+        found = generate(model, tokenizer, prompts, sampling, by_forest=how.forest, batch_size=len(prompts))
+        return [answer.text for answer in found]
+
+    tuned = answers()
+    with peft_model.disable_adapter():
+        base = answers()
     return [
         Sample(row.number, tokenizer.decode(prompt, skip_special_tokens=False), _wanted(text), before, after)
         for row, prompt, text, before, after in zip(rows, prompts, rendered, base, tuned, strict=True)

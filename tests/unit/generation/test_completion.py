@@ -1,4 +1,7 @@
-"""Generation: what is in a batch is no matter, answers end where they should, draws follow from prompt and seed."""
+"""Generation: an answer does not depend on its batch, answers end where they should, draws follow from prompt and seed.
+
+Most tests run twice: over a growing forest, and one prompt at a time by transformers' own loop.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
 from yeonma.errors import UserError
 from yeonma.generation.completion import Answer, continued_text, generate
+from yeonma.generation.sampling import SamplingParams
 from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import check_forest_support
 from yeonma.tokenization.text_encoder import TextEncoder
 
 LENGTHS = (3, 17, 9, 1, 30, 12)
 TOKENIZER = byte_level()
+BOTH_WAYS = pytest.mark.parametrize("by_forest", [True, False], ids=["forest", "transformers"])
 
 
 def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[np.ndarray]:
@@ -27,12 +32,35 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[np.ndarray]
     return [random.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths]
 
 
-def answers(model: Any, asked: Sequence[Any], **options: Any) -> list[Answer]:
+def answers(
+    model: Any,
+    asked: Sequence[Any],
+    *,
+    by_forest: bool,
+    batch_size: int = 8,
+    stop_ids: Sequence[int] = (2,),
+    max_new_tokens: int = 16,
+    **options: Any,
+) -> list[Answer]:
     found: dict[int, Answer] = {}
-    settings = {"stop_ids": [2], "max_new_tokens": 16, **options}
-    texts = generate(model, TOKENIZER, asked, on_answer=found.__setitem__, **settings)
-    assert texts == [found[index].text for index in range(len(asked))]
-    return [found[index] for index in range(len(asked))]
+    returned = generate(
+        model,
+        TOKENIZER,
+        asked,
+        SamplingParams(tuple(stop_ids), max_new_tokens, **options),
+        by_forest=by_forest,
+        batch_size=batch_size,
+        on_answer=found.__setitem__,
+    )
+    assert returned == [found[index] for index in range(len(asked))]
+    return returned
+
+
+def for_forests(family: str, seed: int = 0) -> Any:
+    """A model with the attention that loading gives it."""
+    model = tiny_model(family, seed)
+    assert check_forest_support(model).forest
+    return model
 
 
 def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
@@ -50,8 +78,13 @@ def test_greedy_answers_are_the_models_likeliest_tokens_for_any_batch_size(famil
     model = tiny_model(family)
     asked = prompts()
     expected = [tuple(greedy(model, prompt, 8)) for prompt in asked]
+    alone = answers(model, asked, stop_ids=[], max_new_tokens=8, by_forest=False)
+    assert [answer.token_ids for answer in alone] == expected
+    by_forest = check_forest_support(model).forest
     for batch_size in (1, 4, 6):
-        found = answers(model, asked, stop_ids=[], max_new_tokens=8, batch_size=batch_size)
+        found = answers(
+            model, asked, stop_ids=[], max_new_tokens=8, batch_size=batch_size, by_forest=by_forest
+        )
         assert [answer.token_ids for answer in found] == expected
 
 
@@ -74,8 +107,8 @@ def test_a_growing_forest_answers_as_transformers_does(options: dict[str, Any]) 
     model = tiny_model("qwen3")
     frame = prompts([19], seed=7)[0]
     asked = [np.concatenate([frame, prompt]) for prompt in prompts() * 3]
-    stops = [answers(model, asked[:1], stop_ids=[], **options)[0].token_ids[9]]
-    expected = answers(model, asked, stop_ids=stops, **options)
+    stops = [answers(model, asked[:1], stop_ids=[], by_forest=False, **options)[0].token_ids[9]]
+    expected = answers(model, asked, stop_ids=stops, by_forest=False, **options)
     assert len({len(answer.token_ids) for answer in expected}) > 1
     assert {answer.ended for answer in expected} == {True, False}
     check_forest_support(model)
@@ -120,12 +153,13 @@ def test_too_little_memory_halves_the_rows_of_a_growing_forest() -> None:
         answers(model, prompts(), by_forest=True)
 
 
-def test_an_answer_ends_before_the_first_stop_token_and_others_go_on() -> None:
-    model = tiny_model("llama")
-    whole = [list(answer.token_ids) for answer in answers(model, prompts(), stop_ids=[])]
+@BOTH_WAYS
+def test_an_answer_ends_before_the_first_stop_token_and_others_go_on(by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
+    whole = [list(answer.token_ids) for answer in answers(model, prompts(), stop_ids=[], by_forest=by_forest)]
     stops = [whole[0][4], whole[2][9]]
     for batch_size in (1, 6):
-        found = answers(model, prompts(), stop_ids=stops, batch_size=batch_size)
+        found = answers(model, prompts(), stop_ids=stops, batch_size=batch_size, by_forest=by_forest)
         for ids, answer in zip(whole, found, strict=True):
             end = next((at for at, number in enumerate(ids) if number in stops), None)
             assert answer.token_ids == tuple(ids[:end])
@@ -133,9 +167,10 @@ def test_an_answer_ends_before_the_first_stop_token_and_others_go_on() -> None:
         assert {answer.ended for answer in found} == {True, False}
 
 
-def test_the_models_own_generation_settings_play_no_part_and_stay() -> None:
-    model = tiny_model("llama")
-    expected = answers(model, prompts())
+@BOTH_WAYS
+def test_the_models_own_generation_settings_play_no_part_and_stay(by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
+    expected = answers(model, prompts(), by_forest=by_forest)
     own = GenerationConfig(
         do_sample=True,
         temperature=9.0,
@@ -146,40 +181,57 @@ def test_the_models_own_generation_settings_play_no_part_and_stay() -> None:
     )
     model.generation_config, model.config.use_cache = own, False
     model.train()
-    assert answers(model, prompts()) == expected
+    assert answers(model, prompts(), by_forest=by_forest) == expected
     assert model.generation_config is own
     assert model.training
 
 
-def test_a_model_set_up_for_forests_generates_with_its_plain_attention() -> None:
+def test_a_model_set_up_for_forests_generates_as_with_its_plain_attention_and_stays_so() -> None:
     model = tiny_model("gpt_oss")
-    expected = answers(model, prompts())
-    how = check_forest_support(model)
+    expected = answers(model, prompts(), by_forest=False)
+    assert check_forest_support(model).forest
     assert model.config._attn_implementation == FOREST
-    assert answers(model, prompts(), plain_attention=how.plain_attention) == expected
+    assert answers(model, prompts(), by_forest=True) == expected
     assert model.config._attn_implementation == FOREST
 
 
+def test_the_answers_of_many_prompts_are_never_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token that goes through the model is a prompt's or an answer's, and transformers' loop is not asked."""
+    model = for_forests("llama")
+    fed: list[list[int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, keywords: fed.append(keywords["input_ids"][0].tolist()), with_kwargs=True
+    )
+    monkeypatch.setattr(GenerationMixin, "generate", None)
+    found = answers(model, prompts(), stop_ids=[], max_new_tokens=3, batch_size=6, by_forest=True)
+    written = [number for answer in found for number in answer.token_ids[:-1]]  # the last is never read
+    assert sorted(number for ids in fed for number in ids) == sorted(
+        np.concatenate(prompts()).tolist() + written
+    )
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_repetition_penalty_does_not_see_the_padding(temperature: float) -> None:
-    model = tiny_model("llama")
+def test_the_repetition_penalty_sees_the_rows_own_tokens_alone(temperature: float, by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
 
     def favour(module: Any, arguments: Any, output: Any) -> None:
-        output.logits[..., 0] += 3  # 0: what padding is often made of
+        output.logits[..., 0] += 3
 
     model.register_forward_hook(favour)
     asked = [prompt for seed in range(3) for prompt in prompts(seed=seed)]
     options: dict[str, Any] = {"repetition_penalty": 2.0, "temperature": temperature, "stop_ids": []}
-    alone = answers(model, asked, batch_size=1, **options)
-    assert answers(model, asked, batch_size=len(asked), **options) == alone
+    alone = answers(model, asked, batch_size=1, by_forest=by_forest, **options)
+    assert answers(model, asked, batch_size=len(asked), by_forest=by_forest, **options) == alone
     assert sum(0 in answer.token_ids for answer in alone) > 6
-    assert alone != answers(model, asked, temperature=temperature, stop_ids=[])
+    assert alone != answers(model, asked, temperature=temperature, stop_ids=[], by_forest=by_forest)
 
 
-def test_draws_follow_from_prompt_and_seed_alone() -> None:
-    model = tiny_model("qwen2")
+@BOTH_WAYS
+def test_draws_follow_from_prompt_and_seed_alone(by_forest: bool) -> None:
+    model = for_forests("qwen2") if by_forest else tiny_model("qwen2")
     asked = prompts()
-    options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}
+    options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "by_forest": by_forest}
     first = answers(model, asked, seed=1, batch_size=6, **options)
     assert answers(model, asked[::-1], seed=1, batch_size=4, **options) == first[::-1]
     assert answers(model, asked[2:3], seed=1, **options) == first[2:3]
@@ -188,7 +240,8 @@ def test_draws_follow_from_prompt_and_seed_alone() -> None:
     assert answers(model, asked, seed=2, batch_size=6, **options) != first
 
 
-def test_draws_have_the_models_probabilities() -> None:
+@BOTH_WAYS
+def test_draws_have_the_models_probabilities(by_forest: bool) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)  # several tokens are likely
@@ -204,7 +257,10 @@ def test_draws_have_the_models_probabilities() -> None:
     expected = torch.zeros_like(probability)
     expected[kept] = probability[kept] / probability[kept].sum()
 
+    if by_forest:
+        assert check_forest_support(model).forest
     options: dict[str, Any] = {
+        "by_forest": by_forest,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -222,9 +278,11 @@ def test_draws_have_the_models_probabilities() -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": 1e-30}, {"temperature": 2.0, "top_k": 1}, {"temperature": 2.0, "top_p": 1e-9}]
 )
-def test_a_draw_from_one_token_is_greedy(options: dict[str, Any]) -> None:
-    model = tiny_model("llama")
-    assert answers(model, prompts(), **options) == answers(model, prompts())
+@BOTH_WAYS
+def test_a_draw_from_one_token_is_greedy(options: dict[str, Any], by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
+    expected = answers(model, prompts(), by_forest=by_forest)
+    assert answers(model, prompts(), by_forest=by_forest, **options) == expected
 
 
 @pytest.mark.parametrize("text", [" 제목 1\n서울 2", "서울, 첫 영하", "  two blanks", "x"])
@@ -244,8 +302,9 @@ def test_the_text_of_an_answer_is_what_it_adds_to_the_prompts(tokenizer: Any, be
     assert expected == text
 
 
-def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character() -> None:
-    model = tiny_model("llama")
+@BOTH_WAYS
+def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character(by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
     letters = "서울의 아침 기온이 영하로"
     ids = TextEncoder.of(TOKENIZER).batch([letters])[0]
     spelled = iter([*ids, TOKENIZER.eos_token_id, *[0] * 99])
@@ -259,44 +318,45 @@ def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character() 
 
     model.register_forward_hook(spell)
     shown: list[str] = []
-    (text,) = generate(
-        model,
-        TOKENIZER,
-        prompts([4]),
-        stop_ids=[TOKENIZER.eos_token_id],
-        max_new_tokens=99,
-        on_text=shown.append,
-    )
-    assert text == letters
+    sampling = SamplingParams((TOKENIZER.eos_token_id,), 99)
+    (answer,) = generate(model, TOKENIZER, prompts([4]), sampling, by_forest=by_forest, on_text=shown.append)
+    assert answer.text == letters
     assert "".join(shown) == letters
     assert len(shown) > 3
     assert all("\ufffd" not in part for part in shown)
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved() -> None:
-    model = tiny_model("llama")
-    expected = answers(model, prompts())
-    sizes: list[int] = []
+def test_rows_that_had_ended_before_memory_was_short_are_not_asked_again() -> None:
+    model = for_forests("llama")
+    asked = prompts([12, 12, 12, 12])
+    expected = answers(model, asked, stop_ids=[], max_new_tokens=4, by_forest=True)
+    passes: list[int] = []
 
-    def short_of_memory(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        sizes.append(len(keywords["input_ids"]))
-        if sizes[-1] > 2:
+    def refuse_once(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        passes.append(keywords["input_ids"].shape[1])
+        if len(passes) == 6:  # two rows have ended, two others are at work
             raise torch.OutOfMemoryError("out of memory")
 
-    hook = model.register_forward_pre_hook(short_of_memory, with_kwargs=True)
-    assert answers(model, prompts(), batch_size=6) == expected
-    assert max(sizes) == 6
-    hook.remove()
+    model.register_forward_pre_hook(refuse_once, with_kwargs=True)
+    assert answers(model, asked, stop_ids=[], max_new_tokens=4, batch_size=2, by_forest=True) == expected
+    assert passes == [24, 2, 2, 2, 24, 2, *[12, 1, 1, 1] * 2]
+
+
+@BOTH_WAYS
+def test_a_prompt_that_does_not_fit_into_memory_by_itself_is_an_error(by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(UserError, match="a prompt of 17 tokens and its answer do not fit"):
-        generate(model, TOKENIZER, prompts([17]), stop_ids=[2])
+        generate(model, TOKENIZER, prompts([17]), SamplingParams((2,), 128), by_forest=by_forest)
 
 
-def test_the_longest_prompts_go_first() -> None:
+@BOTH_WAYS
+def test_the_longest_prompts_go_first(by_forest: bool) -> None:
+    model = for_forests("llama") if by_forest else tiny_model("llama")
     seen: list[int] = []
     answers_of = prompts()
     generate(
-        tiny_model("llama"), TOKENIZER, answers_of, stop_ids=[2], max_new_tokens=2, batch_size=2,
+        model, TOKENIZER, answers_of, SamplingParams((2,), 2), by_forest=by_forest, batch_size=2,
         on_answer=lambda index, _: seen.append(len(answers_of[index])),
     )  # fmt: skip
     assert seen == sorted(LENGTHS, reverse=True)

@@ -17,6 +17,7 @@ from tests.runs import characters
 from yeonma.adapter.prompt_builder import Prompt
 from yeonma.config.settings import AnswerSettings
 from yeonma.generation.completion import generate
+from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
 from yeonma.serve.openai_api import Reply
 from yeonma.serve.worker import Busy, Job, NoRoom, ServedModel, Worker
@@ -74,8 +75,8 @@ def working(speakers: dict[str, ServedModel], jobs: Sequence[Job] = (), **option
 
 
 def expected(model: Any, ids: np.ndarray, **how: Any) -> str:
-    settings = {"max_new_tokens": 12, **how}
-    return generate(model, characters(), [ids], stop_ids=[2], **settings)[0]
+    sampling = SamplingParams((2,), **{"max_new_tokens": 12, **how})
+    return generate(model, characters(), [ids], sampling, by_forest=False)[0].text
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2"])  # by a forest; one by one

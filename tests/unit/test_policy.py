@@ -51,14 +51,20 @@ def loaded(titles: Folders) -> Policy:
 
 
 def asked_ids(loaded: Policy, ask: Callable[[], object]) -> list[list[int]]:
-    """The ids that the model gets first, of each prompt, without the padding."""
+    """The ids of each prompt that goes through the model: the beginning that all share, then its own."""
     seen: list[list[int]] = []
+    shared: list[int] = []
 
     def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        if keywords["input_ids"].shape[1] > 1:
-            ids = keywords["input_ids"]  # a mask that hides nothing is not handed on
-            masks = keywords.get("attention_mask", torch.ones_like(ids)).bool()
-            seen.extend(each[mask].tolist() for each, mask in zip(ids, masks, strict=True))
+        ids, cache = keywords["input_ids"][0].tolist(), keywords["forest_cache"]
+        if not cache.lengths:
+            shared[:] = ids
+            return
+        assert cache.shared in (0, len(shared))
+        start = cache.continuing
+        for length in cache.lengths[start:]:
+            seen.append(shared[: cache.shared] + ids[start : start + length])
+            start += length
 
     hook = loaded.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, SupportsInt
 
 import numpy as np
@@ -87,9 +88,7 @@ def generate(
         else:
             for index in order:
                 try:
-                    ids = answer_alone(
-                        inner, token_ids[index], sampling, lambda ids, index=index: token(index, ids)
-                    )
+                    ids = answer_alone(inner, token_ids[index], sampling, partial(token, index))
                 except torch.OutOfMemoryError as error:
                     raise _out_of_memory(len(token_ids[index])) from error
                 done(index, ids)
@@ -107,26 +106,24 @@ def _decode_all(
 ) -> None:
     """`decode` of the prompts in `order`; where memory is short, of those left with half as many at once."""
     waiting = list(order)
+    ended: set[int] = set()
+
+    def token(at: int, ids: list[int]) -> bool:
+        return on_token(waiting[at], ids)
+
+    def done(at: int, ids: list[int]) -> None:
+        ended.add(waiting[at])
+        on_done(waiting[at], ids)
+
     while waiting:
-        batch, ended = waiting, set[int]()
-
-        def done(at: int, ids: list[int], batch: list[int] = batch, ended: set[int] = ended) -> None:
-            ended.add(at)
-            on_done(batch[at], ids)
-
         try:
-            decode(
-                model,
-                [DecodeRequest(prompts[index], sampling) for index in batch],
-                max_rows=max_rows,
-                on_done=done,
-                on_token=lambda at, ids, batch=batch: on_token(batch[at], ids),
-            )
+            requests = [DecodeRequest(prompts[index], sampling) for index in waiting]
+            decode(model, requests, max_rows=max_rows, on_done=done, on_token=token)
         except torch.OutOfMemoryError as error:
             if max_rows == 1 or is_sharded(model):  # whose processes go on together or not at all
-                raise _out_of_memory(max(len(prompts[index]) for index in batch)) from error
+                raise _out_of_memory(max(len(prompts[index]) for index in waiting)) from error
             max_rows = (max_rows + 1) // 2
-        waiting = [index for at, index in enumerate(batch) if at not in ended]
+        waiting = [index for index in waiting if index not in ended]
 
 
 def _out_of_memory(tokens: int) -> UserError:

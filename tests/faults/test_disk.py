@@ -178,7 +178,7 @@ def test_the_second_of_two_runs_on_one_folder_is_refused_and_kill_9_frees_it(
         assert (second.status, loaded) == (2, [])
         assert re.fullmatch(
             rf"yeonma: output_dir {output}: another run is writing here \(process {first} on "
-            rf"{re.escape(socket.gethostname())}, since .* UTC\); wait for its end, or give another output_dir\n",
+            rf"{re.escape(socket.gethostname())}, since .* UTC\); wait until it ends, or give another output_dir\n",
             second.err,
         )
         over = sft(output, base, data, **SETTINGS, overwrite=True)

@@ -1,7 +1,7 @@
-"""One run at a time in an output folder: a lock of the system's on OUT/.lock, which ends with the holding process.
+"""One run at a time in an output folder: a lock of the operating system on OUT/.lock, taken with filelock.
 
-The file says who holds it. It goes at the end of a run; a killed one leaves the file, but not the lock, and the next
-run takes it over.
+The system releases the lock when the process that holds it ends, however it ends. The file names that process. A run
+deletes the file when it ends; a killed run leaves it behind, unlocked, and the next run uses it again.
 """
 
 from __future__ import annotations
@@ -10,125 +10,132 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+from filelock import FileLock, Timeout, lock_descriptor
+
 from yeonma.errors import Log, UserError
-from yeonma.files import sync, user_path
+from yeonma.files import DISK_ERRORS, sync, user_path
 
 LOCK = ".lock"
-HELD = frozenset({errno.EWOULDBLOCK, errno.EACCES})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+"""Errors of a file system without locks."""
+WAIT_SECONDS, POLL_SECONDS = 0.2, 0.02
+"""`is_locked` itself holds the lock for a moment, which must not be taken for a run."""
 
 
 def check_unlocked(output_dir: str) -> None:
-    """Raises UserError where a run holds the folder now. Changes nothing; `hold` is what keeps others out."""
+    """Raises UserError if a run holds the folder now. Creates nothing; `hold` is what keeps other runs out."""
     try:
         output = user_path(output_dir)
-        number = os.open(output / LOCK, os.O_RDONLY)
-    except (OSError, UserError):  # no such file: nobody is there. What cannot be opened, others will tell of.
+    except UserError:  # reported by the checks of the path itself
         return
-    try:
-        import fcntl
+    if is_locked(output):
+        raise _locked_error(output)
 
-        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        return
-    except OSError as error:
-        if error.errno in HELD:
-            raise _refused(output, number) from None
+
+def is_locked(output: Path) -> bool:
+    """Whether a run holds the folder now. False if there is no lock file, or none that can be opened or locked."""
+    descriptor = _open_existing(output / LOCK)
+    if descriptor is None:
+        return False
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not lock_descriptor(descriptor, blocking=False):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(POLL_SECONDS)
+    except OSError:
+        return False
     finally:
-        os.close(number)
+        os.close(descriptor)
+    return False
+
+
+def _open_existing(path: Path) -> int | None:
+    """Opens for writing if possible, because NFS locks nothing else; else for reading, as in a read-only folder."""
+    for access in (os.O_RDWR, os.O_RDONLY):
+        with suppress(OSError):
+            return os.open(path, access | getattr(os, "O_NOFOLLOW", 0))
+    return None
 
 
 @contextmanager
 def hold(output: Path, say: Log) -> Iterator[None]:
-    """Holds the folder, made where it is not there, until the block or the process ends.
+    """Holds the folder, creating it if needed, until the block or the process ends.
 
-    Raises UserError where another run holds it. Where the file system has no locks it says so, and goes on: two runs
-    would then not see each other. A process forked in the block would hold the folder too; Yeonma forks none.
+    Raises UserError if another run holds it, or if OUT/.lock is a symbolic link or belongs to somebody else. On a file
+    system without locks it warns and goes on: two runs there would not notice each other.
     """
-    made = _make(output)
-    number = None
+    created = _make(output)
+    lock = FileLock(
+        output / LOCK,
+        timeout=WAIT_SECONDS,
+        mode=0o644,
+        thread_local=False,
+        poll_interval=POLL_SECONDS,
+        fallback_to_soft=False,
+        on_acquired=_write_holder,
+    )
     try:
-        number = _locked(output, say)
-        yield
-    finally:
-        if number is not None:
-            # Removed while it is held: whoever has opened it meanwhile finds that it no longer has this name.
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _locked_error(output) from None
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
+            if error.errno not in NO_LOCKS:
+                cure = "remove it, or give another output_dir"
+                what = f"cannot be locked: {error.strerror}"
+                raise UserError(what, place=str(output / LOCK), cure=cure) from error
             with suppress(OSError):
                 os.unlink(output / LOCK)
-            os.close(number)
-        for folder in made:  # that nothing was put into
+            say(f"warning: {output} cannot be locked ({error.strerror}): do not start a second run there")
+        yield
+    finally:
+        if lock.is_locked:
+            # Deleted while held: whoever waits for this file notices that it is gone, and creates a new one.
+            with suppress(OSError):
+                os.unlink(output / LOCK)
+            lock.release()
+        for folder in created:  # if nothing was put into it
             with suppress(OSError):
                 folder.rmdir()
 
 
-def _locked(output: Path, say: Log) -> int | None:
-    """The open file, locked; None where locks are unknown."""
-    while True:
-        number = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            os.close(number)
-            with suppress(OSError):
-                os.unlink(output / LOCK)
-            say(
-                f"warning: {output} cannot be locked (no flock on this system): do not start a second run there"
-            )
-            return None
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in HELD:
-                os.close(number)
-                with suppress(OSError):
-                    os.unlink(output / LOCK)
-                say(f"warning: {output} cannot be locked ({error.strerror}): do not start a second run there")
-                return None
-            try:  # a run holds it, or somebody only looks, for a moment, with a shared lock
-                fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                refused = _refused(output, number)
-                os.close(number)
-                raise refused from None
-        else:
-            if _is_named(number, output / LOCK):
-                about = {
-                    "process": os.getpid(),
-                    "host": socket.gethostname(),
-                    "since": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-                }
-                os.ftruncate(number, 0)
-                os.pwrite(number, json.dumps(about).encode(), 0)
-                return number
-        os.close(number)
+def _write_holder(descriptor: int) -> None:
+    """Writes who holds the lock from byte 1 on: on Windows nobody else can read byte 0 of a locked file."""
+    holder = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, f" {json.dumps(holder)}".encode())
 
 
-def _is_named(number: int, path: Path) -> bool:
-    """Whether the open file is the one that has this name now: a run that ends removes it."""
+def _locked_error(output: Path) -> UserError:
     try:
-        return os.path.samestat(os.fstat(number), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _refused(output: Path, number: int) -> UserError:
-    try:
-        about = json.loads(os.pread(number, 4096, 0))
-        who = f"process {about['process']} on {about['host']}, since {about['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not yet written who it is
+        with (output / LOCK).open("rb", buffering=0) as file:
+            file.seek(1)
+            holder = json.loads(file.read(4096))
+        who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # locked a moment ago, and not written yet
         who = "its process is not known yet"
-    cure = "wait for its end, or give another output_dir"
+    cure = "wait until it ends, or give another output_dir"
     return UserError(f"another run is writing here ({who})", place=f"output_dir {output}", cure=cure)
 
 
 def _make(folder: Path) -> list[Path]:
-    """The folders that had to be made, the innermost first. Their names are on the disk when this returns."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    """Creates the folder. Returns the folders created, innermost first, whose names are on disk by then."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for made in reversed(missing):
-        sync(made.parent)
+    for path in reversed(missing):
+        sync(path.parent)
     return missing

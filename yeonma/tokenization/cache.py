@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 
 import tokenizers
 import transformers
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.rows import Row, Rows
@@ -203,16 +204,15 @@ def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, kind: Task) 
 
 @contextmanager
 def _locked(cache_dir: Path, key: str) -> Iterator[None]:
-    """Waits, without end, for the one process of this machine that may build the store. The system frees the lock."""
+    """One process of this machine builds the store while the others wait. A process that dies releases the lock."""
+    lock = FileLock(cache_dir / f"{key}.lock", fallback_to_soft=False)
     with _keeping(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(cache_dir / f"{key}.lock", "wb")  # noqa: SIM115 (closed below)
-    with lock:
-        with _keeping(cache_dir), suppress(ImportError):  # Windows has no flock
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

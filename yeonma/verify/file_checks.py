@@ -32,20 +32,6 @@ ANEW = "put a copy of the file back, or run the same command with --overwrite tr
 GOES_ON = "delete the checkpoint; a run goes on from the one before"
 
 
-def is_running(folder: Path) -> bool:
-    """Whether a run holds the folder now: its lock on .lock ends with its process."""
-    try:
-        import fcntl
-
-        with (folder / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):  # Windows has no flock
-        return False
-    return False
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError where it cannot be read or is none."""
     try:

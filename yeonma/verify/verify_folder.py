@@ -17,13 +17,13 @@ from yeonma.files import user_path
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
+from yeonma.run_folder.lock import is_locked
 from yeonma.run_folder.output_folder import RUN
 from yeonma.verify import compatibility as belong
 from yeonma.verify.file_checks import (
     check_checkpoint,
     check_files,
     check_run,
-    is_running,
     read_object,
     strangers,
     sums_of,
@@ -80,7 +80,7 @@ def verify(asked: VerifySettings) -> VerifyReport:
 
 
 def _of_run(folder: Path, asked: VerifySettings) -> VerifyReport:
-    kept, running = checkpoints(folder), is_running(folder)
+    kept, running = checkpoints(folder), is_locked(folder)
     try:
         run = read_object(folder / RUN)
         if not isinstance(run.get("identity"), dict) or not isinstance(run.get("finished"), bool):

@@ -1,4 +1,4 @@
-"""`yeonma serve` as a process of its own, as a user starts it: ready when it says so."""
+"""`yeonma serve` in its own process, started as a user starts it; ready once it prints its address."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ PATIENCE_SECONDS = 120
 class Server:
     process: subprocess.Popen[str]
     url: str
-    """With /v1."""
-    said: str
-    """Its line when it was ready."""
+    """Ends in /v1."""
+    ready_line: str
     errors: Path
 
     def client(self, key: str = "none") -> OpenAI:
@@ -35,7 +34,7 @@ class Server:
 def serving(
     errors: Path, *words: Path | str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """At a free port. It must end by Ctrl-C with status 0; `errors` is a file for what it says on standard error."""
+    """On a free port. Ctrl-C must end it with status 0. `errors`: a file for its standard error."""
     command = [sys.executable, "-m", "yeonma", "serve", *map(str, words), "--port", "0"]
     own = {name: value for name, value in os.environ.items() if name != "YEONMA_API_KEY"}
     with errors.open("w") as file:
@@ -49,10 +48,10 @@ def serving(
         )
     try:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        found = re.search(r"http://\S+/v1", said)
-        assert found is not None, errors.read_text()
-        yield Server(process, found[0], said, errors)
+        ready_line = process.stdout.readline()
+        url = re.search(r"http://\S+/v1", ready_line)
+        assert url is not None, errors.read_text()
+        yield Server(process, url[0], ready_line, errors)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_SECONDS) == 0, errors.read_text()
         assert "Traceback" not in errors.read_text(), errors.read_text()

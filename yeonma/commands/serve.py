@@ -1,4 +1,4 @@
-"""`yeonma serve`: adapters behind OpenAI's interface, by vLLM where that asks with the trained tokens, else by us."""
+"""`yeonma serve`: adapters over an OpenAI-compatible API, by vLLM if it uses the trained prompt ids, else by Yeonma."""
 
 from __future__ import annotations
 
@@ -12,78 +12,86 @@ from typing import TYPE_CHECKING
 from yeonma.config.parse import group_of
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
-from yeonma.serve.listen import key_of, listen, url_of
+from yeonma.serve.listen import api_key, listen, url_of
 
 if TYPE_CHECKING:
-    from yeonma.serve.server import Served
+    from yeonma.serve.server import ServedAdapters
+
+PACKAGES = ("starlette", "uvicorn", "pydantic")
 
 
 def run(settings: Mapping[type, object]) -> int:
-    """Serve until Ctrl-C. The port is taken, and folders are looked at, before weights are loaded. Raises UserError."""
+    """Serves until Ctrl-C. Opens the port and checks the folders before any weights are loaded. Raises UserError."""
     asked = group_of(settings, ServeSettings)
-    key = key_of(asked.api_key, os.environ)
+    key = api_key(asked.api_key, os.environ)
     with listen(asked.host, asked.port, key) as listener:
-        if find_spec("starlette") is None or find_spec("uvicorn") is None:
-            cure = "install them with: pip install starlette uvicorn"
-            raise UserError("it needs the packages starlette and uvicorn", place="yeonma serve", cure=cure)
-        from yeonma.serve.server import load_served_models, open_served, run_server
+        if missing := [name for name in PACKAGES if find_spec(name) is None]:
+            names = " ".join(missing)
+            cure = f"install it with: pip install {names}"
+            raise UserError(f"missing packages: {names}", place="yeonma serve", cure=cure)
+        from yeonma.serve.server import load_served_models, open_adapters, run_server
 
-        served = open_served(asked)
-        if _by_vllm(asked, served):
-            _become_vllm(asked, served, listener, key)
-        speakers = load_served_models(served, asked, _say)
+        adapters = open_adapters(asked)
+        if _use_vllm(asked, adapters):
+            _exec_vllm(asked, adapters, listener, key)
+        models = load_served_models(adapters, asked, _say)
         try:
-            run_server(served, speakers, asked, listener, key, lambda: _ready(served, listener, key))
+            run_server(adapters, models, asked, listener, key, lambda: _print_ready(adapters, listener, key))
         except KeyboardInterrupt:
             _say("stopped")
     return 0
 
 
-def _ready(served: Served, listener: socket.socket, key: str | None) -> None:
-    needed = "; requests must bring the key" if key else ""
-    print(f"Serving {', '.join(served.names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.", flush=True)
+def _print_ready(adapters: ServedAdapters, listener: socket.socket, key: str | None) -> None:
+    needed = "; requests need the API key" if key else ""
+    print(f"Serving {', '.join(adapters.names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.", flush=True)
 
 
-def _by_vllm(asked: ServeSettings, served: Served) -> bool:
-    """Raises UserError where vLLM is wanted and cannot be had."""
-    from yeonma.serve.vllm import is_there, why_not
+def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
+    """Raises UserError if the settings ask for vLLM and it cannot serve the adapters."""
+    from yeonma.serve.vllm import is_available, why_not
 
-    if asked.engine == "yeonma" or (asked.engine == "auto" and (asked.device == "cpu" or not is_there())):
+    if settings.engine == "yeonma":
+        return False
+    if settings.engine == "auto" and (settings.device == "cpu" or not is_available()):
         return False
     reason = (
-        why_not(list(served.askers.values()), asked.quantization)
-        if is_there()
+        why_not(list(adapters.prompt_builders.values()), settings.quantization)
+        if is_available()
         else "it is not installed, or there is no GPU"
     )
-    if reason and asked.engine == "vllm":
+    if reason and settings.engine == "vllm":
         raise UserError(f"vLLM cannot serve this: {reason}", place="--engine vllm", cure="leave it out")
     if reason:
-        _say(f"not by vLLM: {reason}")
+        _say(f"not using vLLM: {reason}")
     return not reason
 
 
-def _become_vllm(asked: ServeSettings, served: Served, listener: socket.socket, key: str | None) -> None:
-    """Replace this process by vLLM's server, at the port that was held for it."""
+def _exec_vllm(
+    settings: ServeSettings, adapters: ServedAdapters, listener: socket.socket, key: str | None
+) -> None:
+    """Replaces this process by vLLM's server, on the port that was reserved for it."""
     from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command
 
-    source = served.first.source
+    source = adapters.first.source
     plan = VllmPlan(
         base=source.name,
-        base_name=served.base_name,
+        base_name=adapters.base_name,
         revision=source.revision,
         adapters={
-            name: (asker.adapter.path.absolute(), rank_of(asker)) for name, asker in served.askers.items()
+            name: (builder.adapter.path.absolute(), rank_of(builder))
+            for name, builder in adapters.prompt_builders.items()
         },
-        host=asked.host,
+        host=settings.host,
         port=listener.getsockname()[1],
-        dtype=asked.dtype,
-        trust_remote_code=asked.trust_remote_code,
-        temperature=asked.temperature,
-        max_new_tokens_limit=asked.max_new_tokens_limit,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        temperature=settings.temperature,
+        max_new_tokens_limit=settings.max_new_tokens_limit,
     )
     command = vllm_command(plan)
     listener.close()
-    _say(f"by vLLM: {' '.join(command[1:])}")
+    _say(f"starting vLLM: {' '.join(command[1:])}")
     environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
     sys.stdout.flush()
     os.execve(command[0], command, environment)

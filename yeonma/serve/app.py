@@ -1,4 +1,4 @@
-"""The web application around a worker: routes, the key, bounds on what comes in. On Starlette."""
+"""The web application, on Starlette: routes, the API key, limits on what comes in."""
 
 from __future__ import annotations
 
@@ -23,73 +23,82 @@ from starlette.routing import Route
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder
 from yeonma.config.settings import AnswerSettings
 from yeonma.errors import UserError
-from yeonma.serve.openai_api import Asking, Form, Refused, Reply, model_list, read_request, row_of_messages
-from yeonma.serve.worker import Busy, Job, NoRoom, Worker
+from yeonma.serve.openai_api import (
+    ChatRequest,
+    Reply,
+    RequestError,
+    ResponseWriter,
+    TextRequest,
+    answer_settings,
+    model_list,
+    read_request,
+    row_of_messages,
+)
+from yeonma.serve.worker import Busy, Job, PromptTooLarge, Worker
 
-MOST_BYTES = 1_000_000
-"""Of a request's body."""
-READ_BYTES = 64_000_000
-"""Of a larger one that are read to no use, so that its sender, who listens only afterwards, learns why."""
-MOST_TEXTS = 64
-"""That one completion's request may ask to continue."""
-LOCAL = ("127.0.0.1", "localhost", "::1")
+MAX_BODY_BYTES = 1_000_000
+MAX_READ_BYTES = 64_000_000
+"""How much of a larger body is read and thrown away: clients that send all of it first then see the error."""
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("yeonma.serve")
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """What requests may have."""
+class Limits:
+    """What requests may ask for, and who may send them."""
 
-    usual: AnswerSettings
-    """Where they do not say."""
+    defaults: AnswerSettings
+    """For what a request does not set."""
     max_new_tokens_limit: int
     positions: int | None
-    """Of the model: prompt and answer together."""
+    """Of the model: the most tokens of prompt and answer together."""
     key: str | None
-    local: bool
-    """Whether requests come from this machine alone. Then a name of another one shows a page in a browser that must not
-    get here (DNS rebinding)."""
+    local_only: bool
+    """Whether the server listens to this machine alone. A request under another host name then comes from a web page
+    that abuses the browser (DNS rebinding), and is refused."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """What can be asked, by the names in requests, and the thread that answers."""
+    """The models by their names in requests, and the threads that serve them."""
 
-    askers: Mapping[str, PromptBuilder]
+    prompt_builders: Mapping[str, PromptBuilder]
     worker: Worker
     tokenizing: ThreadPoolExecutor
-    """Of one thread: not every tokenizer bears two."""
+    """Of one thread: not every tokenizer can be used from two."""
 
 
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 Events = asyncio.Queue[tuple[int, str | Reply | Exception]]
-"""What is told of a request's questions, by their index."""
+"""What the worker reports of a request's prompts, with the index of the prompt."""
 
 
-def make_app(models: Models, bounds: Bounds, lifespan: Lifespan | None = None) -> Starlette:
-    """`/v1/chat/completions`, `/v1/completions` and `/v1/models`, which want the key, and `/health`."""
+def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -> Starlette:
+    """`/v1/chat/completions`, `/v1/completions` and `/v1/models`, which need the key, and `/health`, which does not."""
     created = int(time.time())
 
-    def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def guarded(
+        handler: Callable[[Request], Awaitable[Response]],
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            _check_host(request, bounds.local)
-            _check_key(request, bounds.key)
-            return await answer(request)
+            _check_host(request, limits.local_only)
+            _check_key(request, limits.key)
+            return await handler(request)
 
         return endpoint
 
     async def chat(request: Request) -> Response:
-        return await _complete(request, models, bounds, chat=True)
+        return await _complete(request, ChatRequest, models, limits)
 
     async def completions(request: Request) -> Response:
-        return await _complete(request, models, bounds, chat=False)
+        return await _complete(request, TextRequest, models, limits)
 
     async def list_models(request: Request) -> Response:
-        return JSONResponse(model_list(list(models.askers), created))
+        return JSONResponse(model_list(list(models.prompt_builders), created))
 
     async def one_model(request: Request) -> Response:
-        name = _known(request.path_params["name"], models.askers)
+        name = _known_model(request.path_params["name"], models.prompt_builders)
         return JSONResponse(model_list([name], created)["data"][0])
 
     async def health(request: Request) -> Response:
@@ -103,196 +112,215 @@ def make_app(models: Models, bounds: Bounds, lifespan: Lifespan | None = None) -
             Route("/v1/models/{name:path}", guarded(one_model), methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
-        exception_handlers={Refused: _refused, HTTPException: _http, Exception: _bug},
+        exception_handlers={
+            RequestError: _on_request_error,
+            HTTPException: _on_http_error,
+            Exception: _on_bug,
+        },
         lifespan=lifespan,
     )
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
     headers = {"Retry-After": "1"} if error.status == 429 else None
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
-async def _http(request: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(
-        Refused(error.status_code, what).body, status_code=error.status_code, headers=error.headers
+        RequestError(error.status_code, what).body, status_code=error.status_code, headers=error.headers
     )
 
 
-async def _bug(request: Request, error: Exception) -> Response:
+async def _on_bug(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(Refused(500, "the server failed; its output says how").body, status_code=500)
+    return JSONResponse(_internal_error().body, status_code=500)
 
 
-def _check_host(request: Request, local: bool) -> None:
+def _internal_error() -> RequestError:
+    return RequestError(500, "internal server error; the server's output has the traceback")
+
+
+def _check_host(request: Request, local_only: bool) -> None:
     try:
         name = urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
         name = None
-    if local and name not in LOCAL:
-        raise Refused(403, "this server is for this machine alone: ask for it as 127.0.0.1 or localhost")
+    if local_only and name not in LOCAL_NAMES:
+        raise RequestError(403, "this server serves its own machine only: use 127.0.0.1 or localhost")
 
 
 def _check_key(request: Request, key: str | None) -> None:
     if key is None:
         return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    given_bytes = given.strip().encode("latin-1", "replace")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given_bytes, key.encode()):
-        raise Refused(401, "a key is needed, and this is not it", code="invalid_api_key")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    token_bytes = token.strip().encode("latin-1", "replace")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token_bytes, key.encode()):
+        raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 
-def _known(name: str, askers: Mapping[str, PromptBuilder]) -> str:
-    if name not in askers:
-        what = f"there is no model {name[:100]!r}; there are {', '.join(askers)}"
-        raise Refused(404, what, param="model", code="model_not_found")
+def _known_model(name: str, prompt_builders: Mapping[str, PromptBuilder]) -> str:
+    if name not in prompt_builders:
+        what = f"there is no model {name[:100]!r}; there are {', '.join(prompt_builders)}"
+        raise RequestError(404, what, param="model", code="model_not_found")
     return name
 
 
-async def _complete(request: Request, models: Models, bounds: Bounds, *, chat: bool) -> Response:
+async def _complete(
+    http_request: Request, kind: type[ChatRequest] | type[TextRequest], models: Models, limits: Limits
+) -> Response:
     # browsers send other types to other sites without asking them first
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "the request's Content-Type must be application/json")
-    content = await _body(request)
-    asking = read_request(content, chat=chat, usual=bounds.usual, limit=bounds.max_new_tokens_limit)
-    asker = models.askers[_known(asking.model, models.askers)]
-    questions = await asyncio.get_running_loop().run_in_executor(
-        models.tokenizing, _questions, asking, asker, bounds.positions
+    if http_request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(415, "the request's Content-Type must be application/json")
+    request = read_request(await _body(http_request), kind)
+    settings = answer_settings(request, limits.defaults, limits.max_new_tokens_limit)
+    prompt_builder = models.prompt_builders[_known_model(request.model, models.prompt_builders)]
+    loop = asyncio.get_running_loop()
+    prompts = await loop.run_in_executor(
+        models.tokenizing, _prompts, request, settings.max_new_tokens, prompt_builder, limits.positions
     )
     events: Events = asyncio.Queue()
-    loop = asyncio.get_running_loop()
 
-    def teller(index: int) -> Callable[[str | Reply | Exception], None]:
-        def tell(event: str | Reply | Exception) -> None:
+    def notifier(index: int) -> Callable[[str | Reply | Exception], None]:
+        def notify(event: str | Reply | Exception) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-        return tell
+        return notify
 
     jobs = [
-        Job(asking.model, question, asking.how, asking.stops, asking.stream, teller(index))
-        for index, question in enumerate(questions)
+        Job(request.model, prompt, settings, tuple(request.stop), request.stream, notifier(index))
+        for index, prompt in enumerate(prompts)
     ]
     try:
-        models.worker.put(jobs)
+        models.worker.submit(jobs)
     except Busy as error:
-        raise Refused(429, f"{error}: ask again later", code="rate_limit_exceeded") from None
-    form, prompts = Form.of(asking), [question.token_ids.tolist() for question in questions]
-    # nothing is cut without a word
-    headers = {"Yeonma-Shortened": "true"} if any(question.shortened for question in questions) else None
-    if asking.stream:
-        parts = _streamed(form, jobs, events, sum(map(len, prompts)))
-        return StreamingResponse(parts, headers=headers, media_type="text/event-stream")
-    return JSONResponse(form.whole(await _replies(request, jobs, events), prompts), headers=headers)
+        raise RequestError(429, f"{error}: try again later", code="rate_limit_exceeded") from None
+    writer, prompt_ids = ResponseWriter.of(request), [prompt.token_ids.tolist() for prompt in prompts]
+    # no prompt is shortened silently
+    headers = {"Yeonma-Shortened": "true"} if any(prompt.shortened for prompt in prompts) else None
+    if request.stream:
+        chunks = _streamed(writer, jobs, events, sum(map(len, prompt_ids)))
+        return StreamingResponse(chunks, headers=headers, media_type="text/event-stream")
+    replies = await _replies(http_request, jobs, events)
+    return JSONResponse(writer.complete(replies, prompt_ids), headers=headers)
 
 
 async def _body(request: Request) -> bytes:
-    refused = Refused(413, f"the request is larger than {MOST_BYTES:,} bytes", code="request_too_large")
+    too_large = RequestError(
+        413, f"the request is larger than {MAX_BODY_BYTES:,} bytes", code="request_too_large"
+    )
     length = request.headers.get("content-length", "")
-    if "expect" in request.headers and length.isdecimal() and int(length) > MOST_BYTES:
-        raise refused  # its sender waits for leave
+    if "expect" in request.headers and length.isdecimal() and int(length) > MAX_BODY_BYTES:
+        raise too_large  # the client waits for permission to send
     parts, size = [], 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size > READ_BYTES:
+            if size > MAX_READ_BYTES:
                 break
-            if size <= MOST_BYTES:
+            if size <= MAX_BODY_BYTES:
                 parts.append(part)
     except ClientDisconnect:
-        raise Refused(400, "the request ended too early") from None
-    if size > MOST_BYTES:
-        raise refused
+        raise RequestError(400, "the request ended too early") from None
+    if size > MAX_BODY_BYTES:
+        raise too_large
     return b"".join(parts)
 
 
-def _questions(asking: Asking, asker: PromptBuilder, positions: int | None) -> list[Prompt]:
-    """What the model is asked, as token ids. Raises Refused for what the template, or the model, has no room for."""
-    room = asking.how.max_new_tokens
+def _prompts(
+    request: ChatRequest | TextRequest,
+    max_new_tokens: int,
+    prompt_builder: PromptBuilder,
+    positions: int | None,
+) -> list[Prompt]:
+    """The request's prompts as token ids. Raises RequestError if the template or the model has no room for them."""
     try:
-        if asking.chat:
-            row = row_of_messages(asker.adapter.template, asking.prompt)
-            questions = asker.questions([row], max_new_tokens=room)
+        if isinstance(request, ChatRequest):
+            row = row_of_messages(prompt_builder.adapter.template, request.messages)
+            prompts = prompt_builder.questions([row], max_new_tokens=max_new_tokens)
         else:
-            if len(asking.prompt) > MOST_TEXTS:
-                raise Refused(400, f"more than {MOST_TEXTS} prompts", param="prompt")
-            questions = [asker.text_question(text) for text in asking.prompt]
+            prompts = [prompt_builder.text_question(text) for text in request.prompt]
     except UserError as error:
-        raise Refused(400, str(error), param="messages" if asking.chat else "prompt") from None
-    longest = max(len(question.token_ids) for question in questions)
-    if positions is not None and longest + room > positions:
-        what = f"{longest} tokens and {room} new ones are more than the model's {positions}: ask for less"
-        raise Refused(400, what, param="max_tokens", code="context_length_exceeded")
-    return questions
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        raise RequestError(400, str(error), param=param) from None
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if positions is not None and longest + max_new_tokens > positions:
+        what = (
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions: "
+            "shorten the prompt or lower max_tokens"
+        )
+        raise RequestError(400, what, param="max_tokens", code="context_length_exceeded")
+    return prompts
 
 
 async def _replies(request: Request, jobs: Sequence[Job], events: Events) -> list[Reply]:
-    """All answers; whoever hangs up is not worked for."""
-    found: dict[int, Reply] = {}
-    watcher = asyncio.ensure_future(_hung_up(request, jobs, events))
+    """The replies to all prompts. If the client disconnects, the jobs are cancelled."""
+    replies: dict[int, Reply] = {}
+    watcher = asyncio.ensure_future(_cancel_on_disconnect(request, jobs, events))
     try:
-        while len(found) < len(jobs):
+        while len(replies) < len(jobs):
             index, event = await events.get()
             if isinstance(event, Exception):
-                raise _failed(event)
+                raise _worker_error(event)
             if isinstance(event, Reply):
-                found[index] = event
+                replies[index] = event
     except BaseException:
-        _leave(jobs)
+        _cancel(jobs)
         raise
     finally:
         watcher.cancel()
-    return [found[index] for index in range(len(jobs))]
+    return [replies[index] for index in range(len(jobs))]
 
 
-async def _hung_up(request: Request, jobs: Sequence[Job], events: Events) -> None:
+async def _cancel_on_disconnect(request: Request, jobs: Sequence[Job], events: Events) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    _leave(jobs)
-    events.put_nowait((0, Busy("nobody waits any more")))
+    _cancel(jobs)
+    events.put_nowait((0, Busy("the client disconnected")))
 
 
-def _leave(jobs: Sequence[Job]) -> None:
+def _cancel(jobs: Sequence[Job]) -> None:
     for job in jobs:
-        job.gone.set()
+        job.cancelled.set()
 
 
 async def _streamed(
-    form: Form, jobs: Sequence[Job], events: Events, prompt_tokens: int
+    writer: ResponseWriter, jobs: Sequence[Job], events: Events, prompt_tokens: int
 ) -> AsyncIterator[str]:
-    """The answers as server-sent events, text as it comes."""
-    tokens, left = 0, len(jobs)
+    """The answers as server-sent events, text as it is generated."""
+    tokens, running = 0, len(jobs)
     try:
-        for each in form.first():
-            yield _event(each)
-        while left:
+        for chunk in writer.stream_start():
+            yield _event(chunk)
+        while running:
             index, event = await events.get()
             if isinstance(event, Exception):
-                yield _event(_failed(event).body)
+                yield _event(_worker_error(event).body)
                 return
             if isinstance(event, Reply):
-                yield _event(form.last(event, index))
+                yield _event(writer.stream_end(event, index))
                 tokens += len(event.token_ids)
-                left -= 1
+                running -= 1
             else:
-                yield _event(form.part(event, index))
-        for each in form.usage(prompt_tokens, tokens):
-            yield _event(each)
+                yield _event(writer.stream_text(event, index))
+        for chunk in writer.stream_usage(prompt_tokens, tokens):
+            yield _event(chunk)
         yield "data: [DONE]\n\n"
     finally:
-        _leave(jobs)
+        _cancel(jobs)
 
 
-def _failed(error: Exception) -> Refused:
-    if isinstance(error, Busy | NoRoom):
-        return Refused(503, str(error))
+def _worker_error(error: Exception) -> RequestError:
+    if isinstance(error, Busy | PromptTooLarge):
+        return RequestError(503, str(error))
     log.error("an answer failed", exc_info=error)
-    return Refused(500, "the server failed; its output says how")
+    return _internal_error()
 
 
 def _event(value: dict[str, Any]) -> str:
-    # ASCII alone: some clients take U+2028 and its like for the end of a line
+    # ASCII only: some clients take U+2028 and the like for a line break
     return f"data: {json.dumps(value)}\n\n"

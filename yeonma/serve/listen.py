@@ -1,4 +1,4 @@
-"""Where a server listens, and the key that its requests must bring. No torch here."""
+"""The listening socket, and the API key that requests must send. No torch here."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from yeonma.errors import UserError
 KEY = "YEONMA_API_KEY"
 
 
-def key_of(given: str | None, environment: Mapping[str, str]) -> str | None:
-    """The key that requests must bring. Raises UserError for one that no header can hold."""
-    key = given or environment.get(KEY) or None
+def api_key(setting: str | None, environment: Mapping[str, str]) -> str | None:
+    """The key that requests must send. Raises UserError if no header can hold it."""
+    key = setting or environment.get(KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        what = "the key holds blanks or characters other than ASCII's"
-        raise UserError(what, place="--api_key" if given else KEY, cure="choose another one")
+        what = "the key contains spaces or non-ASCII characters"
+        raise UserError(what, place="--api_key" if setting else KEY, cure="choose another key")
     return key
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
-    """A socket that listens. Raises UserError where that cannot be, and where others could ask without a key."""
+    """A listening socket. Raises UserError if it cannot be opened, or if other machines could connect without a key."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         raise UserError("no such address", place=f"--host {host}", cure="use 127.0.0.1 or 0.0.0.0") from None
-    family, kind, protocol, _, address = found[0]
+    family, kind, protocol, _, address = addresses[0]
     if not _is_loopback(str(address[0])) and key is None:
-        what = "other machines could ask, and there is no key"
-        raise UserError(what, place=f"--host {host}", cure=f"set ${KEY}, or leave --host out")
+        what = "other machines could connect, and no API key is set"
+        raise UserError(what, place=f"--host {host}", cure=f"set ${KEY}, or leave out --host")
     try:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise _cannot_listen(host, port, error) from error
+        raise _listen_error(host, port, error) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)  # whoever asks before the weights are loaded waits
+        listener.listen(128)  # connections made before the weights are loaded wait
     except OSError as error:
         listener.close()
-        raise _cannot_listen(host, port, error) from error
+        raise _listen_error(host, port, error) from error
     return listener
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
+def _listen_error(host: str, port: int, error: OSError) -> UserError:
     if error.errno == errno.EADDRINUSE:
-        cure = "stop the other server, or choose another port; --port 0 takes a free one"
+        cure = "stop the other server, or choose another port; --port 0 picks a free one"
         return UserError(f"the port is in use at {host}", place=f"--port {port}", cure=cure)
     if error.errno in (errno.EACCES, errno.EPERM):
-        return UserError("you may not listen there", place=f"--port {port}", cure="use one from 1024 on")
+        what = "you are not allowed to listen on this port"
+        return UserError(what, place=f"--port {port}", cure="use a port from 1024 on")
     reason = error.strerror or str(error)
     return UserError(f"cannot listen there ({reason})", place=f"--host {host}", cure="use 127.0.0.1")
 
@@ -61,7 +62,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def is_local(listener: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether only this machine can connect."""
     return _is_loopback(listener.getsockname()[0])
 
 

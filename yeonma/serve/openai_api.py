@@ -1,7 +1,7 @@
-"""OpenAI's requests and responses for text, as far as an adapter can answer them. Pure: no server here.
+"""Requests and responses of OpenAI's completions API, as far as an adapter can serve them. Pure: no server here.
 
-What a request asks for and cannot have is refused by name; nothing is passed over that would change the answer.
-https://platform.openai.com/docs/api-reference/chat and .../completions have the forms.
+Pydantic models check the requests. A parameter that would change the answer and is not supported is refused by name,
+never ignored. Reference: https://platform.openai.com/docs/api-reference/chat and .../completions.
 """
 
 from __future__ import annotations
@@ -12,59 +12,36 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from yeonma.config.parse import describe, settings_of
 from yeonma.config.settings import AnswerSettings
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
 
-READ = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
-"""Settings of an answer that a request may bring; top_k and repetition_penalty are not OpenAI's, clients send them as
-extras."""
-KNOWN = settings_of((AnswerSettings,))
-MOST_STOPS = 4  # OpenAI's own bound
-WITHOUT_EFFECT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "parallel_tool_calls",
-    "verbosity",
-)
-"""Fields that change no answer here."""
-AS_DEFAULT: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-}
-"""Fields that are accepted with these values alone (or null), which ask for what is done anyway."""
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+"""Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
+SETTINGS = settings_of((AnswerSettings,))
+MAX_STOPS = 4
+"""OpenAI's own limit."""
+MAX_PROMPTS = 64
+"""Prompts that one completion request may hold."""
+TOKEN_COUNT = "a whole number of at least 1"
+UNSUPPORTED = "unsupported_parameter"
 
 
-class Refused(Exception):
-    """A request that gets no answer: an HTTP status, and OpenAI's form of an error."""
+class RequestError(Exception):
+    """A request that is refused, with its HTTP status and OpenAI's error body."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
-        super().__init__(_utf8(message))
+        super().__init__(_without_lone_surrogates(message))
         self.status, self.code = status, code
-        self.param = None if param is None else _utf8(param)
+        self.param = None if param is None else _without_lone_surrogates(param)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -72,243 +49,320 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def _utf8(text: str) -> str:
-    """The text without half characters, which JSON can spell and no response can hold."""
+def _without_lone_surrogates(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no UTF-8 response can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
-@dataclass(frozen=True)
-class Asking:
-    """A request, checked: which model, what it is asked, and how it is to answer."""
+def _only(*values: object) -> AfterValidator:
+    """Accepts only values that ask for what is done anyway. True and False are not 1 and 0 here."""
 
-    chat: bool
-    model: str
-    prompt: Any  # a list of messages, or texts to continue
-    how: AnswerSettings
-    stops: tuple[str, ...]
-    stream: bool
-    stream_usage: bool
-    token_ids: bool
-    """Whether the ids are wanted too: vLLM's `return_token_ids`."""
+    def check(value: object) -> object:
+        if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in values):
+            raise PydanticCustomError(UNSUPPORTED, "not supported")
+        return value
+
+    return AfterValidator(check)
 
 
-def read_request(content: bytes, *, chat: bool, usual: AnswerSettings, limit: int) -> Asking:
-    """The body of a chat completion's request, or of a completion's. `usual` is what holds where it does not say, and
-    `limit` the most tokens that it may ask for. Raises Refused."""
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-    if not isinstance(body, dict):
-        raise Refused(400, "the body is not a JSON object")
-    body = {name: value for name, value in body.items() if value is not None}
-    prompt_name = "messages" if chat else "prompt"
-    for name in ("model", prompt_name):
-        if name not in body:
-            raise Refused(400, f"{name} is missing", param=name)
-    if not isinstance(body["model"], str):
-        raise Refused(400, "model is not a text", param="model")
-    limits = ("max_tokens", "max_completion_tokens") if chat else ("max_tokens",)
-    own = {"model", prompt_name, "stop", "stream", "stream_options", "return_token_ids", *limits, *READ}
-    own.update(WITHOUT_EFFECT)
-    for name, value in body.items():
-        if name in own:
-            continue
-        if name not in AS_DEFAULT:
-            raise Refused(400, f"there is no {name} here", param=name, code="unsupported_parameter")
-        if not any(
-            value == each and isinstance(value, bool) == isinstance(each, bool) for each in AS_DEFAULT[name]
-        ):
-            raise Refused(
-                400, f"{name} cannot be had here: leave it out", param=name, code="unsupported_parameter"
-            )
-    options = body.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise Refused(400, "stream_options is not an object", param="stream_options")
-    flags = {"stream": body.get("stream", False), "include_usage": options.get("include_usage", False)}
-    flags["return_token_ids"] = body.get("return_token_ids", False)
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise Refused(400, f"{name} is not true or false", param=name)
-    if flags["stream"] and flags["return_token_ids"]:
-        raise Refused(400, "a stream brings no token ids: leave one of the two out", param="return_token_ids")
-    return Asking(
-        chat,
-        body["model"],
-        body[prompt_name] if chat else _texts(body["prompt"]),
-        _how(body, limits, usual, limit),
-        _stops(body.get("stop", [])),
-        flags["stream"],
-        flags["include_usage"],
-        flags["return_token_ids"],
+def _in_range(name: str) -> AfterValidator:
+    """The range of the answer setting `name`, which has neither infinity nor NaN."""
+
+    def check(value: float) -> float:
+        limits = SETTINGS[name].range
+        if limits is not None and value not in limits:
+            raise ValueError("out of range")
+        return value
+
+    return AfterValidator(check)
+
+
+def _sampling(name: str) -> Any:
+    return Field(default=None, description=describe(SETTINGS[name]))
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class TextPart(BaseModel):
+    """One part of a message's content."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    type: Annotated[str, _only("text")]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a conversation. Its content may be split into parts."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    role: str = Field(description="a string")
+    content: str | list[TextPart] = Field(description="a string, or a list of parts of type text")
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains besides text."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    include_usage: bool = Field(default=False, description="true or false")
+
+
+class CompletionParameters(BaseModel):
+    """What both kinds of request have in common. null counts as left out."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model: str = Field(description="a string")
+    max_tokens: int | None = Field(default=None, ge=1, description=TOKEN_COUNT)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
+        default=[],
+        max_length=MAX_STOPS,
+        description=f"a string, or a list of at most {MAX_STOPS} strings, none of them empty",
+    )
+    stream: bool = Field(default=False, description="true or false")
+    stream_options: StreamOptions = Field(default=StreamOptions(), description="an object")
+    return_token_ids: bool = Field(default=False, description="true or false")
+    """vLLM's extension: return the token ids of prompt and answer."""
+
+    temperature: Annotated[float, _in_range("temperature")] | None = _sampling("temperature")
+    top_p: Annotated[float, _in_range("top_p")] | None = _sampling("top_p")
+    top_k: Annotated[int, _in_range("top_k")] | None = _sampling("top_k")
+    repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = _sampling(
+        "repetition_penalty"
+    )
+    seed: Annotated[int, _in_range("seed")] | None = _sampling("seed")
+
+    # parameters that change no answer here
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: Any = None
+    verbosity: Any = None
+
+    # parameters that are accepted only with the values that change no answer
+    n: Annotated[Any, _only(1)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only("")] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+
+
+class ChatRequest(CompletionParameters):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, description="a list of messages, at least one")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description=TOKEN_COUNT)
+
+
+class TextRequest(CompletionParameters):
+    """The body of POST /v1/completions: texts to continue."""
+
+    prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        min_length=1,
+        max_length=MAX_PROMPTS,
+        description=f"a string, or a list of 1 to {MAX_PROMPTS} strings",
     )
 
 
-def _texts(prompt: Any) -> list[str]:
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise Refused(400, "prompt is not a text, nor a list of texts", param="prompt")
-    return texts
+Request = TypeVar("Request", bound=CompletionParameters)
+NESTED: Mapping[str, type[BaseModel]] = {"messages": Message, "stream_options": StreamOptions}
 
 
-def _stops(stop: Any) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
-        raise Refused(400, "stop is not a text, nor a list of texts", param="stop")
-    if len(stops) > MOST_STOPS:
-        raise Refused(400, f"more than {MOST_STOPS} stop texts", param="stop")
-    return tuple(stops)
+def read_request(content: bytes, kind: type[Request]) -> Request:
+    """Parses and checks the body of a request. Raises RequestError with the first problem."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        raise RequestError(400, "the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body is not a JSON object")
+    try:
+        request = kind.model_validate(
+            {_without_lone_surrogates(name): value for name, value in body.items() if value is not None}
+        )
+    except ValidationError as error:
+        raise _request_error(kind, error) from None
+    if request.stream and request.return_token_ids:
+        what = "a stream contains no token ids: leave out stream or return_token_ids"
+        raise RequestError(400, what, param="return_token_ids")
+    return request
 
 
-def _how(body: Mapping[str, Any], limits: Sequence[str], usual: AnswerSettings, limit: int) -> AnswerSettings:
-    """Without a seed of its own every request draws anew, as with OpenAI."""
-    given: dict[str, Any] = {"seed": secrets.randbits(32)}
-    for name in READ:
-        if name not in body:
+def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestError:
+    """OpenAI's error for the first problem that pydantic found."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    location = problem["loc"]
+    param = str(location[0])
+    if len(location) == 1 and problem["type"] == "extra_forbidden":
+        return RequestError(400, f"{param} is not supported", param=param, code=UNSUPPORTED)
+    if len(location) == 1 and problem["type"] == UNSUPPORTED:
+        what = f"{param} is not supported with this value: leave it out"
+        return RequestError(400, what, param=param, code=UNSUPPORTED)
+    place, index, description, model = "", "", "", kind
+    for part in location:
+        if isinstance(part, int):
+            index = f"[{part}]"
+        elif (field := model.model_fields.get(part)) is not None:
+            place = f"{place}{index}.{part}" if place else part
+            description, model = field.description or "", NESTED.get(part, model)
+        else:  # the name of one type of a union
+            break
+    is_missing = problem["type"] == "missing" and part == location[-1]
+    return RequestError(
+        400, f"{place} {'is missing' if is_missing else f'must be {description}'}", param=param
+    )
+
+
+def answer_settings(
+    request: ChatRequest | TextRequest, defaults: AnswerSettings, limit: int
+) -> AnswerSettings:
+    """How to answer: the request's settings, and `defaults` for the rest. As with OpenAI, a request without a seed gets
+    a random one. Raises RequestError for more than `limit` new tokens."""
+    chosen: dict[str, Any] = {"seed": secrets.randbits(32)}
+    chosen |= {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+    for name in ("max_tokens", "max_completion_tokens"):
+        max_new_tokens = getattr(request, name, None)
+        if max_new_tokens is None:
             continue
-        value, setting = body[name], KNOWN[name]
-        kinds = (int, float) if float in setting.members else (int,)
-        fits = isinstance(value, kinds) and not isinstance(value, bool)
-        if not fits or (setting.range is not None and value not in setting.range):
-            raise Refused(400, f"{name} is not {describe(setting)}", param=name)
-        given[name] = value
-    for name in limits:
-        if name not in body:
-            continue
-        given["max_new_tokens"] = wanted = body[name]
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-            raise Refused(400, f"{name} is not a whole number of at least 1", param=name)
-        if wanted > limit:
-            what = f"{name} is {wanted}, and this server gives at most {limit}"
-            raise Refused(400, what, param=name, code="max_tokens_too_large")
-    return replace(usual, **given)
+        if max_new_tokens > limit:
+            what = f"{name} is {max_new_tokens}, but this server allows at most {limit}"
+            raise RequestError(400, what, param=name, code="max_tokens_too_large")
+        chosen["max_new_tokens"] = max_new_tokens
+    return replace(defaults, **chosen)
 
 
-def row_of_messages(template: Template, messages: Any) -> Row:
-    """The row that a conversation stands for: what is asked with it is what a row of the data set would be asked with.
+def row_of_messages(template: Template, messages: Sequence[Message]) -> Row:
+    """The row that a conversation stands for, so that its prompt is the one that training would have made of that row.
 
-    A template of turn lists takes the messages as they are. Any other has its own frame, so that there is one message,
-    the user's: its text is the template's field; where a row may need several fields, it is a JSON object with a text
-    for each, or plain text for the field of a variant that has one alone. Raises Refused for a conversation that the
-    template has no place for.
+    A template of turn lists takes the messages as they are. Every other template has a frame of its own and takes one
+    user message: the text of its field. If rows may have several fields, the message is a JSON object with a text for
+    each, or plain text if a variant of the template has one field alone. Raises RequestError for any other
+    conversation.
     """
-    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        raise Refused(400, "messages is not a list of messages", param="messages")
-    turns = [
-        {"role": each.get("role"), "content": _content(each.get("content"), at)}
-        for at, each in enumerate(messages)
-    ]
     if template.is_chat:
-        if turns[-1]["role"] == "assistant":
-            raise Refused(
-                400, "the last message is the assistant's: there is nothing to answer", param="messages"
-            )
+        if messages[-1].role == "assistant":
+            what = "the last message is the assistant's: there is nothing to answer"
+            raise RequestError(400, what, param="messages")
+        turns = [{"role": message.role, "content": message.text} for message in messages]
         return Row(1, {template.answer_field: turns}, "messages")
-    if len(turns) != 1 or turns[0]["role"] != "user":
-        what = "this model was trained with a frame of its own and answers one message, of the role user"
-        raise Refused(400, what, param="messages")
-    content = turns[0]["content"]
+    if len(messages) != 1 or messages[0].role != "user":
+        what = "this model was trained with its own prompt template and answers exactly one message, with role user"
+        raise RequestError(400, what, param="messages")
+    content = messages[0].text
     fields = sorted({name for variant in template.variants for name in variant.prompt_fields})
     if len(fields) == 1:
         return Row(1, {fields[0]: content}, "messages")
     alone = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
     if alone is not None and not content.lstrip().startswith("{"):
         return Row(1, {alone: content}, "messages")
-    what = f"the message must be a JSON object with the texts of {', '.join(fields)}"
+    what = f"the message must be a JSON object with these string fields: {', '.join(fields)}"
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
-        raise Refused(400, what, param="messages") from None
+        raise RequestError(400, what, param="messages") from None
     if not isinstance(values, dict) or not all(
         (value is None or isinstance(value, str)) for value in values.values()
     ):
-        raise Refused(400, what, param="messages")
+        raise RequestError(400, what, param="messages")
     unknown = sorted(values.keys() - set(fields))
     if unknown:
-        raise Refused(400, f"there is no field {unknown[0]!r:.100}; {what}", param="messages")
+        raise RequestError(400, f"there is no field {unknown[0]!r:.100}; {what}", param="messages")
     return Row(1, values, "messages")
-
-
-def _content(content: Any, at: int) -> str:
-    """A message's text, which may come in parts."""
-    if isinstance(content, str):
-        return content
-    place = f"messages[{at}].content"
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise Refused(400, f"{place} is not a text", param="messages")
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Refused(400, f"{place} holds something other than text", param="messages")
-    return "".join(part["text"] for part in content)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer's text, and why it ended where it did."""
+    """The text of an answer, and why it ended."""
 
     text: str
     token_ids: tuple[int, ...]
-    """Without the token that ended it."""
-    ended: bool
-    """By a stop token or a stop text, not by its length."""
+    """Without the token that ended the answer."""
+    stopped: bool
+    """Whether a stop token or a stop text ended it, not its length."""
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self.ended else "length"
+        return "stop" if self.stopped else "length"
 
 
 @dataclass(frozen=True)
-class Form:
-    """The responses to one request; they share an id and a time."""
+class ResponseWriter:
+    """Writes the responses to one request, which share an id and a time."""
 
-    asking: Asking
+    request: ChatRequest | TextRequest
     id: str
     created: int
 
     @staticmethod
-    def of(asking: Asking) -> Form:
-        prefix = "chatcmpl" if asking.chat else "cmpl"
-        return Form(asking, f"{prefix}-{uuid.uuid4().hex}", int(time.time()))
+    def of(request: ChatRequest | TextRequest) -> ResponseWriter:
+        prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+        return ResponseWriter(request, f"{prefix}-{uuid.uuid4().hex}", int(time.time()))
 
-    def whole(self, replies: Sequence[Reply], prompts: Sequence[list[int]]) -> dict[str, Any]:
-        """`prompts`: the ids that each reply is the answer to."""
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.request, ChatRequest)
+
+    def complete(self, replies: Sequence[Reply], prompts: Sequence[list[int]]) -> dict[str, Any]:
+        """The whole response. `prompts`: the token ids that each reply answers."""
         choices = []
-        for at, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
-            said: dict[str, Any] = {"text": reply.text}
-            if self.asking.chat:
-                said = {"message": {"role": "assistant", "content": reply.text}}
-            if self.asking.token_ids:
-                said["token_ids"] = list(reply.token_ids)
-                if not self.asking.chat:
-                    said["prompt_token_ids"] = prompt
-            choices.append({"index": at, **said, "logprobs": None, "finish_reason": reply.finish_reason})
+        for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
+            choice: dict[str, Any] = {"index": index}
+            if self.is_chat:
+                choice["message"] = {"role": "assistant", "content": reply.text}
+            else:
+                choice["text"] = reply.text
+            if self.request.return_token_ids:
+                choice["token_ids"] = list(reply.token_ids)
+                if not self.is_chat:
+                    choice["prompt_token_ids"] = prompt
+            choices.append({**choice, "logprobs": None, "finish_reason": reply.finish_reason})
         usage = usage_of(sum(map(len, prompts)), sum(len(reply.token_ids) for reply in replies))
-        ids = {"prompt_token_ids": prompts[0]} if self.asking.chat and self.asking.token_ids else {}
+        ids = {"prompt_token_ids": prompts[0]} if self.is_chat and self.request.return_token_ids else {}
         return {**self._head(""), "choices": choices, "usage": usage, **ids}
 
-    def first(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.asking.chat else []
+    def stream_start(self) -> list[dict[str, Any]]:
+        """The chunks that a stream begins with."""
+        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.is_chat else []
 
-    def part(self, text: str, at: int = 0) -> dict[str, Any]:
-        return self._chunk({"delta": {"content": text}} if self.asking.chat else {"text": text}, at)
+    def stream_text(self, text: str, index: int = 0) -> dict[str, Any]:
+        return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text}, index)
 
-    def last(self, reply: Reply, at: int = 0) -> dict[str, Any]:
-        return self._chunk({"delta": {}} if self.asking.chat else {"text": ""}, at, reply.finish_reason)
+    def stream_end(self, reply: Reply, index: int = 0) -> dict[str, Any]:
+        return self._chunk({"delta": {}} if self.is_chat else {"text": ""}, index, reply.finish_reason)
 
-    def usage(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
-        """What a stream ends with, where that was asked for."""
-        if not self.asking.stream_usage:
+    def stream_usage(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
+        """The chunks that a stream ends with: its usage, if the request asked for it."""
+        if not self.request.stream_options.include_usage:
             return []
         return [{**self._head(".chunk"), "choices": [], "usage": usage_of(prompt_tokens, tokens)}]
 
-    def _chunk(self, said: dict[str, Any], at: int = 0, finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": at, **said, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, content: dict[str, Any], index: int = 0, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head(".chunk"), "choices": [choice]}
 
     def _head(self, chunk: str) -> dict[str, Any]:
-        kind = f"chat.completion{chunk}" if self.asking.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.asking.model}
+        kind = f"chat.completion{chunk}" if self.is_chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
 
 def usage_of(prompt_tokens: int, tokens: int) -> dict[str, int]:

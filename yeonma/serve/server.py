@@ -1,4 +1,4 @@
-"""Adapter folders -> a server that answers as OpenAI's does: which models, by which names, in memory once."""
+"""Adapter folders -> an OpenAI-compatible server: which models it serves under which names, with one base in memory."""
 
 from __future__ import annotations
 
@@ -24,184 +24,199 @@ from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.lora import speed_up
 from yeonma.model.kernels.patch import patch
 from yeonma.model.load import check_vocabulary, load_adapter, load_another, load_base, pick_device, pick_dtype
-from yeonma.serve.app import Bounds, Models, make_app
+from yeonma.serve.app import Limits, Models, make_app
 from yeonma.serve.listen import is_local
 from yeonma.serve.worker import ServedModel, Worker
 
-MOST_WAITING = 256  # questions
-GRACE_SECONDS = 3  # that answers at work have when the server is told to stop
-LOOK_SECONDS = 0.1  # between looks whether it is
+MAX_WAITING = 256
+"""Prompts in the queue."""
+GRACE_SECONDS = 3
+"""That running answers have when the server shuts down."""
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Served:
-    """The models by their names in requests: adapters of one base, and the base itself under `base_name`."""
+class ServedAdapters:
+    """Adapters of one base by their names in requests; the base itself is served as `base_name`."""
 
-    askers: Mapping[str, PromptBuilder]
+    prompt_builders: Mapping[str, PromptBuilder]
     base_name: str
 
     @property
     def first(self) -> PromptBuilder:
-        return next(iter(self.askers.values()))
+        return next(iter(self.prompt_builders.values()))
 
     @property
     def names(self) -> list[str]:
-        return [*self.askers, self.base_name]
+        return [*self.prompt_builders, self.base_name]
 
 
-def open_served(asked: ServeSettings) -> Served:
-    """What the settings name, without weights. Raises UserError with all that is wrong with any of the folders."""
-    specs = asked.adapter_dirs
+def open_adapters(settings: ServeSettings) -> ServedAdapters:
+    """Opens the adapter folders, without weights. Raises UserError with the problems of all of them."""
+    folders = settings.adapter_dirs
     problems: list[Problem] = []
-    askers: list[PromptBuilder] = []
-    for spec in specs:
+    prompt_builders: list[PromptBuilder] = []
+    for folder in folders:
         try:
-            asker = open_folder(spec, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code)
-            if asker.adapter.is_merged:
+            prompt_builder = open_folder(
+                folder, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
+            )
+            if prompt_builder.adapter.is_merged:
                 cure = "give the folder of the adapter that was merged"
-                raise UserError("it is a merged model", place=spec, cure=cure)
-            _check_room(asker, asked.max_new_tokens)
-            askers.append(asker.by_field_names())
+                raise UserError("this is a merged model", place=folder, cure=cure)
+            _check_cutoff(prompt_builder, settings.max_new_tokens)
+            prompt_builders.append(prompt_builder.by_field_names())
         except UserError as error:
             problems += error.problems
-    if not specs:
-        problems.append(Problem("no adapter is named", "adapter_dirs", "give an adapter folder, or several"))
-    paths = [os.path.realpath(asker.adapter.path) for asker in askers]
+    if not folders:
+        problems.append(Problem("no adapter is given", "adapter_dirs", "give one adapter folder or several"))
     problems += [
-        Problem("named twice", spec, "name each adapter once")
-        for at, spec in enumerate(specs)
-        if spec in specs[:at]
+        Problem("given twice", folder, "give each adapter once")
+        for index, folder in enumerate(folders)
+        if folder in folders[:index]
     ]
-    problems += _held_differently(asked, askers)
-    bases = {place_of(asker.source): asker for asker in askers}
+    problems += _quantization_problems(settings, prompt_builders)
+    bases = {place_of(prompt_builder.source): prompt_builder for prompt_builder in prompt_builders}
     if len(bases) > 1 and not problems:
         one, other = list(bases.values())[:2]
-        what = f"its base is {other.source.name}, that of {one.adapter.path} is {one.source.name}"
-        cure = "serve it by a second command at another --port"
+        what = f"its base is {other.source.name}, but that of {one.adapter.path} is {one.source.name}"
+        cure = "serve it with a second command on another --port"
         problems.append(Problem(what, str(other.adapter.path), cure))
-    if asked.max_new_tokens > asked.max_new_tokens_limit:
-        what = f"{asked.max_new_tokens} is more than max_new_tokens_limit {asked.max_new_tokens_limit}"
-        problems.append(Problem(what, "max_new_tokens", "lower the one, or raise the other"))
+    if settings.max_new_tokens > settings.max_new_tokens_limit:
+        what = f"{settings.max_new_tokens} exceeds max_new_tokens_limit {settings.max_new_tokens_limit}"
+        problems.append(Problem(what, "max_new_tokens", "lower it, or raise the limit"))
     if problems:
         raise UserError(problems)
-    base = askers[0].source
+    base = prompt_builders[0].source
+    paths = [os.path.realpath(prompt_builder.adapter.path) for prompt_builder in prompt_builders]
     *names, base_name = short_names([*paths, place_of(base)[0]])
-    return Served(dict(zip(names, askers, strict=True)), base_name if os.path.isdir(base.name) else base.name)
+    return ServedAdapters(
+        dict(zip(names, prompt_builders, strict=True)),
+        base_name if os.path.isdir(base.name) else base.name,
+    )
 
 
-def _held_differently(asked: ServeSettings, askers: Sequence[PromptBuilder]) -> list[Problem]:
-    kinds = {held_as(asked.quantization, asker.adapter): asker.adapter.path for asker in askers}
-    if len(kinds) < 2:
-        return []
-    (one, first), (other, path) = list(kinds.items())[:2]
-    what = f"it was trained on a base with quantization {other}, {first} with {one}"
-    return [Problem(what, str(path), "serve it by a second command at another --port, or say --quantization")]
-
-
-def _check_room(asker: PromptBuilder, max_new_tokens: int) -> None:
-    if max_new_tokens >= asker.adapter.rules.cutoff_len:
-        what = (
-            f"{max_new_tokens} new tokens leave no room for a prompt in its {asker.adapter.rules.cutoff_len}"
-        )
-        raise UserError(what, place=str(asker.adapter.path), cure="lower --max_new_tokens")
-
-
-def load_served_models(served: Served, asked: ServeSettings, say: Log) -> dict[str, ServedModel]:
-    """The base with all adapters on it, in memory once. Raises UserError as `load_model`."""
-    device = pick_device(asked.device)
-    source = served.first.source
-    say(f"loading {source.name}")
-    held = held_as(asked.quantization, served.first.adapter)
-    base = load_base(source, device, pick_dtype(asked.dtype, device), held)
-    identity = base_identity(base, source)
-    for asker in served.askers.values():
-        check_base(asker.adapter, identity)
-        check_vocabulary(asker.tokenizer, base.get_input_embeddings().weight.shape[0], source.name)
-    tuned: Any = None
-    inside: dict[str, str] = {}  # PEFT's names, which hold no dots
-    for number, (name, asker) in enumerate(served.askers.items()):
-        folder = str(asker.adapter.path)
-        inside[name] = f"adapter{number}" if number else "default"
-        if tuned is None:
-            tuned = load_adapter(base, folder, trainable=False).eval()
-        else:
-            load_another(tuned, folder, inside[name])
-    forward = check_forest_support(tuned.eval().get_base_model())
-    speed_up(tuned)
-    patch(tuned)
-    if not forward.forest:
-        say(f"answers are computed one by one: {forward.why_not}")
-
-    def speaker(asker: PromptBuilder, active: Callable[[], AbstractContextManager[object]]) -> ServedModel:
-        model = tuned.get_base_model()
-        return ServedModel(model, asker.tokenizer, asker.stop_ids, forward.forest, active)
-
-    found = {
-        name: speaker(asker, partial(_chosen, tuned, inside[name])) for name, asker in served.askers.items()
+def _quantization_problems(
+    settings: ServeSettings, prompt_builders: Sequence[PromptBuilder]
+) -> list[Problem]:
+    """One base is loaded for all adapters, so it has one quantisation."""
+    folders = {
+        held_as(settings.quantization, builder.adapter): builder.adapter.path for builder in prompt_builders
     }
-    return {**found, served.base_name: speaker(served.first, tuned.disable_adapter)}
+    if len(folders) < 2:
+        return []
+    (one, first), (other, path) = list(folders.items())[:2]
+    what = f"it was trained on a base with quantization {other}, but {first} with {one}"
+    cure = "serve it with a second command on another --port, or set --quantization"
+    return [Problem(what, str(path), cure)]
+
+
+def _check_cutoff(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
+    cutoff_len = prompt_builder.adapter.rules.cutoff_len
+    if max_new_tokens >= cutoff_len:
+        what = f"{max_new_tokens} new tokens leave no room for a prompt in its cutoff_len of {cutoff_len}"
+        raise UserError(what, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens")
+
+
+def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: Log) -> dict[str, ServedModel]:
+    """Loads the base once, with all adapters on it. Raises UserError as `load_base` and `check_base`."""
+    device = pick_device(settings.device)
+    source = adapters.first.source
+    say(f"loading {source.name}")
+    quantization = held_as(settings.quantization, adapters.first.adapter)
+    base = load_base(source, device, pick_dtype(settings.dtype, device), quantization)
+    identity = base_identity(base, source)
+    for prompt_builder in adapters.prompt_builders.values():
+        check_base(prompt_builder.adapter, identity)
+        check_vocabulary(prompt_builder.tokenizer, base.get_input_embeddings().weight.shape[0], source.name)
+    peft_model: Any = None
+    peft_names: dict[str, str] = {}  # which may hold no dots
+    for number, (name, prompt_builder) in enumerate(adapters.prompt_builders.items()):
+        folder = str(prompt_builder.adapter.path)
+        peft_names[name] = f"adapter{number}" if number else "default"
+        if peft_model is None:
+            peft_model = load_adapter(base, folder, trainable=False).eval()
+        else:
+            load_another(peft_model, folder, peft_names[name])
+    support = check_forest_support(peft_model.eval().get_base_model())
+    speed_up(peft_model)
+    patch(peft_model)
+    if not support.forest:
+        say(f"answers are generated one at a time: {support.why_not}")
+
+    def served_model(
+        prompt_builder: PromptBuilder, active: Callable[[], AbstractContextManager[object]]
+    ) -> ServedModel:
+        model = peft_model.get_base_model()
+        return ServedModel(model, prompt_builder.tokenizer, prompt_builder.stop_ids, support.forest, active)
+
+    models = {
+        name: served_model(prompt_builder, partial(_active_adapter, peft_model, peft_names[name]))
+        for name, prompt_builder in adapters.prompt_builders.items()
+    }
+    return {**models, adapters.base_name: served_model(adapters.first, peft_model.disable_adapter)}
 
 
 @contextmanager
-def _chosen(tuned: Any, name: str) -> Iterator[None]:
-    if tuned.active_adapter != name:
-        tuned.set_adapter(name, inference_mode=True)
+def _active_adapter(peft_model: Any, name: str) -> Iterator[None]:
+    if peft_model.active_adapter != name:
+        peft_model.set_adapter(name, inference_mode=True)
     yield
 
 
 def run_server(
-    served: Served,
-    speakers: Mapping[str, ServedModel],
-    asked: ServeSettings,
+    adapters: ServedAdapters,
+    models: Mapping[str, ServedModel],
+    settings: ServeSettings,
     listener: socket.socket,
     key: str | None,
     on_ready: Callable[[], None],
 ) -> None:
-    """Answer until the process is interrupted or terminated: then what is at work has a few seconds to end.
+    """Serves until SIGINT or SIGTERM; running answers then have a few seconds to finish.
 
     Raises KeyboardInterrupt after SIGINT.
     """
-    worker = Worker(speakers, asked.batch_size, MOST_WAITING)
+    worker = Worker(models, settings.batch_size, MAX_WAITING)
     tokenizing = ThreadPoolExecutor(1, "tokens")
-    config = next(iter(speakers.values())).model.config.get_text_config()
-    usual = AnswerSettings(max_new_tokens=asked.max_new_tokens, temperature=asked.temperature)
-    bounds = Bounds(
-        usual,
-        asked.max_new_tokens_limit,
+    config = next(iter(models.values())).model.config.get_text_config()
+    limits = Limits(
+        AnswerSettings(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature),
+        settings.max_new_tokens_limit,
         getattr(config, "max_position_embeddings", None),
         key,
         is_local(listener),
     )
 
-    async def end_in_time() -> None:
+    async def abort_after_grace() -> None:
         while not server.should_exit:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         await asyncio.sleep(GRACE_SECONDS)
-        worker.break_off()
+        worker.abort()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         worker.start()
-        ending = asyncio.create_task(end_in_time())
+        aborting = asyncio.create_task(abort_after_grace())
         on_ready()
         try:
             yield
         finally:
-            ending.cancel()
+            aborting.cancel()
             worker.stop()
             tokenizing.shutdown()
 
-    askers = {**served.askers, served.base_name: served.first}
-    app = make_app(Models(askers, worker, tokenizing), bounds, lifespan)
-    settings = uvicorn.Config(
+    prompt_builders = {**adapters.prompt_builders, adapters.base_name: adapters.first}
+    app = make_app(Models(prompt_builders, worker, tokenizing), limits, lifespan)
+    config_of_server = uvicorn.Config(
         app,
         log_config=None,
-        log_level="critical",  # the app tells of its own faults
+        log_level="critical",  # the app logs its own errors
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=10 * GRACE_SECONDS,  # a client that reads nothing must not hold it up
+        timeout_graceful_shutdown=10
+        * GRACE_SECONDS,  # a client that reads nothing must not block the shutdown
         lifespan="on",
     )
-    server = uvicorn.Server(settings)
+    server = uvicorn.Server(config_of_server)
     server.run(sockets=[listener])

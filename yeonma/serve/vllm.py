@@ -1,6 +1,6 @@
-"""vLLM in our place: whether it would ask as the adapters were trained, and the command that runs it.
+"""vLLM as the engine: whether it would use the trained prompt ids, and the command that starts it.
 
-https://docs.vllm.ai/en/latest/features/lora.html and .../serving/openai_compatible_server.html have the flags.
+Flags: https://docs.vllm.ai/en/latest/features/lora.html and .../serving/openai_compatible_server.html.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from yeonma.config.settings import AskedQuantization
 from yeonma.tokenization.chat_template_export import why_not_carried
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` takes, but for 1, which not every version does."""
+"""The values of `--max-lora-rank`, without 1, which not every version accepts."""
 
 
-def is_there() -> bool:
-    """Whether vLLM is installed and there is a GPU for it."""
+def is_available() -> bool:
+    """Whether vLLM is installed and a GPU is there for it."""
     if find_spec("vllm") is None:
         return False
     import torch
@@ -33,7 +33,7 @@ def is_there() -> bool:
 
 @dataclass(frozen=True)
 class VllmPlan:
-    """What vLLM is to serve. `adapters`: by their names in requests, the folders and LoRA ranks."""
+    """What vLLM serves. `adapters`: folder and LoRA rank, by the adapter's name in requests."""
 
     base: str
     base_name: str
@@ -48,24 +48,24 @@ class VllmPlan:
 
 
 def vllm_command(plan: VllmPlan) -> list[str]:
-    """The words of the command line. The key is not among them: vLLM takes it from $VLLM_API_KEY."""
+    """The command line, without the API key: vLLM reads that from $VLLM_API_KEY."""
     folders = [folder for folder, _ in plan.adapters.values()]
-    highest = max(rank for _, rank in plan.adapters.values())
-    # a server of requests as they are: none of the settings that the base's own file brings
+    max_rank = max(rank for _, rank in plan.adapters.values())
+    # vLLM's defaults would come from the base's generation_config.json
     sampling = {
         "temperature": plan.temperature,
         "top_p": 1.0,
         "top_k": -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "max_new_tokens": plan.max_new_tokens_limit,  # a bound for all requests
+        "max_new_tokens": plan.max_new_tokens_limit,  # a limit for all requests
     }
     modules = [json.dumps({"name": name, "path": str(path)}) for name, (path, _) in plan.adapters.items()]
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.base]
     words += ["--served-model-name", plan.base_name]
     words += ["--tokenizer", str(folders[0]), "--chat-template", str(folders[0] / CHAT_TEMPLATE)]
     words += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
-    words += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= highest))]
+    words += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= max_rank))]
     words += ["--override-generation-config", json.dumps(sampling)]
     words += ["--host", plan.host, "--port", str(plan.port), "--dtype", plan.dtype]
     if plan.revision is not None:
@@ -73,62 +73,65 @@ def vllm_command(plan: VllmPlan) -> list[str]:
     return [*words, "--trust-remote-code"] if plan.trust_remote_code else words
 
 
-def why_not(askers: Sequence[PromptBuilder], quantization: AskedQuantization = "auto") -> str:
-    """Why vLLM would not answer as the adapters were trained, or cannot at all; empty where nothing speaks against it.
+def why_not(prompt_builders: Sequence[PromptBuilder], quantization: AskedQuantization = "auto") -> str:
+    """Why vLLM cannot serve these adapters with their trained prompt ids; empty if it can.
 
-    It has one chat template for all of them, which must give the trained tokens.
+    It has one chat template for all adapters, which must give the trained tokens.
     """
-    held = next((kind for each in askers if (kind := held_as(quantization, each.adapter)) != "none"), None)
-    if held is not None:
-        return f"it would not hold the base in {held} as Yeonma does"
-    templates = {_chat_template(asker) for asker in askers}
+    quantizations = [held_as(quantization, builder.adapter) for builder in prompt_builders]
+    if (kind := next((kind for kind in quantizations if kind != "none"), None)) is not None:
+        return f"it would not quantise the base to {kind} as Yeonma does"
+    templates = {_chat_template(builder) for builder in prompt_builders}
     if len(templates) > 1:
-        return "the adapters have different chat templates, and it has one for all"
-    return next((reason for asker in askers if (reason := _why_not(asker, next(iter(templates))))), "")
+        return "the adapters have different chat templates, and it uses one for all"
+    chat_template = next(iter(templates))
+    return next((reason for builder in prompt_builders if (reason := _why_not(builder, chat_template))), "")
 
 
-def rank_of(asker: PromptBuilder) -> int:
-    """The highest rank of the adapter's layers."""
-    config = _adapter_config(asker)
+def rank_of(prompt_builder: PromptBuilder) -> int:
+    """The highest rank among the adapter's layers."""
+    config = _adapter_config(prompt_builder)
     return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 
-def _adapter_config(asker: PromptBuilder) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((asker.adapter.path / "adapter_config.json").read_text("utf-8"))
-    return found
+def _adapter_config(prompt_builder: PromptBuilder) -> dict[str, Any]:
+    path = prompt_builder.adapter.path / "adapter_config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return config
 
 
-def _chat_template(asker: PromptBuilder) -> str | None:
-    path = asker.adapter.path / CHAT_TEMPLATE
+def _chat_template(prompt_builder: PromptBuilder) -> str | None:
+    path = prompt_builder.adapter.path / CHAT_TEMPLATE
     return path.read_bytes().decode() if path.is_file() else None
 
 
-def _why_not(asker: PromptBuilder, chat_template: str | None) -> str:
-    path = asker.adapter.path
-    if _adapter_config(asker).get("use_dora"):
-        return f"it has no DoRA, which {path} is"
-    if rank_of(asker) > RANKS[-1]:
-        return f"it has no ranks above {RANKS[-1]}, and {path} has {rank_of(asker)}"
-    if not set(asker.stop_ids) <= _own_stops(asker):
+def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
+    path = prompt_builder.adapter.path
+    if _adapter_config(prompt_builder).get("use_dora"):
+        return f"it does not support DoRA, which {path} uses"
+    if rank_of(prompt_builder) > RANKS[-1]:
+        return f"it supports no ranks above {RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
+    if not set(prompt_builder.stop_ids) <= _vllm_stop_ids(prompt_builder):
         return f"it would not end answers where {path} does"
     if chat_template is None:
         return f"{path} has no {CHAT_TEMPLATE}"
-    template = asker.adapter.template
-    if any(asker.frame(variant) != ("", "") for variant in range(len(template.variants))):
-        return f"the template of {path} goes on after the answer's beginning, which it would show"
-    if why_not_carried(template, asker.tokenizer, chat_template):
+    template = prompt_builder.adapter.template
+    if any(prompt_builder.frame(variant) != ("", "") for variant in range(len(template.variants))):
+        return f"the template of {path} has text around the answer, which it would not remove"
+    if why_not_carried(template, prompt_builder.tokenizer, chat_template):
         return f"the chat template in {path} does not give the trained tokens"
     return ""
 
 
-def _own_stops(asker: PromptBuilder) -> set[int]:
-    """The tokens at which vLLM ends an answer: the tokenizer's and those of the base's generation config."""
+def _vllm_stop_ids(prompt_builder: PromptBuilder) -> set[int]:
+    """Where vLLM ends an answer: at the tokenizer's EOS and at the EOS tokens of the base's generation config."""
     from transformers import GenerationConfig
 
+    source = prompt_builder.source
     try:
-        config = GenerationConfig.from_pretrained(asker.source.name, revision=asker.source.revision or "main")
-        own = config.eos_token_id
+        config = GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+        eos = config.eos_token_id
     except (OSError, ValueError):
-        own = None
-    listed = own if isinstance(own, list) else [own]
-    return {number for number in [*listed, asker.tokenizer.eos_token_id] if number is not None}
+        eos = None
+    ids = eos if isinstance(eos, list) else [eos]
+    return {number for number in [*ids, prompt_builder.tokenizer.eos_token_id] if number is not None}

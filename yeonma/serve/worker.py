@@ -1,7 +1,7 @@
-"""One thread that answers all questions: a question joins those at work as soon as there is room.
+"""One thread generates all answers, with continuous batching: a request joins the running batch as soon as it has room.
 
-Questions are taken in the order in which they came. Those to one model grow together, whatever way each is to be
-answered in; a question to another model waits until they have ended, and those behind it wait with it.
+Requests run in the order in which they came. Those to one model run together, whatever their settings; a request to
+another model waits until they have finished, and those behind it wait with it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ log = logging.getLogger("yeonma.serve")
 
 
 class Busy(Exception):
-    """No answer now: too many questions wait, or the server is stopping."""
+    """No answer now: the queue is full, or the server is shutting down."""
 
 
-class NoRoom(Exception):
-    """A question does not fit into memory."""
+class PromptTooLarge(Exception):
+    """A prompt does not fit into the device's memory, even alone."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that can be asked. `active` makes it the one that answers for as long as a block runs: several share
-    their base's weights."""
+    """A model that answers. Several share the weights of their base; inside `active()` it is this one's turn."""
 
     model: Any
-    """Without an adapter around it."""
+    """The base model, without PEFT's wrapper."""
     tokenizer: Any
     stop_ids: tuple[int, ...]
     by_forest: bool
@@ -50,185 +49,185 @@ class ServedModel:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A question to one model. `tell` is called from the worker's thread: with text, if it streams, then with a Reply
-    or an Exception."""
+    """A prompt to one model. The worker's thread calls `notify` with pieces of text if `streams`, and at the end with a
+    Reply or an Exception."""
 
     model: str
-    question: Prompt
-    how: AnswerSettings
+    prompt: Prompt
+    settings: AnswerSettings
     stops: tuple[str, ...]
     streams: bool
-    tell: Callable[[str | Reply | Exception], None]
-    gone: threading.Event = field(default_factory=threading.Event)
+    notify: Callable[[str | Reply | Exception], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when nobody waits for the answer any more."""
 
 
 class Worker:
     """The thread and its queue."""
 
-    def __init__(self, speakers: Mapping[str, ServedModel], batch_size: int, most_waiting: int) -> None:
-        self._speakers = speakers
-        self._batch_size, self._most_waiting = batch_size, most_waiting
+    def __init__(self, models: Mapping[str, ServedModel], batch_size: int, max_waiting: int) -> None:
+        self._models = models
+        self._batch_size, self._max_waiting = batch_size, max_waiting
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._ended = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """`break_off`, and wait until the thread has ended."""
-        self.break_off()
+        """Aborts, and waits until the thread has ended."""
+        self.abort()
         self._thread.join()
 
-    def break_off(self) -> None:
-        """Take no more, and end what is at work and what waits; all are told."""
+    def abort(self) -> None:
+        """Takes no more jobs, and ends those that run and those that wait. Each is notified."""
         with self._changed:
-            self._ended = True
+            self._stopping = True
             waiting = list(self._jobs)
             self._jobs.clear()
             self._changed.notify()
         for job in waiting:
-            job.tell(Busy("the server is stopping"))
+            job.notify(Busy("the server is shutting down"))
 
-    def put(self, jobs: Sequence[Job]) -> None:
-        """Raises Busy where there is no room for all of them."""
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queues all of the jobs. Raises Busy, and queues none, if there is no room for all."""
         with self._changed:
-            if self._ended:
-                raise Busy("the server is stopping")
-            if len(self._jobs) + len(jobs) > self._most_waiting:
-                raise Busy(f"{len(self._jobs)} questions are waiting")
+            if self._stopping:
+                raise Busy("the server is shutting down")
+            if len(self._jobs) + len(jobs) > self._max_waiting:
+                raise Busy(f"{len(self._jobs)} requests are waiting")
             self._jobs.extend(jobs)
             self._changed.notify()
 
     def _work(self) -> None:
-        while jobs := self._next():
-            self._answer(jobs)
+        while jobs := self._next_batch():
+            self._run(jobs)
 
-    def _next(self) -> list[Job]:
-        """Those that wait longest and can begin together; waits for some. None at the end."""
+    def _next_batch(self) -> list[Job]:
+        """The jobs at the queue's front that can start together; waits until there are some. Empty at the end."""
         while True:
             with self._changed:
-                while not self._jobs and not self._ended:
+                while not self._jobs and not self._stopping:
                     self._changed.wait()
-                if self._ended:
+                if self._stopping:
                     return []
                 model = self._jobs[0].model
-            most = self._batch_size if self._speakers[model].by_forest else 1
-            if found := self._take(most, model, []):
-                return found
+            limit = self._batch_size if self._models[model].by_forest else 1
+            if jobs := self._take(limit, model, []):
+                return jobs
 
-    def _take(self, most: int, model: str, frame: Sequence[int]) -> list[Job]:
-        """From the queue's front, as far as they are for this model and go on from `frame`."""
-        found: list[Job] = []
+    def _take(self, limit: int, model: str, prefix: Sequence[int]) -> list[Job]:
+        """Takes jobs from the queue's front, as long as they are for this model and their prompts continue `prefix`."""
+        jobs: list[Job] = []
         with self._changed:
-            while self._jobs and len(found) < most and not self._ended:
+            while self._jobs and len(jobs) < limit and not self._stopping:
                 job = self._jobs[0]
-                if not job.gone.is_set():
-                    ids = job.question.token_ids
-                    begins = len(ids) > len(frame) and ids[: len(frame)].tolist() == list(frame)
-                    if job.model != model or not begins:
+                if not job.cancelled.is_set():
+                    ids = job.prompt.token_ids
+                    continues = len(ids) > len(prefix) and ids[: len(prefix)].tolist() == list(prefix)
+                    if job.model != model or not continues:
                         break
-                    found.append(job)
+                    jobs.append(job)
                 self._jobs.popleft()
-        return found
+        return jobs
 
-    def _answer(self, jobs: list[Job]) -> None:
-        """Answer these and those that join them. Whatever happens, each is told, or stands in the queue again."""
-        speaker = self._speakers[jobs[0].model]
-        batch = _Batch(speaker, lambda: self._ended)
+    def _run(self, jobs: list[Job]) -> None:
+        """Answers these jobs and those that join them. Whatever happens, each is notified or back in the queue."""
+        served = self._models[jobs[0].model]
+        batch = _Batch(served, lambda: self._stopping)
         try:
-            wanted = batch.add(jobs)
-            with speaker.active(), generation_mode(speaker.model):
-                if speaker.by_forest:
+            requests = batch.add(jobs)
+            with served.active(), generation_mode(served.model):
+                if served.by_forest:
                     decode(
-                        speaker.model,
-                        wanted,
+                        served.model,
+                        requests,
                         max_rows=self._batch_size,
-                        on_done=batch.done,
-                        on_token=batch.token,
-                        more=lambda most, frame: batch.add(self._take(most, jobs[0].model, frame)),
+                        on_done=batch.on_done,
+                        on_token=batch.on_token,
+                        more=lambda limit, prefix: batch.add(self._take(limit, jobs[0].model, prefix)),
                     )
                 else:
-                    (one,) = wanted
+                    (request,) = requests
                     ids = answer_alone(
-                        speaker.model, one.prompt, one.sampling, lambda ids: batch.token(0, ids)
+                        served.model, request.prompt, request.sampling, lambda ids: batch.on_token(0, ids)
                     )
-                    batch.done(0, ids)
+                    batch.on_done(0, ids)
         except torch.OutOfMemoryError:
-            self._again(batch.unanswered)
-        except Exception as error:  # one bad question must not end the server
+            self._retry_smaller(batch.unanswered)
+        except Exception as error:  # one bad request must not end the server
             for job in batch.unanswered:
-                job.tell(error)
+                job.notify(error)
 
-    def _again(self, jobs: list[Job]) -> None:
-        """After memory was short: with fewer at once from now on."""
+    def _retry_smaller(self, jobs: list[Job]) -> None:
+        """After memory ran out: queues the jobs again, with a smaller batch from now on."""
         if len(jobs) == 1 or self._batch_size == 1:
             job = jobs.pop(0)
-            tokens = len(job.question.token_ids)
-            job.tell(
-                NoRoom(f"a prompt of {tokens} tokens and its answer do not fit into the device's memory")
-            )
+            tokens = len(job.prompt.token_ids)
+            what = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
+            job.notify(PromptTooLarge(what))
         else:
             self._batch_size = (min(self._batch_size, len(jobs)) + 1) // 2
-            log.warning("memory is short: at most %d answers at once from now on", self._batch_size)
+            log.warning("out of memory: at most %d answers at once from now on", self._batch_size)
         with self._changed:
-            if not self._ended:
+            if not self._stopping:
                 self._jobs.extendleft(reversed(jobs))
                 return
         for job in jobs:
-            job.tell(Busy("the server is stopping"))
+            job.notify(Busy("the server is shutting down"))
 
 
 class _Batch:
-    """The questions that are answered in one go, by their numbers."""
+    """The jobs that run together, by their indices."""
 
-    def __init__(self, speaker: ServedModel, ended: Callable[[], bool]) -> None:
-        self._speaker, self._ended = speaker, ended
+    def __init__(self, served: ServedModel, is_stopping: Callable[[], bool]) -> None:
+        self._served, self._is_stopping = served, is_stopping
         self._jobs: list[Job] = []
-        self._said: list[StreamBuffer] = []
+        self._buffers: list[StreamBuffer] = []
         self._answered: set[int] = set()
 
     @property
     def unanswered(self) -> list[Job]:
-        return [job for at, job in enumerate(self._jobs) if at not in self._answered]
+        return [job for index, job in enumerate(self._jobs) if index not in self._answered]
 
     def add(self, jobs: Sequence[Job]) -> list[DecodeRequest]:
         self._jobs += jobs
-        self._said += [StreamBuffer(job.question, job.stops) for job in jobs]
+        self._buffers += [StreamBuffer(job.prompt, job.stops) for job in jobs]
+        stop_ids = self._served.stop_ids
         return [
-            DecodeRequest(job.question.token_ids.tolist(), SamplingParams.of(job.how, self._speaker.stop_ids))
+            DecodeRequest(job.prompt.token_ids.tolist(), SamplingParams.of(job.settings, stop_ids))
             for job in jobs
         ]
 
-    def token(self, index: int, ids: list[int]) -> bool:
-        """After every token: show what can be shown, and say whether to end here."""
-        job, said = self._jobs[index], self._said[index]
-        if self._ended() or job.gone.is_set():
+    def on_token(self, index: int, ids: list[int]) -> bool:
+        """After every token: sends what can be sent, and returns whether to end this answer."""
+        job, buffer = self._jobs[index], self._buffers[index]
+        if self._is_stopping() or job.cancelled.is_set():
             return True
         if not job.streams and not job.stops:
             return False
         text = self._text(job, ids)
-        if said.stopped_at(text) is not None:
+        if buffer.stop_position(text) is not None:
             return True
-        if job.streams and (new := said.more(text)):
-            job.tell(new)
+        if job.streams and (new := buffer.new_text(text)):
+            job.notify(new)
         return False
 
-    def done(self, index: int, ids: list[int]) -> None:
-        job, said = self._jobs[index], self._said[index]
+    def on_done(self, index: int, ids: list[int]) -> None:
+        job, buffer = self._jobs[index], self._buffers[index]
         self._answered.add(index)
-        by_token = ids[-1] in self._speaker.stop_ids
-        kept = ids[:-1] if by_token else ids
-        text = self._text(job, kept)
-        by_text = said.stopped_at(text) is not None
-        if self._ended() and not by_token and not by_text and len(ids) < job.how.max_new_tokens:
-            job.tell(Busy("the server is stopping"))
+        by_token = ids[-1] in self._served.stop_ids
+        answer_ids = ids[:-1] if by_token else ids
+        text = self._text(job, answer_ids)
+        by_text = buffer.stop_position(text) is not None
+        if self._is_stopping() and not by_token and not by_text and len(ids) < job.settings.max_new_tokens:
+            job.notify(Busy("the server is shutting down"))
             return
-        if job.streams and (rest := said.rest(text)):
-            job.tell(rest)
-        job.tell(Reply(said.whole(text), tuple(kept), by_token or by_text))
+        if job.streams and (rest := buffer.rest(text)):
+            job.notify(rest)
+        job.notify(Reply(buffer.answer(text), tuple(answer_ids), by_token or by_text))
 
     def _text(self, job: Job, ids: list[int]) -> str:
-        return continued_text(self._speaker.tokenizer, job.question.token_ids.tolist(), ids)
+        return continued_text(self._served.tokenizer, job.prompt.token_ids.tolist(), ids)

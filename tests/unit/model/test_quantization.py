@@ -21,7 +21,7 @@ from yeonma.model import quantization
 from yeonma.model.quantization import BITSANDBYTES
 from yeonma.model.quantized import packed_layers
 from yeonma.policy import load_policy
-from yeonma.serve.server import load_served_models, open_served
+from yeonma.serve.server import load_served_models, open_adapters
 from yeonma.serve.vllm import why_not
 from yeonma.train import loop, run
 
@@ -204,17 +204,17 @@ def test_a_comparison_runs_on_a_quantised_base(
 
 def test_a_server_holds_one_base_in_one_way(runs: dict[str, Done], whole: Done) -> None:
     folders = [str(runs["fp8"].folder), str(whole.folder)]
-    with pytest.raises(UserError, match=r"trained on a base with quantization none, .* with fp8"):
-        open_served(ServeSettings(adapter_dirs=folders, max_new_tokens=8))
-    served = open_served(ServeSettings(adapter_dirs=folders, max_new_tokens=8, quantization="none"))
-    assert len(served.askers) == 2
-    asked = ServeSettings(adapter_dirs=folders[:1], max_new_tokens=8)
-    served = open_served(asked)
-    speaker = next(iter(load_served_models(served, asked, lambda _: None).values()))
-    assert len(list(packed_layers(speaker.model))) == 14
-    reason = "it would not hold the base in fp8 as Yeonma does"
-    assert why_not(list(served.askers.values())) == reason
-    assert why_not(list(served.askers.values()), "none") != reason
+    with pytest.raises(UserError, match=r"trained on a base with quantization none, but .* with fp8"):
+        open_adapters(ServeSettings(adapter_dirs=folders, max_new_tokens=8))
+    adapters = open_adapters(ServeSettings(adapter_dirs=folders, max_new_tokens=8, quantization="none"))
+    assert len(adapters.prompt_builders) == 2
+    settings = ServeSettings(adapter_dirs=folders[:1], max_new_tokens=8)
+    adapters = open_adapters(settings)
+    model = next(iter(load_served_models(adapters, settings, lambda _: None).values()))
+    assert len(list(packed_layers(model.model))) == 14
+    reason = "it would not quantise the base to fp8 as Yeonma does"
+    assert why_not(list(adapters.prompt_builders.values())) == reason
+    assert why_not(list(adapters.prompt_builders.values()), "none") != reason
 
 
 def test_a_reference_is_kept_for_its_own_base_alone(tmp_path: Path, base: Path) -> None:

@@ -1,7 +1,8 @@
-"""Messages become the rows of training: conversations, parts, fields."""
+"""Requests are checked, and messages become the rows of training: conversations, parts, fields."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.tokenizers import byte_level
 from yeonma.adapter.prompt_builder import open_folder
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
-from yeonma.serve.openai_api import Refused, row_of_messages
+from yeonma.serve.openai_api import ChatRequest, RequestError, TextRequest, read_request, row_of_messages
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
 
@@ -25,40 +26,97 @@ TALK = [
 ]
 
 
+def row_of(template: Template, messages: Any) -> Row:
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    return row_of_messages(template, read_request(body, ChatRequest).messages)
+
+
 def test_a_conversation_is_asked_with_the_trained_tokens(tmp_path: Path) -> None:
-    asker = open_folder(tiny_adapter(tmp_path, byte_level(), template="chat").adapter)
-    template = asker.adapter.template
-    (question,) = asker.questions([row_of_messages(template, TALK)], max_new_tokens=8)
+    prompt_builder = open_folder(tiny_adapter(tmp_path, byte_level(), template="chat").adapter)
+    template = prompt_builder.adapter.template
+    (prompt,) = prompt_builder.questions([row_of(template, TALK)], max_new_tokens=8)
     row = Row(1, {"messages": [*TALK, {"role": "assistant", "content": "Soon."}]}, "row")
-    (example,) = encode([template.render(row)], [row], asker.tokenizer, asker.adapter.rules)
+    (example,) = encode([template.render(row)], [row], prompt_builder.tokenizer, prompt_builder.adapter.rules)
     assert isinstance(example, Example)
     begins = np.flatnonzero(np.diff(example.trained.astype(int)) == 1) + 1
     assert len(begins) == 2  # two answers; the last one is not asked
-    assert question.token_ids.tolist() == example.token_ids[: begins[-1]].tolist()
+    assert prompt.token_ids.tolist() == example.token_ids[: begins[-1]].tolist()
 
 
-def test_a_messages_parts_are_one_text() -> None:
+def test_the_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "Forty "}, {"type": "text", "text": "boats"}]
-    row = row_of_messages(load_template("title"), [{"role": "user", "content": parts}])
+    row = row_of(load_template("title"), [{"role": "user", "content": parts}])
     assert row.values == {"document": "Forty boats"}
 
 
-def test_a_message_for_several_fields_is_json_or_the_one_fields_text() -> None:
+def test_a_message_for_several_fields_is_json_or_the_text_of_one() -> None:
     alpaca = load_template("alpaca")
-    json_row = row_of_messages(alpaca, [{"role": "user", "content": '{"instruction": "a", "input": null}'}])
+    json_row = row_of(alpaca, [{"role": "user", "content": '{"instruction": "a", "input": null}'}])
     assert json_row.values == {"instruction": "a", "input": None}
-    assert row_of_messages(alpaca, [{"role": "user", "content": "a"}]).values == {"instruction": "a"}
-    both = Template.parse("{first} {second}: {answer}")
-    with pytest.raises(Refused, match="JSON object with the texts of first, second"):
-        row_of_messages(both, [{"role": "user", "content": "a"}])
-    one = Template.parse("{first}: {answer}")  # JSON is a text like others there
-    assert row_of_messages(one, [{"role": "user", "content": '{"a": 1}'}]).values == {"first": '{"a": 1}'}
+    assert row_of(alpaca, [{"role": "user", "content": "a"}]).values == {"instruction": "a"}
+    two_fields = Template.parse("{first} {second}: {answer}")
+    with pytest.raises(RequestError, match="JSON object with these string fields: first, second"):
+        row_of(two_fields, [{"role": "user", "content": "a"}])
+    one_field = Template.parse("{first}: {answer}")  # JSON is text like any other there
+    assert row_of(one_field, [{"role": "user", "content": '{"a": 1}'}]).values == {"first": '{"a": 1}'}
 
 
 @pytest.mark.parametrize(
     "messages", [[], {}, "x", [1], TALK[:3], [{"role": "user"}], [{"role": "user", "content": 1}]]
 )
-def test_what_is_no_conversation_is_refused(messages: Any) -> None:
-    with pytest.raises(Refused) as caught:
-        row_of_messages(load_template("chat"), messages)
+def test_invalid_conversations_are_refused(messages: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        row_of(load_template("chat"), messages)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said", "param"),
+    [
+        ({"temperature": True}, "temperature must be a number of at least 0", "temperature"),
+        ({"temperature": float("nan")}, "temperature must be a number of at least 0", "temperature"),
+        ({"top_k": 1.0}, "top_k must be a whole number of at least 0", "top_k"),
+        ({"max_tokens": "9"}, "max_tokens must be a whole number of at least 1", "max_tokens"),
+        ({"n": True}, "n is not supported with this value: leave it out", "n"),
+        ({"echo": 0}, "echo is not supported with this value: leave it out", "echo"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
+        ({"stop": [""]}, "stop must be a string, or a list of at most 4 strings, none of them empty", "stop"),
+        ({"stream_options": 1}, "stream_options must be an object", "stream_options"),
+        (
+            {"stream_options": {"include_usage": 1}},
+            "stream_options.include_usage must be true or false",
+            "stream_options",
+        ),
+        ({"messages": [{"content": "x"}]}, "messages[0].role is missing", "messages"),
+        ({"messages": [*TALK[:1], {"role": "user"}]}, "messages[1].content is missing", "messages"),
+        ({"model": None}, "model is missing", "model"),
+        ({"model": 1}, "model must be a string", "model"),
+        ({"stream": True, "return_token_ids": True}, "a stream contains no token ids", "return_token_ids"),
+        ({"max_token": 9}, "max_token is not supported", "max_token"),
+        ({"\udc00": 9}, "? is not supported", "?"),
+    ],
+)
+def test_a_parameter_that_is_not_supported_is_refused_by_name(
+    parameters: dict[str, Any], said: str, param: str
+) -> None:
+    body = json.dumps({"model": "m", "messages": TALK, **parameters}).encode()
+    with pytest.raises(RequestError) as caught:
+        read_request(body, ChatRequest)
+    error = caught.value.body["error"]
+    assert error["message"].startswith(said)
+    assert (caught.value.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert error["code"] == ("unsupported_parameter" if "not supported" in said else None)
+
+
+def test_parameters_that_change_nothing_are_accepted_and_null_counts_as_left_out() -> None:
+    neutral = {"n": 1.0, "user": {"any": 1}, "frequency_penalty": 0.0, "tools": [], "tool_choice": "auto"}
+    neutral |= {"response_format": {"type": "text"}, "min_p": None, "temperature": None, "stop": "."}
+    request = read_request(json.dumps({"model": "m", "messages": TALK, **neutral}).encode(), ChatRequest)
+    assert (request.temperature, request.stop, request.stream) == (None, ["."], False)
+
+
+@pytest.mark.parametrize("prompt", [[], 1, [1], ["a"] * 65, {}])
+def test_a_prompt_is_a_string_or_up_to_64(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="prompt must be a string, or a list of 1 to 64 strings"):
+        read_request(json.dumps({"model": "m", "prompt": prompt}).encode(), TextRequest)
+    assert read_request(b'{"model": "m", "prompt": "a"}', TextRequest).prompt == ["a"]

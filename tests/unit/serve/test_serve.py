@@ -1,4 +1,4 @@
-"""`yeonma serve`: OpenAI's client gets the answers of `yeonma generate`, alone, together and as they come."""
+"""`yeonma serve`: OpenAI's client gets the answers of `yeonma generate`: one at a time, concurrently and streamed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Place:
     two: Path
     framed: Path
     after: str
-    """What the template of `framed` has after the answer: the end of what it writes for FRAMED_DOCUMENT."""
+    """The text after the answer in the template of `framed`: the end of the answer to `framed_document`."""
     framed_document: str
 
 
@@ -71,19 +71,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def server(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     errors = tmp_path_factory.mktemp("server") / "errors"
-    bounds = ("--max_new_tokens", str(TOKENS), "--max_new_tokens_limit", "100")
-    with serving(errors, place.one, place.two, place.framed, *bounds) as found:
-        yield found
+    limits = ("--max_new_tokens", str(TOKENS), "--max_new_tokens_limit", "100")
+    with serving(errors, place.one, place.two, place.framed, *limits) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[OpenAI]:
-    with server.client() as found:
-        yield found
+    with server.client() as client:
+        yield client
 
 
 def ask(loaded: Policy, document: str, **options: Any) -> str:
-    """By the column of its training, whose name means nothing to a client."""
+    """By the column of training, whose name clients do not know."""
     return loaded.generate({COLUMN: document}, **{"max_new_tokens": TOKENS, **options})
 
 
@@ -96,7 +96,7 @@ def say(client: OpenAI, content: str, model: str = "one", **options: Any) -> Any
 
 
 def stream(client: OpenAI, content: str, model: str = "one", **options: Any) -> tuple[list[str], list[Any]]:
-    """The parts of text, and all chunks."""
+    """The pieces of text, and all chunks."""
     chunks = list(say(client, content, model, stream=True, **options))
     parts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
     return parts, chunks
@@ -106,18 +106,18 @@ def text_of(answer: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
-def trained_prompt(loaded: Policy, row: dict[str, str]) -> list[int]:
-    """The ids before the answer, as training makes them."""
+def trained_prompt(loaded: Policy, values: dict[str, str]) -> list[int]:
+    """The token ids before the answer, as in training."""
     adapter = loaded.asker.adapter
-    rows = [Row(1, {**row, adapter.template.answer_field: "any"}, "row")]
-    rendered = [adapter.template.render(each) for each in rows]
+    rows = [Row(1, {**values, adapter.template.answer_field: "any"}, "row")]
+    rendered = [adapter.template.render(row) for row in rows]
     (example,) = encode(rendered, rows, loaded.asker.tokenizer, adapter.rules)
     assert isinstance(example, Example)
     return example.token_ids[: int(example.trained.argmax())].tolist()
 
 
-def test_it_says_where_it_is_and_what_can_be_asked(server: Server, client: OpenAI) -> None:
-    assert server.said.startswith("Serving one, two, framed, base at http://127.0.0.1:")
+def test_the_ready_line_has_the_address_and_the_models(server: Server, client: OpenAI) -> None:
+    assert server.ready_line.startswith("Serving one, two, framed, base at http://127.0.0.1:")
     assert [model.id for model in client.models.list()] == ["one", "two", "framed", "base"]
     assert client.models.retrieve("two").id == "two"
 
@@ -133,35 +133,35 @@ def test_a_message_gets_the_answer_of_the_row(place: Place, client: OpenAI) -> N
         assert answer.choices[0].finish_reason in ("stop", "length")
 
 
-def test_the_ids_that_are_asked_are_those_of_training(place: Place, client: OpenAI) -> None:
-    wanted = {"return_token_ids": True}
+def test_prompt_ids_are_those_of_training(place: Place, client: OpenAI) -> None:
+    with_ids = {"return_token_ids": True}
     document = DOCUMENTS[0]
     expected = trained_prompt(load(place.one), {"document": document})
-    assert say(client, document, extra_body=wanted).prompt_token_ids == expected
-    assert say(client, document, "base", extra_body=wanted).prompt_token_ids == expected
+    assert say(client, document, extra_body=with_ids).prompt_token_ids == expected
+    assert say(client, document, "base", extra_body=with_ids).prompt_token_ids == expected
     text = TEMPLATE.replace("{document}", document).replace("{title}", "")
-    raw = client.completions.create(model="one", prompt=text, extra_body=wanted)
+    raw = client.completions.create(model="one", prompt=text, extra_body=with_ids)
     assert raw.choices[0].prompt_token_ids == expected
     two = load(place.two)
     for row in ({"order": "sort", "input": "b a"}, {"order": "wait"}):
-        answer = say(client, json.dumps(row), "two", extra_body=wanted)
+        answer = say(client, json.dumps(row), "two", extra_body=with_ids)
         assert answer.prompt_token_ids == trained_prompt(two, row)
-    plain = say(client, "wait", "two", extra_body=wanted)
+    plain = say(client, "wait", "two", extra_body=with_ids)
     assert plain.prompt_token_ids == trained_prompt(two, {"order": "wait"})
 
 
-def test_adapters_on_one_base_answer_each_in_its_own_way(place: Place, client: OpenAI) -> None:
+def test_adapters_on_one_base_do_not_mix(place: Place, client: OpenAI) -> None:
     document = DOCUMENTS[1]
     alone = ask(load(place.one, adapter_weights=False), document)
     second = load(place.two).generate({"order": document}, max_new_tokens=TOKENS)
-    for _ in range(2):  # in turn
+    for _ in range(2):  # alternately
         assert text_of(say(client, document)) == ask(load(place.one), document)
         assert text_of(say(client, document, "two")) == second
         assert text_of(say(client, document, "base")) == alone
     assert len({ask(load(place.one), document), second, alone}) == 3
 
 
-def test_a_stream_brings_the_same_text(client: OpenAI) -> None:
+def test_a_stream_has_the_same_text(client: OpenAI) -> None:
     whole = say(client, DOCUMENTS[2])
     parts, chunks = stream(client, DOCUMENTS[2], stream_options={"include_usage": True})
     assert "".join(parts) == text_of(whole)
@@ -171,53 +171,53 @@ def test_a_stream_brings_the_same_text(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_sixteen_at_once_get_the_answers_of_one_after_the_other(client: OpenAI) -> None:
-    asked = [
+def test_sixteen_concurrent_requests_get_the_answers_of_sequential_ones(client: OpenAI) -> None:
+    requests = [
         (f"{number}. {WORDS[number % 10]}", ("one", "two", "base")[number % 3], 8 + number)
         for number in range(16)
     ]
-    expected = [text_of(say(client, text, model, max_tokens=most)) for text, model, most in asked]
+    expected = [text_of(say(client, text, model, max_tokens=limit)) for text, model, limit in requests]
     assert len(set(expected)) > 12
 
-    def once(number: int) -> str:
-        text, model, most = asked[number]
+    def send(number: int) -> str:
+        text, model, limit = requests[number]
         if number % 2:
-            return "".join(stream(client, text, model, max_tokens=most)[0])
-        return text_of(say(client, text, model, max_tokens=most))
+            return "".join(stream(client, text, model, max_tokens=limit)[0])
+        return text_of(say(client, text, model, max_tokens=limit))
 
     with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(once, range(16))) == expected
+        assert list(pool.map(send, range(16))) == expected
 
 
 def test_the_frame_after_the_answer_is_never_sent(place: Place, client: OpenAI) -> None:
     whole = ask(load(place.one), place.framed_document)
     assert whole.endswith(place.after)
-    wanted = whole.removesuffix(place.after).rstrip()
-    assert text_of(say(client, place.framed_document, "framed")) == wanted
-    assert "".join(stream(client, place.framed_document, "framed")[0]) == wanted
+    expected = whole.removesuffix(place.after).rstrip()
+    assert text_of(say(client, place.framed_document, "framed")) == expected
+    assert "".join(stream(client, place.framed_document, "framed")[0]) == expected
 
 
 def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(client: OpenAI) -> None:
     whole = text_of(say(client, DOCUMENTS[3]))
     stop = whole[7:10]
-    wanted = whole[: whole.index(stop)].rstrip()
+    expected = whole[: whole.index(stop)].rstrip()
     for stops in (stop, ["never in it", stop]):
         answer = say(client, DOCUMENTS[3], stop=stops)
-        assert (text_of(answer), answer.choices[0].finish_reason) == (wanted, "stop")
+        assert (text_of(answer), answer.choices[0].finish_reason) == (expected, "stop")
         assert answer.usage.completion_tokens < TOKENS
-        assert "".join(stream(client, DOCUMENTS[3], stop=stops)[0]) == wanted
+        assert "".join(stream(client, DOCUMENTS[3], stop=stops)[0]) == expected
 
 
-def test_draws_follow_from_the_requests_seed(client: OpenAI) -> None:
-    def drawn(**options: Any) -> str:
+def test_a_seed_makes_sampling_reproducible(client: OpenAI) -> None:
+    def sampled(**options: Any) -> str:
         return text_of(say(client, DOCUMENTS[4], temperature=1.0, top_p=0.95, **options))
 
-    assert drawn(seed=7) == drawn(seed=7) != drawn(seed=8)
-    assert len({drawn() for _ in range(4)}) > 1
-    assert drawn(seed=7, extra_body={"top_k": 1}) == text_of(say(client, DOCUMENTS[4]))
+    assert sampled(seed=7) == sampled(seed=7) != sampled(seed=8)
+    assert len({sampled() for _ in range(4)}) > 1
+    assert sampled(seed=7, extra_body={"top_k": 1}) == text_of(say(client, DOCUMENTS[4]))
 
 
-def test_several_prompts_get_an_answer_each(client: OpenAI) -> None:
+def test_several_prompts_of_one_request_get_an_answer_each(client: OpenAI) -> None:
     texts = ["storm and", "the wind and the library", "a"]
     alone = [
         client.completions.create(model="two", prompt=text, max_tokens=9).choices[0].text for text in texts
@@ -232,7 +232,7 @@ def test_several_prompts_get_an_answer_each(client: OpenAI) -> None:
     assert streamed == alone
 
 
-def test_what_is_shortened_is_said(client: OpenAI) -> None:
+def test_a_header_says_that_a_prompt_was_shortened(client: OpenAI) -> None:
     long = client.chat.completions.with_raw_response.create(
         model="two", messages=user(" ".join(WORDS) * 10), extra_body={"return_token_ids": True}
     )
@@ -243,7 +243,7 @@ def test_what_is_shortened_is_said(client: OpenAI) -> None:
 
 
 def refused(error: type[openai.APIStatusError], call: Any) -> str:
-    """What the error says; it must have OpenAI's form."""
+    """The error's message; the body must have OpenAI's format."""
     with pytest.raises(error) as caught:
         call()
     body = json.loads(caught.value.response.text)
@@ -251,7 +251,7 @@ def refused(error: type[openai.APIStatusError], call: Any) -> str:
     return str(body["error"]["message"])
 
 
-def test_an_unknown_model_is_named_with_those_there_are(client: OpenAI) -> None:
+def test_an_unknown_model_gets_a_list_of_the_models(client: OpenAI) -> None:
     said = refused(openai.NotFoundError, lambda: say(client, "x", "gpt-4"))
     assert said == "there is no model 'gpt-4'; there are one, two, framed, base"
     refused(openai.NotFoundError, lambda: client.models.retrieve("gpt-4"))
@@ -268,43 +268,47 @@ def test_an_oversize_request_is_refused(client: OpenAI, size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"max_tokens": 101}, "max_tokens is 101, and this server gives at most 100"),
+        ({"max_tokens": 101}, "max_tokens is 101, but this server allows at most 100"),
         ({"max_completion_tokens": 101}, "max_completion_tokens is 101"),
-        ({"max_tokens": 0}, "max_tokens is not a whole number of at least 1"),
-        ({"temperature": -1}, "temperature is not a number of at least 0"),
-        ({"top_p": 0}, "top_p is not a number above 0 and at most 1"),
-        ({"seed": 2**32}, "seed is not a whole number"),
-        ({"n": 2}, "n cannot be had here"),
-        ({"logprobs": True}, "logprobs cannot be had here"),
-        ({"tools": [{"type": "function"}]}, "tools cannot be had here"),
-        ({"stop": ["a"] * 5}, "more than 4 stop texts"),
-        ({"stop": ""}, "stop is not a text"),
-        ({"extra_body": {"min_p": 0.1}}, "there is no min_p here"),
-        ({"extra_body": {"stream": 1}}, "stream is not true or false"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1"),
+        ({"temperature": -1}, "temperature must be a number of at least 0"),
+        ({"top_p": 0}, "top_p must be a number above 0 and at most 1"),
+        ({"seed": 2**32}, "seed must be a whole number"),
+        ({"n": 2}, "n is not supported with this value"),
+        ({"logprobs": True}, "logprobs is not supported with this value"),
+        ({"tools": [{"type": "function"}]}, "tools is not supported with this value"),
+        ({"stop": ["a"] * 5}, "a list of at most 4 strings"),
+        ({"stop": ""}, "stop must be a string"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p is not supported"),
+        ({"extra_body": {"stream": 1}}, "stream must be true or false"),
     ],
 )
-def test_what_cannot_be_had_is_refused_by_name(client: OpenAI, options: Any, said: str) -> None:
+def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any, said: str) -> None:
     assert said in refused(openai.BadRequestError, lambda: say(client, "x", **options))
 
 
 @pytest.mark.parametrize(
     ("model", "messages", "said"),
     [
-        ("one", [], "messages is not a list of messages"),
+        ("one", [], "messages must be a list of messages"),
         (
             "one",
             [{"role": "system", "content": "be kind"}, *user("x")],
-            "answers one message, of the role user",
+            "answers exactly one message, with role user",
         ),
         ("one", user(""), 'field "document" is empty'),
-        ("one", user([{"type": "image_url"}]), "messages[0].content holds something other than text"),
-        ("two", user("{"), "JSON object with the texts of input, order"),
+        (
+            "one",
+            user([{"type": "image_url"}]),
+            "messages[0].content must be a string, or a list of parts of type text",
+        ),
+        ("two", user("{"), "JSON object with these string fields: input, order"),
         ("two", user('{"ordre": "x"}'), "there is no field 'ordre'"),
-        ("two", user('{"order": 1}'), "JSON object with the texts"),
+        ("two", user('{"order": 1}'), "JSON object with these string fields"),
         ("two", user('{"input": "x"}'), 'field "order" is missing'),
     ],
 )
-def test_a_message_that_the_template_has_no_place_for_is_refused(
+def test_messages_that_do_not_fit_the_template_are_refused(
     client: OpenAI, model: str, messages: Any, said: str
 ) -> None:
     create: Any = client.chat.completions.create
@@ -314,7 +318,7 @@ def test_a_message_that_the_template_has_no_place_for_is_refused(
 
 def test_a_prompt_longer_than_the_model_is_refused(client: OpenAI) -> None:
     said = refused(openai.BadRequestError, lambda: client.completions.create(model="one", prompt="a" * 4090))
-    assert "more than the model's 4096" in said
+    assert "exceed the model's 4096 positions" in said
 
 
 def raw(server: Server, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -330,7 +334,7 @@ def raw(server: Server, body: bytes, **headers: str) -> tuple[int, dict[str, Any
         return error.code, json.load(error)
 
 
-def test_what_is_no_request_is_refused(server: Server) -> None:
+def test_malformed_requests_are_refused(server: Server) -> None:
     good = json.dumps({"model": "one", "messages": user("x"), "max_tokens": 1}).encode()
     assert raw(server, good)[0] == 200
     for body in (
@@ -347,72 +351,76 @@ def test_what_is_no_request_is_refused(server: Server) -> None:
     for half in (good.replace(b'"x"', b'"x\\ud800"'), good.replace(b"max_tokens", b"\\udc00")):
         status, answer = raw(server, half)
         assert status == 400 and answer["error"]["message"]
-    assert raw(server, good, Content_Type="text/plain")[0] == 415  # what a browser sends without asking first
+    assert (
+        raw(server, good, Content_Type="text/plain")[0] == 415
+    )  # browsers send it to other sites without asking
     assert raw(server, good, Host="evil.example")[0] == 403
     assert raw(server, good, Host="localhost:99")[0] == 200
 
 
-def test_only_who_has_the_key_is_answered(place: Place, tmp_path: Path) -> None:
+def test_only_requests_with_the_key_are_answered(place: Place, tmp_path: Path) -> None:
     environment = {"YEONMA_API_KEY": "sesame"}
     with serving(tmp_path / "errors", place.one, "--host", "0.0.0.0", environment=environment) as server:
-        assert "must bring the key" in server.said and "sesame" not in server.said
+        assert "requests need the API key" in server.ready_line and "sesame" not in server.ready_line
         url = server.url.replace("0.0.0.0", "127.0.0.1")
         for key in ("wrong", "sesam"):
             with OpenAI(base_url=url, api_key=key, max_retries=0) as client:
                 for call in (client.models.list, lambda client=client: say(client, "x")):
                     said = refused(openai.AuthenticationError, call)
-                    assert said == "a key is needed, and this is not it"
+                    assert said == "the API key is missing or wrong"
         with OpenAI(base_url=url, api_key="sesame", max_retries=0) as client:
             assert text_of(say(client, DOCUMENTS[0], max_tokens=TOKENS)) == ask(load(place.one), DOCUMENTS[0])
 
 
-def test_ctrl_c_ends_answers_with_a_word_and_the_server_in_order(tmp_path: Path) -> None:
+def test_ctrl_c_ends_running_answers_with_an_error_and_the_server_cleanly(tmp_path: Path) -> None:
     base, most = tiny_base(tmp_path / "base", characters(), positions=1_000_000), 900_000
     model = LlamaForCausalLM.from_pretrained(base)
     with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] = 0.0  # some other token's logit is always above 0
+        model.lm_head.weight[model.config.eos_token_id] = 0.0  # another token's logit is always above 0
     model.save_pretrained(base)
     errors, folder = tmp_path / "errors", adapter_on(base, tmp_path / "endless", TEMPLATE)
     with serving(errors, folder, "--max_new_tokens_limit", str(most)) as server, server.client() as client:
         parts = client.completions.create(model="endless", prompt="storm", max_tokens=most, stream=True)
         next(iter(parts))
         server.process.send_signal(signal.SIGINT)
-        with pytest.raises(openai.APIError, match="the server is stopping"):
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
             list(parts)
     assert errors.read_text().endswith("yeonma: stopped\n")
 
 
 def problem(*words: Path | str) -> str:
-    done = command(Path(), "serve", *map(str, words), "--device", "cuda")  # so that none of them ever serves
+    done = command(
+        Path(), "serve", *map(str, words), "--device", "cuda"
+    )  # so that none of them gets to serve
     assert (done.status, done.out) == (2, "")
     return done.err
 
 
-def test_a_port_in_use_is_told_before_anything_is_loaded(server: Server) -> None:
+def test_a_port_in_use_is_reported_before_anything_is_loaded(server: Server) -> None:
     port = server.url.split(":")[2].split("/")[0]
     said = problem("nowhere", "--port", port)
     assert said.startswith(f"yeonma: --port {port}: the port is in use at 127.0.0.1; stop the other server")
 
 
-def test_other_machines_are_let_in_with_a_key_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_machines_need_a_key(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("YEONMA_API_KEY", raising=False)
     said = problem(place.one, "--host", "0.0.0.0")
-    assert "--host 0.0.0.0: other machines could ask, and there is no key; set $YEONMA_API_KEY" in said
+    assert "--host 0.0.0.0: other machines could connect, and no API key is set; set $YEONMA_API_KEY" in said
     assert "no such address" in problem(place.one, "--host", "no.such.host.invalid")
-    assert "blanks" in problem(place.one, "--api_key", "a b")
+    assert "spaces" in problem(place.one, "--api_key", "a b")
     monkeypatch.setenv("YEONMA_API_KEY", "열쇠")
-    assert "YEONMA_API_KEY: the key holds" in problem(place.one)
+    assert "YEONMA_API_KEY: the key contains" in problem(place.one)
 
 
-def test_folders_that_cannot_be_served_together_are_told(place: Place, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_served_together_are_refused(place: Place, tmp_path: Path) -> None:
     other = tiny_base(tmp_path / "other", characters(), seed=1)
     elsewhere = adapter_on(other, tmp_path / "elsewhere", TEMPLATE)
     assert "its base is" in problem(place.one, elsewhere, "--port", "0")
     said = problem(place.one, place.one, tmp_path / "none", "--port", "0")
-    assert "named twice" in said and "no such folder" in said
+    assert "given twice" in said and "no such folder" in said
     assert "leave no room" in problem(place.two, "--max_new_tokens", "500", "--port", "0")
     said = problem(place.one, "--max_new_tokens", "500", "--max_new_tokens_limit", "100", "--port", "0")
-    assert "500 is more than max_new_tokens_limit 100" in said
+    assert "500 exceeds max_new_tokens_limit 100" in said
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         said = problem(place.one, "--engine", "vllm", "--port", "0")
         assert "vLLM cannot serve this: it is not installed, or there is no GPU" in said

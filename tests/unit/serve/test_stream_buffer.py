@@ -1,4 +1,4 @@
-"""Text shown while an answer grows: what is shown by the end is the answer, whatever the steps it came in."""
+"""Text streamed while an answer grows: all of it together is the answer, whatever the steps it grew in."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ FRAME = st.text("ab# \n", max_size=4)
 STOPS = st.lists(st.text("ab# \n", min_size=1, max_size=3), max_size=3)
 
 
-def question(frame: tuple[str, str] = ("", ""), is_turn: bool = False) -> Prompt:
+def prompt_with(frame: tuple[str, str] = ("", ""), is_turn: bool = False) -> Prompt:
     return Prompt(np.zeros(1, dtype=np.int32), is_turn=is_turn, frame=frame)
 
 
-def shown(said: StreamBuffer, parts: Sequence[str]) -> list[str]:
-    """What is shown after each part but the last, and at the end."""
-    found = []
+def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
+    """What is sent after each part, and at the end."""
+    sent = []
     for text in accumulate(parts):
-        if said.stopped_at(text) is not None:
-            return [*found, said.rest(text)]
-        found.append(said.more(text))
-    return [*found, said.rest("".join(parts))]
+        if buffer.stop_position(text) is not None:
+            return [*sent, buffer.rest(text)]
+        sent.append(buffer.new_text(text))
+    return [*sent, buffer.rest("".join(parts))]
 
 
 @given(st.lists(TEXT, max_size=6), FRAME, FRAME, STOPS, st.booleans())
-def test_what_was_shown_is_the_answer(
+def test_what_was_streamed_is_the_answer(
     parts: list[str], before: str, after: str, stops: list[str], is_turn: bool
 ) -> None:
-    asked = question((before, after), is_turn)
+    prompt = prompt_with((before, after), is_turn)
     whole = "".join(parts)
-    pieces = shown(StreamBuffer(asked, stops), parts)
-    assert "".join(pieces) == StreamBuffer(asked, stops).whole(whole)
+    pieces = streamed(StreamBuffer(prompt, stops), parts)
+    assert "".join(pieces) == StreamBuffer(prompt, stops).answer(whole)
     if not stops:
-        assert "".join(pieces) == asked.answer(whole)
+        assert "".join(pieces) == prompt.answer(whole)
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,20 @@ def test_what_was_shown_is_the_answer(
         (["St\ufffd", "\ufffd"], ["St", "", "\ufffd\ufffd"]),
     ],
 )
-def test_only_what_may_be_the_frames_waits(parts: list[str], pieces: list[str]) -> None:
-    assert shown(StreamBuffer(question(("", "\n### end\n"))), parts) == pieces
+def test_only_what_may_belong_to_the_frame_is_held_back(parts: list[str], pieces: list[str]) -> None:
+    assert streamed(StreamBuffer(prompt_with(("", "\n### end\n"))), parts) == pieces
 
 
-def test_the_first_stop_text_ends_it() -> None:
-    asked = question(("Title: ", ""))
-    assert StreamBuffer(asked, ["it", "xy", "x"]).whole("Title: Storm wxyz") == "Storm w"
-    assert shown(StreamBuffer(asked, ["xyz"]), ["Title:", " Storm", " xy", "z and"]) == ["", "Storm", "", ""]
-    assert shown(StreamBuffer(asked, ["xyz"]), ["Title:", " Storm", " xy", "w"]) == [
+def test_the_first_stop_text_ends_the_answer() -> None:
+    prompt = prompt_with(("Title: ", ""))
+    assert StreamBuffer(prompt, ["it", "xy", "x"]).answer("Title: Storm wxyz") == "Storm w"
+    assert streamed(StreamBuffer(prompt, ["xyz"]), ["Title:", " Storm", " xy", "z and"]) == [
+        "",
+        "Storm",
+        "",
+        "",
+    ]
+    assert streamed(StreamBuffer(prompt, ["xyz"]), ["Title:", " Storm", " xy", "w"]) == [
         "",
         "Storm",
         "",

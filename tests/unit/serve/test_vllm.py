@@ -1,4 +1,4 @@
-"""vLLM in our place: the command, and when it would not ask with the trained tokens. vLLM itself does not run here."""
+"""vLLM as the engine: its command line, and when it would not use the trained tokens. vLLM itself does not run here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("vllm") / "base", byte_level())
 
 
-def test_the_command_has_loras_template_and_bounds() -> None:
+def test_the_command_has_loras_template_and_limits() -> None:
     assert vllm_command(PLAN) == [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "some/base"),
         *("--served-model-name", "some/base", "--tokenizer", "/runs/one"),
@@ -51,7 +51,9 @@ def test_the_command_has_loras_template_and_bounds() -> None:
     assert more[-3:] == ["--revision", "abc", "--trust-remote-code"]
 
 
-def test_it_may_where_its_chat_template_gives_the_trained_tokens(base: Path, tmp_path: Path) -> None:
+def test_vllm_serves_a_template_whose_chat_template_gives_the_trained_tokens(
+    base: Path, tmp_path: Path
+) -> None:
     fit = open_folder(adapter_on(base, tmp_path / "fit", "chat"))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))  # <|im_end|> is 2
     assert why_not([fit]) == ""
@@ -59,26 +61,26 @@ def test_it_may_where_its_chat_template_gives_the_trained_tokens(base: Path, tmp
     assert "would not end answers" in why_not([fit])
 
 
-def test_it_may_not_where_the_template_is_not_in_its_chat_template(base: Path, tmp_path: Path) -> None:
+def test_vllm_is_refused_if_the_chat_template_gives_other_tokens(base: Path, tmp_path: Path) -> None:
     folder = adapter_on(base, tmp_path / "plain", PLAIN)
     (folder / CHAT_TEMPLATE).write_text(CHATML)
     assert "does not give the trained tokens" in why_not([open_folder(folder)])
     carried = "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
     (folder / CHAT_TEMPLATE).write_text(carried)
-    asker = open_folder(folder)
-    assert why_not([asker]) == ""
+    prompt_builder = open_folder(folder)
+    assert why_not([prompt_builder]) == ""
     (folder / CHAT_TEMPLATE).unlink()
-    assert f"has no {CHAT_TEMPLATE}" in why_not([asker])
+    assert f"has no {CHAT_TEMPLATE}" in why_not([prompt_builder])
 
 
-def test_it_may_not_where_it_would_show_the_frame_or_lacks_a_kind_of_adapter(
+def test_vllm_is_refused_if_it_would_show_the_frame_or_lacks_a_kind_of_adapter(
     base: Path, tmp_path: Path
 ) -> None:
     framed = adapter_on(base, tmp_path / "framed", PLAIN.rstrip() + "\n### End\n")
     (framed / CHAT_TEMPLATE).write_text(
         "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
     )
-    assert "goes on after" in why_not([open_folder(framed)])
+    assert "has text around the answer" in why_not([open_folder(framed)])
     high = open_folder(adapter_on(base, tmp_path / "high", PLAIN, r=600))
     assert rank_of(high) == 600
     assert "no ranks above 512" in why_not([high])
@@ -86,4 +88,4 @@ def test_it_may_not_where_it_would_show_the_frame_or_lacks_a_kind_of_adapter(
     assert "different chat templates" in why_not([open_folder(framed), other])
     path = high.adapter.path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8, "use_dora": True}))
-    assert "no DoRA" in why_not([high])
+    assert "does not support DoRA" in why_not([high])

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
 
 from yeonma.config.parse import describe, settings_of
 from yeonma.config.settings import AnswerSettings
@@ -59,7 +58,7 @@ def _only(*values: object) -> AfterValidator:
 
     def check(value: object) -> object:
         if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in values):
-            raise PydanticCustomError(UNSUPPORTED, "not supported")
+            raise ValueError("not supported")
         return value
 
     return AfterValidator(check)
@@ -213,9 +212,6 @@ def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestErro
     param = str(location[0])
     if len(location) == 1 and problem["type"] == "extra_forbidden":
         return RequestError(400, f"{param} is not supported", param=param, code=UNSUPPORTED)
-    if len(location) == 1 and problem["type"] == UNSUPPORTED:
-        what = f"{param} is not supported with this value: leave it out"
-        return RequestError(400, what, param=param, code=UNSUPPORTED)
     place, index, description, model = "", "", "", kind
     for part in location:
         if isinstance(part, int):
@@ -225,6 +221,9 @@ def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestErro
             description, model = field.description or "", NESTED.get(part, model)
         else:  # the name of one type of a union
             break
+    if not description:  # a parameter that accepts only values that change nothing
+        what = f"{place} is not supported with this value: leave it out"
+        return RequestError(400, what, param=param, code=UNSUPPORTED)
     is_missing = problem["type"] == "missing" and part == location[-1]
     return RequestError(
         400, f"{place} {'is missing' if is_missing else f'must be {description}'}", param=param

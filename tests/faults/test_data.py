@@ -44,7 +44,7 @@ def test_fault_01_cp949_bytes(
     write: Write, refused: Refused, accepted: Accepted, kind: str, encoding: str
 ) -> None:
     data = write(f"a.{kind}", text_of(kind, KOREAN).encode(encoding))
-    cure = "if the file is written so, give --encoding cp949"
+    cure = "if that is the file's encoding, give --encoding cp949"
     assert refused(data) == [f"a.{kind}:{KOREAN_BEGINS[kind]}: not utf-8 text; {cure}"]
     if encoding == "cp949" and kind in ("jsonl", "csv"):  # the cure cures
         taken = accepted(data, encoding="cp949", template=TEMPLATE)
@@ -61,7 +61,7 @@ def test_fault_02_utf_8_with_byte_order_mark(write: Write, accepted: Accepted, k
 def test_fault_03_utf_16(write: Write, refused: Refused, accepted: Accepted, kind: str) -> None:
     text = text_of(kind, KOREAN)
     data = write(f"a.{kind}", text.encode("utf-16"))
-    cure = "if the file is written so, give --encoding utf-16"
+    cure = "if that is the file's encoding, give --encoding utf-16"
     assert refused(data) == [f"a.{kind}:1:1: not utf-8 text; {cure}"]
     plain = text_of(kind, PLAIN)  # without a mark, all of its bytes are UTF-8 too
     for order in ("le", "be"):
@@ -76,7 +76,7 @@ def test_fault_04_byte_order_mark_in_the_middle(write: Write, refused: Refused, 
     data = write(f"a.{kind}", f"{text}\ufeff{text}")
     line = text.count("\n") + 1
     what = "a byte order mark (U+FEFF) in the middle of the file"
-    assert refused(data) == [f"a.{kind}:{line}:1: {what}; take it out; joining files leaves such marks"]
+    assert refused(data) == [f"a.{kind}:{line}:1: {what}; remove it; joining files leaves such marks"]
 
 
 def test_fault_05_malformed_json(write: Write, refused: Refused) -> None:
@@ -97,12 +97,12 @@ def test_fault_05_malformed_json(write: Write, refused: Refused) -> None:
 
 def test_fault_06_truncated_last_line(write: Write, refused: Refused) -> None:
     (line,) = refused(write("a.jsonl", f"{LINE}\n{LINE[:-8]}"))
-    assert line.startswith("a.jsonl:2:") and line.endswith(f": the last line is cut off; {AGAIN}")
+    assert line.startswith("a.jsonl:2:") and line.endswith(f": the last line is truncated; {AGAIN}")
     (line,) = refused(write("a.json", f"[{LINE},\n{LINE[:-8]}"))
-    assert line.startswith("a.json:2:") and line.endswith(f": the file is cut off; {AGAIN}")
+    assert line.startswith("a.json:2:") and line.endswith(f": the file is truncated; {AGAIN}")
     (line,) = refused(write("b.json", f"[{LINE},\n{LINE}"))
-    assert line.startswith("b.json:2:34: ") and line.endswith(f": the file is cut off; {AGAIN}")
-    cure = "put a cell with commas or line breaks in quotes"
+    assert line.startswith("b.json:2:34: ") and line.endswith(f": the file is truncated; {AGAIN}")
+    cure = "put cells with commas or line breaks in quotes"
     assert refused(write("a.csv", "document,title\na,b\nc")) == [
         f"a.csv:3: 1 cells; the header has 2; {cure}"
     ]
@@ -113,7 +113,7 @@ def test_fault_06_truncated_last_line(write: Write, refused: Refused) -> None:
     whole = table_as("parquet", PLAIN)
     for content in (whole[:-9], whole[:4] + whole[40:], b""):
         (line,) = refused(write("a.parquet", content))
-        assert line.startswith("a.parquet: not a parquet file that can be read: ")
+        assert line.startswith("a.parquet: not a readable Parquet file: ")
         assert line.endswith(f"; {AGAIN}")
 
 
@@ -121,7 +121,7 @@ def test_fault_07_two_objects_on_a_line(write: Write, refused: Refused) -> None:
     assert refused(write("a.jsonl", f"{LINE}\n{LINE}{LINE}\n{LINE} {LINE}\n{LINE},\n")) == [
         "a.jsonl:2:34: a second object on the line; write one object a line",
         "a.jsonl:3:35: a second object on the line; write one object a line",
-        "a.jsonl:4:34: something after the object; write one object a line",
+        "a.jsonl:4:34: text after the object; write one object a line",
     ]
 
 
@@ -172,18 +172,18 @@ def test_fault_14_nan_and_infinity_in_json(write: Write, refused: Refused) -> No
 def test_fault_16_duplicate_json_key(write: Write, refused: Refused) -> None:
     top = '{"document": "a", "document": "b", "title": "c"}'
     deep = '{"document": "a", "title": "c", "x": [{"y": 1, "y": 2}]}'
-    cure = "keep one of the two"
+    cure = "keep one"
     assert refused(write("a.jsonl", f"{LINE}\n{top}\n{deep}\n")) == [
-        f'a.jsonl:2:19: the key "document" stands twice in one object; {cure}',
-        f'a.jsonl:3:48: the key "y" stands twice in one object; {cure}',
+        f'a.jsonl:2:19: the key "document" appears twice in one object; {cure}',
+        f'a.jsonl:3:48: the key "y" appears twice in one object; {cure}',
     ]
     assert refused(write("a.json", f"[{LINE},\n{top}]")) == [
-        f'a.json:2:19: the key "document" stands twice in one object; {cure}'
+        f'a.json:2:19: the key "document" appears twice in one object; {cure}'
     ]
 
 
 def test_fault_17_duplicate_csv_header(write: Write, refused: Refused) -> None:
-    cure = "give each column a name of its own"
+    cure = "give each column a unique name"
     for kind, comma in (("csv", ","), ("tsv", "\t")):
         text = "\ndocument,title,x,title,x\na,b,c,d,e\n".replace(",", comma)
         assert refused(write(f"a.{kind}", text)) == [
@@ -212,7 +212,7 @@ def test_fault_28_nothing_to_read(tmp_path: Path, write: Write, refused: Refused
     assert refused(tmp_path / "nowhere/a.csv") == ["nowhere/a.csv: no such file or folder; check its name"]
     (tmp_path / "empty").mkdir()
     (line,) = refused(tmp_path / "empty")
-    assert line.startswith("empty: a folder without data; name a .jsonl, .json, ")
+    assert line.startswith("empty: a folder without data files; give a .jsonl, .json, ")
     pipes = ("pipe.jsonl", "pipe", "in/pipe.csv", "saved/state.json", "splits/dataset_dict.json")
     for pipe in pipes:
         (tmp_path / pipe).parent.mkdir(exist_ok=True)
@@ -233,7 +233,7 @@ def test_fault_28_a_saved_data_set_in_pieces(tmp_path: Path, refused: Refused, a
     assert len(accepted(tmp_path / "saved").texts) == 2
     next((tmp_path / "saved").glob("*.arrow")).unlink()
     (line,) = refused(tmp_path / "saved")
-    assert line.startswith("saved: a saved data set that cannot be read: ")
+    assert line.startswith("saved: the saved data set cannot be read: ")
 
 
 def test_fault_29_a_data_set_that_would_run_code(
@@ -243,12 +243,12 @@ def test_fault_29_a_data_set_that_would_run_code(
     script = write("someone/news/news.py", code)
     write("someone/news/train.jsonl", f"{LINE}\n")
     write("other/load.py", code)
-    what = "a data set that runs Python code ({}); such code is never run"
+    what = "the data set needs its own Python code ({}), which Yeonma never runs"
     cure = "give its data files (.parquet, .jsonl, ...), or on the hub --data_revision refs/convert/parquet"
     assert refused(script.parent) == [f"someone/news: {what.format('news.py')}; {cure}"]
     assert refused(tmp_path / "other") == [f"other: {what.format('load.py')}; {cure}"]
     (line,) = refused(script)
-    assert line.startswith("someone/news/news.py: a data set that runs Python code (")
+    assert line.startswith("someone/news/news.py: the data set needs its own Python code (")
     monkeypatch.chdir(tmp_path)  # a folder by the name that the hub has
     assert refused("someone/news") == [f"someone/news: {what.format('news.py')}; {cure}"]
 

@@ -95,7 +95,7 @@ def test_fault_13_an_empty_answer(write: Write, refused: Refused, kind: str) -> 
 def test_fault_13_an_empty_answer_in_a_turn_list(write: Write, refused: Refused, chat_base: Path) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " \n"}]
     data = write_as(write, "jsonl", [{"messages": turns}])
-    what = "messages[1].content is empty; fill it or take the row out"
+    what = "messages[1].content is empty; fill it or remove the row"
     assert refused(data, base_model=chat_base, template=None) == [f"a.jsonl:1: {what}"]
 
 
@@ -146,14 +146,14 @@ def test_fault_21_an_unknown_role(write: Write, refused: Refused, chat_base: Pat
     ]
     lines = refused(write_jsonl(write("a.jsonl", ""), rows), base_model=chat_base, template=None)
     known = "roles are system, developer, user, human, assistant, "
-    assert lines[0] == ('a.jsonl:1: messages[2].role: "asistant" is no known role; did you mean "assistant"?')
-    assert lines[1].startswith(f'a.jsonl:1: messages[3].role: "narrator" is no known role; {known}')
-    assert lines[2].startswith(f"a.jsonl:2: messages[1].role: a number (3) is no known role; {known}")
+    assert lines[0] == ('a.jsonl:1: messages[2].role: unknown role "asistant"; did you mean "assistant"?')
+    assert lines[1].startswith(f'a.jsonl:1: messages[3].role: unknown role "narrator"; {known}')
+    assert lines[2].startswith(f"a.jsonl:2: messages[1].role: unknown role a number (3); {known}")
     assert lines[3] == 'a.jsonl:3: messages[0].role is missing; a turn has "role" and "content"'
     sharegpt = [{"from": "human", "value": "q"}, {"from": "gtp", "value": "a"}]
     data = write_jsonl(write("a.jsonl", ""), [{"conversations": sharegpt}])
     assert refused(data, base_model=chat_base, template=None) == [
-        'a.jsonl:1: conversations[1].from: "gtp" is no known role; did you mean "gpt"?'
+        'a.jsonl:1: conversations[1].from: unknown role "gtp"; did you mean "gpt"?'
     ]
 
 
@@ -164,16 +164,16 @@ def test_fault_22_a_turn_list_without_an_assistant_turn(
     rows = [{"messages": turns} for turns in ([ASKED, ANSWERED], [ASKED, ASKED], [ANSWERED], [])]
     assert refused(write_as(write, kind, rows), base_model=chat_base, template=None) == [
         f'{place(kind, 2)}: "messages" has no assistant turn: there is nothing to train; '
-        "add the answer, or take the row out",
-        f'{place(kind, 3)}: "messages" has no turn before the answer; add the question, or take the row out',
-        f'{place(kind, 4)}: field "messages" has no turns; take the row out',
+        "add the answer, or remove the row",
+        f'{place(kind, 3)}: "messages" has no turn before the answer; add the question, or remove the row',
+        f'{place(kind, 4)}: field "messages" has no turns; remove the row',
     ]
 
 
 def test_fault_23_a_lone_surrogate(write: Write, refused: Refused, accepted: Accepted) -> None:
     rows = [r'"\ud83d\ude00"', r'"\ud83d x"', r'"x \ude00"', r'{"y": "\ud83d\ud83d\ude00"}']
     lines = [f'{{"document": "a", "title": "b", "x": {row}}}' for row in rows]
-    what = "half a character: {} is a lone surrogate; take it out"
+    what = "half a character: {} is a lone surrogate; remove it"
     assert refused(write("a.jsonl", "\n".join(lines))) == [
         f"a.jsonl:2:39: {what.format(chr(92) + 'ud83d')}",
         f"a.jsonl:3:41: {what.format(chr(92) + 'ude00')}",
@@ -184,7 +184,7 @@ def test_fault_23_a_lone_surrogate(write: Write, refused: Refused, accepted: Acc
     ]
     for name in ("a.jsonl", "a.json", "a.csv", "a.tsv"):  # in the bytes it is no UTF-8
         (line,) = refused(write(name, b"\xed\xa0\xbd"))
-        assert line.startswith(f"{name}:1:1: not utf-8 text; give the file's own with --encoding")
+        assert line.startswith(f"{name}:1:1: not utf-8 text; give the file's encoding")
     pair = write("a.jsonl", r'{"document": "\ud83d\ude00", "title": "b"}')
     assert accepted(pair, template=TEMPLATE).texts == [("\U0001f600\n", f"b{END}")]
 
@@ -192,19 +192,17 @@ def test_fault_23_a_lone_surrogate(write: Write, refused: Refused, accepted: Acc
 def test_fault_24_a_nul_character(write: Write, refused: Refused) -> None:
     escaped = [r'{"document": "a\u0000", "title": "b"}', r'{"document": "a", "title": "\u0000"}']
     assert refused(write("a.jsonl", "\n".join(escaped))) == [
-        "a.jsonl:1:16: a NUL character (\\u0000); take it out",
-        "a.jsonl:2:29: a NUL character (\\u0000); take it out",
+        "a.jsonl:1:16: a NUL character (\\u0000); remove it",
+        "a.jsonl:2:29: a NUL character (\\u0000); remove it",
     ]
     assert refused(write("a.json", f"[\n{escaped[0]}]")) == [
-        "a.json:2:16: a NUL character (\\u0000); take it out"
+        "a.json:2:16: a NUL character (\\u0000); remove it"
     ]
     rows = [{"document": "a", "title": "b"}, {"document": "Q", "title": "d"}]
     for kind, where in {"jsonl": "2:15", "json": "2:15", "csv": "3:1", "tsv": "3:1"}.items():
         text = write_as(write, kind, rows).read_text().replace("Q", "\0")
-        assert refused(write(f"a.{kind}", text)) == [
-            f"a.{kind}:{where}: a NUL character (U+0000); take it out"
-        ]
+        assert refused(write(f"a.{kind}", text)) == [f"a.{kind}:{where}: a NUL character (U+0000); remove it"]
     holding = write_as(write, "parquet", [*rows, {"document": "e\0", "title": "f"}])
     assert refused(holding) == [
-        'a.parquet row 3: field "document" holds a NUL character (U+0000) after 1 characters; take it out'
+        'a.parquet row 3: field "document" contains a NUL character (U+0000) after 1 characters; remove it'
     ]

@@ -80,7 +80,7 @@ def test_fault_67_one_missing_or_empty(
     good = {**asked, "chosen": "a", "rejected": "b"}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**asked, "chosen": "a", **values}, good])
     done = dpo(tmp_path / "out", base, data)
-    cure = "a pair needs both answers (chosen and rejected); fill it or take the row out"
+    cure = "a pair needs both answers (chosen and rejected); fill it or remove the row"
     assert (done.status, done.err) == (2, f'yeonma: {data}:2: field "rejected" is {state}; {cure}\n')
     assert not done.folder.exists()
 
@@ -89,7 +89,7 @@ def test_fault_67_both_are_told_by_the_names_of_their_columns(tmp_path: Path, ba
     good = {"prompt": "x\n", "better": "a", "worse": "b"}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**good, "better": "", "worse": None}])
     done = dpo(tmp_path / "out", base, data, columns={"chosen": "better", "rejected": "worse"})
-    cure = "a pair needs both answers (better and worse); fill it or take the row out"
+    cure = "a pair needs both answers (better and worse); fill it or remove the row"
     assert done.err == (
         f'yeonma: {data}:2: field "better" is empty; {cure}\nyeonma: {data}:2: field "worse" is null; {cure}\n'
     )
@@ -165,6 +165,6 @@ def test_fault_70_turn_lists_whose_prompts_differ(tmp_path: Path, base: Path, wh
     data = write_jsonl(tmp_path / "rows.jsonl", [good, DIFFERENT[where]])
     done = dpo(tmp_path / "out", base, data)
     assert done.status == 2
-    assert done.err.startswith(f"yeonma: {data}:2: chosen and rejected part at turn ")
+    assert done.err.startswith(f"yeonma: {data}:2: chosen and rejected differ from turn ")
     assert "their prompts differ; give both answers the same turns before them" in done.err
     assert not done.folder.exists()

@@ -60,7 +60,7 @@ def test_fault_31_where_the_library_reads_the_rows(tmp_path: Path, refused: Refu
 
 def test_fault_32_unbalanced_brace(write: Write, refused: Refused, data: Path) -> None:
     template = write("t.txt", "Of {document\n{title}}\n} {title}")
-    opened, closed = 'write "{{" for the brace itself', 'write "}}" for the brace itself'
+    opened, closed = 'write "{{" for a literal brace', 'write "}}" for a literal brace'
     assert refused(data, template=template) == [
         f't.txt:1:4: "{{" is not closed; {opened}',
         f't.txt:2:8: "}}" without a "{{" before it; {closed}',
@@ -75,7 +75,7 @@ def test_fault_33_no_field_or_only_the_answer(write: Write, refused: Refused, da
         assert refused(data, template=write("t.txt", text)) == [f"t.txt:1: {what}; {cure}"]
     doubled = write("t.txt", "{{document}} {{title}}")
     assert refused(data, template=doubled) == [f't.txt:1: {what}; write "{{document}}", with single braces']
-    what, cure = "the template has only the answer and no prompt", "write before it what the model is asked"
+    what, cure = "the template has an answer but no prompt", "write the prompt before the answer"
     for text in ("{title}", "\n  \n{title}\n"):
         assert refused(data, template=write("t.txt", text)) == [f"t.txt:1: {what}; {cure}"]
     turns = write("t.txt", "[assistant]\n{title}\n")
@@ -86,7 +86,7 @@ def test_fault_33_no_field_or_only_the_answer(write: Write, refused: Refused, da
 
 def test_fault_34_the_answer_shown_in_the_prompt(write: Write, refused: Refused, data: Path) -> None:
     what = 'the prompt shows "title", which is the answer (the last field)'
-    cure = "take it out there, or the model learns to copy it"
+    cure = "remove it from the prompt, or the model learns to copy it"
     for text, place in {
         "Of {title}: {document}\n{title}": "1:4",
         "[user]\n{document} {title}\n[assistant]\n{title}": "2:12",
@@ -95,7 +95,7 @@ def test_fault_34_the_answer_shown_in_the_prompt(write: Write, refused: Refused,
         assert refused(data, template=write("t.txt", text)) == [f"t.txt:{place}: {what}; {cure}"]
     through_columns = refused(data, template="{body}\n{title}", columns={"body": "title"})
     assert through_columns == [
-        '--columns: the column "title" is the answer and also the field "body" of the prompt; '
+        '--columns: the column "title" is the answer and also the prompt field "body"; '
         "the prompt must not show the answer"
     ]
 
@@ -130,8 +130,8 @@ def test_fault_37_a_zero_width_character_in_a_field(
     hidden = chr(int(code, 16))
     template = write("t.txt", f"Of {{docu{hidden}ment}}\n{{title{hidden}}}")
     assert refused(data, template=template) == [
-        f't.txt:1:4: the field name "docuU+{code}ment" has an invisible character; delete it',
-        f't.txt:2:1: the field name "titleU+{code}" has an invisible character; delete it',
+        f't.txt:1:4: the field name "docuU+{code}ment" contains an invisible character; delete it',
+        f't.txt:2:1: the field name "titleU+{code}" contains an invisible character; delete it',
     ]
 
 
@@ -144,7 +144,7 @@ def test_fault_38_code_in_a_template(write: Write, refused: Refused, accepted: A
     assert len(lines) == len(CODE)
     for number, (line, code) in enumerate(zip(lines, CODE, strict=True), start=1):
         assert line.startswith(f't.txt:{number}:1: "{{{code}}}" is not a field: ')
-        assert line.endswith('; write "{{" and "}}" for the braces themselves')
+        assert line.endswith('; write "{{" and "}}" for literal braces')
     literal = "{{''.__class__}} {{7*7}} {{document}} ${{x}} {{% if %}} %(document)s\n{document}:\n{title}"
     shown = "{''.__class__} {7*7} {document} ${x} {% if %} %(document)s\na b:\n"
     assert accepted(data, template=write("t.txt", literal)).texts[0] == (shown, f"t{END}")
@@ -238,7 +238,7 @@ def test_a_template_that_cannot_be_read_is_named(
     missing = tmp_path / "titel.txt"
     (line,) = refused(data, template=missing)
     assert line.startswith(
-        f'--template: there is no built-in template and no file "titel.txt"; {cure}; did you'
+        f'--template: no built-in template and no file is named "titel.txt"; {cure}; did you'
     )
     cp949 = write("t.txt", "of\n제목 {document}\n{title}".encode("cp949"))
     assert refused(data, template=cp949) == ["t.txt:2: is not UTF-8; save the template as UTF-8"]

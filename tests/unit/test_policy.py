@@ -482,7 +482,7 @@ def test_chat_without_a_terminal_ends_at_the_first_error(
     monkeypatch.setattr("sys.stdin", io.StringIO("x\0y\n\n서울\n"))
     assert main(["chat", str(titles.adapter), "--max_new_tokens", "2"]) == 2
     found = capsys.readouterr()
-    assert 'this question: field "document" holds a NUL' in found.err
+    assert 'this question: field "document" contains a NUL' in found.err
     assert found.out == ""
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
 from yeonma.config.settings import AskedQuantization, Quantization
-from yeonma.data.columns import Columns, column_of, field_text, turns_of
+from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Placeholder, Rendered, Variant
+from yeonma.data.turns import turns_of
 from yeonma.errors import Problem, UserError
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource, find_base

@@ -16,7 +16,7 @@ import numpy as np
 
 from yeonma.data.columns import column_of
 from yeonma.data.rows import Row
-from yeonma.data.task import ANSWERS, LABELLED, PAIRS, Task
+from yeonma.data.task import TASKS, Task
 from yeonma.data.template import Template
 from yeonma.errors import UserError
 from yeonma.tokenization.cache import ENCODERS
@@ -25,7 +25,6 @@ from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.store import TokenStore
 
 SAMPLES = "samples.json"
-KINDS = {kind.name: kind for kind in (ANSWERS, PAIRS, LABELLED)}
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,23 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class Samples:
-    kind: Task
+    task: Task
     rows: tuple[SampleRow, ...]
 
     def to_json(self) -> str:
         rows = [asdict(row) for row in self.rows]
-        return json.dumps({"kind": self.kind.name, "samples": rows}, ensure_ascii=False, default=str) + "\n"
+        return json.dumps({"kind": self.task.name, "samples": rows}, ensure_ascii=False, default=str) + "\n"
 
 
 def take_samples(
-    part: Part, kind: Task, template: Template, columns: Mapping[str, str] | None, count: int
+    part: Part, task: Task, template: Template, columns: Mapping[str, str] | None, count: int
 ) -> Samples:
     """The first `count` rows of `part`."""
     rows = part.first_rows(count)
-    names = _columns_read(kind, template, columns)
+    names = _columns_read(task, template, columns)
     prompts = prompts_of(part.store, [row.number for row in rows])
     return Samples(
-        kind,
+        task,
         tuple(
             SampleRow(
                 row.number, {name: row.values[name] for name in names if name in row.values}, ids.tolist()
@@ -93,7 +92,7 @@ def read_samples(folder: Path) -> Samples | None:
                 raise TypeError("ids and row numbers are whole numbers")
             if not isinstance(row.row, dict):
                 raise TypeError("a row is an object")
-        return Samples(KINDS[content["kind"]], rows)
+        return Samples(TASKS[content["kind"]], rows)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"damaged ({error})", place=str(path)) from error
 
@@ -112,9 +111,9 @@ def prompts_now(
     rows = [Row(each.row_number, each.row, f"{SAMPLES}, row {each.row_number}") for each in samples.rows]
     if not rows:
         return []
-    kind = samples.kind
-    rendered = [kind.render(template, row, columns) for row in rows]
-    found = ENCODERS[kind.name](rendered, rows, tokenizer, rules)
+    task = samples.task
+    rendered = [task.render(template, row, columns) for row in rows]
+    found = ENCODERS[task.name](rendered, rows, tokenizer, rules)
     lasts: dict[int, list[int]] = {}
     for example in _examples(found):
         lasts[example.row] = example.token_ids[: example.prompt_length].tolist()
@@ -129,12 +128,5 @@ def _examples(found: Iterable[Example | Unit | LeftOut]) -> Iterable[Example]:
             yield one
 
 
-def _columns_read(kind: Task, template: Template, columns: Mapping[str, str] | None) -> list[str]:
-    names = set(template.fields)
-    if kind is PAIRS:
-        names |= {"chosen", "rejected"}
-        if not template.is_chat:
-            names.discard(template.answer_field)
-    elif kind is LABELLED:
-        names.add("label")
-    return sorted({column_of(name, columns, template.answer_field) for name in names})
+def _columns_read(task: Task, template: Template, columns: Mapping[str, str] | None) -> list[str]:
+    return sorted({column_of(name, columns, template.answer_field) for name in task.fields(template)})

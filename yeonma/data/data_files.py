@@ -1,4 +1,4 @@
-"""Which files a path names: one, those of a folder, or none where it is a name on the hub. Nothing is read yet."""
+"""The data files that a path names: one, those of a folder, or none if it is a name on the hub. Nothing is read yet."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from yeonma.files import user_path
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KNOWN_ENDINGS = ", ".join(ENDINGS)
-# Endings that no data set on the hub is meant with.
+# Endings that mean a file, never a data set on the hub.
 OTHER_ENDINGS = (".txt", ".gz", ".zip", ".zst", ".xlsx", ".xls", ".arrow", ".py", ".ndjson", ".yaml")
-# Files about data that often lie beside it.
+# Files about the data, often beside it.
 SIDE_FILES = ("dataset_info.json", "dataset_infos.json")
 _SPLIT_WORD = re.compile(r"(?:\A|[-_.])(train|test|validation|valid|val|dev|eval)(?:[-_.]|\Z)")
 
 
 def local_path(data_path: str) -> Path | None:
-    """What exists on this machine; None for what may be a name on the hub.
+    """The path if it exists; None for what may be a name on the hub.
 
-    Raises UserError for what only looks like a path, and for what cannot be opened.
+    Raises UserError for a missing file, by its looks, and for a path that cannot be opened.
     """
     if not data_path.strip():
-        raise UserError("no data is named", place="--data_path", cure="give a file, a folder or a data set")
+        raise UserError("no data given", place="--data_path", cure="give a file, a folder or a data set")
     path = user_path(data_path)
     try:
         path.stat()
@@ -34,16 +34,15 @@ def local_path(data_path: str) -> Path | None:
             raise _no_such_file(data_path, path) from None
         return None
     except OSError as error:
-        cure = "give a file or folder that you may read"
+        cure = "give a file or folder that you can read"
         raise UserError(f"cannot be opened: {error}", place=data_path, cure=cure) from None
     return path
 
 
 def files_of(name: str, path: Path) -> list[tuple[Path, str]]:
-    """The file, or the data files directly in a folder, sorted, each with the name that messages call it by.
+    """The file, or the data files directly in a folder, sorted, each with its name in messages.
 
-    Raises UserError unless they are regular files, of one kind and one split, and where Python code would make the
-    data.
+    Raises UserError unless they are regular files of one format and one split, and for data sets that run Python code.
     """
     if not path.is_dir():
         return _checked(name, [(path, name)])
@@ -54,13 +53,13 @@ def files_of(name: str, path: Path) -> list[tuple[Path, str]]:
         raise wants_to_run_code(name, scripts[0].name)
     if not files:
         below = sorted({file.parent.name for kind in ENDINGS for file in path.glob(f"*/*{kind}")})
-        cure = f"name a {KNOWN_ENDINGS} file or a folder of such files"
-        cure = f"name the folder in it: {', '.join(below)}" if below else cure
-        raise UserError("a folder without data", place=name, cure=cure)
-    kinds = sorted({file.suffix.lower() for file in files})
-    if len(kinds) > 1:
-        cure = "keep one kind in a folder, or give one file"
-        raise UserError(f"files of several kinds: {', '.join(kinds)}", place=name, cure=cure)
+        cure = f"give a {KNOWN_ENDINGS} file or a folder of such files"
+        cure = f"give the folder inside it: {', '.join(below)}" if below else cure
+        raise UserError("a folder without data files", place=name, cure=cure)
+    endings = sorted({file.suffix.lower() for file in files})
+    if len(endings) > 1:
+        cure = "keep one format in a folder, or give one file"
+        raise UserError(f"files of several formats: {', '.join(endings)}", place=name, cure=cure)
     splits = sorted({word[1] for file in files if (word := _SPLIT_WORD.search(file.stem.lower()))})
     if len(splits) > 1:
         cure = "give one file, or a folder for each split"
@@ -70,9 +69,8 @@ def files_of(name: str, path: Path) -> list[tuple[Path, str]]:
 
 def wants_to_run_code(name: str, script: str) -> UserError:
     cure = "give its data files (.parquet, .jsonl, ...), or on the hub --data_revision refs/convert/parquet"
-    return UserError(
-        f"a data set that runs Python code ({script}); such code is never run", place=name, cure=cure
-    )
+    problem = f"the data set needs its own Python code ({script}), which Yeonma never runs"
+    return UserError(problem, place=name, cure=cure)
 
 
 def _checked(name: str, files: Sequence[tuple[Path, str]]) -> list[tuple[Path, str]]:
@@ -84,8 +82,8 @@ def _checked(name: str, files: Sequence[tuple[Path, str]]) -> list[tuple[Path, s
             raise wants_to_run_code(name, shown)
         if ending not in ENDINGS:
             cure = f"give a {KNOWN_ENDINGS} file, or a folder of such files"
-            what = f"a {path.suffix} file cannot be read" if ending else "a file without an ending"
-            raise UserError(what, place=shown, cure=cure)
+            problem = f"{path.suffix} files cannot be read" if ending else "the file has no ending"
+            raise UserError(problem, place=shown, cure=cure)
     return list(files)
 
 

@@ -1,8 +1,7 @@
 """Preference data as text: a prompt with a chosen and a rejected answer, or with one answer and a label.
 
-A template is filled as for supervised training, its answer field once for each answer. Turns come as
-`messages` or `conversations` with the two answers beside them, or as two whole dialogues, whose shared beginning is the
-prompt.
+A template is filled as for supervised training, with each of the answers in its answer field. Turns come as `messages`
+or `conversations` with the two answers beside them, or as two whole dialogues, whose shared beginning is the prompt.
 """
 
 from __future__ import annotations
@@ -12,27 +11,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from yeonma.data.columns import (
-    FORMS,
-    ROLES,
-    Form,
-    Recognised,
-    Role,
-    Turn,
-    column_of,
-    described,
-    field_text,
-    recognise,
-    turn_of,
-    turns_of,
-)
+from yeonma.data.columns import FORMS, Columns, Form, Recognised, column_of, field_text, recognise
 from yeonma.data.rows import Row, Rows
-from yeonma.data.template import Piece, Rendered, RenderedTurn, Template, answer_text, visible
+from yeonma.data.strict_json import described
+from yeonma.data.template import (
+    Rendered,
+    Template,
+    answer_text,
+    as_rendered_turns,
+    joined,
+    missing_column,
+)
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
-from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.data.turns import ROLES, Role, Turn, turn_of, turns_of
+from yeonma.errors import Problem, UserError
 
 SIDES = ("chosen", "rejected")
-_ROWS_LOOKED_AT = 100
+_ROWS_INSPECTED = 100
 
 _PAIR_FORMS = tuple(
     replace(form, needs=(*(group for group in form.needs if form.answer not in group), *((side,) for side in SIDES)))
@@ -49,8 +44,8 @@ _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 class RenderedPair:
     """One prompt with two answers, as text; both have the same variant and begin with the same turns.
 
-    An answer of one turn stands in `answer`. Where an answer goes on over several turns, both sides hold all their
-    turns, as a turn list does, and the first `prompt_turns` of them are the prompt.
+    An answer of one turn is in `answer`. If an answer has several turns, both sides hold all their turns, as a turn
+    list does, and the first `prompt_turns` of them are the prompt.
     """
 
     chosen: Rendered
@@ -60,49 +55,50 @@ class RenderedPair:
 
 @dataclass(frozen=True, slots=True)
 class RenderedLabel:
-    """One prompt with an answer that is wanted, or not."""
+    """One prompt with an answer that is labelled desirable or not."""
 
     rendered: Rendered
     desirable: bool
 
 
-def render_pair(template: Template, row: Row, columns: Mapping[str, str] | None = None) -> RenderedPair:
-    """Fill the template with both answers of a row; `columns`: field -> column, `chosen` and `rejected` among them.
+def render_pair(template: Template, row: Row, columns: Columns = None) -> RenderedPair:
+    """Fill the template with both answers of a row; `columns` may also name those of `chosen` and `rejected`.
 
-    Raises UserError with the row's place as `Template.render`; for an answer that is missing or empty; and for
+    Raises UserError with the row's place as `Template.render`, for an answer that is missing or empty, and for
     dialogues whose prompts differ.
     """
-    names, columns = _answer_columns(template, columns)
-    _check_given(row, names)
+    answers, prompt_columns = _split_columns(template, columns)
+    _check_answers(row, answers)
     if template.is_chat:
-        template.check_columns(columns)
-        return _turn_pair(template, row, columns, names)
+        template.check_columns(prompt_columns)
+        return _turn_pair(template, row, prompt_columns, answers)
     chosen, rejected = (
-        template.render(row, {**columns, template.answer_field: names[side]}) for side in SIDES
+        template.render(row, {**prompt_columns, template.answer_field: answers[side]}) for side in SIDES
     )
     return RenderedPair(chosen, rejected, len(chosen.turns))
 
 
-def render_label(template: Template, row: Row, columns: Mapping[str, str] | None = None) -> RenderedLabel:
-    """Fill the template as for supervised training; the column `label` says whether the answer is wanted.
+def render_label(template: Template, row: Row, columns: Columns = None) -> RenderedLabel:
+    """Fill the template as for supervised training; the column `label` says whether the answer is desirable.
 
-    Of a turn list the last turn is the answer. Raises UserError as `Template.render`, and for a label that is not true
+    The last turn of a turn list is the answer. Raises UserError as `Template.render`, and for a label that is not true
     or false.
     """
     columns = dict(columns or {})
     desirable = _label(row, columns.pop("label", "label"))
     rendered = template.render(row, columns)
     if template.is_chat:
-        *asked, last = rendered.turns
+        *prompt, last = rendered.turns
         if last.role != "assistant":
             raise UserError("the turn list does not end with an assistant turn", place=row.place)
-        rendered = replace(rendered, turns=tuple(asked), answer=last.pieces)
+        rendered = replace(rendered, turns=tuple(prompt), answer=last.pieces)
     return RenderedLabel(rendered, desirable)
 
 
 def notes_of_pair(pair: RenderedPair) -> Notes:
+    """The notes of both answers together."""
     chosen, rejected = notes_of(pair.chosen), notes_of(pair.rejected)
-    first, second = _answer_of(pair.chosen), _answer_of(pair.rejected)
+    first, second = _whole_text(pair.chosen), _whole_text(pair.rejected)
     apart = first != second and "".join(first.split()) == "".join(second.split())
     return Notes(
         flags=chosen.flags | rejected.flags | (SPACED_APART if apart else 0),
@@ -112,59 +108,61 @@ def notes_of_pair(pair: RenderedPair) -> Notes:
     )
 
 
-def recognise_pairs(rows: Rows, columns_setting: Mapping[str, str] | None = None) -> Recognised:
+def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
     """Choose the built-in template as `recognise`, for columns with `chosen` and `rejected` in the answer's place.
 
-    Answers that are turns need the template chat; which column then holds the prompt's turns is part of the answer.
+    Answers that are turns need the template chat; the result then says which column holds the prompt's turns.
     """
-    setting = dict(columns_setting or {})
-    chosen = _first_value(rows, setting.get("chosen", "chosen"))
+    chosen = _first_value(rows, column_of("chosen", columns, ""))
     dialogue = _is_dialogue(chosen)
-    if isinstance(chosen, str) and not (dialogue and not _has_prompt(rows.columns, setting)):
-        return recognise(rows.columns, setting, _PAIR_FORMS)
-    named = [name for name in ("messages", "conversations") if column_of(name, setting, "") in rows.columns]
-    needs = tuple((side,) for side in SIDES)
-    if named:
-        return recognise(rows.columns, setting, [Form("chat", ((named[0],), *needs), "")])
-    found = recognise(rows.columns, setting, [Form("chat", needs, "", ("prompt",))])
-    prompt = _first_value(rows, "prompt") if "messages" not in setting else None
-    if prompt is None or (isinstance(prompt, str) and dialogue):
-        return found
-    return replace(found, columns=(("messages", "prompt"),))
-
-
-def recognise_labelled(rows: Rows, columns_setting: Mapping[str, str] | None = None) -> Recognised:
-    """Choose the built-in template as `recognise`, for columns with a `label` beside them."""
-    return recognise(rows.columns, columns_setting, _LABELLED_FORMS)
-
-
-def pair_without_column(
-    template: Template, known: Sequence[str], columns: Mapping[str, str] | None = None
-) -> list[Problem]:
-    """What no column of the data fills, as `Template.without_column`; whole dialogues need no prompt of their own."""
-    names, columns = _answer_columns(template, columns)
-    if template.is_chat:
-        template.check_columns(columns)
-        return [_no_column(name, known) for name in names.values() if name not in known]
-    found = [
-        template.without_column(known, {**columns, template.answer_field: name}) for name in names.values()
+    if isinstance(chosen, str) and not (dialogue and not _has_prompt(rows.columns, columns)):
+        return recognise(rows.columns, columns, _PAIR_FORMS)
+    turn_lists = [
+        field for field in ("messages", "conversations") if column_of(field, columns, "") in rows.columns
     ]
-    return list(dict.fromkeys(problem for problems in found for problem in problems))
+    needs = tuple((side,) for side in SIDES)
+    if turn_lists:
+        return recognise(rows.columns, columns, [Form("chat", ((turn_lists[0],), *needs), "")])
+    recognised = recognise(rows.columns, columns, [Form("chat", needs, "", ("prompt",))])
+    prompt = None if columns and "messages" in columns else _first_value(rows, "prompt")
+    if prompt is None or (isinstance(prompt, str) and dialogue):
+        return recognised
+    return replace(recognised, columns=(("messages", "prompt"),))
 
 
-def label_without_column(
-    template: Template, known: Sequence[str], columns: Mapping[str, str] | None = None
-) -> list[Problem]:
-    """What no column of the data fills, as `Template.without_column`, and the label."""
+def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
+    """Choose the built-in template as `recognise`, for columns with a `label` beside them."""
+    return recognise(rows.columns, columns, _LABELLED_FORMS)
+
+
+def fields_of_pair(template: Template) -> frozenset[str]:
+    """The fields that `render_pair` reads: those of the prompt and both answers."""
+    prompt = template.fields if template.is_chat else template.fields - {template.answer_field}
+    return prompt | {*SIDES}
+
+
+def missing_pair_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
+    """As `Template.missing_columns`, for both answers; whole dialogues need no prompt of their own."""
+    answers, prompt_columns = _split_columns(template, columns)
+    if template.is_chat:
+        template.check_columns(prompt_columns)
+        return [missing_column(name, names, "--columns") for name in answers.values() if name not in names]
+    by_answer = [
+        template.missing_columns(names, {**prompt_columns, template.answer_field: name})
+        for name in answers.values()
+    ]
+    return list(dict.fromkeys(problem for problems in by_answer for problem in problems))
+
+
+def missing_label_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
+    """As `Template.missing_columns`, and the label's column."""
     columns = dict(columns or {})
     label = columns.pop("label", "label")
-    missing = [] if label in known else [_no_column(label, known)]
-    return [*template.without_column(known, columns), *missing]
+    missing = [] if label in names else [missing_column(label, names, "--columns")]
+    return [*template.missing_columns(names, columns), *missing]
 
 
-def _answer_columns(
-    template: Template, columns: Mapping[str, str] | None
-) -> tuple[dict[str, str], dict[str, str]]:
+def _split_columns(template: Template, columns: Columns) -> tuple[dict[str, str], dict[str, str]]:
     """The columns of chosen and rejected, and those of the other fields."""
     columns = dict(columns or {})
     if "answer" in columns or (template.answer_field in columns and not template.is_chat):
@@ -173,20 +171,14 @@ def _answer_columns(
     return {side: columns.pop(side, side) for side in SIDES}, columns
 
 
-def _no_column(name: str, known: Sequence[str]) -> Problem:
-    listed = f"it has {', '.join(map(visible, known))}"
-    return Problem(
-        f'the data has no column "{name}"', "--columns", visible(did_you_mean(name, known)) or listed
-    )
-
-
-def _check_given(row: Row, names: Mapping[str, str]) -> None:
+def _check_answers(row: Row, answers: Mapping[str, str]) -> None:
+    """Raises UserError unless both answers have a value; `answers`: side -> column."""
     problems = []
-    for name in names.values():
+    for name in answers.values():
         value = row.values.get(name)
         if value is None or value in ([], {}) or (isinstance(value, str) and not value.strip()):
             state = "missing" if name not in row.values else "null" if value is None else "empty"
-            cure = f"a pair needs both answers ({' and '.join(names.values())}); fill it or take the row out"
+            cure = f"a pair needs both answers ({' and '.join(answers.values())}); fill it or remove the row"
             problems.append(Problem(f'field "{name}" is {state}', row.place, cure))
     if problems:
         raise UserError(problems)
@@ -199,80 +191,80 @@ def _label(row: Row, column: str) -> bool:
     words = {"true": True, "false": False, "1": True, "0": False}
     if value is not None and not isinstance(value, float) and str(value).strip().lower() in words:
         return words[str(value).strip().lower()]
-    what = (
-        f'field "{column}" is {described(value)}' if column in row.values else f'field "{column}" is missing'
-    )
-    raise UserError(what, place=row.place, cure="it says whether the answer is wanted: true or false")
+    state = described(value) if column in row.values else "missing"
+    cure = "give true or false: whether the answer is desirable"
+    raise UserError(f'field "{column}" is {state}', place=row.place, cure=cure)
 
 
 # Turns
 
 
 def _turn_pair(
-    template: Template, row: Row, columns: Mapping[str, str], names: Mapping[str, str]
+    template: Template, row: Row, columns: Mapping[str, str], answer_columns: Mapping[str, str]
 ) -> RenderedPair:
-    fields = [variant.answer_placeholder.field for variant in template.variants]
-    held = [column_of(field, columns, "") for field in fields]
-    number = next((number for number, name in enumerate(held) if row.values.get(name) is not None), 0)
-    answers = {side: _turns(row, names[side]) for side in SIDES}
-    whole = all(turns[0].role != "assistant" for turns in answers.values())
-    before = () if whole else _prompt_turns(row, held[number])
-    if not before and not whole and row.values.get(held[number]) is None and len(answers["chosen"]) < 2:
+    prompt_columns = [
+        column_of(variant.answer_placeholder.field, columns, "") for variant in template.variants
+    ]
+    variant = next((i for i, name in enumerate(prompt_columns) if row.values.get(name) is not None), 0)
+    prompt_column = prompt_columns[variant]
+    answers = {side: _answer_turns(row, answer_columns[side]) for side in SIDES}
+    dialogues = all(turns[0].role != "assistant" for turns in answers.values())
+    before = () if dialogues else _prompt_turns(row, prompt_column)
+    no_prompt = not before and row.values.get(prompt_column) is None
+    if no_prompt and not dialogues and len(answers["chosen"]) < 2:
         raise UserError(
-            f'field "{held[0]}" is missing, and the answers are no whole dialogues',
+            f'field "{prompt_columns[0]}" is missing, and the answers are not whole dialogues',
             place=row.place,
-            cure=f"give the turns before the answers in {' or '.join(held)}",
+            cure=f"give the turns before the answers in {' or '.join(prompt_columns)}",
         )
     chosen, rejected = ((*before, *answers[side]) for side in SIDES)
     count = _shared_turns(chosen, rejected, row.place)
     _check_sides({"chosen": chosen, "rejected": rejected}, count, row.place)
     single = len(chosen) == len(rejected) == count + 1
     return RenderedPair(
-        chosen=_rendered(chosen, count, number, single),
-        rejected=_rendered(rejected, count, number, single),
+        chosen=_rendered(chosen, count, variant, single),
+        rejected=_rendered(rejected, count, variant, single),
         prompt_turns=count,
     )
 
 
-def _rendered(turns: Sequence[Turn], count: int, variant: int, single: bool) -> Rendered:
-    """Turns as text; the field of each is its number, as in a turn list."""
-    pieces = [Piece(turn.text, f"turn {number}") for number, turn in enumerate(turns, start=1)]
-    rendered = [RenderedTurn(turn.role, (piece,)) for turn, piece in zip(turns, pieces, strict=True)]
+def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bool) -> Rendered:
+    """Turns as text; with `single`, the one turn after the prompt is the answer."""
+    rendered = as_rendered_turns(turns)
     if single:
-        return Rendered(tuple(rendered[:count]), (pieces[count],), variant, "assistant")
-    return Rendered(tuple(rendered), (), variant, "assistant")
+        return Rendered(rendered[:prompt_turns], rendered[prompt_turns].pieces, variant, "assistant")
+    return Rendered(rendered, (), variant, "assistant")
 
 
 def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) -> int:
-    """How many turns both begin with: the prompt. Where one is how the other begins, all but its last answer."""
-    both = range(min(len(chosen), len(rejected)))
-    count = next((index for index in both if chosen[index] != rejected[index]), len(both))
-    if count == len(both):
+    """The number of turns that both begin with: the prompt. If one is a beginning of the other, all but its last
+    turn."""
+    shorter = min(len(chosen), len(rejected))
+    count = next((index for index in range(shorter) if chosen[index] != rejected[index]), shorter)
+    if count == shorter:
         count -= 1
-    apart = [turns[count].role for turns in (chosen, rejected)]
-    if count == 0 or apart != ["assistant", "assistant"]:
-        what = f"chosen and rejected part at turn {count + 1}, which is not an answer in both: their prompts differ"
+    first_roles = [turns[count].role for turns in (chosen, rejected)]
+    if count == 0 or first_roles != ["assistant", "assistant"]:
+        problem = (
+            f"chosen and rejected differ from turn {count + 1} on, which is not an answer in both: "
+            "their prompts differ"
+        )
         cure = "give both answers the same turns before them"
-        raise UserError(what, place=place, cure=cure)
+        raise UserError(problem, place=place, cure=cure)
     return count
 
 
 def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) -> None:
     problems = [
-        Problem(
-            f"{side} ends with a turn of the {turns[-1].role}",
-            place,
-            "an answer ends with a turn of the assistant",
-        )
+        Problem(f"{side} ends with a {turns[-1].role} turn", place, "end it with an assistant turn")
         for side, turns in sides.items()
         if turns[-1].role != "assistant"
     ]
     last = sides["chosen"][count - 1].role
     if last in ("assistant", "system"):
-        cure = "it ends with what is to be answered"
-        problems.append(
-            Problem(f"the prompt of chosen and rejected ends with a turn of the {last}", place, cure)
-        )
+        article = "an" if last == "assistant" else "a"
+        problem = f"the prompt of chosen and rejected ends with {article} {last} turn"
+        problems.append(Problem(problem, place, "end it with the turn to answer"))
     if problems:
         raise UserError(problems)
 
@@ -287,8 +279,8 @@ def _prompt_turns(row: Row, column: str) -> tuple[Turn, ...]:
     return turns_of(row, column)
 
 
-def _turns(row: Row, column: str) -> tuple[Turn, ...]:
-    """An answer's turns: a list, one turn by itself, the text of one, or a dialogue as one text."""
+def _answer_turns(row: Row, column: str) -> tuple[Turn, ...]:
+    """An answer's turns: a list, a single turn, the text of one, or a dialogue as one text."""
     value = row.values[column]
     if isinstance(value, Mapping):
         turn = turn_of(value, column, row.place)
@@ -298,13 +290,13 @@ def _turns(row: Row, column: str) -> tuple[Turn, ...]:
     if not isinstance(value, str):
         return turns_of(row, column)
     text = field_text(row, column) or ""
-    turns = tuple(_spoken(text)) if _SPEAKER.match(text) else (Turn("assistant", text),)
+    turns = tuple(_split_dialogue(text)) if _SPEAKER.match(text) else (Turn("assistant", text),)
     if any(not turn.text for turn in turns):
-        raise UserError(f'field "{column}" has an empty turn', place=row.place, cure="take the row out")
+        raise UserError(f'field "{column}" has an empty turn', place=row.place, cure="remove the row")
     return turns
 
 
-def _spoken(text: str) -> Iterator[Turn]:
+def _split_dialogue(text: str) -> Iterator[Turn]:
     marks = list(_SPEAKER.finditer(text))
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     for mark, end in zip(marks, ends, strict=True):
@@ -312,25 +304,24 @@ def _spoken(text: str) -> Iterator[Turn]:
 
 
 def _first_value(rows: Rows, column: str) -> object:
-    """The first value of a column that is not null; None where there is none among the first rows."""
-    values = (row.values.get(column) for row in islice(rows, _ROWS_LOOKED_AT))
+    """The first value of a column that is not null; None if the first rows have none."""
+    values = (row.values.get(column) for row in islice(rows, _ROWS_INSPECTED))
     return next((value for value in values if value is not None), None)
 
 
 def _is_dialogue(value: object) -> bool:
-    """Whether a value is a whole dialogue: turns that do not begin with the answer."""
+    """Whether a value is a whole dialogue: turns that do not begin with an answer."""
     if isinstance(value, str):
         return _SPEAKER.match(value) is not None
     first = value[0] if isinstance(value, Sequence) and value else None
     return isinstance(first, Mapping) and ROLES.get(str(first.get("from", first.get("role")))) != "assistant"
 
 
-def _has_prompt(columns: Sequence[str], setting: Mapping[str, str]) -> bool:
+def _has_prompt(names: Sequence[str], columns: Columns) -> bool:
     fields = {name for form in _PAIR_FORMS for group in form.needs for name in group} - set(SIDES)
-    return any(column_of(field, setting, "") in columns for field in fields)
+    return any(column_of(field, columns, "") in names for field in fields)
 
 
-def _answer_of(rendered: Rendered) -> str:
-    if rendered.answer:
-        return answer_text(rendered)
-    return "".join(piece.text for turn in rendered.turns for piece in turn.pieces)
+def _whole_text(rendered: Rendered) -> str:
+    """The answer, or for answers of several turns the whole conversation."""
+    return answer_text(rendered) if rendered.answer else joined(rendered.prompt_pieces)

@@ -1,7 +1,7 @@
 """Strict streaming readers of text files: JSON lines, a JSON list, CSV and TSV.
 
-Each yields (line number, column -> value), one row after the other, and holds about one row in memory. What is
-wrong is a UserError with file, line and column. Lines and columns count from 1; columns count characters.
+Each yields (line number, column -> value), row by row, and holds about one row in memory. Faults raise UserError with
+file, line and column. Lines and columns count from 1; columns count characters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ NumberedRow = tuple[int, dict[str, object]]
 CHUNK = 1 << 18  # characters, or bytes where bytes are read
 MOST_PROBLEMS = 10
 NUL, BOM = "\0", "\ufeff"
-# Joined files leave the mark at the beginning of a line. Within a text it is an invisible space, which is noted later.
+# Joining files leaves the mark at the beginning of a line. Within a text it is an invisible space, noted later.
 _STRAY = re.compile(f"{NUL}|(?:\\A|(?<=[\n\r])){BOM}")
 OBJECT, WRITE_AGAIN = 'write {"column": "value", ...}', "write the file again"  # cures
 
 
 def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
-    """The file's lines with their ends, the byte order mark at the start taken off."""
+    """The file's lines with their line ends, without a byte order mark at the start."""
     try:
         with path.open(encoding=_codec(encoding), newline="") as file:
             for number, line in enumerate(file, 1):
@@ -43,7 +43,7 @@ def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
 def jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
     """Rows of a file with one JSON object a line; blank lines are skipped.
 
-    From the first wrong line on, lines are only checked, and the UserError lists up to ten problems.
+    After the first faulty line, lines are only checked; the UserError lists up to ten problems.
     """
     problems: list[Problem] = []
     empty = True
@@ -73,7 +73,7 @@ def jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
 
 
 def json_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
-    """Rows of a file that is one JSON list of objects, read element by element."""
+    """Rows of a file that holds one JSON list of objects, read element by element."""
     window = _Window(path, name, encoding)
     start = window.next_character()
     if not start:
@@ -89,36 +89,37 @@ def json_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
         window.next_character()
         line, value = window.line, window.take_value()
         if not isinstance(value, dict):
-            what = f"a row must be an object, not {kind_of(value)}"
-            raise UserError(what, place=f"{name}:{line}", cure=OBJECT)
+            problem = f"a row must be an object, not {kind_of(value)}"
+            raise UserError(problem, place=f"{name}:{line}", cure=OBJECT)
         yield line, value
         separator = window.next_character()
         if separator not in (",", "]"):
-            what = 'not JSON: expecting "," or "]" after a row'
+            problem = 'not JSON: expecting "," or "]" after a row'
             if separator:
-                raise window.error(what, cure="put a comma between two rows, and ] after the last one")
-            raise window.error(f"{what}: the file is cut off", cure=WRITE_AGAIN)
+                raise window.error(problem, cure="put a comma between two rows, and ] after the last one")
+            raise window.error(f"{problem}: the file is truncated", cure=WRITE_AGAIN)
         window.move(window.at + 1)
     if window.next_character():
-        raise window.error("something after the list", cure="a .json file must hold one list")
+        raise window.error("text after the list", cure="a .json file must hold one list")
 
 
 def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iterator[NumberedRow]:
     """Rows of a CSV (RFC 4180) or TSV file with a header.
 
-    An empty cell is empty text; a column without a name is skipped, and so are blank lines. A row's line is the one it
-    begins on, and line breaks in quoted cells count.
+    An empty cell is empty text; columns without a name and blank lines are skipped. A row's line is the one it begins
+    on; line breaks in quoted cells count.
     """
     records = _records(path, name, encoding, delimiter)
     start, header = next(records, (1, []))
     if not header:
         raise no_rows(name)
-    doubled = sorted(column for column, times in Counter(header).items() if times > 1)
-    if doubled:
-        cure = "give each column a name of its own"
+    duplicates = sorted(column for column, times in Counter(header).items() if times > 1)
+    if duplicates:
         problems = [
-            Problem(f'the header has "{brief(column)}" twice', f"{name}:{start}", cure)
-            for column in doubled[:MOST_PROBLEMS]
+            Problem(
+                f'the header has "{brief(column)}" twice', f"{name}:{start}", "give each column a unique name"
+            )
+            for column in duplicates[:MOST_PROBLEMS]
         ]
         raise UserError(problems)
     columns = len(header)
@@ -127,10 +128,9 @@ def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iter
     for line, cells in records:
         empty = False
         if len(cells) != columns:
-            what = f"{len(cells)} cells; the header has {columns}"
-            problems.append(
-                Problem(what, f"{name}:{line}", "put a cell with commas or line breaks in quotes")
-            )
+            problem = f"{len(cells)} cells; the header has {columns}"
+            cure = "put cells with commas or line breaks in quotes"
+            problems.append(Problem(problem, f"{name}:{line}", cure))
             if len(problems) == MOST_PROBLEMS:
                 break
         elif not problems:
@@ -160,20 +160,20 @@ def _moved(line: int, column: int, text: str) -> tuple[int, int]:
 
 def _stray_character(path: Path, name: str, encoding: str, text: str, line: int, column: int) -> Problem:
     """The first NUL or byte order mark of `text`, which begins at `line` and `column`."""
-    found = _STRAY.search(text)
-    assert found is not None
-    line, column = _moved(line, column, text[: found.start()])
+    match = _STRAY.search(text)
+    assert match is not None
+    line, column = _moved(line, column, text[: match.start()])
     place = f"{name}:{line}:{column}"
-    if found[0] == BOM:
-        cure = "take it out; joining files leaves such marks"
+    if match[0] == BOM:
+        cure = "remove it; joining files leaves such marks"
         return Problem("a byte order mark (U+FEFF) in the middle of the file", place, cure)
     suggestion = _unicode_suggestion(path)
-    cure = f"if the file is written so, give {suggestion}" if suggestion else "take it out"
+    cure = f"if that is the file's encoding, give {suggestion}" if suggestion else "remove it"
     return Problem("a NUL character (U+0000)", place, cure)
 
 
 def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
-    """Where the file's bytes stop being text in `encoding`. Reads it again: an error may be slow."""
+    """Where the file's bytes stop being text in `encoding`. Reads the file again: an error may be slow."""
     decoder = codecs.getincrementaldecoder(_codec(encoding))()
     line, column, offset = 1, 1, 0
     with path.open("rb") as file:
@@ -185,8 +185,8 @@ def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
                 break
             offset += len(chunk)
     if not chunk:
-        what = f"the file ends inside a {encoding} character: its last line is cut off"
-        return Problem(what, f"{name}:{line}:{column}", WRITE_AGAIN)
+        problem = f"the file ends inside a {encoding} character: its last line is truncated"
+        return Problem(problem, f"{name}:{line}:{column}", WRITE_AGAIN)
     decoder.setstate(state)
     for byte in chunk:
         try:
@@ -198,7 +198,7 @@ def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
 
 
 def _encoding_cure(path: Path, encoding: str, offset: int) -> str:
-    """What `--encoding` may be. Only ever a suggestion in a message: the encoding itself is never guessed."""
+    """A suggestion for `--encoding`, for messages only: the encoding is never guessed when reading."""
     suggestion = _unicode_suggestion(path)
     with path.open("rb") as file:
         file.seek(max(offset - 1000, 0))
@@ -210,8 +210,8 @@ def _encoding_cure(path: Path, encoding: str, offset: int) -> str:
         if not suggestion and other != encoding and korean > 10 * text.count("\ufffd"):
             suggestion = f"--encoding {other}"
     if suggestion:
-        return f"if the file is written so, give {suggestion}"
-    return "give the file's own with --encoding, such as --encoding cp949, or save it as UTF-8"
+        return f"if that is the file's encoding, give {suggestion}"
+    return "give the file's encoding, such as --encoding cp949, or save it as UTF-8"
 
 
 def _unicode_suggestion(path: Path) -> str:
@@ -238,8 +238,8 @@ def _row_of_line(line: str) -> dict[str, object]:
         raise Fault(f"a row must be an object, not {kind_of(value)}", at, OBJECT)
     rest = line[end:].lstrip(SPACE)
     if rest:
-        what = "a second object on the line" if rest[0] == "{" else "something after the object"
-        raise Fault(what, len(line) - len(rest), "write one object a line")
+        problem = "a second object on the line" if rest[0] == "{" else "text after the object"
+        raise Fault(problem, len(line) - len(rest), "write one object a line")
     return value
 
 
@@ -249,11 +249,11 @@ def _line_problem(fault: Fault, name: str, number: int, *, whole: bool) -> Probl
         return Problem(fault.what, place, fault.cure)
     if whole:
         return Problem(f"{fault.what}: the line ends before its object", place, "write one object a line")
-    return Problem(f"{fault.what}: the last line is cut off", place, WRITE_AGAIN)
+    return Problem(f"{fault.what}: the last line is truncated", place, WRITE_AGAIN)
 
 
 class _Window:
-    """A stretch of a text file that slides along it. What lies behind `at` is dropped when more is read."""
+    """A window that slides along a text file. The text before `at` is dropped when more is read."""
 
     def __init__(self, path: Path, name: str, encoding: str) -> None:
         self._path, self._name, self._encoding = path, name, encoding
@@ -273,9 +273,9 @@ class _Window:
     def _fill(self) -> None:
         """Read as much again as is left, at least a chunk, so that a long row takes few attempts."""
         self._text = self._text[self.at :]
-        self.at, wanted = 0, max(CHUNK, 2 * len(self._text))
+        self.at, size = 0, max(CHUNK, 2 * len(self._text))
         parts = [self._text]
-        while wanted > sum(map(len, parts)) and not self._ended:
+        while size > sum(map(len, parts)) and not self._ended:
             parts.append(next(self._chunks, ""))
             self._ended = not parts[-1]
         self._text = "".join(parts)
@@ -309,7 +309,7 @@ class _Window:
                     self._fill()
                     continue
                 if fault.cut:
-                    raise self.error(f"{fault.what}: the file is cut off", fault.at, WRITE_AGAIN) from None
+                    raise self.error(f"{fault.what}: the file is truncated", fault.at, WRITE_AGAIN) from None
                 raise self.error(fault.what, fault.at, fault.cure) from None
             self.move(end)
             return value
@@ -326,31 +326,31 @@ class _Window:
 
 
 def _records(path: Path, name: str, encoding: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line and cells of each record. UserError where the quotes are wrong, at the line that opened them."""
+    """Line and cells of each record. Raises UserError for wrong quotes, at the line that opened them."""
     csv.field_size_limit(2**31 - 1)  # a row may be long; the module's own limit is 128 KiB a cell
-    taken: list[str] = []  # the lines of the present record, for the place of an error
+    record: list[str] = []  # the lines of the current record, for the place of an error
 
     def lines() -> Iterator[str]:
         for line in text_lines(path, name, encoding):
-            taken.append(line)
+            record.append(line)
             yield line
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1
-        taken.clear()
+        record.clear()
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError([_quote_problem("".join(taken), name, start, delimiter, error)]) from None
+            raise UserError([_quote_problem("".join(record), name, start, delimiter, error)]) from None
         if len(cells) > 1 or (cells and not cells[0].isspace()):
             yield start, cells
 
 
 def _quote_problem(text: str, name: str, start: int, delimiter: str, error: csv.Error) -> Problem:
-    """The quoted cell that the csv module gave up on. `text` is the record so far; it begins at line `start`."""
+    """The quoted cell that the csv module rejected. `text` is the record so far, from line `start`."""
     at = 0
     while at < len(text):
         if text[at] != '"':  # an unquoted cell: up to the next delimiter or the end of the line
@@ -368,8 +368,8 @@ def _quote_problem(text: str, name: str, start: int, delimiter: str, error: csv.
     else:
         return Problem(str(error), f"{name}:{start}", WRITE_AGAIN)
     line, column = _moved(start, 1, text[:opened])
-    what = "a quote that is never closed"
+    problem = "a quote that is never closed"
     if closing >= 0:
         end_line, end_column = _moved(start, 1, text[: closing + 1])
-        what = f"a quoted cell with text after its closing quote, at {end_line}:{end_column}"
-    return Problem(what, f"{name}:{line}:{column}", 'close it, and write " inside a quoted cell as ""')
+        problem = f"a quoted cell with text after its closing quote, at {end_line}:{end_column}"
+    return Problem(problem, f"{name}:{line}:{column}", 'close it, and write " inside a quoted cell as ""')

@@ -1,4 +1,4 @@
-"""Where the rows come from: files, folders, saved data sets, the hub. Reading streams and can be repeated."""
+"""Rows of files, folders, saved data sets and hub data sets, streamed and readable again; the validation split."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class Row:
     """One record of the data set."""
 
     number: int
-    """Position in the data set, from 1; in a folder of files it runs on."""
+    """Position in the data set, from 1, counted across the files of a folder."""
     values: Mapping[str, object]
     place: str
-    """`train.jsonl:41`, the line it begins on, for text files; `train.parquet row 41` for others."""
+    """`train.jsonl:41` with the line it begins on for text files, `train.parquet row 41` for others."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set that can be read again and again; memory does not grow with its rows.
+    """A data set that can be read any number of times; memory does not grow with its rows.
 
-    Reading raises UserError at a row that is wrong.
+    Reading raises UserError at a faulty row.
     """
 
     name: str
     identity: str
-    """SHA-256 of the content in hexadecimal: of the files' bytes, or of a hub data set's fingerprint."""
+    """Hexadecimal SHA-256 of the content: of the files' bytes, or of a hub data set's fingerprint."""
     columns: tuple[str, ...]
-    """In order of appearance in the first 1,000 rows and the first row of each file."""
+    """In order of appearance in the first 1,000 rows and in the first row of each file."""
     read: Callable[[], Iterator[Row]]
 
     def __iter__(self) -> Iterator[Row]:
@@ -66,11 +66,11 @@ def open_rows(
 ) -> Rows:
     """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`).
 
-    What exists on this machine is local; what only looks like a path is an error; the rest is sought on the hub.
-    `split` and `revision` are for data sets that have them, `encoding` for text files.
+    An existing path is local; a name that looks like a path but does not exist is an error; any other name is looked up
+    on the hub. `split` and `revision` apply to saved and hub data sets, `encoding` to text files.
 
     Raises:
-        UserError: nothing is there, or the file, its encoding or one of its first rows is wrong.
+        UserError: nothing is there, or the file, its encoding or one of its first rows is faulty.
     """
     path, encoding = local_path(data_path), _known_encoding(encoding)
     if path is None:
@@ -83,9 +83,9 @@ def open_rows(
 
 
 def glance(data_path: str, *, encoding: str = "utf-8") -> Rows | None:
-    """The same rows of a file or a folder of files, in less time: `identity`, which takes reading it whole, is empty.
+    """`open_rows` for a file or a folder of files, but faster: `identity`, for which all is read, is empty.
 
-    None for what the library `datasets` reads. Raises UserError as `open_rows`.
+    None for data that the library `datasets` reads. Raises UserError as `open_rows`.
     """
     path, encoding = local_path(data_path), _known_encoding(encoding)
     if path is None or _is_saved(path):
@@ -103,34 +103,34 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"cannot be read: {error.strerror or _one_line(error)}"
-        raise UserError(what, place=name, cure="check the file, or write it again") from None
+        problem = f"cannot be read: {error.strerror or _one_line(error)}"
+        raise UserError(problem, place=name, cure="check the file, or write it again") from None
 
 
 def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw validation rows: (train positions, validation positions), both sorted, int64, from 0.
 
-    `val_set_size` from 1 is a count; below 1 a fraction of `count`, rounded, and one row at least. The draw depends
-    on the arguments alone: it sorts raw PCG64 numbers, which NumPy keeps the same between versions.
+    `val_set_size` is a count if at least 1, else a fraction of `count`, rounded to at least one row. The draw depends
+    only on the arguments: it sorts raw PCG64 numbers, which NumPy keeps the same between versions.
 
     Raises:
         UserError: `val_set_size` is neither, or no row is left to train.
     """
     if not math.isfinite(val_set_size) or val_set_size < 0 or (val_set_size > 1 and val_set_size % 1):
         cure = "give a count (1 or more) or a fraction (below 1)"
-        raise UserError(f"{val_set_size} is no number of rows", place="--val_set_size", cure=cure)
+        raise UserError(f"{val_set_size} is not a number of rows", place="--val_set_size", cure=cure)
     held_out = int(val_set_size) if val_set_size >= 1 else math.floor(count * val_set_size + 0.5)
     if val_set_size > 0:
         held_out = max(held_out, 1)
     if held_out >= count:
-        what = f"{held_out} validation rows of {count} leave nothing to train"
-        raise UserError(what, place="--val_set_size", cure="hold out fewer rows")
+        problem = f"{held_out} validation rows of {count} leave nothing to train"
+        raise UserError(problem, place="--val_set_size", cure="hold out fewer rows")
     keys = np.random.PCG64(seed % 2**64).random_raw(count)
     order = np.argsort(keys, kind="stable").astype(np.int64)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-# Sources of one kind, one after the other
+# Sources of one format, one after the other
 
 
 def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
@@ -144,16 +144,16 @@ def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
     columns: dict[str, None] = {}
     seen = 0
     for source in sources:
-        of_source = 0
+        read_here = 0
         try:
             for _, values in islice(source(), max(ROWS_FOR_COLUMNS - seen, 1)):
                 columns.update(dict.fromkeys(values))
-                of_source += 1
+                read_here += 1
         except UserError:
-            if of_source == 0:
+            if read_here == 0:
                 raise
-            # Told when the rows are read, with whatever is wrong with the rows before it.
-        seen += of_source
+            # Reported when the rows are read, with the faults of the rows before it.
+        seen += read_here
     return Rows(name, identity, tuple(columns), read)
 
 
@@ -177,28 +177,28 @@ def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
 
     try:
         with pq.ParquetFile(path) as file:
-            said, found = file.metadata.num_rows, 0
-            if said == 0:
+            expected, read = file.metadata.num_rows, 0
+            if expected == 0:
                 raise no_rows(name)
             for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name):
-                found += 1
+                read += 1
                 yield row
-            if found != said:
-                what = f"{found} rows can be read of the {said} that the file says it has"
-                raise UserError(what, place=name, cure="write the file again")
+            if read != expected:
+                problem = f"only {read} of the {expected} rows in its metadata can be read"
+                raise UserError(problem, place=name, cure="write the file again")
     except (pa.ArrowException, OSError) as error:
-        what = f"not a parquet file that can be read: {_one_line(error)}"
-        raise UserError(what, place=name, cure="write the file again") from None
+        problem = f"not a readable Parquet file: {_one_line(error)}"
+        raise UserError(problem, place=name, cure="write the file again") from None
 
 
 def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
-    """Rows of Arrow tables or record batches; they are numbered from 1."""
+    """Rows of Arrow tables or record batches, numbered from 1."""
     number = 0
     for batch in batches:
-        doubled = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
-        if doubled:
-            cure = "give each column a name of its own"
-            raise UserError(f'two columns are named "{brief(doubled[0])}"', place=name, cure=cure)
+        duplicates = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
+        if duplicates:
+            problem = f'two columns are named "{brief(duplicates[0])}"'
+            raise UserError(problem, place=name, cure="give each column a unique name")
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):
@@ -210,17 +210,17 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
 
 
 def _unreadable_column(batch: Any, place: str) -> UserError:
-    """For the first column with values that Python has no form for, such as a date after the year 9999."""
+    """For the first column with values that Python cannot represent, such as a date after the year 9999."""
     for column in batch.schema.names:
         try:
             batch.column(column).to_pylist()
         except UnicodeDecodeError as error:
-            what = f'text that is not UTF-8 in column "{column}" ({error.reason})'
-            return UserError(what, place=place, cure="write the file again, its text as UTF-8")
+            problem = f'text that is not UTF-8 in column "{column}" ({error.reason})'
+            return UserError(problem, place=place, cure="write the file again with UTF-8 text")
         except (ValueError, OverflowError) as error:
             cure = "store them as text, or leave the column out"
-            what = f'values that cannot be read in column "{column}" ({_one_line(error)})'
-            return UserError(what, place=place, cure=cure)
+            problem = f'unreadable values in column "{column}" ({_one_line(error)})'
+            return UserError(problem, place=place, cure=cure)
     raise AssertionError("every column can be read")
 
 
@@ -231,41 +231,41 @@ _READERS: tuple[Callable[[Path, str, str], Iterator[Placed]], ...] = (
     partial(_numbered_lines, partial(csv_rows, delimiter="\t")),
     _parquet_rows,
 )
-FILE_KINDS = dict(zip(ENDINGS, _READERS, strict=True))
+READERS_BY_ENDING = dict(zip(ENDINGS, _READERS, strict=True))
 
 
 def _known_encoding(encoding: str) -> str:
-    """Python's own name for it, `utf-8` also for the form with a byte order mark."""
+    """Python's name of the encoding; `utf-8` also for the variant with a byte order mark."""
     try:
         io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         return codecs.lookup(encoding).name.replace("utf-8-sig", "utf-8")
     except (LookupError, ValueError):
         common = ("utf-8", "cp949", "euc-kr", "utf-16", "latin-1", "shift_jis", "gb18030")
         cure = did_you_mean(encoding, common) or "give a name such as utf-8, cp949 or utf-16"
-        raise UserError(f'no text encoding is named "{encoding}"', place="--encoding", cure=cure) from None
+        raise UserError(f'unknown text encoding "{encoding}"', place="--encoding", cure=cure) from None
 
 
 def _file_rows(name: str, files: Sequence[tuple[Path, str]], encoding: str, identity: str) -> Rows:
-    kind = files[0][0].suffix.lower()
-    return _rows(name, identity, [partial(FILE_KINDS[kind], path, shown, encoding) for path, shown in files])
+    read = READERS_BY_ENDING[files[0][0].suffix.lower()]
+    return _rows(name, identity, [partial(read, path, shown, encoding) for path, shown in files])
 
 
 def _identity_of(files: Sequence[tuple[Path, str]], encoding: str) -> str:
-    kind = files[0][0].suffix.lower()
-    return _hash(kind, "" if kind == ".parquet" else encoding, *[file_hash(path) for path, _ in files])
+    ending = files[0][0].suffix.lower()
+    return _hash(ending, "" if ending == ".parquet" else encoding, *[file_hash(path) for path, _ in files])
 
 
 # Data sets of the library `datasets`
 
 
 def _saved_rows(name: str, folder: Path, split: str) -> Rows:
-    """A folder that `save_to_disk` wrote; of several splits, the one asked for."""
+    """The rows of one split in a folder that `save_to_disk` wrote."""
     listing = folder / "dataset_dict.json"
     try:
         if listing.exists():
             splits = json.loads(listing.read_text("utf-8"))["splits"]
             if split not in splits:
-                cure = did_you_mean(split, splits) or "name one of them with --data_split"
+                cure = did_you_mean(split, splits) or "choose one with --data_split"
                 raise UserError(f'no split "{split}"; it has {", ".join(splits)}', place=name, cure=cure)
             folder = folder / split
         files = [
@@ -277,13 +277,13 @@ def _saved_rows(name: str, folder: Path, split: str) -> Rows:
 
         table = datasets.load_from_disk(str(folder), keep_in_memory=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"a saved data set that cannot be read: {_one_line(error)}"
-        raise UserError(what, place=name, cure="save it again with save_to_disk") from None
+        problem = f"the saved data set cannot be read: {_one_line(error)}"
+        raise UserError(problem, place=name, cure="save it again with save_to_disk") from None
     return _table_rows(name, identity, table)
 
 
 def _table_rows(name: str, identity: str, table: Any) -> Rows:
-    """Rows of a `datasets.Dataset`, as they are stored: nothing is decoded."""
+    """Rows of a `datasets.Dataset` as they are stored, without decoding."""
     if table.num_rows == 0:
         raise no_rows(name)
 
@@ -298,7 +298,7 @@ def _hub_rows(data_path: str, split: str, revision: str | None) -> Rows:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     name, _, config = data_path.partition(":")
-    # `json`, `csv`, ... would read whatever lies in the working directory.
+    # `json`, `csv`, ... would read files of the working directory.
     if name in _PACKAGED_DATASETS_MODULES:
         raise UserError("no such file or folder", place=data_path, cure=f"give a {KNOWN_ENDINGS} file")
     try:
@@ -312,7 +312,7 @@ def _hub_rows(data_path: str, split: str, revision: str | None) -> Rows:
 
 
 def _hub_error(name: str, error: Exception) -> UserError | None:
-    """What the library's exception means to the user; None where it may be a bug."""
+    """The library's exception as an error for the user; None if it may be a bug."""
     import datasets
 
     text = _one_line(error)
@@ -323,12 +323,12 @@ def _hub_error(name: str, error: Exception) -> UserError | None:
         cure = "check the name; log in with `hf auth login` if it is private or gated"
         return UserError(f"no such file, and no such data set on the hub: {text}", place=name, cure=cure)
     if "Unknown split" in text:
-        return UserError(text, place=name, cure="name one with --data_split")
+        return UserError(text, place=name, cure="choose one with --data_split")
     if "onfig" in text and isinstance(error, ValueError):
-        return UserError(text, place=name, cure="name one as --data_path name:config")
+        return UserError(text, place=name, cure="choose one with --data_path name:config")
     if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
         cure = "check the connection, or download the data set and give its files"
-        return UserError(f"no such file here, and the hub cannot be reached: {text}", place=name, cure=cure)
+        return UserError(f"no such local file, and the hub cannot be reached: {text}", place=name, cure=cure)
     if not isinstance(error, (ValueError, datasets.exceptions.DatasetsError)):
         return None
     if error.__cause__ is not None:

@@ -1,7 +1,7 @@
-"""One JSON value out of a text, with nothing repaired in silence.
+"""Strict JSON: one value from a text, with nothing repaired silently.
 
-The standard library's decoder lets a doubled key, NaN and half a surrogate pair pass; here they are faults, and
-each fault knows its position.
+The standard library's decoder accepts duplicate keys, NaN and half a surrogate pair; here they are faults, and each
+fault has its position.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SPACE = " \t\r\n"
 
 
 class Fault(Exception):
-    """What is wrong at a position of a JSON text. `cut`: perhaps only because the text ends too early."""
+    """What is wrong at a position of a JSON text. `cut`: more text might have mended it."""
 
     def __init__(self, what: str, at: int, cure: str = "", *, cut: bool = False) -> None:
         super().__init__(what)
         self.what, self.at, self.cure, self.cut = what, at, cure, cut
 
 
-class _DoubledKey(Exception):
+class _DuplicateKey(Exception):
     pass
 
 
@@ -43,21 +43,19 @@ def parse(text: str, at: int) -> tuple[object, int]:
     except json.JSONDecodeError as error:
         what = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
         raise Fault(what, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
-    except _DoubledKey:
+    except _DuplicateKey:
         key, second = _second_key(text, at)
-        raise Fault(
-            f'the key "{brief(key)}" stands twice in one object', second, "keep one of the two"
-        ) from None
+        raise Fault(f'the key "{brief(key)}" appears twice in one object', second, "keep one") from None
     except _NotANumber as constant:
-        where = next(found.start() for found in _TOKEN.finditer(text, at) if found[0] == str(constant))
+        where = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(constant))
         raise Fault(f"{constant} is not JSON", where, "write null or a number") from None
     except _TooLarge as number:
-        where = next(found.start() for found in _TOKEN.finditer(text, at) if found[0] == str(number))
+        where = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(number))
         raise Fault(f"{brief(str(number))} is too large a number", where, "write it as text") from None
     except RecursionError:
-        raise Fault("too deeply nested", at, "write it flatter") from None
+        raise Fault("too deeply nested", at, "nest it less deeply") from None
     except ValueError:  # Python reads whole numbers of up to 4300 digits
-        raise Fault("a number with too many digits", at, "put it in quotes") from None
+        raise Fault("a number with too many digits", at, "write it as text, in quotes") from None
     if text.find("\\u", at, end) >= 0:
         _check_escapes(text, at, end)
     return value, end
@@ -73,10 +71,16 @@ def kind_of(value: object) -> str:
     return next((kind for types, kind in named if isinstance(value, types)), f"a {type(value).__name__}")
 
 
+def described(value: object) -> str:
+    """What a value is called in messages, numbers with their value: `a number (3)`, `null`, `a list`."""
+    name = kind_of(value)
+    return f"{name} ({value})" if isinstance(value, (int, float)) else name
+
+
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise _DoubledKey
+        raise _DuplicateKey
     return values
 
 
@@ -84,13 +88,13 @@ def _refuse(constant: str) -> object:
     raise _NotANumber(constant)
 
 
-# What mends a text, by the beginnings of the decoder's messages.
+# How to mend a text, by the beginnings of the decoder's messages.
 _CURES = {
     "Expecting value": "write text in double quotes, a number, true, false, null, [...] or {...}",
     "Expecting ',' delimiter": 'put a comma between two entries, and write " inside text as \\"',
     "Expecting ':' delimiter": 'write "column": "value"',
     "Expecting property name": 'write "column": "value", in double quotes, and no comma after the last one',
-    "Illegal trailing comma": "take the comma out",
+    "Illegal trailing comma": "remove the comma",
     "Invalid control character": "write line breaks and tabs inside text as \\n and \\t",
     "Invalid \\escape": "write the backslash itself as \\\\",
     "Invalid \\u": "write four hexadecimal digits after \\u",
@@ -116,12 +120,12 @@ _CUT_LITERAL = re.compile(r"(?:t|tr|tru|f|fa|fal|fals|n|nu|nul|-?I[nfity]*|N|Na|
 
 
 def _cure(error: json.JSONDecodeError) -> str:
-    found = (cure for beginning, cure in _CURES.items() if error.msg.startswith(beginning))
-    return next(found, "write it as JSON")
+    cures = (cure for beginning, cure in _CURES.items() if error.msg.startswith(beginning))
+    return next(cures, "write it as JSON")
 
 
 def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether more text could have mended the error."""
+    """Whether more text might have mended the error."""
     if error.msg.startswith("Unterminated string"):
         return True
     rest = text[error.pos : error.pos + 1000].strip(SPACE)
@@ -133,34 +137,34 @@ def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:
 def _second_key(text: str, at: int) -> tuple[str, int]:
     """The first key that its object already has, and its position."""
     keys: list[set[str]] = []
-    for found in _TOKEN.finditer(text, at):
-        token = found[0]
+    for match in _TOKEN.finditer(text, at):
+        token = match[0]
         if token in "{[":
             keys.append(set())
         elif token in "}]":
             keys.pop()
-        elif token[0] == '"' and _COLON.match(text, found.end()):
+        elif token[0] == '"' and _COLON.match(text, match.end()):
             key = json.loads(token)
             if key in keys[-1]:
-                return key, found.start()
+                return key, match.start()
             keys[-1].add(key)
-    raise AssertionError("no key stands twice")
+    raise AssertionError("no key appears twice")
 
 
 def _check_escapes(text: str, at: int, end: int) -> None:
-    """Raise Fault for an escaped NUL or half a surrogate pair between `at` and `end`."""
-    for found in _SUSPECT_ESCAPE.finditer(text, at, end):
-        start = backslashes = found.start()
+    """Raises Fault for an escaped NUL or half a surrogate pair between `at` and `end`."""
+    for match in _SUSPECT_ESCAPE.finditer(text, at, end):
+        start = backslashes = match.start()
         while text[backslashes - 1] == "\\":
             backslashes -= 1
         if (start - backslashes) % 2:  # the backslash is itself escaped, so this is no escape
-            if found["low"]:
-                raise _lone_surrogate(text, found.start("low"))
-        elif text[start : found.end()] == "\\u0000":
-            raise Fault("a NUL character (\\u0000)", start, "take it out")
-        elif not found["low"]:
+            if match["low"]:
+                raise _lone_surrogate(text, match.start("low"))
+        elif text[start : match.end()] == "\\u0000":
+            raise Fault("a NUL character (\\u0000)", start, "remove it")
+        elif not match["low"]:
             raise _lone_surrogate(text, start)
 
 
 def _lone_surrogate(text: str, at: int) -> Fault:
-    return Fault(f"half a character: {text[at : at + 6]} is a lone surrogate", at, "take it out")
+    return Fault(f"half a character: {text[at : at + 6]} is a lone surrogate", at, "remove it")

@@ -1,4 +1,8 @@
-"""Kinds of data, one answer a row, two to choose between, or one with a label: how a row becomes text."""
+"""Kinds of data: one answer a row, two to choose between, or one with a label.
+
+A task's record here takes a row to its text; how the text becomes tokens is in `tokenization/task_encoders.py`, how
+they are trained in `train/losses.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from typing import Any, get_args
 from yeonma.config.settings import LabelLossName
 from yeonma.data.columns import Columns, Recognised, recognise
 from yeonma.data.preference_pairs import (
-    label_without_column,
+    fields_of_pair,
+    missing_label_columns,
+    missing_pair_columns,
     notes_of_pair,
-    pair_without_column,
     recognise_labelled,
     recognise_pairs,
     render_label,
@@ -26,87 +31,102 @@ from yeonma.files import user_path
 
 @dataclass(frozen=True)
 class Task:
-    """The steps from a row to its text; what `render` gives is what the others take."""
+    """A kind of data and the functions that turn its rows into text. `notes` and `preferred` take what `render`
+    returns."""
 
     name: str
-    """Also part of the key that tokens are kept under."""
+    """Part of the key of its token stores."""
     units: str
     """What a step counts, in words."""
     recognise: Callable[[Rows, Columns], Recognised]
-    without_column: Callable[[Template, Sequence[str], Columns], list[Problem]]
-    """The columns that the data lacks altogether."""
+    """Chooses the built-in template that the columns suit."""
+    fields: Callable[[Template], frozenset[str]]
+    """The fields that are read from a row."""
+    missing_columns: Callable[[Template, Sequence[str], Columns], list[Problem]]
+    """The fields that no column fills."""
     render: Callable[[Template, Row, Columns], Any]
+    """Fills the template with a row. Raises UserError for a row that does not fill it."""
     notes: Callable[[Any], Notes]
-    wanted: Callable[[Any], Rendered]
-    """The row with the answer that is wanted, or none where its only one is not."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A template, the columns that fill it, and why it was chosen where nobody named it."""
-
-    template: Template
-    columns: dict[str, str] | None
-    reason: str = ""
+    preferred: Callable[[Any], Rendered]
+    """The row with the answer that the model should give; without one where its only answer is undesirable."""
+    continues_template: bool = False
+    """Without `--template`, the template of the adapter to continue is used before a built-in one."""
 
 
 ANSWERS = Task(
     name="answers",
     units="examples",
     recognise=lambda rows, columns: recognise(rows.columns, columns),
-    without_column=Template.without_column,
+    fields=lambda template: template.fields,
+    missing_columns=Template.missing_columns,
     render=Template.render,
     notes=notes_of,
-    wanted=lambda rendered: rendered,
+    preferred=lambda rendered: rendered,
 )
 PAIRS = Task(
     name="pairs",
     units="pairs",
     recognise=recognise_pairs,
-    without_column=pair_without_column,
+    fields=fields_of_pair,
+    missing_columns=missing_pair_columns,
     render=render_pair,
     notes=notes_of_pair,
-    wanted=lambda pair: pair.chosen,
+    preferred=lambda pair: pair.chosen,
+    continues_template=True,
 )
 LABELLED = Task(
     name="labelled answers",
     units="labelled answers",
     recognise=recognise_labelled,
-    without_column=label_without_column,
+    fields=lambda template: template.fields | {"label"},
+    missing_columns=missing_label_columns,
     render=render_label,
     notes=lambda label: notes_of(label.rendered),
-    wanted=lambda label: label.rendered if label.desirable else replace(label.rendered, answer=()),
+    preferred=lambda label: label.rendered if label.desirable else replace(label.rendered, answer=()),
+    continues_template=True,
 )
+TASKS = {task.name: task for task in (ANSWERS, PAIRS, LABELLED)}
 
 
 def task_for_loss(loss: str | None) -> Task:
-    """The data that a preference loss takes; without one, that of supervised training."""
+    """The data that a preference loss learns from; without a loss, that of supervised training."""
     if loss is None:
         return ANSWERS
     return LABELLED if loss in get_args(LabelLossName) else PAIRS
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A template, the columns that fill it, and the reason if the columns or the adapter chose it."""
+
+    template: Template
+    columns: dict[str, str] | None
+    reason: str = ""
+
+
 def choose_template(
-    kind: Task,
+    task: Task,
     setting: str | None,
     rows: Rows,
     columns: dict[str, str] | None,
-    continued: str | None = None,
+    adapter: str | None = None,
 ) -> Choice:
-    """The template that `--template` names, else the built-in that the columns satisfy.
+    """The template that `--template` names, else the one that the data suggests.
 
-    Preferences are learnt with the template of the adapter that is `continued`, if its folder has one and the columns
-    fill it: what was trained on answers is asked the same way. Raises UserError as `load_template`, and where no
-    built-in template fits or several do.
+    Preferences continue with the template of the `adapter` folder that training starts from, if it has one and the
+    columns fill it, so that prompts stay as they were trained. Otherwise it is the built-in template that the columns
+    suit. Raises UserError as `load_template`, and if none or several built-in templates fit.
     """
     if setting is not None:
         return Choice(load_template(setting), columns)
-    own = user_path(continued) / "template.txt" if continued is not None and kind is not ANSWERS else None
-    if own is not None and own.is_file():
-        template = load_template(str(own))
-        if not template.is_chat and not kind.without_column(template, rows.columns, columns):
-            return Choice(template, columns, f"template {own}, of the adapter continued")
-    found = kind.recognise(rows, columns)
+    if adapter is not None and task.continues_template:
+        path = user_path(adapter) / "template.txt"
+        template = load_template(str(path)) if path.is_file() else None
+        if template and not template.is_chat and not task.missing_columns(template, rows.columns, columns):
+            return Choice(template, columns, f"template {path}, of the adapter continued")
+    recognised = task.recognise(rows, columns)
     return Choice(
-        load_template(found.template), {**dict(found.columns), **(columns or {})} or None, found.reason
+        template=load_template(recognised.template),
+        columns={**dict(recognised.columns), **(columns or {})} or None,
+        reason=recognised.reason,
     )

@@ -1,4 +1,4 @@
-"""What a row's text holds that its owner may not see: hidden characters, size, mixed scripts, a twin elsewhere."""
+"""What is easily overlooked in a row's text: invisible characters, size, scripts; digests to find repeated rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yeonma.data.template import Rendered
 LARGE_BYTES = 10_000_000
 
 DECOMPOSED, ZERO_WIDTH, LARGE, SPACED_APART = 1, 2, 4, 8
-"""Bits of `Notes.flags`. SPACED_APART: a pair whose two answers differ in nothing but white space."""
+"""Bits of `Notes.flags`. SPACED_APART: a pair whose two answers differ only in white space."""
 
 SCRIPTS = (
     "Latin",
@@ -29,17 +29,17 @@ SCRIPTS = (
     "Thai",
     "other",
 )
-"""By the bits of `Notes.scripts`, lowest first."""
+"""In the order of the bits of `Notes.scripts`, lowest first."""
 
-# Conjoining Jamo. Compatibility Jamo, which people type by themselves, are no decomposed syllables.
+# Conjoining Jamo. Compatibility Jamo, which people type as such, are not decomposed syllables.
 _JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")
-# The joiners are part of emoji and of many scripts' spelling: only those beside Latin or Hangul serve no purpose.
+# Joiners belong to emoji and to the spelling of many scripts; beside Latin or Hangul they serve no purpose.
 _JOINED = "[\\x00-\u024f\uac00-\ud7a3]"
 _ZERO_WIDTH = re.compile(
     f"[\u200b\u2060\ufeff\u180e]|(?<={_JOINED})[\u200c\u200d]|[\u200c\u200d](?={_JOINED})"
 )
-# How Unicode's names of letters begin, where that is not the script's own name.
-_BEGINNINGS = {
+# First words of Unicode's letter names that are not the script's name.
+_SCRIPT_OF_WORD = {
     "FULLWIDTH": "Latin",
     "HALFWIDTH": "Kana",
     "CJK": "Han",
@@ -50,46 +50,45 @@ _BEGINNINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """Of one row, as the template uses it."""
+    """What is noted of one row's data, as the template uses it."""
 
     flags: int
     scripts: int
-    """Whose letters stand in the answers."""
+    """Scripts of the letters in the answers."""
     digest: int
-    """64 bits of the texts but for white space, letter case and normal form: equal for rows that say the same."""
+    """64-bit digest of the texts regardless of white space, letter case and normal form."""
     prompt_digest: int
-    """The same of what is asked alone."""
+    """The same of the prompt alone."""
 
 
 def notes_of(rendered: Rendered) -> Notes:
-    """Looks at the data alone, not at the template's frame."""
-    asked = [piece.text for turn in rendered.turns for piece in turn.pieces if piece.field is not None]
+    """The notes of a rendered row; the template's frame does not count."""
+    prompt = [piece.text for piece in rendered.prompt_pieces if piece.field is not None]
     answers = [piece.text for piece in rendered.answer if piece.field is not None]
     if not rendered.answer:  # a turn list
-        turns = [("".join([piece.text for piece in turn.pieces]), turn.role) for turn in rendered.turns]
-        answers = [text for text, role in turns if role == "assistant"]
-        asked = [text for text, _ in turns[:-1]]
-    texts = [*asked, *answers]
+        answers = [turn.text for turn in rendered.turns if turn.role == "assistant"]
+        prompt = [turn.text for turn in rendered.turns[:-1]]
+    texts = [*prompt, *answers]
     return Notes(
         flags=_flags(texts),
         scripts=_scripts(answers),
         digest=digest_of(texts),
-        prompt_digest=digest_of(asked),
+        prompt_digest=digest_of(prompt),
     )
 
 
 def digest_of(texts: Iterable[str]) -> int:
-    """64 bits of texts, each with white space collapsed, letter case folded and in one normal form."""
-    found = blake2b(digest_size=8)
+    """64-bit digest of texts, each in NFC with white space collapsed and letter case folded."""
+    digest = blake2b(digest_size=8)
     for text in texts:
         plain = text if text.isascii() else normalize("NFC", text)
-        found.update(" ".join(plain.split()).casefold().encode())
-        found.update(b"\x1f")
-    return int.from_bytes(found.digest(), "little")
+        digest.update(" ".join(plain.split()).casefold().encode())
+        digest.update(b"\x1f")
+    return int.from_bytes(digest.digest(), "little")
 
 
 def script_names(bits: int) -> tuple[str, ...]:
-    """The names of a `Notes.scripts`."""
+    """The names of the bits of `Notes.scripts`."""
     return tuple(script for number, script in enumerate(SCRIPTS) if bits >> number & 1)
 
 
@@ -106,16 +105,16 @@ def _flags(texts: Iterable[str]) -> int:
 
 
 def _scripts(texts: Iterable[str]) -> int:
-    found = 0
+    bits = 0
     for letter in {letter for text in texts for letter in set(text)}:
-        found |= _script(letter)
-    return found
+        bits |= _script(letter)
+    return bits
 
 
 @lru_cache(maxsize=4096)
 def _script(letter: str) -> int:
     if not letter.isalpha():
         return 0
-    beginning = name(letter, "").split(" ")[0].split("-")[0]
-    script = _BEGINNINGS.get(beginning, beginning.capitalize())
+    first_word = name(letter, "").split(" ")[0].split("-")[0]
+    script = _SCRIPT_OF_WORD.get(first_word, first_word.capitalize())
     return 1 << SCRIPTS.index(script if script in SCRIPTS else "other")

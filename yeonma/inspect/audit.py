@@ -156,7 +156,7 @@ def audit_of(
     return Audit(
         sources=tuple(_source(part) for part in dataset.sources),
         template=dataset.template.name,
-        kind=dataset.kind.name,
+        kind=dataset.task.name,
         train=train,
         validation=None if held_out is None else _part_audit(held_out, dataset, unknown_id),
         overlap=None if held_out is None else overlap_of(dataset.train.examples, held_out.examples),

@@ -51,7 +51,7 @@ def run_inspect(settings: Mapping[type, object]) -> None:
     wanted = select_rows(shown.rows, dataset.train.store.counts.rows)
     audit = _audit(settings, prepared)
     forecast = _forecast(settings, source, prepared)
-    lines = forecast_lines(forecast, dataset.kind.units) if forecast is not None else []
+    lines = forecast_lines(forecast, dataset.task.units) if forecast is not None else []
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, wanted, in_full=not shown.json or shown.html is not None
     )

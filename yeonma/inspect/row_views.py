@@ -63,8 +63,8 @@ def views_of(
     """
     chosen = (row for row in _until(dataset.train.rows, wanted) if row.number in wanted)
     while chunk := list(islice(chosen, ROWS_A_CHUNK)):
-        texts = [dataset.kind.render(dataset.template, row, dataset.columns) for row in chunk]
-        yield from explain(texts, chunk, tokenizer, dataset.rules, dataset.kind, in_full=in_full)
+        texts = [dataset.task.render(dataset.template, row, dataset.columns) for row in chunk]
+        yield from explain(texts, chunk, tokenizer, dataset.rules, dataset.task, in_full=in_full)
 
 
 def _until(rows: Rows, wanted: RowSelection) -> Iterator[Row]:

@@ -84,10 +84,10 @@ def store_key(
     columns: Mapping[str, str] | None,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
-    kind: Task = ANSWERS,
+    task: Task = ANSWERS,
 ) -> str:
     """SHA-256 of everything that decides the tokens, the versions of the libraries that make them included."""
-    versions = [FORMAT, kind.name, tokenizers.__version__, transformers.__version__]
+    versions = [FORMAT, task.name, tokenizers.__version__, transformers.__version__]
     data = [rows.identity, template.text, dict(columns or {})]
     return sha256(
         _canonical([versions, data, tokenizer_identity(tokenizer), asdict(rules)]).encode()
@@ -102,7 +102,7 @@ def build_store(
     rules: TokenRules,
     cache_dir: Path,
     progress: Callable[[int], None] | None = None,
-    kind: Task = ANSWERS,
+    task: Task = ANSWERS,
 ) -> TokenStore:
     """The rows' examples, from the cache or tokenised now. Memory does not grow with the rows.
 
@@ -112,7 +112,7 @@ def build_store(
     """
     check_rules(template, rules)
     check_tokenizer(tokenizer, rules)
-    key = store_key(rows, template, columns, tokenizer, rules, kind)
+    key = store_key(rows, template, columns, tokenizer, rules, task)
     folder = cache_dir / key
     if (store := open_store(folder, key)) is not None:
         return store
@@ -124,10 +124,10 @@ def build_store(
             with _keeping(cache_dir):
                 _remove(beside)
                 writer = StoreWriter.open(beside)
-            for notes, found in _chunks(rows, template, columns, tokenizer, rules, progress, kind):
+            for notes, found in _chunks(rows, template, columns, tokenizer, rules, progress, task):
                 with _keeping(cache_dir):
                     writer.add(notes, found)
-            _check_some_left(writer.counts, rows, rules, kind)
+            _check_some_left(writer.counts, rows, rules, task)
             with _keeping(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
@@ -149,17 +149,17 @@ def _chunks(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
-    kind: Task,
+    task: Task,
 ) -> Iterator[Chunk]:
     """The encoded rows, a few thousand at a time. After a first problem the rest is only looked through for more."""
     problems: list[Problem] = []
     source, done = iter(rows), 0
     while len(problems) <= MOST_PROBLEMS and (chunk := _taken(source, problems)):
-        rendered = [_rendered(row, template, columns, kind, problems) for row in chunk]
+        rendered = [_rendered(row, template, columns, task, problems) for row in chunk]
         if not problems:
             try:
-                found = ENCODERS[kind.name](rendered, chunk, tokenizer, rules)
-                yield [kind.notes(text) for text in rendered], found
+                found = ENCODERS[task.name](rendered, chunk, tokenizer, rules)
+                yield [task.notes(text) for text in rendered], found
             except UserError as error:
                 problems += error.problems
         done += len(chunk)
@@ -182,22 +182,22 @@ def _taken(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
 
 
 def _rendered(
-    row: Row, template: Template, columns: Mapping[str, str] | None, kind: Task, problems: list[Problem]
+    row: Row, template: Template, columns: Mapping[str, str] | None, task: Task, problems: list[Problem]
 ) -> Any:
     try:
-        return kind.render(template, row, columns)
+        return task.render(template, row, columns)
     except UserError as error:
         problems += error.problems
         return None
 
 
-def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, kind: Task) -> None:
+def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, task: Task) -> None:
     if counts.rows == 0:
         raise UserError("there are no rows", place=rows.name)
     if counts.examples == 0:
         what = f"no row fits into cutoff_len {rules.cutoff_len}: all {counts.rows} would be left out"
         cure = "raise --cutoff_len, or shorten the template"
-        if kind is not ANSWERS:
+        if task is not ANSWERS:
             what = f"no row is left: each is over cutoff_len {rules.cutoff_len} or has two equal answers"
         raise UserError(what, place=rows.name, cure=cure)
 

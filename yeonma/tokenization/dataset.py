@@ -58,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
-    kind: Task
+    task: Task
     template: Template
     columns: dict[str, str] | None
     rules: TokenRules
@@ -96,7 +96,7 @@ def prepare_dataset(
     seed: int,
     say: Log,
     progress: Callable[[int], None],
-    kind: Task = ANSWERS,
+    task: Task = ANSWERS,
     continued: str | None = None,
 ) -> Dataset:
     """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
@@ -108,7 +108,7 @@ def prepare_dataset(
     rows = open_rows(
         data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
     )
-    choice = choose_template(kind, data.template, rows, data.columns, continued)
+    choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
     if choice.reason:
@@ -116,7 +116,7 @@ def prepare_dataset(
     cache = cache_folder(tokens)
 
     def part(rows: Rows) -> Part:
-        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, kind)
+        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, task)
         return Part(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -132,22 +132,22 @@ def prepare_dataset(
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
         validation = Part(rows, train.store, np.flatnonzero(held_out))
         train = Part(rows, train.store, np.flatnonzero(~held_out))
-    return Dataset(kind, template, columns, rules, train, validation)
+    return Dataset(task, template, columns, rules, train, validation)
 
 
 def describe(dataset: Dataset, say: Log) -> None:
     """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
     for part in dataset.sources:
-        _describe(part.rows.name, part.store, dataset.kind, say)
+        _describe(part.rows.name, part.store, dataset.task, say)
     if dataset.validation is not None:
         overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
         if overlap is not None:
             say(f"{dataset.validation.rows.name}: {overlap}")
 
 
-def _describe(name: str, store: TokenStore, kind: Task, say: Log) -> None:
+def _describe(name: str, store: TokenStore, task: Task, say: Log) -> None:
     counts = store.counts
-    line = f"{name}: {counts.rows:,} rows, {counts.units:,} {kind.units}, {counts.tokens:,} tokens"
+    line = f"{name}: {counts.rows:,} rows, {counts.units:,} {task.units}, {counts.tokens:,} tokens"
     say(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
         say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")

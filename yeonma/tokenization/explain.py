@@ -89,18 +89,18 @@ def explain(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
-    kind: Task = ANSWERS,
+    task: Task = ANSWERS,
     *,
     in_full: bool = True,
 ) -> list[View]:
-    """The views of rendered rows, `texts` as `kind.render` gives them, in order. A turn list may have several; a pair
+    """The views of rendered rows, `texts` as `task.render` gives them, in order. A turn list may have several; a pair
     has two. Raises UserError as the encoding of that kind.
 
     Without `in_full` they have neither stretches nor tokens, which take most of the time.
     """
     views = []
-    with encoder_for(tokenizer, rules, [kind.wanted(text) for text in texts]) as desk:
-        for whole, role, made in _MAKERS[kind.name](desk, texts, rows):
+    with encoder_for(tokenizer, rules, [task.preferred(text) for text in texts]) as desk:
+        for whole, role, made in _MAKERS[task.name](desk, texts, rows):
             view = _view(made, role)
             if in_full:
                 spans = data_spans(made.draft, desk.chat)

@@ -48,7 +48,7 @@ def write_card(
     """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
     samples = ask_rows(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
-    text = card_text(output, samples, metrics, command, kept, dataset.kind.units)
+    text = card_text(output, samples, metrics, command, kept, dataset.task.units)
     write_text_atomically(output / "README.md", text)
 
 
@@ -60,8 +60,8 @@ def ask_rows(
     They are asked with the very token ids that come before the answer in training.
     """
     rows = asked.first_rows(count)
-    kind = dataset.kind
-    rendered = [kind.wanted(kind.render(dataset.template, row, dataset.columns)) for row in rows]
+    task = dataset.task
+    rendered = [task.preferred(task.render(dataset.template, row, dataset.columns)) for row in rows]
     prompts = prompts_of(asked.store, [row.number for row in rows])
     model = peft_model.get_base_model()
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

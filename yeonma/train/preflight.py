@@ -44,11 +44,11 @@ def preflight(settings: Mapping[type, object]) -> None:
         partial(check_optimizer, group_of(settings, StepSettings).optimizer),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
-        partial(check_data, group_of(settings, DataSettings), kind_of(settings), adapter_of(model)),
+        partial(check_data, group_of(settings, DataSettings), task_of(settings), adapter_of(model)),
     )
 
 
-def kind_of(settings: Mapping[type, object]) -> Task:
+def task_of(settings: Mapping[type, object]) -> Task:
     """What the rows hold for the verb that has these settings."""
     if PreferenceSettings not in settings:
         return task_for_loss(None)
@@ -83,7 +83,7 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
     return model.adapter or source.adapter
 
 
-def check_data(data: DataSettings, kind: Task, continued: str | None = None) -> None:
+def check_data(data: DataSettings, task: Task, continued: str | None = None) -> None:
     """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
 
     `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no
@@ -103,9 +103,9 @@ def check_data(data: DataSettings, kind: Task, continued: str | None = None) -> 
 
     gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
     if not choices and data.data_path in tables:  # the training rows' columns choose
-        choices = [choose_template(kind, None, tables[data.data_path], data.columns, continued)]
+        choices = [choose_template(task, None, tables[data.data_path], data.columns, continued)]
     if choices:
-        gather(*(partial(_check_rows, rows, choices[0], kind) for rows in tables.values()))
+        gather(*(partial(_check_rows, rows, choices[0], task) for rows in tables.values()))
 
 
 def _check_own(output: Path, base: str, continued: str | None) -> None:
@@ -133,15 +133,15 @@ def adapter_of(model: ModelSettings) -> str | None:
     return named if (user_path(named) / "adapter_config.json").is_file() else None
 
 
-def _check_rows(rows: Rows, choice: Choice, kind: Task) -> None:
+def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
     template, columns = choice.template, choice.columns
-    if missing := kind.without_column(template, rows.columns, columns):
+    if missing := task.missing_columns(template, rows.columns, columns):
         raise UserError(missing)
     problems: list[Problem] = []
     try:
         for row in islice(rows, ROWS):
             try:
-                kind.render(template, row, columns)
+                task.render(template, row, columns)
             except UserError as error:
                 problems += error.problems
             if len(problems) > MOST_PROBLEMS:

@@ -32,7 +32,7 @@ from yeonma.run_folder.disk_space import stored_parameters
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, prepare_dataset
 from yeonma.train.losses import LOSSES, PreferenceOptions
-from yeonma.train.preflight import kind_of
+from yeonma.train.preflight import task_of
 
 TRIED_STEPS = 40
 SURE = ("linear", "cosine", "constant")  # schedules that cannot fail without arguments
@@ -88,7 +88,7 @@ def prepare(
         say(f"tokenised {rows:,} rows")
 
     data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, kind_of(settings), continued)
+    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, task_of(settings), continued)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,

@@ -239,7 +239,7 @@ def _train(
     stop.check()
     if evaluation.card_rows:
         spread_trained(tuning.model)
-    per = "trained token" if tuning.objective.per_token else dataset.kind.units.removesuffix("s")
+    per = "trained token" if tuning.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
     command = f"yeonma {tuning.objective.name} --config settings.yaml   # the settings below\n\n"
@@ -288,7 +288,7 @@ def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> st
 def _samples(dataset: Dataset, count: int) -> Samples:
     """The rows of the card, as the adapter folder keeps them."""
     part = dataset.validation or dataset.train
-    return take_samples(part, dataset.kind, dataset.template, dataset.columns, count)
+    return take_samples(part, dataset.task, dataset.template, dataset.columns, count)
 
 
 def _restore(tuning: TrainState, peft_model: Any, checkpoint: Path, state: RunState) -> None:

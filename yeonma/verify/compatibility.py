@@ -217,7 +217,7 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
     for sample in samples.rows:
         row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
         try:
-            rendered = samples.kind.wanted(samples.kind.render(template, row, adapter.columns))
+            rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
             messages = messages_of(template, row, adapter.columns, rendered)
             if any(encoder.has_special(message["content"]) for message in messages):
                 continue

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from yeonma.data.columns import ROLES, Turn, column_of, field_text, recognise, turns_of
+from yeonma.data.columns import column_of, field_text, recognise
 from yeonma.data.rows import Row
+from yeonma.data.turns import ROLES, Turn, turns_of
 from yeonma.errors import UserError
 
 
@@ -146,7 +147,7 @@ def test_what_is_not_text_is_an_error(value: object, kind: str) -> None:
 
 
 def test_a_turn_list_where_text_is_expected_names_the_template_chat() -> None:
-    assert "needs the template chat" in field_error([{"role": "user", "content": "q"}])
+    assert "turn lists need --template chat" in field_error([{"role": "user", "content": "q"}])
 
 
 def test_a_lone_surrogate_and_a_nul_are_errors() -> None:
@@ -198,20 +199,20 @@ USER = {"role": "user", "content": "q"}
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"role": "asistant"}, 'messages[2].role: "asistant" is no known role; did you mean "assistant"?'),
-        ({"role": "zzz", "content": "a"}, 'messages[2].role: "zzz" is no known role; roles are system, developer'),
-        ({"from": 3, "value": "a"}, "messages[2].from: a number (3) is no known role"),
+        ({"role": "asistant"}, 'messages[2].role: unknown role "asistant"; did you mean "assistant"?'),
+        ({"role": "zzz", "content": "a"}, 'messages[2].role: unknown role "zzz"; roles are system, developer'),
+        ({"from": 3, "value": "a"}, "messages[2].from: unknown role a number (3)"),
         ({"content": "a"}, "messages[2].role is missing"),
         ({"role": "assistant"}, "messages[2].content is missing"),
         ({"from": "gpt", "value": None}, "messages[2].value is missing"),
         ({"role": "assistant", "content": " \n"}, "messages[2].content is empty"),
         ({"role": "user", "content": ""}, "messages[2].content is empty"),
         ({"role": "assistant", "content": 3}, "messages[2].content is a number (3), not text"),
-        ({"role": "user", "content": "\udc00"}, "messages[2].content holds half a character"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[2].tool_calls: calls of tools"),
+        ({"role": "user", "content": "\udc00"}, "messages[2].content contains half a character"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[2].tool_calls: tool calls"),
         ({"role": "user", "content": [{"type": "image_url"}]}, 'messages[2].content[0] is of type "image_url"'),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[2].content[0] is no text part"),
-        ({"role": "user", "content": ["a"]}, "messages[2].content[0] is no text part"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[2].content[0] is not a text part"),
+        ({"role": "user", "content": ["a"]}, "messages[2].content[0] is not a text part"),
         ("a", "messages[2] is text, not a turn"),
     ],
 )  # fmt: skip

@@ -134,7 +134,9 @@ def test_a_column_for_the_answer_itself_is_refused(name: str) -> None:
 
 def test_a_prompt_may_show_neither_answer() -> None:
     for side in ("chosen", "rejected"):
-        with pytest.raises(UserError, match=f'the column "{side}" is the answer and also the field "prompt"'):
+        with pytest.raises(
+            UserError, match=f'the column "{side}" is the answer and also the prompt field "prompt"'
+        ):
             render_pair(load_template("prompt-completion"), row(chosen="a", rejected="b"), {"prompt": side})
 
 
@@ -226,15 +228,15 @@ def test_a_text_dialogue_has_its_turns_at_its_speakers() -> None:
     [
         (
             {"chosen": answer("a"), "rejected": answer("b")},
-            'field "messages" is missing, and the answers are no whole dialogues',
+            'field "messages" is missing, and the answers are not whole dialogues',
         ),
         (
             {"messages": [user("q"), answer("a")], "chosen": answer("b"), "rejected": answer("c")},
-            "the prompt of chosen and rejected ends with a turn of the assistant",
+            "the prompt of chosen and rejected ends with an assistant turn",
         ),
         (
             {"messages": [user("q")], "chosen": [answer("a"), user("q")], "rejected": answer("c")},
-            "chosen ends with a turn of the user",
+            "chosen ends with a user turn",
         ),
         ({**OPENAI, "chosen": [{"role": "robot", "content": "a"}]}, "chosen[0].role"),
         ({**OPENAI, "chosen": {"role": "assistant"}}, "chosen.content is missing"),
@@ -411,7 +413,7 @@ def test_a_store_knows_its_pairs_by_unit_and_role(tmp_path: Path) -> None:
     equal = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
     rows = table([*(each.values for each in rows), *equal, {"prompt": "q", "chosen": "a", "rejected": "b"}])
     store = build_store(
-        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, kind=PAIRS
+        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=PAIRS
     )
     assert (store.counts.rows, store.counts.units, store.counts.examples) == (7, 6, 12)
     assert store.units.tolist() == [unit for unit in range(6) for _ in range(2)]
@@ -432,7 +434,7 @@ def test_a_store_knows_its_pairs_by_unit_and_role(tmp_path: Path) -> None:
 def test_a_labelled_answer_has_anothers_beside_it_to_be_measured(tmp_path: Path) -> None:
     rows = table({"prompt": f"{i} p ", "completion": f"{'x' * i}!", "label": i % 2 == 0} for i in range(1, 5))
     store = build_store(
-        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, kind=LABELLED
+        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=LABELLED
     )
     own, measured = store.trained_of(np.arange(4)), store.measured_of(np.arange(4))
     assert [AnswerRole(role) for role in store.roles[own]] == [

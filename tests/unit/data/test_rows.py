@@ -157,8 +157,11 @@ def test_memory_does_not_grow_with_the_rows(write: Write, kind: str) -> None:
 # Paths
 
 
-def test_a_missing_file_is_an_error_with_a_suggestion(write: Write, tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_with_a_suggestion(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("train.jsonl", jsonl(TABLE))
+    monkeypatch.chdir(tmp_path)
     assert error_of(str(tmp_path / "trian.jsonl")) == (
         'trian.jsonl: no such file or folder; did you mean "train.jsonl"?'
     )
@@ -178,22 +181,22 @@ def test_a_missing_file_is_an_error_with_a_suggestion(write: Write, tmp_path: Pa
 def test_what_is_no_file_of_data_is_an_error(write: Write, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert error_of(str(tmp_path / "pipe.jsonl")).startswith("pipe.jsonl: not a regular file")
-    assert error_of(write("a.xlsx", "x")).startswith("a.xlsx: a .xlsx file cannot be read")
-    assert error_of(write("a.parquet", "PAR1 no")).startswith("a.parquet: not a parquet file")
+    assert error_of(write("a.xlsx", "x")).startswith("a.xlsx: .xlsx files cannot be read")
+    assert error_of(write("a.parquet", "PAR1 no")).startswith("a.parquet: not a readable Parquet file")
     assert "cannot be opened" in error_of(write("a.jsonl", jsonl(TABLE)) + "/b.jsonl")
-    assert error_of(" ").startswith("--data_path: no data is named")
+    assert error_of(" ").startswith("--data_path: no data given")
 
 
 def test_a_folder_without_usable_data_is_an_error(write: Write, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert error_of(str(tmp_path / "empty")).startswith("empty: a folder without data")
+    assert error_of(str(tmp_path / "empty")).startswith("empty: a folder without data files")
     write("mixed/a.csv", "a\n1\n")
     write("mixed/b.jsonl", jsonl(TABLE))
-    assert error_of(str(tmp_path / "mixed")).startswith("mixed: files of several kinds: .csv, .jsonl")
+    assert error_of(str(tmp_path / "mixed")).startswith("mixed: files of several formats: .csv, .jsonl")
     write("split/train-0.jsonl", jsonl(TABLE))
     write("split/test.jsonl", jsonl(TABLE))
     assert error_of(str(tmp_path / "split")).startswith("split: files of several splits: test, train")
-    assert "name the folder in it: mixed, split" in error_of(str(tmp_path))
+    assert "give the folder inside it: mixed, split" in error_of(str(tmp_path))
 
 
 def test_a_data_set_that_wants_to_run_code_is_an_error(write: Write, tmp_path: Path) -> None:
@@ -201,10 +204,10 @@ def test_a_data_set_that_wants_to_run_code_is_an_error(write: Write, tmp_path: P
     write("news/train.jsonl", jsonl(TABLE))
     write("other/load.py", "raise SystemExit('ran')")
     for path in (str(tmp_path / "news"), str(tmp_path / "other"), script):
-        assert "a data set that runs Python code" in error_of(path)
+        assert "the data set needs its own Python code" in error_of(path)
     text = "Dataset scripts are no longer supported, but found news.py"
     assert str(_hub_error("a/news", RuntimeError(text))).startswith(
-        "a/news: a data set that runs Python code (news.py); such code is never run; give its data files"
+        "a/news: the data set needs its own Python code (news.py), which Yeonma never runs; give its data files"
     )
 
 
@@ -234,7 +237,7 @@ def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Wr
 )
 def test_a_parquet_column_that_python_has_no_form_for_is_an_error(write: Write, column: pa.Array) -> None:
     pq.write_table(pa.table({"a": ["x"], "b": column}), (path := write("a.parquet", "")))
-    assert error_of(path).startswith('a.parquet rows 1-1: values that cannot be read in column "b" (')
+    assert error_of(path).startswith('a.parquet rows 1-1: unreadable values in column "b" (')
 
 
 def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> None:
@@ -246,7 +249,7 @@ def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> 
     counted = [each for each in damaged if pq.ParquetFile(io.BytesIO(each)).metadata.num_rows == 3]
     assert len(counted) == 1
     message = error_of(write("a.parquet", counted[0]))
-    assert message == "a.parquet: 2 rows can be read of the 3 that the file says it has; write the file again"
+    assert message == "a.parquet: only 2 of the 3 rows in its metadata can be read; write the file again"
 
 
 def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:
@@ -255,7 +258,7 @@ def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:
         (ValueError("Unknown split \"x\". Should be one of ['train']."), "--data_split"),
         (
             ValueError("Config name is missing.\nPlease pick one among ['ko']"),
-            "['ko']; name one as --data_path name:config",
+            "['ko']; choose one with --data_path name:config",
         ),
         (ConnectionError("Couldn't reach the Hub"), "check the connection"),
         (
@@ -272,7 +275,7 @@ def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:
 
 def test_a_hub_name_without_the_hub_is_an_error_with_a_cure() -> None:
     message = error_of("nobody/nothing:small", revision="v1")
-    assert message.startswith("nobody/nothing:small: no such file here, and the hub cannot be reached: ")
+    assert message.startswith("nobody/nothing:small: no such local file, and the hub cannot be reached: ")
     assert message.endswith("; check the connection, or download the data set and give its files")
 
 

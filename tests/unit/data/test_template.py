@@ -127,11 +127,11 @@ def test_a_field_may_stand_in_the_prompt_twice() -> None:
 @pytest.mark.parametrize(
     ("text", "place", "what"),
     [
-        ("x {q} \n }: {a}", "t.txt:2:2", '"}" without a "{"'),
+        ("x {q} \n }: {a}", "t.txt:2:2", '"}" without an opening "{"'),
         ("한글 {q", "t.txt:1:4", '"{" is not closed'),
         ("{q\n}: {a}", "t.txt:1:1", '"{" is not closed'),
         ("{q{r}: {a}", "t.txt:1:1", '"{" is not closed'),
-        ("{q}}: {a}", "t.txt:1:4", '"}" without a "{"'),
+        ("{q}}: {a}", "t.txt:1:4", '"}" without an opening "{"'),
     ],
 )
 def test_an_unbalanced_brace_is_an_error_with_line_and_column(text: str, place: str, what: str) -> None:
@@ -156,11 +156,13 @@ def test_an_expression_in_doubled_braces_is_plain_text() -> None:
 )
 def test_an_invisible_character_in_a_field_name_is_shown_by_its_number(char: str, shown: str) -> None:
     message = error("{docu" + char + "ment}: {title}")
-    assert message == f't.txt:1:1: the field name "docu{shown}ment" has an invisible character; delete it'
+    assert (
+        message == f't.txt:1:1: the field name "docu{shown}ment" contains an invisible character; delete it'
+    )
 
 
 def test_spaces_at_the_edge_of_a_field_name_are_an_error_that_gives_the_cure() -> None:
-    assert error("{ q }: {a}") == 't.txt:1:1: "{ q }" has a space at its edge; write "{q}"'
+    assert error("{ q }: {a}") == 't.txt:1:1: "{ q }" begins or ends with a space; write "{q}"'
 
 
 def test_all_wrong_braces_are_told_at_once_and_a_flood_is_cut() -> None:
@@ -171,7 +173,7 @@ def test_all_wrong_braces_are_told_at_once_and_a_flood_is_cut() -> None:
     ]
     flood = error("}\n" * 20 + "{q}: {a}").splitlines()
     assert len(flood) == 9
-    assert flood[-1] == "t.txt: 12 more of these"
+    assert flood[-1] == "t.txt: 12 more such problems"
 
 
 @pytest.mark.parametrize(
@@ -180,9 +182,9 @@ def test_all_wrong_braces_are_told_at_once_and_a_flood_is_cut() -> None:
         ("", "no field"),
         ("Write a title.", "no field"),
         ("Article: {{document}}", 'no field; write "{document}", with single braces'),
-        ("{title}", "only the answer and no prompt"),
-        ("\n \n{title}", "only the answer and no prompt"),
-        ("[assistant]\n{title}", "only the answer and no prompt"),
+        ("{title}", "an answer but no prompt"),
+        ("\n \n{title}", "an answer but no prompt"),
+        ("[assistant]\n{title}", "an answer but no prompt"),
         (SIMPLE + "---\n", "no field"),
     ],
 )
@@ -209,12 +211,12 @@ def test_an_answer_that_stands_in_the_prompt_is_an_error(text: str, place: str) 
 def test_a_prompt_field_mapped_to_the_answers_column_is_an_error() -> None:
     template = Template.parse(SIMPLE)
     message = row_error(template, {"title": "T"}, {"document": "title"})
-    assert '"title" is the answer and also the field "document"' in message
+    assert '"title" is the answer and also the prompt field "document"' in message
 
 
 def test_every_variant_ends_in_the_same_answer_field() -> None:
     message = error("Q {q}: {a}\n---\nQ {q}: {b}")
-    assert message.startswith('t.txt:3:8: this variant ends in the field "b", the first one in "a"')
+    assert message.startswith('t.txt:3:8: this variant ends with the field "b", the first one with "a"')
 
 
 @pytest.mark.parametrize(("char", "shown"), [("\0", "U+0000"), ("\udc80", "U+DC80")])
@@ -247,10 +249,10 @@ def test_a_turn_template_may_show_earlier_turns_and_frame_its_answer() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Hi\n[user]\n{q}\n[assistant]\n{a}", "t.txt:1: there is text before the first turn"),
+        ("Hi\n[user]\n{q}\n[assistant]\n{a}", "t.txt:1: text before the first turn"),
         ("[user]\n{q}\n[assistant]\nx {a}\n[user]\n{b}", "t.txt:5: the last turn is [user]"),
-        ("[user]\n{q}\n[assistant]\n{why} {a}", "t.txt:3: the last turn must have one field"),
-        ("[user]\n{q}\n[assistant]\nYes.", "t.txt:3: the last turn must have one field"),
+        ("[user]\n{q}\n[assistant]\n{why} {a}", "t.txt:3: the last turn must have exactly one field"),
+        ("[user]\n{q}\n[assistant]\nYes.", "t.txt:3: the last turn must have exactly one field"),
         ("[system]\n\n[user]\n{q}\n[assistant]\n{a}", "t.txt:1: the [system] turn is empty"),
         (
             "[system]\nx\n[User]\n{q}\n[assistant]\n{a}",
@@ -518,7 +520,7 @@ def test_a_setting_that_is_no_template_is_an_error_with_suggestions(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-title.txt").write_text(SIMPLE)
     for setting, suggestion in [("alpacca", "alpaca"), ("my-titel.txt", "my-title.txt")]:
-        with pytest.raises(UserError, match=f'no file "{setting}".*did you mean "{suggestion}"'):
+        with pytest.raises(UserError, match=f'no file is named "{setting}".*did you mean "{suggestion}"'):
             load_template(setting)
     for setting in ["qqq", "nowhere/at/all.txt", "", "x" * 5000]:
         with pytest.raises(UserError, match="no built-in template"):

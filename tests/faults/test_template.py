@@ -63,8 +63,8 @@ def test_fault_32_unbalanced_brace(write: Write, refused: Refused, data: Path) -
     opened, closed = 'write "{{" for a literal brace', 'write "}}" for a literal brace'
     assert refused(data, template=template) == [
         f't.txt:1:4: "{{" is not closed; {opened}',
-        f't.txt:2:8: "}}" without a "{{" before it; {closed}',
-        f't.txt:3:1: "}}" without a "{{" before it; {closed}',
+        f't.txt:2:8: "}}" without an opening "{{"; {closed}',
+        f't.txt:3:1: "}}" without an opening "{{"; {closed}',
     ]
     assert refused(data, template="{document}\n{title") == [f'--template:2:1: "{{" is not closed; {opened}']
 
@@ -244,7 +244,7 @@ def test_a_template_that_cannot_be_read_is_named(
     assert refused(data, template=cp949) == ["t.txt:2: is not UTF-8; save the template as UTF-8"]
     os.mkfifo(tmp_path / "pipe")
     assert refused(data, template=tmp_path / "pipe") == [
-        "pipe: is not a file; give a template file, a text or a built-in name"
+        "pipe: is not a file; give a template file, a template text or a built-in name"
     ]
 
 

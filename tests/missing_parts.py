@@ -88,6 +88,7 @@ def train_and_trace() -> None:
     from tests.models import with_lora
     from yeonma.batch.forest import lay_out
     from yeonma.errors import UserError
+    from yeonma.model.attention.cpu_cascade import cpu_kernels
     from yeonma.model.attention.flex import has_flex
     from yeonma.model.attention.varlen import varlen_attention
     from yeonma.model.forest_support import check_forest_support, tiny_sequences
@@ -100,7 +101,7 @@ def train_and_trace() -> None:
     from yeonma.model.memory_trace import blueprint, trace
     from yeonma.model.quantized import has_products
 
-    assert not has_onednn() and not has_flex() and varlen_attention() is None
+    assert cpu_kernels() is None and not has_onednn() and not has_flex() and varlen_attention() is None
     assert not has_products(torch.device("cuda"))
     remarks: list[str] = []
     assert pick_kernels("auto", torch.device("cuda"), torch.float32, remarks.append) == PLAIN and remarks

@@ -19,7 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import LEAST_SHARED
 from yeonma.generation.sampling import SamplingParams, penalised, sample, uniforms
-from yeonma.model.attention.dispatch import no_mask, segment_attention
+from yeonma.model.attention.dispatch import no_mask
+from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
 
 DECODING = "yeonma_decoding"

@@ -16,8 +16,8 @@ import torch
 
 from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
 from yeonma.errors import first_line
-from yeonma.model.attention.dispatch import FOREST
-from yeonma.model.attention.varlen import Capability, capability_of
+from yeonma.model.attention.backend import Capability
+from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.logprobs import Forward, Head, plain_head, sequence_logprobs, trained_logprobs
 from yeonma.model.quantized import is_rounded
 from yeonma.model.sharding import recover
@@ -100,7 +100,7 @@ def _try_forest(model: Any, forest: Forest, capability: Capability | None) -> tu
     """Why not, or the log-probabilities that the model's own head gives."""
     windows: dict[int, int | None] = {}
 
-    def watch(layer: Any, window: int | None) -> None:
+    def watch(layer: Any, window: int | None, backend: str) -> None:
         index = getattr(layer, "layer_idx", None)
         windows[len(windows) if index is None else index] = window
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from yeonma.batch.forest import Forest, lay_out
-from yeonma.model.attention.dispatch import ForestLayout, layout
-from yeonma.model.attention.varlen import Capability
+from yeonma.model.attention.backend import Capability, ForestLayout
+from yeonma.model.attention.dispatch import layout
 from yeonma.model.kernels.linear import float32_product, product
 from yeonma.model.sharding import gathered, is_sharded, own_class, within
 

@@ -22,8 +22,9 @@ from yeonma.batch.forest import Forest
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError
 from yeonma.model import load
-from yeonma.model.attention.dispatch import FOREST, layout
-from yeonma.model.attention.varlen import Capability, capability_of
+from yeonma.model.attention.backend import Capability
+from yeonma.model.attention.dispatch import FOREST, capability_of, layout
+from yeonma.model.attention.varlen import VARLEN, VarlenLayout
 from yeonma.model.kernels.last_layer import spare_last_layer
 from yeonma.model.kernels.lora import speed_up
 from yeonma.model.kernels.patch import patch
@@ -150,10 +151,9 @@ def trace(drawn: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
     trained = [each for each in model.parameters() if each.requires_grad]
     for each in trained:
         each.grad = torch.zeros_like(each) if has_gradients else None
-    laid = layout(forest, model.device, drawn.capability)
-    if not drawn.on_cpu:
-        laid = replace(laid, cascade=None)
-    record = _Record(model.get_output_embeddings().weight.shape[0], laid.varlen.pairs if laid.varlen else 0)
+    laid = layout(forest, model.device, drawn.capability, "cpu" if drawn.on_cpu else "cuda")
+    varlen: VarlenLayout | None = laid.by_backend.get(VARLEN.name)
+    record = _Record(model.get_output_embeddings().weight.shape[0], varlen.pairs if varlen else 0)
     record.hold([*model.parameters(), *model.buffers()], counted=False)
     record.hold([each.grad for each in trained if each.grad is not None])
     try:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from yeonma.model.attention.backend import Backend, ForestShape, LayerCall
+
 CHUNK = 96
 """Queries of a segment at a time. With fewer, fewer scores are hidden in vain, in more calls."""
 
@@ -62,7 +64,7 @@ class CascadeLayout:
 def cascade_layout(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, chunk: int = CHUNK
 ) -> CascadeLayout | None:
-    """From `ForestLayout`'s lengths and paths; None where what is below some segment does not lie together."""
+    """From `ForestShape`'s lengths and paths; None where what is below some segment does not lie together."""
     ends = list(accumulate(lengths))
     below: list[list[int]] = [[] for _ in lengths]
     for index, path in enumerate(paths):
@@ -83,15 +85,24 @@ def cascade_layout(
     return CascadeLayout(tuple(segments), mask, max(sum(lengths[i] for i in path) for path in paths))
 
 
-def takes(
-    laid: CascadeLayout, query: torch.Tensor, value: torch.Tensor, dropout: float, sliding_window: int | None
-) -> bool:
-    """Whether `cascade_attention` computes this. In half precision what is joined would have been rounded before."""
-    if cpu_kernels() is None:
+def _lay_out(shape: ForestShape) -> CascadeLayout | None:
+    if shape.computed_on != "cpu" or shape.capability is not None or cpu_kernels() is None:
+        return None
+    return cascade_layout(shape.lengths, shape.paths, shape.device)
+
+
+def _supports(call: LayerCall, laid: CascadeLayout) -> bool:
+    """In half precision the partial outputs would have been rounded before they are joined."""
+    if call.softcap is not None or call.sinks is not None or call.dropout:
         return False
-    outside = sliding_window is not None and sliding_window < laid.most_keys
-    exact = query.dtype in (torch.float32, torch.float64)
-    return exact and query.shape[-1] == value.shape[-1] and not dropout and not outside
+    if call.sliding_window is not None and call.sliding_window < laid.most_keys:
+        return False
+    exact = call.query.dtype in (torch.float32, torch.float64)
+    return exact and call.query.shape[-1] == call.value.shape[-1]
+
+
+def _attend(call: LayerCall, laid: CascadeLayout) -> torch.Tensor:
+    return cascade_attention(call.query, call.key, call.value, laid, call.scaling)
 
 
 def cascade_attention(
@@ -109,7 +120,7 @@ class _Cascade(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, laid: CascadeLayout, scale: float | None
     ) -> torch.Tensor:
         kernels = cpu_kernels()
-        assert kernels is not None  # else `takes` says no
+        assert kernels is not None  # else there is no layout
         forward, _ = kernels
         _, heads, tokens, width = q.shape
         output = q.new_empty(1, tokens, heads, width).transpose(1, 2)
@@ -183,3 +194,6 @@ def _mask(laid: CascadeLayout, own: slice, rows: slice) -> torch.Tensor:
 def _rows_laid(states: torch.Tensor) -> torch.Tensor:
     """The kernel reads a head's numbers one after the other."""
     return states if states.stride(-1) == 1 else states.contiguous()
+
+
+CPU_CASCADE = Backend("cpu_cascade", _lay_out, _supports, _attend)

@@ -1,73 +1,87 @@
-"""Attention over a forest, registered with transformers' AttentionInterface; the layout travels as a keyword.
+"""Attention over a forest, as transformers calls it: the first backend in `BACKENDS` that supports a layer computes it.
 
-A model loaded with the implementation `FOREST` calls `forest_attention` in every layer with what it would pass to
+A model with the attention implementation `FOREST` calls `forest_attention` in every layer with what it would pass to
 any backend: scale, grouped heads, sliding window (counted in positions), soft-capping and attention sinks are
 honoured. Anything that a model does with its mask instead (ALiBi, chunks) is not seen here; the check at loading
-finds such models.
-
-Where the layer's features allow it, all segments go through one call on CUDA (`varlen`, `flex`), and on the CPU in
-float32 through the calls of `cpu_cascade`; else each segment is a call of its own.
+finds such models. The forest's layout travels as a keyword.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import Forest
-from yeonma.model.attention.cpu_cascade import (
-    CascadeLayout,
-    cascade_attention,
-    cascade_layout,
-    cpu_kernels,
-    takes,
-)
-from yeonma.model.attention.flex import Tree, flex_forest_attention, has_flex
-from yeonma.model.attention.varlen import (
+from yeonma.model.attention.backend import (
+    HALF,
+    LEAST_CAPABILITY,
+    Backend,
     Capability,
-    VarlenLayout,
-    pick_backend,
-    varlen_attention,
-    varlen_forest_attention,
-    varlen_layout,
+    ForestLayout,
+    ForestShape,
+    LayerCall,
 )
+from yeonma.model.attention.cpu_cascade import CPU_CASCADE
+from yeonma.model.attention.flex import FLEX, has_flex
+from yeonma.model.attention.sdpa import PLAIN_OPERATIONS, SDPA
+from yeonma.model.attention.varlen import VARLEN, varlen_attention
 
 FOREST = "yeonma_forest"
+"""The name of `forest_attention` among transformers' attention implementations."""
 
+BACKENDS: tuple[Backend, ...] = (VARLEN, FLEX, CPU_CASCADE, SDPA, PLAIN_OPERATIONS)
+"""In the order of preference; the last supports every layer."""
 
-@dataclass(frozen=True)
-class ForestLayout:
-    """What attention needs of a forest; one object serves every layer of a forward pass."""
-
-    lengths: tuple[int, ...]  # of the segments, in flat order; they sum to T
-    paths: tuple[tuple[int, ...], ...]  # segment -> the segments it sees: its ancestors in order, then itself
-    varlen: VarlenLayout | None = None  # the same for one call, on a device that has it
-    tree: Tree | None = None  # and for FlexAttention
-    cascade: CascadeLayout | None = None  # and for the CPU
+Watch = Callable[[torch.nn.Module, int | None, str], None]
+"""Called with each layer, its sliding window and the name of its backend."""
 
 
 def layout(
-    forest: Forest, device: torch.device | None = None, capability: Capability | None = None
+    forest: Forest,
+    device: torch.device | None = None,
+    capability: Capability | None = None,
+    computed_on: str | None = None,
 ) -> ForestLayout:
-    """`capability`: of the CUDA device that all segments may go through one call on; its tensors are on `device`."""
+    """What the backends need of a forest, with tensors on `device` (default: the CPU).
+
+    `capability`: see `capability_of`; None to compute segment by segment. `computed_on`: the device type that a
+    forecast on the meta device stands for, the CPU by default.
+    """
+    return lay_out_for_backends(forest_shape(forest, device, capability, computed_on))
+
+
+def forest_shape(
+    forest: Forest,
+    device: torch.device | None = None,
+    capability: Capability | None = None,
+    computed_on: str | None = None,
+) -> ForestShape:
+    """Arguments as for `layout`."""
     paths: list[tuple[int, ...]] = []
     for index, segment in enumerate(forest.segments):
         paths.append((*paths[segment.parent], index) if segment.parent is not None else (index,))
     lengths = tuple(segment.length for segment in forest.segments)
-    if device is None or capability is None:
-        device = device or torch.device("cpu")
-        on_cpu = cascade_layout(lengths, paths, device) if device.type in ("cpu", "meta") else None
-        return ForestLayout(lengths, tuple(paths), cascade=on_cpu)
-    # a forecast of memory, on the meta device, takes what needs no compiler
-    tree = Tree(lengths, tuple(paths), device) if device.type == "cuda" and has_flex() else None
-    return ForestLayout(lengths, tuple(paths), varlen_layout(lengths, paths, device, capability), tree)
+    device = device or torch.device("cpu")
+    computed_on = computed_on or ("cpu" if device.type == "meta" else device.type)
+    return ForestShape(lengths, tuple(paths), device, computed_on, capability)
+
+
+def lay_out_for_backends(shape: ForestShape) -> ForestLayout:
+    layouts = {backend.name: backend.lay_out(shape) for backend in BACKENDS}
+    return ForestLayout({name: laid for name, laid in layouts.items() if laid is not None})
+
+
+def choose(call: LayerCall, layout: ForestLayout) -> Backend:
+    """The first backend that can serve the forest and supports the layer."""
+    for backend in BACKENDS:
+        laid = layout.by_backend.get(backend.name)
+        if laid is not None and backend.supports(call, laid):
+            return backend
+    raise ValueError("no attention backend supports this layer")
 
 
 def forest_attention(
@@ -83,143 +97,33 @@ def forest_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    watch: Callable[[torch.nn.Module, int | None], None] | None = None,
+    watch: Watch | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D).
+    """query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, E) -> (1, T, heads, E).
 
-    `watch` is called with the layer and its window; the check at loading compares that with the model's config.
+    `s_aux`: attention sinks, (heads,). `watch`: for the check at loading.
     Raises ValueError for a mask made by the model itself, which cannot know the forest.
     """
     if attention_mask is not None:
         raise ValueError("the model made an attention mask of its own")
+    call = LayerCall(query, key, value, scaling, dropout, sliding_window, softcap, s_aux)
+    backend = choose(call, forest)
     if watch is not None:
-        watch(module, sliding_window)
-    if forest.varlen is not None:
-        backend = pick_backend(
-            capability=forest.varlen.capability,
-            dtype=query.dtype,
-            query_width=query.shape[-1],
-            value_width=value.shape[-1],
-            dropout=dropout,
-            softcap=softcap,
-            sinks=s_aux is not None,
-            varlen=varlen_attention() is not None,
-            flex=forest.tree is not None,
-        )
-        if backend == "flex" and forest.tree is not None:
-            return flex_forest_attention(
-                query,
-                key,
-                value,
-                forest.tree,
-                scaling=scaling,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                s_aux=s_aux,
-            ), None
-        if backend == "varlen":
-            return varlen_forest_attention(
-                query, key, value, forest.varlen, scaling=scaling, sliding_window=sliding_window
-            ), None
-    plain = softcap is None and s_aux is None
-    if plain and forest.cascade is not None and takes(forest.cascade, query, value, dropout, sliding_window):
-        return cascade_attention(query, key, value, forest.cascade, scaling), None
-    # split, not slices: the gradient of a split is one concatenation
-    queries, keys, values = (states.split(forest.lengths, dim=2) for states in (query, key, value))
-    outputs = []
-    for q, path in zip(queries, forest.paths, strict=True):
-        k = keys[path[0]] if len(path) == 1 else torch.cat([keys[i] for i in path], dim=2)
-        v = values[path[0]] if len(path) == 1 else torch.cat([values[i] for i in path], dim=2)
-        output = segment_attention(
-            q,
-            k,
-            v,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
-        outputs.append(output.transpose(1, 2))
-    return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), None
+        watch(module, sliding_window, backend.name)
+    return backend.attend(call, forest.by_backend[backend.name]), None
 
 
-def segment_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Of a segment's queries (1, heads, t, D) to the keys of its ancestors and its own, t the last of them."""
-    mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-    if softcap is None and s_aux is None:
-        return _fused_attention(q, k, v, mask, dropout, scaling)
-    return _plain_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
+def capability_of(device: torch.device, dtype: torch.dtype) -> Capability | None:
+    """The compute capability of a CUDA device on which all segments may go through one call in this number format.
 
-
-def _fused_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
-    causal, grouped = mask is None, q.shape[1] != k.shape[1]
-    kernels = cpu_kernels()
-    if q.device.type == "meta" and q.shape[-1] == v.shape[-1] and kernels is not None:
-        # for a forecast of memory: there PyTorch would take apart what is one operation on any real device
-        if mask is not None:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        output: torch.Tensor = kernels[0](q, k, v, dropout, causal, attn_mask=mask, scale=scaling)[0]
-        return output
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-    )
-
-
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which keys each query sees, (queries, keys); None where plain causal attention over equal lengths says it."""
-    if queries == keys and (window is None or keys <= window):
+    None for other devices, and where neither kernel is there.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
         return None
-    position_q = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
-    position_k = torch.arange(keys, device=device)
-    seen = position_k <= position_q
-    return seen if window is None else seen & (position_k > position_q - window)
-
-
-def _plain_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """The same in plain operations, for what `scaled_dot_product_attention` cannot do. Shapes as there."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if s_aux is not None:  # a learned score per head that takes part in the softmax and leads nowhere
-        sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
-    return F.dropout(weights, dropout) @ v
+    formats = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
+    capability = torch.cuda.get_device_capability(device)
+    return capability if capability >= LEAST_CAPABILITY and dtype in formats else None
 
 
 def reference_mask(forest: Forest) -> torch.Tensor:
@@ -236,6 +140,7 @@ def reference_mask(forest: Forest) -> torch.Tensor:
 
 
 def no_mask(*_: Any, **__: Any) -> None:
+    """transformers makes no mask for `FOREST`: the layout says what each token sees."""
     return None
 
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
+from yeonma.model.attention.backend import HALF, LEAST_CAPABILITY, Backend, ForestShape, LayerCall
 from yeonma.model.kernels.elementwise import kernel_settings
 
 BLOCK = 128
@@ -112,14 +113,39 @@ def has_flex() -> bool:
     return "BACKEND" in FlexKernelOptions.__annotations__
 
 
-def takes_widths(query_width: int, value_width: int) -> bool:
-    return all(NARROWEST <= width <= WIDEST for width in (query_width, value_width))
+def _lay_out(shape: ForestShape) -> Tree | None:
+    """None on the meta device too: a memory forecast uses what needs no compiler."""
+    if shape.capability is None or shape.capability < LEAST_CAPABILITY:
+        return None
+    return (
+        Tree(shape.lengths, shape.paths, shape.device) if shape.device.type == "cuda" and has_flex() else None
+    )
+
+
+def _supports(call: LayerCall, tree: Tree) -> bool:
+    widths = call.query.shape[-1], call.value.shape[-1]
+    if call.dropout or not all(NARROWEST <= width <= WIDEST for width in widths):
+        return False
+    return call.query.dtype in (*HALF, torch.float32)
+
+
+def _attend(call: LayerCall, tree: Tree) -> torch.Tensor:
+    return flex_forest_attention(
+        call.query,
+        call.key,
+        call.value,
+        tree,
+        scaling=call.scaling,
+        sliding_window=call.sliding_window,
+        softcap=call.softcap,
+        s_aux=call.sinks,
+    )
 
 
 def mask_of(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], window: int | None, device: torch.device
 ) -> Masked:
-    """From `ForestLayout`'s lengths and paths. `window`: positions that a token sees, itself counted."""
+    """From `ForestShape`'s lengths and paths. `window`: positions that a token sees, itself counted."""
     total = sum(lengths)
     filled = max(-(-total // BLOCK), LEAST_BLOCKS) * BLOCK
     if filled > total:
@@ -217,7 +243,7 @@ def flex_forest_attention(
         s_aux is not None,
     )
     if kernel is not None:
-        output, sums = _attend(kind, kernel)(*states, *masked.tensors())
+        output, sums = _with_masks(kind, kernel)(*states, *masked.tensors())
     else:
         wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in states)
         if wants_gradient:  # of all three: with another choice there would be another kernel
@@ -247,7 +273,7 @@ def compiled(kind: LayerSpec) -> tuple[Kernel, Kernel]:
 
 def compile_for(kind: LayerSpec, function: Kernel, wants_gradient: bool, **how: Any) -> Kernel:
     """One kernel for all lengths and all windows. `how`: keywords of `torch.compile`."""
-    plain = _attend(kind, function)
+    plain = _with_masks(kind, function)
     # of a copy of its code: at one code the compiler would make a second kind's kernel for widths of all sizes
     copy = FunctionType(
         plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__
@@ -281,7 +307,7 @@ def _same(saved: torch.Tensor) -> torch.Tensor:
     return saved
 
 
-def _attend(kind: LayerSpec, kernel: Kernel) -> FunctionType:
+def _with_masks(kind: LayerSpec, kernel: Kernel) -> FunctionType:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
     # constants of the compiled function
@@ -324,3 +350,6 @@ def _attend(kind: LayerSpec, kernel: Kernel) -> FunctionType:
         return (found[0], found[1].lse) if sums else (found, None)
 
     return attend  # type: ignore[return-value]
+
+
+FLEX = Backend("flex", _lay_out, _supports, _attend)

@@ -11,51 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from yeonma.model.attention.flex import has_flex, takes_widths
+from yeonma.model.attention.backend import (
+    HALF,
+    LEAST_CAPABILITY,
+    Backend,
+    Capability,
+    ForestShape,
+    LayerCall,
+)
 
-Backend = Literal["varlen", "flex", "sdpa", "plain"]
-Capability = tuple[int, int]
-
-HALF = (torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)
 WIDEST_HEAD = 256
 WIDE_HEAD = 192
 """Backward through wider ones needs the shared memory of a data centre's cards."""
 DATA_CENTRE = ((8, 0), (9, 0), (10, 0), (10, 3))
-
-
-def pick_backend(
-    *,
-    capability: Capability | None,
-    dtype: torch.dtype,
-    query_width: int,
-    value_width: int,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks: bool = False,
-    varlen: bool = True,
-    flex: bool = False,
-) -> Backend:
-    """What computes a layer's attention: `varlen` or `flex` in one call, `sdpa` or `plain` segment by segment.
-
-    `capability`: of the CUDA device that has the kernels; None for any other device. The widths are those of one head.
-    `varlen`, `flex`: whether there is such a kernel; both, where a GPU has them and the check at loading kept them.
-    """
-    without: Backend = "plain" if softcap is not None or sinks else "sdpa"
-    if capability is None or capability < LEAST_CAPABILITY or dropout:
-        return without
-    equal = query_width == value_width and query_width % 8 == 0 and query_width <= WIDEST_HEAD
-    fits = equal and (query_width <= WIDE_HEAD or capability in DATA_CENTRE)
-    if varlen and fits and dtype in HALF and without == "sdpa":
-        return "varlen"
-    if flex and takes_widths(query_width, value_width) and dtype in (*HALF, torch.float32):
-        return "flex"
-    return without
 
 
 @cache
@@ -81,15 +54,6 @@ def varlen_attention() -> Callable[..., Any] | None:
         return varlen_attn(query, key, value, *rest, **how)
 
     return with_heads_repeated
-
-
-def capability_of(device: torch.device, dtype: torch.dtype) -> Capability | None:
-    """Of a device that has a kernel for this number format; None for others."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
-    taken = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
-    found = torch.cuda.get_device_capability(device)
-    return found if found >= LEAST_CAPABILITY and dtype in taken else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +89,7 @@ class VarlenLayout:
 def varlen_layout(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, capability: Capability
 ) -> VarlenLayout:
-    """From `ForestLayout`'s lengths and paths; the tensors are on `device`."""
+    """From `ForestShape`'s lengths and paths; the tensors are on `device`."""
     count = np.asarray(lengths, dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(count)])
     keys = np.asarray([sum(lengths[i] for i in path) for path in paths], dtype=np.int64)
@@ -165,6 +129,27 @@ def _further_copies(token_K: np.ndarray, own_T: np.ndarray) -> tuple[np.ndarray,
     return tokens, rounds
 
 
+def _lay_out(shape: ForestShape) -> VarlenLayout | None:
+    if shape.capability is None or shape.capability < LEAST_CAPABILITY or varlen_attention() is None:
+        return None
+    return varlen_layout(shape.lengths, shape.paths, shape.device, shape.capability)
+
+
+def _supports(call: LayerCall, laid: VarlenLayout) -> bool:
+    if call.dropout or call.softcap is not None or call.sinks is not None or call.query.dtype not in HALF:
+        return False
+    width = call.query.shape[-1]
+    if width != call.value.shape[-1] or width % 8 or width > WIDEST_HEAD:
+        return False
+    return width <= WIDE_HEAD or laid.capability in DATA_CENTRE
+
+
+def _attend(call: LayerCall, laid: VarlenLayout) -> torch.Tensor:
+    return varlen_forest_attention(
+        call.query, call.key, call.value, laid, scaling=call.scaling, sliding_window=call.sliding_window
+    )
+
+
 def varlen_forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -177,7 +162,7 @@ def varlen_forest_attention(
 ) -> torch.Tensor:
     """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D). `kernel`: in place of torch's."""
     kernel = kernel or varlen_attention()
-    assert kernel is not None  # else the backend would be another
+    assert kernel is not None  # else there is no layout
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
     if laid.copies is not None:
         k, v = (_Gathered.apply(each, laid.copies) for each in (k, v))
@@ -215,3 +200,6 @@ class _Gathered(torch.autograd.Function):
         for places in copies.rounds:
             total[: len(places)] += upstream.index_select(0, places)
         return gradient.index_copy_(0, copies.shared_S, total.to(gradient.dtype)), None
+
+
+VARLEN = Backend("varlen", _lay_out, _supports, _attend)

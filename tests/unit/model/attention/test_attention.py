@@ -1,12 +1,27 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
-from yeonma.model.attention.dispatch import ForestLayout, forest_attention, layout, reference_mask
+from yeonma.model.attention import dispatch, flex, varlen
+from yeonma.model.attention.backend import Backend, Capability, ForestLayout, ForestShape, LayerCall
+from yeonma.model.attention.dispatch import (
+    BACKENDS,
+    choose,
+    forest_attention,
+    forest_shape,
+    lay_out_for_backends,
+    layout,
+    reference_mask,
+)
+from yeonma.model.attention.flex import FLEX
 
+CPU = torch.device("cpu")
 HEADS, WIDTH = 4, 8
 
 
@@ -64,6 +79,70 @@ def dense(
             total = total + s_aux[head].exp()
         outputs.append(exponents / total @ value[0, group])
     return torch.stack(outputs, dim=1).unsqueeze(0)
+
+
+def chosen(
+    *,
+    capability: Capability | None,
+    dtype: torch.dtype,
+    query_width: int,
+    value_width: int,
+    has_varlen: bool = True,
+    has_flex: bool = False,
+    sinks: bool = False,
+    **options: Any,
+) -> str:
+    """The backend of a layer on a GPU that need not be there."""
+    shape = forest_shape(forest(), CPU, capability, "cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "has_flex", lambda: has_flex)
+        patch.setattr(varlen, "varlen_attention", lambda: object() if has_varlen else None)
+        # what FlexAttention needs makes its tensors later
+        layouts = {
+            backend.name: backend.lay_out(
+                replace(shape, device=torch.device("cuda")) if backend is FLEX else shape
+            )
+            for backend in BACKENDS
+        }
+    tokens = sum(shape.lengths)
+    query = torch.empty(1, HEADS, tokens, query_width, dtype=dtype, device="meta")
+    value = torch.empty(1, HEADS, tokens, value_width, dtype=dtype, device="meta")
+    call = LayerCall(query, query, value, sinks=torch.empty(HEADS) if sinks else None, **options)
+    return choose(call, ForestLayout({name: laid for name, laid in layouts.items() if laid is not None})).name
+
+
+def test_a_new_backend_is_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with a record like this one is all that a backend needs."""
+
+    def lay_out(shape: ForestShape) -> int | None:
+        return len(shape.lengths) if shape.computed_on == "cpu" else None
+
+    def supports(call: LayerCall, segments: int) -> bool:
+        return call.softcap is None
+
+    def attend(call: LayerCall, segments: int) -> torch.Tensor:
+        return call.value.transpose(1, 2) * segments
+
+    mine = Backend("mine", lay_out, supports, attend)
+    monkeypatch.setattr(dispatch, "BACKENDS", (mine, *BACKENDS))
+    query, key, value, _ = states(HEADS)
+    names: list[str] = []
+
+    def attended(computed_on: str, **options: Any) -> torch.Tensor:
+        laid = layout(forest(), computed_on=computed_on)
+        return forest_attention(
+            torch.nn.Module(), query, key, value, None, forest=laid, watch=watch, **options
+        )[0]
+
+    def watch(layer: torch.nn.Module, window: int | None, backend: str) -> None:
+        names.append(backend)
+
+    assert torch.equal(attended("cpu"), 7 * value.transpose(1, 2))
+    torch.testing.assert_close(
+        attended("cpu", softcap=1.5), dense(forest(), query, key, value, softcap=1.5), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(attended("cuda"), dense(forest(), query, key, value), rtol=0, atol=1e-12)
+    assert names == ["mine", "plain", "sdpa"]
 
 
 OPTIONS = {
@@ -129,9 +208,9 @@ def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
     examples = [
         np.array([*frame, *end], dtype=np.int32) for end in ([*article, 50, 51], [60], [*article, 70])
     ]
-    found = layout(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples]))
-    assert found.lengths == (16, 16, 1, 2, 1)
-    assert found.paths == ((0,), (0, 1), (0, 2), (0, 1, 3), (0, 1, 4))
+    shape = forest_shape(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples]))
+    assert shape.lengths == (16, 16, 1, 2, 1)
+    assert shape.paths == ((0,), (0, 1), (0, 2), (0, 1, 3), (0, 1, 4))
 
 
 def test_a_mask_that_the_model_made_is_refused() -> None:
@@ -143,7 +222,7 @@ def test_a_mask_that_the_model_made_is_refused() -> None:
 
 def test_dropout_drops_what_it_is_told_to() -> None:
     query, key, value, _ = states(2)
-    alone = ForestLayout((query.shape[2],), ((0,),))
+    alone = lay_out_for_backends(ForestShape((query.shape[2],), ((0,),), CPU, "cpu", None))
     for how in ({}, {"softcap": 1e6}):
         outputs = []
         for dropout in (0.0, 0.5):

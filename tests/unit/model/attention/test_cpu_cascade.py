@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from tests.unit.model.attention.test_attention import WIDTH, dense
+from tests.unit.model.attention.test_attention import CPU, WIDTH, dense
 from yeonma.batch.forest import Forest, lay_out
-from yeonma.model.attention.cpu_cascade import CHUNK, CascadeLayout, cascade_attention, cascade_layout, takes
-from yeonma.model.attention.dispatch import ForestLayout, forest_attention, layout, reference_mask
-
-CPU = torch.device("cpu")
+from yeonma.model.attention.backend import ForestShape, LayerCall
+from yeonma.model.attention.cpu_cascade import (
+    CHUNK,
+    CPU_CASCADE,
+    CascadeLayout,
+    cascade_attention,
+    cascade_layout,
+)
+from yeonma.model.attention.dispatch import (
+    forest_attention,
+    forest_shape,
+    lay_out_for_backends,
+    layout,
+    reference_mask,
+)
 
 
 def branching(seed: int, examples: int, longest: int) -> Forest:
@@ -38,8 +50,8 @@ def states(
 
 
 def made_of(laid: Forest, chunk: int = CHUNK) -> CascadeLayout:
-    found = layout(laid)
-    made = cascade_layout(found.lengths, found.paths, CPU, chunk)
+    shape = forest_shape(laid)
+    made = cascade_layout(shape.lengths, shape.paths, CPU, chunk)
     assert made is not None
     return made
 
@@ -66,7 +78,7 @@ def test_values_and_gradients_are_those_of_one_masked_softmax(
 
 
 def test_the_forests_of_these_tests_have_segments_of_several_chunks_and_depths() -> None:
-    depths = {len(path) for laid in FORESTS for path in layout(laid).paths}
+    depths = {len(path) for laid in FORESTS for path in forest_shape(laid).paths}
     assert {1, 2, 3, 4} <= depths
     assert any(len(keys.chunks) > 2 for keys in made_of(FORESTS[2]).segments)
 
@@ -131,17 +143,23 @@ def test_what_it_leaves_to_calls_segment_by_segment(
     dtype: torch.dtype, value_width: int, dropout: float, window: str | None, taken: bool
 ) -> None:
     made = made_of(FORESTS[1])
-    most = max(sum(layout(FORESTS[1]).lengths[i] for i in path) for path in layout(FORESTS[1]).paths)
+    shape = forest_shape(FORESTS[1])
+    most = max(sum(shape.lengths[i] for i in path) for path in shape.paths)
     query, value = torch.ones(1, 2, 3, WIDTH, dtype=dtype), torch.ones(1, 2, 3, value_width, dtype=dtype)
     sliding_window = {None: None, "all": most, "one less": most - 1}[window]
-    assert takes(made, query, value, dropout, sliding_window) is taken
+    call = LayerCall(query, query, value, dropout=dropout, sliding_window=sliding_window)
+    assert CPU_CASCADE.supports(call, made) is taken
+    assert not CPU_CASCADE.supports(replace(call, softcap=30.0), made)
+    assert not CPU_CASCADE.supports(replace(call, sinks=torch.ones(2)), made)
 
 
 def test_a_forest_whose_branches_lie_apart_goes_segment_by_segment() -> None:
     lengths, paths = (3, 4, 2, 5), ((0,), (0, 1), (2,), (0, 3))
     assert cascade_layout(lengths, paths, CPU) is None
+    laid = lay_out_for_backends(ForestShape(lengths, paths, CPU, "cpu", None))
+    assert laid.by_backend.keys() == {"sdpa", "plain"}
     *inputs, _ = (torch.randn(1, 2, 14, WIDTH, dtype=torch.float64) for _ in range(4))
-    ours, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=ForestLayout(lengths, paths))
+    ours, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=laid)
     seen = torch.ones(14, 14, dtype=torch.bool).tril()
     seen[7:9, :7], seen[9:, 3:9] = False, False
     scores = (inputs[0] @ inputs[1].transpose(2, 3) * WIDTH**-0.5).masked_fill(~seen, -torch.inf)

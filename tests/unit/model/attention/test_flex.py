@@ -16,24 +16,27 @@ from torch._higher_order_ops.flex_attention import flex_attention as operator
 from torch.nn.attention.flex_attention import AuxOutput, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.model.attention.test_attention import HEADS, OPTIONS, dense, forest, states
+from tests.unit.model.attention.test_attention import CPU, HEADS, OPTIONS, chosen, dense, forest, states
 from tests.unit.model.attention.test_varlen import close, forests
 from yeonma.batch.forest import Forest, lay_out
-from yeonma.model.attention.dispatch import forest_attention, layout, reference_mask
+from yeonma.model.attention.dispatch import (
+    capability_of,
+    forest_attention,
+    forest_shape,
+    layout,
+    reference_mask,
+)
 from yeonma.model.attention.flex import (
     BLOCK,
     LayerSpec,
     Tree,
-    _attend,
+    _with_masks,
     compile_for,
     compiled,
     flex_forest_attention,
     has_flex,
     mask_of,
 )
-from yeonma.model.attention.varlen import capability_of, pick_backend
-
-CPU = torch.device("cpu")
 
 
 def torchs_reference(
@@ -61,19 +64,19 @@ def torchs_reference(
 
 
 def tree_of(laid: Forest, device: torch.device = CPU) -> Tree:
-    found = layout(laid)
-    return Tree(found.lengths, found.paths, device)
+    shape = forest_shape(laid)
+    return Tree(shape.lengths, shape.paths, device)
 
 
 def sees(laid: Forest, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """What the mask function says of the T tokens, and (blocks, blocks): 0 nothing, 1 a part, 2 all to be computed."""
-    found = layout(laid)
-    masked = mask_of(found.lengths, found.paths, window, CPU)
+    shape = forest_shape(laid)
+    masked = mask_of(shape.lengths, shape.paths, window, CPU)
     total, filled = len(laid.token_ids_T), len(masked.enter_P)
     assert filled % BLOCK == 0 and filled >= max(total, 2 * BLOCK)
     taken: list[Any] = []
     kind = LayerSpec(CPU, torch.float32, 1, 1, 16, 16, 1.0, None, False)
-    _attend(kind, lambda *_, block_mask, **__: taken.append(block_mask))(
+    _with_masks(kind, lambda *_, block_mask, **__: taken.append(block_mask))(
         *[torch.zeros(1, 1, filled, 16)] * 3, *masked.tensors()
     )
     (mask,) = taken
@@ -187,9 +190,9 @@ def test_what_each_layer_is_computed_by() -> None:
         "dtype": torch.bfloat16,
         "query_width": 128,
         "value_width": 128,
-        "flex": True,
+        "has_flex": True,
     }
-    assert pick_backend(**usual) == "varlen"
+    assert chosen(**usual) == "varlen"
     for changed, otherwise in (
         ({"dtype": torch.float32}, "sdpa"),
         ({"softcap": 30.0}, "plain"),
@@ -197,12 +200,12 @@ def test_what_each_layer_is_computed_by() -> None:
         ({"value_width": 64}, "sdpa"),
         ({"query_width": 100, "value_width": 100}, "sdpa"),
         ({"query_width": 256, "value_width": 256, "capability": (8, 9)}, "sdpa"),
-        ({"varlen": False}, "sdpa"),
+        ({"has_varlen": False}, "sdpa"),
     ):
         case = {**usual, **changed}
-        assert pick_backend(**case) == "flex", changed
+        assert chosen(**case) == "flex", changed
         for without in (
-            {"flex": False},
+            {"has_flex": False},
             {"dropout": 0.1},
             {"capability": None},
             {"capability": (7, 5)},
@@ -210,12 +213,12 @@ def test_what_each_layer_is_computed_by() -> None:
             {"query_width": 8, "value_width": 16},
             {"query_width": 512, "value_width": 512},
         ):
-            assert pick_backend(**{**case, **without}) == otherwise, (changed, without)
+            assert chosen(**{**case, **without}) == otherwise, (changed, without)
 
 
 def test_without_a_gpu_nothing_is_laid_out_for_it() -> None:
     for device in (CPU, torch.device("meta")):
-        assert layout(forest(), device, (9, 0)).tree is None
+        assert "flex" not in layout(forest(), device, (9, 0)).by_backend
     assert capability_of(CPU, torch.float32) is None
 
 
@@ -261,7 +264,7 @@ def test_one_kernel_is_compiled_for_all_lengths_and_windows(softcap: float | Non
         inputs = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
         masked = mask_of((40, blocks * BLOCK - 70, 20), ((0,), (0, 1), (0, 2)), window, CPU)
         results = []
-        for function in (kernel, _attend(kind, torchs_reference)):
+        for function in (kernel, _with_masks(kind, torchs_reference)):
             output, total = function(*inputs, *masked.tensors())
             loss = output.square().sum() + (0 if total is None else total.square().sum())
             results.append([output, *torch.autograd.grad(loss, inputs)])

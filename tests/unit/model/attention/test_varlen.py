@@ -14,20 +14,23 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tests.models import FOREST_FAMILIES, tiny_model
-from tests.unit.model.attention.test_attention import HEADS, WIDTH, dense, forest, states
+from tests.unit.model.attention.test_attention import CPU, HEADS, WIDTH, chosen, dense, forest, states
 from tests.unit.model.test_logprobs import assert_as_expected, head_of, small_forest, with_lora
 from yeonma.batch.forest import Forest, lay_out
-from yeonma.model.attention.dispatch import FOREST, forest_attention, layout, no_mask, reference_mask
-from yeonma.model.attention.varlen import (
-    VarlenLayout,
-    pick_backend,
-    varlen_attention,
-    varlen_forest_attention,
+from yeonma.model.attention.backend import LayerCall
+from yeonma.model.attention.dispatch import (
+    FOREST,
+    choose,
+    forest_attention,
+    layout,
+    no_mask,
+    reference_mask,
 )
+from yeonma.model.attention.varlen import VarlenLayout, varlen_attention, varlen_forest_attention
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import Forward, trained_logprobs
 
-CPU, H100 = torch.device("cpu"), (9, 0)
+H100 = (9, 0)
 RAGGED = "ragged_on_the_cpu"
 
 
@@ -68,9 +71,7 @@ def documented_varlen(
 
 
 def in_one_call(laid: Forest) -> VarlenLayout:
-    found = layout(laid, CPU, H100).varlen
-    assert found is not None
-    return found
+    return layout(laid, CPU, H100).by_backend["varlen"]
 
 
 def attend(laid: Forest, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
@@ -187,20 +188,18 @@ def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tens
     """`forest_attention` on an H100, told that float32 is bfloat16."""
     _, query, key, value, mask = args
     assert mask is None
-    backend = pick_backend(
-        capability=H100,
-        dtype=torch.bfloat16,
-        query_width=query.shape[-1],
-        value_width=value.shape[-1],
+    call = LayerCall(
+        *(states.to("meta", torch.bfloat16) for states in (query, key, value)),
         dropout=keywords.get("dropout", 0.0),
         softcap=keywords.get("softcap"),
-        sinks=keywords.get("s_aux") is not None,
+        sinks=keywords.get("s_aux"),
     )
+    backend = choose(call, keywords["forest"]).name
     TAKEN.append(backend)
     if backend != "varlen":
         return forest_attention(*args, **keywords)
     how = {name: keywords.get(name) for name in ("scaling", "sliding_window")}
-    laid = keywords["forest"].varlen
+    laid = keywords["forest"].by_backend["varlen"]
     return varlen_forest_attention(query, key, value, laid, kernel=documented_varlen, **how), None
 
 
@@ -237,9 +236,9 @@ def test_what_each_layer_is_computed_by() -> None:
         "query_width": 128,
         "value_width": 128,
     }
-    assert pick_backend(**usual) == "varlen"
-    assert pick_backend(**{**usual, "dtype": torch.float16}) == "varlen"
-    assert pick_backend(**{**usual, "capability": (8, 0)}) == "varlen"
+    assert chosen(**usual) == "varlen"
+    assert chosen(**{**usual, "dtype": torch.float16}) == "varlen"
+    assert chosen(**{**usual, "capability": (8, 0)}) == "varlen"
     for changed in (
         {"capability": None},  # the CPU, and torch without the function
         {"capability": (7, 5)},
@@ -249,17 +248,17 @@ def test_what_each_layer_is_computed_by() -> None:
         {"query_width": 100, "value_width": 100},
         {"query_width": 512, "value_width": 512},
     ):
-        assert pick_backend(**{**usual, **changed}) == "sdpa", changed
+        assert chosen(**{**usual, **changed}) == "sdpa", changed
     for capability, expected in (((8, 0), "varlen"), ((9, 0), "varlen"), ((8, 9), "sdpa"), ((12, 0), "sdpa")):
         wide = {"capability": capability, "query_width": 256, "value_width": 256}
-        assert pick_backend(**{**usual, **wide}) == expected
+        assert chosen(**{**usual, **wide}) == expected
     for changed in ({"softcap": 30.0}, {"sinks": True}):
-        assert pick_backend(**{**usual, **changed}) == "plain"
-        assert pick_backend(**{**usual, **changed, "capability": None}) == "plain"
+        assert chosen(**{**usual, **changed}) == "plain"
+        assert chosen(**{**usual, **changed, "capability": None}) == "plain"
 
 
 def test_on_the_cpu_nothing_is_laid_out_for_it() -> None:
-    assert layout(forest()).varlen is None
+    assert "varlen" not in layout(forest()).by_backend
     model = tiny_model("llama").bfloat16()
     assert check_forest_support(model).capability is None
 
@@ -288,8 +287,7 @@ def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: i
     for device, kernel in ((gpu, None), (CPU, documented_varlen)):
         inputs = [each.detach().to(device, dtype).requires_grad_() for each in states(key_heads)[:3]]
         exact = inputs if kernel is None else [each.detach().double().requires_grad_() for each in inputs]
-        found = layout(laid, device, torch.cuda.get_device_capability()).varlen
-        assert found is not None
+        found = layout(laid, device, torch.cuda.get_device_capability()).by_backend["varlen"]
         output = varlen_forest_attention(*exact, found, kernel=kernel, **how)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(output)
         results.append([output, *torch.autograd.grad((output * weight).sum(), exact)])

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what is wrong, where, and the cure. Nothing else is caught and reworded."""
+"""Errors that a user can fix: what is wrong, where, and how to cure it. All other exceptions pass unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. `place` is a file, `file:line`, `file:line:column` or a setting's name."""
+    """One thing that is wrong. `place` is a file, `file:line`, `file:line:column` or the name of a setting."""
 
     what: str
     place: str = ""
@@ -24,11 +24,11 @@ class Problem:
 
 
 LOST = 69
-"""Exit status of a process that ended because another of its run was lost: sysexits' EX_UNAVAILABLE."""
+"""Exit status of a process that ends because another process of the run died: EX_UNAVAILABLE of sysexits.h."""
 
 
 class ProcessLost(Exception):
-    """Another process of the run is gone; says which."""
+    """Another process of the run has died. The message says which."""
 
 
 class UserError(Exception):
@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 def gather(*checks: Callable[[], object]) -> None:
-    """Make every check, whatever the others find, and raise one UserError with the problems of all."""
+    """Runs every check, even after one has failed, and raises one UserError with the problems of all."""
     problems: list[Problem] = []
     for check in checks:
         try:
@@ -51,17 +51,17 @@ def gather(*checks: Callable[[], object]) -> None:
         raise UserError(problems)
 
 
-def brief(text: str, most: int = 100) -> str:
-    """A name from a file as messages show it: cut where it is longer than a message should be."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def brief(text: str, limit: int = 100) -> str:
+    """Shortens text from a file for a message."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean "title"?`, or an empty string where nothing known looks like `word`."""
+    """`did you mean "title"?`, or an empty string if nothing known resembles `word`."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f'did you mean "{close[0]}"?' if close else ""
 
 
 def first_line(error: Exception) -> str:
-    """Of what another library says, so much as a line of ours can hold."""
+    """The first line of another library's error, shortened to fit into a message."""
     return (str(error).strip().splitlines() or [""])[0][:120]

@@ -1,4 +1,4 @@
-"""A path as a user writes it, which may be one that no file can have, or that nothing may be written to."""
+"""Paths as users write them, hashes, atomic and durable writes, and disk errors as UserError."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from pathlib import Path
 
 from yeonma.errors import UserError
 
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
+"""Errors of the disk, which are no bugs."""
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""safetensors and tokenizers report the system's error number only in the text of their own exceptions."""
+
 
 def user_path(written: str | Path, place: str = "") -> Path:
-    """The path, with `~` filled in; whether something lies there is not looked at.
+    """The path with `~` expanded. It need not exist.
 
-    Raises UserError, with `place` or what was written, for what can be no path here: too long a name, a NUL, `~` of
-    nobody, links in a circle, a folder that may not be entered. After it, `is_dir` and its like do not raise.
+    Raises UserError at `place`, or at the path itself, for an invalid path: a name that is too long, a NUL, `~` of an
+    unknown user, a loop of links, a folder without access. `is_dir` and the like do not raise for the returned path.
     """
     try:
         path = Path(written).expanduser()
@@ -29,50 +34,65 @@ def user_path(written: str | Path, place: str = "") -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         shown = str(written) if len(str(written)) <= 200 else f"{str(written)[:197]}..."
-        raise UserError(f"no path that can be used: {reason}", place=place or shown) from None
+        raise UserError(f"invalid path: {reason}", place=place or shown) from None
     return path
 
 
 def output_file(written: str, setting: str, data_path: str | None) -> Path:
-    """The file that results go to; `setting` names it, as `--output`.
+    """The file for results. `setting` is the option that names it, such as `--output`.
 
-    Raises UserError, having left nothing behind, where it cannot be written, and where it is the data that is read.
+    Raises UserError, without creating anything, if the file cannot be written or is the data file itself.
     """
     output = user_path(written, setting)
     if output.is_dir() or not output.parent.is_dir():
-        what = "it is a folder" if output.is_dir() else "there is no such folder"
+        what = "this is a folder" if output.is_dir() else "no such folder"
         raise UserError(what, place=f"{setting} {written}", cure="name a file in a folder that exists")
     if not os.access(output if output.exists() else output.parent, os.W_OK):
         raise UserError("cannot be written", place=f"{setting} {written}")
     data = user_path(data_path) if data_path else None
     if data is not None and output.exists() and data.exists() and output.samefile(data):
-        raise UserError("it is the data that is read", place=f"{setting} {written}", cure="name another file")
+        raise UserError(
+            "this is the data file itself", place=f"{setting} {written}", cure="name another file"
+        )
     return output
 
 
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
-"""Errors that are the disk's, and nobody's bug."""
-_OF_RUST = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers name an error of the system: in the text of exceptions of their own."""
+def files_in(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files_in(folder)}
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's own entries (names made, renamed, removed in it), to disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Flushes a file's content, or a folder's entries (names created, renamed or removed in it), to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written where `folder` is, or will be. A quota is not known here: writing may fail earlier."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
+    """Free space where `folder` is or will be. Quotas are not included, so that writing may fail earlier."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def check_free(folder: Path, needed_bytes: int, what: str, cure: str) -> None:
-    """Raises UserError where less is free than `what` needs."""
+    """Raises UserError if less than `needed_bytes`, which `what` takes, is free."""
     if (free := free_bytes(folder)) < needed_bytes:
         raise UserError(
             f"{what} needs {needed_bytes:,} bytes, and {free:,} are free", place=str(folder), cure=cure
@@ -83,7 +103,8 @@ def check_free(folder: Path, needed_bytes: int, what: str, cure: str) -> None:
 def disk_errors_as_user_errors(
     folder: Path, what: str, needed_bytes: int | None = None, cure: str = "make room"
 ) -> Iterator[None]:
-    """Turns a full or failing disk, met while writing `what` into `folder`, into a UserError; all else passes."""
+    """Turns the errors of a full or failing disk while `what` is written into `folder` into a UserError. Other errors
+    pass."""
     try:
         yield
     except UserError:
@@ -92,8 +113,9 @@ def disk_errors_as_user_errors(
         number = _error_number(error)
         if number not in DISK_ERRORS:
             raise
-        named = getattr(error, "filename", None)
-        place = folder if named is None or Path(os.fsdecode(named)).is_relative_to(folder) else named
+        filename = getattr(error, "filename", None)
+        is_inside = filename is None or Path(os.fsdecode(filename)).is_relative_to(folder)
+        place = folder if is_inside else filename
         free = f"{free_bytes(folder):,}"
         size = f"{free} bytes" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, and {free}"
         problem = f"{what} cannot be written: {os.strerror(number)}; {size} are free"
@@ -103,20 +125,20 @@ def disk_errors_as_user_errors(
 def _error_number(error: Exception) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
-    found = _OF_RUST.search(str(error))
-    return int(found[1]) if found else 0
+    match = _RUST_ERROR.search(str(error))
+    return int(match[1]) if match else 0
 
 
 def write_all(file: RawIOBase, content: bytes) -> None:
-    """Write to an unbuffered file. On a disk that fills up the system takes a part first, and says so next time."""
+    """Writes to an unbuffered file. When a disk fills up, the first write is short and only the next one fails."""
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) or 0 :]
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """A file's new content: written beside it, flushed to the disk, renamed. Raises OSError, and the old one stays."""
-    beside = hidden(path, "partial")
+    """Replaces a file atomically: written beside it, flushed, renamed. On OSError the old content stays."""
+    beside = hidden_path(path, "partial")
     try:
         with beside.open("wb", buffering=0) as file:
             write_all(file, content)
@@ -128,27 +150,17 @@ def replace_file(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def hidden(path: Path, state: str) -> Path:
-    """The name beside `path` for what is not, or no longer, to be found under its own."""
+def hidden_path(path: Path, state: str) -> Path:
+    """A hidden name beside `path`, for content that is not yet, or no longer, valid under its own name."""
     return path.with_name(f".{path.name}.{state}")
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+def sync_and_verify(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Flushes a folder's files and entries to disk, reads every file back and compares its hash.
 
-
-def hashes_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path in it."""
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files_in(folder)}
-
-
-def settle(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Bring a folder's files to the disk, then the folders' entries; read all back and compare.
-
-    Raises UserError where a file is not what `hashes` says. The system is asked to forget its own copy first, so that
-    what is read comes from the device; it may decline (a memory file system has no other copy), and a device may
-    answer from its own cache. What is compared with is what the system took, not what was in the process's memory.
+    Raises UserError if a hash differs. The system is asked to drop its cached copy first, so that the data comes from
+    the device; it may decline (a memory file system has no other copy), and a device may answer from its own cache.
+    `hashes` are of what the system accepted, not of what was in the process's memory.
     """
     for path in files_in(folder):
         sync(path)
@@ -156,33 +168,37 @@ def settle(folder: Path, hashes: Mapping[str, str]) -> None:
         sync(inner)
     sync(folder)
     for name, expected in hashes.items():
-        _forget(folder / name)
+        _drop_from_cache(folder / name)
         if file_hash(folder / name) != expected:
-            what = "what is read back is not what was written"
-            raise UserError(what, place=str(folder / name), cure="check the disk; the last checkpoint stays")
+            what = "the file read back from the disk differs from what was written"
+            raise UserError(
+                what, place=str(folder / name), cure="check the disk; the last checkpoint is intact"
+            )
 
 
-def _forget(path: Path) -> None:
+def _drop_from_cache(path: Path) -> None:
     if not hasattr(os, "posix_fadvise"):  # macOS
         return
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 @contextmanager
-def folder_beside(output: Path, what: str, least_bytes: int, told_bytes: int | None = None) -> Iterator[Path]:
-    """A folder beside `output` to write `what` into, for `give_name`. Nothing half-written stays, however this ends.
+def staging_folder(
+    output: Path, what: str, least_bytes: int, needed_bytes: int | None = None
+) -> Iterator[Path]:
+    """A folder beside `output` to write `what` into; `move_into_place` then gives it its name. Deleted at the end.
 
-    Raises UserError where less than `least_bytes` is free, and for a disk that fills up or fails within; `told_bytes`:
-    what it then says that is needed.
+    Raises UserError if less than `least_bytes` is free, or if the disk fills up or fails meanwhile; that message then
+    says how many bytes are needed in all, if `needed_bytes` is known.
     """
-    folder = hidden(output.absolute(), "partial")
+    folder = hidden_path(output.absolute(), "partial")
     delete(folder)
     check_free(output, least_bytes, what, "make room, or give an output_dir on another disk")
-    with disk_errors_as_user_errors(folder, what, told_bytes):
+    with disk_errors_as_user_errors(folder, what, needed_bytes):
         try:
             folder.mkdir(parents=True)
             yield folder
@@ -190,9 +206,9 @@ def folder_beside(output: Path, what: str, least_bytes: int, told_bytes: int | N
             delete(folder)
 
 
-def give_name(folder: Path, output: Path) -> None:
-    """Settle a folder that was written beside `output`, and put it there; `output` may be an empty folder."""
-    settle(folder, hashes_of(folder))
+def move_into_place(folder: Path, output: Path) -> None:
+    """Flushes and verifies a staging folder, and renames it to `output`, which may be an empty folder."""
+    sync_and_verify(folder, hashes_of(folder))
     if output.exists():
         output.rmdir()
     folder.rename(output)
@@ -200,17 +216,8 @@ def give_name(folder: Path, output: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """What can be deleted of a file or a folder with all below it; links are not followed."""
+    """Deletes a file, or a folder with everything below it, as far as possible. Links are not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

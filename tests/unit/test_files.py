@@ -1,4 +1,4 @@
-"""Paths as users write them: what can be none is told as such, wherever it stands."""
+"""Paths as users write them: an invalid one is reported as such, wherever it is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yeonma.errors import UserError
 from yeonma.files import user_path
 from yeonma.model.source import find_base
 
-IMPOSSIBLE = {
+INVALID = {
     "a" * 5000: "File name too long",
     "b/" + "a" * 5000: "File name too long",
     "~nobody-of-this-name/x": "home directory",
@@ -20,23 +20,23 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize("written", IMPOSSIBLE)
-def test_what_can_be_no_path_is_an_error_with_its_place(written: str) -> None:
+@pytest.mark.parametrize("written", INVALID)
+def test_an_invalid_path_is_an_error_with_its_place(written: str) -> None:
     for use in (user_path, find_base, read_adapter_folder, open_rows):
-        with pytest.raises(UserError, match=IMPOSSIBLE[written]) as caught:
+        with pytest.raises(UserError, match=INVALID[written]) as caught:
             use(written)
         assert str(caught.value).startswith(f"{written[:100]}")
         assert len(str(caught.value)) < 300
 
 
-def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(UserError, match="output_dir: no path that can be used: Too many levels"):
+    with pytest.raises(UserError, match="output_dir: invalid path: Too many levels"):
         user_path(tmp_path / "a", "output_dir")
 
 
-def test_a_path_need_not_exist_and_begins_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_need_not_exist_and_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("")
     assert user_path("~/new/deep") == tmp_path / "new" / "deep"

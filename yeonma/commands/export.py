@@ -13,7 +13,7 @@ from yeonma.export.gguf_converter import convert, converter
 from yeonma.export.merge_weights import weight_files
 from yeonma.export.merged_model import check_output, merge, prepare
 from yeonma.export.ollama_modelfile import modelfile
-from yeonma.files import delete, folder_beside, give_name, hidden
+from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.load import load_config
 from yeonma.tokenization.text_encoder import TextEncoder
 
@@ -30,12 +30,12 @@ def run(settings: Mapping[type, object]) -> int:
     )
     converter()
     least = sum(path.stat().st_size for path in weight_files(asker.source))
-    with folder_beside(output, "the exported model", least) as folder:
+    with staging_folder(output, "the exported model", least) as folder:
         model = _whole_model(asked, asker, folder, _say)
         if model is None:
             return 1
         _write(asked, asker, model, folder, output.absolute().name)
-        give_name(folder, output)
+        move_into_place(folder, output)
     _tell(asked, output)
     return 0
 
@@ -48,7 +48,7 @@ def _whole_model(asked: ExportSettings, asker: PromptBuilder, folder: Path, say:
     """The merged model's folder, made where an adapter was given; None where it does not say what the adapter does."""
     if asker.adapter.is_merged:
         return asker.adapter.path
-    merged = hidden(folder, "merged")
+    merged = hidden_path(folder, "merged")
     merging = prepare(
         MergeSettings(
             adapter_dir=asked.model_dir,

@@ -13,7 +13,7 @@ from pathlib import Path
 from shutil import which
 
 from yeonma.errors import UserError
-from yeonma.files import delete, hidden
+from yeonma.files import delete, hidden_path
 from yeonma.tokenization.cache import default_cache_dir
 
 VERSION = "0.1.1"
@@ -28,7 +28,7 @@ def converter() -> Path:
     if (folder / f"{MODULE}.py").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = hidden(folder, f"{os.getpid()}.partial")
+    beside = hidden_path(folder, f"{os.getpid()}.partial")
     words = [*_installer(folder), "install", "--no-deps", "--target", str(beside), *PACKAGES]
     try:
         done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)

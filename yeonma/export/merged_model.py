@@ -29,7 +29,7 @@ from yeonma.config.settings import MergeSettings
 from yeonma.errors import Log, UserError
 from yeonma.export import merge_weights as weights
 from yeonma.export.agreement import Agreement, GreedyAnswers, answers_of, compare, logits_along
-from yeonma.files import files_in, folder_beside, give_name, user_path
+from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.model.load import (
     load_adapter,
     load_base,
@@ -168,14 +168,14 @@ def merge(merging: Merging, output: Path, say: Log) -> Agreement:
     Raises UserError where the disk is full or fails, or memory is short. Whatever ends it, nothing half-written stays.
     """
     needed = sum(path.stat().st_size for path in merging.files) + ALLOWANCE_BYTES
-    with folder_beside(output, "the merged model", needed, told_bytes=needed) as folder:
+    with staging_folder(output, "the merged model", needed, needed_bytes=needed) as folder:
         before, base = _ask_unmerged(merging)
         _write(merging, folder, say)
         after = _ask_merged(merging, folder, before)
         agreement = compare(before, after, base, merging.weights_dtype, merging.dtype)
         _tell(merging, agreement, say)
         if agreement.is_close:
-            give_name(folder, output)
+            move_into_place(folder, output)
     return agreement
 
 

@@ -31,10 +31,10 @@ from yeonma.files import (
     disk_errors_as_user_errors,
     file_hash,
     hashes_of,
-    hidden,
+    hidden_path,
     replace_file,
-    settle,
     sync,
+    sync_and_verify,
 )
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
@@ -116,7 +116,7 @@ def write_checkpoint(
     this one.
     """
     place = checkpoint_path(output, state.step)
-    beside = hidden(place, "partial")
+    beside = hidden_path(place, "partial")
     tensors = sum(each.nbytes for each in (*optimizer.values(), *random.values()))
     needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
     cure = f"make room, or lower --save_total_limit; {GOES_ON}"
@@ -131,7 +131,7 @@ def write_checkpoint(
             (beside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             hashes = hashes_of(beside)
             (beside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-            settle(beside, {**hashes, MANIFEST: file_hash(beside / MANIFEST)})
+            sync_and_verify(beside, {**hashes, MANIFEST: file_hash(beside / MANIFEST)})
             _put(beside, place)
         except Exception:
             delete(beside)
@@ -141,7 +141,7 @@ def write_checkpoint(
 
 def _put(beside: Path, place: Path) -> None:
     """Give a whole checkpoint its name. No moment is without one: an old one stays findable until then (`recover`)."""
-    former = hidden(place, "former")
+    former = hidden_path(place, "former")
     if place.exists():
         delete(former)
         place.rename(former)
@@ -231,7 +231,7 @@ def rotate(output: Path, limit: int | None, keep: int | None) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Out of sight first, then deleted, so that half of one is never found. `sweep` tries again what stays."""
-    removed = hidden(checkpoint, "removed")
+    removed = hidden_path(checkpoint, "removed")
     delete(removed)
     checkpoint.rename(removed)
     sync(checkpoint.parent)

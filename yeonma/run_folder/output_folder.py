@@ -21,8 +21,8 @@ from yeonma.files import (
     file_hash,
     files_in,
     hashes_of,
-    settle,
     sync,
+    sync_and_verify,
     user_path,
 )
 from yeonma.run_folder.checkpoint import (
@@ -225,7 +225,7 @@ def install(output: Path, adapter: AdapterWriter) -> None:
         try:
             beside.mkdir()
             adapter.write(beside)
-            settle(beside, hashes_of(beside))
+            sync_and_verify(beside, hashes_of(beside))
             for path in sorted(files_in(beside), key=lambda path: (path.name == "yeonma.json", path)):
                 place = output / path.relative_to(beside)
                 place.parent.mkdir(exist_ok=True)

@@ -204,9 +204,9 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
 def test_a_page_that_cannot_be_written_is_told_first(base: Path, data: Path, tmp_path: Path) -> None:
     before = data.read_bytes()
     for place, words in (
-        (tmp_path / "no" / "page.html", "there is no such folder"),
-        (tmp_path, "it is a folder"),
-        (data, "it is the data that is read"),
+        (tmp_path / "no" / "page.html", "no such folder"),
+        (tmp_path, "this is a folder"),
+        (data, "this is the data file itself"),
     ):
         done = inspect(base, data, html=place)
         assert (done.status, done.out) == (2, "")

@@ -47,18 +47,18 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     from importlib import import_module
 
     from yeonma.cli import VERBS
-    from yeonma.config.parse import group_of, settings_from_keywords
-    from yeonma.config.settings import RunSettings
+    from yeonma.config.parse import config_from_keywords
+    from yeonma.config.settings import RunConfig
 
     verb = VERBS[name]
-    reading = settings_from_keywords(verb.groups, keywords, verb.defaults)
+    reading = config_from_keywords(RunConfig, keywords, groups=verb.groups, defaults=verb.defaults)
     for warning in reading.warnings:
         warnings.warn(warning, stacklevel=3)
     module, function = verb.run.split(":")
-    status = getattr(import_module(module), function)(reading.settings, as_command=False)
+    status = getattr(import_module(module), function)(reading.config, as_command=False)
     if status:
         raise RuntimeError(f"training ended with status {status}")
-    return Path(group_of(reading.settings, RunSettings).output_dir).expanduser()
+    return Path(reading.config.run.output_dir).expanduser()
 
 
 def load(adapter_dir: str | Path, **options: Any) -> Policy:

@@ -9,21 +9,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from yeonma import __version__
 from yeonma.config.settings import (
-    PREFERENCE,
     PREFERENCE_DEFAULTS,
     TRAINING,
-    AdapterSettings,
-    AnswerSettings,
-    CompareSettings,
+    ChatConfig,
+    CompareConfig,
     DemoSettings,
     ExportSettings,
-    GenerateSettings,
-    InspectSettings,
+    GenerateConfig,
+    InspectConfig,
     MergeSettings,
     PushSettings,
+    RunConfig,
     ServeSettings,
     VerifySettings,
 )
@@ -35,82 +35,87 @@ HELD_SECONDS = 10
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand. `run` is `module:function`; the function takes the settings groups by their types.
+    """One subcommand. `run` is `module:function`; the function takes a `config`, whose settings are the verb's.
 
-    `defaults`: values that settings have for this verb, where they are not the groups' own.
+    `reads`: the groups of `config` that the verb reads, all by default; `defaults`: settings whose default differs.
     """
 
     about: str
     run: str
-    groups: tuple[type, ...]
+    config: type
     positional: str | None = None
+    reads: tuple[type, ...] | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
     needless: tuple[str, ...] = ()
     """Settings that other verbs require, and this one takes without needing them."""
 
+    @property
+    def groups(self) -> tuple[type, ...]:
+        from yeonma.config.parse import groups_in
 
-GENERATING = (AdapterSettings, GenerateSettings, AnswerSettings)
-CHATTING = (AdapterSettings, AnswerSettings)
+        return self.reads or groups_in(self.config)
+
+
 VERBS = {
     "sft": Verb(
-        "Fine-tune a model on the answers of a table of examples.", "yeonma.commands.sft:run", TRAINING
+        "Fine-tune a model on the answers of a table of examples.",
+        "yeonma.commands.sft:run",
+        RunConfig,
+        reads=TRAINING,
     ),
     "dpo": Verb(
         "Fine-tune a model on pairs of a chosen and a rejected answer.",
         "yeonma.commands.dpo:run",
-        PREFERENCE,
+        RunConfig,
         defaults=PREFERENCE_DEFAULTS,
     ),
     "inspect": Verb(
         "Show rows as the model will see them, and audit all of them, before training.",
         "yeonma.commands.inspect:run",
-        (InspectSettings, *PREFERENCE),
+        InspectConfig,
         needless=("output_dir",),
     ),
-    "generate": Verb("Answer rows or a prompt.", "yeonma.commands.generate:run", GENERATING, "adapter_dir"),
-    "chat": Verb("Talk with a tuned model.", "yeonma.commands.chat:run", CHATTING, "adapter_dir"),
+    "generate": Verb(
+        "Answer rows or a prompt.", "yeonma.commands.generate:run", GenerateConfig, "adapter_dir"
+    ),
+    "chat": Verb("Talk with a tuned model.", "yeonma.commands.chat:run", ChatConfig, "adapter_dir"),
     "compare": Verb(
-        "Measure models on the same rows, and write a report.",
-        "yeonma.commands.compare:run",
-        (CompareSettings, AnswerSettings),
+        "Measure models on the same rows, and write a report.", "yeonma.commands.compare:run", CompareConfig
     ),
     "verify": Verb(
         "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
         "yeonma.commands.verify:run",
-        (VerifySettings,),
+        VerifySettings,
         "adapter_dir",
     ),
     "merge": Verb(
         "Make one whole model of an adapter and its base, and check that it says the same.",
         "yeonma.export.merged_model:run",
-        (MergeSettings,),
+        MergeSettings,
         "adapter_dir",
     ),
     "export": Verb(
         "Write a tuned model for llama.cpp or Ollama.",
         "yeonma.commands.export:run",
-        (ExportSettings,),
+        ExportSettings,
         "model_dir",
     ),
     "push": Verb(
-        "Send an adapter or a merged model to the hub.",
-        "yeonma.export.hub_push:run",
-        (PushSettings,),
-        "folder",
+        "Send an adapter or a merged model to the hub.", "yeonma.export.hub_push:run", PushSettings, "folder"
     ),
     "serve": Verb(
-        "Answer requests in OpenAI's form, with one or several adapters of a base.",
+        "Serve adapters of one base model over an OpenAI-compatible API.",
         "yeonma.commands.serve:run",
-        (ServeSettings,),
+        ServeSettings,
         "adapter_dirs",
     ),
     "demo": Verb(
-        "Tune a small model on the bundled sample, end to end.", "yeonma.commands.demo:run", (DemoSettings,)
+        "Tune a small model on the bundled sample, end to end.", "yeonma.commands.demo:run", DemoSettings
     ),
     "demo-dpo": Verb(
         "Tune a small model on the bundled pairs, end to end.",
         "yeonma.commands.demo:run_dpo",
-        (DemoSettings,),
+        DemoSettings,
         defaults={"output_dir": "demo-dpo"},
     ),
 }
@@ -183,12 +188,13 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     from importlib import import_module
 
-    from yeonma.config.parse import read_settings
+    from yeonma.config.parse import Reading, read_config
 
-    reading = read_settings(
-        verb.groups,
+    reading: Reading[Any] = read_config(
+        verb.config,
         arguments,
         verb=name,
+        groups=verb.groups,
         positional=verb.positional,
         needless=verb.needless,
         defaults=verb.defaults,
@@ -200,7 +206,7 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
         gc.freeze
     )  # else the last collection looks through all that is left, for most of a second
     module, function = verb.run.split(":")
-    return getattr(import_module(module), function)(reading.settings) or 0
+    return getattr(import_module(module), function)(reading.config) or 0
 
 
 def _overview() -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import base_identity, check_base
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, held_as, open_folder
-from yeonma.config.parse import group_of, settings_from_keywords
+from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import AnswerSettings, AskedQuantization
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
@@ -169,7 +169,7 @@ def load_policy(
 
 
 def _answer_settings(options: Mapping[str, Any]) -> AnswerSettings:
-    return group_of(settings_from_keywords((AnswerSettings,), options).settings, AnswerSettings)
+    return config_from_keywords(AnswerSettings, options).config
 
 
 def _rows(rows: Sequence[Any]) -> list[Row]:

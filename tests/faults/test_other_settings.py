@@ -15,7 +15,8 @@ import pytest
 from tests.faults.conftest import everything_in
 from tests.pairs import dpo, labelled, pairs
 from tests.runs import Done, articles, model_folder, sft, write_jsonl
-from yeonma.config.settings import PREFERENCE, TRAINING
+from yeonma.cli import VERBS
+from yeonma.config.settings import TRAINING
 
 RUN: dict[str, object] = {"val_set_size": 5, "lr_scheduler": "cosine_with_restarts"}
 OTHER = "OTHER"
@@ -126,6 +127,9 @@ ANEW: dict[str, object] = {"output_dir": OTHER, "overwrite": True, "resume_from_
 """What says that the run is to be done anew, or elsewhere."""
 PROCESSES = "nproc"
 """tests/slow/test_processes.py goes on with other numbers of processes."""
+
+
+PREFERENCE = VERBS["dpo"].groups
 
 
 def names_of(groups: tuple[type, ...]) -> list[str]:

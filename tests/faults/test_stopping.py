@@ -56,9 +56,9 @@ def test_kills_at_random_moments() -> None:
 # What a run does when the signal comes: the function that it is about to call, and which call of it.
 LOADING = "yeonma.train.run:load_model", 1
 REFERENCE = "yeonma.train.run:make_objective", 1
-FIRST_LOOK = "yeonma.train.step:evaluate", 1
-STEPPING = "yeonma.train.step:train_step", 5
-EVALUATING = "yeonma.train.step:evaluate", 3
+FIRST_LOOK = "yeonma.train.loop:evaluate", 1
+STEPPING = "yeonma.train.loop:train_step", 5
+EVALUATING = "yeonma.train.loop:evaluate", 3
 SAVING = "yeonma.train.loop:write_checkpoint", 2
 INSTALLING = "yeonma.run_folder.output_folder:install", 1
 BEFORE_THE_FIRST_STEP = (LOADING, REFERENCE, FIRST_LOOK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,16 +30,12 @@ from tests.fuzz.samples import (
     rows_as_json,
 )
 from tests.tables import table_as
+from yeonma.cli import VERBS
 from yeonma.commands.generate import row_of
-from yeonma.config.parse import group_of, read_settings, settings_from_keywords, to_yaml
+from yeonma.config.parse import config_from_keywords, read_config, settings_dict, to_yaml
 from yeonma.config.settings import (
     TRAINING,
-    AdapterSettings,
-    AnswerSettings,
-    GenerateSettings,
-    LoraSettings,
-    StepSettings,
-    TokenSettings,
+    RunConfig,
 )
 from yeonma.data.columns import recognise
 from yeonma.data.rows import Row, open_rows
@@ -254,12 +249,8 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 _BOMB_OF_SETTINGS = (
     _BOMB + "lora_target_modules: *j\ncolumns: {a: *j}\nlr_scheduler_kwargs: *i\nbase_model: *h\n"
 )
-_WRITTEN = to_yaml(
-    *(
-        group_of(settings_from_keywords(TRAINING, _SETTINGS).settings, group)
-        for group in (LoraSettings, StepSettings, TokenSettings)
-    )
-)
+_CONFIG = config_from_keywords(RunConfig, _SETTINGS, groups=TRAINING).config
+_WRITTEN = "".join(to_yaml(group) for group in (_CONFIG.tokens, _CONFIG.lora, _CONFIG.step))
 _SOUND_YAML = "".join(f"{name}: {json.dumps(value)}\n" for name, value in _SETTINGS.items())
 YAML_TEXTS = (*[_SOUND_YAML] * 4, *[_WRITTEN] * 3, _BOMB_OF_SETTINGS)
 # fmt: off
@@ -312,20 +303,18 @@ def _as_word(value: object) -> str:
 
 def read_all_settings(case: SettingsCase, place: Place) -> None:
     """Reads them; what is accepted is written as YAML, and read back from it and from keywords."""
-    groups = (AdapterSettings, GenerateSettings, AnswerSettings) if case.generate else TRAINING
-    verb, positional = ("generate", "adapter_dir") if case.generate else ("sft", None)
-    found = read_settings(groups, case.argv, verb=verb, positional=positional).settings
+    verb = "generate" if case.generate else "sft"
+    kind, groups, positional = VERBS[verb].config, VERBS[verb].groups, VERBS[verb].positional
+    config = read_config(kind, case.argv, verb=verb, groups=groups, positional=positional).config
     again = place.cache / "again.yaml"
     again.parent.mkdir(exist_ok=True)
-    again.write_text(to_yaml(*found.values()), encoding="utf-8", newline="\n")
-    written = read_settings(groups, ["--config", str(again)], verb=verb, positional=positional)
-    assert written.settings == found, "written as YAML and read back, the settings differ"
-    flat = {
-        field.name: getattr(group, field.name)
-        for group in found.values()
-        for field in dataclasses.fields(group)
-    }
-    assert settings_from_keywords(groups, flat).settings == found, "from keywords the settings differ"
+    again.write_text(to_yaml(config), encoding="utf-8", newline="\n")
+    written = read_config(kind, ["--config", str(again)], verb=verb, groups=groups, positional=positional)
+    assert written.config == config, "written as YAML and read back, the settings differ"
+    keywords = settings_dict(config)
+    assert config_from_keywords(kind, keywords, groups=groups).config == config, (
+        "from keywords the settings differ"
+    )
 
 
 SETTINGS = Target(

@@ -48,7 +48,7 @@ from tests.runs import characters
 from tests.tables import table_as
 from tests.tokenizers import CHATML, LLAMA2_CHAT, PLAIN_CHAT, byte_level, sentencepiece_bpe, unigram
 from yeonma.cli import main
-from yeonma.config.parse import group_of, settings_from_keywords
+from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.errors import Problem, UserError
 from yeonma.tokenization.dataset import prepare_dataset
@@ -158,8 +158,13 @@ def read_tokens(case: TokensCase, place: Place) -> None:
         "columns": case.columns,
         "val_set_size": case.val_set_size,
     }
-    settings = settings_from_keywords((DataSettings, TokenSettings), {**asked, **case.rules}).settings
-    data, rules = group_of(settings, DataSettings), group_of(settings, TokenSettings)
+    written = {**asked, **case.rules}
+    data, rules = (
+        config_from_keywords(
+            kind, {name: written[name] for name in written if name in kind.__annotations__}
+        ).config
+        for kind in (DataSettings, TokenSettings)
+    )
 
     def prepared() -> Any:
         return prepare_dataset(data, rules, tokenizer, 0, lambda line: None, lambda count: None)

@@ -12,8 +12,8 @@ import pytest
 from tests.runs import Done, command, model_folder
 from yeonma import load
 from yeonma.commands.demo import SAMPLES
-from yeonma.config.parse import read_settings, to_yaml
-from yeonma.config.settings import PREFERENCE, PREFERENCE_DEFAULTS, TRAINING
+from yeonma.config.parse import read_config, to_yaml
+from yeonma.config.settings import PREFERENCE_DEFAULTS, TRAINING, RunConfig
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +79,8 @@ def test_it_ends_with_a_report_of_base_and_adapter_on_all_held_out_rows(done: Do
 def test_the_command_it_prints_is_the_run_that_it_made(done: Done) -> None:
     text = done.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)
-    printed = read_settings(TRAINING, words[words.index("sft") + 1 :], verb="sft").settings
-    assert to_yaml(*printed.values()) == (done.folder / "settings.yaml").read_text(encoding="utf-8")
+    printed = read_config(RunConfig, words[words.index("sft") + 1 :], verb="sft", groups=TRAINING).config
+    assert to_yaml(printed) == (done.folder / "settings.yaml").read_text(encoding="utf-8")
 
 
 def test_a_second_demo_shows_the_finished_run_again(done: Done, base: Path) -> None:
@@ -133,12 +133,10 @@ def test_the_demo_of_pairs_shows_three_answers_and_the_reward_accuracy(from_pair
 def test_the_command_of_the_demo_of_pairs_is_the_run_that_it_made(from_pairs: Done) -> None:
     text = from_pairs.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)
-    reading = read_settings(
-        PREFERENCE, words[words.index("dpo") + 1 :], verb="dpo", defaults=PREFERENCE_DEFAULTS
+    reading = read_config(
+        RunConfig, words[words.index("dpo") + 1 :], verb="dpo", defaults=PREFERENCE_DEFAULTS
     )
-    assert to_yaml(*reading.settings.values()) == (from_pairs.folder / "settings.yaml").read_text(
-        encoding="utf-8"
-    )
+    assert to_yaml(reading.config) == (from_pairs.folder / "settings.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["", "_validation"])

@@ -25,15 +25,15 @@ pytestmark = [
 FORECAST = """
 import sys
 from yeonma.inspect.estimate import estimate
-from yeonma.config.parse import group_of, read_settings
+from yeonma.config.parse import read_config
 from yeonma.model import load
-from yeonma.config.settings import TRAINING, ModelSettings
+from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.train.prepare import prepare
 
-settings = read_settings(TRAINING, sys.argv[1:], verb="sft").settings
-source = load.find_base(group_of(settings, ModelSettings).base_model)
-prepared = prepare(settings, source, None, lambda text: None)
-print(estimate(settings, source, prepared, with_alternatives=False).memory.peak)
+config = read_config(RunConfig, sys.argv[1:], verb="sft", groups=TRAINING).config
+source = load.find_base(config.model.base_model)
+prepared = prepare(config, source, None, lambda text: None)
+print(estimate(config, source, prepared, with_alternatives=False).memory.peak)
 """
 
 SHAPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {

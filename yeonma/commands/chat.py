@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
-from yeonma.config.parse import group_of
-from yeonma.config.settings import AdapterSettings, AnswerSettings
+from yeonma.config.settings import AnswerSettings, ChatConfig
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.policy import Policy, load_policy
@@ -25,14 +24,14 @@ class _New(Exception):
     pass
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(config: ChatConfig) -> int:
     """Ask and answer until the input ends or /quit.
 
     A template of turn lists makes a conversation, a message a line. Any other template is asked field by field, as
     it was trained: each question stands alone, and an empty line ends a field. Without a terminal nothing but the
     answers is written to standard output, and the first error ends it.
     """
-    folder, how = group_of(settings, AdapterSettings), group_of(settings, AnswerSettings)
+    folder, how = config.adapter, config.answer
     asker = open_folder(
         folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from yeonma.config.parse import group_of
-from yeonma.config.settings import AnswerSettings, CompareSettings
+from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings
 from yeonma.data.rows import open_rows
 from yeonma.errors import Log, UserError
 from yeonma.evaluate.answer_cache import open_answer_cache
@@ -22,9 +20,9 @@ from yeonma.files import disk_errors_as_user_errors, replace_file, user_path
 ANSWERS = "answers.jsonl"
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(config: CompareConfig) -> int:
     """Compare what the settings name. All that may be wrong is told before any weights are loaded. Raises UserError."""
-    asked, how = group_of(settings, CompareSettings), group_of(settings, AnswerSettings)
+    asked, how = config.compare, config.answer
     try:
         folder = compare(asked, how, _say)
     except KeyboardInterrupt:

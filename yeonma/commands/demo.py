@@ -19,14 +19,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from yeonma.config.parse import group_of, settings_from_keywords
+from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import (
-    PREFERENCE,
     PREFERENCE_DEFAULTS,
     TRAINING,
-    AnswerSettings,
-    CompareSettings,
+    CompareConfig,
     DemoSettings,
+    RunConfig,
 )
 from yeonma.data.rows import Row, open_rows
 from yeonma.files import user_path
@@ -44,7 +43,7 @@ class Lesson:
     """What a demo teaches: with which verb, from which files of the samples, and where the wanted answer stands."""
 
     verb: str
-    groups: tuple[type, ...]
+    groups: tuple[type, ...] | None
     defaults: Mapping[str, object]
     rows: str
     held_out: str
@@ -86,7 +85,7 @@ TITLES = Lesson(
 )
 PAIRS = Lesson(
     verb="dpo",
-    groups=PREFERENCE,
+    groups=None,
     defaults=PREFERENCE_DEFAULTS,
     rows="pairs_en.jsonl",
     held_out="pairs_en_validation.jsonl",
@@ -96,20 +95,19 @@ PAIRS = Lesson(
 )
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: DemoSettings) -> int:
     """Titles from examples."""
     return _teach(TITLES, settings)
 
 
-def run_dpo(settings: Mapping[type, object]) -> int:
+def run_dpo(settings: DemoSettings) -> int:
     """The same titles from pairs: the house style against a long-winded one."""
     return _teach(PAIRS, settings)
 
 
-def _teach(lesson: Lesson, settings: Mapping[type, object]) -> int:
+def _teach(lesson: Lesson, demo: DemoSettings) -> int:
     """Fetch, train, show. A demo that was interrupted goes on; one that is finished is shown again."""
     started = time.perf_counter()
-    demo = group_of(settings, DemoSettings)
     output = user_path(demo.output_dir)
     _heading("1. The model")
     base = demo.model_dir or _fetched()
@@ -120,7 +118,7 @@ def _teach(lesson: Lesson, settings: Mapping[type, object]) -> int:
     print("This command does the same:\n", _command([lesson.verb], chosen), "", sep="\n", flush=True)
     from yeonma.commands.sft import train
 
-    if status := train(lesson.verb, settings_from_keywords(lesson.groups, chosen, lesson.defaults).settings):
+    if status := train(lesson.verb, _config_of(lesson, chosen)):
         return status
 
     _heading("3. Three articles that it was not trained on")
@@ -202,6 +200,10 @@ def _show_gain(lesson: Lesson, output: Path) -> None:
     )
 
 
+def _config_of(lesson: Lesson, settings: Mapping[str, object]) -> RunConfig:
+    return config_from_keywords(RunConfig, settings, groups=lesson.groups, defaults=lesson.defaults).config
+
+
 def _compared(lesson: Lesson, output: Path, base: str) -> Path:
     """Base and adapter on all held-out rows: the page that shows them."""
     from yeonma.commands.compare import compare
@@ -213,9 +215,8 @@ def _compared(lesson: Lesson, output: Path, base: str) -> Path:
         "output_dir": str(output / "report"),
     }
     print("This command does the same:\n", _command(["compare"], chosen), "", sep="\n", flush=True)
-    settings = settings_from_keywords((CompareSettings, AnswerSettings), chosen).settings
-    asked, how = group_of(settings, CompareSettings), group_of(settings, AnswerSettings)
-    return compare(asked, how, lambda text: print(text, flush=True)) / "report.html"
+    config = config_from_keywords(CompareConfig, chosen).config
+    return compare(config.compare, config.answer, lambda text: print(text, flush=True)) / "report.html"
 
 
 def _loss(look: Mapping[str, Any]) -> float:

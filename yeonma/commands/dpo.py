@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from yeonma.commands.sft import train
+from yeonma.config.settings import RunConfig
 
 
-def run(settings: Mapping[type, object], *, as_command: bool = True) -> int:
+def run(config: RunConfig, *, as_command: bool = True) -> int:
     """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds."""
-    return train("dpo", settings, as_command=as_command)
+    return train("dpo", config, as_command=as_command)

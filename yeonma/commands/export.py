@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
-from yeonma.config.parse import group_of
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.errors import Log
 from yeonma.export.gguf_converter import convert, converter
@@ -18,12 +16,12 @@ from yeonma.model.load import load_config
 from yeonma.tokenization.text_encoder import TextEncoder
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: ExportSettings) -> int:
     """0 where the files are written, 1 where the merged model does not say what the adapter does.
 
     Raises UserError as merging, where the converter cannot be had or does not take the model, and for a full disk.
     """
-    asked = group_of(settings, ExportSettings)
+    asked = settings
     output = check_output(asked.output_dir)
     asker = open_folder(
         asked.model_dir, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code

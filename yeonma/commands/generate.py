@@ -11,8 +11,7 @@ from itertools import islice
 from typing import TextIO
 
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_folder
-from yeonma.config.parse import group_of
-from yeonma.config.settings import AdapterSettings, AnswerSettings, GenerateSettings
+from yeonma.config.settings import AnswerSettings, GenerateConfig, GenerateSettings
 from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import Log, Problem, UserError
@@ -26,10 +25,10 @@ MOST_NUMBERS = 10
 Write = Callable[[str], None]
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(config: GenerateConfig) -> int:
     """Answer what the settings name. Rows are all checked before the model is loaded. Raises UserError."""
-    folder = group_of(settings, AdapterSettings)
-    asked, how = group_of(settings, GenerateSettings), group_of(settings, AnswerSettings)
+    folder = config.adapter
+    asked, how = config.generate, config.answer
     _check(asked)
     asker = open_folder(
         folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-from yeonma.config.parse import group_of
-from yeonma.config.settings import DataSettings, InspectSettings, PreferenceSettings
+from yeonma.config.settings import InspectConfig
 from yeonma.files import output_file
 from yeonma.train.preflight import preflight
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(config: InspectConfig) -> int:
     """Raises UserError for whatever the verb that would train refuses before it loads weights, and as early."""
-    shown = group_of(settings, InspectSettings)
+    shown, training = config.inspect, config.training
     if shown.html is not None:
-        output_file(shown.html, "--html", group_of(settings, DataSettings).data_path)
+        output_file(shown.html, "--html", training.data.data_path)
     if shown.objective == "sft":
-        settings = {group: values for group, values in settings.items() if group is not PreferenceSettings}
-    preflight(settings)
+        training = replace(training, preference=None)
+    preflight(training)
     with _patient_collector():
         from yeonma.inspect.inspect_run import run_inspect
 
-        run_inspect(settings)
+        run_inspect(shown, training)
     return 0
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from yeonma.config.parse import group_of
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
 from yeonma.serve.listen import api_key, listen, url_of
@@ -20,9 +18,9 @@ if TYPE_CHECKING:
 PACKAGES = ("starlette", "uvicorn", "pydantic")
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: ServeSettings) -> int:
     """Serves until Ctrl-C. Opens the port and checks the folders before any weights are loaded. Raises UserError."""
-    asked = group_of(settings, ServeSettings)
+    asked = settings
     key = api_key(asked.api_key, os.environ)
     with listen(asked.host, asked.port, key) as listener:
         if missing := [name for name in PACKAGES if find_spec(name) is None]:

@@ -7,13 +7,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from yeonma.config.parse import group_of, to_yaml
-from yeonma.config.settings import RunSettings
+from yeonma.config.parse import to_yaml
+from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
 from yeonma.run_folder.lock import check_unlocked
 from yeonma.train.interrupt import BEGAN, REASONS, Stopped, stoppable
@@ -23,33 +23,33 @@ ENVIRONMENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 """Seconds that torchrun gives its processes to end after a signal; its own 30 may be too few for a step and a save."""
 
 
-def run(settings: Mapping[type, object], *, as_command: bool = True) -> int:
+def run(config: RunConfig, *, as_command: bool = True) -> int:
     """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds.
 
     Raises UserError for whatever can be known to be wrong without torch before that is imported, and Stopped where a
     signal or `time_limit` ended the run. `as_command`: see `stoppable`.
     """
-    return train("sft", settings, as_command=as_command)
+    return train("sft", config, as_command=as_command)
 
 
-def train(verb: str, settings: Mapping[type, object], *, as_command: bool = True) -> int:
+def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
     """What `run` does, for any verb that trains."""
-    asked = group_of(settings, RunSettings)
+    asked = config.run
     several = asked.nproc > 1 and "WORLD_SIZE" not in os.environ
     # the others need not look: where they come so far, the first of them may be the one that holds it
     first = os.environ.get("RANK", "0") == "0"
     unlocked = [partial(check_unlocked, asked.output_dir)] if first else []
-    gather(partial(preflight, settings), *unlocked)
+    gather(partial(preflight, config), *unlocked)
     # torchrun's own handlers pass signals on to the processes that it started; a second one too.
     with stoppable(asked.time_limit, as_command=as_command and not several) as stop:
         if several:
             with tempfile.TemporaryDirectory() as folder:
-                config = Path(folder) / "settings.yaml"
-                config.write_text(to_yaml(*settings.values()), encoding="utf-8")
-                return _start_processes(asked.nproc, ["-m", "yeonma", verb, "--config", str(config)])
+                settings = Path(folder) / "settings.yaml"
+                settings.write_text(to_yaml(config), encoding="utf-8")
+                return _start_processes(asked.nproc, ["-m", "yeonma", verb, "--config", str(settings)])
         from yeonma.train.run import run_training
 
-        run_training(settings, stop)
+        run_training(config, stop)
     return 0
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from yeonma.config.parse import group_of
 from yeonma.config.settings import VerifySettings
 from yeonma.verify.verify_folder import VerifyReport, verify
 
@@ -13,9 +12,9 @@ MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
 MOST_PROBLEMS = 10
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: VerifySettings) -> int:
     """0 where nothing that could be checked differs, 1 where something does. Raises UserError as `verify`."""
-    asked = group_of(settings, VerifySettings)
+    asked = settings
     report = verify(asked)
     if asked.json:
         print(json.dumps(report.to_json(), ensure_ascii=False))

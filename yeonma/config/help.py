@@ -28,7 +28,7 @@ def help_text(
 ) -> str:
     """Each group's docstring as a heading, and below it its settings with what they take and their defaults.
 
-    `positional` is the setting that may stand without its name; `needless` and `defaults` as in `read_settings`. As
+    `positional` is the setting that may stand without its name; `needless` and `defaults` as in `read_config`. As
     wide as the terminal.
     """
     known = settings_of(groups, needless, defaults)

@@ -6,12 +6,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import date
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from yeonma.config import settings as settings_module
 from yeonma.config.settings import Range, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
@@ -197,53 +196,59 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-Group = TypeVar("Group")
+Config = TypeVar("Config")
 OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Settings groups that passed every check, by their types, and warnings for the caller to print."""
+class Reading(Generic[Config]):
+    """A config that passed every check, and warnings for the caller to print."""
 
-    settings: Mapping[type, object]
+    config: Config
     warnings: tuple[str, ...]
 
 
-def read_settings(
-    groups: Sequence[type],
+def read_config(
+    kind: type[Config],
     argv: Sequence[str],
     *,
     verb: str,
+    groups: Sequence[type] | None = None,
     positional: str | None = None,
     needless: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
-) -> Reading:
+) -> Reading[Config]:
     """Read a verb's settings from command line arguments and the YAML file that `--config` names.
 
-    The command line wins over the file. `positional` is the setting that an argument without a name fills;
-    `needless` are required ones that this verb does without: texts, empty where they are not given. `defaults` are
-    values of settings that are not given, where the verb has others than the groups.
+    `kind` is a settings group, or a config of groups such as RunConfig; `groups` are those of its groups that the verb
+    reads, all of them by default; an optional group that is not read is None. The command line wins over the file.
+    `positional` is the setting that an argument without a name fills; `needless` are required settings that this verb
+    does without: texts, empty where they are not given. `defaults` override the groups' own.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups, needless, defaults)
+    known = settings_of(groups or groups_in(kind), needless, defaults)
     given = _from_command_line(argv, known, positional, verb, problems)
     config = given.pop("config", None)
     if config is not None:
         given = {**_from_yaml(str(config.value), known, problems), **given}
-    return _checked(groups, known, given, problems, "--{} ...")
+    return _checked(kind, known, given, problems, "--{} ...")
 
 
-def settings_from_keywords(
-    groups: Sequence[type], keywords: Mapping[str, object], defaults: Mapping[str, object] = NO_DEFAULTS
-) -> Reading:
-    """Read the settings of `groups` from Python keywords; `config` names a YAML file; the others win. `defaults` as in
-    `read_settings`.
+def config_from_keywords(
+    kind: type[Config],
+    keywords: Mapping[str, object],
+    *,
+    groups: Sequence[type] | None = None,
+    defaults: Mapping[str, object] = NO_DEFAULTS,
+) -> Reading[Config]:
+    """Read the settings from Python keywords; `config` names a YAML file; the keywords win. `kind`, `groups` and
+    `defaults` as in `read_config`.
 
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups, (), defaults)
+    known = settings_of(groups or groups_in(kind), (), defaults)
     given: dict[str, Given] = {}
     for name, value in keywords.items():
         if name in known:
@@ -252,27 +257,36 @@ def settings_from_keywords(
             problems.append(Problem("unknown setting", name, did_you_mean(name, known)))
     if keywords.get("config") is not None:
         given = {**_from_yaml(str(keywords["config"]), known, problems), **given}
-    return _checked(groups, known, given, problems, "{}=...")
+    return _checked(kind, known, given, problems, "{}=...")
 
 
-def group_of(settings: Mapping[type, object], group: type[Group]) -> Group:
-    """The settings of one group, typed. Raises KeyError where the verb does not read that group."""
-    found = settings[group]
-    assert isinstance(found, group)
-    return found
+def _members(kind: type) -> dict[str, tuple[type, bool]]:
+    """Field -> the config or group it holds, and whether it may be None; empty for a settings group."""
+    members: dict[str, tuple[type, bool]] = {}
+    for name, hint in get_type_hints(kind).items():
+        options = [option for option in get_args(hint) or (hint,) if option is not NoneType]
+        if len(options) == 1 and isinstance(options[0], type) and is_dataclass(options[0]):
+            members[name] = options[0], options[0] is not hint
+    return members
 
 
-def flat(settings: Mapping[type, object]) -> dict[str, object]:
-    """The settings of all groups by their names, which are no one else's."""
-    return {name: value for group in settings.values() for name, value in vars(group).items()}
+def groups_in(kind: type) -> tuple[type, ...]:
+    """The settings groups of a config, in order; of a group, itself."""
+    members = _members(kind)
+    return tuple(group for inner, _ in members.values() for group in groups_in(inner)) if members else (kind,)
 
 
-def to_yaml(*groups: object) -> str:
-    """The settings as flat YAML that `--config` reads back to equal ones, in the order of settings.py."""
-    order = list(vars(settings_module).values())
-    values: dict[str, object] = {}
-    for group in sorted(groups, key=lambda group: order.index(type(group))):
-        values.update((setting.name, getattr(group, setting.name)) for setting in fields(group))  # type: ignore[arg-type]
+def settings_dict(config: object) -> dict[str, Any]:
+    """The settings of all groups by name, in order; no two groups share a name."""
+    if not _members(type(config)):
+        return dict(vars(config))
+    inner = [getattr(config, name) for name in _members(type(config))]
+    return {name: value for part in inner if part is not None for name, value in settings_dict(part).items()}
+
+
+def to_yaml(config: object) -> str:
+    """The settings as flat YAML that `--config` reads back to an equal config."""
+    values = settings_dict(config)
     # Never chosen and overruled by max_steps: in the file it would read as a choice, and warn.
     if values.get("max_steps") is not None and values.get("num_epochs") == StepSettings.num_epochs:
         del values["num_epochs"]
@@ -384,13 +398,13 @@ def _config_text(path: str) -> str:
 
 
 def _checked(
-    groups: Sequence[type],
+    kind: type[Config],
     known: Mapping[str, Setting],
     given: Mapping[str, Given],
     problems: list[Problem],
     form: str,
-) -> Reading:
-    """Fit every value to its type and range and build the groups, or raise UserError with every problem.
+) -> Reading[Config]:
+    """Fit every value to its type and range and build the config, or raise UserError with every problem.
 
     `form` is how a setting is written where the settings come from: `--{} ...`.
     """
@@ -410,10 +424,19 @@ def _checked(
     if problems:
         raise UserError(problems)
     chosen = {name: "" if setting.needless else setting.default for name, setting in known.items()} | values
-    settings = {
-        group: group(**{field.name: chosen[field.name] for field in fields(group)}) for group in groups
-    }
-    return Reading(settings, tuple(_warnings(values)))
+    return Reading(_build(kind, chosen), tuple(_warnings(values)))
+
+
+def _build(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config from the values of all settings read; an optional group of which none is there is None."""
+    members = _members(kind)
+    if not members:
+        return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    parts: dict[str, Any] = {}
+    for name, (inner, optional) in members.items():
+        missing = optional and all(field.name not in values for field in fields(inner))
+        parts[name] = None if missing else _build(inner, values)
+    return kind(**parts)
 
 
 def _contradictions(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[Problem]:

@@ -260,6 +260,21 @@ class RunSettings:
     """Processes to start on this machine. Under torchrun, torchrun's own count holds."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All settings of a training run, by group. Made once, then passed down."""
+
+    data: DataSettings
+    tokens: TokenSettings
+    model: ModelSettings
+    lora: LoraSettings
+    step: StepSettings
+    preference: PreferenceSettings | None = None
+    """None for supervised fine-tuning."""
+    evaluation: EvaluationSettings
+    run: RunSettings
+
+
 TRAINING = (
     DataSettings,
     TokenSettings,
@@ -269,15 +284,9 @@ TRAINING = (
     EvaluationSettings,
     RunSettings,
 )
-"""What a training verb reads."""
-PREFERENCE = (
-    *TRAINING[: TRAINING.index(EvaluationSettings)],
-    PreferenceSettings,
-    *TRAINING[TRAINING.index(EvaluationSettings) :],
-)
-"""What training on preference data reads."""
+"""The groups that `yeonma sft` reads; `yeonma dpo` reads all groups of RunConfig."""
 PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
-"""Where it begins with another value than supervised training."""
+"""Defaults of `yeonma dpo` that differ from those of `yeonma sft`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +429,39 @@ class AnswerSettings:
     """Above 1 makes what came before less likely (Keskar et al. 2019, arXiv:1909.05858)."""
     seed: int = field(default=42, metadata=SEED)
     """Seed of the draws. The same prompt and seed get the same answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`yeonma inspect`: the settings of a training run, and what of it is shown."""
+
+    inspect: InspectSettings
+    training: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """`yeonma generate`."""
+
+    adapter: AdapterSettings
+    generate: GenerateSettings
+    answer: AnswerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """`yeonma chat`."""
+
+    adapter: AdapterSettings
+    answer: AnswerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """`yeonma compare`."""
+
+    compare: CompareSettings
+    answer: AnswerSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yeonma.config.parse import group_of
 from yeonma.config.settings import PushSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.export.secret_scan import problems, renamed, without_paths
@@ -57,13 +56,13 @@ class Upload:
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: PushSettings) -> int:
     """Show what will be sent, ask, send it in one commit, and compare what arrived.
 
     Returns 1 where the answer is no. Raises UserError, before anything is sent, for files that hold secrets or paths of
     this machine, for a base that nobody else has, and for a repository that others see more of than was asked for.
     """
-    push = group_of(settings, PushSettings)
+    push = settings
     folder = user_path(push.folder)
     uploads = collect(folder, push.base_model, push.hide_paths, os.environ)
     _show(folder, uploads, push.repo, push.public)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from yeonma.adapter.adapter_folder import (
 )
 from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
-from yeonma.config.parse import group_of
 from yeonma.config.settings import MergeSettings
 from yeonma.errors import Log, UserError
 from yeonma.export import merge_weights as weights
@@ -66,12 +65,12 @@ class Merging:
     """What both models compute in as they are asked."""
 
 
-def run(settings: Mapping[type, object]) -> int:
+def run(settings: MergeSettings) -> int:
     """0 where the merged model says what the adapter on its base says, else 1, with nothing left behind.
 
     Raises UserError for an adapter of another base, a base that lacks files, and where the disk is full.
     """
-    asked = group_of(settings, MergeSettings)
+    asked = settings
     output = check_output(asked.output_dir)
     merging = prepare(asked)
     agreement = merge(merging, output, lambda text: print(text, flush=True))

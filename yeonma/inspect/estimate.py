@@ -10,7 +10,6 @@ are small beside those that come and go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -19,14 +18,11 @@ import torch
 
 from yeonma.batch.micro_batches import Batches, look_at_batches
 from yeonma.batch.plan import MicroBatchBounds
-from yeonma.config.parse import group_of
 from yeonma.config.settings import (
     Checkpointing,
-    LoraSettings,
-    ModelSettings,
     Optimizer,
     Quantization,
-    StepSettings,
+    RunConfig,
 )
 from yeonma.errors import UserError
 from yeonma.inspect.forecast import Alternative, Forecast, Memory
@@ -46,7 +42,7 @@ CHECKED = 4  # token counts that the check at loading goes through the model wit
 
 
 def estimate(
-    settings: Mapping[type, object],
+    config: RunConfig,
     source: load.BaseSource,
     prepared: Prepared,
     *,
@@ -60,12 +56,12 @@ def estimate(
     The base is taken to be one that forests can be trained on, which the run itself will see at loading.
     Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
     """
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
+    model, step = config.model, config.step
     device = load.pick_device(model.device)
     dtype = load.pick_dtype(model.dtype, device)
     case = _Case(
         config=prepared.config,
-        lora=prepared.adapter or lora_shape(group_of(settings, LoraSettings)),
+        lora=prepared.adapter or lora_shape(config.lora),
         trust_remote_code=source.trust_remote_code,
         device=device.type,
         dtype=dtype,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-from yeonma.config.parse import group_of
-from yeonma.config.settings import LoraSettings, ModelSettings, StepSettings
+from yeonma.config.settings import RunConfig
 from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_of
 from yeonma.model.load import pick_device, pick_dtype
 from yeonma.run_folder.checkpoint import write_text_atomically
@@ -20,9 +18,9 @@ FORMAT = 3
 """Raised whenever the same run would get other numbers."""
 
 
-def forecast_key(settings: Mapping[type, object], prepared: Prepared, processes: int) -> str:
+def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
     """SHA-256 of all that a forecast without time depends on."""
-    model, plan = group_of(settings, ModelSettings), prepared.plan
+    model, plan = config.model, prepared.plan
     device = pick_device(model.device)
     adapter = Path(prepared.adapter or "") / "adapter_config.json"
     content = [
@@ -32,8 +30,8 @@ def forecast_key(settings: Mapping[type, object], prepared: Prepared, processes:
         sha256(adapter.read_bytes()).hexdigest() if prepared.adapter else None,
         [str(device), str(pick_dtype(model.dtype, device)), model.gradient_checkpointing, model.quantization],
         [processes, model.shard],
-        asdict(group_of(settings, LoraSettings)),
-        asdict(group_of(settings, StepSettings)),
+        asdict(config.lora),
+        asdict(config.step),
         prepared.dataset.train.store.key,
         [plan.total_steps, sha256(plan.positions.tobytes()).hexdigest()],
     ]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from yeonma.config.parse import group_of
 from yeonma.config.settings import (
     InspectSettings,
-    LoraSettings,
-    ModelSettings,
-    RunSettings,
-    StepSettings,
-    TokenSettings,
+    RunConfig,
 )
 from yeonma.errors import UserError
 from yeonma.files import user_path
@@ -36,21 +31,20 @@ from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, check_adapter, prepare
 
 
-def run_inspect(settings: Mapping[type, object]) -> None:
+def run_inspect(shown: InspectSettings, config: RunConfig) -> None:
     """Show what the settings name, on standard output; what is said meanwhile goes to standard error.
 
     Raises UserError for whatever `yeonma sft` would refuse before it loads weights.
     """
-    shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
-    source, continued = check_folders(model, group_of(settings, RunSettings))
-    prepared = prepare(settings, source, continued, _say, try_adapter=False)
+    source, continued = check_folders(config.model, config.run)
+    prepared = prepare(config, source, continued, _say, try_adapter=False)
     group = Processes(0, 1)
-    processes = group_of(settings, RunSettings).nproc
-    settings = resolve_auto(settings, source, prepared, group, _say, processes=processes)
+    processes = config.run.nproc
+    config = resolve_auto(config, source, prepared, group, _say, processes=processes)
     dataset = prepared.dataset
     wanted = select_rows(shown.rows, dataset.train.store.counts.rows)
-    audit = _audit(settings, prepared)
-    forecast = _forecast(settings, source, prepared)
+    audit = _audit(config, prepared)
+    forecast = _forecast(shown, config, source, prepared)
     lines = forecast_lines(forecast, dataset.task.units) if forecast is not None else []
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, wanted, in_full=not shown.json or shown.html is not None
@@ -71,8 +65,8 @@ def run_inspect(settings: Mapping[type, object]) -> None:
     print_forecast(console, lines)
 
 
-def _audit(settings: Mapping[type, object], prepared: Prepared) -> Audit:
-    micro, tokenizer = micro_batching(group_of(settings, StepSettings)), prepared.tokenizer
+def _audit(config: RunConfig, prepared: Prepared) -> Audit:
+    micro, tokenizer = micro_batching(config.step), prepared.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         unknown = None  # such as GPT-2's, which stands for other things as well
@@ -87,21 +81,20 @@ def _audit(settings: Mapping[type, object], prepared: Prepared) -> Audit:
 
 
 def _forecast(
-    settings: Mapping[type, object], source: load.BaseSource, prepared: Prepared
+    shown: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
 ) -> Forecast | None:
     """What the run will need; None, having said why, where the model cannot be followed without its weights."""
-    shown, model = group_of(settings, InspectSettings), group_of(settings, ModelSettings)
-    processes = group_of(settings, RunSettings).nproc
-    folder = cache_folder(group_of(settings, TokenSettings))
-    key = forecast_key(settings, prepared, processes)
+    model, processes = config.model, config.run.nproc
+    folder = cache_folder(config.tokens)
+    key = forecast_key(config, prepared, processes)
     found = kept_forecast(folder, key)
     if found is None:
         from yeonma.inspect.estimate import estimate  # brings PEFT and the model's code: seconds
 
-        lora = group_of(settings, LoraSettings)
+        lora = config.lora
         check_adapter(lora, prepared.config, source, prepared.adapter, model.quantization)
         try:
-            found = estimate(settings, source, prepared, processes=processes)
+            found = estimate(config, source, prepared, processes=processes)
         except UserError as error:
             _say(f"no forecast: {error}")
             return None
@@ -109,7 +102,7 @@ def _forecast(
     if shown.probe:
         from yeonma.inspect.probe import probe_run
 
-        probe = probe_run(settings, source, prepared, _say)
+        probe = probe_run(config, source, prepared, _say)
         _say(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(found, probe.tokens_per_second, shown.price)
     device = load.pick_device(model.device)

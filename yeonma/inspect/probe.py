@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 
 from yeonma.batch.micro_batches import look_at_batches
-from yeonma.config.parse import group_of
-from yeonma.config.settings import ModelSettings, StepSettings
+from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.kernels.linear import product
@@ -60,7 +58,7 @@ class Probe:
 
 
 def probe_run(
-    settings: Mapping[type, object],
+    config: RunConfig,
     source: load.BaseSource,
     prepared: Prepared,
     say: Log,
@@ -70,15 +68,15 @@ def probe_run(
 
     In one process, whatever the run will have. Raises UserError as the run does.
     """
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
+    model, step = config.model, config.step
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
     batches = look_at_batches(plan, store, micro_batching(step), processes=1)
     taken = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
     taken += taken[: max(0, steps - len(taken))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(taken))
-    loaded = load_model(settings, source, device, prepared, say, group)
-    objective = make_objective(settings, loaded, prepared, {store.key: (store, units)}, group, say)
-    tuning = make_tuning(settings, loaded, plan, objective, group)
+    loaded = load_model(config, source, device, prepared, say, group)
+    objective = make_objective(config, loaded, prepared, {store.key: (store, units)}, group, say)
+    tuning = make_tuning(config, loaded, plan, objective, group)
     tuning.model.train()
     torch.manual_seed(step.seed)
     seconds, tokens = 0.0, 0

@@ -12,8 +12,7 @@ import torch
 
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.plan import Plan
-from yeonma.config.parse import group_of
-from yeonma.config.settings import LoraSettings, ModelSettings, StepSettings, TokenSettings
+from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
@@ -38,7 +37,6 @@ from yeonma.train.prepare import (
     Prepared,
     lora_shape,
     make_schedule,
-    preference_of,
     preference_options,
 )
 from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
@@ -67,14 +65,14 @@ class LoadedModel:
 
 
 def load_model(
-    settings: Mapping[type, object],
+    config: RunConfig,
     source: load.BaseSource,
     device: torch.device,
     prepared: Prepared,
     say: Log,
     group: Processes,
 ) -> LoadedModel:
-    model_settings, lora = group_of(settings, ModelSettings), group_of(settings, LoraSettings)
+    model_settings, lora = config.model, config.lora
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
         say("one process holds all weights: shard plays no part")
@@ -86,7 +84,7 @@ def load_model(
         adapters.check_continued(prepared.adapter, identity)
         peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
     else:
-        peft_model = load.add_lora(base, lora_shape(lora), group_of(settings, StepSettings).seed)
+        peft_model = load.add_lora(base, lora_shape(lora), config.step.seed)
     if shard:
         shard_weights(base, device)
         load.check_finite(base, source.name)
@@ -161,7 +159,7 @@ def held_out(prepared: Prepared) -> tuple[TokenStore, np.ndarray] | None:
 
 
 def make_objective(
-    settings: Mapping[type, object],
+    config: RunConfig,
     loaded: LoadedModel,
     prepared: Prepared,
     needed: References,
@@ -175,7 +173,7 @@ def make_objective(
     changes anything.
     The adapter must be as it was at the start: the first step is still to come, or the checkpoint to be read.
     """
-    preference, step = preference_of(settings), group_of(settings, StepSettings)
+    preference, step = config.preference, config.step
     if preference is None:
         return SFT
     loss = LOSSES[preference.loss]
@@ -192,17 +190,17 @@ def make_objective(
                 prepared.adapter,
                 base.dtype,
                 base.device,
-                group_of(settings, ModelSettings).quantization,
+                config.model.quantization,
             )
         as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
-        cache_dir = cache_folder(group_of(settings, TokenSettings))
+        cache_dir = cache_folder(config.tokens)
         most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
         micro = replace(micro_batching(step), most_examples=most)
         if (
             first is None
             or is_sharded(base)  # every look at it is a meeting of all
             or objective.measure is not None  # its mean over the step needs the reference before
-            or group_of(settings, LoraSettings).use_dora  # the base to rounding only
+            or config.lora.use_dora  # the base to rounding only
             or not is_reference(base, loaded.how, as_reference, group)
         ):
             first = {}
@@ -228,7 +226,7 @@ def make_objective(
 
 
 def make_tuning(
-    settings: Mapping[type, object],
+    config: RunConfig,
     loaded: LoadedModel,
     plan: Plan,
     objective: Objective,
@@ -238,7 +236,7 @@ def make_tuning(
     by_tokens: bool = False,
 ) -> TrainState:
     """`by_tokens`: for want of room it is the tokens at once that are halved."""
-    step, base = group_of(settings, StepSettings), loaded.peft_model.get_base_model()
+    step, base = config.step, loaded.peft_model.get_base_model()
     sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
     optimizer = make_optimizer(

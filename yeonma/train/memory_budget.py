@@ -6,7 +6,7 @@ tried on that micro-batch before the first step, and kept in every checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import torch
 
 from yeonma.batch.micro_batches import look_at_batches
 from yeonma.batch.plan import MicroBatchBounds, Plan
-from yeonma.config.parse import group_of
-from yeonma.config.settings import Checkpointing, LoraSettings, ModelSettings, StepSettings
+from yeonma.config.settings import Checkpointing, ModelSettings, RunConfig, StepSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.logprobs import trained_logprobs
@@ -48,7 +47,7 @@ def checkpointing(model: ModelSettings) -> Checkpointing:
 
 
 def resolve_auto(
-    settings: Mapping[type, object],
+    config: RunConfig,
     source: load.BaseSource,
     prepared: Prepared,
     group: Processes,
@@ -57,16 +56,16 @@ def resolve_auto(
     processes: int | None = None,
     kept: int | None = None,
     free: int | None = None,
-) -> Mapping[type, object]:
+) -> RunConfig:
     """The settings with numbers in the place of `auto`; the same in all processes, those of the one with least room.
 
     `processes`: that the run will have, where this is not one of them. `kept`: the tokens of a checkpoint that is
     continued. `free`: bytes, in place of what is free. Raises UserError where free memory is not known, and for a model
     that cannot be traced.
     """
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
+    model, step = config.model, config.step
     if "auto" not in (step.micro_batch_tokens, model.gradient_checkpointing):
-        return settings
+        return config
     device = load.pick_device(model.device)
     free = free_memory(device) if free is None else free
     if free is None:
@@ -74,7 +73,7 @@ def resolve_auto(
     case = _Case(
         plan=prepared.plan,
         store=prepared.dataset.train.store,
-        draw=_drawing(settings, source, prepared, device),
+        draw=_drawing(config, source, prepared, device),
         room=int(SHARE[device.type] * free),
         most_tokens=MOST_TOKENS[device.type],
         processes=processes or group.count,
@@ -93,17 +92,15 @@ def resolve_auto(
     way, least = _agreed(group, way, tokens)
     tokens = kept or least  # what each had room for is its own: the same sums in the same order
     say(_told(way, tokens, free))
-    chosen = dict(settings)
-    chosen[ModelSettings] = replace(model, gradient_checkpointing=way)
     if tokens:
-        chosen[StepSettings] = replace(step, micro_batch_size=step.batch_size, micro_batch_tokens=tokens)
-    return chosen
+        step = replace(step, micro_batch_size=step.batch_size, micro_batch_tokens=tokens)
+    return replace(config, model=replace(model, gradient_checkpointing=way), step=step)
 
 
-def one_by_one(settings: Mapping[type, object]) -> Mapping[type, object]:
+def one_by_one(config: RunConfig) -> RunConfig:
     """Without a budget of tokens: for a model that no forest can be trained on, whose sequences go alone."""
-    step = group_of(settings, StepSettings)
-    return {**settings, StepSettings: replace(step, micro_batch_size=1, micro_batch_tokens=None)}
+    step = config.step
+    return replace(config, step=replace(step, micro_batch_size=1, micro_batch_tokens=None))
 
 
 @dataclass(frozen=True)
@@ -118,15 +115,15 @@ class _Case:
 
 
 def _drawing(
-    settings: Mapping[type, object], source: load.BaseSource, prepared: Prepared, device: torch.device
+    config: RunConfig, source: load.BaseSource, prepared: Prepared, device: torch.device
 ) -> Callable[[Checkpointing], Blueprint]:
-    model = group_of(settings, ModelSettings)
+    model = config.model
 
     def draw(way: Checkpointing) -> Blueprint:
         return blueprint(
             prepared.config,
             load.pick_dtype(model.dtype, device),
-            prepared.adapter or lora_shape(group_of(settings, LoraSettings)),
+            prepared.adapter or lora_shape(config.lora),
             quantization=model.quantization,
             by_device=has_products(device),
             trust_remote_code=source.trust_remote_code,

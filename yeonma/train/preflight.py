@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from yeonma.config.parse import group_of
 from yeonma.config.settings import (
     DataSettings,
-    LoraSettings,
     ModelSettings,
-    PreferenceSettings,
+    RunConfig,
     RunSettings,
-    StepSettings,
 )
 from yeonma.data.rows import Rows, glance
 from yeonma.data.task import Choice, Task, choose_template, task_for_loss
@@ -31,28 +27,26 @@ ROWS = 1000
 MOST_PROBLEMS = 20
 
 
-def preflight(settings: Mapping[type, object]) -> None:
+def preflight(config: RunConfig) -> None:
     """Look at the base model's folder, the output folder, the template and the first rows of local files.
 
     Raises UserError with the problems of all of them. What it passes is checked to the end when it is used.
     """
-    model, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
-    lora = group_of(settings, LoraSettings)
+    model, run = config.model, config.run
+    lora = config.lora
     gather(
         partial(check_trackers, run.report_to),
         partial(check_quantization, model.quantization, shard=model.shard, use_dora=lora.use_dora),
-        partial(check_optimizer, group_of(settings, StepSettings).optimizer),
+        partial(check_optimizer, config.step.optimizer),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
-        partial(check_data, group_of(settings, DataSettings), task_of(settings), adapter_of(model)),
+        partial(check_data, config.data, task_of(config), adapter_of(model)),
     )
 
 
-def task_of(settings: Mapping[type, object]) -> Task:
+def task_of(config: RunConfig) -> Task:
     """What the rows hold for the verb that has these settings."""
-    if PreferenceSettings not in settings:
-        return task_for_loss(None)
-    return task_for_loss(group_of(settings, PreferenceSettings).loss)
+    return task_for_loss(config.preference.loss if config.preference is not None else None)
 
 
 def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ import torch
 
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.plan import Plan, make_plan
-from yeonma.config.parse import group_of
 from yeonma.config.settings import (
-    DataSettings,
-    EvaluationSettings,
     LoraSettings,
-    ModelSettings,
     Optimizer,
     PreferenceSettings,
     Quantization,
+    RunConfig,
     StepSettings,
     TokenSettings,
 )
@@ -54,7 +50,7 @@ class Prepared:
 
 
 def prepare(
-    settings: Mapping[type, object],
+    config: RunConfig,
     source: load.BaseSource,
     continued: str | None,
     say: Log,
@@ -65,30 +61,30 @@ def prepare(
 
     Without `try_adapter` the adapter's layers are left to `check_adapter`, which takes seconds.
     """
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
-    evaluation = group_of(settings, EvaluationSettings)
+    model, step = config.model, config.step
+    evaluation = config.evaluation
     device = load.pick_device(model.device)
     load.pick_dtype(model.dtype, device)
     _check_optimizer(step.optimizer, device)
-    config, tokenizer = load.load_config(source), load.load_tokenizer(source)
-    _check_not_quantised(config, model.quantization, source.name)
-    load.check_vocabulary(tokenizer, config.get_text_config().vocab_size, source.name)
+    model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
+    _check_not_quantised(model_config, model.quantization, source.name)
+    load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
     trained = None
     if try_adapter:
-        lora = group_of(settings, LoraSettings)
-        trained = check_adapter(lora, config, source, continued, model.quantization)
+        lora = config.lora
+        trained = check_adapter(lora, model_config, source, continued, model.quantization)
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, say)
-    preference = preference_of(settings)
+    preference = config.preference
     if preference is not None:
-        _check_preference(preference, group_of(settings, TokenSettings))
+        _check_preference(preference, config.tokens)
 
     def progress(rows: int) -> None:
         say(f"tokenised {rows:,} rows")
 
-    data, tokens = group_of(settings, DataSettings), group_of(settings, TokenSettings)
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, task_of(settings), continued)
+    data, tokens = config.data, config.tokens
+    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, task_of(config), continued)
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in BY_METRIC,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,
@@ -108,14 +104,9 @@ def prepare(
         max_steps=step.max_steps,
         group_by_length=step.group_by_length,
     )
-    _check_positions(config, dataset)
-    identity = _identity(settings, source, tokenizer, dataset, plan, continued)
-    return Prepared(config, tokenizer, dataset, plan, continued, identity, trained)
-
-
-def preference_of(settings: Mapping[type, object]) -> PreferenceSettings | None:
-    """The settings of preference data, where the verb reads them."""
-    return group_of(settings, PreferenceSettings) if PreferenceSettings in settings else None
+    _check_positions(model_config, dataset)
+    identity = _identity(config, source, tokenizer, dataset, plan, continued)
+    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained)
 
 
 def preference_options(preference: PreferenceSettings) -> PreferenceOptions:
@@ -236,7 +227,7 @@ def make_schedule(step: StepSettings, optimizer: torch.optim.Optimizer, total_st
 
 
 def _identity(
-    settings: Mapping[type, object],
+    config: RunConfig,
     source: load.BaseSource,
     tokenizer: Any,
     dataset: Dataset,
@@ -244,12 +235,12 @@ def _identity(
     continued: str | None,
 ) -> dict[str, Any]:
     """What the result depends on: the rows, their tokens, the base, and the settings that are mathematics."""
-    model, step = group_of(settings, ModelSettings), group_of(settings, StepSettings)
-    tokens, evaluation = group_of(settings, TokenSettings), group_of(settings, EvaluationSettings)
+    model, step = config.model, config.step
+    tokens, evaluation = config.tokens, config.evaluation
     speed = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
     held_out = dataset.validation.rows if dataset.validation else None
     weights = Path(continued) / adapters.WEIGHTS if continued else None
-    preference = preference_of(settings)
+    preference = config.preference
     return {
         "objective": "sft" if preference is None else "dpo",
         "base_model": source.name,
@@ -264,10 +255,10 @@ def _identity(
         if weights
         else None,
         "columns": dataset.columns,
-        "val_set_size": group_of(settings, DataSettings).val_set_size,
+        "val_set_size": config.data.val_set_size,
         "steps": plan.total_steps,
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},
-        **asdict(group_of(settings, LoraSettings)),
+        **asdict(config.lora),
         **(asdict(preference) if preference else {}),
         **{name: value for name, value in asdict(step).items() if name not in speed},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,10 @@ from rich.console import Console
 
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.adapter.samples import Samples, take_samples
-from yeonma.config.parse import flat, group_of, to_yaml
-from yeonma.config.settings import EvaluationSettings, LoraSettings, ModelSettings, RunSettings, StepSettings
+from yeonma.config.parse import settings_dict, to_yaml
+from yeonma.config.settings import (
+    RunConfig,
+)
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.sharding import spread_trained
@@ -54,7 +56,7 @@ from yeonma.train.step import TrainState
 
 
 def run_with_callbacks(
-    settings: Mapping[type, object],
+    config: RunConfig,
     steps: Callable[[RunCallbacks], RunState],
     console: Console,
     total_steps: int,
@@ -62,11 +64,11 @@ def run_with_callbacks(
     output: Path,
 ) -> RunState:
     """Take the steps from `start` on, in the one process that tells of them. Returns the last state."""
-    run = group_of(settings, RunSettings)
+    run = config.run
     with (
         open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
         open_trained_rows(output / TRAINED_ROWS, start.step) as trained_rows,
-        open_trackers(run.report_to, run.run_name, output, flat(settings), start.step) as trackers,
+        open_trackers(run.report_to, run.run_name, output, settings_dict(config), start.step) as trackers,
         Progress(total_steps, start.step, run.logging_steps, console) as progress,
     ):
 
@@ -93,12 +95,12 @@ SAVE_SECONDS_A_WEIGHT = 12 / 50e6
 """A guess for the time limit, until a save was seen: a weight with its two moments, at 50 MB/s."""
 
 
-def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
+def run_training(config: RunConfig, stop: Stop) -> Path:
     """Supervised fine-tuning or, where there are PreferenceSettings, learning from pairs. Returns the output folder.
 
     Raises UserError for what the user can mend, and Stopped where `stop` ended the run before it was finished.
     """
-    model_settings, run = group_of(settings, ModelSettings), group_of(settings, RunSettings)
+    model_settings, run = config.model, config.run
     output = user_path(run.output_dir)
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
@@ -107,9 +109,9 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         stop.others = group.count > 1
         console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
         say = partial(console.out, highlight=False)
-        prepared = prepare(settings, source, continued, say)
+        prepared = prepare(config, source, continued, say)
         describe(prepared.dataset, say)
-        check_alike(group, _alike(settings, prepared))
+        check_alike(group, _alike(config, prepared))
         if group.first:
             held.enter_context(disk_errors_as_user_errors(output, "the run's files"))
             held.enter_context(hold(output, say))
@@ -120,12 +122,12 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
             say(f"{output} holds this run, finished; --overwrite true would do it anew")
             return output
         if group.first and prepared.trained_parameters is not None:
-            saves = saves_of(settings, prepared)
+            saves = saves_of(config, prepared)
             check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
         stop.check()
-        by_tokens = group_of(settings, StepSettings).micro_batch_tokens == "auto"
+        by_tokens = config.step.micro_batch_tokens == "auto"
         kept = _tokens_of(start.state, group) if by_tokens else None
-        chosen = resolve_auto(settings, source, prepared, group, say, kept=kept)
+        chosen = resolve_auto(config, source, prepared, group, say, kept=kept)
         loaded = load_model(chosen, source, device, prepared, say, group)
         if by_tokens and not loaded.how.forest:
             chosen = one_by_one(chosen)
@@ -143,29 +145,29 @@ def run_training(settings: Mapping[type, object], stop: Stop) -> Path:
         stop.check()
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
-            folder.begin(output, prepared.identity, to_yaml(*settings.values()), start)
-        stopped = _train(settings, loaded, tuning, console, prepared, start, output)
+            folder.begin(output, prepared.identity, to_yaml(config), start)
+        stopped = _train(config, loaded, tuning, console, prepared, start, output)
         wait(group)  # torchrun ends all when one ends: nobody leaves before the first has saved
         if stopped is not None:
             raise Stopped(*stopped, told=True)
     return output
 
 
-def _alike(settings: Mapping[type, object], prepared: Prepared) -> str:
+def _alike(config: RunConfig, prepared: Prepared) -> str:
     """What must be the same in all processes. Files may lie elsewhere on another machine; their content counts."""
     places = {"base_model", "adapter", "data_path", "val_data_path", "template", "output_dir", "cache_dir"}
-    kept = {name: value for name, value in flat(settings).items() if name not in places}
+    kept = {name: value for name, value in settings_dict(config).items() if name not in places}
     return json.dumps([prepared.identity, kept, versions()], sort_keys=True, default=str)
 
 
-def saves_of(settings: Mapping[type, object], prepared: Prepared) -> Saves:
-    run, plan = group_of(settings, RunSettings), prepared.plan
+def saves_of(config: RunConfig, prepared: Prepared) -> Saves:
+    run, plan = config.run, prepared.plan
     best = prepared.dataset.validation is not None
     return Saves(plan.total_steps, run.save_steps or plan.steps_per_epoch, run.save_total_limit, best)
 
 
 def _train(
-    settings: Mapping[type, object],
+    config: RunConfig,
     loaded: LoadedModel,
     tuning: TrainState,
     console: Console,
@@ -174,7 +176,7 @@ def _train(
     output: Path,
 ) -> tuple[str, int] | None:
     """None where the run is finished; else what was told of its end, and the exit status."""
-    run, evaluation = group_of(settings, RunSettings), group_of(settings, EvaluationSettings)
+    run, evaluation = config.run, config.evaluation
     say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
     dataset, peft_model = prepared.dataset, loaded.peft_model
 
@@ -192,7 +194,7 @@ def _train(
     trained = sum(each.numel() for each in tuning.parameters.values())
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
-    torch.manual_seed(group_of(settings, StepSettings).seed + 1000 * (group.rank + 1))
+    torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
     here = {**environment(group.count, tuning.model.device), "kernels": loaded.kernels}
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
     if start.checkpoint is not None and start.state is not None:
@@ -200,7 +202,7 @@ def _train(
         say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
         if room := _room_of(state, tuning):
             tuning.room.keep(room)
-        if line := moved(state.surroundings, here, group_of(settings, LoraSettings).lora_dropout > 0):
+        if line := moved(state.surroundings, here, config.lora.lora_dropout > 0):
             say(line)
     state = replace(state, surroundings=here)
     rhythm = EvalSaveSchedule(
@@ -216,7 +218,7 @@ def _train(
     stop.took(save=trained * SAVE_SECONDS_A_WEIGHT)
     with stop.between_steps():
         if group.first:
-            state = run_with_callbacks(settings, steps, console, plan.total_steps, state, output)
+            state = run_with_callbacks(config, steps, console, plan.total_steps, state, output)
         else:
             state = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
     if stop.agreed:
@@ -243,7 +245,7 @@ def _train(
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
     command = f"yeonma {tuning.objective.name} --config settings.yaml   # the settings below\n\n"
-    command += to_yaml(*settings.values())
+    command += to_yaml(config)
     write_card(
         output,
         peft_model,

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
-from yeonma.config.parse import read_settings
-from yeonma.config.settings import PREFERENCE, TRAINING
+from yeonma.config.parse import read_config, settings_dict
+from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
@@ -193,15 +192,12 @@ def _of_settings(path: Path, identity: Mapping[str, Any]) -> list[Problem]:
     """settings.yaml must give what run.json says the result depends on."""
     if not path.is_file():
         return [Problem("it is missing", str(path), ANEW)]
-    groups = TRAINING if identity.get("objective") == "sft" else PREFERENCE
+    groups = TRAINING if identity.get("objective") == "sft" else None
     try:
-        reading = read_settings(groups, ["--config", str(path)], verb="sft")
+        reading = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=groups)
     except UserError as error:
         return [Problem(each.what, each.place or str(path), ANEW) for each in error.problems]
-    values = {
-        name: value for group in reading.settings.values() for name, value in asdict(group).items()  # type: ignore[call-overload]
-    }  # fmt: skip
-    values = json.loads(json.dumps(values, default=str))
+    values = json.loads(json.dumps(settings_dict(reading.config), default=str))
     return [
         Problem(f"{name} is {value!r}, and was {identity[name]!r} in the run ({RUN})", str(path), ANEW)
         for name, value in values.items()

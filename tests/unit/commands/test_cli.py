@@ -6,8 +6,8 @@ import inspect
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +16,19 @@ import pytest
 import yeonma
 from yeonma.cli import VERBS, Verb, main
 from yeonma.config.help import setting_texts
-from yeonma.config.parse import group_of
 from yeonma.config.settings import StepSettings, TokenSettings
 from yeonma.errors import Problem, UserError
 
 ROOT = Path(inspect.getfile(yeonma)).parents[1]
-Run = Callable[[Mapping[type, object]], int | None]
+
+
+@dataclass(frozen=True)
+class TryConfig:
+    tokens: TokenSettings
+    step: StepSettings
+
+
+Run = Callable[[TryConfig], int | None]
 HEAVY = ("torch", "transformers", "jsonargparse", "rich", "numpy")
 
 
@@ -45,7 +52,7 @@ def try_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
         module = ModuleType("verb_under_test")
         module.run = run  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "verb_under_test", module)
-        verb = Verb("Try.", "verb_under_test:run", (TokenSettings, StepSettings))
+        verb = Verb("Try.", "verb_under_test:run", TryConfig)
         monkeypatch.setitem(VERBS, "try", verb)
 
     return install
@@ -136,17 +143,17 @@ def test_no_verb_reads_one_name_twice() -> None:
 
 
 def test_a_verb_gets_its_groups_and_gives_the_exit_status(try_verb: Callable[[Run], None]) -> None:
-    seen: list[Mapping[type, object]] = []
+    seen: list[TryConfig] = []
 
-    def run(settings: Mapping[type, object]) -> int | None:
-        seen.append(settings)
+    def run(config: TryConfig) -> int | None:
+        seen.append(config)
         return 5 if len(seen) == 1 else None
 
     try_verb(run)
     assert main(["try", "--cutoff-len", "7"]) == 5
     assert main(["try"]) == 0
-    assert group_of(seen[0], TokenSettings) == TokenSettings(cutoff_len=7)
-    assert seen[1] == {TokenSettings: TokenSettings(), StepSettings: StepSettings()}
+    assert seen[0].tokens == TokenSettings(cutoff_len=7)
+    assert seen[1] == TryConfig(TokenSettings(), StepSettings())
 
 
 def test_warnings_go_to_stderr_once_for_all_processes(
@@ -178,7 +185,7 @@ def test_settings_that_do_not_fit_end_with_status_2_and_no_traceback() -> None:
 def test_a_users_mistake_in_a_verb_is_printed_and_debug_adds_the_traceback(
     try_verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(settings: Mapping[type, object]) -> int | None:
+    def run(config: TryConfig) -> int | None:
         raise UserError([Problem("no title", "rows.jsonl:3", "add one"), Problem("empty", "rows.jsonl:5")])
 
     try_verb(run)
@@ -195,7 +202,7 @@ def test_a_users_mistake_in_a_verb_is_printed_and_debug_adds_the_traceback(
 def test_an_interrupt_ends_with_status_130(
     try_verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(settings: Mapping[type, object]) -> int | None:
+    def run(config: TryConfig) -> int | None:
         raise KeyboardInterrupt
 
     try_verb(run)
@@ -204,7 +211,7 @@ def test_an_interrupt_ends_with_status_130(
 
 
 def test_a_bug_keeps_its_traceback(try_verb: Callable[[Run], None]) -> None:
-    def run(settings: Mapping[type, object]) -> int | None:
+    def run(config: TryConfig) -> int | None:
         raise ZeroDivisionError("a bug")
 
     try_verb(run)

@@ -7,7 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from yeonma.config import settings as settings_module
 from yeonma.config.parse import (
     NONE_WORDS,
     Reading,
-    group_of,
-    read_settings,
-    settings_from_keywords,
+    config_from_keywords,
+    read_config,
+    settings_dict,
     settings_of,
     to_yaml,
 )
@@ -32,10 +32,12 @@ from yeonma.config.settings import (
     DataSettings,
     DemoSettings,
     EvaluationSettings,
+    GenerateConfig,
     GenerateSettings,
     LoraSettings,
     ModelSettings,
     Range,
+    RunConfig,
     RunSettings,
     StepSettings,
     TokenSettings,
@@ -50,13 +52,13 @@ EVERY_GROUP = [
 ]
 
 
-def read(*argv: str) -> Reading:
+def read(*argv: str) -> Reading[RunConfig]:
     required = [f"--{name}={value}" for name, value in REQUIRED.items()]
-    return read_settings(TRAINING, [*required, *argv], verb="sft")
+    return read_config(RunConfig, [*required, *argv], verb="sft", groups=TRAINING)
 
 
-def value_of(reading: Reading, name: str) -> object:
-    return next(getattr(group, name) for group in reading.settings.values() if hasattr(group, name))
+def value_of(reading: Reading[RunConfig], name: str) -> object:
+    return settings_dict(reading.config)[name]
 
 
 def from_yaml(tmp_path: Path, text: str) -> Reading:
@@ -80,18 +82,16 @@ def test_the_tutorials_command_line_is_understood() -> None:
         --lora_target_modules '[gate_proj, down_proj, up_proj]' --train_on_inputs False --add_eos_token True
         --group_by_length False --lr_scheduler 'linear' --warmup_steps 100
     """)
-    settings = read_settings(TRAINING, argv, verb="sft").settings
-    assert settings == {
-        DataSettings: DataSettings(data_path="daekeun-ml/naver-news-summarization-ko"),
-        TokenSettings: TokenSettings(),
-        ModelSettings: ModelSettings(base_model="beomi/llama-2-ko-7b"),
-        LoraSettings: LoraSettings(
-            lora_dropout=0.05, lora_target_modules=["gate_proj", "down_proj", "up_proj"]
-        ),
-        StepSettings: StepSettings(batch_size=8, micro_batch_size=1, learning_rate=1e-5, warmup_steps=100),
-        EvaluationSettings: EvaluationSettings(),
-        RunSettings: RunSettings(output_dir="./title-generator"),
-    }
+    settings = read_config(RunConfig, argv, verb="sft", groups=TRAINING).config
+    assert settings == RunConfig(
+        data=DataSettings(data_path="daekeun-ml/naver-news-summarization-ko"),
+        tokens=TokenSettings(),
+        model=ModelSettings(base_model="beomi/llama-2-ko-7b"),
+        lora=LoraSettings(lora_dropout=0.05, lora_target_modules=["gate_proj", "down_proj", "up_proj"]),
+        step=StepSettings(batch_size=8, micro_batch_size=1, learning_rate=1e-5, warmup_steps=100),
+        evaluation=EvaluationSettings(),
+        run=RunSettings(output_dir="./title-generator"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_text_is_read_alike_from_all_three_sources(
         read(f"--{name}", text),
         read(f"--{name.replace('_', '-')}={text}"),
         from_yaml(tmp_path, f"{name.replace('_', '-')}: {quoted}\n"),
-        settings_from_keywords(TRAINING, {**REQUIRED, name: text}),
+        config_from_keywords(RunConfig, {**REQUIRED, name: text}, groups=TRAINING),
     ]
     for reading in readings:
         found = value_of(reading, name)
@@ -141,12 +141,12 @@ def test_yaml_and_python_objects_need_no_quotes(tmp_path: Path) -> None:
         tmp_path, "learning_rate: 1e-4\nlora_target_modules: [a, b]\nmax_steps:\noverwrite: yes\n"
     )
     given = {"learning_rate": 1e-4, "lora_target_modules": ["a", "b"], "max_steps": None, "overwrite": True}
-    assert written == settings_from_keywords(TRAINING, {**REQUIRED, **given})
+    assert written == config_from_keywords(RunConfig, {**REQUIRED, **given}, groups=TRAINING)
     assert value_of(written, "learning_rate") == 1e-4
 
 
 def test_a_path_object_is_its_text() -> None:
-    reading = settings_from_keywords(TRAINING, {**REQUIRED, "output_dir": Path("a") / "b"})
+    reading = config_from_keywords(RunConfig, {**REQUIRED, "output_dir": Path("a") / "b"}, groups=TRAINING)
     assert value_of(reading, "output_dir") == str(Path("a") / "b")
 
 
@@ -162,15 +162,14 @@ def test_the_last_of_two_options_wins_and_the_command_line_wins_over_yaml(tmp_pa
     path.write_text("seed: 3\nlora_r: 4\n")
     reading = read("--seed", "5", "--config", str(path))
     assert (value_of(reading, "seed"), value_of(reading, "lora_r")) == (5, 4)
-    keywords = settings_from_keywords(TRAINING, {**REQUIRED, "seed": 5, "config": path})
+    keywords = config_from_keywords(RunConfig, {**REQUIRED, "seed": 5, "config": path}, groups=TRAINING)
     assert keywords == reading
 
 
 def test_the_first_argument_without_a_name_fills_the_positional_setting() -> None:
     def ask(*argv: str) -> tuple[object, ...]:
-        groups = (AdapterSettings, GenerateSettings)
-        reading = read_settings(groups, argv, verb="generate", positional="adapter_dir")
-        return tuple(reading.settings.values())
+        config = read_config(GenerateConfig, argv, verb="generate", positional="adapter_dir").config
+        return config.adapter, config.generate
 
     expected = (AdapterSettings(adapter_dir="OUT"), GenerateSettings(row='{"document": "x"}'))
     assert ask("OUT", "--row", '{"document": "x"}') == expected
@@ -255,24 +254,25 @@ def test_a_value_that_does_not_fit_names_setting_and_cure(name: str, text: str, 
     (line,) = problems(caught)
     assert line.startswith(message)
     with pytest.raises(UserError) as from_python:
-        settings_from_keywords(TRAINING, {**REQUIRED, name: text})
+        config_from_keywords(RunConfig, {**REQUIRED, name: text}, groups=TRAINING)
     assert problems(from_python) == [line]
 
 
 @pytest.mark.parametrize("value", [True, 1.0, None, [1], {"a": 1}])
 def test_python_objects_of_another_type_are_refused(value: object) -> None:
     with pytest.raises(UserError, match=r"^lora_r: .* does not fit; give a whole number of at least 1$"):
-        settings_from_keywords(TRAINING, {**REQUIRED, "lora_r": value})
+        config_from_keywords(RunConfig, {**REQUIRED, "lora_r": value}, groups=TRAINING)
 
 
 def test_all_problems_come_together(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learnin_rate: 1\nlora_dropout: 2\nseed: 1\n")
     with pytest.raises(UserError) as caught:
-        read_settings(
-            TRAINING,
+        read_config(
+            RunConfig,
             ["--lora_r", "0", "--lr=3", "stray", "-x", "--cutoff_len", "--config", str(path)],
             verb="sft",
+            groups=TRAINING,
         )
     assert problems(caught) == [
         "--lr: unknown setting; see yeonma sft --help",
@@ -291,7 +291,7 @@ def test_unknown_names_get_a_suggestion_from_every_source(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r'^--batchsize: unknown setting; did you mean "batch_size"\?$'):
         read("--batchsize", "4")
     with pytest.raises(UserError, match=r'^batchsize: unknown setting; did you mean "batch_size"\?$'):
-        settings_from_keywords(TRAINING, {**REQUIRED, "batchsize": 4})
+        config_from_keywords(RunConfig, {**REQUIRED, "batchsize": 4}, groups=TRAINING)
     with pytest.raises(
         UserError, match=r'run.yaml:2: unknown setting batchsize; did you mean "batch_size"\?$'
     ):
@@ -302,7 +302,7 @@ def test_required_settings_in_python_are_asked_for_in_pythons_form() -> None:
     with pytest.raises(
         UserError, match=r"^base_model: required, but not given; write base_model=\.\.\., or set it"
     ):
-        settings_from_keywords(TRAINING, {"data_path": "d", "output_dir": "o"})
+        config_from_keywords(RunConfig, {"data_path": "d", "output_dir": "o"}, groups=TRAINING)
 
 
 def test_forgotten_dashes_are_noticed() -> None:
@@ -416,9 +416,9 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_max_steps_wins_over_num_epochs_with_a_warning_only_where_both_were_given() -> None:
     warning = "num_epochs and max_steps are both given: max_steps (5) wins"
     assert read("--num_epochs", "3", "--max_steps", "5").warnings == (warning,)
-    assert settings_from_keywords(TRAINING, {**REQUIRED, "num_epochs": 3, "max_steps": 5}).warnings == (
-        warning,
-    )
+    assert config_from_keywords(
+        RunConfig, {**REQUIRED, "num_epochs": 3, "max_steps": 5}, groups=TRAINING
+    ).warnings == (warning,)
     assert read("--max_steps", "5").warnings == ()
     assert read("--num_epochs", "2").warnings == ()
     assert read("--num_epochs", "2", "--max_steps", "None").warnings == ()
@@ -458,8 +458,8 @@ def test_ranges_hold_their_closed_ends_only() -> None:
 
 
 def test_settings_survive_the_way_through_yaml(tmp_path: Path) -> None:
-    reading = settings_from_keywords(
-        TRAINING,
+    reading = config_from_keywords(
+        RunConfig,
         {
             "data_path": "/data/기사 모음.csv",
             "base_model": "./models/7b",
@@ -475,19 +475,19 @@ def test_settings_survive_the_way_through_yaml(tmp_path: Path) -> None:
             "max_steps": 20,
             "overwrite": True,
         },
+        groups=TRAINING,
     )
-    text = to_yaml(*reading.settings.values())
-    assert to_yaml(*reversed(reading.settings.values())) == text
+    text = to_yaml(reading.config)
     path = tmp_path / "settings.yaml"
     path.write_text(text, encoding="utf-8")
-    again = read_settings(TRAINING, ["--config", str(path)], verb="sft")
+    again = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=TRAINING)
     assert again == reading
     assert again.warnings == ()
 
 
 def test_settings_yaml_has_every_setting_in_the_order_of_the_groups() -> None:
     reading = read()
-    names = [line.partition(":")[0] for line in to_yaml(*reading.settings.values()).splitlines()]
+    names = [line.partition(":")[0] for line in to_yaml(reading.config).splitlines()]
     assert names == [field.name for group in TRAINING for field in fields(group)]
 
 
@@ -499,14 +499,20 @@ def test_a_template_stands_in_settings_yaml_as_it_reads() -> None:
 AWKWARD = st.text(alphabet=" \n\r\t\x85\u2028\ufeff'\":#-|>&*!%@`{}[],?~\\a0가\x00😀", max_size=12)
 
 
+@dataclass(frozen=True)
+class DataAndDemo:
+    data: DataSettings
+    demo: DemoSettings
+
+
 @hypothesis_settings(deadline=None)
 @given(text=(st.text() | AWKWARD).filter(lambda text: text not in NONE_WORDS))
 def test_any_text_survives_the_way_through_yaml(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
-    groups = DataSettings(data_path="d", template=text, columns={text: text}), DemoSettings(model_dir=text)
-    path.write_text(to_yaml(*groups), encoding="utf-8", newline="")
-    again = read_settings((DataSettings, DemoSettings), ["--config", str(path)], verb="sft")
-    assert tuple(again.settings.values()) == groups
+    data = DataSettings(data_path="d", template=text, columns={text: text})
+    config = DataAndDemo(data=data, demo=DemoSettings(model_dir=text))
+    path.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert read_config(DataAndDemo, ["--config", str(path)], verb="sft").config == config
 
 
 # ---------------------------------------------------------------- imports
@@ -522,9 +528,9 @@ def test_importing_configure_is_cheap() -> None:
 
 def test_reading_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys\nfrom yeonma.config.parse import settings_from_keywords as read\n"
+        "import sys\nfrom yeonma.config.parse import config_from_keywords as read\n"
         "from yeonma.config.settings import *\n"
-        "read((DemoSettings,), {'max_steps': 3}); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        "read(DemoSettings, {'max_steps': 3}); print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     root = Path(inspect.getfile(settings_module)).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
@@ -532,11 +538,10 @@ def test_reading_imports_neither_torch_nor_transformers() -> None:
 
 
 def test_a_list_of_texts_takes_the_words_that_follow_it() -> None:
-    from yeonma.config.settings import AnswerSettings, CompareSettings
+    from yeonma.config.settings import CompareConfig
 
     def models(*words: str) -> list[str]:
-        found = read_settings((CompareSettings, AnswerSettings), [*words, "--data_path", "x"], verb="compare")
-        return group_of(found.settings, CompareSettings).models
+        return read_config(CompareConfig, [*words, "--data_path", "x"], verb="compare").config.compare.models
 
     assert models("--models", "a", "b c", "d") == ["a", "b c", "d"]
     assert models("--models", "a") == ["a"]
@@ -551,8 +556,8 @@ def test_a_list_without_a_name_takes_the_words_that_follow_it() -> None:
     from yeonma.config.settings import ServeSettings
 
     def folders(*words: str) -> list[str]:
-        found = read_settings((ServeSettings,), words, verb="serve", positional="adapter_dirs")
-        return group_of(found.settings, ServeSettings).adapter_dirs
+        read = read_config(ServeSettings, words, verb="serve", positional="adapter_dirs")
+        return read.config.adapter_dirs
 
     assert folders("a") == ["a"]
     assert folders("a", "b c", "--port", "1") == ["a", "b c"]

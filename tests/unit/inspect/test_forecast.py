@@ -17,8 +17,8 @@ from yeonma.batch import micro_batches as batches_module
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.batch.micro_batches import look_at_batches
 from yeonma.batch.plan import MicroBatchBounds
-from yeonma.config.parse import group_of, settings_from_keywords
-from yeonma.config.settings import TRAINING, ModelSettings, Quantization
+from yeonma.config.parse import config_from_keywords
+from yeonma.config.settings import TRAINING, Quantization, RunConfig
 from yeonma.errors import UserError
 from yeonma.inspect.estimate import estimate
 from yeonma.inspect.forecast import (
@@ -204,9 +204,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared_run(base: Path, data: Path, **changed: object) -> tuple[Any, load.BaseSource, Prepared]:
     wanted = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
-    settings = settings_from_keywords(TRAINING, wanted).settings
-    source = load.find_base(group_of(settings, ModelSettings).base_model)
-    return settings, source, prepare(settings, source, None, lambda _: None)
+    config = config_from_keywords(RunConfig, wanted, groups=TRAINING).config
+    source = load.find_base(config.model.base_model)
+    return config, source, prepare(config, source, None, lambda _: None)
 
 
 def forecast(base: Path, data: Path, changed: dict[str, object], **options: Any) -> Forecast:

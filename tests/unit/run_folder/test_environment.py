@@ -33,7 +33,7 @@ def test_another_number_of_processes_is_told(
     settings: dict[str, object] = {"save_steps": 1, "lora_dropout": dropout}
     with monkeypatch.context() as patch:
         patch.setattr(
-            run, "surroundings", lambda count, device: {**environment(count, device), "processes": 4}
+            run, "environment", lambda count, device: {**environment(count, device), "processes": 4}
         )
         patch.setattr(run.folder, "install", _killed)
         assert sft(tmp_path / "out", base, data, **settings).status == 130

@@ -21,6 +21,7 @@ from yeonma.batch.plan import epoch_order
 from yeonma.config.settings import PairLossName
 from yeonma.train import build as setup
 from yeonma.train import loop, reference
+from yeonma.train import step as step_module
 
 ROWS = pairs(21)
 LOSSES = get_args(PairLossName)
@@ -268,7 +269,7 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(len(turn.examples))
         return compute(model, how, store, turn, *others)
 
-    monkeypatch.setattr(reference, "turn_logprobs", counted)
+    monkeypatch.setattr(reference, "pass_logprobs", counted)
     return asked
 
 
@@ -323,7 +324,7 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
         return compute(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "turn_logprobs", killed)
+        patch.setattr(reference, "pass_logprobs", killed)
         assert dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache").status == 130
     before = sum(asked)
     assert 0 < before < 34
@@ -508,8 +509,8 @@ def test_settings_that_make_no_sense_are_refused(
 def test_a_loss_that_is_no_number_names_the_rows_of_its_pairs(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = loop.pass_logprobs
-    monkeypatch.setattr(loop, "turn_logprobs", lambda *a, **k: compute(*a, **k) * math.nan)
+    compute = step_module.pass_logprobs
+    monkeypatch.setattr(step_module, "pass_logprobs", lambda *a, **k: compute(*a, **k) * math.nan)
     done = dpo(tmp_path / "out", base, data, batch_size=3)
     rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in epoch_order(21, 42, 0, 3)[:3]))
     assert done.status == 2

@@ -500,9 +500,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
 def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_stays(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from yeonma.train import loop
+    from yeonma.train import step as step_module
 
-    order, compute = epoch_order(29, 42, 0, 4), loop.pass_logprobs
+    order, compute = epoch_order(29, 42, 0, 4), step_module.pass_logprobs
     calls = 0
 
     def logprobs(*arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -510,7 +510,7 @@ def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_st
         calls += 1
         return compute(*arguments, **keywords) * (math.nan if calls == 6 else 1)  # two micro-batches a step
 
-    monkeypatch.setattr(loop, "turn_logprobs", logprobs)
+    monkeypatch.setattr(step_module, "pass_logprobs", logprobs)
     done = sft(tmp_path / "out", base, data, save_steps=1)
     rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in order[8:12]))
     assert done.status == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import torch
 from tests.runs import SETTINGS, Done, articles, command, model_folder, sft, trained, write_jsonl
 from yeonma.batch.micro_batches import look_at_batches
 from yeonma.batch.plan import MicroBatchBounds
-from yeonma.config.parse import group_of, settings_from_keywords
-from yeonma.config.settings import TRAINING, LoraSettings, ModelSettings, StepSettings
+from yeonma.config.parse import config_from_keywords
+from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.memory_trace import blueprint, trace
-from yeonma.train import loop
 from yeonma.train import memory_budget as budget
+from yeonma.train import step as step_module
 from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import SHARE, WAYS, budgets, free_memory, micro_batching, resolve_auto
 from yeonma.train.prepare import Prepared, lora_shape, prepare
@@ -45,21 +44,21 @@ class Case:
 
     def __init__(self, base: Path, data: Path, **changed: object) -> None:
         wanted = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
-        self.settings: Mapping[type, object] = settings_from_keywords(TRAINING, wanted).settings
+        self.config = config_from_keywords(RunConfig, wanted, groups=TRAINING).config
         self.source = load.find_base(str(base))
-        self.prepared: Prepared = prepare(self.settings, self.source, None, lambda _: None)
+        self.prepared: Prepared = prepare(self.config, self.source, None, lambda _: None)
         self.said: list[str] = []
 
     def chosen(self, free: float, **more: Any) -> tuple[Any, Any]:
         group = Processes(0, 1)
         found = resolve_auto(
-            self.settings, self.source, self.prepared, group, self.said.append, free=round(free), **more
+            self.config, self.source, self.prepared, group, self.said.append, free=round(free), **more
         )
-        return group_of(found, ModelSettings).gradient_checkpointing, group_of(found, StepSettings)
+        return found.model.gradient_checkpointing, found.step
 
     def free_for(self, way: Any, micro: MicroBatchBounds) -> float:
         """Bytes that have to be free for these micro-batches."""
-        lora = lora_shape(group_of(self.settings, LoraSettings))
+        lora = lora_shape(self.config.lora)
         drawn = blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=way)
         batches = look_at_batches(self.prepared.plan, self.prepared.dataset.train.store, micro, 1)
         peak = trace(drawn, batches.heaviest, has_gradients=batches.several).peak
@@ -131,9 +130,7 @@ def test_a_quantised_base_leaves_more_room(base: Path, data: Path) -> None:
 
 def test_what_is_not_auto_stays_and_what_a_checkpoint_had_is_kept(base: Path, data: Path) -> None:
     plain = Case(base, data)
-    assert (
-        resolve_auto(plain.settings, plain.source, plain.prepared, Processes(0, 1), print) is plain.settings
-    )
+    assert resolve_auto(plain.config, plain.source, plain.prepared, Processes(0, 1), print) is plain.config
     case = Case(base, data, gradient_checkpointing="selective", micro_batch_tokens="auto")
     assert case.chosen(PLENTY)[0] == "selective"
     assert case.chosen(PLENTY, kept=77)[1].micro_batch_tokens == 77
@@ -146,7 +143,7 @@ def test_where_free_memory_is_not_known_it_is_an_error(
     monkeypatch.setattr(budget, "free_memory", lambda device: None)
     case = Case(base, data, micro_batch_tokens="auto")
     with pytest.raises(UserError, match="how much memory is free is not known on this system"):
-        resolve_auto(case.settings, case.source, case.prepared, Processes(0, 1), print)
+        resolve_auto(case.config, case.source, case.prepared, Processes(0, 1), print)
 
 
 def test_free_memory_is_the_systems_and_a_containers_bound(
@@ -253,7 +250,7 @@ def test_a_step_without_room_halves_the_tokens(
 ) -> None:
     plain = trained(tmp_path / "plain", base, data, batch_size=8, share_prefix=False)
     longest = int(Case(base, data).prepared.plan.lengths.max())
-    seen = limited(monkeypatch, loop, "turn_logprobs", 2 * longest)
+    seen = limited(monkeypatch, step_module, "pass_logprobs", 2 * longest)
     done = trained(tmp_path / "auto", base, data, share_prefix=False, **AUTO)
     same(done, plain)
     assert max(seen) > 2 * longest and "out of memory with" in done.err

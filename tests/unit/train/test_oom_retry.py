@@ -14,6 +14,7 @@ import torch
 from tests.pairs import chat_folder, labelled, pairs, tuned
 from tests.runs import Done, articles, model_folder, sft, trained, write_jsonl
 from yeonma.train import loop, reference
+from yeonma.train import step as step_module
 from yeonma.train.oom_retry import MicroBatchLimit, _is_lack_of_memory
 
 Fails = Callable[[int, int], bool]
@@ -38,7 +39,7 @@ def failing(
     monkeypatch: pytest.MonkeyPatch, module: Any, fails: Fails, error: Callable[[], Exception]
 ) -> list[int]:
     """From now on a pass through the model fails where `fails(number of the pass, examples)`; the failed ones."""
-    compute, passes, failed = module.turn_logprobs, [0], []
+    compute, passes, failed = module.pass_logprobs, [0], []
 
     def limited(model: Any, how: Any, store: Any, turn: Any, *others: Any) -> torch.Tensor:
         passes[0] += 1
@@ -47,7 +48,7 @@ def failing(
             raise error()
         return compute(model, how, store, turn, *others)
 
-    monkeypatch.setattr(module, "turn_logprobs", limited)
+    monkeypatch.setattr(module, "pass_logprobs", limited)
     return failed
 
 
@@ -79,7 +80,7 @@ def test_a_step_without_room_is_done_again_in_halves(
 ) -> None:
     whole = trained(tmp_path / "whole", base, data, batch_size=8, micro_batch_size=4)
     # from the fourth pass on, which is the second of the second step: what its first pass added must go
-    failed = failing(monkeypatch, loop, lambda number, examples: number >= 4 and examples > 1, error)
+    failed = failing(monkeypatch, step_module, lambda number, examples: number >= 4 and examples > 1, error)
     done = trained(tmp_path / "out", base, data, batch_size=8, micro_batch_size=4)
     assert failed == [4, 5]  # of 4, the second of the step; then of 2, the first
     same(done, whole)
@@ -101,7 +102,7 @@ def test_so_with_preferences_their_means_evaluations_and_references(
     whole = tuned(tmp_path / "whole", base, data, cache_dir=tmp_path / "cache", **settings)
     failed = [
         failing(monkeypatch, module, lambda number, examples: examples > 2, out_of_memory)
-        for module in (loop, reference)
+        for module in (step_module, reference)
     ]
     done = tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "other", **settings)
     assert failed[0]
@@ -120,7 +121,7 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
     def run(place: Path, dies_at: int | None) -> Done:
         with monkeypatch.context() as patch:
             failed = failing(
-                patch, loop, lambda number, examples: number >= 2 and examples > 2, out_of_memory
+                patch, step_module, lambda number, examples: number >= 2 and examples > 2, out_of_memory
             )
             if dies_at is not None:
                 step = loop.train_step
@@ -156,7 +157,7 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
 def test_where_one_row_has_no_room_the_longest_are_named(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, loop, lambda number, examples: number >= 3, out_of_memory)
+    failing(monkeypatch, step_module, lambda number, examples: number >= 3, out_of_memory)
     done = sft(tmp_path / "out", base, data, save_steps=1)
     assert done.status == 2
     line = done.err.splitlines()[-1]

@@ -26,6 +26,7 @@ from yeonma.model.logprobs import example_logprobs
 from yeonma.tokenization.example import AnswerRole
 from yeonma.train import build as setup
 from yeonma.train import loop, opening, reference
+from yeonma.train import step as step_module
 from yeonma.train.distributed import Processes
 from yeonma.train.losses import LOSSES, PreferenceOptions, preference_objective
 
@@ -101,8 +102,8 @@ def test_noise_of_the_models_own_and_dropout_of_a_continued_adapter_are_seen() -
 def examples_through(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The examples of every pass through the model, whoever asks, from now on."""
     seen: list[int] = []
-    for module in (loop, reference):
-        compute = module.turn_logprobs
+    for module in (step_module, reference):
+        compute = module.pass_logprobs
 
         def counted(
             model: Any, how: Any, store: Any, turn: Any, *others: Any, _compute: Any = compute
@@ -110,7 +111,7 @@ def examples_through(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             seen.append(len(turn.examples))
             return _compute(model, how, store, turn, *others)
 
-        monkeypatch.setattr(module, "turn_logprobs", counted)
+        monkeypatch.setattr(module, "pass_logprobs", counted)
     return seen
 
 

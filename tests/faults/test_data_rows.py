@@ -127,7 +127,7 @@ def test_fault_20_frame_and_answer_over_the_limit(write: Write, refused: Refused
     ]
     cure = "raise --cutoff_len, or shorten the template"
     assert refused(data, **{**limit, "cutoff_len": 4}) == [
-        f"a.jsonl: no row fits into cutoff_len 4: all 6 would be left out; {cure}"
+        f"a.jsonl: no row is left of 6: each is over cutoff_len 4; {cure}"
     ]
 
 

@@ -53,7 +53,7 @@ def test_fault_66_nothing_but_equal_pairs_is_an_error(tmp_path: Path, base: Path
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "a"}])
     done = dpo(tmp_path / "out", base, data)
     assert done.status == 2
-    assert done.err.startswith(f"yeonma: {data}: no row is left: ")
+    assert done.err.startswith(f"yeonma: {data}: no row is left of 1: ")
     assert not done.folder.exists()
 
 

@@ -19,10 +19,10 @@ from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task
 from yeonma.data.template import Template
 from yeonma.errors import UserError
-from yeonma.tokenization.cache import ENCODERS
 from yeonma.tokenization.dataset import Part
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.store import TokenStore
+from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
 SAMPLES = "samples.json"
 
@@ -113,7 +113,7 @@ def prompts_now(
         return []
     task = samples.task
     rendered = [task.render(template, row, columns) for row in rows]
-    found = ENCODERS[task.name](rendered, rows, tokenizer, rules)
+    found = TASK_ENCODERS[task.name].encode(rendered, rows, tokenizer, rules)
     lasts: dict[int, list[int]] = {}
     for example in _examples(found):
         lasts[example.row] = example.token_ids[: example.prompt_length].tolist()

@@ -1,7 +1,7 @@
-"""Tokenised data on disk: built once for each key, kept for all later runs.
+"""The cache of token stores: each is built once and kept for later runs.
 
-A key is the SHA-256 of all that decides the tokens, and the name of a store's folder. The folder is written beside its
-place and renamed; a lock file lets one process of the machine build it while the others wait.
+A store's key names its folder: the SHA-256 of everything that decides the tokens. The folder is written beside its
+place and renamed; a lock file lets one process of the machine build it while others wait.
 """
 
 from __future__ import annotations
@@ -23,36 +23,23 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.rows import Row, Rows
-from yeonma.data.task import ANSWERS, LABELLED, PAIRS, Task
+from yeonma.data.task import ANSWERS, Task
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
 from yeonma.files import sync, user_path
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit, check_rules, check_tokenizer
-from yeonma.tokenization.example_encoder import encode
-from yeonma.tokenization.preference_encoder import encode_labelled, encode_pairs
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
-
-__all__ = ["TokenStore", "build_store", "default_cache_dir", "store_key", "tokenizer_identity"]
+from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
 FORMAT = 3
-"""Raised whenever the same rows would give other tokens or other files."""
+"""Increased whenever the same rows would give other tokens or other files."""
 
 ROWS_A_CHUNK = 2000
 MOST_PROBLEMS = 20
 
-Encode = Callable[
-    [Sequence[Any], Sequence[Row], PreTrainedTokenizerBase, TokenRules], Sequence[Example | Unit | LeftOut]
-]
-ENCODERS: Mapping[str, Encode] = {
-    ANSWERS.name: encode,
-    PAIRS.name: encode_pairs,
-    LABELLED.name: encode_labelled,
-}
-"""What the texts of each kind of data become."""
-
 Chunk = tuple[list[Notes], Sequence[Example | Unit | LeftOut]]
-"""What was noted of each row read, and what the rows gave."""
+"""The notes of each row read, and the outcomes of encoding them."""
 
 
 def default_cache_dir() -> Path:
@@ -68,9 +55,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: boo
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):
         content = backend.to_str()
-        content = content[
-            content.index('"added_tokens"') :
-        ]  # before it: truncation and padding, left by callers
+        content = content[content.index('"added_tokens"') :]  # truncation and padding stand before it
     else:
         content = _canonical([type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_sum(tokenizer)])
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens]
@@ -86,7 +71,7 @@ def store_key(
     rules: TokenRules,
     task: Task = ANSWERS,
 ) -> str:
-    """SHA-256 of everything that decides the tokens, the versions of the libraries that make them included."""
+    """SHA-256 of everything that decides the tokens, including the versions of the libraries."""
     versions = [FORMAT, task.name, tokenizers.__version__, transformers.__version__]
     data = [rows.identity, template.text, dict(columns or {})]
     return sha256(
@@ -106,9 +91,9 @@ def build_store(
 ) -> TokenStore:
     """The rows' examples, from the cache or tokenised now. Memory does not grow with the rows.
 
-    `progress` is told the rows read so far; it is never called where nothing is tokenised. A damaged store is built
-    again. Raises UserError with up to 20 problems of the rows; where no row is left; where `cache_dir` cannot be
-    written; and as `check_rules` and `check_tokenizer`.
+    `progress` gets the number of rows read so far, if any are tokenised. A damaged store is built again. Raises
+    UserError with up to 20 problems of the rows; if all rows are left out; if `cache_dir` cannot be written; and as
+    `check_rules` and `check_tokenizer`.
     """
     check_rules(template, rules)
     check_tokenizer(tokenizer, rules)
@@ -117,18 +102,18 @@ def build_store(
     if (store := open_store(folder, key)) is not None:
         return store
     with _locked(cache_dir, key):
-        if (store := open_store(folder, key)) is not None:  # another process has built it meanwhile
+        if (store := open_store(folder, key)) is not None:  # another process has built it in the meantime
             return store
         beside = cache_dir / f"{key}.tmp"
         try:
-            with _keeping(cache_dir):
+            with _writing(cache_dir):
                 _remove(beside)
                 writer = StoreWriter.open(beside)
-            for notes, found in _chunks(rows, template, columns, tokenizer, rules, progress, task):
-                with _keeping(cache_dir):
-                    writer.add(notes, found)
+            for notes, outcomes in _chunks(rows, template, columns, tokenizer, rules, progress, task):
+                with _writing(cache_dir):
+                    writer.add(notes, outcomes)
             _check_some_left(writer.counts, rows, rules, task)
-            with _keeping(cache_dir):
+            with _writing(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
                 os.rename(beside, folder)
@@ -136,9 +121,8 @@ def build_store(
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     if (store := open_store(folder, key)) is None:
-        raise UserError(
-            "the tokens just written cannot be read back", place=str(folder), cure="check the disk"
-        )
+        problem = "the tokens just written cannot be read back"
+        raise UserError(problem, place=str(folder), cure="check the disk")
     return store
 
 
@@ -151,15 +135,15 @@ def _chunks(
     progress: Callable[[int], None] | None,
     task: Task,
 ) -> Iterator[Chunk]:
-    """The encoded rows, a few thousand at a time. After a first problem the rest is only looked through for more."""
+    """The encoded rows, a few thousand at a time. After the first problem, rows are only checked for more."""
     problems: list[Problem] = []
     source, done = iter(rows), 0
-    while len(problems) <= MOST_PROBLEMS and (chunk := _taken(source, problems)):
+    while len(problems) <= MOST_PROBLEMS and (chunk := _next_rows(source, problems)):
         rendered = [_rendered(row, template, columns, task, problems) for row in chunk]
         if not problems:
             try:
-                found = ENCODERS[task.name](rendered, chunk, tokenizer, rules)
-                yield [task.notes(text) for text in rendered], found
+                outcomes = TASK_ENCODERS[task.name].encode(rendered, chunk, tokenizer, rules)
+                yield [task.notes(text) for text in rendered], outcomes
             except UserError as error:
                 problems += error.problems
         done += len(chunk)
@@ -170,8 +154,8 @@ def _chunks(
         raise UserError([*problems[:MOST_PROBLEMS], *more])
 
 
-def _taken(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
-    """The next rows; those before one that cannot be read, whose problem is noted, are given too."""
+def _next_rows(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
+    """The next rows. If one cannot be read, its problem is added and the rows before it are returned."""
     chunk: list[Row] = []
     try:
         for row in islice(source, ROWS_A_CHUNK):
@@ -195,18 +179,16 @@ def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, task: Task) 
     if counts.rows == 0:
         raise UserError("there are no rows", place=rows.name)
     if counts.examples == 0:
-        what = f"no row fits into cutoff_len {rules.cutoff_len}: all {counts.rows} would be left out"
-        cure = "raise --cutoff_len, or shorten the template"
-        if task is not ANSWERS:
-            what = f"no row is left: each is over cutoff_len {rules.cutoff_len} or has two equal answers"
-        raise UserError(what, place=rows.name, cure=cure)
+        reason = TASK_ENCODERS[task.name].left_out
+        problem = f"no row is left of {counts.rows}: each {reason.format(cutoff_len=rules.cutoff_len)}"
+        raise UserError(problem, place=rows.name, cure="raise --cutoff_len, or shorten the template")
 
 
 @contextmanager
 def _locked(cache_dir: Path, key: str) -> Iterator[None]:
     """One process of this machine builds the store while the others wait. A process that dies releases the lock."""
     lock = FileLock(cache_dir / f"{key}.lock", fallback_to_soft=False)
-    with _keeping(cache_dir):
+    with _writing(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
@@ -216,12 +198,14 @@ def _locked(cache_dir: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _keeping(cache_dir: Path) -> Iterator[None]:
+def _writing(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"tokens cannot be kept here: {error.strerror or error}"
-        raise UserError(what, place=str(cache_dir), cure="name another folder with --cache_dir") from error
+        problem = f"the token cache cannot be written: {error.strerror or error}"
+        raise UserError(
+            problem, place=str(cache_dir), cure="choose another folder with --cache_dir"
+        ) from error
 
 
 def _remove(folder: Path) -> None:

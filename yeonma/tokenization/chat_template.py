@@ -1,4 +1,4 @@
-"""A bound on the time of code that is not ours and may never end, such as a model's chat template."""
+"""A model's chat template: the prompt and the answer that it writes, its end token, and a deadline for its code."""
 
 from __future__ import annotations
 
@@ -13,74 +13,18 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.data.template import RenderedTurn
 from yeonma.errors import UserError
 from yeonma.tokenization.text_encoder import Span, TextEncoder
-
-Result = TypeVar("Result")
-
-
-class TooSlow(BaseException):
-    """Raised inside a call that took too long. Not an Exception, so that the code in the call does not catch it."""
-
-
-class Deadline:
-    """Runs calls in this thread, each for at most `seconds`; a second thread watches.
-
-    Works wherever Python code runs, signals or not. A single long operation inside C code is not interrupted.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._thread = threading.get_ident()
-        self._lock = threading.Lock()
-        self._began: float | None = None
-
-    def call(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns. Raises TooSlow when its time is over."""
-        with self._lock:
-            self._began = monotonic()
-        try:
-            return function()
-        finally:
-            with self._lock:
-                self._began = None
-
-    def interrupt_if_late(self) -> None:
-        """Called by the watching thread. The lock keeps the exception from a call that has ended."""
-        with self._lock:
-            if self._began is not None and monotonic() - self._began > self.seconds:
-                self._began = None
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._thread), ctypes.py_object(TooSlow)
-                )
-
-
-@contextmanager
-def deadline(seconds: float) -> Iterator[Deadline]:
-    """A `Deadline` for calls made in this thread within the block."""
-    bound, over = Deadline(seconds), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(seconds / 4):
-            bound.interrupt_if_late()
-
-    watcher = threading.Thread(target=watch, name="deadline", daemon=True)
-    watcher.start()
-    try:
-        yield bound
-    finally:
-        over.set()
-        watcher.join()
-
 
 Message = dict[str, str]
 """`role` and `content`, as chat templates take them."""
 
 RENDER_SECONDS = 10.0
-"""The most time that one use of a chat template may take."""
+"""The time limit for rendering one conversation."""
 
-# Some chat templates write the current date, which would change the tokens from day to day. Ours stays on the day that
-# Llama 3's templates fall back on. The line break after the macro is not written (trim_blocks).
+# Some chat templates write the current date, so that tokens would change daily. It is fixed to the date that Llama 3's
+# templates fall back on. The line break after the macro is not written (trim_blocks).
 _DATE = {
     "%Y": "2024",
     "%y": "24",
@@ -99,64 +43,69 @@ _PROBE = "Zq{number}qZ"
 _PROBES = re.compile(r"Zq\d+qZ")
 
 
+def as_messages(turns: Sequence[RenderedTurn]) -> list[Message]:
+    return [{"role": str(turn.role), "content": turn.text} for turn in turns]
+
+
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What follows a prompt: an assistant's text as the chat template writes it, through the end token."""
+    """What follows a prompt: the assistant's text as the chat template writes it, including the end token."""
 
     text: str
     content: Span
-    """Where in `text` the data stands."""
+    """The data's span in `text`."""
     ended: bool
-    """Whether the chat template ends it with a special token of its own."""
+    """Whether the chat template ends it with a special token."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer's chat template. `trailer` is what it writes after an assistant's text, where that is known."""
+    """A tokenizer's chat template. `trailer` is what it writes after an assistant's text, if that is known."""
 
     encoder: TextEncoder
-    bound: Deadline
+    deadline: Deadline
     trailer: str | None = None
 
     def prompt(self, messages: Sequence[Message], place: str) -> str:
-        """The text that asks for the next assistant turn: what generation feeds. Raises UserError with `place`."""
-        return self._render(messages, place, ask=True)
+        """The text up to the next assistant turn: what generation feeds. Raises UserError with `place`."""
+        return self._render(messages, place, generate=True)
 
     def answer(self, messages: Sequence[Message], prompt: str, place: str) -> ChatAnswer:
         """The last message, an assistant's, as what follows `prompt`. Raises UserError with `place`.
 
-        Where the rendered conversation does not go on from the prompt (templates that drop or open a thinking part),
-        it is the content and what stands behind it.
+        If the rendered conversation does not continue the prompt (templates that drop or open a thinking part), it is
+        the content and the text after it.
         """
         whole = self._render(messages, place)
         content = messages[-1]["content"]
         trailer, body = self._split(messages, whole, content, place)
         end = self._end_of(trailer)
         if whole.startswith(prompt):
-            start, at = len(prompt), body.rfind(content.strip(), len(prompt))
+            start, data_start = len(prompt), body.rfind(content.strip(), len(prompt))
         else:
-            start = at = body.rfind(content.strip())
-        if start < 0:  # the template rewrote the content: what was given, as the template ends it
+            start = data_start = body.rfind(content.strip())
+        if start < 0:  # the template rewrote the content: take the original with the template's end
             return ChatAnswer(content.strip() + trailer[:end], (0, len(content.strip())), end > 0)
         text = body[start:] + (trailer[:end] if end else "")
         text = text if end else text.rstrip()
-        return ChatAnswer(text, (max(at - start, 0), len(body) - start), end > 0)
+        return ChatAnswer(text, (max(data_start - start, 0), len(body) - start), end > 0)
 
     def data_of(self, messages: Sequence[Message], prompt: str, place: str) -> list[Span]:
-        """Where the messages' contents stand in their prompt text."""
+        """The spans of the messages' contents in their prompt text."""
         frames = self._frames(messages, place)
-        found = frames and _between(frames, [message["content"] for message in messages], prompt)
-        return found or _in_order([message["content"] for message in messages], prompt, self.encoder)
+        contents = [message["content"] for message in messages]
+        spans = frames and _between(frames, contents, prompt)
+        return spans or _in_order(contents, prompt, self.encoder)
 
     def end_id(self) -> int | None:
         """The token that the chat template ends an assistant turn with, or None."""
         if self.trailer is None or self.encoder.control is None:
             return None
-        found = self.encoder.control.findall(self.trailer)
-        return self.encoder.token_id(found[-1]) if found else None
+        tokens = self.encoder.control.findall(self.trailer)
+        return self.encoder.token_id(tokens[-1]) if tokens else None
 
     def _split(self, messages: Sequence[Message], whole: str, content: str, place: str) -> tuple[str, str]:
-        """The trailer and the text before it, which ends with the content wherever the template keeps it."""
+        """The trailer and the text before it, which ends with the content if the template keeps it."""
         trailer = self.trailer
         if trailer is None or not whole.removesuffix(trailer).rstrip().endswith(content.strip()):
             trailer = self.probe_trailer(messages, place)
@@ -175,7 +124,7 @@ class Chat:
         return max((mark.end() for mark in self.encoder.control.finditer(trailer)), default=0)
 
     def probe_trailer(self, messages: Sequence[Message], place: str) -> str:
-        """What the chat template writes after the text of the last message, an assistant's."""
+        """What the chat template writes after the last message, an assistant's."""
         probe = _PROBE.format(number=0)
         text = self._render([*messages[:-1], {**messages[-1], "content": probe}], place)
         if probe not in text:
@@ -187,47 +136,46 @@ class Chat:
         return text.rpartition(probe)[2]
 
     def _frames(self, messages: Sequence[Message], place: str) -> list[str] | None:
-        """The prompt's text before, between and behind the contents; None where the template does not keep them."""
+        """The prompt's text before, between and after the contents; None if the template does not keep them."""
         probes = [_PROBE.format(number=number) for number in range(len(messages))]
-        asked = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
-        text = self._render(asked, place, ask=True)
+        probing = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
+        text = self._render(probing, place, generate=True)
         return _PROBES.split(text) if _PROBES.findall(text) == probes else None
 
-    def _render(self, messages: Sequence[Message], place: str, *, ask: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], place: str, *, generate: bool = False) -> str:
         tokenizer = self.encoder.tokenizer
         if tokenizer.chat_template is None:
             raise UserError(
-                "the model's tokenizer has no chat template, which turns need",
+                "the model's tokenizer has no chat template, which templates with turns need",
                 place="--base_model",
                 cure="use a template without turns, or the model's instruction-tuned version",
             )
         try:
-            return self.bound.call(lambda: _apply(tokenizer, messages, ask))
+            return self.deadline.call(lambda: _apply(tokenizer, messages, generate))
         except TooSlow:  # ends the whole batch: the next row would take as long
             raise TooSlow(place) from None
         except Exception as error:  # whatever the model's template raises; it is not our code
-            what = f"the model's chat template refuses this row: {error}"
-            raise UserError(
-                what, place=place, cure="change the row's turns, or use a template without turns"
-            ) from error
+            problem = f"the model's chat template refuses this row: {error}"
+            cure = "change the row's turns, or use a template without turns"
+            raise UserError(problem, place=place, cure=cure) from error
 
 
 @contextmanager
 def chat_of(encoder: TextEncoder) -> Iterator[Chat]:
     """The tokenizer's chat template, for use within the block and this thread.
 
-    Raises UserError, with the place of the row, when one use of the template takes over RENDER_SECONDS.
+    Raises UserError, with the place of the row, if rendering it takes longer than RENDER_SECONDS.
     """
-    with deadline(RENDER_SECONDS) as bound:
+    with deadline(RENDER_SECONDS) as limit:
         try:
-            yield _with_trailer(Chat(encoder, bound))
+            yield _with_trailer(Chat(encoder, limit))
         except TooSlow as slow:
-            what = f"the model's chat template did not end within {bound.seconds:g} seconds"
-            raise UserError(what, place=str(slow), cure="use a template without turns") from None
+            problem = f"the model's chat template did not end within {limit.seconds:g} seconds"
+            raise UserError(problem, place=str(slow), cure="use a template without turns") from None
 
 
 def _with_trailer(chat: Chat) -> Chat:
-    """Learns the trailer from a conversation of one question; templates that refuse it are asked row by row."""
+    """The trailer comes from a short conversation; a template that refuses that one is probed row by row."""
     if chat.encoder.tokenizer.chat_template is None:
         return chat
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
@@ -237,37 +185,94 @@ def _with_trailer(chat: Chat) -> Chat:
         return chat
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool) -> str:
     template = tokenizer.get_chat_template()
     template = FIXED_DATE + template if "strftime_now" in template else template
     return str(
         tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=ask
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate
         )
     )
 
 
 def _between(frames: Sequence[str], contents: Sequence[str], text: str) -> list[Span] | None:
-    """Where the contents stand in `text` when the frames stand around them; None where they do not."""
-    spans, at = [], len(frames[0])
+    """The contents' spans in `text` if the frames surround them; else None."""
+    spans, position = [], len(frames[0])
     if not text.startswith(frames[0]):
         return None
     for content, frame in zip(contents, frames[1:], strict=True):
         forms = [content, content.strip(), content.rstrip(), content.lstrip()]
-        form = next((form for form in forms if text.startswith(form + frame, at)), None)
+        form = next((form for form in forms if text.startswith(form + frame, position)), None)
         if form is None:
             return None
-        spans.append((at, at + len(form)))
-        at += len(form) + len(frame)
-    return spans if at == len(text) else None
+        spans.append((position, position + len(form)))
+        position += len(form) + len(frame)
+    return spans if position == len(text) else None
 
 
 def _in_order(contents: Sequence[str], text: str, encoder: TextEncoder) -> list[Span]:
-    """The same by searching, for templates that change contents: each line with special-token text in it."""
-    spans, at = [], 0
+    """The same by search, for templates that change contents: the lines with special-token text."""
+    spans, position = [], 0
     for line in [line.strip() for content in contents for line in content.split("\n")]:
-        found = text.find(line, at) if line and encoder.has_special(line) else -1
-        if found >= 0:
-            spans.append((found, found + len(line)))
-            at = found + len(line)
+        start = text.find(line, position) if line and encoder.has_special(line) else -1
+        if start >= 0:
+            position = start + len(line)
+            spans.append((start, position))
     return spans
+
+
+Result = TypeVar("Result")
+
+
+class TooSlow(BaseException):
+    """Raised inside a call that takes too long. Not an Exception, so that the called code does not catch it."""
+
+
+class Deadline:
+    """Limits calls in this thread to `seconds` each; a second thread watches.
+
+    It needs no signals. A single long operation inside C code is not interrupted.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._began: float | None = None
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """The result of `function`. Raises TooSlow when its time is up."""
+        with self._lock:
+            self._began = monotonic()
+        try:
+            return function()
+        finally:
+            with self._lock:
+                self._began = None
+
+    def interrupt_if_late(self) -> None:
+        """Called by the watching thread. The lock keeps the exception out of a call that has ended."""
+        with self._lock:
+            if self._began is not None and monotonic() - self._began > self.seconds:
+                self._began = None
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._thread), ctypes.py_object(TooSlow)
+                )
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[Deadline]:
+    """A `Deadline` for calls made in this thread within the block."""
+    limit, done = Deadline(seconds), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds / 4):
+            limit.interrupt_if_late()
+
+    watcher = threading.Thread(target=watch, name="deadline", daemon=True)
+    watcher.start()
+    try:
+        yield limit
+    finally:
+        done.set()
+        watcher.join()

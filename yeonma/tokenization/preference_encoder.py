@@ -1,4 +1,7 @@
-"""Preference data as tokens: two answers that continue one prompt, which is fitted once for the longer of them."""
+"""Preference data as tokens: pairs, whose answers continue one prompt, and answers with labels.
+
+A pair's prompt is fitted once, for the longer answer, so that both continue the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,31 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.errors import Problem, UserError
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, TokenRules, Unit, check_tokenizer
-from yeonma.tokenization.example_encoder import ExampleEncoder, ExampleText, TokenIds, encode, encoder_for
+from yeonma.tokenization.example_encoder import (
+    MOST_FITS,
+    ExampleEncoder,
+    ExampleText,
+    TokenIds,
+    encode,
+    encoder_for,
+    over_limit_problems,
+)
 
 EQUAL = "chosen equals rejected"
 EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
 NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
 """Reasons of pairs that are left out whatever `over_limit` says."""
 
+_REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
+
 
 @dataclass(frozen=True)
 class PairResult:
-    """What came of a pair, and the texts of both answers as they were tokenised (whole, where it is left out)."""
+    """A pair's unit, or why it is left out, and the texts of both answers as they were tokenised (in full if the pair
+    is left out)."""
 
+    texts: tuple[ExampleText, ExampleText]
     outcome: Unit | LeftOut
-    drafts: tuple[ExampleText, ExampleText]
 
 
 def encode_pairs(
@@ -35,157 +49,49 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
 ) -> list[Unit | LeftOut]:
-    """One unit, or the reason why it is left out, for each pair. Prompt ids are those that generation feeds.
+    """One unit for each pair, or why it is left out. Prompt ids are those that generation feeds.
 
     Raises UserError with a problem for every row that the model's chat template refuses or, with `over_limit` "error",
     that is over the limit; and as `check_tokenizer`.
     """
     check_tokenizer(tokenizer, rules)
-    with encoder_for(tokenizer, rules, [pair.chosen for pair in pairs]) as desk:
-        return [made.outcome for made in make_pairs(desk, pairs, rows)]
+    with encoder_for(tokenizer, rules, [pair.chosen for pair in pairs]) as encoder:
+        return [result.outcome for result in encode_pair_results(encoder, pairs, rows)]
 
 
-def make_pairs(desk: ExampleEncoder, pairs: Sequence[RenderedPair], rows: Sequence[Row]) -> list[PairResult]:
+def encode_pair_results(
+    encoder: ExampleEncoder, pairs: Sequence[RenderedPair], rows: Sequence[Row]
+) -> list[PairResult]:
     """`encode_pairs` with the texts beside the tokens."""
-    sides: list[tuple[_Side, _Side] | None] = []
+    all_texts: list[tuple[ExampleText, ExampleText] | None] = []
     problems: list[Problem] = []
     for pair, row in zip(pairs, rows, strict=True):
         try:
-            sides.append(_drafts(desk, pair, row))
+            all_texts.append(_pair_texts(encoder, pair.chosen, pair.rejected, pair.prompt_turns, row))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
-    ids = iter(desk.ids_of([side.draft for both in sides if both is not None for side in both]))
-    found: list[PairResult] = []
-    for pair, row, both in zip(pairs, rows, sides, strict=True):
+    ids = iter(encoder.ids_of([text for texts in all_texts if texts is not None for text in texts]))
+    results: list[PairResult] = []
+    for pair, row, texts in zip(pairs, rows, all_texts, strict=True):
         try:
-            if both is None:
-                found.append(_left_out(desk, pair, row, _REWRITTEN))
-            elif pair.chosen == pair.rejected:
-                next(ids), next(ids)
-                found.append(_left_out(desk, pair, row, EQUAL))
+            if texts is None:
+                results.append(_left_out(encoder, pair, row, _REWRITTEN))
+                continue
+            chosen, rejected = next(ids), next(ids)
+            if pair.chosen == pair.rejected:
+                results.append(_left_out(encoder, pair, row, EQUAL))
             else:
-                found.append(_finished(desk, pair, row, both, (next(ids), next(ids))))
+                results.append(_pair_result(encoder, pair, row, texts, chosen, rejected))
         except UserError as error:
             problems += error.problems
-    if desk.rules.over_limit == "error":
-        cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
-        left_out = (made.outcome for made in found if isinstance(made.outcome, LeftOut))
-        problems += [
-            Problem(one.reason, one.place, cure) for one in left_out if one.reason not in NOTHING_TO_CHOOSE
-        ]
+    if encoder.rules.over_limit == "error":
+        left_out = [result.outcome for result in results if isinstance(result.outcome, LeftOut)]
+        problems += over_limit_problems([row for row in left_out if row.reason not in NOTHING_TO_CHOOSE])
     if problems:
         raise UserError(problems)
-    return found
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One answer of a pair after its prompt; the draft's answers are those after the prompt alone."""
-
-    rendered: Rendered
-    draft: ExampleText
-
-
-def _drafts(desk: ExampleEncoder, pair: RenderedPair, row: Row) -> tuple[_Side, _Side] | None:
-    chosen, rejected = (_side(desk, side, pair.prompt_turns, row) for side in (pair.chosen, pair.rejected))
-    return None if chosen is None or rejected is None else (chosen, rejected)
-
-
-def _left_out(desk: ExampleEncoder, pair: RenderedPair, row: Row, reason: str) -> PairResult:
-    chosen, rejected = (desk.drafts(side, row)[-1] for side in (pair.chosen, pair.rejected))
-    return PairResult(LeftOut(row.number, row.place, reason), (chosen, rejected))
-
-
-_REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
-
-
-def _side(desk: ExampleEncoder, rendered: Rendered, prompt_turns: int, row: Row) -> _Side | None:
-    """None where the answer has several turns that the chat template does not write one after the other."""
-    drafts = desk.drafts(rendered, row)
-    answered = sum(turn.role == "assistant" for turn in rendered.turns[prompt_turns:])
-    if rendered.answer or answered == 1:
-        return _Side(rendered, replace(drafts[-1], answers=drafts[-1].answers[-1:]))
-    if len(drafts) > 1:
-        return None
-    return _Side(rendered, replace(drafts[0], answers=drafts[0].answers[-answered:]))
-
-
-def _finished(
-    desk: ExampleEncoder,
-    pair: RenderedPair,
-    row: Row,
-    sides: tuple[_Side, _Side],
-    encoded: tuple[TokenIds | None, TokenIds | None],
-) -> PairResult:
-    """The pair, its prompt shortened so that it and the longer answer fit.
-
-    As for one answer (`Desk.finished`), a shorter prompt may change the answers' first tokens and so their number;
-    then it is fitted again, until the room given is the room left.
-    """
-    cutoff_len = desk.rules.cutoff_len
-    chosen, rejected = encoded
-    if chosen is None or rejected is None:
-        return _left_out(desk, pair, row, _REWRITTEN)
-    longest = max(len(chosen.ids), len(rejected.ids))
-    if longest <= cutoff_len:
-        return _unit(desk, row, sides, (chosen, rejected), 0)
-    prompt = replace(pair.chosen, turns=pair.chosen.turns[: pair.prompt_turns], answer=())
-    prompt_ids = chosen.ids[: chosen.prompt_length]
-    tried = set[int]()
-    best: PairResult | None = None
-    budget = cutoff_len - _longer(chosen, rejected)
-    while budget not in tried and len(tried) < 8:
-        tried.add(budget)
-        fitted = desk.fitted(prompt, row, budget, prompt_ids)
-        if isinstance(fitted, LeftOut):
-            reason = f"{longest} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
-            return best or _left_out(desk, pair, row, reason)
-        short = [
-            _side(desk, _with_prompt(side, fitted.rendered, pair.prompt_turns), pair.prompt_turns, row)
-            for side in (pair.chosen, pair.rejected)
-        ]
-        if short[0] is None or short[1] is None:
-            return _left_out(desk, pair, row, _REWRITTEN)
-        short_chosen, short_rejected = desk.ids_of([short[0].draft, short[1].draft])
-        if short_chosen is None or short_rejected is None:
-            return _left_out(desk, pair, row, _REWRITTEN)
-        if max(len(short_chosen.ids), len(short_rejected.ids)) <= cutoff_len:
-            cut = fitted.cut_characters
-            best = _unit(desk, row, (short[0], short[1]), (short_chosen, short_rejected), cut)
-        budget = cutoff_len - _longer(short_chosen, short_rejected)
-    reason = f"{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
-    return best or _left_out(desk, pair, row, reason)
-
-
-def _longer(chosen: TokenIds, rejected: TokenIds) -> int:
-    """Tokens of the longer answer."""
-    return max(len(each.ids) - each.prompt_length for each in (chosen, rejected))
-
-
-def _with_prompt(side: Rendered, prompt: Rendered, prompt_turns: int) -> Rendered:
-    return replace(side, turns=(*prompt.turns, *side.turns[prompt_turns:]))
-
-
-def _unit(
-    desk: ExampleEncoder,
-    row: Row,
-    sides: tuple[_Side, _Side],
-    encoded: tuple[TokenIds, TokenIds],
-    cut_characters: int,
-) -> PairResult:
-    drafts = sides[0].draft, sides[1].draft
-    if encoded[0].ids == encoded[1].ids:
-        return PairResult(LeftOut(row.number, row.place, EQUAL_AS_TOKENS), drafts)
-    chosen, rejected = (
-        _example(desk, side, ids, cut_characters) for side, ids in zip(sides, encoded, strict=True)
-    )
-    return PairResult(Unit(((AnswerRole.CHOSEN, chosen), (AnswerRole.REJECTED, rejected))), drafts)
-
-
-def _example(desk: ExampleEncoder, side: _Side, ids: TokenIds, cut_characters: int) -> Example:
-    return replace(desk.example(side.draft, ids, cut_characters), prompt_length=ids.prompt_length)
+    return results
 
 
 def encode_labelled(
@@ -194,30 +100,124 @@ def encode_labelled(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
 ) -> list[Unit | LeftOut]:
-    """One unit, or why it is left out, for each row, tokenised as for supervised training. Raises as `desk.encode`.
+    """One unit for each row, or why it is left out, tokenised as for supervised training. Raises UserError as `encode`.
 
-    The mismatched answer is that of the next row that is kept, after the last one the first's. Where there is no other
-    row the unit has none.
+    Each unit also has a mismatched answer, that of the next row that is not left out; after the last row comes the
+    first. If there is no other row, it has none.
     """
-    found = encode([label.rendered for label in labelled], rows, tokenizer, rules)
-    kept = [number for number, one in enumerate(found) if isinstance(one, Example)]
-    following = dict(zip(kept, [*kept[1:], *kept[:1]], strict=True))
+    outcomes = encode([label.rendered for label in labelled], rows, tokenizer, rules)
+    examples = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Example)]
+    following = dict(zip(examples, [*examples[1:], *examples[:1]], strict=True))
     units: list[Unit | LeftOut] = []
-    for number, (label, one) in enumerate(zip(labelled, found, strict=True)):
-        if isinstance(one, LeftOut):
-            units.append(one)
+    for number, (label, outcome) in enumerate(zip(labelled, outcomes, strict=True)):
+        if isinstance(outcome, LeftOut):
+            units.append(outcome)
             continue
-        members = [(AnswerRole.DESIRABLE if label.desirable else AnswerRole.UNDESIRABLE, one)]
-        other = found[following[number]]
-        if isinstance(other, Example) and other is not one:
-            members.append((AnswerRole.MISMATCHED, _mismatched(one, other, rules.cutoff_len)))
+        members = [(AnswerRole.DESIRABLE if label.desirable else AnswerRole.UNDESIRABLE, outcome)]
+        other = outcomes[following[number]]
+        if isinstance(other, Example) and other is not outcome:
+            members.append((AnswerRole.MISMATCHED, _mismatched(outcome, other, rules.cutoff_len)))
         units.append(Unit(tuple(members)))
     return units
 
 
-def _mismatched(asked: Example, other: Example, cutoff_len: int) -> Example:
-    """The prompt of one with the answer of another. It is only measured, so its end may be cut to fit."""
-    prompt, answer = asked.token_ids[: asked.prompt_length], other.token_ids[other.prompt_length :]
+def _pair_texts(
+    encoder: ExampleEncoder, chosen: Rendered, rejected: Rendered, prompt_turns: int, row: Row
+) -> tuple[ExampleText, ExampleText] | None:
+    """Both answers as text; None if one has several turns that the chat template does not write one after the other."""
+    texts = [_answer_text(encoder, side, prompt_turns, row) for side in (chosen, rejected)]
+    return None if texts[0] is None or texts[1] is None else (texts[0], texts[1])
+
+
+def _answer_text(
+    encoder: ExampleEncoder, rendered: Rendered, prompt_turns: int, row: Row
+) -> ExampleText | None:
+    """One answer of a pair after its prompt, trained in all its turns."""
+    texts = encoder.texts(rendered, row)
+    answers = sum(turn.role == "assistant" for turn in rendered.turns[prompt_turns:])
+    if rendered.answer or answers == 1:
+        return texts[-1].last_answer
+    if len(texts) > 1:
+        return None
+    return replace(texts[0], answers=texts[0].answers[-answers:])
+
+
+def _left_out(encoder: ExampleEncoder, pair: RenderedPair, row: Row, reason: str) -> PairResult:
+    chosen, rejected = (encoder.texts(side, row)[-1] for side in (pair.chosen, pair.rejected))
+    return PairResult((chosen, rejected), LeftOut(row.number, row.place, reason))
+
+
+def _pair_result(
+    encoder: ExampleEncoder,
+    pair: RenderedPair,
+    row: Row,
+    texts: tuple[ExampleText, ExampleText],
+    chosen: TokenIds | None,
+    rejected: TokenIds | None,
+) -> PairResult:
+    """The pair, its prompt shortened so that it fits with the longer answer.
+
+    As for one answer (`ExampleEncoder._shortened`), a shorter prompt may change the answers' first tokens and so their
+    number; then it is fitted again, until the budget is the room left.
+    """
+    cutoff_len = encoder.rules.cutoff_len
+    if chosen is None or rejected is None:
+        return _left_out(encoder, pair, row, _REWRITTEN)
+    longest = max(len(chosen.ids), len(rejected.ids))
+    if longest <= cutoff_len:
+        return _unit(encoder, row, texts, (chosen, rejected), 0)
+    prompt = replace(pair.chosen, turns=pair.chosen.turns[: pair.prompt_turns], answer=())
+    prompt_ids = chosen.ids[: chosen.prompt_length]
+    tried = set[int]()
+    best: PairResult | None = None
+    budget = cutoff_len - _longer_answer(chosen, rejected)
+    while budget not in tried and len(tried) < MOST_FITS:
+        tried.add(budget)
+        fitted = encoder.fit_prompt(prompt, row, budget, prompt_ids)
+        if isinstance(fitted, LeftOut):
+            reason = f"{longest} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
+            return best or _left_out(encoder, pair, row, reason)
+        short_chosen, short_rejected = (
+            replace(side, turns=(*fitted.rendered.turns, *side.turns[pair.prompt_turns :]))
+            for side in (pair.chosen, pair.rejected)
+        )
+        short = _pair_texts(encoder, short_chosen, short_rejected, pair.prompt_turns, row)
+        if short is None:
+            return _left_out(encoder, pair, row, _REWRITTEN)
+        chosen_ids, rejected_ids = encoder.ids_of(short)
+        if chosen_ids is None or rejected_ids is None:
+            return _left_out(encoder, pair, row, _REWRITTEN)
+        if max(len(chosen_ids.ids), len(rejected_ids.ids)) <= cutoff_len:
+            best = _unit(encoder, row, short, (chosen_ids, rejected_ids), fitted.cut_characters)
+        budget = cutoff_len - _longer_answer(chosen_ids, rejected_ids)
+    reason = f"{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
+    return best or _left_out(encoder, pair, row, reason)
+
+
+def _longer_answer(chosen: TokenIds, rejected: TokenIds) -> int:
+    """Tokens of the longer answer."""
+    return max(len(ids.ids) - ids.prompt_length for ids in (chosen, rejected))
+
+
+def _unit(
+    encoder: ExampleEncoder,
+    row: Row,
+    texts: tuple[ExampleText, ExampleText],
+    both_ids: tuple[TokenIds, TokenIds],
+    cut_characters: int,
+) -> PairResult:
+    if both_ids[0].ids == both_ids[1].ids:
+        return PairResult(texts, LeftOut(row.number, row.place, EQUAL_AS_TOKENS))
+    chosen, rejected = (
+        replace(encoder.example(text, ids, cut_characters), prompt_length=ids.prompt_length)
+        for text, ids in zip(texts, both_ids, strict=True)
+    )
+    return PairResult(texts, Unit(((AnswerRole.CHOSEN, chosen), (AnswerRole.REJECTED, rejected))))
+
+
+def _mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
+    """The prompt of one example with the answer of another, which is only measured, so its end may be cut to fit."""
+    prompt, answer = example.token_ids[: example.prompt_length], other.token_ids[other.prompt_length :]
     token_ids = np.concatenate([prompt, answer])[:cutoff_len]
-    trained = np.arange(len(token_ids)) >= max(asked.prompt_length, 1)
-    return replace(asked, token_ids=token_ids, trained=trained)
+    trained = np.arange(len(token_ids)) >= max(example.prompt_length, 1)
+    return replace(example, token_ids=token_ids, trained=trained)

@@ -51,9 +51,9 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     encoded = ExampleEncoder.encode
 
-    def counting(desk: ExampleEncoder, rendered: list, rows: list) -> list:
+    def counting(encoder: ExampleEncoder, rendered: list, rows: list) -> list:
         calls.append(len(rows))
-        return encoded(desk, rendered, rows)
+        return encoded(encoder, rendered, rows)
 
     monkeypatch.setattr(ExampleEncoder, "encode", counting)
     return calls
@@ -300,7 +300,7 @@ def test_twenty_problems_are_shown_and_reading_stops(tmp_path: Path) -> None:
 
 
 def test_when_no_row_is_left_it_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no row fits into cutoff_len 4: all 5 would be left out"):
+    with pytest.raises(UserError, match="no row is left of 5: each is over cutoff_len 4"):
         built(tmp_path, data(), TokenRules(cutoff_len=4))
     with pytest.raises(UserError, match="no rows"):
         built(tmp_path, data(0))

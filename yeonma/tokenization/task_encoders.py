@@ -1,0 +1,83 @@
+"""How the rows of each kind of data become examples: one record per task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
+from yeonma.data.rows import Row
+from yeonma.data.task import ANSWERS, LABELLED, PAIRS
+from yeonma.data.template import Rendered
+from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
+from yeonma.tokenization.example_encoder import EncodeResult, ExampleEncoder, encode
+from yeonma.tokenization.preference_encoder import encode_labelled, encode_pair_results, encode_pairs
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """One answer of a row, for a person to look at."""
+
+    rendered: Rendered
+    """The row before its prompt was shortened."""
+    role: str | None
+    """What the answer is in preference data, such as `chosen`; None elsewhere."""
+    result: EncodeResult
+
+
+@dataclass(frozen=True)
+class TaskEncoder:
+    """The tokenization of a task. Texts are what `Task.render` returns for the rows."""
+
+    encode: Callable[
+        [Sequence[Any], Sequence[Row], PreTrainedTokenizerBase, TokenRules],
+        Sequence[Example | Unit | LeftOut],
+    ]
+    """The rows' examples or units, or why they are left out."""
+    answers: Callable[[ExampleEncoder, Sequence[Any], Sequence[Row]], Iterator[EncodedAnswer]]
+    """The same answer by answer, with texts."""
+    left_out: str = "is over cutoff_len {cutoff_len}"
+    """The reason that messages give when all rows are left out."""
+
+
+def _answers(
+    encoder: ExampleEncoder, texts: Sequence[Rendered], rows: Sequence[Row]
+) -> Iterator[EncodedAnswer]:
+    rendered = {row.number: text for text, row in zip(texts, rows, strict=True)}
+    for result in encoder.encode(texts, rows):
+        yield EncodedAnswer(rendered[result.text.row.number], None, result)
+
+
+def _pairs(
+    encoder: ExampleEncoder, pairs: Sequence[RenderedPair], rows: Sequence[Row]
+) -> Iterator[EncodedAnswer]:
+    for pair, result in zip(pairs, encode_pair_results(encoder, pairs, rows), strict=True):
+        sides = ((pair.chosen, "chosen"), (pair.rejected, "rejected"))
+        for index, (rendered, role) in enumerate(sides):
+            unit = result.outcome
+            outcome = unit if isinstance(unit, LeftOut) else unit.members[index][1]
+            yield EncodedAnswer(rendered, role, EncodeResult(result.texts[index], outcome))
+
+
+def _labelled(
+    encoder: ExampleEncoder, labelled: Sequence[RenderedLabel], rows: Sequence[Row]
+) -> Iterator[EncodedAnswer]:
+    roles = {
+        row.number: "desirable" if label.desirable else "undesirable"
+        for label, row in zip(labelled, rows, strict=True)
+    }
+    for answer in _answers(encoder, [label.rendered for label in labelled], rows):
+        yield EncodedAnswer(answer.rendered, roles[answer.result.text.row.number], answer.result)
+
+
+TASK_ENCODERS: Mapping[str, TaskEncoder] = {
+    ANSWERS.name: TaskEncoder(encode, _answers),
+    PAIRS.name: TaskEncoder(
+        encode_pairs, _pairs, left_out="is over cutoff_len {cutoff_len} or has two equal answers"
+    ),
+    LABELLED.name: TaskEncoder(encode_labelled, _labelled),
+}
+"""By the name of the task."""

@@ -1,8 +1,8 @@
-"""Write the table of settings into README.md and README.ko.md, between the two `settings` comments.
+"""Write the tables of settings into docs/settings.md and README.ko.md, between the two `settings` comments.
 
-The English texts are the docstrings in yeonma/config/settings.py, the Korean ones lie in
+The English texts are the docstrings in yeonma/config/settings.py, the Korean ones are in
 docs/settings.ko.yaml.
-With --check nothing is written; the exit status is 1 where a table is out of step.
+With --check nothing is written; the exit status is 1 if a table is out of date.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
+ENGLISH_PAGE, KOREAN_PAGE = "docs/settings.md", "README.ko.md"
+KOREAN_TEXTS = ROOT / "docs" / "settings.ko.yaml"
+TRAINING_VERBS = ("sft", "dpo")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Wording:
     groups: Mapping[str, Mapping[str, str]] | None = None
 
 
-# The verbs that read a group. All other groups are those of `yeonma sft`, and `yeonma dpo` too.
+# The verbs that read a group. TRAINING_VERBS read all others.
 VERBS = {
     "PreferenceSettings": ("dpo",),
     "InspectSettings": ("inspect",),
@@ -140,8 +143,24 @@ def translated(groups: Sequence[Group], file: Path) -> Wording:
     return Wording(**texts)
 
 
-def markdown(groups: Sequence[Group], wording: Wording) -> str:
-    """The tables, one a group."""
+def by_verbs(groups: Sequence[Group]) -> list[tuple[tuple[str, ...], list[Group]]]:
+    """The groups that the same verbs read, together, in the order in which the verbs come first."""
+    chapters: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        chapters.setdefault(VERBS.get(group.name, TRAINING_VERBS), []).append(group)
+    return list(chapters.items())
+
+
+def in_chapters(groups: Sequence[Group], wording: Wording) -> str:
+    """The tables under a heading for each set of verbs, such as "## `yeonma generate`, `yeonma chat`"."""
+    return "\n\n".join(
+        f"## {', '.join(f'`yeonma {verb}`' for verb in verbs)}\n\n{markdown(members, wording, name_verbs=False)}"
+        for verbs, members in by_verbs(groups)
+    )
+
+
+def markdown(groups: Sequence[Group], wording: Wording, *, name_verbs: bool = True) -> str:
+    """The tables, one per group, each below the group's own text; `name_verbs` puts its verbs in front of that."""
     blocks = []
     for group in groups:
         texts = wording.groups[group.name] if wording.groups is not None else None
@@ -155,7 +174,7 @@ def markdown(groups: Sequence[Group], wording: Wording) -> str:
             cells = (f"`{setting.name}`", default, meaning)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         about = texts["about"] if texts is not None else group.meaning
-        if group.name in VERBS:
+        if name_verbs and group.name in VERBS:
             about = f"{', '.join(f'`yeonma {verb}`' for verb in VERBS[group.name])}: {about}"
         blocks.append(about + "\n\n" + "\n".join(rows))
     return "\n\n".join(blocks)
@@ -175,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where a table is out of step"
+        "--check", action="store_true", help="write nothing; exit with 1 if a table is out of date"
     )
     check = parser.parse_args(arguments).check
 
@@ -183,20 +202,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from yeonma.config import settings
 
     groups = groups_of(settings)
-    pages = {"README.md": ENGLISH, "README.ko.md": translated(groups, ROOT / "docs" / "settings.ko.yaml")}
+    pages = {
+        ENGLISH_PAGE: in_chapters(groups, ENGLISH),
+        KOREAN_PAGE: markdown(groups, translated(groups, KOREAN_TEXTS)),
+    }
     stale = []
-    for name, wording in pages.items():
+    for name, table in pages.items():
         page = (ROOT / name).read_text(encoding="utf-8")
-        fresh = with_table(page, markdown(groups, wording), name)
+        fresh = with_table(page, table, name)
         if fresh != page:
             stale.append(name)
             if not check:
                 (ROOT / name).write_text(fresh, encoding="utf-8")
     for name in stale:
         print(
-            f"{name}: out of step with yeonma/config/settings.py; run `make docs`"
-            if check
-            else f"{name}: written"
+            f"{name}: differs from yeonma/config/settings.py; run `make docs`" if check else f"{name}: written"
         )
     return int(check and bool(stale))
 

@@ -1,0 +1,206 @@
+"""The docs show what exists: links resolve, commands have settings that exist, templates are those of the files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from yeonma.cli import VERBS, Verb
+from yeonma.commands.demo import SAMPLES
+from yeonma.config.parse import read_settings
+from yeonma.data import template
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+MOST_README_LINES = 150
+# Pages that must have the same chapters in English (NAME.md) and Korean (NAME.ko.md), as paths without the ending.
+# Add a page here together with its Korean translation.
+TRANSLATED: tuple[str, ...] = ("README",)
+KOREAN_README_IS_OLD = pytest.mark.xfail(
+    strict=True, reason="README.ko.md still has the long form; remove this mark with its rewrite"
+)
+TUTORIAL = """\
+torchrun --nproc_per_node=4 --master_port=1234 sft-trainer.py \\
+    --base_model beomi/llama-2-ko-7b --data-path daekeun-ml/naver-news-summarization-ko \
+--output_dir ./title-generator \\
+    --batch_size 8 --micro_batch_size 1 --num_epochs 3 --learning_rate 1e-5 --cutoff_len 2048 --val_set_size 0 \\
+    --lora_r 16 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules '[gate_proj, down_proj, up_proj]' \\
+    --train_on_inputs False --add_eos_token True --group_by_length False --lr_scheduler 'linear' --warmup_steps 100
+"""
+FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_korean(page: Path) -> bool:
+    return page.stem.endswith(".ko")
+
+
+def in_language_of(readme: Path) -> list[Path]:
+    """The pages of a README's language, itself among them."""
+    return [page for page in PAGES if is_korean(page) == is_korean(readme)]
+
+
+def text_of(*pages: Path) -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in pages)
+
+
+def blocks(text: str) -> list[str]:
+    """What stands between fences, without the indentation of the fence."""
+    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """The text outside fences."""
+    return FENCE.sub("", text)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `yeonma` and `torchrun sft-trainer.py` command in the blocks, as `yeonma VERB ...`."""
+    lines = (line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines())
+    lines = (re.sub(r"^[A-Z_]+=\S+ ", "", line) for line in lines)
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith(("yeonma ", "torchrun "))]
+    return [
+        ["yeonma", "sft", *command[command.index("sft-trainer.py") + 1 :]] if command[0] == "torchrun" else command
+        for command in words
+        if command[1] != "--help" and (command[0] == "yeonma" or "sft-trainer.py" in command)
+    ]
+
+
+def settings_named(verb: Verb) -> set[str]:
+    return {field.name for group in verb.groups for field in fields(group)} | {"config", "help"}
+
+
+def option_names(words: list[str]) -> list[str]:
+    return [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+def links(text: str) -> list[str]:
+    """The targets of links and images outside fences and inline code."""
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(text)))
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for target in links(text):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        if not linked.exists():
+            broken.append(target)
+        elif anchor and anchor not in slugs(text if linked == page else text_of(linked)):
+            broken.append(target)
+    return broken
+
+
+def chapters(text: str) -> list[tuple[str, str]]:
+    """Level and number of each heading; templates in blocks have headings of their own, which do not count."""
+    return re.findall(r"^(#+) (\d*)", prose(text), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    assert broken_links(page, text_of(page)) == []
+
+
+def test_a_broken_link_is_found() -> None:
+    text = "# One `two`: three\n\n[a](#one-two-three) [b](#two) [c](docs/none.md) [d](LICENSE) [e](README.md#none)\n"
+    assert broken_links(ROOT / "README.md", text) == ["#two", "docs/none.md", "README.md#none"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_has_settings_that_exist_and_fit(page: Path) -> None:
+    for _, verb, *words in commands(text_of(page)):
+        known = VERBS[verb]
+        assert set(option_names(words)) <= settings_named(known)
+        if "..." in words:  # the rest is the reader's
+            continue
+        assert (
+            read_settings(
+                known.groups, words, verb=verb, positional=known.positional, needless=known.needless
+            ).warnings
+            == ()
+        )
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_the_pages_of_a_language_show_commands_for_every_step(readme: Path) -> None:
+    shown = {words[1] for words in commands(text_of(*in_language_of(readme)))}
+    assert {"sft", "dpo", "inspect", "generate", "compare", "verify", "merge", "export", "push", "serve"} <= shown
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_the_tutorials_command_stands_in_it_word_for_word(readme: Path) -> None:
+    assert TUTORIAL in blocks(text_of(readme))
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_templates_are_shown_as_their_files_have_them(readme: Path) -> None:
+    shown = blocks(text_of(*in_language_of(readme)))
+    built_in = template._BUILT_IN_FOLDER
+    assert (built_in / "alpaca.txt").read_text(encoding="utf-8") in shown
+    own = SAMPLES / "title_en.txt" if readme.name == "README.md" else built_in / "title.txt"
+    assert own.read_text(encoding="utf-8") in shown
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_it_opens_with_the_two_commands(readme: Path) -> None:
+    first = [line.split("#")[0].strip() for line in blocks(text_of(readme))[0].splitlines()]
+    assert first == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("readme", [READMES[0], pytest.param(READMES[1], marks=KOREAN_README_IS_OLD)])
+def test_a_readme_is_short(readme: Path) -> None:
+    assert len(text_of(readme).splitlines()) <= MOST_README_LINES
+
+
+def test_the_readme_leads_to_every_page_and_the_pages_show_every_picture() -> None:
+    readme, *_ = READMES
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(text_of(readme))}
+    assert {page for page in in_language_of(readme) if page != readme} <= linked
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(text_of(page))}
+    assert set((ROOT / "docs").glob("*.png")) <= shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=KOREAN_README_IS_OLD if name == "README" else ()) for name in TRANSLATED],
+)
+def test_both_languages_have_the_same_chapters_in_the_same_order(name: str) -> None:
+    english, korean = (chapters(text_of(ROOT / f"{name}{ending}")) for ending in (".md", ".ko.md"))
+    assert english == korean
+
+
+def test_every_korean_page_is_compared_with_its_english_one() -> None:
+    korean = {name_of(page).removesuffix(".ko.md") for page in PAGES if is_korean(page)}
+    assert korean == set(TRANSLATED)
+
+
+def test_the_tables_of_the_page_on_scale_are_those_of_its_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/scale.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
-"""The README's tutorial, its commands one after the other as they stand there, on a tiny model: rows to server."""
+"""The commands of the docs, one page after the other as they stand there, on a tiny model: data to server."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,9 @@ from tests.tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("tutorial", "data", "preferences", "hardware", "evaluate", "serve-and-export")
+"""In the order in which their commands run; later pages use what earlier ones leave behind."""
+TEXT = {page: (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES}
 SPEED = {  # what a tiny model need not do at length
     "sft": ["--max_steps", "2", "--save_steps", "1"],
     "dpo": ["--max_steps", "2"],
@@ -39,23 +42,24 @@ ELSEWHERE = {
 
 
 def commands() -> list[list[str]]:
-    """The words of each command of the tutorial, in order."""
-    text = README[README.index("## Tutorial") : README.index("## What it does not do yet")]
+    """The words of each command of the pages, in order; a command with `...` is not whole."""
     found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith(("yeonma ", "torchrun ", "python merge.py ")) and "..." not in line:
-                found.append(shlex.split(line, comments=True))
-    return found
+    for text in TEXT.values():
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith(("yeonma ", "torchrun ", "python merge.py ")) and "..." not in line:
+                    found.append(shlex.split(line, comments=True))
+    return [words for words in found if words[1] != "--help"]
 
 
-def block_after(text: str) -> str:
-    return README.split(text, 1)[1].split("```", 1)[1].partition("\n")[2].split("```", 1)[0]
+def block_after(page: str, text: str) -> str:
+    """The first block of the page below a text in it."""
+    return TEXT[page].split(text, 1)[1].split("```", 1)[1].partition("\n")[2].split("```", 1)[0]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tutorial takes for granted: two bases, a data set of the hub, and the reader's own files."""
+    """What the pages take for granted: two bases, a data set of the hub, and the reader's own files."""
     root = tmp_path_factory.mktemp("tutorial")
     base = tiny_base(root / "base", byte_level())
     write_jsonl(root / "news.jsonl", articles(230))
@@ -64,8 +68,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in pairs(12)
     ]
     write_jsonl(root / "pairs.jsonl", rows)
-    (root / "articles.csv").write_text(block_after("A CSV file, `articles.csv`:"))
-    (root / "headline.txt").write_text(block_after("a template, `headline.txt`, with its columns:"))
+    shown = json.loads(block_after("preferences", "`pairs.jsonl` has rows like this one:"))
+    assert shown.keys() == rows[0].keys()
+    labelled = json.loads(block_after("preferences", "`labelled.jsonl` has rows like this one:"))
+    good = {**labelled, "headline": "Town hall clock runs again", "label": True}
+    write_jsonl(root / "labelled.jsonl", [labelled, good] * 4)
+    (root / "articles.csv").write_text(block_after("tutorial", "A CSV file, `articles.csv`:"))
+    (root / "headline.txt").write_text(block_after("tutorial", "A template, `headline.txt`,"))
     made = command(
         root / "demo", "demo", "--model_dir", str(base), "--quick", "true", "--output_dir", str(root / "demo")
     )
@@ -105,19 +114,41 @@ def test_each_command_does_what_it_says(place: Path, monkeypatch: pytest.MonkeyP
         assert run.status == 0, f"{verb} {' '.join(rest)}\n{run.err}"
         done.append(verb)
     assert done.count("sft") == 3
+    assert done.count("dpo") == 2
     assert {"inspect", "generate", "compare", "dpo", "verify", "merge"} <= set(done)
     for file in (
         "demo/report/report.html",
         "answers.jsonl",
+        "headlines.jsonl",
         "preferred/adapter_model.safetensors",
+        "preferred-kto/adapter_model.safetensors",
         "headlines-merged/model.safetensors",
         "title-generator-merged/model.safetensors",
     ):
         assert (place / file).is_file(), file
 
 
+def test_the_python_of_the_pages_runs(place: Path) -> None:
+    """Training from Python, into a folder that the commands leave alone, and loading the adapter with PEFT."""
+    train = block_after("tutorial", "## 8. In Python or a notebook")
+    for word in as_here(["HuggingFaceTB/SmolLM2-135M-Instruct"], place):
+        train = train.replace("HuggingFaceTB/SmolLM2-135M-Instruct", word)
+    train = train.replace('output_dir="headlines"', 'output_dir="in-python"')
+    load = block_after("serve-and-export", "The output folder is an ordinary PEFT adapter:")
+    for code in (train, f"{load}assert len(ids)"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (place / "in-python" / "adapter_model.safetensors").is_file()
+
+
 def test_the_demo_is_served(place: Path) -> None:
-    """The README's command, at a port that is free, and its Python."""
+    """The page's command, at a port that is free, and its Python."""
     (words,) = [each[1:] for each in commands() if each[:3] == ["yeonma", "serve", "demo"]]
     server = subprocess.Popen(
         [sys.executable, "-m", "yeonma", *words, "--port", "0"],
@@ -132,7 +163,9 @@ def test_the_demo_is_served(place: Path) -> None:
         serving = (re.search(r"Serving .* at (http://\S+/v1)\.", line) for line in server.stdout)
         address = next(found[1] for found in serving if found)
         assert len(OpenAI(base_url=address, api_key="none").models.list().data) == 2
-        code = block_after("the base is in memory once.").replace("http://127.0.0.1:8000/v1", address)
+        code = block_after("serve-and-export", "The base model is in memory once.").replace(
+            "http://127.0.0.1:8000/v1", address
+        )
         printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert printed.returncode == 0, printed.stderr
         server.send_signal(signal.SIGINT)

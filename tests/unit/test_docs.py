@@ -27,6 +27,23 @@ TRANSLATED: tuple[str, ...] = ("README",)
 KOREAN_README_IS_OLD = pytest.mark.xfail(
     strict=True, reason="README.ko.md still has the long form; remove this mark with its rewrite"
 )
+OTHER_OPTIONS = {  # of pip, Slurm, torchrun, make's targets and the scripts under benchmarks/, tests/ and scripts/
+    *("no_deps", "ntasks_per_node", "nnodes", "node_rank"),
+    *(
+        "write_docs",
+        "data",
+        "model",
+        "output",
+        "ours",
+        "contenders",
+        "rounds",
+        "first_round",
+        "workloads",
+        "add",
+        "tiny",
+    ),
+    *("kills", "cases"),
+}
 TUTORIAL = """\
 torchrun --nproc_per_node=4 --master_port=1234 sft-trainer.py \\
     --base_model beomi/llama-2-ko-7b --data-path daekeun-ml/naver-news-summarization-ko \
@@ -71,7 +88,9 @@ def commands(text: str) -> list[list[str]]:
     lines = (re.sub(r"^[A-Z_]+=\S+ ", "", line) for line in lines)
     words = [shlex.split(line, comments=True) for line in lines if line.startswith(("yeonma ", "torchrun "))]
     return [
-        ["yeonma", "sft", *command[command.index("sft-trainer.py") + 1 :]] if command[0] == "torchrun" else command
+        ["yeonma", "sft", *command[command.index("sft-trainer.py") + 1 :]]
+        if command[0] == "torchrun"
+        else command
         for command in words
         if command[1] != "--help" and (command[0] == "yeonma" or "sft-trainer.py" in command)
     ]
@@ -109,9 +128,9 @@ def broken_links(page: Path, text: str) -> list[str]:
             continue
         file, _, anchor = target.partition("#")
         linked = (page.parent / file).resolve() if file else page
-        if not linked.exists():
-            broken.append(target)
-        elif anchor and anchor not in slugs(text if linked == page else text_of(linked)):
+        if not linked.exists() or (
+            anchor and anchor not in slugs(text if linked == page else text_of(linked))
+        ):
             broken.append(target)
     return broken
 
@@ -146,10 +165,31 @@ def test_every_command_has_settings_that_exist_and_fit(page: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_option_in_the_text_is_a_setting(page: Path) -> None:
+    inline = " ".join(re.findall(r"`([^`\n]+)`", prose(text_of(page))))
+    named = {name.replace("-", "_") for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", inline)}
+    assert (
+        sorted(named - {name for verb in VERBS.values() for name in settings_named(verb)} - OTHER_OPTIONS)
+        == []
+    )
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 def test_the_pages_of_a_language_show_commands_for_every_step(readme: Path) -> None:
     shown = {words[1] for words in commands(text_of(*in_language_of(readme)))}
-    assert {"sft", "dpo", "inspect", "generate", "compare", "verify", "merge", "export", "push", "serve"} <= shown
+    assert {
+        "sft",
+        "dpo",
+        "inspect",
+        "generate",
+        "compare",
+        "verify",
+        "merge",
+        "export",
+        "push",
+        "serve",
+    } <= shown
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)

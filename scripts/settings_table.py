@@ -216,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 (ROOT / name).write_text(fresh, encoding="utf-8")
     for name in stale:
         print(
-            f"{name}: differs from yeonma/config/settings.py; run `make docs`" if check else f"{name}: written"
+            f"{name}: differs from yeonma/config/settings.py; run `make docs`"
+            if check
+            else f"{name}: written"
         )
     return int(check and bool(stale))
 

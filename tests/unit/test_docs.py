@@ -145,6 +145,12 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     assert broken_links(page, text_of(page)) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_of_the_repository_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"(?<![\w./-])((?:benchmarks|scripts|tests|yeonma)/[\w./-]+\.\w+)", text_of(page))
+    assert [file for file in sorted(set(named)) if not (ROOT / file).exists()] == []
+
+
 def test_a_broken_link_is_found() -> None:
     text = "# One `two`: three\n\n[a](#one-two-three) [b](#two) [c](docs/none.md) [d](LICENSE) [e](README.md#none)\n"
     assert broken_links(ROOT / "README.md", text) == ["#two", "docs/none.md", "README.md#none"]

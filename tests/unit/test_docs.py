@@ -14,7 +14,7 @@ import pytest
 
 from yeonma.cli import VERBS, Verb
 from yeonma.commands.demo import SAMPLES
-from yeonma.config.parse import read_settings
+from yeonma.config.parse import read_config
 from yeonma.data import template
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,8 +164,13 @@ def test_every_command_has_settings_that_exist_and_fit(page: Path) -> None:
         if "..." in words:  # the rest is the reader's
             continue
         assert (
-            read_settings(
-                known.groups, words, verb=verb, positional=known.positional, needless=known.needless
+            read_config(
+                known.config,
+                words,
+                verb=verb,
+                groups=known.groups,
+                positional=known.positional,
+                needless=known.needless,
             ).warnings
             == ()
         )

@@ -26,12 +26,10 @@ def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list
     from yeonma.generation.completion import generate
     from yeonma.generation.sampling import SamplingParams
     from yeonma.model.forest_support import check_forest_support
-    from yeonma.model.kernels.lora import speed_up
-    from yeonma.model.kernels.patch import patch
+    from yeonma.model.kernels.patch import patch_kernels
 
     assert check_forest_support(model).forest
-    speed_up(model)
-    patch(model)
+    patch_kernels(model)
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         sampling = SamplingParams((tokenizer.eos_token_id,), job["new_tokens"])

@@ -94,8 +94,7 @@ def train_and_trace() -> None:
     from yeonma.model.forest_support import check_forest_support, tiny_sequences
     from yeonma.model.kernels.elementwise import PLAIN, swiglu
     from yeonma.model.kernels.linear import has_onednn
-    from yeonma.model.kernels.lora import speed_up
-    from yeonma.model.kernels.patch import patch, pick_kernels
+    from yeonma.model.kernels.patch import patch_kernels, pick_kernels
     from yeonma.model.load import LoraShape
     from yeonma.model.logprobs import trained_logprobs
     from yeonma.model.memory_trace import blueprint, trace
@@ -115,8 +114,7 @@ def train_and_trace() -> None:
     sequences = tiny_sequences(model.config.vocab_size, 0)
     forest = lay_out(sequences, [np.ones(len(sequence), dtype=bool) for sequence in sequences])
     expected = trained_logprobs(model, forest, None)
-    speed_up(model)
-    patch(model)
+    patch_kernels(model)
     found = trained_logprobs(model, forest, how.head)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     found.sum().backward()

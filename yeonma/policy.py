@@ -22,8 +22,7 @@ from yeonma.errors import UserError
 from yeonma.generation.completion import Answer, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
 from yeonma.model.logprobs import Forward
 
@@ -163,8 +162,7 @@ def load_policy(
         model = load_adapter(model, str(asker.adapter.path), trainable=False).eval()
         inner = model.get_base_model()
     forward = check_forest_support(inner)
-    speed_up(inner)
-    patch(inner)
+    patch_kernels(inner, forward=forward)
     return Policy(asker, model, forward, adapter_weights)
 
 

@@ -98,7 +98,7 @@ import sys
 from pathlib import Path
 import torch
 from yeonma.model import load
-from yeonma.model.forest_support import check_forward
+from yeonma.model.forest_support import check_forest_support
 from yeonma.model.sharding import gathered_bytes, held_bytes, shard_weights
 from yeonma.train.distributed import processes, wait
 from yeonma.run_folder.progress import status_bytes
@@ -110,7 +110,7 @@ with processes(torch.device("cpu")) as group:
     whole, gathered = held_bytes(model), gathered_bytes(model)
     shard_weights(model, torch.device("cpu"))
     after = {name: status_bytes(name) - before[name] for name in before}
-    check_forward(model)
+    check_forest_support(model)
     passed = {name: status_bytes(name) - before[name] for name in before}
     found = {"whole": whole, "gathered": gathered, "held": held_bytes(model), "after": after, "passed": passed}
     Path(sys.argv[2], f"{group.rank}.json").write_text(json.dumps(found))

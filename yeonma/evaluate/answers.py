@@ -27,8 +27,7 @@ from yeonma.evaluate.metrics import Wrote
 from yeonma.generation.completion import Answer, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
 from yeonma.model.logprobs import Forward, example_logprobs
 from yeonma.model.quantization import check_installed
@@ -200,8 +199,7 @@ def _answer(
 ) -> None:
     """Ask what is missing, then measure what is missing. Leaves the model with its plain attention."""
     forward = check_forest_support(model)
-    speed_up(model)
-    patch(model)
+    patch_kernels(model)
     name, asker = task.candidate.name, task.candidate.asker
     rows = _unanswered(task, how, kept)
     total, before = len(task.questions), len(task.questions) - len(rows)

@@ -46,12 +46,13 @@ def check_forest_support(model: Any, seed: int = 0) -> Forward:
         forest = lay_out(sequences, [np.ones(len(sequence), dtype=bool) for sequence in sequences])
         found = capability_of(model.device, model.dtype)
         for capability in (found, None) if found else (None,):  # a kernel that fails here is done without
-            why_not, own = _try_forest(model, forest, capability)
+            backends: dict[int, str] = {}
+            why_not, own = _try_forest(model, forest, capability, backends)
             if own is not None:
                 difference = distance(own, expected)
                 if difference <= tolerance:  # false of NaN
                     head = _try_head(model, forest, own, distance, tolerance, capability)
-                    return Forward(True, head, plain, "", capability)
+                    return Forward(True, head, plain, "", capability, tuple(backends.values()))
                 why_not = f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
     model.set_attn_implementation(plain)
     return Forward(False, None, plain, why_not)
@@ -96,13 +97,16 @@ def _one_by_one(model: Any, sequences: list[np.ndarray]) -> list[torch.Tensor]:
     return results
 
 
-def _try_forest(model: Any, forest: Forest, capability: Capability | None) -> tuple[str, torch.Tensor | None]:
-    """Why not, or the log-probabilities that the model's own head gives."""
+def _try_forest(
+    model: Any, forest: Forest, capability: Capability | None, backends: dict[int, str]
+) -> tuple[str, torch.Tensor | None]:
+    """Why not, or the log-probabilities that the model's own head gives; fills `backends`, by layer."""
     windows: dict[int, int | None] = {}
 
     def watch(layer: Any, window: int | None, backend: str) -> None:
         index = getattr(layer, "layer_idx", None)
-        windows[len(windows) if index is None else index] = window
+        index = len(windows) if index is None else index
+        windows[index], backends[index] = window, backend
 
     try:
         model.set_attn_implementation(FOREST)

@@ -50,6 +50,7 @@ class Forward:
     capability: Capability | None = (
         None  # of the CUDA device on which a forest's segments go through one call
     )
+    attention: tuple[str, ...] = ()  # the backend of each layer, as the check at loading saw it
 
 
 def plain_head(model: Any) -> Head | None:

@@ -21,8 +21,7 @@ from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import place_of, short_names
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.load import check_vocabulary, load_adapter, load_another, load_base, pick_device, pick_dtype
 from yeonma.serve.app import Limits, Models, make_app
 from yeonma.serve.listen import is_local
@@ -139,8 +138,7 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: L
         else:
             load_another(peft_model, folder, peft_names[name])
     support = check_forest_support(peft_model.eval().get_base_model())
-    speed_up(peft_model)
-    patch(peft_model)
+    patch_kernels(peft_model)
     if not support.forest:
         say(f"answers are generated one at a time: {support.why_not}")
 

@@ -17,9 +17,7 @@ from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.elementwise import PLAIN
-from yeonma.model.kernels.last_layer import spare_where_equal
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch, pick_kernels
+from yeonma.model.kernels.patch import patch_kernels, pick_kernels
 from yeonma.model.logprobs import Forward
 from yeonma.model.quantized import has_products
 from yeonma.model.sharding import held_bytes, is_sharded, shard_weights
@@ -93,13 +91,12 @@ def load_model(
         say(f"one sequence at a time, because {how.why_not}")
     if how_kept := checkpointing(model_settings):
         load.checkpoint_activations(base, how_kept)
-    speed_up(base)
-    patch(base, kernels)
-    spare_where_equal(base, how)
+    report = patch_kernels(base, kernels, forward=how, trim_last=True)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
     )
+    say(f"kernels: {report}")
     if quantization != "none":
         emulated = quantization == "fp8" and not has_products(device)
         slow = "; this device has no products of fp8, they are emulated: no faster" if emulated else ""

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 from yeonma.batch.forest import lay_out
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import Forward, example_logprobs
 from yeonma.train.losses import (
     LOSSES,
@@ -95,8 +94,7 @@ def test_pairs_have_the_logprobs_and_gradients_of_separate_sequences(family: str
     if (
         family != "qwen3_next"
     ):  # whose recurrence makes much of another routine's rounding; tests of LoRA have it
-        speed_up(model)
-        patch(model)
+        patch_kernels(model)
     sequences, trained = pairs()
     logprob_N = example_logprobs(
         model.get_base_model(), how, sequences, trained, share_prefix=share_prefix, units=UNITS

@@ -32,9 +32,8 @@ from yeonma.inspect.forecast import (
 from yeonma.inspect.probe import measure_rate, probe_run
 from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST
-from yeonma.model.kernels.last_layer import spare_last_layer
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.last_layer import trim_last_layer
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import HEAD_CHUNK_BYTES, Forward, plain_head
 from yeonma.model.memory_trace import Blueprint, blueprint, trace
 from yeonma.model.quantized import packed_layers
@@ -59,9 +58,8 @@ def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprin
     base.set_attn_implementation(FOREST)
     if changed.get("gradient_checkpointing"):
         load.checkpoint_activations(base)
-    speed_up(base)
-    patch(base)
-    spare_last_layer(base)
+    patch_kernels(base)
+    trim_last_layer(base)
     return replace(on_meta, model=base.train(), head=plain_head(base))
 
 
@@ -349,9 +347,8 @@ def test_a_quantised_model_is_traced_as_the_real_one(tmp_path: Path, kind: Quant
     base = loaded(folder, kind)
     load.add_lora(base, SHAPE, seed=0)
     base.set_attn_implementation(FOREST)
-    speed_up(base)
-    patch(base)
-    spare_last_layer(base)
+    patch_kernels(base)
+    trim_last_layer(base)
     on_meta = drawn(quantization=kind)
     found = replace(on_meta, model=base.train(), head=plain_head(base))
     forecast, real = (trace(each, laid, has_gradients=True) for each in (on_meta, found))

@@ -23,7 +23,7 @@ from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.lora import patch_linear
 from yeonma.model.logprobs import Forward, example_logprobs, sequence_logprobs
 from yeonma.model.quantized import Dequantised, numbers_of, packed_layers, quantised_layers
 
@@ -89,7 +89,7 @@ def test_a_model_is_the_one_whose_weights_the_few_bits_stand_for(family: Path, k
         draw_second_factor(each)
         how = check_forest_support(each)
         assert how.forest and how.head is not None
-        speed_up(each)
+        patch_linear(each)
         results.append(gone_through(each, how))
     assert_same(*results)
 
@@ -126,7 +126,7 @@ def test_a_forest_is_the_sequences_one_by_one(llama: Path, kind: Quantization) -
     model = adapted(llama, kind)
     how = check_forest_support(model)
     assert how.forest
-    speed_up(model)
+    patch_linear(model)
     with torch.no_grad():
         by_forest = example_logprobs(model, how, sequences(), trained(), share_prefix=True)
         model.set_attn_implementation(how.plain_attention)
@@ -156,7 +156,7 @@ def test_an_example_is_the_same_beside_others_of_far_larger_activations(
 def test_lora_in_one_node_is_pefts_own(llama: Path, kind: Quantization, dropout: float) -> None:
     pefts = adapted(llama, kind, dropout)
     ours = copy.deepcopy(pefts)
-    assert speed_up(ours) == 14
+    assert patch_linear(ours)["LoRA"] == 14
     how = check_forest_support(pefts)
     ours.set_attn_implementation(FOREST)
     results = []
@@ -179,7 +179,7 @@ def test_checkpointed_activations_give_the_same_bytes(llama: Path, kind: Quantiz
         how = check_forest_support(model)
         if checkpointed:
             load.checkpoint_activations(model)
-        speed_up(model)
+        patch_linear(model)
         results.append(gone_through(model.train(), how))
     (one, gradients), (other, others) = results
     assert torch.equal(one, other)
@@ -193,7 +193,7 @@ def test_without_its_adapter_the_base_is_as_it_was(llama: Path, kind: Quantizati
     before, _ = gone_through(model, how)
     peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
     draw_second_factor(model)
-    speed_up(model)
+    patch_linear(model)
     with peft_model.disable_adapter(), torch.no_grad():
         assert torch.equal(example_logprobs(model, how, sequences(), trained(), share_prefix=True), before)
     after, _ = gone_through(model, how)
@@ -220,7 +220,7 @@ def test_bfloat16_is_taken(llama: Path, kind: Quantization) -> None:
     assert {each.dtype for each in trained_weights} == {torch.float32}
     how = check_forest_support(model)
     assert how.forest
-    speed_up(model)
+    patch_linear(model)
     (found, gradients), (whole, _) = gone_through(model, how), gone_through(*_plain(llama))
     assert found.isfinite().all() and all(each.dtype == torch.float32 for each in gradients)
     assert float((found - whole).abs().mean()) < 1.0

@@ -27,10 +27,9 @@ from tests.models import tiny_model
 from yeonma.errors import UserError
 from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST
-from yeonma.model.forest_support import check_forward
+from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import example_logprobs
-from yeonma.model.kernels.patch import fuse
-from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.sharding import held_bytes, shard_weights
 from yeonma.train.distributed import processes
 
@@ -49,9 +48,8 @@ def adapted(family):
 
 
 def gone_through(model):
-    how = check_forward(model)
-    speed_up(model)
-    fuse(model)
+    how = check_forest_support(model)
+    patch_kernels(model)
     loss = -example_logprobs(model, how, ids, trained, share_prefix=True).sum()
     loss.backward()
     grads = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}

@@ -20,8 +20,7 @@ from tests.unit.train.test_dpo import LOSSES as NAMES
 from tests.unit.train.test_dpo import MORE, left_behind
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support, in_eval_mode
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import example_logprobs
 from yeonma.tokenization.example import AnswerRole
 from yeonma.train import build as setup
@@ -51,8 +50,7 @@ def adapted(model: Any, checkpointing: bool = False, **shape: Any) -> tuple[Any,
     how = check_forest_support(model)
     if checkpointing:
         load.checkpoint_activations(model)
-    speed_up(model)
-    patch(model)
+    patch_kernels(model)
     return peft_model, model, how
 
 

@@ -183,6 +183,7 @@ def test_the_console_has_one_line_a_step_and_nothing_that_libraries_print(
     kinds = [
         re.escape(f"{data}: 17 rows, 17 examples, ") + r"[\d,]+ tokens, \d+ of them trained",
         re.escape(f"{base}: ") + "3,712 parameters trained, 21,728 frozen, torch.float32 on cpu",
+        r"kernels: RMSNorm 5/5, SwiGLU 2/2, rotary 2/2, LoRA (\d+)/\1, .*last layer 1/1, attention cpu_cascade",
         *(["step 0/6 .* validation loss .*"]),
         *([r"step \d/6  epoch .*  loss .*  lr .* tokens/s .* left .*"] * 3),
         *(["step 3/6 .* validation loss .*"]),

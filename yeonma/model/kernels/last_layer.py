@@ -27,16 +27,16 @@ TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 0.05
 """Of the mean difference of log-probabilities. Products of other sizes round otherwise; mixed rows differ by units."""
 
 
-def spare_last_layer(model: Any) -> bool:
+def trim_last_layer(model: Any) -> bool:
     """Have the last layer leave out what is not read, wherever a forward pass says what is (READ).
 
-    False for models that have no such layer, or spare it already.
+    False for models that have no such layer, or trim it already.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return False
     attention, *behind = parts = [_part_of(layers[-1], name) for name in PARTS]
-    if None in parts or _is_spared(attention):
+    if None in parts or _is_trimmed(attention):
         return False
     read: list[torch.Tensor] = []  # from the attention on
     attention.forward = partial(_attention, attention.forward, read)
@@ -45,9 +45,9 @@ def spare_last_layer(model: Any) -> bool:
     return True
 
 
-def spare_where_equal(model: Any, how: Forward) -> bool:
+def trim_where_equal(model: Any, how: Forward) -> bool:
     """The same, where a few log-probabilities are those of the whole layer."""
-    if not how.forest or not spare_last_layer(model):
+    if not how.forest or not trim_last_layer(model):
         return False
     ids = tiny_sequences(model.config.get_text_config().vocab_size, 0)
 
@@ -71,7 +71,7 @@ def spare_where_equal(model: Any, how: Forward) -> bool:
     return same
 
 
-def _is_spared(attention: nn.Module) -> bool:
+def _is_trimmed(attention: nn.Module) -> bool:
     forward = attention.__dict__.get("forward")
     return isinstance(forward, partial) and forward.func is _attention
 

@@ -8,6 +8,7 @@ arXiv:2106.09685.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -21,19 +22,21 @@ from yeonma.model.kernels.linear import Dense, Weight, frozen_linear, has_onednn
 from yeonma.model.quantized import packed_weight
 
 
-def speed_up(model: nn.Module) -> int:
-    """Give every plain LoRA layer of `model` the short forward, and every frozen dense layer the fastest product.
+def patch_linear(model: nn.Module) -> Counter[str]:
+    """Give every plain LoRA layer of `model` the short forward, and every frozen dense layer oneDNN's product where the
+    machine has it.
 
-    Returns how many LoRA layers took it.
+    Returns how many did: `LoRA` and `oneDNN`.
     """
-    taken = 0
+    patched: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and _is_plain(layer):
             layer.forward = partial(_forward, layer, layer.forward)
-            taken += 1
+            patched["LoRA"] += 1
         elif has_onednn() and is_frozen_linear(layer):
             layer.forward = partial(_frozen_forward, layer)  # type: ignore[method-assign]
-    return taken
+            patched["oneDNN"] += 1
+    return patched
 
 
 def _frozen_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

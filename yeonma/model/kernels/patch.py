@@ -1,25 +1,34 @@
-"""Patch the modules of a model that compute just what `yeonma.model.kernels.elementwise` does, as a trial shows.
+"""Replace the forwards of a model's modules by the faster ones of this package, and count which modules took them.
 
-A trial runs the model's own code on the CPU, with a few small random numbers in place of the weights, so that it costs
-nothing and tells the same of a model without weights. What differs, fails or takes other arguments keeps its own code.
+A norm, MLP or attention module is replaced where a trial shows that its own code computes just what
+`yeonma.model.kernels.elementwise` does. The trial runs the module's code on the CPU with a few small random numbers in
+place of its weights, so it costs nothing and works for a model without weights. A module that differs, fails or takes
+other arguments keeps its own code.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from yeonma.config.settings import Compiling
 from yeonma.errors import Log, UserError, first_line
 from yeonma.model.kernels.elementwise import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
-from yeonma.model.kernels.lora import gated, takes_gated
+from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
+from yeonma.model.kernels.lora import gated, patch_linear, takes_gated
+from yeonma.model.logprobs import Forward
+from yeonma.model.sharding import own_class
 
 ROTATION = "apply_rotary_pos_emb"
 """The function that transformers' attention modules turn queries and keys by."""
@@ -30,23 +39,104 @@ WIDTH = 16
 ROWS = 5
 TOLERANCE = 1e-5
 
+KINDS = ("RMSNorm", "SwiGLU", "rotary", "LoRA", "oneDNN", "last layer")
+"""In the order of a report."""
+
 ForwardFunction = Callable[..., Any]
 
 
-def patch(model: nn.Module, kernels: Kernels = PLAIN) -> int:
-    """Give every module that a trial allows the short forward; returns how many have it. Called again, it changes the
-    kernels."""
-    taken = 0
+@dataclass(frozen=True)
+class KernelCount:
+    """How many modules of a kind have a faster forward, out of those that look as if they could."""
+
+    kind: str
+    patched: int
+    candidates: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.patched}/{self.candidates}"
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What `patch_kernels` did to a model: `RMSNorm 49/49, SwiGLU 24/24, rotary 24/24, LoRA 168/168, attention varlen`.
+
+    A count below its total means that the model's code computes something else, or has names that are not known here.
+    """
+
+    counts: tuple[KernelCount, ...]
+    """Kinds that the model has no candidates of are left out."""
+    attention: tuple[str, ...]
+    """The backend of each layer; empty where it is not known."""
+    is_compiled: bool
+    """Whether norms, SwiGLU and rotary positions run as kernels of PyTorch's compiler."""
+
+    def __str__(self) -> str:
+        parts = [str(count) for count in self.counts]
+        layers = Counter(self.attention)
+        if len(layers) == 1:
+            parts.append(f"attention {self.attention[0]}")
+        elif layers:
+            parts += [f"attention {name} {count}/{len(self.attention)}" for name, count in layers.items()]
+        return ", ".join([*parts, "compiled by PyTorch"] if self.is_compiled else parts)
+
+
+def patch_kernels(
+    model: nn.Module,
+    kernels: Kernels = PLAIN,
+    *,
+    forward: Forward | None = None,
+    trim_last: bool = False,
+) -> KernelReport:
+    """Give every module that allows it a faster forward, and return what was replaced.
+
+    `model`: a transformers model, its LoRA layers in place. `forward`: how it computes log-probabilities, for the
+    report and for `trim_last`: the last layer then computes only the positions that are read (`last_layer.py`), after a
+    trial, or without one on the meta device.
+    """
+    has_rotary = any("Rotary" in own_class(module).__name__ for module in model.modules())
+    candidates = Counter(kind for module in model.modules() for kind in _kinds_of(module, has_rotary))
+    patched = patch_linear(model) + patch_elementwise(model, kernels)
+    if trim_last and forward is not None and forward.forest:
+        on_meta = next(model.parameters()).device.type == "meta"
+        candidates["last layer"] = 1
+        patched["last layer"] = int(trim_last_layer(model) if on_meta else trim_where_equal(model, forward))
+    totals = {kind: max(patched[kind], candidates[kind]) for kind in KINDS}
+    counts = [KernelCount(kind, patched[kind], total) for kind, total in totals.items() if total]
+    return KernelReport(tuple(counts), forward.attention if forward else (), kernels is not PLAIN)
+
+
+def _kinds_of(module: nn.Module, has_rotary: bool) -> Iterator[str]:
+    """The kinds that a module looks like, by its class's name and its structure: wider than what a trial may allow."""
+    name, children = own_class(module).__name__, module._modules
+    weights = [weight for weight in module._parameters.values() if weight is not None]
+    if "norm" in name.lower() and "layernorm" not in name.lower() and not children:
+        if len(weights) == 1 and weights[0].ndim == 1:
+            yield "RMSNorm"
+    gated = any("gate" in child for child in children) and any("down" in child for child in children)
+    layers = [child for child in children.values() if child and next(child.parameters(), None) is not None]
+    if gated or (re.search(r"MLP|FeedForward", name) and len(layers) == 3 and not weights):
+        yield "SwiGLU"
+    if name.endswith("Attention") and children and has_rotary:
+        yield "rotary"
+    if isinstance(module, LoraLayer):
+        yield "LoRA"
+
+
+def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str]:
+    """Give every norm, MLP and attention module that a trial allows the short forward; returns how many of each kind
+    have it. Called again, it changes the kernels."""
+    patched: Counter[str] = Counter()
     for module in model.modules():
         if not _is_own(module.__dict__.get("forward")):
             continue
-        for short in (_short_norm, _short_mlp, _short_attention):
+        for kind, short in (("RMSNorm", _short_norm), ("SwiGLU", _short_mlp), ("rotary", _short_attention)):
             forward = short(module, kernels)
             if forward is not None:
                 module.forward = forward
-                taken += 1
+                patched[kind] += 1
                 break
-    return taken
+    return patched
 
 
 def pick_kernels(asked: Compiling, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:

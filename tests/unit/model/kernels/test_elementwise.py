@@ -26,8 +26,8 @@ from yeonma.model.kernels.elementwise import (
     rotate,
     swiglu,
 )
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch, pick_kernels
+from yeonma.model.kernels.lora import patch_linear
+from yeonma.model.kernels.patch import patch_elementwise, pick_kernels
 from yeonma.model.load import LoraShape, add_lora
 from yeonma.model.logprobs import Forward, example_logprobs
 
@@ -63,7 +63,7 @@ def taken(model: nn.Module) -> tuple[int, ...]:
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
 def test_what_is_taken_of_each_family(family: str) -> None:
     model = tiny_model(family)
-    assert patch(model) == sum(TAKEN[family])
+    assert patch_elementwise(model).total() == sum(TAKEN[family])
     assert taken(model) == TAKEN[family]
 
 
@@ -90,8 +90,8 @@ def test_a_model_gives_the_same_logprobs_and_gradients(family: str, short_lora: 
     model, how = adapted(family)
     expected, gradients = logprobs_and_gradients(model, how)
     if short_lora:
-        speed_up(model)
-    patch(model)
+        patch_linear(model)
+    patch_elementwise(model)
     found, others = logprobs_and_gradients(model, how)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     largest = max(float(each.abs().max()) for each in gradients)
@@ -101,7 +101,7 @@ def test_a_model_gives_the_same_logprobs_and_gradients(family: str, short_lora: 
 
 def test_gradient_checkpointing_computes_the_same_again() -> None:
     model, how = adapted("qwen3")
-    patch(model)
+    patch_elementwise(model)
     _, expected = logprobs_and_gradients(model, how)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -131,7 +131,7 @@ def test_in_half_precision_it_is_no_farther_from_the_exact_than_the_module(dtype
     model.float()
     exact = passes(torch.float32)
     theirs = passes(dtype)
-    assert patch(layer) == 4
+    assert patch_elementwise(layer).total() == 4
     assert attention.forward.func.__name__ == "_attention"
     ours = passes(dtype)
     for best, own, other in zip(exact, ours, theirs, strict=True):
@@ -166,20 +166,20 @@ class Mlp(nn.Module):
 
 
 def test_modules_that_compute_something_else_keep_their_own_forward() -> None:
-    assert patch(Norm()) == 1
-    assert patch(Norm(lambda x: x - x.mean(-1, keepdim=True))) == 0  # a layer norm
+    assert patch_elementwise(Norm()).total() == 1
+    assert patch_elementwise(Norm(lambda x: x - x.mean(-1, keepdim=True))).total() == 0  # a layer norm
     trained = Norm()
     trained.weight.requires_grad_()
-    assert patch(trained) == 0
+    assert patch_elementwise(trained).total() == 0
     biased = Norm()
     biased.bias = nn.Parameter(torch.zeros(8), requires_grad=False)
-    assert patch(biased) == 0
+    assert patch_elementwise(biased).total() == 0
     other = Norm()
     other.eps = 1e-5 + 1e-6 * other.eps  # the trial sees what the module does, whatever it says
-    assert patch(other) == 1
-    assert patch(Mlp(F.silu)) == 1
-    assert patch(Mlp(F.gelu)) == 0
-    assert patch(Mlp(F.silu, dropout=0.1).eval()) == 0  # as it will be in training
+    assert patch_elementwise(other).total() == 1
+    assert patch_elementwise(Mlp(F.silu)).total() == 1
+    assert patch_elementwise(Mlp(F.gelu)).total() == 0
+    assert patch_elementwise(Mlp(F.silu, dropout=0.1).eval()).total() == 0  # as it will be in training
 
 
 def test_an_epsilon_outside_of_the_root_is_seen() -> None:
@@ -187,20 +187,20 @@ def test_an_epsilon_outside_of_the_root_is_seen() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
 
-    assert patch(Outside()) == 0
+    assert patch_elementwise(Outside()).total() == 0
 
 
 def test_hooked_forwards_are_left_alone() -> None:
     module = Norm()
     module.forward = lambda x: x  # type: ignore[method-assign]
-    assert patch(module) == 0
+    assert patch_elementwise(module).total() == 0
 
 
 def test_a_model_of_another_number_format_than_its_norms_keeps_their_rule() -> None:
     module = tiny_model("llama").model.norm
     x = torch.randn(2, 20, 32, dtype=torch.bfloat16)
     expected = module(x)
-    patch(module)
+    patch_elementwise(module)
     assert module(x).dtype == expected.dtype == torch.float32
     assert torch.equal(module(x), expected)
 
@@ -209,7 +209,7 @@ def test_rotation_of_several_sequences_is_the_models_own() -> None:
     model = tiny_model("llama")
     ids = torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
-    patch(model)
+    patch_elementwise(model)
     torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -249,7 +249,7 @@ def test_less_is_kept_for_the_backward() -> None:
     layer = tiny_model("llama").model.layers[0]
     x = torch.randn(1, 128, 32, requires_grad=True)
     before = kept(lambda: layer.mlp(layer.input_layernorm(x)))
-    patch(layer)
+    patch_elementwise(layer)
     after = kept(lambda: layer.mlp(layer.input_layernorm(x)))
     assert before - after == 128 * 48 * 4  # silu(gate)
 
@@ -257,11 +257,11 @@ def test_less_is_kept_for_the_backward() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_before_a_lora_layer_the_product_of_gate_and_up_is_not_kept(dropout: float) -> None:
     model = add_lora(tiny_model("llama"), LoraShape(4, 8, dropout, ["down_proj"]), seed=1)
-    speed_up(model)
+    patch_linear(model)
     mlp = model.get_base_model().model.layers[0].mlp.train()
     x = torch.randn(1, 128, 32, requires_grad=True)
     before = kept(lambda: mlp(x))
-    patch(mlp)
+    patch_elementwise(mlp)
     # silu(gate), and the product where the adapter sees it whole
     assert before - kept(lambda: mlp(x)) == 128 * 48 * 4 * (1 if dropout else 2)
 
@@ -303,9 +303,9 @@ def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> 
 @has_compiler
 def test_a_model_with_compiled_kernels_gives_the_same() -> None:
     model, how = adapted("qwen3")
-    patch(model)
+    patch_elementwise(model)
     expected, gradients = logprobs_and_gradients(model, how)
-    patch(model, pick_kernels(True, torch.device("cpu"), torch.float32, print))
+    patch_elementwise(model, pick_kernels(True, torch.device("cpu"), torch.float32, print))
     found, others = logprobs_and_gradients(model, how)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     for ours, theirs in zip(others, gradients, strict=True):

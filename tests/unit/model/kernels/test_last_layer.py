@@ -11,9 +11,8 @@ import torch
 from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model, with_lora
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.last_layer import spare_last_layer, spare_where_equal
-from yeonma.model.kernels.lora import speed_up
-from yeonma.model.kernels.patch import patch
+from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
+from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import READ, Forward, trained_logprobs
 
 SPARED = [
@@ -25,8 +24,7 @@ def adapted(family: str, short: bool = True) -> tuple[Any, Forward]:
     model = with_lora(family)
     how = check_forest_support(model.get_base_model())
     if short:
-        speed_up(model)
-        patch(model)
+        patch_kernels(model)
     return model, how
 
 
@@ -50,7 +48,7 @@ def look(model: Any, how: Forward, **more: Any) -> tuple[torch.Tensor, list[torc
 def test_logprobs_and_gradients_are_those_of_the_whole_layer(family: str, short: bool) -> None:
     model, how = adapted(family, short)
     expected, gradients = look(model, how)
-    assert spare_where_equal(model.get_base_model(), how)
+    assert trim_where_equal(model.get_base_model(), how)
     found, others = look(model, how)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     largest = max(float(each.abs().max()) for each in gradients)
@@ -73,7 +71,7 @@ def rows_through_mlps(model: Any, how: Forward, **more: Any) -> list[int]:
 def test_only_what_is_read_goes_through_the_last_mlp() -> None:
     model, how = adapted("llama", short=False)
     laid = forest()
-    spare_last_layer(model.get_base_model())
+    trim_last_layer(model.get_base_model())
     read = len(np.unique(laid.source_U))
     assert read < len(laid.source_U) < len(laid.token_ids_T)
     assert rows_through_mlps(model, how) == [len(laid.token_ids_T), read]
@@ -82,7 +80,7 @@ def test_only_what_is_read_goes_through_the_last_mlp() -> None:
 
 def test_gradient_checkpointing_leaves_the_same_out() -> None:
     model, how = adapted("llama")
-    spare_last_layer(model.get_base_model())
+    trim_last_layer(model.get_base_model())
     expected, gradients = look(model, how)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -98,7 +96,7 @@ def test_other_passes_through_the_model_are_whole() -> None:
     base.set_attn_implementation("sdpa")
     expected = base(ids).logits
     base.set_attn_implementation("yeonma_forest")
-    assert spare_where_equal(base, how)
+    assert trim_where_equal(base, how)
     look(model, how)
     base.set_attn_implementation("sdpa")
     assert torch.equal(base(ids).logits, expected)
@@ -111,7 +109,7 @@ def test_a_model_whose_last_mlp_mixes_tokens_keeps_it_whole() -> None:
     before = mlp.forward
     mlp.forward = lambda x: before(x - x.mean(1, keepdim=True))
     expected, _ = look(model, how)
-    assert not spare_where_equal(base, how)
+    assert not trim_where_equal(base, how)
     assert torch.equal(look(model, how)[0], expected)
     assert "forward" in mlp.__dict__ and mlp.forward.__name__ == "<lambda>"
 
@@ -120,16 +118,16 @@ def test_a_model_whose_last_mlp_mixes_tokens_keeps_it_whole() -> None:
 def test_in_half_precision_too(dtype: torch.dtype) -> None:
     base = tiny_model("llama").to(dtype)
     how = check_forest_support(base)
-    assert spare_where_equal(base, how)
+    assert trim_where_equal(base, how)
     mixing = tiny_model("llama").to(dtype)
     mlp = mixing.model.layers[-1].mlp
     before = mlp.forward
     mlp.forward = lambda x: before(x - x.mean(1, keepdim=True))
-    assert not spare_where_equal(mixing, how)
+    assert not trim_where_equal(mixing, how)
 
 
 def test_layers_of_other_names_and_a_second_time_change_nothing() -> None:
-    assert not spare_last_layer(tiny_model("gpt2"))
+    assert not trim_last_layer(tiny_model("gpt2"))
     model = tiny_model("llama")
-    assert spare_last_layer(model)
-    assert not spare_last_layer(model)
+    assert trim_last_layer(model)
+    assert not trim_last_layer(model)

@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from tests.models import tiny_model
-from yeonma.model.kernels.lora import speed_up
+from yeonma.model.kernels.lora import patch_linear
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -69,7 +69,7 @@ def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance:
 )
 def test_outputs_and_gradients_are_pefts_own(config: dict) -> None:
     peft, ours = pair(**config)
-    assert speed_up(ours) == 2
+    assert patch_linear(ours)["LoRA"] == 2
     theirs = run(peft)
     assert len(theirs) == 6 and all(float(each.abs().max()) > 0.1 for each in theirs)
     assert_same(run(ours), theirs)
@@ -77,7 +77,7 @@ def test_outputs_and_gradients_are_pefts_own(config: dict) -> None:
 
 def test_dropout_is_off_in_eval_mode() -> None:
     peft, ours = pair(lora_dropout=0.5)
-    speed_up(ours)
+    patch_linear(ours)
     trained = run(ours)
     ours.eval()
     assert not torch.allclose(run(ours)[0], trained[0])
@@ -87,7 +87,7 @@ def test_dropout_is_off_in_eval_mode() -> None:
 @pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.5}], ids=["plain", "dropout"])
 def test_a_bfloat16_base_gives_what_peft_gives_up_to_bfloat16_and_float32_gradients(config: dict) -> None:
     peft, ours = pair(torch.bfloat16, **config)
-    speed_up(ours)
+    patch_linear(ours)
     theirs = run(peft, torch.bfloat16)
     assert [each.dtype for each in theirs] == [torch.bfloat16] * 2 + [torch.float32] * 4
     assert_same(run(ours, torch.bfloat16), theirs, tolerance=0.02)
@@ -95,7 +95,7 @@ def test_a_bfloat16_base_gives_what_peft_gives_up_to_bfloat16_and_float32_gradie
 
 def test_an_input_that_needs_no_gradient_is_taken() -> None:
     peft, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     x = torch.ones(3, 12)
     for model in (peft, ours):
         model(x).sum().backward()
@@ -107,7 +107,7 @@ def test_an_input_that_needs_no_gradient_is_taken() -> None:
 
 def test_outputs_may_be_changed_in_place() -> None:
     _, model = pair()
-    speed_up(model)
+    patch_linear(model)
     gradients = []
     for in_place in (True, False):
         x = torch.full((2, 10, 12), 0.1, requires_grad=True)
@@ -122,7 +122,7 @@ def test_outputs_may_be_changed_in_place() -> None:
 
 def test_without_gradients_nothing_is_recorded() -> None:
     peft, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     with torch.no_grad():
         output = ours(torch.ones(3, 12))
         torch.testing.assert_close(output, peft(torch.ones(3, 12)), **CLOSE)
@@ -131,13 +131,13 @@ def test_without_gradients_nothing_is_recorded() -> None:
 
 def test_names_and_weights_stay_pefts() -> None:
     peft, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     assert list(ours.state_dict()) == list(peft.state_dict())
 
 
 def test_a_disabled_adapter_gives_the_base_alone() -> None:
     peft, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     x = torch.ones(3, 12)
     with ours.disable_adapter(), peft.disable_adapter():
         base = peft(x)
@@ -147,7 +147,7 @@ def test_a_disabled_adapter_gives_the_base_alone() -> None:
 
 def test_a_merged_adapter_is_not_added_twice() -> None:
     _, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     before = ours(torch.ones(3, 12))
     ours.merge_adapter()
     torch.testing.assert_close(ours(torch.ones(3, 12)), before, rtol=1e-5, atol=1e-5)
@@ -160,27 +160,27 @@ def test_layers_that_are_not_plain_keep_pefts_forward(config: dict) -> None:
     if config.get("lora_bias"):  # wants a base layer with a bias
         config = {**config, "target_modules": ["first"]}
     peft, ours = pair(**config)
-    assert speed_up(ours) == 0
+    assert patch_linear(ours)["LoRA"] == 0
     assert_same(run(ours), run(peft))
 
 
 def test_conv1d_layers_keep_pefts_forward() -> None:
     model = get_peft_model(tiny_model("gpt2"), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     assert any(isinstance(layer, LoraLinear) for layer in model.modules())
-    assert speed_up(model) == 0
+    assert patch_linear(model)["LoRA"] == 0
 
 
 def test_a_base_layer_that_is_trained_itself_keeps_pefts_forward() -> None:
     peft, ours = pair()
     for model in (peft, ours):
         model.base_model.model.first.base_layer.weight.requires_grad_(True)
-    assert speed_up(ours) == 1
+    assert patch_linear(ours)["LoRA"] == 1
     assert_same(run(ours), run(peft))
 
 
 def test_adapters_that_come_later_get_what_peft_gives_them() -> None:
     peft, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     for model in (peft, ours):
         torch.manual_seed(3)
         model.add_adapter("two", LoraConfig(r=2, target_modules=["second"], init_lora_weights=False))
@@ -198,7 +198,7 @@ def test_adapters_that_come_later_get_what_peft_gives_them() -> None:
 
 def test_an_adapter_named_in_the_call_is_pefts_business() -> None:
     peft, ours = pair()
-    speed_up(ours)
+    patch_linear(ours)
     peft.eval(), ours.eval()
     x = torch.ones(2, 12)
     for model in (peft, ours):
@@ -209,6 +209,6 @@ def test_an_adapter_named_in_the_call_is_pefts_business() -> None:
 
 def test_speeding_up_twice_changes_nothing() -> None:
     peft, ours = pair()
-    speed_up(ours)
-    speed_up(ours)
+    patch_linear(ours)
+    patch_linear(ours)
     assert_same(run(ours), run(peft))

@@ -1,4 +1,4 @@
-"""The `yeonma` command: one subcommand a verb, each imported only when it runs."""
+"""The `yeonma` command line. Each subcommand is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ from yeonma.config.settings import (
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
 from yeonma.train.interrupt import Stopped
 
-HELD_SECONDS = 10
+NON_FIRST_RANK_DELAY_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One subcommand. `run` is `module:function`; the function takes a `config`, whose settings are the verb's.
+    """One subcommand.
 
-    `reads`: the groups of `config` that the verb reads, all by default; `defaults`: settings whose default differs.
+    about: one line of help. run: `module:function`; the function takes an instance of `config`. positional: the
+    setting given without its name. reads: the groups of `config` that are read, all by default. defaults: defaults
+    that differ from the groups' own.
     """
 
     about: str
@@ -46,8 +48,8 @@ class Verb:
     positional: str | None = None
     reads: tuple[type, ...] | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
-    needless: tuple[str, ...] = ()
-    """Settings that other verbs require, and this one takes without needing them."""
+    not_required: tuple[str, ...] = ()
+    """Settings that the groups require and this subcommand does not: they are empty if not given."""
 
     @property
     def groups(self) -> tuple[type, ...]:
@@ -58,62 +60,66 @@ class Verb:
 
 VERBS = {
     "sft": Verb(
-        "Fine-tune a model on the answers of a table of examples.",
+        "Fine-tune a model on the answers in a table of examples.",
         "yeonma.commands.sft:run",
         RunConfig,
         reads=TRAINING,
     ),
     "dpo": Verb(
-        "Fine-tune a model on pairs of a chosen and a rejected answer.",
+        "Fine-tune a model on preference pairs or labelled answers.",
         "yeonma.commands.dpo:run",
         RunConfig,
         defaults=PREFERENCE_DEFAULTS,
     ),
     "inspect": Verb(
-        "Show rows as the model will see them, and audit all of them, before training.",
+        "Show what a run would train on, audit it, and forecast memory and time.",
         "yeonma.commands.inspect:run",
         InspectConfig,
-        needless=("output_dir",),
+        not_required=("output_dir",),
     ),
     "generate": Verb(
-        "Answer rows or a prompt.", "yeonma.commands.generate:run", GenerateConfig, "adapter_dir"
+        "Generate answers to rows or a prompt.",
+        "yeonma.commands.generate:run",
+        GenerateConfig,
+        "adapter_dir",
     ),
-    "chat": Verb("Talk with a tuned model.", "yeonma.commands.chat:run", ChatConfig, "adapter_dir"),
+    "chat": Verb("Chat with a fine-tuned model.", "yeonma.commands.chat:run", ChatConfig, "adapter_dir"),
     "compare": Verb(
-        "Measure models on the same rows, and write a report.", "yeonma.commands.compare:run", CompareConfig
+        "Compare models on the same rows and write a report.", "yeonma.commands.compare:run", CompareConfig
     ),
     "verify": Verb(
-        "Check that a run's folder is whole, and that adapter, template, tokenizer and base belong together.",
+        "Check the folder of a run for damage and mismatches.",
         "yeonma.commands.verify:run",
         VerifySettings,
         "adapter_dir",
     ),
     "merge": Verb(
-        "Make one whole model of an adapter and its base, and check that it says the same.",
+        "Merge an adapter into its base model and check the result.",
         "yeonma.export.merged_model:run",
         MergeSettings,
         "adapter_dir",
     ),
     "export": Verb(
-        "Write a tuned model for llama.cpp or Ollama.",
+        "Export a fine-tuned model to llama.cpp or Ollama.",
         "yeonma.commands.export:run",
         ExportSettings,
         "model_dir",
     ),
     "push": Verb(
-        "Send an adapter or a merged model to the hub.", "yeonma.export.hub_push:run", PushSettings, "folder"
+        "Upload an adapter or a merged model to the Hugging Face hub.",
+        "yeonma.export.hub_push:run",
+        PushSettings,
+        "folder",
     ),
     "serve": Verb(
-        "Serve adapters of one base model over an OpenAI-compatible API.",
+        "Serve adapters over an OpenAI-compatible API.",
         "yeonma.commands.serve:run",
         ServeSettings,
         "adapter_dirs",
     ),
-    "demo": Verb(
-        "Tune a small model on the bundled sample, end to end.", "yeonma.commands.demo:run", DemoSettings
-    ),
+    "demo": Verb("Fine-tune a small model on a bundled sample.", "yeonma.commands.demo:run", DemoSettings),
     "demo-dpo": Verb(
-        "Tune a small model on the bundled pairs, end to end.",
+        "Fine-tune a small model on bundled preference pairs.",
         "yeonma.commands.demo:run_dpo",
         DemoSettings,
         defaults={"output_dir": "demo-dpo"},
@@ -122,11 +128,11 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line, and return the exit status: 0, 2 for the user's mistakes, 130 when interrupted, 143 when
-    training was told to end (SIGTERM), 75 when its time limit was over, 69 when another of its processes was lost, 141
-    when nobody reads the output any more.
+    """Run one command line and return the exit status.
 
-    YEONMA_DEBUG=1 shows the traceback of a mistake too. Any other exception is a bug, and passes through.
+    0: success. 2: a user error. 69: another process of the run was lost. 75: the time limit of training was reached.
+    130: interrupted. 141: the reader of the output is gone. 143: training was stopped by SIGTERM.
+    YEONMA_DEBUG=1 also prints the traceback of a user error. Any other exception is a bug and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -137,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         if os.environ.get("RANK", "0") != "0":
-            # Most mistakes show in every process alike. torchrun ends this one as soon as the first has told its own.
-            time.sleep(HELD_SECONDS)
+            # Most errors occur in every process. torchrun ends this one once rank 0 has printed the error and exited.
+            time.sleep(NON_FIRST_RANK_DELAY_SECONDS)
         for line in str(error).splitlines():
             print(f"yeonma: {line}", file=sys.stderr)
         return 2
@@ -152,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("yeonma: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output has seen enough: `yeonma generate ... | head`
+    except BrokenPipeError:  # the reader is gone: `yeonma generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -166,8 +172,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        cure = did_you_mean(name, VERBS) or f"the verbs are {', '.join(VERBS)}"
-        raise UserError("no such verb", place=name, cure=cure)
+        cure = did_you_mean(name, VERBS) or f"the commands are {', '.join(VERBS)}"
+        raise UserError("unknown command", place=name, cure=cure)
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
         from yeonma.config.help import help_text
@@ -177,7 +183,7 @@ def _dispatch(arguments: list[str]) -> int:
             verb=name,
             about=verb.about,
             positional=verb.positional,
-            needless=verb.needless,
+            not_required=verb.not_required,
             defaults=verb.defaults,
         )
         print(page, end="")
@@ -196,15 +202,13 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
         verb=name,
         groups=verb.groups,
         positional=verb.positional,
-        needless=verb.needless,
+        not_required=verb.not_required,
         defaults=verb.defaults,
     )
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process.
+    if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
         for warning in reading.warnings:
             print(f"yeonma: warning: {warning}", file=sys.stderr)
-    atexit.register(
-        gc.freeze
-    )  # else the last collection looks through all that is left, for most of a second
+    atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(reading.config) or 0
 
@@ -214,11 +218,11 @@ def _overview() -> str:
     lines = (f"  {name:{width}}{verb.about}" for name, verb in VERBS.items())
     return "\n".join(
         [
-            "usage: yeonma VERB [--setting value ...]",
+            "usage: yeonma COMMAND [--setting value ...]",
             "",
             *lines,
             "",
-            "yeonma VERB --help   the verb's settings",
-            "yeonma --version     the version",
+            "yeonma COMMAND --help   settings of a command",
+            "yeonma --version        version of Yeonma",
         ]
     )

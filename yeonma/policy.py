@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from yeonma.adapter.adapter_folder import base_identity, check_base
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, held_as, open_folder
 from yeonma.config.parse import config_from_keywords
-from yeonma.config.settings import AnswerSettings, AskedQuantization
+from yeonma.config.settings import AnswerSettings, QuantizationOrAuto
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
@@ -132,7 +132,7 @@ def load_policy(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    quantization: AskedQuantization = "auto",
+    quantization: QuantizationOrAuto = "auto",
     adapter_weights: bool = True,
     base_model: str | None = None,
     trust_remote_code: bool = False,

@@ -170,7 +170,7 @@ def test_every_command_has_settings_that_exist_and_fit(page: Path) -> None:
                 verb=verb,
                 groups=known.groups,
                 positional=known.positional,
-                needless=known.needless,
+                not_required=known.not_required,
             ).warnings
             == ()
         )

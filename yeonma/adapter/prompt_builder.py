@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
-from yeonma.config.settings import AskedQuantization, Quantization
+from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Placeholder, Rendered, Variant
@@ -150,7 +150,7 @@ def open_folder(
     return PromptBuilder(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
 
 
-def held_as(asked: AskedQuantization, adapter: AdapterFolder) -> Quantization:
+def held_as(asked: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:
     """How the base is held for an adapter: as asked for, or as in its training."""
     return adapter.quantization if asked == "auto" else asked
 

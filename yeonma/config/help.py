@@ -23,15 +23,15 @@ def help_text(
     verb: str,
     about: str,
     positional: str | None = None,
-    needless: Sequence[str] = (),
+    not_required: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> str:
     """Each group's docstring as a heading, and below it its settings with what they take and their defaults.
 
-    `positional` is the setting that may stand without its name; `needless` and `defaults` as in `read_config`. As
+    `positional` is the setting that may stand without its name; `not_required` and `defaults` as in `read_config`. As
     wide as the terminal.
     """
-    known = settings_of(groups, needless, defaults)
+    known = settings_of(groups, not_required, defaults)
     required = [name for name, setting in known.items() if setting.required and name != positional]
     usage = [f"yeonma {verb}", *([positional.upper()] if positional else []), "[--config FILE]"]
     usage += [*(f"--{name} ..." for name in required), "[--setting value ...]"]
@@ -67,7 +67,7 @@ def _particulars(setting: Setting) -> str:
     parts = [describe(setting)] if set(setting.members) - {str, NoneType} else []
     if setting.required:
         parts.append("required")
-    elif setting.default is not None:
+    elif setting.default not in (None, ""):
         parts.append(f"default {setting.default}")
     return f"({'; '.join(parts)})" if parts else ""
 

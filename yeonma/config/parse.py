@@ -28,8 +28,6 @@ class Setting:
     required: bool
     default: object
     range: Range | None
-    needless: bool = False
-    """Other verbs require it, this one does not: an empty text where it is not given."""
 
     @property
     def optional(self) -> bool:
@@ -45,24 +43,27 @@ class Given:
 
 
 def settings_of(
-    groups: Iterable[type], needless: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
+    groups: Iterable[type], not_required: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
 ) -> dict[str, Setting]:
-    """Every setting of `groups` by its name, in order; those named `needless` are not required; `defaults` are those
-    of the verb."""
+    """The settings of `groups` by name, in order. Those in `not_required` may be missing; `defaults` win over the
+    groups' own."""
     known = {}
     for group in groups:
         hints = get_type_hints(group)
         for field in fields(group):
             hint = hints[field.name]
+            required = field.default is MISSING and field.name not in not_required
+            default = field.default
+            if default is MISSING:
+                default = None if required else ""
             members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             known[field.name] = Setting(
                 name=field.name,
                 hint=hint,
                 members=members,
-                required=field.default is MISSING and field.name not in needless,
-                default=defaults.get(field.name, None if field.default is MISSING else field.default),
+                required=required,
+                default=defaults.get(field.name, default),
                 range=field.metadata.get("range"),
-                needless=field.name in needless,
             )
     return known
 
@@ -215,19 +216,19 @@ def read_config(
     verb: str,
     groups: Sequence[type] | None = None,
     positional: str | None = None,
-    needless: Sequence[str] = (),
+    not_required: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> Reading[Config]:
     """Read a verb's settings from command line arguments and the YAML file that `--config` names.
 
     `kind` is a settings group, or a config of groups such as RunConfig; `groups` are those of its groups that the verb
     reads, all of them by default; an optional group that is not read is None. The command line wins over the file.
-    `positional` is the setting that an argument without a name fills; `needless` are required settings that this verb
-    does without: texts, empty where they are not given. `defaults` override the groups' own.
+    `positional` is the setting that an argument without a name fills. Settings in `not_required` are empty texts if not
+    given, although their group requires them. `defaults` override the groups' own.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups or groups_in(kind), needless, defaults)
+    known = settings_of(groups or groups_in(kind), not_required, defaults)
     given = _from_command_line(argv, known, positional, verb, problems)
     config = given.pop("config", None)
     if config is not None:
@@ -423,7 +424,7 @@ def _checked(
         problems.append(Problem(what, ", ".join(missing), cure.format("them" if missing[1:] else "it")))
     if problems:
         raise UserError(problems)
-    chosen = {name: "" if setting.needless else setting.default for name, setting in known.items()} | values
+    chosen = {name: setting.default for name, setting in known.items()} | values
     return Reading(_build(kind, chosen), tuple(_warnings(values)))
 
 

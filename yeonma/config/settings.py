@@ -1,4 +1,4 @@
-"""The words that settings take, where they are many."""
+"""All settings: each option once, as a typed field of a frozen dataclass with its help text below it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ LrScheduler = Literal[
     "greedy",
 ]
 PairLossName = Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo"]
-LabelLossName = Literal["kto"]  # it learns from labelled answers instead of pairs
+LabelLossName = Literal["kto"]  # learns from labelled answers instead of pairs
 LossName = Literal[PairLossName, LabelLossName]
 Checkpointing = bool | Literal["selective"]
-AskedCheckpointing = bool | Literal["selective", "auto"]
-Compiling = bool | Literal["auto"]
+CheckpointingOrAuto = bool | Literal["selective", "auto"]
+TorchCompile = bool | Literal["auto"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
-AskedQuantization = Literal["auto", "none", "int8", "nf4", "fp8"]
+QuantizationOrAuto = Literal["auto", "none", "int8", "nf4", "fp8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that a setting takes. Infinity and NaN are never among them."""
+    """The numbers that a setting accepts. Infinity and NaN are never among them."""
 
     at_least: float | None = None
     above: float | None = None
@@ -75,19 +75,19 @@ class DataSettings:
     data_path: str
     """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
     data_split: str = "train"
-    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
-    """Character encoding of text files; never guessed."""
+    """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Template field -> column, where their names differ: `{document: body, answer: headline}`; `answer` is the template's last field; `chosen`, `rejected` and `label` are those of preference data."""
+    """Maps template fields to columns where the names differ: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
     template: str | None = None
-    """A built-in template's name, a file, or the template text itself. Without it, the built-in whose fields the columns satisfy."""
+    """Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
-    """Rows held out for validation, drawn by `seed`: a count (1 or more) or a fraction (below 1)."""
+    """Rows to hold out for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which."""
     val_data_path: str | None = None
-    """Validation rows of their own, in any form that `data_path` takes."""
+    """Separate validation rows, in any format that `data_path` accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,169 +95,169 @@ class TokenSettings:
     """How text becomes tokens."""
 
     cutoff_len: int = field(default=2048, metadata=COUNT)
-    """The most tokens of prompt and answer together. A longer row loses text from one prompt field, never from the answer."""
+    """Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer."""
     shrink: str | None = None
-    """The prompt field that may be shortened. Without it, the longest prompt field of the row."""
+    """The prompt field to shorten. By default, the longest prompt field of each row."""
     shrink_side: Literal["end", "start", "middle"] = "end"
-    """The side that a shortened field loses text from."""
+    """Which part of the field to remove: the end, the start or the middle."""
     over_limit: Literal["drop", "error"] = "drop"
-    """What happens to a row whose frame and answer alone are over `cutoff_len`: left out and counted, or the run stops."""
+    """What to do with a row whose frame and answer alone exceed `cutoff_len`. drop: leave it out and count it. error: stop the run."""
     train_on_inputs: bool = False
-    """Train the prompt too, not only the answer."""
+    """Train on the prompt as well as the answer."""
     add_eos_token: bool = True
-    """End every answer with the tokenizer's end-of-sequence token, trained."""
+    """End every answer with the tokenizer's end-of-sequence token and train on it."""
     cache_dir: str | None = None
-    """Where tokenised data is kept. Without it, $YEONMA_CACHE or ~/.cache/yeonma."""
+    """Folder for cached tokenised data. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The base model and how it is held."""
+    """The base model and how it is loaded."""
 
     base_model: str
-    """The model to tune: a name on the hub or a local folder. A folder that is itself an adapter stands for its base with that adapter."""
+    """The model to fine-tune: a name on the hub or a local folder. An adapter folder stands for its base model with that adapter applied."""
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the hub."""
     adapter: str | None = None
-    """An adapter folder to continue training from. Its own rank, alpha and target modules hold."""
+    """Adapter folder to continue training from. Its rank, alpha and target modules are used."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a model is refused."""
+    """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
+    """Data type of the frozen weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: the GPU if there is one."""
+    """Device to train on. auto: the GPU if there is one."""
     quantization: Quantization = "none"
-    """Hold the frozen weights of dense layers in fewer bits: int8, nf4 (4 bits, double quantisation) or fp8. Less memory, another result. int8 and nf4 need bitsandbytes; fp8 is fast on GPUs from compute capability 8.9 on."""
+    """Quantise the frozen weights of linear layers: int8, nf4 (4-bit with double quantisation) or fp8. Uses less memory and changes the result. int8 and nf4 need bitsandbytes; fp8 is fast on GPUs of compute capability 8.9 or higher."""
     shard: bool = False
-    """With several processes: share the frozen weights out over them (FSDP2), so that a model fits that is too large for one GPU. Slower where it would fit; the result is the same."""
-    gradient_checkpointing: AskedCheckpointing = False
-    """Recompute activations in the backward pass: less memory, about a third more time. selective: in every other layer. auto: what the forecast has room for."""
-    torch_compile: Compiling = "auto"
-    """Norms, SwiGLU and rotary positions by kernels that PyTorch's compiler makes, which takes some seconds at the start. auto: on a GPU. The result is the same to rounding."""
+    """Shard the frozen weights over several processes (FSDP2), to train a model too large for one GPU. Slower for a model that fits on one; the result is the same."""
+    gradient_checkpointing: CheckpointingOrAuto = False
+    """Recompute activations in the backward pass: less memory, about a third more time. selective: only in every other layer. auto: chosen from the memory forecast."""
+    torch_compile: TorchCompile = "auto"
+    """Compile norms, SwiGLU and rotary embeddings with torch.compile. Takes a few seconds at the start; results agree to rounding. auto: on a GPU only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapter's shape (Hu et al. 2021, arXiv:2106.09685), through PEFT."""
+    """The LoRA adapter (Hu et al. 2021, arXiv:2106.09685), built with PEFT."""
 
     lora_r: int = field(default=16, metadata=COUNT)
     """Rank of the adapter."""
     lora_alpha: float = field(default=16, metadata=POSITIVE)
     """Scale of the adapter: its output is multiplied by `lora_alpha / lora_r`."""
     lora_dropout: float = field(default=0.0, metadata=DECAY)
-    """Dropout before the adapter. Tokens that examples share draw one mask together (see `share_prefix`)."""
+    """Dropout on the adapter's input. Tokens shared by several examples share one mask (see `share_prefix`)."""
     lora_target_modules: list[str] | str = "all-linear"
-    """Names of the layers that get an adapter, such as `[gate_proj, down_proj, up_proj]`, or `all-linear`."""
+    """Names of the layers to adapt, such as `[gate_proj, down_proj, up_proj]`, or `all-linear`."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Train magnitude and direction apart (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    """Train magnitude and direction separately (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """The mathematics of the steps, and what is only their speed."""
+    """What one training step computes, and how fast."""
 
     batch_size: int = field(default=16, metadata=COUNT)
-    """Examples a step, or pairs, over all processes. Need not divide by anything."""
+    """Examples, or pairs, in one step over all processes. Any number works."""
     micro_batch_size: int = field(default=4, metadata=COUNT)
-    """The most examples, or pairs, that go through the model at once: memory and speed, never the result."""
+    """Maximum number of examples, or pairs, in one forward pass. Affects memory and speed, never the result."""
     micro_batch_tokens: int | Literal["auto"] | None = field(default=None, metadata=COUNT)
-    """The most tokens that go through the model at once; one longer example still goes alone. auto: what free memory holds by the forecast, tried before the first step; `micro_batch_size` plays no part then."""
+    """Maximum number of tokens in one forward pass; a longer example is processed alone. auto: as many as the forecast fits into free memory, checked before the first step; `micro_batch_size` is then ignored."""
     share_prefix: bool = True
-    """Compute once what the examples of a micro-batch begin with in common, from 16 tokens; the prompt of a pair always."""
+    """Compute a prefix shared by examples of a micro-batch only once, from 16 tokens on. The prompt of a pair is always shared."""
     num_epochs: float = field(default=3, metadata=POSITIVE)
-    """Passes over the training rows; a fraction is allowed."""
+    """Passes over the training rows. Fractions are allowed."""
     max_steps: int | None = field(default=None, metadata=COUNT)
-    """Stop after this many steps; wins over `num_epochs`."""
+    """Stop after this many steps. Overrides `num_epochs`."""
     learning_rate: float = field(default=2e-4, metadata=POSITIVE)
-    """Highest learning rate, reached after the warm-up. `yeonma dpo` begins lower: 1e-5."""
+    """Peak learning rate, reached after the warm-up. The default of `yeonma dpo` is lower: 1e-5."""
     lr_scheduler: LrScheduler = "linear"
-    """Schedule of the learning rate, by transformers' names."""
+    """Learning rate schedule, by its name in transformers."""
     lr_scheduler_kwargs: dict[str, int | float | str] | None = None
-    """More arguments of the schedule, such as `{num_cycles: 2}`."""
+    """Extra arguments of the schedule, such as `{num_cycles: 2}`."""
     warmup_steps: int = field(default=0, metadata=NOT_NEGATIVE)
-    """Steps until the learning rate is at its highest; wins over `warmup_ratio`."""
+    """Steps until the learning rate reaches its peak. Overrides `warmup_ratio`."""
     warmup_ratio: float = field(default=0.0, metadata=SHARE)
-    """The same as a share of all steps."""
+    """Warm-up as a fraction of all steps."""
     optimizer: Optimizer = "adamw"
-    """AdamW, its two averages in 8 bits (Dettmers et al. 2021, arXiv:2110.02861), and those where the GPU may page them out: the latter two by bitsandbytes, on a GPU."""
+    """adamw, adamw_8bit (both moments in 8 bits; Dettmers et al. 2021, arXiv:2110.02861), or paged_adamw_8bit, whose state the GPU can page out. The 8-bit optimizers need bitsandbytes and a GPU."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """AdamW's weight decay (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
     adam_beta1: float = field(default=0.9, metadata=DECAY)
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay rate for the mean of the gradient."""
     adam_beta2: float = field(default=0.999, metadata=DECAY)
-    """AdamW's decay of the gradient's square."""
+    """AdamW's decay rate for the mean of the squared gradient."""
     adam_epsilon: float = field(default=1e-8, metadata=POSITIVE)
-    """AdamW's term against division by zero."""
+    """Term added to AdamW's denominator for numerical stability."""
     max_grad_norm: float = field(default=1.0, metadata=NOT_NEGATIVE)
-    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
+    """Clip gradients to this norm. 0 turns clipping off."""
     group_by_length: bool = False
-    """Put rows of similar length into one step. There is no padding to save; it only evens out the time of steps."""
+    """Put rows of similar length into the same step. This only evens out step times: there is no padding to save."""
     seed: int = field(default=42, metadata=SEED)
-    """Seed of the adapter's start, the order of rows, the validation draw and dropout."""
+    """Random seed for adapter initialisation, row order, the validation split and dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceSettings:
-    """What is learnt from preferences. Setting what the chosen `loss` does not read is an error."""
+    """Training on preferences. Options that the chosen `loss` does not use are refused."""
 
     loss: LossName = "sigmoid"
-    """What a pair costs. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290); simpo, cpo and orpo need no reference. kto takes single answers with a `label` of true or false instead of pairs."""
+    """Loss function. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290). simpo, cpo and orpo need no reference model. kto takes single answers with a `label` of true or false instead of pairs."""
     beta: float = field(default=0.1, metadata=POSITIVE)
-    """Scale of an answer's reward: the higher it is, the closer the model stays to the reference."""
+    """Scale of the rewards. Higher values keep the model closer to the reference."""
     label_smoothing: float = field(default=0.0, metadata={"range": Range(at_least=0, below=0.5)})
-    """Share of the pairs that are taken to stand the wrong way round: sigmoid (conservative DPO), robust, cpo, simpo."""
+    """Assumed fraction of pairs whose labels are flipped, for sigmoid (conservative DPO), robust, cpo and simpo."""
     sft_weight: float | None = field(default=None, metadata=NOT_NEGATIVE)
-    """Weight of the chosen answer's negative log-likelihood a token, added to the loss. Without it, 1 for cpo and orpo, else 0."""
+    """Weight of the chosen answer's negative log-likelihood per token, added to the loss. By default, 1 for cpo and orpo, otherwise 0."""
     simpo_gamma: float = field(default=0.5, metadata=NOT_NEGATIVE)
-    """The margin between rewards that simpo wants (Meng et al. 2024, arXiv:2405.14734)."""
+    """Target reward margin of simpo (Meng et al. 2024, arXiv:2405.14734)."""
     kto_desirable_weight: float = field(default=1.0, metadata=POSITIVE)
-    """Weight of the answers labelled true in kto (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+    """Weight of answers labelled true in kto (Ethayarajh et al. 2024, arXiv:2402.01306)."""
     kto_undesirable_weight: float = field(default=1.0, metadata=POSITIVE)
-    """Weight of those labelled false. The more of them there are, the lower it should be."""
+    """Weight of answers labelled false. Lower it when there are many of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """When the validation rows are looked at, and what follows."""
+    """Evaluation on the validation rows."""
 
     eval_steps: int | None = field(default=None, metadata=COUNT)
-    """Evaluate every so many steps. Without it, at the end of every epoch. Always before the first and after the last step."""
+    """Steps between evaluations. By default, evaluate after every epoch. The model is always evaluated before the first step and after the last."""
     keep_best: bool = True
-    """Leave the adapter with the lowest validation loss in the output folder, not the last one."""
+    """Save the adapter with the lowest validation loss instead of the last one."""
     early_stopping_patience: int | None = field(default=None, metadata=COUNT)
-    """Stop when so many evaluations in a row bring no lower loss."""
+    """Stop after this many evaluations in a row without a lower validation loss."""
     early_stopping_threshold: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """How much lower the loss must be to count as lower."""
+    """Minimum decrease of the loss that counts as lower."""
     card_rows: int = field(default=5, metadata=NOT_NEGATIVE)
-    """Validation rows answered before and after training for the model card; 0 for none."""
+    """Validation rows to answer before and after training, for the model card. 0 turns this off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What the run leaves behind and how it is watched."""
+    """Output, checkpoints and logging."""
 
     output_dir: str
-    """The adapter folder."""
+    """Folder for the adapter and the records of the run."""
     overwrite: bool = False
-    """Replace what another run left in `output_dir`."""
+    """Replace what an earlier run left in `output_dir`."""
     save_steps: int | None = field(default=None, metadata=COUNT)
-    """Write a checkpoint every so many steps. Without it, at the end of every epoch."""
+    """Steps between checkpoints. By default, write one after every epoch."""
     save_total_limit: int | None = field(default=None, metadata=COUNT)
-    """Keep only so many of the newest checkpoints, and the best one."""
+    """Keep only this many of the newest checkpoints, plus the best one."""
     resume_from_checkpoint: str = "latest"
-    """Continue from `latest` in `output_dir`, from a checkpoint folder, or from `none`."""
+    """Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`."""
     time_limit: str | None = None
-    """Stop with a checkpoint and exit status 75 before the command has run for so long: `11h30m`, `90m`, `45s` or `1:30:00`. The same command goes on."""
+    """Stop with a checkpoint and exit status 75 before this much time has passed: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue."""
     logging_steps: int = field(default=1, metadata=COUNT)
-    """Print and report every so many steps; metrics.jsonl has every step."""
+    """Steps between printed and reported metrics. metrics.jsonl records every step."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"
-    """Trackers that get the metrics too: tensorboard, wandb, trackio, mlflow, those that are installed."""
+    """Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed."""
     run_name: str | None = None
-    """The run's name for trackers. Without it, the name of `output_dir`."""
+    """Name of the run in the trackers. By default, the name of `output_dir`."""
     nproc: int = field(default=1, metadata=COUNT)
-    """Processes to start on this machine. Under torchrun, torchrun's own count holds."""
+    """Number of processes to start on this machine. Under torchrun, torchrun decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,149 +291,149 @@ PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
-    """What is shown. All settings of training are taken as well, so that a command only changes its verb."""
+    """What to show. All training settings are accepted too: only the name of the command changes."""
 
     objective: Literal["sft", "dpo"] = "sft"
-    """The verb that would train: what the rows hold, and which settings count."""
+    """The training command to inspect for. It decides how rows are read and which settings apply."""
     rows: str | None = None
-    """Rows to show: numbers such as `17,40` or `5-8`, or `all`. Without it, the first three; `none` for the audit alone."""
+    """Rows to show: numbers such as `17,40` or `5-8`, `all`, or `none` for the audit alone. By default, the first three."""
     tokens: bool = False
-    """Show the rows token by token, with ids."""
+    """Show rows token by token, with token ids."""
     json: bool = False
-    """Print JSON: an object a line for each example, then one with the key `audit`."""
+    """Print JSON lines: one object for each example, then one with the key `audit`."""
     html: str | None = None
-    """File for the same as one page that opens without a network."""
+    """Also write everything to this file, as one web page that needs no network."""
     probe: bool = False
-    """Load the model and measure time and memory by a few real steps, instead of estimating them."""
+    """Load the model and measure time and memory on a few real steps instead of estimating them."""
     price: float | None = field(default=None, metadata=POSITIVE)
-    """What an hour of one GPU costs, in any currency: the forecast says what the run costs, and what an hour buys."""
+    """Price of one GPU hour, in any currency. The forecast then shows what the run costs and what an hour buys."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """The adapter folder that is asked."""
+    """The adapter to use."""
 
     adapter_dir: str
-    """The adapter folder that a run left behind, or a checkpoint in it. Base model, template and tokenizer are found from it."""
+    """Output folder of a run, or one of its checkpoints. It records the base model, template and tokenizer."""
     base_model: str | None = None
-    """The base model's name or folder, where it is no longer where the adapter folder says."""
+    """Name or folder of the base model, if it has moved since training."""
     adapter_weights: bool = True
-    """Off, the base model answers alone, with the same prompts."""
+    """Apply the adapter. When off, the base model answers the same prompts alone."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a model is refused."""
+    """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
-    quantization: AskedQuantization = "auto"
-    """How the frozen weights are held, as in training. auto: as the adapter was trained."""
+    """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
+    quantization: QuantizationOrAuto = "auto"
+    """Quantisation of the frozen weights, as for training. auto: the same as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: the GPU if there is one."""
+    """Device to run on. auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """The folder that is looked at. Nothing in it changes, and no weights of the base model are read."""
+    """The folder to check. Nothing in it changes, and the weights of the base model are not read."""
 
     adapter_dir: str
-    """A run's output folder, a checkpoint in it, or an adapter folder copied from there."""
+    """Output folder of a run, one of its checkpoints, or an adapter folder copied from there."""
     base_model: str | None = None
-    """The base model's name or folder, where it is no longer where the adapter folder says."""
+    """Name or folder of the base model, if it has moved since training."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a base model is not looked at."""
+    """Allow running Python code that comes with the model. When off, such a base model is not checked."""
     data_path: str | None = None
-    """Data of which to say whether the adapter was trained on it."""
+    """Data to check against what the adapter was trained on."""
     data_split: str = "train"
-    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
     """Character encoding of text files, as in training."""
     json: bool = False
-    """Print what was found as one JSON object."""
+    """Print the findings as one JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
-    """What is asked, and where the answers go. One of `data_path`, `row` and `prompt`."""
+    """What to answer, and where the answers go. Give one of `data_path`, `row` and `prompt`."""
 
     data_path: str | None = None
-    """Rows to answer, in any form that training takes."""
+    """Rows to answer, in any format that training accepts."""
     data_split: str = "train"
-    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
-    """Character encoding of text files; never guessed."""
+    """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Template field -> column, where their names differ: `{document: body}`. Without it, as in training."""
+    """Maps template fields to columns where the names differ: `{document: body}`. By default, as in training."""
     limit: int | None = field(default=None, metadata=COUNT)
-    """Answer only so many of the first rows."""
+    """Answer at most this many rows, from the first on."""
     row: str | None = None
     """One row to answer, as JSON: `{"document": "..."}`."""
     prompt: str | None = None
-    """Text to continue as it stands, without the template."""
+    """Text to continue as it is, without the template."""
     output: str | None = None
-    """File for the answers, one JSON object a line. Without it, standard output."""
+    """File for the answers, as JSON lines. By default, standard output."""
     batch_size: int = field(default=8, metadata=COUNT)
-    """Prompts answered at once: memory and speed, not the answers."""
+    """Prompts to answer at once. Affects memory and speed, not the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """Which models are compared on which rows, and where the report goes."""
+    """Which models to compare on which rows, and where the report goes."""
 
     models: list[str]
-    """The models, the first of them the one to compare with: `--models BASE OUT OUT2`. Each is a model (a name on the hub or a folder) or an adapter folder; one alone is measured by itself."""
+    """Models to compare, the baseline first: `--models BASE OUT OUT2`. Each is an adapter folder or a model (a name on the hub or a folder). A single model is measured on its own."""
     data_path: str
-    """Rows that no model was trained on, in any form that training takes. Rows without a wanted answer are answered, too."""
+    """Rows that none of the models was trained on, in any format that training accepts. Rows without a reference answer are answered too."""
     data_split: str = "train"
-    """Split of a hub data set or of a `save_to_disk` folder that holds several."""
+    """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
-    """Character encoding of text files; never guessed."""
+    """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Template field -> column, where their names differ: `{document: body, answer: headline}`. Without it, as in training."""
+    """Maps template fields to columns where the names differ: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None
-    """How models without a template of their own are asked: a built-in template's name, a file, or the text itself. Without it, as the first adapter is, or by the columns."""
+    """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=COUNT)
-    """Compare on only so many of the first rows."""
+    """Compare on at most this many rows, from the first on."""
     output_dir: str = "report"
-    """Folder for report.html, report.json and the answers, answers.jsonl, which the same command goes on from."""
+    """Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there."""
     base_model: str | None = None
-    """The adapters' base model, where it is no longer where their folders say."""
+    """Name or folder of the adapters' base model, if it has moved since training."""
     batch_size: int = field(default=32, metadata=COUNT)
-    """Prompts answered at once: memory and speed, not the answers."""
+    """Prompts to answer at once. Affects memory and speed, not the answers."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a model. Off, such a model is refused."""
+    """Allow running Python code that comes with a model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
-    quantization: AskedQuantization = "auto"
-    """How the frozen weights are held, as in training. auto: as the adapter was trained; a base alone as the first adapter on it."""
+    """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
+    quantization: QuantizationOrAuto = "auto"
+    """Quantisation of the frozen weights, as for training. auto: the same as each adapter's training; a base model alone follows the first adapter trained on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: the GPU if there is one."""
+    """Device to run on. auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerSettings:
-    """How the model answers."""
+    """How answers are generated."""
 
     max_new_tokens: int = field(default=128, metadata=COUNT)
-    """The most tokens of one answer. Prompts are fitted so that they leave this much room."""
+    """Maximum number of tokens to generate. Prompts are shortened to leave room for them."""
     temperature: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """0 takes the likeliest token each time (greedy); above 0 draws, more freely the higher it is."""
+    """0 always takes the most likely token (greedy decoding). Higher values sample more freely."""
     top_p: float = field(default=1.0, metadata={"range": Range(above=0, at_most=1)})
-    """Draw only from the likeliest tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Sample only from the most likely tokens that together have this probability (Holtzman et al. 2019, arXiv:1904.09751)."""
     top_k: int = field(default=0, metadata=NOT_NEGATIVE)
-    """Draw only from so many of the likeliest tokens; 0 for all."""
+    """Sample only from the k most likely tokens. 0 turns this off."""
     repetition_penalty: float = field(default=1.0, metadata=POSITIVE)
-    """Above 1 makes what came before less likely (Keskar et al. 2019, arXiv:1909.05858)."""
+    """Values above 1 make tokens that already occurred less likely (Keskar et al. 2019, arXiv:1909.05858)."""
     seed: int = field(default=42, metadata=SEED)
-    """Seed of the draws. The same prompt and seed get the same answer."""
+    """Random seed for sampling. The same prompt and seed give the same answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """`yeonma inspect`: the settings of a training run, and what of it is shown."""
+    """`yeonma inspect`: the settings of a training run, and what to show of it."""
 
     inspect: InspectSettings
     training: RunConfig
@@ -466,113 +466,113 @@ class CompareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """The bundled sample, end to end."""
+    """The demo: fine-tune a small model on the bundled sample."""
 
     output_dir: str = "demo"
-    """The folder for the adapter and everything else that the demo makes."""
+    """Folder for the adapter and everything else the demo writes."""
     max_steps: int | None = field(default=None, metadata=COUNT)
-    """Stop after this many steps. Without it, as many as the sample needs."""
+    """Stop after this many steps. By default, as many as the sample needs."""
     model_dir: str | None = None
-    """A local model folder to tune instead of fetching SmolLM2-135M-Instruct."""
+    """Local model folder to fine-tune instead of downloading SmolLM2-135M-Instruct."""
     quick: bool = False
-    """A short form that shows that everything runs, with too few steps to learn much."""
+    """Run only a few steps: enough to see that everything works, too few to learn much."""
     overwrite: bool = False
-    """Replace what another run left in `output_dir`."""
+    """Replace what an earlier run left in `output_dir`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushSettings:
-    """What is sent to the hub, and who may see it there."""
+    """What to upload to the hub, and who can see it there."""
 
     folder: str
-    """The adapter folder that a run left behind, a checkpoint in it, or a merged model."""
+    """Output folder of a run, one of its checkpoints, or a merged model."""
     repo: str
-    """The repository on the hub: `owner/name`, or a name in your own account. It is made where there is none."""
+    """Repository on the hub: `owner/name`, or a name in your own account. It is created if it does not exist."""
     public: bool = False
-    """Let everybody see it. Off, it is private, and a repository that is public already is refused."""
+    """Make the repository public. When off, it is private, and an existing public repository is refused."""
     base_model: str | None = None
-    """The base model's name on the hub, where training took it from a local folder. It is written in what is sent."""
+    """Name of the base model on the hub, if training used a local folder. The uploaded files name it."""
     hide_paths: bool = False
-    """Of each absolute path in the files, send the last part alone. Off, such files are refused."""
+    """Shorten each absolute path in the files to its last part. When off, files with absolute paths are refused."""
     message: str = "Upload with Yeonma"
-    """What the commit says."""
+    """Commit message."""
     dry_run: bool = False
-    """Show what would be sent, and send nothing."""
+    """Show what would be uploaded without uploading it."""
     yes: bool = False
-    """Send without asking. Needed where there is no terminal."""
+    """Upload without asking. Required when there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """Which adapters answer, where, and within which bounds."""
+    """Serve adapters over an OpenAI-compatible API."""
 
     adapter_dirs: list[str]
-    """The adapter folders, all of one base: `yeonma serve OUT OUT2`. A request's `model` is a folder's name, or the base model's."""
+    """Adapter folders, all of one base model: `yeonma serve OUT OUT2`. A request's `model` is the name of a folder or of the base model."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any other than this machine's own, such as 0.0.0.0, needs an `api_key`."""
+    """Address to listen on. An address that other machines can reach, such as 0.0.0.0, requires an `api_key`."""
     port: int = field(default=8000, metadata=PORT)
-    """Port to listen at; 0 takes a free one and says which."""
+    """Port to listen on. 0 picks a free port and prints it."""
     api_key: str | None = None
-    """The key that requests must bring. Better given as $YEONMA_API_KEY: others on the machine can read a command line."""
+    """Key that requests must send. Prefer $YEONMA_API_KEY: other users of the machine can read command lines."""
     engine: Literal["auto", "yeonma", "vllm"] = "auto"
-    """What computes the answers. auto: vLLM where it is installed, a GPU is there and it asks with the trained tokens; else Yeonma itself."""
+    """Inference engine. auto: vLLM if it is installed, there is a GPU, and it would send the trained prompt tokens; otherwise Yeonma itself."""
     max_new_tokens: int = field(default=128, metadata=COUNT)
-    """The most tokens of an answer where the request does not say."""
+    """Maximum number of tokens to generate, unless the request sets it."""
     max_new_tokens_limit: int = field(default=1024, metadata=COUNT)
-    """The most tokens that a request may ask for."""
+    """Highest number of tokens that a request may ask for."""
     temperature: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """0 takes the likeliest token each time, above 0 draws, where the request does not say."""
+    """Sampling temperature, unless the request sets it. 0 always takes the most likely token."""
     batch_size: int = field(default=16, metadata=COUNT)
-    """Answers computed at once: memory and speed, not the answers."""
+    """Answers to generate at once. Affects memory and speed, not the answers."""
     base_model: str | None = None
-    """The base model's name or folder, where it is no longer where the adapter folders say."""
+    """Name or folder of the base model, if it has moved since training."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a model is refused."""
+    """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights and the computation. auto: bfloat16 on a GPU that has it, float32 on the CPU."""
-    quantization: AskedQuantization = "auto"
-    """How the frozen weights are held, as in training. auto: as the adapters were trained."""
+    """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
+    quantization: QuantizationOrAuto = "auto"
+    """Quantisation of the frozen weights, as for training. auto: the same as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: the GPU if there is one."""
+    """Device to run on. auto: the GPU if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """What becomes one model, where, and how it is asked whether it still says the same."""
+    """What to merge, where to write it, and how to check it."""
 
     adapter_dir: str
-    """The adapter folder that a run left behind, or a checkpoint in it."""
+    """Output folder of a run, or one of its checkpoints."""
     output_dir: str
-    """The folder to make for the merged model."""
+    """Folder to create for the merged model."""
     base_model: str | None = None
-    """The base model's name or folder, where it is no longer where the adapter folder says, or is quantised there."""
+    """Name or folder of the base model, if it has moved since training or is quantised there."""
     max_shard_bytes: int = field(default=5_000_000_000, metadata=COUNT)
-    """The most bytes of one file of weights, and about the most memory that merging takes."""
+    """Maximum size of one weight file in bytes. Merging needs about this much memory."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a model is refused."""
+    """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format in which both models are asked. auto: float32 where memory holds it, else the base's own. The weights keep their own in any case."""
+    """Data type for comparing the two models. auto: float32 if it fits into memory, otherwise the base model's own. The merged weights always keep theirs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where both models are asked. auto: the GPU if there is one. The merging itself is on the CPU."""
+    """Device for comparing the two models. auto: the GPU if there is one. Merging itself runs on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What is written for other programs, and where."""
+    """What to write for other programs, and where."""
 
     model_dir: str
-    """The adapter folder that a run left behind, a checkpoint in it, or a merged model. An adapter is merged first."""
+    """Output folder of a run, one of its checkpoints, or a merged model. An adapter is merged first."""
     output_dir: str
-    """The folder to make for the files."""
+    """Folder to create for the files."""
     format: Literal["gguf", "ollama"] = "gguf"
-    """gguf: one file for llama.cpp and its like. ollama: a Modelfile beside it, with template, stop texts and parameters."""
+    """gguf: one file for llama.cpp and compatible programs. ollama: a Modelfile as well, with template, stop texts and parameters."""
     outtype: Literal["f16", "bf16", "q8_0"] = "f16"
-    """Number format of the weights in the file; q8_0 takes about half of the others."""
+    """Data type of the weights in the file. q8_0 takes about half the space of the others."""
     base_model: str | None = None
-    """The base model's name or folder, where it is no longer where the adapter folder says, or is quantised there."""
+    """Name or folder of the base model, if it has moved since training or is quantised there."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, such a model is refused."""
+    """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format in which merged and unmerged are asked, as for `yeonma merge`."""
+    """Data type for comparing the merged model with the original, as for `yeonma merge`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where they are asked. auto: the GPU if there is one."""
+    """Device for comparing them. auto: the GPU if there is one."""

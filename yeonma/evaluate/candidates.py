@@ -23,7 +23,7 @@ from yeonma.adapter.adapter_folder import (
     check_base,
 )
 from yeonma.adapter.prompt_builder import PromptBuilder, held_as, open_folder
-from yeonma.config.settings import AskedQuantization, CompareSettings, Quantization
+from yeonma.config.settings import CompareSettings, Quantization, QuantizationOrAuto
 from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
@@ -113,7 +113,7 @@ def place_of(source: BaseSource) -> tuple[str, str | None]:
     )
 
 
-def _held(candidates: Sequence[Candidate], quantization: AskedQuantization) -> list[Candidate]:
+def _held(candidates: Sequence[Candidate], quantization: QuantizationOrAuto) -> list[Candidate]:
     """With how each one's base is held: as asked for; or as in training, and a base by itself as for the first adapter
     on it, so that the two differ in the adapter alone."""
     trained = {

@@ -15,7 +15,7 @@ from typing import Any
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.adapter.prompt_builder import PromptBuilder, held_as
-from yeonma.config.settings import AskedQuantization
+from yeonma.config.settings import QuantizationOrAuto
 from yeonma.tokenization.chat_template_export import why_not_carried
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -73,7 +73,7 @@ def vllm_command(plan: VllmPlan) -> list[str]:
     return [*words, "--trust-remote-code"] if plan.trust_remote_code else words
 
 
-def why_not(prompt_builders: Sequence[PromptBuilder], quantization: AskedQuantization = "auto") -> str:
+def why_not(prompt_builders: Sequence[PromptBuilder], quantization: QuantizationOrAuto = "auto") -> str:
     """Why vLLM cannot serve these adapters with their trained prompt ids; empty if it can.
 
     It has one chat template for all adapters, which must give the trained tokens.

@@ -94,12 +94,12 @@ def test_an_unknown_verb_gets_a_suggestion() -> None:
     done = in_new_process("genarate", "OUT")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == 'yeonma: genarate: no such verb; did you mean "generate"?\n'
+    assert done.stderr == 'yeonma: genarate: unknown command; did you mean "generate"?\n'
 
 
 def test_a_verb_unlike_any_other_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zzz"]) == 2
-    assert f"the verbs are {', '.join(VERBS)}" in capsys.readouterr().err
+    assert f"the commands are {', '.join(VERBS)}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("wide")
@@ -124,7 +124,7 @@ def test_help_shows_ranges_choices_and_defaults(capsys: pytest.CaptureFixture[st
     page = " ".join(capsys.readouterr().out.split())
     assert "--lora_r N Rank of the adapter. (a whole number of at least 1; default 16)" in page
     assert "(one of end, start, middle; default end)" in page
-    assert "--output_dir TEXT The adapter folder. (required)" in page
+    assert "--output_dir TEXT Folder for the adapter and the records of the run. (required)" in page
     assert page.startswith(
         "usage: yeonma sft [--config FILE] --data_path ... --base_model ... --output_dir ... "
     )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from yeonma.config.settings import Compiling
+from yeonma.config.settings import TorchCompile
 from yeonma.errors import Log, UserError, first_line
 from yeonma.model.kernels.elementwise import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
@@ -139,7 +139,7 @@ def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str
     return patched
 
 
-def pick_kernels(asked: Compiling, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
+def pick_kernels(asked: TorchCompile, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
     """Compiled ones where asked for, and on CUDA by `auto`; tried with a few rows, forward and backward.
 
     `auto` does without where the compiler fails, and says so. Raises UserError where `true` cannot be had.

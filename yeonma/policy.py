@@ -24,7 +24,7 @@ from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
-from yeonma.model.logprobs import Forward
+from yeonma.model.logprobs import ForestSupport
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Policy:
 
     asker: PromptBuilder
     model: Any
-    forward: Forward
+    forward: ForestSupport
     adapter_weights: bool = True
 
     @overload
@@ -162,7 +162,7 @@ def load_policy(
         model = load_adapter(model, str(asker.adapter.path), trainable=False).eval()
         inner = model.get_base_model()
     forward = check_forest_support(inner)
-    patch_kernels(inner, forward=forward)
+    patch_kernels(inner, support=forward)
     return Policy(asker, model, forward, adapter_weights)
 
 

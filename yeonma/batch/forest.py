@@ -1,4 +1,4 @@
-"""Segment, Forest, and laying examples out: shared beginnings become one segment that the rest hangs under.
+"""Lay examples out as a forest: a prefix that several share becomes one segment, the parent of what follows it.
 
 Shapes: T tokens in the forest, N trained tokens counted once per example, U distinct (source, target) pairs.
 """
@@ -11,12 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-LEAST_SHARED = 16  # fewer shared tokens cost more in attention calls than they save
+LEAST_SHARED = 16  # sharing fewer tokens costs more in attention calls than it saves
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens; it sees its ancestors whole and itself causally."""
+    """A run of tokens. Each sees all tokens of the segment's ancestors, and those of its own segment up to itself."""
 
     start: int
     length: int
@@ -25,20 +25,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class Forest:
-    """The segments of one micro-batch laid flat; parents stand before their children.
+    """The segments of one micro-batch in one flat sequence; parents come before their children.
 
-    A trained token is a pair: the flat position whose hidden state predicts (`source`) and the token it should
-    predict (`target`). The last token of a shared segment may be the source of several targets, so nothing is
-    found by shifting. A pair that several examples share is predicted once and counted for each.
+    A trained token is a pair: the flat position whose hidden state predicts it (`source`) and its token id (`target`).
+    The last token of a shared segment may be the source of several targets, so targets are not the sequence shifted by
+    one. A pair that several examples share is predicted once and counted for each.
     """
 
     token_ids_T: np.ndarray  # int64
-    position_T: np.ndarray  # int64, continuing from the parent's end
+    position_T: np.ndarray  # int64, position ids: a segment continues from its parent's end
     segments: tuple[Segment, ...]
     source_U: np.ndarray  # int64
     target_U: np.ndarray  # int64
     pair_N: np.ndarray  # int64, index into U
-    answer_N: np.ndarray  # int64, which example (in the order given) the trained token belongs to
+    answer_N: np.ndarray  # int64, index of the example that the trained token belongs to, in the order given
 
     @property
     def trained_tokens(self) -> int:
@@ -52,41 +52,45 @@ def lay_out(
     share_prefix: bool = True,
     units: Sequence[int] | np.ndarray | None = None,
 ) -> Forest:
-    """The forest of one micro-batch's examples; with `share_prefix` false every example stands alone.
+    """The forest of one micro-batch's examples; without `share_prefix` every example is a segment of its own.
 
-    Examples share what they begin with in common from LEAST_SHARED tokens, those of one unit (a pair; `units` says
-    which each belongs to) from the first.
+    Examples share a common prefix of at least LEAST_SHARED tokens. Those of one unit, such as the two of a pair, share
+    any prefix; `units` holds the unit of each example.
 
-    `trained[i][t]` says that example i is trained to predict its token t; the first token of an example has
-    nothing before it and is never trained.
+    `trained[i][t]` says whether example i is trained to predict its token t. The first token of an example has nothing
+    before it and is never trained.
     """
     order = sorted(range(len(token_ids)), key=lambda i: token_ids[i].astype(">u4").tobytes())
-    common = np.zeros(len(order), dtype=np.int64)  # tokens that a sorted example shares with the next
+    common = np.zeros(
+        len(order), dtype=np.int64
+    )  # length of the prefix that a sorted example shares with the next
     if share_prefix:
         common[:-1] = [_common(token_ids[a], token_ids[b]) for a, b in pairwise(order)]
 
-    of = list(range(len(order))) if units is None else [int(unit) for unit in units]
-    least = [1 if of[a] == of[b] else LEAST_SHARED for a, b in pairwise(order)]
+    unit_of = list(range(len(order))) if units is None else [int(unit) for unit in units]
+    least = [1 if unit_of[a] == unit_of[b] else LEAST_SHARED for a, b in pairwise(order)]
 
     segments: list[Segment] = []
     chunks: list[np.ndarray] = []
-    paths: list[list[np.ndarray]] = [[] for _ in token_ids]  # example -> its flat positions, by segment
+    paths: list[list[np.ndarray]] = [
+        [] for _ in token_ids
+    ]  # example -> its tokens' flat positions, by segment
     positions: list[np.ndarray] = []
     pending: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
-    while pending:  # sorted examples [low, high) that agree up to `depth`, which `parent` ends at
+    while pending:  # sorted examples [low, high) that agree up to `depth`, where `parent` ends
         low, high, depth, parent = pending.pop()
         for first, last in _runs(common, least, low, high, depth):
-            alone = last - first == 1
-            stop = len(token_ids[order[first]]) if alone else int(common[first : last - 1].min())
+            is_alone = last - first == 1
+            stop = len(token_ids[order[first]]) if is_alone else int(common[first : last - 1].min())
             if stop == depth:
-                continue  # this example ends where its parent does
+                continue  # the example ends where its parent does
             flat = np.arange(depth, stop, dtype=np.int64) - depth + sum(map(len, chunks))
             segments.append(Segment(int(flat[0]), stop - depth, parent))
             chunks.append(token_ids[order[first]][depth:stop])
             positions.append(np.arange(depth, stop, dtype=np.int64))
             for member in order[first:last]:
                 paths[member].append(flat)
-            if not alone:
+            if not is_alone:
                 pending.append((first, last, stop, len(segments) - 1))
     source, target, answer = _trained_pairs(token_ids, trained, paths)
     pairs, pair_N = np.unique(np.stack([source, target]), axis=1, return_inverse=True)
@@ -102,14 +106,14 @@ def lay_out(
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Length of the common prefix of two sequences."""
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length
 
 
 def _runs(common: np.ndarray, least: Sequence[int], low: int, high: int, depth: int) -> list[tuple[int, int]]:
-    """Maximal runs of sorted neighbours in [low, high) that each share enough tokens after `depth` with the next."""
+    """Maximal runs of sorted examples in [low, high) in which each shares enough tokens after `depth` with the next."""
     breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < depth + least[i]] + [high]
     return list(pairwise(breaks))
 

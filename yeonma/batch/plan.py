@@ -1,7 +1,7 @@
-"""Which examples make up each step, each process's share and each micro-batch: pure functions of lengths and seed.
+"""Which units make up each step, each process's share and each micro-batch: pure functions of lengths and seed.
 
-The examples of a step depend on (seed, epoch, batch_size) alone, so they are the same for any number of processes
-and any micro-batch size. Every process computes the whole plan; nothing is communicated.
+The units of a step depend on (seed, epoch, batch_size) alone, so they are the same for any number of processes and any
+micro-batch size. Every process computes the whole plan; nothing is communicated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import ceil
 
 import numpy as np
 
-GROUPED_STEPS = 50  # group_by_length sorts by length within so many steps' worth of shuffled examples
+GROUPED_STEPS = 50  # group_by_length sorts the shuffled examples of this many steps by length
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plan:
     """The steps of a run over `positions`, the units (examples or pairs) to train on."""
 
     positions: np.ndarray  # int64, units of the token store
-    lengths: np.ndarray  # tokens of each of them
+    lengths: np.ndarray  # tokens of each unit
     batch_size: int
     seed: int
     total_steps: int
@@ -32,7 +32,7 @@ class Plan:
         return ceil(len(self.positions) / self.batch_size)
 
     def steps(self, start: int = 0) -> Iterator[np.ndarray]:
-        """The units of step `start` and on, each by its position in the token store.
+        """The units of each step from `start` on, by their position in the token store.
 
         The last step of an epoch may be smaller than the others.
         """
@@ -46,19 +46,19 @@ class Plan:
             yield self.positions[order[within * self.batch_size : (within + 1) * self.batch_size]]
 
     def used(self) -> np.ndarray:
-        """All that the run trains on, ascending: every position, unless it ends within the first epoch."""
+        """The units that the run trains on, ascending: all, unless it ends within the first epoch."""
         if self.total_steps >= self.steps_per_epoch:
             return np.sort(self.positions)
         return np.sort(np.concatenate(list(self.steps())))
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the data that are done after `step` steps."""
+        """Passes over the data after `step` steps."""
         return step / self.steps_per_epoch
 
 
 @dataclass(frozen=True)
 class MicroBatchBounds:
-    """Speed and memory; the result is the same to rounding, whatever is set here."""
+    """The size of a micro-batch. It affects speed and memory; the result is the same to rounding."""
 
     most_examples: int
     most_tokens: int | None
@@ -75,7 +75,7 @@ def make_plan(
     max_steps: int | None,
     group_by_length: bool = False,
 ) -> Plan:
-    """`max_steps` wins over `num_epochs`."""
+    """`max_steps` takes precedence over `num_epochs`."""
     steps = max_steps or max(1, ceil(num_epochs * ceil(len(positions) / batch_size)))
     return Plan(positions, lengths, batch_size, seed, steps, group_by_length)
 
@@ -83,7 +83,7 @@ def make_plan(
 def epoch_order(
     count: int, seed: int, epoch: int, batch_size: int, lengths: np.ndarray | None = None
 ) -> np.ndarray:
-    """A permutation of range(count). With `lengths`, examples of similar length fall into one step."""
+    """A permutation of range(count). With `lengths`, examples of similar length share a step."""
     random = np.random.Generator(np.random.PCG64([seed, epoch]))
     order = random.permutation(count)
     if lengths is None:
@@ -94,22 +94,22 @@ def epoch_order(
         block = block[np.argsort(-lengths[block], kind="stable")]
         steps.extend(block[i : i + batch_size] for i in range(0, len(block), batch_size))
     full = [step for step in steps if len(step) == batch_size]
-    rest = [step for step in steps if len(step) < batch_size]  # at most one: the smaller step stays the last
+    rest = [step for step in steps if len(step) < batch_size]  # at most one; the smaller step stays last
     shuffled = [full[i] for i in random.permutation(len(full))]
     return np.concatenate(shuffled + rest)
 
 
 def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Each process's examples, as indices into `lengths`, balanced by tokens; some may get none."""
+    """Each process's units, as indices into `lengths`, balanced by tokens; a process may get none."""
     return _balanced(lengths, processes, most=len(lengths))
 
 
 def micro_batches(
     lengths: Sequence[int], most_examples: int, most_tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices into `lengths` of each micro-batch: as few as the limits allow, and of about equal token counts.
+    """Each micro-batch as indices into `lengths`: as few as the limits allow, with about equal token counts.
 
-    An example longer than `most_tokens` goes alone.
+    An example longer than `most_tokens` is alone in its micro-batch.
     """
     if not lengths:
         return []
@@ -119,14 +119,14 @@ def micro_batches(
     while True:
         batches = _balanced(lengths, count, most_examples)
         if most_tokens is None or all(
-            len(b) < 2 or sum(lengths[i] for i in b) <= most_tokens for b in batches
+            len(batch) < 2 or sum(lengths[i] for i in batch) <= most_tokens for batch in batches
         ):
             return [batch for batch in batches if batch]
         count += 1
 
 
 def _balanced(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens that has room; within a bin in the given order."""
+    """Longest first, each into the bin with the fewest tokens that is not full; within a bin in the given order."""
     filled: list[list[int]] = [[] for _ in range(bins)]
     open_bins = [(0, number) for number in range(bins)]  # tokens so far; a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -136,4 +136,4 @@ def _balanced(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
             heapreplace(open_bins, (load + int(lengths[index]), target))
         else:
             heappop(open_bins)
-    return [sorted(each) for each in filled]
+    return [sorted(members) for members in filled]

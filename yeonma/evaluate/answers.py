@@ -29,7 +29,7 @@ from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
-from yeonma.model.logprobs import Forward, example_logprobs
+from yeonma.model.logprobs import ForestSupport, example_logprobs
 from yeonma.model.quantization import check_installed
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
@@ -253,7 +253,7 @@ def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[
     return chunks
 
 
-def _losses(model: Any, forward: Forward, rows: Sequence[Sequence[Example]]) -> list[tuple[float, int]]:
+def _losses(model: Any, forward: ForestSupport, rows: Sequence[Sequence[Example]]) -> list[tuple[float, int]]:
     """Of each row the sum of minus the log-probabilities of its trained tokens, and how many they are; where memory is
     short of half the rows at a time."""
     flat = [example for own in rows for example in own]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from yeonma.batch.micro_batches import Batches, look_at_batches
+from yeonma.batch.micro_batches import MicroBatchSurvey, survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.settings import (
     Checkpointing,
@@ -75,7 +75,7 @@ def estimate(
     )
     drawn = _draw(case)
     process = _process_bytes(device.type)
-    batches = look_at_batches(prepared.plan, prepared.dataset.train.store, case.micro, processes)
+    batches = survey_micro_batches(prepared.plan, prepared.dataset.train.store, case.micro, processes)
     traced = trace(drawn, batches.heaviest, has_gradients=batches.several)
     memory = _memory(case, drawn, batches, traced, process, prepared.plan.total_steps)
     tokens = _tokens(prepared)
@@ -132,7 +132,7 @@ def _draw(case: _Case) -> Blueprint:
 
 
 def _memory(
-    case: _Case, drawn: Blueprint, batches: Batches, traced: Trace, process: int, steps: int
+    case: _Case, drawn: Blueprint, batches: MicroBatchSurvey, traced: Trace, process: int, steps: int
 ) -> Memory:
     weights, gathered = drawn.weight_bytes, 0
     loading = process + weights
@@ -189,7 +189,9 @@ def _process_bytes(device_type: str) -> int:
     return peak_memory_bytes(device_type) if told is None else told
 
 
-def _alternatives(case: _Case, prepared: Prepared, same: Batches, process: int) -> tuple[Alternative, ...]:
+def _alternatives(
+    case: _Case, prepared: Prepared, same: MicroBatchSurvey, process: int
+) -> tuple[Alternative, ...]:
     """What is cheaper, each by itself. `same`: the micro-batches where that setting makes no others."""
     plan = prepared.plan
     found: list[Alternative] = []
@@ -202,7 +204,7 @@ def _alternatives(case: _Case, prepared: Prepared, same: Batches, process: int) 
             batches = (
                 same
                 if other.micro == case.micro
-                else look_at_batches(plan, store, other.micro, other.processes)
+                else survey_micro_batches(plan, store, other.micro, other.processes)
             )
             traced = trace(other_drawn, batches.heaviest, has_gradients=batches.several)
         except (UserError, ValueError):  # a model without checkpointing, or without that precision

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from yeonma.batch.micro_batches import look_at_batches
+from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
@@ -70,7 +70,7 @@ def probe_run(
     """
     model, step = config.model, config.step
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
-    batches = look_at_batches(plan, store, micro_batching(step), processes=1)
+    batches = survey_micro_batches(plan, store, micro_batching(step), processes=1)
     taken = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
     taken += taken[: max(0, steps - len(taken))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(taken))

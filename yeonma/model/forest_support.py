@@ -18,7 +18,7 @@ from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
 from yeonma.errors import first_line
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of
-from yeonma.model.logprobs import Forward, Head, plain_head, sequence_logprobs, trained_logprobs
+from yeonma.model.logprobs import ForestSupport, Head, plain_head, sequence_logprobs, trained_logprobs
 from yeonma.model.quantized import is_rounded
 from yeonma.model.sharding import recover
 
@@ -26,7 +26,7 @@ Distance = Callable[[torch.Tensor, torch.Tensor], float]
 LAST = 4  # tokens at the end of each sequence whose context the tolerance is measured by
 
 
-def check_forest_support(model: Any, seed: int = 0) -> Forward:
+def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
     """Try a forest on the model; leaves the model with the attention that the answer needs, and no random state used.
 
     Compared without dropout, in the model's own precision: in float32 no log-probability may differ by more than 1e-4;
@@ -52,10 +52,10 @@ def check_forest_support(model: Any, seed: int = 0) -> Forward:
                 difference = distance(own, expected)
                 if difference <= tolerance:  # false of NaN
                     head = _try_head(model, forest, own, distance, tolerance, capability)
-                    return Forward(True, head, plain, "", capability, tuple(backends.values()))
+                    return ForestSupport(True, head, plain, "", capability, tuple(backends.values()))
                 why_not = f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
     model.set_attn_implementation(plain)
-    return Forward(False, None, plain, why_not)
+    return ForestSupport(False, None, plain, why_not)
 
 
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -40,7 +40,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForestSupport:
     """How to get log-probabilities out of a model; found by `yeonma.model.forest_support.check_forest_support`."""
 
     forest: bool  # else one sequence at a time
@@ -71,18 +71,18 @@ def plain_head(model: Any) -> Head | None:
 
 def example_logprobs(
     model: Any,
-    how: Forward,
+    support: ForestSupport,
     token_ids: Sequence[np.ndarray],
     trained: Sequence[np.ndarray],
     *,
     share_prefix: bool,
     units: Sequence[int] | np.ndarray | None = None,
 ) -> torch.Tensor:
-    """logprob_N of some examples' trained tokens, example by example, by the way that `how` says; `units` as in
+    """logprob_N of some examples' trained tokens, example by example, as one forest or sequence by sequence, as `support` says; `units` as in
     `lay_out`."""
-    if how.forest:
+    if support.forest:
         forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
-        return trained_logprobs(model, forest, how.head, how.capability)
+        return trained_logprobs(model, forest, support.head, support.capability)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
         on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)

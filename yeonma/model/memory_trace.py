@@ -26,7 +26,7 @@ from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of, layout
 from yeonma.model.attention.varlen import VARLEN, VarlenLayout
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.logprobs import CUDA_CHUNK_BYTES, Forward, Head, plain_head, trained_logprobs
+from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, Head, plain_head, trained_logprobs
 from yeonma.model.quantized import quantised_layers, sketch
 from yeonma.model.sharding import gathered_bytes
 
@@ -85,7 +85,7 @@ def blueprint(
         head = replace(head, chunk_bytes=CUDA_CHUNK_BYTES)
     if gradient_checkpointing:
         load.checkpoint_activations(base, gradient_checkpointing)
-    patch_kernels(base, forward=Forward(True, head, "sdpa", ""), trim_last=True)
+    patch_kernels(base, support=ForestSupport(True, head, "sdpa", ""), trim_last=True)
     base.train()
     trained = [each for each in base.parameters() if each.requires_grad]
     held = {each for each in [*base.parameters(), *base.buffers()] if not each.requires_grad}

@@ -18,7 +18,7 @@ from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.elementwise import PLAIN
 from yeonma.model.kernels.patch import patch_kernels, pick_kernels
-from yeonma.model.logprobs import Forward
+from yeonma.model.logprobs import ForestSupport
 from yeonma.model.quantized import has_products
 from yeonma.model.sharding import held_bytes, is_sharded, shard_weights
 from yeonma.tokenization.dataset import cache_folder
@@ -56,7 +56,7 @@ class LoadedModel:
     peft_model: Any
     source: load.BaseSource
     base: adapters.BaseIdentity
-    how: Forward
+    how: ForestSupport
     details: dict[str, Any]
     kernels: str
     """`plain` or `compiled`: the numbers depend on it, to rounding."""
@@ -91,7 +91,7 @@ def load_model(
         say(f"one sequence at a time, because {how.why_not}")
     if how_kept := checkpointing(model_settings):
         load.checkpoint_activations(base, how_kept)
-    report = patch_kernels(base, kernels, forward=how, trim_last=True)
+    report = patch_kernels(base, kernels, support=how, trim_last=True)
     trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
     say(
         f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"

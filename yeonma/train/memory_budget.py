@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yeonma.batch.micro_batches import look_at_batches
+from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds, Plan
 from yeonma.config.settings import Checkpointing, ModelSettings, RunConfig, StepSettings
 from yeonma.errors import Log, Problem, UserError
@@ -143,7 +143,7 @@ def _left(case: _Case, drawn: Blueprint) -> int:
 
 
 def _needed(case: _Case, drawn: Blueprint, micro: MicroBatchBounds) -> int:
-    batches = look_at_batches(case.plan, case.store, micro, case.processes)
+    batches = survey_micro_batches(case.plan, case.store, micro, case.processes)
     return trace(drawn, batches.heaviest, has_gradients=batches.several).peak
 
 
@@ -223,7 +223,7 @@ def try_heaviest(tuning: TrainState, plan: Plan, store: TokenStore) -> None:
 
     def compute() -> None:
         to_come = torch.empty(2 * trained, dtype=torch.uint8, device=device)  # AdamW's averages
-        forest = look_at_batches(plan, store, tuning.room.micro, tuning.group.count).heaviest
+        forest = survey_micro_batches(plan, store, tuning.room.micro, tuning.group.count).heaviest
         trained_logprobs(tuning.model, forest, tuning.how.head, tuning.how.capability).sum().backward()
         del to_come
 

@@ -13,7 +13,7 @@ from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
-from yeonma.model.logprobs import Forward
+from yeonma.model.logprobs import ForestSupport
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.trackers import read_metrics
 from yeonma.tokenization.dataset import Dataset, Part
@@ -37,7 +37,7 @@ class Sample:
 def write_card(
     output: Path,
     peft_model: Any,
-    how: Forward,
+    how: ForestSupport,
     tokenizer: Any,
     dataset: Dataset,
     asked: Part,
@@ -53,7 +53,7 @@ def write_card(
 
 
 def ask_rows(
-    peft_model: Any, how: Forward, tokenizer: Any, dataset: Dataset, asked: Part, count: int
+    peft_model: Any, how: ForestSupport, tokenizer: Any, dataset: Dataset, asked: Part, count: int
 ) -> list[Sample]:
     """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on.
 

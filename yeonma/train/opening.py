@@ -19,7 +19,7 @@ import torch
 
 from yeonma.batch.plan import Plan
 from yeonma.model.forest_support import in_eval_mode, tiny_sequences
-from yeonma.model.logprobs import Forward, example_logprobs
+from yeonma.model.logprobs import ForestSupport, example_logprobs
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.losses import Objective, answer_logprobs
@@ -37,7 +37,7 @@ class Opening:
 
 
 def is_reference(
-    model: Any, how: Forward, reference: Callable[[], AbstractContextManager[Any]], group: Processes
+    model: Any, how: ForestSupport, reference: Callable[[], AbstractContextManager[Any]], group: Processes
 ) -> bool:
     """Whether the model, training, gives the bits that it gives as the reference: tried on a few tokens.
 

@@ -26,7 +26,7 @@ from yeonma.config.settings import Quantization
 from yeonma.errors import Log, UserError
 from yeonma.files import file_hash, sync
 from yeonma.model.forest_support import in_eval_mode
-from yeonma.model.logprobs import Forward
+from yeonma.model.logprobs import ForestSupport
 from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource
 from yeonma.tokenization.store import TokenStore
@@ -75,7 +75,7 @@ def reference_path(cache_dir: Path, identity: str, store: TokenStore) -> Path:
 
 def reference_logprobs(
     model: Any,
-    how: Forward,
+    how: ForestSupport,
     store: TokenStore,
     units: np.ndarray,
     *,

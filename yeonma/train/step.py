@@ -21,7 +21,7 @@ import torch
 from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
-from yeonma.model.logprobs import Forward, example_logprobs
+from yeonma.model.logprobs import ForestSupport, example_logprobs
 from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
@@ -87,7 +87,7 @@ def idle_passes(passes: Sequence[Sequence[int]], rank: int) -> list[int]:
 
 def pass_logprobs(
     model: torch.nn.Module,
-    how: Forward,
+    how: ForestSupport,
     store: TokenStore,
     turn: MicroBatchPass,
     spare: int,
@@ -132,7 +132,7 @@ class TrainState:
     """What a step acts on: the model, the way through it, and what is trained how."""
 
     model: Any  # the transformers model, its LoRA layers in place
-    how: Forward
+    how: ForestSupport
     parameters: Mapping[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: Any

@@ -14,7 +14,7 @@ from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 from yeonma.batch.forest import lay_out
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.logprobs import Forward, example_logprobs
+from yeonma.model.logprobs import ForestSupport, example_logprobs
 from yeonma.train.losses import (
     LOSSES,
     PairLogprobs,
@@ -89,7 +89,7 @@ def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
 def test_pairs_have_the_logprobs_and_gradients_of_separate_sequences(family: str, share_prefix: bool) -> None:
     model = adapted(family)
-    how: Forward = check_forest_support(model.get_base_model())
+    how: ForestSupport = check_forest_support(model.get_base_model())
     assert how.forest == (family in FOREST_FAMILIES)
     if (
         family != "qwen3_next"

@@ -15,7 +15,7 @@ from tests.quantised import INT8, KINDS, loaded
 from tests.runs import SETTINGS, articles, model_folder, write_jsonl
 from yeonma.batch import micro_batches as batches_module
 from yeonma.batch.forest import Forest, lay_out
-from yeonma.batch.micro_batches import look_at_batches
+from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, Quantization, RunConfig
@@ -34,7 +34,7 @@ from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.kernels.last_layer import trim_last_layer
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.logprobs import HEAD_CHUNK_BYTES, Forward, plain_head
+from yeonma.model.logprobs import HEAD_CHUNK_BYTES, ForestSupport, plain_head
 from yeonma.model.memory_trace import Blueprint, blueprint, trace
 from yeonma.model.quantized import packed_layers
 from yeonma.train.distributed import Processes
@@ -224,13 +224,13 @@ def test_the_micro_batches_are_those_of_the_step(
         for rank in range(processes):
             group = Processes(rank, processes)
             nothing: Any = None
-            how, room = Forward(True, None, "sdpa", ""), MicroBatchLimit(micro, torch.device("cpu"))
+            how, room = ForestSupport(True, None, "sdpa", ""), MicroBatchLimit(micro, torch.device("cpu"))
             tuning = TrainState(nothing, how, {}, nothing, nothing, False, 1.0, room, SFT, group)
             batches = [turn.examples for turn in _my_passes(tuning, store, positions, store.trained_of)]
             expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
     found = list(batches_module._batches(prepared.plan, store, micro, processes))
     assert [(step, members.tolist(), several) for step, members, several in found] == expected
-    heaviest = look_at_batches(prepared.plan, store, micro, processes)
+    heaviest = survey_micro_batches(prepared.plan, store, micro, processes)
     forests = [batches_module.forest_of(store, np.array(members), True) for _, members, _ in expected]
     assert len(heaviest.heaviest.token_ids_T) == max(len(each.token_ids_T) for each in forests)
     assert heaviest.several == any(several for *_, several in expected)

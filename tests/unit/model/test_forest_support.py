@@ -14,7 +14,7 @@ from yeonma.batch.forest import Forest, lay_out
 from yeonma.model import forest_support as check
 from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import attention, check_forest_support
-from yeonma.model.logprobs import Forward, sequence_logprobs, trained_logprobs
+from yeonma.model.logprobs import ForestSupport, sequence_logprobs, trained_logprobs
 
 ROW = np.arange(3, 30, dtype=np.int32)
 
@@ -60,7 +60,7 @@ def test_other_families_are_found_and_left_as_they_were_able_to_train(family: st
     model = with_lora(tiny_model(family), target_modules=targets)
     own_attention = model.config._attn_implementation
     found = check_forest_support(model)
-    assert found == Forward(forest=False, head=None, plain_attention=own_attention, why_not=reason)
+    assert found == ForestSupport(forest=False, head=None, plain_attention=own_attention, why_not=reason)
     assert model.config._attn_implementation == own_attention
     assert all(bool(gradient.any()) for gradient in expected)
     for ours, theirs in zip(lora_gradients(model), expected, strict=True):

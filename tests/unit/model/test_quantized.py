@@ -24,7 +24,7 @@ from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.lora import patch_linear
-from yeonma.model.logprobs import Forward, example_logprobs, sequence_logprobs
+from yeonma.model.logprobs import ForestSupport, example_logprobs, sequence_logprobs
 from yeonma.model.quantized import Dequantised, numbers_of, packed_layers, quantised_layers
 
 FAMILIES = ("llama", "gpt2", "qwen3_moe", "gemma2")
@@ -52,7 +52,7 @@ def trained() -> list[np.ndarray]:
     return [np.arange(len(each)) > 8 for each in sequences()]
 
 
-def gone_through(model: Any, how: Forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def gone_through(model: Any, how: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Log-probabilities, and the gradients of all that is trained."""
     logprobs = example_logprobs(model, how, sequences(), trained(), share_prefix=True)
     weights = [each for each in model.parameters() if each.requires_grad]
@@ -226,7 +226,7 @@ def test_bfloat16_is_taken(llama: Path, kind: Quantization) -> None:
     assert float((found - whole).abs().mean()) < 1.0
 
 
-def _plain(folder: Path) -> tuple[Any, Forward]:
+def _plain(folder: Path) -> tuple[Any, ForestSupport]:
     model = adapted(folder, "none")
     return model, check_forest_support(model)
 

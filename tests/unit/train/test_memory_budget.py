@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.runs import SETTINGS, Done, articles, command, model_folder, sft, trained, write_jsonl
-from yeonma.batch.micro_batches import look_at_batches
+from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, RunConfig
@@ -60,7 +60,7 @@ class Case:
         """Bytes that have to be free for these micro-batches."""
         lora = lora_shape(self.config.lora)
         drawn = blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=way)
-        batches = look_at_batches(self.prepared.plan, self.prepared.dataset.train.store, micro, 1)
+        batches = survey_micro_batches(self.prepared.plan, self.prepared.dataset.train.store, micro, 1)
         peak = trace(drawn, batches.heaviest, has_gradients=batches.several).peak
         return (peak + drawn.weight_bytes + 3 * drawn.trained_bytes) / SHARE["cpu"]
 
@@ -286,7 +286,9 @@ def test_inspect_shows_what_the_run_would_choose(base: Path, data: Path) -> None
     )
     assert done.status == 0, done.err
     assert f"at most {step.micro_batch_tokens:,} tokens at once; activations are kept" in done.err
-    heaviest = look_at_batches(case.prepared.plan, case.prepared.dataset.train.store, micro_batching(step), 1)
+    heaviest = survey_micro_batches(
+        case.prepared.plan, case.prepared.dataset.train.store, micro_batching(step), 1
+    )
     assert f"{len(heaviest.heaviest.token_ids_T):,} tokens" in done.out
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from yeonma.batch.forest import lay_out
 from yeonma.model.forest_support import in_eval_mode, tiny_sequences
-from yeonma.model.logprobs import READ, Forward, trained_logprobs
+from yeonma.model.logprobs import READ, ForestSupport, trained_logprobs
 from yeonma.model.quantized import is_rounded
 from yeonma.model.sharding import recover
 
@@ -45,15 +45,15 @@ def trim_last_layer(model: Any) -> bool:
     return True
 
 
-def trim_where_equal(model: Any, how: Forward) -> bool:
+def trim_where_equal(model: Any, support: ForestSupport) -> bool:
     """The same, where a few log-probabilities are those of the whole layer."""
-    if not how.forest or not trim_last_layer(model):
+    if not support.forest or not trim_last_layer(model):
         return False
     ids = tiny_sequences(model.config.get_text_config().vocab_size, 0)
 
     def look(last: int, **what: Any) -> torch.Tensor:
         forest = lay_out(ids, [np.arange(len(each)) >= len(each) - last for each in ids])
-        return trained_logprobs(model, forest, how.head, how.capability, **what)
+        return trained_logprobs(model, forest, support.head, support.capability, **what)
 
     exact = model.dtype == torch.float32 and not is_rounded(model)
     tolerance = TOLERANCE if exact else ROUNDED_TOLERANCE

@@ -27,7 +27,7 @@ from yeonma.errors import Log, UserError, first_line
 from yeonma.model.kernels.elementwise import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.lora import gated, patch_linear, takes_gated
-from yeonma.model.logprobs import Forward
+from yeonma.model.logprobs import ForestSupport
 from yeonma.model.sharding import own_class
 
 ROTATION = "apply_rotary_pos_emb"
@@ -85,25 +85,25 @@ def patch_kernels(
     model: nn.Module,
     kernels: Kernels = PLAIN,
     *,
-    forward: Forward | None = None,
+    support: ForestSupport | None = None,
     trim_last: bool = False,
 ) -> KernelReport:
     """Give every module that allows it a faster forward, and return what was replaced.
 
-    `model`: a transformers model, its LoRA layers in place. `forward`: how it computes log-probabilities, for the
+    `model`: a transformers model, its LoRA layers in place. `support`: from `check_forest_support`, for the
     report and for `trim_last`: the last layer then computes only the positions that are read (`last_layer.py`), after a
     trial, or without one on the meta device.
     """
     has_rotary = any("Rotary" in own_class(module).__name__ for module in model.modules())
     candidates = Counter(kind for module in model.modules() for kind in _kinds_of(module, has_rotary))
     patched = patch_linear(model) + patch_elementwise(model, kernels)
-    if trim_last and forward is not None and forward.forest:
+    if trim_last and support is not None and support.forest:
         on_meta = next(model.parameters()).device.type == "meta"
         candidates["last layer"] = 1
-        patched["last layer"] = int(trim_last_layer(model) if on_meta else trim_where_equal(model, forward))
+        patched["last layer"] = int(trim_last_layer(model) if on_meta else trim_where_equal(model, support))
     totals = {kind: max(patched[kind], candidates[kind]) for kind in KINDS}
     counts = [KernelCount(kind, patched[kind], total) for kind, total in totals.items() if total]
-    return KernelReport(tuple(counts), forward.attention if forward else (), kernels is not PLAIN)
+    return KernelReport(tuple(counts), support.attention if support else (), kernels is not PLAIN)
 
 
 def _kinds_of(module: nn.Module, has_rotary: bool) -> Iterator[str]:

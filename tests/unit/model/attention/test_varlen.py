@@ -28,7 +28,7 @@ from yeonma.model.attention.dispatch import (
 )
 from yeonma.model.attention.varlen import VarlenLayout, varlen_attention, varlen_forest_attention
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.logprobs import Forward, trained_logprobs
+from yeonma.model.logprobs import ForestSupport, trained_logprobs
 
 H100 = (9, 0)
 RAGGED = "ragged_on_the_cpu"
@@ -300,7 +300,7 @@ def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: i
 def test_a_model_on_a_gpu_takes_the_kernel_and_trains_as_segment_by_segment(family: str) -> None:
     model = with_lora(tiny_model(family)).to("cuda", torch.bfloat16)
     base = model.get_base_model()
-    how: Forward = check_forest_support(base)
+    how: ForestSupport = check_forest_support(base)
     assert how.forest and how.capability == torch.cuda.get_device_capability()
     assert base.config._attn_implementation == FOREST
     results = []

@@ -29,7 +29,7 @@ from yeonma.model.kernels.elementwise import (
 from yeonma.model.kernels.lora import patch_linear
 from yeonma.model.kernels.patch import patch_elementwise, pick_kernels
 from yeonma.model.load import LoraShape, add_lora
-from yeonma.model.logprobs import Forward, example_logprobs
+from yeonma.model.logprobs import ForestSupport, example_logprobs
 
 TAKEN = {  # norms, MLPs, attentions of two layers
     "llama": (5, 2, 2),
@@ -67,14 +67,14 @@ def test_what_is_taken_of_each_family(family: str) -> None:
     assert taken(model) == TAKEN[family]
 
 
-def adapted(family: str) -> tuple[Any, Forward]:
+def adapted(family: str) -> tuple[Any, ForestSupport]:
     model = with_lora(family)
     how = check_forest_support(model.get_base_model())
     assert how.forest
     return model, how
 
 
-def logprobs_and_gradients(model: Any, how: Forward) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def logprobs_and_gradients(model: Any, how: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
     random = np.random.default_rng(3)
     frame = random.integers(3, VOCABULARY, 20)
     ids = [np.concatenate([frame, random.integers(3, VOCABULARY, n)]).astype(np.int32) for n in (9, 14, 11)]

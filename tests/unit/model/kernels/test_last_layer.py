@@ -13,14 +13,14 @@ from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.logprobs import READ, Forward, trained_logprobs
+from yeonma.model.logprobs import READ, ForestSupport, trained_logprobs
 
 SPARED = [
     family for family in FOREST_FAMILIES if family != "gpt2"
 ]  # whose decoder names its layers otherwise
 
 
-def adapted(family: str, short: bool = True) -> tuple[Any, Forward]:
+def adapted(family: str, short: bool = True) -> tuple[Any, ForestSupport]:
     model = with_lora(family)
     how = check_forest_support(model.get_base_model())
     if short:
@@ -36,7 +36,7 @@ def forest() -> Forest:
     return lay_out(ids, [np.arange(len(each)) >= 20 for each in ids])
 
 
-def look(model: Any, how: Forward, **more: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def look(model: Any, how: ForestSupport, **more: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     result = trained_logprobs(model.get_base_model(), forest(), how.head, how.capability, **more)
     weights = [each for each in model.parameters() if each.requires_grad]
     found = torch.autograd.grad(result.sum(), weights, allow_unused=True)
@@ -56,7 +56,7 @@ def test_logprobs_and_gradients_are_those_of_the_whole_layer(family: str, short:
         torch.testing.assert_close(ours, theirs, atol=1e-5 * largest, rtol=1e-4)
 
 
-def rows_through_mlps(model: Any, how: Forward, **more: Any) -> list[int]:
+def rows_through_mlps(model: Any, how: ForestSupport, **more: Any) -> list[int]:
     rows: list[int] = []
     handles = [
         each.mlp.down_proj.base_layer.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[-2]))

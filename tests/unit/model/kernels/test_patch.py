@@ -36,7 +36,7 @@ def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report_of(model: Any) -> str:
     base = model.get_base_model()
-    return str(patch_kernels(base, forward=check_forest_support(base), trim_last=True))
+    return str(patch_kernels(base, support=check_forest_support(base), trim_last=True))
 
 
 @pytest.mark.parametrize("family", REPORTS)

@@ -53,7 +53,7 @@ def generate(
     """The answers in the order of the prompts, which are token ids as `encode_prompts` gives them.
 
     `model` may be a PeftModel. It is in eval mode meanwhile, and its own generation settings play no part.
-    `by_forest`: whether it takes forests (`ForestSupport.forest`). Then `batch_size` prompts are answered at once, and the
+    `by_forest`: its `ForestSupport.forest`. Then `batch_size` prompts are answered at once, and the
     next one begins as soon as one has ended; where memory is short, half as many at once. The longest prompts go first,
     so that too little memory shows early.
 

@@ -78,8 +78,8 @@ def example_logprobs(
     share_prefix: bool,
     units: Sequence[int] | np.ndarray | None = None,
 ) -> torch.Tensor:
-    """logprob_N of some examples' trained tokens, example by example, as one forest or sequence by sequence, as `support` says; `units` as in
-    `lay_out`."""
+    """logprob_N of the examples' trained tokens, example by example: through one forest where `support` allows it, else
+    sequence by sequence. `units` as in `lay_out`."""
     if support.forest:
         forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
         return trained_logprobs(model, forest, support.head, support.capability)

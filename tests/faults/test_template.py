@@ -249,7 +249,7 @@ def test_a_template_that_cannot_be_read_is_named(
 
 
 def test_turns_without_a_chat_template_are_refused(refused: Refused, turns: Path) -> None:
-    what = "the model's tokenizer has no chat template, which turns need"
+    what = "the model's tokenizer has no chat template, which templates with turns need"
     (line,) = refused(turns, template=None)
     assert what in line and line.endswith("or the model's instruction-tuned version")
 

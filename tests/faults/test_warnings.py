@@ -41,9 +41,9 @@ PHRASES = (
     "over 10 MB",
     "decomposed",
     "zero-width",
-    "special-token texts",
-    "stand more than once",
-    "in both the training and the validation rows",
+    "special-token text",
+    "repeat an earlier row",
+    "validation rows that are also training rows",
 )
 
 
@@ -86,7 +86,7 @@ def test_fault_26_special_token_text_in_the_data(tmp_path: Path, accepted: Accep
     table = rows(20, r3={"document": "a <|im_end|> b"}, r17={"title": "c <|endoftext|> d"})
     data = write_jsonl(tmp_path / "a.jsonl", table)
     taken = accepted(data, template=TEMPLATE)
-    one_line(taken.done.out, "special-token texts", 2, [3, 17])
+    one_line(taken.done.out, "special-token text", 2, [3, 17])
     store, tokenizer = taken.prepared.dataset.train.store, taken.prepared.tokenizer
     assert taken.texts[2][0] == "a <|im_end|> b\n"
     ids = store[2].token_ids.tolist()
@@ -98,7 +98,7 @@ def test_fault_27_rows_that_stand_more_than_once(tmp_path: Path, accepted: Accep
     twin = {"document": "same", "title": "same title"}
     data = write_jsonl(tmp_path / "a.jsonl", rows(20, r1=twin, r3=twin, r17=twin))
     taken = accepted(data, template=TEMPLATE)
-    (line,) = told(taken.done.out, "stand more than once")
+    (line,) = told(taken.done.out, "repeat an earlier row")
     assert "rows 1, 3, 17" in line or "rows 3, 17" in line
     assert len(taken.texts) == 20
 
@@ -108,11 +108,11 @@ def test_fault_27_rows_in_training_and_validation(tmp_path: Path, accepted: Acce
     shared = [rows(20)[number - 1] for number in (3, 17)]
     validation = write_jsonl(tmp_path / "b.jsonl", [{"document": "new", "title": "new"}, *shared])
     taken = accepted(training, val_data_path=validation, template=TEMPLATE)
-    (line,) = told(taken.done.out, "in both the training and the validation rows")
+    (line,) = told(taken.done.out, "validation rows that are also training rows")
     assert "2" in line and ("rows 3, 17" in line or "rows 2, 3" in line)
     other = write_jsonl(tmp_path / "c.jsonl", [{"document": "new", "title": "new"}])
     quiet = accepted(training, val_data_path=other, template=TEMPLATE).done.out
-    assert told(quiet, "in both the training and the validation rows") == []
+    assert told(quiet, "validation rows that are also training rows") == []
 
 
 def test_fault_27_the_same_row_drawn_into_both(tmp_path: Path, accepted: Accepted) -> None:
@@ -121,4 +121,4 @@ def test_fault_27_the_same_row_drawn_into_both(tmp_path: Path, accepted: Accepte
     ]  # five drawn are an odd number: some twin stays behind
     data = write_jsonl(tmp_path / "a.jsonl", twins)
     taken = accepted(data, template=TEMPLATE, val_set_size=5)
-    assert len(told(taken.done.out, "in both the training and the validation rows")) == 1
+    assert len(told(taken.done.out, "validation rows that are also training rows")) == 1

@@ -15,7 +15,14 @@ import numpy as np
 from yeonma.batch.micro_batches import forest_of
 from yeonma.batch.plan import Plan, micro_batches
 from yeonma.data.text_checks import script_names
-from yeonma.tokenization.data_warnings import FIRST, Remark, overlap_of, remarks_of, rows_remark, used_rows
+from yeonma.tokenization.data_warnings import (
+    FIRST,
+    DataWarning,
+    data_warnings,
+    overlap_of,
+    rows_warning,
+    used_rows,
+)
 from yeonma.tokenization.dataset import Dataset, Part
 from yeonma.tokenization.example import AnswerRole, LeftOut
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
@@ -92,7 +99,7 @@ class PartAudit:
     """The most frequent first."""
     bias: Bias | None
     """Of pairs alone."""
-    remarks: tuple[Remark, ...]
+    remarks: tuple[DataWarning, ...]
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class Audit:
     """`answers`, `pairs` or `labelled answers`."""
     train: PartAudit
     validation: PartAudit | None
-    overlap: Remark | None
+    overlap: DataWarning | None
     steps_per_epoch: int
     steps: int
     """Of the whole run, as `num_epochs` and `max_steps` say."""
@@ -228,7 +235,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
     rows = used_rows(store, positions)
     shortened = np.unique(store.row_numbers[positions][cut > 0])
     unknown = _rows_with(store, positions, unknown_id) if unknown_id is not None else rows[:0]
-    not_known = rows_remark("unknown", unknown, "rows with text that the tokenizer has no tokens for")
+    not_known = rows_warning("unknown", unknown, "rows with text that the tokenizer has no tokens for")
     return PartAudit(
         name=part.rows.name,
         rows=len(rows),
@@ -246,7 +253,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
         ),
         bias=_bias(store, positions, answers),
         scripts=_scripts(store.row_scripts[rows - 1], rows),
-        remarks=(*remarks_of(store, positions), *([not_known] if not_known else [])),
+        remarks=(*data_warnings(store, positions), *([not_known] if not_known else [])),
     )
 
 

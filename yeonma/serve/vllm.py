@@ -16,7 +16,7 @@ from typing import Any
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.adapter.prompt_builder import PromptBuilder, held_as
 from yeonma.config.settings import QuantizationOrAuto
-from yeonma.tokenization.chat_template_export import why_not_carried
+from yeonma.tokenization.chat_template_export import why_not_exported
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of `--max-lora-rank`, without 1, which not every version accepts."""
@@ -118,7 +118,7 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
     template = prompt_builder.adapter.template
     if any(prompt_builder.frame(variant) != ("", "") for variant in range(len(template.variants))):
         return f"the template of {path} has text around the answer, which it would not remove"
-    if why_not_carried(template, prompt_builder.tokenizer, chat_template):
+    if why_not_exported(template, prompt_builder.tokenizer, chat_template):
         return f"the chat template in {path} does not give the trained tokens"
     return ""
 

@@ -1,8 +1,8 @@
-"""The training template as a chat template, so that other tools ask with the trained tokens.
+"""The training template as a chat template, so that other tools prompt with the tokens of training.
 
-What `apply_chat_template`, vLLM and their like send is a list of messages. A user message becomes the template's field;
-where there are several fields its content is a flat JSON object of texts. Other tools take special-token text in data
-for special tokens; Yeonma does not.
+`apply_chat_template`, vLLM and the like send a list of messages. A user message becomes the template's field; for
+several fields its content is a flat JSON object of texts. Other tools treat special-token text in data as special
+tokens; Yeonma does not.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from yeonma.data.columns import column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Part, Placeholder, Rendered, Template, Variant
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import FIXED_DATE, Message
+from yeonma.tokenization.chat_template import FIXED_DATE, Message, as_messages
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.text_encoder import TextEncoder
 
 BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
-"""Where the base's own chat template lies beside one that carries a training template; empty where it has none."""
+"""The file with the base's own chat template beside an exported one; empty if the base has none."""
 MARK = f"{{#- A training template, for messages; the base model's own chat template is in {BASE_CHAT_TEMPLATE} -#}}\n"
-"""What such a template begins with."""
+"""The first line of an exported chat template."""
 
 _LEAD_PROBES = ("x", "가", "\n", "###", "x  y")
 _TRIAL_TEXTS = ("x", "서울의 아침, -3 °C.", '  A storm\n\nclosed "it" {x} {{y}}\n', "\n\\ é 😀\tend ")
@@ -33,55 +33,55 @@ _UNLIMITED = TokenRules(2**40)
 
 @dataclass(frozen=True)
 class ExportedChatTemplate:
-    """A chat template that was tried: it gives the trained tokens. `text` is None where there is none; `why` tells."""
+    """A chat template that was tried and gives the tokens of training; or None, and why there is none."""
 
     text: str | None
     why: str = ""
 
 
 def export_chat_template(template: Template, tokenizer: Any) -> ExportedChatTemplate:
-    """The chat template that carries `template`, for a tokenizer with its base's own, after a trial on a few texts."""
+    """The chat template for `template` and a tokenizer with its base's own chat template, tried on a few texts."""
     text = chat_template_for(template, tokenizer)
     if text is None:
         return ExportedChatTemplate(None, "the base model has no chat template to write turns with")
-    why = why_not_carried(template, tokenizer, text)
+    why = why_not_exported(template, tokenizer, text)
     return ExportedChatTemplate(None if why else text, why)
 
 
-def why_not_carried(template: Template, tokenizer: Any, text: str) -> str:
-    """Why the chat template `text` does not give the trained tokens of a few texts; empty where it does."""
+def why_not_exported(template: Template, tokenizer: Any, text: str) -> str:
+    """Why the chat template `text` does not give the tokens of training for a few texts; empty if it does."""
     trials = 0
     for row in _trial_rows(template):
         rendered = template.render(row, None, with_answer=False)
         try:
-            ids = whole_ids(rendered, row, tokenizer)
+            ids = full_prompt_ids(rendered, row, tokenizer)
         except UserError:  # a conversation that the base's chat template refuses
             continue
         try:
-            same = asked_ids(tokenizer, messages_of(template, row, None, rendered), text) == ids
-        except Exception as error:  # whatever Jinja raises
+            same = chat_ids(tokenizer, messages_of(template, row, None, rendered), text) == ids
+        except Exception as error:  # Jinja may raise anything
             return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
         if not same:
-            return "a chat template cannot give this tokenizer the trained tokens"
+            return "a chat template cannot reproduce the tokens of training with this tokenizer"
         trials += 1
-    return "" if trials else "the base model's chat template refuses all that was tried"
+    return "" if trials else "the base model's chat template refuses every trial"
 
 
-def whole_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
-    """The trained ids of the row's whole prompt, which nothing shortens. Raises UserError as encoding."""
-    return [int(one) for one in encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0]]
+def full_prompt_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
+    """The ids of the row's whole prompt as trained, without a limit. Raises UserError as `encode_prompts`."""
+    return encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0].tolist()
 
 
-def asked_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
-    """What other tools ask with: the ids of `messages` by transformers' `apply_chat_template`."""
-    found = tokenizer.apply_chat_template(
+def chat_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
+    """The prompt ids of other tools: those of `messages` by transformers' `apply_chat_template`."""
+    encoded = tokenizer.apply_chat_template(
         list(messages), chat_template=chat_template, add_generation_prompt=True
     )
-    return list(found["input_ids"])
+    return list(encoded["input_ids"])
 
 
 def _trial_rows(template: Template) -> Iterator[Row]:
-    """Rows for each variant, with texts that try the borders of tokens, of JSON and of Jinja."""
+    """Rows for each variant, with texts that test the borders of tokens, JSON and Jinja."""
     if template.is_chat:
         column = template.answer_field
         for first, last in zip(_TRIAL_TEXTS, reversed(_TRIAL_TEXTS), strict=True):
@@ -94,13 +94,13 @@ def _trial_rows(template: Template) -> Iterator[Row]:
         for number in range(len(_TRIAL_TEXTS)):
             texts = _TRIAL_TEXTS[number:] + _TRIAL_TEXTS[:number]
             fields = enumerate(variant.prompt_fields)
-            yield Row(1, {name: texts[at % len(texts)] for at, name in fields}, "trial")
+            yield Row(1, {name: texts[index % len(texts)] for index, name in fields}, "trial")
 
 
 def chat_template_for(template: Template, tokenizer: Any) -> str | None:
-    """Jinja that renders messages to the text of the template's prompts, for a tokenizer with its base's chat template.
+    """Jinja that renders messages as the template's prompts, for a tokenizer with its base's own chat template.
 
-    None where turns need the base's chat template and there is none.
+    None if turns need the base's chat template and there is none.
     """
     encoder = TextEncoder.of(tokenizer)
     own = base_chat_template(tokenizer)
@@ -143,7 +143,7 @@ def chat_template_for(template: Template, tokenizer: Any) -> str | None:
 
 
 def base_chat_template(tokenizer: Any) -> str:
-    """The tokenizer's own chat template, the default one of several; empty where it has none."""
+    """The tokenizer's own chat template, the default one of several; empty if it has none."""
     named = tokenizer.chat_template
     return str((named.get("default") if isinstance(named, dict) else named) or "")
 
@@ -151,14 +151,11 @@ def base_chat_template(tokenizer: Any) -> str:
 def messages_of(
     template: Template, row: Row, columns: Mapping[str, str] | None, rendered: Rendered
 ) -> list[Message]:
-    """The row as another tool sends it: a user message, or a turn list without its final answer."""
+    """The row as another tool sends it: one user message, or a turn list without its final answer."""
     if template.is_chat:
         turns = rendered.turns
         turns = turns[:-1] if turns[-1].role == "assistant" and not rendered.answer else turns
-        return [
-            {"role": str(turn.role), "content": "".join(piece.text for piece in turn.pieces)}
-            for turn in turns
-        ]
+        return as_messages(turns)
     fields = prompt_fields(template)
     texts = {name: field_text(row, column_of(name, columns, template.answer_field)) for name in fields}
     if len(fields) == 1:
@@ -168,12 +165,12 @@ def messages_of(
 
 
 def prompt_fields(template: Template) -> list[str]:
-    """The fields that a message fills, in the template's order. Of a turn list there are none."""
+    """The fields that a message fills, in the template's order; none for a turn list."""
     return list(dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields))
 
 
 def _dated(own: str, text: str) -> str:
-    """With the date of training, where the base's chat template writes one."""
+    """With the fixed date of training, if the base's chat template writes one."""
     return FIXED_DATE + text if "strftime_now" in own else text
 
 
@@ -224,7 +221,7 @@ def _answer(parts: Sequence[Part]) -> str:
 
 
 def _write(encoder: TextEncoder) -> str:
-    """The text with what stands before it: what a tokenizer's own rules would have put there."""
+    """The text after what the tokenizer's own rules would put before it."""
     blank, other = (_lead(encoder, [before + text for text in _LEAD_PROBES]) for before in (" ", ""))
     if blank == other:
         return "{{- " + _quoted(other) + " ~ own.text -}}\n"
@@ -232,8 +229,8 @@ def _write(encoder: TextEncoder) -> str:
 
 
 def _lead(encoder: TextEncoder, texts: Sequence[str]) -> str:
-    """The text in front that makes a tokenizer without its rules give their ids: the start tokens' own text, and a
-    blank where a dummy prefix would stand. Nothing does for a tokenizer of another kind; the check tells."""
+    """The text that, put before a text, makes the tokenizer give the same ids without its own rules: the start tokens'
+    text, and a blank in place of a dummy prefix. Other tokenizers have none, which the trial finds out."""
     start = "".join(encoder.special_text.get(number, "") for number in encoder.start_ids)
     for lead in (start, start + " "):
         if encoder.bare([lead + text for text in texts]) == encoder.batch(texts):
@@ -242,21 +239,21 @@ def _lead(encoder: TextEncoder, texts: Sequence[str]) -> str:
 
 
 def _lead_of_turns(tokenizer: Any, encoder: TextEncoder) -> str:
-    """The start tokens, where the base's chat template does not write them."""
+    """The start tokens, if the base's chat template does not write them."""
     if not encoder.start_ids:
         return ""
     try:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
         )
-    except Exception:  # whatever the base's template raises: it is not our code
+    except Exception:  # the base's template may raise anything
         return ""
     lead = "" if encoder.bare([text]) == encoder.batch([text]) else _lead(encoder, [text])
     return "{{- " + _quoted(lead) + " -}}\n" if lead else ""
 
 
 def _read_message(fields: Sequence[str], template: Template) -> str:
-    """Jinja: `fields`, the texts by name, and `answer`, the assistant's text or none."""
+    """Jinja that sets `fields`, the texts by name, and `answer`, the assistant's text or none."""
     needs = _quoted(f"this model takes {_needs(fields)}")
     head = _MESSAGE.replace("@NEEDS@", needs)
     if len(fields) == 1:
@@ -289,8 +286,8 @@ _MESSAGE = """\
 {%- set answer = said.answer -%}
 """
 
-# A reader of {"name": "text", ...}, character by character. `at`: what is expected next. Texts are taken in stretches
-# between escapes.
+# Reads {"name": "text", ...} character by character. `at`: what is expected next. The text between two escapes is taken
+# at once.
 _JSON = """\
 {%- set json = namespace(fields=@EMPTY@, at='open', name='', text='', start=0, escape='', hex='', high=0, ok=true) -%}
 {%- if said.content|trim and (said.content|trim)[0] != '{' -%}

@@ -1,4 +1,4 @@
-"""Settings -> the examples of a run: the template chosen, the rows tokenised, the validation rows drawn."""
+"""Settings -> the examples of a run: choose the template, tokenise the rows, draw the validation rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yeonma.data.template import Template
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.data_warnings import listed, overlap_of, remarks_of, used_rows
+from yeonma.tokenization.data_warnings import data_warnings, listed, overlap_of, used_rows
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
@@ -25,7 +25,7 @@ from yeonma.tokenization.store import TokenStore
 
 @dataclass(frozen=True)
 class Part:
-    """Some examples of a token store, by their positions there, and the rows they came from."""
+    """Some examples of a token store, by their positions in it, and the rows they come from."""
 
     rows: Rows
     store: TokenStore
@@ -37,7 +37,7 @@ class Part:
 
     @cached_property
     def units(self) -> np.ndarray:
-        """What the plan is made of: the examples or, in preference data, the pairs."""
+        """The units that a plan is made of, such as examples or pairs."""
         return np.unique(self.store.units[self.positions])
 
     @property
@@ -45,15 +45,15 @@ class Part:
         return int(self.store.trained_counts[self.store.trained_of(self.units)].sum())
 
     def first_rows(self, count: int) -> list[Row]:
-        """The rows of the first `count` distinct row numbers; reads no further than the last of them."""
-        wanted = set(used_rows(self.store, self.positions)[:count].tolist())
-        found: list[Row] = []
+        """The rows of the first `count` distinct row numbers; nothing after the last of them is read."""
+        numbers = set(used_rows(self.store, self.positions)[:count].tolist())
+        rows: list[Row] = []
         for row in self.rows:
-            if len(found) == len(wanted):
+            if len(rows) == len(numbers):
                 break
-            if row.number in wanted:
-                found.append(row)
-        return found
+            if row.number in numbers:
+                rows.append(row)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Dataset:
 
     @property
     def sources(self) -> list[Part]:
-        """A part of each data set that was read: one where validation was drawn from the training rows."""
+        """A part for each data set that was read: only one if validation rows were drawn from the training rows."""
         parts = {self.train.store.key: self.train}
         if self.validation is not None:
             parts.setdefault(self.validation.store.key, self.validation)
@@ -99,11 +99,13 @@ def prepare_dataset(
     task: Task = ANSWERS,
     continued: str | None = None,
 ) -> Dataset:
-    """Read, tokenise (or take from the cache) and draw. Raises UserError for whatever the data, the template or the
-    limits make impossible."""
+    """Read the rows, tokenise them or take them from the cache, and draw validation rows. `continued` is the adapter
+    folder to continue. Raises UserError for faults of the data, the template and the settings."""
     if data.val_data_path is not None and data.val_set_size:
         raise UserError(
-            "val_set_size and val_data_path are both given", place="val_set_size", cure="give one of the two"
+            "val_set_size and val_data_path are both given",
+            place="val_set_size",
+            cure="give only one of them",
         )
     rows = open_rows(
         data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
@@ -136,7 +138,7 @@ def prepare_dataset(
 
 
 def describe(dataset: Dataset, say: Log) -> None:
-    """Say what became of the rows: the counts, what was cut or left out, and what a person should know of them."""
+    """Report the counts, what was cut or left out, and warnings."""
     for part in dataset.sources:
         _describe(part.rows.name, part.store, dataset.task, say)
     if dataset.validation is not None:
@@ -159,5 +161,5 @@ def _describe(name: str, store: TokenStore, task: Task, say: Log) -> None:
     numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
     if numbers:
         say(f"{name}: {len(numbers):,} left out: {listed(numbers)}")
-    for remark in remarks_of(store, np.arange(len(store))):
-        say(f"{name}: {remark}")
+    for warning in data_warnings(store, np.arange(len(store))):
+        say(f"{name}: {warning}")

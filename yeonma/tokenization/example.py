@@ -1,4 +1,4 @@
-"""What a row becomes: an example's token ids and which of them are trained, by the rules that decide them."""
+"""Example: token ids and which of them are trained; the settings that decide them, and their checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yeonma.tokenization.text_encoder import TextEncoder
 
 
 class AnswerRole(IntEnum):
-    """What an example's answer is to be: the only right one, the better or worse of two, wanted or not by itself."""
+    """What an example's answer is: the only one, the better or worse of two, or one labelled desirable or not."""
 
     ANSWER = 0
     CHOSEN = 1
@@ -25,7 +25,7 @@ class AnswerRole(IntEnum):
     DESIRABLE = 3
     UNDESIRABLE = 4
     MISMATCHED = 5
-    """An answer to another row's prompt: never trained, only measured."""
+    """The answer to another row's prompt: never trained, only measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,30 +35,30 @@ class Example:
     token_ids: NDArray[np.int32]
     """Shape (tokens,): prompt, answer, end token."""
     trained: NDArray[np.bool_]
-    """Shape (tokens,): whether the token is trained, as a target. The first token never is."""
+    """Shape (tokens,): whether the token is trained, as a target; never the first token."""
     prompt_length: int
-    """Tokens before the answer, in a turn list before the last one: what generation feeds."""
+    """Tokens before the answer, or before the last answer of a turn list: what generation feeds."""
     row: int
     variant: int
     cut_characters: int
-    """Characters that a prompt field lost to fit `cutoff_len`."""
+    """Characters that a prompt field lost to fit into `cutoff_len`."""
     straddles: bool
-    """Whether a token of the whole text straddles the border: the answer was encoded as a continuation."""
+    """Whether a token of the whole text straddles the border, so that the answer was encoded as a continuation."""
     special_text: int
-    """Special-token texts that were found in data and encoded as ordinary text."""
+    """Special-token texts in the data that were encoded as ordinary text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Examples with one prompt that a step counts as one and no micro-batch parts, such as the two of a pair."""
+    """Examples with one prompt that a step counts as one and no micro-batch splits, such as the two of a pair."""
 
     members: tuple[tuple[AnswerRole, Example], ...]
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row, or one answer of a turn list, that is over the limit with its prompt field cut to one character; or a
-    pair with nothing to choose between."""
+    """A row, or one answer of a turn list, that is over the limit even with its prompt field cut to one character; or a
+    pair whose answers are equal."""
 
     row: int
     place: str
@@ -67,7 +67,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class TokenRules:
-    """The token settings that decide what an example is."""
+    """The settings that decide an example's tokens."""
 
     cutoff_len: int
     shrink: str | None = None
@@ -78,19 +78,19 @@ class TokenRules:
 
 
 def check_rules(template: Template, rules: TokenRules) -> None:
-    """Raises UserError where `shrink` names no prompt field of the template."""
+    """Raises UserError if `shrink` is not a prompt field of the template."""
     prompt_fields = sorted(template.fields - {template.answer_field})
     if rules.shrink is None or (rules.shrink in prompt_fields and not template.is_chat):
         return
     if template.is_chat:
         cure = "leave it out: the longest turn that is not the assistant's is shortened"
-        raise UserError("a turn list has no fields to shorten", place="--shrink", cure=cure)
-    known = did_you_mean(rules.shrink, prompt_fields) or f"the template uses {', '.join(prompt_fields)}"
-    raise UserError(f'"{rules.shrink}" is not a prompt field of the template', place="--shrink", cure=known)
+        raise UserError("turn lists have no fields to shorten", place="--shrink", cure=cure)
+    cure = did_you_mean(rules.shrink, prompt_fields) or f"the template uses {', '.join(prompt_fields)}"
+    raise UserError(f'"{rules.shrink}" is not a prompt field of the template', place="--shrink", cure=cure)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> None:
-    """Raises UserError where answers need an EOS token that the tokenizer does not have."""
+    """Raises UserError if answers need an EOS token that the tokenizer does not have."""
     if rules.add_eos_token and tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-sequence token",
@@ -100,9 +100,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> No
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, ...]:
-    """The ids that end an answer: EOS and, with `chat`, the token that the chat template ends a turn with."""
-    found = {tokenizer.eos_token_id}
+    """The ids that end an answer: EOS and, with `chat`, the chat template's end of an assistant turn."""
+    ids = {tokenizer.eos_token_id}
     if chat:
-        with chat_of(TextEncoder.of(tokenizer)) as asked:
-            found.add(asked.end_id())
-    return tuple(sorted(number for number in found if number is not None))
+        with chat_of(TextEncoder.of(tokenizer)) as template:
+            ids.add(template.end_id())
+    return tuple(sorted(token_id for token_id in ids if token_id is not None))

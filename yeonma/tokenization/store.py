@@ -1,4 +1,4 @@
-"""A folder of examples as flat arrays: written once, then read through memory maps. No pickle."""
+"""A folder of examples as flat arrays: written once, then memory-mapped. No pickle."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from yeonma.data.text_checks import Notes
 from yeonma.files import sync
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, Unit
 
-# One value a token.
-_OF_TOKENS: dict[str, str] = {"token_ids": "<i4", "trained": "?"}
-# One value an example.
-_OF_EXAMPLES: dict[str, str] = {
+# One value per token.
+_TOKEN_ARRAYS: dict[str, str] = {"token_ids": "<i4", "trained": "?"}
+# One value per example.
+_EXAMPLE_ARRAYS: dict[str, str] = {
     "starts": "<i8",
     "lengths": "<i4",
     "prompt_lengths": "<i4",
@@ -34,43 +34,43 @@ _OF_EXAMPLES: dict[str, str] = {
     "units": "<i8",
     "roles": "|u1",
 }
-# One value a row read, left out or not.
-_OF_ROWS: dict[str, str] = {
+# One value per row read, left out or not.
+_ROW_ARRAYS: dict[str, str] = {
     "row_flags": "|u1",
     "row_scripts": "<u4",
     "row_digests": "<u8",
     "prompt_digests": "<u8",
 }
-_ARRAYS = {**_OF_TOKENS, **_OF_EXAMPLES, **_OF_ROWS}
+_ARRAYS = {**_TOKEN_ARRAYS, **_EXAMPLE_ARRAYS, **_ROW_ARRAYS}
 _LEFT_OUT, _META = "left_out.jsonl", "meta.json"
-_BYTES_A_READ = 1 << 20
+_BYTES_PER_READ = 1 << 20
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows, for a summary of one screen."""
+    """Totals of a store."""
 
     rows: int = 0
     examples: int = 0
     units: int = 0
-    """What a step counts: examples or, in preference data, pairs."""
+    """What a step counts: examples or, in preference data, pairs or labelled answers."""
     tokens: int = 0
     trained_tokens: int = 0
-    """Mismatched answers not counted; so of tokens."""
+    """Like `tokens`, without mismatched answers."""
     shortened: int = 0
     """Examples whose prompt field lost text."""
     cut_characters: int = 0
     left_out: int = 0
     straddles: int = 0
     special_text: int = 0
-    """Special-token texts in data that were encoded as ordinary text."""
+    """Special-token texts in the data that were encoded as ordinary text."""
     variants: tuple[int, ...] = ()
     """Examples of each variant of the template."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Examples on disk. Arrays are memory-mapped: reading one example reads its pages alone."""
+    """Examples on disk. Arrays are memory-mapped: reading an example reads only its pages."""
 
     folder: Path
     key: str
@@ -81,7 +81,7 @@ class TokenStore:
     """Shape (tokens of all examples,)."""
     starts: NDArray[np.int64]
     lengths: NDArray[np.int32]
-    """Shape (examples,), tokens; so the arrays below."""
+    """Tokens; shape (examples,), as the arrays below."""
     prompt_lengths: NDArray[np.int32]
     trained_counts: NDArray[np.int32]
     row_numbers: NDArray[np.int64]
@@ -90,7 +90,7 @@ class TokenStore:
     straddles: NDArray[np.bool_]
     special_text: NDArray[np.int32]
     units: NDArray[np.int64]
-    """The unit that an example belongs to, from 0; those of one unit stand next to each other."""
+    """The unit that an example belongs to, from 0; examples of one unit are next to each other."""
     roles: NDArray[np.uint8]
     """Values of `AnswerRole`."""
     row_flags: NDArray[np.uint8]
@@ -106,7 +106,7 @@ class TokenStore:
         return self.example(index)
 
     def example(self, index: int) -> Example:
-        """The example at `index`, from 0; its arrays are views of the store and cannot be written to."""
+        """The example at `index`, from 0; its arrays are read-only views of the store."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         start = int(self.starts[index])
@@ -124,12 +124,12 @@ class TokenStore:
 
     @cached_property
     def unit_starts(self) -> NDArray[np.int64]:
-        """Shape (units + 1,): the first example of each unit; at last the number of examples."""
+        """Shape (units + 1,): the first example of each unit, and finally the number of examples."""
         return np.searchsorted(self.units, np.arange(self.counts.units + 1)).astype(np.int64)
 
     @cached_property
     def unit_lengths(self) -> NDArray[np.int32]:
-        """Shape (units,), tokens: of a unit's examples, the prompt counted once."""
+        """Shape (units,): tokens of a unit's examples, with the shared prompt counted once."""
         if self.counts.units == len(self):
             return self.lengths
         answers, starts = self.lengths - self.prompt_lengths, self.unit_starts[:-1]
@@ -144,34 +144,34 @@ class TokenStore:
         return np.concatenate([np.empty(0, np.int64), *members])
 
     def trained_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same but for mismatched answers, which are only measured."""
+        """The same without mismatched answers, which are only measured."""
         examples = self.examples_of(units)
         if self.counts.units == len(self):
             return examples
         return examples[self.roles[examples] != AnswerRole.MISMATCHED]
 
     def measured_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The mismatched answers alone."""
+        """Only the mismatched answers."""
         examples = self.examples_of(units)
         return examples[self.roles[examples] == AnswerRole.MISMATCHED]
 
     def rows_of(self, units: NDArray[np.int64]) -> list[int]:
-        """The row that each unit was made of. One row may give several: a turn list asked at each of its answers."""
+        """The row of each unit. A row may give several: a turn list may have one for each of its answers."""
         firsts = units if self.counts.units == len(self) else self.unit_starts[units]
         return [int(row) for row in self.row_numbers[firsts]]
 
     @property
     def left_out(self) -> list[LeftOut]:
-        """The rows left out, read from disk at each use."""
+        """The rows left out; every use reads them from disk."""
         with open(self.folder / _LEFT_OUT, encoding="utf-8") as lines:
             return [LeftOut(**json.loads(line)) for line in lines]
 
 
 @dataclass
 class StoreWriter:
-    """Appends examples to the files of a folder; `finish` makes it a store and closes them.
+    """Appends examples to the files of a folder; `finish` closes them and makes the folder a store.
 
-    Raises OSError where it cannot write.
+    Raises OSError if it cannot write.
     """
 
     folder: Path
@@ -187,33 +187,33 @@ class StoreWriter:
         files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
         return StoreWriter(folder, files, dict.fromkeys(names, 0), Counts())
 
-    def add(self, notes: Sequence[Notes], found: Sequence[Example | Unit | LeftOut]) -> None:
-        """Append what some rows gave; `notes` has one entry for each of them. An example by itself is a unit."""
+    def add(self, notes: Sequence[Notes], outcomes: Sequence[Example | Unit | LeftOut]) -> None:
+        """Append the outcomes of some rows; `notes` has one entry per row. An example by itself is a unit."""
         units = [
-            ((AnswerRole.ANSWER, one),) if isinstance(one, Example) else one.members
-            for one in found
-            if not isinstance(one, LeftOut)
+            ((AnswerRole.ANSWER, outcome),) if isinstance(outcome, Example) else outcome.members
+            for outcome in outcomes
+            if not isinstance(outcome, LeftOut)
         ]
-        left_out = [one for one in found if isinstance(one, LeftOut)]
+        left_out = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
         columns = _columns([example for unit in units for _, example in unit], self.counts.tokens)
         numbers = np.arange(self.counts.units, self.counts.units + len(units))
         columns["units"] = np.repeat(numbers, [len(unit) for unit in units])
         columns["roles"] = np.array([role for unit in units for role, _ in unit], dtype=np.uint8)
         for name, values in {**columns, **_row_columns(notes)}.items():
             self._append(f"{name}.bin", values.astype(_ARRAYS[name]).tobytes())
-        lines = "".join([json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in left_out])
+        lines = "".join([json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in left_out])
         self._append(_LEFT_OUT, lines.encode())
         self.counts = _added(self.counts, len(notes), len(units), columns, len(left_out))
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Write the description and bring everything to disk."""
+        """Write the description and flush everything to disk."""
         files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
         meta = {**about, "counts": asdict(self.counts), "files": files}
         with open(self.folder / _META, "w", encoding="utf-8") as file:
             file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
-            _to_disk(file)
+            _flush(file)
         for data in self.files.values():
-            _to_disk(data)
+            _flush(data)
             data.close()
         sync(self.folder)
 
@@ -223,65 +223,65 @@ class StoreWriter:
 
 
 def open_store(folder: Path, key: str) -> TokenStore | None:
-    """The store in `folder`; None where there is none of this key, or any of its files is damaged."""
+    """The store in `folder`; None if there is none with this key or any of its files is damaged."""
     try:
-        known = json.loads((folder / _META).read_text(encoding="utf-8"))
-        meta, files = known["meta"], known["meta"]["files"]
-        whole = zlib.crc32(_canonical(meta).encode()) == known["crc32"] and meta["key"] == key
+        content = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta, files = content["meta"], content["meta"]["files"]
+        whole = zlib.crc32(_canonical(meta).encode()) == content["crc32"] and meta["key"] == key
         if not whole or any(
-            _sum_of(folder / name) != (of["bytes"], of["crc32"]) for name, of in files.items()
+            _size_and_crc32(folder / name) != (file["bytes"], file["crc32"]) for name, file in files.items()
         ):
             return None
         counts = Counts(**{**meta["counts"], "variants": tuple(meta["counts"]["variants"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     arrays: dict[str, Any] = {
-        name: np.asarray(np.memmap(folder / f"{name}.bin", dtype=kind, mode="r"))
-        for name, kind in _ARRAYS.items()
+        name: np.asarray(np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r"))
+        for name, dtype in _ARRAYS.items()
     }
     return TokenStore(folder, key, counts, **arrays)
 
 
 def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]:
-    def of(value: Callable[[Example], int]) -> NDArray[np.int64]:
+    def column(value: Callable[[Example], int]) -> NDArray[np.int64]:
         return np.array([value(example) for example in examples], dtype=np.int64)
 
-    lengths = of(lambda example: len(example.token_ids))
+    lengths = column(lambda example: len(example.token_ids))
     trained = [example.trained for example in examples]
     return {
         "token_ids": np.concatenate([np.empty(0, np.int32), *(example.token_ids for example in examples)]),
         "trained": np.concatenate([np.empty(0, np.bool_), *trained]),
         "starts": start + np.cumsum(lengths) - lengths,
         "lengths": lengths,
-        "prompt_lengths": of(lambda example: example.prompt_length),
+        "prompt_lengths": column(lambda example: example.prompt_length),
         "trained_counts": np.array([np.count_nonzero(mask) for mask in trained], dtype=np.int64),
-        "row_numbers": of(lambda example: example.row),
-        "variants": of(lambda example: example.variant),
-        "cut_characters": of(lambda example: example.cut_characters),
-        "straddles": of(lambda example: example.straddles),
-        "special_text": of(lambda example: example.special_text),
+        "row_numbers": column(lambda example: example.row),
+        "variants": column(lambda example: example.variant),
+        "cut_characters": column(lambda example: example.cut_characters),
+        "straddles": column(lambda example: example.straddles),
+        "special_text": column(lambda example: example.special_text),
     }
 
 
 def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
     return {
-        "row_flags": np.array([each.flags for each in notes], dtype="|u1"),
-        "row_scripts": np.array([each.scripts for each in notes], dtype="<u4"),
-        "row_digests": np.array([each.digest for each in notes], dtype="<u8"),
-        "prompt_digests": np.array([each.prompt_digest for each in notes], dtype="<u8"),
+        "row_flags": np.array([row.flags for row in notes], dtype="|u1"),
+        "row_scripts": np.array([row.scripts for row in notes], dtype="<u4"),
+        "row_digests": np.array([row.digest for row in notes], dtype="<u8"),
+        "prompt_digests": np.array([row.prompt_digest for row in notes], dtype="<u8"),
     }
 
 
 def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any]], left_out: int) -> Counts:
-    own = columns["roles"] != AnswerRole.MISMATCHED
+    trained = columns["roles"] != AnswerRole.MISMATCHED
     variants = np.bincount(columns["variants"], minlength=len(counts.variants))
     variants[: len(counts.variants)] += np.array(counts.variants, dtype=np.int64)
     return Counts(
         rows=counts.rows + rows,
         examples=counts.examples + len(columns["lengths"]),
         units=counts.units + units,
-        tokens=counts.tokens + int(columns["lengths"][own].sum()),
-        trained_tokens=counts.trained_tokens + int(columns["trained_counts"][own].sum()),
+        tokens=counts.tokens + int(columns["lengths"][trained].sum()),
+        trained_tokens=counts.trained_tokens + int(columns["trained_counts"][trained].sum()),
         shortened=counts.shortened + int(np.count_nonzero(columns["cut_characters"])),
         cut_characters=counts.cut_characters + int(columns["cut_characters"].sum()),
         left_out=counts.left_out + left_out,
@@ -291,11 +291,11 @@ def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any
     )
 
 
-def _sum_of(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file, read in pieces."""
+def _size_and_crc32(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file, which is read in pieces."""
     size = total = 0
     with open(path, "rb") as file:
-        while piece := file.read(_BYTES_A_READ):
+        while piece := file.read(_BYTES_PER_READ):
             size, total = size + len(piece), zlib.crc32(piece, total)
     return size, total
 
@@ -304,6 +304,6 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _to_disk(file: Any) -> None:
+def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Text to ids and on: a tokenizer's own rules, continuing a text, and special-token text inside data."""
+"""Text to token ids: a tokenizer's own rules, continuing a text, and special-token text inside data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tokenizers import Encoding, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-"""Start and end of a stretch of characters, the end exclusive."""
+"""Start and end of some characters, the end exclusive."""
 
-# Texts that a continuation is tried after: one of them keeps its own ids whatever follows, in every tokenizer met.
+# Texts that a continuation is tried after: one of them keeps its own ids whatever follows, in every known tokenizer.
 _BEFORE = ("\n", "x", "0", "가", ".")
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One tokenizer's way from text to ids.
+    """Encodes text with one tokenizer.
 
-    `start_ids` stand before every text (BOS, or nothing); what a tokenizer's rules put after a text is left off.
-    `special` finds the special tokens' text; `control` also finds tokens that only chat templates treat as special.
+    `start_ids` precede every text (BOS, or nothing); what a tokenizer's rules append to a text is left out. `special`
+    finds the special tokens' text; `control` also finds tokens that only chat templates treat as special.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,25 +54,25 @@ class TextEncoder:
         )
 
     def has_special(self, text: str) -> bool:
-        """Whether some special token's text stands in `text`."""
+        """Whether `text` contains a special token's text."""
         return self.special is not None and self.special.search(text) is not None
 
     def specials_in(self, text: str, data: Sequence[Span]) -> bool:
-        """Whether some special token's text in `text` touches its `data` spans."""
+        """Whether a special token's text in `text` overlaps its `data` spans."""
         marks = self.special.finditer(text) if self.special is not None else ()
-        return any(_touches(mark.span(), data) for mark in marks)
+        return any(_overlaps(mark.span(), data) for mark in marks)
 
     def token_id(self, text: str) -> int | None:
-        """The id of a token by its name."""
-        number = self.tokenizer.convert_tokens_to_ids(text)
-        return number if isinstance(number, int) else None
+        """The id of the token with this name."""
+        token_id = self.tokenizer.convert_tokens_to_ids(text)
+        return token_id if isinstance(token_id, int) else None
 
     def batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the tokenizer's start tokens and at most one BOS at the front."""
         return [self._started(ids) for ids in self._bare(texts)]
 
     def bare(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text alone, as other tools take a rendered text."""
+        """Ids of each text without start tokens, as other tools encode a rendered text."""
         return self._bare(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -83,58 +83,58 @@ class TextEncoder:
     def continuation(self, before: Sequence[int], text: str, *, as_text: bool = False) -> list[int]:
         """Ids that continue `before` with `text`: no BOS, no dummy prefix, so that decoding appends just `text`.
 
-        Takes the ids that `text` has after some stable text; the last resort spells it character by character. Text
-        that the tokenizer cannot give back (unknown characters, normalisation) gets the ids it has after stable text.
-        `as_text`: special-token text in `text` is ordinary text.
+        These are the ids that `text` has after some stable text; as a last resort it is spelled character by character.
+        Text that the tokenizer cannot give back (unknown characters, normalisation) gets the ids it has after stable
+        text. `as_text`: special-token text in `text` is ordinary text.
         """
         if not text:
             return []
         if not before:
             return self._bare([text], as_text)[0]
         before = self._tail(before)
-        wanted = self.decode(before) + text
+        expected = self.decode(before) + text
         near: list[int] | None = None
         for prefix in _BEFORE if as_text else (*_BEFORE, *list(self.special_text.values())[:3]):
             head, whole = self._bare([prefix, prefix + text], as_text)
             ids = whole[len(head) :]
             if whole[: len(head)] != head or (as_text and not self._is_ordinary(ids)):
                 continue
-            if self.decode(before + ids) == wanted:
+            if self.decode(before + ids) == expected:
                 return ids
             if prefix in _BEFORE and near is None and not self.decode(whole).endswith(text):
                 near = ids
         spelled = self._spelled(text) if near is None else None
-        if spelled is not None and self.decode(before + spelled) == wanted:
+        if spelled is not None and self.decode(before + spelled) == expected:
             return spelled
         return near or self._bare([text], as_text)[0]
 
     def with_data(self, text: str, data: Sequence[Span], before: Sequence[int] = ()) -> tuple[list[int], int]:
-        """Ids of `text` and the number of special-token texts that touch its `data` spans.
+        """Ids of `text` and the number of special-token texts that overlap its `data` spans.
 
         Those are encoded as ordinary text; the others stay special tokens. `before`: ids that these continue; without
         them the start tokens are added. Needs a `backend`, for its character offsets.
         """
         ids, offsets = self._bare_offsets(text)
-        marks = [self._literal(text, number, span) for number, span in zip(ids, offsets, strict=True)]
-        loose = [mark is not None and _touches(mark, data) for mark in marks]
-        out, here = list(before), 0
-        while here < len(ids):
-            there = here + 1
-            if loose[here]:  # on to the next special token that stays one
-                while there < len(ids) and (marks[there] is None or loose[there]):
-                    there += 1
-                out += self._ordinary(out, text[offsets[here][0] : _end(offsets, there, text)])
-            elif here == 0 and before and marks[0] is None:
-                while there < len(ids) and marks[there] is None:
-                    there += 1
-                out += self.continuation(out, text[: _end(offsets, there, text)])
+        marks = [self._special_span(text, token, span) for token, span in zip(ids, offsets, strict=True)]
+        in_data = [mark is not None and _overlaps(mark, data) for mark in marks]
+        out, start = list(before), 0
+        while start < len(ids):
+            end = start + 1
+            if in_data[start]:  # on to the next special token that stays one
+                while end < len(ids) and (marks[end] is None or in_data[end]):
+                    end += 1
+                out += self._ordinary(out, text[offsets[start][0] : _end(offsets, end, text)])
+            elif start == 0 and before and marks[0] is None:
+                while end < len(ids) and marks[end] is None:
+                    end += 1
+                out += self.continuation(out, text[: _end(offsets, end, text)])
             else:
-                out.append(ids[here])
-            here = there
-        return (out[len(before) :] if before else self._started(out)), sum(loose)
+                out.append(ids[start])
+            start = end
+        return (out[len(before) :] if before else self._started(out)), sum(in_data)
 
     def _tail(self, ids: Sequence[int]) -> list[int]:
-        """The end of `ids`, long enough to see how text goes on from it: it begins with a whole character."""
+        """The end of `ids`, which begins with a whole character and is long enough to see how text continues it."""
         size = 32
         while size < len(ids) and "\ufffd" in self.decode(ids[-size:]):
             size *= 4
@@ -150,19 +150,19 @@ class TextEncoder:
 
     def _bare(self, texts: Sequence[str], as_text: bool = False) -> list[list[int]]:
         if self.backend is None:
-            found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=as_text)
-            return [list(ids) for ids in found["input_ids"]]
+            encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=as_text)
+            return [list(ids) for ids in encoded["input_ids"]]
         return [encoding.ids for encoding in _batch(self.backend, texts, as_text)]
 
     def _bare_offsets(self, text: str) -> tuple[list[int], list[Span]]:
         assert self.backend is not None
-        _settle(self.backend, False)
+        _reset(self.backend, False)
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _literal(self, text: str, number: int, span: Span) -> Span | None:
-        """Where the special token's text stands (its span may take in blanks around it); None for other tokens."""
-        content = self.special_text.get(number)
+    def _special_span(self, text: str, token_id: int, span: Span) -> Span | None:
+        """The span of a special token's text, without blanks that `span` includes; None for other tokens."""
+        content = self.special_text.get(token_id)
         start = -1 if content is None else text.find(content, *span)
         return None if content is None or start < 0 else (start, start + len(content))
 
@@ -170,23 +170,25 @@ class TextEncoder:
         return self.special_text.keys().isdisjoint(ids)
 
     def _ordinary(self, before: list[int], text: str) -> list[int]:
-        """`text` after `before`, special-token text in it as ordinary text, even if the vocabulary has it."""
+        """`text` after `before`, its special-token text as ordinary text even if the vocabulary has it."""
         ids = self.continuation(before, text, as_text=True)
         if self._is_ordinary(ids) or self.special is None:
             return ids
         whole = list(before)
         for piece in re.split(f"({self.special.pattern})", text):
-            found = self._spelled(piece) if self.special.fullmatch(piece) else self.continuation(whole, piece)
-            whole += found if found is not None else self.continuation(whole, piece, as_text=True)
+            piece_ids = (
+                self._spelled(piece) if self.special.fullmatch(piece) else self.continuation(whole, piece)
+            )
+            whole += piece_ids if piece_ids is not None else self.continuation(whole, piece, as_text=True)
         return whole[len(before) :]
 
     def _spelled(self, text: str) -> list[int] | None:
-        """One or more ids for each character by itself, or None where the vocabulary lacks one."""
+        """The ids of each character by itself; None if the vocabulary lacks one."""
         anchor = self._bare(["x"])[0]
-        found = {letter: self._letter(anchor, letter) for letter in set(text)}
-        if any(ids is None for ids in found.values()):
+        by_letter = {letter: self._letter(anchor, letter) for letter in set(text)}
+        if any(ids is None for ids in by_letter.values()):
             return None
-        return [number for letter in text for number in found[letter] or ()]
+        return [token_id for letter in text for token_id in by_letter[letter] or ()]
 
     def _letter(self, anchor: list[int], letter: str) -> list[int] | None:
         in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(letter)
@@ -196,10 +198,12 @@ class TextEncoder:
             list(in_bytes[0][0]) if in_bytes else [],
         )
         for tokens in names:
-            found = [self.token_id(token) for token in tokens]
-            ids = [number for number in found if number is not None and number not in self.special_text]
-            known = ids and len(ids) == len(found)
-            if known and self.decode([*anchor, *ids]) == self.decode(anchor) + letter:
+            known = [self.token_id(token) for token in tokens]
+            ids = [
+                token_id for token_id in known if token_id is not None and token_id not in self.special_text
+            ]
+            complete = ids and len(ids) == len(known)
+            if complete and self.decode([*anchor, *ids]) == self.decode(anchor) + letter:
                 return ids
         return None
 
@@ -208,7 +212,7 @@ def _end(offsets: list[Span], token: int, text: str) -> int:
     return offsets[token][0] if token < len(offsets) else len(text)
 
 
-def _touches(span: Span, data: Sequence[Span]) -> bool:
+def _overlaps(span: Span, data: Sequence[Span]) -> bool:
     return any(start < span[1] and span[0] < end for start, end in data)
 
 
@@ -217,8 +221,8 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def _settle(backend: Tokenizer, as_text: bool) -> None:
-    """The backend's switches, which other callers of the same tokenizer may have left on."""
+def _reset(backend: Tokenizer, as_text: bool) -> None:
+    """Reset the backend's options, which other callers of the same tokenizer may have changed."""
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -228,7 +232,7 @@ def _settle(backend: Tokenizer, as_text: bool) -> None:
 
 
 def _batch(backend: Tokenizer, texts: Sequence[str], as_text: bool) -> list[Encoding]:
-    _settle(backend, as_text)
+    _reset(backend, as_text)
     try:
         return backend.encode_batch_fast(list(texts), add_special_tokens=False)
     finally:
@@ -237,19 +241,19 @@ def _batch(backend: Tokenizer, texts: Sequence[str], as_text: bool) -> list[Enco
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer's own rules put before a text."""
+    """The ids that the tokenizer's own rules put before a text."""
     whole = list(tokenizer("x")["input_ids"])
     bare = list(tokenizer("x", add_special_tokens=False)["input_ids"])
-    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    starts = (index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
     return whole[: next(starts, 0)]
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The Rust tokenizer within, or None where there is none or it gives other ids than the tokenizer around it."""
+    """The tokenizer's Rust backend; None if it has none or the backend gives other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return None
     samples = ["서울의 아침\n\n### 제목:\n", " A storm,  closed\tit.\n", f"x{tokenizer.eos_token or ''}y\n"]
-    expected: Callable[..., dict[str, list[list[int]]]] = tokenizer
-    wanted = expected(samples, add_special_tokens=False, split_special_tokens=False)["input_ids"]
-    return backend if [found.ids for found in _batch(backend, samples, False)] == wanted else None
+    encode: Callable[..., dict[str, list[list[int]]]] = tokenizer
+    expected = encode(samples, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    return backend if [encoding.ids for encoding in _batch(backend, samples, False)] == expected else None

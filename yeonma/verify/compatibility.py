@@ -25,10 +25,10 @@ from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import (
     MARK,
-    asked_ids,
     base_chat_template,
+    chat_ids,
+    full_prompt_ids,
     messages_of,
-    whole_ids,
 )
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.finding import Finding, found, not_checked
@@ -221,11 +221,11 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
             messages = messages_of(template, row, adapter.columns, rendered)
             if any(encoder.has_special(message["content"]) for message in messages):
                 continue
-            ids = whole_ids(rendered, row, own)
+            ids = full_prompt_ids(rendered, row, own)
         except UserError as error:
             return found(check, error.problems, "")
         try:
-            asked = asked_ids(tokenizer, messages)
+            asked = chat_ids(tokenizer, messages)
         except Exception as error:  # whatever Jinja raises
             return found(check, [Problem(f"it refuses a row ({error!s:.200})", place, ANEW)], "")
         same += asked == ids

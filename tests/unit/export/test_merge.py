@@ -27,7 +27,7 @@ from yeonma.export import merge_weights as merging
 from yeonma.export.agreement import GreedyAnswers, compare
 from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
 from yeonma.model.source import find_base
-from yeonma.tokenization.chat_template_export import asked_ids
+from yeonma.tokenization.chat_template_export import chat_ids
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -72,7 +72,7 @@ def test_the_merged_model_says_the_same_without_us(run: Path, tmp_path: Path) ->
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run))
     samples = json.loads((run / "samples.json").read_text())["samples"]
     for sample in samples:
-        ids = asked_ids(tokenizer, [{"role": "user", "content": sample["row"]["document"]}])
+        ids = chat_ids(tokenizer, [{"role": "user", "content": sample["row"]["document"]}])
         assert ids == sample["prompt_ids"]
         one, other = model(torch.tensor([ids])).logits, tuned(torch.tensor([ids])).logits
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

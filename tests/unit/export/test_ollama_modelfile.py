@@ -11,7 +11,7 @@ from tests.tokenizers import byte_level, sentencepiece_bpe
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.export.ollama_modelfile import modelfile
-from yeonma.tokenization.chat_template_export import whole_ids
+from yeonma.tokenization.chat_template_export import full_prompt_ids
 from yeonma.tokenization.example import stop_ids
 from yeonma.tokenization.text_encoder import TextEncoder
 
@@ -64,7 +64,7 @@ def test_ollama_asks_as_trained(name: str) -> None:
     for variant in template.variants:
         fields = {field: f"월요일 {field} {{x}}" for field in variant.prompt_fields}
         row = Row(1, fields, "row")
-        ids = whole_ids(template.render(row, None, with_answer=False), row, tokenizer)
+        ids = full_prompt_ids(template.render(row, None, with_answer=False), row, tokenizer)
         names = {"System" if field.startswith("system") else "Prompt": text for field, text in fields.items()}
         assert encoder.batch([go(written, names)])[0] == ids
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.runs import articles, characters, write_jsonl
 from yeonma.config.settings import DataSettings, TokenSettings
-from yeonma.tokenization.data_warnings import listed, overlap_of, remarks_of
+from yeonma.tokenization.data_warnings import data_warnings, listed, overlap_of
 from yeonma.tokenization.dataset import Dataset, describe, prepare_dataset
 
 
@@ -28,7 +28,7 @@ def prepared(place: Path, rows: list[dict[str, str]], **settings: object) -> tup
 
 def test_an_ordinary_data_set_has_no_remarks(tmp_path: Path) -> None:
     dataset, said = prepared(tmp_path, articles(20), val_set_size=4)
-    assert remarks_of(*dataset.train.examples) == []
+    assert data_warnings(*dataset.train.examples) == []
     assert len(said) == 1
 
 
@@ -42,25 +42,25 @@ def test_every_kind_is_counted_with_its_rows(tmp_path: Path) -> None:
     rows[9] = {**rows[2], "title": "another answer"}
     rows[10] = dict(rows[2])
     dataset, said = prepared(tmp_path, rows)
-    remarks = {remark.kind: remark.rows for remark in remarks_of(*dataset.train.examples)}
-    assert remarks == {
+    warnings = {warning.kind: warning.rows for warning in data_warnings(*dataset.train.examples)}
+    assert warnings == {
         "decomposed": (2,),
         "zero_width": (4, 5),
         "special_text": (6,),
         "repeated": (8, 11),
         "asked_again": (10,),
     }
-    assert any(line.endswith("rows that stand more than once: 2 (rows 8, 11)") for line in said)
+    assert any(line.endswith("rows that repeat an earlier row: 2 (rows 8, 11)") for line in said)
     assert any(line.endswith("rows with decomposed Hangul (NFD): 1 (row 2)") for line in said)
 
 
-def test_remarks_are_of_the_rows_at_the_positions_alone(tmp_path: Path) -> None:
+def test_warnings_are_of_the_rows_at_the_positions_alone(tmp_path: Path) -> None:
     rows = articles(6)
     rows[4] = dict(rows[1])
     dataset, _ = prepared(tmp_path, rows)
     store = dataset.train.store
-    assert [remark.rows for remark in remarks_of(store, np.arange(6))] == [(5,)]
-    assert remarks_of(store, np.array([0, 2, 3, 4, 5])) == []
+    assert [warning.rows for warning in data_warnings(store, np.arange(6))] == [(5,)]
+    assert data_warnings(store, np.array([0, 2, 3, 4, 5])) == []
 
 
 def test_validation_rows_that_are_also_trained_are_said(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_validation_rows_that_are_also_trained_are_said(tmp_path: Path) -> None:
     overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
     assert overlap is not None
     assert overlap.rows == (4, 5)
-    assert f"{held_out}: rows in both the training and the validation rows: 2 (rows 4, 5)" in said
+    assert f"{held_out}: validation rows that are also training rows: 2 (rows 4, 5)" in said
     assert overlap_of(dataset.train.examples, (dataset.validation.store, np.arange(3))) is None
 
 
@@ -82,7 +82,7 @@ def test_a_drawn_validation_row_may_have_a_twin_among_the_trained(tmp_path: Path
     held_out = dataset.validation.store.row_numbers[dataset.validation.positions].tolist()
     alone = [row for row in held_out if (row + 10 if row <= 10 else row - 10) not in held_out]
     assert alone
-    assert any(f"both the training and the validation rows: {len(alone)} (" in line for line in said)
+    assert any(f"validation rows that are also training rows: {len(alone)} (" in line for line in said)
 
 
 def test_a_long_list_is_cut_short_and_says_so() -> None:

@@ -77,7 +77,9 @@ def test_validation_rows_of_their_own(tmp_path: Path, data: Path) -> None:
 
 
 def test_both_kinds_of_validation_are_refused(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(UserError, match="val_set_size and val_data_path are both given; give one of the two"):
+    with pytest.raises(
+        UserError, match="val_set_size and val_data_path are both given; give only one of them"
+    ):
         prepared(data, val_set_size=2, val_data_path=str(data))
 
 
@@ -111,7 +113,7 @@ def test_special_token_text_in_the_data_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     prepared(data, said)
-    assert f"{data}: rows with special-token texts, encoded as ordinary text: 1 (row 2)" in said
+    assert f"{data}: rows with special-token text, encoded as ordinary text: 1 (row 2)" in said
 
 
 def test_the_first_rows_of_a_part_are_its_own(data: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write the tables of settings into docs/settings.md and README.ko.md, between the two `settings` comments.
+"""Write the tables of settings into docs/settings.md and docs/settings.ko.md, between the two `settings` comments.
 
 The English texts are the docstrings in yeonma/config/settings.py, the Korean ones are in
 docs/settings.ko.yaml.
@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- settings -->", "<!-- /settings -->"
-ENGLISH_PAGE, KOREAN_PAGE = "docs/settings.md", "README.ko.md"
+ENGLISH_PAGE, KOREAN_PAGE = "docs/settings.md", "docs/settings.ko.md"
 KOREAN_TEXTS = ROOT / "docs" / "settings.ko.yaml"
 TRAINING_VERBS = ("sft", "dpo")
 
@@ -154,13 +154,13 @@ def by_verbs(groups: Sequence[Group]) -> list[tuple[tuple[str, ...], list[Group]
 def in_chapters(groups: Sequence[Group], wording: Wording) -> str:
     """The tables under a heading for each set of verbs, such as "## `yeonma generate`, `yeonma chat`"."""
     return "\n\n".join(
-        f"## {', '.join(f'`yeonma {verb}`' for verb in verbs)}\n\n{markdown(members, wording, name_verbs=False)}"
+        f"## {', '.join(f'`yeonma {verb}`' for verb in verbs)}\n\n{markdown(members, wording)}"
         for verbs, members in by_verbs(groups)
     )
 
 
-def markdown(groups: Sequence[Group], wording: Wording, *, name_verbs: bool = True) -> str:
-    """The tables, one per group, each below the group's own text; `name_verbs` puts its verbs in front of that."""
+def markdown(groups: Sequence[Group], wording: Wording) -> str:
+    """The tables, one per group, each below the group's own text."""
     blocks = []
     for group in groups:
         texts = wording.groups[group.name] if wording.groups is not None else None
@@ -174,8 +174,6 @@ def markdown(groups: Sequence[Group], wording: Wording, *, name_verbs: bool = Tr
             cells = (f"`{setting.name}`", default, meaning)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         about = texts["about"] if texts is not None else group.meaning
-        if name_verbs and group.name in VERBS:
-            about = f"{', '.join(f'`yeonma {verb}`' for verb in VERBS[group.name])}: {about}"
         blocks.append(about + "\n\n" + "\n".join(rows))
     return "\n\n".join(blocks)
 
@@ -204,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = groups_of(settings)
     pages = {
         ENGLISH_PAGE: in_chapters(groups, ENGLISH),
-        KOREAN_PAGE: markdown(groups, translated(groups, KOREAN_TEXTS)),
+        KOREAN_PAGE: in_chapters(groups, translated(groups, KOREAN_TEXTS)),
     }
     stale = []
     for name, table in pages.items():

@@ -194,9 +194,9 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     from importlib import import_module
 
-    from yeonma.config.parse import Reading, read_config
+    from yeonma.config.parse import ParsedConfig, read_config
 
-    reading: Reading[Any] = read_config(
+    parsed: ParsedConfig[Any] = read_config(
         verb.config,
         arguments,
         verb=name,
@@ -206,11 +206,11 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
         defaults=verb.defaults,
     )
     if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
-        for warning in reading.warnings:
+        for warning in parsed.warnings:
             print(f"yeonma: warning: {warning}", file=sys.stderr)
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
-    return getattr(import_module(module), function)(reading.config) or 0
+    return getattr(import_module(module), function)(parsed.config) or 0
 
 
 def _overview() -> str:

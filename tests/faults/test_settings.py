@@ -96,9 +96,9 @@ def test_fault_44_numbers_out_of_their_range(write: Write, refused: Refused, dat
 
 def test_fault_44_what_is_no_number(refused: Refused, data: Path) -> None:
     assert sorted(refused(data, lora_r="nan", learning_rate="inf", cutoff_len="2.5")) == [
-        "cutoff_len: 2.5 does not fit; give a whole number of at least 1",
-        "learning_rate: inf does not fit; give a number above 0",
-        "lora_r: nan does not fit; give a whole number of at least 1",
+        "cutoff_len: 2.5 is not valid; give a whole number of at least 1",
+        "learning_rate: inf is not valid; give a number above 0",
+        "lora_r: nan is not valid; give a whole number of at least 1",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The help page of a verb, made from the settings groups that it reads."""
+"""The help page of a command, made from the settings groups that it reads."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ def help_text(
     not_required: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> str:
-    """Each group's docstring as a heading, and below it its settings with what they take and their defaults.
+    """The help page, as wide as the terminal: a section a group, with the text, values and default of each setting.
 
-    `positional` is the setting that may stand without its name; `not_required` and `defaults` as in `read_config`. As
-    wide as the terminal.
+    `positional`, `not_required` and `defaults` as in `read_config`.
     """
-    known = settings_of(groups, not_required, defaults)
-    required = [name for name, setting in known.items() if setting.required and name != positional]
+    settings = settings_of(groups, not_required, defaults)
+    required = [name for name, setting in settings.items() if setting.required and name != positional]
     usage = [f"yeonma {verb}", *([positional.upper()] if positional else []), "[--config FILE]"]
     usage += [*(f"--{name} ..." for name in required), "[--setting value ...]"]
     parser = ArgumentParser(usage=" ".join(usage), description=about, add_help=False)
     general = parser.add_argument_group("options")
-    general.add_argument("-h", "--help", action="store_true", help="Show this page.")
+    general.add_argument("-h", "--help", action="store_true", help="Show this help.")
     general.add_argument(
-        "--config", metavar="FILE", help="A YAML file of settings; the command line wins over it."
+        "--config", metavar="FILE", help="YAML file of settings. The command line wins over it."
     )
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
         texts = setting_texts(group)
         for field in fields(group):
-            setting = known[field.name]
-            text = f"{texts[field.name]} {_particulars(setting)}".rstrip().replace("%", "%%")
+            setting = settings[field.name]
+            text = f"{texts[field.name]} {_values_and_default(setting)}".rstrip().replace("%", "%%")
             section.add_argument(f"--{field.name}", metavar=_metavar(setting), help=text)
     return parser.format_help()
 
 
 def setting_texts(group: type) -> dict[str, str]:
-    """The text below each field of a settings group in its source, by the field's name."""
+    """The docstring below each field of a settings group, by the field's name."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}
@@ -63,7 +62,7 @@ def setting_texts(group: type) -> dict[str, str]:
     return texts
 
 
-def _particulars(setting: Setting) -> str:
+def _values_and_default(setting: Setting) -> str:
     parts = [describe(setting)] if set(setting.members) - {str, NoneType} else []
     if setting.required:
         parts.append("required")

@@ -1,4 +1,8 @@
-"""What is known of a setting, and what was written for it."""
+"""Settings from the command line, a YAML file or Python keywords, parsed and checked.
+
+Each source becomes one `RawValue` per setting, with the place where it stands. Then every value is parsed to its
+setting's type and checked against its range. All problems of all sources are raised together.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,16 @@ from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
 
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
+NONE_WORDS = ("None", "null")
+MAX_ITEMS = 1000  # in a list or mapping: jsonargparse's time grows with the square of their number
+OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting: its type's members (`int | None` has two), default and range."""
+    """One setting: its type, the members of that type (`int | None` has two), its default and its range."""
 
     name: str
     hint: Any
@@ -35,178 +44,26 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Given:
-    """A value as it was written. `place` is what a message about it begins with."""
+class RawValue:
+    """A value as the user gave it. `place` is what a message about it begins with."""
 
     value: object
     place: str
 
 
-def settings_of(
-    groups: Iterable[type], not_required: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
-) -> dict[str, Setting]:
-    """The settings of `groups` by name, in order. Those in `not_required` may be missing; `defaults` win over the
-    groups' own."""
-    known = {}
-    for group in groups:
-        hints = get_type_hints(group)
-        for field in fields(group):
-            hint = hints[field.name]
-            required = field.default is MISSING and field.name not in not_required
-            default = field.default
-            if default is MISSING:
-                default = None if required else ""
-            members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            known[field.name] = Setting(
-                name=field.name,
-                hint=hint,
-                members=members,
-                required=required,
-                default=defaults.get(field.name, default),
-                range=field.metadata.get("range"),
-            )
-    return known
-
-
-def describe(setting: Setting) -> str:
-    """What a setting takes, in words: `a whole number of at least 1`."""
-    kinds: list[str] = []
-    choices: list[str] = []
-    for member in setting.members:
-        if get_origin(member) is Literal:
-            choices += [str(choice) for choice in get_args(member)]
-        elif member is bool:
-            kinds.append("true or false")
-        elif member in (int, float):
-            words = "a whole number" if member is int else "a number"
-            kinds.append(f"{words} {setting.range}" if setting.range else words)
-        elif member is str:
-            kinds.append("text")
-        elif get_origin(member) is list:
-            item = get_args(member)[0]
-            of = get_args(item) if get_origin(item) is Literal else ("a", "b")
-            kinds.append(f"a list such as [{', '.join(map(str, of[:2]))}]")
-        elif get_origin(member) is dict:
-            example = "b" if get_args(member)[1] is str else "1"
-            kinds.append(f"a mapping such as {{a: {example}}}, with a space after each colon")
-    if choices:
-        kinds.append(f"one of {', '.join(choices)}")
-    return " or ".join(kinds)
-
-
-NONE_WORDS = ("None", "null")
-MOST_PARTS = 1000  # of a list or mapping that jsonargparse fits, in a time that grows with their square
-
-
-class Misfit(Exception):
-    """Why a value is not one of its setting's: `is out of range`."""
-
-
-def fitter(known: Mapping[str, Setting]) -> Callable[[Setting, object], object]:
-    """A function from a setting and what was written for it to its value. It raises Misfit."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    for setting in known.values():
-        parser.add_argument(f"--{setting.name}", type=setting.hint)
-
-    def fit(setting: Setting, value: object) -> object:
-        if setting.optional and (value is None or value in NONE_WORDS):
-            return None
-        if isinstance(value, str) and set(setting.members) <= {str, NoneType}:
-            if not value and not setting.optional:
-                raise Misfit("is empty")
-            _check_texts(value)
-            return value  # As it stands: a template may look like YAML, and is none.
-        if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
-            value = _list_or_mapping(value, setting)
-        if isinstance(value, list) and list[str] in setting.members:
-            if all(isinstance(part, str) for part in value):
-                _check_texts(value)
-                return value
-        if isinstance(value, (list, dict)) and len(value) > MOST_PARTS:
-            raise Misfit(f"has more than {MOST_PARTS:,} parts")
-        try:
-            if value is None:  # jsonargparse takes None for "not given", whatever the type.
-                raise Misfit("does not fit")
-            fitted: object = parser.parse_object({setting.name: value}, defaults=False)[setting.name]
-        except (
-            ArgumentError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ):  # The last three: monstrous values.
-            raise Misfit("does not fit") from None
-        _check_texts(fitted)
-        for number in _numbers(fitted):
-            if number not in (setting.range or Range()):
-                raise Misfit("is out of range")
-        return fitted
-
-    return fit
-
-
-def _list_or_mapping(text: str, setting: Setting) -> object:
-    """The list or mapping that a text spells, or the text itself where the setting takes text too."""
-    try:
-        value = read_value(text, setting.name)
-    except UserError as error:
-        if text.startswith(("[", "{")):
-            raise Misfit(f"does not fit ({error.problems[0].what})") from None
-        value = text
-    return value if isinstance(value, (list, dict)) else text
-
-
-def _check_texts(value: object) -> None:
-    """Raises Misfit for half a character: a byte of the command line that is no text, or an escape in YAML. What a
-    run leaves behind could not be written with it."""
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, str) and re.search("[\ud800-\udfff]", part):
-            raise Misfit("is not UTF-8 text")
-
-
-def _numbers(value: object) -> Iterator[float]:
-    """The numbers in a value. Raises Misfit for a mapping with a key that is not text."""
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise Misfit("does not fit")
-        value = list(value.values())
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, (int, float)) and not isinstance(part, bool):
-            yield part
-
-
-def misfit_problem(setting: Setting, written: Given, why: str) -> Problem:
-    value = written.value
-    if str in setting.members and isinstance(value, (bool, int, float, date)):
-        return Problem(f"{shown(value)} is not text", written.place, "put it in quotes")
-    cure = f"give {describe(setting)}"
-    choices = [
-        choice for member in setting.members if get_origin(member) is Literal for choice in get_args(member)
-    ]
-    meant = did_you_mean(value, choices) if isinstance(value, str) else ""
-    return Problem(f"{shown(value)} {why}", written.place, f"{cure}; {meant}" if meant else cure)
-
-
-def shown(value: object) -> str:
-    """A value as messages show it, cut to 60 characters."""
-    plain = not isinstance(value, str) or re.fullmatch(r"[-+.\w]+", value)
-    text = str(value) if plain else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-Config = TypeVar("Config")
-OPTION = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
-
-
 @dataclass(frozen=True)
-class Reading(Generic[Config]):
+class ParsedConfig(Generic[Config]):
     """A config that passed every check, and warnings for the caller to print."""
 
     config: Config
     warnings: tuple[str, ...]
+
+
+class InvalidValue(Exception):
+    """Why a value is not valid for its setting: `is out of range`."""
+
+
+# -------------------------------------------------------------------------------- the three sources
 
 
 def read_config(
@@ -218,22 +75,23 @@ def read_config(
     positional: str | None = None,
     not_required: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
-) -> Reading[Config]:
-    """Read a verb's settings from command line arguments and the YAML file that `--config` names.
+) -> ParsedConfig[Config]:
+    """Parse command line arguments and the YAML file that `--config` names. The command line wins over the file.
 
-    `kind` is a settings group, or a config of groups such as RunConfig; `groups` are those of its groups that the verb
-    reads, all of them by default; an optional group that is not read is None. The command line wins over the file.
-    `positional` is the setting that an argument without a name fills. Settings in `not_required` are empty texts if not
-    given, although their group requires them. `defaults` override the groups' own.
+    kind: a settings group, or a config of groups such as RunConfig.
+    groups: the groups of `kind` that the command reads, by default all. An optional group that is not read is None.
+    positional: the setting that an argument without a name sets.
+    not_required: settings that their group requires and this command does not; they are empty texts if not given.
+    defaults: defaults that win over the groups' own.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups or groups_in(kind), not_required, defaults)
-    given = _from_command_line(argv, known, positional, verb, problems)
-    config = given.pop("config", None)
-    if config is not None:
-        given = {**_from_yaml(str(config.value), known, problems), **given}
-    return _checked(kind, known, given, problems, "--{} ...")
+    settings = settings_of(groups or groups_in(kind), not_required, defaults)
+    raw_values = _from_command_line(argv, settings, positional, verb, problems)
+    config_file = raw_values.pop("config", None)
+    if config_file is not None:
+        raw_values = {**_from_yaml(str(config_file.value), settings, problems), **raw_values}
+    return _parse(kind, settings, raw_values, problems, "--{} ...")
 
 
 def config_from_keywords(
@@ -242,108 +100,72 @@ def config_from_keywords(
     *,
     groups: Sequence[type] | None = None,
     defaults: Mapping[str, object] = NO_DEFAULTS,
-) -> Reading[Config]:
-    """Read the settings from Python keywords; `config` names a YAML file; the keywords win. `kind`, `groups` and
-    `defaults` as in `read_config`.
+) -> ParsedConfig[Config]:
+    """Parse Python keywords and the YAML file that the keyword `config` names. The keywords win over the file.
 
-    Raises UserError with every problem found.
+    `kind`, `groups` and `defaults` as in `read_config`. Raises UserError with every problem found.
     """
     problems: list[Problem] = []
-    known = settings_of(groups or groups_in(kind), (), defaults)
-    given: dict[str, Given] = {}
+    settings = settings_of(groups or groups_in(kind), (), defaults)
+    raw_values: dict[str, RawValue] = {}
     for name, value in keywords.items():
-        if name in known:
-            given[name] = Given(os.fspath(value) if isinstance(value, os.PathLike) else value, name)
+        if name in settings:
+            raw_values[name] = RawValue(os.fspath(value) if isinstance(value, os.PathLike) else value, name)
         elif name != "config":
-            problems.append(Problem("unknown setting", name, did_you_mean(name, known)))
+            problems.append(Problem("unknown setting", name, did_you_mean(name, settings)))
     if keywords.get("config") is not None:
-        given = {**_from_yaml(str(keywords["config"]), known, problems), **given}
-    return _checked(kind, known, given, problems, "{}=...")
-
-
-def _members(kind: type) -> dict[str, tuple[type, bool]]:
-    """Field -> the config or group it holds, and whether it may be None; empty for a settings group."""
-    members: dict[str, tuple[type, bool]] = {}
-    for name, hint in get_type_hints(kind).items():
-        options = [option for option in get_args(hint) or (hint,) if option is not NoneType]
-        if len(options) == 1 and isinstance(options[0], type) and is_dataclass(options[0]):
-            members[name] = options[0], options[0] is not hint
-    return members
-
-
-def groups_in(kind: type) -> tuple[type, ...]:
-    """The settings groups of a config, in order; of a group, itself."""
-    members = _members(kind)
-    return tuple(group for inner, _ in members.values() for group in groups_in(inner)) if members else (kind,)
-
-
-def settings_dict(config: object) -> dict[str, Any]:
-    """The settings of all groups by name, in order; no two groups share a name."""
-    if not _members(type(config)):
-        return dict(vars(config))
-    inner = [getattr(config, name) for name in _members(type(config))]
-    return {name: value for part in inner if part is not None for name, value in settings_dict(part).items()}
-
-
-def to_yaml(config: object) -> str:
-    """The settings as flat YAML that `--config` reads back to an equal config."""
-    values = settings_dict(config)
-    # Never chosen and overruled by max_steps: in the file it would read as a choice, and warn.
-    if values.get("max_steps") is not None and values.get("num_epochs") == StepSettings.num_epochs:
-        del values["num_epochs"]
-    return "".join(write_item(name, value) for name, value in values.items())
-
-
-# -------------------------------------------------------------------------------- the command line
+        raw_values = {**_from_yaml(str(keywords["config"]), settings, problems), **raw_values}
+    return _parse(kind, settings, raw_values, problems, "{}=...")
 
 
 def _from_command_line(
     argv: Sequence[str],
-    known: Mapping[str, Setting],
+    settings: Mapping[str, Setting],
     positional: str | None,
     verb: str,
     problems: list[Problem],
-) -> dict[str, Given]:
-    """What each option says, as text; the last one wins. `config` stands among them as one of its own."""
-    given: dict[str, Given] = {}
-    waiting = list(argv)
-    while waiting:
-        argument = waiting.pop(0)
+) -> dict[str, RawValue]:
+    """The values of all options, as text; the last of two equal options wins. `config` is among them."""
+    raw_values: dict[str, RawValue] = {}
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
         option = OPTION.fullmatch(argument)
         if option is None:
-            if positional and positional not in given and not _looks_like_option(argument):
-                given[positional] = Given(_with_more(known.get(positional), argument, waiting), positional)
+            if positional and positional not in raw_values and not _looks_like_option(argument):
+                value = _with_further_words(settings.get(positional), argument, remaining)
+                raw_values[positional] = RawValue(value, positional)
             else:
-                problems.append(_unexpected(argument, known))
+                problems.append(_unexpected(argument, settings))
             continue
-        name, value = option[1].replace("-", "_"), option[2]
-        if value is None and waiting and not OPTION.fullmatch(waiting[0]):
-            value = waiting.pop(0)
-        if name not in known and name != "config":
-            cure = did_you_mean(name, known) or f"see yeonma {verb} --help"
+        name, text = option[1].replace("-", "_"), option[2]
+        if text is None and remaining and not OPTION.fullmatch(remaining[0]):
+            text = remaining.pop(0)
+        if name not in settings and name != "config":
+            cure = did_you_mean(name, settings) or f"see yeonma {verb} --help"
             problems.append(Problem("unknown setting", f"--{option[1]}", cure))
             continue
-        if value is None and name in known and bool in known[name].members:
-            value = "true"
-        if value is None:
-            problems.append(Problem("a value is missing after it", f"--{option[1]}"))
-        elif name == "config" and name in given:
-            problems.append(Problem("given twice", "--config", "put the settings into one file"))
+        if text is None and name in settings and bool in settings[name].members:
+            text = "true"
+        if text is None:
+            problems.append(Problem("needs a value", f"--{option[1]}"))
+        elif name == "config" and name in raw_values:
+            problems.append(Problem("given twice", "--config", "put all settings into one file"))
         else:
-            given[name] = Given(_with_more(known.get(name), value, waiting), name)
-    return given
+            raw_values[name] = RawValue(_with_further_words(settings.get(name), text, remaining), name)
+    return raw_values
 
 
-def _with_more(setting: Setting | None, value: str, waiting: list[str]) -> object:
-    """The value; for a list of texts, `--models a b c`, with the words that follow, which are taken from `waiting`.
+def _with_further_words(setting: Setting | None, text: str, remaining: list[str]) -> object:
+    """The value `text`, or for a list of texts (`--models a b c`) a list of it and the words that follow.
 
-    A list that has no name on the command line, `yeonma serve a b`, is read alike.
+    The words are removed from `remaining`.
     """
-    if setting is None or setting.hint != list[str] or value.startswith("["):
-        return value
-    words = [value]
-    while waiting and not _looks_like_option(waiting[0]):
-        words.append(waiting.pop(0))
+    if setting is None or setting.hint != list[str] or text.startswith("["):
+        return text
+    words = [text]
+    while remaining and not _looks_like_option(remaining[0]):
+        words.append(remaining.pop(0))
     return words
 
 
@@ -351,37 +173,39 @@ def _looks_like_option(argument: str) -> bool:
     return re.fullmatch(r"-{1,2}[A-Za-z].*", argument) is not None
 
 
-def _unexpected(argument: str, known: Mapping[str, Setting]) -> Problem:
+def _unexpected(argument: str, settings: Mapping[str, Setting]) -> Problem:
     if _looks_like_option(argument):
         name = argument.lstrip("-").replace("-", "_")
-        cure = f"write --{name}" if name in known else "names of settings begin with --"
-    elif "=" in argument and argument.partition("=")[0].replace("-", "_") in known:
+        cure = f"write --{name}" if name in settings else "settings start with --"
+    elif "=" in argument and argument.partition("=")[0].replace("-", "_") in settings:
         cure = f"write --{argument}"
     else:
-        cure = "write a list as '[a, b]', and text with spaces in quotes"
-    return Problem(f"{shown(argument)} belongs to no setting", cure=cure)
+        cure = "write a list as '[a, b]', and put text with spaces in quotes"
+    return Problem(f"unexpected argument {_shorten(json.dumps(argument, ensure_ascii=False))}", cure=cure)
 
 
-# -------------------------------------------------------------------------------- YAML
+def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Problem]) -> dict[str, RawValue]:
+    """The values in a YAML file. Problems with its keys are added to `problems`.
 
-
-def _from_yaml(path: str, known: Mapping[str, Setting], problems: list[Problem]) -> dict[str, Given]:
-    """What a YAML file says. Problems with its keys are collected; a file that is no settings raises UserError."""
-    given: dict[str, Given] = {}
+    Raises UserError, with `problems` in it, if the file is not a YAML mapping: what it lacks is not known then.
+    """
+    raw_values: dict[str, RawValue] = {}
     try:
         items = list(read_items(_config_text(path), path))
-    except UserError as error:  # What the file would have set is unknown: no word of what is missing.
+    except UserError as error:
         raise UserError([*problems, *error.problems]) from None
     for key, value, line in items:
         place = f"{path}:{line}"
         name = str(key).replace("-", "_")
-        if name not in known:
-            problems.append(Problem(f"unknown setting {shown(key)}", place, did_you_mean(name, known)))
-        elif name in given:
+        if name not in settings:
+            problems.append(
+                Problem(f"unknown setting {_format_value(key)}", place, did_you_mean(name, settings))
+            )
+        elif name in raw_values:
             problems.append(Problem(f'"{name}" is given twice', place, "remove one of them"))
         else:
-            given[name] = Given(value, f"{place}: {name}")
-    return given
+            raw_values[name] = RawValue(value, f"{place}: {name}")
+    return raw_values
 
 
 def _config_text(path: str) -> str:
@@ -395,61 +219,241 @@ def _config_text(path: str) -> str:
         raise UserError(f"cannot be read: {reason}", place=path, cure="--config takes a YAML file") from None
 
 
-# -------------------------------------------------------------------------------- checks
+# -------------------------------------------------------------------------------- parsing and checks
 
 
-def _checked(
+def _parse(
     kind: type[Config],
-    known: Mapping[str, Setting],
-    given: Mapping[str, Given],
+    settings: Mapping[str, Setting],
+    raw_values: Mapping[str, RawValue],
     problems: list[Problem],
-    form: str,
-) -> Reading[Config]:
-    """Fit every value to its type and range and build the config, or raise UserError with every problem.
+    syntax: str,
+) -> ParsedConfig[Config]:
+    """Convert and check every value and build the config, or raise UserError with every problem.
 
-    `form` is how a setting is written where the settings come from: `--{} ...`.
+    syntax: how the source writes a setting, `--{} ...` or `{}=...`.
     """
-    fit = fitter(known)
+    parse_value = _value_parser(settings)
     values: dict[str, Any] = {}
-    for name, written in given.items():
+    for name, raw in raw_values.items():
         try:
-            values[name] = fit(known[name], written.value)
-        except Misfit as misfit:
-            problems.append(misfit_problem(known[name], written, str(misfit)))
-    problems += _contradictions(values, given)
-    missing = [name for name, setting in known.items() if setting.required and name not in given]
-    if missing:
-        cure = f"write {' '.join(form.format(name) for name in missing)}, or set {{}} in a --config file"
-        what = "required, but not given"
-        problems.append(Problem(what, ", ".join(missing), cure.format("them" if missing[1:] else "it")))
-    if problems:
-        raise UserError(problems)
-    chosen = {name: setting.default for name, setting in known.items()} | values
-    return Reading(_build(kind, chosen), tuple(_warnings(values)))
-
-
-def _build(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """A config from the values of all settings read; an optional group of which none is there is None."""
-    members = _members(kind)
-    if not members:
-        return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
-    parts: dict[str, Any] = {}
-    for name, (inner, optional) in members.items():
-        missing = optional and all(field.name not in values for field in fields(inner))
-        parts[name] = None if missing else _build(inner, values)
-    return kind(**parts)
-
-
-def _contradictions(values: Mapping[str, Any], given: Mapping[str, Given]) -> Iterator[Problem]:
+            values[name] = parse_value(settings[name], raw.value)
+        except InvalidValue as error:
+            problems.append(_value_problem(settings[name], raw, str(error)))
     held_out = values.get("val_set_size", 0)
     if held_out > 1 and not float(held_out).is_integer():
         cure = "give a count, such as 100, or a fraction below 1"
-        yield Problem(f"{held_out} is no number of rows", given["val_set_size"].place, cure)
+        problems.append(
+            Problem(f"{held_out} is not a number of rows", raw_values["val_set_size"].place, cure)
+        )
+    missing = [name for name, setting in settings.items() if setting.required and name not in raw_values]
+    if missing:
+        pronoun = "them" if missing[1:] else "it"
+        cure = f"write {' '.join(map(syntax.format, missing))}, or set {pronoun} in a --config file"
+        problems.append(Problem("required, but not given", ", ".join(missing), cure))
+    if problems:
+        raise UserError(problems)
+    all_values = {name: setting.default for name, setting in settings.items()} | values
+    return ParsedConfig(_build(kind, all_values), tuple(_warnings(values)))
+
+
+def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object], object]:
+    """A function (setting, raw value) -> the value in the setting's type. It raises InvalidValue."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    for setting in settings.values():
+        parser.add_argument(f"--{setting.name}", type=setting.hint)
+
+    def parse_value(setting: Setting, value: object) -> object:
+        if setting.optional and (value is None or value in NONE_WORDS):
+            return None
+        if isinstance(value, str) and set(setting.members) <= {str, NoneType}:
+            if not value and not setting.optional:
+                raise InvalidValue("is empty")
+            _check_utf8(value)
+            return value  # Never parsed as YAML: a template may look like it.
+        if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
+            value = _list_or_mapping(value, setting)
+        if isinstance(value, list) and list[str] in setting.members:
+            if all(isinstance(item, str) for item in value):
+                _check_utf8(value)
+                return value
+        if isinstance(value, (list, dict)) and len(value) > MAX_ITEMS:
+            raise InvalidValue(f"has more than {MAX_ITEMS:,} items")
+        if value is None:  # jsonargparse accepts None for every type
+            raise InvalidValue("is not valid")
+        try:
+            parsed: object = parser.parse_object({setting.name: value}, defaults=False)[setting.name]
+        except (ArgumentError, ValueError, OverflowError, RecursionError):  # the last two: huge values
+            raise InvalidValue("is not valid") from None
+        _check_utf8(parsed)
+        for number in _numbers(parsed):
+            if number not in (setting.range or Range()):
+                raise InvalidValue("is out of range")
+        return parsed
+
+    return parse_value
+
+
+def _list_or_mapping(text: str, setting: Setting) -> object:
+    """The list or mapping that `text` is in YAML, else the text itself."""
+    try:
+        value = read_value(text, setting.name)
+    except UserError as error:
+        if text.startswith(("[", "{")):
+            raise InvalidValue(f"is not valid ({error.problems[0].what})") from None
+        return text
+    return value if isinstance(value, (list, dict)) else text
+
+
+def _check_utf8(value: object) -> None:
+    """Raises InvalidValue for a lone surrogate, which no file could be written with. It comes from bytes on the command
+    line that are not UTF-8, or from an escape in YAML."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and re.search("[\ud800-\udfff]", item):
+            raise InvalidValue("is not UTF-8 text")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """The numbers in a value. Raises InvalidValue for a mapping with a key that is not text."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise InvalidValue("is not valid")
+        value = list(value.values())
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield item
+
+
+def _value_problem(setting: Setting, raw: RawValue, what: str) -> Problem:
+    value = raw.value
+    if str in setting.members and isinstance(value, (bool, int, float, date)):
+        return Problem(f"{_format_value(value)} is not text", raw.place, "put it in quotes")
+    cure = f"give {describe(setting)}"
+    choices = [
+        choice for member in setting.members if get_origin(member) is Literal for choice in get_args(member)
+    ]
+    suggestion = did_you_mean(value, choices) if isinstance(value, str) else ""
+    return Problem(
+        f"{_format_value(value)} {what}", raw.place, f"{cure}; {suggestion}" if suggestion else cure
+    )
+
+
+def _format_value(value: object) -> str:
+    """A value as messages show it: text in quotes unless it is one word."""
+    plain = not isinstance(value, str) or re.fullmatch(r"[-+.\w]+", value)
+    return _shorten(str(value) if plain else json.dumps(value, ensure_ascii=False))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
-    """What was chosen, and is overruled by another choice."""
+    """Settings that were given and have no effect, since another setting overrides them."""
     if values.get("max_steps") is not None and "num_epochs" in values:
         yield f"num_epochs and max_steps are both given: max_steps ({values['max_steps']}) wins"
     if values.get("warmup_steps") and values.get("warmup_ratio"):
         yield f"warmup_steps and warmup_ratio are both given: warmup_steps ({values['warmup_steps']}) wins"
+
+
+# -------------------------------------------------------------------------------- settings and configs
+
+
+def settings_of(
+    groups: Iterable[type], not_required: Sequence[str] = (), defaults: Mapping[str, object] = NO_DEFAULTS
+) -> dict[str, Setting]:
+    """The settings of `groups` by name, in order; `not_required` and `defaults` as in `read_config`."""
+    settings = {}
+    for group in groups:
+        hints = get_type_hints(group)
+        for field in fields(group):
+            hint = hints[field.name]
+            required = field.default is MISSING and field.name not in not_required
+            default = field.default
+            if default is MISSING:
+                default = None if required else ""
+            settings[field.name] = Setting(
+                name=field.name,
+                hint=hint,
+                members=get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,),
+                required=required,
+                default=defaults.get(field.name, default),
+                range=field.metadata.get("range"),
+            )
+    return settings
+
+
+def describe(setting: Setting) -> str:
+    """The values that a setting accepts, in words: `a whole number of at least 1`."""
+    kinds: list[str] = []
+    choices: list[str] = []
+    for member in setting.members:
+        if get_origin(member) is Literal:
+            choices += [str(choice) for choice in get_args(member)]
+        elif member is bool:
+            kinds.append("true or false")
+        elif member in (int, float):
+            number = "a whole number" if member is int else "a number"
+            kinds.append(f"{number} {setting.range}" if setting.range else number)
+        elif member is str:
+            kinds.append("text")
+        elif get_origin(member) is list:
+            item = get_args(member)[0]
+            examples = get_args(item) if get_origin(item) is Literal else ("a", "b")
+            kinds.append(f"a list such as [{', '.join(map(str, examples[:2]))}]")
+        elif get_origin(member) is dict:
+            example = "b" if get_args(member)[1] is str else "1"
+            kinds.append(f"a mapping such as {{a: {example}}}, with a space after each colon")
+    if choices:
+        kinds.append(f"one of {', '.join(choices)}")
+    return " or ".join(kinds)
+
+
+def _parts(kind: type) -> dict[str, tuple[type, bool]]:
+    """Of a config: field name -> the config or group in it, and whether it may be None. Empty for a settings group."""
+    parts: dict[str, tuple[type, bool]] = {}
+    for name, hint in get_type_hints(kind).items():
+        options = [option for option in get_args(hint) or (hint,) if option is not NoneType]
+        if len(options) == 1 and isinstance(options[0], type) and is_dataclass(options[0]):
+            parts[name] = options[0], options[0] is not hint
+    return parts
+
+
+def groups_in(kind: type) -> tuple[type, ...]:
+    """The settings groups of a config, in order; of a group, itself."""
+    parts = _parts(kind)
+    return tuple(group for inner, _ in parts.values() for group in groups_in(inner)) if parts else (kind,)
+
+
+def _build(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config from the values of all settings. An optional group without any value is None."""
+    parts = _parts(kind)
+    if not parts:
+        return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    built: dict[str, Any] = {}
+    for name, (inner, optional) in parts.items():
+        absent = optional and all(field.name not in values for field in fields(inner))
+        built[name] = None if absent else _build(inner, values)
+    return kind(**built)
+
+
+def settings_dict(config: object) -> dict[str, Any]:
+    """The settings of all groups by name, in order. No two groups of a config share a name."""
+    names = _parts(type(config))
+    if not names:
+        return dict(vars(config))
+    parts = [getattr(config, name) for name in names]
+    return {name: value for part in parts if part is not None for name, value in settings_dict(part).items()}
+
+
+def to_yaml(config: object) -> str:
+    """The settings as flat YAML, which `--config` reads back into an equal config."""
+    values = settings_dict(config)
+    # A default that max_steps overrides: written out, it would count as given and cause a warning.
+    if values.get("max_steps") is not None and values.get("num_epochs") == StepSettings.num_epochs:
+        del values["num_epochs"]
+    return "".join(write_item(name, value) for name, value in values.items())

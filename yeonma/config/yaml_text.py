@@ -1,6 +1,6 @@
-"""Plain YAML: scalars, lists and mappings, read with the place of every mistake, and written to be read back.
+"""Plain YAML: scalars, lists and mappings. Every error names its line.
 
-PyYAML's safe loader, which keeps the last of two equal keys and says nothing, with those refused.
+Reads with PyYAML's safe loader, but refuses equal keys in one mapping, of which that loader silently keeps the last.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import yaml
 
 from yeonma.errors import UserError
 
-MOST_VALUES = 10_000
-"""Of a text with aliases, with what they stand for. Ten short lines of aliases of aliases can mean billions."""
+MAX_VALUES = 10_000
+"""In a text with aliases, each expanded. Ten short lines of nested aliases can stand for billions of values."""
 
 
 def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
-    """Key, value and line of each entry of a text that is one YAML mapping; an empty text has none.
+    """Key, value and line of each entry of one YAML mapping; none for an empty text.
 
-    `name` is what messages call the text. Raises UserError for anything but one mapping, for a key that
-    stands twice in a mapping at any depth, for a tag beyond YAML's own, such as `!!python/object`, and for
-    aliases that stand for too much or for themselves.
+    `name` is what messages call the text. Raises UserError for anything but one mapping, for equal keys in a mapping at
+    any depth, for tags beyond YAML's own, such as `!!python/object`, and for aliases that contain themselves or expand
+    to more than MAX_VALUES values.
     """
-    with _named_problems(name):
+    with _yaml_errors_as_user_errors(name):
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None or root.tag == "tag:yaml.org,2002:null":
             return
         if not isinstance(root, yaml.MappingNode):
             raise UserError("not a mapping", place=name, cure="write one `setting: value` a line")
-        _refuse_twins_and_tags(root, name, set())
+        _refuse_equal_keys_and_tags(root, name, set())
         _count_values(root, name, {})
         for key_node, value_node in root.value:
             key = loader.construct_object(key_node, deep=True)
@@ -41,32 +41,32 @@ def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
 
 def read_value(text: str, name: str) -> object:
     """The value of a YAML text, None for an empty one. Raises UserError as `read_items` does."""
-    with _named_problems(name):
+    with _yaml_errors_as_user_errors(name):
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return None
-        _refuse_twins_and_tags(root, name, set())
+        _refuse_equal_keys_and_tags(root, name, set())
         _count_values(root, name, {})
         return loader.construct_document(root)
 
 
 def write_item(name: str, value: object) -> str:
-    """One entry of a mapping as YAML, with text of several lines in lines of its own."""
-    # Line breaks that PyYAML writes as they are, and reads as spaces.
+    """One entry of a mapping as YAML. Text of several lines becomes a block."""
+    # Line breaks that PyYAML writes unescaped, and reads back as spaces.
     rare_breaks = re.search("[\x85\u2028\u2029]", json.dumps(value, ensure_ascii=False))
     options = {"allow_unicode": rare_breaks is None, "width": 10**9}
     if isinstance(value, str) and "\n" in value:
         block = yaml.safe_dump(value, default_style="|", **options)
-        return f"{name}: " + re.sub(r"\n\.\.\.\n\Z", "\n", block)  # Without the mark that ends a document.
+        return f"{name}: " + re.sub(r"\n\.\.\.\n\Z", "\n", block)  # without the end-of-document mark
     if isinstance(value, list | dict):
         return f"{name}: {yaml.safe_dump(value, default_flow_style=True, **options)}"
     return str(yaml.safe_dump({name: value}, **options))
 
 
 @contextmanager
-def _named_problems(name: str) -> Iterator[None]:
-    """Turn what PyYAML raises into a UserError with line and column."""
+def _yaml_errors_as_user_errors(name: str) -> Iterator[None]:
+    """Raise PyYAML's errors as UserError with line and column."""
     try:
         yield
     except yaml.MarkedYAMLError as error:
@@ -75,13 +75,13 @@ def _named_problems(name: str) -> Iterator[None]:
         raise UserError(f"not YAML: {error.problem or error.context}", place=place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}", place=name) from None
-    except (AttributeError, LookupError):  # what PyYAML makes of `!!timestamp x`, `!!bool x` and `!!int ""`
-        what = "not YAML: a value that is not what its tag says"
+    except (AttributeError, LookupError):  # PyYAML at `!!timestamp x`, `!!bool x`, `!!int ""`
+        what = "not YAML: a value does not match its tag"
         raise UserError(what, place=name, cure="write values without tags") from None
 
 
-def _refuse_twins_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
-    """Raise UserError, at any depth, for a key that stands twice in one mapping or a tag beyond YAML's own."""
+def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
+    """Raise UserError for equal keys in one mapping, and for tags beyond YAML's own, at any depth."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -98,18 +98,19 @@ def _refuse_twins_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
                 raise UserError(what, place=f"{name}:{line}", cure="remove one of them")
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = line
-            _refuse_twins_and_tags(key, name, seen)
-            _refuse_twins_and_tags(value, name, seen)
+            _refuse_equal_keys_and_tags(key, name, seen)
+            _refuse_equal_keys_and_tags(value, name, seen)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_twins_and_tags(item, name, seen)
+            _refuse_equal_keys_and_tags(item, name, seen)
 
 
 def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
-    """The values that a node stands for, itself and its aliases' among them. `counts` holds the nodes known, by id,
-    with 0 for those that are being counted. Raises UserError where aliases make them more
-    than MOST_VALUES, and for a node within itself, as PyYAML
-    does for most."""
+    """The number of values in a node, itself included, with aliases expanded.
+
+    `counts`: the numbers of the nodes visited, by id; 0 for those being counted. Raises UserError for more than
+    MAX_VALUES values because of aliases, and for a node within itself, as PyYAML does for most.
+    """
     place = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
     if id(node) not in counts:
         counts[id(node)] = 0
@@ -121,7 +122,7 @@ def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
         counts[id(node)] = 1 + sum(_count_values(part, name, counts) for part in parts)
     if counts[id(node)] == 0:
         raise UserError("not YAML: found unconstructable recursive node", place=place)
-    if counts[id(node)] > max(MOST_VALUES, len(counts)):  # so many only through aliases
-        what = f"its aliases stand for more than {MOST_VALUES:,} values"
+    if counts[id(node)] > max(MAX_VALUES, len(counts)):  # only aliases make more values than nodes
+        what = f"its aliases expand to more than {MAX_VALUES:,} values"
         raise UserError(what, place=place, cure="write plain values")
     return counts[id(node)]

@@ -495,7 +495,7 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
         ({"simpo_gamma": 1}, "simpo_gamma: sigmoid does not read it"),
         ({"kto_desirable_weight": 2}, "kto_desirable_weight: sigmoid does not read it"),
         ({"beta": 0}, "beta: 0 is out of range"),
-        ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm does not fit"),
+        ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm is not valid"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

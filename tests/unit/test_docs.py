@@ -25,10 +25,13 @@ MOST_README_LINES = 150
 # Add a page here together with its Korean translation.
 TRANSLATED: tuple[str, ...] = (
     "README",
+    "docs/benchmarks",
     "docs/data",
     "docs/evaluate",
     "docs/hardware",
     "docs/preferences",
+    "docs/reliability",
+    "docs/scale",
     "docs/serve-and-export",
     "docs/settings",
     "docs/tutorial",

@@ -126,15 +126,15 @@ def test_fault_07_two_objects_on_a_line(write: Write, refused: Refused) -> None:
 
 
 def test_fault_08_blank_lines(write: Write, accepted: Accepted) -> None:
-    row, other = (json.dumps(each) for each in PLAIN)
-    wanted = [("a b\n", "t<|endoftext|>"), ("c d\n", "u<|endoftext|>")]
+    row, other = (json.dumps(row) for row in PLAIN)
+    expected = [("a b\n", "t<|endoftext|>"), ("c d\n", "u<|endoftext|>")]
     for name, content in {
         "a.jsonl": f"\n{row}\n  \t\n\n{other}\n\n",
         "a.json": f"\n\n[{row}\n\n,\n{other}\n]\n\n",
         "a.csv": "\ndocument,title\n\na b,t\n  \n\r\nc d,u\n\n",
         "a.tsv": "document\ttitle\n\na b\tt\n\n  \nc d\tu",
     }.items():
-        assert accepted(write(name, content), template=TEMPLATE).texts == wanted, name
+        assert accepted(write(name, content), template=TEMPLATE).texts == expected, name
 
 
 def test_fault_09_a_list_in_a_jsonl_file(write: Write, refused: Refused) -> None:

@@ -1,4 +1,4 @@
-"""What is told with its count and first rows, and the run goes on: by the numbers of the list of faults."""
+"""Warnings with their count and first rows, after which the run goes on; numbers are those of the list of faults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(count: int, **changed: Mapping[str, str]) -> list[dict[str, str]]:
     return [{**row, **changed.get(f"r{number}", {})} for number, row in enumerate(plain, start=1)]
 
 
-def told(out: str, phrase: str) -> list[str]:
+def lines_with(out: str, phrase: str) -> list[str]:
     """Lines that say so; the data's path before it, which has the test's name in it, does not count."""
     return [
         line for line in out.splitlines() if ".jsonl: " in line and phrase in line.rpartition(".jsonl: ")[2]
@@ -31,7 +31,7 @@ def told(out: str, phrase: str) -> list[str]:
 
 def one_line(out: str, phrase: str, count: int, numbers: Sequence[int]) -> None:
     """One line says so, with the number of rows and the first of them."""
-    (line,) = told(out, phrase)
+    (line,) = lines_with(out, phrase)
     listed = f"{'row' if count == 1 else 'rows'} {', '.join(map(str, numbers))}"
     assert listed in line
     assert re.search(rf"\b{count}\b", line.replace(listed, "").rpartition(".jsonl: ")[2]), line
@@ -50,7 +50,7 @@ PHRASES = (
 def test_nothing_is_told_of_rows_in_order(tmp_path: Path, accepted: Accepted) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", rows(20))
     out = accepted(data, template=TEMPLATE, val_set_size=5).done.out
-    assert [phrase for phrase in PHRASES if told(out, phrase)] == []
+    assert [phrase for phrase in PHRASES if lines_with(out, phrase)] == []
 
 
 def test_fault_19_a_row_of_ten_megabytes(tmp_path: Path, accepted: Accepted) -> None:
@@ -98,7 +98,7 @@ def test_fault_27_rows_that_stand_more_than_once(tmp_path: Path, accepted: Accep
     twin = {"document": "same", "title": "same title"}
     data = write_jsonl(tmp_path / "a.jsonl", rows(20, r1=twin, r3=twin, r17=twin))
     taken = accepted(data, template=TEMPLATE)
-    (line,) = told(taken.done.out, "repeat an earlier row")
+    (line,) = lines_with(taken.done.out, "repeat an earlier row")
     assert "rows 1, 3, 17" in line or "rows 3, 17" in line
     assert len(taken.texts) == 20
 
@@ -108,11 +108,11 @@ def test_fault_27_rows_in_training_and_validation(tmp_path: Path, accepted: Acce
     shared = [rows(20)[number - 1] for number in (3, 17)]
     validation = write_jsonl(tmp_path / "b.jsonl", [{"document": "new", "title": "new"}, *shared])
     taken = accepted(training, val_data_path=validation, template=TEMPLATE)
-    (line,) = told(taken.done.out, "validation rows that are also training rows")
+    (line,) = lines_with(taken.done.out, "validation rows that are also training rows")
     assert "2" in line and ("rows 3, 17" in line or "rows 2, 3" in line)
     other = write_jsonl(tmp_path / "c.jsonl", [{"document": "new", "title": "new"}])
     quiet = accepted(training, val_data_path=other, template=TEMPLATE).done.out
-    assert told(quiet, "validation rows that are also training rows") == []
+    assert lines_with(quiet, "validation rows that are also training rows") == []
 
 
 def test_fault_27_the_same_row_drawn_into_both(tmp_path: Path, accepted: Accepted) -> None:
@@ -121,4 +121,4 @@ def test_fault_27_the_same_row_drawn_into_both(tmp_path: Path, accepted: Accepte
     ]  # five drawn are an odd number: some twin stays behind
     data = write_jsonl(tmp_path / "a.jsonl", twins)
     taken = accepted(data, template=TEMPLATE, val_set_size=5)
-    assert len(told(taken.done.out, "validation rows that are also training rows")) == 1
+    assert len(lines_with(taken.done.out, "validation rows that are also training rows")) == 1

@@ -41,8 +41,8 @@ def row(**values: object) -> Row:
 def table(rows: Iterable[Mapping[str, object]]) -> Rows:
     rows = list(rows)
     columns = tuple(dict.fromkeys(name for values in rows for name in values))
-    found = [Row(number, values, f"train.jsonl:{number}") for number, values in enumerate(rows, start=1)]
-    return Rows("train.jsonl", "data", columns, lambda: iter(found))
+    numbered = [Row(number, values, f"train.jsonl:{number}") for number, values in enumerate(rows, start=1)]
+    return Rows("train.jsonl", "data", columns, lambda: iter(numbered))
 
 
 def user(text: str) -> dict[str, str]:
@@ -272,8 +272,8 @@ def test_notes_are_of_the_prompt_and_both_answers() -> None:
 def test_a_label_says_whether_an_answer_is_wanted(label: object, desirable: bool) -> None:
     values = {"prompt": "p", "completion": "c", "label": label}
     assert recognise_labelled(table([values])).template == "prompt-completion"
-    found = render_label(load_template("prompt-completion"), row(**values))
-    assert (answer_text(found.rendered), found.desirable) == ("c", desirable)
+    actual = render_label(load_template("prompt-completion"), row(**values))
+    assert (answer_text(actual.rendered), actual.desirable) == ("c", desirable)
 
 
 @pytest.mark.parametrize("label", [None, "good", 2, 1.0, [True]])
@@ -283,9 +283,9 @@ def test_a_label_that_is_none_is_refused(label: object) -> None:
 
 
 def test_a_labelled_turn_list_ends_with_its_answer() -> None:
-    found = render_label(CHAT, row(messages=[user("q"), answer("a")], label=False))
-    assert [turn.role for turn in found.rendered.turns] == ["user"]
-    assert answer_text(found.rendered) == "a"
+    actual = render_label(CHAT, row(messages=[user("q"), answer("a")], label=False))
+    assert [turn.role for turn in actual.rendered.turns] == ["user"]
+    assert answer_text(actual.rendered) == "a"
 
 
 # Tokens
@@ -298,7 +298,7 @@ def units_of(
     template: str = "prompt-completion",
 ) -> list[Unit | LeftOut]:
     rows = list(table(pairs))
-    return encode_pairs([render_pair(load_template(template), each) for each in rows], rows, tokenizer, rules)
+    return encode_pairs([render_pair(load_template(template), row) for row in rows], rows, tokenizer, rules)
 
 
 def sides(unit: Unit | LeftOut) -> tuple[Example, Example]:
@@ -313,8 +313,8 @@ def sides(unit: Unit | LeftOut) -> tuple[Example, Example]:
 def test_both_answers_continue_the_ids_that_generation_feeds(name: str, template: str) -> None:
     tokenizer = TOKENIZERS[name]()
     field = {"prompt-completion": "prompt", "title": "document", "chat": "messages"}[template]
-    for asked in ("The storm ", "월요일에 폭풍이", "a <|im_end|> b </s>"):
-        value: object = [user(asked)] if template == "chat" else asked
+    for prompt in ("The storm ", "월요일에 폭풍이", "a <|im_end|> b </s>"):
+        value: object = [user(prompt)] if template == "chat" else prompt
         answers = {"chosen": "closes the harbour", "rejected": " 항구를 닫았고"}
         chosen, rejected = sides(units_of([{field: value, **answers}], tokenizer, template=template)[0])
         rendered = load_template(template).render(row(**{field: value}), with_answer=False)
@@ -389,9 +389,9 @@ def test_several_turns_that_the_chat_template_rewrites_are_left_out() -> None:
         "chosen": [answer("first"), user("and?"), answer("second")],
         "rejected": [answer("third")],
     }
-    (found,) = units_of([values], byte_level(rewriting), template="chat")
-    assert isinstance(found, LeftOut)
-    assert "rewrites earlier turns" in found.reason
+    (actual,) = units_of([values], byte_level(rewriting), template="chat")
+    assert isinstance(actual, LeftOut)
+    assert "rewrites earlier turns" in actual.reason
 
 
 def test_a_chat_template_that_refuses_a_row_names_it() -> None:
@@ -411,7 +411,7 @@ def test_a_store_knows_its_pairs_by_unit_and_role(tmp_path: Path) -> None:
         for i in range(5)
     )
     equal = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
-    rows = table([*(each.values for each in rows), *equal, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    rows = table([*(row.values for row in rows), *equal, {"prompt": "q", "chosen": "a", "rejected": "b"}])
     store = build_store(
         rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=PAIRS
     )
@@ -442,9 +442,9 @@ def test_a_labelled_answer_has_anothers_beside_it_to_be_measured(tmp_path: Path)
         AnswerRole.DESIRABLE,
     ] * 2
     for unit in range(4):
-        asked, other, mixed = (store[int(i)] for i in (own[unit], own[(unit + 1) % 4], measured[unit]))
+        example, other, mixed = (store[int(i)] for i in (own[unit], own[(unit + 1) % 4], measured[unit]))
         answers = other.token_ids[other.prompt_length :].tolist()
-        assert mixed.token_ids.tolist() == [*asked.token_ids[: asked.prompt_length].tolist(), *answers]
+        assert mixed.token_ids.tolist() == [*example.token_ids[: example.prompt_length].tolist(), *answers]
         assert int(mixed.trained.sum()) == len(answers)
     assert store.counts.tokens == int(store.lengths[own].sum())
     assert store.counts.trained_tokens == int(store.trained_counts[own].sum())
@@ -464,7 +464,7 @@ def test_a_mismatched_answer_is_cut_to_fit() -> None:
         {"prompt": "a", "completion": "a long answer to it", "label": False},
     ]
     rows = list(table(values))
-    labelled = [render_label(load_template("prompt-completion"), each) for each in rows]
+    labelled = [render_label(load_template("prompt-completion"), row) for row in rows]
     rules = TokenRules(cutoff_len=24)
     for unit in encode_labelled(labelled, rows, byte_level(), rules):
         assert isinstance(unit, Unit)

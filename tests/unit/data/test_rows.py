@@ -246,7 +246,7 @@ def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> 
         at for at in range(len(content)) if content.startswith(b"\x16\x04", at)
     ]  # in the footer: Thrift
     damaged = (content[:at] + b"\x16\x06" + content[at + 2 :] for at in two_rows)
-    counted = [each for each in damaged if pq.ParquetFile(io.BytesIO(each)).metadata.num_rows == 3]
+    counted = [content for content in damaged if pq.ParquetFile(io.BytesIO(content)).metadata.num_rows == 3]
     assert len(counted) == 1
     message = error_of(write("a.parquet", counted[0]))
     assert message == "a.parquet: only 2 of the 3 rows in its metadata can be read; write the file again"

@@ -301,9 +301,9 @@ def test_a_row_is_asked_with_the_prompt_it_is_trained_with() -> None:
     for values in [{"instruction": "Add.", "input": "2+2"}, {"instruction": "Add."}]:
         trained = load_template("alpaca").render(row_of({**values, "output": "4"}))
         for answer in [{}, {"output": None}, {"output": ""}, {"output": "4"}]:
-            asked = load_template("alpaca").render(row_of({**values, **answer}), with_answer=False)
-            assert (asked.turns, asked.variant) == (trained.turns, trained.variant)
-            assert asked.answer == ()
+            prompt = load_template("alpaca").render(row_of({**values, **answer}), with_answer=False)
+            assert (prompt.turns, prompt.variant) == (trained.turns, trained.variant)
+            assert prompt.answer == ()
 
 
 def test_a_name_in_columns_that_is_no_field_is_an_error() -> None:
@@ -454,7 +454,7 @@ def test_chat_gives_the_turns_of_messages_or_conversations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "trained", "asked"),
+    ("roles", "trained", "prompt_turns"),
     [
         (("user", "assistant"), 2, 1),
         (("system", "user", "assistant", "user", "assistant"), 5, 4),
@@ -463,11 +463,13 @@ def test_chat_gives_the_turns_of_messages_or_conversations() -> None:
     ],
 )
 def test_a_turn_list_is_asked_without_its_final_assistant_turn(
-    roles: tuple[str, ...], trained: int, asked: int
+    roles: tuple[str, ...], trained: int, prompt_turns: int
 ) -> None:
     chat, conversation = load_template("chat"), row(messages=talk(*roles))
     assert len(chat.render(conversation).turns) == trained
-    assert chat.render(conversation, with_answer=False).turns == chat.render(conversation).turns[:asked]
+    assert (
+        chat.render(conversation, with_answer=False).turns == chat.render(conversation).turns[:prompt_turns]
+    )
 
 
 @pytest.mark.parametrize(
@@ -545,15 +547,15 @@ def shortened(text: str, keep: int, side: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("side", "kept"),
+    ("side", "results"),
     [
         ("end", ["", "a", "ab", "abc", "abcd", "abcde", "abcde"]),
         ("start", ["", "e", "de", "cde", "bcde", "abcde", "abcde"]),
         ("middle", ["", "a", "ae", "abe", "abde", "abcde", "abcde"]),
     ],
 )
-def test_a_field_is_shortened_from_the_side_that_is_asked(side: str, kept: list[str]) -> None:
-    assert [shortened("abcde", keep, side) for keep in range(7)] == kept
+def test_a_field_is_shortened_from_the_given_side(side: str, results: list[str]) -> None:
+    assert [shortened("abcde", keep, side) for keep in range(7)] == results
 
 
 def test_only_the_named_field_is_shortened_and_at_each_of_its_places() -> None:
@@ -574,7 +576,7 @@ def test_an_assistants_turn_is_not_among_the_fields_to_shorten() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "keep", "side", "kept"),
+    ("text", "keep", "side", "result"),
     [
         ("xe\u0301y", 2, "end", "x"),
         ("xe\u0301y", 3, "end", "xe\u0301"),
@@ -588,8 +590,8 @@ def test_an_assistants_turn_is_not_among_the_fields_to_shorten() -> None:
         ("x\U0001f469\u200d\U0001f680y", 3, "end", "x"),
     ],
 )
-def test_what_is_read_as_one_character_is_not_split(text: str, keep: int, side: str, kept: str) -> None:
-    assert shortened(text, keep, side) == kept
+def test_what_is_read_as_one_character_is_not_split(text: str, keep: int, side: str, result: str) -> None:
+    assert shortened(text, keep, side) == result
 
 
 @quick

@@ -68,10 +68,10 @@ def test_a_store_gives_back_the_examples_of_its_rows(tmp_path: Path) -> None:
     rows.append(Row(21, {"document": "a <|im_end|> b", "title": "x" * 20}, "train.jsonl:21"))
     rows.append(Row(22, {"document": "a", "title": "0" * 99}, "train.jsonl:22"))
     expected = encode([TEMPLATE.render(row) for row in rows], rows, byte_level(), rules)
-    examples = [one for one in expected if isinstance(one, Example)]
+    examples = [outcome for outcome in expected if isinstance(outcome, Example)]
     store = built(tmp_path, data(read=lambda: iter(rows)), rules)
     assert same(store, examples)
-    assert store.left_out == [one for one in expected if not isinstance(one, Example)]
+    assert store.left_out == [outcome for outcome in expected if not isinstance(outcome, Example)]
     assert [left_out.place for left_out in store.left_out] == ["train.jsonl:22"]
     assert store.lengths.tolist() == [len(example.token_ids) for example in examples]
     assert store.prompt_lengths.tolist() == [example.prompt_length for example in examples]
@@ -167,9 +167,9 @@ def test_the_key_changes_with_everything_that_matters() -> None:
         key(columns={"document": "text"}),
         key(tokenizer=sentencepiece_bpe()),
         key(tokenizer=byte_level(None)),
-        key(tokenizer=changed(lambda one: one.add_tokens(["storm"]))),
-        key(tokenizer=changed(lambda one: setattr(one, "eos_token", "<|im_end|>"))),
-        key(tokenizer=changed(lambda one: setattr(one.backend_tokenizer, "post_processor", bos))),
+        key(tokenizer=changed(lambda tokenizer: tokenizer.add_tokens(["storm"]))),
+        key(tokenizer=changed(lambda tokenizer: setattr(tokenizer, "eos_token", "<|im_end|>"))),
+        key(tokenizer=changed(lambda tokenizer: setattr(tokenizer.backend_tokenizer, "post_processor", bos))),
         key(rules=replace(RULES, cutoff_len=65)),
         key(rules=replace(RULES, shrink="document")),
         key(rules=replace(RULES, shrink_side="start")),
@@ -222,7 +222,10 @@ def files_of(store: TokenStore) -> list[Path]:
 def test_a_store_with_any_file_damaged_is_built_again(tmp_path: Path, tokenised: list[int]) -> None:
     rows = data(20)
     whole = [built(tmp_path, rows)[index] for index in range(20)]
-    expected = [replace(one, token_ids=one.token_ids.copy(), trained=one.trained.copy()) for one in whole]
+    expected = [
+        replace(example, token_ids=example.token_ids.copy(), trained=example.trained.copy())
+        for example in whole
+    ]
     names = [path.name for path in files_of(built(tmp_path, rows))]
     assert len(names) == 18
     for name in names:

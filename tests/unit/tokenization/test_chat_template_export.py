@@ -64,7 +64,7 @@ def rows_for(template: Template) -> list[Row]:
             ]
             for text in TEXTS
         ]
-        return [Row(i, {"messages": each}, f"row {i}") for i, each in enumerate(turns, 1)]
+        return [Row(i, {"messages": turn_list}, f"row {i}") for i, turn_list in enumerate(turns, 1)]
     fields = sorted(template.fields - {template.answer_field})
     filled = [{name: TEXTS[(i + j) % len(TEXTS)] for j, name in enumerate(fields)} for i in range(len(TEXTS))]
     blanked = [{**filled[1], name: blank} for name in fields for blank in BLANKS]
@@ -86,9 +86,9 @@ def trained_prompts(template: Template, rows: list[Row], tokenizer: Any) -> list
     return [ids.tolist() for ids in encode_prompts(rendered, rows, tokenizer, RULES, 1)]
 
 
-def asked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return list(found["input_ids"])
+def chat_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return list(encoded["input_ids"])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -100,14 +100,14 @@ def test_messages_become_the_trained_tokens(kind: str, name: str, tmp_path: Path
     assert len(rows) >= 5
     for row, ids in zip(rows, trained_prompts(template, rows, tokenizer), strict=True):
         messages = messages_of(template, row, None, template.render(row, None, with_answer=False))
-        assert asked(other, messages) == ids, row
+        assert chat_ids(other, messages) == ids, row
         if not template.is_chat:  # OpenAI's content parts, escaped to ASCII
             text = messages[0]["content"]
             if len(template.fields) > 2:
                 text = json.dumps(json.loads(text), indent=2)
             half = len(text) // 2
             parts = [{"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]}]
-            assert asked(other, [{"role": "user", "content": parts}]) == ids, row
+            assert chat_ids(other, [{"role": "user", "content": parts}]) == ids, row
 
 
 def test_the_tokenizer_is_the_bases_again_when_yeonma_loads_it(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_an_adapter_folder_carries_it(tmp_path: Path) -> None:
     folder = tiny_adapter(tmp_path, sentencepiece_bpe()).adapter
     row = Row(1, {"document": TEXTS[0]}, "row 1")
     (ids,) = trained_prompts(load_template("title"), [row], sentencepiece_bpe())
-    assert asked(AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": TEXTS[0]}]) == ids
+    assert chat_ids(AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": TEXTS[0]}]) == ids
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -171,7 +171,7 @@ def test_an_answer_follows_its_prompt(plain: bool, tmp_path: Path) -> None:
 def test_a_message_that_is_not_the_fields_is_refused(content: str, tmp_path: Path) -> None:
     other = saved(Template.parse(TEMPLATES["twice"]), byte_level(), tmp_path)
     with pytest.raises(Exception, match=r"a JSON object of the texts a, b|the message lacks a field"):
-        asked(other, [{"role": "user", "content": content}])
+        chat_ids(other, [{"role": "user", "content": content}])
 
 
 def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
@@ -183,14 +183,14 @@ def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
         [{"role": "assistant", "content": "x"}],
     ):
         with pytest.raises(Exception, match="one user message with the text of document"):
-            asked(other, messages)
+            chat_ids(other, messages)
 
 
 def test_a_plain_message_is_the_only_field_of_a_variant_that_has_just_one(tmp_path: Path) -> None:
     template = load_template("alpaca")
     other = saved(template, byte_level(), tmp_path)
     (ids,) = trained_prompts(template, [Row(1, {"instruction": "Write."}, "row")], byte_level())
-    assert asked(other, [{"role": "user", "content": "Write."}]) == ids
+    assert chat_ids(other, [{"role": "user", "content": "Write."}]) == ids
 
 
 def test_what_a_chat_template_cannot_carry_is_said_and_not_written(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_run_leaves_it_in_the_folder_and_in_checkpoints(tmp_path: Path) -> Non
     for folder in (done.folder, done.folder / "checkpoint-1"):
         other = AutoTokenizer.from_pretrained(folder)
         for row, ids in zip(rows, trained_prompts(template, rows, characters()), strict=True):
-            assert asked(other, [{"role": "user", "content": row.values["document"]}]) == ids
+            assert chat_ids(other, [{"role": "user", "content": row.values["document"]}]) == ids
     sums = json.loads((done.folder / "manifest.json").read_text())["sha256"]
     assert {"chat_template.jinja", "base_chat_template.jinja"} <= set(sums)
 
@@ -229,5 +229,5 @@ def test_a_base_whose_default_chat_template_is_missing_gets_one(tmp_path: Path) 
     other = saved(load_template("title"), tokenizer, tmp_path)
     row = Row(1, {"document": TEXTS[0]}, "row 1")
     (ids,) = trained_prompts(load_template("title"), [row], tokenizer)
-    assert asked(other, [{"role": "user", "content": TEXTS[0]}]) == ids
+    assert chat_ids(other, [{"role": "user", "content": TEXTS[0]}]) == ids
     assert load_tokenizer(BaseSource(str(tmp_path))).chat_template == tokenizer.chat_template

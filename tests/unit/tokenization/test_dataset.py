@@ -1,4 +1,4 @@
-"""Settings to examples: the template that is chosen, the rows that are held out, and what is said of them."""
+"""Settings to examples: the template chosen, the validation rows drawn, the summary printed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from yeonma.tokenization.dataset import Dataset, describe, prepare_dataset
 
 
 def prepared(
-    data: Path, said: list[str] | None = None, *, seed: int = 42, tokens: Any = None, **settings: Any
+    data: Path, lines: list[str] | None = None, *, seed: int = 42, tokens: Any = None, **settings: Any
 ) -> Dataset:
-    wanted = DataSettings(data_path=str(data), **{"template": TEMPLATE, **settings})
-    say = (said if said is not None else []).append
-    dataset = prepare_dataset(wanted, tokens or TokenSettings(), characters(), seed, say, lambda _: None)
+    data_settings = DataSettings(data_path=str(data), **{"template": TEMPLATE, **settings})
+    say = (lines if lines is not None else []).append
+    dataset = prepare_dataset(
+        data_settings, tokens or TokenSettings(), characters(), seed, say, lambda _: None
+    )
     describe(dataset, say)
     return dataset
 
@@ -58,22 +60,22 @@ def test_rows_that_are_left_out_are_not_drawn(tmp_path: Path) -> None:
     for number in range(0, 20, 2):
         rows[number]["title"] = "a title far longer than the limit lets an answer be" * 4
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    said: list[str] = []
-    dataset = prepared(data, said, val_set_size=4, tokens=TokenSettings(cutoff_len=150))
+    lines: list[str] = []
+    dataset = prepared(data, lines, val_set_size=4, tokens=TokenSettings(cutoff_len=150))
     assert dataset.validation is not None
     assert len(rows_of(dataset.validation)) == 4
     assert sorted(rows_of(dataset.validation) + rows_of(dataset.train)) == list(range(2, 21, 2))
-    assert f"{data}: 10 left out: rows 1, 3, 5, 7, 9, 11, 13, 15, 17, 19" in said
+    assert f"{data}: 10 left out: rows 1, 3, 5, 7, 9, 11, 13, 15, 17, 19" in lines
 
 
 def test_validation_rows_of_their_own(tmp_path: Path, data: Path) -> None:
     more = write_jsonl(tmp_path / "more.jsonl", articles(4, seed=9))
-    said: list[str] = []
-    dataset = prepared(data, said, val_data_path=str(more))
+    lines: list[str] = []
+    dataset = prepared(data, lines, val_data_path=str(more))
     assert dataset.validation is not None
     assert rows_of(dataset.validation) == [1, 2, 3, 4]
     assert rows_of(dataset.train) == list(range(1, 21))
-    assert [line.partition(": ")[0] for line in said] == [str(data), str(more)]
+    assert [line.partition(": ")[0] for line in lines] == [str(data), str(more)]
 
 
 def test_both_kinds_of_validation_are_refused(tmp_path: Path, data: Path) -> None:
@@ -89,20 +91,20 @@ def test_holding_out_every_row_is_refused(data: Path) -> None:
 
 
 def test_the_template_that_the_columns_satisfy_is_chosen_and_said(data: Path) -> None:
-    said: list[str] = []
-    dataset = prepared(data, said, template=None)
+    lines: list[str] = []
+    dataset = prepared(data, lines, template=None)
     assert dataset.template.name == "title"
-    assert "title" in said[0]
+    assert "title" in lines[0]
 
 
 def test_counts_are_said(data: Path) -> None:
-    said: list[str] = []
-    dataset = prepared(data, said, tokens=TokenSettings(cutoff_len=90))
+    lines: list[str] = []
+    dataset = prepared(data, lines, tokens=TokenSettings(cutoff_len=90))
     tokens, trained = int(dataset.train.store.lengths.sum()), dataset.train.trained_tokens
-    assert said[0] == f"{data}: 20 rows, 20 examples, {tokens:,} tokens, {trained:,} of them trained"
+    assert lines[0] == f"{data}: 20 rows, 20 examples, {tokens:,} tokens, {trained:,} of them trained"
     counts = dataset.train.store.counts
     assert counts.shortened > 0
-    assert said[1] == (
+    assert lines[1] == (
         f"{data}: {counts.shortened} examples shortened by {counts.cut_characters:,} characters to fit"
     )
 
@@ -110,10 +112,10 @@ def test_counts_are_said(data: Path) -> None:
 def test_special_token_text_in_the_data_is_said(tmp_path: Path) -> None:
     rows = articles(3)
     rows[1]["document"] += " </s>"
-    said: list[str] = []
+    lines: list[str] = []
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    prepared(data, said)
-    assert f"{data}: rows with special-token text, encoded as ordinary text: 1 (row 2)" in said
+    prepared(data, lines)
+    assert f"{data}: rows with special-token text, encoded as ordinary text: 1 (row 2)" in lines
 
 
 def test_the_first_rows_of_a_part_are_its_own(data: Path) -> None:

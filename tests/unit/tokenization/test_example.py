@@ -79,9 +79,9 @@ def encoded(
 def examples(
     template: Template, rows: list[Row], tokenizer: PreTrainedTokenizerBase, rules: TokenRules = RULES
 ) -> list[Example]:
-    found = encoded(template, rows, tokenizer, rules)
-    assert not [one for one in found if isinstance(one, LeftOut)]
-    return [one for one in found if isinstance(one, Example)]
+    actual = encoded(template, rows, tokenizer, rules)
+    assert not [outcome for outcome in actual if isinstance(outcome, LeftOut)]
+    return [outcome for outcome in actual if isinstance(outcome, Example)]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
@@ -95,15 +95,15 @@ def trained_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return str(tokenizer.decode(example.token_ids[example.trained].tolist()))
 
 
-# Prompts: what is trained is what is asked
+# Prompts: generation feeds the tokens of training
 
 
 @each_tokenizer
 @each_template
 def test_generation_feeds_the_trained_prompt_ids(make: Make, template: Template) -> None:
     tokenizer, rows = make(), rows_of(*TEXTS)
-    asked = [template.render(row, with_answer=False) for row in rows]
-    prompts = encode_prompts(asked, rows, tokenizer, RULES, 20)
+    without_answer = [template.render(row, with_answer=False) for row in rows]
+    prompts = encode_prompts(without_answer, rows, tokenizer, RULES, 20)
     for example, prompt in zip(examples(template, rows, tokenizer), prompts, strict=True):
         assert example.token_ids[: example.prompt_length].tolist() == prompt.tolist()
         assert example.trained.tolist() == [False] * len(prompt) + [True] * (
@@ -255,11 +255,11 @@ def test_special_text_in_data_is_ordinary_text(make: Make, template: Template) -
     (plain,) = examples(template, rows_of(("A storm closed the harbour", "Storm boats")), tokenizer)
     numbers = {tokenizer.convert_tokens_to_ids(token) for token in special}
 
-    def kept(one: Example) -> list[int]:
-        return [number for number in one.token_ids.tolist() if number in numbers]
+    def ordinary_ids(example: Example) -> list[int]:
+        return [number for number in example.token_ids.tolist() if number in numbers]
 
     assert example.special_text == len(special) + 1
-    assert kept(example) == kept(plain)
+    assert ordinary_ids(example) == ordinary_ids(plain)
     prompt = encode_prompt(template.render(row, with_answer=False), row, tokenizer, RULES, 1)
     assert example.token_ids[: example.prompt_length].tolist() == prompt.tolist()
     if "<unk>" not in tokenizer.decode(example.token_ids.tolist()):
@@ -393,10 +393,10 @@ def test_a_turn_list_trains_exactly_its_assistant_turns() -> None:
 def test_each_turn_s_prompt_is_what_generation_feeds_for_it() -> None:
     for tokenizer in (byte_level(), sentencepiece_bpe(), unigram()):
         turns = [("user", "A storm"), ("assistant", "서울"), ("user", "boats"), ("assistant", "제목")]
-        found = examples(TURN_LIST, [turn_list(*turns)], tokenizer)
+        actual = examples(TURN_LIST, [turn_list(*turns)], tokenizer)
         starts = [
             example.token_ids[:at].tolist()
-            for example in found
+            for example in actual
             for at in np.flatnonzero(np.diff(example.trained.astype(int), prepend=0) == 1)
         ]
         for end, start in zip((1, 3), starts, strict=True):
@@ -408,10 +408,10 @@ def test_each_turn_s_prompt_is_what_generation_feeds_for_it() -> None:
 def test_a_chat_template_without_end_tokens_gives_each_answer_its_own_example_and_eos() -> None:
     tokenizer = unigram()
     row = turn_list(("user", "a"), ("assistant", "boats"), ("user", "b"), ("assistant", "storm"))
-    found = examples(TURN_LIST, [row], tokenizer)
-    assert [trained_text(tokenizer, example) for example in found] == ["boats</s>", "storm</s>"]
-    assert [example.row for example in found] == [1, 1]
-    assert int(found[1].token_ids.tolist().count(1)) == 1
+    actual = examples(TURN_LIST, [row], tokenizer)
+    assert [trained_text(tokenizer, example) for example in actual] == ["boats</s>", "storm</s>"]
+    assert [example.row for example in actual] == [1, 1]
+    assert int(actual[1].token_ids.tolist().count(1)) == 1
 
 
 THINKING = (
@@ -514,8 +514,8 @@ def test_answers_and_frames_are_never_cut(make: Make, template: Template) -> Non
         text = text_of(tokenizer, after.token_ids[: after.prompt_length])
         assert text.startswith(frame[0]) and text.endswith(frame[1])
         document = str(row.values["document"])
-        kept = text[len(frame[0]) : len(text) - len(frame[1])]
-        assert document[: len(document) - after.cut_characters].strip() == kept.strip()
+        rest = text[len(frame[0]) : len(text) - len(frame[1])]
+        assert document[: len(document) - after.cut_characters].strip() == rest.strip()
 
 
 @each_tokenizer
@@ -529,13 +529,13 @@ def test_a_shortened_row_is_asked_as_it_was_trained(make: Make, template: Templa
         assert example.token_ids[: example.prompt_length].tolist() == prompt.tolist()
 
 
-@pytest.mark.parametrize(("side", "kept"), [("end", "0123"), ("start", "6789"), ("middle", "0189")])
-def test_the_named_side_is_cut_and_as_little_as_needed(side: str, kept: str) -> None:
+@pytest.mark.parametrize(("side", "rest"), [("end", "0123"), ("start", "6789"), ("middle", "0189")])
+def test_the_named_side_is_cut_and_as_little_as_needed(side: str, rest: str) -> None:
     tokenizer, (row,) = byte_level(), rows_of(("0123456789", "x"))
     template = Template.parse("{document}\n{title}")
     rules = TokenRules(cutoff_len=7, shrink_side=side)  # type: ignore[arg-type]
     (example,) = examples(template, [row], tokenizer, rules)
-    assert text_of(tokenizer, example.token_ids) == f"{kept}\nx<|endoftext|>"
+    assert text_of(tokenizer, example.token_ids) == f"{rest}\nx<|endoftext|>"
     assert (len(example.token_ids), example.cut_characters) == (7, 6)
 
 
@@ -566,13 +566,13 @@ def test_separate_answers_of_a_long_turn_list_train_themselves_alone() -> None:
     tokenizer = byte_level(THINKING)
     turns = [("user", "0" * 90), ("assistant", "1 /think 2"), ("user", "3" * 90), ("assistant", "4")]
     turns += [("user", "5"), ("assistant", "6")]
-    found = examples(TURN_LIST, [turn_list(*turns)], tokenizer, TokenRules(cutoff_len=140))
-    assert [trained_text(tokenizer, one) for one in found] == [
+    actual = examples(TURN_LIST, [turn_list(*turns)], tokenizer, TokenRules(cutoff_len=140))
+    assert [trained_text(tokenizer, example) for example in actual] == [
         "1 /think 2<|im_end|>",
         "4<|im_end|>",
         "6<|im_end|>",
     ]
-    assert [one.cut_characters > 0 for one in found] == [False, True, True]
+    assert [example.cut_characters > 0 for example in actual] == [False, True, True]
 
 
 def test_frame_and_answer_over_the_limit_leave_the_row_out_or_stop_the_run() -> None:
@@ -598,11 +598,11 @@ def test_one_character_of_the_shortened_field_stays_at_least() -> None:
 
 def test_a_prompt_that_cannot_fit_is_an_error_with_its_row() -> None:
     tokenizer, (row,) = byte_level(), rows_of(TEXTS[0])
-    asked = PLAIN.render(row, with_answer=False)
+    prompt = PLAIN.render(row, with_answer=False)
     with pytest.raises(UserError, match=r"train\.jsonl:1: too long"):
-        encode_prompt(asked, row, tokenizer, TokenRules(cutoff_len=40), 20)
+        encode_prompt(prompt, row, tokenizer, TokenRules(cutoff_len=40), 20)
     with pytest.raises(UserError, match="leave no room"):
-        encode_prompt(asked, row, tokenizer, TokenRules(cutoff_len=40), 40)
+        encode_prompt(prompt, row, tokenizer, TokenRules(cutoff_len=40), 40)
 
 
 def test_an_unknown_shrink_field_gets_a_suggestion() -> None:
@@ -620,16 +620,16 @@ def test_largest_keep_is_exact_where_tokens_grow_with_text_and_counts_few_times(
     for _ in range(200):
         length = draw.randint(1, 4000)
         steps = np.cumsum([draw.choice((0, 0, 1, 1, 2)) for _ in range(length)]) + draw.randint(0, 30)
-        asked: list[int] = []
+        counted: list[int] = []
 
-        def count(keep: int, steps: np.ndarray = steps, asked: list[int] = asked) -> int:
-            asked.append(keep)
+        def count(keep: int, steps: np.ndarray = steps, counted: list[int] = counted) -> int:
+            counted.append(keep)
             return int(steps[keep - 1])
 
         budget = draw.randint(0, int(steps[-1]) - 1) if steps[-1] > 0 else -1
         fitting = [keep for keep in range(1, length) if steps[keep - 1] <= budget]
         assert largest_keep(count, length, int(steps[-1]), budget) == max(fitting, default=0)
-        assert len(asked) <= 16
+        assert len(counted) <= 16
 
 
 # The tokenizer's own state
@@ -659,7 +659,9 @@ def test_batches_and_single_rows_give_the_same_examples() -> None:
         for template in (PLAIN, STRADDLING, TURNS):
             together = examples(template, rows, tokenizer)
             alone = [example for row in rows for example in examples(template, [row], tokenizer)]
-            assert [one.token_ids.tolist() for one in together] == [one.token_ids.tolist() for one in alone]
+            assert [example.token_ids.tolist() for example in together] == [
+                example.token_ids.tolist() for example in alone
+            ]
 
 
 def test_start_tokens_other_than_bos_are_added_once() -> None:

@@ -48,12 +48,12 @@ ROW = Row(7, {"document": DOCUMENT, "title": TITLE, "messages": TURNS}, "rows.js
 
 def views_of(template: Template, make: Make, **rules: object) -> tuple[list[View], list[Example | LeftOut]]:
     rendered: list[Rendered] = [template.render(ROW)]
-    tokenizer, wanted = make(), TokenRules(**{"cutoff_len": 4096, **rules})  # type: ignore[arg-type]
-    return explain(rendered, [ROW], tokenizer, wanted), encode(rendered, [ROW], tokenizer, wanted)
+    tokenizer, token_rules = make(), TokenRules(**{"cutoff_len": 4096, **rules})  # type: ignore[arg-type]
+    return explain(rendered, [ROW], tokenizer, token_rules), encode(rendered, [ROW], tokenizer, token_rules)
 
 
 def text(view: View, *kinds: str) -> str:
-    return "".join(each.text for each in view.stretches if each.kind in kinds)
+    return "".join(stretch.text for stretch in view.stretches if stretch.kind in kinds)
 
 
 def squeezed(text: str) -> str:
@@ -66,9 +66,9 @@ def shortest(template: Template, make: Make) -> int:
     rendered = [template.render(ROW)]
     tokenizer = make()
     whole = max(
-        len(one.token_ids)
-        for one in encode(rendered, [ROW], tokenizer, TokenRules(cutoff_len=4096))
-        if isinstance(one, Example)
+        len(outcome.token_ids)
+        for outcome in encode(rendered, [ROW], tokenizer, TokenRules(cutoff_len=4096))
+        if isinstance(outcome, Example)
     )
     times = sum(piece.text == DOCUMENT for turn in rendered[0].turns for piece in turn.pieces)
     return whole - times * len(tokenizer(DOCUMENT, add_special_tokens=False)["input_ids"]) // 2
@@ -97,7 +97,7 @@ def test_the_text_is_told_apart_without_loss(template: Template, make: Make, sid
     encoder = TextEncoder.of(make())
     assert any(view.cut_characters for view in views)
     for view in views:
-        shown = "".join(each.text for each in view.stretches if each.kind != "cut")
+        shown = "".join(stretch.text for stretch in view.stretches if stretch.kind != "cut")
         assert shown == encoder.decode([token.id for token in view.tokens])
         assert shown == "".join(token.text for token in view.tokens)
         assert (
@@ -105,15 +105,15 @@ def test_the_text_is_told_apart_without_loss(template: Template, make: Make, sid
             or view.tokens[-1].kind == "end"
         )
         assert squeezed(view.prompt) in squeezed(shown) or "<unk>" in shown
-        trained = [each for each in view.stretches if each.trained]
-        assert {each.kind for each in trained} <= {"answer", "end"}
+        trained = [stretch for stretch in view.stretches if stretch.trained]
+        assert {stretch.kind for stretch in trained} <= {"answer", "end"}
         assert view.answer.strip().startswith(trained[-2].text.strip() if trained[-1].kind == "end" else "")
-        assert all(each.kind not in ("answer", "end") for each in view.stretches if not each.trained)
-        lost = [each for each in view.stretches if each.kind == "cut"]
-        assert all(len(each.text) == view.cut_characters for each in lost)
-        for each in lost:  # what was cut, put back into its field, is the field
-            around = [one for one in view.stretches if one.field == each.field]
-            whole = "".join(one.text for one in around)
+        assert all(stretch.kind not in ("answer", "end") for stretch in view.stretches if not stretch.trained)
+        lost = [stretch for stretch in view.stretches if stretch.kind == "cut"]
+        assert all(len(stretch.text) == view.cut_characters for stretch in lost)
+        for stretch in lost:  # what was cut, put back into its field, is the field
+            around = [neighbour for neighbour in view.stretches if neighbour.field == stretch.field]
+            whole = "".join(neighbour.text for neighbour in around)
             assert "<unk>" in whole or squeezed(whole) in (squeezed(DOCUMENT), 2 * squeezed(DOCUMENT))
             first, last = around[0].kind, around[-1].kind
             assert {"end": last, "start": first}.get(side, "cut") == "cut"
@@ -131,7 +131,7 @@ def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
     encoder = TextEncoder.of(byte_level())
     ids = encoder.batch(["a😀b"])[0]
     texts = token_texts(ids, encoder)
-    assert [each for each in texts if each] == ["a", "😀", "b"]
+    assert [text for text in texts if text] == ["a", "😀", "b"]
     assert texts.count("") == len(ids) - 3 > 0
 
 
@@ -139,7 +139,7 @@ def test_what_a_tokenizer_does_not_know_is_stepped_over() -> None:
     row = Row(1, {"document": "a 漢字 storm on Monday", "title": "漢 storm on Monday"}, "rows:1")
     template = load_template("title")
     (view,) = explain([template.render(row)], [row], unigram(), TokenRules(cutoff_len=400))
-    assert [each.kind for each in view.stretches] == ["frame", "field", "frame", "answer", "end"]
+    assert [stretch.kind for stretch in view.stretches] == ["frame", "field", "frame", "answer", "end"]
     assert "<unk>" in text(view, "field")
     assert text(view, "answer").startswith("<unk>")
     assert text(view, "end") == "</s>"
@@ -150,7 +150,11 @@ def test_a_text_that_does_not_come_back_leaves_prompt_and_answer_apart() -> None
     template = load_template("title")
     rules = TokenRules(cutoff_len=70)
     (view,) = explain([template.render(row)], [row], unigram(), rules)
-    assert [each.kind for each in view.stretches if each.kind != "cut"] == ["prompt", "answer", "end"]
+    assert [stretch.kind for stretch in view.stretches if stretch.kind != "cut"] == [
+        "prompt",
+        "answer",
+        "end",
+    ]
     assert "".join(token.text for token in view.tokens) == text(view, "prompt", "answer", "end")
 
 
@@ -161,10 +165,15 @@ def test_a_row_that_is_left_out_shows_its_text_and_why() -> None:
     assert "cutoff_len is 8" in view.left_out
     assert text(view, "field") == DOCUMENT
     assert view.prompt + view.answer == text(view, "frame", "field", "answer")
-    assert not any(each.trained for each in view.stretches)
+    assert not any(stretch.trained for stretch in view.stretches)
 
 
 def test_trained_inputs_are_shown_as_trained() -> None:
     (view,) = views_of(load_template("title"), byte_level, train_on_inputs=True)[0]
     assert [token.trained for token in view.tokens] == [False] + [True] * (len(view.tokens) - 1)
-    assert {each.kind for each in view.stretches if each.trained} == {"frame", "field", "answer", "end"}
+    assert {stretch.kind for stretch in view.stretches if stretch.trained} == {
+        "frame",
+        "field",
+        "answer",
+        "end",
+    }

@@ -170,9 +170,11 @@ def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_a_loss_is_its_papers_formula(name: str) -> None:
-    found = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
-    assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx([PAPER[name](pair, OPTIONS) for pair in PAIRS], rel=1e-5, abs=1e-6)
+    actual = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
+    assert actual.dtype == torch.float32
+    assert actual.tolist() == pytest.approx(
+        [PAPER[name](pair, OPTIONS) for pair in PAIRS], rel=1e-5, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
@@ -185,8 +187,8 @@ def test_a_gradient_is_the_formulas_by_finite_differences(name: str) -> None:
         for pair, slope in zip(PAIRS, tensor.grad.tolist(), strict=True):
             ahead = replace(pair, **{side: getattr(pair, side) + step})
             behind = replace(pair, **{side: getattr(pair, side) - step})
-            wanted = (PAPER[name](ahead, OPTIONS) - PAPER[name](behind, OPTIONS)) / (2 * step)
-            assert slope == pytest.approx(wanted, rel=1e-5, abs=1e-8), (side, pair)
+            expected = (PAPER[name](ahead, OPTIONS) - PAPER[name](behind, OPTIONS)) / (2 * step)
+            assert slope == pytest.approx(expected, rel=1e-5, abs=1e-8), (side, pair)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
@@ -196,27 +198,27 @@ def test_the_supervised_term_is_the_mean_over_the_chosen_answers_tokens(name: st
         pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=0.5))
         - without
     )
-    wanted = [-0.5 * pair.chosen / pair.chosen_tokens for pair in PAIRS]
-    assert added.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    expected = [-0.5 * pair.chosen / pair.chosen_tokens for pair in PAIRS]
+    assert added.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_without_a_weight_the_supervised_term_has_the_papers(name: str) -> None:
-    found = pair_losses(
+    actual = pair_losses(
         LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=None)
     )
     weight = {"cpo": 1.0, "orpo": 1.0}.get(name, 0.0)
-    wanted = pair_losses(
+    expected = pair_losses(
         LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=weight)
     )
-    assert torch.equal(found, wanted)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
 def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
     policy = policy_of(PAIRS)
     reference = ReferenceLogprobs(policy.chosen_P.detach(), policy.rejected_P.detach())
-    wanted = {
+    expected = {
         "sigmoid": math.log(2),
         "robust": math.log(2),
         "hinge": 1.0,
@@ -224,8 +226,8 @@ def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
         "apo_zero": 1.0,
         "apo_down": 1.0,
     }[name]
-    found = pair_losses(LOSSES[name], policy, reference, OPTIONS)
-    assert found.tolist() == pytest.approx([wanted] * len(PAIRS), rel=1e-6)
+    actual = pair_losses(LOSSES[name], policy, reference, OPTIONS)
+    assert actual.tolist() == pytest.approx([expected] * len(PAIRS), rel=1e-6)
     for reward_P in rewards(LOSSES[name], policy, reference, OPTIONS):
         assert not reward_P.any()
 
@@ -311,13 +313,13 @@ def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
 
 def test_the_odds_of_a_certain_answer_are_finite_and_so_are_their_gradients() -> None:
     sums = torch.tensor([0.0, -1e-9, -1e-4, -0.5, -30.0, -300.0], requires_grad=True)
-    found = log_odds(sums)
-    for logprob, odds in zip(sums.tolist()[2:], found.tolist()[2:], strict=True):
+    actual = log_odds(sums)
+    for logprob, odds in zip(sums.tolist()[2:], actual.tolist()[2:], strict=True):
         p = math.exp(logprob)
         assert odds == pytest.approx(logprob - math.log1p(-p), rel=1e-4)
-    found.sum().backward()
+    actual.sum().backward()
     assert sums.grad is not None
-    assert torch.isfinite(found).all()
+    assert torch.isfinite(actual).all()
     assert torch.isfinite(sums.grad).all()
 
 
@@ -337,7 +339,7 @@ def test_metrics_are_sums_over_the_pairs(name: str) -> None:
     policy, reference = policy_of(PAIRS), reference_of(PAIRS)
     sums = pair_metric_sums(LOSSES[name], policy, reference, OPTIONS)
     assert not sums.requires_grad
-    found = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
+    actual = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
     if name not in REFERENCE_FREE:
         both = [ratios(pair) for pair in PAIRS]
     elif name == "cpo":
@@ -345,7 +347,7 @@ def test_metrics_are_sums_over_the_pairs(name: str) -> None:
     else:
         both = [(pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens) for pair in PAIRS]
     chosen, rejected = ([OPTIONS.beta * ratio for ratio in side] for side in zip(*both, strict=True))
-    wanted = {
+    expected = {
         "reward_chosen": sum(chosen),
         "reward_rejected": sum(rejected),
         "reward_margin": sum(chosen) - sum(rejected),
@@ -355,13 +357,13 @@ def test_metrics_are_sums_over_the_pairs(name: str) -> None:
         "tokens_chosen": sum(pair.chosen_tokens for pair in PAIRS),
         "tokens_rejected": sum(pair.rejected_tokens for pair in PAIRS),
     }
-    assert 0 < wanted["reward_accuracy"] < len(PAIRS)
-    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    assert 0 < expected["reward_accuracy"] < len(PAIRS)
+    assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_the_supervised_term_is_the_negative_log_likelihood_per_token() -> None:
-    found = sft_term(policy_of(PAIRS)).tolist()
-    assert found == pytest.approx([-pair.chosen / pair.chosen_tokens for pair in PAIRS])
+    actual = sft_term(policy_of(PAIRS)).tolist()
+    assert actual == pytest.approx([-pair.chosen / pair.chosen_tokens for pair in PAIRS])
 
 
 POLICY = [-14.0, -21.5, -30.25, -8.0, -2.5, -260.0]
@@ -390,11 +392,11 @@ def paper_kto(logprob: float, reference: float, desirable: bool, z: float, o: Pr
 @pytest.mark.parametrize("z", [0.0, 0.8])
 def test_kto_is_its_papers_formula_and_so_is_its_gradient(z: float) -> None:
     rows, step = labelled(torch.float64), 1e-5
-    found = kto_losses(rows, torch.tensor(z, dtype=torch.float64), WEIGHTED)
-    found.sum().backward()
+    actual = kto_losses(rows, torch.tensor(z, dtype=torch.float64), WEIGHTED)
+    actual.sum().backward()
     assert rows.logprob_R.grad is not None
     for i, (logprob, reference, desirable) in enumerate(zip(POLICY, REFERENCE, DESIRABLE, strict=True)):
-        assert found[i].item() == pytest.approx(paper_kto(logprob, reference, desirable, z, WEIGHTED))
+        assert actual[i].item() == pytest.approx(paper_kto(logprob, reference, desirable, z, WEIGHTED))
         ahead, behind = (
             paper_kto(at, reference, desirable, z, WEIGHTED) for at in (logprob + step, logprob - step)
         )
@@ -415,22 +417,22 @@ def test_a_kto_row_at_the_reference_point_loses_half_its_weight() -> None:
     rows = labelled()
     point = torch.tensor(0.0)
     at_it = replace(rows, reference_R=rows.logprob_R.detach())
-    found = kto_losses(at_it, point, WEIGHTED).tolist()
-    assert found == pytest.approx([0.75 if wanted else 0.375 for wanted in DESIRABLE])
+    actual = kto_losses(at_it, point, WEIGHTED).tolist()
+    assert actual == pytest.approx([0.75 if desirable else 0.375 for desirable in DESIRABLE])
 
 
 def test_kto_metrics_are_sums_by_label() -> None:
     z = 0.8
     sums = kto_metric_sums(labelled(), torch.tensor(z), OPTIONS)
     assert not sums.requires_grad
-    found = dict(zip(KTO_METRICS, sums.tolist(), strict=True))
+    actual = dict(zip(KTO_METRICS, sums.tolist(), strict=True))
     ratio = [a - b for a, b in zip(POLICY, REFERENCE, strict=True)]
     for name, label in (("desirable", True), ("undesirable", False)):
         mine = [i for i, desirable in enumerate(DESIRABLE) if desirable is label]
-        assert found[name] == len(mine)
-        assert found[f"reward_{name}"] == pytest.approx(sum(OPTIONS.beta * ratio[i] for i in mine))
-        assert found[f"logprob_{name}"] == pytest.approx(sum(POLICY[i] for i in mine))
-        assert found[f"tokens_{name}"] == sum(TOKENS[i] for i in mine)
-    right = sum((r > z) if wanted else (r < z) for r, wanted in zip(ratio, DESIRABLE, strict=True))
-    assert found["reward_accuracy"] == right
+        assert actual[name] == len(mine)
+        assert actual[f"reward_{name}"] == pytest.approx(sum(OPTIONS.beta * ratio[i] for i in mine))
+        assert actual[f"logprob_{name}"] == pytest.approx(sum(POLICY[i] for i in mine))
+        assert actual[f"tokens_{name}"] == sum(TOKENS[i] for i in mine)
+    right = sum((r > z) if desirable else (r < z) for r, desirable in zip(ratio, DESIRABLE, strict=True))
+    assert actual["reward_accuracy"] == right
     assert 0 < right < len(DESIRABLE)

@@ -55,7 +55,8 @@ def traced() -> dict[str, Any]:
 
     from yeonma.batch.forest import lay_out
     from yeonma.model.load import LoraShape
-    from yeonma.model.memory_trace import blueprint, trace
+    from yeonma.model.memory_trace import trace
+    from yeonma.policy import blueprint
 
     found = {}
     for name, shape in SHAPES.items():

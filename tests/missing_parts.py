@@ -97,8 +97,9 @@ def train_and_trace() -> None:
     from yeonma.model.kernels.patch import patch_kernels, pick_kernels
     from yeonma.model.load import LoraShape
     from yeonma.model.logprobs import trained_logprobs
-    from yeonma.model.memory_trace import blueprint, trace
+    from yeonma.model.memory_trace import trace
     from yeonma.model.quantized import has_products
+    from yeonma.policy import blueprint
 
     assert cpu_kernels() is None and not has_onednn() and not has_flex() and varlen_attention() is None
     assert not has_products(torch.device("cuda"))

@@ -1,44 +1,147 @@
-"""Asking an adapter: base, template and tokenizer are found from its folder, and rows become the prompts that they
-were in training."""
+"""A model ready to use: a base with or without adapters, the way to its log-probabilities, and its faster kernels.
+
+`build_policy` is the only way to one; `load_policy` builds one for an adapter folder. No other module patches models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
-from yeonma.adapter.adapter_folder import base_identity, check_base
-from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, held_as, open_folder
+from yeonma.adapter.adapter_folder import BaseIdentity, base_identity, check_continued
+from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.parse import config_from_keywords
-from yeonma.config.settings import AnswerSettings, QuantizationOrAuto
+from yeonma.config.settings import (
+    AnswerSettings,
+    Checkpointing,
+    Quantization,
+    QuantizationOrAuto,
+    TorchCompile,
+)
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
-from yeonma.errors import UserError
-from yeonma.generation.completion import Answer, generate
+from yeonma.errors import Log, UserError
+from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
+from yeonma.model import load
+from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
-from yeonma.model.logprobs import ForestSupport
+from yeonma.model.kernels.elementwise import PLAIN, Kernels
+from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
+from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, example_logprobs, plain_head
+from yeonma.model.memory_trace import Blueprint
+from yeonma.model.quantized import quantised_layers, sketch
+from yeonma.model.sharding import gathered_bytes, shard_weights
+from yeonma.model.source import BaseSource
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policy:
-    """An adapter on its base model, ready to be asked; `load_policy` makes it.
+    """A model ready to be trained or asked; `build_policy` and `load_policy` make one.
 
-    With `adapter_weights` False the base answers alone: `dataclasses.replace(loaded, adapter_weights=False)` is a view
-    of the same model in memory.
+    `dataclasses.replace(policy, adapter_weights=False)` is the base alone, in the same memory.
     """
 
-    asker: PromptBuilder
     model: Any
-    forward: ForestSupport
+    """A PeftModel; the transformers model itself where there is no adapter, or one that is merged into it."""
+    source: BaseSource
+    base: BaseIdentity
+    support: ForestSupport
+    """Whether the model takes forests, and how to get log-probabilities."""
+    kernels: KernelReport
+    """Which layers have faster forwards."""
+    prompt_builder: PromptBuilder | None = None
+    """Turns rows into prompts; without one the policy is asked with token ids."""
+    adapter_name: str = "default"
+    """Of several adapters the one that answers; see `adapter_names`."""
     adapter_weights: bool = True
+    """Whether the adapter takes part; False for the base alone."""
+
+    @property
+    def transformers_model(self) -> Any:
+        """The model without PEFT's wrapper; its layers hold the adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        rows: int = self.transformers_model.get_input_embeddings().weight.shape[0]
+        return rows
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """This policy's adapter, or none, for as long as the block runs. Policies that share a base share its layers.
+
+        Raises UserError where the base alone is wanted and the adapter is merged into it.
+        """
+        if self.model is self.transformers_model:
+            builder = self.prompt_builder
+            if not self.adapter_weights and builder is not None and builder.adapter.is_merged:
+                what, cure = "the adapter is merged into it", "ask the base model's adapter folder instead"
+                raise UserError(what, place=str(builder.adapter.path), cure=cure)
+            yield
+        elif not self.adapter_weights:
+            with self.model.disable_adapter():
+                yield
+        else:
+            if self.model.active_adapter != self.adapter_name:
+                self.model.set_adapter(self.adapter_name, inference_mode=True)
+            yield
+
+    def logprobs(
+        self,
+        token_ids: Sequence[np.ndarray],
+        trained: Sequence[np.ndarray],
+        *,
+        share_prefix: bool = True,
+        units: Sequence[int] | np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """logprob_N of the examples' trained tokens, example by example, in float32 and with its gradient.
+
+        `token_ids` and `trained` (bool) have shape (tokens,) each; `units` as in `yeonma.batch.forest.lay_out`.
+        """
+        with self.active():
+            return example_logprobs(
+                self.transformers_model,
+                self.support,
+                token_ids,
+                trained,
+                share_prefix=share_prefix,
+                units=units,
+            )
+
+    def generate_from_ids(
+        self,
+        prompts: Sequence[Ids],
+        tokenizer: Any,
+        sampling: SamplingParams,
+        *,
+        batch_size: int = 8,
+        on_answer: Callable[[int, Answer], None] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """The answers to prompts of token ids, in their order. Callbacks and errors as
+        `yeonma.generation.completion.generate`."""
+        with self.active():
+            return generate(
+                self.transformers_model,
+                tokenizer,
+                prompts,
+                sampling,
+                by_forest=self.support.forest,
+                batch_size=batch_size,
+                on_answer=on_answer,
+                on_text=on_text,
+            )
 
     @overload
     def generate(
@@ -61,7 +164,7 @@ class Policy:
         batch_size: int = 8,
         **options: Any,
     ) -> str | list[str]:
-        """The answer to a row, or the answers to several: `loaded.generate({"document": "..."})`.
+        """The answer to a row, or the answers to several: `policy.generate({"document": "..."})`.
 
         Rows need the template's prompt fields, by the columns of training or the template's own names. `options` are
         those of `yeonma generate`: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed.
@@ -69,62 +172,152 @@ class Policy:
         """
         settings = _answer_settings(options)
         rows = _rows([row] if isinstance(row, Mapping) else row)
-        questions = self.asker.questions(rows, columns, max_new_tokens=settings.max_new_tokens)
-        answers = self.answers(questions, settings, batch_size=batch_size)
+        prompts = self._builder().prompts(rows, columns, max_new_tokens=settings.max_new_tokens)
+        answers = self.answers(prompts, settings, batch_size=batch_size)
         return answers[0] if isinstance(row, Mapping) else answers
 
     def complete(self, text: str, **options: Any) -> str:
         """What the model writes after `text` as it stands, without the template. Options as for `generate`."""
         settings = _answer_settings(options)
-        return self.answers([self.text_question(text, settings.max_new_tokens)], settings)[0]
+        return self.answers([self.text_prompt(text, settings.max_new_tokens)], settings)[0]
 
     def prompt_ids(
         self, row: Mapping[str, object], *, columns: Columns = None, max_new_tokens: int = 128
     ) -> NDArray[np.int32]:
-        """The token ids that the model is asked a row with: shape (tokens,), those of training."""
-        (question,) = self.asker.questions(_rows([row]), columns, max_new_tokens=max_new_tokens)
-        return question.token_ids
+        """The token ids that the model gets for a row: shape (tokens,), those of training."""
+        (prompt,) = self._builder().prompts(_rows([row]), columns, max_new_tokens=max_new_tokens)
+        return prompt.token_ids
 
-    def text_question(self, text: str, max_new_tokens: int, place: str = "prompt") -> Prompt:
-        """As `Asker.text_question`. Raises UserError too where the model has no room for so many tokens."""
-        question = self.asker.text_question(text, place)
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if most is not None and len(question.token_ids) + max_new_tokens > most:
-            what = f"{len(question.token_ids)} tokens and {max_new_tokens} new ones are more than the model's {most}"
+    def text_prompt(self, text: str, max_new_tokens: int, place: str = "prompt") -> Prompt:
+        """As `PromptBuilder.text_prompt`. Raises UserError also where the model has no room for so many tokens."""
+        prompt = self._builder().text_prompt(text, place)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(prompt.token_ids) + max_new_tokens > limit:
+            what = f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the model's {limit}"
             raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
-        return question
+        return prompt
 
     def answers(
         self,
-        questions: Sequence[Prompt],
+        prompts: Sequence[Prompt],
         settings: AnswerSettings,
         *,
         batch_size: int = 8,
         on_answer: Callable[[int, str], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The answers in the order of the questions. The callbacks are those of `generate`, with the answers' texts;
-        `on_text` gets the model's text as it comes, with the template's own text after the answer if there is any."""
-        if not self.adapter_weights and self.asker.adapter.is_merged:
-            what, cure = "the adapter is merged into it", "ask the base model's adapter folder instead"
-            raise UserError(what, place=str(self.asker.adapter.path), cure=cure)
+        """The answers' texts in the order of the prompts, without what the template writes around an answer.
+
+        `on_answer` gets each text with its prompt's index as soon as it is complete. `on_text`, for a single prompt,
+        gets the model's text piece by piece, with the template's own text after the answer if there is any.
+        """
+        builder = self._builder()
 
         def answered(index: int, answer: Answer) -> None:
             if on_answer is not None:
-                on_answer(index, questions[index].answer(answer.text))
+                on_answer(index, prompts[index].answer(answer.text))
 
-        with nullcontext() if self.adapter_weights else self.model.disable_adapter():
-            answers = generate(
-                self.model,
-                self.asker.tokenizer,
-                [question.token_ids for question in questions],
-                SamplingParams.of(settings, self.asker.stop_ids),
-                by_forest=self.forward.forest,
-                batch_size=batch_size,
-                on_answer=answered,
-                on_text=on_text,
-            )
-        return [question.answer(answer.text) for question, answer in zip(questions, answers, strict=True)]
+        answers = self.generate_from_ids(
+            [prompt.token_ids for prompt in prompts],
+            builder.tokenizer,
+            SamplingParams.of(settings, builder.stop_ids),
+            batch_size=batch_size,
+            on_answer=answered,
+            on_text=on_text,
+        )
+        return [prompt.answer(answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def with_adapters(self, folders: Sequence[str]) -> Policy:
+        """The same base in memory with other adapters, or with none. This policy's own come off: use it no more."""
+        inner = self.transformers_model
+        inner.set_attn_implementation(self.support.plain_attention)
+        base = inner if self.model is inner else self.model.unload()
+        return _put_together(base, self.source, folders, PLAIN)
+
+    def _builder(self) -> PromptBuilder:
+        if self.prompt_builder is None:
+            raise ValueError("this policy has no prompt builder; ask it with token ids")
+        return self.prompt_builder
+
+
+def build_policy(
+    source: BaseSource,
+    adapters: Sequence[str] | load.LoraShape = (),
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    trainable: bool = False,
+    seed: int = 42,
+    dropout: float | None = None,
+    checkpointing: Checkpointing = False,
+    torch_compile: TorchCompile = False,
+    shard: bool = False,
+    log: Log = lambda _: None,
+) -> Policy:
+    """The base model with adapters on it, ready to use.
+
+    `adapters`: folders of adapters that share the base, of which the first is active (`adapter_names` has PEFT's names
+    of all), or the shape of a fresh adapter, drawn from `seed`. To train one adapter, `trainable`; `dropout` is its
+    LoRA dropout where it is another than it was trained with; `checkpointing`, `torch_compile` and `shard` are the
+    settings of these names.
+
+    Raises UserError for a base that cannot be loaded, an adapter of another base, target modules that do not exist, and
+    kernels that cannot be compiled.
+    """
+    kernels = pick_kernels(torch_compile, device, dtype, log)
+    base = load.load_base(source, None if shard else device, dtype, quantization)
+    return _put_together(
+        base,
+        source,
+        adapters,
+        kernels,
+        trainable=trainable,
+        seed=seed,
+        dropout=dropout,
+        checkpointing=checkpointing,
+        shard_on=device if shard else None,
+    )
+
+
+def adapter_names(count: int) -> list[str]:
+    """The names that PEFT has for so many adapters on one base."""
+    return [f"adapter{number}" if number else "default" for number in range(count)]
+
+
+def _put_together(
+    base: Any,
+    source: BaseSource,
+    adapters: Sequence[str] | load.LoraShape,
+    kernels: Kernels,
+    *,
+    trainable: bool = False,
+    seed: int = 42,
+    dropout: float | None = None,
+    checkpointing: Checkpointing = False,
+    shard_on: torch.device | None = None,
+) -> Policy:
+    identity = base_identity(base, source)
+    model = base
+    if isinstance(adapters, load.LoraShape):
+        model = load.add_lora(base, adapters, seed)
+    elif adapters:
+        for folder in adapters:
+            check_continued(folder, identity)
+        first, *others = adapters
+        model = load.load_adapter(base, first, trainable=trainable, dropout=dropout)
+        for folder, name in zip(others, adapter_names(len(adapters))[1:], strict=True):
+            load.load_another(model, folder, name)
+        if not trainable:
+            model.eval()
+    if shard_on is not None:
+        shard_weights(base, shard_on)
+        load.check_finite(base, source.name)
+    support = check_forest_support(base)  # with the adapter in place: it may sit on the head
+    if checkpointing:
+        load.checkpoint_activations(base, checkpointing)
+    report = patch_kernels(base, kernels, support=support, trim_last=trainable)
+    return Policy(model, source, identity, support, report)
 
 
 def load_policy(
@@ -137,33 +330,32 @@ def load_policy(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """An adapter on its base model, in eval mode. `adapter`: its folder (or a checkpoint in it), or what `open_folder`
-    returned for one; then `base_model` and `trust_remote_code` play no part.
+    """An adapter on its base model, in eval mode.
+
+    `adapter`: its folder (or a checkpoint in it), or what `open_prompt_builder` returned for one; then `base_model` and
+    `trust_remote_code` play no part.
 
     `quantization` auto holds the base as training did. `base_model` is needed only where the base is no longer where
     it was trained from.
     Raises UserError for a folder that is no adapter folder, and for a base that is missing or another one.
     """
-    asker = adapter
-    if not isinstance(asker, PromptBuilder):
-        asker = open_folder(asker, base_model=base_model, trust_remote_code=trust_remote_code)
-    on = pick_device(device)
+    builder = adapter
+    if not isinstance(builder, PromptBuilder):
+        builder = open_prompt_builder(builder, base_model=base_model, trust_remote_code=trust_remote_code)
+    source, on = builder.source, load.pick_device(device)
     try:
-        model = load_base(asker.source, on, pick_dtype(dtype, on), held_as(quantization, asker.adapter))
+        base = load.load_base(
+            source, on, load.pick_dtype(dtype, on), quantization_for(quantization, builder.adapter)
+        )
     except UserError as error:
-        if Path(asker.source.name).is_dir():
+        if Path(source.name).is_dir():
             raise
         cure = "name a folder that has it with --base_model"
         problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
         raise UserError(problems) from error
-    inner = model
-    if not asker.adapter.is_merged:
-        check_base(asker.adapter, base_identity(model, asker.source))
-        model = load_adapter(model, str(asker.adapter.path), trainable=False).eval()
-        inner = model.get_base_model()
-    forward = check_forest_support(inner)
-    patch_kernels(inner, support=forward)
-    return Policy(asker, model, forward, adapter_weights)
+    adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
+    policy = _put_together(base, source, adapters, PLAIN)
+    return replace(policy, prompt_builder=builder, adapter_weights=adapter_weights)
 
 
 def _answer_settings(options: Mapping[str, Any]) -> AnswerSettings:
@@ -176,3 +368,59 @@ def _rows(rows: Sequence[Any]) -> list[Row]:
             cure = 'give {"field": "text"}, or a list of such rows; complete() continues plain text'
             raise UserError(f"a row is a mapping of fields, not {type(row).__name__}", cure=cure)
     return [Row(number, row, f"row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def blueprint(
+    config: Any,
+    dtype: torch.dtype,
+    lora: load.LoraShape | str,
+    *,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: Checkpointing = False,
+    device: torch.device | None = None,
+    quantization: Quantization = "none",
+    by_device: bool = False,
+) -> Blueprint:
+    """The policy that a run will train, without weights (on the meta device), for `yeonma.model.memory_trace.trace`.
+
+    `lora`: a fresh adapter's shape, or the folder of an adapter to continue. `device`: what the run will be on, the
+    CPU by default. `by_device`: fp8 is multiplied by the device's own products. Draws no random numbers.
+
+    Raises UserError for target modules that the model does not have.
+    """
+    load.keep_the_console_clean()
+    config = deepcopy(config)  # a model writes its precision and attention into its config
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        base.requires_grad_(False)
+        frozen = sum(parameter.numel() for parameter in base.parameters())
+        dense = sum(layer.weight.numel() for layer in quantised_layers(base, "int8"))
+        if quantization != "none":
+            sketch(base, quantization, by_device)
+        if isinstance(lora, load.LoraShape):
+            load.add_lora(base, lora, seed=0)
+        else:
+            load.add_lora_of(base, lora)
+    base.set_attn_implementation(FOREST)
+    head, device = plain_head(base), device or torch.device("cpu")
+    if head is not None and device.type == "cuda":
+        head = replace(head, chunk_bytes=CUDA_CHUNK_BYTES)
+    if gradient_checkpointing:
+        load.checkpoint_activations(base, gradient_checkpointing)
+    patch_kernels(base, support=ForestSupport(True, head, "sdpa", ""), trim_last=True)
+    base.train()
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    weights = {tensor for tensor in [*base.parameters(), *base.buffers()] if not tensor.requires_grad}
+    return Blueprint(
+        model=base,
+        head=head,
+        trained=sum(parameter.numel() for parameter in trained),
+        frozen=frozen,
+        dense=dense,
+        weight_bytes=sum(tensor.untyped_storage().nbytes() for tensor in weights),
+        trained_bytes=sum(parameter.untyped_storage().nbytes() for parameter in trained),
+        gathered_bytes=gathered_bytes(base),
+        capability=capability_of(device, dtype),
+        on_cpu=device.type == "cpu",
+    )

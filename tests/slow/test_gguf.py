@@ -66,7 +66,7 @@ def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_pyt
     ids = [merged.prompt_ids(row).tolist() for row in rows]
     assert ids == [sample["prompt_ids"] for sample in samples]
     wanted = [merged.generate(row, max_new_tokens=MOST) for row in rows]
-    prompts = [{"ids": each, "text": merged.asker.tokenizer.decode(each)} for each in ids]
+    prompts = [{"ids": each, "text": merged.prompt_builder.tokenizer.decode(each)} for each in ids]
     asked = {
         "gguf": str(exported / "G" / "G-f16.gguf"),
         "context": 1024,

@@ -195,6 +195,53 @@ def test_no_file_name_stands_twice_in_the_package() -> None:
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
+PATCHES = {
+    "model.kernels.last_layer": {"trim_last_layer", "trim_where_equal"},
+    "model.kernels.lora": {"patch_linear"},
+    "model.kernels.patch": {"patch_elementwise", "patch_kernels", "pick_kernels"},
+}
+"""What changes the modules of a model, by the module it lies in."""
+
+
+def patchers(modules: Mapping[str, str]) -> set[str]:
+    """Modules outside `model/kernels/` that import something of PATCHES, or a whole module that has it."""
+    found = set()
+    for module, source in modules.items():
+        if module.startswith("model.kernels"):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = {alias.name.removeprefix("yeonma.") for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and node.module:
+                origin = node.module.removeprefix("yeonma.")
+                if names & PATCHES.get(origin, set()):
+                    found.add(module)
+                names = {f"{origin}.{name}" for name in names}
+            if names & PATCHES.keys():
+                found.add(module)
+    return found
+
+
+def test_no_module_but_policy_patches_models() -> None:
+    assert patchers(sources()) == {"policy"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from yeonma.model.kernels.patch import patch_kernels",
+        "def later():\n    from yeonma.model.kernels.lora import LoraLinear, patch_linear as faster",
+        "from yeonma.model.kernels import last_layer",
+        "import yeonma.model.kernels.patch",
+    ],
+)
+def test_a_module_that_patches_models_is_caught(line: str) -> None:
+    assert patchers(
+        {"serve.server": line, "train.build": "from yeonma.model.kernels.linear import product"}
+    ) == {"serve.server"}
+
+
 def test_rows_become_text_without_torch() -> None:
     modules = sources()
     known = frozenset(modules)

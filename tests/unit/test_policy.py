@@ -15,15 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import yeonma
-from tests.adapters import Folders, tiny_adapter, tiny_base
+from tests.adapters import Folders, adapter_on, tiny_adapter, tiny_base
 from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
 from yeonma.cli import main
 from yeonma.data.rows import Row, open_rows
 from yeonma.errors import UserError
-from yeonma.policy import Policy, load_policy
+from yeonma.generation.sampling import SamplingParams
+from yeonma.model.attention.dispatch import FOREST
+from yeonma.model.load import LoraShape, load_adapter, load_base
+from yeonma.model.logprobs import sequence_logprobs
+from yeonma.model.source import find_base
+from yeonma.policy import Policy, adapter_names, build_policy, load_policy
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -81,12 +86,12 @@ def test_every_sample_row_is_asked_with_the_tokens_it_was_trained_with(
 ) -> None:
     tokenizer = KINDS[kind]()
     loaded = load_policy(tiny_adapter(tmp_path, tokenizer, template=template, cutoff_len=4096).adapter)
-    asker = loaded.asker
+    prompt_builder = loaded.prompt_builder
     for name in ("news_en", "news_ko"):
         rows = list(open_rows(str(SAMPLES / f"{name}.jsonl")))
-        rendered = [asker.adapter.template.render(row) for row in rows]
-        trained = encode(rendered, rows, tokenizer, asker.adapter.rules)
-        questions = asker.questions(rows, max_new_tokens=128)
+        rendered = [prompt_builder.adapter.template.render(row) for row in rows]
+        trained = encode(rendered, rows, tokenizer, prompt_builder.adapter.rules)
+        questions = prompt_builder.prompts(rows, max_new_tokens=128)
         assert len(trained) == len(rows) > 50
         for example, question in zip(trained, questions, strict=True):
             assert isinstance(example, Example)
@@ -154,16 +159,16 @@ def test_complete_continues_text_as_it_stands(loaded: Policy) -> None:
 
 
 def test_a_long_field_is_shortened_as_in_training_and_it_shows(tmp_path: Path) -> None:
-    asker = load_policy(tiny_adapter(tmp_path, byte_level(), cutoff_len=200).adapter).asker
+    prompt_builder = load_policy(tiny_adapter(tmp_path, byte_level(), cutoff_len=200).adapter).prompt_builder
     long, short = ({"document": "가나다라 " * count} for count in (100, 2))
     rows = [Row(number, values, f"row {number}") for number, values in enumerate([long, short], start=1)]
-    first, second = asker.questions(rows, max_new_tokens=20)
+    first, second = prompt_builder.prompts(rows, max_new_tokens=20)
     assert (first.shortened, second.shortened) == (True, False)
     assert 170 < len(first.token_ids) <= 180
     decoded = byte_level().decode(first.token_ids)
     assert decoded.startswith("당신은") and decoded.endswith("\n\n### 제목:\n")
     with pytest.raises(UserError, match="200 new tokens leave no room"):
-        asker.questions(rows, max_new_tokens=200)
+        prompt_builder.prompts(rows, max_new_tokens=200)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +184,10 @@ def test_a_long_field_is_shortened_as_in_training_and_it_shows(tmp_path: Path) -
 def test_the_answer_is_the_fields_text_without_the_templates(
     template: str, model_text: str, answer: str, tmp_path: Path
 ) -> None:
-    asker = load_policy(tiny_adapter(tmp_path, byte_level(), template=template).adapter).asker
-    (question,) = asker.questions([Row(1, DOCUMENT, "row 1")], max_new_tokens=10)
+    prompt_builder = load_policy(
+        tiny_adapter(tmp_path, byte_level(), template=template).adapter
+    ).prompt_builder
+    (question,) = prompt_builder.prompts([Row(1, DOCUMENT, "row 1")], max_new_tokens=10)
     assert question.answer(model_text) == answer
 
 
@@ -192,7 +199,7 @@ def test_rows_go_by_the_columns_of_training_or_the_fields_own_names(tmp_path: Pa
     assert loaded.prompt_ids({"body": "서울", "document": "부산"}).tolist() == expected
     assert loaded.prompt_ids({"text": "서울"}, columns={"document": "text"}).tolist() == expected
     row = Row(1, {"body": "서울", "headline": "제목"}, "row 1")
-    assert loaded.asker.reference(row) == "제목"
+    assert loaded.prompt_builder.reference(row) == "제목"
     with pytest.raises(UserError, match=r'row 1: field "document" \(column "body"\) is missing'):
         loaded.prompt_ids({"bodi": "서울"})
 
@@ -204,10 +211,10 @@ def test_a_turn_list_is_asked_for_its_last_answer(tmp_path: Path) -> None:
     asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
     assert loaded.prompt_ids({"messages": turns}).tolist() == asked
     assert loaded.prompt_ids({"messages": turns[:1]}).tolist() == asked
-    assert loaded.asker.reference(Row(1, {"messages": turns}, "row 1")) == "수도"
-    assert loaded.asker.reference(Row(1, {"messages": turns[:1]}, "row 1")) is None
+    assert loaded.prompt_builder.reference(Row(1, {"messages": turns}, "row 1")) == "수도"
+    assert loaded.prompt_builder.reference(Row(1, {"messages": turns[:1]}, "row 1")) is None
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert set(loaded.asker.stop_ids) == {tokenizer.eos_token_id, end}
+    assert set(loaded.prompt_builder.stop_ids) == {tokenizer.eos_token_id, end}
 
 
 def test_wrong_rows_and_options_are_refused_all_at_once(loaded: Policy) -> None:
@@ -220,6 +227,116 @@ def test_wrong_rows_and_options_are_refused_all_at_once(loaded: Policy) -> None:
         loaded.generate(DOCUMENT, temperature=-1)
     with pytest.raises(UserError, match="a row is a mapping of fields, not str"):
         loaded.generate(["text"])  # type: ignore[list-item]
+
+
+# ---------------------------------------------------------------- one way to a model ready to use
+
+CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+def examples(seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Three, of which two begin alike, and what of them is trained."""
+    draw = np.random.default_rng(seed)
+    frame, *ends = (draw.integers(4, 500, length).astype(np.int32) for length in (20, 9, 6, 7))
+    token_ids = [np.concatenate([frame, ends[0]]), np.concatenate([frame, ends[1]]), ends[2]]
+    return token_ids, [np.arange(len(ids)) >= 3 for ids in token_ids]
+
+
+def plain_logprobs(base: Path, adapter: Path | None) -> torch.Tensor:
+    """By transformers and PEFT alone, one sequence at a time."""
+    model: Any = load_base(find_base(str(base)), **CPU)
+    if adapter is not None:
+        model = load_adapter(model, str(adapter), trainable=False).eval().get_base_model()
+    with torch.no_grad():
+        parts = [
+            sequence_logprobs(model, torch.from_numpy(ids).long(), torch.from_numpy(trained))
+            for ids, trained in zip(*examples(), strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() < 1e-4)
+
+
+@pytest.fixture(scope="module")
+def second(titles: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another adapter on the same base."""
+    return adapter_on(titles.base, tmp_path_factory.mktemp("second") / "OUT", "title", seed=1)
+
+
+def test_log_probabilities_are_those_of_transformers_and_peft(titles: Folders, loaded: Policy) -> None:
+    with torch.no_grad():
+        assert close(loaded.logprobs(*examples()), expected := plain_logprobs(titles.base, titles.adapter))
+        alone = dataclasses.replace(loaded, adapter_weights=False).logprobs(*examples())
+    assert close(alone, plain_logprobs(titles.base, None))
+    assert not close(alone, expected)
+
+
+def test_adapters_of_one_base_share_it_and_each_is_asked_by_its_name(titles: Folders, second: Path) -> None:
+    folders = [titles.adapter, second]
+    policy = build_policy(find_base(str(titles.base)), [str(folder) for folder in folders], **CPU)
+    views = [dataclasses.replace(policy, adapter_name=name) for name in adapter_names(2)]
+    base = dataclasses.replace(policy, adapter_weights=False)
+    sampling = SamplingParams((), 6)
+    prompts = [ids.tolist() for ids in examples()[0]]
+    expected = [load_policy(folder).generate_from_ids(prompts, byte_level(), sampling) for folder in folders]
+    assert expected[0] != expected[1]
+    with torch.no_grad():
+        for _ in range(2):  # back and forth
+            for view, folder, answers in zip(views, folders, expected, strict=True):
+                assert close(view.logprobs(*examples()), plain_logprobs(titles.base, folder))
+                assert view.generate_from_ids(prompts, byte_level(), sampling) == answers
+            assert close(base.logprobs(*examples()), plain_logprobs(titles.base, None))
+
+
+def test_another_adapter_takes_the_place_of_the_first_on_the_same_weights(
+    titles: Folders, second: Path
+) -> None:
+    policy = build_policy(find_base(str(titles.base)), [str(titles.adapter)], **CPU)
+    weights = policy.transformers_model.get_input_embeddings().weight
+    with torch.no_grad():
+        for folder in (second, None, titles.adapter):
+            policy = policy.with_adapters([] if folder is None else [str(folder)])
+            assert policy.transformers_model.get_input_embeddings().weight is weights
+            assert close(policy.logprobs(*examples()), plain_logprobs(titles.base, folder))
+            assert policy.transformers_model.config._attn_implementation == FOREST
+            assert policy.support.plain_attention != FOREST
+
+
+def test_a_policy_to_train_has_a_fresh_adapter_and_gradients(titles: Folders) -> None:
+    shape = LoraShape(4, 8, 0.0, "all-linear")
+    policy = build_policy(find_base(str(titles.base)), shape, trainable=True, seed=3, **CPU)
+    logprob_N = policy.logprobs(*examples())
+    assert close(logprob_N.detach(), plain_logprobs(titles.base, None))  # a fresh adapter changes nothing
+    logprob_N.sum().backward()
+    trained = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert all(each.grad is not None for each in trained.values())
+    again = build_policy(find_base(str(titles.base)), shape, trainable=True, seed=3, **CPU)
+    same = dict(again.model.named_parameters())
+    assert all(torch.equal(each, same[name]) for name, each in trained.items())
+    with pytest.raises(ValueError, match="has no prompt builder"):
+        policy.generate(DOCUMENT)
+
+
+def test_a_model_that_takes_no_forests_is_asked_one_prompt_at_a_time(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bloom", vocab_size=len(byte_level()), hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_level().save_pretrained(tmp_path)
+    policy = build_policy(find_base(str(tmp_path)), **CPU)
+    assert not policy.support.forest
+    shapes: list[tuple[int, ...]] = []
+    policy.model.register_forward_pre_hook(
+        lambda module, args, keywords: shapes.append(tuple(keywords["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [ids.tolist() for ids in examples()[0]]
+    answers = policy.generate_from_ids(prompts, byte_level(), SamplingParams((), 3), batch_size=8)
+    assert [len(answer.token_ids) for answer in answers] == [3, 3, 3]
+    assert shapes == [(1, length) for prompt in (29, 26, 7) for length in (prompt, 1, 1)]
 
 
 # ---------------------------------------------------------------- the base
@@ -374,7 +491,7 @@ def test_generate_prints_the_answer_to_a_row_or_a_prompt_as_text(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing is asked; give one of --data_path, --row and --prompt"),
+        ([], "nothing to answer; give one of --data_path, --row and --prompt"),
         (["--row", "{}", "--prompt", "x"], "--row and --prompt are both given"),
         (["--row", "{'document': 'x'}"], "--row: not JSON"),
         (["--row", '{"document": "x"} x'], "--row: more text after the row, at character 19"),

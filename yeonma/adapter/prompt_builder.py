@@ -53,7 +53,7 @@ class PromptBuilder:
     tokenizer: Any
     stop_ids: tuple[int, ...]
 
-    def questions(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
+    def prompts(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
         """The rows' prompts, with the columns of training but for those that `columns` names.
 
         Where a row lacks such a column, the template's own name for the field holds. Raises UserError with a problem
@@ -76,7 +76,7 @@ class PromptBuilder:
             )
         ]
 
-    def text_question(self, text: str, place: str = "prompt") -> Prompt:
+    def text_prompt(self, text: str, place: str = "prompt") -> Prompt:
         """Text to continue as it stands; special tokens in it stay special. Raises UserError where it is empty."""
         if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
             raise UserError("it is empty", place=place, cure="give the text to continue")
@@ -128,7 +128,7 @@ class PromptBuilder:
         return _around_answer(self.adapter.template.variants[variant])
 
 
-def open_folder(
+def open_prompt_builder(
     adapter_dir: str | Path, *, base_model: str | None = None, trust_remote_code: bool = False
 ) -> PromptBuilder:
     """What a policy needs before its weights, so that rows can be checked first. Raises UserError as
@@ -150,7 +150,7 @@ def open_folder(
     return PromptBuilder(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
 
 
-def held_as(asked: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:
+def quantization_for(asked: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:
     """How the base is held for an adapter: as asked for, or as in its training."""
     return adapter.quantization if asked == "auto" else asked
 

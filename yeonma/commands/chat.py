@@ -1,4 +1,4 @@
-"""`yeonma chat`: ask an adapter by hand, on a terminal or through a pipe."""
+"""`yeonma chat`: talk to an adapter, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
+from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import AnswerSettings, ChatConfig
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
@@ -25,54 +25,109 @@ class _New(Exception):
 
 
 def run(config: ChatConfig) -> int:
-    """Ask and answer until the input ends or /quit.
+    """Read messages and write answers until the input ends or /quit.
 
-    A template of turn lists makes a conversation, a message a line. Any other template is asked field by field, as
-    it was trained: each question stands alone, and an empty line ends a field. Without a terminal nothing but the
-    answers is written to standard output, and the first error ends it.
+    A template of turn lists makes a conversation, with one message a line. Any other template is asked field by field,
+    as it was trained: every question stands alone, and an empty line ends a field. Without a terminal only the answers
+    go to standard output, and the first error ends the program.
     """
-    folder, how = config.adapter, config.answer
-    asker = open_folder(
-        folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code
+    adapter, answer = config.adapter, config.answer
+    builder = open_prompt_builder(
+        adapter.adapter_dir, base_model=adapter.base_model, trust_remote_code=adapter.trust_remote_code
     )
-    asker = asker.by_field_names()
-    asker.questions([], max_new_tokens=how.max_new_tokens)
-    loaded = load_policy(
-        asker,
-        device=folder.device,
-        dtype=folder.dtype,
-        quantization=folder.quantization,
-        adapter_weights=folder.adapter_weights,
+    builder = builder.by_field_names()
+    builder.prompts([], max_new_tokens=answer.max_new_tokens)
+    policy = load_policy(
+        builder,
+        device=adapter.device,
+        dtype=adapter.dtype,
+        quantization=adapter.quantization,
+        adapter_weights=adapter.adapter_weights,
     )
-    live = sys.stdin.isatty() and sys.stdout.isatty()
-    if live:
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if on_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (gives `input` editing and history)
-    _say(live, _welcome(asker))
+    chat = _Chat(policy, builder, answer, on_terminal)
+    chat.say(_welcome(builder))
     try:
-        _converse(loaded, how, live) if asker.adapter.template.is_chat else _ask_fields(loaded, how, live)
+        chat.converse() if builder.adapter.template.is_chat else chat.ask_fields()
     except (_Quit, EOFError):
-        _say(live, "")
+        chat.say("")
     except UnicodeDecodeError as error:
         raise UserError(f"the input is not {error.encoding}", cure="set the terminal to UTF-8") from error
     return 0
 
 
-def _ask_fields(loaded: Policy, how: AnswerSettings, live: bool) -> None:
-    variants = [variant.prompt_fields for variant in loaded.asker.adapter.template.variants]
-    while True:
+@dataclass(frozen=True)
+class _Chat:
+    policy: Policy
+    builder: PromptBuilder
+    settings: AnswerSettings
+    on_terminal: bool
+
+    def ask_fields(self) -> None:
+        """Questions that stand alone, each a text for every field of the prompt."""
+        variants = [variant.prompt_fields for variant in self.builder.adapter.template.variants]
+        while True:
+            try:
+                row = _read_row(variants, self.on_terminal)
+            except _New:
+                continue
+            if any(row.values()):
+                self.answer(row)
+
+    def converse(self) -> None:
+        """A conversation: every message is asked with the turns before it."""
+        column = self.builder.adapter.template.answer_field
+        turns: list[ChatTurn] = []
+        while True:
+            try:
+                text = _read_line("> " if self.on_terminal else "", command=True)
+            except _New:
+                turns = []
+                continue
+            if not text.strip():
+                continue
+            with_question = [*turns, {"role": "user", "content": text}]
+            answer = self.answer({column: with_question})
+            if answer:
+                turns = [*with_question, {"role": "assistant", "content": answer}]
+
+    def answer(self, row: Mapping[str, object]) -> str | None:
+        """Write the answer as it comes, and return it; None where an error or Ctrl-C ended it, which on a terminal does
+        not end the program."""
         try:
-            row = _read_row(variants, live)
-        except _New:
-            continue
-        if any(row.values()):
-            _answer(loaded, row, how, live)
+            (prompt,) = self.builder.prompts(
+                [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
+            )
+            if prompt.shortened:
+                cutoff_len = self.builder.adapter.rules.cutoff_len
+                print(f"yeonma: shortened to fit cutoff_len {cutoff_len}", file=sys.stderr, flush=True)
+            on_text = _WithoutLeadingBlanks(_write, lstrip=prompt.is_turn)
+            (answer,) = self.policy.answers([prompt], self.settings, on_text=on_text)
+            _write("\n")
+            return answer
+        except UserError as error:
+            if not self.on_terminal:
+                raise
+            message = "\n".join(f"yeonma: {line}" for line in str(error).splitlines())
+            print(message, file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            if not self.on_terminal:
+                raise
+            _write("\n")
+        return None
+
+    def say(self, text: str) -> None:
+        if self.on_terminal:
+            print(text, flush=True)
 
 
-def _read_row(variants: Sequence[Sequence[str]], live: bool) -> dict[str, str]:
-    """A text for each field of the first variant, and of further ones until one has all of its fields.
+def _read_row(variants: Sequence[Sequence[str]], on_terminal: bool) -> dict[str, str]:
+    """A text for each field of the first variant, and of further variants until one has all of its fields.
 
-    What the end of the input leaves out is empty.
+    Fields that are still missing when the input ends are empty.
     """
     row: dict[str, str] = {}
     for fields in variants:
@@ -80,18 +135,18 @@ def _read_row(variants: Sequence[Sequence[str]], live: bool) -> dict[str, str]:
             if name in row:
                 continue
             try:
-                row[name] = _read_field(f"{name}: " if live else "", len(fields) > 1)
+                row[name] = _read_field(f"{name}: " if on_terminal else "", len(fields) > 1)
             except EOFError:
                 if any(row.values()):
                     return row
                 raise
-        if any(all(row.get(name) for name in each) for each in variants):
+        if any(all(row.get(name) for name in variant) for variant in variants):
             break
     return row
 
 
 def _read_field(label: str, may_be_empty: bool) -> str:
-    """The lines up to an empty one, or to the end of the input where there are some."""
+    """The lines up to an empty one, or up to the end of the input if there are any."""
     lines: list[str] = []
     while True:
         try:
@@ -106,23 +161,6 @@ def _read_field(label: str, may_be_empty: bool) -> str:
             return "\n".join(lines)
 
 
-def _converse(loaded: Policy, how: AnswerSettings, live: bool) -> None:
-    column = loaded.asker.adapter.template.answer_field
-    turns: list[ChatTurn] = []
-    while True:
-        try:
-            text = _read_line("> " if live else "", command=True)
-        except _New:
-            turns = []
-            continue
-        if not text.strip():
-            continue
-        asked = [*turns, {"role": "user", "content": text}]
-        answer = _answer(loaded, {column: asked}, how, live)
-        if answer:
-            turns = [*asked, {"role": "assistant", "content": answer}]
-
-
 def _read_line(label: str, *, command: bool) -> str:
     line = input(label)
     if command and line.strip() == "/quit":
@@ -132,32 +170,9 @@ def _read_line(label: str, *, command: bool) -> str:
     return line
 
 
-def _answer(loaded: Policy, row: Mapping[str, object], how: AnswerSettings, live: bool) -> str | None:
-    """Write the answer as it comes, and return it. On a terminal an error or Ctrl-C ends the answer alone: None."""
-    try:
-        asked = Row(1, row, "this question")
-        (question,) = loaded.asker.questions([asked], max_new_tokens=how.max_new_tokens)
-        if question.shortened:
-            limit = loaded.asker.adapter.rules.cutoff_len
-            print(f"yeonma: shortened to fit cutoff_len {limit}", file=sys.stderr, flush=True)
-        show = _Show(_write, lstrip=question.is_turn)
-        (answer,) = loaded.answers([question], how, on_text=show)
-        _write("\n")
-        return answer
-    except UserError as error:
-        if not live:
-            raise
-        print("\n".join(f"yeonma: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        if not live:
-            raise
-        _write("\n")
-    return None
-
-
 @dataclass
-class _Show:
-    """Passes text on, without the blanks it begins with."""
+class _WithoutLeadingBlanks:
+    """Passes text on; with `lstrip` without the blanks it begins with."""
 
     write: Callable[[str], None]
     lstrip: bool
@@ -174,12 +189,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _say(live: bool, text: str) -> None:
-    if live:
-        print(text, flush=True)
-
-
-def _welcome(asker: PromptBuilder) -> str:
-    adapter = asker.adapter
+def _welcome(builder: PromptBuilder) -> str:
+    adapter = builder.adapter
     entering = "" if adapter.template.is_chat else " An empty line ends a field."
-    return f"{adapter.path} on {adapter.base.name}.{entering} /new starts again, /quit or Ctrl-D ends."
+    return f"{adapter.path} on {adapter.base.name}.{entering} /new starts over, /quit or Ctrl-D ends."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
+from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.errors import Log
 from yeonma.export.gguf_converter import convert, converter
@@ -23,7 +23,7 @@ def run(settings: ExportSettings) -> int:
     """
     asked = settings
     output = check_output(asked.output_dir)
-    asker = open_folder(
+    asker = open_prompt_builder(
         asked.model_dir, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
     )
     converter()

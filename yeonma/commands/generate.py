@@ -1,4 +1,4 @@
-"""`yeonma generate`: rows, one row or a text in, answers out."""
+"""`yeonma generate`: answer the rows of a file, one row, or a prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TextIO
 
-from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_folder
+from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder
 from yeonma.config.settings import AnswerSettings, GenerateConfig, GenerateSettings
 from yeonma.data.rows import Row, Rows, open_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
@@ -18,55 +18,56 @@ from yeonma.errors import Log, Problem, UserError
 from yeonma.files import output_file, user_path
 from yeonma.policy import Policy, load_policy
 
-BATCHES_A_CHUNK = 8  # answers are written after so many batches, sorted by length within them
-MOST_PROBLEMS = 20
-MOST_NUMBERS = 10
+BATCHES_A_CHUNK = 8
+"""Rows are read, answered (the longest first) and written in chunks of so many batches."""
+MAX_PROBLEMS = 20
+MAX_NUMBERS = 10
 
 Write = Callable[[str], None]
 
 
 def run(config: GenerateConfig) -> int:
-    """Answer what the settings name. Rows are all checked before the model is loaded. Raises UserError."""
-    folder = config.adapter
-    asked, how = config.generate, config.answer
-    _check(asked)
-    asker = open_folder(
-        folder.adapter_dir, base_model=folder.base_model, trust_remote_code=folder.trust_remote_code
+    """Answer what the settings name. All rows are checked before the model is loaded. Raises UserError."""
+    adapter, source, answer = config.adapter, config.generate, config.answer
+    _check(source)
+    builder = open_prompt_builder(
+        adapter.adapter_dir, base_model=adapter.base_model, trust_remote_code=adapter.trust_remote_code
     )
 
-    def loaded() -> Policy:
+    def load() -> Policy:
         return load_policy(
-            asker,
-            device=folder.device,
-            dtype=folder.dtype,
-            quantization=folder.quantization,
-            adapter_weights=folder.adapter_weights,
+            builder,
+            device=adapter.device,
+            dtype=adapter.dtype,
+            quantization=adapter.quantization,
+            adapter_weights=adapter.adapter_weights,
         )
 
-    if asked.data_path is not None:
+    if source.data_path is not None:
         rows = open_rows(
-            asked.data_path, split=asked.data_split, revision=asked.data_revision, encoding=asked.encoding
+            source.data_path, split=source.data_split, revision=source.data_revision, encoding=source.encoding
         )
-        count = _check_rows(asker, rows, asked, how, _say)
-        model = loaded()
-        with _writer(asked.output) as write, _progress(count, asked.output) as answered:
-            _answer_rows(model, rows, asked, how, write, answered)
-    elif asked.row is not None:
-        row = Row(1, row_of(asked.row), "--row")
-        (question,) = asker.questions([row], asked.columns, max_new_tokens=how.max_new_tokens)
-        if question.shortened:
-            _say(f"the row was shortened to fit cutoff_len {asker.adapter.rules.cutoff_len}")
-        _answer_one(loaded(), question, how, asked.output, asker.reference(row, asked.columns))
+        count = _check_rows(builder, rows, source, answer, _log)
+        policy = load()
+        with _writer(source.output) as write, _progress(count, source.output) as answered:
+            _answer_rows(policy, builder, rows, source, answer, write, answered)
+    elif source.row is not None:
+        row = Row(1, row_of(source.row), "--row")
+        (prompt,) = builder.prompts([row], source.columns, max_new_tokens=answer.max_new_tokens)
+        if prompt.shortened:
+            _log(f"the row was shortened to fit cutoff_len {builder.adapter.rules.cutoff_len}")
+        _answer_one(load(), prompt, answer, source.output, builder.reference(row, source.columns))
     else:
-        text = asked.prompt or ""
-        asker.text_question(text, "--prompt")
-        model = loaded()
-        _answer_one(model, model.text_question(text, how.max_new_tokens, "--prompt"), how, asked.output, None)
+        text = source.prompt or ""
+        builder.text_prompt(text, "--prompt")
+        policy = load()
+        prompt = policy.text_prompt(text, answer.max_new_tokens, "--prompt")
+        _answer_one(policy, prompt, answer, source.output, None)
     return 0
 
 
 def row_of(text: str) -> Mapping[str, object]:
-    """The row that `--row` spells as JSON. Raises UserError."""
+    """The row that `--row` gives as JSON. Raises UserError."""
     cure = """write '{"document": "..."}'"""
     try:
         value, end = parse(text, len(text) - len(text.lstrip(SPACE)))
@@ -81,66 +82,68 @@ def row_of(text: str) -> Mapping[str, object]:
     return value
 
 
-def _check(asked: GenerateSettings) -> None:
-    """Raises UserError unless one thing is asked and the answers have a place to go to."""
-    sources = {"data_path": asked.data_path, "row": asked.row, "prompt": asked.prompt}
+def _check(source: GenerateSettings) -> None:
+    """Raises UserError unless exactly one source of prompts is given and the answers have a place to go to."""
+    sources = {"data_path": source.data_path, "row": source.row, "prompt": source.prompt}
     given = [f"--{name}" for name, value in sources.items() if value is not None]
     if len(given) != 1:
-        what = "nothing is asked" if not given else f"{' and '.join(given)} are both given"
+        what = "nothing to answer" if not given else f"{' and '.join(given)} are both given"
         raise UserError(what, cure="give one of --data_path, --row and --prompt")
-    if asked.output is not None:
-        output_file(asked.output, "--output", asked.data_path)
+    if source.output is not None:
+        output_file(source.output, "--output", source.data_path)
 
 
 def _check_rows(
-    asker: PromptBuilder, rows: Rows, asked: GenerateSettings, how: AnswerSettings, say: Log
+    builder: PromptBuilder, rows: Rows, source: GenerateSettings, answer: AnswerSettings, log: Log
 ) -> int:
-    """The number of rows. Raises UserError with the problems of all, the first twenty; says which are shortened."""
+    """The number of rows. Raises UserError with the first problems of all rows; logs which rows are shortened."""
     count = shortened = 0
     problems: list[Problem] = []
     numbers: list[str] = []
-    for chunk in _chunks(rows, asked.limit, asked.batch_size):
+    for chunk in _chunks(rows, source.limit, source.batch_size):
         count += len(chunk)
         try:
-            questions = asker.questions(chunk, asked.columns, max_new_tokens=how.max_new_tokens)
+            prompts = builder.prompts(chunk, source.columns, max_new_tokens=answer.max_new_tokens)
         except UserError as error:
             problems += error.problems
-            if len(problems) > MOST_PROBLEMS:
+            if len(problems) > MAX_PROBLEMS:
                 break
             continue
-        found = [str(row.number) for row, each in zip(chunk, questions, strict=True) if each.shortened]
-        shortened += len(found)
-        numbers += found[: MOST_NUMBERS - len(numbers)]
+        short = [str(row.number) for row, prompt in zip(chunk, prompts, strict=True) if prompt.shortened]
+        shortened += len(short)
+        numbers += short[: MAX_NUMBERS - len(numbers)]
     if problems:
-        more = [Problem("there are more such problems", rows.name)] if len(problems) > MOST_PROBLEMS else []
-        raise UserError([*problems[:MOST_PROBLEMS], *more])
+        more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
+        raise UserError([*problems[:MAX_PROBLEMS], *more])
     if shortened:
         listed = ", ".join(numbers) + (", ..." if shortened > len(numbers) else "")
-        say(
-            f"{shortened} of {count} rows are shortened to fit cutoff_len {asker.adapter.rules.cutoff_len}: {listed}"
-        )
+        cutoff_len = builder.adapter.rules.cutoff_len
+        log(f"{shortened} of {count} rows are shortened to fit cutoff_len {cutoff_len}: {listed}")
     return count
 
 
 def _answer_rows(
-    loaded: Policy,
+    policy: Policy,
+    builder: PromptBuilder,
     rows: Rows,
-    asked: GenerateSettings,
-    how: AnswerSettings,
+    source: GenerateSettings,
+    settings: AnswerSettings,
     write: Write,
     answered: Callable[[], None],
 ) -> None:
-    for chunk in _chunks(rows, asked.limit, asked.batch_size):
-        questions = loaded.asker.questions(chunk, asked.columns, max_new_tokens=how.max_new_tokens)
-        answers = loaded.answers(questions, how, batch_size=asked.batch_size, on_answer=lambda *_: answered())
+    for chunk in _chunks(rows, source.limit, source.batch_size):
+        prompts = builder.prompts(chunk, source.columns, max_new_tokens=settings.max_new_tokens)
+        answers = policy.answers(
+            prompts, settings, batch_size=source.batch_size, on_answer=lambda *_: answered()
+        )
         for row, answer in zip(chunk, answers, strict=True):
-            write(_line(row.number, answer, loaded.asker.reference(row, asked.columns)))
+            write(_line(row.number, answer, builder.reference(row, source.columns)))
 
 
 def _answer_one(
-    loaded: Policy, question: Prompt, how: AnswerSettings, output: str | None, reference: str | None
+    policy: Policy, prompt: Prompt, settings: AnswerSettings, output: str | None, reference: str | None
 ) -> None:
-    (answer,) = loaded.answers([question], how)
+    (answer,) = policy.answers([prompt], settings)
     with _writer(output) as write:
         write(answer + "\n" if output is None else _line(1, answer, reference))
 
@@ -158,7 +161,7 @@ def _chunks(rows: Rows, limit: int | None, batch_size: int) -> Iterator[list[Row
 
 @contextmanager
 def _writer(output: str | None) -> Iterator[Write]:
-    """Writes to the file or to standard output; what is written is there at once, whatever happens next."""
+    """Writes to the file or to standard output, and flushes after every write, so that an interrupt loses nothing."""
 
     def to(file: TextIO) -> Write:
         def write(text: str) -> None:
@@ -174,7 +177,7 @@ def _writer(output: str | None) -> Iterator[Write]:
         yield to(file)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"yeonma: {text}", file=sys.stderr, flush=True)
 
 
@@ -195,7 +198,7 @@ def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
     def answered() -> None:
         done.rows += 1
         if not sys.stderr.isatty() and done.rows * 10 // count > (done.rows - 1) * 10 // count:
-            _say(f"answered {done.rows} of {count} rows")
+            _log(f"answered {done.rows} of {count} rows")
 
     yield answered
 

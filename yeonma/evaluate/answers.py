@@ -22,15 +22,13 @@ from yeonma.data.columns import column_of, field_text
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.answer_cache import AnswerCache
-from yeonma.evaluate.candidates import Candidate, check_model, columns_for, identity_of
+from yeonma.evaluate.candidates import Candidate, columns_for, identity_of
 from yeonma.evaluate.metrics import Wrote
-from yeonma.generation.completion import Answer, generate
+from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
-from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.load import load_adapter, load_base, pick_device, pick_dtype
-from yeonma.model.logprobs import ForestSupport, example_logprobs
+from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.quantization import check_installed
+from yeonma.policy import Policy, build_policy
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
 
@@ -55,7 +53,7 @@ class ComparisonRow:
     def answer_key(self, row: int, how: AnswerSettings) -> str:
         drawn = [how.temperature, how.top_p, how.top_k, how.seed] if how.temperature > 0 else []
         ids = self.questions[row].token_ids.tolist()
-        stops = self.candidate.asker.stop_ids
+        stops = self.candidate.prompt_builder.stop_ids
         return _key("answer", self.identity, ids, stops, how.max_new_tokens, how.repetition_penalty, drawn)
 
     def loss_key(self, row: int) -> str:
@@ -85,9 +83,9 @@ def wanted_answers(
 
 
 def _wanted(candidate: Candidate, row: Row, asked: CompareSettings) -> str | None:
-    template, columns = candidate.asker.adapter.template, columns_for(candidate, asked.columns)
+    template, columns = candidate.prompt_builder.adapter.template, columns_for(candidate, asked.columns)
     if template.is_chat:
-        return candidate.asker.reference(row, columns)
+        return candidate.prompt_builder.reference(row, columns)
     field = template.answer_field
     try:
         return field_text(row, column_of(field, candidate.columns(row, columns), field))
@@ -120,13 +118,13 @@ def comparison_rows(
 def _comparison_row(
     candidate: Candidate, rows: Sequence[Row], asked: CompareSettings, how: AnswerSettings
 ) -> ComparisonRow:
-    asker, columns = candidate.asker, columns_for(candidate, asked.columns)
+    prompt_builder, columns = candidate.prompt_builder, columns_for(candidate, asked.columns)
     questions: list[Prompt] = []
     examples: list[list[Example]] = []
     left_out = 0
     for start in range(0, len(rows), ROWS_A_CHUNK):
         chunk = rows[start : start + ROWS_A_CHUNK]
-        questions += asker.questions(chunk, columns, max_new_tokens=how.max_new_tokens)
+        questions += prompt_builder.prompts(chunk, columns, max_new_tokens=how.max_new_tokens)
         made, over = _examples(candidate, chunk, asked)
         examples += made
         left_out += over
@@ -137,16 +135,16 @@ def _examples(
     candidate: Candidate, rows: Sequence[Row], asked: CompareSettings
 ) -> tuple[list[list[Example]], int]:
     """Each row's examples as training would make them, but that only answers are trained; and the rows left out."""
-    asker, columns = candidate.asker, columns_for(candidate, asked.columns)
+    prompt_builder, columns = candidate.prompt_builder, columns_for(candidate, asked.columns)
     template, rules = (
-        asker.adapter.template,
-        replace(asker.adapter.rules, train_on_inputs=False, over_limit="drop"),
+        prompt_builder.adapter.template,
+        replace(prompt_builder.adapter.rules, train_on_inputs=False, over_limit="drop"),
     )
     wanted = [row for row in rows if _wanted(candidate, row, asked) is not None]
     rendered = [template.render(row, candidate.columns(row, columns)) for row in wanted]
     found: dict[int, list[Example]] = {row.number: [] for row in rows}
     over = set()
-    for outcome in encode(rendered, wanted, asker.tokenizer, rules):
+    for outcome in encode(rendered, wanted, prompt_builder.tokenizer, rules):
         if isinstance(outcome, Example):
             found[outcome.row].append(outcome)
         else:
@@ -166,19 +164,18 @@ def answer_all(
     tasks = [replace(task, identity=identity_of(task.candidate, dtype, device)) for task in tasks]
     for weights in dict.fromkeys(task.candidate.weights for task in tasks):
         group = [task for task in tasks if task.candidate.weights == weights and _missing(task, how, kept)]
-        base = None
+        policy: Policy | None = None
         for task in group:
-            candidate = task.candidate
-            if base is None:
-                say(f"loading {candidate.asker.source.name}")
-                base = load_base(candidate.asker.source, device, dtype, candidate.quantization)
-            check_model(candidate, base)
-            if candidate.adapter is None:
-                _answer(base, task, asked, how, kept, say)
-                continue
-            tuned = load_adapter(base, candidate.adapter, trainable=False).eval()
-            _answer(tuned.get_base_model(), task, asked, how, kept, say)
-            base = tuned.unload()
+            source, folder = task.candidate.prompt_builder.source, task.candidate.adapter
+            adapters = [] if folder is None else [folder]
+            if policy is None:
+                say(f"loading {source.name}")
+                quantization = task.candidate.quantization
+                policy = build_policy(source, adapters, device=device, dtype=dtype, quantization=quantization)
+            else:
+                policy = policy.with_adapters(adapters)
+            check_vocabulary(task.candidate.prompt_builder.tokenizer, policy.vocabulary_size, source.name)
+            _answer(policy, task, asked, how, kept, say)
     return [[_wrote(task, row, how, kept) for row in range(len(task.questions))] for task in tasks], tasks
 
 
@@ -195,12 +192,15 @@ def _unmeasured(task: ComparisonRow, kept: AnswerCache) -> list[int]:
 
 
 def _answer(
-    model: Any, task: ComparisonRow, asked: CompareSettings, how: AnswerSettings, kept: AnswerCache, say: Log
+    policy: Policy,
+    task: ComparisonRow,
+    asked: CompareSettings,
+    how: AnswerSettings,
+    kept: AnswerCache,
+    say: Log,
 ) -> None:
-    """Ask what is missing, then measure what is missing. Leaves the model with its plain attention."""
-    forward = check_forest_support(model)
-    patch_kernels(model)
-    name, asker = task.candidate.name, task.candidate.asker
+    """Ask what is missing, then measure what is missing."""
+    name, prompt_builder = task.candidate.name, task.candidate.prompt_builder
     rows = _unanswered(task, how, kept)
     total, before = len(task.questions), len(task.questions) - len(rows)
     if before:
@@ -219,24 +219,21 @@ def _answer(
         if done * 10 // len(rows) > (done - 1) * 10 // len(rows):
             say(f"{name}: answered {before + done} of {total} rows")
 
-    generate(
-        model,
-        asker.tokenizer,
+    policy.generate_from_ids(
         [task.questions[row].token_ids for row in rows],
-        SamplingParams.of(how, asker.stop_ids),
-        by_forest=forward.forest,
+        prompt_builder.tokenizer,
+        SamplingParams.of(how, prompt_builder.stop_ids),
         batch_size=asked.batch_size,
         on_answer=answered,
     )
     unmeasured = _unmeasured(task, kept)
     for group in _chunks(unmeasured, task.examples):
-        losses = _losses(model, forward, [task.examples[row] for row in group])
+        losses = _losses(policy, [task.examples[row] for row in group])
         for row, (nll, count) in zip(group, losses, strict=True):
             record = {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count}
             kept.add(task.loss_key(row), record)
     if unmeasured:
         say(f"{name}: measured the loss of {len(unmeasured)} rows")
-    model.set_attn_implementation(forward.plain_attention)
 
 
 def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[list[int]]:
@@ -253,25 +250,19 @@ def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[
     return chunks
 
 
-def _losses(model: Any, forward: ForestSupport, rows: Sequence[Sequence[Example]]) -> list[tuple[float, int]]:
+def _losses(policy: Policy, rows: Sequence[Sequence[Example]]) -> list[tuple[float, int]]:
     """Of each row the sum of minus the log-probabilities of its trained tokens, and how many they are; where memory is
     short of half the rows at a time."""
     flat = [example for own in rows for example in own]
     try:
         with torch.no_grad():
-            logprob_N = example_logprobs(
-                model,
-                forward,
-                [each.token_ids for each in flat],
-                [each.trained for each in flat],
-                share_prefix=True,
-            )
+            logprob_N = policy.logprobs([each.token_ids for each in flat], [each.trained for each in flat])
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
             what = f"a row of {sum(len(each.token_ids) for each in flat)} tokens does not fit into the device's memory"
             raise UserError(what, cure="use --dtype bfloat16 or --device cpu") from error
         half = (len(rows) + 1) // 2
-        return [*_losses(model, forward, rows[:half]), *_losses(model, forward, rows[half:])]
+        return [*_losses(policy, rows[:half]), *_losses(policy, rows[half:])]
     counts = [sum(int(each.trained.sum()) for each in own) for own in rows]
     sums = [float(part.double().sum()) for part in logprob_N.cpu().split(counts)]
     return [(-total, count) for total, count in zip(sums, counts, strict=True)]

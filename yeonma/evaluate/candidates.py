@@ -22,7 +22,7 @@ from yeonma.adapter.adapter_folder import (
     base_identity,
     check_base,
 )
-from yeonma.adapter.prompt_builder import PromptBuilder, held_as, open_folder
+from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import CompareSettings, Quantization, QuantizationOrAuto
 from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, choose_template
@@ -41,10 +41,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the models. Its `asker` turns rows into prompts."""
+    """One of the models. Its `prompt_builder` turns rows into prompts."""
 
     name: str
-    asker: PromptBuilder
+    prompt_builder: PromptBuilder
     adapter: str | None
     """The folder of the LoRA weights that go onto the base."""
     is_run: bool
@@ -57,15 +57,15 @@ class Candidate:
     @property
     def weights(self) -> tuple[str, str | None, str]:
         """Candidates that are equal in it share one base in memory."""
-        return (*place_of(self.asker.source), self.quantization)
+        return (*place_of(self.prompt_builder.source), self.quantization)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
         """The columns that fill the template from this row, the wanted answer among them: in rows of preference data
         it is the chosen one."""
-        template, own = self.asker.adapter.template, self.asker.columns(row, columns)
+        template, own = self.prompt_builder.adapter.template, self.prompt_builder.columns(row, columns)
         answer = template.answer_field
         missing = row.values.get(own.get(answer, own.get("answer", answer))) is None
-        chosen = (self.asker.adapter.columns or {}).get("chosen", "chosen")
+        chosen = (self.prompt_builder.adapter.columns or {}).get("chosen", "chosen")
         if missing and not template.is_chat and isinstance(row.values.get(chosen), str):
             own = {**{field: column for field, column in own.items() if field != answer}, "answer": chosen}
         return {
@@ -117,14 +117,18 @@ def _held(candidates: Sequence[Candidate], quantization: QuantizationOrAuto) -> 
     """With how each one's base is held: as asked for; or as in training, and a base by itself as for the first adapter
     on it, so that the two differ in the adapter alone."""
     trained = {
-        place_of(each.asker.source): each.asker.adapter for each in reversed(candidates) if each.is_run
+        place_of(each.prompt_builder.source): each.prompt_builder.adapter
+        for each in reversed(candidates)
+        if each.is_run
     }
 
     def held(each: Candidate) -> Quantization:
-        adapter = each.asker.adapter if each.is_run else trained.get(place_of(each.asker.source))
+        adapter = (
+            each.prompt_builder.adapter if each.is_run else trained.get(place_of(each.prompt_builder.source))
+        )
         if adapter is None:
             return "none" if quantization == "auto" else quantization
-        return held_as(quantization, adapter)
+        return quantization_for(quantization, adapter)
 
     return [replace(each, quantization=held(each)) for each in candidates]
 
@@ -132,11 +136,11 @@ def _held(candidates: Sequence[Candidate], quantization: QuantizationOrAuto) -> 
 def check_model(candidate: Candidate, model: Any) -> None:
     """Raises UserError where the model, or its outline, is not the adapter's base or has no embedding for some of the
     tokenizer's ids."""
-    asker = candidate.asker
+    prompt_builder = candidate.prompt_builder
     if candidate.is_run:
-        check_base(asker.adapter, base_identity(model, asker.source))
+        check_base(prompt_builder.adapter, base_identity(model, prompt_builder.source))
     embeddings = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(asker.tokenizer, embeddings, asker.source.name)
+    check_vocabulary(prompt_builder.tokenizer, embeddings, prompt_builder.source.name)
 
 
 def _check_outlines(candidates: Sequence[Candidate]) -> None:
@@ -144,7 +148,7 @@ def _check_outlines(candidates: Sequence[Candidate]) -> None:
     problems: list[Problem] = []
     outlines: dict[object, Any] = {}
     for candidate in candidates:
-        source = candidate.asker.source
+        source = candidate.prompt_builder.source
         if candidate.weights not in outlines:
             outlines[candidate.weights] = outline(load_config(source), source)
         try:
@@ -173,7 +177,9 @@ def _open(spec: str, asked: CompareSettings) -> PromptBuilder | _Bare:
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
     if (folder / "adapter_config.json").is_file() and (folder / MANIFEST).is_file():
-        return open_folder(folder, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code)
+        return open_prompt_builder(
+            folder, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
+        )
     source = find_base(spec, trust_remote_code=asked.trust_remote_code)
     if source.adapter is not None and asked.base_model is not None:
         source = replace(find_base(asked.base_model, None, asked.trust_remote_code), adapter=source.adapter)
@@ -246,7 +252,7 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
 def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate], rows: Rows) -> None:
     """Raises UserError for a field that no template has, and for a column that the data lacks."""
-    templates = [candidate.asker.adapter.template for candidate in candidates]
+    templates = [candidate.prompt_builder.adapter.template for candidate in candidates]
     for field, column in (asked.columns or {}).items():
         if column not in rows.columns:
             cure = did_you_mean(column, rows.columns) or f"it has {', '.join(rows.columns)}"
@@ -260,7 +266,7 @@ def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate], rows
 
 def columns_for(candidate: Candidate, columns: Mapping[str, str] | None) -> dict[str, str] | None:
     """Of `--columns` what this model's template has."""
-    known = candidate.asker.adapter.template.fields
+    known = candidate.prompt_builder.adapter.template.fields
     return {
         field: column for field, column in (columns or {}).items() if field in known or field == "answer"
     } or None
@@ -272,7 +278,7 @@ def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) 
 
     Reads the weight files of a local model; a model of the hub is known by its commit.
     """
-    source = candidate.asker.source
+    source = candidate.prompt_builder.source
     folder = Path(source.name)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
     base = [file_hash(path) for path in files] if files else [source.name, source.revision]

@@ -69,11 +69,11 @@ def make_report(asked: CompareSettings, how: AnswerSettings, compared: Compared)
 
 def _about(task: ComparisonRow) -> dict[str, Any]:
     candidate = task.candidate
-    template = candidate.asker.adapter.template
+    template = candidate.prompt_builder.adapter.template
     return {
         "name": candidate.name,
-        "base": _unplaced(candidate.asker.source.name),
-        "revision": candidate.asker.source.revision,
+        "base": _unplaced(candidate.prompt_builder.source.name),
+        "revision": candidate.prompt_builder.source.revision,
         "adapter": None if candidate.adapter is None else candidate.name,
         "identity": task.identity,
         "template": template.text,
@@ -118,11 +118,11 @@ def notes(compared: Compared, units: Units) -> list[str]:
     for task in compared.tasks:
         name = task.candidate.name
         if task.left_out:
-            cutoff_len = task.candidate.asker.adapter.rules.cutoff_len
+            cutoff_len = task.candidate.prompt_builder.adapter.rules.cutoff_len
             said.append(f"{name}: {task.left_out} rows are over cutoff_len {cutoff_len}: no loss of them.")
         if shortened := sum(question.shortened for question in task.questions):
             said.append(f"{name}: {shortened} prompts were shortened to leave room for the answer.")
-    vocabularies = {task.candidate.asker.source.name for task in compared.tasks}
+    vocabularies = {task.candidate.prompt_builder.source.name for task in compared.tasks}
     if len(vocabularies) > 1:
         said.append(
             "Models of different bases may cut texts into different tokens: compare their losses with care."
@@ -200,7 +200,7 @@ def _rows(compared: Compared, found: Sequence[tuple[Metric, list[np.ndarray]]]) 
 
 def _prompt(task: ComparisonRow, row: int) -> str:
     ids = task.questions[row].token_ids.tolist()
-    decoded = task.candidate.asker.tokenizer.decode(
+    decoded = task.candidate.prompt_builder.tokenizer.decode(
         ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return str(decoded)

@@ -22,7 +22,7 @@ from yeonma.adapter.adapter_folder import (
     config_hash,
     save_tokenizer,
 )
-from yeonma.adapter.prompt_builder import PromptBuilder, open_folder
+from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
 from yeonma.errors import Log, UserError
@@ -91,7 +91,7 @@ def check_output(written: str) -> Path:
 
 def prepare(asked: MergeSettings) -> Merging:
     """All that may be wrong, before any weights are loaded. Raises UserError."""
-    asker = open_folder(
+    asker = open_prompt_builder(
         asked.adapter_dir, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
     )
     if asker.adapter.is_merged:

@@ -28,9 +28,10 @@ from yeonma.errors import UserError
 from yeonma.inspect.forecast import Alternative, Forecast, Memory
 from yeonma.model import load
 from yeonma.model.kernels.linear import KEPT_ROUTINES, Dense, frozen_linear, has_onednn
-from yeonma.model.memory_trace import Blueprint, Trace, blueprint, trace
+from yeonma.model.memory_trace import Blueprint, Trace, trace
 from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
 from yeonma.model.quantized import has_products
+from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.prepare import Prepared, lora_shape

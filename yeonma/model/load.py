@@ -287,6 +287,15 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     return adapted
 
 
+def add_lora_of(model: Any, folder: str) -> Any:
+    """A PeftModel with an adapter of the shape of the one in `folder`, without its weights."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    return get_peft_model(model, config)
+
+
 def _check_targets(layers: Sequence[str], targets: Sequence[str]) -> None:
     known = sorted({name.rsplit(".", 1)[-1] for name in layers})
     for target in targets:

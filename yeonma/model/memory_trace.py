@@ -11,24 +11,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from yeonma.batch.forest import Forest
-from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError
-from yeonma.model import load
 from yeonma.model.attention.backend import Capability
-from yeonma.model.attention.dispatch import FOREST, capability_of, layout
+from yeonma.model.attention.dispatch import layout
 from yeonma.model.attention.varlen import VARLEN, VarlenLayout
-from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, Head, plain_head, trained_logprobs
-from yeonma.model.quantized import quantised_layers, sketch
-from yeonma.model.sharding import gathered_bytes
+from yeonma.model.logprobs import Head, trained_logprobs
 
 
 @dataclass(frozen=True)
@@ -50,68 +43,6 @@ class Blueprint:
     capability: Capability | None = None
     """Of the CUDA device that will compute attention in one call."""
     on_cpu: bool = True
-
-
-def blueprint(
-    config: Any,
-    dtype: torch.dtype,
-    lora: load.LoraShape | str,
-    *,
-    trust_remote_code: bool = False,
-    gradient_checkpointing: Checkpointing = False,
-    device: torch.device | None = None,
-    quantization: Quantization = "none",
-    by_device: bool = False,
-) -> Blueprint:
-    """`lora`: a fresh adapter's shape, or the folder of an adapter to continue. `device`: what the run will be on, the
-    CPU by default. `by_device`: fp8 is multiplied by the device's own products. Draws no random numbers.
-
-    Raises UserError for target modules that the model does not have.
-    """
-    load.keep_the_console_clean()
-    config = deepcopy(config)  # a model writes its precision and attention into its config
-    with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        base.requires_grad_(False)
-        frozen = sum(each.numel() for each in base.parameters())
-        dense = sum(each.weight.numel() for each in quantised_layers(base, "int8"))
-        if quantization != "none":
-            sketch(base, quantization, by_device)
-        _put_adapter_on(base, lora)
-    base.set_attn_implementation(FOREST)
-    head, device = plain_head(base), device or torch.device("cpu")
-    if head is not None and device.type == "cuda":
-        head = replace(head, chunk_bytes=CUDA_CHUNK_BYTES)
-    if gradient_checkpointing:
-        load.checkpoint_activations(base, gradient_checkpointing)
-    patch_kernels(base, support=ForestSupport(True, head, "sdpa", ""), trim_last=True)
-    base.train()
-    trained = [each for each in base.parameters() if each.requires_grad]
-    held = {each for each in [*base.parameters(), *base.buffers()] if not each.requires_grad}
-    return Blueprint(
-        model=base,
-        head=head,
-        trained=sum(each.numel() for each in trained),
-        frozen=frozen,
-        dense=dense,
-        weight_bytes=sum(each.untyped_storage().nbytes() for each in held),
-        trained_bytes=sum(each.untyped_storage().nbytes() for each in trained),
-        gathered_bytes=gathered_bytes(base),
-        capability=capability_of(device, dtype),
-        on_cpu=device.type == "cpu",
-    )
-
-
-def _put_adapter_on(base: Any, lora: load.LoraShape | str) -> None:
-    if isinstance(lora, load.LoraShape):
-        load.add_lora(base, lora, seed=0)
-        return
-    from peft import PeftConfig, get_peft_model
-
-    config = PeftConfig.from_pretrained(lora)
-    config.inference_mode = False
-    get_peft_model(base, config)
 
 
 @dataclass(frozen=True)

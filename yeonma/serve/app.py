@@ -241,9 +241,9 @@ def _prompts(
     try:
         if isinstance(request, ChatRequest):
             row = row_of_messages(prompt_builder.adapter.template, request.messages)
-            prompts = prompt_builder.questions([row], max_new_tokens=max_new_tokens)
+            prompts = prompt_builder.prompts([row], max_new_tokens=max_new_tokens)
         else:
-            prompts = [prompt_builder.text_question(text) for text in request.prompt]
+            prompts = [prompt_builder.text_prompt(text) for text in request.prompt]
     except UserError as error:
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         raise RequestError(400, str(error), param=param) from None

@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import uvicorn
 from starlette.applications import Starlette
 
-from yeonma.adapter.adapter_folder import base_identity, check_base
-from yeonma.adapter.prompt_builder import PromptBuilder, held_as, open_folder
+from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import place_of, short_names
-from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.load import check_vocabulary, load_adapter, load_another, load_base, pick_device, pick_dtype
+from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
+from yeonma.policy import Policy, adapter_names, build_policy
 from yeonma.serve.app import Limits, Models, make_app
 from yeonma.serve.listen import is_local
 from yeonma.serve.worker import ServedModel, Worker
@@ -57,7 +53,7 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
     prompt_builders: list[PromptBuilder] = []
     for folder in folders:
         try:
-            prompt_builder = open_folder(
+            prompt_builder = open_prompt_builder(
                 folder, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
             )
             if prompt_builder.adapter.is_merged:
@@ -100,7 +96,8 @@ def _quantization_problems(
 ) -> list[Problem]:
     """One base is loaded for all adapters, so it has one quantisation."""
     folders = {
-        held_as(settings.quantization, builder.adapter): builder.adapter.path for builder in prompt_builders
+        quantization_for(settings.quantization, builder.adapter): builder.adapter.path
+        for builder in prompt_builders
     }
     if len(folders) < 2:
         return []
@@ -118,48 +115,31 @@ def _check_cutoff(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
 
 
 def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: Log) -> dict[str, ServedModel]:
-    """Loads the base once, with all adapters on it. Raises UserError as `load_base` and `check_base`."""
+    """Loads the base once, with all adapters on it. Raises UserError as `build_policy`."""
     device = pick_device(settings.device)
     source = adapters.first.source
     say(f"loading {source.name}")
-    quantization = held_as(settings.quantization, adapters.first.adapter)
-    base = load_base(source, device, pick_dtype(settings.dtype, device), quantization)
-    identity = base_identity(base, source)
-    for prompt_builder in adapters.prompt_builders.values():
-        check_base(prompt_builder.adapter, identity)
-        check_vocabulary(prompt_builder.tokenizer, base.get_input_embeddings().weight.shape[0], source.name)
-    peft_model: Any = None
-    peft_names: dict[str, str] = {}  # which may hold no dots
-    for number, (name, prompt_builder) in enumerate(adapters.prompt_builders.items()):
-        folder = str(prompt_builder.adapter.path)
-        peft_names[name] = f"adapter{number}" if number else "default"
-        if peft_model is None:
-            peft_model = load_adapter(base, folder, trainable=False).eval()
-        else:
-            load_another(peft_model, folder, peft_names[name])
-    support = check_forest_support(peft_model.eval().get_base_model())
-    patch_kernels(peft_model)
-    if not support.forest:
-        say(f"answers are generated one at a time: {support.why_not}")
-
-    def served_model(
-        prompt_builder: PromptBuilder, active: Callable[[], AbstractContextManager[object]]
-    ) -> ServedModel:
-        model = peft_model.get_base_model()
-        return ServedModel(model, prompt_builder.tokenizer, prompt_builder.stop_ids, support.forest, active)
-
-    models = {
-        name: served_model(prompt_builder, partial(_active_adapter, peft_model, peft_names[name]))
-        for name, prompt_builder in adapters.prompt_builders.items()
-    }
-    return {**models, adapters.base_name: served_model(adapters.first, peft_model.disable_adapter)}
+    builders = adapters.prompt_builders
+    policy = build_policy(
+        source,
+        [str(builder.adapter.path) for builder in builders.values()],
+        device=device,
+        dtype=pick_dtype(settings.dtype, device),
+        quantization=quantization_for(settings.quantization, adapters.first.adapter),
+    )
+    for builder in builders.values():
+        check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)
+    if not policy.support.forest:
+        say(f"answers are generated one at a time: {policy.support.why_not}")
+    names = zip(builders, adapter_names(len(builders)), strict=True)
+    models = {name: _served(replace(policy, adapter_name=inner), builders[name]) for name, inner in names}
+    base = _served(replace(policy, adapter_weights=False), adapters.first)
+    return {**models, adapters.base_name: base}
 
 
-@contextmanager
-def _active_adapter(peft_model: Any, name: str) -> Iterator[None]:
-    if peft_model.active_adapter != name:
-        peft_model.set_adapter(name, inference_mode=True)
-    yield
+def _served(policy: Policy, builder: PromptBuilder) -> ServedModel:
+    model, by_forest = policy.transformers_model, policy.support.forest
+    return ServedModel(model, builder.tokenizer, builder.stop_ids, by_forest, policy.active)
 
 
 def run_server(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
-from yeonma.adapter.prompt_builder import PromptBuilder, held_as
+from yeonma.adapter.prompt_builder import PromptBuilder, quantization_for
 from yeonma.config.settings import QuantizationOrAuto
 from yeonma.tokenization.chat_template_export import why_not_exported
 
@@ -78,7 +78,7 @@ def why_not(prompt_builders: Sequence[PromptBuilder], quantization: Quantization
 
     It has one chat template for all adapters, which must give the trained tokens.
     """
-    quantizations = [held_as(quantization, builder.adapter) for builder in prompt_builders]
+    quantizations = [quantization_for(quantization, builder.adapter) for builder in prompt_builders]
     if (kind := next((kind for kind in quantizations if kind != "none"), None)) is not None:
         return f"it would not quantise the base to {kind} as Yeonma does"
     templates = {_chat_template(builder) for builder in prompt_builders}

@@ -15,12 +15,9 @@ from yeonma.batch.plan import Plan
 from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
-from yeonma.model.forest_support import check_forest_support
-from yeonma.model.kernels.elementwise import PLAIN
-from yeonma.model.kernels.patch import patch_kernels, pick_kernels
-from yeonma.model.logprobs import ForestSupport
 from yeonma.model.quantized import has_products
-from yeonma.model.sharding import held_bytes, is_sharded, shard_weights
+from yeonma.model.sharding import held_bytes, is_sharded
+from yeonma.policy import Policy, build_policy
 from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
@@ -50,16 +47,10 @@ References = Mapping[str, tuple[TokenStore, np.ndarray]]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The base with its adapter on top, ready to train; where it is from; how to get log-probabilities; and
-    yeonma.json's contents."""
+    """What a run trains, and yeonma.json's contents."""
 
-    peft_model: Any
-    source: load.BaseSource
-    base: adapters.BaseIdentity
-    how: ForestSupport
+    policy: Policy
     details: dict[str, Any]
-    kernels: str
-    """`plain` or `compiled`: the numbers depend on it, to rounding."""
 
 
 def load_model(
@@ -75,28 +66,27 @@ def load_model(
     if model_settings.shard and not shard:
         say("one process holds all weights: shard plays no part")
     quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
-    kernels = pick_kernels(model_settings.torch_compile, device, dtype, say)
-    base = load.load_base(source, None if shard else device, dtype, quantization)
-    identity = adapters.base_identity(base, source)
-    if prepared.adapter is not None:
-        adapters.check_continued(prepared.adapter, identity)
-        peft_model = load.load_adapter(base, prepared.adapter, trainable=True, dropout=lora.lora_dropout)
-    else:
-        peft_model = load.add_lora(base, lora_shape(lora), config.step.seed)
-    if shard:
-        shard_weights(base, device)
-        load.check_finite(base, source.name)
-    how = check_forest_support(base)  # with the adapter in place: it may sit on the head
-    if how.why_not:
-        say(f"one sequence at a time, because {how.why_not}")
-    if how_kept := checkpointing(model_settings):
-        load.checkpoint_activations(base, how_kept)
-    report = patch_kernels(base, kernels, support=how, trim_last=True)
-    trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
-    say(
-        f"{source.name}: {trained:,} parameters trained, {identity.parameters:,} frozen, {base.dtype} on {device}"
+    policy = build_policy(
+        source,
+        lora_shape(lora) if prepared.adapter is None else [prepared.adapter],
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        trainable=True,
+        seed=config.step.seed,
+        dropout=lora.lora_dropout,
+        checkpointing=checkpointing(model_settings),
+        torch_compile=model_settings.torch_compile,
+        shard=shard,
+        log=say,
     )
-    say(f"kernels: {report}")
+    base = policy.transformers_model
+    if policy.support.why_not:
+        say(f"one sequence at a time, because {policy.support.why_not}")
+    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    frozen = policy.base.parameters
+    say(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
+    say(f"kernels: {policy.kernels}")
     if quantization != "none":
         emulated = quantization == "fp8" and not has_products(device)
         slow = "; this device has no products of fp8, they are emulated: no faster" if emulated else ""
@@ -105,7 +95,7 @@ def load_model(
         say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this one")
     dataset = prepared.dataset
     details = adapters.describe(
-        identity,
+        policy.base,
         dataset.template,
         dataset.columns,
         dataset.rules,
@@ -121,9 +111,7 @@ def load_model(
             "shortened": dataset.train.store.counts.shortened,
         },
     )
-    return LoadedModel(
-        peft_model, source, identity, how, details, "plain" if kernels is PLAIN else "compiled"
-    )
+    return LoadedModel(policy, details)
 
 
 def all_looked_at(prepared: Prepared) -> References:
@@ -177,19 +165,20 @@ def make_objective(
     references: dict[str, np.ndarray] = {}
     objective = preference_objective(loss, preference_options(preference), references)
     openings: dict[str, Opening] = {}
-    base = loaded.peft_model.get_base_model()
+    policy = loaded.policy
+    base = policy.transformers_model
     if loss.needs_reference:
         identity = ""
         if group.first:
             identity = reference_identity(
-                loaded.source,
-                loaded.base,
+                policy.source,
+                policy.base,
                 prepared.adapter,
                 base.dtype,
                 base.device,
                 config.model.quantization,
             )
-        as_reference = loaded.peft_model.disable_adapter if prepared.adapter is None else nullcontext
+        as_reference = policy.model.disable_adapter if prepared.adapter is None else nullcontext
         cache_dir = cache_folder(config.tokens)
         most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
         micro = replace(micro_batching(step), most_examples=most)
@@ -198,14 +187,14 @@ def make_objective(
             or is_sharded(base)  # every look at it is a meeting of all
             or objective.measure is not None  # its mean over the step needs the reference before
             or config.lora.use_dora  # the base to rounding only
-            or not is_reference(base, loaded.how, as_reference, group)
+            or not is_reference(base, policy.support, as_reference, group)
         ):
             first = {}
         with as_reference():
             for key, (store, units) in needed.items():
                 references[key] = reference_logprobs(
                     base,
-                    loaded.how,
+                    policy.support,
                     store,
                     units,
                     later=first[key][1] if key in first else None,
@@ -233,9 +222,9 @@ def make_tuning(
     by_tokens: bool = False,
 ) -> TrainState:
     """`by_tokens`: for want of room it is the tokens at once that are halved."""
-    step, base = config.step, loaded.peft_model.get_base_model()
+    step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
-    parameters = {name: each for name, each in loaded.peft_model.named_parameters() if each.requires_grad}
+    parameters = {name: each for name, each in loaded.policy.model.named_parameters() if each.requires_grad}
     optimizer = make_optimizer(
         step.optimizer,
         list(parameters.values()),
@@ -246,7 +235,7 @@ def make_tuning(
     )
     return TrainState(
         model=base,
-        how=loaded.how,
+        how=loaded.policy.support,
         parameters=parameters,
         optimizer=optimizer,
         scheduler=make_schedule(step, optimizer, plan.total_steps),

@@ -19,8 +19,9 @@ from yeonma.config.settings import Checkpointing, ModelSettings, RunConfig, Step
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.logprobs import trained_logprobs
-from yeonma.model.memory_trace import Blueprint, blueprint, trace
+from yeonma.model.memory_trace import Blueprint, trace
 from yeonma.model.quantized import has_products
+from yeonma.policy import blueprint
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.prepare import Prepared, lora_shape

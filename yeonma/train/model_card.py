@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from yeonma.adapter.adapter_folder import read_adapter_folder
 from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
-from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
-from yeonma.model.logprobs import ForestSupport
+from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.trackers import read_metrics
 from yeonma.tokenization.dataset import Dataset, Part
@@ -36,49 +35,48 @@ class Sample:
 
 def write_card(
     output: Path,
-    peft_model: Any,
-    how: ForestSupport,
+    policy: Policy,
     tokenizer: Any,
     dataset: Dataset,
-    asked: Part,
+    part: Part,
     command: str,
     kept: int,
     rows: int,
 ) -> None:
-    """Ask base and tuned model `rows` rows of `asked`, greedily, and write the card. `kept`: the adapter's step."""
-    samples = ask_rows(peft_model, how, tokenizer, dataset, asked, rows) if rows else []
+    """Ask base and tuned model `rows` rows of `part`, greedily, and write the card. `kept`: the adapter's step."""
+    samples = ask_rows(policy, tokenizer, dataset, part, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(output, samples, metrics, command, kept, dataset.task.units)
     write_text_atomically(output / "README.md", text)
 
 
-def ask_rows(
-    peft_model: Any, how: ForestSupport, tokenizer: Any, dataset: Dataset, asked: Part, count: int
-) -> list[Sample]:
-    """The first `count` rows of `asked`, answered by base and tuned model. Leaves the model ready to train on.
+def ask_rows(policy: Policy, tokenizer: Any, dataset: Dataset, part: Part, count: int) -> list[Sample]:
+    """The first `count` rows of `part`, answered by base and tuned model. Leaves the model ready to train on.
 
     They are asked with the very token ids that come before the answer in training.
     """
-    rows = asked.first_rows(count)
+    rows = part.first_rows(count)
     task = dataset.task
     rendered = [task.preferred(task.render(dataset.template, row, dataset.columns)) for row in rows]
-    prompts = prompts_of(asked.store, [row.number for row in rows])
-    model = peft_model.get_base_model()
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    prompts = prompts_of(part.store, [row.number for row in rows])
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     sampling = SamplingParams(
         stop_ids=tuple(stop_ids(tokenizer, chat=rendered[0].answer_role is not None)),
-        max_new_tokens=int(max(1, min(MOST_NEW_TOKENS, most - max(map(len, prompts))))),
+        max_new_tokens=int(max(1, min(MOST_NEW_TOKENS, limit - max(map(len, prompts))))),
     )
 
-    def answers() -> list[str]:
-        found = generate(model, tokenizer, prompts, sampling, by_forest=how.forest, batch_size=len(prompts))
-        return [answer.text for answer in found]
-
-    tuned = answers()
-    with peft_model.disable_adapter():
-        base = answers()
+    tuned, base = (
+        one.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts))
+        for one in (policy, replace(policy, adapter_weights=False))
+    )
     return [
-        Sample(row.number, tokenizer.decode(prompt, skip_special_tokens=False), _wanted(text), before, after)
+        Sample(
+            row.number,
+            tokenizer.decode(prompt, skip_special_tokens=False),
+            _wanted(text),
+            before.text,
+            after.text,
+        )
         for row, prompt, text, before, after in zip(rows, prompts, rendered, base, tuned, strict=True)
     ]
 

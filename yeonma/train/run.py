@@ -129,10 +129,10 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         kept = _tokens_of(start.state, group) if by_tokens else None
         chosen = resolve_auto(config, source, prepared, group, say, kept=kept)
         loaded = load_model(chosen, source, device, prepared, say, group)
-        if by_tokens and not loaded.how.forest:
+        if by_tokens and not loaded.policy.support.forest:
             chosen = one_by_one(chosen)
         stop.check()
-        by_tokens = by_tokens and loaded.how.forest
+        by_tokens = by_tokens and loaded.policy.support.forest
         tuning = make_tuning(chosen, loaded, prepared.plan, SFT, group, stop, by_tokens=by_tokens)
         if by_tokens and kept is None:  # before a pass over the reference, which may take hours
             try_heaviest(tuning, prepared.plan, prepared.dataset.train.store)
@@ -178,7 +178,7 @@ def _train(
     """None where the run is finished; else what was told of its end, and the exit status."""
     run, evaluation = config.run, config.evaluation
     say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
-    dataset, peft_model = prepared.dataset, loaded.peft_model
+    dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
     carried = (
@@ -189,16 +189,19 @@ def _train(
 
     def write_adapter(place: Path) -> None:
         tokenizer, template = prepared.tokenizer, dataset.template
-        adapters.write_adapter(place, peft_model, tokenizer, template, loaded.details, carried, samples)
+        adapters.write_adapter(place, policy.model, tokenizer, template, loaded.details, carried, samples)
 
     trained = sum(each.numel() for each in tuning.parameters.values())
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
-    here = {**environment(group.count, tuning.model.device), "kernels": loaded.kernels}
+    here = {
+        **environment(group.count, tuning.model.device),
+        "kernels": "compiled" if policy.kernels.is_compiled else "plain",
+    }
     state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
     if start.checkpoint is not None and start.state is not None:
-        _restore(tuning, peft_model, start.checkpoint, start.state)
+        _restore(tuning, policy.model, start.checkpoint, start.state)
         say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
         if room := _room_of(state, tuning):
             tuning.room.keep(room)
@@ -231,12 +234,12 @@ def _train(
         if tuning.sharded and evaluation.card_rows:  # no process can ask the model alone
             spread_trained(tuning.model)
             asked = dataset.validation or dataset.train
-            ask_rows(peft_model, loaded.how, prepared.tokenizer, dataset, asked, evaluation.card_rows)
+            ask_rows(policy, prepared.tokenizer, dataset, asked, evaluation.card_rows)
         return None
     kept = state.step if state.best_step is None or not evaluation.keep_best else state.best_step
     if kept != state.step:
         say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
-        load_weights(peft_model, checkpoint_path(output, kept))
+        load_weights(policy.model, checkpoint_path(output, kept))
     folder.install(output, adapter)
     stop.check()
     if evaluation.card_rows:
@@ -248,8 +251,7 @@ def _train(
     command += to_yaml(config)
     write_card(
         output,
-        peft_model,
-        loaded.how,
+        policy,
         prepared.tokenizer,
         dataset,
         asked,

@@ -13,7 +13,7 @@ import pytest
 from tests.adapters import tiny_adapter
 from tests.runs import articles, characters, model_folder, trained, write_jsonl
 from yeonma.adapter.adapter_folder import identity_of_tokenizer, read_adapter_folder
-from yeonma.adapter.prompt_builder import open_folder
+from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.adapter.samples import Samples, prompts_now, read_samples, take_samples
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.task import ANSWERS, LABELLED, PAIRS, Task
@@ -144,8 +144,8 @@ def test_a_run_leaves_them_in_its_folder_and_in_every_checkpoint(tmp_path: Path)
     assert len(folders) > 3
     for folder in folders:
         assert (folder / "samples.json").read_bytes() == (done.folder / "samples.json").read_bytes()
-        asker = open_folder(folder)
-        asked = asker.questions(
+        prompt_builder = open_prompt_builder(folder)
+        asked = prompt_builder.prompts(
             [articles_row(row.row, row.row_number) for row in samples.rows], max_new_tokens=8
         )
         assert [each.token_ids.tolist() for each in asked] == [row.prompt_ids for row in samples.rows]
@@ -173,7 +173,7 @@ def test_a_folder_of_before_has_none_and_is_asked_as_ever(tmp_path: Path) -> Non
     del details["tokenizer"]
     manifest.write_text(json.dumps(details), "utf-8")
     assert read_samples(folders.adapter) is None
-    assert open_folder(folders.adapter).adapter.base.name == str(folders.base)
+    assert open_prompt_builder(folders.adapter).adapter.base.name == str(folders.base)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.adapters import Folders, tiny_adapter, tiny_base
 from tests.comparing import ROWS, TEMPLATE, compare
 from tests.runs import arguments, command, write_jsonl
 from tests.tokenizers import byte_level
-from yeonma.evaluate import answers as compare_module
+from yeonma.model import load
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -35,8 +35,9 @@ from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.kernels.last_layer import trim_last_layer
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import HEAD_CHUNK_BYTES, ForestSupport, plain_head
-from yeonma.model.memory_trace import Blueprint, blueprint, trace
+from yeonma.model.memory_trace import Blueprint, trace
 from yeonma.model.quantized import packed_layers
+from yeonma.policy import blueprint
 from yeonma.train.distributed import Processes
 from yeonma.train.losses import SFT
 from yeonma.train.oom_retry import MicroBatchLimit

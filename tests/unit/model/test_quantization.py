@@ -12,7 +12,7 @@ import torch
 from tests.pairs import pairs, tuned
 from tests.quantised import KINDS, NF4
 from tests.runs import Done, arguments, articles, command, model_folder, sft, trained, write_jsonl
-from yeonma.adapter.prompt_builder import open_folder
+from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.config.settings import CompareSettings, ServeSettings
 from yeonma.data.rows import open_rows
 from yeonma.errors import UserError
@@ -170,7 +170,7 @@ def test_an_adapter_folder_that_says_something_else_is_damaged(tmp_path: Path, r
     text = (folder / "yeonma.json").read_text()
     (folder / "yeonma.json").write_text(text.replace('"quantization": "fp8"', '"quantization": "fp7"'))
     with pytest.raises(UserError, match="quantization is 'fp7'"):
-        open_folder(folder)
+        open_prompt_builder(folder)
 
 
 def test_compared_models_are_held_as_trained_and_a_base_as_the_first_adapter_on_it(

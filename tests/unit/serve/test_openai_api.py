@@ -11,7 +11,7 @@ import pytest
 
 from tests.adapters import tiny_adapter
 from tests.tokenizers import byte_level
-from yeonma.adapter.prompt_builder import open_folder
+from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.serve.openai_api import ChatRequest, RequestError, TextRequest, read_request, row_of_messages
@@ -32,9 +32,9 @@ def row_of(template: Template, messages: Any) -> Row:
 
 
 def test_a_conversation_is_asked_with_the_trained_tokens(tmp_path: Path) -> None:
-    prompt_builder = open_folder(tiny_adapter(tmp_path, byte_level(), template="chat").adapter)
+    prompt_builder = open_prompt_builder(tiny_adapter(tmp_path, byte_level(), template="chat").adapter)
     template = prompt_builder.adapter.template
-    (prompt,) = prompt_builder.questions([row_of(template, TALK)], max_new_tokens=8)
+    (prompt,) = prompt_builder.prompts([row_of(template, TALK)], max_new_tokens=8)
     row = Row(1, {"messages": [*TALK, {"role": "assistant", "content": "Soon."}]}, "row")
     (example,) = encode([template.render(row)], [row], prompt_builder.tokenizer, prompt_builder.adapter.rules)
     assert isinstance(example, Example)

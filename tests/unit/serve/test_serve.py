@@ -108,10 +108,10 @@ def text_of(answer: Any) -> str:
 
 def trained_prompt(loaded: Policy, values: dict[str, str]) -> list[int]:
     """The token ids before the answer, as in training."""
-    adapter = loaded.asker.adapter
+    adapter = loaded.prompt_builder.adapter
     rows = [Row(1, {**values, adapter.template.answer_field: "any"}, "row")]
     rendered = [adapter.template.render(row) for row in rows]
-    (example,) = encode(rendered, rows, loaded.asker.tokenizer, adapter.rules)
+    (example,) = encode(rendered, rows, loaded.prompt_builder.tokenizer, adapter.rules)
     assert isinstance(example, Example)
     return example.token_ids[: int(example.trained.argmax())].tolist()
 

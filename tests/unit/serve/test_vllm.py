@@ -12,7 +12,7 @@ import pytest
 from tests.adapters import adapter_on, tiny_base
 from tests.tokenizers import CHATML, byte_level
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
-from yeonma.adapter.prompt_builder import open_folder
+from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command, why_not
 
 PLAIN = "### Text:\n{document}\n\n### Title:\n{title}\n"
@@ -54,7 +54,7 @@ def test_the_command_has_loras_template_and_limits() -> None:
 def test_vllm_serves_a_template_whose_chat_template_gives_the_trained_tokens(
     base: Path, tmp_path: Path
 ) -> None:
-    fit = open_folder(adapter_on(base, tmp_path / "fit", "chat"))
+    fit = open_prompt_builder(adapter_on(base, tmp_path / "fit", "chat"))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))  # <|im_end|> is 2
     assert why_not([fit]) == ""
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
@@ -64,10 +64,10 @@ def test_vllm_serves_a_template_whose_chat_template_gives_the_trained_tokens(
 def test_vllm_is_refused_if_the_chat_template_gives_other_tokens(base: Path, tmp_path: Path) -> None:
     folder = adapter_on(base, tmp_path / "plain", PLAIN)
     (folder / CHAT_TEMPLATE).write_text(CHATML)
-    assert "does not give the trained tokens" in why_not([open_folder(folder)])
+    assert "does not give the trained tokens" in why_not([open_prompt_builder(folder)])
     carried = "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
     (folder / CHAT_TEMPLATE).write_text(carried)
-    prompt_builder = open_folder(folder)
+    prompt_builder = open_prompt_builder(folder)
     assert why_not([prompt_builder]) == ""
     (folder / CHAT_TEMPLATE).unlink()
     assert f"has no {CHAT_TEMPLATE}" in why_not([prompt_builder])
@@ -80,12 +80,12 @@ def test_vllm_is_refused_if_it_would_show_the_frame_or_lacks_a_kind_of_adapter(
     (framed / CHAT_TEMPLATE).write_text(
         "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
     )
-    assert "has text around the answer" in why_not([open_folder(framed)])
-    high = open_folder(adapter_on(base, tmp_path / "high", PLAIN, r=600))
+    assert "has text around the answer" in why_not([open_prompt_builder(framed)])
+    high = open_prompt_builder(adapter_on(base, tmp_path / "high", PLAIN, r=600))
     assert rank_of(high) == 600
     assert "no ranks above 512" in why_not([high])
-    other = open_folder(adapter_on(base, tmp_path / "other", "chat"))
-    assert "different chat templates" in why_not([open_folder(framed), other])
+    other = open_prompt_builder(adapter_on(base, tmp_path / "other", "chat"))
+    assert "different chat templates" in why_not([open_prompt_builder(framed), other])
     path = high.adapter.path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8, "use_dora": True}))
     assert "does not support DoRA" in why_not([high])

@@ -452,7 +452,7 @@ def test_every_form_of_pairs_trains_and_is_asked_as_it_was_trained(
     row = {name: value for name, value in shown.items() if name not in ("chosen", "rejected")}
     if form == "dialogues":
         row = {"messages": shown["chosen"]}
-    prompt = loaded.asker.tokenizer.decode(loaded.prompt_ids(row, max_new_tokens=8))
+    prompt = loaded.prompt_builder.tokenizer.decode(loaded.prompt_ids(row, max_new_tokens=8))
     asked = loaded.generate([row], max_new_tokens=4)
     assert len(asked) == 1
     assert prompt.rstrip("\n") in card

@@ -18,7 +18,8 @@ from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import UserError
 from yeonma.model import load
-from yeonma.model.memory_trace import blueprint, trace
+from yeonma.model.memory_trace import trace
+from yeonma.policy import blueprint
 from yeonma.train import memory_budget as budget
 from yeonma.train import step as step_module
 from yeonma.train.distributed import Processes

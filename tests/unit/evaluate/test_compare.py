@@ -24,7 +24,7 @@ from yeonma import load
 from yeonma.evaluate import answers as compare_module
 from yeonma.evaluate import metrics
 from yeonma.evaluate.answer_cache import open_answer_cache
-from yeonma.model import load
+from yeonma.model import load as loading
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +111,13 @@ def test_a_base_is_in_memory_once_for_all_its_adapters(
 
     second = shutil.copytree(folders.adapter, tmp_path / "second")
     loads: list[str] = []
-    load_base = load.load_base
+    load_base = loading.load_base
 
     def counted(source: Any, *more: Any) -> Any:
         loads.append(source.name)
         return load_base(source, *more)
 
-    monkeypatch.setattr(load, "load_base", counted)
+    monkeypatch.setattr(loading, "load_base", counted)
     done = compare(tmp_path / "report", folders.adapter, folders.base, second, data_path=data)
     report = report_of(done)
     assert loads == [str(folders.base)]
@@ -146,7 +146,7 @@ def test_what_is_answered_is_not_asked_again_and_no_model_is_loaded_for_it(
     assert [{**each, "made": ""} for each in again["metrics"]] == [
         {**each, "made": ""} for each in first["metrics"]
     ]
-    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("loaded"))
     assert report_of(compare(output, folders.base, folders.adapter, data_path=data))["rows"] == first["rows"]
 
 

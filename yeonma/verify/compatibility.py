@@ -1,4 +1,4 @@
-"""Whether adapter, template, tokenizer and base of an adapter folder belong together. No weights of a base are read."""
+"""Checks that adapter, template, tokenizer and base of an adapter folder belong together. Reads no base weights."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from yeonma.tokenization.chat_template_export import (
     messages_of,
 )
 from yeonma.tokenization.text_encoder import TextEncoder
-from yeonma.verify.finding import Finding, found, not_checked
+from yeonma.verify.finding import Finding, checked, not_checked
 
 Shapes = Mapping[str, tuple[int, ...]]
-ANEW = "put a copy of the file back, or train anew"
-NUMBERS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+REPLACE = "restore a copy of the file, or train again"
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Shapes]:
-    """The adapter's tensors: finite, and of the rank that adapter_config.json says. Their shapes, by name."""
+    """Checks that the tensors are finite and have the rank of adapter_config.json. Also returns their shapes."""
     check, place = "adapter", str(folder / WEIGHTS)
     try:
         tensors = dict(deserialize((folder / WEIGHTS).read_bytes()))
     except (OSError, SafetensorError) as error:
-        return found(check, [Problem(f"it cannot be read ({error})", place, ANEW)], ""), {}
-    shapes = {name: tuple(each["shape"]) for name, each in tensors.items()}
+        return checked(check, [Problem(f"cannot be read ({error})", place, REPLACE)], ""), {}
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
     problems = [
-        Problem(f"NaN or infinity in {name}", place, "take the checkpoint before, or train anew")
-        for name, each in tensors.items()
-        if not _is_finite(each["dtype"], each["data"])
+        Problem(f"NaN or infinity in {name}", place, "use an earlier checkpoint, or train again")
+        for name, tensor in tensors.items()
+        if not _is_finite(tensor["dtype"], tensor["data"])
     ]
     if config.get("peft_type") != "LORA":
-        problems.append(Problem("it is not of a LoRA adapter", str(folder / "adapter_config.json"), ANEW))
+        problems.append(Problem("not a LoRA adapter", str(folder / "adapter_config.json"), REPLACE))
     elif isinstance(rank := config.get("r"), int) and not config.get("rank_pattern"):
         wrong = [
             name
@@ -60,16 +60,16 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
             if (own := _rank(name, shape)) and (own % rank if "experts" in name else own != rank)
         ]
         if wrong:
-            what = f"{_some(wrong)} is not of rank {rank}, which adapter_config.json says"
-            problems.append(Problem(what, place, ANEW))
+            what = f"{_some(wrong)} does not have rank {rank}, as adapter_config.json says"
+            problems.append(Problem(what, place, REPLACE))
     if not tensors:
-        problems.append(Problem("it holds no weights", place, ANEW))
-    numbers = sum(int(np.prod(shape)) for shape in shapes.values())
-    return found(check, problems, f"{len(shapes)} tensors of {numbers:,} numbers, all finite"), shapes
+        problems.append(Problem("no weights in it", place, REPLACE))
+    size = sum(int(np.prod(shape)) for shape in shapes.values())
+    return checked(check, problems, f"{len(shapes)} tensors with {size:,} parameters, all finite"), shapes
 
 
 def _rank(name: str, shape: tuple[int, ...]) -> int | None:
-    """The rank by a tensor's shape; of fused experts, times their number."""
+    """The rank according to a tensor's shape; for fused experts, times their number."""
     if name.endswith(("lora_A.weight", "lora_embedding_A")):
         return shape[0]
     if name.endswith(("lora_B.weight", "lora_embedding_B")):
@@ -78,29 +78,29 @@ def _rank(name: str, shape: tuple[int, ...]) -> int | None:
 
 
 def _is_finite(dtype: str, data: bytes) -> bool:
-    if dtype == "BF16":  # which NumPy has not: all bits of the exponent are set
+    if dtype == "BF16":  # NumPy has no bfloat16: all bits of the exponent are set
         return not bool(np.any((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80))
-    return dtype not in NUMBERS or bool(np.isfinite(np.frombuffer(data, NUMBERS[dtype])).all())
+    return dtype not in NUMPY_TYPES or bool(np.isfinite(np.frombuffer(data, NUMPY_TYPES[dtype])).all())
 
 
 def check_names(adapter: AdapterFolder, config: Mapping[str, Any]) -> Finding:
-    """Whether adapter_config.json names the base that yeonma.json names."""
+    """Checks that adapter_config.json and yeonma.json name the same base."""
     base, place = adapter.base, str(adapter.path / "adapter_config.json")
     named = {"base_model_name_or_path": base.name, "revision": base.revision}
     problems = [
-        Problem(f"{name} is {config.get(name)}, and yeonma.json says {expected}", place, ANEW)
+        Problem(f"{name} is {config.get(name)}, but yeonma.json says {expected}", place, REPLACE)
         for name, expected in named.items()
         if config.get(name) != expected
     ]
-    return found("template and rules", problems, f'template "{adapter.template.name}", base {base.name}')
+    return checked("template and rules", problems, f'template "{adapter.template.name}", base {base.name}')
 
 
-def where_is_base(
+def locate_base(
     adapter: AdapterFolder, base_model: str | None, trust_remote_code: bool
 ) -> BaseSource | Finding:
-    """The base as it is to be had now, or why not.
+    """Where the base is now, or a Finding that says why it cannot be checked.
 
-    Raises UserError where the user has named one that is not there.
+    Raises UserError if `base_model` is given and does not exist.
     """
     if base_model is not None:
         source = find_base(base_model, None, trust_remote_code)
@@ -108,53 +108,55 @@ def where_is_base(
         return source
     name = adapter.base.name
     if adapter.trust_remote_code and not trust_remote_code:
-        return not_checked("base", f"{name} brings code of its own; give --trust_remote_code true to run it")
+        return not_checked("base", f"{name} comes with Python code; allow it with --trust_remote_code true")
     if Path(name).is_absolute() and not Path(name).is_dir():
-        return not_checked("base", f"it is no longer at {name}; say with --base_model where it is")
+        return not_checked("base", f"it is no longer at {name}; give its place with --base_model")
     try:
         source = find_base(name, adapter.base.revision, trust_remote_code)
         load_config(source)
     except UserError as error:
         if Path(name).is_dir():
-            return found("base", error.problems, "")
+            return checked("base", error.problems, "")
         first = error.problems[0].what
-        return not_checked("base", f"{name}: {first}; say with --base_model where it is")
+        return not_checked("base", f"{name}: {first}; give its place with --base_model")
     return source
 
 
 def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> Finding:
-    """The base's config and number of parameters against yeonma.json, and the adapter's shapes against its layers."""
+    """Checks the base's config and size against yeonma.json, and the adapter's shapes against the base's layers."""
     model = outline(load_config(source), source)
     if model is None:
-        return not_checked("base", f"{source.name} cannot be laid out without its weights")
+        return not_checked("base", f"{source.name} cannot be built without its weights")
     try:
         check_base(adapter, base_identity(model, source))
     except UserError as error:
-        return found("base", error.problems, "")
-    place, cure = str(adapter.path / WEIGHTS), "give back the adapter of this run, or train anew"
+        return checked("base", error.problems, "")
+    place, cure = str(adapter.path / WEIGHTS), "restore the adapter of this run, or train again"
     try:
-        wanted = _shapes_on(model, str(adapter.path))
+        expected = _expected_shapes(model, str(adapter.path))
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-        what = f"its layers are not the base's ({str(error).splitlines()[0]:.200})"
-        return found("base", [Problem(what, str(adapter.path / "adapter_config.json"), cure)], "")
+        what = f"the adapter does not fit the base's layers ({str(error).splitlines()[0]:.200})"
+        return checked("base", [Problem(what, str(adapter.path / "adapter_config.json"), cure)], "")
     problems = []
-    if missing := sorted(wanted.keys() - shapes.keys()):
-        problems.append(Problem(f"it lacks {_some(missing)}", place, cure))
-    if more := sorted(shapes.keys() - wanted.keys()):
-        problems.append(Problem(f"the base has no layer for {_some(more)}", place, cure))
+    if missing := sorted(expected.keys() - shapes.keys()):
+        problems.append(Problem(f"{_some(missing)} is missing", place, cure))
+    if extra := sorted(shapes.keys() - expected.keys()):
+        problems.append(Problem(f"the base has no layer for {_some(extra)}", place, cure))
     wrong = sorted(
-        name for name in wanted.keys() & shapes.keys() if tuple(wanted[name]) != tuple(shapes[name])
+        name for name in expected.keys() & shapes.keys() if tuple(expected[name]) != tuple(shapes[name])
     )
     if wrong:
-        what = f"{_some(wrong)}: of shape {shapes[wrong[0]]}, and the base needs {wanted[wrong[0]]}"
+        what = f"{_some(wrong)} has shape {shapes[wrong[0]]}, but the base needs {expected[wrong[0]]}"
         problems.append(Problem(what, place, cure))
-    return found(
-        "base", problems, f"{source.name}: its config, and a layer for each of the adapter's tensors"
+    return checked(
+        "base",
+        problems,
+        f"{source.name} has the recorded config, and a layer for each of the adapter's tensors",
     )
 
 
-def _shapes_on(model: Any, folder: str) -> Shapes:
-    """What PEFT would make of the adapter's config on this outline."""
+def _expected_shapes(model: Any, folder: str) -> Shapes:
+    """The shapes of the adapter that PEFT builds from the adapter's config on this model."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     peft_model = get_peft_model(model, PeftConfig.from_pretrained(folder))
@@ -163,56 +165,54 @@ def _shapes_on(model: Any, folder: str) -> Shapes:
 
 
 def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: str) -> Finding:
-    """Whether a tokenizer is the one that the run was trained with, in all that decides the template's tokens."""
+    """Checks that a tokenizer is that of training, in everything that decides the template's tokens."""
     recorded = adapter.details.get("tokenizer")
     if not isinstance(recorded, Mapping):
-        return not_checked(check, f"{MANIFEST} does not say which one it was: a run of an earlier version")
+        return not_checked(check, f"{MANIFEST} does not record it: the run is of an earlier version")
     key = "with_chat_template_sha256" if is_turns(adapter) else "sha256"
     now = identity_of_tokenizer(tokenizer)
     if now[key] == recorded.get(key):
         about = "the vocabulary and rules" + (" and chat template" if is_turns(adapter) else "")
-        return found(check, [], f"{about} of training")
-    what = "it is not the tokenizer that the adapter was trained with"
+        return checked(check, [], f"{about} are those of training")
+    what = "this is not the tokenizer of training"
     if is_turns(adapter) and now["sha256"] == recorded.get("sha256"):
-        what = "its chat template is not the one that the adapter was trained with"
-    return found(check, [Problem(what, place, "put a copy of the run's back")], "")
+        what = "its chat template is not that of training"
+    return checked(check, [Problem(what, place, "restore a copy of the run's tokenizer")], "")
 
 
 def check_samples(
     adapter: AdapterFolder, samples: Samples | None, tokenizer: Any, check: str, place: str
 ) -> Finding:
-    """Whether the sample rows' prompts have the token ids of training with this tokenizer."""
+    """Checks that this tokenizer gives the sample rows' prompts the token ids of training."""
     if samples is None:
-        return not_checked(check, f"there is no {SAMPLES}: a run of an earlier version, or the file was lost")
+        return not_checked(check, f"no {SAMPLES}: the run is of an earlier version, or the file was lost")
     if not samples.rows:
-        return not_checked(check, "the run kept none (card_rows 0)")
+        return not_checked(check, "the run saved none (card_rows 0)")
     try:
         now = prompts_now(samples, adapter.template, adapter.columns, tokenizer, adapter.rules)
     except UserError as error:
-        return found(check, error.problems, "")
-    cure = "ask with the tokenizer and template of training, or the answers will not be the trained ones"
+        return checked(check, error.problems, "")
+    cure = "use the tokenizer and template of training; with others the model answers worse"
     problems = [
-        Problem(f"the prompt of row {row.row_number} is no longer the trained one: {difference}", place, cure)
+        Problem(f"the prompt of row {row.row_number} differs from training: {difference}", place, cure)
         for row, ids in zip(samples.rows, now, strict=True)
         if (difference := _difference(row.prompt_ids, ids))
     ]
-    return found(check, problems, f"the prompts of {len(samples.rows)} rows have the token ids of training")
+    return checked(check, problems, f"the prompts of {len(samples.rows)} rows have the token ids of training")
 
 
 def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokenizer: Any, own: Any) -> Finding:
-    """Whether messages sent through the folder's chat template (`tokenizer` has it) have the token ids of training.
+    """Checks that the folder's chat template, which `tokenizer` has, gives messages the token ids of training.
 
-    `own`: the same tokenizer with the base's chat template. Rows with special-token text in them are left out: other
-    tools take it for special tokens.
+    `own`: the same tokenizer with the base's chat template. Rows with special-token text are left out, because other
+    tools turn it into special tokens.
     """
     check, place = "chat template", str(adapter.path / CHAT_TEMPLATE)
     template = adapter.template
     if not (template.is_chat or base_chat_template(tokenizer).startswith(MARK)):
-        return not_checked(
-            check, "it does not carry the training template: other tools ask with other tokens"
-        )
+        return not_checked(check, "it does not contain the training template: other tools send other tokens")
     if samples is None or not samples.rows:
-        return not_checked(check, "there are no sample rows to ask with")
+        return not_checked(check, "there are no sample rows to try it with")
     encoder, problems, same = TextEncoder.of(own), [], 0
     for sample in samples.rows:
         row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
@@ -223,18 +223,18 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
                 continue
             ids = full_prompt_ids(rendered, row, own)
         except UserError as error:
-            return found(check, error.problems, "")
+            return checked(check, error.problems, "")
         try:
-            asked = chat_ids(tokenizer, messages)
+            message_ids = chat_ids(tokenizer, messages)
         except Exception as error:  # whatever Jinja raises
-            return found(check, [Problem(f"it refuses a row ({error!s:.200})", place, ANEW)], "")
-        same += asked == ids
-        if difference := _difference(ids, asked):
-            what = f"the messages of row {sample.row_number} do not become the trained prompt: {difference}"
-            problems.append(Problem(what, place, ANEW))
+            return checked(check, [Problem(f"it fails on a row ({error!s:.200})", place, REPLACE)], "")
+        same += message_ids == ids
+        if difference := _difference(ids, message_ids):
+            what = f"the messages of row {sample.row_number} do not give the prompt of training: {difference}"
+            problems.append(Problem(what, place, REPLACE))
     if not same and not problems:
-        return not_checked(check, "every sample row has special-token text in it")
-    return found(check, problems, f"the messages of {same} rows become the trained token ids")
+        return not_checked(check, "every sample row contains special-token text")
+    return checked(check, problems, f"the messages of {same} rows have the token ids of training")
 
 
 def _difference(before: list[int], now: list[int] | None) -> str:
@@ -246,11 +246,11 @@ def _difference(before: list[int], now: list[int] | None) -> str:
         (at for at, (old, new) in enumerate(zip(before, now, strict=False)) if old != new),
         min(len(before), len(now)),
     )
-    return f"from token {at + 1} on ({len(before)} tokens then, {len(now)} now)"
+    return f"from token {at + 1} on ({len(before)} tokens in training, {len(now)} now)"
 
 
 def is_turns(adapter: AdapterFolder) -> bool:
-    """Whether a chat template writes the prompts."""
+    """Whether the prompts are written by a chat template."""
     template = adapter.template
     return template.is_chat or any(variant.answer_role is not None for variant in template.variants)
 

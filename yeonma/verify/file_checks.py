@@ -1,13 +1,13 @@
-"""The files of an output folder against what the run wrote down of them: SHA-256 sums, settings, metrics.
+"""Checks the files of an output folder against the run's own records: SHA-256 checksums, settings, metrics.
 
-The sums lie beside the files: they show what an accident has done, not what somebody has done who can count sums.
+The checksums lie beside the files, so they reveal accidents, not deliberate changes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,61 +18,59 @@ from yeonma.files import file_hash
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.output_folder import OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.trackers import read_metrics
-from yeonma.verify.finding import Finding, found, not_checked
+from yeonma.verify.finding import Finding, checked, not_checked
 
-OF_THE_RUN = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.png", "README.md")
-"""What a copy of the adapter alone may lack."""
-_SUM = re.compile("[0-9a-f]{64}")
-SETTLED_OTHERWISE = ("base_model", "model_revision", "columns")
-"""Settings whose place in a run's identity holds what was found by them, not what was written."""
+RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.png", "README.md")
+"""Files that a copy of the adapter alone may lack."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+RESOLVED_SETTINGS = ("base_model", "model_revision", "columns")
+"""Settings of which a run's identity records the resolved value, not the written one."""
 PARTS = ("base", "tokenizer", "template", "columns", "rules", "trained_on")
-"""Of yeonma.json, what is the same in the folder and in every checkpoint of a run."""
-ANEW = "put a copy of the file back, or run the same command with --overwrite true"
-GOES_ON = "delete the checkpoint; a run goes on from the one before"
+"""Keys of yeonma.json that are the same in the folder and in every checkpoint of a run."""
+RESTORE = "restore a copy of the file, or run the same command with --overwrite true"
+DELETE = "delete the checkpoint; the run then resumes from the one before"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError where it cannot be read or is none."""
+    """Reads a JSON object. Raises UserError if the file cannot be read or is not one."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise UserError("it is missing", place=str(path), cure=ANEW) from error
+        raise UserError("the file is missing", place=str(path), cure=RESTORE) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"it cannot be read ({error})", place=str(path), cure=ANEW) from error
+        raise UserError(f"cannot be read ({error})", place=str(path), cure=RESTORE) from error
     if not isinstance(value, dict):
-        raise UserError("not a JSON object", place=str(path), cure=ANEW)
+        raise UserError("not a JSON object", place=str(path), cure=RESTORE)
     return value
 
 
-def check_files(folder: Path, *, whole: bool) -> Finding:
-    """The folder's own files against its manifest.json. A copy, not `whole`, may lack the run's own records."""
+def check_files(folder: Path, *, is_run: bool) -> Finding:
+    """Checks the folder's own files against manifest.json. A mere copy of the adapter may lack RUN_RECORDS."""
     check = "files"
     if not (folder / SEAL).is_file():
-        if whole:
-            return not_checked(
-                check, f"there is no {SEAL}: a run of an earlier version, or the file was lost"
-            )
-        return not_checked(check, f"there is no {SEAL} beside this copy")
+        if is_run:
+            return not_checked(check, f"no {SEAL}: the run is of an earlier version, or the file was lost")
+        return not_checked(check, f"no {SEAL} beside this copy")
     try:
-        sums = _sums(folder / SEAL)
+        hashes = _manifest_hashes(folder / SEAL)
     except UserError as error:
-        return found(check, error.problems, "")
-    lacking = {name for name in sums if not whole and name in OF_THE_RUN and not (folder / name).is_file()}
+        return checked(check, error.problems, "")
+    absent = {name for name in hashes if not is_run and name in RUN_RECORDS and not (folder / name).is_file()}
     problems = [
         problem
-        for name, expected in sums.items()
-        if name not in lacking and (problem := _changed(folder / name, expected, ANEW)) is not None
+        for name, expected in hashes.items()
+        if name not in absent and (problem := _changed(folder / name, expected, RESTORE)) is not None
     ]
-    size = sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
-    about = f"{len(sums) - len(lacking)} files as the run left them, {size / 1e6:,.1f} MB"
-    if lacking:
-        about += f"; not in this copy: {', '.join(sorted(lacking))}"
-    return found(check, problems, about)
+    size = sum((folder / name).stat().st_size for name in hashes if (folder / name).is_file())
+    about = f"{len(hashes) - len(absent)} files unchanged since the run, {size / 1e6:,.1f} MB"
+    if absent:
+        about += f"; not in this copy: {', '.join(sorted(absent))}"
+    return checked(check, problems, about)
 
 
-def strangers(folder: Path, manifest: Mapping[str, Any] | None) -> list[str]:
-    """Names in an output folder that the run did not leave there. Folders are not looked into; hidden names, among
-    them what a killed run leaves, are not told."""
+def unknown_files(folder: Path, manifest: Mapping[str, Any] | None) -> list[str]:
+    """Names of files in an output folder that are not the run's. Subfolders and hidden names, among them leftovers of a
+    killed run, are ignored."""
     known = {RUN, SEAL, *(manifest or {})}
     patterns = () if manifest is not None else (*OURS, *TOKENIZERS)
     return sorted(
@@ -85,10 +83,10 @@ def strangers(folder: Path, manifest: Mapping[str, Any] | None) -> list[str]:
     )
 
 
-def sums_of(folder: Path) -> dict[str, str] | None:
-    """The sums of the folder's manifest.json; None where there are none that can be read."""
+def manifest_hashes(folder: Path) -> dict[str, str] | None:
+    """The checksums in the folder's manifest.json, or None if they cannot be read."""
     try:
-        return _sums(folder / SEAL)
+        return _manifest_hashes(folder / SEAL)
     except UserError:
         return None
 
@@ -96,32 +94,32 @@ def sums_of(folder: Path) -> dict[str, str] | None:
 def check_checkpoint(
     checkpoint: Path, identity: Mapping[str, Any] | None, details: Mapping[str, Any] | None
 ) -> Finding:
-    """A checkpoint's files against its manifest, and whether it is one of the run with this `identity` whose adapter
-    has these `details` (where they are known)."""
+    """Checks a checkpoint's files against its manifest, and that it belongs to the run with this `identity` and to the
+    adapter with these `details`, if known."""
     name = checkpoint.name
     try:
-        sums = _sums(checkpoint / MANIFEST)
+        hashes = _manifest_hashes(checkpoint / MANIFEST)
         problems = [
             problem
-            for file, expected in sums.items()
-            if (problem := _changed(checkpoint / file, expected, GOES_ON)) is not None
+            for file, expected in hashes.items()
+            if (problem := _changed(checkpoint / file, expected, DELETE)) is not None
         ]
         present = {
             path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()
         }
-        for file in sorted(present - {MANIFEST, *sums}):
-            what = "no part of the checkpoint: its manifest does not name it"
+        for file in sorted(present - {MANIFEST, *hashes}):
+            what = "not part of the checkpoint: its manifest does not list it"
             problems.append(Problem(what, str(checkpoint / file), "move it elsewhere"))
         if not problems:
-            problems = _of_run(checkpoint, identity, details)
+            problems = _run_problems(checkpoint, identity, details)
     except UserError as error:
         problems = list(error.problems)
-    if problems and not checkpoint.exists():  # a run that goes on has removed it meanwhile
-        return not_checked(name, "it was removed while it was looked at")
-    return found(name, problems, f"{len(sums) if not problems else 0} files as the run left them")
+    if problems and not checkpoint.exists():  # the run that is under way has removed it meanwhile
+        return not_checked(name, "removed during the check")
+    return checked(name, problems, f"{len(hashes) if not problems else 0} files unchanged since the run")
 
 
-def _of_run(
+def _run_problems(
     checkpoint: Path, identity: Mapping[str, Any] | None, details: Mapping[str, Any] | None
 ) -> list[Problem]:
     state = read_object(checkpoint / STATE)
@@ -130,90 +128,89 @@ def _of_run(
         pass
     elif re.fullmatch(r"checkpoint-\d+", checkpoint.name):
         what = f"it is the checkpoint of step {state.get('step')}, not of step {step_of(checkpoint)}"
-        problems.append(Problem(what, str(checkpoint), "give it its own name back"))
-    if identity is not None and (names := _differing(state.get("identity"), identity)):
-        what = f"it is of another run: they differ in {', '.join(names)}"
-        problems.append(Problem(what, str(checkpoint / STATE), GOES_ON))
+        problems.append(Problem(what, str(checkpoint), "rename it to its own step"))
+    if identity is not None and (names := _differing_keys(state.get("identity"), identity)):
+        what = f"it belongs to another run, which differs in {', '.join(names)}"
+        problems.append(Problem(what, str(checkpoint / STATE), DELETE))
     elif details is not None:
         own = read_object(checkpoint / "yeonma.json")
         if names := [name for name in PARTS if own.get(name) != details.get(name)]:
-            what = f"it is not of the folder's adapter: they differ in {', '.join(names)}"
-            problems.append(Problem(what, str(checkpoint / "yeonma.json"), GOES_ON))
+            what = f"it does not belong to the folder's adapter: they differ in {', '.join(names)}"
+            problems.append(Problem(what, str(checkpoint / "yeonma.json"), DELETE))
     return problems
 
 
-def _differing(mine: object, other: Mapping[str, Any]) -> list[str]:
-    if not isinstance(mine, Mapping):
-        return ["all"]
-    return [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name)]
+def _differing_keys(one: object, other: Mapping[str, Any]) -> list[str]:
+    if not isinstance(one, Mapping):
+        return ["everything"]
+    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
 
 
-def _sums(path: Path) -> dict[str, str]:
-    sums = read_object(path).get("sha256")
-    well = isinstance(sums, dict) and all(
+def _manifest_hashes(path: Path) -> dict[str, str]:
+    hashes = read_object(path).get("sha256")
+    is_valid = isinstance(hashes, dict) and all(
         isinstance(value, str)
-        and _SUM.fullmatch(value)
+        and _SHA256.fullmatch(value)
         and not PurePath(name).is_absolute()
         and ".." not in PurePath(name).parts
-        for name, value in sums.items()
+        for name, value in hashes.items()
     )
-    if not well or not sums:
-        raise UserError("damaged: it holds no SHA-256 sums", place=str(path), cure=ANEW)
-    assert isinstance(sums, dict)
-    return sums
+    if not is_valid or not hashes:
+        raise UserError("damaged: no SHA-256 checksums in it", place=str(path), cure=RESTORE)
+    assert isinstance(hashes, dict)
+    return hashes
 
 
 def _changed(path: Path, expected: str, cure: str) -> Problem | None:
     try:
         if not path.is_file():
-            return Problem("it is missing", str(path), cure)
+            return Problem("the file is missing", str(path), cure)
         if file_hash(path) != expected:
-            return Problem("it has changed: its SHA-256 is not the manifest's", str(path), cure)
+            return Problem("the file has changed: its SHA-256 is not that of the manifest", str(path), cure)
     except OSError as error:
-        return Problem(f"it cannot be read ({error.strerror})", str(path), cure)
+        return Problem(f"cannot be read ({error.strerror})", str(path), cure)
     return None
 
 
 def check_run(
     folder: Path, run: Mapping[str, Any], details: Mapping[str, Any] | None, adapter_config: Mapping[str, Any] | None
 ) -> Finding:  # fmt: skip
-    """Whether run.json, settings.yaml, metrics.jsonl and the adapter's own files tell of one run."""
+    """Checks that run.json, settings.yaml, metrics.jsonl and the adapter's own files are of one run."""
     identity, finished = run["identity"], run["finished"]
-    problems = _of_settings(folder / "settings.yaml", identity)
+    problems = _settings_problems(folder / "settings.yaml", identity)
     if details is not None:
-        problems += _of_details(folder, identity, details, adapter_config)
-    steps, wrong = _of_metrics(folder / "metrics.jsonl", identity, finished=finished)
-    return found(
-        "run", [*problems, *wrong], f"settings, metrics of {steps:,} steps and adapter tell of one run"
-    )
+        problems += _details_problems(folder, identity, details, adapter_config)
+    steps, metrics_problems = _metrics_problems(folder / "metrics.jsonl", identity, finished=finished)
+    about = f"settings, metrics of {steps:,} steps and adapter are of one run"
+    return checked("run", [*problems, *metrics_problems], about)
 
 
-def _of_settings(path: Path, identity: Mapping[str, Any]) -> list[Problem]:
-    """settings.yaml must give what run.json says the result depends on."""
+def _settings_problems(path: Path, identity: Mapping[str, Any]) -> list[Problem]:
+    """settings.yaml must have the values that run.json records of the settings that the result depends on."""
     if not path.is_file():
-        return [Problem("it is missing", str(path), ANEW)]
+        return [Problem("the file is missing", str(path), RESTORE)]
     groups = TRAINING if identity.get("objective") == "sft" else None
     try:
         reading = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=groups)
     except UserError as error:
-        return [Problem(each.what, each.place or str(path), ANEW) for each in error.problems]
+        return [Problem(problem.what, problem.place or str(path), RESTORE) for problem in error.problems]
     values = json.loads(json.dumps(settings_dict(reading.config), default=str))
     return [
-        Problem(f"{name} is {value!r}, and was {identity[name]!r} in the run ({RUN})", str(path), ANEW)
+        Problem(f"{name} is {value!r}, but was {identity[name]!r} in the run ({RUN})", str(path), RESTORE)
         for name, value in values.items()
-        if name in identity and name not in SETTLED_OTHERWISE and value != identity[name]
+        if name in identity and name not in RESOLVED_SETTINGS and value != identity[name]
     ]
 
 
-def _of_details(
+def _details_problems(
     folder: Path,
     identity: Mapping[str, Any],
     details: Mapping[str, Any],
     adapter_config: Mapping[str, Any] | None,
 ) -> list[Problem]:
-    """yeonma.json, and adapter_config.json of a fresh adapter, must be what run.json says."""
+    """yeonma.json, and adapter_config.json unless an adapter was continued, must agree with run.json."""
     tokenizer = details.get("tokenizer") or {}
-    said: dict[str, tuple[Any, Any]] = {
+    values: dict[str, tuple[Any, Any]] = {
         "content of the template": (details["template"]["sha256"], identity.get("content of the template")),
         "content of data_path": (
             details["trained_on"].get("data_sha256"),
@@ -223,20 +220,20 @@ def _of_details(
         **{name: (value, identity.get(name)) for name, value in details["rules"].items()},
     }
     if tokenizer:
-        said["content of the tokenizer"] = (
+        values["content of the tokenizer"] = (
             tokenizer.get("with_chat_template_sha256"),
             identity.get("content of the tokenizer"),
         )
     place = folder / "yeonma.json"
     problems = [
-        Problem(f"the {name} is not the run's ({RUN})", str(place), ANEW)
-        for name, (own, theirs) in said.items()
-        if own != theirs
+        Problem(f"{name} is not that of the run ({RUN})", str(place), RESTORE)
+        for name, (own, recorded) in values.items()
+        if own != recorded
     ]
     name, base = str(identity.get("base_model")), str(details["base"]["name"])
     if PurePath(name).name != PurePath(base).name:
-        what = f"the base is {base}, and was {name} in the run ({RUN})"
-        problems.append(Problem(what, str(place), ANEW))
+        what = f"the base is {base}, but was {name} in the run ({RUN})"
+        problems.append(Problem(what, str(place), RESTORE))
     if adapter_config is not None and identity.get("content of the adapter continued") is None:
         for own_name, name in (
             ("r", "lora_r"),
@@ -245,15 +242,17 @@ def _of_details(
             ("use_dora", "use_dora"),
         ):
             if adapter_config.get(own_name) != identity.get(name):
-                what = f"{own_name} is {adapter_config.get(own_name)}, and {name} was {identity.get(name)} in the run"
-                problems.append(Problem(what, str(folder / "adapter_config.json"), ANEW))
+                what = f"{own_name} is {adapter_config.get(own_name)}, but {name} was {identity.get(name)} in the run"
+                problems.append(Problem(what, str(folder / "adapter_config.json"), RESTORE))
     return problems
 
 
-def _of_metrics(path: Path, identity: Mapping[str, Any], *, finished: bool) -> tuple[int, list[Problem]]:
-    """The steps that are there, and what is wrong with them. They run from 1 to the end, without a gap."""
+def _metrics_problems(
+    path: Path, identity: Mapping[str, Any], *, finished: bool
+) -> tuple[int, list[Problem]]:
+    """The number of steps in metrics.jsonl, and its problems: steps count from 1 to the last without a gap."""
     if not path.is_file():
-        return 0, [Problem("it is missing", str(path), ANEW)] if finished else []
+        return 0, [Problem("the file is missing", str(path), RESTORE)] if finished else []
     try:
         lines = read_metrics(path)
     except UserError as error:
@@ -261,19 +260,14 @@ def _of_metrics(path: Path, identity: Mapping[str, Any], *, finished: bool) -> t
     steps = [line["step"] for line in lines if not line.get("evaluation")]
     for number, step in enumerate(steps, start=1):
         if step != number:
-            what = f"after step {number - 1} comes step {step}"
-            return len(steps), [Problem(what, str(path), ANEW)]
+            what = f"step {number - 1} is followed by step {step}"
+            return len(steps), [Problem(what, str(path), RESTORE)]
     problems = []
     if finished:
         if not path.read_bytes().endswith(b"\n"):
-            problems.append(Problem("its last line is cut short", str(path), ANEW))
+            problems.append(Problem("the last line is incomplete", str(path), RESTORE))
         total, early = identity.get("steps"), identity.get("early_stopping_patience") is not None
         if isinstance(total, int) and (len(steps) > total or (len(steps) < total and not early)):
-            what = f"it has {len(steps):,} steps, and the run had {total:,}"
-            problems.append(Problem(what, str(path), ANEW))
+            what = f"it has {len(steps):,} steps, but the run had {total:,}"
+            problems.append(Problem(what, str(path), RESTORE))
     return len(steps), problems
-
-
-def unknown_names(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""What a check of an output folder found."""
+"""The outcome of one check of an output folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Literal
 from yeonma.errors import Problem
 
 Outcome = Literal["well", "differs", "not checked"]
+"""These words are part of the JSON that `yeonma verify --json` prints."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. `about` says in words what was found well, or why nothing was looked at."""
+    """One check. `about` says what was checked, or why nothing was."""
 
     check: str
     outcome: Outcome
@@ -21,8 +22,8 @@ class Finding:
     problems: tuple[Problem, ...] = ()
 
 
-def found(check: str, problems: Iterable[Problem], about: str) -> Finding:
-    """A check that was made: well where there are no problems."""
+def checked(check: str, problems: Iterable[Problem], about: str) -> Finding:
+    """A check that ran. It passed if there are no problems."""
     problems = tuple(problems)
     if not problems:
         return Finding(check, "well", about)
@@ -30,5 +31,5 @@ def found(check: str, problems: Iterable[Problem], about: str) -> Finding:
     return Finding(check, "differs", count, problems)
 
 
-def not_checked(check: str, why: str) -> Finding:
-    return Finding(check, "not checked", why)
+def not_checked(check: str, reason: str) -> Finding:
+    return Finding(check, "not checked", reason)

@@ -1,4 +1,4 @@
-"""`yeonma verify`: what a run left is found well, and every change to it is found and named."""
+"""`yeonma verify`: a run's folder passes, and every change to it is found and named."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -20,7 +21,7 @@ from tests.runs import Done, articles, characters, command, model_folder, sft, t
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.train import run as run_module
 
-OF_THE_RUN = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json")
+RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def copy(tmp_path: Path, whole: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
-def looked_at(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Exit status, and the checks by name. The folder is as before."""
+def verified(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Exit status, and the checks by name. The folder must not change."""
     before = everything_in(folder)
     done = command(folder, "verify", str(folder), "--json", "true", *words)
     assert everything_in(folder) == before
@@ -64,23 +65,23 @@ def looked_at(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]
 
 
 def differing(folder: Path, *words: str) -> dict[str, str]:
-    """The checks that found differences, with the places and words of all of them. Each has a cure."""
-    status, checks = looked_at(folder, *words)
-    found = {name: each for name, each in checks.items() if each["outcome"] == "differs"}
-    assert status == (1 if found else 0)
-    for each in found.values():
-        assert each["problems"]
-        for problem in each["problems"]:
+    """The checks that found differences, with place and problem of each. Each must have a cure."""
+    status, checks = verified(folder, *words)
+    findings = {name: finding for name, finding in checks.items() if finding["outcome"] == "differs"}
+    assert status == (1 if findings else 0)
+    for finding in findings.values():
+        assert finding["problems"]
+        for problem in finding["problems"]:
             assert problem["place"]
             assert problem["cure"]
     return {
-        name: "\n".join(f"{each['place']}: {each['what']}" for each in finding["problems"])
-        for name, finding in found.items()
+        name: "\n".join(f"{problem['place']}: {problem['what']}" for problem in finding["problems"])
+        for name, finding in findings.items()
     }
 
 
 def outcomes(folder: Path, *words: str) -> dict[str, str]:
-    return {name: each["outcome"] for name, each in looked_at(folder, *words)[1].items()}
+    return {name: finding["outcome"] for name, finding in verified(folder, *words)[1].items()}
 
 
 def rewrite(path: Path, change: Callable[[Any], object]) -> None:
@@ -89,16 +90,16 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content), "utf-8")
 
 
-def reseal(folder: Path) -> None:
-    """As if the run had left the files so: then the sums can no longer tell."""
+def rehash(folder: Path) -> None:
+    """As if the run had left the files so: the checksums no longer show the change."""
     from yeonma.files import file_hash
 
     names = json.loads((folder / "manifest.json").read_text())["sha256"]
-    sums = {name: file_hash(folder / name) for name in names}
-    (folder / "manifest.json").write_text(json.dumps({"sha256": sums}))
+    hashes = {name: file_hash(folder / name) for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}))
 
 
-# What is well
+# Folders that pass
 
 
 WELL = {
@@ -117,21 +118,21 @@ WELL = {
 }
 
 
-def test_a_finished_run_is_found_well_in_all(whole: Path) -> None:
+def test_a_finished_run_passes_every_check(whole: Path) -> None:
     assert outcomes(whole) == WELL
     done = command(whole, "verify", str(whole))
     assert done.status == 0
-    assert done.out.endswith("\nnothing differs\n")
+    assert done.out.endswith("\nno differences\n")
     assert "trained on 15 examples" in done.out
 
 
-def test_the_seal_has_the_sum_of_every_file_of_the_folder_itself(whole: Path) -> None:
+def test_the_manifest_has_the_checksum_of_every_file_of_the_folder_itself(whole: Path) -> None:
     sums = json.loads((whole / "manifest.json").read_text())["sha256"]
     files = {path.name for path in whole.iterdir() if path.is_file()}
     assert set(sums) == files - {"manifest.json", "run.json"}
 
 
-def test_dpo_that_continues_an_adapter_is_found_well(tmp_path: Path, whole: Path, place: Path) -> None:
+def test_dpo_that_continues_an_adapter_passes(tmp_path: Path, whole: Path, place: Path) -> None:
     rows = [
         {"document": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs(12)
     ]
@@ -143,12 +144,12 @@ def test_dpo_that_continues_an_adapter_is_found_well(tmp_path: Path, whole: Path
 
 
 @pytest.mark.parametrize("shape", [{"use_dora": True}, {"use_rslora": True, "lora_r": 3}])
-def test_other_forms_of_lora_are_found_well(tmp_path: Path, place: Path, whole: Path, shape: Any) -> None:
+def test_other_forms_of_lora_pass(tmp_path: Path, place: Path, whole: Path, shape: Any) -> None:
     done = trained(tmp_path / "out", place / "base", place / "data.jsonl", max_steps=1, card_rows=1, **shape)
     assert set(outcomes(done.folder).values()) == {"well"}
 
 
-def test_turns_are_found_well_until_the_chat_template_changes(tmp_path: Path) -> None:
+def test_turns_pass_until_the_chat_template_changes(tmp_path: Path) -> None:
     base = chat_folder(tmp_path / "base")
     turns = [
         {
@@ -167,34 +168,34 @@ def test_turns_are_found_well_until_the_chat_template_changes(tmp_path: Path) ->
     tokenizer.save_pretrained(base)
     found = differing(done.folder)
     assert set(found) == {"base's tokenizer", "sample rows, as the base"}
-    assert "chat template is not the one" in found["base's tokenizer"]
+    assert "chat template is not that of training" in found["base's tokenizer"]
     tokenizer.save_pretrained(done.folder)
     assert {"files", "tokenizer", "sample rows"} <= set(differing(done.folder))
 
 
-def test_the_chat_template_plays_no_part_where_the_text_is_plain(copy: Path) -> None:
+def test_the_chat_template_does_not_matter_for_plain_text(copy: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(copy)
-    reseal(copy)
+    rehash(copy)
     assert not differing(copy)
 
 
-def test_a_chat_template_that_asks_with_other_tokens_is_found(copy: Path) -> None:
+def test_a_chat_template_that_gives_other_tokens_is_found(copy: Path) -> None:
     path = copy / "chat_template.jinja"
     path.write_text(path.read_text("utf-8").replace("below is", "above is"), "utf-8")
-    reseal(copy)
+    rehash(copy)
     found = differing(copy)
     assert set(found) == {"chat template"}
     assert "messages of row" in found["chat template"]
-    assert "do not become the trained prompt: from token 1 on" in found["chat template"]
+    assert "do not give the prompt of training: from token 1 on" in found["chat template"]
     path.write_text("{{ messages.nothing.here }}", "utf-8")
-    assert "chat template" not in differing(copy)  # it no longer claims to carry the training template
+    assert "chat template" not in differing(copy)  # it no longer claims to contain the training template
     path.write_text(MARK + "{{ messages.nothing.here }}", "utf-8")
-    assert "it refuses a row" in differing(copy)["chat template"]
+    assert "it fails on a row" in differing(copy)["chat template"]
 
 
-# What is not
+# Changed files
 
 
 FILES = (
@@ -204,65 +205,65 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["flipped", "cut", "deleted", "emptied"])
-def test_each_file_that_is_not_as_the_run_left_it_is_named(copy: Path, name: str, how: str) -> None:
-    damage(copy / name, how)
+@pytest.mark.parametrize("change", ["flipped", "cut", "deleted", "emptied"])
+def test_each_changed_file_is_named(copy: Path, name: str, change: str) -> None:
+    damage(copy / name, change)
     found = differing(copy)
     assert f"{copy / name}: " in found["files"]
     assert len(found["files"].splitlines()) == 1
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, change: str) -> None:
     content = path.read_bytes()
-    if how == "deleted":
+    if change == "deleted":
         path.unlink()
-    elif how == "emptied":
+    elif change == "emptied":
         path.write_bytes(b"")
-    elif how == "cut":
+    elif change == "cut":
         path.write_bytes(content[:-1])
     else:
         at = len(content) // 2
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
 
 
-OF_A_CHECKPOINT = (
+CHECKPOINT_FILES = (
     *("adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"),
     *("tokenizer.json", "tokenizer_config.json", "optimizer.safetensors", "random.safetensors", "state.json"),
 )
 
 
-@pytest.mark.parametrize("name", OF_A_CHECKPOINT)
-@pytest.mark.parametrize("how", ["flipped", "deleted"])
-def test_each_file_of_a_checkpoint_too(copy: Path, name: str, how: str) -> None:
-    damage(copy / "checkpoint-2" / name, how)
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+@pytest.mark.parametrize("change", ["flipped", "deleted"])
+def test_each_changed_file_of_a_checkpoint_is_named(copy: Path, name: str, change: str) -> None:
+    damage(copy / "checkpoint-2" / name, change)
     found = differing(copy)
     assert set(found) == {"checkpoint-2"}
     assert found["checkpoint-2"].startswith(f"{copy / 'checkpoint-2' / name}: ")
     assert "checkpoint-2" in differing(copy / "checkpoint-2")
 
 
-def test_manifests_that_are_damaged_are_named(copy: Path) -> None:
+def test_damaged_manifests_are_named(copy: Path) -> None:
     (copy / "manifest.json").write_text('{"sha256": {"../run.json": "0"}}')
     (copy / "checkpoint-4" / "manifest.json").write_text("[1")
     (copy / "run.json").write_text("{}")
     found = differing(copy)
-    assert set(found) == {"run", "checkpoint-4"}  # an unfinished run's seal would say nothing
+    assert set(found) == {"run", "checkpoint-4"}  # the manifest of an unfinished run would prove nothing
     shutil.copy(copy / "checkpoint-2" / "state.json", copy / "run.json")
 
 
-def test_a_manifest_that_leads_outside_is_refused(copy: Path) -> None:
+def test_a_manifest_that_names_files_outside_is_refused(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps({"sha256": {"../run.json": "0" * 64}}))
-    assert "no SHA-256 sums" in differing(copy)["files"]
+    assert "no SHA-256 checksums" in differing(copy)["files"]
 
 
-def test_unknown_files_are_told(copy: Path) -> None:
+def test_unknown_files_are_reported(copy: Path) -> None:
     (copy / "notes.txt").write_text("mine")
-    status, checks = looked_at(copy)
+    status, checks = verified(copy)
     assert status == 0
-    assert {name: each["outcome"] for name, each in checks.items()} == WELL
+    assert {name: finding["outcome"] for name, finding in checks.items()} == WELL
     assert "not from the run: notes.txt" in command(copy, "verify", str(copy)).out
     (copy / "checkpoint-2" / "adapter_model.bin").write_text("x")
-    assert "adapter_model.bin: no part of the checkpoint" in differing(copy)["checkpoint-2"]
+    assert "adapter_model.bin: not part of the checkpoint" in differing(copy)["checkpoint-2"]
 
 
 def swap(source: Path, target: Path, *names: str) -> None:
@@ -285,13 +286,13 @@ def swap(source: Path, target: Path, *names: str) -> None:
     ],
     ids=lambda names: "+".join(sorted(names)) if isinstance(names, tuple) else "",
 )
-def test_what_is_another_runs_is_found_even_where_the_sums_were_made_anew(
+def test_files_of_another_run_are_found_even_if_the_checksums_were_updated(
     copy: Path, other: Path, names: tuple[str, ...], expected: set[str]
 ) -> None:
     swap(other, copy, *names)
     if names != ("run.json",):
         assert "files" in differing(copy)
-        reseal(copy)
+        rehash(copy)
     found = set(differing(copy))
     assert "files" not in found
     assert expected <= found
@@ -300,22 +301,22 @@ def test_what_is_another_runs_is_found_even_where_the_sums_were_made_anew(
 def test_a_checkpoint_of_another_run_or_under_another_name_is_found(copy: Path, other: Path) -> None:
     shutil.rmtree(copy / "checkpoint-2")
     shutil.copytree(other / "checkpoint-2", copy / "checkpoint-2")
-    assert "it is of another run: they differ in" in differing(copy)["checkpoint-2"]
+    assert "it belongs to another run, which differs in" in differing(copy)["checkpoint-2"]
     shutil.rmtree(copy / "checkpoint-2")
     (copy / "checkpoint-4").rename(copy / "checkpoint-3")
     assert "the checkpoint of step 4, not of step 3" in differing(copy)["checkpoint-3"]
 
 
-def test_ids_of_sample_rows_that_are_no_longer_the_same_are_told_with_row_and_token(copy: Path) -> None:
+def test_changed_ids_of_sample_rows_are_reported_with_row_and_token(copy: Path) -> None:
     def change(content: Any) -> None:
         content["samples"][1]["prompt_ids"][4] += 1
 
     rewrite(copy / "samples.json", change)
-    reseal(copy)
+    rehash(copy)
     found = differing(copy)
     assert set(found) == {"sample rows", "sample rows, as the base"}
     row = json.loads((copy / "samples.json").read_text())["samples"][1]
-    assert f"row {row['row_number']} is no longer the trained one: from token 5 on" in found["sample rows"]
+    assert f"row {row['row_number']} differs from training: from token 5 on" in found["sample rows"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -324,11 +325,11 @@ def test_weights_that_are_not_finite_are_named(copy: Path, value: float) -> None
     name = sorted(weights)[3]
     weights[name][0, 1] = value
     save_file(weights, copy / "adapter_model.safetensors")
-    reseal(copy)
+    rehash(copy)
     assert name in differing(copy)["adapter"]
 
 
-def test_weights_in_bfloat16_are_looked_at_too() -> None:
+def test_weights_in_bfloat16_are_checked_too() -> None:
     from yeonma.verify.compatibility import _is_finite
 
     def bfloat16(*values: float) -> bytes:
@@ -339,23 +340,23 @@ def test_weights_in_bfloat16_are_looked_at_too() -> None:
     assert not _is_finite("BF16", bfloat16(float("nan"), 1.0))
 
 
-def test_metrics_with_a_gap_or_without_their_end_are_told(copy: Path) -> None:
+def test_metrics_with_a_gap_or_without_their_end_are_reported(copy: Path) -> None:
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     at = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 2)
     (copy / "metrics.jsonl").write_text("".join(lines[:at] + lines[at + 1 :]))
-    reseal(copy)
-    assert "after step 1 comes step 3" in differing(copy)["run"]
+    rehash(copy)
+    assert "step 1 is followed by step 3" in differing(copy)["run"]
     kept = [line for line in lines if json.loads(line)["step"] < 4]
     (copy / "metrics.jsonl").write_text("".join(kept))
-    reseal(copy)
-    assert "it has 3 steps, and the run had 4" in differing(copy)["run"]
+    rehash(copy)
+    assert "it has 3 steps, but the run had 4" in differing(copy)["run"]
 
 
-def test_a_setting_that_was_changed_afterwards_is_told(copy: Path) -> None:
+def test_a_setting_changed_afterwards_is_reported(copy: Path) -> None:
     path = copy / "settings.yaml"
     path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
-    reseal(copy)
-    assert "seed is 43, and was 42 in the run" in differing(copy)["run"]
+    rehash(copy)
+    assert "seed is 43, but was 42 in the run" in differing(copy)["run"]
 
 
 # The base
@@ -376,16 +377,16 @@ def test_a_base_that_was_replaced_is_found(tmp_path: Path) -> None:
     assert "base" in differing(done.folder)
 
 
-def test_a_base_that_is_gone_is_not_checked_and_said_so(copy: Path, place: Path, other: Path) -> None:
+def test_a_base_that_is_gone_is_reported_as_not_checked(copy: Path, place: Path, other: Path) -> None:
     moved = place / "elsewhere"
     (place / "base").rename(moved)
     try:
-        status, checks = looked_at(copy)
+        status, checks = verified(copy)
         assert status == 0
         assert checks["base"]["outcome"] == "not checked"
         assert "--base_model" in checks["base"]["about"]
         assert "base's tokenizer" not in checks
-        assert command(copy, "verify", str(copy)).out.endswith("nothing differs; 1 could not be made\n")
+        assert command(copy, "verify", str(copy)).out.endswith("no differences; 1 check could not run\n")
         assert outcomes(copy, "--base_model", str(moved)) == WELL
         assert "base" in differing(copy, "--base_model", str(place / "other-base"))
         done = command(copy, "verify", str(copy), "--base_model", str(place / "nowhere"))
@@ -398,12 +399,12 @@ def test_a_base_that_is_gone_is_not_checked_and_said_so(copy: Path, place: Path,
 # The data
 
 
-def test_data_is_told_from_other_data(whole: Path, place: Path, tmp_path: Path) -> None:
+def test_other_data_is_recognised(whole: Path, place: Path, tmp_path: Path) -> None:
     copied = shutil.copy(place / "data.jsonl", tmp_path / "same.jsonl")
     assert outcomes(whole, "--data_path", str(copied))["data"] == "well"
     with Path(copied).open("a") as file:
         file.write("\n")
-    assert "was not trained on it" in differing(whole, "--data_path", str(copied))["data"]
+    assert "was not trained on this data" in differing(whole, "--data_path", str(copied))["data"]
     done = command(whole, "verify", str(whole), "--data_path", str(tmp_path / "none.jsonl"))
     assert done.status == 2
 
@@ -411,33 +412,33 @@ def test_data_is_told_from_other_data(whole: Path, place: Path, tmp_path: Path) 
 # Folders that are not a finished run
 
 
-def test_a_copied_adapter_is_looked_at_by_itself(copy: Path) -> None:
-    for name in OF_THE_RUN:
+def test_a_copied_adapter_is_checked_by_itself(copy: Path) -> None:
+    for name in RUN_RECORDS:
         if name != "manifest.json":
             (copy / name).unlink()
     for checkpoint in copy.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    alone = {name: each for name, each in WELL.items() if name not in ("run", "checkpoint-2", "checkpoint-4")}
-    status, checks = looked_at(copy)
+    alone = {name: outcome for name, outcome in WELL.items() if not name.startswith(("run", "checkpoint-"))}
+    status, checks = verified(copy)
     assert status == 0
-    assert {name: each["outcome"] for name, each in checks.items()} == alone
+    assert {name: finding["outcome"] for name, finding in checks.items()} == alone
     assert "not in this copy: README.md" in checks["files"]["about"]
     (copy / "tokenizer_config.json").write_text("{}")
     assert "tokenizer_config.json" in differing(copy)["files"]
     (copy / "manifest.json").unlink()
     (copy / "samples.json").unlink()
-    status, checks = looked_at(copy)
+    status, checks = verified(copy)
     assert checks["files"]["outcome"] == checks["sample rows"]["outcome"] == "not checked"
 
 
-def test_a_folder_of_an_earlier_version_is_not_said_to_differ(copy: Path) -> None:
+def test_a_folder_of_an_earlier_version_has_no_differences(copy: Path) -> None:
     for folder in (copy, *copy.glob("checkpoint-*")):
         rewrite(folder / "yeonma.json", lambda content: content.pop("tokenizer"))
         (folder / "samples.json").unlink()
     (copy / "manifest.json").unlink()
     for checkpoint in copy.glob("checkpoint-*"):
         rewrite(checkpoint / "manifest.json", lambda content: content["sha256"].pop("samples.json"))
-        reseal(checkpoint)
+        rehash(checkpoint)
     assert not differing(copy)
     found = outcomes(copy)
     assert {name for name, outcome in found.items() if outcome == "not checked"} == {
@@ -451,7 +452,7 @@ def test_a_folder_of_an_earlier_version_is_not_said_to_differ(copy: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "model"])
-def test_what_is_no_run_is_refused(tmp_path: Path, place: Path, whole: Path, name: str) -> None:
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, place: Path, whole: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     folder = place / "base" if name == "model" else tmp_path / name
     done = command(folder, "verify", str(folder))
@@ -460,25 +461,25 @@ def test_what_is_no_run_is_refused(tmp_path: Path, place: Path, whole: Path, nam
 
 
 def stopped(output: Path, place: Path, name: str, owner: Any = run_module, **settings: Any) -> Done:
-    """The run of `whole`, interrupted as it is about to call a function of the run's end."""
+    """The run of `whole`, interrupted just before it calls one of the last functions of a run."""
 
     def interrupted(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        wanted = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
-        done = sft(output, place / "base", place / "data.jsonl", **wanted)
+        run_settings = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
+        done = sft(output, place / "base", place / "data.jsonl", **run_settings)
     assert done.status == 130
     return done
 
 
 @pytest.mark.parametrize("name", ["install", "seal", "mark"])
 @pytest.mark.parametrize("anew", [True, False])
-def test_a_run_that_is_not_finished_is_said_to_be_so_and_its_checkpoints_are_looked_at(
+def test_an_unfinished_run_is_reported_as_such_and_its_checkpoints_are_checked(
     copy: Path, place: Path, whole: Path, name: str, anew: bool
 ) -> None:
-    """Also where the folder held a finished run before, whose sums must not speak for the new one's files."""
+    """Even if the folder held a finished run before, whose checksums must not count for the new run's files."""
     settings = {"overwrite": True} if anew else {"resume_from_checkpoint": copy / "checkpoint-2"}
     if name == "mark":  # its second call: the first begins the run
         mark = run_module.folder.mark
@@ -490,12 +491,12 @@ def test_a_run_that_is_not_finished_is_said_to_be_so_and_its_checkpoints_are_loo
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_module.folder, "mark", marked)
-            wanted = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
-            assert sft(copy, place / "base", place / "data.jsonl", **wanted).status == 130
+            keywords = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
+            assert sft(copy, place / "base", place / "data.jsonl", **keywords).status == 130
     else:
         stopped(copy, place, name, run_module.folder, **settings)
         assert not (copy / "manifest.json").exists()
-    status, checks = looked_at(copy)
+    status, checks = verified(copy)
     assert status == 0
     assert checks["files"]["outcome"] == "not checked"
     assert checks["checkpoint-4"]["outcome"] == checks["run"]["outcome"] == "well"
@@ -507,10 +508,7 @@ def test_a_run_that_is_not_finished_is_said_to_be_so_and_its_checkpoints_are_loo
     assert outcomes(copy) == WELL
 
 
-def test_a_run_that_goes_on_now_is_said_to_be_under_way(copy: Path) -> None:
-    import fcntl
-
-    with (copy / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def test_a_running_run_is_reported_as_under_way(copy: Path) -> None:
+    with FileLock(copy / ".lock"):
         assert "a run that is under way" in command(copy, "verify", str(copy)).out
     assert "a finished run" in command(copy, "verify", str(copy)).out

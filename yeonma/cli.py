@@ -95,7 +95,7 @@ VERBS = {
     ),
     "merge": Verb(
         "Merge an adapter into its base model and check the result.",
-        "yeonma.export.merged_model:run",
+        "yeonma.commands.merge:run",
         MergeSettings,
         "adapter_dir",
     ),
@@ -107,7 +107,7 @@ VERBS = {
     ),
     "push": Verb(
         "Upload an adapter or a merged model to the Hugging Face hub.",
-        "yeonma.export.hub_push:run",
+        "yeonma.commands.push:run",
         PushSettings,
         "folder",
     ),

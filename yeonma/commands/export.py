@@ -1,4 +1,4 @@
-"""`yeonma export`: an adapter with its base, or a merged model, as a file that llama.cpp and Ollama run."""
+"""`yeonma export`: writes an adapter with its base, or a merged model, as a file for llama.cpp or Ollama."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
-from yeonma.errors import Log
-from yeonma.export.gguf_converter import convert, converter
+from yeonma.export.gguf_converter import convert, install_converter
 from yeonma.export.merge_weights import weight_files
-from yeonma.export.merged_model import check_output, merge, prepare
+from yeonma.export.merged_model import check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.load import load_config
@@ -17,70 +16,68 @@ from yeonma.tokenization.text_encoder import TextEncoder
 
 
 def run(settings: ExportSettings) -> int:
-    """0 where the files are written, 1 where the merged model does not say what the adapter does.
+    """Returns 0 if the files are written, 1 if the merged model does not agree with the adapter on its base.
 
-    Raises UserError as merging, where the converter cannot be had or does not take the model, and for a full disk.
+    Raises UserError as merging, and if the converter cannot be installed or does not support the model.
     """
-    asked = settings
-    output = check_output(asked.output_dir)
-    asker = open_prompt_builder(
-        asked.model_dir, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
+    output = check_output(settings.output_dir)
+    prompt_builder = open_prompt_builder(
+        settings.model_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
     )
-    converter()
-    least = sum(path.stat().st_size for path in weight_files(asker.source))
-    with staging_folder(output, "the exported model", least) as folder:
-        model = _whole_model(asked, asker, folder, _say)
+    install_converter()
+    least_bytes = sum(path.stat().st_size for path in weight_files(prompt_builder.source))
+    with staging_folder(output, "the exported model", least_bytes) as folder:
+        model = _merged_model(settings, prompt_builder, folder)
         if model is None:
             return 1
-        _write(asked, asker, model, folder, output.absolute().name)
+        _write(settings, prompt_builder, model, folder, output.absolute().name)
         move_into_place(folder, output)
-    _tell(asked, output)
+    for path in sorted(output.iterdir()):
+        _print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    if settings.format == "ollama":
+        _print(f"ollama create {output.absolute().name.lower()} -f {output / 'Modelfile'}")
     return 0
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _whole_model(asked: ExportSettings, asker: PromptBuilder, folder: Path, say: Log) -> Path | None:
-    """The merged model's folder, made where an adapter was given; None where it does not say what the adapter does."""
-    if asker.adapter.is_merged:
-        return asker.adapter.path
+def _merged_model(settings: ExportSettings, prompt_builder: PromptBuilder, folder: Path) -> Path | None:
+    """The merged model's folder; an adapter is merged first. None if the merged model does not agree with it."""
+    if prompt_builder.adapter.is_merged:
+        return prompt_builder.adapter.path
     merged = hidden_path(folder, "merged")
-    merging = prepare(
+    plan = prepare_merge(
         MergeSettings(
-            adapter_dir=asked.model_dir,
+            adapter_dir=settings.model_dir,
             output_dir=str(merged),
-            base_model=asked.base_model,
-            trust_remote_code=asked.trust_remote_code,
-            dtype=asked.dtype,
-            device=asked.device,
+            base_model=settings.base_model,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=settings.dtype,
+            device=settings.device,
         )
     )
     delete(merged)
-    return merged if merge(merging, merged, say).is_close else None
+    return merged if merge(plan, merged, _print).is_close else None
 
 
-def _write(asked: ExportSettings, asker: PromptBuilder, model: Path, folder: Path, name: str) -> None:
-    gguf = f"{name}-{asked.outtype}.gguf"
+def _write(
+    settings: ExportSettings, prompt_builder: PromptBuilder, model: Path, folder: Path, name: str
+) -> None:
+    gguf = f"{name}-{settings.outtype}.gguf"
     try:
-        convert(model, folder / gguf, asked.outtype, name)
+        convert(model, folder / gguf, settings.outtype, name)
     finally:
-        if not asker.adapter.is_merged:
+        if not prompt_builder.adapter.is_merged:
             delete(model)
-    if asked.format == "ollama":
-        positions = getattr(load_config(asker.source).get_text_config(), "max_position_embeddings", None)
-        context = min(filter(None, (asker.adapter.rules.cutoff_len, positions)))
-        made = modelfile(
-            asker.adapter.template, TextEncoder.of(asker.tokenizer), gguf, asker.stop_ids, context
-        )
-        (folder / "Modelfile").write_text(made.text, encoding="utf-8")
-        for remark in made.remarks:
-            _say(remark)
+    if settings.format == "ollama":
+        config = load_config(prompt_builder.source).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        context_tokens = min(filter(None, (prompt_builder.adapter.rules.cutoff_len, positions)))
+        encoder = TextEncoder.of(prompt_builder.tokenizer)
+        template, stop_ids = prompt_builder.adapter.template, prompt_builder.stop_ids
+        written = modelfile(template, encoder, gguf, stop_ids, context_tokens)
+        (folder / "Modelfile").write_text(written.text, encoding="utf-8")
+        for remark in written.remarks:
+            _print(remark)
 
 
-def _tell(asked: ExportSettings, output: Path) -> None:
-    for path in sorted(output.iterdir()):
-        _say(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
-    if asked.format == "ollama":
-        _say(f"ollama create {output.absolute().name.lower()} -f {output / 'Modelfile'}")
+def _print(text: str) -> None:
+    print(text, flush=True)

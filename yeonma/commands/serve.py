@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -20,21 +21,21 @@ PACKAGES = ("starlette", "uvicorn", "pydantic")
 
 def run(settings: ServeSettings) -> int:
     """Serves until Ctrl-C. Opens the port and checks the folders before any weights are loaded. Raises UserError."""
-    asked = settings
-    key = api_key(asked.api_key, os.environ)
-    with listen(asked.host, asked.port, key) as listener:
+    key = api_key(settings.api_key, os.environ)
+    with listen(settings.host, settings.port, key) as listener:
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             names = " ".join(missing)
             cure = f"install it with: pip install {names}"
             raise UserError(f"missing packages: {names}", place="yeonma serve", cure=cure)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
-        adapters = open_adapters(asked)
-        if _use_vllm(asked, adapters):
-            _exec_vllm(asked, adapters, listener, key)
-        models = load_served_models(adapters, asked, _say)
+        adapters = open_adapters(settings)
+        if _use_vllm(settings, adapters):
+            _exec_vllm(settings, adapters, listener, key)
+        models = load_served_models(adapters, settings, _say)
         try:
-            run_server(adapters, models, asked, listener, key, lambda: _print_ready(adapters, listener, key))
+            on_ready = partial(_print_ready, adapters, listener, key)
+            run_server(adapters, models, settings, listener, key, on_ready)
         except KeyboardInterrupt:
             _say("stopped")
     return 0

@@ -1,4 +1,4 @@
-"""`yeonma verify`: whether a run's folder is whole, and its parts belong together."""
+"""`yeonma verify`: checks that a run's folder is unchanged and that its parts belong together."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from yeonma.config.settings import VerifySettings
 from yeonma.verify.verify_folder import VerifyReport, verify
 
 MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
-MOST_PROBLEMS = 10
+MAX_PROBLEMS = 10
+"""That are printed for one check."""
 
 
 def run(settings: VerifySettings) -> int:
-    """0 where nothing that could be checked differs, 1 where something does. Raises UserError as `verify`."""
-    asked = settings
-    report = verify(asked)
-    if asked.json:
+    """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
+    report = verify(settings)
+    if settings.json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
         print("\n".join(lines_of(report)))
@@ -24,24 +24,29 @@ def run(settings: VerifySettings) -> int:
 
 
 def lines_of(report: VerifyReport) -> Iterator[str]:
-    """The report for people: what it is, a line for each check, the places that differ, and what it comes to."""
+    """The report for people: what was checked, a line for each check with its problems, and a summary."""
     yield f"{report.folder}: {report.what}"
-    on = report.trained_on
-    if on.get("data"):
-        yield f"  trained on {on.get('examples'):,} examples of {on['data']}"
-        yield f"  SHA-256 of the data: {on.get('data_sha256')}"
+    trained_on = report.trained_on
+    if trained_on.get("data"):
+        yield f"  trained on {trained_on.get('examples'):,} examples of {trained_on['data']}"
+        yield f"  SHA-256 of the data: {trained_on.get('data_sha256')}"
     yield ""
     width = max(len(finding.check) for finding in report.findings)
     for finding in report.findings:
         yield f"  {MARKS[finding.outcome]:11}  {finding.check:{width}}  {finding.about}"
-        for problem in finding.problems[:MOST_PROBLEMS]:
+        for problem in finding.problems[:MAX_PROBLEMS]:
             yield f"      {problem}"
-        if len(finding.problems) > MOST_PROBLEMS:
-            yield f"      and {len(finding.problems) - MOST_PROBLEMS} more"
+        if len(finding.problems) > MAX_PROBLEMS:
+            yield f"      and {len(finding.problems) - MAX_PROBLEMS} more"
     if report.remark:
         yield f"  {report.remark}"
     yield ""
-    differ = sum(finding.outcome == "differs" for finding in report.findings)
-    missed = sum(finding.outcome == "not checked" for finding in report.findings)
-    text = f"{differ} of {len(report.findings)} checks found differences" if differ else "nothing differs"
-    yield f"{text}; {missed} could not be made" if missed else text
+    yield _summary(report)
+
+
+def _summary(report: VerifyReport) -> str:
+    outcomes = [finding.outcome for finding in report.findings]
+    differing, skipped = outcomes.count("differs"), outcomes.count("not checked")
+    text = f"{differing} of {len(outcomes)} checks found differences" if differing else "no differences"
+    checks = "1 check" if skipped == 1 else f"{skipped} checks"
+    return f"{text}; {checks} could not run" if skipped else text

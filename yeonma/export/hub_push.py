@@ -1,22 +1,20 @@
-"""`yeonma push`: an adapter folder or a merged model to the hub, and no more of it than others should have."""
+"""Uploads an adapter folder or a merged model to the hub, without what should stay private."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yeonma.config.settings import PushSettings
 from yeonma.errors import Log, Problem, UserError
-from yeonma.export.secret_scan import problems, renamed, without_paths
-from yeonma.files import file_hash, user_path
+from yeonma.export.secret_scan import find_problems, replace_name, without_paths
+from yeonma.files import file_hash
 
-SENT = (
+UPLOADED = (
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -36,16 +34,16 @@ SENT = (
     "*_chat_template.jinja",
     "loss.png",
 )
-"""What may be sent, by pattern. All else stays: checkpoints, logs, settings, rows, files that others put there."""
-WITHOUT_PATHS = ("tokenizer.json", "vocab.*", "merges.txt", "*.jinja")
-"""Text that is no place for paths, and may look like them: pieces of words, programs."""
+"""Patterns of files to upload. All others stay: checkpoints, logs, settings, rows, unknown files."""
+NOT_SCANNED_FOR_PATHS = ("tokenizer.json", "vocab.*", "merges.txt", "*.jinja")
+"""Files whose text resembles paths without being any: pieces of words, programs."""
 BINARY = (".safetensors", ".png", ".model")
-MOST_PROBLEMS = 20
+MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to send: its path where it goes as it is, or its content where it is changed on the way."""
+    """A file to upload: as it is at `path`, or with edited `content`."""
 
     name: str
     path: Path
@@ -56,66 +54,47 @@ class Upload:
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
-def run(settings: PushSettings) -> int:
-    """Show what will be sent, ask, send it in one commit, and compare what arrived.
-
-    Returns 1 where the answer is no. Raises UserError, before anything is sent, for files that hold secrets or paths of
-    this machine, for a base that nobody else has, and for a repository that others see more of than was asked for.
-    """
-    push = settings
-    folder = user_path(push.folder)
-    uploads = collect(folder, push.base_model, push.hide_paths, os.environ)
-    _show(folder, uploads, push.repo, push.public)
-    if push.dry_run:
-        print("nothing was sent (dry_run)")
-        return 0
-    # what may be refused without the hub comes first, so that nobody says yes in vain
-    if not push.yes and not _asked():
-        print("nothing was sent")
-        return 1
-    print(send(push.repo, uploads, push.message, push.public, lambda text: print(text, flush=True)))
-    return 0
-
-
 def collect(
     folder: Path, base_model: str | None, hide_paths: bool, environment: Mapping[str, str]
 ) -> list[Upload]:
-    """The files to send, as they will be sent. Raises UserError with all that must not be."""
+    """The files to upload, as they will be sent.
+
+    Raises UserError with every reason not to send them: secrets, paths of this machine, a base that is only here.
+    """
     if not folder.is_dir():
-        raise UserError(
-            "no such folder", place=str(folder), cure="give the output folder of a run, or of `yeonma merge`"
-        )
-    found = sorted({path for pattern in SENT for path in folder.glob(pattern) if path.is_file()})
-    names = {path.name for path in found}
-    whole_model = "config.json" in names and any(name.startswith("model") for name in names)
-    if "adapter_model.safetensors" not in names and not whole_model:
+        cure = "give the output folder of a run, or of `yeonma merge`"
+        raise UserError("no such folder", place=str(folder), cure=cure)
+    paths = sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+    names = {path.name for path in paths}
+    is_whole_model = "config.json" in names and any(name.startswith("model") for name in names)
+    if "adapter_model.safetensors" not in names and not is_whole_model:
         cure = "give the output folder of a finished run, or of `yeonma merge`"
-        raise UserError("it holds neither an adapter nor a model", place=str(folder), cure=cure)
+        raise UserError("neither an adapter nor a model in this folder", place=str(folder), cure=cure)
     if base_model is not None and (Path(base_model).exists() or not _is_hub_name(base_model)):
-        raise UserError(
-            "not a model's name on the hub", place=f"base_model {base_model}", cure="write owner/name"
-        )
+        what, cure = "not the name of a model on the hub", "write owner/name"
+        raise UserError(what, place=f"base_model {base_model}", cure=cure)
     base = base_of(folder)
-    uploads, wrong = [], list[Problem]()
+    uploads, problems = [], list[Problem]()
     if base is not None and base_model is None and not _is_hub_name(base):
         what = f"the base model is a folder of this machine, {base}, which nobody else has"
-        wrong.append(Problem(what, str(folder), "give its name on the hub: --base_model owner/name"))
-    for path in found:
-        upload, bad = _prepared(path, base, base_model, hide_paths, environment)
-        uploads.append(upload)
-        wrong += [each for each in bad if base is None or base_model or base not in each.what]
-    if wrong:
-        more = (
-            [Problem(f"and {len(wrong) - MOST_PROBLEMS} more such places")]
-            if len(wrong) > MOST_PROBLEMS
-            else []
-        )
-        raise UserError([*wrong[:MOST_PROBLEMS], *more])
+        problems.append(Problem(what, str(folder), "give its name on the hub: --base_model owner/name"))
+    for path in paths:
+        file, own_problems = _prepared(path, base, base_model, hide_paths, environment)
+        uploads.append(file)
+        # a base that is a folder is reported once, above
+        problems += [
+            problem for problem in own_problems if base is None or base_model or base not in problem.what
+        ]
+    if len(problems) > MAX_PROBLEMS:
+        more = Problem(f"and {len(problems) - MAX_PROBLEMS} more such places")
+        problems = [*problems[:MAX_PROBLEMS], more]
+    if problems:
+        raise UserError(problems)
     return uploads
 
 
 def base_of(folder: Path) -> str | None:
-    """The name of the base model that the folder's own files give; None where they name none."""
+    """The base model that the folder's own files name, or None."""
     for name, keys in (
         ("yeonma.json", ("base", "name")),
         ("adapter_config.json", ("base_model_name_or_path",)),
@@ -147,28 +126,28 @@ def _is_hub_name(name: str) -> bool:
 def _prepared(
     path: Path, base: str | None, base_model: str | None, hide_paths: bool, environment: Mapping[str, str]
 ) -> tuple[Upload, list[Problem]]:
-    """The file as it will be sent, and what it must not be sent with."""
+    """The file as it will be sent, and the reasons not to send it."""
     if path.suffix in BINARY:
         text = _header(path) if path.suffix == ".safetensors" else ""
-        return Upload(path.name, path, None), problems(
-            f"{path.name}.json" if text else path.name, text, environment
-        )
+        name = f"{path.name}.json" if text else path.name
+        return Upload(path.name, path, None), find_problems(name, text, environment)
     try:
         before = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
-        return Upload(path.name, path, None), [Problem("it is not UTF-8 text", str(path))]
-    paths = not any(path.match(pattern) for pattern in WITHOUT_PATHS)
+        return Upload(path.name, path, None), [Problem("not UTF-8 text", str(path))]
+    may_have_paths = not any(path.match(pattern) for pattern in NOT_SCANNED_FOR_PATHS)
     text = before
-    if paths and base is not None and base_model is not None:
-        text = renamed(path.name, text, base, base_model)
-    if paths and hide_paths:
+    if may_have_paths and base is not None and base_model is not None:
+        text = replace_name(path.name, text, base, base_model)
+    if may_have_paths and hide_paths:
         text = without_paths(path.name, text)
     content = None if text == before else text.encode()
-    return Upload(path.name, path, content), problems(path.name, text, environment, paths=paths)
+    problems = find_problems(path.name, text, environment, paths=may_have_paths)
+    return Upload(path.name, path, content), problems
 
 
 def _header(path: Path) -> str:
-    """What a safetensors file says of itself, as JSON."""
+    """The metadata of a safetensors file, as JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -178,46 +157,12 @@ def _header(path: Path) -> str:
         raise UserError(f"damaged ({error})", place=str(path)) from None
 
 
-def _show(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
-    seen = "everybody can see it" if public else "private"
-    total = sum(each.size for each in uploads)
-    print(f"{folder} -> {repo} ({seen}): {len(uploads)} files, {_bytes(total)}")
-    width = max(len(each.name) for each in uploads)
-    for each in uploads:
-        print(
-            f"  {each.name:{width}}  {_bytes(each.size):>10}{'  changed on the way' if each.content else ''}"
-        )
-    sent = {each.name for each in uploads}
-    stays = sorted(
-        path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in sent
-    )
-    if stays:
-        print(f"stays here: {', '.join(stays)}")
+def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, say: Log) -> str:
+    """Uploads the files in one commit, creating the repository if needed, and compares what arrived with what was sent.
 
-
-def _bytes(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _asked() -> bool:
-    if not sys.stdin.isatty():
-        raise UserError("nobody can be asked whether to send this", place="yes", cure="give --yes true")
-    try:
-        return input("send these files? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
-
-
-def send(repo: str, uploads: Sequence[Upload], message: str, public: bool, say: Log) -> str:
-    """Send the files to the hub in one commit, and compare what lies there with what was to be sent.
-
-    Returns the commit's address. Raises UserError for what the hub refuses; without a commit nothing has changed there
-    but that the repository exists.
+    Returns the commit's URL. Raises UserError if the hub refuses or cannot be reached, if the repository's visibility
+    is not as asked, and if a file arrived changed. Without a commit nothing changes there, except that the repository
+    may exist.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -240,83 +185,79 @@ def send(repo: str, uploads: Sequence[Upload], message: str, public: bool, say: 
             private = bool(api.repo_info(repo).private)
             say(f"{repo} is new, and {'private' if private else 'public'}")
         if private == public:
-            raise _seen_otherwise(repo, public)
+            raise _visibility_error(repo, public)
         operations = [
-            CommitOperationAdd(each.name, each.path if each.content is None else each.content)
-            for each in uploads
+            CommitOperationAdd(file.name, file.path if file.content is None else file.content)
+            for file in uploads
         ]
         commit = api.create_commit(repo, operations, commit_message=message)
-        there = {
+        received = {
             info.path: info
-            for info in api.get_paths_info(repo, [each.name for each in uploads], revision=commit.oid)
+            for info in api.get_paths_info(repo, [file.name for file in uploads], revision=commit.oid)
         }
     except HfHubHTTPError as error:
-        raise _refused(error, repo) from error
+        raise _hub_error(error, repo) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"the hub could not be used: {_first_line(error)}", place=f"repo {repo}") from error
+        raise UserError(f"upload failed: {_first_line(error)}", place=f"repo {repo}") from error
     except Exception as error:
         if not _is_connection(error):
             raise
-        cure = "look at the connection and at HF_ENDPOINT, and send it again"
+        cure = "check the connection and HF_ENDPOINT, and push again"
         raise UserError(
             f"the hub cannot be reached: {_first_line(error)}", place=f"repo {repo}", cure=cure
         ) from error
-    _compare(repo, uploads, there)
-    return f"{len(uploads)} files are there as they are here: {commit.commit_url}"
+    _compare(repo, uploads, received)
+    return str(commit.commit_url)
 
 
-def _seen_otherwise(repo: str, public: bool) -> UserError:
-    """The repository is there, or was made by rules of its owner, with the other visibility."""
-    now, cure = (
-        ("private", "change that in its settings on the hub, or leave --public out")
-        if public
-        else ("public", "give --public true, make it private on the hub, or name another")
-    )
-    return UserError(f"it is {now}", place=f"repo {repo}", cure=cure)
+def _visibility_error(repo: str, public: bool) -> UserError:
+    """The repository exists, or was created by its owner's rules, with the other visibility."""
+    if public:
+        what, cure = "it is private", "change that in its settings on the hub, or leave out --public"
+    else:
+        what, cure = "it is public", "give --public true, make it private on the hub, or choose another name"
+    return UserError(what, place=f"repo {repo}", cure=cure)
 
 
-def _compare(repo: str, uploads: Iterable[Upload], there: Mapping[str, Any]) -> None:
-    """Raises UserError where what lies on the hub is not what was to be sent, by size and hash."""
-    wrong = []
-    for each in uploads:
-        info = there.get(each.name)
+def _compare(repo: str, uploads: Iterable[Upload], received: Mapping[str, Any]) -> None:
+    """Raises UserError if size or hash of a file on the hub is not that of the file sent."""
+    problems = []
+    for file in uploads:
+        place = f"{repo}/{file.name}"
+        info = received.get(file.name)
         if info is None:
-            wrong.append(
-                Problem("it did not arrive", f"{repo}/{each.name}", "look at the repository's .gitignore")
-            )
-            continue
-        if info.lfs is not None and each.content is None:
-            same = info.lfs.sha256 == file_hash(each.path)
-        else:
-            content = each.path.read_bytes() if each.content is None else each.content
-            sums = (
-                hashlib.sha256(content),
-                hashlib.sha1(b"blob %d\0" % len(content) + content),
-            )  # LFS's name, git's
-            same = (info.blob_id if info.lfs is None else info.lfs.sha256) in {
-                each.hexdigest() for each in sums
-            }
-        if not same or info.size != each.size:
-            wrong.append(Problem("it is not what was sent", f"{repo}/{each.name}", "send it again"))
-    if wrong:
-        raise UserError(wrong)
+            problems.append(Problem("it did not arrive", place, "check the repository's .gitignore"))
+        elif info.size != file.size or not _has_hash_of(info, file):
+            problems.append(Problem("it differs from the file sent", place, "push again"))
+    if problems:
+        raise UserError(problems)
 
 
-def _refused(error: Any, repo: str) -> UserError:
+def _has_hash_of(info: Any, file: Upload) -> bool:
+    """Git LFS names a file by its SHA-256, git by the SHA-1 of its blob."""
+    if info.lfs is not None and file.content is None:
+        return bool(info.lfs.sha256 == file_hash(file.path))
+    content = file.path.read_bytes() if file.content is None else file.content
+    hashes = (hashlib.sha256(content), hashlib.sha1(b"blob %d\0" % len(content) + content))
+    actual = info.blob_id if info.lfs is None else info.lfs.sha256
+    return actual in {own.hexdigest() for own in hashes}
+
+
+def _hub_error(error: Any, repo: str) -> UserError:
     status = int(error.response.status_code)
     cures = {
         401: "log in again with `hf auth login`, or set HF_TOKEN",
         403: "use a token that may write there",
-        404: "look at the name, and use a token that may write there",
-        409: "somebody else sent something meanwhile: send it again",
-        429: "wait, and send it again",
+        404: "check the name, and use a token that may write there",
+        409: "somebody else pushed meanwhile: push again",
+        429: "wait, and push again",
     }
-    what = f"the hub refused it ({status}): {_first_line(error)}"
+    what = f"the hub refused the upload ({status}): {_first_line(error)}"
     return UserError(what, place=f"repo {repo}", cure=cures.get(status, ""))
 
 
 def _is_connection(error: Exception) -> bool:
-    """An error of the HTTP library that the hub's own library is built on, whichever that is."""
+    """Whether it is an error of the HTTP library that huggingface_hub uses, whichever that is."""
     return any(kind.__name__ in ("HTTPError", "TransportError") for kind in type(error).__mro__)
 
 

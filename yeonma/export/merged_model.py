@@ -1,4 +1,4 @@
-"""`yeonma merge`: an adapter and its base as one whole model, which is then asked whether it still says the same."""
+"""Merges an adapter and its base into one model, and checks that both give the same answers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,22 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
 from yeonma.errors import Log, UserError
-from yeonma.export import merge_weights as weights
-from yeonma.export.agreement import Agreement, GreedyAnswers, answers_of, compare, logits_along
+from yeonma.export.agreement import (
+    Agreement,
+    GreedyAnswers,
+    greedy_answers,
+    logits_along,
+    measure_agreement,
+)
+from yeonma.export.merge_weights import (
+    NeedsWholeModel,
+    copy_code,
+    dtype_of,
+    merge_by_shard,
+    merge_in_memory,
+    weight_files,
+    write_generation_config,
+)
 from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.model.load import (
     load_adapter,
@@ -44,102 +58,91 @@ from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.train.memory_budget import free_memory
 
 MEMORY_SHARE = 0.7
-"""Of the memory that is free, what a model in float32 may take; the rest is for its activations."""
+"""The share of free memory that a model in float32 may take; the rest is for its activations."""
 ALLOWANCE_BYTES = 64 << 20
-"""For the tokenizer and the small files."""
+"""Disk space for the tokenizer and other small files."""
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Merging:
-    """What is merged, and what it is asked with."""
+class MergePlan:
+    """What is merged, and the prompts that check the result."""
 
-    asker: PromptBuilder
+    prompt_builder: PromptBuilder
     files: Sequence[Path]
     samples: Samples | None
     prompts: Sequence[Sequence[int]]
     max_shard_bytes: int
     device: torch.device
     weights_dtype: torch.dtype
-    dtype: torch.dtype
-    """What both models compute in as they are asked."""
+    compute_dtype: torch.dtype
+    """In which both models answer the prompts."""
 
 
-def run(settings: MergeSettings) -> int:
-    """0 where the merged model says what the adapter on its base says, else 1, with nothing left behind.
-
-    Raises UserError for an adapter of another base, a base that lacks files, and where the disk is full.
-    """
-    asked = settings
-    output = check_output(asked.output_dir)
-    merging = prepare(asked)
-    agreement = merge(merging, output, lambda text: print(text, flush=True))
-    if agreement.is_close:
-        print(f"{output} is a whole model; the adapter's folder is not needed to load it")
-    return 0 if agreement.is_close else 1
-
-
-def check_output(written: str) -> Path:
-    """The folder to make. Raises UserError where there is something already."""
-    output = user_path(written, f"output_dir {written}")
+def check_output(path: str) -> Path:
+    """The folder to write. Raises UserError if it exists and is not empty."""
+    output = user_path(path, f"output_dir {path}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(
-            "it is there already", place=f"output_dir {output}", cure="give another, or remove it"
-        )
+        cure = "give another folder, or remove it"
+        raise UserError("it exists already", place=f"output_dir {output}", cure=cure)
     return output
 
 
-def prepare(asked: MergeSettings) -> Merging:
-    """All that may be wrong, before any weights are loaded. Raises UserError."""
-    asker = open_prompt_builder(
-        asked.adapter_dir, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
+def prepare_merge(settings: MergeSettings) -> MergePlan:
+    """Opens and checks everything before weights are loaded. Raises UserError, also if the base is another model."""
+    prompt_builder = open_prompt_builder(
+        settings.adapter_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
     )
-    if asker.adapter.is_merged:
-        raise UserError("it is merged already", place=asked.adapter_dir, cure="give the adapter's folder")
-    config = load_config(asker.source)
+    source = prompt_builder.source
+    if prompt_builder.adapter.is_merged:
+        cure = "give the adapter's folder"
+        raise UserError("it is merged already", place=settings.adapter_dir, cure=cure)
+    config = load_config(source)
     if getattr(config, "quantization_config", None) is not None:
-        cure = "name the unquantised model that it was made of with --base_model"
-        raise UserError("the base's weights are quantised", place=asker.source.name, cure=cure)
-    model = outline(config, asker.source)
+        cure = "give the unquantised model with --base_model"
+        raise UserError("the base's weights are quantised", place=source.name, cure=cure)
+    model = outline(config, source)
     if model is not None:
-        check_unquantised(asker.adapter, model, asker.source)
-    samples = read_samples(asker.adapter.path)
-    files = weights.weight_files(asker.source)
-    device, own = pick_device(asked.device), weights.dtype_of(config, files)
-    return Merging(
-        asker=asker,
+        check_unquantised(prompt_builder.adapter, model, source)
+    samples = read_samples(prompt_builder.adapter.path)
+    files = weight_files(source)
+    device, base_dtype = pick_device(settings.device), dtype_of(config, files)
+    return MergePlan(
+        prompt_builder=prompt_builder,
         files=files,
         samples=samples,
-        prompts=_prompts(asker, samples),
-        max_shard_bytes=asked.max_shard_bytes,
+        prompts=_prompts(prompt_builder, samples),
+        max_shard_bytes=settings.max_shard_bytes,
         device=device,
-        weights_dtype=own,
-        dtype=dtype_to_ask_in(asked.dtype, own, files, device),
+        weights_dtype=base_dtype,
+        compute_dtype=pick_compute_dtype(settings.dtype, base_dtype, files, device),
     )
 
 
-def dtype_to_ask_in(dtype: str, own: torch.dtype, files: Sequence[Path], device: torch.device) -> torch.dtype:
-    """auto: float32, in which computing makes no noise of its own, where the device's memory holds it; else the base's
-    own number format, whose weights the CPU reads from its files as it needs them."""
+def pick_compute_dtype(
+    dtype: str, base_dtype: torch.dtype, files: Sequence[Path], device: torch.device
+) -> torch.dtype:
+    """Resolves `auto`: float32, whose arithmetic adds no noise, if it fits into the device's memory; else the base's
+    format, in which the CPU can map the weights from their files."""
     if dtype != "auto":
         return pick_dtype(dtype, device)
-    needed = sum(path.stat().st_size for path in files) * torch.float32.itemsize // own.itemsize
+    needed = sum(path.stat().st_size for path in files) * torch.float32.itemsize // base_dtype.itemsize
     free = free_memory(device)
-    return torch.float32 if free is None or needed <= MEMORY_SHARE * free else own
+    return torch.float32 if free is None or needed <= MEMORY_SHARE * free else base_dtype
 
 
 def check_unquantised(adapter: AdapterFolder, model: Any, source: BaseSource) -> None:
-    """As `check_base`, but a base may also be the unquantised form of the quantised one that was trained on."""
-    mine = base_identity(model, source)
+    """As `check_base`, but also accepts the unquantised form of the quantised base of training."""
+    identity = base_identity(model, source)
     try:
-        check_base(adapter, mine)
+        check_base(adapter, identity)
     except UserError:
-        if mine.config_sha256 != _unquantised_hash(adapter):
+        if identity.config_sha256 != _unquantised_hash(adapter):
             raise
 
 
 def _unquantised_hash(adapter: AdapterFolder) -> str | None:
-    """Of the config that the adapter was trained on without its quantisation; None where that cannot be told."""
+    """Hash of the config of training without its quantisation, or None if that config is not available."""
     try:
         config = load_config(find_base(adapter.base.name, adapter.base.revision, adapter.trust_remote_code))
     except UserError:
@@ -153,64 +156,65 @@ def _unquantised_hash(adapter: AdapterFolder) -> str | None:
     return config_hash(config)
 
 
-def _prompts(asker: PromptBuilder, samples: Samples | None) -> list[list[int]]:
-    """The sample rows' prompts; without any, the template's own text."""
-    rows = samples.rows if samples is not None else ()
-    if rows:
-        return [row.prompt_ids for row in rows]
-    return TextEncoder.of(asker.tokenizer).batch([asker.adapter.template.text])
+def _prompts(prompt_builder: PromptBuilder, samples: Samples | None) -> list[list[int]]:
+    """The sample rows' prompts, or else the template's own text."""
+    if samples is not None and samples.rows:
+        return [row.prompt_ids for row in samples.rows]
+    return TextEncoder.of(prompt_builder.tokenizer).batch([prompt_builder.adapter.template.text])
 
 
-def merge(merging: Merging, output: Path, say: Log) -> Agreement:
-    """Merge beside `output`, ask both models, and give the folder its name where they agree.
+def merge(plan: MergePlan, output: Path, say: Log) -> Agreement:
+    """Merges into a folder beside `output`, compares the answers of both models, and renames the folder if they agree.
 
-    Raises UserError where the disk is full or fails, or memory is short. Whatever ends it, nothing half-written stays.
+    Raises UserError if the disk or the memory is full or the disk fails. Nothing incomplete stays in any case.
     """
-    needed = sum(path.stat().st_size for path in merging.files) + ALLOWANCE_BYTES
+    needed = sum(path.stat().st_size for path in plan.files) + ALLOWANCE_BYTES
     with staging_folder(output, "the merged model", needed, needed_bytes=needed) as folder:
-        before, base = _ask_unmerged(merging)
-        _write(merging, folder, say)
-        after = _ask_merged(merging, folder, before)
-        agreement = compare(before, after, base, merging.weights_dtype, merging.dtype)
-        _tell(merging, agreement, say)
+        unmerged, base_logits = _answers_unmerged(plan)
+        _write_model(plan, folder, say)
+        merged = _answers_merged(plan, folder, unmerged)
+        agreement = measure_agreement(unmerged, merged, base_logits, plan.weights_dtype, plan.compute_dtype)
+        _report(plan, agreement, say)
         if agreement.is_close:
             move_into_place(folder, output)
     return agreement
 
 
-def _ask_unmerged(merging: Merging) -> tuple[GreedyAnswers, tuple[torch.Tensor, ...]]:
-    """What the adapter on its base says, and the base alone along the same answers."""
-    asker = merging.asker
-    model = load_base(asker.source, merging.device, merging.dtype)
-    peft_model = load_adapter(model, str(asker.adapter.path), trainable=False).eval()
-    said = answers_of(peft_model, asker.tokenizer, merging.prompts, asker.stop_ids)
-    return said, logits_along(peft_model, merging.prompts, said.answers, adapter=False)
+def _answers_unmerged(plan: MergePlan) -> tuple[GreedyAnswers, tuple[torch.Tensor, ...]]:
+    """The answers of the adapter on its base, and the logits of the base alone along them."""
+    prompt_builder = plan.prompt_builder
+    model = load_base(prompt_builder.source, plan.device, plan.compute_dtype)
+    peft_model = load_adapter(model, str(prompt_builder.adapter.path), trainable=False).eval()
+    answers = greedy_answers(peft_model, prompt_builder.tokenizer, plan.prompts, prompt_builder.stop_ids)
+    return answers, logits_along(peft_model, plan.prompts, answers.answers, adapter=False)
 
 
-def _write(merging: Merging, folder: Path, say: Log) -> None:
-    """The whole folder of the merged model."""
-    asker = merging.asker
-    adapter, cpu = str(asker.adapter.path), torch.device("cpu")
-    gc.collect()  # the model that was just asked
+def _write_model(plan: MergePlan, folder: Path, say: Log) -> None:
+    """Writes the whole folder of the merged model."""
+    source, stop_ids = plan.prompt_builder.source, plan.prompt_builder.stop_ids
+    adapter = str(plan.prompt_builder.adapter.path)
+    gc.collect()  # the unmerged model
     try:
-        weights.merge_by_shard(asker.source, merging.files, adapter, folder, merging.max_shard_bytes)
-    except weights.OnlyInMemory as why:
-        say(f"the base is held in memory as a whole: {why}")
+        merge_by_shard(source, plan.files, adapter, folder, plan.max_shard_bytes)
+    except NeedsWholeModel as reason:
+        say(f"loading the whole base into memory: {reason}")
         for path in files_in(folder):
             path.unlink()
-        model = load_adapter(load_base(asker.source, cpu, merging.weights_dtype), adapter, trainable=False)
-        weights.merge_in_memory(model, folder, merging.max_shard_bytes)
-        del model
+        base = load_base(source, torch.device("cpu"), plan.weights_dtype)
+        model = load_adapter(base, adapter, trainable=False)
+        merge_in_memory(model, folder, plan.max_shard_bytes)
+        del base, model
         gc.collect()
-    weights.write_generation_config(asker.source, folder, asker.stop_ids)
-    weights.copy_code(asker.source, folder)
-    _write_around(asker, folder)
+    write_generation_config(source, folder, stop_ids)
+    copy_code(source, folder)
+    _write_other_files(plan.prompt_builder, folder)
 
 
-def _write_around(asker: PromptBuilder, folder: Path) -> None:
-    """What makes the merged model ask with the trained tokens: tokenizer, template, yeonma.json, sample rows, card."""
-    adapter = asker.adapter
-    save_tokenizer(asker.tokenizer, export_chat_template(adapter.template, asker.tokenizer), folder)
+def _write_other_files(prompt_builder: PromptBuilder, folder: Path) -> None:
+    """Writes tokenizer, template, yeonma.json, sample rows and card, so that prompts are those of training."""
+    adapter = prompt_builder.adapter
+    exported = export_chat_template(adapter.template, prompt_builder.tokenizer)
+    save_tokenizer(prompt_builder.tokenizer, exported, folder)
     for name in (TEMPLATE, SAMPLES):
         if (adapter.path / name).is_file():
             shutil.copyfile(adapter.path / name, folder / name)
@@ -220,64 +224,67 @@ def _write_around(asker: PromptBuilder, folder: Path) -> None:
 
 
 def _card(adapter: AdapterFolder) -> str:
-    on = adapter.details.get("trained_on", {})
-    about = (
-        f", trained with Yeonma on {on['examples']:,} examples of `{on['data']}`" if on.get("data") else ""
-    )
+    trained_on = adapter.details.get("trained_on", {})
+    about = ""
+    if trained_on.get("data"):
+        about = f", trained with Yeonma on {trained_on['examples']:,} examples of `{trained_on['data']}`"
     fence = "````" if "```" in adapter.template.text else "```"
     lines = [
         "---",
         f"base_model: {adapter.base.name}",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-    ]
-    lines += [
         "tags: [yeonma]",
         "---",
         "",
         f"`{adapter.base.name}` with a LoRA adapter merged into it{about}.",
         "",
-    ]
-    lines += ["## Template", "", f"{fence}text", adapter.template.text.rstrip("\n"), fence, ""]
-    lines += [
-        "`chat_template.jinja` carries it: one user message holds the field, several come as a JSON object.",
+        "## Template",
+        "",
+        f"{fence}text",
+        adapter.template.text.rstrip("\n"),
+        fence,
+        "",
+        "`chat_template.jinja` contains it: one user message holds the field, several come as a JSON object.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _ask_merged(merging: Merging, folder: Path, before: GreedyAnswers) -> GreedyAnswers:
-    """What the folder's own model says, as another tool would load it. Raises UserError where its tokenizer asks
-    otherwise."""
-    adapter, source = (
-        merging.asker.adapter,
-        BaseSource(str(folder), None, merging.asker.source.trust_remote_code),
-    )
+def _answers_merged(plan: MergePlan, folder: Path, unmerged: GreedyAnswers) -> GreedyAnswers:
+    """The merged model's answers, loaded as another tool would load it, with its logits along the unmerged answers.
+
+    Raises UserError if its tokenizer does not give the prompts of training.
+    """
+    prompt_builder = plan.prompt_builder
+    adapter = prompt_builder.adapter
+    source = BaseSource(str(folder), None, prompt_builder.source.trust_remote_code)
     tokenizer = load_tokenizer(source)
-    if merging.samples is not None:
-        now = prompts_now(merging.samples, adapter.template, adapter.columns, tokenizer, adapter.rules)
-        if now != [row.prompt_ids for row in merging.samples.rows]:
-            cure = f"look at it with `yeonma verify {adapter.path}`"
-            raise UserError(
-                "its tokenizer does not ask with the trained tokens", place=str(adapter.path), cure=cure
-            )
-    model = load_base(source, merging.device, merging.dtype)
-    said = answers_of(model, tokenizer, merging.prompts, merging.asker.stop_ids)
-    return GreedyAnswers(said.answers, logits_along(model, merging.prompts, before.answers))
+    if plan.samples is not None:
+        now = prompts_now(plan.samples, adapter.template, adapter.columns, tokenizer, adapter.rules)
+        if now != [row.prompt_ids for row in plan.samples.rows]:
+            what = "its tokenizer does not give the token ids of training"
+            cure = f"check it with `yeonma verify {adapter.path}`"
+            raise UserError(what, place=str(adapter.path), cure=cure)
+    model = load_base(source, plan.device, plan.compute_dtype)
+    own = greedy_answers(model, tokenizer, plan.prompts, prompt_builder.stop_ids)
+    return GreedyAnswers(own.answers, logits_along(model, plan.prompts, unmerged.answers))
 
 
-def _tell(merging: Merging, found: Agreement, say: Log) -> None:
-    rows = merging.samples is not None and merging.samples.rows
-    asked = f"{found.rows} sample rows" if rows else "the template's own text (there are no sample rows)"
-    own, computed = (str(each).removeprefix("torch.") for each in (merging.weights_dtype, merging.dtype))
-    say(f"merged in {own}; merged and unmerged asked {asked}, computing in {computed}:")
-    say(
-        f"  the largest difference of a logit is {found.largest:.2g}, where up to {found.tolerance:.2g} is rounding; "
-        f"the adapter itself makes {found.effect:.2g}"
+def _report(plan: MergePlan, agreement: Agreement, say: Log) -> None:
+    has_rows = plan.samples is not None and plan.samples.rows
+    prompts = f"{agreement.rows} sample rows" if has_rows else "the template's own text (no sample rows)"
+    weights_dtype, compute_dtype = (
+        str(dtype).removeprefix("torch.") for dtype in (plan.weights_dtype, plan.compute_dtype)
     )
-    parted = f"; others part where two tokens are {found.parted_at:.2g} apart" if found.parted_at else ""
-    say(f"  {found.same_answers} of {found.rows} greedy answers are the same{parted}")
-    if found.effect <= found.tolerance:
-        say("  that is so little that these rows cannot show whether the adapter was merged")
-    if not found.is_close:
-        say("the merged model does not say what the adapter on its base says: nothing was written")
+    say(f"merged in {weights_dtype}; compared with the unmerged model on {prompts}, in {compute_dtype}:")
+    say(
+        f"  largest difference of a logit {agreement.max_difference:.2g}, rounding explains up to "
+        f"{agreement.tolerance:.2g}; the adapter itself changes up to {agreement.adapter_effect:.2g}"
+    )
+    diverging = f"; others diverge between tokens {agreement.max_gap:.2g} apart" if agreement.max_gap else ""
+    say(f"  {agreement.same_answers} of {agreement.rows} greedy answers are the same{diverging}")
+    if agreement.adapter_effect <= agreement.tolerance:
+        say("  the adapter changes so little that these rows cannot show whether it was merged")
+    if not agreement.is_close:
+        say("the merged model does not answer as the adapter on its base does: nothing was written")

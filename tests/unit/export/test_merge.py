@@ -1,4 +1,4 @@
-"""`yeonma merge`: the merged model says what the adapter on its base says, by PEFT's merge, or nothing is written."""
+"""`yeonma merge`: the merged model answers as the adapter on its base, by PEFT's merge, or nothing is written."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.adapters import tiny_adapter, tiny_base
 from tests.runs import articles, command, model_folder, trained, write_jsonl
 from tests.tokenizers import sentencepiece_bpe
 from yeonma import load
-from yeonma.export import merge_weights as merging
-from yeonma.export.agreement import GreedyAnswers, compare
+from yeonma.export import merge_weights, merged_model
+from yeonma.export.agreement import GreedyAnswers, measure_agreement
 from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
 from yeonma.model.source import find_base
 from yeonma.tokenization.chat_template_export import chat_ids
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two steps with sample rows; its base lies beside it."""
+    """A finished run of two steps with sample rows, beside its base."""
     place = tmp_path_factory.mktemp("run")
     base = model_folder(place / "base")
     data = write_jsonl(place / "rows.jsonl", articles(10))
@@ -44,14 +44,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """PEFT's merge, without any of ours."""
+    """PEFT's own merge."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return dict(merged.state_dict())
@@ -59,13 +59,13 @@ def by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Te
 
 def greedy(model: Any, ids: list[int]) -> list[int]:
     out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)
-    return [int(one) for one in out[0, len(ids) :]]
+    return [int(number) for number in out[0, len(ids) :]]
 
 
-def test_the_merged_model_says_the_same_without_us(run: Path, tmp_path: Path) -> None:
+def test_the_merged_model_answers_the_same_in_transformers(run: Path, tmp_path: Path) -> None:
     done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
     assert done.status == 0, done.out + done.err
-    assert "asked 3 sample rows, computing in float32" in done.out
+    assert "on 3 sample rows, in float32" in done.out
     assert "3 of 3 greedy answers are the same" in done.out
     folder, base = tmp_path / "M", run.parent / "base"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -81,7 +81,7 @@ def test_the_merged_model_says_the_same_without_us(run: Path, tmp_path: Path) ->
     assert load(folder).generate(row) == load(run).generate(row)
 
 
-def test_what_the_folder_holds(run: Path, tmp_path: Path) -> None:
+def test_the_files_of_the_merged_model(run: Path, tmp_path: Path) -> None:
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
     assert {path.name for path in (tmp_path / "M").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
@@ -104,7 +104,7 @@ def test_what_the_folder_holds(run: Path, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shard_by_shard_it_is_pefts_merge_to_the_bit(
+def test_merging_by_shard_equals_pefts_merge_to_the_bit(
     family: str, shape: LoraShape, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base = model_folder(tmp_path / "base", family)
@@ -118,35 +118,35 @@ def test_shard_by_shard_it_is_pefts_merge_to_the_bit(
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     peft_model.save_pretrained(str(tmp_path / "A"))
-    files = merging.weight_files(source)
+    files = merge_weights.weight_files(source)
     assert len(files) >= 3
     (tmp_path / "M").mkdir()
-    merging.merge_by_shard(source, files, str(tmp_path / "A"), tmp_path / "M", 30_000)
-    found, wanted = tensors_of(tmp_path / "M"), by_peft(base, tmp_path / "A", dtype)
-    assert found.keys() == tensors_of(base).keys()
-    for name, tensor in found.items():
+    merge_weights.merge_by_shard(source, files, str(tmp_path / "A"), tmp_path / "M", 30_000)
+    merged, expected = tensors_of(tmp_path / "M"), by_peft(base, tmp_path / "A", dtype)
+    assert merged.keys() == tensors_of(base).keys()
+    for name, tensor in merged.items():
         assert tensor.dtype == dtype
-        assert torch.equal(tensor, wanted[name]), name
+        assert torch.equal(tensor, expected[name]), name
     for path in (tmp_path / "M").glob("*.safetensors"):
         assert path.stat().st_size < 40_000
-    own = AutoModelForCausalLM.from_pretrained(tmp_path / "M")  # the index and the config are whole
-    assert own.dtype == dtype
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "M")  # index and config are complete
+    assert loaded.dtype == dtype
     (tmp_path / "W").mkdir()
     whole = PeftModel.from_pretrained(load_base(source, torch.device("cpu"), dtype), str(tmp_path / "A"))
-    merging.merge_in_memory(whole, tmp_path / "W", 10**9)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors_of(tmp_path / "W").items())
+    merge_weights.merge_in_memory(whole, tmp_path / "W", 10**9)
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in tensors_of(tmp_path / "W").items())
 
 
-def test_experts_whose_files_name_them_otherwise_are_merged_in_memory(tmp_path: Path) -> None:
+def test_experts_whose_files_name_them_differently_are_merged_in_memory(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base", "qwen3_moe")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
     out = trained(tmp_path / "OUT", base, data, max_steps=1, card_rows=2, learning_rate=0.05).folder
     done = command(out, "merge", str(out), "--output_dir", str(tmp_path / "M"))
     assert done.status == 0, done.out + done.err
-    assert "held in memory as a whole" in done.out
+    assert "loading the whole base into memory" in done.out
 
 
-def test_a_tied_head_with_an_adapter_of_its_own_gets_its_own_weight(tmp_path: Path) -> None:
+def test_a_tied_head_with_its_own_adapter_gets_its_own_weight(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base")
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     model.config.tie_word_embeddings = True
@@ -168,27 +168,32 @@ def test_generation_ends_where_training_ended_answers(tmp_path: Path) -> None:
     path.write_text(json.dumps({"eos_token_id": 7, "do_sample": False, "temperature": 0.5}))
     assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
     ends = load_tokenizer(find_base(str(folders.base))).eos_token_id
-    found = json.loads((tmp_path / "M" / "generation_config.json").read_text())
-    assert found == {"eos_token_id": [7, ends], "do_sample": False, "temperature": 0.5}
+    config = json.loads((tmp_path / "M" / "generation_config.json").read_text())
+    assert config == {"eos_token_id": [7, ends], "do_sample": False, "temperature": 0.5}
 
 
-def test_the_tutorials_command_takes_a_checkpoint(run: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "merge.py"), "--base_model_name_or_path", str(run.parent / "base")]
-    words += [f"--peft_model_path={run / 'checkpoint-1'}", "--output-dir", str(tmp_path / "M")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
+def test_the_tutorials_command_accepts_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    arguments = [
+        sys.executable,
+        str(ROOT / "merge.py"),
+        "--base_model_name_or_path",
+        str(run.parent / "base"),
+    ]
+    arguments += [f"--peft_model_path={run / 'checkpoint-1'}", "--output-dir", str(tmp_path / "M")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found, wanted = (
+    merged, expected = (
         tensors_of(tmp_path / "M"),
         by_peft(run.parent / "base", run / "checkpoint-1", torch.float32),
     )
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
 
-# What is refused
+# Refusals
 
 
 def refused(run: Path, output: Path, *words: str) -> str:
-    """What is said; nothing is left behind."""
+    """The error message; nothing may be left behind."""
     before = {path.name for path in output.parent.iterdir()}
     done = command(run, "merge", str(run), "--output_dir", str(output), *words)
     assert done.status == 2
@@ -196,13 +201,13 @@ def refused(run: Path, output: Path, *words: str) -> str:
     return done.err
 
 
-def test_an_adapter_of_another_base(run: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> None:
     other = tiny_base(tmp_path / "other", sentencepiece_bpe(), layers=3)
     said = refused(run, tmp_path / "M", "--base_model", str(other))
     assert f"was trained on {run.parent / 'base'}, which is not {other}" in said
 
 
-def test_a_missing_shard(run: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(run: Path, tmp_path: Path) -> None:
     base = shutil.copytree(run.parent / "base", tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size=20_000)
     (base / "model.safetensors").unlink()
@@ -211,7 +216,7 @@ def test_a_missing_shard(run: Path, tmp_path: Path) -> None:
     assert f"missing shards: {gone.name}" in refused(run, tmp_path / "M", "--base_model", str(base))
 
 
-def test_a_folder_that_is_no_adapter_or_is_merged_already(run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_adapter_or_merged_already_is_refused(run: Path, tmp_path: Path) -> None:
     assert "yeonma.json is missing" in refused(run.parent / "base", tmp_path / "M")
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
     assert "merged already" in refused(tmp_path / "M", tmp_path / "N")
@@ -222,14 +227,14 @@ def test_a_folder_that_is_no_adapter_or_is_merged_already(run: Path, tmp_path: P
         ).err
     )
     for verb in ("verify", "serve"):
-        assert "it is a merged model" in command(run, verb, str(tmp_path / "M")).err
+        assert "this is a merged model" in command(run, verb, str(tmp_path / "M")).err
 
 
-def test_a_place_that_is_taken(run: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_empty_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "M").mkdir()
     (tmp_path / "M" / "mine.txt").write_text("x")
-    assert "it is there already" in refused(run, tmp_path / "M")
-    assert "it is there already" in refused(run, run)
+    assert "it exists already" in refused(run, tmp_path / "M")
+    assert "it exists already" in refused(run, run)
     assert (tmp_path / "M" / "mine.txt").read_text() == "x"
 
 
@@ -245,7 +250,7 @@ def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path)
         json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
     )
     details = json.loads((folders.adapter / "yeonma.json").read_text())
-    # as an adapter that was trained on the quantised base has it: packed weights count as fewer
+    # as in an adapter trained on the quantised base: packed weights count as fewer parameters
     details["base"]["config_sha256"] = config_hash(load_config(find_base(str(folders.base))))
     details["base"]["parameters"] //= 2
     (folders.adapter / "yeonma.json").write_text(json.dumps(details))
@@ -260,11 +265,13 @@ def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path)
         str(tmp_path / "M"),
     )
     assert done.status == 0, done.out + done.err
-    wanted = by_peft(plain, folders.adapter, torch.float32)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors_of(tmp_path / "M").items())
+    expected = by_peft(plain, folders.adapter, torch.float32)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "M").items())
 
 
-def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_whole_weights(tmp_path: Path) -> None:
+def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_full_precision_weights(
+    tmp_path: Path,
+) -> None:
     base = model_folder(tmp_path / "base")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(10))
     settings: dict[str, object] = {
@@ -283,26 +290,26 @@ def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_whole_weights
 
 
 @contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond `size` bytes, as a full disk would."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, former)
+        signal.signal(signal.SIGXFSZ, previous)
 
 
 @pytest.mark.parametrize("size", [1_000, 30_000])
 def test_a_disk_that_fills_up_leaves_nothing(run: Path, tmp_path: Path, size: int) -> None:
-    with files_of_at_most(size):
+    with file_size_limit(size):
         said = refused(run, tmp_path / "M")
     assert "the merged model cannot be written" in said
 
 
-def test_too_little_room_is_known_before_anything_is_loaded(
+def test_too_little_disk_space_is_reported_before_anything_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("yeonma.files.free_bytes", lambda _: 1_000)
@@ -311,13 +318,13 @@ def test_too_little_room_is_known_before_anything_is_loaded(
     assert "1,000 are free" in said
 
 
-def test_a_merged_model_that_says_something_else_is_not_left_there(
+def test_a_merged_model_with_other_answers_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_adapter(source: Any, files: list[Path], adapter: str, folder: Path, size: int) -> None:
         AutoModelForCausalLM.from_pretrained(source.name).save_pretrained(folder)
 
-    monkeypatch.setattr(merging, "merge_by_shard", without_adapter)
+    monkeypatch.setattr(merged_model, "merge_by_shard", without_adapter)
     done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
     assert done.status == 1
     assert "nothing was written" in done.out
@@ -335,16 +342,20 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert "NaN" in said or "not finite" in said
 
 
-def test_answers_may_part_only_between_tokens_that_are_as_good_as_equal() -> None:
+def test_answers_may_diverge_only_between_tokens_that_are_almost_equally_likely() -> None:
     logits = torch.tensor([[5.0, 4.99999, 0.0], [0.0, 0.0, 9.0]])
-    before = GreedyAnswers(((0, 2),), (logits,))
+    first = GreedyAnswers(((0, 2),), (logits,))
     float32 = torch.float32
-    near = compare(before, GreedyAnswers(((1, 2),), (logits + 1e-5,)), [logits - 1], float32, float32)
+    near = measure_agreement(
+        first, GreedyAnswers(((1, 2),), (logits + 1e-5,)), [logits - 1], float32, float32
+    )
     assert near.is_close
     assert (near.same_answers, near.rows) == (0, 1)
-    assert near.effect == 1.0
-    far = compare(before, GreedyAnswers(((2, 2),), (logits,)), [logits], float32, float32)
+    assert near.adapter_effect == 1.0
+    far = measure_agreement(first, GreedyAnswers(((2, 2),), (logits,)), [logits], float32, float32)
     assert not far.is_close
-    assert far.parted_at == 5.0
-    lost = compare(before, GreedyAnswers(((0, 2),), (logits * float("nan"),)), [logits], float32, float32)
-    assert not lost.is_close
+    assert far.max_gap == 5.0
+    nan = measure_agreement(
+        first, GreedyAnswers(((0, 2),), (logits * float("nan"),)), [logits], float32, float32
+    )
+    assert not nan.is_close

@@ -1,4 +1,4 @@
-"""The Modelfile: what Ollama would ask for a request is the trained prompt, and answers end where they should."""
+"""The Modelfile: Ollama's prompt is the trained one, and answers end where they should."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 
 
 def go(text: str, values: Mapping[str, str]) -> str:
-    """What Go's text/template makes of the few actions that we write: fields, raw strings, if with else."""
+    """Go's text/template for the few actions that are used: fields, raw strings, if with else."""
     out, shown = "", [True]
     parts = ACTION.split(text)
     for number, part in enumerate(parts):
@@ -39,7 +39,7 @@ def go(text: str, values: Mapping[str, str]) -> str:
 
 
 def template_in(text: str) -> str:
-    """The TEMPLATE of a Modelfile: from its three quotes to the next three."""
+    """The TEMPLATE of a Modelfile: the text between triple quotes."""
     return text.partition('TEMPLATE """')[2].partition('"""')[0]
 
 
@@ -55,25 +55,25 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ollama_asks_as_trained(name: str) -> None:
+def test_ollama_gets_the_trained_prompt(name: str) -> None:
     tokenizer, template = byte_level(), Template.parse(TEMPLATES[name])
     encoder = TextEncoder.of(tokenizer)
-    made = modelfile(template, encoder, "m.gguf", (1,), 512)
-    assert made.remarks == ()
-    written = template_in(made.text)
+    written = modelfile(template, encoder, "m.gguf", (1,), 512)
+    assert written.remarks == ()
+    go_template = template_in(written.text)
     for variant in template.variants:
         fields = {field: f"월요일 {field} {{x}}" for field in variant.prompt_fields}
         row = Row(1, fields, "row")
         ids = full_prompt_ids(template.render(row, None, with_answer=False), row, tokenizer)
         names = {"System" if field.startswith("system") else "Prompt": text for field, text in fields.items()}
-        assert encoder.batch([go(written, names)])[0] == ids
+        assert encoder.batch([go(go_template, names)])[0] == ids
 
 
 def test_the_start_token_is_left_to_ollama() -> None:
     encoder = TextEncoder.of(sentencepiece_bpe())
     for name in ("title", "turns"):
-        made = modelfile(Template.parse(TEMPLATES[name]), encoder, "m.gguf", (), 512)
-        assert "<s>" not in made.text
+        written = modelfile(Template.parse(TEMPLATES[name]), encoder, "m.gguf", (), 512)
+        assert "<s>" not in written.text
 
 
 def test_stops_and_parameters() -> None:
@@ -85,14 +85,14 @@ def test_stops_and_parameters() -> None:
     assert "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\nPARAMETER num_ctx 512\n" in text
 
 
-def test_what_ollama_cannot_fill_is_said() -> None:
+def test_fields_that_ollama_cannot_fill_are_reported() -> None:
     encoder = TextEncoder.of(byte_level())
     two = modelfile(Template.parse("{a} and {b}\n{c}\n"), encoder, "m.gguf", (), 512)
     assert template_in(two.text) == "{{ .Prompt }}{{ .Response }}"
     assert "several fields (a, b)" in two.remarks[0]
     assert two.text.startswith(f"# {two.remarks[0]}\n")
     alpaca = modelfile(load_template("alpaca"), encoder, "m.gguf", (), 512)
-    assert "only those with instruction" in alpaca.remarks[0]
+    assert "only the template's variants with instruction" in alpaca.remarks[0]
     assert go(template_in(alpaca.text), {"Prompt": "x"}).endswith("### Instruction:\nx\n\n### Response:\n")
     chat = modelfile(load_template("chat"), encoder, "m.gguf", (), 512)
     assert "TEMPLATE" not in chat.text.replace("no TEMPLATE", "")

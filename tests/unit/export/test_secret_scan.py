@@ -1,4 +1,4 @@
-"""Absolute paths, and what only looks like one."""
+"""Absolute paths, and text that only resembles them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from yeonma.export.secret_scan import problems, renamed, without_paths
+from yeonma.export.secret_scan import find_problems, replace_name, without_paths
 
 
 @pytest.mark.parametrize(
-    ("text", "left"),
+    ("text", "shortened"),
     [
         ("data_path: /home/mina/news.jsonl", "data_path: news.jsonl"),
         ("'/data/x/rows.jsonl', /srv/y/", "'rows.jsonl', y"),
@@ -20,13 +20,13 @@ from yeonma.export.secret_scan import problems, renamed, without_paths
         ("경로는 /자료/뉴스/기사.jsonl 입니다", "경로는 기사.jsonl 입니다"),
     ],
 )
-def test_paths_lose_all_but_their_last_part(text: str, left: str) -> None:
-    assert problems("README.md", text, {})
-    assert without_paths("README.md", text) == left
-    assert not problems("README.md", left, {})
-    held = json.dumps({"a": [text]})
-    assert problems("x.json", held, {})[0].place == "x.json: a[0]"
-    assert json.loads(without_paths("x.json", held)) == {"a": [left]}
+def test_paths_are_shortened_to_their_last_part(text: str, shortened: str) -> None:
+    assert find_problems("README.md", text, {})
+    assert without_paths("README.md", text) == shortened
+    assert not find_problems("README.md", shortened, {})
+    as_json = json.dumps({"a": [text]})
+    assert find_problems("x.json", as_json, {})[0].place == "x.json: a[0]"
+    assert json.loads(without_paths("x.json", as_json)) == {"a": [shortened]}
 
 
 @pytest.mark.parametrize(
@@ -41,22 +41,24 @@ def test_paths_lose_all_but_their_last_part(text: str, left: str) -> None:
         "sk-learn, hf_hub, AKIA",
     ],
 )
-def test_other_strokes_are_no_paths(text: str) -> None:
-    assert problems("README.md", text, {}) == []
+def test_other_slashes_are_not_paths(text: str) -> None:
+    assert find_problems("README.md", text, {}) == []
     assert without_paths("README.md", text) == text
 
 
-def test_json_that_holds_no_path_keeps_its_bytes() -> None:
+def test_json_without_paths_keeps_its_bytes() -> None:
     text = '{"a":  "b", "n": 1.0}'
     assert without_paths("x.json", text) is text
-    assert renamed("x.json", text, "/m/base", "o/base") is text
+    assert replace_name("x.json", text, "/m/base", "o/base") is text
 
 
 def test_a_name_is_replaced_only_as_a_whole() -> None:
     text = "/m/base /m/base2 /m/base/x /m/base. x/m/base '/m/base'"
-    assert renamed("README.md", text, "/m/base", "o/b") == "o/b /m/base2 /m/base/x o/b. x/m/base 'o/b'"
+    assert replace_name("README.md", text, "/m/base", "o/b") == "o/b /m/base2 /m/base/x o/b. x/m/base 'o/b'"
 
 
-def test_short_values_of_the_environment_are_no_secrets() -> None:
-    assert problems("README.md", "key: main", {"X_KEY": "main"}) == []
-    assert problems("README.md", "key: 0123456789ab", {"X_KEY": "0123456789ab"})[0].place == "README.md:1"
+def test_short_environment_variables_are_not_secrets() -> None:
+    assert find_problems("README.md", "key: main", {"X_KEY": "main"}) == []
+    assert (
+        find_problems("README.md", "key: 0123456789ab", {"X_KEY": "0123456789ab"})[0].place == "README.md:1"
+    )

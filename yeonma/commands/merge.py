@@ -1,0 +1,23 @@
+"""`yeonma merge`: merges an adapter into its base, and checks that the merged model gives the same answers."""
+
+from __future__ import annotations
+
+from yeonma.config.settings import MergeSettings
+from yeonma.export.merged_model import check_output, merge, prepare_merge
+
+
+def run(settings: MergeSettings) -> int:
+    """Returns 0 if the merged model agrees with the adapter on its base, else 1, with nothing written.
+
+    Raises UserError as `prepare_merge` and `merge`.
+    """
+    output = check_output(settings.output_dir)
+    agreement = merge(prepare_merge(settings), output, _print)
+    if not agreement.is_close:
+        return 1
+    print(f"{output} is a complete model; it loads without the adapter's folder")
+    return 0
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,69 @@
+"""`yeonma push`: uploads an adapter folder or a merged model to the hub, without what should stay private."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from yeonma.config.settings import PushSettings
+from yeonma.errors import UserError
+from yeonma.export.hub_push import Upload, collect, upload
+from yeonma.files import user_path
+
+
+def run(settings: PushSettings) -> int:
+    """Lists what will be sent, asks, sends it in one commit and compares what arrived. Returns 1 if the answer is no.
+
+    Raises UserError as `collect`, before anything is sent, and as `upload`.
+    """
+    folder = user_path(settings.folder)
+    uploads = collect(folder, settings.base_model, settings.hide_paths, os.environ)
+    _print_uploads(folder, uploads, settings.repo, settings.public)
+    if settings.dry_run:
+        print("nothing was sent (dry_run)")
+        return 0
+    if not settings.yes and not _confirmed():
+        print("nothing was sent")
+        return 1
+    url = upload(
+        settings.repo, uploads, settings.message, settings.public, lambda text: print(text, flush=True)
+    )
+    print(f"{len(uploads)} files uploaded and verified: {url}")
+    return 0
+
+
+def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
+    total = sum(file.size for file in uploads)
+    print(
+        f"{folder} -> {repo} ({'public' if public else 'private'}): {len(uploads)} files, {_size_text(total)}"
+    )
+    width = max(len(file.name) for file in uploads)
+    for file in uploads:
+        edited = "  edited for upload" if file.content else ""
+        print(f"  {file.name:{width}}  {_size_text(file.size):>10}{edited}")
+    names = {file.name for file in uploads}
+    remaining = sorted(
+        path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in names
+    )
+    if remaining:
+        print(f"not sent: {', '.join(remaining)}")
+
+
+def _size_text(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _confirmed() -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("no terminal to confirm the upload on", place="yes", cure="give --yes true")
+    try:
+        return input("send these files? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False

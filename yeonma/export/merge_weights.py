@@ -92,8 +92,8 @@ def _untie(peft_model: Any) -> None:
 def merge_by_shard(
     source: BaseSource, files: Sequence[Path], adapter: str, folder: Path, max_shard_bytes: int
 ) -> None:
-    """Merges without the whole base in memory: reads its files tensor by tensor, and merges each layer by PEFT when its
-    weight is read. Memory holds no more than one shard of `max_shard_bytes`.
+    """Merges without the whole base in memory: reads its files tensor by tensor, and merges each layer with PEFT when
+    its weight comes. Memory holds no more than one shard of `max_shard_bytes`.
 
     Raises NeedsWholeModel, possibly with some shards written, and UserError if a merged weight is not finite.
     """

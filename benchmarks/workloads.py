@@ -46,7 +46,7 @@ def read_data(path: Path | None) -> list[Fields]:
 
 def workload(name: str, data: list[Fields], count: int) -> Workload:
     """The first `count` rows of `data` that suit it. Raises ValueError for too few, or an unknown name."""
-    alpaca = (HERE.parent / "yeonma" / "text" / "templates" / "alpaca.txt").read_text("utf-8")
+    alpaca = (HERE.parent / "yeonma" / "data" / "templates" / "alpaca.txt").read_text("utf-8")
     whole = [{"instruction": question(row), "output": row["output"]} for row in data]
     if name == "alpaca":
         made = Workload("alpaca template: short prompt, long answer", alpaca, data[:count])

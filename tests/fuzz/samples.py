@@ -24,11 +24,12 @@ from tests.fuzz.mutate import (
     file_bytes,
 )
 from tests.tables import table_as
+from yeonma.data.template import BUILT_IN
 
 SAMPLES = Path(yeonma.__file__).parent / "samples"
 BUILT_IN_TEMPLATES = {
-    path.stem: path.read_text(encoding="utf-8")
-    for path in sorted((Path(yeonma.__file__).parent / "text" / "templates").glob("*.txt"))
+    name: (Path(yeonma.__file__).parent / "data" / "templates" / f"{name}.txt").read_text(encoding="utf-8")
+    for name in sorted(BUILT_IN)
 }
 SAMPLE_TEMPLATE = (SAMPLES / "title_en.txt").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -22,6 +22,7 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.data.columns import Columns
 from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, Task
 from yeonma.data.template import Template
@@ -66,7 +67,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: boo
 def store_key(
     rows: Rows,
     template: Template,
-    columns: Mapping[str, str] | None,
+    columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     task: Task = ANSWERS,
@@ -82,7 +83,7 @@ def store_key(
 def build_store(
     rows: Rows,
     template: Template,
-    columns: Mapping[str, str] | None,
+    columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     cache_dir: Path,
@@ -129,7 +130,7 @@ def build_store(
 def _chunks(
     rows: Rows,
     template: Template,
-    columns: Mapping[str, str] | None,
+    columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
@@ -165,9 +166,7 @@ def _next_rows(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
     return chunk
 
 
-def _rendered(
-    row: Row, template: Template, columns: Mapping[str, str] | None, task: Task, problems: list[Problem]
-) -> Any:
+def _rendered(row: Row, template: Template, columns: Columns, task: Task, problems: list[Problem]) -> Any:
     try:
         return task.render(template, row, columns)
     except UserError as error:

@@ -8,11 +8,11 @@ tokens; Yeonma does not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from yeonma.data.columns import column_of, field_text
+from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Part, Placeholder, Rendered, Template, Variant
 from yeonma.errors import UserError
@@ -148,9 +148,7 @@ def base_chat_template(tokenizer: Any) -> str:
     return str((named.get("default") if isinstance(named, dict) else named) or "")
 
 
-def messages_of(
-    template: Template, row: Row, columns: Mapping[str, str] | None, rendered: Rendered
-) -> list[Message]:
+def messages_of(template: Template, row: Row, columns: Columns, rendered: Rendered) -> list[Message]:
     """The row as another tool sends it: one user message, or a turn list without its final answer."""
     if template.is_chat:
         turns = rendered.turns

@@ -88,8 +88,7 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
 
         return call
 
-    # what the first step finds of the reference is in the step's own seconds
-    setup.reference_logprobs, setup.is_reference = timed(setup.reference_logprobs), timed(setup.is_reference)
+    setup.reference_logprobs = timed(setup.reference_logprobs)
     output = folder / "output"
     settings = {
         "base_model": model,

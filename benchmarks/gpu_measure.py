@@ -79,7 +79,7 @@ def ours(contender: Contender, job: Job) -> Measured:
 
         return call
 
-    setup.reference_logprobs, setup.is_reference = timed(setup.reference_logprobs), timed(setup.is_reference)
+    setup.reference_logprobs = timed(setup.reference_logprobs)
     output, pairs = job.folder / "output", job.about["pairs"]
     settings: dict[str, Any] = {
         "base_model": job.model,

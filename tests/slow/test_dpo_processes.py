@@ -65,7 +65,7 @@ def test_two_processes_give_the_losses_and_rewards_of_one(
     more = {} if command == "torchrun" else {"nproc": 2}
     two = started(words, tmp_path / "two", base, data, **settings, **more, cache_dir=tmp_path / "b")
     assert_same_run(two, one)
-    assert two.out.count("reference: 8 of 8 computed") == 1  # not the first 5, nor the 4 held out
+    assert two.out.count("reference: 17 of 17 computed") == 1
     again = forked(zygotes, tmp_path / "again", base, data, **settings, cache_dir=tmp_path / "b")
     assert "reference: " not in again.out  # both processes know what the first of them has read
     assert again.losses == two.losses

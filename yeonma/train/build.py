@@ -25,7 +25,6 @@ from yeonma.train.interrupt import Stop
 from yeonma.train.losses import LOSSES, SFT, Objective, preference_objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
-from yeonma.train.opening import Opening, is_reference, with_opening
 from yeonma.train.optimizers import make_optimizer
 from yeonma.train.prepare import (
     BY_METRIC,
@@ -34,7 +33,7 @@ from yeonma.train.prepare import (
     make_schedule,
     preference_options,
 )
-from yeonma.train.reference import reference_identity, reference_logprobs, reference_path
+from yeonma.train.reference import reference_identity, reference_logprobs
 from yeonma.train.step import TrainState
 
 UNITS_WITHOUT_GRADIENT = 4
@@ -125,19 +124,6 @@ def all_looked_at(prepared: Prepared) -> References:
     return needed
 
 
-def looked_at_first(prepared: Prepared) -> References:
-    """The units that the run looks at before its first update."""
-    store, validation = prepared.dataset.train.store, held_out(prepared)
-    first = {store.key: (store, next(prepared.plan.steps()))}
-    if validation is not None:
-        key = validation[0].key
-        first[key] = (
-            validation[0],
-            np.union1d(validation[1], first[key][1] if key in first else validation[1]),
-        )
-    return first
-
-
 def held_out(prepared: Prepared) -> tuple[TokenStore, np.ndarray] | None:
     held_out = prepared.dataset.validation
     return None if held_out is None else (held_out.store, held_out.units)
@@ -147,68 +133,47 @@ def make_objective(
     config: RunConfig,
     loaded: LoadedModel,
     prepared: Prepared,
-    needed: References,
+    units_by_store: References,
     group: Processes,
     say: Log,
-    first: References | None = None,
 ) -> Objective:
-    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of `needed`.
+    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of some units.
 
-    Those of `first` are left to the run's own look at them, where it gives the same: of pairs, with no dropout that
-    changes anything.
-    The adapter must be as it was at the start: the first step is still to come, or the checkpoint to be read.
+    The adapter must be as it was at the start: the checkpoint of a resumed run is not read yet.
     """
     preference, step = config.preference, config.step
     if preference is None:
         return SFT
     loss = LOSSES[preference.loss]
     references: dict[str, np.ndarray] = {}
-    objective = preference_objective(loss, preference_options(preference), references)
-    openings: dict[str, Opening] = {}
-    policy = loaded.policy
-    base = policy.transformers_model
     if loss.needs_reference:
+        base = loaded.policy.transformers_model
         identity = ""
         if group.first:
             identity = reference_identity(
-                policy.source,
-                policy.base,
+                loaded.policy.source,
+                loaded.policy.base,
                 prepared.adapter,
                 base.dtype,
                 base.device,
                 config.model.quantization,
             )
-        as_reference = policy.model.disable_adapter if prepared.adapter is None else nullcontext
-        cache_dir = cache_folder(config.tokens)
         most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
         micro = replace(micro_batching(step), most_examples=most)
-        if (
-            first is None
-            or is_sharded(base)  # every look at it is a meeting of all
-            or objective.measure is not None  # its mean over the step needs the reference before
-            or config.lora.use_dora  # the base to rounding only
-            or not is_reference(base, policy.support, as_reference, group)
-        ):
-            first = {}
-        with as_reference():
-            for key, (store, units) in needed.items():
+        with loaded.policy.model.disable_adapter() if prepared.adapter is None else nullcontext():
+            for key, (store, units) in units_by_store.items():
                 references[key] = reference_logprobs(
                     base,
-                    policy.support,
+                    loaded.policy.support,
                     store,
                     units,
-                    later=first[key][1] if key in first else None,
                     identity=identity,
-                    cache_dir=cache_dir,
+                    cache_dir=cache_folder(config.tokens),
                     room=MicroBatchLimit(micro, base.device, not is_sharded(base)),
                     group=group,
                     say=say,
                 )
-        for key, (store, units) in first.items():
-            wanted = np.isnan(references[key])
-            wanted[~np.isin(store.units, units)] = False
-            openings[key] = Opening(reference_path(cache_dir, identity, store), references[key], wanted)
-    return with_opening(objective, openings, group, base.device) if openings else objective
+    return preference_objective(loss, preference_options(preference), references)
 
 
 def make_tuning(

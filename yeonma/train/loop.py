@@ -22,13 +22,7 @@ from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.optimizers import optimizer_tensors
-from yeonma.train.step import (
-    TrainState,
-    at_step,
-    evaluate,
-    micro_batch_limits,
-    train_step,
-)
+from yeonma.train.step import TrainState, evaluate, micro_batch_limits, train_step
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def run_steps(
     def look(state: RunState) -> RunState:
         if validation is None:
             return state
-        record = evaluate(at_step(tuning, state.step), *validation, state.step, plan.epoch_at(state.step))
+        record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
         state = replace(state, evaluation_due=record is None)
         if record is None:
             return state
@@ -111,7 +105,7 @@ def run_steps(
             watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
             break
         started = time.perf_counter()
-        result = train_step(at_step(tuning, state.step), store, units)
+        result = train_step(tuning, store, units)
         seconds = time.perf_counter() - started
         stop.took(step=seconds)
         state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())

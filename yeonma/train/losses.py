@@ -52,12 +52,6 @@ class Objective:
     measure: Callable[[Tensor, TokenStore, np.ndarray], Tensor] | None = None
     """What the objective wants to know of a whole step before any of it is trained: from the log-probabilities of some
     mismatched answers, without gradient, to a sum over them."""
-    at_start: Objective | None = None
-    """The same objective for what is looked at before the first update, where it learns something there."""
-    settle: Callable[[], None] = lambda: None
-    """Called in every process when all of a pass is through the model and found finite, before any update."""
-    wants: Callable[[TokenStore, np.ndarray], bool] = lambda store, units: False
-    """Whether some of these units have something to tell it still."""
 
 
 def sft_loss(logprob_N: Tensor) -> Tensor:

@@ -79,7 +79,6 @@ def reference_logprobs(
     store: TokenStore,
     units: np.ndarray,
     *,
-    later: np.ndarray | None = None,
     identity: str,
     cache_dir: Path,
     room: MicroBatchLimit,
@@ -89,9 +88,8 @@ def reference_logprobs(
     """float64 (examples,): the log-probability of the answers of the examples of `units`; NaN for others.
 
     `model` is the reference as it stands; it is asked with dropout off. What the cache does not hold is computed, every
-    process its share, and written there by the first; of the units in `later`, no matter whether they are in `units`,
-    only what the cache holds is told. What it holds may come from a run with other micro-batches, and is then equal to
-    rounding only. `identity` and `cache_dir` matter in the first process alone.
+    process its share, and written there by the first. What the cache holds may come from a run with other
+    micro-batches, and is then equal to rounding only. Only the first process needs `identity` and `cache_dir`.
     Raises UserError where the cache cannot be written.
     """
     path = reference_path(cache_dir, identity, store)
@@ -100,14 +98,13 @@ def reference_logprobs(
         found = _read(path, len(store))
         known = np.full(len(store), np.nan) if found is None else found
     known = summed(known, group, model.device)  # the others' zeros: all know what the first knows
-    asked = units if later is None else units[~np.isin(units, later)]
-    missing = asked[np.isin(asked, store.units[np.isnan(known)])]
+    missing = units[np.isin(units, store.units[np.isnan(known)])]
     if not len(missing):
         return known
     done, company = 0, RankInfo(group.rank, group.count, not room.alone)
     with torch.no_grad(), in_eval_mode(model):
         # the borders are those of all, so that a pass which was killed goes on with the same micro-batches
-        for whole in _rounds(asked, store.unit_lengths, ROUND_TOKENS * group.count):
+        for whole in _rounds(units, store.unit_lengths, ROUND_TOKENS * group.count):
             part = whole[np.isin(whole, missing)]
             if not len(part):
                 continue

@@ -38,7 +38,6 @@ from yeonma.train.build import (
     all_looked_at,
     held_out,
     load_model,
-    looked_at_first,
     make_objective,
     make_tuning,
 )
@@ -48,7 +47,6 @@ from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, ru
 from yeonma.train.losses import SFT
 from yeonma.train.memory_budget import one_by_one, resolve_auto, try_heaviest
 from yeonma.train.model_card import ask_rows, write_card
-from yeonma.train.opening import look_again
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, prepare
@@ -137,11 +135,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         if by_tokens and kept is None:  # before a pass over the reference, which may take hours
             try_heaviest(tuning, prepared.plan, prepared.dataset.train.store)
         looked_at = all_looked_at(prepared)
-        first = looked_at_first(prepared)
-        objective = make_objective(chosen, loaded, prepared, looked_at, group, say, first)
+        objective = make_objective(chosen, loaded, prepared, looked_at, group, say)
         tuning = replace(tuning, objective=objective)
-        if start.state is not None:
-            look_again(tuning, prepared.plan, prepared.dataset.train.store, held_out(prepared))
         stop.check()
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:

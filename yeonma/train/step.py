@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -181,7 +181,6 @@ def train_step(tuning: TrainState, store: TokenStore, units: np.ndarray) -> Step
     totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
     _check_finite(totals[0], grad_norm, store, examples)
-    objective.settle()
     learning_rate = tuning.optimizer.param_groups[0]["lr"]
     tuning.optimizer.step()
     if not tuning.by_metric:
@@ -196,12 +195,6 @@ def train_step(tuning: TrainState, store: TokenStore, units: np.ndarray) -> Step
     return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
 
 
-def at_step(tuning: TrainState, step: int) -> TrainState:
-    """With the objective of what comes after so many updates."""
-    first = tuning.objective.at_start
-    return tuning if step or first is None else replace(tuning, objective=first)
-
-
 def micro_batch_limits(tuning: TrainState) -> tuple[list[int], list[int]]:
     """What each process takes through the model at once, at most, by rank: units, and tokens where those are its own
     choice."""
@@ -209,17 +202,6 @@ def micro_batch_limits(tuning: TrainState) -> tuple[list[int], list[int]]:
     mine = torch.tensor([micro.most_examples, micro.most_tokens or 0]).view(torch.uint8)
     found = [each.view(torch.int64).tolist() for each in gather_bytes(tuning.group, mine)]
     return [each[0] for each in found], [each[1] for each in found] if tuning.room.by_tokens else []
-
-
-def forward_alone(tuning: TrainState, store: TokenStore, units: np.ndarray) -> None:
-    """A step's forward passes as training makes them, told to the objective; no weight and no gradient changes."""
-
-    def forward() -> None:
-        for turn in _my_passes(tuning, store, units, store.trained_of):
-            _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), None)
-
-    tuning.room.fit(forward, store, units)
-    tuning.objective.settle()
 
 
 def _measured(
@@ -286,7 +268,7 @@ def _check_finite(
 
 
 def evaluate(
-    tuning: TrainState, store: TokenStore, units: np.ndarray, at_step: int, epoch: float
+    tuning: TrainState, store: TokenStore, units: np.ndarray, step: int, epoch: float
 ) -> EvaluationRecord | None:
     """Mean loss over some units' trained tokens, or over the units, dropout off; every process looks at its share.
 
@@ -321,9 +303,8 @@ def evaluate(
     tuning.stop.agree(sums[-len(REASONS) :])
     if sums[-1 - len(REASONS)]:
         return None
-    objective.settle()
     loss, *means = (each / count for each in sums[: -1 - len(REASONS)])
     perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
     seconds = time.perf_counter() - started
-    return EvaluationRecord(at_step, epoch, loss, perplexity, len(units), trained_tokens, seconds, metrics)
+    return EvaluationRecord(step, epoch, loss, perplexity, len(units), trained_tokens, seconds, metrics)

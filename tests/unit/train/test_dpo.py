@@ -242,7 +242,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
     asked = forward_passes(monkeypatch)
     done = tuned(tmp_path / "out", base, data, **RESUMED)
     assert "continuing after step 4 of 8" in done.out
-    assert sum(asked) == (0 if cache_stays else 2 * (21 - 4 - 5))
+    assert sum(asked) == (0 if cache_stays else 2 * 21)
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
@@ -279,10 +279,9 @@ def test_the_reference_is_asked_once_for_all_runs(
     cache = tmp_path / "cache"
     asked = forward_passes(monkeypatch)
     first = tuned(tmp_path / "first", base, data, cache_dir=cache, lora_dropout=0.2)
-    assert sum(asked) == 2 * (21 - 4)  # the first step's are its own look at them
-    assert len(asked) == math.ceil(
-        17 / (2 * setup.UNITS_WITHOUT_GRADIENT)
-    )  # fewer than micro-batches in training
+    assert sum(asked) == 2 * 21
+    # fewer than micro-batches in training
+    assert len(asked) == math.ceil(21 / (2 * setup.UNITS_WITHOUT_GRADIENT))
     asked.clear()
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, beta=0.2, val_set_size=3, lora_r=8)
     assert asked == []
@@ -296,15 +295,13 @@ def test_only_what_a_run_needs_is_computed_and_the_rest_later(
     cache = tmp_path / "cache"
     asked = forward_passes(monkeypatch)
     tuned(tmp_path / "short", base, data, cache_dir=cache, max_steps=2, val_set_size=3)
-    assert sum(asked) == 2 * 4  # the second step's
+    assert sum(asked) == 2 * (4 + 4 + 3)  # of two steps, and held out
     asked.clear()
     (file,) = cache.glob("*.reference")
     missing = set(np.flatnonzero(np.isnan(load_file(file)["logprobs"])) // 2)
     assert len(missing) == 21 - 11
     whole = tuned(tmp_path / "whole", base, data, cache_dir=cache)
-    assert sum(asked) == 2 * len(
-        missing - set(epoch_order(21, 42, 0, 4)[:4])
-    )  # its own first step tells the rest
+    assert sum(asked) == 2 * len(missing)
     fresh = tuned(tmp_path / "fresh", base, data, cache_dir=tmp_path / "other")
     assert_same(whole, fresh)
 
@@ -327,9 +324,71 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
         patch.setattr(reference, "pass_logprobs", killed)
         assert dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache").status == 130
     before = sum(asked)
-    assert 0 < before < 34
+    assert 0 < before < 42
     tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "cache")
-    assert sum(asked) == 34
+    assert sum(asked) == 42
+
+
+ROUNDS: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5, "lora_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def in_rounds(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> tuple[Done, bytes]:
+    """A run whose reference is written in several rounds, and the file of it."""
+    place = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "ROUND_TOKENS", 500)
+        done = tuned(place / "out", base, data, cache_dir=place / "cache", **ROUNDS)
+    (file,) = (place / "cache").glob("*.reference")
+    return done, file.read_bytes()
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("point", ["first round", "second round", "update", "step 1", "step 2", "step 6"])
+def test_killed_at_any_point_it_ends_with_the_same_bytes(
+    tmp_path: Path,
+    base: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_rounds: tuple[Done, bytes],
+    point: str,
+    removed: bool,
+) -> None:
+    monkeypatch.setattr(reference, "ROUND_TOKENS", 500)
+    module, name, at = {
+        "first round": (reference, "write_reference", 1),
+        "second round": (reference, "write_reference", 2),
+        "update": (torch.optim.AdamW, "step", 1),
+        "step 1": (loop, "write_checkpoint", 1),
+        "step 2": (loop, "write_checkpoint", 2),
+        "step 6": (loop, "write_checkpoint", 6),
+    }[point]
+    kept, calls = getattr(module, name), 0
+
+    def killed(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return kept(*arguments, **more)
+
+    place = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, killed)
+        assert dpo(tmp_path / "out", base, data, cache_dir=place, **ROUNDS).status == 130
+    if module is not reference:  # the whole reference is on disk before the first update
+        (file,) = place.glob("*.reference")
+        assert file.read_bytes() == in_rounds[1]
+    if removed:
+        shutil.rmtree(place)
+    done = tuned(tmp_path / "out", base, data, cache_dir=place, **ROUNDS)
+    assert ("continuing after step" in done.out) == (point in ("step 2", "step 6"))
+    (file,) = place.glob("*.reference")
+    assert file.read_bytes() == in_rounds[1]
+    ours, theirs = left_behind(done.folder), left_behind(in_rounds[0].folder)
+    assert {k: v for k, v in ours.items() if "settings" not in k and k != "README.md"} == {
+        k: v for k, v in theirs.items() if "settings" not in k and k != "README.md"
+    }
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
@@ -344,7 +403,7 @@ def test_a_damaged_file_is_computed_again(
     file.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-8]), "empty": b""}[damage])
     asked = forward_passes(monkeypatch)
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, max_steps=2)
-    assert sum(asked) == 2 * 4  # the second step's
+    assert sum(asked) == 2 * 8  # of both steps
     assert second.weight_bytes == first.weight_bytes
 
 
@@ -362,7 +421,7 @@ def test_other_weights_adapters_rows_or_cutoffs_have_a_reference_of_their_own(
     tuned(tmp_path / "c", base, data, **settings, cutoff_len=60)
     tuned(tmp_path / "d", base, data, **settings, adapter=adapter)
     tuned(tmp_path / "e", base, data, **settings, dtype="bfloat16")
-    assert sum(asked) == 2 * (4 * 4 + 1)  # of each second step
+    assert sum(asked) == 2 * (4 * 8 + 5)  # of two steps each; b has five pairs
 
 
 def test_a_cache_that_cannot_be_written_is_told(

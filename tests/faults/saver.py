@@ -43,7 +43,7 @@ from yeonma.files import delete, disk_errors_as_user_errors
 from yeonma.model import load
 from yeonma.run_folder import checkpoint
 from yeonma.run_folder import output_folder as folder
-from yeonma.run_folder.checkpoint import AdapterWriter, RunState, newest_whole, recover, write_checkpoint
+from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, newest_whole, recover, write_checkpoint
 from yeonma.run_folder.lock import hold
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.example import TokenRules
@@ -88,7 +88,7 @@ class Saver:
 
     def save(self, output: Path, step: int, value: float, best: int | None = None) -> None:
         optimizer = {f"{name}/exp_avg": torch.full((8,), value) for name in self.parameters}
-        state = RunState(step, {}, None, best, 0, dict(IDENTITY))
+        state = RunProgress(step, {}, None, best, 0, dict(IDENTITY))
         write_checkpoint(output, state, self._adapter(value), optimizer, {"cpu/0": torch.get_rng_state()})
 
     def rotate(self, output: Path, limit: int, keep: int | None) -> None:

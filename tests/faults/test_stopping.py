@@ -55,7 +55,7 @@ def test_kills_at_random_moments() -> None:
 
 # What a run does when the signal comes: the function that it is about to call, and which call of it.
 LOADING = "yeonma.train.run:load_model", 1
-REFERENCE = "yeonma.train.run:make_objective", 1
+REFERENCE = "yeonma.train.run:reference_extras", 1
 FIRST_LOOK = "yeonma.train.loop:evaluate", 1
 STEPPING = "yeonma.train.loop:train_step", 5
 EVALUATING = "yeonma.train.loop:evaluate", 3

@@ -51,21 +51,26 @@ def lay_out(
     *,
     share_prefix: bool = True,
     units: Sequence[int] | np.ndarray | None = None,
+    input_keys: Sequence[np.ndarray] | None = None,
 ) -> Forest:
     """The forest of one micro-batch's examples; without `share_prefix` every example is a segment of its own.
 
     Examples share a common prefix of at least LEAST_SHARED tokens. Those of one unit, such as the two of a pair, share
     any prefix; `units` holds the unit of each example.
 
+    A prefix is common where the model sees the same: equal token ids and, if given, equal `input_keys`, an integer per
+    token that stands for whatever else the model sees there.
+
     `trained[i][t]` says whether example i is trained to predict its token t. The first token of an example has nothing
     before it and is never trained.
     """
-    order = sorted(range(len(token_ids)), key=lambda i: token_ids[i].astype(">u4").tobytes())
+    seen = [_seen(ids, None if input_keys is None else input_keys[i]) for i, ids in enumerate(token_ids)]
+    order = sorted(range(len(token_ids)), key=lambda i: seen[i].tobytes())
     common = np.zeros(
         len(order), dtype=np.int64
     )  # length of the prefix that a sorted example shares with the next
     if share_prefix:
-        common[:-1] = [_common(token_ids[a], token_ids[b]) for a, b in pairwise(order)]
+        common[:-1] = [_common(seen[a], seen[b]) for a, b in pairwise(order)]
 
     unit_of = list(range(len(order))) if units is None else [int(unit) for unit in units]
     least = [1 if unit_of[a] == unit_of[b] else LEAST_SHARED for a, b in pairwise(order)]
@@ -103,6 +108,16 @@ def lay_out(
         pair_N=pair_N.reshape(-1),
         answer_N=answer,
     )
+
+
+def _seen(token_ids: np.ndarray, input_keys: np.ndarray | None) -> np.ndarray:
+    """What the model sees at each token, shape (tokens,): two are equal where it sees the same."""
+    ids = token_ids.astype(">u4")
+    if input_keys is None:
+        return ids
+    pairs = np.empty(len(ids), dtype=[("id", ">u4"), ("key", ">u8")])
+    pairs["id"], pairs["key"] = ids, input_keys.astype(np.int64).view(np.uint64)
+    return pairs
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

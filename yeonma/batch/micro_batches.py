@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yeonma.batch.forest import Forest, lay_out
+from yeonma.batch.batch import Batch
+from yeonma.batch.forest import Forest
 from yeonma.batch.plan import MicroBatchBounds, Plan, micro_batches, shares
 from yeonma.tokenization.store import TokenStore
 
@@ -88,8 +89,4 @@ def _micro_batches_of(
 
 def forest_of(store: TokenStore, units: np.ndarray, share_prefix: bool) -> Forest:
     """The forest that the training step makes of these units."""
-    positions = store.trained_of(units)
-    examples = [store.example(int(position)) for position in positions]
-    token_ids = [example.token_ids for example in examples]
-    trained = [example.trained for example in examples]
-    return lay_out(token_ids, trained, share_prefix=share_prefix, units=store.units[positions])
+    return Batch.from_store(store, units).trained_part.forest(share_prefix=share_prefix)

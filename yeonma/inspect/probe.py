@@ -9,13 +9,14 @@ from itertools import islice
 import numpy as np
 import torch
 
+from yeonma.batch.batch import Batch
 from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.kernels.linear import product
 from yeonma.run_folder.progress import peak_memory_bytes
-from yeonma.train.build import load_model, make_objective, make_tuning
+from yeonma.train.build import build_objective, build_train_state, load_model, reference_extras
 from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching
 from yeonma.train.prepare import Prepared
@@ -75,14 +76,16 @@ def probe_run(
     taken += taken[: max(0, steps - len(taken))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(taken))
     loaded = load_model(config, source, device, prepared, say, group)
-    objective = make_objective(config, loaded, prepared, {store.key: (store, units)}, group, say)
-    tuning = make_tuning(config, loaded, plan, objective, group)
-    tuning.model.train()
+    extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, say)
+    state = build_train_state(config, loaded, plan, build_objective(config), group)
+    state.model.train()
     torch.manual_seed(step.seed)
     seconds, tokens = 0.0, 0
     for index, units in enumerate(taken):
         started = time.perf_counter()
-        result = train_step(tuning, store, units)  # reads the loss, so that a GPU has finished, too
+        result = train_step(
+            state, Batch.from_store(store, units, extras.get(store.key))
+        )  # reads the loss, so that a GPU has finished, too
         if index:
             seconds, tokens = seconds + time.perf_counter() - started, tokens + result.tokens
     return Probe(tokens / seconds, peak_memory_bytes(device.type), len(taken), seconds)

@@ -77,11 +77,12 @@ def example_logprobs(
     *,
     share_prefix: bool,
     units: Sequence[int] | np.ndarray | None = None,
+    input_keys: Sequence[np.ndarray] | None = None,
 ) -> torch.Tensor:
     """logprob_N of the examples' trained tokens, example by example: through one forest where `support` allows it, else
-    sequence by sequence. `units` as in `lay_out`."""
+    sequence by sequence. `units` and `input_keys` as in `lay_out`."""
     if support.forest:
-        forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units)
+        forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units, input_keys=input_keys)
         return trained_logprobs(model, forest, support.head, support.capability)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):

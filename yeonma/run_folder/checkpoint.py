@@ -66,8 +66,8 @@ class AdapterWriter:
 
 
 @dataclass(frozen=True)
-class RunState:
-    """Where a run stands after `step` updates."""
+class RunProgress:
+    """How far a run is: after `step` updates."""
 
     step: int
     schedule: dict[str, Any]
@@ -105,7 +105,7 @@ def step_of(checkpoint: Path) -> int:
 
 def write_checkpoint(
     output: Path,
-    state: RunState,
+    state: RunProgress,
     adapter: AdapterWriter,
     optimizer: Mapping[str, torch.Tensor],
     random: Mapping[str, torch.Tensor],
@@ -170,7 +170,7 @@ def sweep(output: Path) -> None:
             delete(path)
 
 
-def read_state(checkpoint: Path) -> RunState:
+def read_state(checkpoint: Path) -> RunProgress:
     """Check every file against the manifest, then read the state. Raises UserError naming the first damaged file.
 
     A file that the manifest does not name is not looked at, here nor by what continues a run: it may be the user's.
@@ -186,12 +186,12 @@ def read_state(checkpoint: Path) -> RunState:
             if file_hash(checkpoint / name) != expected:
                 raise UserError("its SHA-256 is not the manifest's", place=str(checkpoint / name))
         name = STATE
-        return RunState(**json.loads((checkpoint / STATE).read_text("utf-8")))
+        return RunProgress(**json.loads((checkpoint / STATE).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
 
 
-def newest_whole(output: Path, say: Log) -> tuple[Path, RunState] | None:
+def newest_whole(output: Path, say: Log) -> tuple[Path, RunProgress] | None:
     """The newest checkpoint to continue from; damaged ones are named and passed over."""
     for checkpoint in reversed(checkpoints(output)):
         try:
@@ -201,7 +201,7 @@ def newest_whole(output: Path, say: Log) -> tuple[Path, RunState] | None:
     return None
 
 
-def read_whole(checkpoint: Path) -> RunState:
+def read_whole(checkpoint: Path) -> RunProgress:
     """The state of a checkpoint to continue from. The best one so far must be whole too: it may become the result.
 
     Raises UserError naming the first damaged file.

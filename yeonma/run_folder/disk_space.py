@@ -62,7 +62,7 @@ def check_room(output: Path, start: Start, saves: Saves, parameters: int, tokeni
     """Raises UserError where the run's checkpoints and its adapter will not fit into what is free."""
     adapter = adapter_bytes(parameters, tokenizer)
     checkpoint = adapter + OPTIMIZER_PARTS * parameters * FLOAT32_BYTES + ALLOWANCE_BYTES
-    done = 0 if start.state is None else start.state.step
+    done = 0 if start.progress is None else start.progress.step
     there = sum(1 for each in checkpoints(output) if step_of(each) <= done)
     most = most_at_once(saves, done, there)
     needed, free = most * checkpoint + adapter, free_bytes(output) + bytes_going(output, start)

@@ -28,7 +28,7 @@ from yeonma.files import (
 from yeonma.run_folder.checkpoint import (
     GOES_ON,
     AdapterWriter,
-    RunState,
+    RunProgress,
     checkpoints,
     newest_whole,
     read_whole,
@@ -72,7 +72,7 @@ class Start:
     """Where to begin: a checkpoint to continue from, or neither; `finished` where nothing is left to do."""
 
     checkpoint: Path | None = None
-    state: RunState | None = None
+    progress: RunProgress | None = None
     finished: bool = False
 
 
@@ -184,7 +184,7 @@ def _going(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
     """The files and checkpoints that the run has no use for."""
     files = _left_behind(output) if start.checkpoint is None else []
     return files, [
-        each for each in checkpoints(output) if start.state is None or step_of(each) > start.state.step
+        each for each in checkpoints(output) if start.progress is None or step_of(each) > start.progress.step
     ]
 
 

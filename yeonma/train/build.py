@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from yeonma.adapter import adapter_folder as adapters
+from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
 from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
@@ -22,7 +23,7 @@ from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
-from yeonma.train.losses import LOSSES, SFT, Objective, preference_objective
+from yeonma.train.losses import LOSSES, REFERENCE_LOGPROB, SFT, Objective, preference_objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.optimizers import make_optimizer
@@ -37,11 +38,14 @@ from yeonma.train.reference import reference_identity, reference_logprobs
 from yeonma.train.step import TrainState
 
 UNITS_WITHOUT_GRADIENT = 4
-"""Pairs that the reference takes at once for each that training does: without gradients, memory holds one layer's."""
+"""Units in a micro-batch of the reference for each in one of training: without gradients only one layer's activations
+are in memory."""
 
 
-References = Mapping[str, tuple[TokenStore, np.ndarray]]
-"""The units of each token store, by its key, that a reference is asked about."""
+StoreUnits = Mapping[str, tuple[TokenStore, np.ndarray]]
+"""A token store's key -> the store and some of its units."""
+StoreExtras = Mapping[str, Extras]
+"""A token store's key -> numbers for each of its examples."""
 
 
 @dataclass(frozen=True)
@@ -113,70 +117,71 @@ def load_model(
     return LoadedModel(policy, details)
 
 
-def all_looked_at(prepared: Prepared) -> References:
-    """All units that the run trains on or measures by."""
-    dataset = prepared.dataset
-    needed = {dataset.train.store.key: (dataset.train.store, prepared.plan.used())}
-    if dataset.validation is not None:
-        store, held_out = dataset.validation.store, dataset.validation.units
-        _, others = needed.get(store.key, (store, held_out[:0]))
-        needed[store.key] = store, np.union1d(others, held_out)
-    return needed
+def units_to_reference(prepared: Prepared) -> StoreUnits:
+    """All units that the run trains on or evaluates."""
+    train, validation = prepared.dataset.train, prepared.dataset.validation
+    units = {train.store.key: (train.store, prepared.plan.used())}
+    if validation is not None:
+        store = validation.store
+        _, trained = units.get(store.key, (store, validation.units[:0]))
+        units[store.key] = store, np.union1d(trained, validation.units)
+    return units
 
 
-def held_out(prepared: Prepared) -> tuple[TokenStore, np.ndarray] | None:
-    held_out = prepared.dataset.validation
-    return None if held_out is None else (held_out.store, held_out.units)
+def build_objective(config: RunConfig) -> Objective:
+    preference = config.preference
+    if preference is None:
+        return SFT
+    return preference_objective(LOSSES[preference.loss], preference_options(preference))
 
 
-def make_objective(
+def reference_extras(
     config: RunConfig,
     loaded: LoadedModel,
     prepared: Prepared,
-    units_by_store: References,
+    units_by_store: StoreUnits,
     group: Processes,
     say: Log,
-) -> Objective:
-    """What is trained; for a loss that compares with a reference, with the reference's log-probabilities of some units.
+) -> StoreExtras:
+    """The reference's log-probabilities of some units, for a loss that needs them; else nothing.
 
-    The adapter must be as it was at the start: the checkpoint of a resumed run is not read yet.
+    The adapter must be as it was at the start: the checkpoint of a resumed run is not loaded yet.
     """
     preference, step = config.preference, config.step
-    if preference is None:
-        return SFT
-    loss = LOSSES[preference.loss]
-    references: dict[str, np.ndarray] = {}
-    if loss.needs_reference:
-        base = loaded.policy.transformers_model
-        identity = ""
-        if group.first:
-            identity = reference_identity(
-                loaded.policy.source,
-                loaded.policy.base,
-                prepared.adapter,
-                base.dtype,
-                base.device,
-                config.model.quantization,
+    if preference is None or not LOSSES[preference.loss].needs_reference:
+        return {}
+    base = loaded.policy.transformers_model
+    identity = ""
+    if group.first:
+        identity = reference_identity(
+            loaded.policy.source,
+            loaded.policy.base,
+            prepared.adapter,
+            base.dtype,
+            base.device,
+            config.model.quantization,
+        )
+    bounds = micro_batching(step)
+    bounds = replace(bounds, most_examples=UNITS_WITHOUT_GRADIENT * step.micro_batch_size)
+    extras: dict[str, Extras] = {}
+    with loaded.policy.model.disable_adapter() if prepared.adapter is None else nullcontext():
+        for key, (store, units) in units_by_store.items():
+            logprobs = reference_logprobs(
+                base,
+                loaded.policy.support,
+                store,
+                units,
+                identity=identity,
+                cache_dir=cache_folder(config.tokens),
+                limit=MicroBatchLimit(bounds, base.device, is_sharded(base)),
+                group=group,
+                say=say,
             )
-        most = UNITS_WITHOUT_GRADIENT * step.micro_batch_size
-        micro = replace(micro_batching(step), most_examples=most)
-        with loaded.policy.model.disable_adapter() if prepared.adapter is None else nullcontext():
-            for key, (store, units) in units_by_store.items():
-                references[key] = reference_logprobs(
-                    base,
-                    loaded.policy.support,
-                    store,
-                    units,
-                    identity=identity,
-                    cache_dir=cache_folder(config.tokens),
-                    room=MicroBatchLimit(micro, base.device, not is_sharded(base)),
-                    group=group,
-                    say=say,
-                )
-    return preference_objective(loss, preference_options(preference), references)
+            extras[key] = {REFERENCE_LOGPROB: logprobs}
+    return extras
 
 
-def make_tuning(
+def build_train_state(
     config: RunConfig,
     loaded: LoadedModel,
     plan: Plan,
@@ -186,7 +191,7 @@ def make_tuning(
     *,
     by_tokens: bool = False,
 ) -> TrainState:
-    """`by_tokens`: for want of room it is the tokens at once that are halved."""
+    """`by_tokens`: when memory runs out, halve the tokens of a micro-batch instead of its units."""
     step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
     parameters = {name: each for name, each in loaded.policy.model.named_parameters() if each.requires_grad}
@@ -200,13 +205,13 @@ def make_tuning(
     )
     return TrainState(
         model=base,
-        how=loaded.policy.support,
+        support=loaded.policy.support,
         parameters=parameters,
         optimizer=optimizer,
         scheduler=make_schedule(step, optimizer, plan.total_steps),
         by_metric=step.lr_scheduler in BY_METRIC,
         max_grad_norm=step.max_grad_norm,
-        room=MicroBatchLimit(micro_batching(step), base.device, not sharded, by_tokens),
+        limit=MicroBatchLimit(micro_batching(step), base.device, sharded, by_tokens),
         objective=objective,
         group=group,
         stop=stop or Stop(),

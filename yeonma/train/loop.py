@@ -1,8 +1,4 @@
-"""The training step, visible on one screen, and the run around it.
-
-One loop for every objective: what differs is the function from log-probabilities to sums. A step is made of units:
-examples, or the pairs of preference data.
-"""
+"""The loop over a run's steps: train, evaluate, save, until the plan ends or the run is to stop."""
 
 from __future__ import annotations
 
@@ -15,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from yeonma.batch.batch import Batch
 from yeonma.batch.plan import Plan
 from yeonma.errors import Log
-from yeonma.run_folder.checkpoint import AdapterWriter, RunState, rotate, write_checkpoint
+from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
-from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.optimizers import optimizer_tensors
 from yeonma.train.step import TrainState, evaluate, micro_batch_limits, train_step
@@ -33,120 +29,131 @@ class EvalSaveSchedule:
     save_steps: int
     save_total_limit: int | None
     patience: int | None
+    """Evaluations in a row without a lower loss before the run stops early."""
     threshold: float
+    """By how much a loss must be lower to count."""
 
 
 @dataclass(frozen=True)
 class RunCallbacks:
-    """Who is told of the run's progress. Every process calls these; those of rank 0 do something."""
+    """What the loop reports. Only those of rank 0 do something."""
 
-    step: Callable[[StepRecord, list[int]], None]  # with the rows that it was trained on
+    step: Callable[[StepRecord, list[int]], None]
+    """With the row numbers of the step."""
     evaluation: Callable[[EvaluationRecord], None]
     before_save: Callable[[], None]
     say: Log
 
 
 def run_steps(
-    tuning: TrainState,
+    state: TrainState,
     plan: Plan,
-    store: TokenStore,
-    validation: tuple[TokenStore, np.ndarray] | None,
-    rhythm: EvalSaveSchedule,
-    state: RunState,
+    batch_of: Callable[[np.ndarray], Batch],
+    validation: Batch | None,
+    schedule: EvalSaveSchedule,
+    progress: RunProgress,
     output: Path,
     adapter: AdapterWriter,
-    watch: RunCallbacks,
-) -> RunState:
-    """From `state` to the end of the plan, to early stopping, or to where `tuning.stop` is agreed on. Returns the last
-    state; all but one before the first step is saved by then."""
-    stop = tuning.stop
+    callbacks: RunCallbacks,
+) -> RunProgress:
+    """Train from `progress` on, to the end of the plan, to early stopping or to where the ranks agree to stop.
 
-    def save(state: RunState) -> None:
+    `batch_of` makes the batch of a step from its units. Returns the progress made; all of it is saved by then, unless
+    there is none.
+    """
+    stop = state.stop
+
+    def save(progress: RunProgress) -> None:
         started = time.perf_counter()
-        random = random_tensors(tuning.group, tuning.model.device)
-        counts, tokens = micro_batch_limits(tuning)
-        state = replace(
-            state, micro_batches=[tuning.room.asked.most_examples, *counts], micro_batch_tokens=tokens
-        )
-        if tuning.group.first:
-            watch.before_save()
-            names: dict[torch.Tensor, str] = {each: name for name, each in tuning.parameters.items()}
-            write_checkpoint(output, state, adapter, optimizer_tensors(tuning.optimizer, names), random)
-            rotate(output, rhythm.save_total_limit, state.best_step)
+        random = random_tensors(state.group, state.model.device)
+        units, tokens = micro_batch_limits(state)
+        requested = state.limit.requested.most_examples
+        progress = replace(progress, micro_batches=[requested, *units], micro_batch_tokens=tokens)
+        if state.group.first:
+            callbacks.before_save()
+            names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
+            write_checkpoint(output, progress, adapter, optimizer_tensors(state.optimizer, names), random)
+            rotate(output, schedule.save_total_limit, progress.best_step)
         stop.took(save=time.perf_counter() - started)
 
-    def look(state: RunState) -> RunState:
+    def evaluated(progress: RunProgress) -> RunProgress:
         if validation is None:
-            return state
-        record = evaluate(tuning, *validation, state.step, plan.epoch_at(state.step))
-        state = replace(state, evaluation_due=record is None)
+            return progress
+        record = evaluate(state, validation, progress.step, plan.epoch_at(progress.step))
+        progress = replace(progress, evaluation_due=record is None)
         if record is None:
-            return state
-        watch.evaluation(record)
-        if state.step == 0:  # to compare with; the adapter has learnt nothing that one might keep
-            return state
-        if tuning.by_metric:
-            tuning.scheduler.step(record.loss)
-            state = replace(state, schedule=tuning.scheduler.state_dict())
-        best = math.inf if state.best_loss is None else state.best_loss
-        gained = record.loss < best - rhythm.threshold  # false where it is NaN, as below
-        state = replace(state, evaluations_without_gain=0 if gained else state.evaluations_without_gain + 1)
-        return replace(state, best_loss=record.loss, best_step=state.step) if record.loss < best else state
+            return progress
+        callbacks.evaluation(record)
+        if progress.step == 0:  # for comparison only: the adapter has learned nothing yet
+            return progress
+        if state.by_metric:
+            state.scheduler.step(record.loss)
+            progress = replace(progress, schedule=state.scheduler.state_dict())
+        best = math.inf if progress.best_loss is None else progress.best_loss
+        improved = record.loss < best - schedule.threshold  # false for NaN, as below
+        without_gain = 0 if improved else progress.evaluations_without_gain + 1
+        progress = replace(progress, evaluations_without_gain=without_gain)
+        if record.loss < best:
+            progress = replace(progress, best_loss=record.loss, best_step=progress.step)
+        return progress
 
-    tuning.model.train()
-    if state.step == 0 or state.evaluation_due:
-        state = look(state)
-        if state.step and not state.evaluation_due:
-            save(state)
+    state.model.train()
+    if progress.step == 0 or progress.evaluation_due:
+        progress = evaluated(progress)
+        if progress.step and not progress.evaluation_due:
+            save(progress)
         if stop.settle():
-            return state
-    for units in plan.steps(state.step):
-        if rhythm.patience is not None and state.evaluations_without_gain >= rhythm.patience:
-            watch.say(f"stopping early: {rhythm.patience} evaluations brought no lower loss")
+            return progress
+    for units in plan.steps(progress.step):
+        if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
+            callbacks.say(f"stopping early: {schedule.patience} evaluations brought no lower loss")
             break
         started = time.perf_counter()
-        result = train_step(tuning, store, units)
+        batch = batch_of(units)
+        result = train_step(state, batch)
         seconds = time.perf_counter() - started
         stop.took(step=seconds)
-        state = replace(state, step=state.step + 1, schedule=tuning.scheduler.state_dict())
-        watch.step(
+        progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())
+        callbacks.step(
             StepRecord(
-                step=state.step,
-                epoch=plan.epoch_at(state.step),
+                step=progress.step,
+                epoch=plan.epoch_at(progress.step),
                 loss=result.loss,
                 learning_rate=result.learning_rate,
                 grad_norm=result.grad_norm,
-                examples=result.examples,
+                examples=result.units,
                 tokens=result.tokens,
                 trained_tokens=result.trained_tokens,
                 seconds=seconds,
-                peak_memory_bytes=peak_memory_bytes(tuning.model.device.type),
+                peak_memory_bytes=peak_memory_bytes(state.model.device.type),
                 metrics=result.metrics,
             ),
-            store.rows_of(units),
+            batch.unit_rows_U.tolist(),
         )
-        last = state.step == plan.total_steps
-        if state.step % rhythm.eval_steps == 0 or last:
-            state = look(state)
+        last = progress.step == plan.total_steps
+        if progress.step % schedule.eval_steps == 0 or last:
+            progress = evaluated(progress)
         stopping = stop.settle()
-        if state.step % rhythm.save_steps == 0 or last or state.best_step == state.step or stopping:
-            save(state)
+        is_best = progress.best_step == progress.step
+        if progress.step % schedule.save_steps == 0 or last or is_best or stopping:
+            save(progress)
         if stopping:
             break
-    return state
+    return progress
 
 
 def random_tensors(group: Processes, device: torch.device) -> dict[str, torch.Tensor]:
     """torch's random state of every process, by rank."""
-    states = {f"cpu/{rank}": each for rank, each in enumerate(gather_bytes(group, torch.get_rng_state()))}
+    of_ranks = enumerate(gather_bytes(group, torch.get_rng_state()))
+    states = {f"cpu/{rank}": state for rank, state in of_ranks}
     if device.type == "cuda":
-        on_gpu = gather_bytes(group, torch.cuda.get_rng_state(device))
-        states.update({f"cuda/{rank}": each for rank, each in enumerate(on_gpu)})
+        of_ranks = enumerate(gather_bytes(group, torch.cuda.get_rng_state(device)))
+        states.update({f"cuda/{rank}": state for rank, state in of_ranks})
     return states
 
 
 def restore_random(tensors: Mapping[str, torch.Tensor], group: Processes, device: torch.device) -> None:
-    """This process's random state; a process that was not there before keeps its own."""
+    """Set this process's random state. A rank that the checkpoint does not have keeps the state it is in."""
     if f"cpu/{group.rank}" in tensors:
         torch.set_rng_state(tensors[f"cpu/{group.rank}"])
     if device.type == "cuda" and f"cuda/{group.rank}" in tensors:

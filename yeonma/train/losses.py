@@ -19,39 +19,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from yeonma.batch.batch import Batch
 from yeonma.data.task import LABELLED, PAIRS, Task
 from yeonma.tokenization.example import AnswerRole
-from yeonma.tokenization.store import TokenStore
 
 LOG_BELOW_ONE = -1e-6  # the highest log-probability that ORPO takes the odds of; at 0 they are infinite
 
 Sums = tuple[Tensor, Tensor]
 """The loss, a scalar, and M metrics, each summed."""
 
-References = Mapping[str, np.ndarray]
-"""Token store's key -> log-probabilities that the reference gives its examples' answers, float64, shape (examples,)."""
+REFERENCE_LOGPROB = "reference_logprob"
+"""The batch's extra, per example: the log-probability that the reference gives the whole answer."""
+MEASURED_MEAN = "measured_mean"
+"""The batch's extra, per example: the mean over the step of what the objective's `measure` gives; the same for all."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What differs between one loss and another, for the loop.
-
-    `sums(logprob_N, store, examples, point)` takes the log-probabilities of the trained tokens of some examples, by
-    their positions in the store, and gives the loss summed over them, a scalar with its gradient, and M sums of
-    metrics. `point` is a mean over all of the step, where the objective has a `measure`.
-    """
+    """A loss as the training step sees it."""
 
     name: str
     per_token: bool
     """Whether the step divides by its trained tokens; otherwise by its units (pairs)."""
-    sums: Callable[[Tensor, TokenStore, np.ndarray, Tensor | None], Sums]
+    sums: Callable[[Tensor, Batch], Sums]
+    """From logprob_N of a micro-batch, with its gradient, and the micro-batch to the loss and M metrics, summed."""
     metrics: tuple[str, ...] = ()
     """Names of the M sums of metrics."""
     report: Callable[[Mapping[str, float]], dict[str, float]] = dict
     """From each metric's mean over the units to what is logged."""
-    measure: Callable[[Tensor, TokenStore, np.ndarray], Tensor] | None = None
-    """What the objective wants to know of a whole step before any of it is trained: from the log-probabilities of some
-    mismatched answers, without gradient, to a sum over them."""
+    measure: Callable[[Tensor, Batch], Tensor] | None = None
+    """Where the loss needs a mean over the whole step: from logprob_N of some mismatched answers, without gradient, and
+    these to a sum over them. Their mean is the extra MEASURED_MEAN of every micro-batch."""
 
 
 def sft_loss(logprob_N: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def sft_loss(logprob_N: Tensor) -> Tensor:
     return -logprob_N.sum()
 
 
-def _sft_sums(logprob_N: Tensor, store: TokenStore, examples: np.ndarray, point: Tensor | None) -> Sums:
+def _sft_sums(logprob_N: Tensor, batch: Batch) -> Sums:
     return sft_loss(logprob_N), logprob_N.new_zeros(0)
 
 
@@ -414,35 +412,31 @@ def pair_losses(
     return loss_P + weight * sft_term(policy) if weight else loss_P
 
 
-def preference_objective(
-    loss: PreferenceLoss, options: PreferenceOptions, references: References
-) -> Objective:
-    """The objective of a preference loss. `references` may be empty for a loss that needs none."""
-    return _OBJECTIVES[loss.task.name](loss, options, references)
+def preference_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
+    """The objective of a preference loss. One that needs a reference reads the batch's extra REFERENCE_LOGPROB."""
+    return _OBJECTIVES[loss.task.name](loss, options)
 
 
-def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions, references: References) -> Objective:
-    def sums(logprob_N: Tensor, store: TokenStore, examples: np.ndarray, point: Tensor | None) -> Sums:
-        roles, units = store.roles[examples], store.units[examples]
+def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
+    def sums(logprob_N: Tensor, batch: Batch) -> Sums:
         chosen, rejected = (
-            np.flatnonzero(roles == role) for role in (AnswerRole.CHOSEN, AnswerRole.REJECTED)
+            np.flatnonzero(batch.roles_E == role) for role in (AnswerRole.CHOSEN, AnswerRole.REJECTED)
         )
-        if not np.array_equal(units[chosen], units[rejected]):
+        if not np.array_equal(batch.units_E[chosen], batch.units_E[rejected]):
             raise ValueError("a micro-batch splits a pair")
-        counts = store.trained_counts[examples]
-        logprob_E = answer_logprobs(logprob_N, counts)
+        logprob_E = answer_logprobs(logprob_N, batch.trained_counts_E)
         policy = PairLogprobs(
             chosen_P=_at(logprob_E, chosen),
             rejected_P=_at(logprob_E, rejected),
-            chosen_tokens_P=_like(logprob_E, counts[chosen]),
-            rejected_tokens_P=_like(logprob_E, counts[rejected]),
+            chosen_tokens_P=_like(logprob_E, batch.trained_counts_E[chosen]),
+            rejected_tokens_P=_like(logprob_E, batch.trained_counts_E[rejected]),
         )
         reference = None
         if loss.needs_reference:
-            known = references[store.key]
+            reference_E = batch.example_extras[REFERENCE_LOGPROB]
             reference = ReferenceLogprobs(
-                chosen_P=_like(logprob_E, known[examples[chosen]]),
-                rejected_P=_like(logprob_E, known[examples[rejected]]),
+                chosen_P=_like(logprob_E, reference_E[chosen]),
+                rejected_P=_like(logprob_E, reference_E[rejected]),
             )
         loss_P = pair_losses(loss, policy, reference, options)
         return loss_P.sum(), loss.metric_sums(loss, policy, reference, options)
@@ -450,24 +444,23 @@ def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions, references
     return Objective("dpo", per_token=False, sums=sums, metrics=loss.metrics)
 
 
-def _label_objective(loss: PreferenceLoss, options: PreferenceOptions, references: References) -> Objective:
+def _label_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
     """The reference point is measured over the whole step before any of it is trained."""
 
-    def measure(logprob_N: Tensor, store: TokenStore, examples: np.ndarray) -> Tensor:
-        logprob_E = answer_logprobs(logprob_N, store.trained_counts[examples])
-        return (logprob_E - _like(logprob_E, references[store.key][examples])).sum()
+    def measure(logprob_N: Tensor, batch: Batch) -> Tensor:
+        logprob_E = answer_logprobs(logprob_N, batch.trained_counts_E)
+        return (logprob_E - _like(logprob_E, batch.example_extras[REFERENCE_LOGPROB])).sum()
 
-    def sums(logprob_N: Tensor, store: TokenStore, examples: np.ndarray, point: Tensor | None) -> Sums:
-        assert point is not None
-        counts = store.trained_counts[examples]
-        logprob_R = answer_logprobs(logprob_N, counts)
+    def sums(logprob_N: Tensor, batch: Batch) -> Sums:
+        logprob_R = answer_logprobs(logprob_N, batch.trained_counts_E)
         answers = LabelledLogprobs(
             logprob_R=logprob_R,
-            reference_R=_like(logprob_R, references[store.key][examples]),
-            tokens_R=_like(logprob_R, counts),
-            desirable_R=torch.from_numpy(store.roles[examples] == AnswerRole.DESIRABLE).to(logprob_R.device),
+            reference_R=_like(logprob_R, batch.example_extras[REFERENCE_LOGPROB]),
+            tokens_R=_like(logprob_R, batch.trained_counts_E),
+            desirable_R=torch.from_numpy(batch.roles_E == AnswerRole.DESIRABLE).to(logprob_R.device),
         )
-        z = kto_reference_point(point.to(logprob_R), 1)
+        mean = _like(logprob_R, batch.example_extras[MEASURED_MEAN][:1]).squeeze(0)
+        z = kto_reference_point(mean, 1)
         return loss.function(answers, z, options).sum(), loss.metric_sums(answers, z, options).to(logprob_R)
 
     return Objective(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from yeonma.batch.batch import Batch
 from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds, Plan
 from yeonma.config.settings import Checkpointing, ModelSettings, RunConfig, StepSettings
@@ -212,24 +213,24 @@ def _told(way: Checkpointing, tokens: int, free: int) -> str:
     return f"{free / 1e9:.1f} GB free: {at_once}activations are {words}"
 
 
-def try_heaviest(tuning: TrainState, plan: Plan, store: TokenStore) -> None:
+def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
     """One forward and backward of the run's heaviest micro-batch, and of smaller ones where it has no room. No weight
     changes; random numbers are drawn.
 
     Raises UserError where not even the longest row has room.
     """
-    trained = sum(each.nbytes for each in tuning.parameters.values())
-    device = tuning.model.device
-    undo = tuning.optimizer.zero_grad
+    trained = sum(each.nbytes for each in state.parameters.values())
+    device = state.model.device
+    undo = state.optimizer.zero_grad
 
     def compute() -> None:
         to_come = torch.empty(2 * trained, dtype=torch.uint8, device=device)  # AdamW's averages
-        forest = survey_micro_batches(plan, store, tuning.room.micro, tuning.group.count).heaviest
-        trained_logprobs(tuning.model, forest, tuning.how.head, tuning.how.capability).sum().backward()
+        forest = survey_micro_batches(plan, store, state.limit.bounds, state.group.count).heaviest
+        trained_logprobs(state.model, forest, state.support.head, state.support.capability).sum().backward()
         del to_come
 
-    tuning.model.train()
-    tuning.room.fit(compute, store, plan.positions, undo=undo)
+    state.model.train()
+    state.limit.fit(compute, Batch.from_store(store, plan.positions), undo=undo)
     undo()
 
 

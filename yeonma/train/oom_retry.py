@@ -1,8 +1,7 @@
-"""Running out of memory: the micro-batch is halved, and what was computed is computed again, with the same result.
+"""Out of memory: halve the micro-batch and compute again, with the same result to rounding.
 
-A process that has no room does this by itself; the others do not notice, since all meet in one sum at the end of a
-step. What it has come to is kept in every checkpoint, so that a run which is continued takes the same sums in the same
-order.
+A process does this by itself. The others do not notice, since all meet in one sum at the end of a step. Every
+checkpoint keeps the size that is left, so that a resumed run adds up the same numbers in the same order.
 """
 
 from __future__ import annotations
@@ -15,111 +14,95 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.errors import Log, UserError
-from yeonma.tokenization.store import TokenStore
 
 Result = TypeVar("Result")
 NAMED_ROWS = 3
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(f"yeonma: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass
 class MicroBatchLimit:
-    """What this process takes through the model at once: `asked` at first, half of it after each lack of memory.
+    """The size of this process's micro-batches: `requested` at first, half of it each time memory runs out."""
 
-    `alone`: whether it may make more passes than the others, which it may not where weights are shared out.
-    `by_tokens`: it is tokens that are halved, down to those of the longest unit, which then goes alone.
-    """
-
-    asked: MicroBatchBounds
+    requested: MicroBatchBounds
     device: torch.device
-    alone: bool = True
+    sharded: bool = False
+    """All processes make equally many passes through the model, so that none can halve its micro-batches by itself."""
     by_tokens: bool = False
-    say: Log = _say
-    micro: MicroBatchBounds = field(init=False)
+    """Halve the tokens, down to those of the longest unit, instead of the units."""
+    log: Log = _warn
+    bounds: MicroBatchBounds = field(init=False)
 
     def __post_init__(self) -> None:
-        self.micro = self.asked
+        self.bounds = self.requested
 
-    def keep(self, most_examples: int) -> None:
-        """As a checkpoint says that it was."""
-        self.micro = replace(self.asked, most_examples=most_examples)
+    def restore(self, most_examples: int) -> None:
+        """Set the number of units that a checkpoint holds."""
+        self.bounds = replace(self.requested, most_examples=most_examples)
 
-    def _smaller(self, store: TokenStore, units: np.ndarray) -> tuple[str, MicroBatchBounds] | None:
-        """Words for what some units took at once, and for half of it; None where each already goes alone."""
-        micro = self.micro
-        if self.by_tokens and micro.most_tokens is not None:
-            longest, whole = int(store.unit_lengths[units].max()), int(store.unit_lengths[units].sum())
-            tokens = min(micro.most_tokens, whole)
-            if tokens <= longest or len(units) == 1:
+    def _halved(self, batch: Batch) -> tuple[str, MicroBatchBounds] | None:
+        """A description and the bounds of half of what a micro-batch of this batch holds now; None where each unit is
+        alone already."""
+        bounds, lengths = self.bounds, batch.unit_lengths_U
+        if self.by_tokens and bounds.most_tokens is not None:
+            longest, tokens = int(lengths.max()), min(bounds.most_tokens, int(lengths.sum()))
+            if tokens <= longest or len(lengths) == 1:
                 return None
             half = max(longest, tokens // 2)
-            return f"{tokens:,} tokens at once; going on with {half:,}", replace(micro, most_tokens=half)
-        most = min(micro.most_examples, len(units))
+            return f"{tokens:,} tokens at once; continuing with {half:,}", replace(bounds, most_tokens=half)
+        most = min(bounds.most_examples, len(lengths))
         if most == 1:
             return None
-        return f"{most} at once; going on with {most // 2}", replace(micro, most_examples=most // 2)
+        return f"{most} at once; continuing with {most // 2}", replace(bounds, most_examples=most // 2)
 
     def fit(
-        self,
-        compute: Callable[[], Result],
-        store: TokenStore,
-        units: np.ndarray,
-        undo: Callable[[], None] = lambda: None,
+        self, compute: Callable[[], Result], batch: Batch, undo: Callable[[], None] = lambda: None
     ) -> Result:
-        """`compute()`, which reads `micro`, over some units; after a lack of memory `undo()`, and again with half.
+        """`compute()`, which takes the batch through the model within `bounds`. When memory runs out, `undo()` and
+        again with half.
 
-        It must take part in no meeting of processes. Dropout draws the numbers that it would have drawn. Raises
-        UserError where not even one unit at a time has room.
+        `compute` must not communicate with other processes. Dropout draws the same numbers again. Raises UserError
+        where a single unit does not fit into memory.
         """
         while True:
-            random = torch.get_rng_state()
-            on_gpu = self.device.type == "cuda"
-            of_gpu = torch.cuda.get_rng_state(self.device) if on_gpu else None
+            cpu_state = torch.get_rng_state()
+            cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
             try:
                 return compute()
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_lack_of_memory(error):
+                if not _is_out_of_memory(error):
                     raise
-                smaller = self._smaller(store, units)
-                if smaller is None or not self.alone:
-                    raise _no_room(store, units, self.device, self.alone) from error
-            undo()  # out here, where the error no longer holds the tensors of what failed
-            if of_gpu is not None:
+                halved = self._halved(batch)
+                if halved is None or self.sharded:
+                    raise _out_of_memory(batch, self.device, self.sharded) from error
+            undo()  # outside of `except`, where the error no longer holds the tensors of the failed pass
+            if cuda_state is not None:
                 torch.cuda.empty_cache()
-                torch.cuda.set_rng_state(of_gpu, self.device)
-            torch.set_rng_state(random)
-            words, self.micro = smaller
-            self.say(f"out of memory with {words}, the same result to rounding")
+                torch.cuda.set_rng_state(cuda_state, self.device)
+            torch.set_rng_state(cpu_state)
+            description, self.bounds = halved
+            self.log(f"out of memory with {description}, the same result to rounding")
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
-    """The CPU's allocator has no class of its own for it. Linux may end a process instead, where nothing is caught."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU allocator raises a plain RuntimeError. Linux may kill the process instead, which nothing can catch."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator" in str(error)
 
 
-def _no_room(store: TokenStore, units: np.ndarray, device: torch.device, alone: bool) -> UserError:
-    lengths = store.unit_lengths[units]
-    longest = units[np.argsort(-lengths, kind="stable")[:NAMED_ROWS]]
-    rows = ", ".join(
-        f"{row} ({int(store.unit_lengths[unit]):,} tokens)"
-        for row, unit in zip(store.rows_of(longest), longest, strict=True)
-    )
-    helps = "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16"
-    if alone:
-        return UserError(
-            f"no memory on {device} for one row at a time; the longest of the step",
-            place=f"rows {rows}",
-            cure=helps,
-        )
-    return UserError(
-        f"no memory on {device}; where weights are shared out, no process can do a step in smaller parts alone",
-        place=f"rows {rows}",
-        cure=f"a smaller --micro_batch_size, {helps}",
-    )
+def _out_of_memory(batch: Batch, device: torch.device, sharded: bool) -> UserError:
+    longest = np.argsort(-batch.unit_lengths_U, kind="stable")[:NAMED_ROWS]
+    rows = ", ".join(f"{batch.unit_rows_U[unit]} ({batch.unit_lengths_U[unit]:,} tokens)" for unit in longest)
+    cure = "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16"
+    if sharded:
+        what = f"out of memory on {device}; with --shard a process cannot halve its micro-batches by itself"
+        return UserError(what, place=f"rows {rows}", cure=f"a smaller --micro_batch_size, {cure}")
+    what = f"out of memory on {device} with one row at a time; the longest of the step"
+    return UserError(what, place=f"rows {rows}", cure=cure)

@@ -1,8 +1,9 @@
-"""What the reference model gives every answer: computed once before training, kept on disk, never a second model.
+"""The log-probabilities that the reference gives the answers: computed before training, without a second model, and
+cached on disk.
 
-The reference is the base without its adapter or, where an adapter is continued, that adapter as it was at the start.
-One file in the cache holds the log-probabilities of a token store's examples; those not needed so far are NaN there, so
-that a run which needs more of them computes the rest alone. A run that is killed meanwhile keeps what it has.
+The reference is the base without its adapter or, where training continues an adapter, that adapter as it was at the
+start. The cache has one file per token store and reference. Examples that no run has needed are NaN there; a run that
+needs more computes only the rest. A killed run keeps what it has computed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from yeonma.adapter.adapter_folder import WEIGHTS, BaseIdentity
+from yeonma.batch.batch import Batch
 from yeonma.config.settings import Quantization
 from yeonma.errors import Log, UserError
 from yeonma.files import file_hash, sync
@@ -36,10 +38,10 @@ from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.step import RankInfo, micro_batch_passes, pass_logprobs
 
 FORMAT = 1
-"""Raised whenever the same rows would get other numbers or another file."""
+"""Increased whenever the same rows would get other numbers or another file."""
 
 ROUND_TOKENS = 100_000
-"""Tokens a process computes between two meetings of all processes; what is done by then is on disk."""
+"""Tokens that each process computes before all exchange their results and the first process writes them to disk."""
 
 
 def reference_identity(
@@ -50,10 +52,10 @@ def reference_identity(
     device: torch.device,
     quantization: Quantization = "none",
 ) -> str:
-    """SHA-256 of all that decides what the reference gives some tokens: weights, config, adapter, number format and the
-    versions of the libraries.
+    """SHA-256 of everything that the reference's log-probabilities depend on besides the tokens: weights, config,
+    adapter, number format and library versions.
 
-    Reads the weight files of a local model; a model of the hub is known by its commit.
+    Reads the weight files of a local model; a hub model is identified by its commit.
     """
     folder = Path(source.name)
     weights = [file_hash(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
@@ -75,54 +77,52 @@ def reference_path(cache_dir: Path, identity: str, store: TokenStore) -> Path:
 
 def reference_logprobs(
     model: Any,
-    how: ForestSupport,
+    support: ForestSupport,
     store: TokenStore,
     units: np.ndarray,
     *,
     identity: str,
     cache_dir: Path,
-    room: MicroBatchLimit,
+    limit: MicroBatchLimit,
     group: Processes,
     say: Log,
 ) -> np.ndarray:
-    """float64 (examples,): the log-probability of the answers of the examples of `units`; NaN for others.
+    """float64 (examples of the store,): the log-probability of the whole answer of each example of `units`, with
+    dropout off; NaN for other examples, unless the cache holds them.
 
-    `model` is the reference as it stands; it is asked with dropout off. What the cache does not hold is computed, every
-    process its share, and written there by the first. What the cache holds may come from a run with other
-    micro-batches, and is then equal to rounding only. Only the first process needs `identity` and `cache_dir`.
-    Raises UserError where the cache cannot be written.
+    `model` is the reference as it stands. What the cache lacks is computed, each process its share, and written there
+    by the first process, which alone needs `identity` and `cache_dir`. Cached numbers may come from a run with other
+    micro-batches, and are then equal to rounding only. Raises UserError where the cache cannot be written.
     """
     path = reference_path(cache_dir, identity, store)
     known = np.zeros(len(store))
     if group.first:
-        found = _read(path, len(store))
-        known = np.full(len(store), np.nan) if found is None else found
-    known = summed(known, group, model.device)  # the others' zeros: all know what the first knows
+        cached = _read(path, len(store))
+        known = np.full(len(store), np.nan) if cached is None else cached
+    known = _summed(known, group, model.device)  # zeros from the others: all know what the first has read
     missing = units[np.isin(units, store.units[np.isnan(known)])]
     if not len(missing):
         return known
-    done, company = 0, RankInfo(group.rank, group.count, not room.alone)
+    done, ranks = 0, RankInfo(group.rank, group.count, limit.sharded)
     with torch.no_grad(), in_eval_mode(model):
-        # the borders are those of all, so that a pass which was killed goes on with the same micro-batches
-        for whole in _rounds(units, store.unit_lengths, ROUND_TOKENS * group.count):
-            part = whole[np.isin(whole, missing)]
+        # rounds of all units, so that a run that was killed continues with the same micro-batches
+        for whole_round in _rounds(units, store.unit_lengths, ROUND_TOKENS * group.count):
+            part = whole_round[np.isin(whole_round, missing)]
             if not len(part):
                 continue
-            of_part = store.examples_of(part)
+            batch = Batch.from_store(store, part)
 
-            def mine(part: np.ndarray = part, spare: int = int(of_part[0])) -> np.ndarray:
-                fresh = np.zeros(len(store))
-                for turn in micro_batch_passes(
-                    store, part, store.examples_of, room.micro, company, how.forest
-                ):
-                    logprob_N = pass_logprobs(model, how, store, turn, spare, room.micro.share_prefix)
-                    if len(turn.examples):
-                        sums = answer_logprobs(logprob_N.double(), store.trained_counts[turn.examples])
-                        fresh[turn.examples] = sums.cpu().numpy()
-                return fresh
+            def own_share(batch: Batch = batch) -> np.ndarray:
+                computed = np.zeros(len(store))
+                for micro_pass in micro_batch_passes(batch, limit.bounds, ranks, support.forest):
+                    logprob_N = pass_logprobs(model, support, micro_pass, limit.bounds.share_prefix)
+                    if len(micro_pass.batch):
+                        sums = answer_logprobs(logprob_N.double(), micro_pass.batch.trained_counts_E)
+                        computed[micro_pass.batch.index_E] = sums.cpu().numpy()
+                return computed
 
-            fresh = room.fit(mine, store, part)
-            known[of_part] = summed(fresh, group, model.device)[of_part]
+            computed = _summed(limit.fit(own_share, batch), group, model.device)
+            known[batch.index_E] = computed[batch.index_E]
             done += len(part)
             if group.first:
                 write_reference(path, known)
@@ -131,21 +131,21 @@ def reference_logprobs(
 
 
 def _rounds(units: np.ndarray, unit_lengths: np.ndarray, most_tokens: int) -> Iterator[np.ndarray]:
-    """The units in parts of about so many tokens."""
+    """The units in parts of about `most_tokens` tokens."""
     ends = np.cumsum(unit_lengths[units], dtype=np.int64)
     numbers = ends // most_tokens
     yield from np.split(units, np.flatnonzero(np.diff(numbers)) + 1)
 
 
-def summed(values: np.ndarray, group: Processes, device: torch.device) -> np.ndarray:
-    """Over all processes."""
+def _summed(values: np.ndarray, group: Processes, device: torch.device) -> np.ndarray:
+    """The sum over all processes."""
     if group.count == 1:
         return values
     return sum_over(group, torch.from_numpy(values).to(device)).cpu().numpy()
 
 
 def _read(path: Path, count: int) -> np.ndarray | None:
-    """What a file holds; None where there is none, or it is damaged."""
+    """The file's log-probabilities; None where there is no file, or it is damaged."""
     try:
         with safe_open(path, "np") as file:
             values: np.ndarray = file.get_tensor("logprobs")
@@ -156,16 +156,16 @@ def _read(path: Path, count: int) -> np.ndarray | None:
 
 
 def write_reference(path: Path, values: np.ndarray) -> None:
-    """Raises UserError where it cannot be kept. Beside its place, flushed to the disk, renamed."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Write to a temporary file, flush it to disk, rename it. Raises UserError where that fails."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logprobs": values}, beside, {"crc32": str(zlib.crc32(values.tobytes()))})
-        sync(beside)
-        os.replace(beside, path)
+        save_file({"logprobs": values}, partial, {"crc32": str(zlib.crc32(values.tobytes()))})
+        sync(partial)
+        os.replace(partial, path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        what = f"the reference's log-probabilities cannot be kept here: {error}"
-        raise UserError(what, place=str(path.parent), cure="name another folder with --cache_dir") from error
+        what = f"the reference's log-probabilities cannot be written here: {error}"
+        raise UserError(what, place=str(path.parent), cure="give another folder with --cache_dir") from error
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.adapter.samples import Samples, take_samples
+from yeonma.batch.batch import Batch
 from yeonma.config.parse import settings_dict, to_yaml
 from yeonma.config.settings import (
     RunConfig,
@@ -24,7 +26,7 @@ from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.sharding import spread_trained
 from yeonma.run_folder import output_folder as folder
-from yeonma.run_folder.checkpoint import AdapterWriter, RunState, checkpoint_path, read_tensors, recover
+from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, checkpoint_path, read_tensors, recover
 from yeonma.run_folder.disk_space import Saves, adapter_bytes, check_room
 from yeonma.run_folder.environment import environment, moved, versions
 from yeonma.run_folder.lock import hold
@@ -33,18 +35,19 @@ from yeonma.run_folder.run_log import TRAINED_ROWS, open_trained_rows
 from yeonma.run_folder.trackers import check_trackers, open_metrics, open_trackers, plot_loss, tracked
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
 from yeonma.tokenization.dataset import Dataset, describe
+from yeonma.tokenization.store import TokenStore
 from yeonma.train.build import (
     LoadedModel,
-    all_looked_at,
-    held_out,
+    StoreExtras,
+    build_objective,
+    build_train_state,
     load_model,
-    make_objective,
-    make_tuning,
+    reference_extras,
+    units_to_reference,
 )
 from yeonma.train.distributed import Processes, check_alike, processes, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
-from yeonma.train.losses import SFT
 from yeonma.train.memory_budget import one_by_one, resolve_auto, try_heaviest
 from yeonma.train.model_card import ask_rows, write_card
 from yeonma.train.optimizers import restore_optimizer
@@ -55,12 +58,12 @@ from yeonma.train.step import TrainState
 
 def run_with_callbacks(
     config: RunConfig,
-    steps: Callable[[RunCallbacks], RunState],
+    steps: Callable[[RunCallbacks], RunProgress],
     console: Console,
     total_steps: int,
-    start: RunState,
+    start: RunProgress,
     output: Path,
-) -> RunState:
+) -> RunProgress:
     """Take the steps from `start` on, in the one process that tells of them. Returns the last state."""
     run = config.run
     with (
@@ -124,24 +127,23 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
-        kept = _tokens_of(start.state, group) if by_tokens else None
+        kept = _tokens_of(start.progress, group) if by_tokens else None
         chosen = resolve_auto(config, source, prepared, group, say, kept=kept)
         loaded = load_model(chosen, source, device, prepared, say, group)
         if by_tokens and not loaded.policy.support.forest:
             chosen = one_by_one(chosen)
         stop.check()
         by_tokens = by_tokens and loaded.policy.support.forest
-        tuning = make_tuning(chosen, loaded, prepared.plan, SFT, group, stop, by_tokens=by_tokens)
-        if by_tokens and kept is None:  # before a pass over the reference, which may take hours
-            try_heaviest(tuning, prepared.plan, prepared.dataset.train.store)
-        looked_at = all_looked_at(prepared)
-        objective = make_objective(chosen, loaded, prepared, looked_at, group, say)
-        tuning = replace(tuning, objective=objective)
+        plan, objective = prepared.plan, build_objective(chosen)
+        state = build_train_state(chosen, loaded, plan, objective, group, stop, by_tokens=by_tokens)
+        if by_tokens and kept is None:  # before the reference is computed, which may take hours
+            try_heaviest(state, plan, prepared.dataset.train.store)
+        extras = reference_extras(chosen, loaded, prepared, units_to_reference(prepared), group, say)
         stop.check()
         wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(config), start)
-        stopped = _train(config, loaded, tuning, console, prepared, start, output)
+        stopped = _train(config, loaded, state, extras, console, prepared, start, output)
         wait(group)  # torchrun ends all when one ends: nobody leaves before the first has saved
         if stopped is not None:
             raise Stopped(*stopped, told=True)
@@ -164,7 +166,8 @@ def saves_of(config: RunConfig, prepared: Prepared) -> Saves:
 def _train(
     config: RunConfig,
     loaded: LoadedModel,
-    tuning: TrainState,
+    state: TrainState,
+    extras: StoreExtras,
     console: Console,
     prepared: Prepared,
     start: folder.Start,
@@ -172,7 +175,7 @@ def _train(
 ) -> tuple[str, int] | None:
     """None where the run is finished; else what was told of its end, and the exit status."""
     run, evaluation = config.run, config.evaluation
-    say, group, plan = partial(console.out, highlight=False), tuning.group, prepared.plan
+    say, group, plan = partial(console.out, highlight=False), state.group, prepared.plan
     dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
@@ -186,63 +189,72 @@ def _train(
         tokenizer, template = prepared.tokenizer, dataset.template
         adapters.write_adapter(place, policy.model, tokenizer, template, loaded.details, carried, samples)
 
-    trained = sum(each.numel() for each in tuning.parameters.values())
+    trained = sum(each.numel() for each in state.parameters.values())
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
     here = {
-        **environment(group.count, tuning.model.device),
+        **environment(group.count, state.model.device),
         "kernels": "compiled" if policy.kernels.is_compiled else "plain",
     }
-    state = start.state or RunState(0, tuning.scheduler.state_dict(), None, None, 0, prepared.identity)
-    if start.checkpoint is not None and start.state is not None:
-        _restore(tuning, policy.model, start.checkpoint, start.state)
-        say(f"continuing after step {state.step} of {plan.total_steps}, from {start.checkpoint}")
-        if room := _room_of(state, tuning):
-            tuning.room.keep(room)
-        if line := moved(state.surroundings, here, config.lora.lora_dropout > 0):
+    progress = start.progress or RunProgress(
+        0, state.scheduler.state_dict(), None, None, 0, prepared.identity
+    )
+    if start.checkpoint is not None and start.progress is not None:
+        _restore(state, policy.model, start.checkpoint, start.progress)
+        say(f"continuing after step {progress.step} of {plan.total_steps}, from {start.checkpoint}")
+        if size := _size_in_checkpoint(progress, state):
+            state.limit.restore(size)
+        if line := moved(progress.surroundings, here, config.lora.lora_dropout > 0):
             say(line)
-    state = replace(state, surroundings=here)
-    rhythm = EvalSaveSchedule(
+    progress = replace(progress, surroundings=here)
+    schedule = EvalSaveSchedule(
         eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
         save_steps=run.save_steps or plan.steps_per_epoch,
         save_total_limit=run.save_total_limit,
         patience=evaluation.early_stopping_patience,
         threshold=evaluation.early_stopping_threshold,
     )
-    validation = held_out(prepared)
-    steps = partial(run_steps, tuning, plan, dataset.train.store, validation, rhythm, state, output, adapter)
-    stop = tuning.stop
+
+    def batch_of(units: np.ndarray, store: TokenStore = dataset.train.store) -> Batch:
+        return Batch.from_store(store, units, extras.get(store.key))
+
+    held_out = dataset.validation
+    validation = None if held_out is None else batch_of(held_out.units, held_out.store)
+    steps = partial(run_steps, state, plan, batch_of, validation, schedule, progress, output, adapter)
+    stop = state.stop
     stop.took(save=trained * SAVE_SECONDS_A_WEIGHT)
     with stop.between_steps():
         if group.first:
-            state = run_with_callbacks(config, steps, console, plan.total_steps, state, output)
+            progress = run_with_callbacks(config, steps, console, plan.total_steps, progress, output)
         else:
-            state = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
+            progress = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
     if stop.agreed:
-        ending = _stopped_after(stop.agreed, state.step, plan.total_steps, output)
+        ending = _stopped_after(stop.agreed, progress.step, plan.total_steps, output)
         console.out(ending, highlight=False)
         sys.stdout.flush()
         return ending, stop.agreed
     stop.check()
     if not group.first:
-        if tuning.sharded and evaluation.card_rows:  # no process can ask the model alone
-            spread_trained(tuning.model)
+        if state.sharded and evaluation.card_rows:  # no process can ask the model alone
+            spread_trained(state.model)
             asked = dataset.validation or dataset.train
             ask_rows(policy, prepared.tokenizer, dataset, asked, evaluation.card_rows)
         return None
-    kept = state.step if state.best_step is None or not evaluation.keep_best else state.best_step
-    if kept != state.step:
-        say(f"the adapter of step {kept} had the lowest validation loss ({state.best_loss:.4f}) and is kept")
+    kept = progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
+    if kept != progress.step:
+        say(
+            f"the adapter of step {kept} had the lowest validation loss ({progress.best_loss:.4f}) and is kept"
+        )
         load_weights(policy.model, checkpoint_path(output, kept))
     folder.install(output, adapter)
     stop.check()
     if evaluation.card_rows:
-        spread_trained(tuning.model)
-    per = "trained token" if tuning.objective.per_token else dataset.task.units.removesuffix("s")
+        spread_trained(state.model)
+    per = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train
-    command = f"yeonma {tuning.objective.name} --config settings.yaml   # the settings below\n\n"
+    command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
     command += to_yaml(config)
     write_card(
         output,
@@ -262,18 +274,18 @@ def _train(
     return None
 
 
-def _room_of(state: RunState, tuning: TrainState) -> int | None:
+def _size_in_checkpoint(progress: RunProgress, state: TrainState) -> int | None:
     """What this process had room for; None where something else is asked for now, or by as many processes."""
-    asked, *had = state.micro_batches or [0]
-    if asked != tuning.room.asked.most_examples or len(had) != tuning.group.count:
+    asked, *had = progress.micro_batches or [0]
+    if asked != state.limit.requested.most_examples or len(had) != state.group.count:
         return None
-    return had[tuning.group.rank]
+    return had[state.group.rank]
 
 
-def _tokens_of(state: RunState | None, group: Processes) -> int | None:
+def _tokens_of(progress: RunProgress | None, group: Processes) -> int | None:
     """The tokens that this process had room for when the checkpoint was written; None where there are none, or another
     number of processes."""
-    had = state.micro_batch_tokens if state is not None else []
+    had = progress.micro_batch_tokens if progress is not None else []
     return had[group.rank] if len(had) == group.count else None
 
 
@@ -290,14 +302,14 @@ def _samples(dataset: Dataset, count: int) -> Samples:
     return take_samples(part, dataset.task, dataset.template, dataset.columns, count)
 
 
-def _restore(tuning: TrainState, peft_model: Any, checkpoint: Path, state: RunState) -> None:
+def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:
     load_weights(peft_model, checkpoint)
     optimizer, random = read_tensors(checkpoint)
-    restore_optimizer(tuning.optimizer, {each: name for name, each in tuning.parameters.items()}, optimizer)
-    tuning.scheduler.load_state_dict(state.schedule)
-    for group, rate in zip(tuning.optimizer.param_groups, tuning.scheduler.get_last_lr(), strict=True):
+    restore_optimizer(state.optimizer, {each: name for name, each in state.parameters.items()}, optimizer)
+    state.scheduler.load_state_dict(progress.schedule)
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    restore_random(random, tuning.group, tuning.model.device)
+    restore_random(random, state.group, state.model.device)
 
 
 def load_weights(peft_model: Any, checkpoint: Path) -> None:

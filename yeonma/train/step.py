@@ -1,8 +1,8 @@
-"""What goes through the model at once, in this process, turn by turn; and the idle passes that sharding needs.
+"""The training step and the evaluation of a batch.
 
-Where frozen weights are sharded, every forward pass gathers them from all processes, so all must make equally many.
-Shares are balanced by tokens, not by counts: a process with fewer micro-batches than another, or with none, makes up
-for it by passes over a few tokens, which change nothing. Every process works this out for all; nothing is communicated.
+Every rank takes a share of the batch, balanced by tokens, through the model in micro-batches. Where frozen weights are
+sharded, each forward pass gathers them from all ranks, so all must make equally many: a rank with fewer micro-batches
+makes idle passes over a few tokens, which change nothing. Every rank works this out for all; nothing is communicated.
 """
 
 from __future__ import annotations
@@ -18,132 +18,40 @@ from typing import Any
 import numpy as np
 import torch
 
+from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport, example_logprobs
 from yeonma.run_folder.progress import EvaluationRecord
-from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.interrupt import REASONS, Stop
-from yeonma.train.losses import Objective, Sums
+from yeonma.train.losses import MEASURED_MEAN, Objective, Sums
 from yeonma.train.oom_retry import MicroBatchLimit
 
 IDLE_TOKENS = 2
 
 
 @dataclass(frozen=True)
-class MicroBatchPass:
-    """The examples of one micro-batch, none where this process only keeps the others company; then idle passes."""
-
-    examples: np.ndarray
-    idle: int = 0
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """The processes that share a step, and what they must do alike."""
-
-    rank: int
-    count: int
-    sharded: bool
-    """Whether all must make the same number of forward passes, in every turn."""
-
-
-def micro_batch_passes(
-    store: TokenStore,
-    units: np.ndarray,
-    examples_of: Callable[[np.ndarray], np.ndarray],
-    micro: MicroBatchBounds,
-    company: RankInfo,
-    by_forest: bool,
-) -> list[MicroBatchPass]:
-    """This process's share of the units, as the examples that go through the model at once; empty where it has none.
-
-    `by_forest`: a micro-batch is one pass; otherwise each of its examples is.
-    """
-    split = shares(store.unit_lengths[units].tolist(), company.count)
-
-    def of(rank: int) -> list[np.ndarray]:
-        mine = units[split[rank]]
-        batches = micro_batches(store.unit_lengths[mine].tolist(), micro.most_examples, micro.most_tokens)
-        return [found for members in batches if len(found := examples_of(mine[members]))]
-
-    if not company.sharded:
-        return [MicroBatchPass(examples) for examples in of(company.rank)]
-    mine, *others = (of(rank) for rank in (company.rank, *range(company.count)))
-    passes = [[1 if by_forest else len(examples) for examples in each] for each in others]
-    idle = idle_passes(passes, company.rank)
-    mine += [np.zeros(0, dtype=np.int64)] * (len(idle) - len(mine))
-    return [MicroBatchPass(examples, more) for examples, more in zip(mine, idle, strict=True)]
-
-
-def idle_passes(passes: Sequence[Sequence[int]], rank: int) -> list[int]:
-    """Passes that process `rank` lacks in each turn; `passes` are those of every process in its own turns."""
-    most = [max(column) for column in zip_longest(*passes, fillvalue=0)]
-    own = [*passes[rank], *[0] * (len(most) - len(passes[rank]))]
-    return [wanted - there for wanted, there in zip(most, own, strict=True)]
-
-
-def pass_logprobs(
-    model: torch.nn.Module,
-    how: ForestSupport,
-    store: TokenStore,
-    turn: MicroBatchPass,
-    spare: int,
-    share_prefix: bool,
-) -> torch.Tensor:
-    """logprob_N of the turn's examples, as `example_logprobs` gives them; empty, and with a gradient that is 0, where
-    the turn is idle alone. `spare`: an example of the step, whose first tokens serve for idle passes where the turn has
-    none of its own.
-    """
-    examples = [store.example(int(position)) for position in turn.examples]
-    passes = []
-    if examples:
-        passes.append(
-            example_logprobs(
-                model,
-                how,
-                [each.token_ids for each in examples],
-                [each.trained for each in examples],
-                share_prefix=share_prefix,
-                units=store.units[turn.examples],
-            )
-        )
-    few = (examples[0] if examples else store.example(spare)).token_ids[:IDLE_TOKENS]
-    for _ in range(turn.idle):
-        idle = example_logprobs(model, how, [few], [np.arange(len(few)) > 0], share_prefix=False)
-        passes.append(idle[:0])
-    return torch.cat(passes) if len(passes) > 1 else passes[0]
-
-
-@contextmanager
-def unless_idle(turn: MicroBatchPass, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """A backward pass inside gives no parameter a gradient in a turn that is idle alone: one that has none stays so,
-    and the optimizer leaves it alone, as it would without the turn."""
-    without = [] if len(turn.examples) else [each for each in parameters if each.grad is None]
-    yield
-    for each in without:
-        each.grad = None
-
-
-@dataclass(frozen=True)
 class TrainState:
-    """What a step acts on: the model, the way through it, and what is trained how."""
+    """What a training step changes and reads besides the batch."""
 
-    model: Any  # the transformers model, its LoRA layers in place
-    how: ForestSupport
+    model: Any
+    """The transformers model with its LoRA layers."""
+    support: ForestSupport
     parameters: Mapping[str, torch.nn.Parameter]
+    """The trained ones."""
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    by_metric: bool  # the schedule follows a loss instead of the step count
+    by_metric: bool
+    """Whether the schedule follows the validation loss instead of the step count."""
     max_grad_norm: float
-    room: MicroBatchLimit
+    limit: MicroBatchLimit
     objective: Objective
     group: Processes
     stop: Stop = field(default_factory=Stop)
     sharded: bool = False
-    """Frozen weights are shared out: every process makes the same passes through the model, or all stop."""
+    """Whether frozen weights are sharded over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -151,160 +59,243 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
-    examples: int
+    units: int
     tokens: int
     trained_tokens: int
     metrics: dict[str, float]
 
 
-def train_step(tuning: TrainState, store: TokenStore, units: np.ndarray) -> StepResult:
-    """One update over some units of the store. Raises UserError, before the update, if the loss or the gradient is
-    not finite."""
-    objective, examples = tuning.objective, store.trained_of(units)
-    trained_tokens = int(store.trained_counts[examples].sum())
-    count = trained_tokens if objective.per_token else len(units)
+def train_step(state: TrainState, batch: Batch) -> StepResult:
+    """One update. Every rank is given the whole batch and trains its share.
 
-    point = _measured(tuning, store, units)
+    Raises UserError, before the update, if the loss or the gradient is not finite.
+    """
+    objective, trained_tokens = state.objective, batch.trained_part.trained_tokens
+    count = trained_tokens if objective.per_token else batch.unit_count
+    batch = _with_measured_mean(state, batch)
 
-    def gradients() -> torch.Tensor:
-        totals = torch.zeros(1 + len(objective.metrics), device=tuning.model.device)
-        for turn in _my_passes(tuning, store, units, store.trained_of):
-            loss_sum, metric_sums = _sums(tuning, store, turn, _logprobs(tuning, store, turn, units), point)
-            with unless_idle(turn, tuning.parameters.values()):
+    def add_gradients() -> torch.Tensor:
+        totals = torch.zeros(1 + len(objective.metrics), device=state.model.device)
+        for micro_pass in _passes(state, batch.trained_part):
+            loss_sum, metric_sums = _sums(state, micro_pass, _logprobs(state, micro_pass))
+            with _no_gradient_from_idle(micro_pass, state.parameters.values()):
                 (loss_sum / count).backward()
             totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
-            del loss_sum  # and the graph with it, whose many small nodes would lie between the next tensors
+            del loss_sum  # and with it the graph, whose many small nodes would lie between the next tensors
         return totals
 
-    totals = tuning.room.fit(gradients, store, units, undo=tuning.optimizer.zero_grad)
-    totals = torch.cat([totals, totals.new_tensor(tuning.stop.wishes())])
-    totals = sum_gradients(tuning.group, tuning.parameters.values(), totals)
-    grad_norm = torch.nn.utils.clip_grad_norm_(tuning.parameters.values(), tuning.max_grad_norm or math.inf)
-    _check_finite(totals[0], grad_norm, store, examples)
-    learning_rate = tuning.optimizer.param_groups[0]["lr"]
-    tuning.optimizer.step()
-    if not tuning.by_metric:
-        tuning.scheduler.step()
-    tuning.optimizer.zero_grad(set_to_none=True)
+    totals = state.limit.fit(add_gradients, batch, undo=state.optimizer.zero_grad)
+    totals = torch.cat([totals, totals.new_tensor(state.stop.wishes())])
+    totals = sum_gradients(state.group, state.parameters.values(), totals)
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
+    _check_finite(totals[0], grad_norm, batch.trained_part)
+    learning_rate = state.optimizer.param_groups[0]["lr"]
+    state.optimizer.step()
+    if not state.by_metric:
+        state.scheduler.step()
+    state.optimizer.zero_grad(set_to_none=True)
 
-    sums: list[float] = totals.tolist()  # at once: on a GPU each reading waits for it
+    sums: list[float] = totals.tolist()  # all at once: on a GPU every read waits for it
     loss, *means = sums[: -len(REASONS)]
-    tuning.stop.agree(sums[-len(REASONS) :])
-    tokens = int(store.unit_lengths[units].sum())
+    state.stop.agree(sums[-len(REASONS) :])
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
-    return StepResult(loss, float(grad_norm), learning_rate, len(units), tokens, trained_tokens, metrics)
+    tokens = int(batch.unit_lengths_U.sum())
+    return StepResult(
+        loss, float(grad_norm), learning_rate, batch.unit_count, tokens, trained_tokens, metrics
+    )
 
 
-def micro_batch_limits(tuning: TrainState) -> tuple[list[int], list[int]]:
-    """What each process takes through the model at once, at most, by rank: units, and tokens where those are its own
-    choice."""
-    micro = tuning.room.micro
-    mine = torch.tensor([micro.most_examples, micro.most_tokens or 0]).view(torch.uint8)
-    found = [each.view(torch.int64).tolist() for each in gather_bytes(tuning.group, mine)]
-    return [each[0] for each in found], [each[1] for each in found] if tuning.room.by_tokens else []
+def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> EvaluationRecord | None:
+    """The mean loss per trained token or per unit, with dropout off; every rank evaluates its share.
 
-
-def _measured(
-    tuning: TrainState, store: TokenStore, units: np.ndarray, leave: Callable[[], bool] = lambda: False
-) -> torch.Tensor | None:
-    """The mean that the objective wants of all the step's units before any is trained, dropout off; None for none.
-
-    Not to be used where `leave` said to go.
+    None where a rank left early because the run is to stop.
     """
-    measure = tuning.objective.measure
-    if measure is None:
-        return None
+    started = time.perf_counter()
+    objective = state.objective
 
-    def mine() -> torch.Tensor:
-        total = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
-        for turn in _my_passes(tuning, store, units, store.measured_of):
+    def leave() -> bool:
+        return not state.sharded and state.stop.hurry()  # where weights are sharded, no rank can leave alone
+
+    batch = _with_measured_mean(state, batch, leave)
+
+    def add_losses() -> tuple[torch.Tensor, bool]:
+        totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
+        for micro_pass in _passes(state, batch.trained_part):
+            if leave():
+                return totals, True
+            logprob_N = _logprobs(state, micro_pass).double()
+            loss_sum, metric_sums = _sums(state, micro_pass, logprob_N)
+            totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
+        return totals, False
+
+    state.model.eval()
+    with torch.no_grad():
+        totals, left = state.limit.fit(add_losses, batch)
+    state.model.train()
+    trained_tokens = batch.trained_part.trained_tokens
+    count = trained_tokens if objective.per_token else batch.unit_count
+    totals = torch.cat([totals, totals.new_tensor([float(left), *state.stop.wishes()])])
+    sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
+    state.stop.agree(sums[-len(REASONS) :])
+    if sums[-1 - len(REASONS)]:
+        return None
+    loss, *means = (total / count for total in sums[: -1 - len(REASONS)])
+    perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
+    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
+    seconds = time.perf_counter() - started
+    return EvaluationRecord(step, epoch, loss, perplexity, batch.unit_count, trained_tokens, seconds, metrics)
+
+
+def _with_measured_mean(state: TrainState, batch: Batch, leave: Callable[[], bool] = lambda: False) -> Batch:
+    """The batch with the mean that its objective wants to know of all of it before the step, with dropout off; most
+    objectives want none. A rank that `leave` tells to stops early, with a mean that must not be used."""
+    measure = state.objective.measure
+    if measure is None:
+        return batch
+
+    def add_measures() -> torch.Tensor:
+        total = torch.zeros(1, dtype=torch.float64, device=state.model.device)
+        for micro_pass in _passes(state, batch.mismatched_part):
             if leave():
                 break
-            logprobs = _logprobs(tuning, store, turn, units)
-            if len(turn.examples):
-                total += measure(logprobs.double(), store, turn.examples)
+            logprob_N = _logprobs(state, micro_pass)
+            if len(micro_pass.batch):
+                total += measure(logprob_N.double(), micro_pass.batch)
         return total
 
-    with torch.no_grad(), in_eval_mode(tuning.model):
-        total = tuning.room.fit(mine, store, units)
-    return sum_over(tuning.group, total)[0] / max(1, len(store.measured_of(units)))
+    with torch.no_grad(), in_eval_mode(state.model):
+        total = state.limit.fit(add_measures, batch)
+    mean = float(sum_over(state.group, total)[0]) / max(1, len(batch.mismatched_part))
+    return batch.with_example_extras({MEASURED_MEAN: np.full(len(batch), mean)})
 
 
-def _my_passes(
-    tuning: TrainState, store: TokenStore, units: np.ndarray, examples_of: Callable[[np.ndarray], np.ndarray]
-) -> list[MicroBatchPass]:
-    company = RankInfo(tuning.group.rank, tuning.group.count, tuning.sharded)
-    return micro_batch_passes(store, units, examples_of, tuning.room.micro, company, tuning.how.forest)
+@dataclass(frozen=True)
+class MicroBatchPass:
+    """A micro-batch, which is empty where this rank has none left, and the idle passes to make after it."""
+
+    batch: Batch
+    idle_passes: int
+    idle_token_ids: np.ndarray
 
 
-def _logprobs(tuning: TrainState, store: TokenStore, turn: MicroBatchPass, units: np.ndarray) -> torch.Tensor:
-    spare = int(store.trained_of(units[:1])[0])
-    return pass_logprobs(tuning.model, tuning.how, store, turn, spare, tuning.room.micro.share_prefix)
+@dataclass(frozen=True)
+class RankInfo:
+    """One of the ranks that share a batch."""
+
+    rank: int
+    count: int
+    sharded: bool
+    """Whether all ranks must make equally many forward passes for each micro-batch."""
 
 
-def _sums(
-    tuning: TrainState,
-    store: TokenStore,
-    turn: MicroBatchPass,
-    logprob_N: torch.Tensor,
-    point: torch.Tensor | None,
-) -> Sums:
-    if len(turn.examples):
-        return tuning.objective.sums(logprob_N, store, turn.examples, point)
-    return logprob_N.sum(), logprob_N.new_zeros(len(tuning.objective.metrics))
+def micro_batch_passes(
+    batch: Batch, bounds: MicroBatchBounds, ranks: RankInfo, by_forest: bool
+) -> Iterator[MicroBatchPass]:
+    """The share of one rank, which may be nothing. Units are never split.
+
+    `by_forest`: a micro-batch is one forward pass; otherwise each of its examples is.
+    """
+    examples_U = np.bincount(batch.units_E, minlength=batch.unit_count)
+    rank_units = shares(batch.unit_lengths_U.tolist(), ranks.count)
+
+    def micro_batch_units(rank: int) -> list[np.ndarray]:
+        units = np.array(rank_units[rank], dtype=np.int64)
+        lengths = batch.unit_lengths_U[units].tolist()
+        members = micro_batches(lengths, bounds.most_examples, bounds.most_tokens)
+        return [units[indices] for indices in members if examples_U[units[indices]].any()]
+
+    own = micro_batch_units(ranks.rank)
+    idle = [0] * len(own)
+    if ranks.sharded:
+        passes = [
+            [1 if by_forest else int(examples_U[units].sum()) for units in micro_batch_units(rank)]
+            for rank in range(ranks.count)
+        ]
+        idle = idle_passes(passes, ranks.rank)
+    few = batch.flat_token_ids[:0]
+    if any(idle):
+        start = int(batch.starts_E[0])
+        few = batch.flat_token_ids[start : start + min(IDLE_TOKENS, int(batch.lengths_E[0]))]
+    own += [np.zeros(0, dtype=np.int64)] * (len(idle) - len(own))
+    for units, missing in zip(own, idle, strict=True):
+        yield MicroBatchPass(batch.select_units(units), missing, few)
 
 
-def _check_finite(
-    loss: torch.Tensor, grad_norm: torch.Tensor, store: TokenStore, positions: np.ndarray
-) -> None:
+def idle_passes(passes: Sequence[Sequence[int]], rank: int) -> list[int]:
+    """The forward passes that a rank lacks at each micro-batch; `passes` are those of every rank for its own."""
+    most = [max(column) for column in zip_longest(*passes, fillvalue=0)]
+    own = [*passes[rank], *[0] * (len(most) - len(passes[rank]))]
+    return [needed - made for needed, made in zip(most, own, strict=True)]
+
+
+def pass_logprobs(
+    model: Any, support: ForestSupport, micro_pass: MicroBatchPass, share_prefix: bool
+) -> torch.Tensor:
+    """logprob_N of the micro-batch's trained tokens, example by example; where it is empty, no numbers, with a gradient
+    of 0."""
+    batch, parts = micro_pass.batch, []
+    if len(batch):
+        parts.append(
+            example_logprobs(
+                model,
+                support,
+                batch.token_ids,
+                batch.trained,
+                share_prefix=share_prefix,
+                units=batch.units_E,
+                input_keys=batch.input_keys,
+            )
+        )
+    few = micro_pass.idle_token_ids
+    for _ in range(micro_pass.idle_passes):
+        idle = example_logprobs(model, support, [few], [np.arange(len(few)) > 0], share_prefix=False)
+        parts.append(idle[:0])
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _passes(state: TrainState, batch: Batch) -> Iterator[MicroBatchPass]:
+    ranks = RankInfo(state.group.rank, state.group.count, state.sharded)
+    return micro_batch_passes(batch, state.limit.bounds, ranks, state.support.forest)
+
+
+def _logprobs(state: TrainState, micro_pass: MicroBatchPass) -> torch.Tensor:
+    return pass_logprobs(state.model, state.support, micro_pass, state.limit.bounds.share_prefix)
+
+
+def _sums(state: TrainState, micro_pass: MicroBatchPass, logprob_N: torch.Tensor) -> Sums:
+    if len(micro_pass.batch):
+        return state.objective.sums(logprob_N, micro_pass.batch)
+    return logprob_N.sum(), logprob_N.new_zeros(len(state.objective.metrics))
+
+
+@contextmanager
+def _no_gradient_from_idle(
+    micro_pass: MicroBatchPass, parameters: Iterable[torch.nn.Parameter]
+) -> Iterator[None]:
+    """Keeps a backward pass through idle passes alone from giving a parameter a gradient of zeros: the optimizer would
+    update it then, and does not update one without a gradient."""
+    without = [] if len(micro_pass.batch) else [one for one in parameters if one.grad is None]
+    yield
+    for parameter in without:
+        parameter.grad = None
+
+
+def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch) -> None:
     if bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad_norm)):
         return
-    rows = ", ".join(str(row) for row in sorted({int(row) for row in store.row_numbers[positions]}))
+    rows = ", ".join(map(str, sorted(set(batch.rows_E.tolist()))))
     raise UserError(
-        f"the loss is {float(loss)} and the gradient's norm {float(grad_norm)}; the weights are as before this step",
+        f"the loss is {float(loss)} and the gradient norm {float(grad_norm)}; the weights are as before this step",
         place=f"rows {rows}",
         cure="look at these rows, lower learning_rate, or use --dtype float32",
     )
 
 
-def evaluate(
-    tuning: TrainState, store: TokenStore, units: np.ndarray, step: int, epoch: float
-) -> EvaluationRecord | None:
-    """Mean loss over some units' trained tokens, or over the units, dropout off; every process looks at its share.
-
-    None where a process has left it unfinished, because the run is to stop.
-    """
-    started = time.perf_counter()
-    objective = tuning.objective
-
-    def hurry() -> bool:
-        return not tuning.sharded and tuning.stop.hurry()  # sharded, no process can leave the others alone
-
-    point = _measured(tuning, store, units, hurry)
-
-    def mine() -> tuple[torch.Tensor, bool]:
-        totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
-        for turn in _my_passes(tuning, store, units, store.trained_of):
-            if hurry():
-                return totals, True
-            logprobs = _logprobs(tuning, store, turn, units).double()
-            loss_sum, metric_sums = _sums(tuning, store, turn, logprobs, point)
-            totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
-        return totals, False
-
-    tuning.model.eval()
-    with torch.no_grad():
-        totals, left = tuning.room.fit(mine, store, units)
-    tuning.model.train()
-    trained_tokens = int(store.trained_counts[store.trained_of(units)].sum())
-    count = trained_tokens if objective.per_token else len(units)
-    totals = torch.cat([totals, totals.new_tensor([float(left), *tuning.stop.wishes()])])
-    sums: list[float] = sum_over(tuning.group, totals.to(tuning.model.device)).tolist()
-    tuning.stop.agree(sums[-len(REASONS) :])
-    if sums[-1 - len(REASONS)]:
-        return None
-    loss, *means = (each / count for each in sums[: -1 - len(REASONS)])
-    perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
-    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
-    seconds = time.perf_counter() - started
-    return EvaluationRecord(step, epoch, loss, perplexity, len(units), trained_tokens, seconds, metrics)
+def micro_batch_limits(state: TrainState) -> tuple[list[int], list[int]]:
+    """The size of every rank's micro-batches, in order of rank: the most units, and the most tokens where
+    `micro_batch_tokens` is auto."""
+    bounds = state.limit.bounds
+    own = torch.tensor([bounds.most_examples, bounds.most_tokens or 0]).view(torch.uint8)
+    of_ranks = [gathered.view(torch.int64).tolist() for gathered in gather_bytes(state.group, own)]
+    tokens = [most_tokens for _, most_tokens in of_ranks] if state.limit.by_tokens else []
+    return [most_units for most_units, _ in of_ranks], tokens

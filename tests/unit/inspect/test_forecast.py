@@ -14,6 +14,7 @@ from tests.models import FOREST_FAMILIES, tiny_model
 from tests.quantised import INT8, KINDS, loaded
 from tests.runs import SETTINGS, articles, model_folder, write_jsonl
 from yeonma.batch import micro_batches as batches_module
+from yeonma.batch.batch import Batch
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.batch.micro_batches import survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds
@@ -42,7 +43,7 @@ from yeonma.train.distributed import Processes
 from yeonma.train.losses import SFT
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.prepare import Prepared, prepare
-from yeonma.train.step import TrainState, _my_passes
+from yeonma.train.step import TrainState, _passes
 
 SHAPE = load.LoraShape(4, 8, 0.0, "all-linear")
 TRACED = [family for family in FOREST_FAMILIES if family not in ("gpt_oss", "qwen3_moe")]
@@ -225,11 +226,15 @@ def test_the_micro_batches_are_those_of_the_step(
         for rank in range(processes):
             group = Processes(rank, processes)
             nothing: Any = None
-            how, room = ForestSupport(True, None, "sdpa", ""), MicroBatchLimit(micro, torch.device("cpu"))
-            tuning = TrainState(nothing, how, {}, nothing, nothing, False, 1.0, room, SFT, group)
-            batches = [turn.examples for turn in _my_passes(tuning, store, positions, store.trained_of)]
+            support, limit = (
+                ForestSupport(True, None, "sdpa", ""),
+                MicroBatchLimit(micro, torch.device("cpu")),
+            )
+            state = TrainState(nothing, support, {}, nothing, nothing, False, 1.0, limit, SFT, group)
+            step_batch = Batch.from_store(store, positions).trained_part
+            batches = [micro_pass.batch.index_E for micro_pass in _passes(state, step_batch)]
             expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
-    found = list(batches_module._batches(prepared.plan, store, micro, processes))
+    found = list(batches_module._micro_batches_of(prepared.plan, store, micro, processes))
     assert [(step, members.tolist(), several) for step, members, several in found] == expected
     heaviest = survey_micro_batches(prepared.plan, store, micro, processes)
     forests = [batches_module.forest_of(store, np.array(members), True) for _, members, _ in expected]

@@ -263,11 +263,11 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     compute = reference.pass_logprobs
 
-    def counted(model: Any, how: Any, store: Any, turn: Any, *others: Any) -> torch.Tensor:
+    def counted(model: Any, support: Any, micro_pass: Any, *others: Any) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in model.modules())
-        asked.append(len(turn.examples))
-        return compute(model, how, store, turn, *others)
+        asked.append(len(micro_pass.batch))
+        return compute(model, support, micro_pass, *others)
 
     monkeypatch.setattr(reference, "pass_logprobs", counted)
     return asked
@@ -434,7 +434,7 @@ def test_a_cache_that_cannot_be_written_is_told(
     done = dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache")
     assert done.status == 2
     assert done.err.startswith(
-        f"yeonma: {tmp_path / 'cache'}: the reference's log-probabilities cannot be kept"
+        f"yeonma: {tmp_path / 'cache'}: the reference's log-probabilities cannot be written"
     )
     assert list((tmp_path / "cache").glob("*reference*")) == []
 

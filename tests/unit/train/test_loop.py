@@ -477,7 +477,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
     from yeonma.train import run
 
     poisoned: list[Any] = []
-    make = run.make_tuning
+    make = run.build_train_state
 
     def tuning(*arguments: Any, **more: Any) -> Any:
         made = make(*arguments, **more)
@@ -485,12 +485,12 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
         next(iter(made.parameters.values())).data[0, 0] = math.nan
         return made
 
-    monkeypatch.setattr(run, "make_tuning", tuning)
+    monkeypatch.setattr(run, "build_train_state", tuning)
     done = sft(tmp_path / "out", base, data, batch_size=3)
     rows = sorted(int(i) + 1 for i in epoch_order(29, 42, 0, 3)[:3])
     assert done.status == 2
     assert done.err.startswith(
-        f"yeonma: rows {rows[0]}, {rows[1]}, {rows[2]}: the loss is nan and the gradient's norm nan"
+        f"yeonma: rows {rows[0]}, {rows[1]}, {rows[2]}: the loss is nan and the gradient norm nan"
     )
     assert done.lines == []
     assert not poisoned[0].optimizer.state  # no update

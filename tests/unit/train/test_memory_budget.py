@@ -219,7 +219,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, tokens: int
         if name == "trained_logprobs":
             seen.append(len(given[1].token_ids_T))
         else:
-            seen.append(int(given[2].lengths[given[3].examples].sum()))
+            seen.append(int(given[2].batch.lengths_E.sum()))
         if seen[-1] > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return compute(*given, **more)
@@ -243,7 +243,7 @@ def test_what_the_trial_has_no_room_for_is_halved_before_the_first_step(
     assert seen[0] > 2 * longest >= seen[-1]
     (tokens,) = state(tmp_path / "auto")["micro_batch_tokens"]
     assert longest <= tokens < seen[0]
-    assert "tokens at once; going on with" in done.err
+    assert "tokens at once; continuing with" in done.err
 
 
 def test_a_step_without_room_halves_the_tokens(
@@ -266,7 +266,7 @@ def test_where_the_longest_row_has_no_room_nothing_is_written(
     limited(monkeypatch, budget, "trained_logprobs", longest - 1)
     done = sft(tmp_path / "out", base, data, **AUTO)
     assert done.status == 2
-    assert f"({longest} tokens)" in done.err and "no memory on cpu for one row at a time" in done.err
+    assert f"({longest} tokens)" in done.err and "out of memory on cpu with one row at a time" in done.err
     assert not (tmp_path / "out" / "run.json").exists()
 
 

@@ -15,7 +15,7 @@ from tests.pairs import chat_folder, labelled, pairs, tuned
 from tests.runs import Done, articles, model_folder, sft, trained, write_jsonl
 from yeonma.train import loop, reference
 from yeonma.train import step as step_module
-from yeonma.train.oom_retry import MicroBatchLimit, _is_lack_of_memory
+from yeonma.train.oom_retry import MicroBatchLimit, _is_out_of_memory
 
 Fails = Callable[[int, int], bool]
 DROPOUT: dict[str, object] = {"lora_dropout": 0.1, "save_steps": 1, "micro_batch_size": 4}
@@ -41,12 +41,12 @@ def failing(
     """From now on a pass through the model fails where `fails(number of the pass, examples)`; the failed ones."""
     compute, passes, failed = module.pass_logprobs, [0], []
 
-    def limited(model: Any, how: Any, store: Any, turn: Any, *others: Any) -> torch.Tensor:
+    def limited(model: Any, support: Any, micro_pass: Any, *others: Any) -> torch.Tensor:
         passes[0] += 1
-        if fails(passes[0], len(turn.examples)):
+        if fails(passes[0], len(micro_pass.batch)):
             failed.append(passes[0])
             raise error()
-        return compute(model, how, store, turn, *others)
+        return compute(model, support, micro_pass, *others)
 
     monkeypatch.setattr(module, "pass_logprobs", limited)
     return failed
@@ -86,8 +86,8 @@ def test_a_step_without_room_is_done_again_in_halves(
     same(done, whole)
     told = [line for line in done.err.splitlines() if "out of memory" in line]
     assert told == [
-        "yeonma: out of memory with 4 at once; going on with 2, the same result to rounding",
-        "yeonma: out of memory with 2 at once; going on with 1, the same result to rounding",
+        "yeonma: out of memory with 4 at once; continuing with 2, the same result to rounding",
+        "yeonma: out of memory with 2 at once; continuing with 1, the same result to rounding",
     ]
 
 
@@ -126,10 +126,10 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
             if dies_at is not None:
                 step = loop.train_step
 
-                def dying(tuning: Any, store: Any, units: Any) -> Any:
-                    if tuning.scheduler.last_epoch == dies_at:
+                def dying(state: Any, batch: Any) -> Any:
+                    if state.scheduler.last_epoch == dies_at:
                         raise KeyboardInterrupt
-                    return step(tuning, store, units)
+                    return step(state, batch)
 
                 patch.setattr(loop, "train_step", dying)
             done = sft(place, base, data, **DROPOUT)
@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
     shutil.copytree(tmp_path / "out", tmp_path / "asked")
     with monkeypatch.context() as patch:
         kept: list[int] = []
-        patch.setattr(MicroBatchLimit, "keep", lambda room, most: kept.append(most))
+        patch.setattr(MicroBatchLimit, "restore", lambda limit, most: kept.append(most))
         trained(tmp_path / "asked", base, data, **{**DROPOUT, "micro_batch_size": 3})
         assert kept == []  # what is asked for now counts
     again = trained(tmp_path / "out", base, data, **DROPOUT)  # nothing fails here
@@ -161,7 +161,7 @@ def test_where_one_row_has_no_room_the_longest_are_named(
     done = sft(tmp_path / "out", base, data, save_steps=1)
     assert done.status == 2
     line = done.err.splitlines()[-1]
-    assert "no memory on cpu for one row at a time; the longest of the step" in line
+    assert "out of memory on cpu with one row at a time; the longest of the step" in line
     assert "tokens)" in line
     assert "--gradient_checkpointing true, a smaller --cutoff_len or --dtype bfloat16" in line
     rows = json.loads((tmp_path / "out" / "trained_rows.jsonl").read_text().splitlines()[0])
@@ -170,5 +170,5 @@ def test_where_one_row_has_no_room_the_longest_are_named(
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
-    assert not _is_lack_of_memory(RuntimeError("shape mismatch"))
-    assert not _is_lack_of_memory(ValueError("out of memory"))
+    assert not _is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not _is_out_of_memory(ValueError("out of memory"))

@@ -1,0 +1,140 @@
+"""A batch is the same from a store and from memory, and a part of it keeps what belongs to its examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from yeonma.batch.batch import Batch
+from yeonma.data.text_checks import Notes
+from yeonma.tokenization.example import AnswerRole, Example, Unit
+from yeonma.tokenization.store import StoreWriter, TokenStore, open_store
+
+PROMPT = (5, 6, 7)
+CHOSEN, REJECTED, MISMATCHED = AnswerRole.CHOSEN, AnswerRole.REJECTED, AnswerRole.MISMATCHED
+
+
+def example(answer: tuple[int, ...], row: int, prompt: tuple[int, ...] = PROMPT) -> Example:
+    ids = np.array([*prompt, *answer], dtype=np.int32)
+    return Example(ids, np.arange(len(ids)) >= len(prompt), len(prompt), row, 0, 0, False, 0)
+
+
+UNITS = [
+    [(CHOSEN, example((8, 9), 1)), (REJECTED, example((10,), 1))],
+    [(CHOSEN, example((11,), 2)), (REJECTED, example((12, 13, 14), 2)), (MISMATCHED, example((15, 16), 2))],
+    [(CHOSEN, example((17, 18), 4)), (REJECTED, example((19, 20), 4))],
+]
+FIRST = [0, 2, 5]
+REFERENCE = np.arange(7.0)
+
+
+def stored(folder: Path, units: list[list[tuple[AnswerRole, Example]]]) -> TokenStore:
+    writer = StoreWriter.open(folder / "store")
+    writer.add([Notes(0, 0, 0, 0)] * 4, [Unit(tuple(members)) for members in units])
+    writer.finish({"key": "k"})
+    store = open_store(folder / "store", "k")
+    assert store is not None
+    return store
+
+
+def in_memory(order: list[int]) -> Batch:
+    members = [(unit, role, one) for unit in order for role, one in UNITS[unit]]
+    return Batch.of(
+        [one for _, _, one in members],
+        units=[unit for unit, _, _ in members],
+        roles=[role for _, role, _ in members],
+        example_extras={"reference": [REFERENCE[FIRST[u] + i] for u in order for i in range(len(UNITS[u]))]},
+    )
+
+
+def content(batch: Batch) -> dict[str, object]:
+    return {
+        "token_ids": [ids.tolist() for ids in batch.token_ids],
+        "trained": [mask.tolist() for mask in batch.trained],
+        "reference": batch.example_extras["reference"].tolist(),
+        **{
+            name: getattr(batch, name).tolist()
+            for name in ("lengths_E", "trained_counts_E", "units_E", "roles_E", "rows_E")
+        },
+        "unit_lengths_U": batch.unit_lengths_U.tolist(),
+        "unit_rows_U": batch.unit_rows_U.tolist(),
+    }
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0], [1]])
+def test_a_batch_from_a_store_is_the_one_made_in_memory(tmp_path: Path, order: list[int]) -> None:
+    store = stored(tmp_path, UNITS)
+    batch = Batch.from_store(store, np.array(order), {"reference": REFERENCE})
+    assert content(batch) == content(in_memory(order))
+    assert [store.example(int(i)).token_ids.tolist() for i in batch.index_E] == content(batch)["token_ids"]
+    assert batch.unit_lengths_U.tolist() == [
+        3 + sum(len(e.token_ids) - 3 for _, e in UNITS[u]) for u in order
+    ]
+    assert batch.flat_token_ids is store.token_ids  # not copied
+
+
+def test_units_are_selected_with_all_that_is_theirs(tmp_path: Path) -> None:
+    whole = Batch.from_store(stored(tmp_path, UNITS), np.array([0, 1, 2]), {"reference": REFERENCE})
+    for order in ([2], [1, 2], [2, 0]):
+        assert content(whole.select_units(order)) == content(in_memory(order))
+    assert len(whole.select_units([])) == whole.select_units([]).unit_count == 0
+
+
+def test_mismatched_answers_are_a_part_of_their_own_and_units_keep_their_length() -> None:
+    whole = in_memory([0, 1, 2])
+    trained, mismatched = whole.trained_part, whole.mismatched_part
+    assert mismatched.index_E.tolist() == [4]
+    assert trained.index_E.tolist() == [0, 1, 2, 3, 5, 6]
+    assert (trained.unit_lengths_U == whole.unit_lengths_U).all()
+    assert mismatched.unit_count == 3
+    assert len(mismatched.select_units([0, 2])) == 0
+    assert mismatched.select_units([1]).example_extras["reference"].tolist() == [4.0]
+    assert trained.trained_tokens == whole.trained_tokens - 2
+
+
+def test_numbers_of_tokens_go_with_their_examples() -> None:
+    examples = [example((8, 9), 1), example((10,), 2), example((11, 12, 13), 3)]
+    batch = Batch.of(examples, token_extras={"sampled": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]})
+    part = batch.select_units([2, 0])
+    assert part.token_extras["sampled"].tolist() == [3.0, 4.0, 5.0, 0.0, 1.0]
+    more = part.with_example_extras({"advantage": np.array([1.0, -1.0])})
+    assert more.select_units([1]).example_extras["advantage"].tolist() == [-1.0]
+    assert more.select_units([1]).token_extras["sampled"].tolist() == [0.0, 1.0]
+
+
+def test_a_prefix_is_shared_only_where_the_model_sees_the_same() -> None:
+    frame = tuple(range(20, 50))
+    examples = [example((8,), 1, frame), example((9,), 2, frame)]
+    same = np.arange(31)
+    other = same.copy()
+    other[18] = 99
+    shared = Batch.of(examples, input_keys=[same, same]).forest(share_prefix=True)
+    parted = Batch.of(examples, input_keys=[same, other]).forest(share_prefix=True)
+    plain = Batch.of(examples).forest(share_prefix=True)
+    assert [(s.length, s.parent) for s in shared.segments] == [(30, None), (1, 0), (1, 0)]
+    assert shared.segments == plain.segments
+    assert [(s.length, s.parent) for s in parted.segments] == [(18, None), (13, 0), (13, 0)]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"units": [0, 1, 0]}, "next to each other"),
+        ({"example_extras": {"advantage": [1.0]}}, r"advantage has shape \(1,\); \(3,\) is needed"),
+        ({"token_extras": {"sampled": [1.0, 2.0]}}, r"sampled has shape \(2,\); \(4,\) is needed"),
+        ({"roles": [AnswerRole.ANSWER]}, "roles has shape"),
+        ({"input_keys": [np.arange(5), np.arange(5), np.arange(1)]}, "each token needs one value"),
+    ],
+)
+def test_what_does_not_fit_is_refused(more: dict[str, object], message: str) -> None:
+    examples = [example((8, 9), 1), example((10,), 2), example((11,), 3)]
+    with pytest.raises(ValueError, match=message):
+        Batch.of(examples, **more)  # type: ignore[arg-type]
+
+
+def test_a_first_token_cannot_be_trained() -> None:
+    ids = np.array([5, 6], dtype=np.int32)
+    with pytest.raises(ValueError, match="first token"):
+        Batch.of([Example(ids, np.array([True, True]), 0, 1, 0, 0, False, 0)])

@@ -1,0 +1,118 @@
+"""A step on a batch made in memory: sampled answers with advantages, by a loss that no command has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import VOCABULARY, tiny_model
+from yeonma.batch.batch import Batch
+from yeonma.batch.plan import MicroBatchBounds
+from yeonma.model import load
+from yeonma.model.forest_support import check_forest_support
+from yeonma.tokenization.example import Example
+from yeonma.train.distributed import Processes
+from yeonma.train.losses import Objective, Sums
+from yeonma.train.oom_retry import MicroBatchLimit
+from yeonma.train.step import TrainState, evaluate, train_step
+
+PROMPTS, ANSWERS = 3, 4
+CLIP = 0.2
+
+
+def clipped_policy_gradient(logprob_N: Tensor, batch: Batch) -> Sums:
+    """PPO's clipped surrogate: Schulman et al. 2017, arXiv:1707.06347, equation 7, negated."""
+    advantage_E = torch.from_numpy(batch.example_extras["advantage"]).to(logprob_N)
+    advantage_N = advantage_E.repeat_interleave(torch.from_numpy(batch.trained_counts_E))
+    sampled_N = torch.from_numpy(batch.token_extras["sampled_logprob"]).to(logprob_N)
+    ratio_N = torch.exp(logprob_N - sampled_N)
+    clipped_N = ratio_N.clamp(1 - CLIP, 1 + CLIP)
+    gain_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+    return -gain_N.sum(), (ratio_N != clipped_N).to(logprob_N).sum().reshape(1)
+
+
+OBJECTIVE = Objective("ppo", per_token=True, sums=clipped_policy_gradient, metrics=("clipped",))
+
+
+def sampled(random: np.random.Generator) -> list[Example]:
+    """Several answers to each of a few prompts."""
+    examples = []
+    for prompt in range(PROMPTS):
+        ids = random.integers(3, VOCABULARY, 20 + prompt)
+        for _ in range(ANSWERS):
+            answer = random.integers(3, VOCABULARY, random.integers(1, 9))
+            tokens = np.concatenate([ids, answer]).astype(np.int32)
+            trained = np.arange(len(tokens)) >= len(ids)
+            examples.append(Example(tokens, trained, len(ids), prompt + 1, 0, 0, False, 0))
+    return examples
+
+
+def plain_logprobs(model: torch.nn.Module, example: Example) -> Tensor:
+    """By transformers alone, one sequence."""
+    ids = torch.from_numpy(example.token_ids.astype(np.int64))
+    logprobs = torch.log_softmax(model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float(), -1)
+    return logprobs.gather(1, ids[1:, None])[torch.from_numpy(example.trained[1:]), 0]
+
+
+@pytest.mark.parametrize("most_examples", [1, 5, 12])
+def test_sampled_answers_with_advantages_get_the_gradient_of_one_by_one(most_examples: int) -> None:
+    random = np.random.default_rng(0)
+    examples = sampled(random)
+    model = tiny_model("llama")
+    peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), 0)
+    parameters = {name: one for name, one in peft_model.named_parameters() if one.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    for weight in parameters.values():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    with torch.no_grad():
+        at_sampling = torch.cat([plain_logprobs(model, example) for example in examples]).double().numpy()
+    at_sampling += random.normal(0, 0.3, len(at_sampling))  # by the policy of some steps ago
+    advantages = random.normal(0, 1, len(examples))
+    batch = Batch.of(
+        examples,
+        example_extras={"advantage": advantages},
+        token_extras={"sampled_logprob": at_sampling},
+    )
+
+    logprob_N = torch.cat([plain_logprobs(model, example) for example in examples])
+    ratio_N = torch.exp(logprob_N - torch.from_numpy(at_sampling).float())
+    advantage_N = torch.from_numpy(np.repeat(advantages, batch.trained_counts_E)).float()
+    surrogate = torch.minimum(ratio_N * advantage_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * advantage_N)
+    loss = -surrogate.sum() / len(logprob_N)
+    expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    assert min(float(gradient.abs().max()) for gradient in expected.values()) > 1e-4
+    outside = float(((ratio_N - 1).abs() > CLIP).float().mean())
+    assert 0.2 < outside < 0.8
+
+    optimizer = torch.optim.SGD(list(parameters.values()), lr=1e-3)
+    gradients: dict[str, Tensor] = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({name: one.grad.clone() for name, one in parameters.items()})  # type: ignore[union-attr, func-returns-value]
+    )
+    state = TrainState(
+        model=model,
+        support=check_forest_support(model),
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        by_metric=False,
+        max_grad_norm=0.0,
+        limit=MicroBatchLimit(MicroBatchBounds(most_examples, None, share_prefix=True), torch.device("cpu")),
+        objective=OBJECTIVE,
+        group=Processes(0, 1),
+    )
+    before = evaluate(state, batch, step=0, epoch=0.0)
+    model.train()
+    result = train_step(state, batch)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert result.metrics["clipped"] == pytest.approx(outside, abs=1e-6)
+    assert (result.units, result.trained_tokens) == (len(examples), len(logprob_N))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    after = evaluate(state, batch, step=1, epoch=1.0)
+    assert before is not None
+    assert after is not None
+    assert before.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert after.loss < before.loss

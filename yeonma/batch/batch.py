@@ -1,0 +1,237 @@
+"""Batch: the examples of a step with everything that a loss reads of them, from a token store or made in memory.
+
+Shapes: E examples in U units, N trained tokens, counted once per example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yeonma.batch.forest import Forest, lay_out
+from yeonma.tokenization.example import AnswerRole, Example
+from yeonma.tokenization.store import TokenStore
+
+Extras = Mapping[str, NDArray[np.float64]]
+"""Numbers that a loss reads by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples, unit by unit. `Batch.from_store` and `Batch.of` make one.
+
+    The tokens of example i are `flat_token_ids[starts_E[i] : starts_E[i] + lengths_E[i]]`, at positions 0, 1, 2, ...
+    The flat arrays are shared with the store and with other parts of the batch, and are never copied.
+    """
+
+    flat_token_ids: NDArray[np.int32]
+    flat_trained: NDArray[np.bool_]
+    """Whether the token is trained, as a target. The first token of an example never is."""
+    starts_E: NDArray[np.int64]
+    lengths_E: NDArray[np.int32]
+    trained_counts_E: NDArray[np.int32]
+    index_E: NDArray[np.int64]
+    """The position of the example in the store, or in the list that the batch was made of."""
+    units_E: NDArray[np.int64]
+    """The unit of the example, an index into U; ascending."""
+    roles_E: NDArray[np.uint8]
+    """Values of `AnswerRole`."""
+    rows_E: NDArray[np.int64]
+    """Row numbers, from 1."""
+    unit_lengths_U: NDArray[np.int64]
+    """Tokens of the unit's examples, their common prompt counted once. A part of a batch keeps those of the whole."""
+    unit_rows_U: NDArray[np.int64]
+    """The row that the unit was made of."""
+    example_extras: Extras = field(default_factory=dict)
+    """Shape (E,): log-probabilities by a reference, advantages."""
+    token_extras: Extras = field(default_factory=dict)
+    """Shape (N,), in the order of logprob_N: log-probabilities at the time of sampling."""
+    flat_input_keys: NDArray[np.int64] | None = None
+    """What the model sees at a token besides its id, as a number that differs where that differs, such as the hash of
+    an image patch. None: it sees ids alone."""
+
+    @staticmethod
+    def from_store(
+        store: TokenStore, units: NDArray[np.int64], example_extras: Extras | None = None
+    ) -> Batch:
+        """Some units of a store, in the given order. `example_extras` hold a number for every example of the store."""
+        examples = store.examples_of(units)
+        sizes = np.ones(len(units), dtype=np.int64)
+        if store.counts.units != len(store):
+            sizes = store.unit_starts[units + 1] - store.unit_starts[units]
+        rows = store.row_numbers[examples]
+        return Batch(
+            flat_token_ids=store.token_ids,
+            flat_trained=store.trained,
+            starts_E=store.starts[examples],
+            lengths_E=store.lengths[examples],
+            trained_counts_E=store.trained_counts[examples],
+            index_E=examples,
+            units_E=np.repeat(np.arange(len(units)), sizes),
+            roles_E=store.roles[examples],
+            rows_E=rows,
+            unit_lengths_U=store.unit_lengths[units].astype(np.int64),
+            unit_rows_U=rows[np.cumsum(sizes) - sizes],
+            example_extras={name: values[examples] for name, values in (example_extras or {}).items()},
+        )
+
+    @staticmethod
+    def of(
+        examples: Sequence[Example],
+        *,
+        units: Sequence[int] | None = None,
+        roles: Sequence[AnswerRole] | None = None,
+        example_extras: Mapping[str, Any] | None = None,
+        token_extras: Mapping[str, Any] | None = None,
+        input_keys: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Batch:
+        """At least one example, in memory, such as sampled answers.
+
+        `units`: a number for each example; those of one unit have the same and stand next to each other. None makes
+        each a unit of its own. `roles` are ANSWER by default. The extras are sequences of numbers, of shape (E,) and
+        (N,). Raises ValueError where the shapes do not fit, a unit is torn apart, or a first token is trained.
+        """
+        count = len(examples)
+        unit_numbers = np.arange(count) if units is None else np.asarray(units)
+        begins_unit = np.ones(count, dtype=np.bool_)
+        begins_unit[1:] = unit_numbers[1:] != unit_numbers[:-1]
+        firsts = np.flatnonzero(begins_unit)
+        if len(firsts) != len(set(unit_numbers.tolist())):
+            raise ValueError("the examples of a unit must stand next to each other")
+        if any(example.trained[:1].any() for example in examples):
+            raise ValueError("the first token of an example cannot be trained: nothing stands before it")
+        lengths = np.array([len(example.token_ids) for example in examples], dtype=np.int32)
+        prompt_lengths = np.array([example.prompt_length for example in examples], dtype=np.int64)
+        trained_counts = np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int32)
+        rows = np.array([example.row for example in examples], dtype=np.int64)
+        roles_E = np.full(count, AnswerRole.ANSWER, np.uint8) if roles is None else np.array(roles, np.uint8)
+        return Batch(
+            flat_token_ids=np.concatenate([example.token_ids for example in examples]),
+            flat_trained=_of_tokens([example.trained for example in examples], lengths),
+            starts_E=np.cumsum(lengths, dtype=np.int64) - lengths,
+            lengths_E=lengths,
+            trained_counts_E=trained_counts,
+            index_E=np.arange(count),
+            units_E=np.cumsum(begins_unit) - 1,
+            roles_E=_shaped(roles_E, count, "roles"),
+            rows_E=rows,
+            unit_lengths_U=np.add.reduceat(lengths - prompt_lengths, firsts) + prompt_lengths[firsts],
+            unit_rows_U=rows[firsts],
+            example_extras=_numbers(example_extras, count),
+            token_extras=_numbers(token_extras, int(trained_counts.sum())),
+            flat_input_keys=None if input_keys is None else _of_tokens(input_keys, lengths),
+        )
+
+    def __len__(self) -> int:
+        """E."""
+        return len(self.lengths_E)
+
+    @property
+    def unit_count(self) -> int:
+        """U."""
+        return len(self.unit_lengths_U)
+
+    @property
+    def trained_tokens(self) -> int:
+        """N."""
+        return int(self.trained_counts_E.sum())
+
+    @property
+    def token_ids(self) -> list[NDArray[np.int32]]:
+        """Views of each example's tokens; so `trained` and `input_keys`."""
+        return self._by_example(self.flat_token_ids)
+
+    @property
+    def trained(self) -> list[NDArray[np.bool_]]:
+        return self._by_example(self.flat_trained)
+
+    @property
+    def input_keys(self) -> list[NDArray[np.int64]] | None:
+        return None if self.flat_input_keys is None else self._by_example(self.flat_input_keys)
+
+    @property
+    def trained_part(self) -> Batch:
+        """All but the mismatched answers, which are only measured. A unit stays, even where nothing is left of it."""
+        return self._with_roles(self.roles_E != AnswerRole.MISMATCHED)
+
+    @property
+    def mismatched_part(self) -> Batch:
+        """The mismatched answers alone."""
+        return self._with_roles(self.roles_E == AnswerRole.MISMATCHED)
+
+    def select_units(self, units: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The examples of some units, given as indices into U, as a batch of these units."""
+        chosen = np.asarray(units, dtype=np.int64)
+        starts, ends = (np.searchsorted(self.units_E, chosen, side) for side in ("left", "right"))
+        return replace(
+            self._select(_ranges(starts, ends)),
+            units_E=np.repeat(np.arange(len(chosen)), ends - starts),
+            unit_lengths_U=self.unit_lengths_U[chosen],
+            unit_rows_U=self.unit_rows_U[chosen],
+        )
+
+    def with_example_extras(self, extras: Extras) -> Batch:
+        """The same batch with more numbers."""
+        return replace(self, example_extras={**self.example_extras, **extras})
+
+    def forest(self, *, share_prefix: bool) -> Forest:
+        return lay_out(
+            self.token_ids,
+            self.trained,
+            share_prefix=share_prefix,
+            units=self.units_E,
+            input_keys=self.input_keys,
+        )
+
+    def _by_example(self, flat: NDArray[Any]) -> list[NDArray[Any]]:
+        ends = self.starts_E + self.lengths_E
+        return [flat[start:end] for start, end in zip(self.starts_E.tolist(), ends.tolist(), strict=True)]
+
+    def _with_roles(self, wanted_E: NDArray[np.bool_]) -> Batch:
+        return self if wanted_E.all() else self._select(np.flatnonzero(wanted_E))
+
+    def _select(self, examples: NDArray[np.int64]) -> Batch:
+        token_extras: Extras = {}
+        if self.token_extras:
+            ends = np.cumsum(self.trained_counts_E, dtype=np.int64)
+            tokens = _ranges((ends - self.trained_counts_E)[examples], ends[examples])
+            token_extras = {name: values[tokens] for name, values in self.token_extras.items()}
+        return replace(
+            self,
+            starts_E=self.starts_E[examples],
+            lengths_E=self.lengths_E[examples],
+            trained_counts_E=self.trained_counts_E[examples],
+            index_E=self.index_E[examples],
+            units_E=self.units_E[examples],
+            roles_E=self.roles_E[examples],
+            rows_E=self.rows_E[examples],
+            example_extras={name: values[examples] for name, values in self.example_extras.items()},
+            token_extras=token_extras,
+        )
+
+
+def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """start, start + 1, ..., end - 1 of each, one after the other."""
+    pieces = [np.arange(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+
+
+def _shaped(values: NDArray[Any], count: int, name: str) -> NDArray[Any]:
+    if values.shape != (count,):
+        raise ValueError(f"{name} has shape {values.shape}; ({count},) is needed")
+    return values
+
+
+def _numbers(extras: Mapping[str, Any] | None, count: int) -> Extras:
+    named = (extras or {}).items()
+    return {name: _shaped(np.asarray(values, dtype=np.float64), count, name) for name, values in named}
+
+
+def _of_tokens(arrays: Sequence[NDArray[Any]], lengths: NDArray[np.int32]) -> NDArray[Any]:
+    if [len(array) for array in arrays] != lengths.tolist():
+        raise ValueError("each token needs one value")
+    return np.concatenate(arrays)

@@ -27,7 +27,7 @@ from yeonma.config.settings import (
 from yeonma.errors import UserError
 from yeonma.inspect.forecast import Alternative, Forecast, Memory
 from yeonma.model import load
-from yeonma.model.kernels.linear import KEPT_ROUTINES, Dense, frozen_linear, has_onednn
+from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.memory_trace import Blueprint, Trace, trace
 from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
 from yeonma.model.quantized import has_products
@@ -150,7 +150,7 @@ def _memory(
     routines = 0
     if case.device == "cpu" and case.dtype == torch.float32 and has_onednn():
         met = batches.distinct * traced.shapes + CHECKED * traced.forward_shapes
-        routines = min(KEPT_ROUTINES, met) * ROUTINE_BYTES
+        routines = min(CACHED_ROUTINES, met) * ROUTINE_BYTES
     return Memory(
         process=process,
         weights=weights,

@@ -1,1 +1,1 @@
-"""Attention over a forest: one dispatch, several backends."""
+"""Attention over a forest: one function that transformers calls, several backends."""

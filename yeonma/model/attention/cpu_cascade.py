@@ -1,11 +1,11 @@
-"""Attention over a forest on the CPU: a segment's keys are read in one call by all segments below it, and in a few by
-its own tokens. No keys are gathered or kept twice.
+"""Attention over a forest on the CPU, without gathering or copying keys: all segments below another read its keys in
+one call, and its own tokens in a few.
 
-What a query finds among its own segment's keys and among each ancestor's is joined by the sums of their exponentials
-(Juravsky et al. 2024, arXiv:2402.05099, section 3.1). The gradient needs no joining: with the whole sum and the whole
-output, any part of the keys gives its part of it (Dao et al. 2022, arXiv:2205.14135, appendix B).
+A query's outputs over its own segment's keys and over each ancestor's are joined by the sums of their exponentials
+(Juravsky et al. 2024, arXiv:2402.05099, section 3.1). The gradient needs no joining: given the whole sum and the whole
+output, each part of the keys yields its part of the gradient (Dao et al. 2022, arXiv:2205.14135, appendix B).
 
-PyTorch's kernel for the CPU computes the scores of up to 512 keys before it hides any, so a segment's own queries go
+PyTorch's kernel for the CPU computes the scores of up to 512 keys before it masks any, so a segment's own queries go
 through it in chunks, each with the keys up to its end.
 """
 
@@ -23,7 +23,7 @@ import torch
 from yeonma.model.attention.backend import Backend, ForestShape, LayerCall
 
 CHUNK = 96
-"""Queries of a segment at a time. With fewer, fewer scores are hidden in vain, in more calls."""
+"""Queries of a segment per call. Smaller chunks compute fewer masked scores, in more calls."""
 
 
 @cache
@@ -42,29 +42,29 @@ def cpu_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """A segment and who sees it, as slices of the T tokens."""
+class SegmentSlices:
+    """A segment and the queries that see its keys, as slices of the T tokens."""
 
     own: slice
-    chunks: tuple[slice, ...]  # of `own`; each sees the keys from its start to the chunk's own end
-    below: slice | None  # the segments below, together; they see all of it
+    chunks: tuple[slice, ...]  # of `own`; each sees the keys from the segment's start to the chunk's end
+    below: slice | None  # all segments below, which see all of its keys
 
 
 @dataclass(frozen=True, eq=False)
 class CascadeLayout:
     """A forest as `cascade_attention` takes it."""
 
-    segments: tuple[Keys, ...]  # parents before their children
+    segments: tuple[SegmentSlices, ...]  # parents before their children
     mask: torch.Tensor
-    """(queries, keys) for the longest chunk and segment, to be added to scores; its lower right corner is any
-    chunk's."""
-    most_keys: int  # that a token sees
+    """(queries, keys) for the longest chunk and segment, added to the scores; a smaller chunk uses its lower right
+    corner."""
+    most_keys: int  # the most keys that a token sees
 
 
 def cascade_layout(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, chunk: int = CHUNK
 ) -> CascadeLayout | None:
-    """From `ForestShape`'s lengths and paths; None where what is below some segment does not lie together."""
+    """From `ForestShape`'s lengths and paths; None where the segments below one are not next to each other."""
     ends = list(accumulate(lengths))
     below: list[list[int]] = [[] for _ in lengths]
     for index, path in enumerate(paths):
@@ -75,10 +75,10 @@ def cascade_layout(
         if under and under[-1] - under[0] + 1 != len(under):
             return None
         even = math.ceil(length / math.ceil(length / chunk))
-        step = min(chunk, 16 * math.ceil(even / 16))  # the kernel takes 16 numbers at once
+        step = min(chunk, 16 * math.ceil(even / 16))  # the kernel computes 16 numbers at once
         chunks = tuple(slice(first, min(end, first + step)) for first in range(end - length, end, step))
         seen_by = slice(ends[under[0]] - lengths[under[0]], ends[under[-1]]) if under else None
-        segments.append(Keys(slice(end - length, end), chunks, seen_by))
+        segments.append(SegmentSlices(slice(end - length, end), chunks, seen_by))
     queries, keys = min(chunk, max(lengths)), max(lengths)
     mask = torch.zeros(queries, keys, device=device)
     mask[:, keys - queries :] = torch.full((queries, queries), -math.inf, device=device).triu(1)
@@ -110,7 +110,7 @@ def cascade_attention(
 ) -> torch.Tensor:
     """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
     laid = replace(laid, mask=laid.mask.to(query.dtype))
-    output: torch.Tensor = _Cascade.apply(*map(_rows_laid, (query, key, value)), laid, scaling)
+    output: torch.Tensor = _Cascade.apply(*map(_with_contiguous_rows, (query, key, value)), laid, scaling)
     return output.transpose(1, 2)
 
 
@@ -135,13 +135,13 @@ class _Cascade(torch.autograd.Function):
             if segment.below is None:
                 continue
             rows, own = segment.below, segment.own
-            # without a mask, the heads that share a key head are as good as one with all their queries
-            together = q[:, :, rows].reshape(1, k.shape[1], -1, width)
-            found, sums = forward(together, k[:, :, own], v[:, :, own], scale=scale)
+            # without a mask, the heads that share a key head can be one head with all their queries
+            grouped = q[:, :, rows].reshape(1, k.shape[1], -1, width)
+            part, sums = forward(grouped, k[:, :, own], v[:, :, own], scale=scale)
             sums = sums.reshape(1, heads, -1)
             total = torch.logaddexp(log_sums[:, :, rows], sums)
             share = torch.exp(sums - total).unsqueeze(-1)
-            output[:, :, rows].lerp_(found.reshape(1, heads, -1, width), share)
+            output[:, :, rows].lerp_(part.reshape(1, heads, -1, width), share)
             log_sums[:, :, rows] = total
         ctx.save_for_backward(q, k, v, output, log_sums)
         ctx.laid, ctx.scale = laid, scale
@@ -154,18 +154,18 @@ class _Cascade(torch.autograd.Function):
         kernels = cpu_kernels()
         assert kernels is not None
         _, backward = kernels
-        upstream, groups = _rows_laid(upstream), q.shape[1] // k.shape[1]
-        to_q, to_k, to_v = (torch.empty_like(each) for each in (q, k, v))
+        upstream, groups = _with_contiguous_rows(upstream), q.shape[1] // k.shape[1]
+        to_q, to_k, to_v = (torch.empty_like(states) for states in (q, k, v))
 
         def part(rows: slice, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> Any:
-            """The gradients to these queries, keys and values."""
-            known = q[:, :, rows], keys, values, output[:, :, rows], log_sums[:, :, rows]
-            return backward(upstream[:, :, rows], *known, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            """The gradients of these queries, keys and values."""
+            inputs = q[:, :, rows], keys, values, output[:, :, rows], log_sums[:, :, rows]
+            return backward(upstream[:, :, rows], *inputs, 0.0, False, attn_mask=mask, scale=ctx.scale)
 
-        for segment in reversed(laid.segments):  # children first, so that there is what parents add to
+        for segment in reversed(laid.segments):  # children first: parents add to their queries' gradients
             own, below = segment.own, segment.below
-            # the kernel shares out key heads over the threads; repeated, there are enough of them
-            keys, values = (each[:, :, own].repeat_interleave(groups, 1) for each in (k, v))
+            # the kernel distributes key heads over threads; repeated, there are enough of them
+            keys, values = (states[:, :, own].repeat_interleave(groups, 1) for states in (k, v))
             *chunks, last = segment.chunks
             to_q[:, :, last], to_keys, to_values = part(last, keys, values, _mask(laid, own, last))
             for rows in chunks:
@@ -180,19 +180,19 @@ class _Cascade(torch.autograd.Function):
                 to_keys += more_k
                 to_values += more_v
             to_k[:, :, own], to_v[:, :, own] = (
-                each.unflatten(1, (-1, groups)).sum(2) for each in (to_keys, to_values)
+                gradient.unflatten(1, (-1, groups)).sum(2) for gradient in (to_keys, to_values)
             )
         return to_q, to_k, to_v, None, None
 
 
 def _mask(laid: CascadeLayout, own: slice, rows: slice) -> torch.Tensor:
-    """Of a chunk's queries, which are the last of the keys that they see."""
+    """The mask of a chunk's queries, which are the last of the keys that they see."""
     queries, keys = laid.mask.shape
     return laid.mask[queries - (rows.stop - rows.start) :, keys - (rows.stop - own.start) :]
 
 
-def _rows_laid(states: torch.Tensor) -> torch.Tensor:
-    """The kernel reads a head's numbers one after the other."""
+def _with_contiguous_rows(states: torch.Tensor) -> torch.Tensor:
+    """The kernel needs a head's numbers next to each other."""
     return states if states.stride(-1) == 1 else states.contiguous()
 
 

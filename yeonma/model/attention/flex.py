@@ -1,19 +1,19 @@
-"""Attention over a whole forest in one call on CUDA, by FlexAttention: for what `varlen_attn` cannot do.
+"""Attention over a whole forest in one call on CUDA, by FlexAttention, for what `varlen_attn` does not offer:
+soft-capping, attention sinks, float32, and values of another width than the queries (Dong et al. 2024,
+arXiv:2412.05496).
 
-That is soft-capping, attention sinks, float32, and heads whose queries and values are of different widths (Dong et al.
-2024, arXiv:2412.05496). A token sees another one where that one's segment is an ancestor of its own or the same, and no
-later. Which blocks of the T x T square hold something to see is worked out once a forest and window, on the CPU, from
-the segments alone; no T x T mask is ever made.
+A token sees the tokens of its segment's ancestors, and those of its own segment up to itself. Which blocks of the
+T x T matrix contain such pairs is computed once per forest and window, on the CPU, from the segments alone; no T x T
+mask is ever built.
 
-The flat sequence is filled up to whole blocks, two at least, by a segment of zeros of its own. So the compiler meets
-no odd lengths, for which it would make kernels of their own.
+The flat sequence is padded to whole blocks, at least two, by a segment of zeros, so that the compiler meets no odd
+lengths, for which it would make separate kernels.
 
-A kernel is compiled once in a process for each kind of layer (`LayerSpec`), on zeros of a fixed length, so that it
-does not depend on which forest came first. Nothing is chosen by timing where torch has a setting for that, and no sums
-are taken by atomic additions. Not guaranteed: equal bits on another kind of GPU, or with another version of torch or
-Triton.
+A kernel is compiled once in a process for each kind of layer (`LayerSpec`), on zeros of a fixed length, so it does not
+depend on which forest came first. Nothing is chosen by timing where PyTorch has a setting for that, and no sums use
+atomic additions. Not guaranteed: equal bits on another kind of GPU, or with another version of PyTorch or Triton.
 
-Shapes: T tokens, P tokens with those that fill the last block.
+Shapes: T tokens, P tokens with the padding.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from yeonma.model.kernels.elementwise import kernel_settings
 
 BLOCK = 128
 LEAST_BLOCKS = 2
-"""The compiler makes kernels of their own for sizes of 0 and 1."""
+"""The compiler makes separate kernels for sizes 0 and 1."""
 FIRST_BLOCKS = 7
-"""Of the forest that a kernel is compiled with."""
+"""Length of the sequence that a kernel is compiled with."""
 NARROWEST, WIDEST = 16, 256
-"""Heads that the kernel takes, and those that its blocks have room for."""
+"""Widths of heads that the kernel supports, and that its blocks have room for."""
 
 
 @dataclass(frozen=True)
-class Masked:
-    """What a call needs of a forest and a window; all on one device, int32.
+class MaskTensors:
+    """The mask of a forest and a window; all int32 on one device.
 
     Token q sees token k where `enter_P[k] <= enter_P[q] < leave_P[k]` (k's segment is an ancestor of q's, or its own)
     and `first_P[q] <= position_P[k] <= position_P[q]`.
@@ -55,7 +55,8 @@ class Masked:
     position_P: torch.Tensor
     first_P: torch.Tensor
     blocks: tuple[torch.Tensor, ...]
-    """Counts and indices of the blocks that a block of queries sees in part, and as a whole; then of keys, by whom."""
+    """For each block of queries, counts and indices of the key blocks that it sees in part, and of those that it sees
+    whole; then the same for each block of keys."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.enter_P, self.leave_P, self.position_P, self.first_P, *self.blocks)
@@ -63,19 +64,19 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A forest as FlexAttention takes it. One object serves all layers; what a window needs is made at its first."""
+    """A forest as FlexAttention takes it. One object serves all layers; masks are built at first use."""
 
     lengths: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
     device: torch.device
-    _made: dict[int | None, Masked] = field(default_factory=dict)
+    _masks: dict[int | None, MaskTensors] = field(default_factory=dict)
 
-    def masked(self, window: int | None) -> Masked:
+    def masked(self, window: int | None) -> MaskTensors:
         if window is not None and window >= sum(self.lengths):
             window = None
-        if window not in self._made:
-            self._made[window] = mask_of(self.lengths, self.paths, window, self.device)
-        return self._made[window]
+        if window not in self._masks:
+            self._masks[window] = mask_of(self.lengths, self.paths, window, self.device)
+        return self._masks[window]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class LayerSpec:
     value_width: int
     scale: float
     softcap: float | None
-    sums: bool  # whether the logarithms of the sums of exponents are wanted, too
+    sums: bool  # whether it also returns the logarithms of the sums of exponentials
 
 
 Kernel = Callable[..., Any]
@@ -98,7 +99,7 @@ Kernel = Callable[..., Any]
 
 @cache
 def has_flex() -> bool:
-    """Whether this torch has FlexAttention with all that it is given, and there is a Triton to compile it."""
+    """Whether this PyTorch has FlexAttention with all options used here, and Triton to compile it."""
     if find_spec("triton") is None:
         return False
     try:
@@ -144,8 +145,8 @@ def _attend(call: LayerCall, tree: Tree) -> torch.Tensor:
 
 def mask_of(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], window: int | None, device: torch.device
-) -> Masked:
-    """From `ForestShape`'s lengths and paths. `window`: positions that a token sees, itself counted."""
+) -> MaskTensors:
+    """From `ForestShape`'s lengths and paths. `window`: positions that a token sees, itself included."""
     total = sum(lengths)
     filled = max(-(-total // BLOCK), LEAST_BLOCKS) * BLOCK
     if filled > total:
@@ -158,7 +159,7 @@ def mask_of(
     position_P = begin[segment_P] + np.arange(filled) - starts[segment_P]
     first_P = np.zeros_like(position_P) if window is None else np.maximum(position_P - window + 1, 0)
 
-    # runs: what a segment has of a block. Positions of a run, and their differences, have no gaps
+    # runs: the part of a segment in one block. The positions of a run, and their differences, have no gaps
     run_starts = np.union1d(starts[count > 0], np.arange(0, filled, BLOCK))
     run_ends = np.append(run_starts[1:], filled)
     segment_R = segment_P[run_starts]
@@ -182,7 +183,7 @@ def mask_of(
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
 
-    return Masked(
+    return MaskTensors(
         on_device(enter[segment_P]),
         on_device(leave[segment_P]),
         on_device(position_P),
@@ -192,7 +193,7 @@ def mask_of(
 
 
 def _visits(paths: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """When a walk over the trees enters each segment and leaves it: one's descendants are entered in between."""
+    """When a depth-first walk enters and leaves each segment: its descendants are entered in between."""
     below = np.ones(len(paths), dtype=np.int64)  # segments of the subtree; parents stand before children
     for index in reversed(range(len(paths))):
         if len(paths[index]) > 1:
@@ -209,7 +210,7 @@ def _visits(paths: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return enter, enter + below
 
 
-@torch.compiler.disable  # a graph of its own, whatever the model around it is compiled by
+@torch.compiler.disable  # its own graph, whatever compiles the model around it
 def flex_forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -224,14 +225,14 @@ def flex_forest_attention(
 ) -> torch.Tensor:
     """query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, E) -> (1, T, heads, E).
 
-    `s_aux`: of each head a score that takes part in the softmax and leads nowhere. `kernel`: torch's `flex_attention`,
-    or what stands in for it, called as it is; None for the compiled one. Compiling raises whatever the compiler raises.
+    `s_aux`: a score of each head that takes part in the softmax and has no value. `kernel`: PyTorch's `flex_attention`,
+    or a stand-in, called uncompiled; None for the compiled one. Compiling raises whatever the compiler raises.
     """
     tokens = query.shape[2]
     masked = tree.masked(sliding_window)
-    fill = masked.enter_P.shape[0] - tokens
-    states = [F.pad(each, (0, 0, 0, fill)).contiguous() for each in (query, key, value)]
-    kind = LayerSpec(
+    padding = masked.enter_P.shape[0] - tokens
+    inputs = [F.pad(states, (0, 0, 0, padding)).contiguous() for states in (query, key, value)]
+    spec = LayerSpec(
         query.device,
         query.dtype,
         query.shape[1],
@@ -243,14 +244,16 @@ def flex_forest_attention(
         s_aux is not None,
     )
     if kernel is not None:
-        output, sums = _with_masks(kind, kernel)(*states, *masked.tensors())
+        output, sums = _with_masks(spec, kernel)(*inputs, *masked.tensors())
     else:
-        wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in states)
-        if wants_gradient:  # of all three: with another choice there would be another kernel
-            states = [each if each.requires_grad else each.detach().requires_grad_() for each in states]
+        needs_gradient = torch.is_grad_enabled() and any(states.requires_grad for states in inputs)
+        if needs_gradient:  # of all three: for another choice there would be another kernel
+            inputs = [
+                states if states.requires_grad else states.detach().requires_grad_() for states in inputs
+            ]
         else:
-            states = [each.detach() for each in states]
-        output, sums = compiled(kind)[wants_gradient](*states, *masked.tensors())
+            inputs = [states.detach() for states in inputs]
+        output, sums = compiled(spec)[needs_gradient](*inputs, *masked.tensors())
     output = output[:, :, :tokens]
     if s_aux is not None:
         sink = s_aux.to(sums.dtype).reshape(1, -1, 1)
@@ -259,63 +262,64 @@ def flex_forest_attention(
 
 
 @cache
-def compiled(kind: LayerSpec) -> tuple[Kernel, Kernel]:
-    """Without a gradient and with one; both tried forwards and backwards, so that what fails, fails here."""
+def compiled(spec: LayerSpec) -> tuple[Kernel, Kernel]:
+    """The kernels without a gradient and with one. Both run once, backward too, so that what fails fails here."""
     from torch.nn.attention.flex_attention import flex_attention
 
     settings = kernel_settings()
     without, with_gradient = (
-        compile_for(kind, flex_attention, wants_gradient, options=settings)
-        for wants_gradient in (False, True)
+        compile_for(spec, flex_attention, needs_gradient, options=settings)
+        for needs_gradient in (False, True)
     )
     return without, with_gradient
 
 
-def compile_for(kind: LayerSpec, function: Kernel, wants_gradient: bool, **how: Any) -> Kernel:
-    """One kernel for all lengths and all windows. `how`: keywords of `torch.compile`."""
-    plain = _with_masks(kind, function)
-    # of a copy of its code: at one code the compiler would make a second kind's kernel for widths of all sizes
+def compile_for(spec: LayerSpec, function: Kernel, needs_gradient: bool, **compile_options: Any) -> Kernel:
+    """One kernel for all lengths and all windows. `compile_options`: keywords of `torch.compile`."""
+    plain = _with_masks(spec, function)
+    # a copy of the code: for one and the same code the compiler would make a second kind's kernel with dynamic widths
     copy = FunctionType(
         plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__
     )
-    kernel: Kernel = torch.compile(copy, fullgraph=True, **how)
+    kernel: Kernel = torch.compile(copy, fullgraph=True, **compile_options)
     length = FIRST_BLOCKS * BLOCK
-    widths = (
-        (kind.heads, kind.query_width),
-        (kind.key_heads, kind.query_width),
-        (kind.key_heads, kind.value_width),
+    shapes = (
+        (spec.heads, spec.query_width),
+        (spec.key_heads, spec.query_width),
+        (spec.key_heads, spec.value_width),
     )
-    states = [
-        torch.zeros(1, heads, length, width, dtype=kind.dtype, device=kind.device) for heads, width in widths
+    inputs = [
+        torch.zeros(1, heads, length, width, dtype=spec.dtype, device=spec.device) for heads, width in shapes
     ]
-    masked = mask_of((length,), ((0,),), None, kind.device).tensors()
-    for each in states:
-        torch._dynamo.mark_dynamic(each, 2)
-        each.requires_grad_(wants_gradient)
-    for each in masked:
-        for dimension in range(0 if each.ndim == 1 else 2, each.ndim):
-            torch._dynamo.mark_dynamic(each, dimension)
-    # checkpointing of the layer that is being computed must not take this for a part of it: its hooks are covered
-    with torch.set_grad_enabled(wants_gradient), saved_tensors_hooks(_same, _same):
-        output, sums = kernel(*states, *masked)
-        if wants_gradient:
-            torch.autograd.grad(output.sum() if sums is None else output.sum() + sums.sum(), states)
+    masks = mask_of((length,), ((0,),), None, spec.device).tensors()
+    for states in inputs:
+        torch._dynamo.mark_dynamic(states, 2)
+        states.requires_grad_(needs_gradient)
+    for mask in masks:
+        for dimension in range(0 if mask.ndim == 1 else 2, mask.ndim):
+            torch._dynamo.mark_dynamic(mask, dimension)
+    # gradient checkpointing of the layer that is being computed must not see this as part of it: its hooks are covered
+    with torch.set_grad_enabled(needs_gradient), saved_tensors_hooks(_identity, _identity):
+        output, sums = kernel(*inputs, *masks)
+        if needs_gradient:
+            torch.autograd.grad(output.sum() if sums is None else output.sum() + sums.sum(), inputs)
     return kernel
 
 
-def _same(saved: torch.Tensor) -> torch.Tensor:
+def _identity(saved: torch.Tensor) -> torch.Tensor:
     return saved
 
 
-def _with_masks(kind: LayerSpec, kernel: Kernel) -> FunctionType:
+def _with_masks(spec: LayerSpec, kernel: Kernel) -> FunctionType:
+    """The kernel as a function of queries, keys, values and `MaskTensors.tensors()`; returns the output and, where
+    `spec` asks for it, the logarithms of the sums."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
     # constants of the compiled function
-    scale, sums, grouped = kind.scale, kind.sums, kind.heads != kind.key_heads
-    cap, is_capped = kind.softcap or 0.0, kind.softcap is not None
-    options = (
-        {"BACKEND": "TRITON"} if kind.device.type == "cuda" else {}
-    )  # and none that suits short forests alone
+    scale, sums, is_grouped = spec.scale, spec.sums, spec.heads != spec.key_heads
+    cap, is_capped = spec.softcap or 0.0, spec.softcap is not None
+    # and no kernel that suits only short forests
+    options = {"BACKEND": "TRITON"} if spec.device.type == "cuda" else {}
 
     def attend(
         query: torch.Tensor,
@@ -336,18 +340,18 @@ def _with_masks(kind: LayerSpec, kernel: Kernel) -> FunctionType:
 
         lengths = (query.shape[2], key.shape[2])
         mask = BlockMask(lengths, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)  # type: ignore[misc]
-        found = kernel(
+        result = kernel(
             query,
             key,
             value,
             score_mod=capped if is_capped else None,
             block_mask=mask,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=is_grouped,
             kernel_options=options,
             return_aux=AuxRequest(lse=True) if sums else None,
         )
-        return (found[0], found[1].lse) if sums else (found, None)
+        return (result[0], result[1].lse) if sums else (result, None)
 
     return attend  # type: ignore[return-value]
 

@@ -1,8 +1,8 @@
 """Attention over a whole forest in one call on CUDA, by `torch.nn.attention.varlen.varlen_attn` (FlashAttention).
 
 A segment's queries are its own tokens; its keys are those of its ancestors and its own, gathered one after the other,
-so that there are more keys than queries. The kernel lines such a rectangle up at its lower right corner: the last query
-sees all keys (Dao 2023, arXiv:2307.08691). All index arithmetic is done once a forest, and on the CPU.
+so there are more keys than queries. The kernel aligns such a rectangle at its lower right corner: the last query sees
+all keys (Dao 2023, arXiv:2307.08691). All index arithmetic happens once per forest, on the CPU.
 """
 
 from __future__ import annotations
@@ -27,49 +27,54 @@ from yeonma.model.attention.backend import (
 
 WIDEST_HEAD = 256
 WIDE_HEAD = 192
-"""Backward through wider ones needs the shared memory of a data centre's cards."""
+"""The backward pass of wider heads needs the shared memory of data-centre GPUs."""
 DATA_CENTRE = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""Their compute capabilities."""
 
 
 @cache
 def varlen_attention() -> Callable[..., Any] | None:
-    """torch's function, or None where it lacks the scale or the window. Versions without `enable_gqa` get every
-    key head repeated."""
+    """PyTorch's function, or None where it has no scale or window. For versions without `enable_gqa` key heads are
+    repeated."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = signature(varlen_attn).parameters
-    if not {"scale", "window_size"} <= known.keys():
+    parameters = signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
         return None
-    if "enable_gqa" in known:
+    if "enable_gqa" in parameters:
         return varlen_attn
 
     def with_heads_repeated(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, enable_gqa: bool, **how: Any
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *rest: Any,
+        enable_gqa: bool,
+        **options: Any,
     ) -> Any:
         groups = query.shape[1] // key.shape[1]
         if enable_gqa:
-            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
-        return varlen_attn(query, key, value, *rest, **how)
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        return varlen_attn(query, key, value, *rest, **options)
 
     return with_heads_repeated
 
 
 @dataclass(frozen=True, eq=False)
-class Copies:
-    """Where the K gathered keys come from among the T tokens, and how gradients find back.
+class GatheredKeys:
+    """Which of the T tokens each of the K gathered keys comes from, and how gradients are summed back.
 
-    A token's key stands there once for its own segment and once for every segment below. The sum over these copies is
-    taken in float32 and always in the same order.
+    A token's key is gathered once for its own segment and once for every segment below. The sum over these copies is
+    taken in float32, always in the same order.
     """
 
-    token_K: torch.Tensor  # int64, the token that a key is of
+    token_K: torch.Tensor  # int64, the token of each key
     own_T: torch.Tensor  # int64, index into K of a token's copy in its own segment
-    shared_S: torch.Tensor  # int64, the tokens with more copies than that, those with most first
+    shared_S: torch.Tensor  # int64, the tokens with further copies, those with most first
     rounds: tuple[torch.Tensor, ...]
-    """The n-th further copy, as index into K, of the first of `shared_S`: each round is as long as there are tokens
-    with so many."""
+    """Round n: the n-th further copy, as index into K, of the first tokens of `shared_S`, as many as have one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +86,8 @@ class VarlenLayout:
     most_queries: int
     most_keys: int
     pairs: int
-    """Queries times the keys that each sees, without a window."""
-    copies: Copies | None  # None where no segment has a parent: the keys are the tokens
+    """Of a query and a key that it sees, without a window."""
+    copies: GatheredKeys | None  # None where no segment has a parent: the keys are the tokens
     capability: Capability
 
 
@@ -103,7 +108,7 @@ def varlen_layout(
         token_K = np.concatenate([np.arange(starts[i], starts[i + 1]) for path in paths for i in path])
         own_T = np.concatenate([np.arange(end - n, end) for end, n in zip(ends[1:], count, strict=True)])
         shared_S, rounds = _further_copies(token_K, own_T)
-        copies = Copies(
+        copies = GatheredKeys(
             on_device(token_K), on_device(own_T), on_device(shared_S), tuple(map(on_device, rounds))
         )
     return VarlenLayout(
@@ -160,13 +165,16 @@ def varlen_forest_attention(
     sliding_window: int | None,
     kernel: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D). `kernel`: in place of torch's."""
+    """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D).
+
+    `kernel` replaces PyTorch's `varlen_attn` in tests.
+    """
     kernel = kernel or varlen_attention()
     assert kernel is not None  # else there is no layout
-    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if laid.copies is not None:
-        k, v = (_Gathered.apply(each, laid.copies) for each in (k, v))
-    # a window counts the query itself; one that nothing is outside of is left to the faster causal kernel
+        k, v = (_Gather.apply(states, laid.copies) for states in (k, v))
+    # a window counts the query itself; one that covers all keys is left to the faster causal kernel
     left = -1 if sliding_window is None or sliding_window >= laid.most_keys else sliding_window - 1
     output = kernel(
         q,
@@ -183,17 +191,17 @@ def varlen_forest_attention(
     return output.unsqueeze(0)
 
 
-class _Gathered(torch.autograd.Function):
-    """Of each token's states (T, heads, D) the copies (K, heads, D)."""
+class _Gather(torch.autograd.Function):
+    """From the tokens' states (T, heads, D) to their copies (K, heads, D)."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, copies: Copies) -> torch.Tensor:
+    def forward(ctx: Any, states: torch.Tensor, copies: GatheredKeys) -> torch.Tensor:
         ctx.copies = copies
         return states.index_select(0, copies.token_K)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
-        copies: Copies = ctx.copies
+        copies: GatheredKeys = ctx.copies
         gradient = upstream.index_select(0, copies.own_T)
         total = gradient.index_select(0, copies.shared_S)
         total = total.to(torch.promote_types(total.dtype, torch.float32))

@@ -1,8 +1,9 @@
-"""RMSNorm, SwiGLU and rotary positions with fewer passes over memory, and less kept for the backward.
+"""RMSNorm, SwiGLU and rotary positions with fewer passes over memory and fewer saved tensors.
 
-Each is a pair of pure functions, forward and gradient, in plain operations; they compute in float32 and round once.
+Each is a pair of pure functions, forward and gradient, in plain operations that compute in float32 and round once.
 PyTorch's compiler can make a kernel of each (`compiled`). `yeonma.model.kernels.patch` finds the modules that compute
 just this.
+
 Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Shazeer 2020, arXiv:2002.05202 (SwiGLU); Su et al. 2021,
 arXiv:2104.09864 (rotary positions).
 
@@ -21,16 +22,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-Two = tuple[torch.Tensor, torch.Tensor]
+TensorPair = tuple[torch.Tensor, torch.Tensor]
 
 FEWEST_ROWS = 16
-"""Below, as where single tokens are generated, there is nothing to gain, and the plain functions do; the compiler never
-meets the sizes 0 and 1, for which it would make kernels of their own."""
+"""With fewer, as in generating single tokens, there is nothing to gain: the plain functions run, and the compiler never
+meets the sizes 0 and 1, for which it would make separate kernels."""
 FIRST_ROWS = 1021
-"""That the compiler sees first. What it makes of a function may depend on these sizes: they are never those of data."""
+"""Rows that the compiler sees first. Its kernel may depend on them, so they never come from data."""
 
 
-def norm_forward(x_NH: torch.Tensor, gain_H: torch.Tensor, epsilon: float) -> Two:
+def norm_forward(x_NH: torch.Tensor, gain_H: torch.Tensor, epsilon: float) -> TensorPair:
     """x / rms(x) * gain, and 1 / rms(x) as (N, 1) in float32."""
     wide = x_NH.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -41,7 +42,7 @@ def norm_forward(x_NH: torch.Tensor, gain_H: torch.Tensor, epsilon: float) -> Tw
 def norm_backward(
     upstream_NH: torch.Tensor, x_NH: torch.Tensor, gain_H: torch.Tensor, inverse_N1: torch.Tensor
 ) -> torch.Tensor:
-    """Its gradient to x."""
+    """The gradient of x."""
     wide, scaled = x_NH.float(), upstream_NH.float() * gain_H
     along = (scaled * wide).mean(-1, keepdim=True) * inverse_N1 * inverse_N1 * inverse_N1
     return scaled.mul_(inverse_N1).addcmul_(wide, along, value=-1).to(x_NH.dtype)
@@ -53,7 +54,7 @@ def swiglu_forward(gate_NI: torch.Tensor, up_NI: torch.Tensor) -> torch.Tensor:
 
 
 def _silu_backward(upstream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """By PyTorch's operator, which is private, or by the formula where it is gone."""
+    """By PyTorch's private operator, or by the formula where it is missing."""
     if hasattr(torch.ops.aten, "silu_backward"):
         gradient: torch.Tensor = torch.ops.aten.silu_backward(upstream, x)
         return gradient
@@ -61,8 +62,8 @@ def _silu_backward(upstream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return upstream * sigmoid * (1 + x * (1 - sigmoid))
 
 
-def swiglu_backward(upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor) -> Two:
-    """Its gradients to gate and up."""
+def swiglu_backward(upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor) -> TensorPair:
+    """The gradients of gate and up."""
     gate, upstream = gate_NI.float(), upstream_NI.float()
     to_gate = _silu_backward(upstream * up_NI, gate)
     return to_gate.to(gate_NI.dtype), F.silu(gate).mul_(upstream).to(up_NI.dtype)
@@ -71,7 +72,7 @@ def swiglu_backward(upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: tor
 def swiglu_backward_again(
     upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same, and silu(gate) * up, which need not be kept then."""
+    """The same, and silu(gate) * up again, so that the forward pass need not save it."""
     gate, upstream = gate_NI.float(), upstream_NI.float()
     to_gate = _silu_backward(upstream * up_NI, gate)
     active = F.silu(gate)
@@ -79,20 +80,24 @@ def swiglu_backward_again(
     return to_gate.to(gate_NI.dtype), to_up, active.mul_(up_NI).to(gate_NI.dtype)
 
 
-def rotate_forward(q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> Two:
-    """q (T, heads, D) and k (T, key heads, D), the two halves of each head turned against each other."""
+def rotate_forward(
+    q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+) -> TensorPair:
+    """q (T, heads, D) and k (T, key heads, D) with the two halves of each head rotated against each other."""
     cos, sin = cos_TD.float().unsqueeze(1), sin_TD.float().unsqueeze(1)
-    return _turned(q, cos, sin), _turned(k, cos, sin)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
-def rotate_backward(q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> Two:
-    """From the upstream gradients of the turned q and k: the other way round."""
+def rotate_backward(
+    q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+) -> TensorPair:
+    """From the gradients of the rotated q and k: the rotation by the negative angle."""
     cos, sin = cos_TD.float().unsqueeze(1), sin_TD.float().unsqueeze(1)
-    back = -sin.roll(sin.shape[-1] // 2, -1)  # each half by the sine that it was sent to the other half with
-    return _turned(q, cos, back), _turned(k, cos, back)
+    back = -sin.roll(sin.shape[-1] // 2, -1)  # each half by the sine that the forward pass used for the other
+    return _rotated(q, cos, back), _rotated(k, cos, back)
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half, wide = x.shape[-1] // 2, x.float()
     result = wide * cos
     result[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
@@ -102,15 +107,15 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions above, as they are or compiled."""
+    """The functions above, plain or compiled."""
 
-    norm_forward: Callable[..., Two] = norm_forward
+    norm_forward: Callable[..., TensorPair] = norm_forward
     norm_backward: Callable[..., torch.Tensor] = norm_backward
     swiglu_forward: Callable[..., torch.Tensor] = swiglu_forward
-    swiglu_backward: Callable[..., Two] = swiglu_backward
+    swiglu_backward: Callable[..., TensorPair] = swiglu_backward
     swiglu_backward_again: Callable[..., tuple[torch.Tensor, ...]] = swiglu_backward_again
-    rotate_forward: Callable[..., Two] = rotate_forward
-    rotate_backward: Callable[..., Two] = rotate_backward
+    rotate_forward: Callable[..., TensorPair] = rotate_forward
+    rotate_backward: Callable[..., TensorPair] = rotate_backward
 
 
 PLAIN = Kernels()
@@ -118,10 +123,10 @@ PLAIN = Kernels()
 
 @cache
 def compiled(strict: bool = False) -> Kernels:
-    """Each by PyTorch's compiler, at its first call for each number format and width; then for any number of rows.
+    """Each compiled at its first call for a number format and width, and from then on used for any number of rows.
 
-    Where the compiler fails, as without a C++ compiler or Triton, the plain function does that kind's part, with a
-    warning; `strict`: the call raises whatever the compiler raised.
+    Where the compiler fails, for example without a C++ compiler or Triton, the plain function runs, with a warning;
+    with `strict` the call raises what the compiler raised.
     """
     return Kernels(**{name: _compiled(function, strict) for name, function in vars(PLAIN).items()})
 
@@ -133,34 +138,36 @@ def _compiled(function: Callable[..., Any], strict: bool) -> Callable[..., Any]:
         if len(arguments[0]) < FEWEST_ROWS:
             return function(*arguments)
         kind = tuple(
-            (each.dtype, each.device, each.shape[1:]) if isinstance(each, torch.Tensor) else each
-            for each in arguments
+            (value.dtype, value.device, value.shape[1:]) if isinstance(value, torch.Tensor) else value
+            for value in arguments
         )
         if kind not in kernels:
-            kernels[kind] = _compile_or_not(function, arguments, strict)
-        return kernels[kind](*(_plainly_laid(each) for each in arguments))
+            kernels[kind] = _compile_or_plain(function, arguments, strict)
+        return kernels[kind](*(_detached_and_contiguous(value) for value in arguments))
 
     return call
 
 
-def _compile_or_not(
+def _compile_or_plain(
     function: Callable[..., Any], arguments: Sequence[Any], strict: bool
 ) -> Callable[..., Any]:
     try:
         return _compile_for(function, arguments)
-    except torch.OutOfMemoryError:  # not the compiler's fault; a later call may have room
+    except torch.OutOfMemoryError:  # not the compiler's fault; a later call may succeed
         raise
     except Exception as error:  # whatever a compiler may raise
         if strict:
             raise
-        what = f"PyTorch's compiler fails at {function.__name__} ({type(error).__name__}); it runs uncompiled"
+        what = (
+            f"PyTorch's compiler fails at {function.__name__} ({type(error).__name__}), which runs uncompiled"
+        )
         warnings.warn(what, RuntimeWarning, stacklevel=2)
         return function
 
 
 def _compile_for(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """For arguments of these kinds, with any number of rows. Of a copy of the function: at one code the compiler
-    would make the second kind's kernel for widths of all sizes, so that it mattered which came first."""
+    """A kernel for arguments like these, with any number of rows. It is compiled from a copy of the function: from one
+    and the same code the compiler would make a second kernel with dynamic widths, and the order would matter."""
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     kernel: Callable[..., Any] = torch.compile(copy, fullgraph=True, options=kernel_settings())
     kernel(*map(_of_first_size, arguments))
@@ -168,19 +175,19 @@ def _compile_for(function: Callable[..., Any], arguments: Sequence[Any]) -> Call
 
 
 KERNEL_SETTINGS: dict[str, Any] = {
-    "deterministic": True,  # nothing that the numbers depend on is chosen by timing
-    "batch_invariant": True,  # nor by how many rows there are
-    "compile_threads": 1,  # in this process: a killed run leaves no others behind
+    "deterministic": True,  # choose nothing that affects the numbers by timing
+    "batch_invariant": True,  # nor by the number of rows
+    "compile_threads": 1,  # compile in this process: a killed run leaves no others behind
 }
-"""Of PyTorch's compiler."""
+"""Options of PyTorch's compiler."""
 
 
 def kernel_settings() -> dict[str, Any]:
-    """Those that this version of the compiler knows."""
+    """The options that this version of the compiler has."""
     from torch._inductor import list_options
 
-    known = set(list_options())
-    return {name: value for name, value in KERNEL_SETTINGS.items() if name in known}
+    options = set(list_options())
+    return {name: value for name, value in KERNEL_SETTINGS.items() if name in options}
 
 
 def _of_first_size(argument: Any) -> Any:
@@ -191,8 +198,8 @@ def _of_first_size(argument: Any) -> Any:
     return first
 
 
-def _plainly_laid(argument: Any) -> Any:
-    """As `_of_first_size` makes them. For another layout, or where a gradient is due, there would be another kernel."""
+def _detached_and_contiguous(argument: Any) -> Any:
+    """As what `_of_first_size` returns: another layout, or a gradient, would need another kernel."""
     return argument.detach().contiguous() if isinstance(argument, torch.Tensor) else argument
 
 
@@ -232,7 +239,7 @@ class _Rotate(torch.autograd.Function):
         cos_TD: torch.Tensor,
         sin_TD: torch.Tensor,
         kernels: Kernels,
-    ) -> Two:
+    ) -> TensorPair:
         ctx.save_for_backward(cos_TD, sin_TD)
         ctx.kernels = kernels
         return kernels.rotate_forward(q, k, cos_TD, sin_TD)
@@ -245,7 +252,7 @@ class _Rotate(torch.autograd.Function):
 def norm(x: torch.Tensor, gain_H: torch.Tensor, epsilon: float, kernels: Kernels = PLAIN) -> torch.Tensor:
     """x (..., H) -> (..., H); the gain is frozen."""
     flat = x.reshape(-1, x.shape[-1])
-    # viewed out here: a view made inside could not be changed in place, as some models do
+    # viewed out here: some models change the result in place, which a view made inside would not allow
     return _Norm.apply(flat, gain_H.detach(), epsilon, kernels).view(x.shape)
 
 
@@ -257,9 +264,9 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, kernels: Kernels = PLAIN) -> to
 
 def rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernels: Kernels = PLAIN
-) -> Two:
-    """q (1, heads, T, D), k (1, key heads, T, D), cos and sin (1, T, D) -> as q and k."""
-    by_token = (each[0].transpose(0, 1) for each in (q, k))
-    turned = _Rotate.apply(*by_token, cos[0], sin[0], kernels)
-    first, second = (each.transpose(0, 1).unsqueeze(0) for each in turned)
-    return first, second
+) -> TensorPair:
+    """q (1, heads, T, D), k (1, key heads, T, D), cos and sin (1, T, D) -> q and k rotated."""
+    by_token = (states[0].transpose(0, 1) for states in (q, k))
+    rotated = _Rotate.apply(*by_token, cos[0], sin[0], kernels)
+    rotated_q, rotated_k = (states.transpose(0, 1).unsqueeze(0) for states in rotated)
+    return rotated_q, rotated_k

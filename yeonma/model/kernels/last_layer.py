@@ -1,7 +1,8 @@
-"""The last decoder layer computes what is read, no more: behind its attention tokens no longer mix, and of the final
-hidden states only those are used that a trained token is predicted from.
+"""Let the last decoder layer compute only the positions that are read.
 
-Its output projection and its MLP run at these positions; at all others their results are zeros, which nobody reads.
+After its attention tokens no longer mix, and only those final hidden states are used that a trained token is predicted
+from. The layer's output projection and MLP run at these positions; at all others they return zeros, which nothing
+reads.
 """
 
 from __future__ import annotations
@@ -21,54 +22,56 @@ from yeonma.model.quantized import is_rounded
 from yeonma.model.sharding import recover
 
 PARTS = ("self_attn", "self_attn.o_proj", "mlp")
-"""Of transformers' decoder layers: what learns which positions are read, and the large layers behind the mixing."""
-TRAINED = (2, 4)  # tokens at the end of each sequence of the trials
+"""Of transformers' decoder layers: the attention, which learns the positions, and the large layers after it."""
+TRAINED = (2, 4)  # trained tokens at the end of each sequence in the trials
 TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 0.05
-"""Of the mean difference of log-probabilities. Products of other sizes round otherwise; mixed rows differ by units."""
+"""Mean difference of log-probabilities. Products of another size round differently; tokens mixed up differ by units."""
 
 
 def trim_last_layer(model: Any) -> bool:
-    """Have the last layer leave out what is not read, wherever a forward pass says what is (READ).
+    """Make the last layer skip positions that are not read, in forward passes that say which are (keyword READ).
 
-    False for models that have no such layer, or trim it already.
+    Returns False for a model without such a layer, and for one that was trimmed before.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return False
-    attention, *behind = parts = [_part_of(layers[-1], name) for name in PARTS]
+    attention, *after = parts = [_part_of(layers[-1], name) for name in PARTS]
     if None in parts or _is_trimmed(attention):
         return False
-    read: list[torch.Tensor] = []  # from the attention on
+    read: list[torch.Tensor] = []  # the positions of the current pass, set by the attention
     attention.forward = partial(_attention, attention.forward, read)
-    for part in behind:
-        part.forward = partial(_at_what_is_read, part.forward, read)
+    for part in after:
+        part.forward = partial(_at_read_positions, part.forward, read)
     return True
 
 
 def trim_where_equal(model: Any, support: ForestSupport) -> bool:
-    """The same, where a few log-probabilities are those of the whole layer."""
+    """`trim_last_layer`, undone unless a trial gives the log-probabilities of the whole layer."""
     if not support.forest or not trim_last_layer(model):
         return False
     ids = tiny_sequences(model.config.get_text_config().vocab_size, 0)
 
-    def look(last: int, **what: Any) -> torch.Tensor:
-        forest = lay_out(ids, [np.arange(len(each)) >= len(each) - last for each in ids])
-        return trained_logprobs(model, forest, support.head, support.capability, **what)
+    def logprobs(last: int, **keywords: Any) -> torch.Tensor:
+        forest = lay_out(ids, [np.arange(len(sequence)) >= len(sequence) - last for sequence in ids])
+        return trained_logprobs(model, forest, support.head, support.capability, **keywords)
 
     exact = model.dtype == torch.float32 and not is_rounded(model)
     tolerance = TOLERANCE if exact else ROUNDED_TOLERANCE
     with torch.no_grad(), in_eval_mode(model):
-        whole = [look(last, **{READ: None}) for last in TRAINED]
-        try:  # one after the other: nothing of the first may be left for the second
-            found = [look(last) for last in TRAINED]
-            same = all(bool((a - b).abs().mean() <= tolerance) for a, b in zip(found, whole, strict=True))
+        whole = [logprobs(last, **{READ: None}) for last in TRAINED]
+        try:  # two different passes: nothing of the first may remain for the second
+            trimmed = [logprobs(last) for last in TRAINED]
+            is_equal = all(
+                bool((a - b).abs().mean() <= tolerance) for a, b in zip(trimmed, whole, strict=True)
+            )
         except Exception:  # whatever a model's code may raise
             recover(model)
-            same = False
-    if not same:
+            is_equal = False
+    if not is_equal:
         for part in (_part_of(model.get_decoder().layers[-1], name) for name in PARTS):
             part.forward = part.forward.args[0]
-    return same
+    return is_equal
 
 
 def _is_trimmed(attention: nn.Module) -> bool:
@@ -84,14 +87,14 @@ def _part_of(layer: nn.Module, name: str) -> Any:
 
 
 def _attention(forward: Callable[..., Any], read: list[torch.Tensor], *arguments: Any, **more: Any) -> Any:
-    """It is the first in the layer to run, also where gradient checkpointing computes the layer again."""
+    """Notes the positions: the attention runs first in the layer, also when gradient checkpointing runs it again."""
     positions = more.pop(READ, None)
     read[:] = [] if positions is None else [positions]
     return forward(*arguments, **more)
 
 
-def _at_what_is_read(forward: Callable[..., Any], read: list[torch.Tensor], x: torch.Tensor) -> Any:
-    """x (1, T, H) -> (1, T, H'), zeros but at the positions that are read."""
+def _at_read_positions(forward: Callable[..., Any], read: list[torch.Tensor], x: torch.Tensor) -> Any:
+    """x (1, T, H) -> (1, T, H'), zeros except at the positions that are read."""
     if not read:
         return forward(x)
     result = forward(x.index_select(1, read[0]))

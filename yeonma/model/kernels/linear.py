@@ -1,8 +1,8 @@
-"""Products with frozen weights, by the fastest routine that PyTorch brings for the machine.
+"""Products with frozen weights, by the fastest routine that PyTorch has for the machine.
 
-PyTorch gives float32 products on the CPU to MKL, which leaves AVX-512 unused on processors that are not Intel's;
-oneDNN, which PyTorch brings too, uses it everywhere (about twice as fast on a Zen 5 EPYC). Which routine is taken
-depends on the machine and the shapes alone, never on a measurement: equal runs stay equal.
+PyTorch computes float32 products on the CPU with MKL, which does not use AVX-512 on processors that are not Intel's;
+oneDNN, which PyTorch includes too, uses it everywhere (about twice as fast on a Zen 5 EPYC). The choice depends on the
+machine and the shapes alone, never on a measurement, so that equal runs stay equal.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEWEST_ROWS = 16  # below, as when single tokens are generated, there is nothing to gain
+FEWEST_ROWS = 16  # with fewer, as in generating single tokens, there is nothing to gain
 
-# oneDNN makes a routine for every shape and PyTorch keeps 1024 of them, 0.6 MB each. Nearly every micro-batch has a
-# token count of its own and uses its 30 to 60 shapes in all layers: what is kept longer than that is seldom used again.
-KEPT_ROUTINES = 256
+# oneDNN compiles a routine for every shape, and PyTorch caches 1024 of them, 0.6 MB each. Nearly every micro-batch has
+# its own token count and uses its 30 to 60 shapes in all layers; routines cached for longer are seldom used again.
+CACHED_ROUTINES = 256
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
-    os.environ.setdefault(_name, str(KEPT_ROUTINES))
+    os.environ.setdefault(_name, str(CACHED_ROUTINES))
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether this machine has AVX-512 and this PyTorch the operator that its compiler uses for dense layers.
+    """Whether this machine has AVX-512, and this PyTorch the operator that its compiler uses for dense layers.
 
-    The operator is private: it is tried once, and where it is gone or takes other arguments `F.linear` does its part.
+    The operator is private. It is tried once; where it is missing or takes other arguments, `F.linear` replaces it.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -55,7 +55,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 class Weight(Protocol):
-    """A weight W (M, K) that is not trained, in whatever form it is held. Neither product records a gradient."""
+    """A frozen weight W (M, K), stored in any form. Neither product records a gradient."""
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (N, K) @ W.T + bias (M,) -> (N, M)."""
@@ -68,7 +68,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A weight as it is."""
+    """A weight stored as a dense tensor."""
 
     weight_MK: torch.Tensor
 
@@ -80,8 +80,8 @@ class Dense:
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `product`, in float32. On CUDA the sums over half-precision products stay as they are, which are of float32;
-    elsewhere the routine has rounded them."""
+    """`product`, returned in float32. On CUDA the float32 sums over half-precision products are not rounded; elsewhere
+    the routine rounds them first."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
         return product(x, weight, bias).float()
     with torch.no_grad():
@@ -90,9 +90,9 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def frozen_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` for a weight that is not trained: x (..., K), weight (M, K) -> (..., M)."""
+    """`F.linear` for a frozen weight: x (..., K), weight (M, K) -> (..., M)."""
     flat = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-    # viewed out here: a view made inside could not be changed in place, as some models do
+    # viewed out here: some models change the result in place, which a view made inside would not allow
     return flat.view(*x.shape[:-1], -1)
 
 
@@ -108,8 +108,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """A plain dense layer in float32 on the CPU, none of whose parameters is trained; not a head that is sharded by
-    itself, whose result must be no view."""
+    """Whether this is a plain float32 `nn.Linear` on the CPU without trained parameters. Not a head that is sharded by
+    itself: its class is another, and its result must not be a view."""
     return (
         type(layer) is nn.Linear
         and layer.weight.device.type == "cpu"

@@ -1,8 +1,8 @@
-"""PEFT's LoRA layers with fewer passes over memory: the same mathematics, one autograd node a layer, or one for SwiGLU
-and the layer behind it.
+"""PEFT's LoRA layers with fewer passes over memory: the same mathematics in one autograd node per layer, or in one for
+SwiGLU and the layer after it.
 
-Only plain cases are taken over (a frozen `nn.Linear`, dense or quantised, one active adapter, no DoRA, no bias, not
-merged); every other layer keeps PEFT's own forward. Weights, names and saving stay PEFT's. Hu et al. 2021,
+Only plain layers are replaced (a frozen `nn.Linear`, dense or quantised, one active adapter, no DoRA, no bias, not
+merged); every other layer keeps PEFT's forward. Weights, names and saving remain PEFT's. Hu et al. 2021,
 arXiv:2106.09685.
 """
 
@@ -40,18 +40,17 @@ def patch_linear(model: nn.Module) -> Counter[str]:
 
 
 def _frozen_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return frozen_linear(
-        x, Dense(layer.weight), layer.bias
-    )  # as they are now: weights may be gathered and let go
+    # read at each call: sharded weights are gathered for it
+    return frozen_linear(x, Dense(layer.weight), layer.bias)
 
 
 def _is_plain(layer: Any) -> bool:
-    """As the layer stands now: adapters may be added, switched and merged later."""
+    """Asked at every call: adapters may be added, switched and merged later."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
-    # around what bitsandbytes has made PEFT puts layers of other classes, which hold the same
+    # for layers of bitsandbytes PEFT has LoRA classes of its own, with the same contents
     dense = type(layer) is LoraLinear and type(base) is nn.Linear
     return (
         adapter in layer.lora_A
@@ -65,30 +64,30 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
-    """x (..., H_in) -> (..., H_out). What is not plain, and unknown arguments, are PEFT's business."""
+    """x (..., H_in) -> (..., H_out). Layers that are not plain, and calls with more arguments, go to PEFT."""
     if args or keywords or not _is_plain(layer):
         return peft_forward(x, *args, **keywords)
     (adapter,) = layer.active_adapters
     flat = x.reshape(-1, x.shape[-1])
     dropped = layer.lora_dropout[adapter](flat)
     result = _LoraLinear.apply(flat, dropped, *_parts(layer, x.dtype))
-    # viewed out here: a view made inside could not be changed in place, as some models do
+    # viewed out here: some models change the result in place, which a view made inside would not allow
     return result.view(*x.shape[:-1], -1)
 
 
 def _parts(
     layer: Any, dtype: torch.dtype
 ) -> tuple[Weight, torch.Tensor | None, torch.Tensor, torch.Tensor, float]:
-    """Weight, bias, A, B and scale of a plain layer."""
+    """Weight, bias, A, B and scaling of a plain layer."""
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
-    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     weight = packed_weight(base) or Dense(base.weight)
-    return weight, base.bias, down.to(dtype), up.to(dtype), layer.scaling[adapter]
+    return weight, base.bias, a.to(dtype), b.to(dtype), layer.scaling[adapter]
 
 
-def takes_gated(layer: nn.Module) -> bool:
-    """Whether `gated` may stand for the layer's call: with a plain LoRA layer, no dropout, and no hooks."""
+def supports_gated(layer: nn.Module) -> bool:
+    """Whether `gated_lora` may replace a call of this layer: a plain LoRA layer without dropout and hooks."""
     if (
         not isinstance(layer, LoraLayer)
         or layer._forward_hooks
@@ -101,17 +100,18 @@ def takes_gated(layer: nn.Module) -> bool:
     return isinstance(dropout, nn.Identity) or not dropout.training or bool(dropout.p == 0)
 
 
-def gated(layer: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-    """layer(silu(gate) * up) for gate and up (..., H_in) -> (..., H_out). Keeps gate and up for the backward, and not
+def gated_lora(layer: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    """layer(silu(gate) * up) for gate and up (..., H_in) -> (..., H_out). Saves gate and up for the backward pass, not
     their product."""
     width = gate.shape[-1]
-    flat = gate.reshape(-1, width), up.reshape(-1, width)
-    result = _GatedLora.apply(*flat, *_parts(layer, gate.dtype), kernels)
+    result = _GatedLora.apply(
+        gate.reshape(-1, width), up.reshape(-1, width), *_parts(layer, gate.dtype), kernels
+    )
     return result.view(*gate.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x @ W.T + b + s * (dropped @ A.T) @ B.T for x (N, H_in), where `dropped` is x itself without dropout."""
+    """x @ W.T + b + s * (dropped @ A.T) @ B.T for x (N, H_in); without dropout `dropped` is x itself."""
 
     @staticmethod
     def forward(
@@ -120,42 +120,42 @@ class _LoraLinear(torch.autograd.Function):
         dropped: torch.Tensor,
         weight: Weight,
         bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        inner = product(dropped, down)
+        inner = product(dropped, a)
         result = weight.product(x, bias)
-        result.addmm_(inner, up.t(), alpha=scale)
-        ctx.save_for_backward(dropped, inner, down, up)
-        ctx.weight, ctx.scale, ctx.same = weight, scale, dropped is x
+        result.addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(dropped, inner, a, b)
+        ctx.weight, ctx.scale, ctx.has_no_dropout = weight, scale, dropped is x
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, inner, down, up = ctx.saved_tensors
-        inner_gradient = product(upstream, up.t()).mul_(ctx.scale)
-        down_gradient, up_gradient = _adapter_gradients(inner_gradient, dropped, inner, upstream, ctx.scale)
-        x_gradient = dropped_gradient = None
+        dropped, inner, a, b = ctx.saved_tensors
+        inner_gradient = product(upstream, b.t()).mul_(ctx.scale)
+        to_a, to_b = _adapter_gradients(inner_gradient, dropped, inner, upstream, ctx.scale)
+        to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
-            x_gradient = ctx.weight.input_gradient(upstream)
-            if ctx.same:
-                x_gradient.addmm_(inner_gradient, down)
-        if ctx.needs_input_grad[1] and not ctx.same:
-            dropped_gradient = inner_gradient @ down
-        return x_gradient, dropped_gradient, None, None, down_gradient, up_gradient, None
+            to_x = ctx.weight.input_gradient(upstream)
+            if ctx.has_no_dropout:
+                to_x.addmm_(inner_gradient, a)
+        if ctx.needs_input_grad[1] and not ctx.has_no_dropout:
+            to_dropped = inner_gradient @ a
+        return to_x, to_dropped, None, None, to_a, to_b, None
 
 
 def _adapter_gradients(
     inner_gradient: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, upstream: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of A (r, H_in) and B (H_out, r)."""
-    to_down = product(inner_gradient.t(), x.t())
-    return to_down, product(inner.t(), upstream.t()).t().mul(scale)
+    """The gradients of A (r, H_in) and B (H_out, r)."""
+    to_a = product(inner_gradient.t(), x.t())
+    return to_a, product(inner.t(), upstream.t()).t().mul(scale)
 
 
 class _GatedLora(torch.autograd.Function):
-    """x @ W.T + b + s * (x @ A.T) @ B.T for x = silu(gate) * up (N, H_in), made again for the backward."""
+    """x @ W.T + b + s * (x @ A.T) @ B.T for x = silu(gate) * up (N, H_in), which the backward pass computes again."""
 
     @staticmethod
     def forward(

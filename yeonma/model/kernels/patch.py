@@ -26,14 +26,14 @@ from yeonma.config.settings import TorchCompile
 from yeonma.errors import Log, UserError, first_line
 from yeonma.model.kernels.elementwise import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
-from yeonma.model.kernels.lora import gated, patch_linear, takes_gated
+from yeonma.model.kernels.lora import gated_lora, patch_linear, supports_gated
 from yeonma.model.logprobs import ForestSupport
 from yeonma.model.sharding import own_class
 
 ROTATION = "apply_rotary_pos_emb"
-"""The function that transformers' attention modules turn queries and keys by."""
+"""The function by which transformers' attention modules rotate queries and keys."""
 EPSILON = ("variance_epsilon", "eps")
-"""What transformers' norms call it."""
+"""Its names in transformers' norms."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 WIDTH = 16
 ROWS = 5
@@ -124,8 +124,8 @@ def _kinds_of(module: nn.Module, has_rotary: bool) -> Iterator[str]:
 
 
 def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str]:
-    """Give every norm, MLP and attention module that a trial allows the short forward; returns how many of each kind
-    have it. Called again, it changes the kernels."""
+    """Give the short forward to every norm, MLP and attention module that passes its trial; returns how many of each
+    kind have it. A second call replaces the kernels."""
     patched: Counter[str] = Counter()
     for module in model.modules():
         if not _is_own(module.__dict__.get("forward")):
@@ -139,19 +139,20 @@ def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str
     return patched
 
 
-def pick_kernels(asked: TorchCompile, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
-    """Compiled ones where asked for, and on CUDA by `auto`; tried with a few rows, forward and backward.
+def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
+    """The kernels of a setting: compiled for `true`, and on CUDA for `auto`; tried once on a few rows, forward and
+    backward.
 
-    `auto` does without where the compiler fails, and says so. Raises UserError where `true` cannot be had.
+    Where the compiler fails, `auto` says so and takes the plain ones; `true` raises UserError.
     """
-    if asked is False or (asked == "auto" and device.type != "cuda"):
+    if torch_compile is False or (torch_compile == "auto" and device.type != "cuda"):
         return PLAIN
     try:
         _run_all(compiled(strict=True), device, dtype)
     except Exception as error:  # whatever a compiler may raise
         why = f"PyTorch's compiler fails here ({type(error).__name__}: {first_line(error)})"
-        if asked == "auto":
-            say(f"{why}; plain operations do its part")
+        if torch_compile == "auto":
+            say(f"{why}; norms, SwiGLU and rotary positions run uncompiled")
             return PLAIN
         raise UserError(
             why, place="torch_compile", cure="use --torch_compile false, or install a C++ compiler"
@@ -167,72 +168,72 @@ def _run_all(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None
 
 
 def _is_own(forward: object) -> bool:
-    """Whether a module has its class's forward, or one of ours; hooks of others are left alone."""
+    """Whether a module has its class's forward, or one of ours. A forward that others have set stays."""
     return forward is None or (isinstance(forward, partial) and forward.func in (_norm, _mlp, _attention))
 
 
 def _short_norm(module: Any, kernels: Kernels) -> ForwardFunction | None:
-    """For an RMSNorm with a frozen gain, which is the weight or one more than it."""
+    """For an RMSNorm with a frozen gain, which is `weight` or `1 + weight`."""
     weight = getattr(module, "weight", None)
     epsilon = next((getattr(module, name) for name in EPSILON if hasattr(module, name)), None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
         return None
     if not isinstance(epsilon, float) or len(module._parameters) != 1 or module._modules:
         return None
-    draw = torch.Generator().manual_seed(0)
-    gain = torch.randn(len(weight), generator=draw)
+    random = torch.Generator().manual_seed(0)
+    gain = torch.randn(len(weight), generator=random)
     stand_in = _stand_in(module, parameters={"weight": nn.Parameter(gain, requires_grad=False)})
-    # rows of about the epsilon's size, so that one added elsewhere shows
+    # one row is of about the epsilon's size, so that an epsilon added elsewhere shows
     sizes = torch.tensor([[1.0], [epsilon**0.5], [30.0]])
-    x = torch.randn(3, len(weight), generator=draw) * sizes
-    for more in (0.0, 1.0):
-        if _agree(partial(type(module).forward, stand_in, x), partial(norm, x, gain + more, epsilon)):
-            return partial(_norm, module, more, epsilon, kernels)
+    x = torch.randn(3, len(weight), generator=random) * sizes
+    for offset in (0.0, 1.0):
+        if _agree(partial(type(module).forward, stand_in, x), partial(norm, x, gain + offset, epsilon)):
+            return partial(_norm, module, offset, epsilon, kernels)
     return None
 
 
-def _norm(module: Any, more: float, epsilon: float, kernels: Kernels, x: torch.Tensor) -> Any:
+def _norm(module: Any, offset: float, epsilon: float, kernels: Kernels, x: torch.Tensor) -> Any:
     weight = module.weight
     if weight.dtype != x.dtype or weight.requires_grad:
         return type(module).forward(module, x)
-    return norm(x, weight.float() + more if more else weight, epsilon, kernels)
+    return norm(x, weight.float() + offset if offset else weight, epsilon, kernels)
 
 
 def _short_mlp(module: Any, kernels: Kernels) -> ForwardFunction | None:
     if not set(MLP) <= module._modules.keys() or module._parameters:
         return None
-    draw = torch.Generator().manual_seed(0)
-    # made without numbers: drawing them would move torch's random state
+    random = torch.Generator().manual_seed(0)
+    # created without numbers: drawing them would advance PyTorch's random state
     layers = {name: nn.Linear(WIDTH, WIDTH, bias=False, device="meta") for name in MLP}
     for layer in layers.values():
-        layer.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=draw))
+        layer.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=random))
     stand_in = _stand_in(module, modules={**module._modules, **layers})
-    x = torch.randn(ROWS, WIDTH, generator=draw)
+    x = torch.randn(ROWS, WIDTH, generator=random)
     gate, up, down = (layers[name] for name in MLP)
-    same = _agree(partial(type(module).forward, stand_in, x), lambda: down(F.silu(gate(x)) * up(x)))
-    return partial(_mlp, module, kernels) if same else None
+    is_swiglu = _agree(partial(type(module).forward, stand_in, x), lambda: down(F.silu(gate(x)) * up(x)))
+    return partial(_mlp, module, kernels) if is_swiglu else None
 
 
 def _mlp(module: Any, kernels: Kernels, x: torch.Tensor) -> Any:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if takes_gated(module.down_proj):
-        return gated(module.down_proj, gate, up, kernels)
+    if supports_gated(module.down_proj):
+        return gated_lora(module.down_proj, gate, up, kernels)
     return module.down_proj(swiglu(gate, up, kernels))
 
 
 def _short_attention(module: Any, kernels: Kernels) -> ForwardFunction | None:
-    """The class's own forward, to which another function goes by the name of ROTATION."""
+    """The class's own forward, with our function in place of the one named ROTATION."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
         return None
     original = forward.__globals__.get(ROTATION)
-    if original is None or not _turns_halves(original):
+    if original is None or not _rotates_halves(original):
         return None
     return partial(_attention, _with_rotation(forward, original, kernels), module)
 
 
-def _attention(forward: ForwardFunction, module: Any, *arguments: Any, **more: Any) -> Any:
-    return forward(module, *arguments, **more)
+def _attention(forward: ForwardFunction, module: Any, *arguments: Any, **keywords: Any) -> Any:
+    return forward(module, *arguments, **keywords)
 
 
 @cache
@@ -253,23 +254,24 @@ def _rotation(
     cos: torch.Tensor,
     sin: torch.Tensor,
     *rest: Any,
-    **more: Any,
+    **keywords: Any,
 ) -> Any:
-    one = (1, *q.shape[2:])  # one sequence, all of each head turned
-    if rest or more or len(q) != 1 or cos.shape != one or k.shape[2:] != one[1:] or cos.dtype != q.dtype:
-        return original(q, k, cos, sin, *rest, **more)
+    shape = (1, *q.shape[2:])  # of one sequence, whose heads are rotated whole
+    is_plain = len(q) == 1 and cos.shape == shape and k.shape[2:] == shape[1:] and cos.dtype == q.dtype
+    if rest or keywords or not is_plain:
+        return original(q, k, cos, sin, *rest, **keywords)
     return rotate(q, k, cos, sin, kernels)
 
 
 @cache
-def _turns_halves(function: ForwardFunction) -> bool:
-    draw = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, ROWS, WIDTH, generator=draw) for heads in (4, 2))
-    cos, sin = (torch.randn(1, ROWS, WIDTH, generator=draw) for _ in "cs")
+def _rotates_halves(function: ForwardFunction) -> bool:
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, ROWS, WIDTH, generator=random) for heads in (4, 2))
+    cos, sin = (torch.randn(1, ROWS, WIDTH, generator=random) for _ in "cs")
 
-    def joined(turned: Any) -> torch.Tensor:
-        first, second = turned
-        return torch.cat([first, second], dim=1)
+    def joined(rotated: Any) -> torch.Tensor:
+        rotated_q, rotated_k = rotated
+        return torch.cat([rotated_q, rotated_k], dim=1)
 
     return _agree(lambda: joined(function(q, k, cos, sin)), lambda: joined(rotate(q, k, cos, sin)))
 
@@ -279,19 +281,19 @@ def _stand_in(
     parameters: Mapping[str, nn.Parameter] | None = None,
     modules: Mapping[str, nn.Module | None] | None = None,
 ) -> nn.Module:
-    """A copy with others in place, in training, so that dropout shows."""
-    made = copy.copy(module)
-    made.__dict__.pop("forward", None)
-    made.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(modules or {}), training=True)
-    return made
+    """A copy of the module with these parameters and children, in training mode, so that dropout shows."""
+    stand_in = copy.copy(module)
+    stand_in.__dict__.pop("forward", None)
+    stand_in.__dict__.update(_parameters=dict(parameters or {}), _modules=dict(modules or {}), training=True)
+    return stand_in
 
 
 def _agree(theirs: Callable[[], Any], ours: Callable[[], torch.Tensor]) -> bool:
     try:
         with torch.no_grad():
-            found, wanted = theirs(), ours()
-    except Exception:  # whatever a model's code may raise, it means: not this
+            their_result, our_result = theirs(), ours()
+    except Exception:  # whatever a model's code may raise, it means no
         return False
-    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+    if not isinstance(their_result, torch.Tensor) or their_result.shape != our_result.shape:
         return False
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+    return bool((their_result - our_result).abs().max() <= TOLERANCE * our_result.abs().max())

@@ -47,6 +47,6 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
 def _summary(report: VerifyReport) -> str:
     outcomes = [finding.outcome for finding in report.findings]
     differing, skipped = outcomes.count("differs"), outcomes.count("not checked")
-    text = f"{differing} of {len(outcomes)} checks found differences" if differing else "no differences"
+    text = f"{differing} of {len(outcomes)} checks found differences" if differing else "nothing differs"
     checks = "1 check" if skipped == 1 else f"{skipped} checks"
     return f"{text}; {checks} could not run" if skipped else text

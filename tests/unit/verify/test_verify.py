@@ -122,7 +122,7 @@ def test_a_finished_run_passes_every_check(whole: Path) -> None:
     assert outcomes(whole) == WELL
     done = command(whole, "verify", str(whole))
     assert done.status == 0
-    assert done.out.endswith("\nno differences\n")
+    assert done.out.endswith("\nnothing differs\n")
     assert "trained on 15 examples" in done.out
 
 
@@ -386,7 +386,7 @@ def test_a_base_that_is_gone_is_reported_as_not_checked(copy: Path, place: Path,
         assert checks["base"]["outcome"] == "not checked"
         assert "--base_model" in checks["base"]["about"]
         assert "base's tokenizer" not in checks
-        assert command(copy, "verify", str(copy)).out.endswith("no differences; 1 check could not run\n")
+        assert command(copy, "verify", str(copy)).out.endswith("nothing differs; 1 check could not run\n")
         assert outcomes(copy, "--base_model", str(moved)) == WELL
         assert "base" in differing(copy, "--base_model", str(place / "other-base"))
         done = command(copy, "verify", str(copy), "--base_model", str(place / "nowhere"))

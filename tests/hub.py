@@ -1,7 +1,7 @@
-"""A small stand-in of the hub's HTTP API on this machine: what `huggingface_hub` asks to make and fill a repository.
+"""A small local server in place of the hub: the HTTP API that `huggingface_hub` uses to create and fill a repository.
 
-It keeps what it is sent, by repository: files with their content, commits, and who may see them. Large files take
-git-lfs's way (a batch, then a PUT each), as on the hub for clients without xet.
+It keeps files, commit messages and visibility by repository. Large files go through git-lfs (a batch, then a PUT each),
+as on the hub for clients without xet.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the stand-in holds, and what it is to do wrong."""
+    """The content of the server, and the faults that it should show."""
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     read_only: bool = False
     loses: str | None = None  # a file that a commit leaves out
     damages: str | None = None  # a file whose content changes on arrival
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = self._body()
         oid = path.rpartition("/")[2]
         if hashlib.sha256(content).hexdigest() != oid:
-            self._refuse(400, "another content")
+            self._refuse(400, "the content has another hash")
             return
         self.hub.objects[oid] = content
         self._answer({})
@@ -101,45 +101,45 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403, "You don't have the rights to write here.")
         elif path == "/api/repos/create":
             self._create(json.loads(body))
-        elif path == "/api/validate-yaml":  # a card's head, before a commit
+        elif path == "/api/validate-yaml":  # the YAML of a model card, before a commit
             self._answer({"errors": [], "warnings": []})
         elif path.endswith("/info/lfs/objects/batch"):
             self._batch(json.loads(body))
         else:
-            self._of_repository(path, body)
+            self._post_to_repository(path, body)
 
-    def _of_repository(self, path: str, body: bytes) -> None:
+    def _post_to_repository(self, path: str, body: bytes) -> None:
         _, _, _, owner, name, what, *_ = path.split("/")
         repository = self.hub.repositories[f"{owner}/{name}"]
         if what == "preupload":
             files = json.loads(body)["files"]
-            ways = [
+            modes = [
                 {
-                    "path": each["path"],
-                    "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".png")) else "regular",
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
                     "shouldIgnore": False,
                 }
-                for each in files
+                for file in files
             ]
-            self._answer({"files": ways})
+            self._answer({"files": modes})
         elif what == "commit":
             self._commit(f"{owner}/{name}", repository, [json.loads(line) for line in body.splitlines()])
         elif what == "paths-info":
-            wanted = parse_qs(body.decode())["paths"]
-            self._answer([_info(repository, each) for each in wanted if each in repository.files])
+            paths = parse_qs(body.decode())["paths"]
+            self._answer([_info(repository, name) for name in paths if name in repository.files])
         else:
             self._refuse(404, f"no such thing: {path}")
 
-    def _create(self, wanted: dict[str, Any]) -> None:
-        name = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
-        private = wanted.get("visibility") == "private" or wanted.get("private") is True
+    def _create(self, request: dict[str, Any]) -> None:
+        name = f"{request.get('organization') or OWNER}/{request['name']}"
+        private = request.get("visibility") == "private" or request.get("private") is True
         self.hub.repositories[name] = Repository(private=private)
         self._answer({"url": f"{self.hub.address}/{name}", "name": name, "id": name})
 
-    def _batch(self, wanted: dict[str, Any]) -> None:
+    def _batch(self, request: dict[str, Any]) -> None:
         objects = [
-            {**each, "actions": {"upload": {"href": f"{self.hub.address}/objects/{each['oid']}"}}}
-            for each in wanted["objects"]
+            {**entry, "actions": {"upload": {"href": f"{self.hub.address}/objects/{entry['oid']}"}}}
+            for entry in request["objects"]
         ]
         self._answer({"transfer": "basic", "objects": objects})
 
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _begin(self, *, signed: bool = False) -> str:
         path = urlsplit(self.path).path
-        self.hub.asked.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         return path
 
     def _body(self) -> bytes:

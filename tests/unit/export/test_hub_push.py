@@ -103,7 +103,7 @@ def test_the_adapter_arrives_without_paths_of_this_machine(there: Hub, folder: P
 def test_a_dry_run_lists_the_files_without_the_hub(there: Hub, folder: Path) -> None:
     done = push(there, folder, *READY[:4], "--dry_run", "true")
     assert done.returncode == 0, done.stderr
-    assert there.asked == []
+    assert there.requests == []
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{folder} -> titles (private): 10 files, ")
     assert any(line.split()[0] == "adapter_model.safetensors" for line in lines)
@@ -115,7 +115,7 @@ def test_without_a_terminal_nothing_is_sent_unconfirmed(there: Hub, folder: Path
     done = push(there, folder, *READY[:4])
     assert done.returncode == 2
     assert "--yes true" in done.stderr
-    assert there.asked == []
+    assert there.requests == []
 
 
 @pytest.mark.parametrize(("said", "status", "sent"), [("y\n", 0, True), ("\n", 1, False)])
@@ -135,7 +135,7 @@ def test_a_terminal_is_asked_to_confirm(there: Hub, folder: Path, said: str, sta
         while "[y/N]" not in shown:
             assert select.select([ours], [], [], 60)[0], shown
             shown += os.read(ours, 4096).decode()
-        assert there.asked == []
+        assert there.requests == []
         os.write(ours, said.encode())
         assert process.wait(timeout=60) == status
     os.close(ours)
@@ -172,7 +172,7 @@ def test_a_base_that_is_only_on_this_machine_is_refused(there: Hub, folder: Path
     done = push(there, folder, "--hide_paths", "true", "--yes", "true")
     assert done.returncode == 2
     assert "--base_model owner/name" in done.stderr
-    assert there.asked == []
+    assert there.requests == []
 
 
 def test_paths_are_refused_with_their_places(there: Hub, folder: Path) -> None:
@@ -181,7 +181,7 @@ def test_paths_are_refused_with_their_places(there: Hub, folder: Path) -> None:
     assert "yeonma.json: trained_on.data: contains a path of this machine" in done.stderr
     assert "README.md:" in done.stderr
     assert "--hide_paths true" in done.stderr
-    assert there.asked == []
+    assert there.requests == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The lock of an output folder: who may hold it, and what is left where it cannot be held."""
+"""The lock of an output folder: one holder at a time, links, read-only files, file systems without locks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_held_folder_is_locked_for_others_and_names_the_process(tmp_path: Path
     assert not output.exists()
 
 
-def test_looking_creates_nothing_and_sees_a_lock_in_a_read_only_file(tmp_path: Path) -> None:
+def test_checking_creates_nothing_and_sees_the_lock_of_a_read_only_file(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with hold(tmp_path, print):
@@ -52,7 +52,7 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     assert target.read_text() == "as it was"
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -138,8 +138,8 @@ def test_dpo_that_continues_an_adapter_passes(tmp_path: Path, whole: Path, place
     ]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     done = tuned(tmp_path / "out", place / "base", data, adapter=whole, card_rows=2, val_set_size=3)
-    found = outcomes(done.folder)
-    assert set(found.values()) == {"well"}
+    own_outcomes = outcomes(done.folder)
+    assert set(own_outcomes.values()) == {"well"}
     assert not differing(done.folder, "--data_path", str(data))
 
 
@@ -166,9 +166,9 @@ def test_turns_pass_until_the_chat_template_changes(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "!" + tokenizer.chat_template
     tokenizer.save_pretrained(base)
-    found = differing(done.folder)
-    assert set(found) == {"base's tokenizer", "sample rows, as the base"}
-    assert "chat template is not that of training" in found["base's tokenizer"]
+    differences = differing(done.folder)
+    assert set(differences) == {"base's tokenizer", "sample rows, as the base"}
+    assert "chat template is not that of training" in differences["base's tokenizer"]
     tokenizer.save_pretrained(done.folder)
     assert {"files", "tokenizer", "sample rows"} <= set(differing(done.folder))
 
@@ -185,10 +185,10 @@ def test_a_chat_template_that_gives_other_tokens_is_found(copy: Path) -> None:
     path = copy / "chat_template.jinja"
     path.write_text(path.read_text("utf-8").replace("below is", "above is"), "utf-8")
     rehash(copy)
-    found = differing(copy)
-    assert set(found) == {"chat template"}
-    assert "messages of row" in found["chat template"]
-    assert "do not give the prompt of training: from token 1 on" in found["chat template"]
+    differences = differing(copy)
+    assert set(differences) == {"chat template"}
+    assert "messages of row" in differences["chat template"]
+    assert "do not give the prompt of training: from token 1 on" in differences["chat template"]
     path.write_text("{{ messages.nothing.here }}", "utf-8")
     assert "chat template" not in differing(copy)  # it no longer claims to contain the training template
     path.write_text(MARK + "{{ messages.nothing.here }}", "utf-8")
@@ -208,9 +208,9 @@ FILES = (
 @pytest.mark.parametrize("change", ["flipped", "cut", "deleted", "emptied"])
 def test_each_changed_file_is_named(copy: Path, name: str, change: str) -> None:
     damage(copy / name, change)
-    found = differing(copy)
-    assert f"{copy / name}: " in found["files"]
-    assert len(found["files"].splitlines()) == 1
+    differences = differing(copy)
+    assert f"{copy / name}: " in differences["files"]
+    assert len(differences["files"].splitlines()) == 1
 
 
 def damage(path: Path, change: str) -> None:
@@ -236,9 +236,9 @@ CHECKPOINT_FILES = (
 @pytest.mark.parametrize("change", ["flipped", "deleted"])
 def test_each_changed_file_of_a_checkpoint_is_named(copy: Path, name: str, change: str) -> None:
     damage(copy / "checkpoint-2" / name, change)
-    found = differing(copy)
-    assert set(found) == {"checkpoint-2"}
-    assert found["checkpoint-2"].startswith(f"{copy / 'checkpoint-2' / name}: ")
+    differences = differing(copy)
+    assert set(differences) == {"checkpoint-2"}
+    assert differences["checkpoint-2"].startswith(f"{copy / 'checkpoint-2' / name}: ")
     assert "checkpoint-2" in differing(copy / "checkpoint-2")
 
 
@@ -246,8 +246,11 @@ def test_damaged_manifests_are_named(copy: Path) -> None:
     (copy / "manifest.json").write_text('{"sha256": {"../run.json": "0"}}')
     (copy / "checkpoint-4" / "manifest.json").write_text("[1")
     (copy / "run.json").write_text("{}")
-    found = differing(copy)
-    assert set(found) == {"run", "checkpoint-4"}  # the manifest of an unfinished run would prove nothing
+    differences = differing(copy)
+    assert set(differences) == {
+        "run",
+        "checkpoint-4",
+    }  # the manifest of an unfinished run would prove nothing
     shutil.copy(copy / "checkpoint-2" / "state.json", copy / "run.json")
 
 
@@ -293,9 +296,9 @@ def test_files_of_another_run_are_found_even_if_the_checksums_were_updated(
     if names != ("run.json",):
         assert "files" in differing(copy)
         rehash(copy)
-    found = set(differing(copy))
-    assert "files" not in found
-    assert expected <= found
+    differences = set(differing(copy))
+    assert "files" not in differences
+    assert expected <= differences
 
 
 def test_a_checkpoint_of_another_run_or_under_another_name_is_found(copy: Path, other: Path) -> None:
@@ -313,10 +316,10 @@ def test_changed_ids_of_sample_rows_are_reported_with_row_and_token(copy: Path) 
 
     rewrite(copy / "samples.json", change)
     rehash(copy)
-    found = differing(copy)
-    assert set(found) == {"sample rows", "sample rows, as the base"}
+    differences = differing(copy)
+    assert set(differences) == {"sample rows", "sample rows, as the base"}
     row = json.loads((copy / "samples.json").read_text())["samples"][1]
-    assert f"row {row['row_number']} differs from training: from token 5 on" in found["sample rows"]
+    assert f"row {row['row_number']} differs from training: from token 5 on" in differences["sample rows"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -346,8 +349,8 @@ def test_metrics_with_a_gap_or_without_their_end_are_reported(copy: Path) -> Non
     (copy / "metrics.jsonl").write_text("".join(lines[:at] + lines[at + 1 :]))
     rehash(copy)
     assert "step 1 is followed by step 3" in differing(copy)["run"]
-    kept = [line for line in lines if json.loads(line)["step"] < 4]
-    (copy / "metrics.jsonl").write_text("".join(kept))
+    first_lines = [line for line in lines if json.loads(line)["step"] < 4]
+    (copy / "metrics.jsonl").write_text("".join(first_lines))
     rehash(copy)
     assert "it has 3 steps, but the run had 4" in differing(copy)["run"]
 
@@ -440,8 +443,8 @@ def test_a_folder_of_an_earlier_version_has_no_differences(copy: Path) -> None:
         rewrite(checkpoint / "manifest.json", lambda content: content["sha256"].pop("samples.json"))
         rehash(checkpoint)
     assert not differing(copy)
-    found = outcomes(copy)
-    assert {name for name, outcome in found.items() if outcome == "not checked"} == {
+    own_outcomes = outcomes(copy)
+    assert {name for name, outcome in own_outcomes.items() if outcome == "not checked"} == {
         "files",
         "tokenizer",
         "sample rows",

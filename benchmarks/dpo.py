@@ -22,7 +22,7 @@ from typing import Any
 from dpo_contenders import CONTENDERS, OURS, TRL
 from dpo_workloads import BATCH_SIZE, BETA, LEARNING_RATE, LORA_R, SEED, TARGETS, WORKLOADS
 from machine import machine, versions
-from sft import CLEARLY_SLOWER, PACKAGES, child, describe_data, model_to_use, save, write_page
+from sft import CLEARLY_SLOWER, PACKAGES, check_steps, child, describe_data, model_to_use, save, write_page
 from tables import dpo_section, pairs_per_second, shown_command
 from workloads import HERE
 
@@ -36,7 +36,7 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=SAMPLE, help="pairs, as .json or .jsonl")
     parser.add_argument("--model", type=Path, help="a model folder; else the one that `yeonma demo` prepares")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of each workload")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs of each workload; 48 make 12 steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--first-round", type=int, default=1, help="its number, to add rounds to others")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
@@ -165,6 +165,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if any(each["contender"] == result["ours"] for each in result["runs"]):
         print(f"\n{dpo_section(result)}")
         if asked.write_docs:
+            check_steps(result)
             write_page("dpo", result)
     return 1 if result["failures"] else 0
 

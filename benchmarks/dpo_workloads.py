@@ -18,7 +18,7 @@ from typing import Any
 
 from workloads import loaded
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 SEED = 42
 LEARNING_RATE = 1e-5
 BETA = 0.1

@@ -22,7 +22,15 @@ from typing import Any
 
 from contenders import CONTENDERS, ONLY_FULL, OURS, TRL
 from machine import cores, machine, versions
-from tables import epoch_loss, page_of, sft_section, shown_command, tokens_per_second
+from tables import (
+    LEAST_STEPS,
+    epoch_loss,
+    page_of,
+    sft_section,
+    shown_command,
+    tokens_per_second,
+    too_few_steps,
+)
 from workloads import BATCH_SIZE, HERE, LEARNING_RATE, LORA_R, SAMPLE, SEED, TARGETS
 
 WORKLOADS = ("alpaca", "reversed", "system")
@@ -40,7 +48,7 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, help="a json list with instruction, input, output; else the bundled sample"
     )
     parser.add_argument("--model", type=Path, help="a model folder; else the one that `yeonma demo` prepares")
-    parser.add_argument("--rows", type=int, default=48, help="rows of each workload")
+    parser.add_argument("--rows", type=int, default=96, help="rows of each workload; 96 make 12 steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
@@ -174,6 +182,12 @@ def save(path: Path, result: dict[str, Any]) -> None:
     beside.replace(path)
 
 
+def check_steps(result: dict[str, Any]) -> None:
+    """Raises SystemExit for a result of too few steps to be published."""
+    if short := too_few_steps(result):
+        raise SystemExit(f"{', '.join(short)}: fewer than {LEAST_STEPS} steps; not written into the docs")
+
+
 def write_page(name: str, result: dict[str, Any]) -> None:
     PAGE.write_text(page_of(PAGE.read_text("utf-8"), {name: result}), "utf-8")
 
@@ -199,6 +213,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if result["runs"]:
         print(f"\n{sft_section(result)}")
         if asked.write_docs:
+            check_steps(result)
             write_page("sft", result)
     return 1 if result["failures"] else 0
 

@@ -107,11 +107,17 @@ def test_the_section_has_a_row_for_each_the_fastest_of_trl_and_the_memory_beside
     )
     made["failures"] = [{"contender": "trl-1", "workload": "short", "error": "out of luck"}]
     section = tables.dpo_section(made)
-    assert "| short | **yeonma-4** | 4.000 |  | 1 s | 1.00 GB | 0.6000 |" in section
-    assert "| short | trl-4 | 2.000 | 2.00x as fast | in the steps | 2.00 GB | 0.6000 |" in section
+    assert "| short | **yeonma-4** | 4.000 |  | 1 s | 50% | 1.00 GB | 0.6000 |" in section
+    assert "| short | trl-4 | 2.000 | 2.00x as fast | in the steps | 50% | 2.00 GB | 0.6000 |" in section
     assert "- short: 2.00 times trl-" in section
     assert "- short, peak memory beside TRL's lowest: 62% at micro-batch 4" in section
     assert "trl-1 failed at short: `out of luck`" in section
+
+
+def test_a_table_of_few_steps_is_not_published(tables: Any) -> None:
+    twelve = run("yeonma-4", 1, 1.0, seconds=[1.0] * 12, workload="long")
+    assert tables.too_few_steps(result(run("yeonma-4", 1, 1.0), twelve)) == ["short"]
+    assert tables.too_few_steps(result(twelve)) == []
 
 
 def test_pairs_are_chosen_by_their_lengths_in_the_order_of_the_data(workloads: Any) -> None:

@@ -115,7 +115,7 @@ def test_the_section_has_a_row_for_each_the_fastest_of_trl_and_the_memory_beside
 
 
 def test_a_table_of_few_steps_is_not_published(tables: Any) -> None:
-    twelve = run("yeonma-4", 1, 1.0, seconds=[1.0] * 12, workload="long")
+    twelve = {**run("yeonma-4", 1, 1.0), "seconds": [1.0] * 12, "workload": "long"}
     assert tables.too_few_steps(result(run("yeonma-4", 1, 1.0), twelve)) == ["short"]
     assert tables.too_few_steps(result(twelve)) == []
 

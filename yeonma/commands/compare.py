@@ -1,4 +1,4 @@
-"""`yeonma compare`: models and rows in, a report out."""
+"""`yeonma compare`: answer the same rows with several models and write a report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSetting
 from yeonma.data.rows import open_rows
 from yeonma.errors import Log, UserError
 from yeonma.evaluate.answer_cache import open_answer_cache
-from yeonma.evaluate.answers import answer_all, comparison_rows, read_rows, wanted_answers
+from yeonma.evaluate.answers import answer_all, candidate_inputs, read_rows, reference_answers
 from yeonma.evaluate.candidates import open_candidates
-from yeonma.evaluate.metrics import INSTALL, has_sacrebleu
-from yeonma.evaluate.report import Compared, make_report, print_table, to_json
+from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
+from yeonma.evaluate.report import Comparison, make_report, print_table, to_json
 from yeonma.evaluate.report_page import page
 from yeonma.files import disk_errors_as_user_errors, replace_file, user_path
 
@@ -21,35 +21,38 @@ ANSWERS = "answers.jsonl"
 
 
 def run(config: CompareConfig) -> int:
-    """Compare what the settings name. All that may be wrong is told before any weights are loaded. Raises UserError."""
-    asked, how = config.compare, config.answer
+    """Run the command and return its exit status. Raises UserError, where possible before weights are loaded."""
     try:
-        folder = compare(asked, how, _say)
+        folder = compare(config.compare, config.answer, _say)
     except KeyboardInterrupt:
         _say(
-            f"interrupted; what was answered so far is kept in {asked.output_dir}, and the same command goes on"
+            f"interrupted; the answers so far are in {config.compare.output_dir}. "
+            "Run the same command again to continue"
         )
         return 130
     print(f"Open {folder / 'report.html'} in a browser; it needs no network.")
     return 0
 
 
-def compare(asked: CompareSettings, how: AnswerSettings, say: Log) -> Path:
-    """The folder with the report. Prints the table; `say` gets what goes on before. Raises UserError."""
-    output = _output(asked)
+def compare(settings: CompareSettings, options: AnswerSettings, say: Log) -> Path:
+    """Write the report, print its table and return its folder. `say` gets progress messages. Raises UserError."""
+    output = _output(settings)
     source = open_rows(
-        asked.data_path, split=asked.data_split, revision=asked.data_revision, encoding=asked.encoding
+        settings.data_path,
+        split=settings.data_split,
+        revision=settings.data_revision,
+        encoding=settings.encoding,
     )
-    rows = read_rows(source, asked.rows)
-    candidates = open_candidates(asked, source)
-    tasks = comparison_rows(candidates, rows, asked, how)
-    wanted = wanted_answers(candidates, rows, asked)
-    if any(text is not None for text in wanted) and not has_sacrebleu():
-        say(f"BLEU and chrF are left out without sacrebleu: {INSTALL}")
-    _made(output, asked.output_dir)
-    with open_answer_cache(output / ANSWERS) as kept:
-        wrote, tasks = answer_all(tasks, asked, how, kept, say)
-    report = make_report(asked, how, Compared(source, rows, wanted, tasks, wrote))
+    rows = read_rows(source, settings.rows)
+    candidates = open_candidates(settings, source)
+    inputs = candidate_inputs(candidates, rows, settings, options)
+    references = reference_answers(candidates, rows, settings)
+    if any(text is not None for text in references) and not has_sacrebleu():
+        say(f"BLEU and chrF need sacrebleu: {INSTALL_SACREBLEU}")
+    _create(output, settings.output_dir)
+    with open_answer_cache(output / ANSWERS) as cache:
+        answers, inputs = answer_all(inputs, settings, options, cache, say)
+    report = make_report(settings, options, Comparison(source, rows, references, inputs, answers))
     with disk_errors_as_user_errors(output, "the report"):
         replace_file(output / "report.json", to_json(report).encode())
         replace_file(output / "report.html", page(report).encode())
@@ -59,36 +62,35 @@ def compare(asked: CompareSettings, how: AnswerSettings, say: Log) -> Path:
     return output
 
 
-def _output(asked: CompareSettings) -> Path:
-    """Where the report goes. Raises UserError where nothing can be written there, having left nothing behind."""
-    output, place = user_path(asked.output_dir, "--output_dir"), f"--output_dir {asked.output_dir}"
+def _output(settings: CompareSettings) -> Path:
+    """The folder of the report, not created yet. Raises UserError if it cannot be written."""
+    output, place = user_path(settings.output_dir, "--output_dir"), f"--output_dir {settings.output_dir}"
     if output.exists() and not output.is_dir():
         raise UserError("it is a file", place=place, cure="name a folder")
     if output.is_dir():
-        for spec in asked.models:
+        for spec in settings.models:
             model = user_path(spec, "--models")
             if model.is_dir() and output.samefile(model) and not (model / ANSWERS).exists():
                 raise UserError("it is a model's folder", place=place, cure="name another one")
         _check_writable(output, place)
         return output
-    beside = next(parent for parent in output.absolute().parents if parent.exists())
-    if not beside.is_dir():
-        raise UserError(f"{beside} is a file", place=place, cure="name a folder")
-    _check_writable(beside, place)
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{parent} is a file", place=place, cure="name a folder")
+    _check_writable(parent, place)
     return output
 
 
 def _check_writable(folder: Path, place: str) -> None:
-
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError("cannot be written", place=place, cure="name a folder that you may write to")
+        raise UserError("cannot be written", place=place, cure="name a folder that you can write to")
 
 
-def _made(output: Path, written: str) -> None:
+def _create(output: Path, given: str) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot be made: {error.strerror}", place=f"--output_dir {written}") from error
+        raise UserError(f"cannot be created: {error.strerror}", place=f"--output_dir {given}") from error
 
 
 def _say(text: str) -> None:

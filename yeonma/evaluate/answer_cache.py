@@ -1,4 +1,4 @@
-"""What models have answered, on disk as it comes, so that a comparison that was interrupted goes on."""
+"""Answers and losses on disk, written as they are computed, so that an interrupted comparison continues."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class AnswerCache:
-    """Records by their keys, and the file that more of them are added to."""
+    """Records by key, and the file to which new ones are appended."""
 
     records: dict[str, Record]
     path: Path
     file: RawIOBase
 
     def add(self, key: str, record: Record) -> None:
-        """Whole and at once: what was added is there whatever happens next. Raises UserError where the disk is full."""
+        """Append a record with one write, so that a killed process keeps it. Raises UserError if the disk is full."""
         line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
         with disk_errors_as_user_errors(self.path.parent, "an answer"):
             write_all(self.file, line.encode())
@@ -34,9 +34,9 @@ class AnswerCache:
 
 @contextmanager
 def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
-    """What the file holds, and the file open for more. Lines that were cut short or damaged are passed over.
+    """The cache at `path`, which is created if there is none. Incomplete or damaged lines are ignored.
 
-    Raises UserError where it cannot be read or written.
+    Raises UserError if the file cannot be read or written.
     """
     try:
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
@@ -57,17 +57,21 @@ def _read(text: str) -> Iterator[tuple[str, Record]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(key := record.pop("key", None), str) and _is_whole(record):
+        if (
+            isinstance(record, dict)
+            and isinstance(key := record.pop("key", None), str)
+            and _is_complete(record)
+        ):
             yield key, record
 
 
-def _is_whole(record: Mapping[str, Any]) -> bool:
+def _is_complete(record: Mapping[str, Any]) -> bool:
     if "nll" in record:
         return isinstance(record["nll"], float) and isinstance(record.get("trained_tokens"), int)
-    ids = record.get("token_ids")
+    token_ids = record.get("token_ids")
     return (
         isinstance(record.get("text"), str)
         and isinstance(record.get("ended"), bool)
-        and isinstance(ids, list)
-        and all(isinstance(number, int) for number in ids)
+        and isinstance(token_ids, list)
+        and all(isinstance(token_id, int) for token_id in token_ids)
     )

@@ -1,4 +1,4 @@
-"""The models that are compared: what each is, how it is asked, and what it is known by, before weights are loaded."""
+"""The models to compare, before their weights are loaded: base and adapter, template, and identity in the cache."""
 
 from __future__ import annotations
 
@@ -36,76 +36,77 @@ from yeonma.tokenization.example import TokenRules, stop_ids
 
 CUTOFF_LEN = 2048
 FORMAT = 1
-"""Raised whenever the same model would answer the same prompt differently."""
+"""Increased whenever a change of the code changes what a model answers to the same prompt."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the models. Its `prompt_builder` turns rows into prompts."""
+    """One of the models."""
 
     name: str
     prompt_builder: PromptBuilder
     adapter: str | None
-    """The folder of the LoRA weights that go onto the base."""
+    """Folder of the LoRA weights, if there are any."""
     is_run: bool
-    """Whether the folder is what a run of Yeonma left behind: then its base is checked, and there is a loss curve."""
+    """Whether the folder is a run's output or one of its checkpoints. Only then is the base checked."""
     template_of: str
     """Where the template comes from, in words."""
     quantization: Quantization = "none"
-    """How the base is held."""
+    """Quantisation of the base."""
 
     @property
     def weights(self) -> tuple[str, str | None, str]:
-        """Candidates that are equal in it share one base in memory."""
-        return (*place_of(self.prompt_builder.source), self.quantization)
+        """The base's weights: candidates with equal ones share the base in memory."""
+        return (*source_key(self.prompt_builder.source), self.quantization)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
-        """The columns that fill the template from this row, the wanted answer among them: in rows of preference data
-        it is the chosen one."""
-        template, own = self.prompt_builder.adapter.template, self.prompt_builder.columns(row, columns)
+        """Field -> column for this row, the answer included: in preference data it is the chosen answer."""
+        adapter = self.prompt_builder.adapter
+        template, names = adapter.template, self.prompt_builder.columns(row, columns)
         answer = template.answer_field
-        missing = row.values.get(own.get(answer, own.get("answer", answer))) is None
-        chosen = (self.prompt_builder.adapter.columns or {}).get("chosen", "chosen")
+        missing = row.values.get(names.get(answer, names.get("answer", answer))) is None
+        chosen = (adapter.columns or {}).get("chosen", "chosen")
         if missing and not template.is_chat and isinstance(row.values.get(chosen), str):
-            own = {**{field: column for field, column in own.items() if field != answer}, "answer": chosen}
+            names = {field: column for field, column in names.items() if field != answer}
+            names["answer"] = chosen
         return {
-            field: column for field, column in own.items() if field in template.fields or field == "answer"
+            field: column for field, column in names.items() if field in template.fields or field == "answer"
         }
 
 
-def open_candidates(asked: CompareSettings, rows: Rows) -> list[Candidate]:
-    """What `--models` names, in order. Raises UserError with all that is wrong with any of them."""
-    specs = [spec.strip() for spec in asked.models]
+def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
+    """The models that `--models` names, in order. Raises UserError with the problems of all of them."""
+    specs = [spec.strip() for spec in settings.models]
     if not specs or not all(specs):
         raise UserError(
             "no model is named", place="--models", cure="give a model or an adapter folder, or several"
         )
-    twice = {spec for spec in specs if specs.count(spec) > 1}
-    if twice:
-        raise UserError(f"{min(twice)} is named twice", place="--models", cure="name each model once")
+    repeated = {spec for spec in specs if specs.count(spec) > 1}
+    if repeated:
+        raise UserError(f"{min(repeated)} is named twice", place="--models", cure="name each model once")
     problems: list[Problem] = []
-    opened: list[PromptBuilder | _Bare] = []
+    opened: list[PromptBuilder | _PlainModel] = []
     for spec in specs:
         try:
-            opened.append(_open(spec, asked))
+            opened.append(_open(spec, settings))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
-    lent = next((each for each in opened if isinstance(each, PromptBuilder)), None)
+    first_run = next((model for model in opened if isinstance(model, PromptBuilder)), None)
     candidates = []
-    for spec, name, each in zip(specs, short_names(specs), opened, strict=True):
-        if isinstance(each, PromptBuilder):
-            candidates.append(Candidate(name, each, str(each.adapter.path), True, "its own"))
+    for spec, name, model in zip(specs, short_names(specs), opened, strict=True):
+        if isinstance(model, PromptBuilder):
+            candidates.append(Candidate(name, model, str(model.adapter.path), True, "its own"))
         else:
-            candidates.append(_lent(spec, name, each, lent, asked, rows))
+            candidates.append(_with_template(spec, name, model, first_run, settings, rows))
     _check_outlines(candidates)
-    _check_columns(asked, candidates, rows)
-    return _held(candidates, asked.quantization)
+    _check_columns(settings, candidates, rows)
+    return _with_quantization(candidates, settings.quantization)
 
 
-def place_of(source: BaseSource) -> tuple[str, str | None]:
-    """Where a base is, by which two of them are the same: a folder whatever leads to it, a name with its revision."""
+def source_key(source: BaseSource) -> tuple[str, str | None]:
+    """Equal for two sources of the same base: the real path of a folder, or a hub name with its revision."""
     return (
         (os.path.realpath(source.name), None)
         if os.path.isdir(source.name)
@@ -113,38 +114,37 @@ def place_of(source: BaseSource) -> tuple[str, str | None]:
     )
 
 
-def _held(candidates: Sequence[Candidate], quantization: QuantizationOrAuto) -> list[Candidate]:
-    """With how each one's base is held: as asked for; or as in training, and a base by itself as for the first adapter
-    on it, so that the two differ in the adapter alone."""
+def _with_quantization(candidates: Sequence[Candidate], option: QuantizationOrAuto) -> list[Candidate]:
+    """The candidates with their quantisation: the option's, or the one of their training. A base alone takes that of
+    the first adapter on it, so that the two differ in the adapter only."""
     trained = {
-        place_of(each.prompt_builder.source): each.prompt_builder.adapter
+        source_key(each.prompt_builder.source): each.prompt_builder.adapter
         for each in reversed(candidates)
         if each.is_run
     }
 
-    def held(each: Candidate) -> Quantization:
-        adapter = (
-            each.prompt_builder.adapter if each.is_run else trained.get(place_of(each.prompt_builder.source))
-        )
+    def quantization(candidate: Candidate) -> Quantization:
+        builder = candidate.prompt_builder
+        adapter = builder.adapter if candidate.is_run else trained.get(source_key(builder.source))
         if adapter is None:
-            return "none" if quantization == "auto" else quantization
-        return quantization_for(quantization, adapter)
+            return "none" if option == "auto" else option
+        return quantization_for(option, adapter)
 
-    return [replace(each, quantization=held(each)) for each in candidates]
+    return [replace(candidate, quantization=quantization(candidate)) for candidate in candidates]
 
 
 def check_model(candidate: Candidate, model: Any) -> None:
-    """Raises UserError where the model, or its outline, is not the adapter's base or has no embedding for some of the
-    tokenizer's ids."""
-    prompt_builder = candidate.prompt_builder
+    """Raises UserError if the model, or its outline, is not the adapter's base or has fewer embeddings than the
+    tokenizer has ids."""
+    builder = candidate.prompt_builder
     if candidate.is_run:
-        check_base(prompt_builder.adapter, base_identity(model, prompt_builder.source))
+        check_base(builder.adapter, base_identity(model, builder.source))
     embeddings = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(prompt_builder.tokenizer, embeddings, prompt_builder.source.name)
+    check_vocabulary(builder.tokenizer, embeddings, builder.source.name)
 
 
 def _check_outlines(candidates: Sequence[Candidate]) -> None:
-    """Raises UserError for all that `check_model` finds without weights."""
+    """Run `check_model` on the models without weights. Raises UserError with all problems."""
     problems: list[Problem] = []
     outlines: dict[object, Any] = {}
     for candidate in candidates:
@@ -161,41 +161,43 @@ def _check_outlines(candidates: Sequence[Candidate]) -> None:
 
 
 @dataclass(frozen=True)
-class _Bare:
-    """A model that brings no tokens of its own to be asked with; perhaps a template."""
+class _PlainModel:
+    """A model without an adapter folder. Template, columns and token rules are those of a merged model, or None."""
 
     source: BaseSource
     tokenizer: Any
-    most_tokens: int
+    max_tokens: int
     template: Template | None
     columns: dict[str, str] | None
     rules: TokenRules | None
 
 
-def _open(spec: str, asked: CompareSettings) -> PromptBuilder | _Bare:
+def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
     folder = user_path(spec, "--models")
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
     if (folder / "adapter_config.json").is_file() and (folder / MANIFEST).is_file():
         return open_prompt_builder(
-            folder, base_model=asked.base_model, trust_remote_code=asked.trust_remote_code
+            folder, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
         )
-    source = find_base(spec, trust_remote_code=asked.trust_remote_code)
-    if source.adapter is not None and asked.base_model is not None:
-        source = replace(find_base(asked.base_model, None, asked.trust_remote_code), adapter=source.adapter)
-    own = source
+    source = find_base(spec, trust_remote_code=settings.trust_remote_code)
+    if source.adapter is not None and settings.base_model is not None:
+        source = replace(
+            find_base(settings.base_model, None, settings.trust_remote_code), adapter=source.adapter
+        )
+    tokenizer_source = source
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
-        own = replace(source, name=source.adapter, revision=None)
+        tokenizer_source = replace(source, name=source.adapter, revision=None)
     config = load_config(source)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or CUTOFF_LEN
-    tokenizer = load_tokenizer(own)
+    max_tokens = getattr(config.get_text_config(), "max_position_embeddings", None) or CUTOFF_LEN
+    tokenizer = load_tokenizer(tokenizer_source)
     if source.revision is None and getattr(config, "_commit_hash", None):
         source = replace(source, revision=config._commit_hash)
-    return _Bare(source, tokenizer, most, *_brought(folder))
+    return _PlainModel(source, tokenizer, max_tokens, *_template_in(folder))
 
 
-def _brought(folder: Path) -> tuple[Template | None, dict[str, str] | None, TokenRules | None]:
-    """The template, columns and token rules in a model's folder, such as one that an adapter was merged into."""
+def _template_in(folder: Path) -> tuple[Template | None, dict[str, str] | None, TokenRules | None]:
+    """Template, columns and token rules in the folder of a model, such as a merged one."""
     if not (folder / TEMPLATE).is_file():
         return None, None, None
     template = load_template(str(folder / TEMPLATE))
@@ -207,38 +209,43 @@ def _brought(folder: Path) -> tuple[Template | None, dict[str, str] | None, Toke
         return template, None, None
 
 
-def _lent(
-    spec: str, name: str, bare: _Bare, lent: PromptBuilder | None, asked: CompareSettings, rows: Rows
+def _with_template(
+    spec: str,
+    name: str,
+    model: _PlainModel,
+    first_run: PromptBuilder | None,
+    settings: CompareSettings,
+    rows: Rows,
 ) -> Candidate:
-    """A model with the template that it is asked by: its own, the one named, the first adapter's, or by the columns."""
-    default = TokenRules(min(CUTOFF_LEN, bare.most_tokens))
-    if bare.template is not None:
-        template, columns, rules, of = bare.template, bare.columns, bare.rules or default, "its own"
-    elif asked.template is not None or lent is None:
-        choice = choose_template(ANSWERS, asked.template, rows, asked.columns)
-        template, columns, of = choice.template, choice.columns, choice.reason or "--template"
-        rules = lent.adapter.rules if lent is not None else default
+    """A model with a template: its own, the one of the settings, the first adapter's, or one that fits the columns."""
+    default = TokenRules(min(CUTOFF_LEN, model.max_tokens))
+    if model.template is not None:
+        template, columns, rules = model.template, model.columns, model.rules or default
+        template_of = "its own"
+    elif settings.template is not None or first_run is None:
+        choice = choose_template(ANSWERS, settings.template, rows, settings.columns)
+        template, columns, template_of = choice.template, choice.columns, choice.reason or "--template"
+        rules = first_run.adapter.rules if first_run is not None else default
     else:
-        template, columns, rules = lent.adapter.template, lent.adapter.columns, lent.adapter.rules
-        of = f"that of {lent.adapter.path.name}"
+        adapter = first_run.adapter
+        template, columns, rules = adapter.template, adapter.columns, adapter.rules
+        template_of = f"that of {adapter.path.name}"
     folder = AdapterFolder(
         path=Path(spec),
-        base=BaseIdentity(bare.source.name, bare.source.revision, 0, ""),
-        trust_remote_code=asked.trust_remote_code,
+        base=BaseIdentity(model.source.name, model.source.revision, 0, ""),
+        trust_remote_code=settings.trust_remote_code,
         template=template,
         columns=columns,
-        rules=replace(rules, cutoff_len=min(rules.cutoff_len, bare.most_tokens)),
+        rules=replace(rules, cutoff_len=min(rules.cutoff_len, model.max_tokens)),
         details={},
     )
     turns = template.is_chat or any(variant.answer_role is not None for variant in template.variants)
-    ends = stop_ids(bare.tokenizer, chat=turns)
-    return Candidate(
-        name, PromptBuilder(folder, bare.source, bare.tokenizer, ends), bare.source.adapter, False, of
-    )
+    builder = PromptBuilder(folder, model.source, model.tokenizer, stop_ids(model.tokenizer, chat=turns))
+    return Candidate(name, builder, model.source.adapter, False, template_of)
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
-    """Short names: the last part of each path, or more of it where that is not enough."""
+    """The last part of each path, or up to three parts if names would be equal otherwise."""
     for parts in (1, 2, 3):
         names = [
             "/".join(Path(spec).parts[-max(parts, 2 if Path(spec).name.startswith("checkpoint-") else 1) :])
@@ -250,10 +257,10 @@ def short_names(specs: Sequence[str]) -> list[str]:
     return list(specs)
 
 
-def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate], rows: Rows) -> None:
-    """Raises UserError for a field that no template has, and for a column that the data lacks."""
+def _check_columns(settings: CompareSettings, candidates: Sequence[Candidate], rows: Rows) -> None:
+    """Raises UserError for a field that no template has or a column that the data lacks."""
     templates = [candidate.prompt_builder.adapter.template for candidate in candidates]
-    for field, column in (asked.columns or {}).items():
+    for field, column in (settings.columns or {}).items():
         if column not in rows.columns:
             cure = did_you_mean(column, rows.columns) or f"it has {', '.join(rows.columns)}"
             raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
@@ -265,7 +272,7 @@ def _check_columns(asked: CompareSettings, candidates: Sequence[Candidate], rows
 
 
 def columns_for(candidate: Candidate, columns: Mapping[str, str] | None) -> dict[str, str] | None:
-    """Of `--columns` what this model's template has."""
+    """The part of `--columns` whose fields this model's template has."""
     known = candidate.prompt_builder.adapter.template.fields
     return {
         field: column for field, column in (columns or {}).items() if field in known or field == "answer"
@@ -273,10 +280,10 @@ def columns_for(candidate: Candidate, columns: Mapping[str, str] | None) -> dict
 
 
 def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> str:
-    """SHA-256 of all that decides what the model answers to some tokens: weights, adapter, number format and the
-    versions of the libraries.
+    """SHA-256 of all that decides the model's answer to given token ids: weights, adapter, data type, versions of
+    libraries.
 
-    Reads the weight files of a local model; a model of the hub is known by its commit.
+    Reads the weight files of a local model. A model on the hub is identified by its commit.
     """
     source = candidate.prompt_builder.source
     folder = Path(source.name)

@@ -1,4 +1,4 @@
-"""How sure the numbers are: intervals by resampling the rows, and whether two models differ by swapping their answers.
+"""Confidence intervals by resampling the rows, and paired randomisation tests for differences between two models.
 
 Shapes: R rows, K sums of a metric, B resamplings.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 RESAMPLES = 2000
-BLOCK_NUMBERS = 4_000_000  # held at once
+BLOCK_NUMBERS = 4_000_000  # in memory at once
 
 Array = np.ndarray
 Value = Callable[[Array], Array]
@@ -29,7 +29,7 @@ def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLE
 
 
 def interval(values: Array, share: float = 0.95) -> tuple[float, float] | None:
-    """The middle `share` of resampled values (the percentile method); None where too many are not numbers."""
+    """The middle `share` of resampled values (percentile method); None if fewer than 100 are finite."""
     values = values[np.isfinite(values)]
     if len(values) < 100:
         return None
@@ -38,10 +38,11 @@ def interval(values: Array, share: float = 0.95) -> tuple[float, float] | None:
 
 
 def swap_test(a: Array, b: Array, value: Value, seed: int, resamples: int = RESAMPLES) -> float:
-    """p of a difference as large as this one if it were chance which model gave which of a row's two answers.
+    """p-value of the difference between two models, by paired approximate randomisation (Noreen 1989; Riezler & Maxwell
+    2005).
 
-    Paired approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): each time, half of the rows on average swap
-    their two answers. (R, K) each; the least p is 1 / (resamples + 1).
+    a, b: (R, K) sums. Each resampling swaps the two answers of a row with probability 1/2. The smallest possible p is
+    1 / (resamples + 1).
     """
     totals = a.sum(axis=0), b.sum(axis=0)
     observed = float(abs(value(totals[0]) - value(totals[1])))
@@ -57,12 +58,12 @@ def swap_test(a: Array, b: Array, value: Value, seed: int, resamples: int = RESA
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The same p-values corrected for being that many (Holm 1979): none is found by trying often."""
+    """The p-values corrected for multiple tests (Holm 1979)."""
     corrected = [0.0] * len(p_values)
     highest = 0.0
-    for rank, at in enumerate(sorted(range(len(p_values)), key=lambda at: p_values[at])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[at]))
-        corrected[at] = highest
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
     return corrected
 
 

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
-from yeonma.evaluate.candidates import place_of, short_names
+from yeonma.evaluate.candidates import short_names, source_key
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.policy import Policy, adapter_names, build_policy
 from yeonma.serve.app import Limits, Models, make_app
@@ -71,7 +71,7 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
         if folder in folders[:index]
     ]
     problems += _quantization_problems(settings, prompt_builders)
-    bases = {place_of(prompt_builder.source): prompt_builder for prompt_builder in prompt_builders}
+    bases = {source_key(prompt_builder.source): prompt_builder for prompt_builder in prompt_builders}
     if len(bases) > 1 and not problems:
         one, other = list(bases.values())[:2]
         what = f"its base is {other.source.name}, but that of {one.adapter.path} is {one.source.name}"
@@ -84,7 +84,7 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
         raise UserError(problems)
     base = prompt_builders[0].source
     paths = [os.path.realpath(prompt_builder.adapter.path) for prompt_builder in prompt_builders]
-    *names, base_name = short_names([*paths, place_of(base)[0]])
+    *names, base_name = short_names([*paths, source_key(base)[0]])
     return ServedAdapters(
         dict(zip(names, prompt_builders, strict=True)),
         base_name if os.path.isdir(base.name) else base.name,

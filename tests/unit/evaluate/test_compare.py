@@ -182,7 +182,7 @@ def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
     monkeypatch.setattr(compare_module.AnswerCache, "add", pressed)
     done = compare(output, folders.base, folders.adapter, data_path=data)
     assert done.status == 130
-    assert "the same command goes on" in done.err
+    assert "Run the same command again to continue" in done.err
     assert len(lines(output)) == 3
     assert not (output / "report.json").exists()
     monkeypatch.undo()
@@ -216,7 +216,7 @@ def test_sigint_ends_the_process_with_130(folders: Folders, tmp_path: Path) -> N
             break
     rest = process.stderr.read()
     assert process.wait() == 130, rest
-    assert "the same command goes on" in rest and "Traceback" not in rest
+    assert "Run the same command again to continue" in rest and "Traceback" not in rest
     assert 1 <= len(lines(output)) < 400
 
 
@@ -224,12 +224,12 @@ def test_rows_without_wanted_answers_are_answered_all_the_same(folders: Folders,
     bare = write_jsonl(tmp_path / "bare.jsonl", [{"document": row["document"]} for row in ROWS])
     report = report_of(compare(tmp_path / "report", folders.adapter, data_path=bare))
     assert set(values(report)) == {"tokens", "characters", "repetition", "unended"}
-    assert any("No row has a wanted answer" in note for note in report["notes"])
+    assert any("No row has a reference answer" in note for note in report["notes"])
     some = write_jsonl(tmp_path / "some.jsonl", [*ROWS[:3], {"document": "x"}])
     report = report_of(compare(tmp_path / "report", folders.adapter, data_path=some))
     assert report["rows"][3]["answers"][0]["scores"]["loss"] is None
     assert report["rows"][3]["answers"][0]["scores"]["chrf"] is None
-    assert any("1 of 4 rows have no wanted answer" in note for note in report["notes"])
+    assert any("1 of 4 rows have no reference answer" in note for note in report["notes"])
 
 
 def test_the_wanted_answer_of_preference_data_is_the_chosen_one(folders: Folders, tmp_path: Path) -> None:

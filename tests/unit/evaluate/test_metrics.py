@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 
 from yeonma.evaluate import metrics
-from yeonma.evaluate import metrics as units
 from yeonma.evaluate.metrics import (
     Metric,
-    Wrote,
+    ScoredAnswer,
     bleu,
     characters,
     chrf,
-    measured,
+    compute_metrics,
+    metric_tokenizer,
     morphemes,
     repetition,
     rouge,
-    units_for,
     words,
 )
 from yeonma.evaluate.significance import holm, interval, resampled_sums, swap_test
@@ -40,12 +39,12 @@ KOREAN = (
 )
 
 
-def wrote(*texts: str, **more: Any) -> list[Wrote]:
-    return [Wrote(text, tuple(text.encode()), True, **more) for text in texts]
+def wrote(*texts: str, **more: Any) -> list[ScoredAnswer]:
+    return [ScoredAnswer(text, tuple(text.encode()), True, **more) for text in texts]
 
 
-def values(answers: list[list[Wrote]], wanted: list[str | None]) -> dict[str, list[float]]:
-    found = measured(answers, wanted, units_for(text for text in wanted if text))
+def values(answers: list[list[ScoredAnswer]], wanted: list[str | None]) -> dict[str, list[float]]:
+    found = compute_metrics(answers, wanted, metric_tokenizer(text for text in wanted if text))
     return {
         metric.key: [float(metric.value(table.sum(axis=0))) for table in tables] for metric, tables in found
     }
@@ -63,7 +62,7 @@ def test_chrf_and_bleu_of_all_rows_and_of_any_weighting_are_sacrebleus(pairs: An
     sacrebleu = pytest.importorskip("sacrebleu")
     pairs = scrambled(pairs, 30)
     answers, wanted = [a for a, _ in pairs], [b for _, b in pairs]
-    tokenizer = units_for(wanted).bleu
+    tokenizer = metric_tokenizer(wanted).bleu
     tables = metrics._chrf_counts(answers, wanted), metrics._bleu_counts(answers, wanted, tokenizer)
     draw = np.random.default_rng(0)
     for size in (1, 1, 1, 2, 3, 8, len(pairs)):
@@ -121,13 +120,13 @@ def test_korean_is_counted_by_morphemes_where_kiwipiepy_is_and_else_by_character
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = [text for _, text in KOREAN]
-    if units.find_spec("kiwipiepy") is not None:
-        assert units_for(wanted).name == "morphemes (kiwipiepy)"
+    if metrics.find_spec("kiwipiepy") is not None:
+        assert metric_tokenizer(wanted).name == "morphemes (kiwipiepy)"
         # the particles part, so that the nouns agree
         assert rouge(morphemes("도서관이"), morphemes("도서관을"))[0] == 0.5
         assert morphemes("GPU 3대를, 샀다.")[:2] == ["gpu", "3"]
-    monkeypatch.setattr(units, "find_spec", lambda name: None)
-    found = units_for(wanted)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    found = metric_tokenizer(wanted)
     assert (found.name, found.bleu) == ("characters", "char")
     assert "pip install kiwipiepy" in found.note
     assert rouge(found.split("가나다!"), found.split("가 나라."))[0] == pytest.approx(2 / 3)
@@ -153,11 +152,11 @@ def test_decomposed_hangul_counts_as_composed() -> None:
     ],
 )
 def test_the_script_decides_what_is_counted(text: str, name: str, bleu_tokenizer: str) -> None:
-    assert (units_for([text]).name, units_for([text]).bleu) == (name, bleu_tokenizer)
+    assert (metric_tokenizer([text]).name, metric_tokenizer([text]).bleu) == (name, bleu_tokenizer)
 
 
 def test_a_mostly_korean_set_with_english_rows_stays_korean() -> None:
-    assert units_for(["도서관이 다시 문을 열었다", "Library reopens"]).bleu == "char"
+    assert metric_tokenizer(["도서관이 다시 문을 열었다", "Library reopens"]).bleu == "char"
 
 
 def test_repetition_is_the_share_of_runs_that_stood_before() -> None:
@@ -169,9 +168,9 @@ def test_repetition_is_the_share_of_runs_that_stood_before() -> None:
 
 def test_loss_is_a_token_of_all_rows_and_perplexity_its_exponential() -> None:
     answers = [
-        Wrote("a", (1,), True, 6.0, 2),
-        Wrote("b", (1,), False, 2.0, 6),
-        Wrote("c", (1,), True, None, 9),
+        ScoredAnswer("a", (1,), True, 6.0, 2),
+        ScoredAnswer("b", (1,), False, 2.0, 6),
+        ScoredAnswer("c", (1,), True, None, 9),
     ]
     found = values([answers], ["x", "y", "z"])
     assert found["loss"] == [1.0]
@@ -197,7 +196,7 @@ def test_without_sacrebleu_its_metrics_are_not_there(monkeypatch: pytest.MonkeyP
 
 def test_the_version_to_install_is_the_one_that_is_tested() -> None:
     pins = (Path(__file__).parents[3] / "requirements.txt").read_text("utf-8").splitlines()
-    assert metrics.INSTALL.split()[-1] in pins
+    assert metrics.INSTALL_SACREBLEU.split()[-1] in pins
 
 
 # How sure the numbers are
@@ -264,7 +263,7 @@ def test_holm_corrects_step_by_step() -> None:
 
 
 def test_a_metric_is_named_once() -> None:
-    found = measured([wrote("a b c")], ["a b"], units_for(["a b"]))
+    found = compute_metrics([wrote("a b c")], ["a b"], metric_tokenizer(["a b"]))
     keys = [metric.key for metric, _ in found]
     assert len(keys) == len(set(keys))
     assert all(isinstance(metric, Metric) and metric.name for metric, _ in found)

@@ -1,18 +1,18 @@
 "use strict";
-// Texts reach the page by textContent alone: nothing in the data is ever read as HTML.
+// All texts are set through textContent, so that nothing in the data is parsed as HTML.
 const report = JSON.parse(document.getElementById("data").textContent);
-const PAGE = 50, MOST_COMPARED = 250000;
+const PAGE = 50, MAX_COMPARED = 250000;
 const byId = id => document.getElementById(id);
 const models = report.models.map(model => model.name);
 const metrics = report.metrics.filter(metric => metric.key in (report.rows[0].answers[0].scores));
 const list = byId("rows");
-let shown = [], drawn = 0;
+let matching = [], drawn = 0;
 
 function node(tag, text, attributes = {}) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
 }
 
 function number(value) {
@@ -24,7 +24,7 @@ function number(value) {
 const metricOf = key => metrics.find(metric => metric.key === key);
 const score = (row, model, key) => row.answers[model].scores[key];
 
-// How much better the second model's answer is; of one model alone, how good. Null where it is not known.
+// How much better the second model's answer is; for one model alone, how good it is. Null if unknown.
 function gain(row, choice) {
   const sign = metricOf(choice.metric).better === "lower" ? -1 : 1;
   const last = score(row, choice.to, choice.metric);
@@ -34,14 +34,14 @@ function gain(row, choice) {
   return first === null ? null : sign * (last - first);
 }
 
-// Differences: units that are not in the longest common subsequence with the other text.
+// Differences: pieces outside the longest common subsequence of the two texts.
 
-const LETTERS = /[\p{Script=Hangul}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]|[\p{L}\p{M}\p{N}]+|\s+|./gsu;
-const units = text => text.match(LETTERS) || [];
+const PIECES = /[\p{Script=Hangul}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]|[\p{L}\p{M}\p{N}]+|\s+|./gsu;
+const pieces = text => text.match(PIECES) || [];
 
 function uncommon(text, other) {
-  const a = units(text), b = units(other);
-  if (a.length * b.length > MOST_COMPARED) return null;
+  const a = pieces(text), b = pieces(other);
+  if (a.length * b.length > MAX_COMPARED) return null;
   const wide = b.length + 1, table = new Uint32Array((a.length + 1) * wide);
   for (let i = a.length - 1; i >= 0; i--)
     for (let j = b.length - 1; j >= 0; j--)
@@ -60,52 +60,52 @@ function uncommon(text, other) {
 }
 
 function marked(text, other) {
-  const made = node("p", undefined, {dir: "auto"});
+  const element = node("p", undefined, {dir: "auto"});
   const parts = other === null ? null : uncommon(text, other);
-  if (parts === null) made.textContent = text;
-  else for (const part of parts) made.append(part.marked && part.text.trim() ? node("mark", part.text) : part.text);
-  if (!text) made.append(node("span", "(empty)", {class: "dim"}));
-  return made;
+  if (parts === null) element.textContent = text;
+  else for (const part of parts) element.append(part.marked && part.text.trim() ? node("mark", part.text) : part.text);
+  if (!text) element.append(node("span", "(empty)", {class: "dim"}));
+  return element;
 }
 
-function said(name, colour, text, other, more) {
-  const made = node("div", undefined, {class: "said"});
-  made.style.borderColor = `var(${colour})`;
-  made.append(node("small", name), marked(text, other));
-  if (more) made.append(node("small", more));
-  return made;
+function textBlock(name, colour, text, other, more) {
+  const element = node("div", undefined, {class: "said"});
+  element.style.borderColor = `var(${colour})`;
+  element.append(node("small", name), marked(text, other));
+  if (more) element.append(node("small", more));
+  return element;
 }
 
 function folded(title, text) {
-  const made = node("details");
-  made.append(node("summary", title));
-  made.addEventListener("toggle", () => { if (made.open && made.children.length === 1) made.append(node("pre", text, {dir: "auto"})); });
-  return made;
+  const element = node("details");
+  element.append(node("summary", title));
+  element.addEventListener("toggle", () => { if (element.open && element.children.length === 1) element.append(node("pre", text, {dir: "auto"})); });
+  return element;
 }
 
 function item(row, choice) {
-  const made = node("li", undefined, {"data-row": row.row});
+  const element = node("li", undefined, {"data-row": row.row});
   const head = node("div", undefined, {class: "head"});
   head.append(node("h3", `Row ${row.row}`));
   const change = gain(row, choice), metric = metricOf(choice.metric);
   if (change !== null && choice.from !== choice.to) {
     const raw = metric.better === "lower" ? -change : change;
     const kind = change > 0 && metric.better ? "better" : change < 0 && metric.better ? "worse" : "dim";
-    const word = {better: "gain", worse: "loss", dim: change ? "change" : "no change"}[kind];
+    const word = {better: "better", worse: "worse", dim: change ? "change" : "no change"}[kind];
     head.append(node("span", `${word}: ${metric.name} ${raw >= 0 ? "+" : ""}${number(raw)}`, {class: `change ${kind}`}));
   }
-  made.append(head, folded("prompt", row.prompt));
+  element.append(head, folded("prompt", row.prompt));
   const against = choice.marks === "wanted" ? row.wanted : choice.marks === "first" ? row.answers[0].text : null;
-  if (row.wanted !== null) made.append(said("wanted", "--wanted", row.wanted, choice.marks === "first" ? against : null));
+  if (row.wanted !== null) element.append(textBlock("reference", "--reference", row.wanted, choice.marks === "first" ? against : null));
   row.answers.forEach((answer, at) => {
     const own = choice.marks === "first" && at === 0 ? null : against;
-    const kept = metrics.map(each => each.key === "unended" ? (answer.ended ? "" : "cut off at max_new_tokens")
+    const scores = metrics.map(each => each.key === "unended" ? (answer.ended ? "" : "cut off at max_new_tokens")
       : each.key === "exact" ? (answer.scores.exact ? each.name : "")
       : answer.scores[each.key] === null ? "" : `${each.name} ${number(answer.scores[each.key])}`);
-    made.append(said(models[at], `--m${at % 6}`, answer.text, own, kept.filter(Boolean).join(" · ")));
-    if (answer.prompt !== undefined) made.append(folded(`prompt of ${models[at]}`, answer.prompt));
+    element.append(textBlock(models[at], `--m${at % 6}`, answer.text, own, scores.filter(Boolean).join(" · ")));
+    if (answer.prompt !== undefined) element.append(folded(`prompt of ${models[at]}`, answer.prompt));
   });
-  return made;
+  return element;
 }
 
 function chosen() {
@@ -133,11 +133,11 @@ function holds(row, text) {
 
 function redraw() {
   const choice = chosen();
-  shown = report.rows.filter(row => FILTERS[choice.filter](row, choice) && (!choice.search || holds(row, choice.search)));
+  matching = report.rows.filter(row => FILTERS[choice.filter](row, choice) && (!choice.search || holds(row, choice.search)));
   if (choice.order !== "data") {
     const sign = choice.order === "gain" ? -1 : 1;
-    const known = new Map(shown.map(row => [row, gain(row, choice)]));
-    shown.sort((a, b) => {
+    const known = new Map(matching.map(row => [row, gain(row, choice)]));
+    matching.sort((a, b) => {
       const x = known.get(a), y = known.get(b);
       return x === null || y === null ? (x === null) - (y === null) : sign * (x - y) || a.row - b.row;
     });
@@ -145,15 +145,15 @@ function redraw() {
   list.replaceChildren();
   drawn = 0;
   more();
-  byId("count").textContent = `${shown.length} of ${report.rows.length} rows`;
+  byId("count").textContent = `${matching.length} of ${report.rows.length} rows`;
 }
 
 function more() {
   const choice = chosen();
-  for (const row of shown.slice(drawn, drawn + PAGE)) list.append(item(row, choice));
-  drawn = Math.min(shown.length, drawn + PAGE);
-  byId("more").hidden = drawn >= shown.length;
-  byId("more").textContent = `Show more (${shown.length - drawn} left)`;
+  for (const row of matching.slice(drawn, drawn + PAGE)) list.append(item(row, choice));
+  drawn = Math.min(matching.length, drawn + PAGE);
+  byId("more").hidden = drawn >= matching.length;
+  byId("more").textContent = `Show more (${matching.length - drawn} left)`;
 }
 
 for (const id of ["metric", "order", "filter", "marks", "from", "to"]) byId(id)?.addEventListener("change", redraw);

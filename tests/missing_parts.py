@@ -98,11 +98,11 @@ def train_and_trace() -> None:
     from yeonma.model.load import LoraShape
     from yeonma.model.logprobs import trained_logprobs
     from yeonma.model.memory_trace import trace
-    from yeonma.model.quantized import has_products
+    from yeonma.model.quantized import multiplies_fp8
     from yeonma.policy import blueprint
 
     assert cpu_kernels() is None and not has_onednn() and not has_flex() and varlen_attention() is None
-    assert not has_products(torch.device("cuda"))
+    assert not multiplies_fp8(torch.device("cuda"))
     remarks: list[str] = []
     assert pick_kernels("auto", torch.device("cuda"), torch.float32, remarks.append) == PLAIN and remarks
 

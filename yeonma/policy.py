@@ -39,7 +39,7 @@ from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, example_logprobs, plain_head
 from yeonma.model.memory_trace import Blueprint
-from yeonma.model.quantized import quantised_layers, sketch
+from yeonma.model.quantized import quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 
@@ -397,7 +397,7 @@ def blueprint(
         frozen = sum(parameter.numel() for parameter in base.parameters())
         dense = sum(layer.weight.numel() for layer in quantised_layers(base, "int8"))
         if quantization != "none":
-            sketch(base, quantization, by_device)
+            quantise_on_meta(base, quantization, by_device)
         if isinstance(lora, load.LoraShape):
             load.add_lora(base, lora, seed=0)
         else:

@@ -30,7 +30,7 @@ from yeonma.model import load
 from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.memory_trace import Blueprint, Trace, trace
 from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
-from yeonma.model.quantized import has_products
+from yeonma.model.quantized import multiplies_fp8
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
@@ -71,7 +71,7 @@ def estimate(
         processes=processes,
         sharded=model.shard and processes > 1,
         quantization=model.quantization,
-        has_fp8=has_products(device),
+        has_fp8=multiplies_fp8(device),
         optimizer=step.optimizer,
     )
     drawn = _draw(case)

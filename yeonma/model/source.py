@@ -1,4 +1,4 @@
-"""Where a base model comes from, and what its folder lacks: known before torch is imported and anything is loaded."""
+"""Where a base model comes from, and whether its folder is complete, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yeonma.files import user_path
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model comes from; `adapter` is set where an adapter folder was named as base."""
+    """Where a base model comes from. `adapter` is set where an adapter folder was given as base."""
 
     name: str
     revision: str | None = None
@@ -25,11 +25,11 @@ class BaseSource:
 
 
 def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
-    """Check a local folder before anything is loaded; a name that is no folder is left to the hub.
+    """Check a local folder before anything is loaded; any other name is one on the hub.
 
-    Raises UserError, with all that is wrong, for a folder without config or weights, with code of its own that is not
-    trusted, with pickled weights alone, missing or truncated shards, and for an adapter whose base is not named or is
-    an adapter itself.
+    Raises UserError, with all faults, for a folder without config or weights, with untrusted code of its own, with
+    pickled weights only, with missing or truncated shards, and for an adapter whose base is not named or is an adapter
+    itself.
     """
     folder = user_path(base_model)
     if not folder.is_dir():
@@ -130,7 +130,7 @@ def _check_shards(folder: Path, index: Path) -> None:
 
 
 def _check_whole(path: Path) -> None:
-    """Reads the header alone; it says how long the file must be."""
+    """Reads only the header, which says how long the file must be."""
     try:
         with safe_open(path, "np"):
             pass

@@ -16,7 +16,7 @@ from yeonma.batch.plan import Plan
 from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
-from yeonma.model.quantized import has_products
+from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import held_bytes, is_sharded
 from yeonma.policy import Policy, build_policy
 from yeonma.tokenization.dataset import cache_folder
@@ -91,7 +91,7 @@ def load_model(
     say(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
     say(f"kernels: {policy.kernels}")
     if quantization != "none":
-        emulated = quantization == "fp8" and not has_products(device)
+        emulated = quantization == "fp8" and not multiplies_fp8(device)
         slow = "; this device has no products of fp8, they are emulated: no faster" if emulated else ""
         say(f"dense layers in {quantization}: {held_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}")
     if shard:

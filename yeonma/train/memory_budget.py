@@ -21,7 +21,7 @@ from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.logprobs import trained_logprobs
 from yeonma.model.memory_trace import Blueprint, trace
-from yeonma.model.quantized import has_products
+from yeonma.model.quantized import multiplies_fp8
 from yeonma.policy import blueprint
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
@@ -127,7 +127,7 @@ def _drawing(
             load.pick_dtype(model.dtype, device),
             prepared.adapter or lora_shape(config.lora),
             quantization=model.quantization,
-            by_device=has_products(device),
+            by_device=multiplies_fp8(device),
             trust_remote_code=source.trust_remote_code,
             gradient_checkpointing=way,
             device=device,

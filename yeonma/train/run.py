@@ -24,7 +24,7 @@ from yeonma.config.settings import (
 )
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
-from yeonma.model.sharding import spread_trained
+from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, checkpoint_path, read_tensors, recover
 from yeonma.run_folder.disk_space import Saves, adapter_bytes, check_room
@@ -237,7 +237,7 @@ def _train(
     stop.check()
     if not group.first:
         if state.sharded and evaluation.card_rows:  # no process can ask the model alone
-            spread_trained(state.model)
+            broadcast_trained(state.model)
             asked = dataset.validation or dataset.train
             ask_rows(policy, prepared.tokenizer, dataset, asked, evaluation.card_rows)
         return None
@@ -250,7 +250,7 @@ def _train(
     folder.install(output, adapter)
     stop.check()
     if evaluation.card_rows:
-        spread_trained(state.model)
+        broadcast_trained(state.model)
     per = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
     asked = dataset.validation or dataset.train

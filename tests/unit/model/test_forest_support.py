@@ -50,8 +50,8 @@ def test_the_forest_families_pass_with_a_plain_head(family: str, dtype: torch.dt
     [
         ("qwen3_next", "it has linear_attention layers"),
         ("lfm2", "it has conv layers"),
-        ("bloom", "2 of its 2 layers have an attention of their own"),
-        ("phimoe", "it has sliding-window layers with a mask of their own"),
+        ("bloom", "2 of its 2 layers bypass the registered attention"),
+        ("phimoe", "its sliding-window layers use their own mask"),
     ],
 )
 def test_other_families_are_found_and_left_as_they_were_able_to_train(family: str, reason: str) -> None:
@@ -72,7 +72,7 @@ def test_a_layer_that_keeps_its_own_attention_is_found() -> None:
     layer = model.model.layers[0].self_attn
     layer.config = copy.deepcopy(layer.config)  # so that the change of attention passes it by
     found = check_forest_support(model)
-    assert found.why_not == "1 of its 2 layers have an attention of their own"
+    assert found.why_not == "1 of its 2 layers bypass the registered attention"
 
 
 @pytest.mark.parametrize("window", [WINDOW, 64])
@@ -86,7 +86,7 @@ def test_a_window_that_reaches_the_attention_passes_and_one_that_does_not_is_fou
     lost = tiny_model("gemma2")
     lost.config.sliding_window = window
     lost.model.layers[0].self_attn.sliding_window = None
-    assert check_forest_support(lost).why_not == "it has sliding-window layers with a mask of their own"
+    assert check_forest_support(lost).why_not == "its sliding-window layers use their own mask"
 
 
 def test_a_forest_computed_wrongly_is_found_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_code_that_stumbles_over_a_forest_is_found_and_its_complaint_told() -> N
     found = check_forest_support(model)
     assert not found.forest
     assert (
-        found.why_not == "its code does not take a forest (TypeError: unexpected keyword argument 'forest')"
+        found.why_not == "its code does not accept a forest (TypeError: unexpected keyword argument 'forest')"
     )
 
 

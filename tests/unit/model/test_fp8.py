@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from yeonma.model.kernels.linear import frozen_linear
-from yeonma.model.quantized import HIGHEST, Fp8Weight, Rows, has_products, quantise_rows, rows_product
+from yeonma.model.quantized import HIGHEST, Fp8Weight, ScaledRows, multiplies_fp8, quantise_rows, rows_product
 
 N, K, M = 24, 48, 32
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Rows of very different size, as activations are."""
+    """ScaledRows of very different size, as activations are."""
     draw = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-3, 3, shape[0]).unsqueeze(1)
     return torch.randn(*shape, generator=draw) * sizes
 
 
-def whole(rows: Rows) -> torch.Tensor:
+def whole(rows: ScaledRows) -> torch.Tensor:
     return rows.bits.double() * rows.scale.double()
 
 
@@ -92,13 +92,13 @@ def test_other_formats_give_the_same_to_their_rounding(dtype: torch.dtype, toler
 
 
 def test_the_cpu_has_no_such_products() -> None:
-    assert not has_products(torch.device("cpu"))
+    assert not multiplies_fp8(torch.device("cpu"))
 
 
 @pytest.mark.gpu
 def test_the_devices_products_are_the_emulated_ones() -> None:
     device = torch.device("cuda", 0)
-    if not has_products(device):
+    if not multiplies_fp8(device):
         pytest.skip("the device has no products of fp8")
     a, b = (quantise_rows(drawn(rows, 64, seed=rows).to(device, torch.bfloat16)) for rows in (33, 48))
     found, expected = (rows_product(a, b, torch.bfloat16, by_device=each) for each in (True, False))

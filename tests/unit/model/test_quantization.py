@@ -273,7 +273,7 @@ def test_dora_is_trained_on_nf4(tmp_path: Path, base: Path, data: Path, kind: st
 def test_a_model_without_layers_for_it_is_refused(tmp_path: Path, data: Path) -> None:
     folder = model_folder(tmp_path / "gpt2", "gpt2")
     error = refused(tmp_path, folder, data, quantization="fp8", lora_target_modules="[c_attn]")
-    assert "has no dense layers that it serves; use int8 or nf4" in error
+    assert "has no dense layers that it supports; use int8 or nf4" in error
 
 
 def test_a_base_that_is_quantised_already_is_refused(tmp_path: Path, data: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_model_is_the_one_whose_weights_the_few_bits_stand_for(family: Path, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_dense_layers_but_the_head_are_held_in_few_bits(family: Path, kind: Quantization) -> None:
     if kind == "fp8" and family.name == "gpt2":
-        with pytest.raises(UserError, match="no dense layers that it serves"):
+        with pytest.raises(UserError, match="no dense layers that it supports"):
             loaded(family, kind)
         return
     model, plain = loaded(family, kind), tiny_model(family.name)

@@ -25,7 +25,7 @@ from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.lora import patch_linear
 from yeonma.model.logprobs import ForestSupport, example_logprobs, sequence_logprobs
-from yeonma.model.quantized import Dequantised, numbers_of, packed_layers, quantised_layers
+from yeonma.model.quantized import DequantisedWeight, numbers_of, packed_layers, quantised_layers
 
 FAMILIES = ("llama", "gpt2", "qwen3_moe", "gemma2")
 FAR: dict[Quantization, float] = {"int8": 0.05, "fp8": 0.25}
@@ -72,7 +72,7 @@ def with_weights_of(model: Any, folder: Path) -> Any:
     """The model unquantised, its dense weights set to what the quantised layers stand for."""
     plain = loaded(folder, "none")
     for name, weight in packed_layers(model):
-        assert isinstance(weight, Dequantised)
+        assert isinstance(weight, DequantisedWeight)
         own = plain.get_submodule(name)
         whole = weight.whole(torch.float32)
         own.weight.data.copy_(whole if isinstance(own, nn.Linear) else whole.t())

@@ -74,7 +74,7 @@ def with_weights_of(model: Any, folder: Path) -> Any:
     for name, weight in packed_layers(model):
         assert isinstance(weight, DequantisedWeight)
         own = plain.get_submodule(name)
-        whole = weight.whole(torch.float32)
+        whole = weight.dequantise(torch.float32)
         own.weight.data.copy_(whole if isinstance(own, nn.Linear) else whole.t())
     return plain
 

@@ -1,1 +1,1 @@
-"""The adapter folder: reading, writing, sample rows, and the prompts it is asked with."""
+"""The adapter folder: reading, writing, sample rows, and prompts."""

@@ -39,7 +39,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base model an adapter belongs to. `config_sha256` is of the model's config without paths and versions."""
+    """The base model that an adapter belongs to. `config_sha256` is that of its config without paths and versions."""
 
     name: str
     revision: str | None
@@ -49,7 +49,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What is needed to ask an adapter: where its base is, its template and the rules its tokens were made by."""
+    """An adapter folder without its weights: where its base is, its template and its token rules."""
 
     path: Path
     base: BaseIdentity
@@ -57,7 +57,8 @@ class AdapterFolder:
     template: Template
     columns: dict[str, str] | None
     rules: TokenRules
-    details: dict[str, Any]  # the whole of yeonma.json
+    details: dict[str, Any]
+    """The whole of yeonma.json."""
 
     @property
     def is_merged(self) -> bool:
@@ -66,9 +67,9 @@ class AdapterFolder:
 
     @property
     def quantization(self) -> Quantization:
-        """How the base was held in training. Adapters of earlier versions do not say: it was not quantised."""
-        found: Quantization = self.details.get("quantization", "none")
-        return found
+        """The base's quantization in training; none for adapters of earlier versions, which do not record it."""
+        quantization: Quantization = self.details.get("quantization", "none")
+        return quantization
 
     @property
     def source(self) -> BaseSource:
@@ -76,7 +77,7 @@ class AdapterFolder:
 
 
 def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
-    """Of the model as loaded, before an adapter is put on it. A local folder is named by its absolute path."""
+    """The identity of a base without an adapter. A local folder is named by its absolute path."""
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
@@ -123,7 +124,7 @@ def describe(
 
 
 def identity_of_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of what decides the ids: of plain text, and of turns, which the chat template writes."""
+    """SHA-256 of all that decides the ids of plain text, and of turns, which the chat template writes."""
     return {
         "sha256": tokenizer_identity(tokenizer, chat_template=False),
         "with_chat_template_sha256": tokenizer_identity(tokenizer),
@@ -139,7 +140,7 @@ def write_adapter(
     carried: ExportedChatTemplate,
     samples: Samples | None = None,
 ) -> None:
-    """Write the adapter into an existing folder. Nothing here is atomic; checkpoints are made so by their writer."""
+    """Write the adapter into an existing folder. Not atomic by itself: the writer of checkpoints makes it so."""
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path, config.revision = details["base"]["name"], details["base"]["revision"]
     if isinstance(config.target_modules, set):  # whose order changes from one process to the next
@@ -154,8 +155,8 @@ def write_adapter(
 
 
 def save_tokenizer(tokenizer: Any, carried: ExportedChatTemplate, folder: Path) -> None:
-    """The tokenizer, with the chat template that carries the training template where there is one; then the base's own
-    lies beside it, which `load_tokenizer` takes."""
+    """Write the tokenizer, with the exported chat template if there is one. The base's own chat template then lies
+    beside it, where `load_tokenizer` finds it."""
     tokenizer.save_pretrained(str(folder))
     own = base_chat_template(tokenizer)
     if carried.text is not None and carried.text != own:
@@ -164,8 +165,8 @@ def save_tokenizer(tokenizer: Any, carried: ExportedChatTemplate, folder: Path) 
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
-    """Everything but the weights, also of a merged model's folder. Raises UserError where the folder is neither or is
-    damaged."""
+    """Read everything but the weights of an adapter or a merged model. Raises UserError for any other folder, and for
+    damaged files."""
     folder = user_path(path)
     if not folder.is_dir():
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
@@ -200,9 +201,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
 
 
 def check_continued(path: str, base: BaseIdentity | None) -> None:
-    """Raises UserError where the folder is no adapter that training can go on from, or is one of another base.
+    """Raises UserError where the folder holds no adapter, or one of another base.
 
-    An adapter of PEFT alone is one, too; it only names its base, so that its shapes must tell when it is loaded.
+    An adapter that PEFT alone wrote only names its base; whether its shapes fit shows when it is loaded.
     """
     folder = user_path(path)
     if (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Rows -> the prompts of training, from an adapter folder without its weights."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NO_LIMIT = 2**40  # tokens
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, and what of the model's text after it is the answer."""
+    """One prompt, and which part of the model's text after it is the answer."""
 
     token_ids: NDArray[np.int32]
     shortened: bool = False
-    """Whether a prompt field lost text so that the answer has room."""
+    """Whether a prompt field lost text so that the answer fits."""
     is_turn: bool = False
-    """Whether the model's chat template wrote the prompt: then blanks around the answer are the template's."""
+    """Whether the model's chat template wrote the prompt; blanks around the answer are then the template's."""
     frame: tuple[str, str] = ("", "")
     """The template's own text before and after the answer's field."""
 
@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """An adapter folder without its weights: all that turns rows into prompts."""
+    """Turns rows into prompts, as training did."""
 
     adapter: AdapterFolder
     source: BaseSource
@@ -54,17 +54,17 @@ class PromptBuilder:
     stop_ids: tuple[int, ...]
 
     def prompts(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
-        """The rows' prompts, with the columns of training but for those that `columns` names.
+        """The prompts of the rows. Fields come from the columns of training, unless `columns` names others.
 
-        Where a row lacks such a column, the template's own name for the field holds. Raises UserError with a problem
-        for every row that the template does not fit or that leaves no room for `max_new_tokens`.
+        A row without such a column is read by the field's own name. Raises UserError with a problem for every row that
+        does not fit the template or leaves no room for `max_new_tokens`.
         """
         rendered: list[Rendered] = []
         problems: list[Problem] = []
         for row in rows:
             try:
-                own = self.columns(row, columns)
-                rendered.append(self.adapter.template.render(row, own, with_answer=False))
+                row_columns = self.columns(row, columns)
+                rendered.append(self.adapter.template.render(row, row_columns, with_answer=False))
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -77,13 +77,14 @@ class PromptBuilder:
         ]
 
     def text_prompt(self, text: str, place: str = "prompt") -> Prompt:
-        """Text to continue as it stands; special tokens in it stay special. Raises UserError where it is empty."""
+        """A text that the model continues as it stands; special tokens in it stay special. Raises UserError where it is
+        empty."""
         if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
             raise UserError("it is empty", place=place, cure="give the text to continue")
         return Prompt(np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32))
 
     def reference(self, row: Row, columns: Columns = None) -> str | None:
-        """The row's own answer, where it has one."""
+        """The row's own answer; None where it has none."""
         template = self.adapter.template
         column = column_of(template.answer_field, self.columns(row, columns), template.answer_field)
         try:
@@ -92,23 +93,23 @@ class PromptBuilder:
             names = [variant.answer_placeholder.field for variant in template.variants]
             turns = turns_of(row, next((name for name in names if row.values.get(name) is not None), column))
             return turns[-1].text if turns[-1].role == "assistant" else None
-        except UserError:  # not needed, so no reason to stop
+        except UserError:  # a reference is optional
             return None
 
     def columns(self, row: Row, columns: Columns) -> dict[str, str]:
-        """Field -> column for this row: those of training and `columns`, but for columns that the row lacks."""
+        """Field -> column for this row: from training and `columns`, without columns that the row lacks."""
         answer = self.adapter.template.answer_field
-        wanted = {**(self.adapter.columns or {}), **(columns or {})}
+        named = {**(self.adapter.columns or {}), **(columns or {})}
         return {
             field: column
-            for field, column in wanted.items()
+            for field, column in named.items()
             if column in row.values or (answer if field == "answer" else field) not in row.values
         }
 
     def _fitted(
         self, rendered: Sequence[Rendered], rows: Sequence[Row], max_new_tokens: int
     ) -> list[tuple[NDArray[np.int32], bool]]:
-        """The prompts' ids and whether they were shortened."""
+        """Each prompt's ids, and whether it was shortened."""
         rules = self.adapter.rules
         whole = encode_prompts(
             rendered, rows, self.tokenizer, replace(rules, cutoff_len=NO_LIMIT), max_new_tokens
@@ -131,8 +132,8 @@ class PromptBuilder:
 def open_prompt_builder(
     adapter_dir: str | Path, *, base_model: str | None = None, trust_remote_code: bool = False
 ) -> PromptBuilder:
-    """What a policy needs before its weights, so that rows can be checked first. Raises UserError as
-    `yeonma.policy.load_policy`."""
+    """The prompt builder of an adapter folder or a merged model. It needs no weights, so rows can be checked before
+    they are loaded. Raises UserError as `yeonma.policy.load_policy`."""
     adapter = read_adapter_folder(adapter_dir)
     if adapter.is_merged:
         if base_model is not None:
@@ -150,9 +151,9 @@ def open_prompt_builder(
     return PromptBuilder(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
 
 
-def quantization_for(asked: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:
-    """How the base is held for an adapter: as asked for, or as in its training."""
-    return adapter.quantization if asked == "auto" else asked
+def quantization_for(setting: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:
+    """The base's quantization for an adapter; `auto` is that of its training."""
+    return adapter.quantization if setting == "auto" else setting
 
 
 def _around_answer(variant: Variant) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """samples.json of an adapter folder: a few rows as they were trained on, with the ids of their prompts.
 
-They are the rows of the model card. Who has the folder can ask what the adapter was asked, and see whether tokenizer
-and template still give the tokens of training. No torch here.
+They are the rows of the model card. With them `yeonma verify` checks that tokenizer and template still give the tokens of
+training. No torch here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def prompts_of(store: TokenStore, numbers: Sequence[int]) -> list[np.ndarray]:
     """The prompt ids of each row's last example, shape (tokens,)."""
     lasts = [int(np.flatnonzero(store.row_numbers == number)[-1]) for number in numbers]
     examples = [store.example(last) for last in lasts]
-    return [each.token_ids[: each.prompt_length] for each in examples]
+    return [example.token_ids[: example.prompt_length] for example in examples]
 
 
 def read_samples(folder: Path) -> Samples | None:
@@ -83,7 +83,7 @@ def read_samples(folder: Path) -> Samples | None:
     try:
         content = json.loads(path.read_text("utf-8"))
         rows = tuple(
-            SampleRow(**{each.name: entry[each.name] for each in fields(SampleRow)})
+            SampleRow(**{field.name: entry[field.name] for field in fields(SampleRow)})
             for entry in content["samples"]
         )
         for row in rows:
@@ -108,20 +108,22 @@ def prompts_now(
 
     Raises UserError as rendering and encoding.
     """
-    rows = [Row(each.row_number, each.row, f"{SAMPLES}, row {each.row_number}") for each in samples.rows]
+    rows = [
+        Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}") for sample in samples.rows
+    ]
     if not rows:
         return []
     task = samples.task
     rendered = [task.render(template, row, columns) for row in rows]
-    found = TASK_ENCODERS[task.name].encode(rendered, rows, tokenizer, rules)
+    outcomes = TASK_ENCODERS[task.name].encode(rendered, rows, tokenizer, rules)
     lasts: dict[int, list[int]] = {}
-    for example in _examples(found):
+    for example in _examples(outcomes):
         lasts[example.row] = example.token_ids[: example.prompt_length].tolist()
     return [lasts.get(row.number) for row in rows]
 
 
-def _examples(found: Iterable[Example | Unit | LeftOut]) -> Iterable[Example]:
-    for one in found:
+def _examples(outcomes: Iterable[Example | Unit | LeftOut]) -> Iterable[Example]:
+    for one in outcomes:
         if isinstance(one, Unit):
             yield from (example for _, example in one.members)
         elif isinstance(one, Example):

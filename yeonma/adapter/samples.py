@@ -1,7 +1,7 @@
 """samples.json of an adapter folder: a few rows as they were trained on, with the ids of their prompts.
 
-They are the rows of the model card. With them `yeonma verify` checks that tokenizer and template still give the tokens of
-training. No torch here.
+They are the rows of the model card. With them `yeonma verify` checks that tokenizer and template still give the tokens
+of training. No torch here.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.runs import command
 from yeonma import load
 from yeonma.commands.demo import SAMPLES
 from yeonma.errors import UserError
-from yeonma.export.gguf_converter import converter
+from yeonma.export.gguf_converter import install_converter
 from yeonma.model.smollm2 import fetch
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def exported(llama_python: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.delenv("YEONMA_CACHE")  # a model and a converter that were fetched before are taken from there
         try:
             base = fetch(print)
-            converter()
+            install_converter()
         except UserError as error:
             pytest.skip(f"not to be had here: {error}")
         words = ["--data_path", str(SAMPLES / "news_en.jsonl"), "--template", str(SAMPLES / "title_en.txt")]

@@ -1,1 +1,1 @@
-"""Whether a run's folder is whole and its parts belong together."""
+"""Checks of a run's folder: files unchanged, parts that belong together."""

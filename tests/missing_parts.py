@@ -85,7 +85,7 @@ def train_and_trace() -> None:
     import pytest
     import torch
 
-    from tests.models import with_lora
+    from tests.models import tiny_model, with_lora
     from yeonma.batch.forest import lay_out
     from yeonma.errors import UserError
     from yeonma.model.attention.cpu_cascade import cpu_kernels
@@ -109,7 +109,7 @@ def train_and_trace() -> None:
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: swiglu(x.float(), x.float()), x, eps=1e-2, atol=1e-2)
 
-    model = with_lora("llama").get_base_model()
+    model = with_lora(tiny_model("llama")).get_base_model()
     how = check_forest_support(model)
     assert how.forest and how.head is not None, how.why_not
     sequences = tiny_sequences(model.config.vocab_size, 0)

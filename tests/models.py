@@ -105,13 +105,10 @@ def _built(family: str, seed: int) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def with_lora(family: str) -> Any:
-    """One of them, as a PeftModel with an adapter on all linear layers that is no zero; the same numbers each time."""
-    from yeonma.model.load import LoraShape, add_lora
+def with_lora(model: Any, **config: Any) -> Any:
+    """A PeftModel whose adapter is not zero; the same numbers each time. `config`: fields of peft's LoraConfig."""
+    from peft import LoraConfig, get_peft_model
 
-    model = add_lora(tiny_model(family), LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if "lora_B" in name:
-                each.normal_(generator=torch.Generator().manual_seed(2), std=0.2)
-    return model
+    torch.manual_seed(1)
+    options = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    return get_peft_model(model, LoraConfig(**options))

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from tests.models import FOREST_FAMILIES, VOCABULARY, WINDOW, tiny_model
+from tests.models import FOREST_FAMILIES, VOCABULARY, WINDOW, tiny_model, with_lora
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.model import forest_support as check
 from yeonma.model.attention.dispatch import FOREST
@@ -21,12 +20,6 @@ ROW = np.arange(3, 30, dtype=np.int32)
 
 def one_row() -> Forest:
     return lay_out([ROW], [np.ones(len(ROW), dtype=bool)])
-
-
-def with_lora(model: Any, **config: Any) -> Any:
-    torch.manual_seed(1)
-    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
-    return get_peft_model(model, LoraConfig(**options))
 
 
 def lora_gradients(model: Any) -> list[torch.Tensor]:

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model
+from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model, with_lora
 from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
 from yeonma.model import logprobs as forward
 from yeonma.model.attention.dispatch import FOREST, layout
@@ -48,14 +47,6 @@ def small_forest() -> tuple[Forest, tuple[torch.Tensor, ...]]:
 
 def tensors() -> list[torch.Tensor]:
     return [torch.from_numpy(sequence).long() for sequence in sequences()]
-
-
-def with_lora(model: Any, targets: Any = "all-linear") -> Any:
-    """A PeftModel whose adapter does something from the start."""
-    torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_alpha=4)
-    )
 
 
 def lora_gradients(model: Any, logprob: torch.Tensor) -> list[torch.Tensor]:
@@ -168,7 +159,7 @@ def test_selective_checkpointing_recomputes_every_other_layer_and_changes_nothin
 @pytest.mark.parametrize("family", ["llama", "granite"])
 def test_lora_on_the_head_trains_through_the_models_own_head(family: str) -> None:
     targets = ["q_proj", "lm_head"]
-    model = with_lora(tiny_model(family), targets)
+    model = with_lora(tiny_model(family), target_modules=targets)
     logprob = plain_logprobs(model)
     gradients = lora_gradients(model, logprob)
     assert plain_head(model) is None

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from tests.models import FOREST_FAMILIES, tiny_model
+from tests.models import FOREST_FAMILIES, tiny_model, with_lora
 from tests.unit.model.attention.test_attention import CPU, HEADS, WIDTH, chosen, dense, forest, states
-from tests.unit.model.test_logprobs import assert_as_expected, head_of, small_forest, with_lora
+from tests.unit.model.test_logprobs import assert_as_expected, head_of, small_forest
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.attention.backend import LayerCall
 from yeonma.model.attention.dispatch import (

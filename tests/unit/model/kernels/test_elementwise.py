@@ -68,7 +68,7 @@ def test_what_is_taken_of_each_family(family: str) -> None:
 
 
 def adapted(family: str) -> tuple[Any, ForestSupport]:
-    model = with_lora(family)
+    model = with_lora(tiny_model(family))
     how = check_forest_support(model.get_base_model())
     assert how.forest
     return model, how

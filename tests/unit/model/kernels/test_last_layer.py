@@ -21,7 +21,7 @@ SPARED = [
 
 
 def adapted(family: str, short: bool = True) -> tuple[Any, ForestSupport]:
-    model = with_lora(family)
+    model = with_lora(tiny_model(family))
     how = check_forest_support(model.get_base_model())
     if short:
         patch_kernels(model)

@@ -41,7 +41,7 @@ def report_of(model: Any) -> str:
 
 @pytest.mark.parametrize("family", REPORTS)
 def test_what_was_patched_of_each_kind_out_of_how_many(family: str) -> None:
-    assert report_of(with_lora(family)) == REPORTS[family]
+    assert report_of(with_lora(tiny_model(family))) == REPORTS[family]
 
 
 def test_an_attribute_of_another_name_shows() -> None:

@@ -117,8 +117,8 @@ def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -
     assert statuses == [2, 0]
     (line,) = small.errors(0)
     assert re.search(what, line), line
-    assert "make room, or lower --save_total_limit" in line
-    assert "the same command then goes on from the last checkpoint" in line
+    assert "make room or lower --save_total_limit" in line
+    assert "then run the same command to continue from the last checkpoint" in line
     stopped = small.kept / "0"
     assert [path.name for path in checkpoints(stopped)] == ["checkpoint-2", "checkpoint-3"]
     assert [read_whole(path).step for path in checkpoints(stopped)] == [2, 3]
@@ -138,7 +138,9 @@ def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
     assert re.search(
         r"metrics\.jsonl: a step's line cannot be written: No space left on device; it needs", line
     )
-    assert line.endswith("0 are free; make room; the same command then goes on from the last checkpoint")
+    assert line.endswith(
+        "0 are free; make room, then run the same command to continue from the last checkpoint"
+    )
     assert [path.name for path in checkpoints(small.kept / "0")] == ["checkpoint-40"]
     assert "continuing after step 40 of 60" in (small.place / "log-1").read_text()
     plain = trained(tmp_path / "plain" / "out", small.base, small.data, **settings)

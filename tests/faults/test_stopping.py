@@ -86,7 +86,10 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_it_had_not_come(
     status = zygotes.run(commands[verb], place, (*phase, [name]))
     log = (place / "log.txt").read_text()
     assert status == NUMBERS[name], log
-    assert f"yeonma: {NAMES[name]}: stopping as soon as all is saved; once more ends at once" in log
+    assert (
+        f"yeonma: {NAMES[name]}: saving a checkpoint, then stopping; a second signal kills the run at once"
+        in log
+    )
     assert f"stopped by {NAMES[name]}" in log
     assert "Traceback" not in log
     saved = sorted((place / "out").glob("checkpoint-*"))
@@ -94,7 +97,7 @@ def test_a_signal_saves_and_the_same_command_ends_as_if_it_had_not_come(
     assert not in_save(place / "out")
     if phase == STEPPING:  # the step that it was in is finished and saved
         assert place / "out" / "checkpoint-5" in saved
-        assert "out/checkpoint-5 is saved, and the same command goes on" in log
+        assert "out/checkpoint-5 is saved: run the same command to continue" in log
     assert zygotes.run(commands[verb], place) == 0
     log = (place / "log.txt").read_text()
     assert ("continuing after step" in log) == (phase not in BEFORE_THE_FIRST_STEP)

@@ -183,7 +183,7 @@ def _sample(row: Row, wanted: str, answers: Sequence[str]) -> str:
 
 def _show_gain(lesson: Lesson, output: Path) -> None:
     """What the held-out rows gained, by the looks at them before training and of the adapter that is kept."""
-    from yeonma.run_folder.trackers import read_metrics
+    from yeonma.run_folder.run_log import read_metrics
 
     looks = [each for each in read_metrics(output / "metrics.jsonl") if each.get("evaluation")]
     before, after = looks[0], min(looks, key=_loss)  # the adapter with the lowest loss is the one kept

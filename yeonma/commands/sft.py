@@ -63,7 +63,7 @@ def _start_processes(processes: int, command: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    told = "stopped; what the processes have saved is kept, and the same call goes on"
+    told = "stopped; what is saved is kept: run the same command to continue"
     try:
         with _inherited(
             OMP_NUM_THREADS=_cores_of_each(processes), **ENVIRONMENT, **{BEGAN: str(time.time())}

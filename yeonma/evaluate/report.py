@@ -32,7 +32,7 @@ from yeonma.evaluate.metrics import (
     metric_tokenizer,
 )
 from yeonma.evaluate.significance import RESAMPLES, holm, interval, resampled_sums, swap_test
-from yeonma.run_folder.trackers import read_metrics
+from yeonma.run_folder.run_log import read_metrics
 
 FORMAT = 1
 CURVE_POINTS = 400

@@ -54,7 +54,7 @@ LEFTOVERS = (
 )
 ALLOWANCE_BYTES = 1 << 20
 """For the small files and the file system's own blocks."""
-GOES_ON = "the same command then goes on from the last checkpoint"
+GOES_ON = "then run the same command to continue from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def write_checkpoint(
     beside = hidden_path(place, "partial")
     tensors = sum(each.nbytes for each in (*optimizer.values(), *random.values()))
     needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
-    cure = f"make room, or lower --save_total_limit; {GOES_ON}"
+    cure = f"make room or lower --save_total_limit, {GOES_ON}"
     delete(beside)
     check_free(output, needed, what, cure)
     with disk_errors_as_user_errors(output, what, needed, cure):

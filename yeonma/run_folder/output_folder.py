@@ -219,7 +219,7 @@ def install(output: Path, adapter: AdapterWriter) -> None:
     """
     beside = output / ".final.partial"
     delete(beside)
-    cure = f"make room; {GOES_ON}"
+    cure = f"make room, {GOES_ON}"
     check_free(output, adapter.about_bytes, "the adapter", cure)
     with disk_errors_as_user_errors(output, "the adapter", adapter.about_bytes, cure):
         try:

@@ -1,81 +1,26 @@
-"""The record of a run: metrics.jsonl, loss.png, and the trackers that get the same numbers."""
+"""Trackers, which get the numbers of metrics.jsonl while a run goes on; and loss.png."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from io import BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from yeonma.errors import Problem, UserError, did_you_mean
-from yeonma.files import disk_errors_as_user_errors, replace_file, sync, write_all
+from yeonma.files import replace_file
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
+from yeonma.run_folder.run_log import numbers_of, read_metrics
 
-CURE = "make room; the same command then goes on from the last checkpoint"
 Settings = Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class MetricsFile:
-    """metrics.jsonl, open at its end. A context manager; `open_metrics` makes it."""
-
-    file: FileIO
-
-    def write(self, record: StepRecord | EvaluationRecord) -> None:
-        """Append one line and hand it to the operating system: a killed process loses no line. Raises UserError where
-        the disk is full or fails; a part of a line is then cut off when the run goes on.
-        """
-        line = _line(record)
-        with disk_errors_as_user_errors(Path(self.file.name), "a step's line", len(line), CURE):
-            write_all(self.file, line)
-
-    def sync(self) -> None:
-        """Wait for the disk. Called before a checkpoint is renamed into place, so that no power cut leaves a
-        checkpoint whose steps have no lines. Raises as `write`.
-        """
-        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", cure=CURE):
-            os.fsync(self.file.fileno())
-
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-
-
-def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = True) -> MetricsFile:
-    """Open `path` to append to it: empty for a new run (`keep_steps` None), else with lines up to that step, its
-    evaluation among them or not.
-
-    What comes after them is cut off in one system call, so a kill leaves the old lines or the kept ones. The
-    kept lines are not rewritten. Raises UserError for a line that is no record.
-    """
-    kept = keep_steps is not None and path.exists()
-    end = _end_of_step(path, keep_steps or 0, keep_evaluation) if kept else 0
-    file = path.open("ab", buffering=0)
-    file.truncate(end)
-    sync(path.parent)  # its name; what is in it waits for `MetricsFile.sync`
-    return MetricsFile(file)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, evaluations among them, in the order written.
-
-    A number that was not finite is None. A last line without a line end is a write that was cut short: it is
-    left out. Raises UserError where there is no such file and for a line that is no record.
-    """
-    if not path.is_file():
-        raise UserError("no such file", place=str(path))
-    return [values for _, values in _lines(path)]
 
 
 def plot_loss(metrics_path: Path, png_path: Path, per: str = "trained token") -> None:
@@ -195,66 +140,11 @@ def tracked(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     """A record's numbers under the names that trackers show: `train/loss`, `validation/perplexity`, ..."""
     group = "validation" if isinstance(record, EvaluationRecord) else "train"
     values: dict[str, float] = {
-        f"{group}/{key}": value for key, value in _flat(record).items() if key != "step"
+        f"{group}/{key}": value for key, value in numbers_of(record).items() if key != "step"
     }
     if isinstance(record, StepRecord) and record.seconds > 0:
         values["train/tokens_per_second"] = record.tokens / record.seconds
     return values
-
-
-# metrics.jsonl
-
-
-def _line(record: StepRecord | EvaluationRecord) -> bytes:
-    values = _flat(record)
-    if isinstance(record, EvaluationRecord):
-        values = {"evaluation": True, **values}
-    # JSON has no NaN and no infinity. Floats are written with as many digits as give the same float back.
-    strict = {key: None if _is_not_finite(value) else value for key, value in values.items()}
-    return (json.dumps(strict, allow_nan=False) + "\n").encode()
-
-
-def _flat(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
-    """A record's numbers, its metrics after the others; without a perplexity where there is none."""
-    values = asdict(record)
-    metrics = values.pop("metrics")
-    if values.get("perplexity", 0.0) is None:
-        del values["perplexity"]
-    return {**values, **metrics}
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each whole line's end, in bytes from the start of the file, and its values."""
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            end += len(line)
-            yield end, _values(line, f"{path}:{number}")
-
-
-def _values(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        values = None
-    if not (isinstance(values, dict) and isinstance(values.get("step"), int) and "loss" in values):
-        raise UserError("not a record of a step", place=place, cure="delete this line")
-    return values
-
-
-def _end_of_step(path: Path, step: int, with_evaluation: bool) -> int:
-    kept = 0
-    for end, values in _lines(path):
-        if (values["step"], values.get("evaluation", False)) > (step, with_evaluation):
-            break
-        kept = end
-    return kept
 
 
 # loss.png

@@ -67,7 +67,7 @@ def load_model(
     model_settings, lora = config.model, config.lora
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
-        say("one process holds all weights: shard plays no part")
+        say("shard has no effect in a single process")
     quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
     policy = build_policy(
         source,

@@ -1,8 +1,8 @@
-"""Ending a run early and in order: by SIGTERM, by Ctrl-C, or because its time is over.
+"""Stop a run early with a checkpoint: on SIGTERM, on Ctrl-C, or when its time limit is over.
 
 Before the first step and after the last there is nothing to save, and a signal raises `Stopped` wherever the run is.
-During the steps it is only a wish: every process adds its own to the step's one sum, so all of them stop after the same
-step, with a checkpoint. A second signal ends the process at once, which is as harmless as kill -9 at any moment.
+During the steps it is a request: every process adds its own to the step's one sum, so all stop after the same step,
+with a checkpoint. A second signal kills the process at once; like kill -9 at any moment, it damages nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ TWICE_SECONDS = 2.0
 BEGAN = "YEONMA_BEGAN"
 """Environment variable: when the command began that started this process, in seconds of time.time()."""
 
+FIRST_SIGNAL = (
+    "saving a checkpoint, then stopping; "
+    "a second signal kills the run at once and leaves the last checkpoint intact"
+)
+
 _SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _GIVEN_BACK = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
@@ -39,8 +44,8 @@ _GIVEN_BACK = [
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was ended before it was finished; the same call goes on. `status` is the command's exit status: 143, 130 or
-    75 (see REASONS). `told` where its text has been printed."""
+    """A run was stopped before it was finished. `status` is the exit status of the command: 143, 130 or 75 (see
+    REASONS). `told`: the text has been printed."""
 
     def __init__(self, text: str, status: int, told: bool = False) -> None:
         super().__init__(text)
@@ -111,7 +116,7 @@ class Stop:
         return time.monotonic() + room + self.slowest_save + SPARE_SECONDS > self.ends
 
     def _leave(self, status: int) -> None:
-        text = f"stopped by {REASONS[status]}; what is done so far is kept, and the same command goes on"
+        text = f"stopped by {REASONS[status]}; what is done so far is kept: run the same command to continue"
         raise Stopped(text, status)
 
 
@@ -146,9 +151,7 @@ class _Watcher:
         if not self.heard:
             if os.environ.get("RANK", "0") == "0":
                 name = REASONS[_SIGNALS[signal.Signals(number)]]
-                os.write(
-                    2, f"yeonma: {name}: stopping as soon as all is saved; once more ends at once\n".encode()
-                )
+                os.write(2, f"yeonma: {name}: {FIRST_SIGNAL}\n".encode())
             self.heard.append(now)
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self.heard[0] > TWICE_SECONDS:
             os._exit(_SIGNALS[signal.Signals(number)])

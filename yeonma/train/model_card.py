@@ -14,7 +14,7 @@ from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.sampling import SamplingParams
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
-from yeonma.run_folder.trackers import read_metrics
+from yeonma.run_folder.run_log import read_metrics
 from yeonma.tokenization.dataset import Dataset, Part
 from yeonma.tokenization.example import stop_ids
 

@@ -199,7 +199,7 @@ def _check_positions(config: Any, dataset: Dataset) -> None:
 def _check_schedule(step: StepSettings, say: Log) -> None:
     """Try the schedule on nothing. Raises UserError for arguments that it does not take; says what plays no part."""
     if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *BY_METRIC):
-        say(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio play no part")
+        say(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio have no effect")
     if step.lr_scheduler_kwargs and step.lr_scheduler in ("constant", "constant_with_warmup"):
         raise UserError(f"{step.lr_scheduler} takes none", place="lr_scheduler_kwargs")
     if step.lr_scheduler in SURE and not step.lr_scheduler_kwargs:

@@ -1,4 +1,4 @@
-"""The steps of a run with all that is told of them: progress, metrics.jsonl, trained_rows.jsonl and trackers."""
+"""A training run from its settings to the adapter folder."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from yeonma.run_folder.disk_space import Saves, adapter_bytes, check_room
 from yeonma.run_folder.environment import environment, moved, versions
 from yeonma.run_folder.lock import hold
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
-from yeonma.run_folder.run_log import TRAINED_ROWS, open_trained_rows
-from yeonma.run_folder.trackers import check_trackers, open_metrics, open_trackers, plot_loss, tracked
+from yeonma.run_folder.run_log import TRAINED_ROWS, open_metrics, open_trained_rows
+from yeonma.run_folder.trackers import check_trackers, open_trackers, plot_loss, tracked
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
 from yeonma.tokenization.dataset import Dataset, describe
 from yeonma.tokenization.store import TokenStore
@@ -64,7 +64,7 @@ def run_with_callbacks(
     start: RunProgress,
     output: Path,
 ) -> RunProgress:
-    """Take the steps from `start` on, in the one process that tells of them. Returns the last state."""
+    """Run `steps` from `start` on with rank 0's callbacks: logs, progress line and trackers."""
     run = config.run
     with (
         open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
@@ -120,7 +120,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         wait(group)  # nobody looks into a folder that another run may be writing
         start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, say)
         if start.finished:
-            say(f"{output} holds this run, finished; --overwrite true would do it anew")
+            say(f"{output} holds this run, finished; use --overwrite true to run it again")
             return output
         if group.first and prepared.trained_parameters is not None:
             saves = saves_of(config, prepared)
@@ -173,7 +173,7 @@ def _train(
     start: folder.Start,
     output: Path,
 ) -> tuple[str, int] | None:
-    """None where the run is finished; else what was told of its end, and the exit status."""
+    """None where the run is finished; else the message printed about its end, and the exit status."""
     run, evaluation = config.run, config.evaluation
     say, group, plan = partial(console.out, highlight=False), state.group, prepared.plan
     dataset, policy = prepared.dataset, loaded.policy
@@ -268,7 +268,7 @@ def _train(
     )
     folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
-    say(f"the adapter is in {output}")
+    say(f"Adapter saved to {output}")
     if carried.text is None:
         say(f"its chat template does not carry the training template: {carried.why}")
     return None
@@ -291,9 +291,9 @@ def _tokens_of(progress: RunProgress | None, group: Processes) -> int | None:
 
 def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:
     if not step:
-        return f"stopped by {REASONS[status]} before the first step; the same command begins anew"
+        return f"stopped by {REASONS[status]} before the first step; run the same command to start again"
     where = f"stopped by {REASONS[status]} after step {step} of {total_steps}"
-    return f"{where}; {checkpoint_path(output, step)} is saved, and the same command goes on"
+    return f"{where}; {checkpoint_path(output, step)} is saved: run the same command to continue"
 
 
 def _samples(dataset: Dataset, count: int) -> Samples:

@@ -17,7 +17,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.output_folder import OURS, RUN, SEAL, TOKENIZERS
-from yeonma.run_folder.trackers import read_metrics
+from yeonma.run_folder.run_log import read_metrics
 from yeonma.verify.finding import Finding, checked, not_checked
 
 RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.png", "README.md")

@@ -135,7 +135,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
 def test_one_process_has_nothing_to_share_out(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", pairs(5))
     done = tuned(tmp_path / "out", model_folder(tmp_path / "llama"), data, shard=True)
-    assert done.out.count("one process holds all weights: shard plays no part") == 1
+    assert done.out.count("shard has no effect in a single process") == 1
     assert "shared out" not in done.out
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from tests.runs import TWO_EPOCHS, Done, articles, left_behind, model_folder, sft, trained, write_jsonl
-from yeonma.run_folder import checkpoint
+from yeonma.run_folder import checkpoint, run_log
 from yeonma.run_folder import output_folder as folder
-from yeonma.run_folder import trackers as tracking
 from yeonma.train import loop, run
 
 # Two epochs of 5 steps; checkpoints at 2, 4, ... and wherever the validation loss was lowest.
@@ -76,7 +75,7 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int, bool]] = {
     "before the first step": (loop, "train_step", 1, False),
     "in the second step, before the first checkpoint": (loop, "train_step", 2, False),
     "in the fourth step": (loop, "train_step", 4, False),
-    "as the fifth step is recorded": (tracking.MetricsFile, "write", 7, True),
+    "as the fifth step is recorded": (run_log.MetricsFile, "write", 7, True),
     "in the first evaluation": (loop, "evaluate", 1, False),
     "in the second evaluation": (loop, "evaluate", 2, True),
     "in writing the third checkpoint": (checkpoint, "save_file", 6, True),
@@ -333,7 +332,7 @@ def test_a_finished_run_says_so_and_trains_nothing(tmp_path: Path, base: Path, d
     first = trained(tmp_path / "out", base, data, max_steps=2)
     before = everything_in(first.folder)
     second = trained(tmp_path / "out", base, data, max_steps=2)
-    assert f"{first.folder} holds this run, finished; --overwrite true would do it anew\n" in second.out
+    assert f"{first.folder} holds this run, finished; use --overwrite true to run it again\n" in second.out
     assert "step 1/2" not in second.out
     assert everything_in(first.folder) == before
     third = trained(tmp_path / "out", base, data, max_steps=2, overwrite=True)

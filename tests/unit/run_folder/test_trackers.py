@@ -21,14 +21,13 @@ from yeonma.config import settings
 from yeonma.errors import UserError
 from yeonma.run_folder import trackers as tracking
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, peak_memory_bytes
+from yeonma.run_folder.run_log import open_metrics, read_metrics
 from yeonma.run_folder.trackers import (
     RunningTracker,
     Trackers,
     check_trackers,
-    open_metrics,
     open_trackers,
     plot_loss,
-    read_metrics,
     tracked,
 )
 
@@ -219,7 +218,7 @@ def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
         "import os, signal\n"
         "from pathlib import Path\n"
         "from yeonma.run_folder.progress import StepRecord\n"
-        "from yeonma.run_folder.trackers import open_metrics\n"
+        "from yeonma.run_folder.run_log import open_metrics\n"
         f"metrics = open_metrics(Path({str(path)!r}), None)\n"
         "for step in (1, 2, 3):\n"
         "    metrics.write(StepRecord(step, 0.1, 1.0, 1e-4, 1.0, 8, 100, 50, 0.5, 1))\n"

@@ -298,7 +298,7 @@ def test_a_schedule_that_does_not_take_its_arguments_is_refused(
 
 def test_a_schedule_without_a_warm_up_says_so(tmp_path: Path, base: Path, data: Path) -> None:
     done = trained(tmp_path / "out", base, data, lr_scheduler="constant", warmup_steps=2, max_steps=2)
-    assert "constant has no warm-up: warmup_steps and warmup_ratio play no part\n" in done.out
+    assert "constant has no warm-up: warmup_steps and warmup_ratio have no effect\n" in done.out
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_the_console_has_one_line_a_step_and_nothing_that_libraries_print(
         *(["step 3/6 .* validation loss .*"]),
         *([r"step \d/6  epoch .*  loss .*  lr .* tokens/s .* left .*"] * 3),
         *(["step 6/6 .* validation loss .*"]),
-        re.escape(f"the adapter is in {done.folder}"),
+        re.escape(f"Adapter saved to {done.folder}"),
     ]
     lines = [line for line in done.out.splitlines() if not line.startswith("tokenised ")]
     assert len(lines) == len(kinds)

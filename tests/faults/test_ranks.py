@@ -76,7 +76,7 @@ def whole(
 
 @pytest.mark.parametrize(
     ("rank", "how", "says"),
-    [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "was not heard of for 4 seconds")],
+    [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "has been silent for 4 seconds")],
     ids=["second killed", "first killed", "second stopped"],
 )
 def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
@@ -135,7 +135,7 @@ def test_processes_that_nobody_started_together_name_the_one_that_is_gone(
     runs[1].communicate()
     assert runs[0].returncode == heartbeat.LOST, out
     assert f"yeonma: process 1 ({os.uname().nodename}, process id {runs[1].pid}) has ended; " in out
-    assert "the same command goes on from the last checkpoint" in out
+    assert "run the same command to continue from the last checkpoint" in out
     assert "Traceback" not in out
 
 

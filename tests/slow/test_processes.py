@@ -73,9 +73,9 @@ def test_a_step_may_have_fewer_rows_than_there_are_processes(tmp_path: Path, bas
 
 GRADIENTS = """
 import torch
-from yeonma.train.distributed import processes, sum_gradients
+from yeonma.train.distributed import process_group, rendezvous, sum_gradients
 
-with processes(torch.device("cpu")) as group:
+with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     both, first, none = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     both.grad = torch.tensor([1.0, 2.0]) * (group.rank + 1)
     first.grad = torch.tensor([5.0, 0.0]) if group.first else None

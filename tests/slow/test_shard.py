@@ -100,10 +100,10 @@ import torch
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.sharding import gathered_bytes, held_bytes, shard_weights
-from yeonma.train.distributed import processes, wait
+from yeonma.train.distributed import process_group, rendezvous, wait
 from yeonma.run_folder.progress import status_bytes
 
-with processes(torch.device("cpu")) as group:
+with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     before = {name: status_bytes(name) for name in ("RssAnon", "RssFile")}
     model = load.load_base(load.BaseSource(sys.argv[1]), None, torch.float32)
     load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)

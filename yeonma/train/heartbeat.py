@@ -1,10 +1,9 @@
-"""Whether the other processes of a run are still there. Each beats, and the one before it listens.
+"""Heartbeat: find out when another process of the run dies or stops.
 
-Who waits in a sum for a process that was killed, stopped or cut off would wait as long as the sum may take, and that is
-long: a first process may tokenise for hours. So a thread in every process writes a number into the store that torchrun
-keeps, again and again, and looks at its successor's: three small requests a process and interval, for any number of
-processes. What it finds missing ends all processes, with its name. A process that runs but never ends what it does
-(a deadlock on its device) beats all the same, and is not found.
+A process that waits in a collective for one that was killed, stopped or cut off would wait until the collective's
+timeout. So a thread in every process increments a number in torchrun's store, and reads that of the next rank: three
+small requests per process and interval, for any number of processes. When one is lost, all end, with its name. A
+process whose threads run while its device hangs is not found here; the collective's timeout ends it.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ if TYPE_CHECKING:  # a build of PyTorch may be without processes
 
 INTERVAL_SECONDS = 2.0
 SILENCE_SECONDS = float(os.environ.get("YEONMA_SILENCE_SECONDS", "40"))
-"""A process that was not heard of for so long is lost. Its thread needs Python's lock for a moment now and then, which
-a long call into C may hold."""
+"""A process that is silent for so long is lost. Its thread needs Python's interpreter lock now and then, which a long
+call into C may hold."""
 DONE = b"done"
 
 
 @dataclass
 class Heartbeat:
-    """This process's thread. `company` makes it."""
+    """The thread of this process; see `watch_processes`."""
 
     store: Store
     rank: int
@@ -51,23 +50,23 @@ class Heartbeat:
         return (self.rank + 1) % self.count
 
     def lost(self, seconds: float) -> str | None:
-        """Who is lost, in words, as soon as that is known or the time is over."""
+        """Wait until a process is lost, and return a message that names it; None if the time is over first."""
         until = time.monotonic() + seconds
         while self._verdict is None and time.monotonic() < until:
             self._left.wait(0.1)
         return self._verdict
 
     def run(self) -> None:
-        """Until the process leaves, or another is lost: then the process ends."""
+        """Beat until this process leaves. If another is lost, end this process."""
         try:
             self._listen()
-        except Exception:  # whatever the store raises where its host is gone
+        except Exception:  # the store raises various errors when its host is gone
             if self._left.wait(2 * INTERVAL_SECONDS):
                 return
-            self._verdict = "the process that all were started by, or the way to it, is gone"
+            self._verdict = "torchrun's store cannot be reached any more"
         if self._verdict is not None and not self._left.wait(2 * INTERVAL_SECONDS):
-            # the main thread waits for what will not come
-            print(f"yeonma: {told(self._verdict)}", file=sys.stderr, flush=True)
+            # the main thread waits in a collective that will not end
+            print(f"yeonma: {_message(self._verdict)}", file=sys.stderr, flush=True)
             os._exit(LOST)
 
     def _listen(self) -> None:
@@ -82,9 +81,9 @@ class Heartbeat:
             beat = self._read(f"beat/{self.next}")
             if beat != heard:
                 heard, last = beat, time.monotonic()
-            if beat != DONE and (how := self._is_lost(time.monotonic() - last)):
-                self._verdict = how
-                self.store.set("lost", how)
+            if beat != DONE and (loss := self._loss(time.monotonic() - last)):
+                self._verdict = loss
+                self.store.set("lost", loss)
                 return
             if self._left.wait(INTERVAL_SECONDS):
                 return
@@ -92,9 +91,10 @@ class Heartbeat:
     def _read(self, key: str) -> bytes:
         return bytes(self.store.get(key)) if self.store.check([key]) else b""
 
-    def _is_lost(self, silent_seconds: float) -> str | None:
+    def _loss(self, silent_seconds: float) -> str | None:
+        """How the next rank was lost; None if it lives."""
         who = json.loads(self._read(f"who/{self.next}") or "null")
-        if who is None:  # it has not come so far; torchrun knows of those that ended before
+        if who is None:  # not started yet; torchrun itself notices one that ends before
             return None
         here = who["host"] == socket.gethostname()
         name = f"process {self.next} ({who['host']}, process id {who['pid']})"
@@ -102,17 +102,17 @@ class Heartbeat:
             return None if self._read(f"beat/{self.next}") == DONE else f"{name} has ended"
         if silent_seconds < SILENCE_SECONDS:
             return None
-        if here:  # stopped, it would not hear torchrun's SIGTERM either
+        if here:  # a stopped process does not react to torchrun's SIGTERM either
             os.kill(who["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
-        return f"{name} was not heard of for {SILENCE_SECONDS:.0f} seconds"
+        return f"{name} has been silent for {SILENCE_SECONDS:.0f} seconds"
 
 
-def told(verdict: str) -> str:
-    return f"{verdict}; this process ends too, and the same command goes on from the last checkpoint"
+def _message(verdict: str) -> str:
+    return f"{verdict}; this process ends too; run the same command to continue from the last checkpoint"
 
 
 def _is_there(pid: int) -> bool:
-    """On this machine; a process that has ended and that nobody has asked about is not."""
+    """Whether a process of this machine runs; a zombie does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -127,27 +127,28 @@ def _is_there(pid: int) -> bool:
 
 
 @contextmanager
-def company(store: Store, rank: int, count: int) -> Iterator[None]:
-    """Beat and listen within. Raises ProcessLost in the place of the error that a lost process brings about in a sum.
+def watch_processes(store: Store, rank: int, count: int) -> Iterator[None]:
+    """Run the heartbeat within the block. Raises ProcessLost in place of the error of a collective that a lost process
+    caused.
 
-    `store`: of torchrun's, for these keys alone and with a connection of its own.
+    `store` must have these keys to itself, and a connection of its own.
     """
-    beating = Heartbeat(store, rank, count)
-    thread = threading.Thread(target=beating.run, name="heartbeat", daemon=True)
+    heartbeat = Heartbeat(store, rank, count)
+    thread = threading.Thread(target=heartbeat.run, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield
     except RuntimeError as error:
-        if _is_of_a_sum(error) and (verdict := beating.lost(SILENCE_SECONDS + 2 * INTERVAL_SECONDS)):
-            raise ProcessLost(told(verdict)) from error
+        if _is_of_a_collective(error) and (verdict := heartbeat.lost(SILENCE_SECONDS + 2 * INTERVAL_SECONDS)):
+            raise ProcessLost(_message(verdict)) from error
         raise
     else:
         store.set(f"beat/{rank}", DONE.decode())
     finally:
-        beating._left.set()
+        heartbeat._left.set()
         thread.join(INTERVAL_SECONDS)
 
 
-def _is_of_a_sum(error: RuntimeError) -> bool:
-    """A failed meeting of processes; gloo has no class of its own for it."""
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo raises a plain RuntimeError."""
     return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))

@@ -45,7 +45,7 @@ from yeonma.train.build import (
     reference_extras,
     units_to_reference,
 )
-from yeonma.train.distributed import Processes, check_alike, processes, wait
+from yeonma.train.distributed import Processes, check_alike, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
 from yeonma.train.memory_budget import one_by_one, resolve_auto, try_heaviest
@@ -106,12 +106,13 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
-    with processes(device) as group, ExitStack() as held:
-        stop.others = group.count > 1
-        console = Console(stderr=False, quiet=not group.first, soft_wrap=True)
+    with rendezvous() as met, ExitStack() as held:
+        stop.others = met.count > 1
+        console = Console(stderr=False, quiet=met.rank != 0, soft_wrap=True)
         say = partial(console.out, highlight=False)
         prepared = prepare(config, source, continued, say)
         describe(prepared.dataset, say)
+        group = held.enter_context(process_group(met, device))
         check_alike(group, _alike(config, prepared))
         if group.first:
             held.enter_context(disk_errors_as_user_errors(output, "the run's files"))

@@ -31,7 +31,7 @@ from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import example_logprobs
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.sharding import held_bytes, shard_weights
-from yeonma.train.distributed import processes
+from yeonma.train.distributed import process_group, rendezvous
 
 ids = [np.random.default_rng(seed).integers(3, 97, 30, dtype=np.int32) for seed in (1, 2)]
 trained = [np.arange(30) > 9] * 2
@@ -56,7 +56,7 @@ def gone_through(model):
     return how, float(loss), grads
 
 
-with processes(torch.device("cpu")) as group:
+with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     found = {}
     for family in ("llama", "bloom", "gemma2"):  # by forests, one by one with a tied head, by forests with one
         whole, model = adapted(family), adapted(family)

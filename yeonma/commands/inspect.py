@@ -1,4 +1,4 @@
-"""`yeonma inspect`: the settings of a training run in, what it would train on out."""
+"""`yeonma inspect`: show what a run would train on, audit it, and forecast memory and time."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from yeonma.train.preflight import preflight
 
 
 def run(config: InspectConfig) -> int:
-    """Raises UserError for whatever the verb that would train refuses before it loads weights, and as early."""
-    shown, training = config.inspect, config.training
-    if shown.html is not None:
-        output_file(shown.html, "--html", training.data.data_path)
-    if shown.objective == "sft":
+    """Run the command. Raises UserError for everything that training refuses before it loads weights, and as early."""
+    options, training = config.inspect, config.training
+    if options.html is not None:
+        output_file(options.html, "--html", training.data.data_path)
+    if options.objective == "sft":
         training = replace(training, preference=None)
     preflight(training)
-    with _patient_collector():
+    with _rare_garbage_collection():
         from yeonma.inspect.inspect_run import run_inspect
 
-        run_inspect(shown, training)
+        run_inspect(options, training)
     return 0
 
 
 @contextmanager
-def _patient_collector() -> Iterator[None]:
-    """Torch and transformers make a million objects as they are imported, which all stay: Python's garbage collector
-    would look through them again and again, for a second in all."""
-    usual = gc.get_threshold()
+def _rare_garbage_collection() -> Iterator[None]:
+    """Importing torch and transformers creates a million lasting objects. Garbage collection would scan them again and
+    again meanwhile, for a second in total."""
+    thresholds = gc.get_threshold()
     gc.set_threshold(50_000, 20, 50)
     try:
         yield
     finally:
-        gc.set_threshold(*usual)
+        gc.set_threshold(*thresholds)

@@ -1,6 +1,6 @@
-"""The whole data set before it is trained on: what is used, shortened, left out, repeated, and the work it makes.
+"""Statistics of a data set before training: rows used, shortened, left out and repeated; lengths; computation saved.
 
-Everything comes out of the token store and the plan; the rows are not read again.
+Everything comes from the token store and the plan. The rows are not read again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from yeonma.tokenization.example import AnswerRole, LeftOut
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
-MOST_BINS = 10
-STEPS_SEEN = 50
-TOKENS_A_READ = 1 << 22
+MAX_BINS = 10
+MEASURED_STEPS = 50
+CHUNK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens the examples have, of one kind. `p95`: all but a twentieth have no more."""
+    """Lengths of prompts or answers in tokens. `p95`: the 95th percentile."""
 
     least: int
     median: int
@@ -56,7 +56,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Scripts:
-    """Rows whose answers are written in these scripts, all of them in one answer; no name: no letters."""
+    """Rows whose answer mixes these scripts. No names: the answer has no letters."""
 
     names: tuple[str, ...]
     count: int
@@ -65,7 +65,7 @@ class Scripts:
 
 @dataclass(frozen=True)
 class Bias:
-    """How the lengths of chosen and rejected answers differ: a model may learn that alone."""
+    """Difference in length between chosen and rejected answers: a model may learn nothing else."""
 
     chosen_longer: int
     """Pairs whose chosen answer has more tokens."""
@@ -76,36 +76,36 @@ class Bias:
 
 @dataclass(frozen=True)
 class PartAudit:
-    """Of the training or the validation rows. Row numbers are the first few."""
+    """Statistics of the training rows or the validation rows. Row numbers are the first few."""
 
     name: str
     rows: int
-    """Rows that something is trained of, or measured by."""
+    """Rows that are used."""
     units: int
-    """What a step counts: examples or, in preference data, pairs."""
+    """Examples or, in preference data, pairs."""
     examples: int
     """A pair has two."""
     tokens: int
     trained_tokens: int
     shortened: int
-    """Examples that lost text of a prompt field."""
+    """Examples with a shortened prompt field."""
     shortened_rows: tuple[int, ...]
     cut_characters: int
     prompt_tokens: Lengths
     answer_tokens: Lengths
     variants: tuple[int, ...]
-    """Examples of each variant of the template."""
+    """Number of examples by variant of the template."""
     scripts: tuple[Scripts, ...]
-    """The most frequent first."""
+    """Most frequent first."""
     bias: Bias | None
-    """Of pairs alone."""
+    """Only for pairs."""
     remarks: tuple[DataWarning, ...]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Token positions that go through the model in `steps` steps: padded to the longest of each micro-batch, in
-    sequences of their own lengths, and with shared beginnings computed once."""
+    """Token positions computed in `steps` steps: with padding to the longest example of a micro-batch, without padding,
+    and as a forest, which computes shared prefixes once."""
 
     steps: int
     padded: int
@@ -114,20 +114,20 @@ class Work:
 
     @property
     def saved(self) -> float:
-        """The share of the padded positions that is never computed."""
+        """The fraction of padded positions that a forest does not compute."""
         return 1 - self.forest / self.padded
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it was read: rows, and those that became no example."""
+    """A data set as it was read, and its rows that did not become examples."""
 
     name: str
     rows: int
     left_out: int
     """Rows, or single answers of turn lists."""
     identical: int
-    """Pairs among them with nothing to choose between, as they stand or as tokens."""
+    """Pairs among them whose two answers are equal, as text or as tokens."""
     left_out_rows: tuple[LeftOut, ...]
 
 
@@ -142,7 +142,7 @@ class Audit:
     overlap: DataWarning | None
     steps_per_epoch: int
     steps: int
-    """Of the whole run, as `num_epochs` and `max_steps` say."""
+    """In the whole run."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     work: Work
@@ -157,7 +157,7 @@ def audit_of(
     share_prefix: bool,
     unknown_id: int | None,
 ) -> Audit:
-    """`unknown_id`: the token that stands for what the tokenizer does not know, where it has one for just that."""
+    """The audit of a run's data. `unknown_id`: the tokenizer's unknown token, if it has one only for that."""
     train = _part_audit(dataset.train, dataset, unknown_id)
     held_out = dataset.validation
     return Audit(
@@ -178,15 +178,18 @@ def audit_of(
 def work_of(
     store: TokenStore, plan: Plan, micro_batch_size: int, micro_batch_tokens: int | None, share_prefix: bool
 ) -> Work:
-    """Of the plan's first steps, at most 50. Padding is measured on micro-batches of `micro_batch_size` units in the
-    order of the step, as a trainer with padding would form them, each answer of a pair with a prompt of its own."""
+    """The work of the plan's first steps, at most MEASURED_STEPS.
+
+    Padding is measured as a trainer with padding would form its micro-batches: `micro_batch_size` units in the order of
+    the step, each answer of a pair with its own copy of the prompt.
+    """
     steps = padded = unpadded = forest = 0
-    for units in islice(plan.steps(), min(STEPS_SEEN, plan.steps_per_epoch)):
+    for units in islice(plan.steps(), min(MEASURED_STEPS, plan.steps_per_epoch)):
         steps += 1
         for start in range(0, len(units), micro_batch_size):
-            together = store.lengths[store.trained_of(units[start : start + micro_batch_size])]
-            padded += len(together) * int(together.max())
-            unpadded += int(together.sum())
+            lengths = store.lengths[store.trained_of(units[start : start + micro_batch_size])]
+            padded += len(lengths) * int(lengths.max())
+            unpadded += int(lengths.sum())
         for members in micro_batches(
             store.unit_lengths[units].tolist(), micro_batch_size, micro_batch_tokens
         ):
@@ -195,21 +198,21 @@ def work_of(
 
 
 def lengths_of(counts: np.ndarray) -> Lengths:
-    """Of at least one count of tokens."""
+    """Summary and histogram of `counts`, at least one number of tokens."""
     least, most = int(counts.min()), int(counts.max())
-    width = _round(ceil((most - least + 1) / MOST_BINS))
+    width = _round_up(ceil((most - least + 1) / MAX_BINS))
     first = least // width * width
     numbers = np.bincount((counts - first) // width)
     bins = [
-        Bin(first + number * width, first + (number + 1) * width - 1, int(found))
-        for number, found in enumerate(numbers)
+        Bin(first + number * width, first + (number + 1) * width - 1, int(count))
+        for number, count in enumerate(numbers)
     ]
     median, p95 = np.percentile(counts, [50, 95], method="inverted_cdf")
     return Lengths(least, int(median), float(counts.mean()), int(p95), most, tuple(bins))
 
 
-def _round(width: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 25, 50, 100, 200, 250, ... that is not below `width`."""
+def _round_up(width: int) -> int:
+    """The first of 1, 2, 5, 10, 20, 25, 50, 100, 200, 250, ... that is at least `width`."""
     steps = (step * 10**power // 100 for power in count() for step in (100, 200, 250, 500))
     return next(step for step in steps if step >= width)
 
@@ -221,7 +224,7 @@ def _source(part: Part) -> Source:
         name=part.rows.name,
         rows=counts.rows,
         left_out=counts.left_out,
-        identical=sum(one.reason in NOTHING_TO_CHOOSE for one in left_out),
+        identical=sum(row.reason in NOTHING_TO_CHOOSE for row in left_out),
         left_out_rows=tuple(left_out[:FIRST]),
     )
 
@@ -235,7 +238,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
     rows = used_rows(store, positions)
     shortened = np.unique(store.row_numbers[positions][cut > 0])
     unknown = _rows_with(store, positions, unknown_id) if unknown_id is not None else rows[:0]
-    not_known = rows_warning("unknown", unknown, "rows with text that the tokenizer has no tokens for")
+    unknown_warning = rows_warning("unknown", unknown, "rows with text that the tokenizer has no tokens for")
     return PartAudit(
         name=part.rows.name,
         rows=len(rows),
@@ -253,7 +256,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
         ),
         bias=_bias(store, positions, answers),
         scripts=_scripts(store.row_scripts[rows - 1], rows),
-        remarks=(*data_warnings(store, positions), *([not_known] if not_known else [])),
+        remarks=(*data_warnings(store, positions), *([unknown_warning] if unknown_warning else [])),
     )
 
 
@@ -273,21 +276,22 @@ def _bias(store: TokenStore, positions: np.ndarray, answers: np.ndarray) -> Bias
 
 def _scripts(bits: np.ndarray, rows: np.ndarray) -> tuple[Scripts, ...]:
     kinds, counts = np.unique(bits, return_counts=True)
-    found = [
+    scripts = [
         Scripts(script_names(int(kind)), int(count), tuple(rows[bits == kind][:FIRST].tolist()))
         for kind, count in zip(kinds, counts, strict=True)
     ]
-    return tuple(sorted(found, key=lambda scripts: -scripts.count))
+    return tuple(sorted(scripts, key=lambda entry: -entry.count))
 
 
 def _rows_with(store: TokenStore, positions: np.ndarray, token_id: int) -> np.ndarray:
-    """The numbers of the rows of `positions` in whose examples a token stands."""
-    found = np.zeros(len(store), dtype=bool)
-    for start, ids in _pieces(store.token_ids):
-        found[np.searchsorted(store.starts, start + np.flatnonzero(ids == token_id), side="right") - 1] = True
-    return np.unique(store.row_numbers[positions[found[positions]]])
+    """Row numbers of those examples at `positions` that contain the token."""
+    contains = np.zeros(len(store), dtype=bool)
+    for start, token_ids in _chunks(store.token_ids):
+        flat = start + np.flatnonzero(token_ids == token_id)
+        contains[np.searchsorted(store.starts, flat, side="right") - 1] = True
+    return np.unique(store.row_numbers[positions[contains[positions]]])
 
 
-def _pieces(tokens: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(tokens), TOKENS_A_READ):
-        yield start, np.asarray(tokens[start : start + TOKENS_A_READ])
+def _chunks(tokens: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(tokens), CHUNK_TOKENS):
+        yield start, np.asarray(tokens[start : start + CHUNK_TOKENS])

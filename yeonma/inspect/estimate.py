@@ -1,11 +1,10 @@
-"""What a run will need, before a weight is loaded: parameters, memory by part, and the operations that take time.
+"""Forecast of a run before weights are loaded: parameters, memory by part, and floating point operations.
 
-Memory follows from the config: the heaviest micro-batch that the run will form goes through the model on the meta
-device (see `trace`).
+Memory is traced: the heaviest micro-batch of the run goes through the model on the meta device (see `trace`).
 
-Not counted is what the C library's heap loses in holes between tensors on the CPU. That was 0 to 15% of the measured
-peak in most runs, and up to 40% with gradient checkpointing in a deep model with long micro-batches, whose tensors
-are small beside those that come and go.
+Fragmentation of the C library's heap on the CPU is not counted. It was 0 to 15% of the measured peak in most runs, and
+up to 40% with gradient checkpointing in a deep model with long micro-batches, whose kept tensors are small beside the
+temporary ones.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.prepare import Prepared, lora_shape
 
-ROUTINE_BYTES = (
-    620_000  # of what oneDNN makes for one shape of a product; measured with oneDNN 3.12 on AVX-512
-)
-CHECKED = 4  # token counts that the check at loading goes through the model with
+ROUTINE_BYTES = 620_000  # of oneDNN's kernel for one shape of a product; measured with oneDNN 3.12 on AVX-512
+CHECK_SHAPES = 4  # numbers of tokens in the forward passes of the check at loading
 
 
 def estimate(
@@ -50,12 +47,11 @@ def estimate(
     processes: int = 1,
     with_alternatives: bool = True,
 ) -> Forecast:
-    """`settings` as of a training run, `prepared` by `train.prepare`; `processes` that the run will have. No time yet:
-    `timed_by_rate` or `timed_by_probe` add it.
+    """The forecast of a run with `processes` processes, without time: `timed_by_rate` or `timed_by_probe` add that.
 
-    Call it before anything large is held: what this process holds counts as the process.
-    The base is taken to be one that forests can be trained on, which the run itself will see at loading.
-    Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
+    Call it before anything large is in memory: the memory of this process counts as the process's own part.
+    Assumes that the base can be trained on forests; the run checks that when it loads the base.
+    Raises UserError for target modules that the model does not have and for a model that cannot be traced.
     """
     model, step = config.model, config.step
     device = load.pick_device(model.device)
@@ -74,17 +70,17 @@ def estimate(
         has_fp8=multiplies_fp8(device),
         optimizer=step.optimizer,
     )
-    drawn = _draw(case)
+    model_blueprint = _blueprint(case)
     process = _process_bytes(device.type)
     batches = survey_micro_batches(prepared.plan, prepared.dataset.train.store, case.micro, processes)
-    traced = trace(drawn, batches.heaviest, has_gradients=batches.several)
-    memory = _memory(case, drawn, batches, traced, process, prepared.plan.total_steps)
+    traced = trace(model_blueprint, batches.heaviest, has_gradients=batches.several)
+    memory = _memory(case, model_blueprint, batches, traced, process, prepared.plan.total_steps)
     tokens = _tokens(prepared)
     return Forecast(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        parameters_trained=drawn.trained,
-        parameters_frozen=drawn.frozen,
+        parameters_trained=model_blueprint.trained,
+        parameters_frozen=model_blueprint.frozen,
         steps=prepared.plan.total_steps,
         epochs=prepared.plan.epoch_at(prepared.plan.total_steps),
         processes=processes,
@@ -102,7 +98,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Case:
-    """What memory depends on, beside the data."""
+    """What memory depends on, besides the data."""
 
     config: Any
     lora: load.LoraShape | str
@@ -115,11 +111,11 @@ class _Case:
     sharded: bool
     quantization: Quantization
     has_fp8: bool
-    """Whether the device multiplies fp8 by itself."""
+    """Whether the device has fp8 products."""
     optimizer: Optimizer
 
 
-def _draw(case: _Case) -> Blueprint:
+def _blueprint(case: _Case) -> Blueprint:
     return blueprint(
         case.config,
         case.dtype,
@@ -133,32 +129,37 @@ def _draw(case: _Case) -> Blueprint:
 
 
 def _memory(
-    case: _Case, drawn: Blueprint, batches: MicroBatchSurvey, traced: Trace, process: int, steps: int
+    case: _Case,
+    model_blueprint: Blueprint,
+    batches: MicroBatchSurvey,
+    traced: Trace,
+    process: int,
+    steps: int,
 ) -> Memory:
-    weights, gathered = drawn.weight_bytes, 0
+    weights, gathered = model_blueprint.weight_bytes, 0
     loading = process + weights
     if case.sharded:
-        weights = ceil(drawn.weight_bytes / case.processes)
-        gathered = min(drawn.gathered_bytes, drawn.weight_bytes - weights)
-        # on the CPU the file's pages, until all parts have been taken from them
+        weights = ceil(model_blueprint.weight_bytes / case.processes)
+        gathered = min(model_blueprint.gathered_bytes, model_blueprint.weight_bytes - weights)
+        # on the CPU also the pages of the file, until all shards have been copied from them
         loading = weights + gathered if case.device == "cuda" else loading + weights
     stored = getattr(case.config, "dtype", None) or case.dtype
     if case.device == "cpu" and (
         stored != case.dtype or case.quantization != "none"
-    ):  # the file's pages and the converted weights at once
-        loading += drawn.frozen * stored.itemsize
+    ):  # pages of the file and converted weights at the same time
+        loading += model_blueprint.frozen * stored.itemsize
     routines = 0
     if case.device == "cpu" and case.dtype == torch.float32 and has_onednn():
-        met = batches.distinct * traced.shapes + CHECKED * traced.forward_shapes
-        routines = min(CACHED_ROUTINES, met) * ROUTINE_BYTES
+        shapes = batches.distinct * traced.shapes + CHECK_SHAPES * traced.forward_shapes
+        routines = min(CACHED_ROUTINES, shapes) * ROUTINE_BYTES
     return Memory(
         process=process,
         weights=weights,
-        lora=drawn.trained_bytes,
+        lora=model_blueprint.trained_bytes,
         gradients=traced.gradients,
-        optimizer=_optimizer_bytes(case.optimizer, drawn)
+        optimizer=_optimizer_bytes(case.optimizer, model_blueprint)
         if steps > 1
-        else 0,  # made after the first step's peak
+        else 0,  # allocated after the first step's peak
         activations=traced.activations,
         logits=traced.logits,
         workspace=traced.workspace,
@@ -168,16 +169,16 @@ def _memory(
     )
 
 
-def _optimizer_bytes(optimizer: Optimizer, drawn: Blueprint) -> int:
-    """AdamW's two averages of every trained parameter; those that may be paged out count as if they were not."""
+def _optimizer_bytes(optimizer: Optimizer, model_blueprint: Blueprint) -> int:
+    """Bytes of AdamW's two moments of every trained parameter. Paged state counts as if it were not paged out."""
     if optimizer == "adamw":
-        return 2 * drawn.trained_bytes
-    sizes = [each.numel() for each in drawn.model.parameters() if each.requires_grad]
+        return 2 * model_blueprint.trained_bytes
+    sizes = [parameter.numel() for parameter in model_blueprint.model.parameters() if parameter.requires_grad]
     return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= LEAST_IN_8_BITS else 4 * n) for n in sizes)
 
 
 def _process_bytes(device_type: str) -> int:
-    """Resident bytes of this process, once the code of a step is in memory; 0 for a GPU, where only tensors count."""
+    """Resident bytes of this process with the code of a step in memory; 0 for a GPU, where only tensors count."""
     if device_type == "cuda":
         return 0
     weight, trained = torch.zeros(64, 64), torch.zeros(64, 64, requires_grad=True)
@@ -186,54 +187,54 @@ def _process_bytes(device_type: str) -> int:
     attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     attended.log_softmax(-1).sum().backward()
     torch.optim.AdamW([trained], fused=True).step()
-    told = status_bytes("VmRSS")
-    return peak_memory_bytes(device_type) if told is None else told
+    resident = status_bytes("VmRSS")
+    return peak_memory_bytes(device_type) if resident is None else resident
 
 
 def _alternatives(
     case: _Case, prepared: Prepared, same: MicroBatchSurvey, process: int
 ) -> tuple[Alternative, ...]:
-    """What is cheaper, each by itself. `same`: the micro-batches where that setting makes no others."""
+    """Settings that need less memory, each changed alone. `same`: the micro-batches of an unchanged setting."""
     plan = prepared.plan
-    found: list[Alternative] = []
+    alternatives: list[Alternative] = []
 
     def add(name: str, note: str, **changed: Any) -> None:
         other = replace(case, **changed)
         try:
-            other_drawn = _draw(other)
+            other_blueprint = _blueprint(other)
             store = prepared.dataset.train.store
             batches = (
                 same
                 if other.micro == case.micro
                 else survey_micro_batches(plan, store, other.micro, other.processes)
             )
-            traced = trace(other_drawn, batches.heaviest, has_gradients=batches.several)
+            traced = trace(other_blueprint, batches.heaviest, has_gradients=batches.several)
         except (UserError, ValueError):  # a model without checkpointing, or without that precision
             return
         steps = prepared.plan.total_steps
-        other_memory = _memory(other, other_drawn, batches, traced, process, steps)
-        found.append(Alternative(name, other_memory.peak, True, note))
+        other_memory = _memory(other, other_blueprint, batches, traced, process, steps)
+        alternatives.append(Alternative(name, other_memory.peak, True, note))
 
     if not case.gradient_checkpointing:
         add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
     if case.processes > 1 and not case.sharded:
-        add("shard true", "slower: layers are gathered as they run", sharded=True)
+        add("shard true", "slower: layers are gathered when used", sharded=True)
     most = case.micro.most_examples
     for fewer in sorted({most // 2, 1} - {0, most}, reverse=True):
         add(f"micro_batch_size {fewer}", "the same result", micro=replace(case.micro, most_examples=fewer))
     if case.dtype == torch.float32:
         slow = ", slow on most CPUs" if case.device == "cpu" else ""
-        add("dtype bfloat16", f"coarser numbers{slow}", dtype=torch.bfloat16)
+        add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
     if case.quantization == "none" and not case.sharded:
-        add("quantization int8", "another result; by bitsandbytes", quantization="int8")
-        add("quantization nf4", "another result; by bitsandbytes", quantization="nf4")
+        add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
+        add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")
         if case.has_fp8:
-            add("quantization fp8", "another result", quantization="fp8")
-    return tuple(found)
+            add("quantization fp8", "changes the result", quantization="fp8")
+    return tuple(alternatives)
 
 
 def _tokens(prepared: Prepared) -> int:
-    """Of all steps, a pair's prompt counted once: whole epochs, and the steps of the last one."""
+    """Tokens of all steps, with a pair's prompt counted once."""
     plan, lengths = prepared.plan, prepared.dataset.train.store.unit_lengths
     epochs, rest = divmod(plan.total_steps, plan.steps_per_epoch)
     tokens = epochs * int(plan.lengths.sum())

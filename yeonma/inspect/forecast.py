@@ -1,6 +1,6 @@
-"""What a run will need, in numbers: parameters, memory by part, time, money; and those numbers in words.
+"""A forecast of one process of a run: parameters, memory by part, time and price, as numbers and as text.
 
-`estimate` makes them. All of it is for one process of a run.
+`estimate` computes it.
 """
 
 from __future__ import annotations
@@ -9,35 +9,35 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-# Shares of the rate of one large product that a run reaches: lowest, usual, highest. CPU: docs/benchmarks.md, with
-# head, adapter and attention counted as the trace does. On a GPU nothing has been measured.
+# Fraction of the rate of one large matrix product that a run reaches: lowest, usual, highest. CPU: docs/benchmarks.md,
+# with head, adapter and attention counted as in the trace. GPU: not measured.
 EFFICIENCY = {"cpu": (0.35, 0.5, 0.6), "cuda": (0.15, 0.35, 0.6)}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process at its peak, by part; on a GPU, what the tensors on it take."""
+    """Peak memory of a process in bytes, by part. On a GPU only tensors count."""
 
     process: int
-    """Python, torch and the data, as they stand in this process now; 0 on a GPU."""
+    """Python, torch and the data, as measured in this process; 0 on a GPU."""
     weights: int
-    """Of the frozen base. On the CPU they are pages of the file where it has the run's dtype."""
+    """Frozen weights. On the CPU they are pages of the file if it has the run's dtype."""
     lora: int
     gradients: int
     optimizer: int
-    """AdamW's two averages for each trained parameter."""
+    """AdamW's two moments of each trained parameter."""
     activations: int
-    """What the heaviest micro-batch keeps for its backward pass; attention masks among them."""
+    """Tensors that the heaviest micro-batch saves for the backward pass, attention masks included."""
     logits: int
-    """The chunk that the head holds at once, or all where it does not run in chunks."""
+    """One chunk of logits, or all logits if the head does not run in chunks."""
     workspace: int
-    """What operations need for a moment."""
+    """Temporary memory of operations."""
     routines: int
-    """What oneDNN keeps for the shapes that it has met; 0 where it plays no part."""
+    """Kernels that oneDNN caches, one a shape; 0 if it is not used."""
     loading: int
-    """The peak while weights are read and converted; not a part of the sum."""
+    """Peak while weights are loaded and converted. Not a part of the sum."""
     gathered: int = 0
-    """Of weights that are sharded, what is whole at a time: the layer that runs, and the next."""
+    """Sharded weights that are gathered at a time: the layer that runs, and the next one."""
 
     @property
     def training(self) -> int:
@@ -61,10 +61,10 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Time:
-    """`seconds` of the training steps; without loading, evaluation and checkpoints."""
+    """Time of the training steps, without loading, evaluation and checkpoints."""
 
     tokens_per_second: float
-    """Of the examples' own tokens: shared ones count for each."""
+    """A token that examples share counts once for each of them."""
     seconds: float
     seconds_low: float
     seconds_high: float
@@ -73,7 +73,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Price:
-    """In whatever currency `price` was given in."""
+    """In the currency of the setting `price`."""
 
     per_hour: float
     of_the_run: float
@@ -91,15 +91,14 @@ class Forecast:
     epochs: float
     processes: int
     tokens: int
-    """Examples' own tokens over all steps."""
+    """Over all steps. A token that examples share counts once for each of them."""
     tokens_per_epoch: int
     operations: float
-    """Floating point operations of all steps, of one process, as if every token cost what the heaviest micro-batch's
-    does."""
+    """Floating point operations of all steps in one process, with the cost per token of the heaviest micro-batch."""
     heaviest_units: int
-    """Examples, or pairs, of the heaviest micro-batch."""
+    """Examples, or pairs, in the heaviest micro-batch."""
     heaviest_tokens: int
-    """Tokens of the heaviest micro-batch, shared ones counted once."""
+    """Tokens of the heaviest micro-batch. Shared tokens count once."""
     memory: Memory
     alternatives: tuple[Alternative, ...]
     time: Time | None
@@ -107,7 +106,7 @@ class Forecast:
 
 
 def timed_by_rate(forecast: Forecast, flops_per_second: float, price: float | None = None) -> Forecast:
-    """With a rough estimate of the time, from the device's rate of products. `price`: of an hour of one device."""
+    """The forecast with a rough time, from the device's rate of matrix products. `price`: of one device for an hour."""
     shares = EFFICIENCY[forecast.device.partition(":")[0]]
     low, usual, high = (forecast.operations / (share * flops_per_second) for share in shares)
     time = Time(forecast.tokens / usual, usual, seconds_low=high, seconds_high=low, measured_by="rate")
@@ -115,7 +114,7 @@ def timed_by_rate(forecast: Forecast, flops_per_second: float, price: float | No
 
 
 def timed_by_probe(forecast: Forecast, tokens_per_second: float, price: float | None = None) -> Forecast:
-    """The same from the tokens a second of real steps."""
+    """The forecast with a time from measured steps."""
     seconds = forecast.tokens / tokens_per_second
     time = Time(tokens_per_second, seconds, 0.9 * seconds, 1.1 * seconds, "probe")
     return _with_time(forecast, time, price)
@@ -126,32 +125,32 @@ def _with_time(forecast: Forecast, time: Time, price: float | None) -> Forecast:
         return replace(forecast, time=time, price=None)
     per_hour = price * forecast.processes
     tokens_per_hour = time.tokens_per_second * 3600
-    bought = Price(
+    run_price = Price(
         per_hour=price,
         of_the_run=per_hour * time.seconds / 3600,
         tokens_per_hour=int(tokens_per_hour),
         epochs_per_hour=tokens_per_hour / forecast.tokens_per_epoch,
     )
-    return replace(forecast, time=time, price=bought)
+    return replace(forecast, time=time, price=run_price)
 
 
 def forecast_dict(forecast: Forecast) -> dict[str, Any]:
-    """For JSON: the fields by their names, and the two sums of memory."""
-    found = asdict(forecast)
-    found["memory"] |= {"training": forecast.memory.training, "peak": forecast.memory.peak}
-    return found
+    """The forecast for JSON, with the two sums of memory."""
+    values = asdict(forecast)
+    values["memory"] |= {"training": forecast.memory.training, "peak": forecast.memory.peak}
+    return values
 
 
 def forecast_of(values: Mapping[str, Any]) -> Forecast:
-    """What `forecast_dict` gave, but for time and price. Raises KeyError or TypeError for anything else."""
+    """The forecast of a `forecast_dict`, without time and price. Raises KeyError or TypeError for other values."""
     memory = {name: value for name, value in values["memory"].items() if name not in ("training", "peak")}
-    alternatives = tuple(Alternative(**each) for each in values["alternatives"])
+    alternatives = tuple(Alternative(**fields) for fields in values["alternatives"])
     parts = {"memory": Memory(**memory), "alternatives": alternatives, "time": None, "price": None}
     return Forecast(**{**values, **parts})
 
 
 def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[str, str]]:
-    """(what, value) for a terminal; `units`: what a step counts."""
+    """(name, value) for display. `units`: what a step is made of, such as `pairs`."""
     lines = [
         ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
         ("steps", f"{forecast.steps:,} ({forecast.epochs:.2f} epochs, {forecast.tokens:,} tokens)"),
@@ -166,18 +165,21 @@ def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[st
     if forecast.memory.loading > forecast.memory.training:
         lines.append(("  while loading", _size(forecast.memory.loading)))
     lines += [
-        (f"  with {each.name}", f"{_size(each.peak_bytes)} ({each.note})") for each in forecast.alternatives
+        (f"  with {other.name}", f"{_size(other.peak_bytes)} ({other.note})")
+        for other in forecast.alternatives
     ]
     time, price = forecast.time, forecast.price
     if time is not None:
-        how = "measured by real steps" if time.measured_by == "probe" else "roughly, by the device's rate"
+        source = (
+            "measured on real steps" if time.measured_by == "probe" else "roughly, from the device's speed"
+        )
         spread = f"{_duration(time.seconds_low)} to {_duration(time.seconds_high)}"
-        lines.append(("time", f"{_duration(time.seconds)} ({spread}), {how}"))
+        lines.append(("time", f"{_duration(time.seconds)} ({spread}), {source}"))
         lines.append(("speed", f"{time.tokens_per_second:,.0f} tokens/s"))
     if price is not None:
         lines.append(("price", f"{price.of_the_run:,.2f} at {price.per_hour:g} an hour"))
-        bought = f"{price.tokens_per_hour:,} tokens, {price.epochs_per_hour:.2f} epochs"
-        lines.append(("an hour buys", bought))
+        per_hour = f"{price.tokens_per_hour:,} tokens, {price.epochs_per_hour:.2f} epochs"
+        lines.append(("an hour buys", per_hour))
     return lines
 
 

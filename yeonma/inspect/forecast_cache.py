@@ -1,4 +1,4 @@
-"""Forecasts on disk: the same settings, data and versions need no second look at the model."""
+"""Forecasts on disk, by settings, data and versions, so that the same forecast is computed once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 
 FORMAT = 3
-"""Raised whenever the same run would get other numbers."""
+"""Increased whenever a change of the code changes the numbers of the same run."""
 
 
 def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
@@ -38,16 +38,16 @@ def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
     return sha256(json.dumps(content).encode()).hexdigest()
 
 
-def kept_forecast(folder: Path, key: str) -> Forecast | None:
-    """None where there is none, or it cannot be read."""
+def read_forecast(folder: Path, key: str) -> Forecast | None:
+    """The cached forecast; None if there is none or it cannot be read."""
     try:
         return forecast_of(json.loads(_path(folder, key).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep_forecast(folder: Path, key: str, forecast: Forecast) -> None:
-    """Where the folder cannot be written nothing is kept: the next time takes longer, that is all."""
+def write_forecast(folder: Path, key: str, forecast: Forecast) -> None:
+    """Cache a forecast. Does nothing if the folder cannot be written."""
     try:
         write_text_atomically(_path(folder, key), json.dumps(forecast_dict(forecast)))
     except OSError:

@@ -1,4 +1,4 @@
-"""Views, audit and forecast as one self-contained page: no script from elsewhere, light and dark, made for sharing."""
+"""Rows, audit and forecast as one self-contained web page, for light and dark themes."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def page(
     audit: Audit,
     forecast: Sequence[tuple[str, str]],
 ) -> str:
-    """HTML. Each token's id shows when it is pointed at; a switch draws the tokens' borders.
+    """The page as HTML. Hovering over a token shows its id; a checkbox shows token borders.
 
-    `held_out` as in `print_views`; `forecast`: names and texts.
+    `held_out` as in `print_views`; `forecast`: (name, text) lines.
     """
     validation = set(held_out)
     lines = [
@@ -64,13 +64,13 @@ def page(
         '<p class="legend"><span class="frame">frame</span><span class="field">field</span>'
         '<span class="answer">trained answer</span><span class="end">trained end token</span>'
         '<span class="cut">cut</span>'
-        '<label><input type="checkbox" id="borders"> borders of tokens; point at one for its id</label></p>',
+        '<label><input type="checkbox" id="borders"> token borders; hover over a token for its id</label></p>',
     ]
     for view in views:
         kind = ' class="left-out"' if view.left_out is not None else ""
         lines.append(f"<h2{kind}>{escape(heading_of(view, view.row in validation))}</h2>")
         lines.append(f"<pre>{''.join(_spans(view))}</pre>")
-    lines += ["<h1>The whole data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
+    lines += ["<h1>The data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
     for name, part in (("trained", audit.train), ("validation", audit.validation)):
         if part is not None:
             lines += _histograms(name, part)
@@ -85,26 +85,26 @@ def page(
 
 
 def _spans(view: View) -> Iterator[str]:
-    """The stretches, cut at the borders of tokens, so that each token has its id."""
+    """The stretches, split at token borders, so that each token has its id."""
     tokens = iter([(token, len(token.text)) for token in view.tokens if token.text])
     token, left = next(tokens, (None, 0))
     for stretch in view.stretches:
-        also = " trained" if stretch.trained and stretch.kind not in ("answer", "end") else ""
+        trained = " trained" if stretch.trained and stretch.kind not in ("answer", "end") else ""
         if stretch.kind == "cut":
-            yield f'<span class="cut" title="cut: {len(stretch.text):,} characters">{_shown(stretch.text)}</span>'
+            yield f'<span class="cut" title="cut: {len(stretch.text):,} characters">{_escaped(stretch.text)}</span>'
             continue
         at = 0
         while at < len(stretch.text):
             size = min(left, len(stretch.text) - at) if token is not None else len(stretch.text) - at
-            text = _shown(stretch.text[at : at + size])
-            known = f' title="{token.id} {escape(printable(token.name))}"' if token is not None else ""
-            yield f'<span class="t {stretch.kind}{also}"{known}>{text}</span>'
+            text = _escaped(stretch.text[at : at + size])
+            title = f' title="{token.id} {escape(printable(token.name))}"' if token is not None else ""
+            yield f'<span class="t {stretch.kind}{trained}"{title}>{text}</span>'
             at, left = at + size, left - size
             if left == 0:
                 token, left = next(tokens, (None, 0))
 
 
-def _shown(text: str) -> str:
+def _escaped(text: str) -> str:
     return escape(printable(text))
 
 
@@ -118,13 +118,13 @@ def _audit_text(audit: Audit) -> str:
 
 def _histograms(name: str, part: PartAudit) -> Iterator[str]:
     for what, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
-        yield f"<table><caption>{name}: tokens of {what}, examples</caption>{_bars(lengths)}</table>"
+        yield f"<table><caption>{name}: {what} tokens, examples</caption>{_bars(lengths)}</table>"
 
 
 def _bars(lengths: Lengths) -> str:
-    largest = max(each.count for each in lengths.bins)
+    largest = max(bin_.count for bin_ in lengths.bins)
     return "".join(
-        f"<tr><td>{each.least:,}-{each.most:,}</td>"
-        f'<td class="bar"><i style="width:{each.count / largest:.1%}"></i></td><td>{each.count:,}</td></tr>'
-        for each in lengths.bins
+        f"<tr><td>{bin_.least:,}-{bin_.most:,}</td>"
+        f'<td class="bar"><i style="width:{bin_.count / largest:.1%}"></i></td><td>{bin_.count:,}</td></tr>'
+        for bin_ in lengths.bins
     )

@@ -1,4 +1,4 @@
-"""The settings of a training run in, what it would train on out. Nothing is trained, and nothing written but a page."""
+"""Settings of a training run -> rows, audit and forecast. Nothing is trained; only `--html` writes a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yeonma.errors import UserError
 from yeonma.files import user_path
 from yeonma.inspect.audit import Audit, audit_of
 from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_lines, timed_by_probe, timed_by_rate
-from yeonma.inspect.forecast_cache import forecast_key, keep_forecast, kept_forecast
+from yeonma.inspect.forecast_cache import forecast_key, read_forecast, write_forecast
 from yeonma.inspect.inspect_page import page
 from yeonma.inspect.probe import measure_rate
 from yeonma.inspect.row_views import audit_json, held_out_rows, select_rows, view_json, views_of
@@ -31,10 +31,10 @@ from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, check_adapter, prepare
 
 
-def run_inspect(shown: InspectSettings, config: RunConfig) -> None:
-    """Show what the settings name, on standard output; what is said meanwhile goes to standard error.
+def run_inspect(options: InspectSettings, config: RunConfig) -> None:
+    """Print rows, audit and forecast on standard output, and progress on standard error.
 
-    Raises UserError for whatever `yeonma sft` would refuse before it loads weights.
+    Raises UserError for everything that training would refuse before it loads weights.
     """
     source, continued = check_folders(config.model, config.run)
     prepared = prepare(config, source, continued, _say, try_adapter=False)
@@ -42,25 +42,25 @@ def run_inspect(shown: InspectSettings, config: RunConfig) -> None:
     processes = config.run.nproc
     config = resolve_auto(config, source, prepared, group, _say, processes=processes)
     dataset = prepared.dataset
-    wanted = select_rows(shown.rows, dataset.train.store.counts.rows)
+    selection = select_rows(options.rows, dataset.train.store.counts.rows)
     audit = _audit(config, prepared)
-    forecast = _forecast(shown, config, source, prepared)
+    forecast = _forecast(options, config, source, prepared)
     lines = forecast_lines(forecast, dataset.task.units) if forecast is not None else []
     views: Iterable[View] = views_of(
-        dataset, prepared.tokenizer, wanted, in_full=not shown.json or shown.html is not None
+        dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
     )
     held_out = held_out_rows(dataset)
-    if shown.html is not None:
+    if options.html is not None:
         views = list(views)
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
-        write_text_atomically(user_path(shown.html), page(title, views, held_out, audit, lines))
-    if shown.json:
+        write_text_atomically(user_path(options.html), page(title, views, held_out, audit, lines))
+    if options.json:
         for view in views:
             sys.stdout.write(view_json(view))
         sys.stdout.write(audit_json(audit, {"forecast": forecast and forecast_dict(forecast)}))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-    print_views(console, views, held_out, tokens=shown.tokens)
+    print_views(console, views, held_out, tokens=options.tokens)
     print_audit(console, audit)
     print_forecast(console, lines)
 
@@ -69,7 +69,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
     micro, tokenizer = micro_batching(config.step), prepared.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        unknown = None  # such as GPT-2's, which stands for other things as well
+        unknown = None  # it has other uses too, as in GPT-2
     return audit_of(
         prepared.dataset,
         prepared.plan,
@@ -81,33 +81,33 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
 
 
 def _forecast(
-    shown: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
+    options: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
 ) -> Forecast | None:
-    """What the run will need; None, having said why, where the model cannot be followed without its weights."""
+    """The forecast; None, with a message, if the model cannot be traced without its weights."""
     model, processes = config.model, config.run.nproc
     folder = cache_folder(config.tokens)
     key = forecast_key(config, prepared, processes)
-    found = kept_forecast(folder, key)
-    if found is None:
-        from yeonma.inspect.estimate import estimate  # brings PEFT and the model's code: seconds
+    forecast = read_forecast(folder, key)
+    if forecast is None:
+        from yeonma.inspect.estimate import estimate  # imports PEFT and the model's code, which takes seconds
 
         lora = config.lora
         check_adapter(lora, prepared.config, source, prepared.adapter, model.quantization)
         try:
-            found = estimate(config, source, prepared, processes=processes)
+            forecast = estimate(config, source, prepared, processes=processes)
         except UserError as error:
             _say(f"no forecast: {error}")
             return None
-        keep_forecast(folder, key, found)
-    if shown.probe:
+        write_forecast(folder, key, forecast)
+    if options.probe:
         from yeonma.inspect.probe import probe_run
 
         probe = probe_run(config, source, prepared, _say)
         _say(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
-        return timed_by_probe(found, probe.tokens_per_second, shown.price)
+        return timed_by_probe(forecast, probe.tokens_per_second, options.price)
     device = load.pick_device(model.device)
     rate = measure_rate(device, load.pick_dtype(model.dtype, device), seconds=0.25)
-    return timed_by_rate(found, rate.flops_per_second, shown.price)
+    return timed_by_rate(forecast, rate.flops_per_second, options.price)
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""How fast the device multiplies matrices, by the very routine that frozen weights are multiplied with."""
+"""The device's rate of matrix products, and a few real training steps, timed."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ class Rate:
 
 
 def measure_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Rate:
-    """The best of the products that fit into `seconds`, at least two, after one that warms up."""
+    """The best rate among products that take `seconds` in all, at least two, after a warm-up.
+
+    Uses the same routine as the products with frozen weights.
+    """
     size = SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < seconds:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
         started = time.perf_counter()
         product(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return Rate(2 * size**3 / min(taken[1:]))
+        times.append(time.perf_counter() - started)
+    return Rate(2 * size**3 / min(times[1:]))
 
 
 STEPS = 3
@@ -50,12 +53,12 @@ STEPS = 3
 @dataclass(frozen=True)
 class Probe:
     tokens_per_second: float
-    """Of the examples' own tokens, in the steps after the first."""
+    """In the steps after the first. A token that examples share counts once for each of them."""
     peak_memory_bytes: int
-    """As metrics.jsonl says it; of this process since it began, so other work that it did may be in it."""
+    """As in metrics.jsonl: the peak of this process since it started, earlier work included."""
     steps: int
     seconds: float
-    """Of the steps that were timed."""
+    """Of the timed steps."""
 
 
 def probe_run(
@@ -65,27 +68,27 @@ def probe_run(
     say: Log,
     steps: int = STEPS,
 ) -> Probe:
-    """Load the base as the run will, take the step with the heaviest micro-batch, untimed, and then `steps` - 1 more.
+    """Load the model as the run will, take the step with the heaviest micro-batch untimed, and time `steps` - 1 more.
 
-    In one process, whatever the run will have. Raises UserError as the run does.
+    Uses one process, however many the run will have. Raises UserError as the run does.
     """
     model, step = config.model, config.step
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
     batches = survey_micro_batches(plan, store, micro_batching(step), processes=1)
-    taken = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
-    taken += taken[: max(0, steps - len(taken))]  # a plan of one step
-    group, units = Processes(0, 1), np.unique(np.concatenate(taken))
+    probe_steps = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
+    probe_steps += probe_steps[: max(0, steps - len(probe_steps))]  # a plan of one step
+    group, units = Processes(0, 1), np.unique(np.concatenate(probe_steps))
     loaded = load_model(config, source, device, prepared, say, group)
     extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, say)
     state = build_train_state(config, loaded, plan, build_objective(config), group)
     state.model.train()
     torch.manual_seed(step.seed)
     seconds, tokens = 0.0, 0
-    for index, units in enumerate(taken):
+    for index, units in enumerate(probe_steps):
         started = time.perf_counter()
         result = train_step(
             state, Batch.from_store(store, units, extras.get(store.key))
-        )  # reads the loss, so that a GPU has finished, too
+        )  # reads the loss, and so waits for a GPU
         if index:
             seconds, tokens = seconds + time.perf_counter() - started, tokens + result.tokens
-    return Probe(tokens / seconds, peak_memory_bytes(device.type), len(taken), seconds)
+    return Probe(tokens / seconds, peak_memory_bytes(device.type), len(probe_steps), seconds)

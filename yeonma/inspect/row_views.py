@@ -1,4 +1,4 @@
-"""Rows as the model will see them: the ones asked for, read once, each with the tokens it is trained on."""
+"""Selected rows as the model will see them, with their trained tokens; and their JSON form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yeonma.tokenization.dataset import Dataset
 from yeonma.tokenization.explain import View, explain
 
 FIRST_ROWS = 3
-ROWS_A_CHUNK = 64
+VIEW_CHUNK_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class RowSelection:
 
 
 def select_rows(rows: str | None, count: int) -> RowSelection:
-    """What `--rows` says of a data set of `count` rows: `17,40`, `5-8`, `all`, `none`; the first three without it.
+    """The rows that `--rows` selects of `count` rows: `17,40`, `5-8`, `all` or `none`; by default the first three.
 
-    Raises UserError for anything else, and for numbers of rows that are not there.
+    Raises UserError for anything else and for row numbers over `count`.
     """
     if rows is None:
         return RowSelection(frozenset(range(1, min(FIRST_ROWS, count) + 1)))
@@ -40,11 +40,11 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
         return RowSelection(None if rows.strip() == "all" else frozenset())
     numbers: set[int] = set()
     for part in rows.split(","):
-        found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part)
+        if match is None:
             cure = "give numbers such as 17,40 or 5-8, or all"
-            raise UserError(f'"{part.strip()}" is no row', place="--rows", cure=cure)
-        first, last = int(found[1]), int(found[2] or found[1])
+            raise UserError(f'there is no row "{part.strip()}"', place="--rows", cure=cure)
+        first, last = int(match[1]), int(match[2] or match[1])
         if not 1 <= first <= last <= count:
             missing = last if first <= last else f"{first}-{last}"
             raise UserError(
@@ -55,29 +55,29 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
 
 
 def views_of(
-    dataset: Dataset, tokenizer: Any, wanted: RowSelection, *, in_full: bool = True
+    dataset: Dataset, tokenizer: Any, selection: RowSelection, *, in_full: bool = True
 ) -> Iterator[View]:
-    """The wanted rows of the training data's source, held out or not. Reads no further than the last of them.
+    """Views of the selected rows of the training data's source, held out or not. Reads up to the last of them.
 
     `in_full` as in `explain`.
     """
-    chosen = (row for row in _until(dataset.train.rows, wanted) if row.number in wanted)
-    while chunk := list(islice(chosen, ROWS_A_CHUNK)):
+    selected = (row for row in _until(dataset.train.rows, selection) if row.number in selection)
+    while chunk := list(islice(selected, VIEW_CHUNK_ROWS)):
         texts = [dataset.task.render(dataset.template, row, dataset.columns) for row in chunk]
         yield from explain(texts, chunk, tokenizer, dataset.rules, dataset.task, in_full=in_full)
 
 
-def _until(rows: Rows, wanted: RowSelection) -> Iterator[Row]:
-    if wanted.numbers is None:
+def _until(rows: Rows, selection: RowSelection) -> Iterator[Row]:
+    if selection.numbers is None:
         yield from rows
-    elif wanted.numbers:
-        yield from islice(rows, max(wanted.numbers))
+    elif selection.numbers:
+        yield from islice(rows, max(selection.numbers))
 
 
 def view_json(view: View) -> str:
-    """One example as a line. `trained` has a 0 or 1 for each token; a row that is left out has no tokens.
+    """One example as a line of JSON. `trained` is 0 or 1 for each token. A row that is left out has no tokens.
 
-    An answer of preference data has its `role` as well.
+    An answer of preference data also has its `role`.
     """
     return _line(
         {
@@ -95,14 +95,14 @@ def view_json(view: View) -> str:
 
 
 def audit_json(audit: Audit, more: dict[str, Any]) -> str:
-    """The line that ends the output: the audit, and `more` beside it."""
+    """The last line of the output: the audit, and `more` beside it."""
     return _line(
         {"audit": {**asdict(audit), "work": {**asdict(audit.work), "saved": audit.work.saved}}, **more}
     )
 
 
 def held_out_rows(dataset: Dataset) -> Sequence[int]:
-    """The rows of the training data's source that validation was drawn from it."""
+    """Rows of the training data's source that are held out for validation."""
     held_out = dataset.validation
     if held_out is None or held_out.rows is not dataset.train.rows:
         return ()

@@ -1,4 +1,4 @@
-"""Views, audit and forecast on a terminal: in colour where there is one, with marks where there is none."""
+"""Rows, audit and forecast on a terminal: in colour, or with marks where there is none."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ ROWS_LEFT_OUT_SHOWN = 3
 
 
 def print_views(console: Console, views: Iterable[View], held_out: Sequence[int], *, tokens: bool) -> None:
-    """`held_out`: rows that are measured by and not trained on."""
+    """Print rows, coloured by part, or token by token with `tokens`. `held_out`: the validation rows."""
     validation = set(held_out)
-    shown = False
+    has_legend = False
     for view in views:
-        if not shown:
+        if not has_legend:
             console.print(_legend(console), end="\n\n")
-            shown = True
+            has_legend = True
         style = "bold red" if view.left_out is not None else "bold"
         console.print(Text(f"── {heading_of(view, view.row in validation)} ──", style))
         if tokens and view.tokens:
             console.print(_token_table(view))
         else:
             stretches = view.stretches
-            if view.role == "rejected":  # the chosen answer has shown the prompt
-                stretches = tuple(dropwhile(lambda each: each.kind not in ("answer", "end"), stretches))
+            if view.role == "rejected":  # the prompt is shown with the chosen answer
+                stretches = tuple(dropwhile(lambda part: part.kind not in ("answer", "end"), stretches))
             console.print(_coloured(stretches, marks=console.color_system is None))
         console.print()
 
 
 def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
-    """The audit, in about one screen; `bars`: under a heading, and with the histograms of token lengths."""
+    """Print the audit. `bars`: with a heading and histograms of lengths."""
     if bars:
-        console.print(Text("── the whole data set ──", "bold"))
+        console.print(Text("── the data set ──", "bold"))
     for source in audit.sources:
         for line in _source_lines(source, audit):
             console.print(line)
@@ -70,12 +70,12 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         console.print(_histograms(audit.train))
     if audit.overlap is not None:
         console.print(Text(f"! {audit.overlap}", "yellow"))
-    console.print(Text.assemble(("an epoch: ", "bold"), _epoch(audit)))
-    console.print(Text.assemble(("work: ", "bold"), _saving(audit)))
+    console.print(Text.assemble(("per epoch: ", "bold"), _epoch(audit)))
+    console.print(Text.assemble(("computation: ", "bold"), _saving(audit)))
 
 
 def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """`lines`: names and texts; those that begin with blanks are parts of the one before."""
+    """Print (name, text) lines. Names that start with spaces are parts of the line before."""
     if lines:
         console.print(Text("── forecast ──", "bold"))
     for name, text in lines:
@@ -85,13 +85,13 @@ def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 
 def _legend(console: Console) -> Text:
     if console.color_system is None:
-        return Text("«trained answer and end token»  ⟨what was cut⟩")
+        return Text("«trained answer and end token»  ⟨cut text⟩")
     kinds: tuple[StretchKind, ...] = ("frame", "field", "answer", "end", "cut")
     return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
 
 
 def heading_of(view: View, held_out: bool) -> str:
-    """What is to say of a view in one line. `held_out`: its row is measured by, not trained on."""
+    """One line about a view. `held_out`: its row is a validation row."""
     trained = sum(view.trained)
     parts = [f"row {view.row}", view.place, *([view.role] if view.role is not None else [])]
     if view.left_out is not None:
@@ -99,12 +99,12 @@ def heading_of(view: View, held_out: bool) -> str:
     else:
         parts.append(f"{len(view.token_ids):,} tokens, {trained:,} trained")
     if view.cut_characters:
-        fields = sorted({each.field or "" for each in view.stretches if each.kind == "cut"})
+        fields = sorted({part.field or "" for part in view.stretches if part.kind == "cut"})
         parts.append(f"{view.cut_characters:,} characters cut from {', '.join(fields)}")
     if view.straddles:
-        parts.append("the answer would have joined the prompt's last token")
+        parts.append("tokenised apart: the answer would merge into the prompt's last token")
     if view.special_text:
-        parts.append(f"{view.special_text} special-token texts encoded as text")
+        parts.append(f"{view.special_text} special-token texts encoded as plain text")
     if held_out:
         parts.append("validation")
     return " · ".join(parts)
@@ -113,27 +113,27 @@ def heading_of(view: View, held_out: bool) -> str:
 def _coloured(stretches: Sequence[Stretch], *, marks: bool) -> Text:
     text = Text()
     trained = False
-    for each in stretches:
-        if marks and each.trained != trained:
-            text.append("«" if each.trained else "»")
-            trained = each.trained
-        shown = printable(each.text)
-        if each.kind == "cut":
-            if len(shown) > CUT_SHOWN:
-                shown = f"{shown[: CUT_SHOWN // 2]} … {shown[-CUT_SHOWN // 2 :]}"
-            text.append(f"⟨{len(each.text):,} characters cut: ", "red" if not marks else "")
-            text.append(shown, STYLES["cut"])
+    for stretch in stretches:
+        if marks and stretch.trained != trained:
+            text.append("«" if stretch.trained else "»")
+            trained = stretch.trained
+        content = printable(stretch.text)
+        if stretch.kind == "cut":
+            if len(content) > CUT_SHOWN:
+                content = f"{content[: CUT_SHOWN // 2]} … {content[-CUT_SHOWN // 2 :]}"
+            text.append(f"⟨{len(stretch.text):,} characters cut: ", "red" if not marks else "")
+            text.append(content, STYLES["cut"])
             text.append("⟩", "red")
         else:
-            also = " underline" if each.trained and each.kind not in ("answer", "end") else ""
-            text.append(shown, STYLES[each.kind] + also)
+            underline = " underline" if stretch.trained and stretch.kind not in ("answer", "end") else ""
+            text.append(content, STYLES[stretch.kind] + underline)
     if trained:
         text.append("»")
     return text
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may get it: line ends and tabs stay, other unseen characters are written as U+200B."""
+    """`text` that is safe on a terminal: invisible characters other than line ends and tabs become ⟨U+200B⟩."""
     if text.isprintable():
         return text
     return "".join(
@@ -158,14 +158,14 @@ def _one_line(text: str) -> str:
 
 
 def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
-    left = f", {source.left_out:,} left out" if source.left_out else ", none left out"
-    left += f" ({source.identical:,} with nothing to choose between)" if source.identical else ""
-    yield Text(f"{source.name}: {source.rows:,} rows read{left}; template {audit.template}")
-    for one in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
-        yield Text(f"  {one.place}: {one.reason}", "red")
+    left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
+    left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
+    yield Text(f"{source.name}: {source.rows:,} rows read{left_out}; template {audit.template}")
+    for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
+        yield Text(f"  {row.place}: {row.reason}", "red")
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
     if more:
-        rows = [one.row for one in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
+        rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
         yield Text(f"  and {more:,} more: {listed(rows, more)}", "red")
 
 
@@ -174,13 +174,13 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
     console.print(Text.assemble((f"{label}: ", "bold"), line))
     if part.shortened:
-        what = f"{part.shortened:,} shortened by {part.cut_characters:,} characters in all"
+        what = f"{part.shortened:,} shortened, by {part.cut_characters:,} characters in total"
         console.print(Text(f"  {what} ({listed(part.shortened_rows, part.shortened)})", "red"))
     else:
         console.print("  none shortened")
     if len(part.variants) > 1:
-        used = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
-        console.print(f"  template {', '.join(used)}")
+        variants = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
+        console.print(f"  template {', '.join(variants)}")
     console.print(f"  answers in {_scripts(part)}")
     if part.bias is not None:
         console.print(
@@ -195,32 +195,30 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
 
 def _bias(bias: Bias, pairs: int) -> str:
     means = f"{bias.chosen_mean:.0f} tokens on average against {bias.rejected_mean:.0f}"
-    longer = (
-        f"in {bias.chosen_longer / pairs:.0%} of pairs, the rejected in {bias.rejected_longer / pairs:.0%}"
-    )
-    warning = ": a model can learn length alone from that" if _leans(bias, pairs) else ""
-    return f"length: the chosen answer is the longer one {longer}; {means}{warning}"
+    shares = f"in {bias.chosen_longer / pairs:.0%} of pairs, the rejected one in {bias.rejected_longer / pairs:.0%}"
+    warning = ": a model can learn length alone from this" if _leans(bias, pairs) else ""
+    return f"length: the chosen answer is longer {shares}; {means}{warning}"
 
 
 def _leans(bias: Bias, pairs: int) -> bool:
-    """Whether the longer or the shorter answer wins so often that length alone would guess three pairs of four."""
+    """Whether length alone predicts the chosen answer in three of four pairs."""
     return pairs >= 8 and max(bias.chosen_longer, bias.rejected_longer) >= 0.75 * pairs
 
 
 def _scripts(part: PartAudit) -> str:
-    shown = []
+    entries = []
     for scripts in part.scripts[:4]:
         names = " + ".join(scripts.names) or "no letters"
-        few = f" ({listed(scripts.rows, scripts.count, most=3)})" if scripts.count * 20 <= part.rows else ""
-        shown.append(f"{names}: {scripts.count:,}{few}")
-    more = len(part.scripts) - len(shown)
-    return ", ".join(shown) + (f" and {more} more mixtures" if more else "")
+        rows = f" ({listed(scripts.rows, scripts.count, most=3)})" if scripts.count * 20 <= part.rows else ""
+        entries.append(f"{names}: {scripts.count:,}{rows}")
+    more = len(part.scripts) - len(entries)
+    return ", ".join(entries) + (f" and {more} more mixtures" if more else "")
 
 
 def _histograms(part: PartAudit) -> Table:
     table = Table(box=None, padding=(0, 4, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("  tokens of a prompt: rows")
-    table.add_column("  tokens of its answer: rows")
+    table.add_column("  prompt tokens: rows")
+    table.add_column("  answer tokens: rows")
     table.add_row(_histogram(part.prompt_tokens), _histogram(part.answer_tokens))
     return table
 
@@ -230,24 +228,24 @@ def _histogram(lengths: Lengths) -> Table:
     table.add_column(justify="right")
     table.add_column()
     table.add_column(justify="right")
-    largest = max(each.count for each in lengths.bins)
-    for each in lengths.bins:
-        length = each.count / largest * BAR
-        bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 or (each.count and length < 0.5) else "")
-        span = f"{each.least:,}" if each.least == each.most else f"{each.least:,}-{each.most:,}"
-        table.add_row(f"  {span}", Text(bar.ljust(BAR), "cyan"), f"{each.count:,}")
+    largest = max(bin_.count for bin_ in lengths.bins)
+    for bin_ in lengths.bins:
+        length = bin_.count / largest * BAR
+        bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 or (bin_.count and length < 0.5) else "")
+        span = f"{bin_.least:,}" if bin_.least == bin_.most else f"{bin_.least:,}-{bin_.most:,}"
+        table.add_row(f"  {span}", Text(bar.ljust(BAR), "cyan"), f"{bin_.count:,}")
     return table
 
 
 def _epoch(audit: Audit) -> str:
     tokens = f"{audit.tokens_per_epoch:,} tokens, {audit.trained_tokens_per_epoch:,} of them trained"
-    return f"{audit.steps_per_epoch:,} steps, {tokens}; the whole run: {audit.steps:,} steps"
+    return f"{audit.steps_per_epoch:,} steps, {tokens}; whole run: {audit.steps:,} steps"
 
 
 def _saving(audit: Audit) -> str:
     work = audit.work
     padding, shared = 1 - work.unpadded / work.padded, (work.unpadded - work.forest) / work.padded
     return (
-        f"{work.saved:.0%} less than with padding: {padding:.0%} is padding that is never made, {shared:.0%} shared"
-        f" beginnings computed once (the first {work.steps:,} steps)"
+        f"{work.saved:.0%} less than with padding: {padding:.0%} from no padding, {shared:.0%} from shared prefixes"
+        f" (first {work.steps:,} steps)"
     )

@@ -265,8 +265,8 @@ def test_a_pair_shows_its_prompt_once_and_what_lengths_alone_would_teach(base: P
     assert done.out.count(rows[1]["prompt"].strip()) == 1
     assert f"«{rows[1]['chosen']}</s>»" in done.out
     assert f"\n«{rows[1]['rejected']}</s>»" in done.out
-    assert "rejected in 100%" in done.out
-    assert "a model can learn length alone from that" in done.out
+    assert "the rejected one in 100%" in done.out
+    assert "a model can learn length alone from this" in done.out
 
 
 def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path) -> None:

@@ -34,19 +34,19 @@ def run(config: RunConfig, *, as_command: bool = True) -> int:
 
 def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
     """What `run` does, for any verb that trains."""
-    asked = config.run
-    several = asked.nproc > 1 and "WORLD_SIZE" not in os.environ
+    run_settings = config.run
+    several = run_settings.nproc > 1 and "WORLD_SIZE" not in os.environ
     # the others need not look: where they come so far, the first of them may be the one that holds it
     first = os.environ.get("RANK", "0") == "0"
-    unlocked = [partial(check_unlocked, asked.output_dir)] if first else []
+    unlocked = [partial(check_unlocked, run_settings.output_dir)] if first else []
     gather(partial(preflight, config), *unlocked)
     # torchrun's own handlers pass signals on to the processes that it started; a second one too.
-    with stoppable(asked.time_limit, as_command=as_command and not several) as stop:
+    with stoppable(run_settings.time_limit, as_command=as_command and not several) as stop:
         if several:
             with tempfile.TemporaryDirectory() as folder:
                 settings = Path(folder) / "settings.yaml"
                 settings.write_text(to_yaml(config), encoding="utf-8")
-                return _start_processes(asked.nproc, ["-m", "yeonma", verb, "--config", str(settings)])
+                return _start_processes(run_settings.nproc, ["-m", "yeonma", verb, "--config", str(settings)])
         from yeonma.train.run import run_training
 
         run_training(config, stop)
@@ -63,7 +63,7 @@ def _start_processes(processes: int, command: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    told = "stopped; what is saved is kept: run the same command to continue"
+    message = "stopped; what is saved is kept: run the same command to continue"
     try:
         with _inherited(
             OMP_NUM_THREADS=_cores_of_each(processes), **ENVIRONMENT, **{BEGAN: str(time.time())}
@@ -74,11 +74,11 @@ def _start_processes(processes: int, command: list[str]) -> int:
         if failure.exitcode in (2, LOST):  # which that process has told
             return int(failure.exitcode)
         if failure.exitcode in REASONS:
-            raise Stopped(told, failure.exitcode, told=True) from None
+            raise Stopped(message, failure.exitcode, told=True) from None
         print(f"yeonma: process {rank} ended with status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as signal:
-        raise Stopped(told, 128 + int(signal.sigval), told=True) from None
+        raise Stopped(message, 128 + int(signal.sigval), told=True) from None
     return 0
 
 

@@ -93,10 +93,10 @@ def checkpoint_path(output: Path, step: int) -> Path:
 
 def checkpoints(output: Path) -> list[Path]:
     """Whole checkpoints by name, oldest first. What is inside is checked when one is read."""
-    found = [
+    whole = [
         path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
     ]
-    return sorted(found, key=step_of)
+    return sorted(whole, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -117,7 +117,7 @@ def write_checkpoint(
     """
     place = checkpoint_path(output, state.step)
     beside = hidden_path(place, "partial")
-    tensors = sum(each.nbytes for each in (*optimizer.values(), *random.values()))
+    tensors = sum(tensor.nbytes for tensor in (*optimizer.values(), *random.values()))
     needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
     cure = f"make room or lower --save_total_limit, {GOES_ON}"
     delete(beside)

@@ -102,8 +102,8 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
         state = read_whole(explicit)
         _check_same(identity, state.identity, str(explicit))
         return Start(explicit, state)
-    found = newest_whole(output, say) if resume == "latest" else None
-    if found is None:
+    newest = newest_whole(output, say) if resume == "latest" else None
+    if newest is None:
         if resume == "latest" and (damaged := checkpoints(output)):
             names = ", ".join(path.name for path in damaged)
             cure = "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew"
@@ -111,8 +111,8 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
                 f"none of its checkpoints is whole ({names})", place=f"output_dir {output}", cure=cure
             )
         return Start()
-    _check_same(identity, found[1].identity, str(found[0]))
-    return Start(*found)
+    _check_same(identity, newest[1].identity, str(newest[0]))
+    return Start(*newest)
 
 
 def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
@@ -189,8 +189,8 @@ def _going(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
 
 
 def _left_behind(output: Path) -> list[Path]:
-    found = (path for pattern in (*OURS, *TOKENIZERS) for path in output.glob(pattern))
-    return sorted(path for path in found if path.is_file())
+    paths = (path for pattern in (*OURS, *TOKENIZERS) for path in output.glob(pattern))
+    return sorted(path for path in paths if path.is_file())
 
 
 def mark(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:

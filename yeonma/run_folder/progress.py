@@ -185,9 +185,9 @@ def status_bytes(name: str) -> int | None:
 
 def _peak_resident_bytes() -> int:
     # On Linux ru_maxrss is inherited from the process that started this one, however large that was.
-    told = status_bytes("VmHWM")
-    if told is not None:
-        return told
+    resident = status_bytes("VmHWM")
+    if resident is not None:
+        return resident
     try:
         import resource
     except ImportError:

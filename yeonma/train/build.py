@@ -194,7 +194,7 @@ def build_train_state(
     """`by_tokens`: when memory runs out, halve the tokens of a micro-batch instead of its units."""
     step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
-    parameters = {name: each for name, each in loaded.policy.model.named_parameters() if each.requires_grad}
+    parameters = {name: p for name, p in loaded.policy.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(
         step.optimizer,
         list(parameters.values()),

@@ -69,8 +69,8 @@ class Stop:
 
     def wishes(self) -> list[float]:
         """This process's, a number for each of REASONS: to be summed over all processes and given to `agree`."""
-        found = {self._signalled, TIME_OVER if self._is_late(self.slowest_step) else None}
-        return [float(status in found) for status in REASONS]
+        reasons = {self._signalled, TIME_OVER if self._is_late(self.slowest_step) else None}
+        return [float(status in reasons) for status in REASONS]
 
     def agree(self, sums: Sequence[float]) -> None:
         """All processes call it with the same sums, and stop after the same step."""
@@ -204,8 +204,8 @@ _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 def seconds_of(time_limit: str) -> int:
     """`11h30m`, `90m`, `45s`, `1d`, `1:30:00` or, as job queues write it, `1-12:00:00`. Raises UserError for others."""
     text = time_limit.strip()
-    found = _CLOCK.fullmatch(text) or _PARTS.fullmatch(text)
-    days, hours, minutes, seconds = (int(each or 0) for each in found.groups()) if found else (0, 0, 0, 0)
+    match = _CLOCK.fullmatch(text) or _PARTS.fullmatch(text)
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if not 0 < total < 10**9:
         cure = "write it as 11h30m, 90m, 45s or 1:30:00"

@@ -56,12 +56,12 @@ def resolve_auto(
     say: Log,
     *,
     processes: int | None = None,
-    kept: int | None = None,
+    earlier_tokens: int | None = None,
     free: int | None = None,
 ) -> RunConfig:
     """The settings with numbers in the place of `auto`; the same in all processes, those of the one with least room.
 
-    `processes`: that the run will have, where this is not one of them. `kept`: the tokens of a checkpoint that is
+    `processes`: that the run will have, where this is not one of them. `earlier_tokens`: those of a checkpoint that is
     continued. `free`: bytes, in place of what is free. Raises UserError where free memory is not known, and for a model
     that cannot be traced.
     """
@@ -81,19 +81,19 @@ def resolve_auto(
         processes=processes or group.count,
         sharded=model.shard and (processes or group.count) > 1,
     )
-    asked = model.gradient_checkpointing
-    ways = WAYS if asked == "auto" else (asked,)
+    requested = model.gradient_checkpointing
+    ways = WAYS if requested == "auto" else (requested,)
     try:
         if step.micro_batch_tokens != "auto":
             way, tokens = _way_for(case, ways, micro_batching(step)), 0
         else:
-            way, tokens = _tokens_for(case, ways, step, kept)
+            way, tokens = _tokens_for(case, ways, step, earlier_tokens)
     except UserError as error:
-        problems = [Problem(each.what, each.place, each.cure or CURE) for each in error.problems]
+        problems = [Problem(problem.what, problem.place, problem.cure or CURE) for problem in error.problems]
         raise UserError(problems) from error
     way, least = _agreed(group, way, tokens)
-    tokens = kept or least  # what each had room for is its own: the same sums in the same order
-    say(_told(way, tokens, free))
+    tokens = earlier_tokens or least  # each process continues with its own: the same sums in the same order
+    say(_summary(way, tokens, free))
     if tokens:
         step = replace(step, micro_batch_size=step.batch_size, micro_batch_tokens=tokens)
     return replace(config, model=replace(model, gradient_checkpointing=way), step=step)
@@ -158,7 +158,7 @@ def _way_for(case: _Case, ways: tuple[Checkpointing, ...], micro: MicroBatchBoun
 
 
 def _tokens_for(
-    case: _Case, ways: tuple[Checkpointing, ...], step: StepSettings, kept: int | None
+    case: _Case, ways: tuple[Checkpointing, ...], step: StepSettings, earlier_tokens: int | None
 ) -> tuple[Checkpointing, int]:
     longest, whole = int(case.plan.lengths.max()), _heaviest_step(case)
     enough = min(whole, max(longest, ENOUGH_TOKENS))
@@ -168,14 +168,14 @@ def _tokens_for(
         if drawn is None:
             continue
         left = _left(case, drawn)
-        for tokens in [kept] if kept else budgets(min(whole, case.most_tokens), longest):
+        for tokens in [earlier_tokens] if earlier_tokens else budgets(min(whole, case.most_tokens), longest):
             micro = MicroBatchBounds(step.batch_size, tokens, step.share_prefix)
             if _needed(case, drawn, micro) <= left:
-                if kept or tokens >= min(enough, case.most_tokens):
+                if earlier_tokens or tokens >= min(enough, case.most_tokens):
                     return way, tokens
                 break
     # the last way, with what it has room for; where that is nothing, the trial will tell
-    return way, kept or tokens
+    return way, earlier_tokens or tokens
 
 
 def _drawn(case: _Case, way: Checkpointing) -> Blueprint | None:
@@ -202,12 +202,12 @@ def budgets(most: int, least: int) -> Iterator[int]:
 
 
 def _agreed(group: Processes, way: Checkpointing, tokens: int) -> tuple[Checkpointing, int]:
-    mine = torch.tensor([WAYS.index(way), tokens]).view(torch.uint8)
-    found = [each.view(torch.int64).tolist() for each in gather_bytes(group, mine)]
-    return WAYS[max(each[0] for each in found)], min(each[1] for each in found)
+    own = torch.tensor([WAYS.index(way), tokens]).view(torch.uint8)
+    of_ranks = [gathered.view(torch.int64).tolist() for gathered in gather_bytes(group, own)]
+    return WAYS[max(index for index, _ in of_ranks)], min(most_tokens for _, most_tokens in of_ranks)
 
 
-def _told(way: Checkpointing, tokens: int, free: int) -> str:
+def _summary(way: Checkpointing, tokens: int, free: int) -> str:
     words = {False: "kept", "selective": "recomputed in every other layer", True: "recomputed"}[way]
     at_once = f"at most {tokens:,} tokens at once; " if tokens else ""
     return f"{free / 1e9:.1f} GB free: {at_once}activations are {words}"
@@ -219,7 +219,7 @@ def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
 
     Raises UserError where not even the longest row has room.
     """
-    trained = sum(each.nbytes for each in state.parameters.values())
+    trained = sum(weight.nbytes for weight in state.parameters.values())
     device = state.model.device
     undo = state.optimizer.zero_grad
 

@@ -30,10 +30,10 @@ def make_optimizer(
         )
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    made: torch.optim.Optimizer = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[kind](
+    optimizer: torch.optim.Optimizer = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[kind](
         parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
     )
-    return made
+    return optimizer
 
 
 def optimizer_tensors(

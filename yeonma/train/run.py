@@ -106,17 +106,17 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
-    with rendezvous() as met, ExitStack() as held:
+    with rendezvous() as met, ExitStack() as contexts:
         stop.others = met.count > 1
         console = Console(stderr=False, quiet=met.rank != 0, soft_wrap=True)
         say = partial(console.out, highlight=False)
         prepared = prepare(config, source, continued, say)
         describe(prepared.dataset, say)
-        group = held.enter_context(process_group(met, device))
+        group = contexts.enter_context(process_group(met, device))
         check_alike(group, _alike(config, prepared))
         if group.first:
-            held.enter_context(disk_errors_as_user_errors(output, "the run's files"))
-            held.enter_context(hold(output, say))
+            contexts.enter_context(disk_errors_as_user_errors(output, "the run's files"))
+            contexts.enter_context(hold(output, say))
             recover(output)
         wait(group)  # nobody looks into a folder that another run may be writing
         start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, say)
@@ -128,8 +128,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
-        kept = _tokens_of(start.progress, group) if by_tokens else None
-        chosen = resolve_auto(config, source, prepared, group, say, kept=kept)
+        earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
+        chosen = resolve_auto(config, source, prepared, group, say, earlier_tokens=earlier_tokens)
         loaded = load_model(chosen, source, device, prepared, say, group)
         if by_tokens and not loaded.policy.support.forest:
             chosen = one_by_one(chosen)
@@ -137,7 +137,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         by_tokens = by_tokens and loaded.policy.support.forest
         plan, objective = prepared.plan, build_objective(chosen)
         state = build_train_state(chosen, loaded, plan, objective, group, stop, by_tokens=by_tokens)
-        if by_tokens and kept is None:  # before the reference is computed, which may take hours
+        if by_tokens and earlier_tokens is None:  # before the reference is computed, which may take hours
             try_heaviest(state, plan, prepared.dataset.train.store)
         extras = reference_extras(chosen, loaded, prepared, units_to_reference(prepared), group, say)
         stop.check()
@@ -154,8 +154,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
 def _alike(config: RunConfig, prepared: Prepared) -> str:
     """What must be the same in all processes. Files may lie elsewhere on another machine; their content counts."""
     places = {"base_model", "adapter", "data_path", "val_data_path", "template", "output_dir", "cache_dir"}
-    kept = {name: value for name, value in settings_dict(config).items() if name not in places}
-    return json.dumps([prepared.identity, kept, versions()], sort_keys=True, default=str)
+    settings = {name: value for name, value in settings_dict(config).items() if name not in places}
+    return json.dumps([prepared.identity, settings, versions()], sort_keys=True, default=str)
 
 
 def saves_of(config: RunConfig, prepared: Prepared) -> Saves:
@@ -180,7 +180,7 @@ def _train(
     dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
-    carried = (
+    exported = (
         export_chat_template(dataset.template, prepared.tokenizer)
         if group.first
         else ExportedChatTemplate(None)
@@ -188,9 +188,9 @@ def _train(
 
     def write_adapter(place: Path) -> None:
         tokenizer, template = prepared.tokenizer, dataset.template
-        adapters.write_adapter(place, policy.model, tokenizer, template, loaded.details, carried, samples)
+        adapters.write_adapter(place, policy.model, tokenizer, template, loaded.details, exported, samples)
 
-    trained = sum(each.numel() for each in state.parameters.values())
+    trained = sum(weight.numel() for weight in state.parameters.values())
     adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
     # dropout: its own numbers in every process
     torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
@@ -239,22 +239,23 @@ def _train(
     if not group.first:
         if state.sharded and evaluation.card_rows:  # no process can ask the model alone
             broadcast_trained(state.model)
-            asked = dataset.validation or dataset.train
-            ask_rows(policy, prepared.tokenizer, dataset, asked, evaluation.card_rows)
+            part = dataset.validation or dataset.train
+            ask_rows(policy, prepared.tokenizer, dataset, part, evaluation.card_rows)
         return None
-    kept = progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
-    if kept != progress.step:
+    best_step = (
+        progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
+    )
+    if best_step != progress.step:
         say(
-            f"the adapter of step {kept} had the lowest validation loss ({progress.best_loss:.4f}) and is kept"
+            f"the adapter of step {best_step} had the lowest validation loss ({progress.best_loss:.4f}) and is kept"
         )
-        load_weights(policy.model, checkpoint_path(output, kept))
+        load_weights(policy.model, checkpoint_path(output, best_step))
     folder.install(output, adapter)
     stop.check()
     if evaluation.card_rows:
         broadcast_trained(state.model)
     per = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.png", per)
-    asked = dataset.validation or dataset.train
     command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
     command += to_yaml(config)
     write_card(
@@ -262,32 +263,32 @@ def _train(
         policy,
         prepared.tokenizer,
         dataset,
-        asked,
+        dataset.validation or dataset.train,
         command,
-        kept,
+        best_step,
         evaluation.card_rows,
     )
     folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
     say(f"Adapter saved to {output}")
-    if carried.text is None:
-        say(f"its chat template does not carry the training template: {carried.why}")
+    if exported.text is None:
+        say(f"its chat template does not carry the training template: {exported.why}")
     return None
 
 
 def _size_in_checkpoint(progress: RunProgress, state: TrainState) -> int | None:
     """What this process had room for; None where something else is asked for now, or by as many processes."""
-    asked, *had = progress.micro_batches or [0]
-    if asked != state.limit.requested.most_examples or len(had) != state.group.count:
+    requested, *sizes = progress.micro_batches or [0]
+    if requested != state.limit.requested.most_examples or len(sizes) != state.group.count:
         return None
-    return had[state.group.rank]
+    return sizes[state.group.rank]
 
 
 def _tokens_of(progress: RunProgress | None, group: Processes) -> int | None:
     """The tokens that this process had room for when the checkpoint was written; None where there are none, or another
     number of processes."""
-    had = progress.micro_batch_tokens if progress is not None else []
-    return had[group.rank] if len(had) == group.count else None
+    tokens = progress.micro_batch_tokens if progress is not None else []
+    return tokens[group.rank] if len(tokens) == group.count else None
 
 
 def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> str:
@@ -306,7 +307,7 @@ def _samples(dataset: Dataset, count: int) -> Samples:
 def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:
     load_weights(peft_model, checkpoint)
     optimizer, random = read_tensors(checkpoint)
-    restore_optimizer(state.optimizer, {each: name for name, each in state.parameters.items()}, optimizer)
+    restore_optimizer(state.optimizer, {weight: name for name, weight in state.parameters.items()}, optimizer)
     state.scheduler.load_state_dict(progress.schedule)
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate

@@ -134,8 +134,8 @@ def test_what_is_not_auto_stays_and_what_a_checkpoint_had_is_kept(base: Path, da
     assert resolve_auto(plain.config, plain.source, plain.prepared, Processes(0, 1), print) is plain.config
     case = Case(base, data, gradient_checkpointing="selective", micro_batch_tokens="auto")
     assert case.chosen(PLENTY)[0] == "selective"
-    assert case.chosen(PLENTY, kept=77)[1].micro_batch_tokens == 77
-    assert case.chosen(1, kept=77)[1].micro_batch_tokens == 77
+    assert case.chosen(PLENTY, earlier_tokens=77)[1].micro_batch_tokens == 77
+    assert case.chosen(1, earlier_tokens=77)[1].micro_batch_tokens == 77
 
 
 def test_where_free_memory_is_not_known_it_is_an_error(

@@ -1,8 +1,7 @@
-"""`yeonma demo`: a small model learns the titles of the bundled sample, and shows what it learned; `yeonma demo-dpo`
-does the same with pairs of titles.
+"""`yeonma demo` and `yeonma demo-dpo`: fine-tune a small model on bundled titles or pairs of titles; show the result.
 
-Everything here is what a user does by hand: the demo prints its `yeonma sft` or `yeonma dpo` command, runs it, and then
-asks the adapter folder that it left behind.
+The demo does what a user would do by hand: it prints a `yeonma sft` or `yeonma dpo` command, runs it, and generates
+with the adapter.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ QUICK_STEPS = 4
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a demo teaches: with which verb, from which files of the samples, and where the wanted answer stands."""
+    """One demo: its command, the files of the samples, and the column of the reference answer."""
 
     verb: str
     groups: tuple[type, ...] | None
     defaults: Mapping[str, object]
     rows: str
     held_out: str
-    wanted: str
+    reference_column: str
     settings: Mapping[str, object]
     own: Mapping[str, object]
-    """Settings of the user's own run, to try next."""
+    """Settings of a run on the user's own data, to try next."""
 
 
-# Found by trying: 2e-3 gave a slightly lower validation loss but wilder titles, adapters on the MLP layers alone the
-# same loss but worse labels.
+# Found by experiment: 2e-3 gave a slightly lower validation loss but wilder titles; adapters on the MLP layers alone
+# gave the same loss but worse labels.
 SETTINGS: Mapping[str, object] = {
     "batch_size": 8,
     "micro_batch_size": 8,
@@ -79,7 +78,7 @@ TITLES = Lesson(
     defaults={},
     rows="news_en.jsonl",
     held_out="news_en_validation.jsonl",
-    wanted="title",
+    reference_column="title",
     settings=SETTINGS,
     own={"data_path": "your-rows.csv", "template": "your-template.txt", "output_dir": "my-titles"},
 )
@@ -89,24 +88,24 @@ PAIRS = Lesson(
     defaults=PREFERENCE_DEFAULTS,
     rows="pairs_en.jsonl",
     held_out="pairs_en_validation.jsonl",
-    wanted="chosen",
+    reference_column="chosen",
     settings=PAIR_SETTINGS,
     own={"data_path": "your-pairs.jsonl", "output_dir": "my-preferences"},
 )
 
 
 def run(settings: DemoSettings) -> int:
-    """Titles from examples."""
+    """`yeonma demo`: titles from examples."""
     return _teach(TITLES, settings)
 
 
 def run_dpo(settings: DemoSettings) -> int:
-    """The same titles from pairs: the house style against a long-winded one."""
+    """`yeonma demo-dpo`: titles from pairs of a house style and a long-winded style."""
     return _teach(PAIRS, settings)
 
 
 def _teach(lesson: Lesson, demo: DemoSettings) -> int:
-    """Fetch, train, show. A demo that was interrupted goes on; one that is finished is shown again."""
+    """Fetch, train, show. An interrupted demo continues; a finished one is shown again."""
     started = time.perf_counter()
     output = user_path(demo.output_dir)
     _heading("1. The model")
@@ -140,7 +139,7 @@ def _fetched() -> str:
 
 
 def _training_settings(lesson: Lesson, demo: DemoSettings, base: str) -> dict[str, object]:
-    """The settings of the run that are not as the verb has them anyway."""
+    """The settings of the run that differ from the command's defaults."""
     chosen: dict[str, object] = {
         "base_model": base,
         "data_path": _near(SAMPLES / lesson.rows),
@@ -161,20 +160,20 @@ def _training_settings(lesson: Lesson, demo: DemoSettings, base: str) -> dict[st
 
 
 def _show_answers(lesson: Lesson, output: Path) -> None:
-    """The first held-out rows: wanted, answered by the base model, answered with the adapter."""
+    """The first held-out rows: the reference, the base model's answer, and the adapter's."""
     from yeonma.policy import load_policy
 
     rows = list(islice(open_rows(str(SAMPLES / lesson.held_out)), SHOWN_ROWS))
     tuned = load_policy(output)
-    asked = [{"document": row.values["document"]} for row in rows]
-    after = tuned.generate(asked, max_new_tokens=NEW_TOKENS)
-    before = replace(tuned, adapter_weights=False).generate(asked, max_new_tokens=NEW_TOKENS)
+    prompts = [{"document": row.values["document"]} for row in rows]
+    after = tuned.generate(prompts, max_new_tokens=NEW_TOKENS)
+    before = replace(tuned, adapter_weights=False).generate(prompts, max_new_tokens=NEW_TOKENS)
     for row, *answers in zip(rows, before, after, strict=True):
-        print(_sample(row, str(row.values[lesson.wanted]), answers), flush=True)
+        print(_sample(row, str(row.values[lesson.reference_column]), answers), flush=True)
 
 
-def _sample(row: Row, wanted: str, answers: Sequence[str]) -> str:
-    texts = (wanted, *answers)
+def _sample(row: Row, reference: str, answers: Sequence[str]) -> str:
+    texts = (reference, *answers)
     lines = [
         f"  {name:6}  {_short(text)}" for name, text in zip(("wanted", "before", "after"), texts, strict=True)
     ]
@@ -182,11 +181,11 @@ def _sample(row: Row, wanted: str, answers: Sequence[str]) -> str:
 
 
 def _show_gain(lesson: Lesson, output: Path) -> None:
-    """What the held-out rows gained, by the looks at them before training and of the adapter that is kept."""
+    """The validation metrics before training and of the adapter that was saved."""
     from yeonma.run_folder.run_log import read_metrics
 
-    looks = [each for each in read_metrics(output / "metrics.jsonl") if each.get("evaluation")]
-    before, after = looks[0], min(looks, key=_loss)  # the adapter with the lowest loss is the one kept
+    evaluations = [line for line in read_metrics(output / "metrics.jsonl") if line.get("evaluation")]
+    before, after = evaluations[0], min(evaluations, key=_loss)  # the adapter with the lowest loss is saved
     rows = before["examples"]
     losses = f"{_loss(before):.3f} before, {_loss(after):.3f} after"
     if lesson.verb == "sft":
@@ -205,7 +204,7 @@ def _config_of(lesson: Lesson, settings: Mapping[str, object]) -> RunConfig:
 
 
 def _compared(lesson: Lesson, output: Path, base: str) -> Path:
-    """Base and adapter on all held-out rows: the page that shows them."""
+    """Compare base and adapter on all held-out rows, and return the path of the page."""
     from yeonma.commands.compare import compare
 
     chosen: dict[str, object] = {
@@ -219,8 +218,8 @@ def _compared(lesson: Lesson, output: Path, base: str) -> Path:
     return compare(config.compare, config.answer, lambda text: print(text, flush=True)) / "report.html"
 
 
-def _loss(look: Mapping[str, Any]) -> float:
-    return float("inf") if look["loss"] is None else float(look["loss"])
+def _loss(evaluation: Mapping[str, Any]) -> float:
+    return float("inf") if evaluation["loss"] is None else float(evaluation["loss"])
 
 
 def _ending(lesson: Lesson, output: Path, base: str) -> str:
@@ -238,7 +237,7 @@ def _ending(lesson: Lesson, output: Path, base: str) -> str:
 
 
 def _command(words: Sequence[str], settings: Mapping[str, object] | None = None) -> str:
-    """A command as one types it here, over several lines if it has settings."""
+    """A command line for this working folder, over several lines if it has settings."""
     lines = [" ".join([_yeonma(), *map(shlex.quote, words)])]
     for name, value in (settings or {}).items():
         words = value if isinstance(value, list) else [_written(value)]
@@ -255,7 +254,7 @@ def _written(value: object) -> str:
 
 
 def _yeonma() -> str:
-    """How `yeonma` is called from here: by its name where the shell finds it."""
+    """How to call `yeonma` from this working folder: by its name if the shell finds it."""
     beside = Path(sys.executable).parent / "yeonma"
     found = shutil.which("yeonma")
     if found and os.path.samefile(found, beside):
@@ -264,7 +263,7 @@ def _yeonma() -> str:
 
 
 def _near(path: Path) -> str:
-    """A path as seen from the working folder where it lies below it, else whole."""
+    """A path relative to the working folder if it lies below it, else absolute."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 

@@ -57,7 +57,7 @@ class Checkout:
             if language == "diff":
                 self.run("git", "apply", "-v", "-", stdin=block)
             elif language == "python":
-                printed += self.run(sys.executable, "-c", block)
+                printed += self.run(sys.executable, "-c", block.replace("BASE", str(self.base)))
             else:
                 words = shlex.split(block.replace("BASE", str(self.base)))
                 assert words[0] == "yeonma"
@@ -84,3 +84,10 @@ def test_a_built_in_template_is_chosen_by_its_columns(checkout: Checkout) -> Non
 
 def test_an_attention_backend_computes_the_layers(checkout: Checkout) -> None:
     assert "attention dense" in checkout.follow("An attention backend")
+
+
+def test_sampled_answers_are_learned_from(checkout: Checkout) -> None:
+    printed = checkout.follow("A task: learning from sampled answers")
+    rewards = [float(reward) for reward in re.findall(r"mean reward ([\d.]+)", printed)]
+    assert len(rewards) == 8
+    assert rewards[0] < 0.7 and rewards[-1] > rewards[0] + 0.15, printed

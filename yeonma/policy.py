@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST, capability_of
-from yeonma.model.forest_support import check_forest_support
+from yeonma.model.forest_support import attention, check_forest_support
 from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, example_logprobs, plain_head
@@ -109,9 +109,10 @@ class Policy:
 
         `token_ids` and `trained` (bool) have shape (tokens,) each; `units` as in `yeonma.batch.forest.lay_out`.
         """
-        with self.active():
+        model = self.transformers_model
+        with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
             return example_logprobs(
-                self.transformers_model,
+                model,
                 self.support,
                 token_ids,
                 trained,
@@ -355,6 +356,8 @@ def load_policy(
         raise UserError(problems) from error
     adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
     policy = _put_together(base, source, adapters, PLAIN)
+    # called directly, as a notebook may do, the model computes what transformers and PEFT would
+    policy.transformers_model.set_attn_implementation(policy.support.plain_attention)
     return replace(policy, prompt_builder=builder, adapter_weights=adapter_weights)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import yeonma
@@ -302,6 +303,20 @@ def test_another_adapter_takes_the_place_of_the_first_on_the_same_weights(
             assert close(policy.logprobs(*examples()), plain_logprobs(titles.base, folder))
             assert policy.transformers_model.config._attn_implementation == FOREST
             assert policy.support.plain_attention != FOREST
+
+
+def test_a_loaded_model_called_directly_is_that_of_transformers_and_peft(titles: Folders) -> None:
+    policy = load_policy(titles.adapter, device="cpu", dtype="float32")
+    token_ids, _ = examples()
+    ids = torch.from_numpy(np.stack([token_ids[0], token_ids[0]]).astype(np.int64))
+    padding = torch.ones_like(ids)
+    padding[1, :3] = 0
+    base = AutoModelForCausalLM.from_pretrained(titles.base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, titles.adapter)
+    with torch.no_grad():
+        logits = policy.model(ids, attention_mask=padding).logits
+        torch.testing.assert_close(logits, expected(ids, attention_mask=padding).logits, rtol=1e-5, atol=1e-5)
+        assert close(policy.logprobs(*examples()), plain_logprobs(titles.base, titles.adapter))
 
 
 def test_a_policy_to_train_has_a_fresh_adapter_and_gradients(titles: Folders) -> None:

@@ -168,6 +168,9 @@ def _other_layers(config: Any, windows: dict[int, int | None]) -> str:
 def attention(model: Any, implementation: str) -> Iterator[None]:
     """The model with another of transformers' attention implementations within."""
     before = model.config._attn_implementation
+    if before == implementation:
+        yield
+        return
     model.set_attn_implementation(implementation)
     try:
         yield

@@ -1,7 +1,7 @@
 """The losses of training, as pure functions of log-probabilities, and what each of them needs.
 
-A new preference loss is a function and its record in LOSSES. All losses are summed over a micro-batch; the step divides
-once, by its trained tokens, pairs or labelled answers.
+A new preference loss is a function, its record in LOSSES and its name in config/settings.py (docs/extending.md). All
+losses are summed over a micro-batch; the step divides once, by its trained tokens, pairs or labelled answers.
 
 Shapes: N trained tokens, P pairs, R labelled answers. Log-probabilities are natural, float32 or better; those of an
 answer are summed over its trained tokens, its end token included. A log-ratio is the policy's log-probability less the
@@ -365,6 +365,7 @@ class PreferenceLoss:
 
 
 _PAIR_OPTIONS = frozenset({"beta", "sft_weight"})
+"""What every loss of pairs depends on. Its function leaves sft_weight alone: `pair_losses` adds the supervised term."""
 _SMOOTHED = _PAIR_OPTIONS | {"label_smoothing"}
 
 LOSSES: Mapping[str, PreferenceLoss] = {

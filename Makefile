@@ -31,7 +31,7 @@ demo-dpo: setup
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests
 
-# Whether the working tree gives the results of another commit or folder, to the byte.
+# Compares the working tree's results with those of another commit or folder, byte by byte.
 same: setup
 	$(BIN)/python -m scripts.same_results both --before "$(BEFORE)" --after .
 

@@ -38,12 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "compare":
         return _compare(options.before, options.after, names, options)
     with tempfile.TemporaryDirectory(prefix="same-results-") as scratch:
-        folders = [(options.output or Path(scratch)) / name for name in ("before", "after")]
-        recorded = [
-            _record(checkout, folder, runs, options.jobs)
-            for checkout, folder in zip((options.before, options.after), folders, strict=True)
-        ]
-        return _compare(*folders, names, options) if all(recorded) else 1
+        folder = options.output or Path(scratch)
+        before, after = folder / "before", folder / "after"
+        recorded = _record(options.before, before, runs, options.jobs)
+        recorded = _record(options.after, after, runs, options.jobs) and recorded
+        return max(_compare(before, after, names, options), int(not recorded))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import ndiff
+from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,14 @@ class Recording:
         return {path.relative_to(self.root).as_posix(): path for path in paths}
 
 
+class _Missing:
+    def __str__(self) -> str:
+        return "missing"
+
+
+MISSING = _Missing()
+
+
 def compare_recordings(
     before: Recording, after: Recording, chosen: Callable[[str], bool]
 ) -> Iterator[Compared]:
@@ -111,9 +120,9 @@ def compare_within(
     """The output folders of two runs; `without` names files that are not compared."""
 
     def files(run: str) -> dict[str, Path]:
-        found = recording.files([f"work/{run}"])
-        own = {path.replace(f"work/{run}/", f"work/{one}/", 1): file for path, file in found.items()}
-        return {path: file for path, file in own.items() if file.name not in without}
+        recorded = recording.files([f"work/{run}"]).items()
+        by_path = {path.replace(f"work/{run}/", f"work/{one}/", 1): file for path, file in recorded}
+        return {path: file for path, file in by_path.items() if file.name not in without}
 
     return compare_folders(name, files(one), files(other), {other: one})
 
@@ -126,7 +135,8 @@ def compare_folders(
     for path in sorted({*before, *after}):
         compared.files += 1
         if path not in before or path not in after:
-            texts = ("there" if path in files else "missing" for files in (before, after))
+            there, missing = "there", str(MISSING)
+            texts = (there, missing) if path in before else (missing, there)
             compared.differences.append(Difference("differs", path, "", *texts))
         else:
             compared.differences += compare_files(path, before[path], after[path], names)
@@ -136,18 +146,18 @@ def compare_folders(
 def compare_files(
     path: str, before: Path, after: Path, names: Mapping[str, str] | None = None
 ) -> list[Difference]:
-    """The differences of two files that are recorded as `path`; those that are rounding in one."""
+    """The differences of two files that are recorded as `path`; of those that are rounding the largest."""
     form = format_of(path)
     try:
         values = [replaced(form.read(file), names or {}) for file in (before, after)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [Difference("differs", path, "", "", f"cannot be read by {form.read.__name__}: {error!r}")]
-    found = list(_compare(values[0], values[1], "", path, fields_of(path), form.tolerance))
-    rounding = [difference for difference in found if difference.kind == "rounding"]
-    if len(rounding) > 1:
+    differences = list(_compare(values[0], values[1], "", path, fields_of(path), form.tolerance))
+    rounding = [difference for difference in differences if difference.kind == "rounding"]
+    if rounding:
         largest = max(rounding, key=lambda difference: difference.size)
-        found = [difference for difference in found if difference.kind != "rounding"] + [largest]
-    return found
+        differences = [difference for difference in differences if difference.kind != "rounding"] + [largest]
+    return differences
 
 
 def replaced(value: Value, names: Mapping[str, str]) -> Value:
@@ -163,14 +173,6 @@ def replaced(value: Value, names: Mapping[str, str]) -> Value:
     return value
 
 
-class _Missing:
-    def __str__(self) -> str:
-        return "missing"
-
-
-MISSING = _Missing()
-
-
 def _compare(
     before: Value, after: Value, where: str, path: str, fields: Sequence[Field], tolerance: float
 ) -> Iterator[Difference]:
@@ -182,13 +184,12 @@ def _compare(
             yield Difference("words", path, where, *_changed_lines(before, after))
     elif isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
-            inside = f"{where}.{key}" if where else key
-            pair = before.get(key, MISSING), after.get(key, MISSING)
-            yield from _compare(*pair, inside, path, fields, tolerance)
+            a, b = before.get(key, MISSING), after.get(key, MISSING)
+            yield from _compare(a, b, f"{where}.{key}" if where else key, path, fields, tolerance)
     elif isinstance(before, list) and isinstance(after, list):
         for index in range(max(len(before), len(after))):
-            pair = tuple(value[index] if index < len(value) else MISSING for value in (before, after))
-            yield from _compare(*pair, f"{where}[{index}]", path, fields, tolerance)
+            a, b = (value[index] if index < len(value) else MISSING for value in (before, after))
+            yield from _compare(a, b, f"{where}[{index}]", path, fields, tolerance)
     elif not _is_equal(before, after):
         distance = _distance(before, after)
         if field is not None and isinstance(before, str) and isinstance(after, str) and before and after:
@@ -204,15 +205,16 @@ INDEX = re.compile(r"\[\d+\]")
 
 def _field(where: str, fields: Sequence[Field]) -> Field | None:
     name = INDEX.sub("", where)
-    return next(
-        (each for each in fields if fnmatchcase(name, each.name) or fnmatchcase(name, f"*.{each.name}")), None
-    )
+    matching = (row for row in fields if fnmatchcase(name, row.name) or fnmatchcase(name, f"*.{row.name}"))
+    return next(matching, None)
 
 
 def _changed_lines(before: Sequence[Value], after: Sequence[Value]) -> tuple[str, str]:
-    lines = list(ndiff([str(line) for line in before], [str(line) for line in after]))
-    gone, new = ("\n".join(line[2:] for line in lines if line.startswith(mark)) for mark in ("- ", "+ "))
-    return gone, new
+    """The lines that are only before, and those that are only after."""
+    a, b = [str(line) for line in before], [str(line) for line in after]
+    blocks = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    changed = [(a[i:j], b[k:m]) for tag, i, j, k, m in blocks if tag != "equal"]
+    return "\n".join(chain(*(gone for gone, _ in changed))), "\n".join(chain(*(new for _, new in changed)))
 
 
 def _is_equal(before: Value, after: Value) -> bool:

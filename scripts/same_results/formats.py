@@ -66,8 +66,12 @@ def read_presence(path: Path) -> Value:
     return "something" if path.stat().st_size else "nothing"
 
 
+NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+
+
 def read_lines(path: Path) -> Value:
-    return path.read_text(encoding="utf-8").splitlines()
+    """Lines for people, without their numbers: many are measured, and the others stand in files as well."""
+    return [NUMBER.sub("#", line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_message(path: Path) -> Value:
@@ -81,7 +85,8 @@ def read_json(path: Path) -> Value:
 
 
 def read_json_lines(path: Path) -> Value:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would part a text at U+2028, too
+    return [json.loads(line) for line in lines if line]
 
 
 def read_answers(path: Path) -> Value:
@@ -119,7 +124,6 @@ def read_manifest(path: Path) -> Value:
 
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 FENCED = re.compile(r"^(`{3,})\w*\n(.*?)\n?\1$", re.DOTALL | re.MULTILINE)
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def read_card(path: Path) -> Value:
@@ -131,7 +135,7 @@ def read_card(path: Path) -> Value:
     tables = [line for line in FENCED.sub("", text).splitlines() if line.startswith("|")]
     return {
         "metadata": yaml.safe_load(front_matter[1]) if front_matter else None,
-        "tables": [[float(number) for number in NUMBER.findall(line)] for line in tables],
+        "tables": [[float(number.replace(",", "")) for number in NUMBER.findall(line)] for line in tables],
         "texts": [text for text in fenced if not text.startswith("yeonma ")],
     }
 

@@ -112,9 +112,9 @@ def write_model(folder: Path, family: str, tokenizer: Any, **shape: int) -> None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.15, generator=generator)
+                parameter.normal_(std=0.05 if "lm_head" in name else 0.15, generator=generator)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     model.save_pretrained(folder)
@@ -149,7 +149,7 @@ def metaspace_tokenizer() -> Any:
 
     rough = Tokenizer(models.BPE())
     rough.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=340, limit_alphabet=150, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=340, show_progress=False)
     rough.train_from_iterator((*ENGLISH, *KOREAN, *FRAMES), trainer)
     trained = json.loads(rough.to_str())["model"]
     special = ("<unk>", "<s>", "</s>")
@@ -203,7 +203,7 @@ def titles(count: int = 20, seed: int = 0) -> list[Row]:
 
 def headlines() -> list[Row]:
     draw = random.Random(2)
-    rows = []
+    rows: list[Row] = []
     for number in range(10):
         body, headline = article(draw, number)
         rows.append({"desk": draw.choice(("city", "경제")), "body": body, "headline": headline})
@@ -213,7 +213,7 @@ def headlines() -> list[Row]:
 def instructions() -> list[Row]:
     """Alpaca's columns; every other row has no input and takes the other variant of the template."""
     draw = random.Random(3)
-    rows = []
+    rows: list[Row] = []
     for number in range(8):
         text, answer = article(draw, number)
         rows.append({"instruction": "Name the news.", "input": text if number % 2 else "", "output": answer})
@@ -223,7 +223,7 @@ def instructions() -> list[Row]:
 def chats() -> list[Row]:
     """Lists of turns, from one question to three, half of them behind a system message."""
     draw = random.Random(4)
-    rows = []
+    rows: list[Row] = []
     for number in range(12):
         turns = [{"role": "system", "content": "Answer in a sentence."}] if number % 2 else []
         for _ in range(draw.randint(1, 3)):
@@ -236,7 +236,7 @@ def chats() -> list[Row]:
 def pairs() -> list[Row]:
     """A document with a title that is preferred and one that is not; some of the two begin alike."""
     draw = random.Random(5)
-    rows = []
+    rows: list[Row] = []
     for number in range(16):
         document, title = article(draw, number)
         rejected = f"{title}, they say" if number % 3 == 0 else "About: " + draw.choice(ENGLISH)
@@ -247,7 +247,7 @@ def pairs() -> list[Row]:
 def dialogues() -> list[Row]:
     """Pairs whose prompt is a list of turns."""
     draw = random.Random(6)
-    rows = []
+    rows: list[Row] = []
     for number in range(6):
         question, answer = article(draw, number)
         prompt = [{"role": "user", "content": question}]
@@ -264,7 +264,7 @@ def dialogues() -> list[Row]:
 def labels() -> list[Row]:
     """Single answers that are wanted or not."""
     draw = random.Random(7)
-    rows = []
+    rows: list[Row] = []
     for number in range(16):
         document, title = article(draw, number)
         good = draw.random() < 0.5

@@ -93,7 +93,7 @@ class Console:
             _wait_until(lambda: (self.work / once).exists() or process.poll() is not None, f"for {once}")
             process.kill()
             ended = process.wait()
-        self._check(arguments, ended, -signal.SIGKILL)
+        self._check(arguments, ended, 128 + signal.SIGKILL)
 
     @contextmanager
     def server(self, line: str) -> Iterator[str]:
@@ -146,6 +146,7 @@ class Console:
 
     def _check(self, arguments: Sequence[str], ended: int, expected: int) -> None:
         stem = self._stem(arguments[0])
+        ended = ended if ended >= 0 else 128 - ended  # as a shell says it
         Path(f"{stem}.status").write_text(f"{ended}\n", encoding="utf-8")
         if ended != expected:
             errors = Path(f"{stem}.err.words").read_text(encoding="utf-8", errors="replace")
@@ -262,15 +263,15 @@ def _git(folder: Path, *arguments: str) -> bytes:
 def check_package(root: Path) -> None:
     """Raises SystemExit where Python would import another `yeonma` than the copied one, such as an installed one."""
     code = "from importlib.util import find_spec; print(find_spec('yeonma').origin)"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=root / "work",
         env=environment(root, root / "cache"),
         capture_output=True,
         text=True,
     )
-    if found.stdout.strip() != str(root / "package" / "yeonma" / "__init__.py"):
-        raise SystemExit(f"Python imports another yeonma: {found.stdout.strip() or found.stderr.strip()}")
+    if done.stdout.strip() != str(root / "package" / "yeonma" / "__init__.py"):
+        raise SystemExit(f"Python imports another yeonma: {done.stdout.strip() or done.stderr.strip()}")
 
 
 def machine() -> dict[str, str]:
@@ -293,8 +294,8 @@ def _version(library: str) -> str:
 
 
 def _url(printed: Path) -> str | None:
-    found = search(r"http://[\w.]+:\d+", printed.read_text(encoding="utf-8"))
-    return found[0] if found else None
+    match = search(r"http://[\w.]+:\d+", printed.read_text(encoding="utf-8"))
+    return match[0] if match else None
 
 
 def _wait_until(condition: Callable[[], bool], waiting: str) -> None:

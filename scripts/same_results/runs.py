@@ -15,42 +15,41 @@ from .recording import COMMAND_SECONDS, Console, Run
 
 CPU = "--dtype float32 --device cpu"
 LLAMA, QWEN = "--base_model models/llama", "--base_model models/qwen"
-TRAIN = f"{CPU} --cutoff_len 160 --lora_r 4 --lora_alpha 8 --seed 7 --card_rows 2"
-STEPS = f"{TRAIN} --batch_size 4 --micro_batch_size 2 --num_epochs 2 --val_set_size 4 --learning_rate 3e-3"
-TITLES = f"{LLAMA} --data_path data/titles.jsonl {STEPS}"
-PAIRS = f"{LLAMA} --data_path data/pairs.jsonl --beta 0.3 {STEPS} --save_steps 2"
+TRAIN = f"{CPU} --cutoff_len 160 --lora_r 8 --lora_alpha 16 --seed 7 --card_rows 2"
+STEPS = f"{TRAIN} --batch_size 4 --micro_batch_size 2 --val_set_size 4"
+TITLES = f"{LLAMA} --data_path data/titles.jsonl {STEPS} --learning_rate 1e-2"
 DROPOUT = (
-    f"{TITLES} --lora_dropout 0.1 --use_rslora true --lr_scheduler cosine --warmup_steps 2 --save_steps 2"
+    f"{TITLES} --lora_dropout 0.1 --use_rslora true --lr_scheduler cosine --warmup_steps 2 --save_steps 4"
 )
+PREFERENCES = f"{STEPS} --learning_rate 2e-3 --num_epochs 2 --beta 0.3 --save_steps 3"
+PAIRS = f"{LLAMA} --data_path data/pairs.jsonl {PREFERENCES}"
 
 
 def inspect(console: Console) -> None:
     """What the rows of every kind of data become: token ids, trained masks, texts, the audit and the forecast."""
-    supervised = {
-        "titles": f"{LLAMA} --val_set_size 4",
-        "titles --shrink_side middle --train_on_inputs true": QWEN,
-        "instructions": QWEN,
-        "chats": LLAMA,
-    }
-    for data, settings in supervised.items():
-        _inspect(console, f"{data} {settings}")
-    for data in ("pairs", "dialogues", "labels --loss kto"):
-        _inspect(console, f"{data} {QWEN} --objective dpo")
-
-
-def _inspect(console: Console, data: str) -> None:
-    shown = f"--json true --rows all --output_dir nowhere {TRAIN}"
-    console.yeonma(f"inspect --data_path data/{data.replace(' ', '.jsonl ', 1)} {shown}", stdout="jsonl")
+    for data, settings in (
+        ("titles", f"{LLAMA} --val_set_size 4"),
+        ("titles", f"{QWEN} --shrink_side middle --train_on_inputs true"),
+        ("instructions", QWEN),
+        ("chats", LLAMA),
+        ("pairs", f"{QWEN} --objective dpo"),
+        ("dialogues", f"{QWEN} --objective dpo"),
+        ("labels", f"{QWEN} --objective dpo --loss kto"),
+    ):
+        rows = f"--data_path data/{data}.jsonl {settings} {TRAIN} --output_dir nowhere"
+        console.yeonma(f"inspect {rows} --rows all --json true", stdout="jsonl")
 
 
 def sft(console: Console) -> None:
     """The built-in template of titles, with validation, checkpoints and a model card."""
-    console.yeonma(f"sft {TITLES} --save_steps 3 --eval_steps 3 --output_dir sft")
+    console.yeonma(f"sft {TITLES} --save_steps 6 --eval_steps 3 --output_dir sft")
 
 
 def sft_turns(console: Console) -> None:
     """Lists of turns, on a model with grouped heads; and a template with turns, without a validation set."""
-    console.yeonma(f"sft {QWEN} --data_path data/chats.jsonl {STEPS} --output_dir sft-turns/chats")
+    console.yeonma(
+        f"sft {QWEN} --data_path data/chats.jsonl {STEPS} --learning_rate 1e-2 --output_dir sft-turns/chats"
+    )
     headlines = f"{QWEN} --data_path data/headlines.jsonl --template data/headline.txt"
     batches = "--batch_size 3 --micro_batch_tokens 300 --num_epochs 1 --train_on_inputs true"
     console.yeonma(f"sft {headlines} {TRAIN} {batches} --output_dir sft-turns/headlines")
@@ -67,7 +66,7 @@ def sft_processes(console: Console) -> None:
 
 
 def sft_resumed(console: Console) -> None:
-    """`sft-dropout` again from its second checkpoint, in a copy of its folder."""
+    """`sft-dropout` again from its first checkpoint, in a copy of its folder."""
     folder = console.copy("sft-dropout", "sft-resumed").name
     console.yeonma(f"sft {DROPOUT} --output_dir {folder} --resume_from_checkpoint {folder}/checkpoint-4")
 
@@ -75,7 +74,7 @@ def sft_resumed(console: Console) -> None:
 def sft_killed(console: Console) -> None:
     """`sft-dropout`, killed when it has left its first checkpoint; then the same command again."""
     command = f"sft {DROPOUT} --output_dir sft-killed"
-    console.yeonma_killed(command, once=Path("sft-killed/checkpoint-2"))
+    console.yeonma_killed(command, once=Path("sft-killed/checkpoint-4"))
     console.yeonma(command)
 
 
@@ -98,7 +97,7 @@ def dpo_others(console: Console) -> None:
     """Two losses without a reference, and KTO on labelled answers."""
     console.yeonma(f"dpo {PAIRS} --loss simpo --simpo_gamma 0.7 --output_dir dpo-others/simpo")
     console.yeonma(f"dpo {PAIRS} --loss orpo --lora_dropout 0.1 --output_dir dpo-others/orpo")
-    labels = f"{QWEN} --data_path data/labels.jsonl {STEPS} --loss kto --kto_undesirable_weight 0.8"
+    labels = f"{QWEN} --data_path data/labels.jsonl {PREFERENCES} --loss kto --kto_undesirable_weight 0.8"
     console.yeonma(f"dpo {labels} --output_dir dpo-others/kto")
 
 
@@ -117,18 +116,17 @@ def generate(console: Console) -> None:
 
 def chat(console: Console) -> None:
     """Questions through a pipe: fields of a template, and a conversation that begins anew."""
-    ask = f"{CPU} --max_new_tokens 16"
-    console.yeonma(
-        f"chat sft {ask}", stdout="txt", stdin="A storm.\nIt closed the harbour.\n\n기차가 달린다.\n\n"
-    )
+    settings = f"{CPU} --max_new_tokens 16"
+    articles = "A storm.\nIt closed the harbour.\n\n기차가 달린다.\n\n"
+    console.yeonma(f"chat sft {settings}", stdout="txt", stdin=articles)
     turns = "Which train runs?\nAnd when?\n/new\n몇 시에?\n/quit\n"
-    console.yeonma(f"chat sft-turns/chats {ask} --temperature 0.7", stdout="txt", stdin=turns)
+    console.yeonma(f"chat sft-turns/chats {settings} --temperature 0.7", stdout="txt", stdin=turns)
 
 
 def compare(console: Console) -> None:
     """A base and two adapters on rows that none was trained on: answers, losses, numbers, the page."""
-    asked = f"--models models/llama sft sft-dropout --data_path data/unseen.jsonl --max_new_tokens 24 {CPU}"
-    console.yeonma(f"compare {asked} --output_dir compare")
+    rows = f"--data_path data/unseen.jsonl {CPU} --max_new_tokens 24"
+    console.yeonma(f"compare --models models/llama sft sft-dropout {rows} --output_dir compare")
 
 
 def merge(console: Console) -> None:
@@ -147,7 +145,7 @@ def serve(console: Console) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HttpRequest:
     """A request: POST of `body`, or GET where there is none."""
 
     name: str
@@ -155,35 +153,41 @@ class Asked:
     body: Mapping[str, Any] | None = None
 
 
-def _chat(name: str, text: str, model: str = "sft", **more: Any) -> Asked:
+def _chat(name: str, text: str, model: str = "sft", **more: Any) -> HttpRequest:
     messages = [{"role": "user", "content": text}]
-    return Asked(name, "/v1/chat/completions", {"model": model, "messages": messages, **more})
+    return HttpRequest(name, "/v1/chat/completions", {"model": model, "messages": messages, **more})
 
 
 REQUESTS = (
-    Asked("models", "/v1/models"),
+    HttpRequest("models", "/v1/models"),
     _chat("greedy", KOREAN[0]),
     _chat("the second adapter", KOREAN[0], "sft-dropout"),
     _chat("the base", KOREAN[0], "llama", max_tokens=8),
     _chat("sampled", KOREAN[1], temperature=0.9, top_p=0.9, seed=5),
     _chat("shortened", " ".join(KOREAN * 2)),
-    _chat("streamed", KOREAN[2], stream=True, stream_options={"include_usage": True}),
-    _chat("with stop texts", KOREAN[3], stop=["e", "o", "제"], max_tokens=32),
-    Asked("texts", "/v1/completions", {"model": "sft", "prompt": ["A storm", "밤 기차"], "max_tokens": 12}),
-    Asked("a text, streamed", "/v1/completions", {"model": "sft", "prompt": "The town", "stream": True}),
+    _chat(
+        "streamed", KOREAN[2], stream=True, stream_options={"include_usage": True}, temperature=0.5, seed=1
+    ),
+    _chat("with stop texts", KOREAN[3], temperature=0.9, seed=2, stop=["e", "o", "제"], max_tokens=32),
+    HttpRequest(
+        "texts", "/v1/completions", {"model": "sft", "prompt": ["A storm", "밤 기차"], "max_tokens": 12}
+    ),
+    HttpRequest(
+        "a text, streamed", "/v1/completions", {"model": "sft", "prompt": "The town", "stream": True}
+    ),
     _chat("two answers at once", KOREAN[4], n=2),
     _chat("an unknown model", KOREAN[4], "nobody"),
-    Asked("no text", "/v1/completions", {"model": "sft"}),
+    HttpRequest("no text", "/v1/completions", {"model": "sft"}),
 )
 
 
-def _ask(url: str, request: Asked) -> dict[str, Any]:
+def _ask(url: str, request: HttpRequest) -> dict[str, Any]:
     """Status, whether the text was shortened, and the answer; the parts of a streamed one are put together."""
     body = None if request.body is None else json.dumps(request.body).encode()
-    asked = Request(url + request.path, body, {"Content-Type": "application/json"})
+    http = Request(url + request.path, body, {"Content-Type": "application/json"})
     opener = build_opener(ProxyHandler({}))
     try:
-        with opener.open(asked, timeout=COMMAND_SECONDS) as response:
+        with opener.open(http, timeout=COMMAND_SECONDS) as response:
             status, headers, text = response.status, response.headers, response.read().decode()
     except HTTPError as error:
         status, headers, text = error.code, error.headers, error.read().decode()
@@ -233,7 +237,7 @@ def mistakes(console: Console) -> None:
         (f"sft {STEPS} --base_model models/none --data_path data/titles.jsonl --output_dir {folder}/new",),
         (f"sft {LLAMA} --data_path data/none.jsonl {STEPS} --output_dir {folder}/new",),
         (f"sft {LLAMA} --data_path data/damaged.jsonl {STEPS} --output_dir {folder}/new",),
-        (f"sft {TITLES} --save_steps 3 --eval_steps 3 --learning_rate 1e-4 --output_dir {folder}",),
+        (f"sft {TITLES} --save_steps 6 --eval_steps 3 --learning_rate 1e-4 --output_dir {folder}",),
         (f"dpo {PAIRS} --simpo_gamma 1 --output_dir {folder}/new",),
         (f"dpo {TITLES} --output_dir {folder}/new",),
         ("generate sft",),

@@ -69,7 +69,7 @@ def compare(tmp_path: Path) -> Compare:
     return differences
 
 
-def found(differences: list[Difference]) -> list[tuple[str, str]]:
+def brief(differences: list[Difference]) -> list[tuple[str, str]]:
     return [(difference.kind, difference.where) for difference in differences]
 
 
@@ -78,39 +78,41 @@ def test_a_changed_tensor_is_found_by_its_name(compare: Compare) -> None:
     path = "work/sft/adapter_model.safetensors"
     assert compare(path, before, dict(reversed(before.items()))) == []
     nearly = {**before, "lora_A": np.nextafter(before["lora_A"], 2, dtype=np.float32)}
-    assert found(compare(path, before, nearly)) == [("differs", "lora_A")]
-    assert found(compare(path, before, {**before, "lora_B": np.zeros((2, 2), np.float32)})) == [
+    assert brief(compare(path, before, nearly)) == [("differs", "lora_A")]
+    assert brief(compare(path, before, {**before, "lora_B": np.zeros((2, 2), np.float32)})) == [
         ("differs", "lora_B")
     ]
-    assert found(compare(path, before, {**before, "lora_B": np.zeros(4, np.int32)})) == [
+    assert brief(compare(path, before, {**before, "lora_B": np.zeros(4, np.int32)})) == [
         ("differs", "lora_B")
     ]
-    assert found(compare(path, before, {"lora_A": before["lora_A"]})) == [("differs", "lora_B")]
+    assert brief(compare(path, before, {"lora_A": before["lora_A"]})) == [("differs", "lora_B")]
 
 
 def test_a_changed_token_id_is_found_by_its_place(compare: Compare) -> None:
     line = {"row": 1, "token_ids": [1, 5, 7], "trained": [0, 0, 1], "left_out": None}
     path = "console/inspect/01-inspect.out.jsonl"
     assert compare(path, [line], [line]) == []
-    assert found(compare(path, [line, line], [line, {**line, "token_ids": [1, 6, 7]}])) == [
+    assert brief(compare(path, [line, line], [line, {**line, "token_ids": [1, 6, 7]}])) == [
         ("differs", "[1].token_ids[1]")
     ]
-    assert found(compare(path, [line], [{**line, "trained": [0, 0, 1, 1]}])) == [
+    assert brief(compare(path, [line], [{**line, "trained": [0, 0, 1, 1]}])) == [
         ("differs", "[0].trained[3]")
     ]
-    assert found(compare(path, [line], [line, line])) == [("differs", "[1]")]
+    assert brief(compare(path, [line], [line, line])) == [("differs", "[1]")]
+    text = '{"row": 1, "prompt": "a\u2028b"}\n'
+    assert compare(path, text, text) == []
 
 
 def test_a_changed_time_is_no_difference_and_a_changed_loss_is(compare: Compare) -> None:
     path = "work/sft/metrics.jsonl"
     assert compare(path, [METRICS], [{**METRICS, "seconds": 9.9}]) == []
-    assert found(compare(path, [METRICS], [{**METRICS, "loss": math.nextafter(0.5, 1)}])) == [
+    assert brief(compare(path, [METRICS], [{**METRICS, "loss": math.nextafter(0.5, 1)}])) == [
         ("differs", "[0].loss")
     ]
     nan = {**METRICS, "loss": math.nan}
     assert compare(path, [nan], [nan]) == []
-    assert found(compare(path, [METRICS], [nan])) == [("differs", "[0].loss")]
-    assert found(compare(path, [METRICS], [{**METRICS, "step": 1.0}])) == [("differs", "[0].step")]
+    assert brief(compare(path, [METRICS], [nan])) == [("differs", "[0].loss")]
+    assert brief(compare(path, [METRICS], [{**METRICS, "step": 1.0}])) == [("differs", "[0].step")]
 
 
 def test_rounding_is_let_pass_where_a_format_says_so_and_nowhere_else(compare: Compare) -> None:
@@ -118,65 +120,70 @@ def test_rounding_is_let_pass_where_a_format_says_so_and_nowhere_else(compare: C
     (difference,) = compare("work/dpo/metrics.jsonl", [METRICS], [nearly])
     assert (difference.kind, difference.where) == ("rounding", "[0].reward_margin")
     assert difference.size == pytest.approx(3e-6 / 1.4)
-    assert found(compare("work/dpo/metrics.jsonl", [METRICS], [{**nearly, "loss": 0.501}])) == [
+    assert brief(compare("work/dpo/metrics.jsonl", [METRICS], [{**nearly, "loss": 0.501}])) == [
         ("differs", "[0].loss"),
         ("rounding", "[0].reward_margin"),
     ]
-    assert found(compare("work/dpo-dora/metrics.jsonl", [METRICS], [nearly])) == [
+    assert brief(compare("work/dpo-dora/metrics.jsonl", [METRICS], [nearly])) == [
         ("differs", "[0].loss"),
         ("differs", "[0].reward_margin"),
     ]
     one, other = {"A": np.zeros(3, np.float32)}, {"A": np.array([0, 0, 2e-6], np.float32)}
-    assert found(compare("work/dpo/adapter_model.safetensors", one, other)) == [("rounding", "A")]
+    assert brief(compare("work/dpo/adapter_model.safetensors", one, other)) == [("rounding", "A")]
     other["A"] += 1e-3
-    assert found(compare("work/dpo/adapter_model.safetensors", one, other)) == [("differs", "A")]
+    assert brief(compare("work/dpo/adapter_model.safetensors", one, other)) == [("differs", "A")]
     other["A"][1] = np.nan
-    assert found(compare("work/dpo/adapter_model.safetensors", one, other)) == [("differs", "A")]
+    assert brief(compare("work/dpo/adapter_model.safetensors", one, other)) == [("differs", "A")]
 
 
 def test_an_accuracy_is_chance_only_where_the_rewards_are_tied(compare: Compare) -> None:
     path, tied = "work/dpo/metrics.jsonl", {**METRICS, "reward_margin": 1e-7}
     assert compare(path, [tied], [{**tied, "reward_accuracy": 0.25}]) == []
-    assert found(compare(path, [METRICS], [{**METRICS, "reward_accuracy": 0.25}])) == [
+    assert brief(compare(path, [METRICS], [{**METRICS, "reward_accuracy": 0.25}])) == [
         ("differs", "[0].reward_accuracy")
     ]
 
 
 def test_words_are_shown_and_are_no_failure(compare: Compare) -> None:
     path = "console/sft/01-sft.out.words"
-    (difference,) = compare(path, "one\ntwo\n", "one\n2\n")
-    assert (difference.kind, difference.before, difference.after) == ("words", "two", "2")
+    (difference,) = compare(path, "one\nstep 1/15  406 MB\n", "one\nafter step 2\n")
+    assert (difference.kind, difference.before, difference.after) == (
+        "words",
+        "step #/#  # MB",
+        "after step #",
+    )
+    assert compare(path, "step 1/15  2.7e-03\n", "step 2/15  2.4e-03\n") == []
     finding = {"findings": [{"check": "files", "outcome": "well", "about": "14 files", "problems": []}]}
     other = {"findings": [{"check": "files", "outcome": "well", "about": "14 are whole", "problems": []}]}
     path = "console/verify/01-verify.out.jsonl"
-    assert found(compare(path, [finding], [other])) == [("words", "[0].findings[0].about")]
+    assert brief(compare(path, [finding], [other])) == [("words", "[0].findings[0].about")]
     other["findings"][0]["outcome"] = "differs"
-    assert ("differs", "[0].findings[0].outcome") in found(compare(path, [finding], [other]))
+    assert ("differs", "[0].findings[0].outcome") in brief(compare(path, [finding], [other]))
 
 
 def test_a_reason_may_change_its_words_but_must_be_given(compare: Compare) -> None:
     path, line = "console/inspect/01-inspect.out.jsonl", {"row": 1, "left_out": "too long"}
-    assert found(compare(path, [line], [{**line, "left_out": "over the limit"}])) == [
+    assert brief(compare(path, [line], [{**line, "left_out": "over the limit"}])) == [
         ("words", "[0].left_out")
     ]
-    assert found(compare(path, [line], [{**line, "left_out": None}])) == [("differs", "[0].left_out")]
+    assert brief(compare(path, [line], [{**line, "left_out": None}])) == [("differs", "[0].left_out")]
     path = "console/mistakes/01-sft.err.words"
-    assert found(compare(path, "yeonma: no\n", "yeonma: never\n")) == [("words", "words")]
-    assert ("differs", "is there") in found(compare(path, "yeonma: no\n", ""))
+    assert brief(compare(path, "yeonma: no\n", "yeonma: never\n")) == [("words", "words")]
+    assert ("differs", "is there") in brief(compare(path, "yeonma: no\n", ""))
 
 
 def test_of_a_card_its_answers_and_numbers_count(compare: Compare) -> None:
     path = "work/sft/README.md"
     assert compare(path, CARD, CARD.replace("# sft", "# Adapter").replace("the settings", "settings")) == []
-    assert found(compare(path, CARD, CARD.replace("an answer", "another"))) == [("differs", "texts[0]")]
-    assert found(compare(path, CARD, CARD.replace("7.2183", "7.2184"))) == [("differs", "tables[2][0]")]
-    assert found(compare(path, CARD, CARD.replace("llama", "qwen"))) == [("differs", "metadata.base_model")]
+    assert brief(compare(path, CARD, CARD.replace("an answer", "another"))) == [("differs", "texts[0]")]
+    assert brief(compare(path, CARD, CARD.replace("7.2183", "7.2184"))) == [("differs", "tables[2][0]")]
+    assert brief(compare(path, CARD, CARD.replace("llama", "qwen"))) == [("differs", "metadata.base_model")]
 
 
 def test_of_a_page_its_data_counts(compare: Compare) -> None:
     page = '<h1>Report</h1><script type="application/json" id="data">{"rows":[{"text":"a"}]}</script>'
     assert compare("work/compare/report.html", page, page.replace("Report", "Rows")) == []
-    assert found(compare("work/compare/report.html", page, page.replace('"a"', '"b"'))) == [
+    assert brief(compare("work/compare/report.html", page, page.replace('"a"', '"b"'))) == [
         ("differs", "[0].rows[0].text")
     ]
 
@@ -185,7 +192,7 @@ def test_answers_are_compared_by_row_whatever_their_order(compare: Compare) -> N
     lines = [{"model": "sft", "row": row, "text": f"answer {row}"} for row in (1, 2)]
     path = "work/compare/answers.jsonl"
     assert compare(path, lines, lines[::-1]) == []
-    assert found(compare(path, lines, [lines[0], {**lines[1], "text": ""}])) == [
+    assert brief(compare(path, lines, [lines[0], {**lines[1], "text": ""}])) == [
         ("differs", "sft, row 2, answer.text")
     ]
 

@@ -180,8 +180,9 @@ def _compare(
     if field is not None and field.kind == "left out":
         return
     if field is not None and isinstance(before, list) and isinstance(after, list):
-        if before != after:
-            yield Difference("words", path, where, *_changed_lines(before, after))
+        gone, new = _changed_lines(before, after)
+        if gone or new:
+            yield Difference("words", path, where, gone, new)
     elif isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             a, b = before.get(key, MISSING), after.get(key, MISSING)
@@ -209,9 +210,13 @@ def _field(where: str, fields: Sequence[Field]) -> Field | None:
     return next(matching, None)
 
 
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+
+
 def _changed_lines(before: Sequence[Value], after: Sequence[Value]) -> tuple[str, str]:
-    """The lines that are only before, and those that are only after."""
-    a, b = [str(line) for line in before], [str(line) for line in after]
+    """The lines that are only before, and those that are only after, with a # for each number: many are measured, and
+    those that are results stand in files, too."""
+    a, b = ([NUMBER.sub("#", str(line)) for line in lines] for lines in (before, after))
     blocks = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
     changed = [(a[i:j], b[k:m]) for tag, i, j, k, m in blocks if tag != "equal"]
     return "\n".join(chain(*(gone for gone, _ in changed))), "\n".join(chain(*(new for _, new in changed)))

@@ -66,12 +66,12 @@ def read_presence(path: Path) -> Value:
     return "something" if path.stat().st_size else "nothing"
 
 
-NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+def read_text(path: Path) -> Value:
+    return path.read_bytes().decode()  # to the byte: read_text() would translate line ends
 
 
 def read_lines(path: Path) -> Value:
-    """Lines for people, without their numbers: many are measured, and the others stand in files as well."""
-    return [NUMBER.sub("#", line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def read_message(path: Path) -> Value:
@@ -124,6 +124,7 @@ def read_manifest(path: Path) -> Value:
 
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 FENCED = re.compile(r"^(`{3,})\w*\n(.*?)\n?\1$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
 def read_card(path: Path) -> Value:
@@ -161,18 +162,15 @@ def read_preference_metrics(path: Path) -> Value:
     return lines
 
 
-FIRST_REFERENCE = (
-    "the reference of the first step came from the step's own forward pass once, not from a pass of its own: "
-    "log-probabilities differ by rounding"
-)
+FIRST_REFERENCE = "the first step's reference used to come from the step's own forward pass; those of a separate pass differ by rounding"
 CHANGED_ON_PURPOSE = (
     Format("work/dpo/*metrics.jsonl", read_preference_metrics, FIRST_REFERENCE, 1e-5),
     Format("work/dpo/*.safetensors", read_tensors, FIRST_REFERENCE, 1e-5),
     Format("work/dpo/*state.json", read_json, FIRST_REFERENCE, 1e-5),
     Format("work/dpo/README.md", read_card, f"{FIRST_REFERENCE}; a card has four digits", 1e-4),
 )
-"""What the change of the code at hand changes on purpose: formats, and results that need not be equal to the bit. These
-come before FORMATS. A row goes when there is no version left to compare with that it speaks of."""
+"""Formats and results that a change of the code changes on purpose; they win over FORMATS. Remove a row when no version
+from before that change is compared any more."""
 
 FORMATS = (
     *CHANGED_ON_PURPOSE,
@@ -180,10 +178,12 @@ FORMATS = (
     Format("work/data/*", read_bytes, "likewise"),
     Format("console/mistakes/*.err.words", read_message, "a refusal must come with a message"),
     Format("*.words", read_lines, "what a command prints for people"),
+    Format("*.status", read_text, "exit statuses"),
+    Format("*.txt", read_text, "answers, and templates"),
     Format(
-        "*.safetensors", read_tensors, "names, types, shapes and bytes; their order in the file is no result"
+        "*.safetensors", read_tensors, "names, types, shapes and bytes; their order in the file may change"
     ),
-    Format("*/manifest.json", read_manifest, "some of the files that it has sums of hold times and paths"),
+    Format("*/manifest.json", read_manifest, "it lists files that hold times and paths"),
     Format("work/compare/answers.jsonl", read_answers, "the order in which answers come is no result"),
     Format("*.jsonl", read_json_lines, "by fields"),
     Format("*/tokenizer*.json", read_bytes, "written by transformers, read by other tools"),
@@ -202,6 +202,12 @@ FIELDS = (
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),
     Field("*report.json", "yeonma", "left out", "likewise"),
     Field("*report.json", "made", "left out", "a date"),
+    Field(
+        "*report.json", "models.identity", "left out", "a hash of adapter_config.json, too, which has a path"
+    ),
+    Field(
+        "work/compare/answers.jsonl", "sft*.key", "left out", "likewise; the keys of the base are compared"
+    ),
     Field("*report.*", "notes", "words", "remarks on the numbers"),
     Field("*report.*", "metrics.name", "words", "`key` says which it is"),
     Field("*report.*", "metrics.about", "words", "an explanation"),

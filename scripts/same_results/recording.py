@@ -151,9 +151,7 @@ class Console:
         if ended != expected:
             errors = Path(f"{stem}.err.words").read_text(encoding="utf-8", errors="replace")
             lines = errors.strip().splitlines() or ["it says nothing"]
-            raise RunFailed(
-                f"{' '.join(arguments[:2])}: exit status {ended}, not {expected}: {lines[-1][:300]}"
-            )
+            raise RunFailed(f"{stem.name}: exit status {ended}, not {expected}: {lines[-1][:300]}")
 
 
 def record(checkout: str, output: Path, runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> bool:

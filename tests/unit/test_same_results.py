@@ -208,6 +208,13 @@ def test_a_manifest_must_be_true_of_its_own_files(tmp_path: Path) -> None:
     assert (difference.kind, difference.where) == ("differs", "settings.yaml")
 
 
+def test_an_exit_status_and_an_answer_are_shown(compare: Compare) -> None:
+    (difference,) = compare("console/mistakes/01-sft.status", "2\n", "1\n")
+    assert (difference.kind, difference.before, difference.after) == ("differs", '"2\\n"', '"1\\n"')
+    (difference,) = compare("console/chat/01-chat.out.txt", "x" * 99 + "a\n", "x" * 99 + "b\n")
+    assert difference.before.endswith('xa\\n"') and difference.after.endswith('xb\\n"')
+
+
 def test_a_file_that_cannot_be_read_differs(compare: Compare) -> None:
     (difference,) = compare("work/sft/run.json", {"finished": True}, '{"finished": ')
     assert (difference.kind, difference.where) == ("differs", "")

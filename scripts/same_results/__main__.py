@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = _chosen(options.only)
     if options.verb == "record":
         return 0 if _record(options.checkout, options.output, runs, options.jobs) else 1
-    names = {run.name for run in runs}
+    names = [run.name for run in runs] if options.only is not None else None
     if options.verb == "compare":
         return _compare(options.before, options.after, names, options)
     with tempfile.TemporaryDirectory(prefix="same-results-") as scratch:
@@ -95,7 +95,7 @@ def _record(checkout: str, output: Path, runs: Sequence[Run], jobs: int) -> bool
     return record(checkout, output, runs, jobs, say)
 
 
-def _compare(before: Path, after: Path, names: set[str], options: argparse.Namespace) -> int:
+def _compare(before: Path, after: Path, names: list[str] | None, options: argparse.Namespace) -> int:
     recordings = Recording.read(before), Recording.read(after)
     for which, recording in zip(("before", "after"), recordings, strict=True):
         say(f"{which:7} {recording.about['commit']}  {recording.about['checkout']}")
@@ -105,7 +105,7 @@ def _compare(before: Path, after: Path, names: set[str], options: argparse.Names
             say(f"{name}: {machines[0][name]} and {machines[1].get(name)}: equal bytes cannot be expected")
     say()
     compared = []
-    for part in compare_recordings(*recordings, names.__contains__):
+    for part in compare_recordings(*recordings, names):
         compared.append(part)
         _show(part, options.words, None if options.all else MOST_SHOWN)
     say()

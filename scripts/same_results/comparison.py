@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
@@ -75,6 +75,12 @@ class Recording:
             raise SystemExit(f"{root} was recorded by another version of this script; record it again")
         return cls(root, about)
 
+    def failure(self, run: str) -> str | None:
+        """Why the run is not in this recording, or not whole; None where it is."""
+        if run not in self.about["runs"]:
+            return "was not recorded"
+        return self.about["failures"].get(run)
+
     def files(self, folders: Sequence[str]) -> dict[str, Path]:
         """Path below the recording -> file, of all files in these folders."""
         paths = [path for name in folders for path in (self.root / name).rglob("*") if path.is_file()]
@@ -90,27 +96,27 @@ MISSING = _Missing()
 
 
 def compare_recordings(
-    before: Recording, after: Recording, chosen: Callable[[str], bool]
+    before: Recording, after: Recording, only: Sequence[str] | None = None
 ) -> Iterator[Compared]:
-    """Models and data, then the runs that are chosen by name, then those that must be equal within a recording."""
+    """Models and data, then the runs, then those runs that must be equal within a recording.
+
+    `only`: names of runs; without it, all that either recording has. A run that a recording lacks differs.
+    """
     names = {before.about["work"]: "WORK", after.about["work"]: "WORK"}
     folders = [f"work/{name}" for name in MATERIAL]
     yield compare_folders("material", before.files(folders), after.files(folders), names)
-    for run in dict.fromkeys([*before.about["runs"], *after.about["runs"]]):
-        if not chosen(run):
-            continue
+    runs = only if only is not None else list(dict.fromkeys([*before.about["runs"], *after.about["runs"]]))
+    for run in runs:
         folders = [f"work/{run}", f"console/{run}"]
         compared = compare_folders(run, before.files(folders), after.files(folders), names)
         for which, recording in (("before", before), ("after", after)):
-            failure = recording.about["failures"].get(run)
-            if run not in recording.about["runs"] or failure is not None:
-                what = failure or "was not recorded"
-                compared.differences.insert(0, Difference("differs", which, "", "", what))
+            if (failure := recording.failure(run)) is not None:
+                compared.differences.insert(0, Difference("differs", which, "", "", failure))
         yield compared
     for one, other, without in WITHIN:
         for which, recording in (("before", before), ("after", after)):
-            recorded = {*recording.about["runs"]} - {*recording.about["failures"]}
-            if {one, other} <= recorded and (chosen(one) or chosen(other)):
+            failed = recording.failure(one) or recording.failure(other)
+            if failed is None and (one in runs or other in runs):
                 yield compare_within(f"{other} = {one}, {which}", recording, one, other, without)
 
 

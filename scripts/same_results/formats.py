@@ -162,7 +162,9 @@ def read_preference_metrics(path: Path) -> Value:
     return lines
 
 
-FIRST_REFERENCE = "the first step's reference used to come from the step's own forward pass; those of a separate pass differ by rounding"
+FIRST_REFERENCE = (
+    "the first step's own forward pass used to be its reference; a separate pass differs by rounding"
+)
 CHANGED_ON_PURPOSE = (
     Format("work/dpo/*metrics.jsonl", read_preference_metrics, FIRST_REFERENCE, 1e-5),
     Format("work/dpo/*.safetensors", read_tensors, FIRST_REFERENCE, 1e-5),

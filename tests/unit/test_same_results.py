@@ -269,6 +269,8 @@ def test_a_run_that_failed_or_is_missing_fails_the_comparison_unless_others_are_
     status, shown = outcome(capsys, before, fewer)
     assert status == 1
     assert "was not recorded" in shown
+    assert outcome(capsys, fewer, fewer)[0] == 0
+    assert outcome(capsys, fewer, fewer, "--only", "dpo")[0] == 1
     with pytest.raises(SystemExit, match="no run sftt"):
         main(["compare", str(before), str(before), "--only", "sftt"])
 

@@ -4,10 +4,11 @@ DATA ?=
 CASES ?= 10000
 KILLS ?= 200
 SEED ?=
+BEFORE ?= main
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo demo-dpo test fuzz faults lint bench docs llama
+.PHONY: setup demo demo-dpo test same fuzz faults lint bench docs llama
 
 setup: .venv/.installed
 
@@ -29,6 +30,10 @@ demo-dpo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests
+
+# Compares the working tree's results with those of another commit or folder, byte by byte.
+same: setup
+	$(BIN)/python -m scripts.same_results both --before "$(BEFORE)" --after .
 
 # Damaged data, templates, settings and folders; docs/reliability.md says what is looked for.
 fuzz: setup

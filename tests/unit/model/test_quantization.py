@@ -257,11 +257,11 @@ def test_the_command_names_the_version_that_is_declared() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharing_out_quantised_weights_is_refused(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
     error = refused(tmp_path, base, data, quantization=kind, shard=True)
-    assert f"quantization {kind}: quantised weights cannot be shared out over processes" in error
+    assert f"quantization {kind}: quantised weights cannot be sharded in this version" in error
 
 
 def test_dora_is_refused_where_the_weights_are_not_kept(tmp_path: Path, base: Path, data: Path) -> None:
-    assert "DoRA needs the weights" in refused(tmp_path, base, data, quantization="fp8", use_dora=True)
+    assert "DoRA needs the unquantised weights" in refused(tmp_path, base, data, quantization="fp8", use_dora=True)
 
 
 @pytest.mark.parametrize("kind", [NF4])

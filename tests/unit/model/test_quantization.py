@@ -261,7 +261,9 @@ def test_sharing_out_quantised_weights_is_refused(tmp_path: Path, base: Path, da
 
 
 def test_dora_is_refused_where_the_weights_are_not_kept(tmp_path: Path, base: Path, data: Path) -> None:
-    assert "DoRA needs the unquantised weights" in refused(tmp_path, base, data, quantization="fp8", use_dora=True)
+    assert "DoRA needs the unquantised weights" in refused(
+        tmp_path, base, data, quantization="fp8", use_dora=True
+    )
 
 
 @pytest.mark.parametrize("kind", [NF4])

@@ -1,7 +1,7 @@
-"""Answers and references -> metrics per row and overall.
+"""Answers and references -> metrics per row and overall, their confidence intervals and significance tests.
 
 ROUGE counts words, Korean morphemes or characters, depending on the script of the references. A metric is a function of
-sums over rows, so that resampled rows need only new sums.
+sums over rows, so that resampled rows need only new sums. Shapes: R rows, K sums of a metric, B resamplings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ UNSPACED = frozenset(
 )
 SCRIPT_SHARE = 0.2  # of the letters: above it, a script decides the tokenizer
 
+REPETITION_ORDER = 4  # tokens in an n-gram
+RESAMPLES = 2000
+BLOCK_NUMBERS = 4_000_000  # of a resampling, in memory at once
+INSTALL_SACREBLEU = "pip install sacrebleu==2.6.0"
+
+Array = np.ndarray
 Split = Callable[[str], list[str]]
+Value = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,6 @@ def _kiwi() -> Any:
     return Kiwi()
 
 
-REPETITION_ORDER = 4  # tokens in an n-gram
-INSTALL_SACREBLEU = "pip install sacrebleu==2.6.0"
-
-Array = np.ndarray
-
-
 @dataclass(frozen=True)
 class Metric:
     """A metric's name, which direction is better, and how it follows from sums over rows."""
@@ -110,7 +111,7 @@ class Metric:
     name: str
     better: str  # "higher", "lower", or empty if neither
     about: str
-    value: Callable[[Array], Array]
+    value: Value
     """(..., K) sums -> (...)."""
     tested: bool = True
     """Whether differences between models are tested for significance."""
@@ -306,3 +307,62 @@ def _bleu_counts(answers: Sequence[str], references: Sequence[str], tokenizer: s
 def _counts(metric: Any, answers: Sequence[str], references: Sequence[str]) -> Array:
     """sacrebleu's statistics of each row, the ones that its own significance tests use."""
     return _table(metric._extract_corpus_statistics(list(answers), [list(references)]))
+
+
+# Significance: the rows resampled, the answers of two models swapped
+
+
+def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:
+    """(B, K) for each (R, K): sums over R rows drawn with replacement, the same draws for all tables (Efron 1979)."""
+    rows = len(tables[0])
+    draw = np.random.Generator(np.random.PCG64(seed))
+    blocks: list[list[Array]] = [[] for _ in tables]
+    for count in _blocks(resamples, rows):
+        times = draw.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(float)
+        for block, table in zip(blocks, tables, strict=True):
+            block.append(times @ table)
+    return [np.concatenate(block) for block in blocks]
+
+
+def interval(values: Array, share: float = 0.95) -> tuple[float, float] | None:
+    """The middle `share` of resampled values (percentile method); None if fewer than 100 are finite."""
+    values = values[np.isfinite(values)]
+    if len(values) < 100:
+        return None
+    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+def swap_test(a: Array, b: Array, value: Value, seed: int, resamples: int = RESAMPLES) -> float:
+    """p-value of the difference between two models, by paired approximate randomisation (Noreen 1989; Riezler & Maxwell
+    2005).
+
+    a, b: (R, K) sums. Each resampling swaps the two answers of a row with probability 1/2. The smallest possible p is
+    1 / (resamples + 1).
+    """
+    totals = a.sum(axis=0), b.sum(axis=0)
+    observed = float(abs(value(totals[0]) - value(totals[1])))
+    if not np.isfinite(observed):
+        return 1.0
+    draw = np.random.Generator(np.random.PCG64(seed))
+    reached = 0
+    for count in _blocks(resamples, len(a)):
+        swapped = draw.integers(0, 2, size=(count, len(a))).astype(float) @ (b - a)
+        differences = abs(value(totals[0] + swapped) - value(totals[1] - swapped))
+        reached += int((differences >= observed - 1e-12 * max(1.0, observed)).sum())
+    return (reached + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for multiple tests (Holm 1979)."""
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def _blocks(count: int, rows: int) -> list[int]:
+    size = max(1, BLOCK_NUMBERS // rows)
+    return [min(size, count - start) for start in range(0, count, size)]

@@ -24,14 +24,18 @@ from yeonma.evaluate.answers import CandidateInputs
 from yeonma.evaluate.candidates import Candidate
 from yeonma.evaluate.metrics import (
     INSTALL_SACREBLEU,
+    RESAMPLES,
     Metric,
     MetricTokenizer,
     ScoredAnswer,
     compute_metrics,
     has_sacrebleu,
+    holm,
+    interval,
     metric_tokenizer,
+    resampled_sums,
+    swap_test,
 )
-from yeonma.evaluate.significance import RESAMPLES, holm, interval, resampled_sums, swap_test
 from yeonma.run_folder.run_log import read_metrics
 
 FORMAT = 1

@@ -15,15 +15,16 @@ import numpy as np
 from yeonma.batch.micro_batches import forest_of
 from yeonma.batch.plan import Plan, micro_batches
 from yeonma.data.text_checks import script_names
-from yeonma.tokenization.data_warnings import (
+from yeonma.tokenization.dataset import (
     FIRST,
+    Dataset,
     DataWarning,
+    Part,
     data_warnings,
     overlap_of,
     rows_warning,
     used_rows,
 )
-from yeonma.tokenization.dataset import Dataset, Part
 from yeonma.tokenization.example import AnswerRole, LeftOut
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from yeonma.inspect.audit import Audit, Bias, Lengths, PartAudit, Source
-from yeonma.tokenization.data_warnings import listed
+from yeonma.tokenization.dataset import listed
 from yeonma.tokenization.explain import Stretch, StretchKind, View
 
 STYLES: dict[StretchKind, str] = {

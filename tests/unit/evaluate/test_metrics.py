@@ -18,13 +18,16 @@ from yeonma.evaluate.metrics import (
     characters,
     chrf,
     compute_metrics,
+    holm,
+    interval,
     metric_tokenizer,
     morphemes,
     repetition,
+    resampled_sums,
     rouge,
+    swap_test,
     words,
 )
-from yeonma.evaluate.significance import holm, interval, resampled_sums, swap_test
 
 ENGLISH = (
     ("The old ferry will run every hour from June.", "The ferry runs every half hour from June"),
@@ -232,7 +235,7 @@ def test_resampling_follows_from_the_seed_and_not_from_the_size_of_a_block(
 ) -> None:
     tables = list(two_models(50, 0.1))
     once = resampled_sums(tables, seed=5)
-    monkeypatch.setattr("yeonma.evaluate.significance.BLOCK_NUMBERS", 999)
+    monkeypatch.setattr("yeonma.evaluate.metrics.BLOCK_NUMBERS", 999)
     for first, second in zip(once, resampled_sums(tables, seed=5), strict=True):
         np.testing.assert_allclose(first, second)
     assert not np.allclose(once[0], resampled_sums(tables, seed=6)[0])

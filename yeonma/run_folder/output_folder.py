@@ -1,7 +1,7 @@
-"""The output folder: whose run it holds, and whether this one may begin, continue or stop.
+"""The output folder: whether a run may begin there, continue or is finished, and whether the disk has room for it.
 
-OUT/run.json says what the mathematics of the run in it depends on, so that the same command continues it and
-another is refused.
+OUT/run.json records what the result of the run depends on. The same command continues the run; a command with a
+different result is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from yeonma.files import (
     disk_errors_as_user_errors,
     file_hash,
     files_in,
+    free_bytes,
     hashes_of,
     sync,
     sync_and_verify,
     user_path,
 )
 from yeonma.run_folder.checkpoint import (
+    ALLOWANCE_BYTES,
     GOES_ON,
     AdapterWriter,
     RunProgress,
@@ -65,11 +67,15 @@ TOKENIZERS = (
     "vocab.*",
     "merges.txt",
 )
+FLOAT32_BYTES = 4
+OPTIMIZER_STATES = 2
+"""Numbers that AdamW keeps for each trained parameter."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where to begin: a checkpoint to continue from, or neither; `finished` where nothing is left to do."""
+    """Where a run starts: from a checkpoint and its progress, or from the beginning if both are None. `finished`: the
+    folder holds this run and nothing is left to do."""
 
     checkpoint: Path | None = None
     progress: RunProgress | None = None
@@ -87,7 +93,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
     if overwrite:
         return Start()
     if not (output / RUN).is_file():
-        foreign = [*_left_behind(output), *checkpoints(output), *output.glob("config.json")]
+        foreign = [*_run_files(output), *checkpoints(output), *output.glob("config.json")]
         if foreign:
             names = ", ".join(path.name for path in foreign)
             cure = "give another folder, or --overwrite true"
@@ -163,7 +169,7 @@ def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: 
     mark(output, identity, finished=False)
     (output / SEAL).unlink(missing_ok=True)  # before anything that it speaks of changes
     sync(output)
-    files, folders = _going(output, start)
+    files, folders = _obsolete(output, start)
     for path in files:
         path.unlink(missing_ok=True)
     for checkpoint in folders:
@@ -172,23 +178,22 @@ def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: 
     write_text_atomically(output / "settings.yaml", settings_yaml)
 
 
-def bytes_going(output: Path, start: Start) -> int:
-    """What `begin` will make free."""
-    files, folders = _going(output, start)
-    return sum(
-        path.stat().st_size for path in (*files, *(file for each in folders for file in files_in(each)))
-    )
+def obsolete_bytes(output: Path, start: Start) -> int:
+    """The disk space that `begin` will free."""
+    files, folders = _obsolete(output, start)
+    in_folders = (file for folder in folders for file in files_in(folder))
+    return sum(path.stat().st_size for path in (*files, *in_folders))
 
 
-def _going(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
-    """The files and checkpoints that the run has no use for."""
-    files = _left_behind(output) if start.checkpoint is None else []
+def _obsolete(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
+    """The files and checkpoints of an earlier run that this run does not need."""
+    files = _run_files(output) if start.checkpoint is None else []
     return files, [
-        each for each in checkpoints(output) if start.progress is None or step_of(each) > start.progress.step
+        path for path in checkpoints(output) if start.progress is None or step_of(path) > start.progress.step
     ]
 
 
-def _left_behind(output: Path) -> list[Path]:
+def _run_files(output: Path) -> list[Path]:
     paths = (path for pattern in (*OURS, *TOKENIZERS) for path in output.glob(pattern))
     return sorted(path for path in paths if path.is_file())
 
@@ -202,7 +207,7 @@ def seal(output: Path) -> None:
     """Write manifest.json: the SHA-256 of every file that the run leaves in the folder itself, all of them flushed to
     the disk. `begin` takes it away: where run.json says that the run is finished, it is true of what the run left."""
     hashes = {}
-    for path in _left_behind(output):
+    for path in _run_files(output):
         if path.name != SEAL:
             sync(path)
             hashes[path.relative_to(output).as_posix()] = file_hash(path)
@@ -235,3 +240,59 @@ def install(output: Path, adapter: AdapterWriter) -> None:
             sync(output)
         finally:
             delete(beside)
+
+
+@dataclass(frozen=True)
+class CheckpointSchedule:
+    """When a run saves checkpoints, and how many it keeps."""
+
+    total_steps: int
+    save_steps: int
+    limit: int | None
+    """None keeps all."""
+    keeps_best: bool
+    """Whether the checkpoint with the lowest validation loss is kept beside the `limit` newest ones."""
+
+
+def adapter_bytes(parameters: int, tokenizer: Any) -> int:
+    """The size of an adapter's weights and tokenizer files."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        tokenizer_bytes = len(backend.to_str(pretty=True).encode())
+    else:
+        path = getattr(tokenizer, "vocab_file", None)
+        tokenizer_bytes = os.path.getsize(path) if path and os.path.isfile(path) else 0
+    return parameters * FLOAT32_BYTES + tokenizer_bytes
+
+
+def max_new_checkpoints(schedule: CheckpointSchedule, steps_done: int, existing: int) -> int:
+    """The largest number of checkpoints that the disk must hold beside the `existing` ones.
+
+    The run deletes an old checkpoint only after the new one is complete. Without a limit, extra checkpoints for a
+    lower validation loss are not counted, because nobody knows them in advance.
+    """
+    total, every = schedule.total_steps, schedule.save_steps
+    remaining = len({*range(every, total + 1, every), total})
+    remaining -= steps_done // every + (steps_done == total and steps_done % every > 0)
+    if schedule.limit is None:
+        return remaining
+    return min(remaining, max(1, schedule.limit + schedule.keeps_best + 1 - existing))
+
+
+def check_disk_space(
+    output: Path, start: Start, schedule: CheckpointSchedule, parameters: int, tokenizer: Any
+) -> None:
+    """Raises UserError if the disk has no room for the run's checkpoints and its adapter."""
+    adapter = adapter_bytes(parameters, tokenizer)
+    checkpoint = adapter + OPTIMIZER_STATES * parameters * FLOAT32_BYTES + ALLOWANCE_BYTES
+    steps_done = 0 if start.progress is None else start.progress.step
+    existing = sum(1 for path in checkpoints(output) if step_of(path) <= steps_done)
+    count = max_new_checkpoints(schedule, steps_done, existing)
+    needed, free = count * checkpoint + adapter, free_bytes(output) + obsolete_bytes(output, start)
+    if needed > free:
+        what = (
+            f"the run needs {needed:,} bytes here ({count:,} checkpoints of {checkpoint:,} at once, and the adapter), "
+            f"and {free:,} are free"
+        )
+        cure = "make room, give another output_dir, or keep fewer checkpoints with --save_total_limit"
+        raise UserError(what, place=f"output_dir {output}", cure=cure)

@@ -24,7 +24,6 @@ from yeonma.config.settings import (
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.quantized import check_layers
-from yeonma.run_folder.disk_space import stored_parameters
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, prepare_dataset
 from yeonma.train.losses import LOSSES, PreferenceOptions
@@ -165,7 +164,7 @@ def check_adapter(
         check_layers(model, quantization, source.name)
     if continued is not None:
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
-        return stored_parameters(Path(continued) / adapters.WEIGHTS)
+        return adapters.stored_parameters(Path(continued))
     if model is None:
         return None
     adapted = load.add_lora(model, lora_shape(lora), seed=0)

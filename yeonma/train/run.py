@@ -27,7 +27,6 @@ from yeonma.model import load
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, checkpoint_path, read_tensors, recover
-from yeonma.run_folder.disk_space import Saves, adapter_bytes, check_room
 from yeonma.run_folder.environment import environment, moved, versions
 from yeonma.run_folder.lock import hold
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
@@ -124,8 +123,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             say(f"{output} holds this run, finished; use --overwrite true to run it again")
             return output
         if group.first and prepared.trained_parameters is not None:
-            saves = saves_of(config, prepared)
-            check_room(output, start, saves, prepared.trained_parameters, prepared.tokenizer)
+            schedule = checkpoint_schedule(config, prepared)
+            folder.check_disk_space(output, start, schedule, prepared.trained_parameters, prepared.tokenizer)
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
         earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
@@ -158,10 +157,10 @@ def _alike(config: RunConfig, prepared: Prepared) -> str:
     return json.dumps([prepared.identity, settings, versions()], sort_keys=True, default=str)
 
 
-def saves_of(config: RunConfig, prepared: Prepared) -> Saves:
+def checkpoint_schedule(config: RunConfig, prepared: Prepared) -> folder.CheckpointSchedule:
     run, plan = config.run, prepared.plan
-    best = prepared.dataset.validation is not None
-    return Saves(plan.total_steps, run.save_steps or plan.steps_per_epoch, run.save_total_limit, best)
+    save_steps, keeps_best = run.save_steps or plan.steps_per_epoch, prepared.dataset.validation is not None
+    return folder.CheckpointSchedule(plan.total_steps, save_steps, run.save_total_limit, keeps_best)
 
 
 def _train(
@@ -191,7 +190,9 @@ def _train(
         adapters.write_adapter(place, policy.model, tokenizer, template, loaded.details, exported, samples)
 
     trained = sum(weight.numel() for weight in state.parameters.values())
-    adapter = AdapterWriter(write_adapter, adapter_bytes(trained, prepared.tokenizer) if group.first else 0)
+    adapter = AdapterWriter(
+        write_adapter, folder.adapter_bytes(trained, prepared.tokenizer) if group.first else 0
+    )
     # dropout: its own numbers in every process
     torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
     here = {

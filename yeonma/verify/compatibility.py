@@ -31,7 +31,7 @@ from yeonma.tokenization.chat_template_export import (
     messages_of,
 )
 from yeonma.tokenization.text_encoder import TextEncoder
-from yeonma.verify.finding import Finding, checked, not_checked
+from yeonma.verify.file_checks import Finding, checked, not_checked
 
 Shapes = Mapping[str, tuple[int, ...]]
 REPLACE = "restore a copy of the file, or train again"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
@@ -18,7 +19,6 @@ from yeonma.files import file_hash
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.output_folder import OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.run_log import read_metrics
-from yeonma.verify.finding import Finding, checked, not_checked
 
 RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.png", "README.md")
 """Files that a copy of the adapter alone may lack."""
@@ -29,6 +29,33 @@ PARTS = ("base", "tokenizer", "template", "columns", "rules", "trained_on")
 """Keys of yeonma.json that are the same in the folder and in every checkpoint of a run."""
 RESTORE = "restore a copy of the file, or run the same command with --overwrite true"
 DELETE = "delete the checkpoint; the run then resumes from the one before"
+
+
+Outcome = Literal["well", "differs", "not checked"]
+"""These words are part of the JSON that `yeonma verify --json` prints."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. `about` says what was checked, or why nothing was."""
+
+    check: str
+    outcome: Outcome
+    about: str
+    problems: tuple[Problem, ...] = ()
+
+
+def checked(check: str, problems: Iterable[Problem], about: str) -> Finding:
+    """A check that ran. It passed if there are no problems."""
+    problems = tuple(problems)
+    if not problems:
+        return Finding(check, "well", about)
+    count = "one difference" if len(problems) == 1 else f"{len(problems)} differences"
+    return Finding(check, "differs", count, problems)
+
+
+def not_checked(check: str, reason: str) -> Finding:
+    return Finding(check, "not checked", reason)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -30,14 +30,16 @@ from yeonma.verify.compatibility import (
     locate_base,
 )
 from yeonma.verify.file_checks import (
+    Finding,
     check_checkpoint,
     check_files,
     check_run,
+    checked,
     manifest_hashes,
+    not_checked,
     read_object,
     unknown_files,
 )
-from yeonma.verify.finding import Finding, checked, not_checked
 
 MAX_UNKNOWN = 5
 """Unknown files that the report names."""

@@ -24,7 +24,7 @@ from tests.runs import articles, command, model_folder, trained, write_jsonl
 from tests.tokenizers import sentencepiece_bpe
 from yeonma import load
 from yeonma.export import merge_weights, merged_model
-from yeonma.export.agreement import GreedyAnswers, measure_agreement
+from yeonma.export.merged_model import GreedyAnswers, measure_agreement
 from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
 from yeonma.model.source import find_base
 from yeonma.tokenization.chat_template_export import chat_ids

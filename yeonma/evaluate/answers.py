@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from yeonma.adapter.prompt_builder import Prompt
+from yeonma.batch.batch import Batch
 from yeonma.config.settings import AnswerSettings, CompareSettings
 from yeonma.data.columns import column_of, field_text
 from yeonma.data.rows import Row, Rows
@@ -277,9 +278,7 @@ def _losses(policy: Policy, rows: Sequence[Sequence[Example]]) -> list[tuple[flo
     flat = [example for examples in rows for example in examples]
     try:
         with torch.no_grad():
-            logprob_N = policy.logprobs(
-                [example.token_ids for example in flat], [example.trained for example in flat]
-            )
+            logprob_N = policy.logprobs(Batch.of(flat))
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
             tokens = sum(len(example.token_ids) for example in flat)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from yeonma.batch.batch import Batch
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.attention.backend import Capability, ForestLayout
 from yeonma.model.attention.dispatch import layout
@@ -71,6 +72,21 @@ def plain_head(model: Any) -> Head | None:
     cap = getattr(config, "final_logit_softcapping", None)
     chunk = CUDA_CHUNK_BYTES if layer.weight.device.type == "cuda" else None
     return Head(layer.weight, layer.bias, factor / divisor, cap, chunk)
+
+
+def batch_logprobs(
+    model: Any, support: ForestSupport, batch: Batch, *, share_prefix: bool = True
+) -> torch.Tensor:
+    """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient."""
+    return example_logprobs(
+        model,
+        support,
+        batch.token_ids,
+        batch.trained,
+        share_prefix=share_prefix,
+        units=batch.units_E,
+        input_keys=batch.input_keys,
+    )
 
 
 def example_logprobs(

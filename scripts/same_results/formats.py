@@ -170,6 +170,8 @@ CHANGED_ON_PURPOSE = (
     Format("work/dpo/*.safetensors", read_tensors, FIRST_REFERENCE, 1e-5),
     Format("work/dpo/*state.json", read_json, FIRST_REFERENCE, 1e-5),
     Format("work/dpo/README.md", read_card, f"{FIRST_REFERENCE}; a card has four digits", 1e-4),
+    Format("work/dpo-continued/*metrics.jsonl", read_preference_metrics, FIRST_REFERENCE, 1e-5),
+    Format("work/dpo-continued/*state.json", read_json, FIRST_REFERENCE, 1e-5),
 )
 """Formats and results that a change of the code changes on purpose; they win over FORMATS. Remove a row when no version
 from before that change is compared any more."""

@@ -113,7 +113,7 @@ class Saver:
         """What it does after the last one."""
         folder.install(output, self._adapter(value))
         folder.seal(output)
-        folder.mark(output, IDENTITY, finished=True)
+        folder.write_run_json(output, IDENTITY, finished=True)
 
     def unpickle(self, output: Path) -> None:
         forbid_pickle()

@@ -223,7 +223,7 @@ def test_fault_46_a_setting_that_changes_the_result_is_refused_and_no_other(
     done = place.again(verb, loss, **change.settings)
     if change.said is None:
         assert (done.status, done.err) == (0, "")
-        assert f"{finished.folder} holds this run, finished" in done.out
+        assert f"{finished.folder} holds this run, which is finished" in done.out
     else:
         assert done.status == 2, done.out
         assert change.said in done.err

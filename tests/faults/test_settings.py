@@ -248,7 +248,7 @@ def test_fault_46_a_checkpoint_of_other_settings(
         run = {"max_steps": 3, "save_steps": 1, "cutoff_len": 200}
         assert sft(tmp_path / "out", base, data, **run).status == 130
     lines = refused(data, **run, **how, learning_rate=1e-4, lora_alpha=32, batch_size=3, seed=7)
-    cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+    cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     assert lines == [
         "out: batch_size was 4 and is now 3",
         "out: learning_rate was 0.003 and is now 0.0001",
@@ -271,7 +271,7 @@ def test_fault_53_a_folder_that_holds_another_run(
 ) -> None:
     first = trained(tmp_path / "out", base, data, max_steps=1)
     lines = refused(data, max_steps=1, lora_r=5, seed=7)
-    cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+    cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     assert lines == [
         "out: lora_r was 4 and is now 5",
         "out: seed was 42 and is now 7",
@@ -279,7 +279,7 @@ def test_fault_53_a_folder_that_holds_another_run(
     ]
     again = sft(tmp_path / "out", base, data, max_steps=1)
     assert (again.status, again.err) == (0, "")
-    assert "holds this run, finished" in again.out
+    assert "holds this run, which is finished" in again.out
     over = sft(tmp_path / "out", base, data, max_steps=1, lora_r=5, overwrite=True)
     assert (over.status, over.err) == (0, "")
     assert first.weights.keys() == over.weights.keys()
@@ -292,7 +292,7 @@ def test_fault_53_a_folder_that_holds_what_no_run_left(
     write("out/adapter_model.safetensors", "mine")
     cure = "give another folder, or --overwrite true"
     assert refused(data) == [
-        f"output_dir out: it holds files that no run left there (adapter_model.safetensors); {cure}"
+        f"output_dir out: it holds files that are not from a run (adapter_model.safetensors); {cure}"
     ]
     (tmp_path / "file").write_text("mine")
     assert refused(data, output_dir=tmp_path / "file") == ["output_dir file: it is a file; give a folder"]

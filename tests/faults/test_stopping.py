@@ -126,7 +126,7 @@ def test_the_time_limit_stops_with_a_checkpoint(
     log = (place / "log.txt").read_text()
     assert "stopped by time_limit after step 5 of 27; out/checkpoint-5 is saved" in log
     assert zygotes.run(words, place, (*LOADING, ["HOUR"])) == 75
-    assert "stopped by time_limit; what is done so far is kept" in (place / "log.txt").read_text()
+    assert "stopped by time_limit; all work so far is kept" in (place / "log.txt").read_text()
     assert zygotes.run(commands["sft"], place) == 0  # the limit is no part of what is trained
     found = left_behind(place / "out", checkpoints=False)
     assert found == whole["sft"]
@@ -144,7 +144,7 @@ def test_times(text: str, seconds: int) -> None:
 def test_what_is_no_time_is_told_before_anything_else(tmp_path: Path, text: str) -> None:
     done = sft(tmp_path / "out", tmp_path, tmp_path / "none.jsonl", time_limit=text)
     assert done.status == 2
-    assert f'time_limit: "{text}" is no time; write it as 11h30m, 90m, 45s or 1:30:00' in done.err
+    assert f'time_limit: "{text}" is not a duration; write it as 11h30m, 90m, 45s or 1:30:00' in done.err
     assert not done.folder.exists()
 
 

@@ -221,7 +221,7 @@ def test_a_folder_without_adapter_or_merged_already_is_refused(run: Path, tmp_pa
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
     assert "merged already" in refused(tmp_path / "M", tmp_path / "N")
     assert (
-        "the adapter is merged into it"
+        "the adapter is merged into this model"
         in command(
             run, "generate", str(tmp_path / "M"), "--row", '{"document": "x"}', "--adapter_weights", "false"
         ).err

@@ -140,7 +140,7 @@ def test_a_run_of_a_version_without_the_choice_goes_on(
     for name in ("quantization", "optimizer"):
         del marked["identity"][name]
     (folder / "run.json").write_text(json.dumps(marked))
-    assert "holds this run, finished" in trained(folder, base, data, **SETTINGS).out
+    assert "holds this run, which is finished" in trained(folder, base, data, **SETTINGS).out
     assert sft(folder, base, data, **SETTINGS, quantization="fp8").status == 2
 
 
@@ -292,7 +292,7 @@ def test_optimizers_in_8_bits_want_a_gpu(
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: name)
     error = refused(tmp_path, base, data, optimizer=kind, device="cpu")
-    assert f"optimizer {kind}: it runs on a CUDA device alone, and this is the CPU" in error
+    assert f"optimizer {kind}: it needs a CUDA device, and the device is cpu" in error
 
 
 @pytest.mark.gpu

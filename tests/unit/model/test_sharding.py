@@ -118,7 +118,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
     )
     two = Done(ran.returncode, tmp_path / "two", ran.stdout, ran.stderr)
     assert (two.status, two.err) == (0, "")
-    assert two.out.count("weights shared out over 2 processes") == 1
+    assert two.out.count("weights sharded over 2 processes") == 1
     assert [line["loss"] for line in two.lines] == pytest.approx(
         [line["loss"] for line in one.lines], abs=1e-5
     )

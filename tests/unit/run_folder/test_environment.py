@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.runs import articles, model_folder, sft, trained, write_jsonl
-from yeonma.run_folder.environment import environment, moved
+from yeonma.run_folder.environment import environment, environment_change
 from yeonma.train import run
 
 
 def test_what_is_as_it_was_is_not_told() -> None:
     here = environment(1, torch.device("cpu"))
-    assert moved(here, here, dropout=True) is None
-    assert moved({}, here, dropout=True) is None  # a checkpoint that kept nothing of it
+    assert environment_change(here, here, dropout=True) is None
+    assert environment_change({}, here, dropout=True) is None  # a checkpoint without a record of it
     assert here["processes"] == 1
     assert here["torch"] == torch.__version__
 
@@ -38,7 +38,9 @@ def test_another_number_of_processes_is_told(
         patch.setattr(run.folder, "install", _killed)
         assert sft(tmp_path / "out", base, data, **settings).status == 130
     done = trained(tmp_path / "out", base, data, **settings)
-    equal = "the rows of the steps are the same, the result equals the uninterrupted run's only to rounding"
+    equal = (
+        "every step has the same rows, but the result equals that of an uninterrupted run only to rounding"
+    )
     noise = "; dropout draws other numbers" if dropout else ""
     assert f"processes was 4 and is now 1: {equal}{noise}\n" in done.out
 

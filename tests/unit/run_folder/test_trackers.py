@@ -98,7 +98,7 @@ def test_the_last_step_is_printed_as_well_as_every_logging_steps_th() -> None:
 
 def test_said_text_is_neither_wrapped_nor_read_as_markup() -> None:
     text = "[bold]:smile:[/bold] " + "연마 " * 60
-    assert printed(lambda progress: progress.say(text), width=40) == text + "\n"
+    assert printed(lambda progress: progress.print_line(text), width=40) == text + "\n"
 
 
 def test_time_left_and_rate_follow_from_recent_steps_and_not_from_evaluations() -> None:

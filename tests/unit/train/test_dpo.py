@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ import yeonma
 from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
-from yeonma.config.settings import PairLossName
+from yeonma.data.task import PAIRS
 from yeonma.train import build as setup
 from yeonma.train import loop, reference
 from yeonma.train import step as step_module
+from yeonma.train.losses import LOSSES
 
 ROWS = pairs(21)
-LOSSES = get_args(PairLossName)
+PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.task is PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_a_model_that_takes_no_forest_learns_the_same_one_by_one(
 MORE: dict[str, dict[str, object]] = {"robust": {"label_smoothing": 0.1}, "cpo": {"sft_weight": 0}}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
     settings: dict[str, object] = {
         "cache_dir": tmp_path,
@@ -152,9 +153,9 @@ def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, los
     margins = [look["reward_margin"] for look in done.looks]
     assert margins[-1] > margins[0], margins
     assert done.looks[-1]["loss"] < done.looks[0]["loss"]
-    assert ("reference: " in done.out) == (loss not in ("simpo", "cpo", "orpo"))
+    assert ("reference: " in done.out) == LOSSES[loss].needs_reference
     card = (done.folder / "README.md").read_text(encoding="utf-8")
-    assert ("the accuracy is that of a coin" in card) == (loss not in ("simpo", "cpo", "orpo"))
+    assert ("an accuracy of 0.5 is chance" in card) == LOSSES[loss].needs_reference
 
 
 def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base: Path) -> None:
@@ -252,7 +253,7 @@ def test_other_mathematics_is_another_run_and_speed_is_not(tmp_path: Path, base:
     assert again.status == 2
     assert "beta was 0.1 and is now 0.2" in again.err
     same = tuned(tmp_path / "out", base, data, max_steps=2, micro_batch_size=4)
-    assert "holds this run, finished" in same.out
+    assert "holds this run, which is finished" in same.out
 
 
 # The reference
@@ -281,7 +282,7 @@ def test_the_reference_is_asked_once_for_all_runs(
     first = tuned(tmp_path / "first", base, data, cache_dir=cache, lora_dropout=0.2)
     assert sum(asked) == 2 * 21
     # fewer than micro-batches in training
-    assert len(asked) == math.ceil(21 / (2 * setup.UNITS_WITHOUT_GRADIENT))
+    assert len(asked) == math.ceil(21 / (2 * setup.REFERENCE_UNITS_FACTOR))
     asked.clear()
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, beta=0.2, val_set_size=3, lora_r=8)
     assert asked == []

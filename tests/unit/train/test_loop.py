@@ -411,7 +411,7 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(overfitted: Done) -
     assert 2 <= best < 20  # else this shows nothing
     kept = overfitted.folder / f"checkpoint-{best}" / "adapter_model.safetensors"
     assert overfitted.weight_bytes == kept.read_bytes()
-    assert f"the adapter of step {best} had the lowest validation loss" in overfitted.out
+    assert f"using the adapter of step {best}, which had the lowest validation loss" in overfitted.out
 
 
 def test_the_newest_checkpoints_and_the_best_one_stay(overfitted: Done) -> None:
@@ -435,7 +435,7 @@ def test_evaluations_without_gain_stop_the_run_early(tmp_path: Path, base: Path,
         )
     )  # fmt: skip
     assert done.steps[-1]["step"] == stop < 24
-    assert "stopping early: 2 evaluations brought no lower loss" in done.out
+    assert "stopping early: no lower loss in 2 evaluations" in done.out
     assert done.losses == overfitted.losses[:stop]
 
 

@@ -23,7 +23,14 @@ from yeonma.policy import blueprint
 from yeonma.train import memory_budget as budget
 from yeonma.train import step as step_module
 from yeonma.train.distributed import Processes
-from yeonma.train.memory_budget import SHARE, WAYS, budgets, free_memory, micro_batching, resolve_auto
+from yeonma.train.memory_budget import (
+    CHECKPOINTING_LEVELS,
+    MEMORY_SHARE,
+    free_memory,
+    micro_batching,
+    resolve_auto,
+    token_budgets,
+)
 from yeonma.train.prepare import Prepared, lora_shape, prepare
 
 AUTO: dict[str, object] = {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto", "batch_size": 8}
@@ -63,13 +70,13 @@ class Case:
         drawn = blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=way)
         batches = survey_micro_batches(self.prepared.plan, self.prepared.dataset.train.store, micro, 1)
         peak = trace(drawn, batches.heaviest, has_gradients=batches.several).peak
-        return (peak + drawn.weight_bytes + 3 * drawn.trained_bytes) / SHARE["cpu"]
+        return (peak + drawn.weight_bytes + 3 * drawn.trained_bytes) / MEMORY_SHARE["cpu"]
 
 
 def test_budgets_go_down_by_about_a_quarter_to_the_longest_row() -> None:
-    assert list(budgets(1000, 300)) == [1000, 750, 500, 375, 300]
-    assert list(budgets(200, 300)) == [300]
-    assert list(budgets(300, 300)) == [300]
+    assert list(token_budgets(1000, 300)) == [1000, 750, 500, 375, 300]
+    assert list(token_budgets(200, 300)) == [300]
+    assert list(token_budgets(300, 300)) == [300]
 
 
 def test_tokens_are_what_free_memory_holds(base: Path, data: Path) -> None:
@@ -79,7 +86,7 @@ def test_tokens_are_what_free_memory_holds(base: Path, data: Path) -> None:
     way, step = case.chosen(PLENTY)
     assert way is False and micro_batching(step) == MicroBatchBounds(8, whole, True)
     assert f"at most {whole:,} tokens at once; activations are kept" in case.said[-1]
-    needs = {n: case.free_for(False, MicroBatchBounds(8, n, True)) for n in budgets(whole, longest)}
+    needs = {n: case.free_for(False, MicroBatchBounds(8, n, True)) for n in token_budgets(whole, longest)}
     found = [case.chosen(free + 2)[1].micro_batch_tokens for free in needs.values()]
     # a long row alone may take more than several short ones of more tokens
     assert found == [max(n for n, need in needs.items() if need <= free) for free in needs.values()]
@@ -92,9 +99,9 @@ def test_more_tokens_than_bring_speed_are_not_taken(
 ) -> None:
     case = Case(base, data, micro_batch_tokens="auto", batch_size=8)
     longest = int(case.prepared.plan.lengths.max())
-    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", longest + 40)
+    monkeypatch.setitem(budget.MAX_TOKENS, "cpu", longest + 40)
     assert case.chosen(PLENTY)[1].micro_batch_tokens == longest + 40
-    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", 10)
+    monkeypatch.setitem(budget.MAX_TOKENS, "cpu", 10)
     assert case.chosen(PLENTY)[1].micro_batch_tokens == longest
 
 
@@ -109,9 +116,9 @@ def test_activations_are_kept_where_there_is_room(
     (deeper / "config.json").write_text(json.dumps(config), "utf-8")
     case = Case(deeper, data, micro_batch_size=4, **{**AUTO, "micro_batch_tokens": tokens})
     micro = MicroBatchBounds(4, None, True) if tokens is None else micro_batching(case.chosen(PLENTY)[1])
-    needs = [case.free_for(way, micro) for way in WAYS]
+    needs = [case.free_for(way, micro) for way in CHECKPOINTING_LEVELS]
     assert needs[0] > needs[1] > needs[2]
-    assert [case.chosen(need + 2)[0] for need in needs] == list(WAYS)
+    assert [case.chosen(need + 2)[0] for need in needs] == list(CHECKPOINTING_LEVELS)
     assert case.chosen(1)[0] is True
     assert [("kept" in said, "every other" in said) for said in case.said[-4:]] == [
         (True, False), (False, True), (False, False), (False, False),
@@ -152,12 +159,12 @@ def test_free_memory_is_the_systems_and_a_containers_bound(
 ) -> None:
     found = free_memory(torch.device("cpu"))
     assert found is not None and found > 1e6
-    assert budget._left_of_the_group(tmp_path) == []
+    assert budget._cgroup_free_bytes(tmp_path) == []
     for name, text in (("memory.max", "max\n"), ("memory.current", "5000\n")):
         (tmp_path / name).write_text(text)
-    assert budget._left_of_the_group(tmp_path) == []
+    assert budget._cgroup_free_bytes(tmp_path) == []
     (tmp_path / "memory.max").write_text("9000\n")
-    assert budget._left_of_the_group(tmp_path) == [4000]
+    assert budget._cgroup_free_bytes(tmp_path) == [4000]
 
 
 # Runs
@@ -299,4 +306,4 @@ def test_the_choice_of_the_process_with_least_room_holds(monkeypatch: pytest.Mon
         return [mine, *others]
 
     monkeypatch.setattr(budget, "gather_bytes", gathered)
-    assert budget._agreed(replace(Processes(0, 3)), False, 500) == (True, 300)
+    assert budget._agree(replace(Processes(0, 3)), False, 500) == (True, 300)

@@ -148,7 +148,7 @@ def test_the_card_shows_before_and_after(done: Done) -> None:
     before, after = done.looks[0], done.looks[-1]
     assert f"| before | {before['loss']:.4f} | {before['perplexity']:.4f} | 0 |" in card
     assert f"| after | {after['loss']:.4f} | {after['perplexity']:.4f} | 6 |" in card
-    assert card.count("### Row ") == card.count("\ntuned:\n") == card.count("\nbase:\n") == 2
+    assert card.count("### Row ") == card.count("\nwith the adapter:\n") == card.count("\nbase model:\n") == 2
     assert "on 12 examples" in card
     assert "in 6 steps" in card
     assert TEMPLATE in card
@@ -172,7 +172,7 @@ def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path
     data = write_jsonl(tmp_path / "rows.jsonl", [{"document": "a" * 200, "title": "b"}])
     length = len(TEMPLATE.format(document="a" * 200, title="b")) + 1
     refused = sft(tmp_path / "out", base, data)
-    what = f"the longest example has {length} tokens, and the model only 128 positions"
+    what = f"the longest example has {length} tokens, but the model only 128 positions"
     assert (refused.status, refused.err) == (2, f"yeonma: cutoff_len: {what}; use --cutoff_len 128\n")
     assert trained(tmp_path / "out", base, data, cutoff_len=128).steps[0]["tokens"] == 128
 
@@ -236,7 +236,7 @@ def test_a_folder_with_files_that_would_be_replaced_is_refused(
     place.write_text("mine")
     refused = sft(tmp_path / "mine", base, data)
     cure = "give another folder, or --overwrite true"
-    what = f"it holds files that no run left there ({name.partition('/')[0]})"
+    what = f"it holds files that are not from a run ({name.partition('/')[0]})"
     assert (refused.status, refused.err) == (2, f"yeonma: output_dir {tmp_path / 'mine'}: {what}; {cure}\n")
     assert everything_in(tmp_path / "mine") == {name: b"mine"}
 

@@ -477,23 +477,23 @@ def stopped(output: Path, place: Path, name: str, owner: Any = run_module, **set
     return done
 
 
-@pytest.mark.parametrize("name", ["install", "seal", "mark"])
+@pytest.mark.parametrize("name", ["install", "seal", "write_run_json"])
 @pytest.mark.parametrize("anew", [True, False])
 def test_an_unfinished_run_is_reported_as_such_and_its_checkpoints_are_checked(
     copy: Path, place: Path, whole: Path, name: str, anew: bool
 ) -> None:
     """Even if the folder held a finished run before, whose checksums must not count for the new run's files."""
     settings = {"overwrite": True} if anew else {"resume_from_checkpoint": copy / "checkpoint-2"}
-    if name == "mark":  # its second call: the first begins the run
-        mark = run_module.folder.mark
+    if name == "write_run_json":  # its second call: the first begins the run
+        write_run_json = run_module.folder.write_run_json
 
-        def marked(*arguments: Any, finished: bool) -> None:
+        def interrupted(*arguments: Any, finished: bool) -> None:
             if finished:
                 raise KeyboardInterrupt
-            mark(*arguments, finished=finished)
+            write_run_json(*arguments, finished=finished)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module.folder, "mark", marked)
+            patch.setattr(run_module.folder, "write_run_json", interrupted)
             keywords = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
             assert sft(copy, place / "base", place / "data.jsonl", **keywords).status == 130
     else:

@@ -120,32 +120,32 @@ class Taken:
     def texts(self) -> list[tuple[str, str]]:
         """Each training example as text: up to its last answer, and that answer with its end token."""
         store, tokenizer = self.prepared.dataset.train.store, self.prepared.tokenizer
-        found = [store[int(position)] for position in self.prepared.dataset.train.positions]
+        examples = [store[int(position)] for position in self.prepared.dataset.train.positions]
         return [
             (tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:]))
-            for ids, length in ((each.token_ids.tolist(), each.prompt_length) for each in found)
+            for ids, length in ((example.token_ids.tolist(), example.prompt_length) for example in examples)
         ]
 
 
 @pytest.fixture
 def accepted(tmp_path: Path, chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> Accepted:
     """A run of one step, on `chat_base` unless another is named, that must go through."""
-    found: list[Prepared] = []
+    all_prepared: list[Prepared] = []
     prepare = run.prepare
 
     def noted(*arguments: Any) -> Prepared:
-        found.append(prepare(*arguments))
-        return found[-1]
+        all_prepared.append(prepare(*arguments))
+        return all_prepared[-1]
 
     monkeypatch.setattr(run, "prepare", noted)
 
     def run_it(data: str | Path, **settings: object) -> Taken:
-        number = len(found)
-        wanted: dict[str, object] = {"base_model": chat_base, "max_steps": 1, **settings}
-        output = Path(str(wanted.pop("output_dir", tmp_path / f"taken-{number}")))
-        done = sft(output, Path(str(wanted.pop("base_model"))), data, **wanted)  # type: ignore[arg-type]
+        number = len(all_prepared)
+        keywords: dict[str, object] = {"base_model": chat_base, "max_steps": 1, **settings}
+        output = Path(str(keywords.pop("output_dir", tmp_path / f"taken-{number}")))
+        done = sft(output, Path(str(keywords.pop("base_model"))), data, **keywords)  # type: ignore[arg-type]
         assert done.status == 0, done.err
         assert (output / "adapter_model.safetensors").is_file()
-        return Taken(done, found[number])
+        return Taken(done, all_prepared[number])
 
     return run_it

@@ -57,16 +57,16 @@ class Unsafe:
 
 
 def opened(call: Call) -> PurePath:
-    found = OPENED.match(call.text)
-    assert found is not None, call
-    return PurePath(found["path"])
+    match = OPENED.match(call.text)
+    assert match is not None, call
+    return PurePath(match["path"])
 
 
 def named(call: Call) -> list[PurePath]:
     """The paths in a call's arguments, whole."""
     arguments = call.text.rpartition(")")[0]
     return [
-        PurePath(os.path.join(found["folder"] or "", found["path"])) for found in NAMED.finditer(arguments)
+        PurePath(os.path.join(match["folder"] or "", match["path"])) for match in NAMED.finditer(arguments)
     ]
 
 
@@ -78,14 +78,14 @@ def is_hidden(path: PurePath, output: PurePath) -> bool:
 
 def breaches(calls: Sequence[Call], output: PurePath) -> list[str]:
     """Where a run's calls break the order: file, folder, rename, parent."""
-    unsafe, found = Unsafe(), []
+    unsafe, problems = Unsafe(), []
     for call in calls:
         if FAILED.search(call.text):
             continue
-        found += [f"{call.name} {call.text}: {what}" for what in _relied_on(call, unsafe, output)]
+        problems += [f"{call.name} {call.text}: {what}" for what in _relied_on(call, unsafe, output)]
         unsafe.follow(call)
     left = sorted(path for path in unsafe.all() if not is_hidden(path, output))
-    return found + [f"{path} is not safe at the end" for path in left]
+    return problems + [f"{path} is not safe at the end" for path in left]
 
 
 def _relied_on(call: Call, unsafe: Unsafe, output: PurePath) -> Iterator[str]:

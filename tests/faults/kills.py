@@ -132,8 +132,8 @@ def forked(
             os._exit(status)
 
     def wait(block: bool) -> int | None:
-        found, status = os.waitpid(pid, 0 if block else os.WNOHANG)
-        return os.waitstatus_to_exitcode(status) if found else None
+        ended, status = os.waitpid(pid, 0 if block else os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if ended else None
 
     return Process(pid, wait)
 
@@ -157,15 +157,15 @@ def left_behind(output: Path, checkpoints: bool) -> dict[str, Any]:
     """Every file's bytes; metrics.jsonl as lines, without times and memory, and without its sum."""
     from tests.runs import untimed
 
-    found: dict[str, Any] = {
+    contents: dict[str, Any] = {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
         if path.is_file() and (checkpoints or path.parent == output)
     }
-    lines = untimed(found["metrics.jsonl"])
-    sums = json.loads(found["manifest.json"])
+    lines = untimed(contents["metrics.jsonl"])
+    sums = json.loads(contents["manifest.json"])
     sums["sha256"].pop("metrics.jsonl")
-    return {**found, "metrics.jsonl": [json.dumps(line) for line in lines], "manifest.json": sums}
+    return {**contents, "metrics.jsonl": [json.dumps(line) for line in lines], "manifest.json": sums}
 
 
 def in_save(output: Path) -> bool:
@@ -292,8 +292,8 @@ def one_run(
     if status != 0:
         tally.failures.append(f"{course.verb} in {place}: status {status}\n{log}")
         return
-    found = left_behind(output, number == signal.SIGKILL)
-    different = [name for name in {*found, *course.whole} if found.get(name) != course.whole.get(name)]
+    contents = left_behind(output, number == signal.SIGKILL)
+    different = [name for name in {*contents, *course.whole} if contents.get(name) != course.whole.get(name)]
     if different:
         tally.failures.append(f"{course.verb} in {place}: {', '.join(sorted(different))}\n{log}")
 
@@ -322,14 +322,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="drawn, and printed, where it is not given")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--verbs", nargs="*", choices=VERBS, default=list(VERBS))
-    asked = parser.parse_args()
-    seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+    arguments = parser.parse_args()
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     began = monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        each = -(-asked.kills // len(asked.verbs))
-        number = signal.Signals[f"SIG{asked.signal}"]
-        tallies = kill(Path(folder), asked.verbs, each, number, random.Random(seed))
+        kills_per_verb = -(-arguments.kills // len(arguments.verbs))
+        number = signal.Signals[f"SIG{arguments.signal}"]
+        tallies = kill(Path(folder), arguments.verbs, kills_per_verb, number, random.Random(seed))
     for failure in (failure for tally in tallies.values() for failure in tally.failures):
         print(failure, file=sys.stderr)
     lines = {
@@ -343,7 +343,7 @@ def main() -> int:
         }
         for verb, tally in tallies.items()
     }
-    summary = {"seed": seed, "signal": asked.signal, "seconds": round(monotonic() - began, 1), **lines}
+    summary = {"seed": seed, "signal": arguments.signal, "seconds": round(monotonic() - began, 1), **lines}
     print(f"kills: {json.dumps(summary)}")
     return 1 if any(tally.failures for tally in tallies.values()) else 0
 

@@ -71,7 +71,9 @@ class Saver:
             trust_remote_code=False,
             trained_on={},
         )
-        self.parameters = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self.parameters = {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
 
     def _adapter(self, value: float) -> AdapterWriter:
         """All its weights are `value`, by which a reader knows what was saved."""
@@ -98,8 +100,8 @@ class Saver:
         """What a run does with its folder before the first step."""
         with hold(output, lambda _: None):
             recover(output)
-            found = newest_whole(output, lambda _: None)
-            folder.begin(output, IDENTITY, "seed: 1\n", folder.Start(*found or ()))
+            newest = newest_whole(output, lambda _: None)
+            folder.begin(output, IDENTITY, "seed: 1\n", folder.Start(*newest or ()))
 
     def begin_at(self, output: Path, step: int) -> None:
         """The same, from a checkpoint that was named."""

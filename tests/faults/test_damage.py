@@ -64,9 +64,9 @@ def test_each_file_of_a_checkpoint_is_missed_and_named(stopped: Path, way: str) 
         else:  # such as the chat template of a base that has none
             path.write_bytes(b"x")
         said: list[str] = []
-        found = newest_whole(stopped, said.append)
-        assert found is not None
-        assert found[0].name == "checkpoint-4"
+        newest = newest_whole(stopped, said.append)
+        assert newest is not None
+        assert newest[0].name == "checkpoint-4"
         (line,) = said
         assert line.startswith("skipping checkpoint-6, which is damaged: ")
         if path.name != "manifest.json":  # whose damage may be in the sum or the name of another file

@@ -39,7 +39,7 @@ class Room:
 
     def __init__(self, saver: Workshop, place: Path, base: Path, data: Path) -> None:
         self.saver, self.place, self.base, self.data = saver, place, base, data
-        self.room, self.kept = place / "room", place / "kept"
+        self.room, self.copies = place / "room", place / "kept"
         self.room.mkdir()
         self.output = self.room / "out"
 
@@ -57,7 +57,7 @@ class Room:
 
     def do(self, options: str, *runs: dict[str, Any]) -> list[int]:
         """Exit statuses of one run after the other. Before each, the room that others took is free again."""
-        job = {"room": str(self.room), "options": options, "keep": str(self.kept), "jobs": list(runs)}
+        job = {"room": str(self.room), "options": options, "keep": str(self.copies), "jobs": list(runs)}
         self.saver.take(job)
         said = self.saver.go_on("ended")
         if "skip" in said:
@@ -82,19 +82,19 @@ def test_a_run_that_will_not_fit_is_told_before_it_begins(small: Room) -> None:
     assert statuses == [2]
     place, what, cure = line.partition(": ")[0], *line.partition(": ")[2].split("; ")
     assert place == f"output_dir {small.output}"
-    told = re.fullmatch(
+    match = re.fullmatch(
         r"the run needs ([\d,]+) bytes here \(([\d,]+) checkpoints of ([\d,]+) at once, and the adapter\), "
         r"and ([\d,]+) are free",
         what,
     )
-    assert told is not None, what
-    needed, count, each, free = (int(number.replace(",", "")) for number in told.groups())
+    assert match is not None, what
+    needed, count, checkpoint_bytes, free = (int(number.replace(",", "")) for number in match.groups())
     assert count == 5
-    assert needed > count * each > free
+    assert needed > count * checkpoint_bytes > free
     assert 3 * MEGABYTE - 100_000 < free <= 3 * MEGABYTE
     assert "make room" in cure and "--save_total_limit" in cure
     assert "parameters trained" not in (small.place / "log-0").read_text()  # the weights were not read
-    assert not (small.kept / "0").exists() or list((small.kept / "0").iterdir()) == []
+    assert not (small.copies / "0").exists() or list((small.copies / "0").iterdir()) == []
 
 
 FULL = {
@@ -119,13 +119,13 @@ def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -
     assert re.search(what, line), line
     assert "make room or lower --save_total_limit" in line
     assert "then run the same command to continue from the last checkpoint" in line
-    stopped = small.kept / "0"
+    stopped = small.copies / "0"
     assert [path.name for path in checkpoints(stopped)] == ["checkpoint-2", "checkpoint-3"]
     assert [read_whole(path).step for path in checkpoints(stopped)] == [2, 3]
     assert [path.name for path in stopped.iterdir() if path.name.startswith(".")] == []
     assert small.errors(1) == []
     assert "continuing after step 3 of 10" in (small.place / "log-1").read_text()
-    assert left_behind(small.kept / "1", small.room) == left_behind(whole.folder)
+    assert left_behind(small.copies / "1", small.room) == left_behind(whole.folder)
 
 
 def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
     assert line.endswith(
         "0 are free; make room, then run the same command to continue from the last checkpoint"
     )
-    assert [path.name for path in checkpoints(small.kept / "0")] == ["checkpoint-40"]
+    assert [path.name for path in checkpoints(small.copies / "0")] == ["checkpoint-40"]
     assert "continuing after step 40 of 60" in (small.place / "log-1").read_text()
     plain = trained(tmp_path / "plain" / "out", small.base, small.data, **settings)
-    assert left_behind(small.kept / "1", small.room) == left_behind(plain.folder)
+    assert left_behind(small.copies / "1", small.room) == left_behind(plain.folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write anywhere")

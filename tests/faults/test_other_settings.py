@@ -150,9 +150,9 @@ class Place:
         rows = {"sft": articles(17), "sigmoid": pairs(17), "simpo": pairs(17), "kto": labelled(17)}
         self.rows = {
             name: write_jsonl(
-                place / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(each)]
+                place / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(values)]
             )
-            for name, each in rows.items()
+            for name, values in rows.items()
         }
         self.others: dict[str, dict[str, object]] = {
             "sft": {
@@ -185,8 +185,8 @@ class Place:
         output = Path(str(settings.pop("output_dir", fixed["output_dir"])))
         base = Path(str(settings.pop("base_model", fixed["base"])))
         data = Path(str(settings.pop("data_path", fixed["data"])))
-        wanted = {**RUN, **({} if verb == "sft" else {"loss": of}), **settings}
-        return (sft if verb == "sft" else dpo)(output, base, data, **wanted)
+        keywords = {**RUN, **({} if verb == "sft" else {"loss": of}), **settings}
+        return (sft if verb == "sft" else dpo)(output, base, data, **keywords)
 
     def done(self, verb: str, loss: str) -> Done:
         if loss not in self.finished:

@@ -58,8 +58,8 @@ def process_of(rank: int, started: subprocess.Popen[str]) -> int:
 
 
 def _children(pid: int) -> Iterator[int]:
-    for each in Path(f"/proc/{pid}/task").iterdir():
-        for child in (each / "children").read_text().split():
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
             yield int(child)
             yield from _children(int(child))
 
@@ -75,7 +75,7 @@ def whole(
 
 
 @pytest.mark.parametrize(
-    ("rank", "how", "says"),
+    ("rank", "signal_sent", "says"),
     [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "has been silent for 4 seconds")],
     ids=["second killed", "first killed", "second stopped"],
 )
@@ -85,13 +85,13 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     whole: dict[str, object],
     tmp_path: Path,
     rank: int,
-    how: signal.Signals,
+    signal_sent: signal.Signals,
     says: str,
 ) -> None:
     words = [*commands["sft"], *LONG, "--nproc", "2"]
     run = start(["-m", "yeonma", *words], tmp_path, YEONMA_SILENCE_SECONDS="4")
     lines = lines_until(run, "step 7/")
-    os.kill(process_of(rank, run), how)
+    os.kill(process_of(rank, run), signal_sent)
     began = monotonic()
     lines.append(run.communicate()[0])
     out = "".join(lines)
@@ -100,7 +100,7 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     assert f"process {rank} " in out
     assert says in out
     assert "Traceback" not in out
-    if (rank, how) != (1, signal.SIGKILL):
+    if (rank, signal_sent) != (1, signal.SIGKILL):
         return
     shutil.copytree(tmp_path / "out", tmp_path / "alone" / "out")
     status = zygotes.run([*commands["sft"], *LONG], tmp_path / "alone")

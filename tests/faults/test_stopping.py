@@ -30,12 +30,12 @@ def whole(
     zygotes: Zygote, commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What a run leaves that nobody stops."""
-    found = {}
+    results = {}
     for verb in COMMANDS:
         place = tmp_path_factory.mktemp(f"whole-{verb}")
         assert zygotes.run(commands[verb], place) == 0, (place / "log.txt").read_text()
-        found[verb] = left_behind(place / "out", checkpoints=False)
-    return found
+        results[verb] = left_behind(place / "out", checkpoints=False)
+    return results
 
 
 def test_kills_at_random_moments() -> None:
@@ -128,8 +128,8 @@ def test_the_time_limit_stops_with_a_checkpoint(
     assert zygotes.run(words, place, (*LOADING, ["HOUR"])) == 75
     assert "stopped by time_limit; all work so far is kept" in (place / "log.txt").read_text()
     assert zygotes.run(commands["sft"], place) == 0  # the limit is no part of what is trained
-    found = left_behind(place / "out", checkpoints=False)
-    assert found == whole["sft"]
+    results = left_behind(place / "out", checkpoints=False)
+    assert results == whole["sft"]
 
 
 @pytest.mark.parametrize(
@@ -174,5 +174,5 @@ def test_two_processes_stop_after_the_same_step(
     assert (tmp_path / "untouched" / "log.txt").read_text()
     assert zygotes.run_together(words, place) == 0
     assert "continuing after step" in (place / "log.txt").read_text()
-    found = left_behind(place / "out", checkpoints=False)
-    assert found == left_behind(tmp_path / "untouched" / "out", checkpoints=False)
+    results = left_behind(place / "out", checkpoints=False)
+    assert results == left_behind(tmp_path / "untouched" / "out", checkpoints=False)

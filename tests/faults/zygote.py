@@ -46,11 +46,11 @@ def send_at(place: str, call: int, signals: Sequence[str]) -> None:
     def sending(*arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
-            for each in signals:
-                if each == "HOUR":
+            for name in signals:
+                if name == "HOUR":
                     let_an_hour_pass()
                 else:
-                    os.kill(os.getpid(), signal.Signals[each])
+                    os.kill(os.getpid(), signal.Signals[name])
             while len(signals) > 1:
                 signal.pause()
         return function(*arguments, **keywords)

@@ -62,8 +62,8 @@ def test_a_run_with_compiled_kernels_goes_on_to_the_same_bytes_and_without_them_
     assert "continuing after step 2" in done.out
     assert ("kernels was compiled and is now plain" in done.out) is not then
     for name, weight in whole.weights.items():
-        found = done.weights[name]
-        assert torch.equal(found, weight) if then else torch.allclose(found, weight, atol=1e-5)
+        actual = done.weights[name]
+        assert torch.equal(actual, weight) if then else torch.allclose(actual, weight, atol=1e-5)
 
 
 def test_a_compiler_that_is_not_there_is_told_before_weights_are_loaded(tmp_path: Path) -> None:

@@ -157,15 +157,15 @@ def test_schedules_and_early_stopping_go_on_where_they_were(
 # Damage
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, kind: str) -> None:
     content = bytearray(path.read_bytes())
-    if how == "flip a bit":
+    if kind == "flip a bit":
         content[len(content) // 2] ^= 1
-    elif how == "cut off":
+    elif kind == "cut off":
         del content[len(content) // 2 :]
-    elif how == "zero":
+    elif kind == "zero":
         content[:] = bytes(len(content))
-    if how == "delete":
+    if kind == "delete":
         path.unlink()
     else:
         path.write_bytes(content)
@@ -180,17 +180,17 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("how", ["flip a bit", "cut off", "zero", "delete"])
+@pytest.mark.parametrize("kind", ["flip a bit", "cut off", "zero", "delete"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(stopped: Path, name: str, how: str) -> None:
-    damage(stopped / "checkpoint-4" / name, how)
+def test_a_damaged_checkpoint_is_named_and_passed_over(stopped: Path, name: str, kind: str) -> None:
+    damage(stopped / "checkpoint-4" / name, kind)
     said: list[str] = []
-    found = checkpoint.newest_whole(stopped, said.append)
-    assert found is not None
-    assert (found[0].name, found[1].step) == ("checkpoint-3", 3)
+    newest = checkpoint.newest_whole(stopped, said.append)
+    assert newest is not None
+    assert (newest[0].name, newest[1].step) == ("checkpoint-3", 3)
     assert len(said) == 1
     assert said[0].startswith(f"skipping checkpoint-4, which is damaged: {stopped}/checkpoint-4/")
-    if (name, how) != ("manifest.json", "flip a bit"):  # there it is the file whose sum or name it changes
+    if (name, kind) != ("manifest.json", "flip a bit"):  # there it is the file whose sum or name it changes
         assert f"checkpoint-4/{name}: " in said[0]
 
 

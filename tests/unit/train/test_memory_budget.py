@@ -51,18 +51,18 @@ class Case:
     """Settings that are prepared, what each way would need, and what is chosen where so much is free."""
 
     def __init__(self, base: Path, data: Path, **changed: object) -> None:
-        wanted = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
-        self.config = config_from_keywords(RunConfig, wanted, groups=TRAINING).config
+        settings = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
+        self.config = config_from_keywords(RunConfig, settings, groups=TRAINING).config
         self.source = load.find_base(str(base))
         self.prepared: Prepared = prepare(self.config, self.source, None, lambda _: None)
         self.said: list[str] = []
 
     def chosen(self, free: float, **more: Any) -> tuple[Any, Any]:
         group = Processes(0, 1)
-        found = resolve_auto(
+        resolved = resolve_auto(
             self.config, self.source, self.prepared, group, self.said.append, free=round(free), **more
         )
-        return found.model.gradient_checkpointing, found.step
+        return resolved.model.gradient_checkpointing, resolved.step
 
     def free_for(self, way: Any, micro: MicroBatchBounds) -> float:
         """Bytes that have to be free for these micro-batches."""
@@ -87,10 +87,10 @@ def test_tokens_are_what_free_memory_holds(base: Path, data: Path) -> None:
     assert way is False and micro_batching(step) == MicroBatchBounds(8, whole, True)
     assert f"at most {whole:,} tokens at once; activations are kept" in case.said[-1]
     needs = {n: case.free_for(False, MicroBatchBounds(8, n, True)) for n in token_budgets(whole, longest)}
-    found = [case.chosen(free + 2)[1].micro_batch_tokens for free in needs.values()]
+    budgets_found = [case.chosen(free + 2)[1].micro_batch_tokens for free in needs.values()]
     # a long row alone may take more than several short ones of more tokens
-    assert found == [max(n for n, need in needs.items() if need <= free) for free in needs.values()]
-    assert len(set(found)) > 3
+    assert budgets_found == [max(n for n, need in needs.items() if need <= free) for free in needs.values()]
+    assert len(set(budgets_found)) > 3
     assert case.chosen(1)[1].micro_batch_tokens == longest  # the trial will tell
 
 
@@ -128,10 +128,10 @@ def test_activations_are_kept_where_there_is_room(
 def test_a_quantised_base_leaves_more_room(base: Path, data: Path) -> None:
     free = Case(base, data).free_for(False, MicroBatchBounds(4, None, True))
     whole, packed = (
-        Case(base, data, gradient_checkpointing="auto", micro_batch_size=4, quantization=each).chosen(
+        Case(base, data, gradient_checkpointing="auto", micro_batch_size=4, quantization=quantization).chosen(
             free - 1000
         )
-        for each in ("none", "fp8")
+        for quantization in ("none", "fp8")
     )
     assert (whole[0], packed[0]) == ("selective", False)
 
@@ -157,8 +157,8 @@ def test_where_free_memory_is_not_known_it_is_an_error(
 def test_free_memory_is_the_systems_and_a_containers_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = free_memory(torch.device("cpu"))
-    assert found is not None and found > 1e6
+    free = free_memory(torch.device("cpu"))
+    assert free is not None and free > 1e6
     assert budget._cgroup_free_bytes(tmp_path) == []
     for name, text in (("memory.max", "max\n"), ("memory.current", "5000\n")):
         (tmp_path / name).write_text(text)

@@ -84,8 +84,8 @@ def test_a_step_without_room_is_done_again_in_halves(
     done = trained(tmp_path / "out", base, data, batch_size=8, micro_batch_size=4)
     assert failed == [4, 5]  # of 4, the second of the step; then of 2, the first
     same(done, whole)
-    told = [line for line in done.err.splitlines() if "out of memory" in line]
-    assert told == [
+    lines = [line for line in done.err.splitlines() if "out of memory" in line]
+    assert lines == [
         "yeonma: out of memory with 4 at once; continuing with 2, the same result to rounding",
         "yeonma: out of memory with 2 at once; continuing with 1, the same result to rounding",
     ]
@@ -143,10 +143,10 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
     assert state["micro_batches"] == [4, 2]
     shutil.copytree(tmp_path / "out", tmp_path / "asked")
     with monkeypatch.context() as patch:
-        kept: list[int] = []
-        patch.setattr(MicroBatchLimit, "restore", lambda limit, most: kept.append(most))
+        restored: list[int] = []
+        patch.setattr(MicroBatchLimit, "restore", lambda limit, most: restored.append(most))
         trained(tmp_path / "asked", base, data, **{**DROPOUT, "micro_batch_size": 3})
-        assert kept == []  # what is asked for now counts
+        assert restored == []  # what is asked for now counts
     again = trained(tmp_path / "out", base, data, **DROPOUT)  # nothing fails here
     assert again.losses == whole.losses
     assert again.weight_bytes == whole.weight_bytes

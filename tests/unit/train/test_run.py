@@ -359,8 +359,8 @@ def test_an_adapter_is_continued_from_its_weights(tmp_path: Path, base: Path, da
     on = trained(tmp_path / "on", base, data, adapter=done.folder, val_set_size=5, num_epochs=2, lora_r=9)
     assert on.looks[0]["loss"] == pytest.approx(done.looks[-1]["loss"], abs=1e-6)
     assert on.looks[-1]["loss"] < done.looks[-1]["loss"]
-    assert {name: each.shape for name, each in on.weights.items()} == {
-        name: each.shape for name, each in done.weights.items()
+    assert {name: weight.shape for name, weight in on.weights.items()} == {
+        name: weight.shape for name, weight in done.weights.items()
     }
 
 

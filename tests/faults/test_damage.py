@@ -1,4 +1,4 @@
-"""Every file of a checkpoint and of a run's folder cut short, changed by a bit, zeroed and deleted."""
+"""Every file of a checkpoint and of a run's folder is truncated, changed by a bit, zeroed and deleted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> D
 
 @pytest.fixture
 def stopped(tmp_path: Path, whole: Done) -> Path:
-    """The folder of a run that was killed before its end: all checkpoints are there, and it is not marked finished."""
+    """The folder of a run that was killed just before its end, with all checkpoints but not marked as finished."""
     output = Path(shutil.copytree(whole.folder, tmp_path / "out"))
     run = output / "run.json"
     run.write_text(run.read_text("utf-8").replace('"finished": true', '"finished": false'), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A disk that is full or fills up, a folder that cannot be written, two runs on one folder: real ones."""
+"""A full disk, a disk that fills up, an unwritable folder, two runs in one folder: all real."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """A run that nothing came in the way of."""
+    """An undisturbed run."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
 
@@ -56,7 +56,7 @@ class Room:
         }
 
     def do(self, options: str, *runs: dict[str, Any]) -> list[int]:
-        """Exit statuses of one run after the other. Before each, the room that others took is free again."""
+        """Exit statuses of consecutive runs. Before each, the space that others took is free again."""
         job = {"room": str(self.room), "options": options, "keep": str(self.copies), "jobs": list(runs)}
         self.saver.take(job)
         said = self.saver.go_on("ended")
@@ -110,7 +110,7 @@ FULL = {
 
 @pytest.mark.parametrize("of", FULL)
 def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -> None:
-    """No room for bytes, which a look shows, or none for another file, which only the system's refusal does."""
+    """No space for bytes, which can be seen in advance, or none for another file, which only a failing call shows."""
     takes, leave, what = FULL[of]
     before_step = [4, takes, str(small.room), leave]
     statuses = small.do("size=16m,nr_inodes=400", small.run(0, before_step=before_step), small.run(1))
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -
 
 
 def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
-    """What was saved stays; a line that was written in part is cut off when the run goes on."""
+    """Saved checkpoints stay. The resumed run removes an incomplete line."""
     settings = {**RUN_SETTINGS, "num_epochs": 10, "save_steps": 40}
     before_step = [41, "take_bytes", str(small.room), 0]
     runs = small.run(0, before_step, settings), small.run(1, settings=settings)
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused, data:
 
 
 def test_a_file_system_that_is_read_only(small: Room) -> None:
-    """Also for the administrator."""
+    """Also for root."""
     assert small.do("size=16m,ro", small.run(0)) == [2]
     assert small.errors(0) == [f"{small.room}: cannot be written; give an output_dir that you may write to"]
     assert "parameters trained" not in (small.place / "log-0").read_text()
@@ -214,7 +214,7 @@ while turns:
 
 
 def test_no_two_processes_hold_a_folder_at_once(tmp_path: Path) -> None:
-    """Four of them, taking and leaving it as fast as they can; the lock's file comes and goes with each."""
+    """Four processes lock and release as fast as they can; the lock file appears and disappears with each."""
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", TAKING_TURNS, str(tmp_path / "out"), str(tmp_path / "inside"), "100"]
     processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)]

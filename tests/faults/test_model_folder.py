@@ -1,4 +1,4 @@
-"""What can be wrong with the model's folder, by the numbers of the list of faults."""
+"""Faults of the model folder, by their numbers in the list of faults."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> D
 
 @pytest.fixture
 def model(tmp_path: Path, base: Path) -> Path:
-    """A copy of `base`, to be spoilt."""
+    """A copy of `base` to damage."""
     return Path(shutil.copytree(base, tmp_path / "model"))
 
 
 def change_json(path: Path, **changes: object) -> None:
-    """Set keys of a JSON file; None takes one out."""
+    """Sets keys of a JSON file; None removes one."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def in_shards(model: Path) -> list[Path]:
-    """The model's weights again, in several files."""
+    """The model's weights, rewritten in several files."""
     (model / "model.safetensors").unlink()
     tiny_model("llama").save_pretrained(model, max_shard_size="20KB")
     shards = sorted(model.glob("model-0*.safetensors"))
@@ -245,7 +245,7 @@ def test_fault_64_weights_that_are_no_numbers(
 
 
 def of_peft_alone(tuned: Done, folder: Path) -> Path:
-    """The adapter without what is ours."""
+    """The adapter as PEFT alone would save it."""
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tuned.folder / name, folder)

@@ -1,4 +1,4 @@
-"""Every setting, changed in a command that is given again: refused where the result would differ, else accepted.
+"""Repeats a command with every setting changed: refused if the result would differ, else accepted.
 
 A setting that is not in the list fails the test.
 """
@@ -25,7 +25,7 @@ OTHER = "OTHER"
 
 @dataclass(frozen=True)
 class Change:
-    """Other settings, and what is said of them; None where they are accepted and the run is the same."""
+    """Changed settings and the expected message, or None if they are accepted and the run is the same."""
 
     settings: Mapping[str, object]
     said: str | None
@@ -177,7 +177,7 @@ class Place:
             values |= {"adapter": output, "output_dir": place / f"elsewhere-{verb}"}
 
     def again(self, verb: str, of: str, **changed: object) -> Done:
-        """The command of the finished run, with some other settings."""
+        """The command of the finished run with changed settings."""
         settings = {
             name: self.others[verb][name] if value is OTHER else value for name, value in changed.items()
         }

@@ -1,4 +1,4 @@
-"""What can be wrong with preference data, by the numbers of the list of faults."""
+"""Faults of preference data, by their numbers in the list of faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(done_out: str, data: Path) -> list[str]:
-    """What the run said of its rows."""
+    """The run's messages about its rows."""
     start = f"{data}: "
     return [line.removeprefix(start) for line in done_out.splitlines() if line.startswith(start)]
 

@@ -1,4 +1,4 @@
-"""One of several processes is killed, stopped, or given something else: the others end, say which, and lose nothing."""
+"""One of several processes is killed, stopped or started differently: the others end, name it, and lose nothing."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_they_end_within_a_minute_by_default() -> None:
 def test_processes_that_nobody_started_together_name_the_one_that_is_gone(
     commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """As on several machines, where torchrun of the one does not see the processes of the other."""
+    """As on several machines, where one torchrun does not see the processes of another."""
     words = ["-m", "yeonma", *commands["sft"], *LONG]
     port = "29531"
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -1,7 +1,7 @@
-"""kill -9 and failing calls at every write, flush, rename and removal of a save, of a rotation and of a run's end.
+"""kill -9 and failing calls at every write, sync, rename and removal of a save, of a rotation and of the end of a run.
 
-A real process does what a run does with its folder (tests/faults/saver.py), under strace. What it calls is listed once;
-then it is done again for each of these calls, and ended or refused there.
+A real process (tests/faults/saver.py) does what a run does with its folder, under strace. The first time its calls are
+listed. Then it is repeated for each of these calls, and killed there, or the call fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Calls = Sequence[Sequence[object]]
 
 @dataclass(frozen=True)
 class Course:
-    """What a process does with a folder that others have filled.
+    """What a process does with a folder that earlier ones have filled.
 
     `newest`: the step of the newest whole checkpoint, before it begins and after each of its calls. `values`: what the
     weights of a step's checkpoint may be, where that is not the step's number.

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings, by the numbers of the list of faults."""
+"""Faults of the settings, by their numbers in the list of faults."""
 
 from __future__ import annotations
 

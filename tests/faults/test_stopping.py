@@ -1,4 +1,4 @@
-"""A run that is ended from outside: kill -9, SIGTERM, Ctrl-C, its time limit; and NaN, where it ends itself."""
+"""A run that is stopped by kill -9, SIGTERM, Ctrl-C or its time limit, or that ends itself because of NaN."""
 
 from __future__ import annotations
 

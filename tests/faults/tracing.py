@@ -1,4 +1,4 @@
-"""strace on the children of tests/faults/saver.py: what they call, and kills and errors at any of those calls."""
+"""Traces the children of tests/faults/saver.py with strace: lists their calls, and injects kills and errors there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere says so, and what that means for its result."""
+"""A run that resumes in another environment reports it, and what that means for the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop a run anywhere, give the same command again: the same bytes. And what else a folder may hold by then."""
+"""A run that is stopped anywhere and started again gives the same bytes. Other contents of an output folder."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool = False) -> None:
-    """Ctrl-C at the given call of a function: before it does anything, or after all that it does."""
+    """Ctrl-C at the given call of a function, before or after it runs."""
     calls, function = 0, getattr(owner, name)
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(
 
 @pytest.fixture
 def again(stopped: Path, base: Path, data: Path) -> Callable[..., Done]:
-    """Gives the command of the stopped run again, with some other settings."""
+    """Repeats the command of the stopped run with some other settings."""
 
     def command(**changed: object) -> Done:
         rows = Path(str(changed.pop("data", data)))

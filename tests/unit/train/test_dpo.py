@@ -1,4 +1,4 @@
-"""Whole runs of `yeonma dpo`: the same whatever the micro-batches, however often interrupted, in every form of data."""
+"""Complete runs of `yeonma dpo`: equal for any micro-batches, after interruptions, and for every form of data."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_same(one: Done, other: Done) -> None:
 
 
 def answer_logprob(model: Any, tokenizer: Any, prompt: str, text: str) -> tuple[torch.Tensor, int]:
-    """By transformers alone."""
+    """Computed with transformers alone."""
     before = tokenizer(prompt)["input_ids"]
     after = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
@@ -260,7 +260,7 @@ def test_other_mathematics_is_another_run_and_speed_is_not(tmp_path: Path, base:
 
 
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The examples of each of the reference's passes through the model from now on."""
+    """Records the number of examples in each forward pass of the reference."""
     pass_sizes: list[int] = []
     compute = reference.pass_logprobs
 
@@ -335,7 +335,7 @@ ROUNDS: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5
 
 @pytest.fixture(scope="module")
 def in_rounds(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> tuple[Done, bytes]:
-    """A run whose reference is written in several rounds, and the file of it."""
+    """A run whose reference is written in several rounds, and the cache file."""
     place = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ROUND_TOKENS", 500)

@@ -1,4 +1,4 @@
-"""The training step: equal to transformers' Trainer, whatever the micro-batches; schedules, evaluation, bad numbers."""
+"""The training loop: equal to transformers' Trainer for any micro-batches; schedules, evaluation, NaN."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reference(Trainer):
-    """transformers' Trainer, taking the rows as they come and keeping each step's loss unrounded."""
+    """transformers' Trainer with rows in order, recording each step's unrounded loss."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -69,7 +69,7 @@ def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def reference(folder: Path, base: Path, rows: list[dict[str, str]], **settings: Any) -> Reference:
-    """20 steps of 8 rows of what `yeonma sft` is asked below, by transformers and PEFT alone."""
+    """The run of the test below, 20 steps of 8 rows, with transformers and PEFT alone."""
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(42)

@@ -1,5 +1,5 @@
-"""Each preference loss against its paper's formula, written out for one pair in plain floats; its gradient against
-finite differences of that formula; limits; metrics as sums."""
+"""Every preference loss equals its paper's formula, written for one pair in plain floats, and its gradient the finite
+differences of that formula; limits; metrics as sums."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_labels_that_are_right_for_certain_leave_dpo_as_it_is() -> None:
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
-    """Over pairs whose labels are flipped with probability e, its mean is the loss of the true labels."""
+    """Its expectation over pairs whose labels are flipped with probability e is the loss of the true labels."""
     policy, reference, e = policy_of(PAIRS), reference_of(PAIRS), OPTIONS.label_smoothing
     flipped = PairLogprobs(
         policy.rejected_P, policy.chosen_P, policy.rejected_tokens_P, policy.chosen_tokens_P

@@ -1,4 +1,4 @@
-"""`micro_batch_tokens auto` and `gradient_checkpointing auto`: chosen from free memory, tried, kept in checkpoints."""
+"""`micro_batch_tokens auto` and `gradient_checkpointing auto`: chosen from free memory, tried, saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Case:
-    """Settings that are prepared, what each way would need, and what is chosen where so much is free."""
+    """Prepared settings, the memory that they need, and what is chosen for some amount of free memory."""
 
     def __init__(self, base: Path, data: Path, **changed: object) -> None:
         settings = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
@@ -65,7 +65,7 @@ class Case:
         return resolved.model.gradient_checkpointing, resolved.step
 
     def free_for(self, way: Any, micro: MicroBatchBounds) -> float:
-        """Bytes that have to be free for these micro-batches."""
+        """The free memory in bytes that these micro-batches need."""
         lora = lora_shape(self.config.lora)
         drawn = blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=way)
         batches = survey_micro_batches(self.prepared.plan, self.prepared.dataset.train.store, micro, 1)
@@ -219,7 +219,7 @@ def test_a_run_that_goes_on_keeps_what_it_had_though_other_memory_is_free(
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, tokens: int) -> list[int]:
-    """From now on a pass with more tokens than these runs out of memory; the tokens of all passes."""
+    """Makes passes with more than `tokens` tokens run out of memory. Returns the list of all passes' tokens."""
     compute, seen = getattr(module, name), []
 
     def passing(*given: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW and its kin in 8 bits: near each other, and gone on with from saved tensors as if nothing had been between."""
+"""AdamW and its 8-bit forms: close to each other, and resumed from saved tensors without a difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to an adapter folder: what is left behind, what is refused and when, and what may be continued."""
+"""From settings to an adapter folder: which files a run writes, what it refuses and when, and what it can continue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """12 rows to train, 5 to look at; two epochs of three steps. The loss still falls at the end."""
+    """12 training and 5 validation rows; two epochs of three steps. The loss still falls at the end."""
     settings = {"val_set_size": 5, "num_epochs": 2, "card_rows": 2}
     return trained(tmp_path_factory.mktemp("done") / "out", base, data, **settings)
 
@@ -127,7 +127,7 @@ def test_plain_peft_loads_the_folder_and_every_checkpoint(done: Done, data: Path
 
 
 def held_out(done: Done, data: Path) -> list[dict[str, str]]:
-    """The validation rows of `done`, by the rule that draws them."""
+    """The validation rows of `done`, by the rule that selects them."""
     from yeonma.data.rows import draw_validation
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
@@ -164,7 +164,7 @@ def test_the_card_asks_with_the_trained_prompts_however_few_positions_are_left(t
     assert (done.steps[0]["tokens"], done.err) == (128 + 128 - room + 1 - len("a title") + 1, "")
     card = (done.folder / "README.md").read_text()
     for row in rows:
-        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nwanted:\n" in card
+        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nreference:\n" in card
 
 
 def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_run_needs_no_template_where_the_columns_are_known(tmp_path: Path, bas
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No weights may be read: it is a bug if the run comes so far."""
+    """Fails the test if weights are read."""
 
     def load(*_: object) -> None:
         raise AssertionError("weights were loaded")

@@ -1,4 +1,4 @@
-"""`yeonma verify`: a run's folder passes, and every change to it is found and named."""
+"""`yeonma verify`: a run's folder passes, and every change to it is reported."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """As if the run had left the files so: the checksums no longer show the change."""
+    """Updates the checksums, as if the run itself had written the changed files."""
     from yeonma.files import file_hash
 
     names = json.loads((folder / "manifest.json").read_text())["sha256"]

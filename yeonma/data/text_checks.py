@@ -1,4 +1,4 @@
-"""What is easily overlooked in a row's text: invisible characters, size, scripts; digests to find repeated rows."""
+"""Checks for what is easily overlooked in a row: invisible characters, size, scripts, repeated texts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SCRIPT_OF_WORD = {
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What is noted of one row's data, as the template uses it."""
+    """Findings about one row's data, as the template uses it."""
 
     flags: int
     scripts: int
@@ -58,11 +58,11 @@ class Notes:
     digest: int
     """64-bit digest of the texts regardless of white space, letter case and normal form."""
     prompt_digest: int
-    """The same of the prompt alone."""
+    """The same digest of the prompt alone."""
 
 
 def notes_of(rendered: Rendered) -> Notes:
-    """The notes of a rendered row; the template's frame does not count."""
+    """The notes of a rendered row, without the template's frame."""
     prompt = [piece.text for piece in rendered.prompt_pieces if piece.field is not None]
     answers = [piece.text for piece in rendered.answer if piece.field is not None]
     if not rendered.answer:  # a turn list

@@ -16,7 +16,7 @@ from yeonma.batch.micro_batches import forest_of
 from yeonma.batch.plan import Plan, micro_batches
 from yeonma.data.text_checks import script_names
 from yeonma.tokenization.dataset import (
-    FIRST,
+    LISTED_ROWS,
     Dataset,
     DataWarning,
     Part,
@@ -226,7 +226,7 @@ def _source(part: Part) -> Source:
         rows=counts.rows,
         left_out=counts.left_out,
         identical=sum(row.reason in NOTHING_TO_CHOOSE for row in left_out),
-        left_out_rows=tuple(left_out[:FIRST]),
+        left_out_rows=tuple(left_out[:LISTED_ROWS]),
     )
 
 
@@ -248,7 +248,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
         tokens=int(lengths.sum()),
         trained_tokens=part.trained_tokens,
         shortened=int(np.count_nonzero(cut)),
-        shortened_rows=tuple(shortened[:FIRST].tolist()),
+        shortened_rows=tuple(shortened[:LISTED_ROWS].tolist()),
         cut_characters=int(cut.sum()),
         prompt_tokens=lengths_of(lengths - answers),
         answer_tokens=lengths_of(answers),
@@ -278,7 +278,7 @@ def _bias(store: TokenStore, positions: np.ndarray, answers: np.ndarray) -> Bias
 def _scripts(bits: np.ndarray, rows: np.ndarray) -> tuple[Scripts, ...]:
     kinds, counts = np.unique(bits, return_counts=True)
     scripts = [
-        Scripts(script_names(int(kind)), int(count), tuple(rows[bits == kind][:FIRST].tolist()))
+        Scripts(script_names(int(kind)), int(count), tuple(rows[bits == kind][:LISTED_ROWS].tolist()))
         for kind, count in zip(kinds, counts, strict=True)
     ]
     return tuple(sorted(scripts, key=lambda entry: -entry.count))

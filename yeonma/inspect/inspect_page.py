@@ -85,20 +85,20 @@ def page(
 
 
 def _spans(view: View) -> Iterator[str]:
-    """The stretches, split at token borders, so that each token has its id."""
+    """The spans, split at token borders, so that every token has its id."""
     tokens = iter([(token, len(token.text)) for token in view.tokens if token.text])
     token, left = next(tokens, (None, 0))
-    for stretch in view.stretches:
-        trained = " trained" if stretch.trained and stretch.kind not in ("answer", "end") else ""
-        if stretch.kind == "cut":
-            yield f'<span class="cut" title="cut: {len(stretch.text):,} characters">{_escaped(stretch.text)}</span>'
+    for span in view.text_spans:
+        trained = " trained" if span.trained and span.kind not in ("answer", "end") else ""
+        if span.kind == "cut":
+            yield f'<span class="cut" title="cut: {len(span.text):,} characters">{_escaped(span.text)}</span>'
             continue
         at = 0
-        while at < len(stretch.text):
-            size = min(left, len(stretch.text) - at) if token is not None else len(stretch.text) - at
-            text = _escaped(stretch.text[at : at + size])
+        while at < len(span.text):
+            size = min(left, len(span.text) - at) if token is not None else len(span.text) - at
+            text = _escaped(span.text[at : at + size])
             title = f' title="{token.id} {escape(printable(token.name))}"' if token is not None else ""
-            yield f'<span class="t {stretch.kind}{trained}"{title}>{text}</span>'
+            yield f'<span class="t {span.kind}{trained}"{title}>{text}</span>'
             at, left = at + size, left - size
             if left == 0:
                 token, left = next(tokens, (None, 0))

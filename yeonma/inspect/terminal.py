@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from yeonma.inspect.audit import Audit, Bias, Lengths, PartAudit, Source
-from yeonma.tokenization.dataset import listed
-from yeonma.tokenization.explain import Stretch, StretchKind, View
+from yeonma.tokenization.dataset import format_rows
+from yeonma.tokenization.explain import SpanKind, TextSpan, View
 
-STYLES: dict[StretchKind, str] = {
+STYLES: dict[SpanKind, str] = {
     "start": "magenta",
     "frame": "bright_black",
     "field": "cyan",
@@ -22,7 +22,7 @@ STYLES: dict[StretchKind, str] = {
     "end": "black on green",
     "cut": "red strike",
 }
-WORDS: dict[StretchKind, str] = {
+WORDS: dict[SpanKind, str] = {
     "start": "start token",
     "frame": "frame",
     "field": "field",
@@ -49,10 +49,10 @@ def print_views(console: Console, views: Iterable[View], held_out: Sequence[int]
         if tokens and view.tokens:
             console.print(_token_table(view))
         else:
-            stretches = view.stretches
+            spans = view.text_spans
             if view.role == "rejected":  # the prompt is shown with the chosen answer
-                stretches = tuple(dropwhile(lambda part: part.kind not in ("answer", "end"), stretches))
-            console.print(_coloured(stretches, marks=console.color_system is None))
+                spans = tuple(dropwhile(lambda part: part.kind not in ("answer", "end"), spans))
+            console.print(_coloured(spans, marks=console.color_system is None))
         console.print()
 
 
@@ -86,7 +86,7 @@ def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 def _legend(console: Console) -> Text:
     if console.color_system is None:
         return Text("«trained answer and end token»  ⟨cut text⟩")
-    kinds: tuple[StretchKind, ...] = ("frame", "field", "answer", "end", "cut")
+    kinds: tuple[SpanKind, ...] = ("frame", "field", "answer", "end", "cut")
     return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
 
 
@@ -99,7 +99,7 @@ def heading_of(view: View, held_out: bool) -> str:
     else:
         parts.append(f"{len(view.token_ids):,} tokens, {trained:,} trained")
     if view.cut_characters:
-        fields = sorted({part.field or "" for part in view.stretches if part.kind == "cut"})
+        fields = sorted({part.field or "" for part in view.text_spans if part.kind == "cut"})
         parts.append(f"{view.cut_characters:,} characters cut from {', '.join(fields)}")
     if view.straddles:
         parts.append("tokenised apart: the answer would merge into the prompt's last token")
@@ -110,23 +110,23 @@ def heading_of(view: View, held_out: bool) -> str:
     return " · ".join(parts)
 
 
-def _coloured(stretches: Sequence[Stretch], *, marks: bool) -> Text:
+def _coloured(spans: Sequence[TextSpan], *, marks: bool) -> Text:
     text = Text()
     trained = False
-    for stretch in stretches:
-        if marks and stretch.trained != trained:
-            text.append("«" if stretch.trained else "»")
-            trained = stretch.trained
-        content = printable(stretch.text)
-        if stretch.kind == "cut":
+    for span in spans:
+        if marks and span.trained != trained:
+            text.append("«" if span.trained else "»")
+            trained = span.trained
+        content = printable(span.text)
+        if span.kind == "cut":
             if len(content) > CUT_SHOWN:
                 content = f"{content[: CUT_SHOWN // 2]} … {content[-CUT_SHOWN // 2 :]}"
-            text.append(f"⟨{len(stretch.text):,} characters cut: ", "red" if not marks else "")
+            text.append(f"⟨{len(span.text):,} characters cut: ", "red" if not marks else "")
             text.append(content, STYLES["cut"])
             text.append("⟩", "red")
         else:
-            underline = " underline" if stretch.trained and stretch.kind not in ("answer", "end") else ""
-            text.append(content, STYLES[stretch.kind] + underline)
+            underline = " underline" if span.trained and span.kind not in ("answer", "end") else ""
+            text.append(content, STYLES[span.kind] + underline)
     if trained:
         text.append("»")
     return text
@@ -166,7 +166,7 @@ def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
     if more:
         rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
-        yield Text(f"  and {more:,} more: {listed(rows, more)}", "red")
+        yield Text(f"  and {more:,} more: {format_rows(rows, more)}", "red")
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
@@ -175,7 +175,7 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     console.print(Text.assemble((f"{label}: ", "bold"), line))
     if part.shortened:
         what = f"{part.shortened:,} shortened, by {part.cut_characters:,} characters in total"
-        console.print(Text(f"  {what} ({listed(part.shortened_rows, part.shortened)})", "red"))
+        console.print(Text(f"  {what} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
     else:
         console.print("  none shortened")
     if len(part.variants) > 1:
@@ -209,7 +209,11 @@ def _scripts(part: PartAudit) -> str:
     entries = []
     for scripts in part.scripts[:4]:
         names = " + ".join(scripts.names) or "no letters"
-        rows = f" ({listed(scripts.rows, scripts.count, most=3)})" if scripts.count * 20 <= part.rows else ""
+        rows = (
+            f" ({format_rows(scripts.rows, scripts.count, most=3)})"
+            if scripts.count * 20 <= part.rows
+            else ""
+        )
         entries.append(f"{names}: {scripts.count:,}{rows}")
     more = len(part.scripts) - len(entries)
     return ", ".join(entries) + (f" and {more} more mixtures" if more else "")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.errors import first_line
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of
@@ -86,7 +86,7 @@ def tiny_sequences(vocabulary: int, seed: int) -> list[np.ndarray]:
     """Three sequences, of which two share a prefix that is long enough to become one segment."""
     random = np.random.default_rng(seed)
     frame, *ends = (
-        random.integers(0, vocabulary, count, dtype=np.int32) for count in (LEAST_SHARED, 9, 6, 7)
+        random.integers(0, vocabulary, count, dtype=np.int32) for count in (MIN_SHARED_TOKENS, 9, 6, 7)
     )
     return [np.concatenate([frame, ends[0]]), np.concatenate([frame, ends[1]]), ends[2]]
 

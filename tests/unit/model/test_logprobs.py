@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model, with_lora
-from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.model import logprobs as forward
 from yeonma.model.attention.dispatch import FOREST, layout
 from yeonma.model.kernels.lora import patch_linear
@@ -23,7 +23,7 @@ def sequences() -> list[np.ndarray]:
     """Two rows under one article under one frame, one under the frame alone, one beginning another, one alone."""
     draw = np.random.default_rng(5)
     frame, article, *ends = (
-        draw.integers(3, VOCABULARY, n) for n in (LEAST_SHARED + 3, LEAST_SHARED, 9, 4, 6, 12)
+        draw.integers(3, VOCABULARY, n) for n in (MIN_SHARED_TOKENS + 3, MIN_SHARED_TOKENS, 9, 4, 6, 12)
     )
     rows = [
         [frame, article, ends[0]],

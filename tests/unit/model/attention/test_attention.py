@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.model.attention import dispatch, flex, varlen
 from yeonma.model.attention.backend import Backend, Capability, ForestLayout, ForestShape, LayerCall
 from yeonma.model.attention.dispatch import (
@@ -27,7 +27,7 @@ HEADS, WIDTH = 4, 8
 
 def forest() -> Forest:
     """A frame over an article over two answers, a third row under the frame, and a row alone: seven segments."""
-    frame, article = np.arange(LEAST_SHARED), np.arange(30, 30 + LEAST_SHARED + 2)
+    frame, article = np.arange(MIN_SHARED_TOKENS), np.arange(30, 30 + MIN_SHARED_TOKENS + 2)
     ends = [[*article, 1, 2, 3], [*article, 4], [5, 6], [*article, 1, 2, 9]]
     examples = [np.concatenate([frame, end]).astype(np.int32) for end in ends] + [
         np.arange(60, 67, dtype=np.int32)
@@ -149,7 +149,7 @@ OPTIONS = {
     "plain": {},
     "scale": {"scaling": 0.7},
     "window": {"sliding_window": 5},
-    "window one short of a segment": {"sliding_window": LEAST_SHARED - 1},
+    "window one short of a segment": {"sliding_window": MIN_SHARED_TOKENS - 1},
     "window of one token": {"sliding_window": 1},
     "window wider than all": {"sliding_window": 1000},
     "softcap": {"softcap": 1.5},
@@ -195,7 +195,7 @@ def test_bfloat16_is_close_with_and_without_plain_operations() -> None:
 
 
 def test_the_reference_mask_of_a_small_forest() -> None:
-    frame = np.arange(LEAST_SHARED)
+    frame = np.arange(MIN_SHARED_TOKENS)
     examples = [np.append(frame, end).astype(np.int32) for end in ([20, 21], [22])]
     seen = reference_mask(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples])).int()
     assert torch.equal(seen[:16, :16], torch.ones(16, 16).tril().int())
@@ -204,7 +204,7 @@ def test_the_reference_mask_of_a_small_forest() -> None:
 
 
 def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
-    frame, article = range(LEAST_SHARED), range(30, 30 + LEAST_SHARED)
+    frame, article = range(MIN_SHARED_TOKENS), range(30, 30 + MIN_SHARED_TOKENS)
     examples = [
         np.array([*frame, *end], dtype=np.int32) for end in ([*article, 50, 51], [60], [*article, 70])
     ]

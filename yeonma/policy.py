@@ -308,7 +308,7 @@ def _put_together(
         first, *others = adapters
         model = load.load_adapter(base, first, trainable=trainable, dropout=dropout)
         for folder, name in zip(others, adapter_names(len(adapters))[1:], strict=True):
-            load.load_another(model, folder, name)
+            load.load_additional_adapter(model, folder, name)
         if not trainable:
             model.eval()
     if shard_on is not None:
@@ -391,7 +391,7 @@ def blueprint(
 
     Raises UserError for target modules that the model does not have.
     """
-    load.keep_the_console_clean()
+    load.hide_loading_noise()
     config = deepcopy(config)  # a model writes its precision and attention into its config
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):

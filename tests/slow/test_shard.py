@@ -99,7 +99,7 @@ from pathlib import Path
 import torch
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.sharding import gathered_bytes, held_bytes, shard_weights
+from yeonma.model.sharding import gathered_bytes, local_weight_bytes, shard_weights
 from yeonma.train.distributed import process_group, rendezvous, wait
 from yeonma.run_folder.progress import status_bytes
 
@@ -107,12 +107,12 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     before = {name: status_bytes(name) for name in ("RssAnon", "RssFile")}
     model = load.load_base(load.BaseSource(sys.argv[1]), None, torch.float32)
     load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-    whole, gathered = held_bytes(model), gathered_bytes(model)
+    whole, gathered = local_weight_bytes(model), gathered_bytes(model)
     shard_weights(model, torch.device("cpu"))
     after = {name: status_bytes(name) - before[name] for name in before}
     check_forest_support(model)
     passed = {name: status_bytes(name) - before[name] for name in before}
-    found = {"whole": whole, "gathered": gathered, "held": held_bytes(model), "after": after, "passed": passed}
+    found = {"whole": whole, "gathered": gathered, "held": local_weight_bytes(model), "after": after, "passed": passed}
     Path(sys.argv[2], f"{group.rank}.json").write_text(json.dumps(found))
     wait(group)
 """

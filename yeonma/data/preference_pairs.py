@@ -237,8 +237,7 @@ def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bo
 
 
 def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) -> int:
-    """The number of turns of the prompt, with which both begin. If one is a prefix of the other, its last turn does not
-    count."""
+    """The number of turns of the prompt, with which both begin. The last turn of either never belongs to it."""
     shorter = min(len(chosen), len(rejected))
     count = next((index for index in range(shorter) if chosen[index] != rejected[index]), shorter)
     if count == shorter:

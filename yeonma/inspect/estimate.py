@@ -28,7 +28,7 @@ from yeonma.inspect.forecast import Alternative, Forecast, Memory
 from yeonma.model import load
 from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.memory_trace import Blueprint, Trace, trace
-from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
+from yeonma.model.quantization import BLOCK, MIN_8_BIT_NUMEL
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
@@ -174,7 +174,7 @@ def _optimizer_bytes(optimizer: Optimizer, model_blueprint: Blueprint) -> int:
     if optimizer == "adamw":
         return 2 * model_blueprint.trained_bytes
     sizes = [parameter.numel() for parameter in model_blueprint.model.parameters() if parameter.requires_grad]
-    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= LEAST_IN_8_BITS else 4 * n) for n in sizes)
+    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= MIN_8_BIT_NUMEL else 4 * n) for n in sizes)
 
 
 def _process_bytes(device_type: str) -> int:

@@ -36,8 +36,7 @@ _REWRITTEN = "the model's chat template rewrites earlier turns: answers of sever
 
 @dataclass(frozen=True)
 class PairResult:
-    """A pair's unit, or why it is left out, and the texts of both answers as tokenised (unshortened if the pair is left
-    out)."""
+    """A pair's unit, or why it is left out, and the texts of its answers as tokenised (unshortened if left out)."""
 
     texts: tuple[ExampleText, ExampleText]
     outcome: Unit | LeftOut

@@ -94,8 +94,7 @@ class TokenStore:
     roles: NDArray[np.uint8]
     """Values of `AnswerRole`."""
     row_flags: NDArray[np.uint8]
-    """Shape (rows read,), like the arrays below; row number n is at index n - 1. Bits as in
-    `yeonma.data.text_checks`."""
+    """Shape (rows read,), like the arrays below; row n is at index n - 1. Bits: see `yeonma.data.text_checks`."""
     row_scripts: NDArray[np.uint32]
     row_digests: NDArray[np.uint64]
     prompt_digests: NDArray[np.uint64]

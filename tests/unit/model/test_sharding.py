@@ -13,7 +13,7 @@ import torch
 from tests.models import tiny_model
 from tests.pairs import PLAIN, pairs, tuned
 from tests.runs import Done, arguments, model_folder, write_jsonl
-from yeonma.model.sharding import gathered_bytes, held_bytes, parts_of
+from yeonma.model.sharding import gathered_bytes, local_weight_bytes, parts_of
 from yeonma.train.step import idle_passes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,7 +30,7 @@ from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import example_logprobs
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.sharding import held_bytes, shard_weights
+from yeonma.model.sharding import local_weight_bytes, shard_weights
 from yeonma.train.distributed import process_group, rendezvous
 
 ids = [np.random.default_rng(seed).integers(3, 97, 30, dtype=np.int32) for seed in (1, 2)]
@@ -61,7 +61,7 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     for family in ("llama", "bloom", "gemma2"):  # by forests, one by one with a tied head, by forests with one
         whole, model = adapted(family), adapted(family)
         how, loss, grads = gone_through(whole)
-        before = held_bytes(model)
+        before = local_weight_bytes(model)
         shard_weights(model, torch.device("cpu"))
         other_how, other_loss, other_grads = gone_through(model)
         found[family] = {
@@ -69,7 +69,7 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
             "head": [how.head is not None, other_how.head is not None],
             "loss": [loss, other_loss],
             "gradient": max(float((each - other_grads[name]).abs().max()) for name, each in grads.items()),
-            "held": held_bytes(model) / before,
+            "held": local_weight_bytes(model) / before,
         }
     model = adapted("llama")
     with torch.no_grad():
@@ -156,6 +156,6 @@ def test_layers_are_found_in_every_family(family: str) -> None:
     inside = {each for part in parts for each in part.parameters()}
     outside = [each for each in model.parameters() if each not in inside]
     assert all(each.ndim == 1 for each in outside) or tied or family == "gpt2"  # its positions
-    assert 0 < gathered_bytes(model) <= held_bytes(model)
+    assert 0 < gathered_bytes(model) <= local_weight_bytes(model)
     model._no_split_modules = None  # as in code that comes with a model
     assert parts_of(model) == parts

@@ -29,7 +29,7 @@ from yeonma.model.attention.dispatch import (
 from yeonma.model.attention.flex import (
     BLOCK,
     LayerSpec,
-    Tree,
+    FlexLayout,
     _with_masks,
     compile_for,
     compiled,
@@ -63,9 +63,9 @@ def torchs_reference(
     return output if return_aux is None else (output, AuxOutput(lse=sums * math.log(2), max_scores=None))
 
 
-def tree_of(laid: Forest, device: torch.device = CPU) -> Tree:
+def layout_of(laid: Forest, device: torch.device = CPU) -> FlexLayout:
     shape = forest_shape(laid)
-    return Tree(shape.lengths, shape.paths, device)
+    return FlexLayout(shape.lengths, shape.paths, device)
 
 
 def sees(laid: Forest, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +143,7 @@ def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict,
             how["s_aux"] = sinks
             inputs.append(sinks)
         if ours:
-            output = flex_forest_attention(*inputs[:3], tree_of(laid), kernel=torchs_reference, **how)
+            output = flex_forest_attention(*inputs[:3], layout_of(laid), kernel=torchs_reference, **how)
         else:
             output = dense(laid, *inputs[:3], **how)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
@@ -158,7 +158,7 @@ def test_values_of_another_width_than_the_queries_as_segment_by_segment() -> Non
         query, key, value, _ = states(2)
         value = torch.cat([value, 2 * value], dim=-1)
         if ours:
-            output = flex_forest_attention(query, key, value, tree_of(laid), kernel=torchs_reference)
+            output = flex_forest_attention(query, key, value, layout_of(laid), kernel=torchs_reference)
         else:
             output = forest_attention(torch.nn.Module(), query, key, value, None, forest=layout(laid))[0]
         assert output.shape == (1, len(laid.token_ids_T), HEADS, 16)
@@ -171,14 +171,14 @@ def test_torchs_function_itself_gives_the_same_values_on_the_cpu() -> None:
     laid = forest()
     query, key, value, _ = (each.detach() for each in states(2))
     how: dict[str, Any] = {"scaling": 0.2, "sliding_window": 7, "softcap": 2.0}
-    output = flex_forest_attention(query, key, value, tree_of(laid), kernel=flex_attention, **how)
+    output = flex_forest_attention(query, key, value, layout_of(laid), kernel=flex_attention, **how)
     torch.testing.assert_close(output, dense(laid, query, key, value, **how), rtol=0, atol=1e-6)
 
 
 def test_layers_share_what_is_made_of_a_window() -> None:
-    tree = tree_of(forest())
-    assert tree.masked(5) is tree.masked(5) is not tree.masked(6)
-    assert tree.masked(None) is tree.masked(10**6)  # nothing is outside of it
+    flex_layout = layout_of(forest())
+    assert flex_layout.mask(5) is flex_layout.mask(5) is not flex_layout.mask(6)
+    assert flex_layout.mask(None) is flex_layout.mask(10**6)  # nothing is outside of it
 
 
 # The choice
@@ -300,7 +300,7 @@ def test_it_may_stand_in_a_compiled_model() -> None:
     laid, results = forest(), []
 
     def layer(q: Any, k: Any, v: Any) -> Any:
-        return 2 * flex_forest_attention(3 * q, k, v, tree_of(laid), softcap=2.0, kernel=torchs_reference)
+        return 2 * flex_forest_attention(3 * q, k, v, layout_of(laid), softcap=2.0, kernel=torchs_reference)
 
     for function in (layer, torch.compile(layer, backend="aot_eager")):
         inputs = states(2)[:3]
@@ -339,7 +339,7 @@ def test_the_kernel_does_as_segment_by_segment(
 
         def attend(q: Any, k: Any, v: Any, ours: bool = ours, how: dict = how) -> Any:
             if ours:
-                return flex_forest_attention(q, k, v, tree_of(laid, gpu), **how)
+                return flex_forest_attention(q, k, v, layout_of(laid, gpu), **how)
             return forest_attention(torch.nn.Module(), q, k, v, None, forest=layout(laid), **how)[0]
 
         if checkpointing:
@@ -366,9 +366,9 @@ def test_what_came_before_changes_no_bit() -> None:
             long = [
                 torch.randn(1, heads, 1000, 32, device=gpu, requires_grad=True) for heads in (HEADS, 2, 2)
             ]
-            flex_forest_attention(*long, tree_of(others, gpu), softcap=2.0).sum().backward()
+            flex_forest_attention(*long, layout_of(others, gpu), softcap=2.0).sum().backward()
         inputs = wide_states(2, gpu, torch.float32)[:3]
-        output = flex_forest_attention(*inputs, tree_of(forest(), gpu), softcap=2.0)
+        output = flex_forest_attention(*inputs, layout_of(forest(), gpu), softcap=2.0)
         outputs.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for one, other in zip(*outputs, strict=True):
         assert torch.equal(one, other)

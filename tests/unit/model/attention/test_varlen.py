@@ -94,7 +94,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
     laid, results = forest(), []
-    assert in_one_call(laid).most_keys == 37
+    assert in_one_call(laid).max_keys == 37
     for way in (attend, dense):
         inputs = states(key_heads)[:3]
         output = way(laid, *inputs, **options)

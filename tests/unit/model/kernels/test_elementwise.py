@@ -17,8 +17,8 @@ from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 from yeonma.errors import UserError
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.elementwise import (
-    FEWEST_ROWS,
     FIRST_ROWS,
+    MIN_ROWS,
     PLAIN,
     Kernels,
     compiled,
@@ -277,7 +277,7 @@ def rows(count: int, kernels: Kernels) -> list[torch.Tensor]:
     turned = rotate(q, k, cos, sin, kernels)
     results = [norm(x, torch.linspace(0.5, 2, 48), 1e-6, kernels), swiglu(x, up, kernels), *turned]
     upstream = [torch.randn(each.shape, generator=draw) for each in results]
-    again = kernels.swiglu_backward_again(upstream[1], x.detach(), up.detach())
+    again = kernels.swiglu_backward_recomputing(upstream[1], x.detach(), up.detach())
     gradients = torch.autograd.grad(results, [x, up, q, k], upstream)
     return [*(each.detach() for each in results), *gradients, *again]
 
@@ -285,7 +285,7 @@ def rows(count: int, kernels: Kernels) -> list[torch.Tensor]:
 @has_compiler
 def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> None:
     """To the bit whichever came first: a run that goes on meets other numbers of rows first than the whole one."""
-    counts = (FEWEST_ROWS - 1, FEWEST_ROWS, 333, 48, FIRST_ROWS)
+    counts = (MIN_ROWS - 1, MIN_ROWS, 333, 48, FIRST_ROWS)
     kernels = compiled.__wrapped__()
     first = {count: rows(count, kernels) for count in counts}
     torch._dynamo.reset()

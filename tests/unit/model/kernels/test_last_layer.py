@@ -13,7 +13,7 @@ from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.logprobs import READ, ForestSupport, trained_logprobs
+from yeonma.model.logprobs import READ_POSITIONS, ForestSupport, trained_logprobs
 
 SPARED = [
     family for family in FOREST_FAMILIES if family != "gpt2"
@@ -75,7 +75,7 @@ def test_only_what_is_read_goes_through_the_last_mlp() -> None:
     read = len(np.unique(laid.source_U))
     assert read < len(laid.source_U) < len(laid.token_ids_T)
     assert rows_through_mlps(model, how) == [len(laid.token_ids_T), read]
-    assert rows_through_mlps(model, how, **{READ: None}) == [len(laid.token_ids_T)] * 2
+    assert rows_through_mlps(model, how, **{READ_POSITIONS: None}) == [len(laid.token_ids_T)] * 2
 
 
 def test_gradient_checkpointing_leaves_the_same_out() -> None:

@@ -28,8 +28,8 @@ from yeonma.model.attention.dispatch import (
 )
 from yeonma.model.attention.flex import (
     BLOCK,
-    LayerSpec,
     FlexLayout,
+    LayerSpec,
     _with_masks,
     compile_for,
     compiled,

@@ -59,7 +59,7 @@ def page(report: ComparisonReport) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON for a script element: it contains neither an end tag nor a line end of JavaScript."""
+    """JSON for a script element, without end tags or JavaScript's line ends."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")

@@ -1,4 +1,4 @@
-"""Settings of a training run -> rows, audit and forecast. Nothing is trained; only `--html` writes a file."""
+"""Settings of a training run -> rows, audit and forecast. Trains nothing; writes a file only with `--html`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from yeonma.train.prepare import Prepared, check_adapter, prepare
 def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     """Print rows, audit and forecast on standard output, and progress on standard error.
 
-    Raises UserError for everything that training would refuse before it loads weights.
+    Raises UserError for everything that a training run would refuse before it loads weights.
     """
     source, continued = check_folders(config.model, config.run)
     prepared = prepare(config, source, continued, _say, try_adapter=False)
@@ -69,7 +69,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
     micro, tokenizer = micro_batching(config.step), prepared.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        unknown = None  # it has other uses too, as in GPT-2
+        unknown = None  # it has other uses as well, as in GPT-2
     return audit_of(
         prepared.dataset,
         prepared.plan,
@@ -83,7 +83,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
 def _forecast(
     options: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
 ) -> Forecast | None:
-    """The forecast; None, with a message, if the model cannot be traced without its weights."""
+    """The forecast; None, after a message, if the model cannot be traced without its weights."""
     model, processes = config.model, config.run.nproc
     folder = cache_folder(config.tokens)
     key = forecast_key(config, prepared, processes)

@@ -71,7 +71,7 @@ def test_all_models_that_are_wrong_are_told_together(folders: Folders, data: Pat
     assert "./gone: no such model folder" in done.err
     assert f"{empty}: the folder is empty" in done.err
     done = compare(tmp_path / "report", folders.base, folders.base, data_path=data)
-    assert "is named twice" in done.err
+    assert "is given twice" in done.err
     assert not (tmp_path / "report").exists()
 
 

@@ -115,7 +115,7 @@ def test_a_folder_without_a_tokenizer(family: str, tmp_path: Path) -> None:
     source = find_base(str(whole(tmp_path, family)))
     message = message_of(lambda: load_tokenizer(source))
     assert message.startswith(f"{tmp_path}: cannot load the model's tokenizer")
-    assert message.endswith("give the folder of a whole model, with its tokenizer")
+    assert message.endswith("give the folder of a complete model, with its tokenizer")
 
 
 def test_the_folders_own_tokenizer_is_loaded(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_code_in_the_folder_is_refused_unless_trusted(tmp_path: Path) -> None:
     path = whole(tmp_path) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoConfig": "evil.Config"}}))
     message = message_of(lambda: find_base(str(tmp_path)))
-    assert "Python code of its own" in message and "--trust_remote_code true" in message
+    assert "its own Python code" in message and "--trust_remote_code true" in message
     assert find_base(str(tmp_path), trust_remote_code=True).trust_remote_code
 
 
@@ -285,7 +285,7 @@ def test_an_adapter_of_another_base_is_told_with_both_names(tmp_path: Path) -> N
     adapter = adapter_of("somebody/something", tmp_path / "adapter")
     model = load(whole(tmp_path / "gpt2", "gpt2"))
     message = message_of(lambda: load_adapter(model, str(adapter), trainable=False))
-    assert "was made for somebody/something and does not fit" in message and str(tmp_path / "gpt2") in message
+    assert "was trained on somebody/something and does not fit" in message and str(tmp_path / "gpt2") in message
 
 
 # Fresh LoRA layers
@@ -400,4 +400,4 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_rank_beyond_counting_is_told(rank: int) -> None:
     model = tiny_model("llama").to("meta")
     message = message_of(lambda: add_lora(model, LoraShape(rank, 8, 0.0, "all-linear"), seed=0))
-    assert message.startswith(f"lora_r: an adapter of rank {rank} cannot be made")
+    assert message.startswith(f"lora_r: an adapter of rank {rank} cannot be created")

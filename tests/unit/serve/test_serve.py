@@ -294,7 +294,7 @@ def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any
         (
             "one",
             [{"role": "system", "content": "be kind"}, *user("x")],
-            "answers exactly one message, with role user",
+            "takes exactly one message, with role user",
         ),
         ("one", user(""), 'field "document" is empty'),
         (

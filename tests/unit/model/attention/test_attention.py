@@ -216,7 +216,7 @@ def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
 def test_a_mask_that_the_model_made_is_refused() -> None:
     query, key, value, _ = states(2)
     mask = torch.zeros(1, 1, query.shape[2], query.shape[2])
-    with pytest.raises(ValueError, match="mask of its own"):
+    with pytest.raises(ValueError, match="its own attention mask"):
         forest_attention(torch.nn.Module(), query, key, value, mask, forest=layout(forest()))
 
 

@@ -25,11 +25,11 @@ def all_trained(examples: list[np.ndarray]) -> list[np.ndarray]:
 
 def paths(forest: Forest) -> list[list[int]]:
     """Segment -> the flat positions of its ancestors and itself."""
-    found: list[list[int]] = []
+    paths: list[list[int]] = []
     for segment in forest.segments:
-        above = found[segment.parent] if segment.parent is not None else []
-        found.append(above + list(range(segment.start, segment.start + segment.length)))
-    return found
+        above = paths[segment.parent] if segment.parent is not None else []
+        paths.append(above + list(range(segment.start, segment.start + segment.length)))
+    return paths
 
 
 def path_to(forest: Forest, position: int) -> list[int]:
@@ -145,13 +145,13 @@ def test_every_trained_token_stands_once_an_example_behind_exactly_its_own_past(
     examples, trained = batch
     forest = lay_out(examples, trained, share_prefix=share)
     for number, (example, mask) in enumerate(zip(examples, trained, strict=True)):
-        mine = forest.pair_N[forest.answer_N == number]
+        of_example = forest.pair_N[forest.answer_N == number]
         expected = [t for t in range(1, len(example)) if mask[t]]
-        assert forest.target_U[mine].tolist() == example[expected].tolist()
-        for pair, t in zip(mine, expected, strict=True):
-            seen = path_to(forest, int(forest.source_U[pair]))
-            assert forest.token_ids_T[seen].tolist() == example[:t].tolist()
-            assert forest.position_T[seen].tolist() == list(range(t))
+        assert forest.target_U[of_example].tolist() == example[expected].tolist()
+        for pair, t in zip(of_example, expected, strict=True):
+            path = path_to(forest, int(forest.source_U[pair]))
+            assert forest.token_ids_T[path].tolist() == example[:t].tolist()
+            assert forest.position_T[path].tolist() == list(range(t))
     assert forest.trained_tokens == sum(int(mask[1:].sum()) for mask in trained)
 
 

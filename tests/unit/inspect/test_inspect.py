@@ -144,11 +144,11 @@ def test_what_was_cut_stands_where_it_was(base: Path, data: Path) -> None:
     longest = max(range(20), key=lambda number: len(rows[number]["document"]))
     document = rows[longest]["document"]
     done = inspect(base, data, rows=str(longest + 1), cutoff_len=90, shrink_side="start")
-    found = re.search(r"⟨(\d+) characters cut: (.*?)⟩(.*)\n", done.out)
-    assert found is not None
-    assert found[2] + found[3] == document
-    assert len(found[2]) == int(found[1])
-    assert f"{found[1]} characters cut from document" in done.out
+    match = re.search(r"⟨(\d+) characters cut: (.*?)⟩(.*)\n", done.out)
+    assert match is not None
+    assert match[2] + match[3] == document
+    assert len(match[2]) == int(match[1])
+    assert f"{match[1]} characters cut from document" in done.out
 
 
 def test_tokens_are_listed_with_ids(base: Path, data: Path) -> None:
@@ -203,14 +203,14 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
 
 def test_a_page_that_cannot_be_written_is_told_first(base: Path, data: Path, tmp_path: Path) -> None:
     before = data.read_bytes()
-    for place, words in (
+    for target, words in (
         (tmp_path / "no" / "page.html", "no such folder"),
         (tmp_path, "this is a folder"),
         (data, "this is the data file itself"),
     ):
-        done = inspect(base, data, html=place)
+        done = inspect(base, data, html=target)
         assert (done.status, done.out) == (2, "")
-        assert f"--html {place}: {words}" in done.err
+        assert f"--html {target}: {words}" in done.err
     assert data.read_bytes() == before
 
 
@@ -347,9 +347,9 @@ def test_fifty_long_articles_keep_frame_and_answer_whole(
         prompt_length = row["trained"].index(1)
         assert all(row["trained"][prompt_length:])
         rules = TokenRules(cutoff_len=cutoff_len, shrink_side=side)  # type: ignore[arg-type]
-        asked = template.render(Row(row["row"], article, "rows:1"), with_answer=False)
+        rendered = template.render(Row(row["row"], article, "rows:1"), with_answer=False)
         (prompt,) = encode_prompts(
-            [asked],
+            [rendered],
             [Row(row["row"], article, "rows:1")],
             tokenizer,
             rules,

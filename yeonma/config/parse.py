@@ -187,7 +187,7 @@ def _unexpected(argument: str, settings: Mapping[str, Setting]) -> Problem:
 def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Problem]) -> dict[str, RawValue]:
     """The values in a YAML file. Problems with its keys are added to `problems`.
 
-    Raises UserError, with `problems` included, if the file is not a YAML mapping: then nobody knows what it lacks.
+    Raises UserError, with `problems` included, if the file is not a YAML mapping, so that its settings are unknown.
     """
     raw_values: dict[str, RawValue] = {}
     try:

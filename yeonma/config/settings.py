@@ -81,7 +81,7 @@ class DataSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns where the names differ: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
+    """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
     template: str | None = None
     """Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
@@ -364,7 +364,7 @@ class GenerateSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns where the names differ: `{document: body}`. By default, as in training."""
+    """Maps template fields to columns with other names: `{document: body}`. By default, as in training."""
     limit: int | None = field(default=None, metadata=COUNT)
     """Answer at most this many rows, from the first on."""
     row: str | None = None
@@ -392,7 +392,7 @@ class CompareSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns where the names differ: `{document: body, answer: headline}`. By default, as in training."""
+    """Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None
     """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=COUNT)

@@ -11,7 +11,7 @@ from yeonma.data.turns import check_characters, is_turn_list
 from yeonma.errors import Problem, UserError, did_you_mean
 
 Columns = Mapping[str, str] | None
-"""`--columns`: field of the template -> column of the data, where their names differ."""
+"""`--columns`: field of the template -> column of the data, if their names differ."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Recognised:
     template: str
     reason: str
     columns: tuple[tuple[str, str], ...] = ()
-    """The `--columns` that the template needs, as (field, column), where their names differ."""
+    """The `--columns` that the template needs, as (field, column), if their names differ."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def column_of(field: str, columns: Columns, answer_field: str) -> str:
 
 
 def field_text(row: Row, column: str) -> str | None:
-    """The text in a column, verbatim; None where it is missing, null, empty or only white space.
+    """The text in a column, verbatim; None if it is missing, null, empty or only white space.
 
     Raises:
         UserError: it is not text, or contains a NUL or half a surrogate pair.

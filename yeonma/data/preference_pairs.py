@@ -1,7 +1,7 @@
 """Preference data as text: a prompt with a chosen and a rejected answer, or with one answer and a label.
 
-A template is filled as for supervised training, once per answer. Turns come as `messages` or `conversations` with the
-two answers beside them, or as two whole dialogues, whose shared beginning is the prompt.
+A template is filled as for supervised training, once per answer. Turns come as `messages` or `conversations` plus the
+two answers, or as two whole dialogues, whose shared beginning is the prompt.
 """
 
 from __future__ import annotations

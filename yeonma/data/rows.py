@@ -33,7 +33,7 @@ ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KNOWN_ENDINGS = ", ".join(ENDINGS)
 # Endings that mean a file, never a data set on the hub.
 _OTHER_ENDINGS = (".txt", ".gz", ".zip", ".zst", ".xlsx", ".xls", ".arrow", ".py", ".ndjson", ".yaml")
-# Files about the data, often beside it.
+# Files about the data, often next to it.
 _SIDE_FILES = ("dataset_info.json", "dataset_infos.json")
 _SPLIT_WORD = re.compile(r"(?:\A|[-_.])(train|test|validation|valid|val|dev|eval)(?:[-_.]|\Z)")
 

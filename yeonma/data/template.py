@@ -267,9 +267,9 @@ def load_template(setting: str) -> Template:
             "is not a file", place=setting, cure="give a template file, a template text or a built-in name"
         )
     folder = Path(setting).parent
-    beside = [str(path) for path in folder.iterdir() if path.is_file()] if os.path.isdir(folder) else []
+    siblings = [str(path) for path in folder.iterdir() if path.is_file()] if os.path.isdir(folder) else []
     cure = f"the built-in templates are {', '.join(BUILT_IN)}"
-    if suggestion := did_you_mean(setting, [*BUILT_IN, *beside]):
+    if suggestion := did_you_mean(setting, [*BUILT_IN, *siblings]):
         cure = f"{cure}; {suggestion}"
     raise UserError(f'no built-in template and no file is named "{setting}"', place="--template", cure=cure)
 

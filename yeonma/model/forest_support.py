@@ -71,7 +71,7 @@ def _mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """Eval mode within the block. Needed even in eval mode, where PEFT leaves the dropout of a new adapter on."""
+    """Eval mode within the block, for all modules: in a model in eval mode, PEFT leaves a new adapter's dropout on."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -24,8 +24,7 @@ PARTS = ("self_attn", "self_attn.o_proj", "mlp")
 """Modules of transformers' decoder layers: the attention, which is told the positions, and the large ones after it."""
 TRAINED_TOKENS = (2, 4)  # at the end of the sequences, in the two passes of the trial
 TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 0.05
-"""Mean difference of log-probabilities. Products of another size round differently; wrong tokens differ by whole
-units."""
+"""Mean difference of log-probabilities. Products of another size round differently; wrong tokens differ by units."""
 
 
 def trim_last_layer(model: Any) -> bool:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS
-from yeonma.generation.sampling import SamplingParams, penalised, sample, uniforms
+from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
@@ -323,7 +323,7 @@ def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torc
     sampling = rows[0].sampling
     if sampling.repetition_penalty != 1.0:
         seen_BV = torch.stack([_seen_tokens(row, logits_BV) for row in rows])
-        logits_BV = penalised(logits_BV, seen_BV, sampling.repetition_penalty)
+        logits_BV = apply_repetition_penalty(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
     uniform = [float(row.uniform[len(row.generated)]) for row in rows]

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS
-from yeonma.generation.sampling import SamplingParams, sample, uniforms
+from yeonma.generation.sampling import SamplingParams, apply_repetition_penalty, sample, uniforms
 from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention

@@ -167,7 +167,7 @@ def answer_all(
     settings: CompareSettings,
     options: AnswerSettings,
     cache: AnswerCache,
-    say: Log,
+    log: Log,
 ) -> tuple[list[list[ScoredAnswer]], list[CandidateInputs]]:
     """All models' answers to all rows, and the inputs with the identities of their models.
 
@@ -189,14 +189,14 @@ def answer_all(
             candidate, source = inputs.candidate, inputs.candidate.prompt_builder.source
             adapters = [] if candidate.adapter is None else [candidate.adapter]
             if policy is None:
-                say(f"loading {source.name}")
+                log(f"loading {source.name}")
                 policy = build_policy(
                     source, adapters, device=device, dtype=dtype, quantization=candidate.quantization
                 )
             else:
                 policy = policy.with_adapters(adapters)
             check_vocabulary(candidate.prompt_builder.tokenizer, policy.vocabulary_size, source.name)
-            _complete(policy, inputs, settings, options, cache, say)
+            _complete(policy, inputs, settings, options, cache, log)
     answers = [
         [_scored_answer(inputs, row, options, cache) for row in range(len(inputs.prompts))]
         for inputs in identified
@@ -222,14 +222,14 @@ def _complete(
     settings: CompareSettings,
     options: AnswerSettings,
     cache: AnswerCache,
-    say: Log,
+    log: Log,
 ) -> None:
     """Generate the answers and compute the losses that are not in `cache`."""
     name, builder = inputs.candidate.name, inputs.candidate.prompt_builder
     rows = _rows_without_answer(inputs, options, cache)
     total, cached = len(inputs.prompts), len(inputs.prompts) - len(rows)
     if cached:
-        say(f"{name}: {cached} of {total} rows were answered before")
+        log(f"{name}: {cached} of {total} rows were answered before")
     done = 0
 
     def add_answer(index: int, answer: Answer) -> None:
@@ -240,7 +240,7 @@ def _complete(
         record |= {"token_ids": list(answer.token_ids), "ended": answer.ended}
         cache.add(inputs.answer_key(row, options), record)
         if done * 10 // len(rows) > (done - 1) * 10 // len(rows):
-            say(f"{name}: answered {cached + done} of {total} rows")
+            log(f"{name}: answered {cached + done} of {total} rows")
 
     policy.generate_from_ids(
         [inputs.prompts[row].token_ids for row in rows],
@@ -256,7 +256,7 @@ def _complete(
             loss_record = {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count}
             cache.add(inputs.loss_key(row), loss_record)
     if rows_without_loss:
-        say(f"{name}: computed the loss of {len(rows_without_loss)} rows")
+        log(f"{name}: computed the loss of {len(rows_without_loss)} rows")
 
 
 def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[list[int]]:

@@ -37,10 +37,10 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     Raises UserError for everything that a training run would refuse before it loads weights.
     """
     source, continued = check_folders(config.model, config.run)
-    prepared = prepare(config, source, continued, _say, try_adapter=False)
+    prepared = prepare(config, source, continued, _log, try_adapter=False)
     group = Processes(0, 1)
     processes = config.run.nproc
-    config = resolve_auto(config, source, prepared, group, _say, processes=processes)
+    config = resolve_auto(config, source, prepared, group, _log, processes=processes)
     dataset = prepared.dataset
     selection = select_rows(options.rows, dataset.train.store.counts.rows)
     audit = _audit(config, prepared)
@@ -96,19 +96,19 @@ def _forecast(
         try:
             forecast = estimate(config, source, prepared, processes=processes)
         except UserError as error:
-            _say(f"no forecast: {error}")
+            _log(f"no forecast: {error}")
             return None
         write_forecast(folder, key, forecast)
     if options.probe:
         from yeonma.inspect.probe import probe_run
 
-        probe = probe_run(config, source, prepared, _say)
-        _say(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
+        probe = probe_run(config, source, prepared, _log)
+        _log(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(forecast, probe.tokens_per_second, options.price)
     device = load.pick_device(model.device)
     rate = measure_rate(device, load.pick_dtype(model.dtype, device), seconds=0.25)
     return timed_by_rate(forecast, rate.flops_per_second, options.price)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"yeonma: {text}", file=sys.stderr, flush=True)

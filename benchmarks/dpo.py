@@ -13,65 +13,63 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from dpo_contenders import CONTENDERS, OURS, TRL
 from dpo_workloads import BATCH_SIZE, BETA, LEARNING_RATE, LORA_R, SEED, TARGETS, WORKLOADS
-from machine import machine, versions
-from sft import CLEARLY_SLOWER, PACKAGES, check_steps, child, describe_data, model_to_use, save, write_page
-from tables import dpo_section, pairs_per_second, shown_command
-from workloads import HERE
+from harness import (
+    HERE,
+    TRAINERS,
+    benchmark_parser,
+    describe_data,
+    measure_contender,
+    measure_rounds,
+    model_to_use,
+    new_result,
+    publish,
+    run_script,
+    shown_key,
+    worth_measuring,
+)
+from tables import dpo_section, pairs_per_second
 
 RESULT = HERE / "results" / "dpo.json"
 SAMPLE = HERE.parent / "yeonma" / "samples" / "pairs_en.jsonl"
+TRL_SETTINGS = [name for name, contender in CONTENDERS.items() if contender.library == TRL]
 
 
 def options(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = benchmark_parser(__doc__, RESULT)
+    parser.add_argument(
+        "--all-rounds", action="store_true", help="measure slow settings of TRL in every round too"
     )
     parser.add_argument("--data", type=Path, default=SAMPLE, help="pairs, as .json or .jsonl")
-    parser.add_argument("--model", type=Path, help="a model folder; else the one that `yeonma demo` prepares")
     parser.add_argument("--pairs", type=int, default=48, help="pairs of each workload; 48 make 12 steps")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--first-round", type=int, default=1, help="its number, to add rounds to others")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     ours = [name for name in CONTENDERS if name.startswith("yeonma")]
     parser.add_argument("--ours", choices=ours, default=OURS, help="the setting that TRL is set against")
-    parser.add_argument(
-        "--all-rounds", action="store_true", help="measure slow settings of TRL in every round too"
-    )
     parser.add_argument("--add", action="store_true", help="keep the measurements that --output holds")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
-    parser.add_argument(
-        "--table-only", action="store_true", help="measure nothing; the table of --output as it is"
-    )
     return parser.parse_args(given)
 
 
-def run(asked: argparse.Namespace, model: str, command: str, folder: Path) -> dict[str, Any]:
+def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder: str) -> dict[str, Any]:
+    """Measure everything; the result, with earlier measurements where --add is given."""
     job = {
-        "folder": str(folder),
+        "folder": folder,
         "model": model,
-        "data": str(asked.data.resolve()),
-        "pairs": asked.pairs,
-        "workloads": asked.workloads,
+        "data": str(options.data.resolve()),
+        "pairs": options.pairs,
+        "workloads": options.workloads,
     }
-    child("dpo_workloads.py", job, folder / "log")
-    prepared = json.loads((folder / "prepared.json").read_text("utf-8"))
-    result: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command,
-        "machine": machine(),
-        "versions": versions(PACKAGES),
+    prepared = run_script("dpo_workloads.py", job, output="prepared.json")
+    result |= {
         "model": prepared["model"],
-        "data": describe_data(asked.data),
+        "data": describe_data(options.data),
         "settings": {
             "batch_size": BATCH_SIZE,
             "beta": BETA,
@@ -81,20 +79,34 @@ def run(asked: argparse.Namespace, model: str, command: str, folder: Path) -> di
             "seed": SEED,
         },
         "workloads": prepared["workloads"],
-        "ours": asked.ours,
-        "contenders": {name: {"label": each.label, **asdict(each)} for name, each in CONTENDERS.items()},
+        "ours": options.ours,
+        "contenders": {
+            name: {"label": contender.label, **asdict(contender)} for name, contender in CONTENDERS.items()
+        },
         "runs": [],
         "failures": [],
     }
-    if asked.add and asked.output.exists():
-        result = joined(json.loads(asked.output.read_text("utf-8")), json.loads(json.dumps(result)))
-    for number in range(asked.first_round, asked.first_round + asked.rounds):
-        for workload in asked.workloads:
-            names = asked.contenders
-            for name in names if asked.all_rounds else worth_measuring(result, workload, names):
-                key = {"round": number, "workload": workload, "contender": name}
-                measure(result, key, folder, model)
-                save(asked.output, result)
+    if options.add and options.output.exists():
+        result = joined(json.loads(options.output.read_text("utf-8")), json.loads(json.dumps(result)))
+
+    def speed(found: Mapping[str, Any]) -> float:
+        return pairs_per_second(found, result["workloads"][found["workload"]])
+
+    def contenders(workload: str) -> list[str]:
+        names = options.contenders
+        return names if options.all_rounds else worth_measuring(result, workload, names, TRL_SETTINGS, speed)
+
+    def measure(key: dict[str, Any]) -> None:
+        found = measure_contender(result, key, "dpo_contenders.py", {"folder": folder, "model": model})
+        if found is not None:
+            rate = sum(found["matrix_rates"]) / 2e9
+            numbers = f"{speed(found):.3f} pairs/s  reference {found['reference_seconds']:.1f} s"
+            numbers += f"  {found['peak_memory_bytes'] / 1e9:.2f} GB"
+            numbers += f"  losses {', '.join(f'{loss:.5f}' for loss in found['losses'])}"
+            print(f"{shown_key(key)} {numbers}  matrix rate {rate:.0f} GFLOP/s", flush=True)
+
+    rounds = range(options.first_round, options.first_round + options.rounds)
+    measure_rounds(result, rounds, options.workloads, contenders, measure, options.output)
     return result
 
 
@@ -106,51 +118,13 @@ def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     for workload, about in now["workloads"].items():
         if before["workloads"].get(workload, about) != about:
             raise SystemExit(f"--add: the earlier measurements of {workload} are of other pairs")
-    found = {**before["workloads"], **now["workloads"]}
-    workloads = {name: found[name] for name in WORKLOADS if name in found}
+    known = {**before["workloads"], **now["workloads"]}
+    workloads = {name: known[name] for name in WORKLOADS if name in known}
     command = before["command"]
     if now["command"] not in command.split(" ; "):
         command = f"{command} ; {now['command']}"
-    kept = {"runs": before["runs"], "failures": before["failures"]}
-    return {**now, **kept, "workloads": workloads, "command": command}
-
-
-def worth_measuring(result: dict[str, Any], workload: str, names: Sequence[str]) -> list[str]:
-    """All in the first round. Later without TRL's settings that were clearly slower than its fastest, or failed."""
-    work = result["workloads"][workload]
-    before = [run for run in result["runs"] if run["workload"] == workload]
-    measured = {run["contender"]: pairs_per_second(run, work) for run in before if run["round"] == 1}
-    failed = {each["contender"] for each in result["failures"] if each["workload"] == workload}
-    trl = [speed for name, speed in measured.items() if CONTENDERS[name].library == TRL]
-
-    def worth(name: str) -> bool:
-        if CONTENDERS[name].library != TRL:
-            return True
-        return name not in failed and (name not in measured or measured[name] >= CLEARLY_SLOWER * max(trl))
-
-    return [name for name in names if worth(name)]
-
-
-def measure(result: dict[str, Any], key: dict[str, Any], folder: Path, model: str) -> None:
-    """Put one contender's epochs among the runs, in place of an earlier one of this round, or among the failures."""
-    measured = folder / "measured.json"
-    measured.unlink(missing_ok=True)
-    shown = f"round {key['round']}  {key['workload']:7} {key['contender']:17}"
-    for kind in ("runs", "failures"):
-        result[kind] = [each for each in result[kind] if {name: each[name] for name in key} != key]
-    try:
-        child("dpo_contenders.py", {"folder": str(folder), "model": model, **key}, folder / "log")
-    except RuntimeError as error:
-        print(f"{shown} failed: {error}", flush=True)
-        result["failures"].append({**key, "error": str(error).replace(str(folder), "FOLDER")})
-        return
-    found = {**key, **json.loads(measured.read_text("utf-8"))}
-    result["runs"].append(found)
-    speed = pairs_per_second(found, result["workloads"][key["workload"]])
-    rate = sum(found["matrix_rates"]) / 2e9
-    numbers = f"{speed:.3f} pairs/s  reference {found['reference_seconds']:.1f} s"
-    numbers += f"  {found['peak_memory_bytes'] / 1e9:.2f} GB  losses {', '.join(f'{x:.5f}' for x in found['losses'])}"
-    print(f"{shown} {numbers}  matrix rate {rate:.0f} GFLOP/s", flush=True)
+    measured = {"runs": before["runs"], "failures": before["failures"]}
+    return {**now, **measured, "workloads": workloads, "command": command}
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -158,15 +132,11 @@ def main(given: Sequence[str] | None = None) -> int:
     if asked.table_only:
         result = json.loads(asked.output.read_text("utf-8"))
     else:
-        command = shown_command("dpo.py", sys.argv[1:] if given is None else given)
         model = model_to_use(asked.model)
         with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as folder:
-            result = run(asked, model, command, Path(folder))
-    if any(each["contender"] == result["ours"] for each in result["runs"]):
-        print(f"\n{dpo_section(result)}")
-        if asked.write_docs:
-            check_steps(result)
-            write_page("dpo", result)
+            result = run(asked, new_result("dpo.py", given, TRAINERS), model, folder)
+    if any(found["contender"] == result["ours"] for found in result["runs"]):
+        publish("dpo", result, dpo_section(result), write_docs=asked.write_docs, steps=True)
     return 1 if result["failures"] else 0
 
 

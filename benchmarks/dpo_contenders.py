@@ -8,16 +8,15 @@ every step's forward, backward and update; reading the log, saving and evaluatin
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contenders import YEONMA, step_clock
+from contenders import YEONMA
 from dpo_workloads import BATCH_SIZE, BETA, CUTOFF_LEN, LEARNING_RATE, LORA_R, SEED, TARGETS, WORKLOADS
+from harness import answer_job, timed_reference, yeonma_steps
 from machine import cores, frozen_rate, matrix_rate, own_bytes
+from peers import dpo_trainer, logged, train, trainer_arguments
 
 TRL = "TRL DPOTrainer"
 
@@ -71,31 +70,11 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
 
     The token ids are taken from the cache; the reference's log-probabilities of earlier runs are not.
     """
-    from yeonma.cli import main
-    from yeonma.train import build as setup
-
-    for kept in (folder / "cache").glob("*.reference"):
-        kept.unlink()
-    reference_seconds = 0.0
-
-    def timed(function: Any) -> Any:
-        def call(*arguments: Any, **more: Any) -> Any:
-            nonlocal reference_seconds
-            started = time.perf_counter()
-            found = function(*arguments, **more)
-            reference_seconds += time.perf_counter() - started
-            return found
-
-        return call
-
-    setup.reference_logprobs = timed(setup.reference_logprobs)
-    output = folder / "output"
     settings = {
         "base_model": model,
         "data_path": folder / f"{pairs}.jsonl",
         "cache_dir": folder / "cache",
-        "output_dir": output,
-        "overwrite": "true",
+        "output_dir": folder / "output",
         "device": "cpu",
         "dtype": "float32",
         "cutoff_len": CUTOFF_LEN,
@@ -109,52 +88,33 @@ def ours(contender: Contender, folder: Path, pairs: str, model: str, epochs: int
         "loss": "sigmoid",
         "beta": BETA,
         "seed": SEED,
-        "card_rows": 0,
     }
-    if main(["dpo", *(f"--{name}={value}" for name, value in settings.items())]) != 0:
-        raise SystemExit("yeonma dpo failed")
-    lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-    steps = [each for each in map(json.loads, lines) if not each.get("evaluation")]
+    with timed_reference(folder / "cache") as reference_seconds:
+        steps = yeonma_steps("dpo", settings)
     return Measured(
-        reference_seconds=reference_seconds,
-        seconds=[each["seconds"] for each in steps],
-        losses=[each["loss"] for each in steps],
-        accuracies=[each["reward_accuracy"] for each in steps],
+        reference_seconds=sum(reference_seconds),
+        seconds=[step["seconds"] for step in steps],
+        losses=[step["loss"] for step in steps],
+        accuracies=[step["reward_accuracy"] for step in steps],
         peak_memory_bytes=own_bytes("VmHWM"),
     )
 
 
 def trl(contender: Contender, folder: Path, pairs: str, model: str, epochs: int) -> Measured:
     import torch
-    from datasets import Dataset
-    from peft import PeftConfig, set_peft_model_state_dict
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     prepared = json.loads((folder / f"{pairs}.json").read_text("utf-8"))
-    lora = PeftConfig.from_pretrained(folder / "start")
-    lora.inference_mode = False
-    # LoRA is put on by TRL itself, so that its reference is the base with the adapter off: its fastest way.
-    trainer = trl_trainer(
-        model=base,
-        args=trl_settings(contender, folder / "output", epochs),
-        train_dataset=Dataset.from_list(prepared["pairs"]),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    trainer.orders = iter(prepared["orders"])
-    set_peft_model_state_dict(trainer.model, load_file(folder / "start" / "adapter_model.safetensors"))
-    clock = step_clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    logged = [each for each in trainer.state.log_history if "loss" in each]
+    settings = trl_settings(contender, folder / "output", epochs)
+    trainer = dpo_trainer(base, tokenizer, prepared["pairs"], prepared["orders"], folder / "start", settings)
+    seconds = train(trainer)
     return Measured(
         reference_seconds=trainer.reference_seconds,
-        seconds=clock.seconds,
-        losses=[each["loss"] for each in logged],
-        accuracies=[each["rewards/accuracies"] for each in logged],
+        seconds=seconds,
+        losses=logged(trainer, "loss"),
+        accuracies=logged(trainer, "rewards/accuracies"),
         peak_memory_bytes=own_bytes("VmHWM"),
     )
 
@@ -163,67 +123,22 @@ def trl_settings(contender: Contender, output: Path, epochs: int) -> Any:
     """All else is TRL's own default. `yeonma dpo` has these values too."""
     from trl import DPOConfig
 
+    updates = BATCH_SIZE // contender.micro_batch
+    given = trainer_arguments(output, contender.micro_batch, updates, LEARNING_RATE)
+    del given["train_sampling_strategy"]  # the trainer gets the order of every epoch
+    given |= {"num_train_epochs": epochs, "seed": SEED}
     return DPOConfig(
-        output_dir=str(output),
-        per_device_train_batch_size=contender.micro_batch,
-        gradient_accumulation_steps=BATCH_SIZE // contender.micro_batch,
-        precompute_ref_log_probs=contender.precomputed,
-        num_train_epochs=epochs,
+        **given,
         loss_type=["sigmoid"],
         beta=BETA,
         max_length=None,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        seed=SEED,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        precompute_ref_log_probs=contender.precomputed,
     )
 
 
-def trl_trainer(**keywords: Any) -> Any:
-    """A DPOTrainer that takes token ids as they are, goes through them in the orders given, one an epoch, and knows
-    how long its pass over the reference took."""
-    from torch.utils.data import Sampler
-    from trl import DPOTrainer
-
-    class Given(DPOTrainer):  # type: ignore[misc]
-        reference_seconds = 0.0
-        orders: Iterator[list[int]] = iter(())
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset
-
-        def _precompute_ref_logps(self, *arguments: Any, **more: Any) -> Any:
-            started = time.perf_counter()
-            found = super()._precompute_ref_logps(*arguments, **more)
-            self.reference_seconds = time.perf_counter() - started
-            return found
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            trainer, count = self, len(self.train_dataset)
-
-            class InOrder(Sampler[int]):
-                def __iter__(self) -> Iterator[int]:
-                    return iter(next(trainer.orders))
-
-                def __len__(self) -> int:
-                    return count
-
-            return InOrder()
-
-    return Given(**keywords)
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    return asdict(measure(CONTENDERS[job["contender"]], Path(job["folder"]), job["workload"], job["model"]))
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    place = Path(job["folder"])
-    found = measure(CONTENDERS[job["contender"]], place, job["workload"], job["model"])
-    (place / "measured.json").write_text(json.dumps(asdict(found)), "utf-8")
+    answer_job(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from workloads import loaded
+from harness import answer_job
+from workloads import loaded, tokenised
 
 BATCH_SIZE = 4
 SEED = 42
@@ -69,7 +69,7 @@ WORKLOADS = {
 
 def select(pairs: str, lengths: Sequence[Lengths], count: int) -> list[int]:
     """The pairs of the data that suit, in its order. Raises ValueError where there are too few."""
-    fitting = [i for i, each in enumerate(lengths) if max(each.chosen, each.rejected) < MOST_ANSWER]
+    fitting = [i for i, pair in enumerate(lengths) if max(pair.chosen, pair.rejected) < MOST_ANSWER]
     if pairs == "short":
         low, high = SHORT_PROMPT
         fitting = [i for i in fitting if low <= lengths[i].prompt <= high]
@@ -88,17 +88,17 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     model, tokenizer, about_model = loaded(job["model"])
     rows = read_pairs(Path(job["data"]))
-    whole = tokenised(write_rows(folder / "all.jsonl", rows), folder, tokenizer)
+    whole = tokenised(write_rows(folder / "all.jsonl", rows), folder, tokenizer, CUTOFF_LEN, pairs=True)
     numbers = sorted({int(number) - 1 for number in whole.store.row_numbers})
     lengths = [lengths_of(whole.store, unit) for unit in whole.units]
-    made: dict[str, dict[str, Any]] = {}
+    written: dict[str, dict[str, Any]] = {}
     workloads = {}
     for name in job["workloads"]:
         workload = WORKLOADS[name]
-        if workload.pairs not in made:
+        if workload.pairs not in written:
             chosen = [rows[numbers[i]] for i in select(workload.pairs, lengths, job["pairs"])]
-            made[workload.pairs] = write_pairs(workload.pairs, chosen, folder, tokenizer)
-        workloads[name] = {"about": workload.about, "epochs": workload.epochs, **made[workload.pairs]}
+            written[workload.pairs] = write_pairs(workload.pairs, chosen, folder, tokenizer)
+        workloads[name] = {"about": workload.about, "epochs": workload.epochs, **written[workload.pairs]}
     # `yeonma dpo` draws the same numbers from the same seed.
     add_lora(model, LoraShape(LORA_R, LORA_R, 0.0, list(TARGETS)), SEED).save_pretrained(folder / "start")
     return {"model": about_model, "workloads": workloads}
@@ -115,16 +115,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-def tokenised(path: Path, folder: Path, tokenizer: Any) -> Any:
-    from yeonma.config.settings import DataSettings, TokenSettings
-    from yeonma.data.task import PAIRS
-    from yeonma.tokenization.dataset import prepare_dataset
-
-    data = DataSettings(data_path=str(path))
-    tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))
-    return prepare_dataset(data, tokens, tokenizer, SEED, lambda _: None, lambda _: None, PAIRS).train
-
-
 def lengths_of(store: Any, unit: int) -> Lengths:
     start, stop = store.unit_starts[unit : unit + 2]
     prompt = int(store.prompt_lengths[start])
@@ -132,21 +122,22 @@ def lengths_of(store: Any, unit: int) -> Lengths:
     return Lengths(prompt, chosen, rejected)
 
 
+def pair_ids(store: Any, unit: int) -> dict[str, list[int]]:
+    """A pair as TRL's DPOTrainer holds it."""
+    start = int(store.unit_starts[unit])
+    prompt = int(store.prompt_lengths[start])
+    chosen, rejected = (store.example(start + side).token_ids.tolist() for side in (0, 1))
+    return {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
+
+
 def write_pairs(name: str, rows: Sequence[Row], folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Write some pairs and their token ids; returns what describes them."""
     from yeonma.batch.plan import make_plan
 
-    part = tokenised(write_rows(folder / f"{name}.jsonl", rows), folder, tokenizer)
+    part = tokenised(write_rows(folder / f"{name}.jsonl", rows), folder, tokenizer, CUTOFF_LEN, pairs=True)
     store, units = part.store, part.units
-    pairs = []
-    for unit in units:
-        start = int(store.unit_starts[unit])
-        ids = [store.example(start + side).token_ids.tolist() for side in (0, 1)]
-        prompt = int(store.prompt_lengths[start])
-        pairs.append(
-            {"prompt_ids": ids[0][:prompt], "chosen_ids": ids[0][prompt:], "rejected_ids": ids[1][prompt:]}
-        )
-    most = max(each.epochs for each in WORKLOADS.values())
+    pairs = [pair_ids(store, unit) for unit in units]
+    most = max(workload.epochs for workload in WORKLOADS.values())
     plan = make_plan(
         units,
         store.unit_lengths[units],
@@ -165,12 +156,11 @@ def write_pairs(name: str, rows: Sequence[Row], folder: Path, tokenizer: Any) ->
     lengths = [lengths_of(store, unit) for unit in units]
     return {
         "pairs": len(pairs),
-        "longest": max(each.prompt + max(each.chosen, each.rejected) for each in lengths),
-        "prompt_tokens": mean(each.prompt for each in lengths),
-        "answer_tokens": mean(each.answer for each in lengths),
+        "longest": max(pair.prompt + max(pair.chosen, pair.rejected) for pair in lengths),
+        "prompt_tokens": mean(pair.prompt for pair in lengths),
+        "answer_tokens": mean(pair.answer for pair in lengths),
     }
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(job["folder"]) / "prepared.json").write_text(json.dumps(prepare(job)), "utf-8")
+    answer_job(prepare, output="prepared.json")

@@ -7,19 +7,15 @@ please.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from machine import machine, versions
-from sft import child, model_to_use, save, write_page
-from tables import generate_section, shown_command
-from workloads import HERE, SAMPLE
+from harness import HERE, benchmark_parser, model_to_use, new_result, publish, run_script, save
+from tables import generate_section
+from workloads import SAMPLE
 
 PACKAGES = ("yeonma", "torch", "transformers", "tokenizers", "numpy")
 RESULT = HERE / "results" / "generate.json"
@@ -39,25 +35,20 @@ def equal_answers(runs: Sequence[dict[str, Any]], reference: Sequence[Sequence[i
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, help="a model folder; else the one that `yeonma demo` prepares")
+    parser = benchmark_parser(__doc__, RESULT, compares=False)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
-    asked = parser.parse_args(given)
-    model = model_to_use(asked.model)
+    options = parser.parse_args(given)
+    result = new_result("generate.py", given, PACKAGES)
+    model = model_to_use(options.model)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as folder:
-        for number in range(1, asked.rounds + 1):
+        for number in range(1, options.rounds + 1):
             for name, about in CONTENDERS.items():
                 job = {"folder": folder, "model": model, "samples": str(SAMPLE.parent), **about}
-                job |= {"rows": asked.rows, "new_tokens": asked.new_tokens}
-                child("one_generation.py", job, Path(folder) / "log")
-                measured = json.loads((Path(folder) / "measured.json").read_text("utf-8"))
+                job |= {"rows": options.rows, "new_tokens": options.new_tokens}
+                measured = run_script("one_generation.py", job)
                 runs.append({"contender": name, "round": number, **measured})
                 print(f"round {number}  {about['label']:45} {measured['seconds']:.1f} s", flush=True)
     reference = next(run for run in runs if run["contender"] == ONE_BY_ONE)["answers"]
@@ -67,24 +58,18 @@ def main(given: Sequence[str] | None = None) -> int:
     }
     for run in runs:
         del run["answers"]
-    result = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shown_command("generate.py", sys.argv[1:] if given is None else given),
-        "machine": machine(),
-        "versions": versions(PACKAGES),
+    result |= {
         "model": Path(model).name,
-        "rows": asked.rows,
-        "new_tokens": asked.new_tokens,
+        "rows": options.rows,
+        "new_tokens": options.new_tokens,
         "ours": "yeonma",
         "one_by_one": ONE_BY_ONE,
         "contenders": CONTENDERS,
         "equal": equal,
         "runs": runs,
     }
-    save(asked.output, result)
-    print(f"\n{generate_section(result)}")
-    if asked.write_docs:
-        write_page("generate", result)
+    save(options.output, result)
+    publish("generate", result, generate_section(result), write_docs=options.write_docs)
     return 0
 
 

@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,17 @@ from gpu_contenders import DPO, FACTORY, OURS, SFT, UNSLOTH, contenders, lacking
 from gpu_shapes import LORA_R, REAL, SEED
 from gpu_tables import gpu_section, tokens_per_second
 from gpu_workloads import WORKLOADS
-from machine import gpu, machine, versions
-from sft import PACKAGES, child, save
-from tables import shown_command
-from workloads import HERE
+from harness import (
+    HERE,
+    TRAINERS,
+    benchmark_parser,
+    measure_contender,
+    new_result,
+    run_script,
+    save,
+    shown_key,
+)
+from machine import gpu
 
 RESULT = HERE / "results" / "gpu.json"
 MORE_PACKAGES = ("bitsandbytes", "liger-kernel", "flash-attn", "unsloth", "llamafactory")
@@ -34,9 +40,7 @@ QUANTIZATIONS = ("none", "fp8", "nf4")
 
 
 def options(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, RESULT, random_weights=True)
     parser.add_argument("--tiny", choices=["true", "false"], default="false", help="a tiny shape, on the CPU")
     parser.add_argument("--shapes", nargs="+", choices=REAL, default=list(REAL))
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
@@ -47,11 +51,7 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--factory-python", help="of an environment with benchmarks/requirements-factory.txt")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16; tiny: float32")
     parser.add_argument("--steps", type=int, default=6, help="of each measurement; the first is not timed")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument(
-        "--table-only", action="store_true", help="measure nothing; the table of --output as it is"
-    )
+    parser.set_defaults(rounds=2)
     asked = parser.parse_args(given)
     asked.tiny = asked.tiny == "true"
     for python in own_pythons(asked).values():
@@ -68,25 +68,22 @@ def own_pythons(asked: argparse.Namespace) -> dict[str, str]:
     return {library: python for library, python in named.items() if python}
 
 
-def run(asked: argparse.Namespace, command: str) -> dict[str, Any]:
+def run(asked: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
     device = "cpu" if asked.tiny else "cuda"
     dtype = asked.dtype or ("float32" if asked.tiny else "bfloat16")
     result: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command,
-        "machine": machine(),
+        **new_result("gpu.py", given, (*TRAINERS, *MORE_PACKAGES)),
         "gpu": None if asked.tiny else gpu(),
-        "versions": versions((*PACKAGES, *MORE_PACKAGES)),
         "own_versions": {
-            library: versions_of(python, (*PACKAGES[1:], *MORE_PACKAGES))
+            library: versions_of(python, (*TRAINERS[1:], *MORE_PACKAGES))
             for library, python in own_pythons(asked).items()
         },
         "settings": {"dtype": dtype, "lora_r": LORA_R, "seed": SEED, "steps": asked.steps},
         "ours": OURS,
         "contenders": {
-            f"{workload}/{name}": each.label
+            f"{workload}/{name}": contender.label
             for workload in asked.workloads
-            for name, each in contenders(WORKLOADS[workload].pairs).items()
+            for name, contender in contenders(WORKLOADS[workload].pairs).items()
         },
         "shapes": {},
         "runs": [],
@@ -94,19 +91,17 @@ def run(asked: argparse.Namespace, command: str) -> dict[str, Any]:
         "left_out": [],
     }
     for shape in ["tiny"] if asked.tiny else asked.shapes:
-        with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as made:
-            folder = Path(made)
+        with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as folder:
             job = {
-                "folder": made,
+                "folder": folder,
                 "shape": shape,
                 "dtype": dtype,
                 "steps": asked.steps,
                 "workloads": asked.workloads,
             }
-            child("gpu_shapes.py", job, folder / "log")
-            result["shapes"][shape] = json.loads((folder / "prepared.json").read_text("utf-8"))
+            result["shapes"][shape] = run_script("gpu_shapes.py", job, output="prepared.json")
             for number in range(1, asked.rounds + 1):
-                measure_all(asked, result, shape, number, folder, {"device": device, "dtype": dtype})
+                measure_all(asked, result, shape, number, Path(folder), {"device": device, "dtype": dtype})
     return result
 
 
@@ -122,7 +117,7 @@ def measure_all(
     for workload, about in result["shapes"][shape]["workloads"].items():
         known = contenders(about["pairs"])
         for quantization in asked.quantizations:
-            for name in [each for each in asked.contenders if each in known]:
+            for name in [name for name in asked.contenders if name in known]:
                 key = {"shape": shape, "workload": workload, "quantization": quantization, "contender": name}
                 python = pythons.get(known[name].library)
                 if why := lacking(known[name], quantization, about, python):
@@ -137,21 +132,13 @@ def measure(
     result: dict[str, Any], key: dict[str, Any], folder: Path, job: dict[str, Any], python: str | None = None
 ) -> None:
     """Add one contender's steps to the runs, or to the failures."""
-    measured = folder / "measured.json"
-    measured.unlink(missing_ok=True)
     shutil.rmtree(folder / "output", ignore_errors=True)
-    shown = f"round {key['round']}  {key['shape']:10} {key['workload']:7} {key['quantization']:5} {key['contender']:22}"
-    try:
-        child("gpu_measure.py", {"folder": str(folder), **key, **job}, folder / "log", python)
-    except RuntimeError as error:
-        print(f"{shown} failed: {error}", flush=True)
-        result["failures"].append({**key, "error": str(error).replace(str(folder), "FOLDER")[:300]})
+    found = measure_contender(result, key, "gpu_measure.py", {"folder": str(folder), **job}, python)
+    if found is None:
         return
-    found = {**key, **json.loads(measured.read_text("utf-8"))}
-    result["runs"].append(found)
     rate = sum(found["matrix_rates"]) / 2e12
     print(
-        f"{shown} {tokens_per_second(found):9.1f} tokens/s  {found['peak_memory_bytes'] / 1e9:.2f} GB  "
+        f"{shown_key(key)} {tokens_per_second(found):9.1f} tokens/s  {found['peak_memory_bytes'] / 1e9:.2f} GB  "
         f"losses {', '.join(f'{loss:.5f}' for loss in found['losses'])}  matrix rate {rate:.2f} TFLOP/s",
         flush=True,
     )
@@ -165,9 +152,9 @@ def main(given: Sequence[str] | None = None) -> int:
         if not asked.tiny and gpu() is None:
             print("no CUDA device; --tiny true proves the harness on the CPU", file=sys.stderr)
             return 2
-        result = run(asked, shown_command("gpu.py", sys.argv[1:] if given is None else given))
+        result = run(asked, given)
         save(asked.output, result)
-    if any(each["contender"] == result["ours"] for each in result["runs"]):
+    if any(found["contender"] == result["ours"] for found in result["runs"]):
         print(f"\n{gpu_section(result)}")
     return 1 if result["failures"] else 0
 

@@ -7,10 +7,7 @@ this runs without Yeonma's packages: at the top it imports only what every envir
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -31,6 +28,7 @@ from gpu_contenders import (
 )
 from gpu_shapes import LORA_R, SEED
 from gpu_workloads import CUTOFF_LEN
+from harness import answer_job, timed_reference, yeonma_steps
 
 
 def measure(contender: Contender, job: Job) -> Measured:
@@ -63,30 +61,12 @@ def trainer_of(contender: Contender) -> Callable[[Contender, Job], Measured]:
 
 def ours(contender: Contender, job: Job) -> Measured:
     """`yeonma sft` or `dpo` itself, from its command line to its adapter folder; the numbers of its metrics.jsonl."""
-    from yeonma.cli import main
-    from yeonma.train import build as setup
-
-    for kept in (job.folder / "cache").glob("*.reference"):
-        kept.unlink()
-    spent: list[float] = []
-
-    def timed(function: Any) -> Any:
-        def call(*arguments: Any, **more: Any) -> Any:
-            started = time.perf_counter()
-            found = function(*arguments, **more)
-            spent.append(time.perf_counter() - started)
-            return found
-
-        return call
-
-    setup.reference_logprobs = timed(setup.reference_logprobs)
-    output, pairs = job.folder / "output", job.about["pairs"]
+    pairs = job.about["pairs"]
     settings: dict[str, Any] = {
         "base_model": job.model,
         "data_path": job.folder / f"{job.workload}.jsonl",
         "cache_dir": job.folder / "cache",
-        "output_dir": output,
-        "overwrite": "true",
+        "output_dir": job.folder / "output",
         "device": job.device,
         "dtype": job.dtype,
         "cutoff_len": CUTOFF_LEN,
@@ -96,22 +76,18 @@ def ours(contender: Contender, job: Job) -> Measured:
         "num_epochs": 1,
         "learning_rate": LEARNING_RATE[pairs],
         "seed": SEED,
-        "card_rows": 0,
         **({"loss": "sigmoid", "beta": BETA} if pairs else {}),
         **({"quantization": job.quantization} if job.quantization != "none" else {}),
         **at_once(contender, job),
     }
-    verb = "dpo" if pairs else "sft"
-    if main([verb, *(f"--{name}={value}" for name, value in settings.items())]) != 0:
-        raise SystemExit(f"yeonma {verb} failed")
-    lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-    steps = [each for each in map(json.loads, lines) if not each.get("evaluation")]
+    with timed_reference(job.folder / "cache") as reference_seconds:
+        steps = yeonma_steps("dpo" if pairs else "sft", settings)
     return Measured(
-        seconds=[each["seconds"] for each in steps],
-        tokens=[each["tokens"] for each in job.about["steps"]],
-        losses=[each["loss"] for each in steps],
-        trained_tokens=[each["trained_tokens"] for each in job.about["steps"]],
-        reference_seconds=sum(spent),
+        seconds=[step["seconds"] for step in steps],
+        tokens=[step["tokens"] for step in job.about["steps"]],
+        losses=[step["loss"] for step in steps],
+        trained_tokens=[step["trained_tokens"] for step in job.about["steps"]],
+        reference_seconds=sum(reference_seconds),
         peak_memory_bytes=peak_memory(job),
     )
 
@@ -126,20 +102,20 @@ def at_once(contender: Contender, job: Job) -> dict[str, Any]:
     return {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"}
 
 
-def main(given: dict[str, Any]) -> None:
+def main(given: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(Job) if field.name != "folder"]
     job = Job(Path(given["folder"]), **{name: given[name] for name in names})
     contender = contenders(job.about["pairs"])[given["contender"]]
     found = measure(contender, job)
-    counts = {len(each) for each in (found.seconds, found.tokens, found.losses)}
+    counts = {len(numbers) for numbers in (found.seconds, found.tokens, found.losses)}
     if counts != {len(found.seconds)}:
         raise SystemExit(f"{contender.label}: steps, tokens and losses do not match: {sorted(counts)}")
     if len(found.seconds) < 2:
         raise SystemExit(f"{contender.label}: one step, and the first is not timed")
     if any(math.isnan(loss) for loss in found.losses):
         raise SystemExit(f"{contender.label}: a loss is not a number")
-    (job.folder / "measured.json").write_text(json.dumps(asdict(found)), "utf-8")
+    return asdict(found)
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    answer_job(main)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 
-from contenders import step_clock, trained_tokens
 from gpu_contenders import Contender, Job, Measured, peak_memory
 from gpu_peers import arguments, lengths, measured_rows
 from gpu_shapes import LORA_R, SEED
 from gpu_workloads import CUTOFF_LEN
+from peers import step_clock, tokens_of
 from workloads import IGNORED
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -47,9 +47,9 @@ def unsloth(contender: Contender, job: Job) -> Measured:
     start = load_file(job.folder / "start" / "adapter_model.safetensors")
     if unknown := set_peft_model_state_dict(model, start).unexpected_keys:
         raise SystemExit(f"Unsloth's adapter has not the start's weights: {unknown[:3]}")
-    told = arguments(contender, job) | lengths(contender, job)
+    given = arguments(contender, job) | lengths(contender, job)
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # its model has it already
-        del told[name]
+        del given[name]
     # With a column of labels it would take a collator that cannot lay rows flat, and packed rows would see each other.
     rows = [
         {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
@@ -57,7 +57,7 @@ def unsloth(contender: Contender, job: Job) -> Measured:
     ]
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**told, completion_only_loss=True),
+        args=SFTConfig(**given, completion_only_loss=True),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -72,17 +72,17 @@ def factory(contender: Contender, job: Job) -> Measured:
     from llamafactory.train.tuner import run_exp
 
     rows, tokenized = job.examples, str(job.folder / "factory")
-    made = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    DatasetDict({"train": Dataset.from_list(made)}).save_to_disk(tokenized)
-    clock, told = step_clock(), arguments(contender, job)
-    for name in [name for name in told if name.startswith("gradient_checkpointing")]:
-        del told[name]
-    del told["train_sampling_strategy"], told["use_liger_kernel"]
+    masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    DatasetDict({"train": Dataset.from_list(masked)}).save_to_disk(tokenized)
+    clock, given = step_clock(), arguments(contender, job)
+    for name in [name for name in given if name.startswith("gradient_checkpointing")]:
+        del given[name]
+    del given["train_sampling_strategy"], given["use_liger_kernel"]
     if job.quantization == "nf4":
-        told |= {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}
+        given |= {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}
     run_exp(
         {
-            **told,
+            **given,
             "model_name_or_path": job.model,
             "adapter_name_or_path": str(job.folder / "start"),
             "stage": "sft",
@@ -104,9 +104,8 @@ def factory(contender: Contender, job: Job) -> Measured:
     steps = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     return Measured(
         seconds=clock.seconds,
-        tokens=[sum(len(row["input_ids"]) for row in step) for step in steps],
-        losses=[each["loss"] for each in state["log_history"] if "loss" in each],
-        trained_tokens=[sum(trained_tokens(row["labels"]) for row in step) for step in steps],
+        losses=[entry["loss"] for entry in state["log_history"] if "loss" in entry],
+        **tokens_of(steps),
         reference_seconds=0.0,
         peak_memory_bytes=peak_memory(job),
     )

@@ -6,10 +6,10 @@ Run as a script with a job file, this makes a folder that all contenders start f
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from harness import answer_job
 
 SEED, LORA_R = 42, 16
 END = "<end>"
@@ -70,10 +70,10 @@ def word_tokenizer(vocabulary: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     ids = {word(number): number for number in range(vocabulary - 1)} | {END: vocabulary - 1}
-    made = Tokenizer(models.WordLevel(ids, unk_token=word(0)))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
+    words = Tokenizer(models.WordLevel(ids, unk_token=word(0)))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END)
 
 
 def random_model(name: str, dtype: str) -> Any:
@@ -104,7 +104,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer.save_pretrained(folder / "model")
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = sum(weight.numel() for weight in model.parameters())
     embedded = embedding.numel() + (0 if head is embedding else head.numel())
     config = model.config
     about = {
@@ -123,5 +123,4 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(job["folder"]) / "prepared.json").write_text(json.dumps(prepare(job)), "utf-8")
+    answer_job(prepare, output="prepared.json")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from tables import gigabytes, loss_gap, matrix_rate, times
+from tables import Ratio, beside_ours, gigabytes, largest_gap, matrix_rate, table
 
 Run = Mapping[str, Any]
 KEY = ("shape", "workload", "quantization")
@@ -15,16 +15,14 @@ KEY = ("shape", "workload", "quantization")
 
 @dataclass(frozen=True)
 class Line:
-    """One contender at one workload of one shape, over all rounds. Ratios are ours to theirs, round by round."""
+    """One contender at one workload of one shape, over all rounds."""
 
     shape: str
     workload: str
     quantization: str
     contender: str
     tokens_per_second: float
-    ratio: float
-    ratio_least: float
-    ratio_most: float
+    ratio: Ratio
     share: float  # of the device's matrix rate
     peak_memory_bytes: int
     loss: float
@@ -41,35 +39,25 @@ def tokens_per_second(run: Run) -> float:
 def operations_per_token(model: Mapping[str, Any], steps: list[Mapping[str, int]]) -> float:
     """Forward, and backward to the inputs: 4 a parameter that is no embedding. And causal attention: 2 products forward
     and 4 backward over half the pairs of tokens, 6 x width x n^2 a layer."""
-    tokens, squares = (sum(each[name] for each in steps) for name in ("tokens", "squares"))
+    tokens, squares = (sum(step[name] for step in steps) for name in ("tokens", "squares"))
     attention = 6 * model["layers"] * model["attention_width"] * squares / tokens
     return float(4 * model["non_embedding_parameters"] + attention)
 
 
 def lines(result: Mapping[str, Any]) -> list[Line]:
     """In the order in which they were first measured; those that were never measured beside ours are left out."""
-    runs = {(*(run[name] for name in KEY), run["contender"], run["round"]): run for run in result["runs"]}
     rate = matrix_rate(result)
-    rounds = sorted({run["round"] for run in result["runs"]})
     found = []
-    for *where, contender in dict.fromkeys(key[:-1] for key in runs):
-        both = [
-            (runs[(*where, contender, number)], runs[(*where, result["ours"], number)])
-            for number in rounds
-            if (*where, contender, number) in runs and (*where, result["ours"], number) in runs
-        ]
+    for *where, contender in dict.fromkeys(
+        (*(run[name] for name in KEY), run["contender"]) for run in result["runs"]
+    ):
+        both = beside_ours(result, contender, **dict(zip(KEY, where, strict=True)))
         if not both:
             continue
         shape, workload, quantization = where
         prepared = result["shapes"][shape]
         operations = operations_per_token(prepared["model"], prepared["workloads"][workload]["steps"])
         speed = median(tokens_per_second(theirs) for theirs, _ in both)
-        ratios = [tokens_per_second(ours) / tokens_per_second(theirs) for theirs, ours in both]
-        gaps = [
-            loss_gap(theirs, ours) if len(theirs["losses"]) == len(ours["losses"]) else None
-            for theirs, ours in both
-        ]
-        known = [gap for gap in gaps if gap is not None]
         found.append(
             Line(
                 shape=shape,
@@ -77,13 +65,11 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
                 quantization=quantization,
                 contender=contender,
                 tokens_per_second=speed,
-                ratio=median(ratios),
-                ratio_least=min(ratios),
-                ratio_most=max(ratios),
+                ratio=Ratio.of(both, tokens_per_second),
                 share=speed * operations / rate,
                 peak_memory_bytes=int(median(theirs["peak_memory_bytes"] for theirs, _ in both)),
                 loss=median(sum(theirs["losses"]) / len(theirs["losses"]) for theirs, _ in both),
-                loss_gap=max(known) if len(known) == len(gaps) else None,
+                loss_gap=largest_gap(both),
             )
         )
     return found
@@ -91,10 +77,10 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
 
 def gpu_section(result: Mapping[str, Any]) -> str:
     """The words and the table."""
-    rows = [
-        "| shape | workload | base | contender | tokens/s | Yeonma is | of matrix rate | peak memory | loss | gap |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = dict.fromkeys(["shape", "workload", "base", "contender"], "---")
+    numbers = ["tokens/s", "Yeonma is", "of matrix rate", "peak memory", "loss", "gap"]
+    columns |= dict.fromkeys(numbers, "---:")
+    rows = []
     for line in lines(result):
         label = result["contenders"][f"{line.workload}/{line.contender}"]
         mine = line.contender == result["ours"]
@@ -104,21 +90,20 @@ def gpu_section(result: Mapping[str, Any]) -> str:
             result["settings"]["dtype"] if line.quantization == "none" else line.quantization,
             f"**{label}**" if mine else label,
             f"{line.tokens_per_second:.0f}",
-            "" if mine else times(line.ratio, line.ratio_least, line.ratio_most),
+            "" if mine else str(line.ratio),
             f"{line.share:.0%}",
             gigabytes(line.peak_memory_bytes),
             f"{line.loss:.4f}",
             "" if mine else "other rows a step" if line.loss_gap is None else f"{line.loss_gap:.0e}",
         )
-        rows.append("| " + " | ".join(cells) + " |")
-    works = dict(chain_of(result))
-    told = [f"- `{name}`: {about}" for name, about in works.items()]
+        rows.append(cells)
+    works = [f"- `{name}`: {about}" for name, about in dict(described_workloads(result)).items()]
     failed = [
-        f"- {each['shape']}, {each['workload']}, {each['contender']}: `{each['error']}`"
-        for each in result["failures"]
+        f"- {failure['shape']}, {failure['workload']}, {failure['contender']}: `{failure['error']}`"
+        for failure in result["failures"]
     ]
-    left = sorted({f"{each['contender']}: {each['why']}" for each in result["left_out"]})
-    blocks = [about_device(result), "\n".join(told), "\n".join(rows)]
+    left = sorted({f"{entry['contender']}: {entry['why']}" for entry in result["left_out"]})
+    blocks = [about_device(result), "\n".join(works), table(columns, rows)]
     if failed:
         blocks.append("Failed:\n\n" + "\n".join(failed))
     if left:
@@ -126,7 +111,7 @@ def gpu_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def chain_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def described_workloads(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, f"{work['about']}; {work['batch']} a step, {len(work['steps'])} steps, the first not timed")
         for prepared in result["shapes"].values()

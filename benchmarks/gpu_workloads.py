@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dpo_workloads import tokenised
+from dpo_workloads import pair_ids
 from gpu_shapes import SEED, word
-from workloads import IGNORED
+from workloads import labelled, tokenised
 
 TEMPLATE = "{prompt} {completion}"
 CUTOFF_LEN = 16384
@@ -79,14 +79,14 @@ def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int
     rows = rows_of(work, work.batch * steps, tokenizer.vocab_size - 1)
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    part = tokenised(path, folder, tokenizer) if work.pairs else _answers(path, folder, tokenizer)
+    part = tokenised(path, folder, tokenizer, CUTOFF_LEN, pairs=work.pairs)
     store, units = part.store, part.units
     plan = make_plan(
         units, store.unit_lengths[units], batch_size=work.batch, seed=SEED, num_epochs=1, max_steps=None
     )
     order = [int(unit) for step in plan.steps() for unit in step]
-    made = [_pair(store, unit) if work.pairs else _labelled(store, unit) for unit in order]
-    (folder / f"{name}.json").write_text(json.dumps(made), "utf-8")
+    examples = [pair_ids(store, unit) if work.pairs else labelled(store.example(unit)) for unit in order]
+    (folder / f"{name}.json").write_text(json.dumps(examples), "utf-8")
     described = []
     for step in plan.steps():
         examples = store.trained_of(step)
@@ -105,26 +105,3 @@ def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int
         "pairs": work.pairs,
         "steps": described,
     }
-
-
-def _answers(path: Path, folder: Path, tokenizer: Any) -> Any:
-    from yeonma.config.settings import DataSettings, TokenSettings
-    from yeonma.tokenization.dataset import prepare_dataset
-
-    data = DataSettings(data_path=str(path))
-    tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))
-    return prepare_dataset(data, tokens, tokenizer, SEED, lambda _: None, lambda _: None).train
-
-
-def _labelled(store: Any, unit: int) -> dict[str, list[int]]:
-    example = store.example(unit)
-    ids = example.token_ids.tolist()
-    pairs = zip(ids, example.trained.tolist(), strict=True)
-    return {"input_ids": ids, "labels": [token if trained else IGNORED for token, trained in pairs]}
-
-
-def _pair(store: Any, unit: int) -> dict[str, list[int]]:
-    start = int(store.unit_starts[unit])
-    prompt = int(store.prompt_lengths[start])
-    chosen, rejected = (store.example(start + side).token_ids.tolist() for side in (0, 1))
-    return {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}

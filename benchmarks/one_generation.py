@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness import answer_job
 from machine import matrix_rate, own_bytes
 
 TEMPLATE = "title_en.txt"
@@ -21,33 +21,38 @@ def prompts_of(tokenizer: Any, samples: Path, count: int) -> list[list[int]]:
     return [tokenizer(frame.replace("{document}", row["document"]))["input_ids"] for row in rows[:count]]
 
 
-def ours(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
-    """As `yeonma generate` and `yeonma compare` ask."""
-    from yeonma.generation.completion import generate
+def ours(job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
+    """As `yeonma generate` and `yeonma compare` answer: without padding, by a growing forest."""
     from yeonma.generation.sampling import SamplingParams
-    from yeonma.model.forest_support import check_forest_support
-    from yeonma.model.kernels.patch import patch_kernels
+    from yeonma.model.load import load_tokenizer, pick_device, pick_dtype
+    from yeonma.model.source import find_base
+    from yeonma.policy import build_policy
 
-    assert check_forest_support(model).forest
-    patch_kernels(model)
+    source, device = find_base(job["model"]), pick_device("cpu")
+    policy = build_policy(source, device=device, dtype=pick_dtype("float32", device))
+    assert policy.support.forest
+    tokenizer = load_tokenizer(source)
+    sampling = SamplingParams((tokenizer.eos_token_id,), job["new_tokens"])
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
-        sampling = SamplingParams((tokenizer.eos_token_id,), job["new_tokens"])
-        answers = generate(model, tokenizer, prompts, sampling, by_forest=True, batch_size=job["batch"])
+        answers = policy.generate_from_ids(prompts, tokenizer, sampling, batch_size=job["batch"])
         return [list(answer.token_ids) for answer in answers]
 
     return answer
 
 
-def theirs(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
+def theirs(job: dict[str, Any]) -> Callable[[list[list[int]]], list[list[int]]]:
     """transformers' generate over batches in the order of length, padded on the left; one by one with batches of 1."""
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
-        found: dict[int, list[int]] = {}
+        answers: dict[int, list[int]] = {}
         for start in range(0, len(order), job["batch"]):
             part = order[start : start + job["batch"]]
             batch = tokenizer.pad({"input_ids": [prompts[at] for at in part]}, return_tensors="pt")
@@ -61,22 +66,18 @@ def theirs(model: Any, tokenizer: Any, job: dict[str, Any]) -> Callable[[list[li
                 )
             for at, ids in zip(part, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-                found[at] = ids[:end]
-        return [found[at] for at in range(len(prompts))]
+                answers[at] = ids[:end]
+        return [answers[at] for at in range(len(prompts))]
 
     return answer
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = (
-        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval().requires_grad_(False)
-    )
     prompts = prompts_of(tokenizer, Path(job["samples"]), job["rows"])
-    answer = (ours if job["ours"] else theirs)(model, tokenizer, job)
+    answer = (ours if job["ours"] else theirs)(job)
     answer(prompts[:2])  # warm-up
     before = matrix_rate()
     started, worked = time.perf_counter(), time.process_time()
@@ -93,5 +94,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(given["folder"]) / "measured.json").write_text(json.dumps(measure(given)), "utf-8")
+    answer_job(measure)

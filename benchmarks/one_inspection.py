@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from harness import answer_job
 from machine import own_bytes
 
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -26,12 +26,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    asked = {
+    settings = {
         "base_model": job["model"],
         "data_path": job["rows_file"],
         "cache_dir": str(folder / "inspected"),
     }
-    words = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     with open(folder / "shown", "w", encoding="utf-8") as shown, redirect_stdout(shown):
         status = main(["inspect", *words, "--rows", "1", "--json"])
     over.set()
@@ -43,5 +43,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(job["folder"]) / "measured.json").write_text(json.dumps(measure(job)), "utf-8")
+    answer_job(measure)

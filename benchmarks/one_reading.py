@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness import answer_job
 from machine import own_bytes
 
 TEMPLATE = "### Article:\n{document}\n\n### Title:\n{title}"
@@ -30,8 +29,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     tokenised = 0
 
     def look(rows: int) -> None:
-        found = {"anonymous_bytes": own_bytes("RssAnon"), "resident_bytes": own_bytes("VmRSS")}
-        samples.append({"rows": rows, **found})
+        memory = {"anonymous_bytes": own_bytes("RssAnon"), "resident_bytes": own_bytes("VmRSS")}
+        samples.append({"rows": rows, **memory})
 
     def progress(rows: int) -> None:
         nonlocal tokenised
@@ -54,5 +53,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(job["folder"]) / "measured.json").write_text(json.dumps(measure(job)), "utf-8")
+    answer_job(measure)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from yeonma.cli import main
+from harness import answer_job, yeonma_steps
+
 from yeonma.train import loop
 
 
@@ -31,19 +30,16 @@ def timed(seconds: list[float]) -> None:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     saves: list[float] = []
     timed(saves)
-    if main(job["command"]) != 0:
-        raise RuntimeError("the run failed")
-    output = Path(job["output"])
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    steps = yeonma_steps("sft", job["settings"])
+    checkpoints = Path(job["settings"]["output_dir"]).glob("checkpoint-*")
+    newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
     return {
         "save_seconds": saves,
-        "step_seconds": [line["seconds"] for line in lines],
-        "tokens": [line["tokens"] for line in lines],
+        "step_seconds": [step["seconds"] for step in steps],
+        "tokens": [step["tokens"] for step in steps],
         "checkpoint_bytes": sum(path.stat().st_size for path in newest.iterdir()),
     }
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(given["folder"]) / "measured.json").write_text(json.dumps(measure(given)), "utf-8")
+    answer_job(measure)

@@ -18,16 +18,17 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from harness import HERE, steps_of
 from machine import machine, versions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = HERE.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 RATES = """
 import json, time, torch
 import torch.distributed as dist
 dist.init_process_group("gloo")
-numbers, found = torch.ones(2**24), {}
+numbers, rates = torch.ones(2**24), {}
 parts = list(torch.empty(2, 2**24))
 for name, call in (
     ("all_reduce", lambda: dist.all_reduce(numbers)),
@@ -39,9 +40,9 @@ for name, call in (
         started = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - started)
-    found[name] = numbers.nbytes / min(seconds[1:])
+    rates[name] = numbers.nbytes / min(seconds[1:])
 if dist.get_rank() == 0:
-    print(json.dumps(found))
+    print(json.dumps(rates))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -62,8 +63,7 @@ def steps(folder: Path, name: str, words: list[str]) -> list[dict[str, float]]:
     output = folder / name
     command = [sys.executable, "-m", "yeonma", "sft", "--output_dir", str(output), "--card_rows", "0", *words]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if not line.get("evaluation")][1:]
+    return steps_of(output)[1:]
 
 
 def main() -> None:
@@ -95,14 +95,14 @@ def main() -> None:
             "two, sharded": steps(folder, "sharded", [*words, "--nproc", "2", "--shard", "true"]),
         }
         adapter = (folder / "one" / "adapter_model.safetensors").stat().st_size
-    each = {name: [line["seconds"] for line in lines] for name, lines in runs.items()}
-    halved = [seconds / 2 for seconds in each["one"]]
+    seconds_of = {name: [line["seconds"] for line in lines] for name, lines in runs.items()}
+    halved = [seconds / 2 for seconds in seconds_of["one"]]
     reduce = adapter / rate["all_reduce"]
     predicted = median(seconds + reduce for seconds in halved)
     print(json.dumps({"machine": machine(), **versions(["torch", "transformers", "peft"])}))
     print(f"gloo: {rate['all_reduce'] / 1e9:.2f} GB/s summed, {rate['all_gather'] / 1e9:.2f} GB/s gathered")
-    for name, seconds in each.items():
-        ratios = [one / mine for one, mine in zip(each["one"], seconds, strict=True)]
+    for name, seconds in seconds_of.items():
+        ratios = [one / mine for one, mine in zip(seconds_of["one"], seconds, strict=True)]
         print(f"{name}: {median(seconds):.3f} s a step, {median(ratios):.2f} times as fast as one")
     print(
         f"two, by the model: {predicted:.3f} s a step, {reduce:.3f} s of it the sum of {adapter / 1e6:.1f} MB"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,16 +12,54 @@ Run = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times as fast ours is: taken within each round, then over the rounds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, both: Sequence[tuple[Run, Run]], speed: Callable[[Run], float]) -> Ratio:
+        """`both`: runs of theirs and ours, round by round."""
+        ratios = [speed(ours) / speed(theirs) for theirs, ours in both]
+        return cls(median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        least, middle, most = (f"{ratio:.2f}" for ratio in (self.least, self.median, self.most))
+        return f"{middle}x as fast" + (f" ({least}-{most})" if least != most else "")
+
+
+def beside_ours(result: Mapping[str, Any], contender: str, **where: str) -> list[tuple[Run, Run]]:
+    """A contender's run and ours, for every round that has both. `where`: the workload, and other keys of a run."""
+
+    def rounds(name: str) -> dict[int, Run]:
+        where_and_who = {**where, "contender": name}
+        return {
+            run["round"]: run
+            for run in result["runs"]
+            if all(run[key] == value for key, value in where_and_who.items())
+        }
+
+    theirs, ours = rounds(contender), rounds(result["ours"])
+    return [(theirs[number], ours[number]) for number in sorted(theirs) if number in ours]
+
+
+def table(columns: Mapping[str, str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. `columns`: the heads with their alignment, `---` or `---:`."""
+    lines = [columns, columns.values(), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+@dataclass(frozen=True)
 class Line:
-    """One contender at one workload, over all rounds. Ratios are ours to theirs, round by round."""
+    """One contender at one workload, over all rounds."""
 
     workload: str
     contender: str
     rounds: int
     tokens_per_second: float
-    ratio: float
-    ratio_least: float
-    ratio_most: float
+    ratio: Ratio
     share: float  # of the machine's matrix rate
     peak_memory_bytes: int
     loss: float
@@ -39,9 +78,17 @@ def epoch_loss(run: Run) -> float:
 
 
 def loss_gap(run: Run, ours: Run) -> float | None:
-    if run["tokens"] != ours["tokens"]:
+    """The largest difference of any step; None where the steps have other rows."""
+    if run["tokens"] != ours["tokens"] or len(run["losses"]) != len(ours["losses"]):
         return None
     return max(abs(a - b) for a, b in zip(run["losses"], ours["losses"], strict=True))
+
+
+def largest_gap(both: Sequence[tuple[Run, Run]]) -> float | None:
+    """Of any step of any round; None where a round's steps have other rows."""
+    gaps = [loss_gap(theirs, ours) for theirs, ours in both]
+    known = [gap for gap in gaps if gap is not None]
+    return max(known) if len(known) == len(gaps) else None
 
 
 def matrix_rate(result: Mapping[str, Any]) -> float:
@@ -58,35 +105,24 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
     operations = (
         4 * result["model"]["non_embedding_parameters"]
     )  # a token: forward, and backward to the inputs
-    runs = {(run["workload"], run["contender"], run["round"]): run for run in result["runs"]}
-    rounds = sorted({run["round"] for run in result["runs"]})
     found = []
     for workload in result["workloads"]:
         for contender in result["contenders"]:
-            both = [
-                (runs[workload, contender, number], runs[workload, result["ours"], number])
-                for number in rounds
-                if (workload, contender, number) in runs and (workload, result["ours"], number) in runs
-            ]
+            both = beside_ours(result, contender, workload=workload)
             if not both:
                 continue
             speed = median(tokens_per_second(theirs) for theirs, _ in both)
-            ratios = [tokens_per_second(ours) / tokens_per_second(theirs) for theirs, ours in both]
-            gaps = [loss_gap(theirs, ours) for theirs, ours in both]
-            known = [gap for gap in gaps if gap is not None]
             found.append(
                 Line(
                     workload=workload,
                     contender=contender,
                     rounds=len(both),
                     tokens_per_second=speed,
-                    ratio=median(ratios),
-                    ratio_least=min(ratios),
-                    ratio_most=max(ratios),
+                    ratio=Ratio.of(both, tokens_per_second),
                     share=speed * operations / rate,
                     peak_memory_bytes=int(median(theirs["peak_memory_bytes"] for theirs, _ in both)),
                     loss=median(epoch_loss(theirs) for theirs, _ in both),
-                    loss_gap=max(known) if len(known) == len(gaps) else None,
+                    loss_gap=largest_gap(both),
                 )
             )
     return found
@@ -111,21 +147,20 @@ def sft_section(result: Mapping[str, Any]) -> str:
     """The words and tables about training speed."""
     found, ours = lines(result), result["ours"]
     rounds = max((line.rounds for line in found), default=0)
+    columns = dict.fromkeys(["workload", "contender"], "---")
+    columns |= dict.fromkeys(["tokens/s", "Yeonma is", "of matrix rate", "peak memory", "loss"], "---:")
     rows = [
-        "| workload | contender | tokens/s | Yeonma is | of matrix rate | peak memory | loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for line in found:
-        cells = (
+        (
             line.workload,
             label_of(line.contender, line.rounds, rounds, result),
             f"{line.tokens_per_second:.0f}",
-            "" if line.contender == ours else times(line.ratio, line.ratio_least, line.ratio_most),
+            "" if line.contender == ours else str(line.ratio),
             f"{line.share:.0%}",
             gigabytes(line.peak_memory_bytes),
             f"{line.loss:.4f}" + ("" if line.loss_gap is not None else " *"),
         )
-        rows.append("| " + " | ".join(cells) + " |")
+        for line in found
+    ]
     gaps = [line.loss_gap for line in found if line.loss_gap is not None and line.contender != ours]
     after = []
     if gaps:
@@ -136,7 +171,7 @@ def sft_section(result: Mapping[str, Any]) -> str:
     blocks = [
         about_run(result),
         about_workloads(result),
-        "\n".join(rows),
+        table(columns, rows),
         " ".join(after),
         "\n".join(best(result)),
     ]
@@ -158,7 +193,7 @@ def best(result: Mapping[str, Any]) -> list[str]:
             if theirs:
                 line = max(theirs, key=lambda line: line.tokens_per_second)
                 parts.append(
-                    f"{line.ratio:.2f} times {contenders[line.contender]['label']}, its fastest here"
+                    f"{line.ratio.median:.2f} times {contenders[line.contender]['label']}, its fastest here"
                 )
         if parts:
             written.append(f"- {workload}: {'; '.join(parts)}")
@@ -203,10 +238,11 @@ def about_workloads(result: Mapping[str, Any]) -> str:
 def tokenize_section(result: Mapping[str, Any]) -> str:
     """The words and table about tokenising many rows."""
     first, second = result["first"], result["second"]
-    rows = ["| rows read | resident, own | resident, all |", "| ---: | ---: | ---: |"]
+    columns = dict.fromkeys(["rows read", "resident, own", "resident, all"], "---:")
+    rows = []
     for sample in first["samples"]:
         own, whole = (megabytes(sample[name]) for name in ("anonymous_bytes", "resident_bytes"))
-        rows.append(f"| {sample['rows']:,} | {own} | {whole} |")
+        rows.append((f"{sample['rows']:,}", own, whole))
     counts = first["counts"]
     return "\n\n".join(
         [
@@ -215,7 +251,7 @@ def tokenize_section(result: Mapping[str, Any]) -> str:
             f"{counts['tokens']:,} tokens, tokenizer of {result['model']}: {first['seconds']:.1f} s, "
             f"{counts['rows'] / first['seconds']:,.0f} rows/s, {counts['tokens'] / first['seconds']:,.0f} tokens/s. "
             f"Memory in the middle of it:",
-            "\n".join(rows),
+            table(columns, rows),
             f"The same again in a new process: {second['seconds']:.2f} s, {second['rows_tokenised']} rows tokenised.",
             "`yeonma inspect`, the whole process from its start to its end, with nothing tokenised before and again:",
             inspection_table(result["inspections"]),
@@ -224,25 +260,28 @@ def tokenize_section(result: Mapping[str, Any]) -> str:
 
 
 def inspection_table(inspections: Sequence[Mapping[str, Any]]) -> str:
-    rows = ["| rows | cache | seconds | own memory at most |", "| ---: | --- | ---: | ---: |"]
-    for each in inspections:
-        cache = "cold" if each["cold"] else "warm"
-        own = megabytes(each["own_bytes"])
-        rows.append(f"| {each['rows']:,} | {cache} | {each['seconds']:.1f} | {own} |")
-    return "\n".join(rows)
+    columns = {"rows": "---:", "cache": "---", "seconds": "---:", "own memory at most": "---:"}
+    rows = [
+        (
+            f"{run['rows']:,}",
+            "cold" if run["cold"] else "warm",
+            f"{run['seconds']:.1f}",
+            megabytes(run["own_bytes"]),
+        )
+        for run in inspections
+    ]
+    return table(columns, rows)
 
 
 @dataclass(frozen=True)
 class PairLine:
-    """One contender at one preference workload, over all rounds. Ratios are ours to theirs, round by round."""
+    """One contender at one preference workload, over all rounds."""
 
     workload: str
     contender: str
     rounds: int
     pairs_per_second: float
-    ratio: float
-    ratio_least: float
-    ratio_most: float
+    ratio: Ratio
     reference_seconds: float
     first_step_share: float
     """Of the time of all steps."""
@@ -267,38 +306,29 @@ def pairs_per_second(run: Run, work: Mapping[str, Any]) -> float:
 
 def pair_lines(result: Mapping[str, Any]) -> list[PairLine]:
     """In the order of the workloads and contenders; those never measured in a round that has ours are left out."""
-    runs = {(run["workload"], run["contender"], run["round"]): run for run in result["runs"]}
-    rounds = sorted({run["round"] for run in result["runs"]})
     found = []
     for workload, work in result["workloads"].items():
+        speed = partial(pairs_per_second, work=work)
         for contender in result["contenders"]:
-            both = [
-                (runs[workload, contender, number], runs[workload, result["ours"], number])
-                for number in rounds
-                if (workload, contender, number) in runs and (workload, result["ours"], number) in runs
-            ]
+            both = beside_ours(result, contender, workload=workload)
             if not both:
                 continue
-            ratios = [pairs_per_second(ours, work) / pairs_per_second(theirs, work) for theirs, ours in both]
+            theirs = [run for run, _ in both]
             found.append(
                 PairLine(
                     workload=workload,
                     contender=contender,
                     rounds=len(both),
-                    pairs_per_second=median(pairs_per_second(theirs, work) for theirs, _ in both),
-                    ratio=median(ratios),
-                    ratio_least=min(ratios),
-                    ratio_most=max(ratios),
-                    reference_seconds=median(theirs["reference_seconds"] for theirs, _ in both),
-                    first_step_share=median(
-                        theirs["seconds"][0] / sum(theirs["seconds"]) for theirs, _ in both
-                    ),
-                    peak_memory_bytes=int(median(theirs["peak_memory_bytes"] for theirs, _ in both)),
-                    loss=median(sum(theirs["losses"]) / len(theirs["losses"]) for theirs, _ in both),
+                    pairs_per_second=median(map(speed, theirs)),
+                    ratio=Ratio.of(both, speed),
+                    reference_seconds=median(run["reference_seconds"] for run in theirs),
+                    first_step_share=median(run["seconds"][0] / sum(run["seconds"]) for run in theirs),
+                    peak_memory_bytes=int(median(run["peak_memory_bytes"] for run in theirs)),
+                    loss=median(sum(run["losses"]) / len(run["losses"]) for run in theirs),
                     loss_gap=max(
                         abs(a - b)
-                        for theirs, ours in both
-                        for a, b in zip(theirs["losses"], ours["losses"], strict=True)
+                        for run, ours in both
+                        for a, b in zip(run["losses"], ours["losses"], strict=True)
                     ),
                 )
             )
@@ -322,28 +352,28 @@ def dpo_section(result: Mapping[str, Any]) -> str:
         f"{work['answer_tokens']:.0f} an answer"
         for name, work in result["workloads"].items()
     ]
+    columns = dict.fromkeys(["workload", "contender"], "---")
+    numbers = ["pairs/s", "Yeonma is", "reference", "first step", "peak memory", "loss"]
+    columns |= dict.fromkeys(numbers, "---:")
     rows = [
-        "| workload | contender | pairs/s | Yeonma is | reference | first step | peak memory | loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for line in found:
-        cells = (
+        (
             line.workload,
             label_of(line.contender, line.rounds, rounds, result),
             f"{line.pairs_per_second:.3f}",
-            "" if line.contender == ours else times(line.ratio, line.ratio_least, line.ratio_most),
+            "" if line.contender == ours else str(line.ratio),
             f"{line.reference_seconds:.0f} s" if line.reference_seconds else "in the steps",
             f"{line.first_step_share:.0%}",
             gigabytes(line.peak_memory_bytes),
             f"{line.loss:.4f}",
         )
-        rows.append("| " + " | ".join(cells) + " |")
+        for line in found
+    ]
     after = [
         f"The loss of every step is the same for all contenders to {max(line.loss_gap for line in found):.0e}."
     ]
     after += failures_of(result)
     best_lines = [*pairs_best(result), *memory_shares(result)]
-    blocks = [about_machine(result), about, "\n".join(works), "\n".join(rows), " ".join(after)]
+    blocks = [about_machine(result), about, "\n".join(works), table(columns, rows), " ".join(after)]
     return "\n\n".join([*blocks, "\n".join(best_lines)])
 
 
@@ -357,7 +387,7 @@ def pairs_best(result: Mapping[str, Any]) -> list[str]:
         if theirs:
             line = max(theirs, key=lambda line: line.pairs_per_second)
             label = contenders[line.contender]["label"]
-            written.append(f"- {workload}: {line.ratio:.2f} times {label}, its fastest here")
+            written.append(f"- {workload}: {line.ratio.median:.2f} times {label}, its fastest here")
     return written
 
 
@@ -383,37 +413,36 @@ def _is_ours(result: Mapping[str, Any], line: PairLine) -> bool:
     return bool(contenders[line.contender]["library"] == contenders[result["ours"]]["library"])
 
 
+def new_tokens_per_second(run: Run) -> float:
+    return float(run["new_tokens"] / run["seconds"])
+
+
 def generate_section(result: Mapping[str, Any]) -> str:
-    """The words and table about answering many rows. Ratios are ours to theirs, round by round."""
-    runs = {(run["contender"], run["round"]): run for run in result["runs"]}
-    rounds = sorted({run["round"] for run in result["runs"]})
-    any_run = result["runs"][0]
-    rows = [
-        "| contender | seconds | new tokens/s | Yeonma is | peak memory | answers equal to one by one |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """The words and table about answering many rows."""
+    numbers = ["seconds", "new tokens/s", "Yeonma is", "peak memory", "answers equal to one by one"]
+    columns = {"contender": "---", **dict.fromkeys(numbers, "---:")}
+    rows = []
     for name in result["contenders"]:
-        own = [runs[name, number] for number in rounds]
-        ratios = [
-            run["seconds"] / runs[result["ours"], number]["seconds"]
-            for number, run in zip(rounds, own, strict=True)
-        ]
-        cells = (
-            label_of(name, len(rounds), len(rounds), result),
-            f"{median(run['seconds'] for run in own):.1f}",
-            f"{median(run['new_tokens'] / run['seconds'] for run in own):.0f}",
-            "" if name == result["ours"] else times(median(ratios), min(ratios), max(ratios)),
-            gigabytes(median(run["peak_memory_bytes"] for run in own)),
-            f"{result['equal'][name]} of {result['rows']}",
+        both = beside_ours(result, name)
+        own = [run for run, _ in both]
+        rows.append(
+            (
+                label_of(name, len(both), len(both), result),
+                f"{median(run['seconds'] for run in own):.1f}",
+                f"{median(map(new_tokens_per_second, own)):.0f}",
+                "" if name == result["ours"] else str(Ratio.of(both, lambda run: 1 / run["seconds"])),
+                gigabytes(median(run["peak_memory_bytes"] for run in own)),
+                f"{result['equal'][name]} of {result['rows']}",
+            )
         )
-        rows.append("| " + " | ".join(cells) + " |")
+    rounds, any_run = len({run["round"] for run in result["runs"]}), result["runs"][0]
     about = (
         f"Model: {result['model']}, float32, greedy. {result['rows']} prompts of the demo, "
         f"{any_run['prompt_tokens']:,} tokens, "
-        f"{result['new_tokens']} new tokens at most. Rounds: {len(rounds)}. Matrix rate: "
-        f"{median(rate for run in result['runs'] for rate in run['matrix_rates']) / 1e9:.1f} GFLOP/s."
+        f"{result['new_tokens']} new tokens at most. Rounds: {rounds}. Matrix rate: "
+        f"{matrix_rate(result) / 1e9:.1f} GFLOP/s."
     )
-    return "\n\n".join([about_machine(result), about, "\n".join(rows)])
+    return "\n\n".join([about_machine(result), about, table(columns, rows)])
 
 
 def saving_section(result: Mapping[str, Any]) -> str:
@@ -431,11 +460,6 @@ def saving_section(result: Mapping[str, Any]) -> str:
             f"**Saving took {share:.2%} of the run.**",
         ]
     )
-
-
-def times(middle: float, least: float, most: float) -> str:
-    spread = f" ({least:.2f}-{most:.2f})" if f"{least:.2f}" != f"{most:.2f}" else ""
-    return f"{middle:.2f}x as fast{spread}"
 
 
 def gigabytes(size_bytes: float) -> str:

@@ -7,21 +7,18 @@ tables into docs/benchmarks.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from machine import machine, versions
-from sft import child, model_to_use, save, write_page
-from tables import shown_command, tokenize_section
-from workloads import HERE, SAMPLE
+from harness import HERE, benchmark_parser, model_to_use, new_result, publish, run_script, save
+from tables import tokenize_section
+from workloads import SAMPLE
 
 PACKAGES = ("yeonma", "tokenizers", "transformers", "datasets", "numpy")
 RESULT = HERE / "results" / "tokenize_rows.json"
@@ -47,49 +44,35 @@ def inspection(folder: Path, model: str, count: int, *, cold: bool) -> dict[str,
         write_rows(rows_file, count)
     job = {"folder": str(folder), "model": model, "rows_file": str(rows_file)}
     started = time.perf_counter()
-    child("one_inspection.py", job, folder / "log")
-    seconds = time.perf_counter() - started
-    return {"cold": cold, "seconds": seconds, **json.loads((folder / "measured.json").read_text("utf-8"))}
+    measured = run_script("one_inspection.py", job)
+    return {"cold": cold, "seconds": time.perf_counter() - started, **measured}
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, RESULT, compares=False)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--model", type=Path, help="a folder with a tokenizer; else the demo's model")
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
-    asked = parser.parse_args(given)
-    model = model_to_use(asked.model)
+    options = parser.parse_args(given)
+    result = new_result("tokenize_rows.py", given, PACKAGES)
+    model = model_to_use(options.model)
     with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as place:
         folder = Path(place)
         rows_file = folder / "rows.jsonl"
-        write_rows(rows_file, asked.rows)
-        runs = []
-        for _ in range(2):
-            child("one_reading.py", {"folder": place, "model": model, "rows": asked.rows}, folder / "log")
-            runs.append(json.loads((folder / "measured.json").read_text("utf-8")))
-        inspections = [
-            inspection(folder, model, count, cold=cold)
-            for count in (asked.rows // 4, asked.rows)
-            for cold in (True, False)
-        ]
-        result = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "command": shown_command("tokenize_rows.py", sys.argv[1:] if given is None else given),
-            "machine": machine(),
-            "versions": versions(PACKAGES),
+        write_rows(rows_file, options.rows)
+        job = {"folder": place, "model": model, "rows": options.rows}
+        first, second = (run_script("one_reading.py", job) for _ in range(2))
+        result |= {
             "model": Path(model).name,
             "data_bytes": rows_file.stat().st_size,
-            "first": runs[0],
-            "second": runs[1],
-            "inspections": inspections,
+            "first": first,
+            "second": second,
+            "inspections": [
+                inspection(folder, model, count, cold=cold)
+                for count in (options.rows // 4, options.rows)
+                for cold in (True, False)
+            ],
         }
-    save(asked.output, result)
-    print(tokenize_section(result))
-    if asked.write_docs:
-        write_page("tokenize_rows", result)
+    save(options.output, result)
+    publish("tokenize_rows", result, tokenize_section(result), write_docs=options.write_docs)
     return 0
 
 

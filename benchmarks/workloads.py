@@ -7,13 +7,13 @@ and template), `NAME.json` (token ids and labels in the order of training), `sta
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from harness import HERE, answer_job
+
 SAMPLE = HERE.parent / "yeonma" / "samples" / "news_en.jsonl"
 SHORT_CHARACTERS = 300
 BATCH_SIZE = 8
@@ -49,21 +49,21 @@ def workload(name: str, data: list[Fields], count: int) -> Workload:
     alpaca = (HERE.parent / "yeonma" / "data" / "templates" / "alpaca.txt").read_text("utf-8")
     whole = [{"instruction": question(row), "output": row["output"]} for row in data]
     if name == "alpaca":
-        made = Workload("alpaca template: short prompt, long answer", alpaca, data[:count])
+        work = Workload("alpaca template: short prompt, long answer", alpaca, data[:count])
     elif name == "reversed":
         swapped = [{"instruction": row["output"], "output": row["instruction"]} for row in whole[:count]]
-        made = Workload("the same with prompt and answer swapped: long prompt, short answer", alpaca, swapped)
+        work = Workload("the same with prompt and answer swapped: long prompt, short answer", alpaca, swapped)
     elif name == "system":
         frame = (HERE / "system_prompt.txt").read_text("utf-8")
         template = f"{frame}\n### Instruction:\n{{instruction}}\n\n### Response:\n{{output}}"
         short = [row for row in whole if sum(map(len, row.values())) <= SHORT_CHARACTERS]
         about = f"a long system prompt before short rows (at most {SHORT_CHARACTERS} characters)"
-        made = Workload(about, template, short[:count])
+        work = Workload(about, template, short[:count])
     else:
         raise ValueError(f"unknown workload {name}")
-    if len(made.rows) < count:
-        raise ValueError(f"{name} needs {count} rows; the data has {len(made.rows)} that suit it")
-    return made
+    if len(work.rows) < count:
+        raise ValueError(f"{name} needs {count} rows; the data has {len(work.rows)} that suit it")
+    return work
 
 
 def question(row: Fields) -> str:
@@ -78,12 +78,12 @@ def loaded(folder: str) -> tuple[Any, Any, dict[str, Any]]:
     source, device = find_base(folder), pick_device("cpu")
     model = load_base(source, device, pick_dtype("float32", device))
     tied = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    sizes = {id(each): each.numel() for each in model.parameters()}
+    sizes = {id(weight): weight.numel() for weight in model.parameters()}
     about = {
         "name": Path(folder).name,
         "type": model.config.model_type,
         "parameters": sum(sizes.values()),
-        "non_embedding_parameters": sum(size for each, size in sizes.items() if each not in tied),
+        "non_embedding_parameters": sum(size for weight, size in sizes.items() if weight not in tied),
         "weights_sha256": weights_sum(model),
     }
     return model, load_tokenizer(source), about
@@ -113,45 +113,61 @@ def weights_sum(model: Any) -> str:
     return total.hexdigest()
 
 
+def tokenised(
+    path: Path,
+    folder: Path,
+    tokenizer: Any,
+    cutoff_len: int,
+    *,
+    template: str | None = None,
+    pairs: bool = False,
+) -> Any:
+    """The training part of a data set, tokenised by Yeonma's own rules with the cache in `folder`."""
+    from yeonma.config.settings import DataSettings, TokenSettings
+    from yeonma.data.task import ANSWERS, PAIRS
+    from yeonma.tokenization.dataset import prepare_dataset
+
+    data = DataSettings(data_path=str(path), template=template)
+    tokens = TokenSettings(cutoff_len=cutoff_len, cache_dir=str(folder / "cache"))
+    task = PAIRS if pairs else ANSWERS
+    return prepare_dataset(data, tokens, tokenizer, SEED, lambda _: None, lambda _: None, task).train
+
+
 def tokenise(name: str, work: Workload, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Write a workload's rows, template and examples; returns what describes them."""
     from yeonma.batch.forest import lay_out
     from yeonma.batch.plan import make_plan
-    from yeonma.config.settings import DataSettings, TokenSettings
-    from yeonma.tokenization.dataset import prepare_dataset
 
     rows_file, template_file = folder / f"{name}.jsonl", folder / f"{name}.txt"
     rows_file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in work.rows), "utf-8")
     template_file.write_text(work.template, "utf-8")
-    data = DataSettings(data_path=str(rows_file), template=str(template_file))
-    tokens = TokenSettings(cutoff_len=CUTOFF_LEN, cache_dir=str(folder / "cache"))
-    part = prepare_dataset(data, tokens, tokenizer, SEED, lambda _: None, lambda _: None).train
+    part = tokenised(rows_file, folder, tokenizer, CUTOFF_LEN, template=str(template_file))
     lengths = part.store.lengths[part.positions]
     plan = make_plan(part.positions, lengths, batch_size=BATCH_SIZE, seed=SEED, num_epochs=1, max_steps=None)
     examples, steps, computed = [], [], 0
     for positions in plan.steps():
         step = [part.store.example(int(position)) for position in positions]
-        forest = lay_out([each.token_ids for each in step], [each.trained for each in step])
+        forest = lay_out([example.token_ids for example in step], [example.trained for example in step])
         computed += len(forest.token_ids_T)
-        steps.append(
-            {"tokens": sum(len(each.token_ids) for each in step), "trained_tokens": forest.trained_tokens}
-        )
-        for each in step:
-            ids = each.token_ids.tolist()
-            labels = [
-                token if trained else IGNORED
-                for token, trained in zip(ids, each.trained.tolist(), strict=True)
-            ]
-            examples.append({"input_ids": ids, "labels": labels})
+        tokens = sum(len(example.token_ids) for example in step)
+        steps.append({"tokens": tokens, "trained_tokens": forest.trained_tokens})
+        examples += [labelled(example) for example in step]
     (folder / f"{name}.json").write_text(json.dumps(examples), "utf-8")
     return {
         "about": work.about,
         "examples": len(examples),
         "longest": max(map(int, lengths)),
-        "frame_tokens": common_beginning([each["input_ids"] for each in examples]),
+        "frame_tokens": common_beginning([example["input_ids"] for example in examples]),
         "distinct_tokens": computed,
         "steps": steps,
     }
+
+
+def labelled(example: Any) -> dict[str, list[int]]:
+    """An example as transformers' collators take it."""
+    ids = example.token_ids.tolist()
+    pairs = zip(ids, example.trained.tolist(), strict=True)
+    return {"input_ids": ids, "labels": [token if trained else IGNORED for token, trained in pairs]}
 
 
 def common_beginning(sequences: list[list[int]]) -> int:
@@ -165,5 +181,4 @@ def common_beginning(sequences: list[list[int]]) -> int:
 
 
 if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    (Path(job["folder"]) / "prepared.json").write_text(json.dumps(prepare(job)), "utf-8")
+    answer_job(prepare, output="prepared.json")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from yeonma.adapter.adapter_folder import BaseIdentity, base_identity, check_continued
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder, quantization_for
+from yeonma.batch.batch import Batch
 from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import (
     AnswerSettings,
@@ -38,7 +39,7 @@ from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.forest_support import attention, check_forest_support
 from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
-from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, example_logprobs, plain_head
+from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.quantized import quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
@@ -98,28 +99,15 @@ class Policy:
                 self.model.set_adapter(self.adapter_name, inference_mode=True)
             yield
 
-    def logprobs(
-        self,
-        token_ids: Sequence[np.ndarray],
-        trained: Sequence[np.ndarray],
-        *,
-        share_prefix: bool = True,
-        units: Sequence[int] | np.ndarray | None = None,
-    ) -> torch.Tensor:
-        """logprob_N of the examples' trained tokens, example by example, in float32 and with its gradient.
+    def logprobs(self, batch: Batch, *, share_prefix: bool = True) -> torch.Tensor:
+        """logprob_N of the batch's trained tokens, example by example, in float32 and with its gradient.
 
-        `token_ids` and `trained` (bool) have shape (tokens,) each; `units` as in `yeonma.batch.forest.lay_out`.
+        The whole batch goes through the model at once. `share_prefix` False computes common beginnings once per
+        example.
         """
         model = self.transformers_model
         with self.active(), attention(model, FOREST) if self.support.forest else nullcontext():
-            return example_logprobs(
-                model,
-                self.support,
-                token_ids,
-                trained,
-                share_prefix=share_prefix,
-                units=units,
-            )
+            return batch_logprobs(model, self.support, batch, share_prefix=share_prefix)
 
     def generate_from_ids(
         self,
@@ -312,7 +300,7 @@ def _assemble(
         first, *others = adapters
         model = load.load_adapter(base, first, trainable=trainable, dropout=dropout)
         for folder, name in zip(others, adapter_names(len(adapters))[1:], strict=True):
-            load.load_another(model, folder, name)
+            load.load_additional_adapter(model, folder, name)
         if not trainable:
             model.eval()
     if shard_on is not None:
@@ -394,7 +382,7 @@ def blueprint(
 
     Raises UserError if the model does not have the target modules.
     """
-    load.keep_the_console_clean()
+    load.hide_loading_noise()
     config = deepcopy(config)  # building a model writes its dtype and attention into the config
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):

@@ -21,10 +21,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture
-def sft(tables: Any) -> Any:
-    import sft  # type: ignore[import-not-found]
+def harness(tables: Any) -> Any:
+    import harness  # type: ignore[import-not-found]
 
-    return sft
+    return harness
 
 
 def run(
@@ -82,7 +82,7 @@ def test_ratios_are_taken_within_a_round_and_their_median_over_the_rounds(tables
     ours = [run("ours", number, seconds) for number, seconds in ((1, 1.0), (2, 2.0), (3, 4.0))]
     theirs = [run("theirs-1", number, seconds) for number, seconds in ((1, 2.0), (2, 6.0), (3, 6.0))]
     line = tables.lines(result(*ours, *theirs))[1]
-    assert (line.contender, line.ratio, line.ratio_least, line.ratio_most) == ("theirs-1", 2.0, 1.5, 3.0)
+    assert (line.contender, line.ratio) == ("theirs-1", tables.Ratio(2.0, least=1.5, most=3.0))
     assert line.tokens_per_second == 50 / 6
 
 
@@ -101,7 +101,7 @@ def test_losses_are_compared_step_by_step_and_only_over_the_same_rows(tables: An
 
 def test_a_contender_is_compared_only_in_rounds_that_have_ours(tables: Any) -> None:
     found = tables.lines(result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0), run("theirs-1", 2, 9.0)))
-    assert [(line.contender, line.ratio) for line in found] == [("ours", 1.0), ("theirs-1", 2.0)]
+    assert [(line.contender, line.ratio.median) for line in found] == [("ours", 1.0), ("theirs-1", 2.0)]
 
 
 def test_ours_is_set_against_the_fastest_setting_of_the_other_library(tables: Any) -> None:
@@ -146,16 +146,38 @@ def test_a_section_is_put_between_its_comments_and_nowhere_else(tables: Any) -> 
         tables.put(page, "tokenize_rows", "new")
 
 
-def test_slow_settings_of_trl_are_measured_in_the_first_round_alone(sft: Any) -> None:
+def test_slow_settings_of_a_peer_are_measured_in_the_first_round_alone(tables: Any, harness: Any) -> None:
     names = ["yeonma-8", "transformers-4", "trl-1", "trl-4", "trl-packed"]
     made = result()
-    assert sft.worth_measuring(made, "alpaca", names) == names
+
+    def worth() -> list[str]:
+        return harness.worth_measuring(made, "alpaca", names, names[2:], tables.tokens_per_second)  # type: ignore[no-any-return]
+
+    assert worth() == names
     made["runs"] = [
         run(name, 1, seconds) for name, seconds in zip(names, (1.0, 9.0, 2.0, 2.1, 3.0), strict=True)
     ]
-    assert sft.worth_measuring(made, "alpaca", names) == names[:4]
+    assert worth() == names[:4]
     made["runs"].append(run("trl-1", 2, 0.1))
-    assert sft.worth_measuring(made, "alpaca", names) == names[:4]
+    assert worth() == names[:4]
+    made["failures"] = [{"contender": "trl-1", "workload": "alpaca", "error": "out of luck"}]
+    assert worth() == [*names[:2], "trl-4"]
+
+
+def test_a_measurement_replaces_the_earlier_one_of_its_round(tmp_path: Path, harness: Any) -> None:
+    script = tmp_path / "script.py"
+    write = "import json, sys; job = json.load(open(sys.argv[1])); assert job['speed'], 'no speed';"
+    script.write_text(
+        f"{write} json.dump({{'speed': job['speed']}}, open(job['folder'] + '/measured.json', 'w'))"
+    )
+    made, key = result(), {"round": 1, "workload": "alpaca", "contender": "ours"}
+    for speed in (1, 2):
+        job = {"folder": str(tmp_path), "speed": speed}
+        assert harness.measure_contender(made, key, str(script), job) == {**key, "speed": speed}
+    assert made["runs"] == [{**key, "speed": 2}]
+    assert harness.measure_contender(made, key, str(script), {"folder": str(tmp_path), "speed": 0}) is None
+    assert made["runs"] == []
+    assert made["failures"] == [{**key, "error": "AssertionError: no speed"}]
 
 
 def test_a_shown_command_has_no_folders(tables: Any) -> None:

@@ -105,7 +105,7 @@ def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) ->
         run("theirs", number, seconds, losses=[4.0, 2.25, 1.0]) for number, seconds in ((1, 2.0), (2, 6.0))
     ]
     line = tables.lines(result(*ours, *theirs))[1]
-    assert (line.ratio, line.ratio_least, line.ratio_most, line.loss_gap) == (2.5, 2.0, 3.0, 0.25)
+    assert (line.ratio, line.loss_gap) == (tables.Ratio(2.5, least=2.0, most=3.0), 0.25)
     other = run("theirs", 1, 1.0, tokens=[10, 51, 50])
     assert tables.lines(result(ours[0], other))[1].loss_gap is None
 
@@ -187,17 +187,18 @@ def test_a_peer_is_looked_for_where_its_own_python_looks(
 def test_a_peers_python_finds_yeonma_and_runs_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sft  # type: ignore[import-not-found]
+    import harness  # type: ignore[import-not-found]
 
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     script, seen = tmp_path / "script.py", tmp_path / "seen"
     script.write_text(
         "import os, pathlib, sys\n"
         f"pathlib.Path({str(seen)!r}).write_text(sys.executable + chr(10) + os.environ['PYTHONPATH'])\n"
+        f"pathlib.Path({str(tmp_path / 'measured.json')!r}).write_text('[1]')\n"
     )
     own = tmp_path / "python"
     own.symlink_to(sys.executable)
-    sft.child(str(script), {"folder": str(tmp_path)}, tmp_path / "log", str(own))
+    assert harness.run_script(str(script), {"folder": str(tmp_path)}, python=str(own)) == [1]
     assert seen.read_text() == f"{own}\n{ROOT}{os.pathsep}elsewhere"
 
 

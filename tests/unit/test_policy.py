@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import yeonma
 from tests.adapters import Folders, adapter_on, tiny_adapter, tiny_base
 from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
+from yeonma.batch.batch import Batch
 from yeonma.cli import main
 from yeonma.data.rows import Row, open_rows
 from yeonma.errors import UserError
@@ -243,6 +244,15 @@ def examples(seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return token_ids, [np.arange(len(ids)) >= 3 for ids in token_ids]
 
 
+def batch() -> Batch:
+    return Batch.of(
+        [
+            Example(ids, trained, 3, row, 0, 0, False, 0)
+            for row, (ids, trained) in enumerate(zip(*examples(), strict=True), start=1)
+        ]
+    )
+
+
 def plain_logprobs(base: Path, adapter: Path | None) -> torch.Tensor:
     """By transformers and PEFT alone, one sequence at a time."""
     model: Any = load_base(find_base(str(base)), **CPU)
@@ -268,8 +278,8 @@ def second(titles: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_log_probabilities_are_those_of_transformers_and_peft(titles: Folders, loaded: Policy) -> None:
     with torch.no_grad():
-        assert close(loaded.logprobs(*examples()), expected := plain_logprobs(titles.base, titles.adapter))
-        alone = dataclasses.replace(loaded, adapter_weights=False).logprobs(*examples())
+        assert close(loaded.logprobs(batch()), expected := plain_logprobs(titles.base, titles.adapter))
+        alone = dataclasses.replace(loaded, adapter_weights=False).logprobs(batch())
     assert close(alone, plain_logprobs(titles.base, None))
     assert not close(alone, expected)
 
@@ -286,9 +296,9 @@ def test_adapters_of_one_base_share_it_and_each_is_asked_by_its_name(titles: Fol
     with torch.no_grad():
         for _ in range(2):  # back and forth
             for view, folder, answers in zip(views, folders, expected, strict=True):
-                assert close(view.logprobs(*examples()), plain_logprobs(titles.base, folder))
+                assert close(view.logprobs(batch()), plain_logprobs(titles.base, folder))
                 assert view.generate_from_ids(prompts, byte_level(), sampling) == answers
-            assert close(base.logprobs(*examples()), plain_logprobs(titles.base, None))
+            assert close(base.logprobs(batch()), plain_logprobs(titles.base, None))
 
 
 def test_another_adapter_takes_the_place_of_the_first_on_the_same_weights(
@@ -300,7 +310,7 @@ def test_another_adapter_takes_the_place_of_the_first_on_the_same_weights(
         for folder in (second, None, titles.adapter):
             policy = policy.with_adapters([] if folder is None else [str(folder)])
             assert policy.transformers_model.get_input_embeddings().weight is weights
-            assert close(policy.logprobs(*examples()), plain_logprobs(titles.base, folder))
+            assert close(policy.logprobs(batch()), plain_logprobs(titles.base, folder))
             assert policy.transformers_model.config._attn_implementation == FOREST
             assert policy.support.plain_attention != FOREST
 
@@ -316,13 +326,13 @@ def test_a_loaded_model_called_directly_is_that_of_transformers_and_peft(titles:
     with torch.no_grad():
         logits = policy.model(ids, attention_mask=padding).logits
         torch.testing.assert_close(logits, expected(ids, attention_mask=padding).logits, rtol=1e-5, atol=1e-5)
-        assert close(policy.logprobs(*examples()), plain_logprobs(titles.base, titles.adapter))
+        assert close(policy.logprobs(batch()), plain_logprobs(titles.base, titles.adapter))
 
 
 def test_a_policy_to_train_has_a_fresh_adapter_and_gradients(titles: Folders) -> None:
     shape = LoraShape(4, 8, 0.0, "all-linear")
     policy = build_policy(find_base(str(titles.base)), shape, trainable=True, seed=3, **CPU)
-    logprob_N = policy.logprobs(*examples())
+    logprob_N = policy.logprobs(batch())
     assert close(logprob_N.detach(), plain_logprobs(titles.base, None))  # a fresh adapter changes nothing
     logprob_N.sum().backward()
     trained = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}

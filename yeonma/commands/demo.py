@@ -234,7 +234,7 @@ def _next_steps(demo: Demo, output: Path, base: str) -> str:
     row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
     return f"""\
 {folder}/README.md                  model card: settings, losses, answers before and after training
-{folder}/loss.png, metrics.jsonl    loss curve, and the numbers of every step
+{folder}/loss.svg, metrics.jsonl    loss curve, and the numbers of every step
 {folder}/adapter_model.safetensors  adapter weights; PEFT loads the folder as well
 {folder}/settings.yaml              settings of the run; repeat it with `yeonma {demo.verb} --config`
 

@@ -44,11 +44,14 @@ RUN = "run.json"
 EARLIER_DEFAULTS = {"quantization": "none", "optimizer": "adamw"}
 """Settings that runs of earlier versions had, but did not record."""
 SEAL = "manifest.json"
+FORMER_PLOT = "loss.png"
+"""The plot of earlier versions, now loss.svg."""
 OURS = (
     "settings.yaml",
     "metrics.jsonl",
     "trained_rows.jsonl",
-    "loss.png",
+    "loss.svg",
+    FORMER_PLOT,
     "README.md",
     "yeonma.json",
     "template.txt",

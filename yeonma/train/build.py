@@ -17,7 +17,7 @@ from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
-from yeonma.model.sharding import held_bytes, is_sharded
+from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.policy import Policy, build_policy
 from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.store import TokenStore
@@ -95,9 +95,13 @@ def load_model(
     if quantization != "none":
         emulated = quantization == "fp8" and not multiplies_fp8(device)
         slow = "; this device has no fp8 products, so they are emulated and no faster" if emulated else ""
-        log(f"dense layers in {quantization}: {held_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}")
+        log(
+            f"dense layers in {quantization}: {local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}"
+        )
     if shard:
-        log(f"weights sharded over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this process")
+        log(
+            f"weights sharded over {group.count} processes: {local_weight_bytes(base) / 1e6:,.1f} MB in this process"
+        )
     dataset = prepared.dataset
     details = adapters.describe(
         policy.base,

@@ -121,7 +121,7 @@ def card_text(
     if evaluations:
         last = next(record for record in evaluations if record["step"] == adapter_step)
         lines += _validation(evaluations[0], last, units)
-    lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
+    lines += ["![loss](loss.svg)", "", "## Template", "", *_fenced(adapter.template.text), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:

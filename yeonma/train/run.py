@@ -267,7 +267,7 @@ def _train(
     if evaluation.card_rows:
         broadcast_trained(state.model)
     loss_unit = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
-    plot_loss(output / "metrics.jsonl", output / "loss.png", loss_unit)
+    plot_loss(output / "metrics.jsonl", output / "loss.svg", loss_unit)
     repeat_command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
     repeat_command += to_yaml(config)
     write_card(
@@ -280,6 +280,7 @@ def _train(
         best_step,
         evaluation.card_rows,
     )
+    (output / folder.FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
     log(f"Adapter saved to {output}")

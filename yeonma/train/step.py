@@ -23,7 +23,7 @@ from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
-from yeonma.model.logprobs import ForestSupport, example_logprobs
+from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
 from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.interrupt import REASONS, Stop
@@ -239,17 +239,7 @@ def pass_logprobs(
     is connected to the idle passes' graph."""
     batch, parts = micro_pass.batch, []
     if len(batch):
-        parts.append(
-            example_logprobs(
-                model,
-                support,
-                batch.token_ids,
-                batch.trained,
-                share_prefix=share_prefix,
-                units=batch.units_E,
-                input_keys=batch.input_keys,
-            )
-        )
+        parts.append(batch_logprobs(model, support, batch, share_prefix=share_prefix))
     token_ids = micro_pass.idle_token_ids
     for _ in range(micro_pass.idle_passes):
         idle = example_logprobs(

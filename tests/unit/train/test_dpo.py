@@ -586,7 +586,7 @@ def test_without_a_template_that_of_the_adapter_continued_is_used(tmp_path: Path
     data = write_jsonl(tmp_path / "b.jsonl", ROWS[:4])
     done = tuned(tmp_path / "out", base, data, adapter=first.folder, max_steps=1)
     assert (done.folder / "template.txt").read_text() == template + "\n"
-    assert f"template {first.folder}/template.txt, of the adapter continued" in done.out
+    assert f"template {first.folder}/template.txt, from the adapter to continue" in done.out
     other = [
         {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS[:4]
     ]

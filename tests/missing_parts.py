@@ -122,7 +122,7 @@ def train_and_trace() -> None:
     assert all(each.grad.isfinite().all() for each in model.parameters() if each.requires_grad)
 
     drawn = blueprint(model.config, torch.float32, LoraShape(4, 8, 0.0, "all-linear"))
-    with pytest.raises(UserError, match="does not show the operators that a model calls"):
+    with pytest.raises(UserError, match="does not allow tracing the operators that a model calls"):
         trace(drawn, forest, has_gradients=False)
 
 

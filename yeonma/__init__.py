@@ -1,4 +1,4 @@
-"""Yeonma: from a table of examples and a text template to a LoRA adapter, with proof of what it was trained on.
+"""Yeonma: fine-tunes a language model with LoRA on a table of examples and a text template.
 
 For notebooks: `yeonma.sft(base_model=..., data_path=..., output_dir="OUT")`, then
 `yeonma.load("OUT").generate({"document": "..."})`. Importing this imports neither torch nor transformers.
@@ -28,17 +28,19 @@ _HOMES = {
 
 
 def sft(**settings: Any) -> Path:
-    """Fine-tune, with the settings of `yeonma sft` as keywords. Returns the adapter folder.
+    """Fine-tune on the answers in a table of examples. Keywords are the settings of `yeonma sft`. Returns the adapter
+    folder.
 
-    Raises UserError for every mistake that `yeonma sft` reports, and RuntimeError where one of several processes
-    failed (`nproc`). Ctrl-C and `time_limit` end it with a checkpoint and Stopped, which is a KeyboardInterrupt; the
-    same call goes on. A second Ctrl-C ends it at once.
+    Raises UserError for every mistake that `yeonma sft` reports, and RuntimeError if one of several processes (`nproc`)
+    failed. Ctrl-C and `time_limit` save a checkpoint and raise Stopped, a KeyboardInterrupt; the same call resumes the
+    run. A second Ctrl-C ends it at once.
     """
     return _train("sft", settings)
 
 
 def dpo(**settings: Any) -> Path:
-    """Learn from pairs, with the settings of `yeonma dpo` as keywords. Returns and raises as `sft`."""
+    """Fine-tune on preference pairs or labelled answers. Keywords are the settings of `yeonma dpo`. Returns and raises
+    as `sft`."""
     return _train("dpo", settings)
 
 
@@ -62,7 +64,7 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
 
 
 def load(adapter_dir: str | Path, **options: Any) -> Policy:
-    """An adapter folder on its base model, ready to be asked; options and errors as `yeonma.policy.load_policy`."""
+    """Load an adapter folder and its base model for generation. Options and errors as `yeonma.policy.load_policy`."""
     from yeonma.policy import load_policy
 
     return load_policy(adapter_dir, **options)
@@ -71,7 +73,7 @@ def load(adapter_dir: str | Path, **options: Any) -> Policy:
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    name = {"Loaded": "Policy"}.get(name, name)  # the name that a policy had before
+    name = {"Loaded": "Policy"}.get(name, name)  # earlier name
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

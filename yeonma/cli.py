@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"yeonma: {line}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        if not stopped.told and os.environ.get("RANK", "0") == "0":
+        if not stopped.printed and os.environ.get("RANK", "0") == "0":
             print(f"yeonma: {stopped}", file=sys.stderr)
         return stopped.status
     except ProcessLost as lost:

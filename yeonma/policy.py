@@ -1,6 +1,7 @@
-"""A model ready to use: a base with or without adapters, the way to its log-probabilities, and its faster kernels.
+"""A model ready to use: the base, its adapters, forest support and faster kernels.
 
-`build_policy` is the only way to one; `load_policy` builds one for an adapter folder. No other module patches models.
+`build_policy` builds one for training or generation, `load_policy` one for an adapter folder. No other module patches
+models.
 """
 
 from __future__ import annotations
@@ -47,47 +48,47 @@ from yeonma.model.source import BaseSource
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A model ready to be trained or asked; `build_policy` and `load_policy` make one.
+    """A model ready for training or generation; see `build_policy` and `load_policy`.
 
-    `dataclasses.replace(policy, adapter_weights=False)` is the base alone, in the same memory.
+    `dataclasses.replace(policy, adapter_weights=False)` is the base without its adapter, and shares its memory.
     """
 
     model: Any
-    """A PeftModel; the transformers model itself where there is no adapter, or one that is merged into it."""
+    """A PeftModel, or the transformers model itself if there is no adapter or if it is merged."""
     source: BaseSource
     base: BaseIdentity
     support: ForestSupport
-    """Whether the model takes forests, and how to get log-probabilities."""
+    """Whether the model supports forests, and how its log-probabilities are computed."""
     kernels: KernelReport
-    """Which layers have faster forwards."""
+    """Which layers use faster kernels."""
     prompt_builder: PromptBuilder | None = None
-    """Turns rows into prompts; without one the policy is asked with token ids."""
+    """Turns rows into prompts. Without one, prompts must be token ids."""
     adapter_name: str = "default"
-    """Of several adapters the one that answers; see `adapter_names`."""
+    """PEFT's name of the adapter to use; see `adapter_names`."""
     adapter_weights: bool = True
-    """Whether the adapter takes part; False for the base alone."""
+    """Whether to use the adapter; False for the base alone."""
 
     @property
     def transformers_model(self) -> Any:
-        """The model without PEFT's wrapper; its layers hold the adapters."""
+        """The model without PEFT's wrapper. Its layers contain the adapters."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of the embedding."""
+        """The number of rows of the embedding."""
         rows: int = self.transformers_model.get_input_embeddings().weight.shape[0]
         return rows
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """This policy's adapter, or none, for as long as the block runs. Policies that share a base share its layers.
+        """Activates this policy's adapter, or none, within the block. Policies with one base share its layers.
 
-        Raises UserError where the base alone is wanted and the adapter is merged into it.
+        Raises UserError if `adapter_weights` is False and the adapter is merged into the base.
         """
         if self.model is self.transformers_model:
             builder = self.prompt_builder
             if not self.adapter_weights and builder is not None and builder.adapter.is_merged:
-                what, cure = "the adapter is merged into it", "ask the base model's adapter folder instead"
+                what, cure = "the adapter is merged into this model", "use the adapter's folder instead"
                 raise UserError(what, place=str(builder.adapter.path), cure=cure)
             yield
         elif not self.adapter_weights:
@@ -118,7 +119,7 @@ class Policy:
         on_answer: Callable[[int, Answer], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
-        """The answers to prompts of token ids, in their order. Callbacks and errors as
+        """Generates answers to prompts of token ids, in the order of the prompts. Callbacks and errors as
         `yeonma.generation.completion.generate`."""
         with self.active():
             return generate(
@@ -153,11 +154,12 @@ class Policy:
         batch_size: int = 8,
         **options: Any,
     ) -> str | list[str]:
-        """The answer to a row, or the answers to several: `policy.generate({"document": "..."})`.
+        """Generates the answer to one row, or a list of answers to several: `policy.generate({"document": "..."})`.
 
-        Rows need the template's prompt fields, by the columns of training or the template's own names. `options` are
-        those of `yeonma generate`: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed.
-        Raises UserError for rows that do not fit the template and for options that do not exist.
+        A row needs the template's prompt fields, under the column names of training or the template's own field names;
+        `columns` maps fields to other columns. `options` are those of `yeonma generate`: max_new_tokens, temperature,
+        top_p, top_k, repetition_penalty, seed. Raises UserError for rows that do not fit the template and for unknown
+        options.
         """
         settings = _answer_settings(options)
         rows = _rows([row] if isinstance(row, Mapping) else row)
@@ -166,23 +168,23 @@ class Policy:
         return answers[0] if isinstance(row, Mapping) else answers
 
     def complete(self, text: str, **options: Any) -> str:
-        """What the model writes after `text` as it stands, without the template. Options as for `generate`."""
+        """Continues a plain text, without the template. Options as for `generate`."""
         settings = _answer_settings(options)
         return self.answers([self.text_prompt(text, settings.max_new_tokens)], settings)[0]
 
     def prompt_ids(
         self, row: Mapping[str, object], *, columns: Columns = None, max_new_tokens: int = 128
     ) -> NDArray[np.int32]:
-        """The token ids that the model gets for a row: shape (tokens,), those of training."""
+        """The token ids of a row's prompt, the same as in training, of shape (tokens,)."""
         (prompt,) = self._builder().prompts(_rows([row]), columns, max_new_tokens=max_new_tokens)
         return prompt.token_ids
 
     def text_prompt(self, text: str, max_new_tokens: int, place: str = "prompt") -> Prompt:
-        """As `PromptBuilder.text_prompt`. Raises UserError also where the model has no room for so many tokens."""
+        """As `PromptBuilder.text_prompt`. Also raises UserError if prompt and answer exceed the model's context."""
         prompt = self._builder().text_prompt(text, place)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and len(prompt.token_ids) + max_new_tokens > limit:
-            what = f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones are more than the model's {limit}"
+            what = f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
             raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
         return prompt
 
@@ -195,14 +197,14 @@ class Policy:
         on_answer: Callable[[int, str], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The answers' texts in the order of the prompts, without what the template writes around an answer.
+        """Generates answers as text, in the order of the prompts, without the template's text around them.
 
-        `on_answer` gets each text with its prompt's index as soon as it is complete. `on_text`, for a single prompt,
-        gets the model's text piece by piece, with the template's own text after the answer if there is any.
+        `on_answer` is called with the prompt's index and the answer as soon as an answer is complete. `on_text`, for a
+        single prompt, is called with each new piece of text, which may include the template's text after the answer.
         """
         builder = self._builder()
 
-        def answered(index: int, answer: Answer) -> None:
+        def call_on_answer(index: int, answer: Answer) -> None:
             if on_answer is not None:
                 on_answer(index, prompts[index].answer(answer.text))
 
@@ -211,21 +213,23 @@ class Policy:
             builder.tokenizer,
             SamplingParams.of(settings, builder.stop_ids),
             batch_size=batch_size,
-            on_answer=answered,
+            on_answer=call_on_answer,
             on_text=on_text,
         )
         return [prompt.answer(answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def with_adapters(self, folders: Sequence[str]) -> Policy:
-        """The same base in memory with other adapters, or with none. This policy's own come off: use it no more."""
-        inner = self.transformers_model
-        inner.set_attn_implementation(self.support.plain_attention)
-        base = inner if self.model is inner else self.model.unload()
-        return _put_together(base, self.source, folders, PLAIN)
+        """Replaces the adapters by those in `folders`, which may be empty, and keeps the base in memory. Do not use the
+        old policy afterwards."""
+        base = self.transformers_model
+        base.set_attn_implementation(self.support.plain_attention)
+        if self.model is not base:
+            base = self.model.unload()
+        return _assemble(base, self.source, folders, PLAIN)
 
     def _builder(self) -> PromptBuilder:
         if self.prompt_builder is None:
-            raise ValueError("this policy has no prompt builder; ask it with token ids")
+            raise ValueError("this policy has no prompt builder; use generate_from_ids")
         return self.prompt_builder
 
 
@@ -244,19 +248,19 @@ def build_policy(
     shard: bool = False,
     log: Log = lambda _: None,
 ) -> Policy:
-    """The base model with adapters on it, ready to use.
+    """Loads a base model, puts adapters on it and applies the kernels.
 
-    `adapters`: folders of adapters that share the base, of which the first is active (`adapter_names` has PEFT's names
-    of all), or the shape of a fresh adapter, drawn from `seed`. To train one adapter, `trainable`; `dropout` is its
-    LoRA dropout where it is another than it was trained with; `checkpointing`, `torch_compile` and `shard` are the
-    settings of these names.
+    `adapters`: folders of adapters of this base, of which the first is active (`adapter_names` gives their names in
+    PEFT), or the shape of a new adapter, initialised from `seed`. `trainable`: prepare the one adapter for training.
+    `dropout`: its LoRA dropout, by default the one in its config. `checkpointing`, `torch_compile` and `shard` are as
+    in the settings; `log` gets warnings about kernels.
 
-    Raises UserError for a base that cannot be loaded, an adapter of another base, target modules that do not exist, and
-    kernels that cannot be compiled.
+    Raises UserError if the base cannot be loaded, if an adapter belongs to another base, if target modules do not
+    exist, and if kernels cannot be compiled.
     """
     kernels = pick_kernels(torch_compile, device, dtype, log)
     base = load.load_base(source, None if shard else device, dtype, quantization)
-    return _put_together(
+    return _assemble(
         base,
         source,
         adapters,
@@ -270,11 +274,11 @@ def build_policy(
 
 
 def adapter_names(count: int) -> list[str]:
-    """The names that PEFT has for so many adapters on one base."""
+    """PEFT's names of `count` adapters on one base."""
     return [f"adapter{number}" if number else "default" for number in range(count)]
 
 
-def _put_together(
+def _assemble(
     base: Any,
     source: BaseSource,
     adapters: Sequence[str] | load.LoraShape,
@@ -296,13 +300,13 @@ def _put_together(
         first, *others = adapters
         model = load.load_adapter(base, first, trainable=trainable, dropout=dropout)
         for folder, name in zip(others, adapter_names(len(adapters))[1:], strict=True):
-            load.load_another(model, folder, name)
+            load.load_additional_adapter(model, folder, name)
         if not trainable:
             model.eval()
     if shard_on is not None:
         shard_weights(base, shard_on)
         load.check_finite(base, source.name)
-    support = check_forest_support(base)  # with the adapter in place: it may sit on the head
+    support = check_forest_support(base)  # after the adapter, which may change the head
     if checkpointing:
         load.checkpoint_activations(base, checkpointing)
     report = patch_kernels(base, kernels, support=support, trim_last=trainable)
@@ -319,22 +323,21 @@ def load_policy(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """An adapter on its base model, in eval mode.
+    """Loads an adapter and its base model for generation, in eval mode.
 
-    `adapter`: its folder (or a checkpoint in it), or what `open_prompt_builder` returned for one; then `base_model` and
-    `trust_remote_code` play no part.
+    `adapter`: an adapter folder or a checkpoint, or the result of `open_prompt_builder`, in which case `base_model` and
+    `trust_remote_code` are ignored. `quantization`: auto uses that of training. `adapter_weights`: False loads the base
+    alone. `base_model`: where the base is now, if it has moved since training.
 
-    `quantization` auto holds the base as training did. `base_model` is needed only where the base is no longer where
-    it was trained from.
-    Raises UserError for a folder that is no adapter folder, and for a base that is missing or another one.
+    Raises UserError if the folder is not an adapter folder, or if the base is missing or another model.
     """
     builder = adapter
     if not isinstance(builder, PromptBuilder):
         builder = open_prompt_builder(builder, base_model=base_model, trust_remote_code=trust_remote_code)
-    source, on = builder.source, load.pick_device(device)
+    source, target = builder.source, load.pick_device(device)
     try:
         base = load.load_base(
-            source, on, load.pick_dtype(dtype, on), quantization_for(quantization, builder.adapter)
+            source, target, load.pick_dtype(dtype, target), quantization_for(quantization, builder.adapter)
         )
     except UserError as error:
         if Path(source.name).is_dir():
@@ -343,8 +346,8 @@ def load_policy(
         problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
         raise UserError(problems) from error
     adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
-    policy = _put_together(base, source, adapters, PLAIN)
-    # called directly, as a notebook may do, the model computes what transformers and PEFT would
+    policy = _assemble(base, source, adapters, PLAIN)
+    # a direct call of the model, as in a notebook, should compute what transformers and PEFT do
     policy.transformers_model.set_attn_implementation(policy.support.plain_attention)
     return replace(policy, prompt_builder=builder, adapter_weights=adapter_weights)
 
@@ -372,15 +375,15 @@ def blueprint(
     quantization: Quantization = "none",
     by_device: bool = False,
 ) -> Blueprint:
-    """The policy that a run will train, without weights (on the meta device), for `yeonma.model.memory_trace.trace`.
+    """The model that a run will train, on the meta device without weights, for `yeonma.model.memory_trace.trace`.
 
-    `lora`: a fresh adapter's shape, or the folder of an adapter to continue. `device`: what the run will be on, the
-    CPU by default. `by_device`: fp8 is multiplied by the device's own products. Draws no random numbers.
+    `lora`: the shape of a new adapter, or the folder of an adapter to continue. `device`: the device of the run, by
+    default the CPU. `by_device`: whether that device multiplies fp8 natively. Uses no random numbers.
 
-    Raises UserError for target modules that the model does not have.
+    Raises UserError if the model does not have the target modules.
     """
-    load.keep_the_console_clean()
-    config = deepcopy(config)  # a model writes its precision and attention into its config
+    load.hide_loading_noise()
+    config = deepcopy(config)  # building a model writes its dtype and attention into the config
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

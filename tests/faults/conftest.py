@@ -1,4 +1,4 @@
-"""What the tests of faults share: a base model, files, and whole runs that must be refused, or go on."""
+"""Fixtures of the fault tests: a base model, files, and complete runs that must be refused or succeed."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ Accepted = Callable[..., "Taken"]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder in order; its tokenizer has one token a character and no chat template."""
+    """A valid model folder. Its tokenizer has one token per character and no chat template."""
     return model_folder(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="session")
 def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another, whose tokenizer knows every text and has a chat template."""
+    """Another one, whose tokenizer encodes any text and has a chat template."""
     return tiny_base(tmp_path_factory.mktemp("models") / "chat", byte_level())
 
 
 @pytest.fixture(scope="session")
 def saver() -> Iterator[Workshop]:
-    """A process whose children save and train, to be watched, ended, or given little room."""
+    """A process whose children save and train, to be traced, killed, or limited in disk space."""
     with workshop() as place:
         yield place
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a file, in a folder that is made where it is not there."""
+    """Writes a file, and creates its folder if needed."""
 
     def write_file(name: str, content: str | bytes) -> Path:
         path = tmp_path / name
@@ -60,7 +60,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The bases whose weights are read from now on."""
+    """Records the bases whose weights are read."""
     names: list[str] = []
     read = load.load_base
 
@@ -73,7 +73,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None] | None:
-    """Every file's content and every folder; None where there is no such folder."""
+    """The content of every file, and every folder; None if the folder does not exist."""
     if not folder.exists():
         return None
     return {
@@ -84,9 +84,9 @@ def everything_in(folder: Path) -> dict[str, bytes | None] | None:
 
 @pytest.fixture
 def refused(tmp_path: Path, base: Path, loaded: list[str]) -> Refused:
-    """A run that must be refused as the user's mistake: gives the lines of the message, without `tmp_path` in them.
+    """Starts a run that must end with a UserError. Returns the lines of the message, without `tmp_path` in them.
 
-    Each line has a cure. Weights are not read (but with `reads_weights`), and the output folder is as before.
+    Each line must have a cure. Weights are not read (except with `reads_weights`). The output folder does not change.
     """
 
     def run_it(data: str | Path, *, reads_weights: bool = False, **settings: object) -> list[str]:
@@ -111,41 +111,41 @@ def refused(tmp_path: Path, base: Path, loaded: list[str]) -> Refused:
 
 @dataclass(frozen=True)
 class Taken:
-    """A run that has gone through, and what it was trained on."""
+    """A run that succeeded, and what it was trained on."""
 
     done: Done
     prepared: Prepared
 
     @property
     def texts(self) -> list[tuple[str, str]]:
-        """Each training example as text: up to its last answer, and that answer with its end token."""
+        """Each training example as two texts: all before its last answer, and that answer with its end token."""
         store, tokenizer = self.prepared.dataset.train.store, self.prepared.tokenizer
-        found = [store[int(position)] for position in self.prepared.dataset.train.positions]
+        examples = [store[int(position)] for position in self.prepared.dataset.train.positions]
         return [
             (tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:]))
-            for ids, length in ((each.token_ids.tolist(), each.prompt_length) for each in found)
+            for ids, length in ((example.token_ids.tolist(), example.prompt_length) for example in examples)
         ]
 
 
 @pytest.fixture
 def accepted(tmp_path: Path, chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> Accepted:
-    """A run of one step, on `chat_base` unless another is named, that must go through."""
-    found: list[Prepared] = []
+    """A run of one step that must succeed, on `chat_base` by default."""
+    all_prepared: list[Prepared] = []
     prepare = run.prepare
 
     def noted(*arguments: Any) -> Prepared:
-        found.append(prepare(*arguments))
-        return found[-1]
+        all_prepared.append(prepare(*arguments))
+        return all_prepared[-1]
 
     monkeypatch.setattr(run, "prepare", noted)
 
     def run_it(data: str | Path, **settings: object) -> Taken:
-        number = len(found)
-        wanted: dict[str, object] = {"base_model": chat_base, "max_steps": 1, **settings}
-        output = Path(str(wanted.pop("output_dir", tmp_path / f"taken-{number}")))
-        done = sft(output, Path(str(wanted.pop("base_model"))), data, **wanted)  # type: ignore[arg-type]
+        number = len(all_prepared)
+        keywords: dict[str, object] = {"base_model": chat_base, "max_steps": 1, **settings}
+        output = Path(str(keywords.pop("output_dir", tmp_path / f"taken-{number}")))
+        done = sft(output, Path(str(keywords.pop("base_model"))), data, **keywords)  # type: ignore[arg-type]
         assert done.status == 0, done.err
         assert (output / "adapter_model.safetensors").is_file()
-        return Taken(done, found[number])
+        return Taken(done, all_prepared[number])
 
     return run_it

@@ -1,8 +1,8 @@
-"""What a power cut could still take, followed through a trace, and whether anything relied on it.
+"""Follows a trace to find out what a power failure could still lose, and whether anything relied on it.
 
-Content that was written is safe once its file is flushed; a name that was made or changed, once the folder that holds
-it is. A removal that is lost leaves more than was meant, which the next run deletes: it does not count. Names that
-begin with a dot are of things that nobody reads as whole.
+Written content is safe once its file is synced; a new or changed name, once its folder is synced. A lost removal does
+not count, because the next run repeats it. Names that begin with a dot belong to incomplete files, which no reader
+trusts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GOING = re.compile(r"\.checkpoint-\d+\.removed")
 
 
 class Unsafe:
-    """Files whose content, and paths whose name, are not flushed."""
+    """Files whose content, and paths whose names, are not synced yet."""
 
     def __init__(self) -> None:
         self.contents: set[PurePath] = set()
@@ -57,16 +57,16 @@ class Unsafe:
 
 
 def opened(call: Call) -> PurePath:
-    found = OPENED.match(call.text)
-    assert found is not None, call
-    return PurePath(found["path"])
+    match = OPENED.match(call.text)
+    assert match is not None, call
+    return PurePath(match["path"])
 
 
 def named(call: Call) -> list[PurePath]:
-    """The paths in a call's arguments, whole."""
+    """The full paths in a call's arguments."""
     arguments = call.text.rpartition(")")[0]
     return [
-        PurePath(os.path.join(found["folder"] or "", found["path"])) for found in NAMED.finditer(arguments)
+        PurePath(os.path.join(match["folder"] or "", match["path"])) for match in NAMED.finditer(arguments)
     ]
 
 
@@ -77,15 +77,15 @@ def is_hidden(path: PurePath, output: PurePath) -> bool:
 
 
 def breaches(calls: Sequence[Call], output: PurePath) -> list[str]:
-    """Where a run's calls break the order: file, folder, rename, parent."""
-    unsafe, found = Unsafe(), []
+    """Violations of the order file, folder, rename, parent in a run's calls."""
+    unsafe, problems = Unsafe(), []
     for call in calls:
         if FAILED.search(call.text):
             continue
-        found += [f"{call.name} {call.text}: {what}" for what in _relied_on(call, unsafe, output)]
+        problems += [f"{call.name} {call.text}: {what}" for what in _relied_on(call, unsafe, output)]
         unsafe.follow(call)
     left = sorted(path for path in unsafe.all() if not is_hidden(path, output))
-    return found + [f"{path} is not safe at the end" for path in left]
+    return problems + [f"{path} is not safe at the end" for path in left]
 
 
 def _relied_on(call: Call, unsafe: Unsafe, output: PurePath) -> Iterator[str]:

@@ -1,14 +1,14 @@
-"""`python -m tests.faults.kills`: real runs, killed at random moments, end with the bytes of whole ones.
+"""`python -m tests.faults.kills`: real runs that are killed at random moments end with the bytes of uninterrupted ones.
 
 Each run is the command line of `yeonma sft` or `yeonma dpo` in a process of its own, with dropout, evaluations, early
-stopping, checkpoints within epochs and rotation, half of them with an empty cache. It is sent a signal, the same
-command is given again, and so on up to six times; then it may end. Its folder must then equal that of a run that
-nobody touched, checkpoints included. Most processes are forked from this one, which has imported the libraries and
-computed nothing: as real to kill -9 as others, and ready at once. Every tenth is started from nothing.
+stopping, checkpoints within epochs and rotation, half of them with an empty cache. The run gets a signal and is started
+again, up to six times, and then runs to its end. Its folder must then equal that of an uninterrupted run, checkpoints
+included. Most processes are forked from this one, which has imported the libraries and computed nothing. They are as
+real to kill -9 as others, and start at once. Every tenth process starts a new interpreter.
 
-A kill counts as one during a save where the hidden folder of a checkpoint that is written, replaced or removed is
-still there afterwards; another signal, where it is there when the signal is sent. Nothing in the program knows of any
-of this.
+A kill counts as one during a save if the hidden folder of a checkpoint that is being written, replaced or removed is
+still there afterwards; another signal, if the folder is there when the signal is sent. The program under test knows
+nothing of this.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ VERBS: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True)
 class Course:
-    """A command and what it leaves behind where nobody touches it."""
+    """A command, and the files of its uninterrupted run."""
 
     verb: str
     words: Sequence[str]
@@ -75,7 +75,7 @@ class Course:
 
 @dataclass
 class Tally:
-    """Signals that were sent, by what the run was doing; runs that came to their end, and what was wrong."""
+    """Counts of signals by what the run was doing, of finished runs, and the differences found."""
 
     signals: Counter[str] = field(default_factory=Counter)
     runs: int = 0
@@ -90,14 +90,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Process:
-    """A run's process, forked or started. `wait` gives its status, negative for a signal; None where it still runs."""
+    """A run's process. `wait` returns its status, negative for a signal, or None if it still runs."""
 
     pid: int
     wait: Callable[[bool], int | None]
 
 
 def warm() -> None:
-    """Import what a run imports, and use none of it: a fork must find no threads."""
+    """Imports what a run imports without using it, because a fork must find no threads."""
     import peft  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
@@ -107,7 +107,7 @@ def warm() -> None:
 def forked(
     words: Sequence[str], place: Path, cache: Path, before: Callable[[], object] = lambda: None
 ) -> Process:
-    """`yeonma` with these words in a child of this process, in the folder `place`; what it calls `before`."""
+    """Runs `yeonma` with these words in a child of this process, in the folder `place`, after calling `before`."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -132,14 +132,14 @@ def forked(
             os._exit(status)
 
     def wait(block: bool) -> int | None:
-        found, status = os.waitpid(pid, 0 if block else os.WNOHANG)
-        return os.waitstatus_to_exitcode(status) if found else None
+        ended, status = os.waitpid(pid, 0 if block else os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if ended else None
 
     return Process(pid, wait)
 
 
 def started(words: Sequence[str], place: Path, cache: Path) -> Process:
-    """The same with an interpreter of its own."""
+    """The same, with a new interpreter."""
     environment = {**os.environ, "YEONMA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     with (place / "log.txt").open("ab") as log:
         child = subprocess.Popen(
@@ -157,15 +157,15 @@ def left_behind(output: Path, checkpoints: bool) -> dict[str, Any]:
     """Every file's bytes; metrics.jsonl as lines, without times and memory, and without its sum."""
     from tests.runs import untimed
 
-    found: dict[str, Any] = {
+    contents: dict[str, Any] = {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
         if path.is_file() and (checkpoints or path.parent == output)
     }
-    lines = untimed(found["metrics.jsonl"])
-    sums = json.loads(found["manifest.json"])
+    lines = untimed(contents["metrics.jsonl"])
+    sums = json.loads(contents["manifest.json"])
     sums["sha256"].pop("metrics.jsonl")
-    return {**found, "metrics.jsonl": [json.dumps(line) for line in lines], "manifest.json": sums}
+    return {**contents, "metrics.jsonl": [json.dumps(line) for line in lines], "manifest.json": sums}
 
 
 def in_save(output: Path) -> bool:
@@ -177,7 +177,7 @@ def in_save(output: Path) -> bool:
 
 
 def phase(output: Path, steps: int) -> str:
-    """What a process was doing that has just been ended, by what it left."""
+    """What a killed process was doing, judged by the files that it left."""
     if in_save(output):
         return "in a save"
     try:
@@ -207,7 +207,7 @@ def prepare(place: Path) -> dict[str, list[str]]:
 
 
 def in_child(function: Callable[[], object]) -> Any:
-    """What a function gives, computed in a fork, so that this process starts no threads. As JSON."""
+    """The result of a function as JSON, computed in a fork, so that this process starts no threads."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -225,7 +225,7 @@ def in_child(function: Callable[[], object]) -> Any:
 
 
 def reference(verb: str, words: Sequence[str], place: Path, checkpoints: bool) -> Course:
-    """The run that nobody touches."""
+    """The uninterrupted run."""
     place.mkdir()
     began = monotonic()
     status = forked(words, place, place / "cache").wait(True)
@@ -239,7 +239,7 @@ def reference(verb: str, words: Sequence[str], place: Path, checkpoints: bool) -
 
 
 def moment(process: Process, output: Path, course: Course, aim: bool, draw: random.Random) -> bool:
-    """Wait for a random moment, of one of the next saves where `aim`; false where the process ended before it."""
+    """Waits for a random moment, with `aim` during one of the next saves. False if the process ended before it."""
     if not aim:
         until = monotonic() + draw.uniform(0, course.seconds)
         while monotonic() < until:
@@ -263,7 +263,7 @@ def moment(process: Process, output: Path, course: Course, aim: bool, draw: rand
 def one_run(
     course: Course, place: Path, tally: Tally, number: signal.Signals, most: int, draw: random.Random
 ) -> None:
-    """One run from nothing to its end, with up to `most` signals."""
+    """One run from start to end, with up to `most` signals."""
     output, cache = place / "out", place / ("cache" if draw.random() < 0.5 else "../shared-cache")
     place.mkdir()
     for left in range(draw.randint(1, MOST_KILLS_A_RUN), -1, -1):
@@ -292,8 +292,8 @@ def one_run(
     if status != 0:
         tally.failures.append(f"{course.verb} in {place}: status {status}\n{log}")
         return
-    found = left_behind(output, number == signal.SIGKILL)
-    different = [name for name in {*found, *course.whole} if found.get(name) != course.whole.get(name)]
+    contents = left_behind(output, number == signal.SIGKILL)
+    different = [name for name in {*contents, *course.whole} if contents.get(name) != course.whole.get(name)]
     if different:
         tally.failures.append(f"{course.verb} in {place}: {', '.join(sorted(different))}\n{log}")
 
@@ -301,7 +301,7 @@ def one_run(
 def kill(
     place: Path, verbs: Sequence[str], kills: int, number: signal.Signals, draw: random.Random
 ) -> dict[str, Tally]:
-    """So many signals for each verb, at least half of them in a save. `place` is an empty folder."""
+    """Sends the signals to runs of each verb, at least half of them during a save. `place` is an empty folder."""
     warm()
     commands = in_child(lambda: prepare(place))
     tallies: dict[str, Tally] = {}
@@ -322,14 +322,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="drawn, and printed, where it is not given")
     parser.add_argument("--signal", choices=["KILL", "TERM", "INT"], default="KILL")
     parser.add_argument("--verbs", nargs="*", choices=VERBS, default=list(VERBS))
-    asked = parser.parse_args()
-    seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
+    arguments = parser.parse_args()
+    seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     began = monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        each = -(-asked.kills // len(asked.verbs))
-        number = signal.Signals[f"SIG{asked.signal}"]
-        tallies = kill(Path(folder), asked.verbs, each, number, random.Random(seed))
+        kills_per_verb = -(-arguments.kills // len(arguments.verbs))
+        number = signal.Signals[f"SIG{arguments.signal}"]
+        tallies = kill(Path(folder), arguments.verbs, kills_per_verb, number, random.Random(seed))
     for failure in (failure for tally in tallies.values() for failure in tally.failures):
         print(failure, file=sys.stderr)
     lines = {
@@ -343,7 +343,7 @@ def main() -> int:
         }
         for verb, tally in tallies.items()
     }
-    summary = {"seed": seed, "signal": asked.signal, "seconds": round(monotonic() - began, 1), **lines}
+    summary = {"seed": seed, "signal": arguments.signal, "seconds": round(monotonic() - began, 1), **lines}
     print(f"kills: {json.dumps(summary)}")
     return 1 if any(tally.failures for tally in tallies.values()) else 0
 

@@ -1,4 +1,4 @@
-"""A file system of so many bytes that only one process and its children see, and how to fill it."""
+"""A small file system that only one process and its children see, and ways to fill it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def mount_small(place: Path, options: str) -> str:
 
 
 def take_bytes(place: Path, leave: int) -> None:
-    """Fill the file system but for so many bytes."""
+    """Fills the file system except for `leave` bytes."""
     about = os.statvfs(place)
     with (place / "hog").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, about.f_bavail * about.f_frsize - leave)
 
 
 def take_names(place: Path, leave: int) -> None:
-    """Make files until the file system takes only `leave` more; their bytes are nothing."""
+    """Creates empty files until the file system accepts only `leave` more."""
     hogs = place / "hogs"
     hogs.mkdir()
     for number in count():

@@ -1,8 +1,8 @@
-"""A process that saves: it imports everything once, then forks a child for each job, for a tracer to watch or kill.
+"""A process that imports everything once and then forks a child for each job, which saves while a tracer watches it.
 
-Run by tests/faults/tracing.py with one end of a socket pair as its standard input. A job is a line of JSON; the child
-sends its process id, waits for a byte before it begins, sends what it has done as it goes, and what came of it. All of
-it goes through the socket, so that the child's writes, renames and the like are those of the work alone.
+tests/faults/tracing.py runs it with one end of a socket pair as its standard input. A job is a line of JSON. The child
+sends its process id, waits for a byte, and reports its progress and result. All of that goes through the socket, so
+that the child's writes and renames are those of the job alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 
 # All that a run imports on its way, so that no child reads modules where a tracer counts what is opened.
 import datasets  # noqa: F401
-import matplotlib.backends.backend_agg  # noqa: F401
 import peft  # noqa: F401
 import torch
 from transformers import get_scheduler  # noqa: F401
@@ -54,7 +53,7 @@ PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, -1
 
 
 class Saver:
-    """A tiny model with an adapter, its tokenizer and template, and the calls that a run makes of them."""
+    """A tiny model with an adapter, its tokenizer and template, and the calls of a run that save them."""
 
     def __init__(self) -> None:
         base = tiny_model("llama")
@@ -71,10 +70,12 @@ class Saver:
             trust_remote_code=False,
             trained_on={},
         )
-        self.parameters = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self.parameters = {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
 
     def _adapter(self, value: float) -> AdapterWriter:
-        """All its weights are `value`, by which a reader knows what was saved."""
+        """An adapter whose weights are all `value`, so that a reader knows which one was saved."""
         with torch.no_grad():
             for parameter in self.parameters.values():
                 parameter.fill_(value)
@@ -98,11 +99,11 @@ class Saver:
         """What a run does with its folder before the first step."""
         with hold(output, lambda _: None):
             recover(output)
-            found = newest_whole(output, lambda _: None)
-            folder.begin(output, IDENTITY, "seed: 1\n", folder.Start(*found or ()))
+            newest = newest_whole(output, lambda _: None)
+            folder.begin(output, IDENTITY, "seed: 1\n", folder.Start(*newest or ()))
 
     def begin_at(self, output: Path, step: int) -> None:
-        """The same, from a checkpoint that was named."""
+        """The same, from a named checkpoint."""
         with hold(output, lambda _: None):
             recover(output)
             place = checkpoint.checkpoint_path(output, step)
@@ -110,10 +111,10 @@ class Saver:
             folder.begin(output, IDENTITY, "seed: 1\n", start)
 
     def finish(self, output: Path, value: float) -> None:
-        """What it does after the last one."""
+        """What a run does after the last step."""
         folder.install(output, self._adapter(value))
         folder.seal(output)
-        folder.mark(output, IDENTITY, finished=True)
+        folder.write_run_json(output, IDENTITY, finished=True)
 
     def unpickle(self, output: Path) -> None:
         forbid_pickle()
@@ -125,7 +126,7 @@ class Saver:
 
 
 def work(saver: Saver, job: dict[str, Any], say: Callable[..., None]) -> str:
-    """Empty where all went well; else the message of the user's mistake."""
+    """Empty if the job succeeded, else the message of the UserError."""
     output = Path(job["output"])
     try:
         with disk_errors_as_user_errors(output, "the run's files"):  # as run_training does
@@ -138,7 +139,7 @@ def work(saver: Saver, job: dict[str, Any], say: Callable[..., None]) -> str:
 
 
 def command(job: dict[str, Any], say: Callable[..., None]) -> None:
-    """`yeonma` with the job's words; its exit status is the process's. Before a step it may do something else."""
+    """Runs `yeonma` with the job's words and exits with its status. A job may name something to do before a step."""
     number = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(number, 1)
     os.dup2(number, 2)
@@ -159,7 +160,7 @@ def command(job: dict[str, Any], say: Callable[..., None]) -> None:
 
 
 def before_step(step: int, name: str, *arguments: Any) -> None:
-    """Call a function below when the run comes to this step, counted from its start."""
+    """Calls a function of this file when the run reaches a step, counted from its start."""
     train_step, steps = loop.train_step, count(1)
 
     def noted(*its: Any) -> Any:
@@ -171,7 +172,7 @@ def before_step(step: int, name: str, *arguments: Any) -> None:
 
 
 def pause(say: Callable[..., None]) -> None:
-    """Stay until killed."""
+    """Waits to be killed."""
     say(paused=True)
     while True:
         signal.pause()
@@ -205,7 +206,7 @@ def in_small_room(job: dict[str, Any], say: Callable[..., None]) -> None:
 
 
 def forbid_pickle() -> None:
-    """From now on, whatever is unpickled or pickled in this process is a bug with a traceback."""
+    """Makes any pickling or unpickling in this process raise an error."""
 
     def refuse(*arguments: Any, **keywords: Any) -> Any:
         raise AssertionError("something was pickled or unpickled")
@@ -218,7 +219,7 @@ def forbid_pickle() -> None:
 
 
 def child(saver: Saver, job: dict[str, Any], line: socket.socket) -> None:
-    """Does the job, and ends the process."""
+    """Does the job and exits."""
 
     def say(**what: object) -> None:
         line.sendall(json.dumps(what).encode() + b"\n")

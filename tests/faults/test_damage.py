@@ -1,4 +1,4 @@
-"""Every file of a checkpoint and of a run's folder cut short, changed by a bit, zeroed and deleted."""
+"""Every file of a checkpoint and of a run's folder is truncated, changed by a bit, zeroed and deleted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> D
 
 @pytest.fixture
 def stopped(tmp_path: Path, whole: Done) -> Path:
-    """The folder of a run that was killed before its end: all checkpoints are there, and it is not marked finished."""
+    """The folder of a run that was killed just before its end, with all checkpoints but not marked as finished."""
     output = Path(shutil.copytree(whole.folder, tmp_path / "out"))
     run = output / "run.json"
     run.write_text(run.read_text("utf-8").replace('"finished": true', '"finished": false'), encoding="utf-8")
@@ -64,13 +64,13 @@ def test_each_file_of_a_checkpoint_is_missed_and_named(stopped: Path, way: str) 
         else:  # such as the chat template of a base that has none
             path.write_bytes(b"x")
         said: list[str] = []
-        found = newest_whole(stopped, said.append)
-        assert found is not None
-        assert found[0].name == "checkpoint-4"
+        newest = newest_whole(stopped, said.append)
+        assert newest is not None
+        assert newest[0].name == "checkpoint-4"
         (line,) = said
-        assert line.startswith("passing over checkpoint-6, which is damaged: ")
+        assert line.startswith("skipping checkpoint-6, which is damaged: ")
         if path.name != "manifest.json":  # whose damage may be in the sum or the name of another file
-            why = "it is missing" if way == "delete" else "its SHA-256 is not the manifest's"
+            why = "it is missing" if way == "delete" else "its SHA-256 differs from the manifest's"
             assert f"checkpoint-6/{path.name}: {why}" in line
         path.write_bytes(content)
     assert newest_whole(stopped, print) is not None
@@ -83,7 +83,8 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(
     done = trained(stopped, base, data, **SETTINGS)
     where = f"{stopped}/checkpoint-6/optimizer.safetensors"
     assert (
-        f"passing over checkpoint-6, which is damaged: {where}: its SHA-256 is not the manifest's" in done.out
+        f"skipping checkpoint-6, which is damaged: {where}: its SHA-256 differs from the manifest's"
+        in done.out
     )
     assert "continuing after step 4 of 6" in done.out
     assert left_behind(stopped) == left_behind(whole.folder)
@@ -96,8 +97,8 @@ def test_where_all_are_damaged_nothing_is_deleted(stopped: Path, base: Path, dat
     before = everything_in(stopped)
     done = sft(stopped, base, data, **SETTINGS)
     assert done.status == 2
-    assert [f"passing over {name}" in done.out for name in names] == [True] * 3
-    assert f"none of its checkpoints is whole ({', '.join(names)})" in done.err
+    assert [f"skipping {name}" in done.out for name in names] == [True] * 3
+    assert f"all of its checkpoints are damaged ({', '.join(names)})" in done.err
     assert "--resume_from_checkpoint none" in done.err
     assert everything_in(stopped) == before
 

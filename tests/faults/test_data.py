@@ -1,6 +1,5 @@
-"""What can be wrong with the data, by the numbers of the list of faults: its bytes, its form, its files.
-
-What can be wrong within rows that were read is in test_data_rows.py.
+"""Faults of the data, by their numbers in the list of faults: bytes, formats, files. Faults within rows are in
+test_data_rows.py.
 """
 
 from __future__ import annotations

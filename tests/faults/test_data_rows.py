@@ -1,4 +1,4 @@
-"""What can be wrong within the rows, by the numbers of the list of faults."""
+"""Faults within rows, by their numbers in the list of faults."""
 
 from __future__ import annotations
 

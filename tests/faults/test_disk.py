@@ -1,4 +1,4 @@
-"""A disk that is full or fills up, a folder that cannot be written, two runs on one folder: real ones."""
+"""A full disk, a disk that fills up, an unwritable folder, two runs in one folder: all real."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """A run that nothing came in the way of."""
+    """An undisturbed run."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
 
@@ -39,7 +39,7 @@ class Room:
 
     def __init__(self, saver: Workshop, place: Path, base: Path, data: Path) -> None:
         self.saver, self.place, self.base, self.data = saver, place, base, data
-        self.room, self.kept = place / "room", place / "kept"
+        self.room, self.copies = place / "room", place / "kept"
         self.room.mkdir()
         self.output = self.room / "out"
 
@@ -56,8 +56,8 @@ class Room:
         }
 
     def do(self, options: str, *runs: dict[str, Any]) -> list[int]:
-        """Exit statuses of one run after the other. Before each, the room that others took is free again."""
-        job = {"room": str(self.room), "options": options, "keep": str(self.kept), "jobs": list(runs)}
+        """Exit statuses of consecutive runs. Before each, the space that others took is free again."""
+        job = {"room": str(self.room), "options": options, "keep": str(self.copies), "jobs": list(runs)}
         self.saver.take(job)
         said = self.saver.go_on("ended")
         if "skip" in said:
@@ -82,19 +82,19 @@ def test_a_run_that_will_not_fit_is_told_before_it_begins(small: Room) -> None:
     assert statuses == [2]
     place, what, cure = line.partition(": ")[0], *line.partition(": ")[2].split("; ")
     assert place == f"output_dir {small.output}"
-    told = re.fullmatch(
+    match = re.fullmatch(
         r"the run needs ([\d,]+) bytes here \(([\d,]+) checkpoints of ([\d,]+) at once, and the adapter\), "
         r"and ([\d,]+) are free",
         what,
     )
-    assert told is not None, what
-    needed, count, each, free = (int(number.replace(",", "")) for number in told.groups())
+    assert match is not None, what
+    needed, count, checkpoint_bytes, free = (int(number.replace(",", "")) for number in match.groups())
     assert count == 5
-    assert needed > count * each > free
+    assert needed > count * checkpoint_bytes > free
     assert 3 * MEGABYTE - 100_000 < free <= 3 * MEGABYTE
     assert "make room" in cure and "--save_total_limit" in cure
     assert "parameters trained" not in (small.place / "log-0").read_text()  # the weights were not read
-    assert not (small.kept / "0").exists() or list((small.kept / "0").iterdir()) == []
+    assert not (small.copies / "0").exists() or list((small.copies / "0").iterdir()) == []
 
 
 FULL = {
@@ -110,7 +110,7 @@ FULL = {
 
 @pytest.mark.parametrize("of", FULL)
 def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -> None:
-    """No room for bytes, which a look shows, or none for another file, which only the system's refusal does."""
+    """No space for bytes, which can be seen in advance, or none for another file, which only a failing call shows."""
     takes, leave, what = FULL[of]
     before_step = [4, takes, str(small.room), leave]
     statuses = small.do("size=16m,nr_inodes=400", small.run(0, before_step=before_step), small.run(1))
@@ -119,17 +119,17 @@ def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -
     assert re.search(what, line), line
     assert "make room or lower --save_total_limit" in line
     assert "then run the same command to continue from the last checkpoint" in line
-    stopped = small.kept / "0"
+    stopped = small.copies / "0"
     assert [path.name for path in checkpoints(stopped)] == ["checkpoint-2", "checkpoint-3"]
     assert [read_whole(path).step for path in checkpoints(stopped)] == [2, 3]
     assert [path.name for path in stopped.iterdir() if path.name.startswith(".")] == []
     assert small.errors(1) == []
     assert "continuing after step 3 of 10" in (small.place / "log-1").read_text()
-    assert left_behind(small.kept / "1", small.room) == left_behind(whole.folder)
+    assert left_behind(small.copies / "1", small.room) == left_behind(whole.folder)
 
 
 def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
-    """What was saved stays; a line that was written in part is cut off when the run goes on."""
+    """Saved checkpoints stay. The resumed run removes an incomplete line."""
     settings = {**RUN_SETTINGS, "num_epochs": 10, "save_steps": 40}
     before_step = [41, "take_bytes", str(small.room), 0]
     runs = small.run(0, before_step, settings), small.run(1, settings=settings)
@@ -141,10 +141,10 @@ def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
     assert line.endswith(
         "0 are free; make room, then run the same command to continue from the last checkpoint"
     )
-    assert [path.name for path in checkpoints(small.kept / "0")] == ["checkpoint-40"]
+    assert [path.name for path in checkpoints(small.copies / "0")] == ["checkpoint-40"]
     assert "continuing after step 40 of 60" in (small.place / "log-1").read_text()
     plain = trained(tmp_path / "plain" / "out", small.base, small.data, **settings)
-    assert left_behind(small.kept / "1", small.room) == left_behind(plain.folder)
+    assert left_behind(small.copies / "1", small.room) == left_behind(plain.folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write anywhere")
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused, data:
 
 
 def test_a_file_system_that_is_read_only(small: Room) -> None:
-    """Also for the administrator."""
+    """Also for root."""
     assert small.do("size=16m,ro", small.run(0)) == [2]
     assert small.errors(0) == [f"{small.room}: cannot be written; give an output_dir that you may write to"]
     assert "parameters trained" not in (small.place / "log-0").read_text()
@@ -214,7 +214,7 @@ while turns:
 
 
 def test_no_two_processes_hold_a_folder_at_once(tmp_path: Path) -> None:
-    """Four of them, taking and leaving it as fast as they can; the lock's file comes and goes with each."""
+    """Four processes lock and release as fast as they can; the lock file appears and disappears with each."""
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", TAKING_TURNS, str(tmp_path / "out"), str(tmp_path / "inside"), "100"]
     processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""What can be wrong with the model's folder, by the numbers of the list of faults."""
+"""Faults of the model folder, by their numbers in the list of faults."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> D
 
 @pytest.fixture
 def model(tmp_path: Path, base: Path) -> Path:
-    """A copy of `base`, to be spoilt."""
+    """A copy of `base` to damage."""
     return Path(shutil.copytree(base, tmp_path / "model"))
 
 
 def change_json(path: Path, **changes: object) -> None:
-    """Set keys of a JSON file; None takes one out."""
+    """Sets keys of a JSON file; None removes one."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def in_shards(model: Path) -> list[Path]:
-    """The model's weights again, in several files."""
+    """The model's weights, rewritten in several files."""
     (model / "model.safetensors").unlink()
     tiny_model("llama").save_pretrained(model, max_shard_size="20KB")
     shards = sorted(model.glob("model-0*.safetensors"))
@@ -59,7 +59,7 @@ def test_fault_54_no_tokenizer(refused: Refused, data: Path, model: Path, left: 
         (model / name).unlink()
     (line,) = refused(data, base_model=model)
     assert line.startswith("model: cannot load the model's tokenizer (")
-    assert line.endswith("; give the folder of a whole model, with its tokenizer")
+    assert line.endswith("; give the folder of a complete model, with its tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_fault_54_a_tokenizer_that_is_none(refused: Refused, data: Path, model: 
 def test_fault_55_pickled_weights_alone(refused: Refused, data: Path, model: Path, name: str) -> None:
     torch.save(load_file(model / "model.safetensors"), model / name)
     (model / "model.safetensors").unlink()
-    cure = "load them once with transformers where you trust them and save_pretrained() to a new folder"
+    cure = "if you trust them, load them once with transformers and save_pretrained() to a new folder"
     what = "the weights are pickled (.bin), which can run code when loaded"
     assert refused(data, base_model=model) == [f"model: {what}; {cure}"]
 
@@ -98,7 +98,7 @@ def test_fault_56_an_adapter_of_peft_alone_on_another_base(
     other = model_folder(tmp_path / "other", "gpt2")
     (line,) = refused(data, base_model=other, adapter=alone, reads_weights=True)
     assert line == (
-        f"alone: the adapter was made for {base} and does not fit other; "
+        f"alone: the adapter was trained on {base} and does not fit other; "
         "give the base model that the adapter was trained on"
     )
 
@@ -137,7 +137,7 @@ def test_fault_59_a_tokenizer_larger_than_the_embedding(refused: Refused, data: 
     byte_level().save_pretrained(model)
     assert refused(data, base_model=model) == [
         f"model: the tokenizer has ids up to {len(byte_level()) - 1}, the model's embedding only 97 rows; "
-        "use the tokenizer that belongs to the model"
+        "use the model's own tokenizer"
     ]
 
 
@@ -202,7 +202,7 @@ def test_fault_63_code_that_comes_with_the_model(
     (model / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
     change_json(model / name, auto_map=auto_map)
     assert refused(data, base_model=model) == [
-        f"model/{name}: the model brings Python code of its own (auto_map); "
+        f"model/{name}: the model comes with its own Python code (auto_map); "
         "read that code, then give --trust_remote_code true"
     ]
     assert not ran.exists()
@@ -245,7 +245,7 @@ def test_fault_64_weights_that_are_no_numbers(
 
 
 def of_peft_alone(tuned: Done, folder: Path) -> Path:
-    """The adapter without what is ours."""
+    """The adapter as PEFT alone would save it."""
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tuned.folder / name, folder)
@@ -305,7 +305,7 @@ def test_several_faults_of_a_model_folder_come_together(refused: Refused, data: 
 
 
 def test_a_model_folder_that_is_none(tmp_path: Path, refused: Refused, data: Path, model: Path) -> None:
-    cure = "give the folder of a whole model"
+    cure = "give the folder of a complete model"
     (model / "model.safetensors").unlink()
     assert refused(data, base_model=model) == [f"model: the folder has no model.safetensors; {cure}"]
     (model / "config.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Nothing that a run writes is a pickle or holds one, and nothing that it reads is unpickled."""
+"""A run writes no pickles, alone or inside other files, and unpickles nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VERBS: dict[str, dict[str, object]] = {
 
 
 class Runs:
-    """The same run of a verb twice in a place of its own: whole, and killed in its fourth step and gone on with."""
+    """A run of a verb twice: uninterrupted, and killed in its fourth step and resumed."""
 
     def __init__(self, saver: Workshop, place: Path, verb: str) -> None:
         self.saver, self.place = saver, place
@@ -57,7 +57,7 @@ class Runs:
 
     @property
     def files(self) -> list[Path]:
-        """All that it has written, tokens and the reference's log-probabilities among them."""
+        """All files that it has written, including the token cache and the reference's log-probabilities."""
         return [
             path for name in ("out", "cache") for path in (self.place / name).rglob("*") if path.is_file()
         ]

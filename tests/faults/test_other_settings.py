@@ -1,4 +1,4 @@
-"""Every setting, changed in a command that is given again: refused where the result would differ, else accepted.
+"""Repeats a command with every setting changed: refused if the result would differ, else accepted.
 
 A setting that is not in the list fails the test.
 """
@@ -25,7 +25,7 @@ OTHER = "OTHER"
 
 @dataclass(frozen=True)
 class Change:
-    """Other settings, and what is said of them; None where they are accepted and the run is the same."""
+    """Changed settings and the expected message, or None if they are accepted and the run is the same."""
 
     settings: Mapping[str, object]
     said: str | None
@@ -150,9 +150,9 @@ class Place:
         rows = {"sft": articles(17), "sigmoid": pairs(17), "simpo": pairs(17), "kto": labelled(17)}
         self.rows = {
             name: write_jsonl(
-                place / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(each)]
+                place / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(values)]
             )
-            for name, each in rows.items()
+            for name, values in rows.items()
         }
         self.others: dict[str, dict[str, object]] = {
             "sft": {
@@ -177,7 +177,7 @@ class Place:
             values |= {"adapter": output, "output_dir": place / f"elsewhere-{verb}"}
 
     def again(self, verb: str, of: str, **changed: object) -> Done:
-        """The command of the finished run, with some other settings."""
+        """The command of the finished run with changed settings."""
         settings = {
             name: self.others[verb][name] if value is OTHER else value for name, value in changed.items()
         }
@@ -185,8 +185,8 @@ class Place:
         output = Path(str(settings.pop("output_dir", fixed["output_dir"])))
         base = Path(str(settings.pop("base_model", fixed["base"])))
         data = Path(str(settings.pop("data_path", fixed["data"])))
-        wanted = {**RUN, **({} if verb == "sft" else {"loss": of}), **settings}
-        return (sft if verb == "sft" else dpo)(output, base, data, **wanted)
+        keywords = {**RUN, **({} if verb == "sft" else {"loss": of}), **settings}
+        return (sft if verb == "sft" else dpo)(output, base, data, **keywords)
 
     def done(self, verb: str, loss: str) -> Done:
         if loss not in self.finished:
@@ -223,7 +223,7 @@ def test_fault_46_a_setting_that_changes_the_result_is_refused_and_no_other(
     done = place.again(verb, loss, **change.settings)
     if change.said is None:
         assert (done.status, done.err) == (0, "")
-        assert f"{finished.folder} holds this run, finished" in done.out
+        assert f"{finished.folder} holds this run, which is finished" in done.out
     else:
         assert done.status == 2, done.out
         assert change.said in done.err

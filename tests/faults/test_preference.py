@@ -1,4 +1,4 @@
-"""What can be wrong with preference data, by the numbers of the list of faults."""
+"""Faults of preference data, by their numbers in the list of faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(done_out: str, data: Path) -> list[str]:
-    """What the run said of its rows."""
+    """The run's messages about its rows."""
     start = f"{data}: "
     return [line.removeprefix(start) for line in done_out.splitlines() if line.startswith(start)]
 
@@ -44,9 +44,9 @@ def test_fault_66_chosen_equals_rejected(tmp_path: Path, base: Path, form: str) 
     data = write_jsonl(tmp_path / "rows.jsonl", [rows[0], equal, *rows[1:], equal])
     done = tuned(tmp_path / "out", base, data, batch_size=9)
     assert [line["examples"] for line in done.steps] == [4]
-    told = said(done.out, data)
-    assert told[0].startswith("6 rows, 4 pairs, ")
-    assert told[1] == "chosen equals rejected: 2 left out (rows 2, 6)"
+    lines = said(done.out, data)
+    assert lines[0].startswith("6 rows, 4 pairs, ")
+    assert lines[1] == "chosen equals rejected: 2 left out (rows 2, 6)"
 
 
 def test_fault_66_nothing_but_equal_pairs_is_an_error(tmp_path: Path, base: Path) -> None:
@@ -76,9 +76,9 @@ def test_fault_66_is_not_a_matter_of_over_limit(tmp_path: Path, base: Path) -> N
 def test_fault_67_one_missing_or_empty(
     tmp_path: Path, base: Path, prompt: str, values: dict[str, object], state: str
 ) -> None:
-    asked = {"prompt": "x\n"} if prompt == "prompt" else {"messages": [ASKED]}
-    good = {**asked, "chosen": "a", "rejected": "b"}
-    data = write_jsonl(tmp_path / "rows.jsonl", [good, {**asked, "chosen": "a", **values}, good])
+    prompt_columns = {"prompt": "x\n"} if prompt == "prompt" else {"messages": [ASKED]}
+    good = {**prompt_columns, "chosen": "a", "rejected": "b"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [good, {**prompt_columns, "chosen": "a", **values}, good])
     done = dpo(tmp_path / "out", base, data)
     cure = "a pair needs both answers (chosen and rejected); fill it or remove the row"
     assert (done.status, done.err) == (2, f'yeonma: {data}:2: field "rejected" is {state}; {cure}\n')
@@ -115,13 +115,13 @@ def test_fault_68_they_differ_only_in_white_space(tmp_path: Path, base: Path, fo
         rows = [turns(row["chosen"], row["rejected"]) for row in rows]  # type: ignore[misc]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     done = tuned(tmp_path / "out", base, data, batch_size=9)
-    told = "pairs whose chosen and rejected answers differ only in white space: "
-    where = [line for line in said(done.out, data) if line.startswith(told)]
+    warning = "pairs whose chosen and rejected answers differ only in white space: "
+    where = [line for line in said(done.out, data) if line.startswith(warning)]
     if form == "text":
-        assert where == [f"{told}3 (rows 1, 3, 4)"]
+        assert where == [f"{warning}3 (rows 1, 3, 4)"]
         assert [line["examples"] for line in done.steps] == [5]  # they are trained all the same
     else:
-        assert where == [f"{told}3 (rows 1, 3, 4)"]
+        assert where == [f"{warning}3 (rows 1, 3, 4)"]
 
 
 def test_fault_69_equal_after_truncation(tmp_path: Path, base: Path) -> None:

@@ -1,4 +1,4 @@
-"""One of several processes is killed, stopped, or given something else: the others end, say which, and lose nothing."""
+"""One of several processes is killed, stopped or started differently: the others end, name it, and lose nothing."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def process_of(rank: int, started: subprocess.Popen[str]) -> int:
 
 
 def _children(pid: int) -> Iterator[int]:
-    for each in Path(f"/proc/{pid}/task").iterdir():
-        for child in (each / "children").read_text().split():
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
             yield int(child)
             yield from _children(int(child))
 
@@ -75,7 +75,7 @@ def whole(
 
 
 @pytest.mark.parametrize(
-    ("rank", "how", "says"),
+    ("rank", "signal_sent", "says"),
     [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "has been silent for 4 seconds")],
     ids=["second killed", "first killed", "second stopped"],
 )
@@ -85,13 +85,13 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     whole: dict[str, object],
     tmp_path: Path,
     rank: int,
-    how: signal.Signals,
+    signal_sent: signal.Signals,
     says: str,
 ) -> None:
     words = [*commands["sft"], *LONG, "--nproc", "2"]
     run = start(["-m", "yeonma", *words], tmp_path, YEONMA_SILENCE_SECONDS="4")
     lines = lines_until(run, "step 7/")
-    os.kill(process_of(rank, run), how)
+    os.kill(process_of(rank, run), signal_sent)
     began = monotonic()
     lines.append(run.communicate()[0])
     out = "".join(lines)
@@ -100,14 +100,16 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     assert f"process {rank} " in out
     assert says in out
     assert "Traceback" not in out
-    if (rank, how) != (1, signal.SIGKILL):
+    if (rank, signal_sent) != (1, signal.SIGKILL):
         return
     shutil.copytree(tmp_path / "out", tmp_path / "alone" / "out")
     status = zygotes.run([*commands["sft"], *LONG], tmp_path / "alone")
     out = (tmp_path / "alone" / "log.txt").read_text()
     assert status == 0, out
     assert "processes was 2 and is now 1" in out
-    assert "the result equals the uninterrupted run's only to rounding; dropout draws other numbers" in out
+    assert (
+        "the result equals that of an uninterrupted run only to rounding; dropout draws other numbers" in out
+    )
     rows = (tmp_path / "alone" / "out" / "trained_rows.jsonl").read_bytes()
     assert rows == whole["trained_rows.jsonl"]
     status = zygotes.run_together(words, tmp_path)
@@ -124,7 +126,7 @@ def test_they_end_within_a_minute_by_default() -> None:
 def test_processes_that_nobody_started_together_name_the_one_that_is_gone(
     commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """As on several machines, where torchrun of the one does not see the processes of the other."""
+    """As on several machines, where one torchrun does not see the processes of another."""
     words = ["-m", "yeonma", *commands["sft"], *LONG]
     port = "29531"
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

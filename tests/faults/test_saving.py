@@ -1,7 +1,7 @@
-"""kill -9 and failing calls at every write, flush, rename and removal of a save, of a rotation and of a run's end.
+"""kill -9 and failing calls at every write, sync, rename and removal of a save, of a rotation and of the end of a run.
 
-A real process does what a run does with its folder (tests/faults/saver.py), under strace. What it calls is listed once;
-then it is done again for each of these calls, and ended or refused there.
+A real process (tests/faults/saver.py) does what a run does with its folder, under strace. The first time its calls are
+listed. Then it is repeated for each of these calls, and killed there, or the call fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Calls = Sequence[Sequence[object]]
 
 @dataclass(frozen=True)
 class Course:
-    """What a process does with a folder that others have filled.
+    """What a process does with a folder that earlier ones have filled.
 
     `newest`: the step of the newest whole checkpoint, before it begins and after each of its calls. `values`: what the
     weights of a step's checkpoint may be, where that is not the step's number.
@@ -122,14 +122,14 @@ class Stage:
         with hold(self.output, print):
             recover(self.output)
             damaged: list[str] = []
-            found = newest_whole(self.output, damaged.append)
-            assert found is not None, at
+            newest = newest_whole(self.output, damaged.append)
+            assert newest is not None, at
             assert damaged == [], at
-            step = found[1].step
+            step = newest[1].step
             assert step >= self.course.newest[done], at
-            check_weights(found[0] / "adapter_model.safetensors", self.values(step))
-            folder.begin(self.output, IDENTITY, "seed: 1\n", folder.Start(*found))
-            assert read_whole(found[0]) == found[1], at
+            check_weights(newest[0] / "adapter_model.safetensors", self.values(step))
+            folder.begin(self.output, IDENTITY, "seed: 1\n", folder.Start(*newest))
+            assert read_whole(newest[0]) == newest[1], at
         tidy = frozenset(hashes_of(self.output).items())
         if tidy not in self.gone_on_from:  # of many kills, few different folders are left once it is tidied
             self.saver.succeed({"output": str(self.output), "calls": [["begin"], *self.course.calls]})
@@ -162,9 +162,9 @@ def hidden_in(output: Path) -> set[str]:
 
 
 def check_weights(path: Path, values: set[float]) -> None:
-    found = {float(each) for weights in load_file(path).values() for each in weights.unique()}
-    assert len(found) == 1
-    assert found <= values
+    numbers = {float(number) for weights in load_file(path).values() for number in weights.unique()}
+    assert len(numbers) == 1
+    assert numbers <= values
 
 
 def check_finished(output: Path) -> None:
@@ -207,8 +207,8 @@ KINDS = {
 
 @pytest.mark.parametrize("stage", ["save and rotate"], indirect=True)
 def test_every_kind_of_call_is_among_those_looked_at(stage: Stage) -> None:
-    found = Counter(kind for call in stage.calls for kind, names in KINDS.items() if call.name in names)
-    assert set(found) == set(KINDS)
+    counts = Counter(kind for call in stage.calls for kind, names in KINDS.items() if call.name in names)
+    assert set(counts) == set(KINDS)
     flushed = [call for call in stage.calls if call.name in SYNCS]
     saved = {path.name for path in stage.output.glob("checkpoint-3/*")}
     assert len(flushed) >= len(saved) + 2  # and the folder, and its parent
@@ -250,20 +250,20 @@ ERROR = {
 
 @pytest.mark.parametrize("stage", ["save and rotate", "save a step again", "finish"], indirect=True)
 def test_a_call_that_fails_harms_no_earlier_checkpoint_and_is_told(stage: Stage) -> None:
-    told = 0
+    reported = 0
     for at in stage.calls:
         stage.fill()
         outcome = stage.saver.fail(stage.job, at, ERROR[at.name])
         assert (outcome.status, outcome.bug) == (0, ""), (at, outcome)
         if outcome.error:
-            told += 1
+            reported += 1
             assert FREE.search(outcome.error), (at, outcome)
             if ".partial/" in at.text and at.name not in REMOVALS:
                 assert NEEDED.search(outcome.error), (at, outcome)
         if at.name not in REMOVALS:
             assert not {name for name in hidden_in(stage.output) if name.endswith(".partial")}, at
         stage.check(outcome.done, at)
-    assert told > len(stage.calls) / 2
+    assert reported > len(stage.calls) / 2
 
 
 # Whole runs

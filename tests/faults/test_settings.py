@@ -1,4 +1,4 @@
-"""What can be wrong with the settings, by the numbers of the list of faults."""
+"""Faults of the settings, by their numbers in the list of faults."""
 
 from __future__ import annotations
 
@@ -222,8 +222,8 @@ def test_fault_51_bfloat16_on_a_gpu(tmp_path: Path, base: Path, data: Path) -> N
 def test_fault_52_fewer_rows_a_step_than_processes(tmp_path: Path, base: Path, data: Path) -> None:
     settings: dict[str, object] = {**SETTINGS, "batch_size": 1, "num_epochs": 1}
     one = trained(tmp_path / "one", base, data, **settings)
-    wanted = {"base_model": base, "data_path": data, "output_dir": tmp_path / "two", **settings, "nproc": 2}
-    command = [sys.executable, "-m", "yeonma", "sft", *arguments(wanted)]
+    keywords = {"base_model": base, "data_path": data, "output_dir": tmp_path / "two", **settings, "nproc": 2}
+    command = [sys.executable, "-m", "yeonma", "sft", *arguments(keywords)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     two = Done(ended.returncode, tmp_path / "two", ended.stdout, ended.stderr)
     assert (two.status, two.err) == (0, "")
@@ -231,14 +231,16 @@ def test_fault_52_fewer_rows_a_step_than_processes(tmp_path: Path, base: Path, d
     assert two.losses == pytest.approx(one.losses, abs=1e-5)
 
 
-@pytest.mark.parametrize("how", [{}, {"resume_from_checkpoint": "out/checkpoint-1"}], ids=["latest", "named"])
+@pytest.mark.parametrize(
+    "resume", [{}, {"resume_from_checkpoint": "out/checkpoint-1"}], ids=["latest", "named"]
+)
 def test_fault_46_a_checkpoint_of_other_settings(
     tmp_path: Path,
     refused: Refused,
     base: Path,
     data: Path,
     monkeypatch: pytest.MonkeyPatch,
-    how: dict[str, object],
+    resume: dict[str, object],
 ) -> None:
     """A run that was killed; what changes the result is listed, what is only speed goes on."""
     monkeypatch.chdir(tmp_path)
@@ -247,8 +249,8 @@ def test_fault_46_a_checkpoint_of_other_settings(
         patch.setattr("yeonma.train.run.folder.install", _killed)
         run = {"max_steps": 3, "save_steps": 1, "cutoff_len": 200}
         assert sft(tmp_path / "out", base, data, **run).status == 130
-    lines = refused(data, **run, **how, learning_rate=1e-4, lora_alpha=32, batch_size=3, seed=7)
-    cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+    lines = refused(data, **run, **resume, learning_rate=1e-4, lora_alpha=32, batch_size=3, seed=7)
+    cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     assert lines == [
         "out: batch_size was 4 and is now 3",
         "out: learning_rate was 0.003 and is now 0.0001",
@@ -257,7 +259,7 @@ def test_fault_46_a_checkpoint_of_other_settings(
         f"out: the folder holds another run; {cure}",
     ]
     faster = {**run, "micro_batch_size": 1, "share_prefix": False, "logging_steps": 2, "save_steps": 2}
-    done = trained(tmp_path / "out", base, data, **faster, **how)
+    done = trained(tmp_path / "out", base, data, **faster, **resume)
     assert "continuing after step " in done.out
     assert done.losses == pytest.approx(whole.losses, rel=1e-5)
 
@@ -271,7 +273,7 @@ def test_fault_53_a_folder_that_holds_another_run(
 ) -> None:
     first = trained(tmp_path / "out", base, data, max_steps=1)
     lines = refused(data, max_steps=1, lora_r=5, seed=7)
-    cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+    cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     assert lines == [
         "out: lora_r was 4 and is now 5",
         "out: seed was 42 and is now 7",
@@ -279,7 +281,7 @@ def test_fault_53_a_folder_that_holds_another_run(
     ]
     again = sft(tmp_path / "out", base, data, max_steps=1)
     assert (again.status, again.err) == (0, "")
-    assert "holds this run, finished" in again.out
+    assert "holds this run, which is finished" in again.out
     over = sft(tmp_path / "out", base, data, max_steps=1, lora_r=5, overwrite=True)
     assert (over.status, over.err) == (0, "")
     assert first.weights.keys() == over.weights.keys()
@@ -292,7 +294,7 @@ def test_fault_53_a_folder_that_holds_what_no_run_left(
     write("out/adapter_model.safetensors", "mine")
     cure = "give another folder, or --overwrite true"
     assert refused(data) == [
-        f"output_dir out: it holds files that no run left there (adapter_model.safetensors); {cure}"
+        f"output_dir out: it holds files that are not from a run (adapter_model.safetensors); {cure}"
     ]
     (tmp_path / "file").write_text("mine")
     assert refused(data, output_dir=tmp_path / "file") == ["output_dir file: it is a file; give a folder"]

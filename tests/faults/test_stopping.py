@@ -1,4 +1,4 @@
-"""A run that is ended from outside: kill -9, SIGTERM, Ctrl-C, its time limit; and NaN, where it ends itself."""
+"""A run that is stopped by kill -9, SIGTERM, Ctrl-C or its time limit, or that ends itself because of NaN."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def whole(
     zygotes: Zygote, commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What a run leaves that nobody stops."""
-    found = {}
+    results = {}
     for verb in COMMANDS:
         place = tmp_path_factory.mktemp(f"whole-{verb}")
         assert zygotes.run(commands[verb], place) == 0, (place / "log.txt").read_text()
-        found[verb] = left_behind(place / "out", checkpoints=False)
-    return found
+        results[verb] = left_behind(place / "out", checkpoints=False)
+    return results
 
 
 def test_kills_at_random_moments() -> None:
@@ -126,10 +126,10 @@ def test_the_time_limit_stops_with_a_checkpoint(
     log = (place / "log.txt").read_text()
     assert "stopped by time_limit after step 5 of 27; out/checkpoint-5 is saved" in log
     assert zygotes.run(words, place, (*LOADING, ["HOUR"])) == 75
-    assert "stopped by time_limit; what is done so far is kept" in (place / "log.txt").read_text()
+    assert "stopped by time_limit; all work so far is kept" in (place / "log.txt").read_text()
     assert zygotes.run(commands["sft"], place) == 0  # the limit is no part of what is trained
-    found = left_behind(place / "out", checkpoints=False)
-    assert found == whole["sft"]
+    results = left_behind(place / "out", checkpoints=False)
+    assert results == whole["sft"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_times(text: str, seconds: int) -> None:
 def test_what_is_no_time_is_told_before_anything_else(tmp_path: Path, text: str) -> None:
     done = sft(tmp_path / "out", tmp_path, tmp_path / "none.jsonl", time_limit=text)
     assert done.status == 2
-    assert f'time_limit: "{text}" is no time; write it as 11h30m, 90m, 45s or 1:30:00' in done.err
+    assert f'time_limit: "{text}" is not a duration; write it as 11h30m, 90m, 45s or 1:30:00' in done.err
     assert not done.folder.exists()
 
 
@@ -174,5 +174,5 @@ def test_two_processes_stop_after_the_same_step(
     assert (tmp_path / "untouched" / "log.txt").read_text()
     assert zygotes.run_together(words, place) == 0
     assert "continuing after step" in (place / "log.txt").read_text()
-    found = left_behind(place / "out", checkpoints=False)
-    assert found == left_behind(tmp_path / "untouched" / "out", checkpoints=False)
+    results = left_behind(place / "out", checkpoints=False)
+    assert results == left_behind(tmp_path / "untouched" / "out", checkpoints=False)

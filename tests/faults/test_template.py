@@ -1,4 +1,4 @@
-"""What can be wrong with a template, ours or the model's own, by the numbers of the list of faults."""
+"""Faults of templates, ours or the model's own, by their numbers in the list of faults."""
 
 from __future__ import annotations
 

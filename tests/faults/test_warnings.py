@@ -1,4 +1,4 @@
-"""Warnings with their count and first rows, after which the run goes on; numbers are those of the list of faults."""
+"""Faults that only cause a warning, with their count and first rows, by their numbers in the list of faults."""
 
 from __future__ import annotations
 

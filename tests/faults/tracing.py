@@ -1,4 +1,4 @@
-"""strace on the children of tests/faults/saver.py: what they call, and kills and errors at any of those calls."""
+"""Traces the children of tests/faults/saver.py with strace: lists their calls, and injects kills and errors there."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Workshop:
         )  # `?`: not every processor has all of them
         self.succeed(job, ("-e", f"trace={names}", "-o", str(log)))
         seen: Counter[tuple[int, str]] = Counter()
-        found = []
+        calls = []
         for line in log.read_text(errors="replace").splitlines():
             parts = LINE.fullmatch(line)
             if parts is None:
@@ -125,8 +125,8 @@ class Workshop:
             process, name = int(parts["process"]), parts["name"]
             seen[process, name] += 1
             if name not in OPENS or FOR_WRITING.search(parts["rest"]):
-                found.append(Call(process, name, seen[process, name], parts["rest"]))
-        return found
+                calls.append(Call(process, name, seen[process, name], parts["rest"]))
+        return calls
 
     def kill(self, job: Mapping[str, Any], at: Call) -> Outcome:
         """Kill the job as it enters this call, which is then not made."""

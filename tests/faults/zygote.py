@@ -1,10 +1,10 @@
 """`python -m tests.faults.zygote`: forks runs of the command line from a process that has imported the libraries.
 
-Requests come as JSON lines on its standard input, and each has an answer on its standard output: `{"words": [...],
-"place": folder, "cache": folder, "sends": ..., "variables": {...}}` starts a run and gives its process id; `{"wait":
-[id, ...]}` gives the first exit status that is not 0, after which it kills the others. `sends` is `["module:function",
-n, ["SIGTERM", ...]]`: the run signals itself at the n-th call of a function. In the place of a signal, `HOUR` lets an
-hour pass.
+It reads requests as JSON lines on its standard input, and answers each on its standard output. `{"words": [...],
+"place": folder, "cache": folder, "sends": ..., "variables": {...}}` starts a run; the answer is its process id.
+`{"wait": [id, ...]}` waits for runs; the answer is the first exit status that is not 0, after which the others are
+killed. `sends` is `["module:function", n, ["SIGTERM", ...]]`: the run signals itself at the n-th call of a function.
+`HOUR` instead of a signal lets an hour pass.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def send_at(place: str, call: int, signals: Sequence[str]) -> None:
     def sending(*arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
-            for each in signals:
-                if each == "HOUR":
+            for name in signals:
+                if name == "HOUR":
                     let_an_hour_pass()
                 else:
-                    os.kill(os.getpid(), signal.Signals[each])
+                    os.kill(os.getpid(), signal.Signals[name])
             while len(signals) > 1:
                 signal.pause()
         return function(*arguments, **keywords)

@@ -1,6 +1,6 @@
-"""Running a target's cases: each ends in success or in a UserError, in bounded time and memory, with nothing written.
+"""Runs the cases of a target. They must end in success or in a UserError, within limits, and write nothing.
 
-Cases come from hypothesis and are counted here; the runs that make a failing case smaller do not count.
+Cases come from hypothesis and are counted here. Runs that shrink a failing case do not count.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from zlib import crc32
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.place import Hang, Place, bounded, bounded_memory
+from tests.fuzz.sandbox import Hang, Sandbox, bounded, bounded_memory
 from yeonma.errors import UserError
 
-CASES_A_ROUND = 500
-MOST_FAILURES = 5
-LONGEST_MESSAGE = 20_000
+CASES_PER_ROUND = 500
+MAX_FAILURES = 5
+MAX_MESSAGE_LENGTH = 20_000
 
 
 @dataclass(frozen=True)
 class Target:
-    """`read` does to a case what a user would, in `place`'s folder, and raises UserError where it refuses.
+    """`read` does with a case what a user would, in the sandbox's folder. It raises UserError if the case is refused.
 
-    `files` says what a case puts there; `sound` is a case that must be accepted, which shows that the others can be.
+    `files` returns the files of a case. `valid` is a case that must be accepted, which shows that others can be.
     """
 
     name: str
     cases: st.SearchStrategy[Any]
-    sound: Any
+    valid: Any
     files: Callable[[Any], Mapping[str, bytes | None]]
-    read: Callable[[Any, Place], None]
+    read: Callable[[Any, Sandbox], None]
     pristine: Callable[[Path], Mapping[str, bytes]] = lambda folder: {}
-    """The files that lie there in every case; may use an empty folder."""
+    """The files that are there in every case; may use an empty folder."""
 
 
 @dataclass
 class Tally:
-    """What became of a target's cases."""
+    """The outcomes of a target's cases."""
 
     accepted: int = 0
     refused: int = 0
@@ -67,70 +67,70 @@ class Tally:
 
 
 class Failed(Exception):
-    """What is no Exception in Python's own order: a panic of a library, a case out of time."""
+    """A failure that is not an Exception in Python: a panic in a library, or a time-out."""
 
 
-def run_case(target: Target, case: Any, place: Place, last_case: Path) -> bool:
-    """Whether the case was accepted. Raises whatever is wrong: any exception that is no UserError, a change on disk,
+def run_case(target: Target, case: Any, sandbox: Sandbox, last_case: Path) -> bool:
+    """Whether the case was accepted. Raises for every failure: an exception other than UserError, a change on disk, or
     a UserError that does not help."""
-    with place.holding(target.files(case)):
+    with sandbox.with_files(target.files(case)):
         try:
             with bounded(f"{target.name}: {case!r}", last_case):
-                target.read(case, place)
+                target.read(case, sandbox)
         except UserError as error:
-            _check_told(error)
+            _check_message(error)
             return False
         except (Exception, KeyboardInterrupt):
             raise
         except Hang as hang:
             raise Failed(str(hang)) from hang
-        except BaseException as error:  # a panic of Rust's, say
+        except BaseException as error:  # such as a panic in Rust
             raise Failed(f"{type(error).__name__}: {error}") from error
     return True
 
 
-def _check_told(error: UserError) -> None:
-    assert error.problems, "a UserError that says nothing"
+def _check_message(error: UserError) -> None:
+    assert error.problems, "a UserError without problems"
     for problem in error.problems:
         assert problem.what.strip(), "a problem without words"
         assert problem.place or problem.cure, f"neither place nor cure: {problem.what}"
-        assert len(str(problem)) <= LONGEST_MESSAGE, f"a message of {len(str(problem)):,} characters"
+        assert len(str(problem)) <= MAX_MESSAGE_LENGTH, f"a message of {len(str(problem)):,} characters"
 
 
 def run_target(target: Target, count: int, folder: Path, first_seed: int) -> Tally:
-    """`count` cases in `folder`, which must be empty. The same seed draws the same cases."""
+    """Run `count` cases in `folder`, which must be empty. The same seed gives the same cases."""
     tally = Tally()
     scratch = folder / "scratch"
     scratch.mkdir()
-    place = Place.make(folder / "place", target.pristine(scratch))
+    sandbox = Sandbox.make(folder / "sandbox", target.pristine(scratch))
     last_case = folder / "last-case.txt"
-    assert run_case(target, target.sound, place, last_case), "the sound case is refused"
-    began, rounds = perf_counter(), 0
+    assert run_case(target, target.valid, sandbox, last_case), "the valid case is refused"
+    started, rounds = perf_counter(), 0
     with bounded_memory():
-        while tally.cases < count and len(tally.failures) < MOST_FAILURES:
-            wanted = min(count - tally.cases, CASES_A_ROUND)
+        while tally.cases < count and len(tally.failures) < MAX_FAILURES:
+            cases = min(count - tally.cases, CASES_PER_ROUND)
             number = crc32(f"{first_seed} {target.name} {rounds}".encode())
-            _round(target, wanted, number, place, last_case, tally)
+            _round(target, cases, number, sandbox, last_case, tally)
             rounds += 1
-    tally.seconds = perf_counter() - began
+    tally.seconds = perf_counter() - started
     return tally
 
 
-def _round(target: Target, count: int, number: int, place: Place, last_case: Path, tally: Tally) -> None:
-    """So many cases, fewer where one fails."""
+def _round(target: Target, count: int, number: int, sandbox: Sandbox, last_case: Path, tally: Tally) -> None:
+    """Run `count` cases, or fewer if one fails."""
     failing: Any = None
 
     def body(case: Any) -> None:
         nonlocal failing
-        began = perf_counter()
+        started = perf_counter()
         try:
-            accepted = run_case(target, case, place, last_case)
+            accepted = run_case(target, case, sandbox, last_case)
         except Exception:
             failing = case
             raise
-        if failing is not None:  # hypothesis is making it smaller, and at the end runs the smallest
+        if failing is not None:  # hypothesis is shrinking the case, and finally runs the smallest one
             return
-        if (seconds := perf_counter() - began) > tally.slowest_seconds:
+        if (seconds := perf_counter() - started) > tally.slowest_seconds:
             tally.slowest_seconds, tally.slowest_case = seconds, repr(case)
         if accepted:
             tally.accepted += 1

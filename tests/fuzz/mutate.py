@@ -1,6 +1,6 @@
 """Strategies that damage what Yeonma reads: the bytes of a file, the tokens of a text, the values of JSON.
 
-Each takes something sound and gives it back with up to a few edits; none at all is possible too.
+They take something valid and return it with up to a few edits, perhaps none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
-MOST_BYTES = 1 << 18  # a case stays small: what is slow on it would be far too slow on a real file
+MAX_BYTES = 1 << 18  # cases are small: what is slow for them would be far too slow for a real file
 
 # fmt: off
 INVISIBLE = (
@@ -103,22 +103,22 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def edits(most: int) -> st.SearchStrategy[int]:
-    """How many: often none or one, so that much of what comes out is nearly sound."""
-    return st.sampled_from((0, 0, 1, 1, 1, 2, most))
+def edits(max_edits: int) -> st.SearchStrategy[int]:
+    """Number of edits: often none or one, so that many cases are almost valid."""
+    return st.sampled_from((0, 0, 1, 1, 1, 2, max_edits))
 
 
 def position(size: int) -> st.SearchStrategy[int]:
-    """A place in something of `size`: anywhere, or near one of its ends, where headers and footers are."""
+    """A position in something of `size`: anywhere, or near one of its ends, where headers and footers are."""
     return st.integers(0, size) | st.integers(max(0, size - 64), size) | st.integers(0, min(size, 16))
 
 
 @st.composite
-def damaged_bytes(draw: Draw, content: bytes, others: Sequence[bytes] = (b"",), most: int = 4) -> bytes:
-    """`content` with up to `most` edits of its bytes; `others` are what stretches are spliced in from."""
-    for _ in range(draw(edits(most))):
+def damaged_bytes(draw: Draw, content: bytes, others: Sequence[bytes] = (b"",), max_edits: int = 4) -> bytes:
+    """`content` with up to `max_edits` edits of its bytes; pieces of `others` are spliced in."""
+    for _ in range(draw(edits(max_edits))):
         edit = draw(st.sampled_from(_BYTE_EDITS))
-        content = edit(draw, content, draw(st.sampled_from(tuple(others))))[:MOST_BYTES]
+        content = edit(draw, content, draw(st.sampled_from(tuple(others))))[:MAX_BYTES]
     return content
 
 
@@ -141,12 +141,12 @@ def _insert(draw: Draw, content: bytes, other: bytes) -> bytes:
 
 
 def _delete(draw: Draw, content: bytes, other: bytes) -> bytes:
-    start, end = _stretch(draw, content)
+    start, end = _range(draw, content)
     return content[:start] + content[end:]
 
 
 def _duplicate(draw: Draw, content: bytes, other: bytes) -> bytes:
-    start, end = _stretch(draw, content)
+    start, end = _range(draw, content)
     return content[:end] + content[start:end] * draw(st.integers(1, 3)) + content[end:]
 
 
@@ -155,7 +155,7 @@ def _truncate(draw: Draw, content: bytes, other: bytes) -> bytes:
 
 
 def _splice(draw: Draw, content: bytes, other: bytes) -> bytes:
-    start, end = _stretch(draw, other)
+    start, end = _range(draw, other)
     at = draw(position(len(content)))
     return content[:at] + other[start:end] + content[at:]
 
@@ -172,7 +172,7 @@ def _line_ends(draw: Draw, content: bytes, other: bytes) -> bytes:
     return content.replace(b"\n", draw(st.sampled_from((b"\r", b"\r\n", b"\n\n", b"", b"\0", b"\x85"))))
 
 
-def _stretch(draw: Draw, content: bytes) -> tuple[int, int]:
+def _range(draw: Draw, content: bytes) -> tuple[int, int]:
     start = draw(position(len(content)))
     return start, min(len(content), start + draw(st.integers(1, 8) | st.integers(1, 4096)))
 
@@ -186,9 +186,9 @@ _BORDER = re.compile(r"\w+|\s+|.", re.DOTALL)
 
 
 @st.composite
-def damaged_text(draw: Draw, text: str, tokens: Sequence[str], most: int = 4) -> str:
-    """`text` with up to `most` edits of whole tokens or lines; `tokens` are those of its language."""
-    for _ in range(draw(edits(most))):
+def damaged_text(draw: Draw, text: str, tokens: Sequence[str], max_edits: int = 4) -> str:
+    """`text` with up to `max_edits` edits of whole tokens or lines; `tokens` are those of its language."""
+    for _ in range(draw(edits(max_edits))):
         by_line = draw(st.integers(0, 3)) == 0
         parts = text.splitlines(keepends=True) if by_line else _BORDER.findall(text)
         at = draw(position(len(parts)))
@@ -208,18 +208,18 @@ def damaged_text(draw: Draw, text: str, tokens: Sequence[str], most: int = 4) ->
                 del parts[at:end]
             to = draw(position(len(parts)))
             parts[to:to] = moved
-        text = "".join(parts)[:MOST_BYTES]
+        text = "".join(parts)[:MAX_BYTES]
     return text
 
 
 @st.composite
-def damaged_value(draw: Draw, value: Any, names: Sequence[str], most: int = 3) -> Any:
-    """A JSON value with up to `most` of its parts changed: other types, null, lists for objects, other names.
+def damaged_value(draw: Draw, value: Any, names: Sequence[str], max_edits: int = 3) -> Any:
+    """A JSON value with up to `max_edits` of its parts changed: other types, null, lists for objects, other names.
 
-    Objects come back as they are; `dumped` writes one whose keys are doubled.
+    `dumped` adds duplicate keys.
     """
     value = json.loads(json.dumps(value))
-    for _ in range(draw(edits(most))):
+    for _ in range(draw(edits(max_edits))):
         parents = list(_containers(value))
         if not parents:
             return copy.deepcopy(draw(st.sampled_from(VALUES)))
@@ -249,11 +249,11 @@ def damaged_value(draw: Draw, value: Any, names: Sequence[str], most: int = 3) -
 
 
 def _containers(value: Any) -> list[Any]:
-    """The value and all in it that holds others."""
+    """The value and everything in it that is a list or an object."""
     if not isinstance(value, (dict, list)):
         return []
     inside = value.values() if isinstance(value, dict) else value
-    return [value, *(one for each in inside for one in _containers(each))]
+    return [value, *(container for item in inside for container in _containers(item))]
 
 
 @st.composite
@@ -263,7 +263,7 @@ def dumped(draw: Draw, value: Any, indent: int | None = None) -> str:
     if "Infinity" in text and draw(st.booleans()):
         text = text.replace("Infinity", "1e999")
     if draw(st.integers(0, 9)) == 0:
-        objects = [found.start() for found in re.finditer(r"\{\s*\"", text)]
+        objects = [match.start() for match in re.finditer(r"\{\s*\"", text)]
         if objects:
             at = draw(st.sampled_from(objects)) + 1
             key = re.match(r'\s*("(?:[^"\\]|\\.)*")', text[at:])
@@ -272,7 +272,7 @@ def dumped(draw: Draw, value: Any, indent: int | None = None) -> str:
 
 
 def file_bytes(text: str) -> bytes:
-    """As a file, with half characters kept: readers have to find them."""
+    """The bytes of a file. Half characters stay, because readers have to find them."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -292,12 +292,12 @@ def damaged_json(draw: Draw, value: Any, names: Sequence[str], indent: int | Non
         value = draw(damaged_value(value, names))
     text = draw(dumped(value, indent))
     if "tokens" in kinds:
-        text = draw(damaged_text(text, JSON_TOKENS, most=3))
+        text = draw(damaged_text(text, JSON_TOKENS, max_edits=3))
     content = file_bytes(text)
     return draw(damaged_bytes(content)) if "bytes" in kinds else content
 
 
-def subset(mapping: Mapping[str, Any], least: int = 0) -> st.SearchStrategy[list[str]]:
+def subset(mapping: Mapping[str, Any], min_size: int = 0) -> st.SearchStrategy[list[str]]:
     """Some of the keys, in order."""
-    chosen = st.sets(st.sampled_from(sorted(mapping)), min_size=least)
-    return chosen.map(lambda found: [key for key in mapping if key in found])
+    chosen = st.sets(st.sampled_from(sorted(mapping)), min_size=min_size)
+    return chosen.map(lambda keys: [key for key in mapping if key in keys])

@@ -39,7 +39,7 @@ def _first_rows(name: str, count: int = 4) -> list[dict[str, Any]]:
     return [json.loads(line) for line in sorted(lines, key=len)[:count]]
 
 
-_ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Storm closes\nharbour?"}]
+_PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Storm closes\nharbour?"}]
 _SHAREGPT = [
     {"from": "human", "value": "안녕"},
     {"from": "gpt", "value": "네"},
@@ -48,8 +48,8 @@ _SHAREGPT = [
 TABLES: dict[str, list[dict[str, Any]]] = {
     **{path.stem: _first_rows(path.name) for path in sorted(SAMPLES.glob("*.jsonl"))},
     "messages": [
-        {"messages": [*_ASKED, {"role": "assistant", "content": "Yes."}]},
-        {"messages": [*_ASKED[1:], {"role": "assistant", "content": [{"type": "text", "text": "No."}]}] * 2},
+        {"messages": [*_PROMPT, {"role": "assistant", "content": "Yes."}]},
+        {"messages": [*_PROMPT[1:], {"role": "assistant", "content": [{"type": "text", "text": "No."}]}] * 2},
     ],
     "conversations": [{"conversations": [*_SHAREGPT, {"from": "gpt", "value": "응"}], "id": 7}],
     "alpaca": [
@@ -83,7 +83,7 @@ CSV_TOKENS = (
 
 
 @st.composite
-def data_files(draw: Draw, most_bytes_edits: int = 4) -> tuple[str, bytes]:
+def data_files(draw: Draw, max_byte_edits: int = 4) -> tuple[str, bytes]:
     """Name and content of one data file, damaged in its values, its tokens or its bytes."""
     kind = draw(st.sampled_from(KINDS))
     name = draw(st.sampled_from(FLAT if kind in ("csv", "tsv") else sorted(TABLES)))
@@ -97,7 +97,7 @@ def data_files(draw: Draw, most_bytes_edits: int = 4) -> tuple[str, bytes]:
     else:
         content = file_bytes(draw(damaged_text(table_as(kind, rows).decode(), CSV_TOKENS)))
     if draw(st.booleans()):
-        content = draw(damaged_bytes(content, [table_as(kind, TABLES[FLAT[0]])], most_bytes_edits))
+        content = draw(damaged_bytes(content, [table_as(kind, TABLES[FLAT[0]])], max_byte_edits))
     return f"rows.{kind}", content
 
 
@@ -163,7 +163,7 @@ COLUMNS: dict[str, pa.Array] = {
     "late times": pa.array([2**62, -1], pa.int64()).cast(pa.time64("us")),
     "lists": pa.array([[1, 2], []]),
     "objects": pa.array([{"role": "user", "content": "a"}, None]),
-    "turns": pa.array([_ASKED, _ASKED[:1]]),
+    "turns": pa.array([_PROMPT, _PROMPT[:1]]),
     "maps": pa.array([[("a", 1), ("a", 2)], []], pa.map_(pa.string(), pa.int64())),
     "doubled names": pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], names=["a", "a"]),
     "choices": pa.array(["a", "b"]).dictionary_encode(),

@@ -1,4 +1,4 @@
-"""All targets by name, each imported only where it runs: most need no torch."""
+"""All targets by name. A target is imported only when it runs: most need no torch."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ CASES = {
     "model": 800,
     "adapter": 600,
 }
-"""Target -> its cases of 10,000; another number is shared out alike."""
+"""Target -> its share of 10,000 cases."""
 
 _MODULES = {
     "rows": "texts:ROWS",
     "template": "texts:TEMPLATE",
     "settings": "texts:SETTINGS",
     "row": "texts:ROW",
-    "tokens": "whole:TOKENS",
-    "sft": "whole:SFT",
-    "inspect": "whole:INSPECT",
-    "model": "whole:MODEL",
-    "adapter": "whole:ADAPTER",
+    "tokens": "end_to_end:TOKENS",
+    "sft": "end_to_end:SFT",
+    "inspect": "end_to_end:INSPECT",
+    "model": "end_to_end:MODEL",
+    "adapter": "end_to_end:ADAPTER",
 }
 
 
 def target_of(name: str) -> Target:
-    module, found = _MODULES[name].split(":")
-    target: Target = getattr(import_module(f"tests.fuzz.{module}"), found)
+    module, attribute = _MODULES[name].split(":")
+    target: Target = getattr(import_module(f"tests.fuzz.{module}"), attribute)
     return target

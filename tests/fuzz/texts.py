@@ -20,7 +20,6 @@ from tests.fuzz.mutate import (
     edits,
     file_bytes,
 )
-from tests.fuzz.place import Place
 from tests.fuzz.samples import (
     BUILT_IN_TEMPLATES,
     NAMES,
@@ -29,6 +28,7 @@ from tests.fuzz.samples import (
     data_files,
     rows_as_json,
 )
+from tests.fuzz.sandbox import Sandbox
 from tests.tables import table_as
 from yeonma.cli import VERBS
 from yeonma.commands.generate import row_of
@@ -76,27 +76,27 @@ def data_cases(draw: Draw) -> DataCase:
     return DataCase(files, draw(st.sampled_from(("d", "d/", "./d", *files))), encoding)
 
 
-def read_data(case: DataCase, place: Place) -> None:
-    """Reads the rows twice, and those that JSON can hold once more after they were written as JSON lines."""
+def read_data(case: DataCase, sandbox: Sandbox) -> None:
+    """Reads the rows twice; then writes those of text files as JSON lines and reads these."""
     rows = open_rows(case.data_path, encoding=case.encoding)
-    found = list(rows)
-    assert [repr(row) for row in rows] == [repr(row) for row in found], "read twice, the rows differ"
-    assert found, "no rows, and no error"
-    assert [row.number for row in found] == list(range(1, len(found) + 1))
+    rows_read = list(rows)
+    assert [repr(row) for row in rows] == [repr(row) for row in rows_read], "read twice, the rows differ"
+    assert rows_read, "no rows, and no error"
+    assert [row.number for row in rows_read] == list(range(1, len(rows_read) + 1))
     again = open_rows(case.data_path, encoding=case.encoding)
     assert (again.identity, again.columns) == (rows.identity, rows.columns)
     if case.data_path.endswith((".jsonl", ".json", ".csv", ".tsv")):
-        beside = place.cache / "again.jsonl"
-        beside.parent.mkdir(exist_ok=True)
-        lines = [json.dumps(row.values, ensure_ascii=False) + "\n" for row in found]
-        beside.write_text("".join(lines), encoding="utf-8", newline="\n")
-        assert [row.values for row in open_rows(str(beside))] == [row.values for row in found]
+        copy = sandbox.cache / "again.jsonl"
+        copy.parent.mkdir(exist_ok=True)
+        lines = [json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows_read]
+        copy.write_text("".join(lines), encoding="utf-8", newline="\n")
+        assert [row.values for row in open_rows(str(copy))] == [row.values for row in rows_read]
 
 
 ROWS = Target(
     name="rows",
     cases=data_cases(),
-    sound=DataCase({"rows.csv": table_as("csv", TABLES["news_ko"])}, "rows.csv"),
+    valid=DataCase({"rows.csv": table_as("csv", TABLES["news_ko"])}, "rows.csv"),
     files=lambda case: case.files,
     read=read_data,
 )
@@ -107,7 +107,7 @@ ROWS = Target(
 @dataclass(frozen=True)
 class TemplateCase:
     content: bytes
-    """A file, unless `as_text`: then what stands behind --template."""
+    """The content of a file or, if `as_text`, the value of --template."""
     as_text: bool
     rows: tuple[Any, ...]
     columns: Mapping[str, str] | None
@@ -123,12 +123,12 @@ TEMPLATE_TOKENS = (
 WITH_ROLES = "[system]\nBe brief.\n[user]\n{document}\n\n[assistant]\n{title}\n"
 WITH_ROLES = f"{WITH_ROLES}---\n[user]\n{{text}}\n[assistant]\nIt is {{title}}.\n"
 TEMPLATES = {**BUILT_IN_TEMPLATES, "sample": SAMPLE_TEMPLATE, "with roles": WITH_ROLES}
-SUITING = {"title": "news_ko", "sample": "news_en", "with roles": "news_ko", "chat": "messages"}
-"""Template -> a table that it can be filled with, where they are not called the same."""
+TABLE_OF_TEMPLATE = {"title": "news_ko", "sample": "news_en", "with roles": "news_ko", "chat": "messages"}
+"""Template -> a table whose rows fill it, if their names differ."""
 
 
-def suiting(template: str) -> list[dict[str, Any]]:
-    return TABLES[SUITING.get(template, template)]
+def rows_for(template: str) -> list[dict[str, Any]]:
+    return TABLES[TABLE_OF_TEMPLATE.get(template, template)]
 
 
 @st.composite
@@ -136,8 +136,8 @@ def column_choices(draw: Draw) -> dict[str, str] | None:
     if draw(st.integers(0, 4)) > 0:
         return None
     names = st.sampled_from((*NAMES[:4], "answer", "chosen", *TEXTS))
-    found: dict[str, str] = draw(st.dictionaries(names, names, max_size=3))
-    return found
+    columns: dict[str, str] = draw(st.dictionaries(names, names, max_size=3))
+    return columns
 
 
 @st.composite
@@ -147,15 +147,15 @@ def template_cases(draw: Draw) -> TemplateCase:
     if draw(st.integers(0, 3)) == 0:
         content = draw(damaged_bytes(content, [file_bytes(text) for text in TEMPLATES.values()]))
     values = []
-    rows = [*suiting(name) * 3, *(rows[0] for rows in TABLES.values())]
+    rows = [*rows_for(name) * 3, *(rows[0] for rows in TABLES.values())]
     for row in draw(st.lists(st.sampled_from(rows), min_size=1, max_size=3)):
         value = draw(damaged_value(row, NAMES))
         values.append(value if isinstance(value, dict) else row)
     return TemplateCase(content, draw(st.integers(0, 4)) == 0, tuple(values), draw(column_choices()))
 
 
-def read_template(case: TemplateCase, place: Place) -> None:
-    """Parses, and fills with each row. A template that fits none of its rows counts as refused."""
+def read_template(case: TemplateCase, sandbox: Sandbox) -> None:
+    """Parses the template and fills it with the rows. A template that fits none of them counts as refused."""
     text = case.content.decode("utf-8", "surrogateescape")
     template = load_template(text if case.as_text else "template.txt")
     again = Template.parse(template.text, "again")
@@ -166,7 +166,7 @@ def read_template(case: TemplateCase, place: Place) -> None:
         try:
             recognise(tuple(values), case.columns)
         except UserError as error:
-            _told(error)
+            _check_message(error)
         try:
             _fill(template, Row(number, values, f"row {number}"), case.columns)
         except UserError as error:
@@ -175,17 +175,19 @@ def read_template(case: TemplateCase, place: Place) -> None:
         raise UserError([problem for error in refusals for problem in error.problems])
 
 
-def _told(error: UserError) -> None:
+def _check_message(error: UserError) -> None:
     assert str(error).strip()
 
 
 def _fill(template: Template, row: Row, columns: Mapping[str, str] | None) -> None:
     trained = template.render(row, columns)
-    asked = template.render(row, columns, with_answer=False)
-    assert asked.variant == trained.variant
-    assert asked.turns == trained.turns[: len(asked.turns)], "asked with another prompt than trained"
+    prompt_only = template.render(row, columns, with_answer=False)
+    assert prompt_only.variant == trained.variant
+    assert prompt_only.turns == trained.turns[: len(prompt_only.turns)], (
+        "the prompt for generation differs from the trained one"
+    )
     if not template.is_chat:
-        assert asked.turns == trained.turns and not asked.answer
+        assert prompt_only.turns == trained.turns and not prompt_only.answer
         assert "".join(piece.text for piece in trained.answer).strip()
     for field, length in field_lengths(trained).items():
         for keep in (0, 1, length // 2, length):
@@ -197,7 +199,7 @@ def _fill(template: Template, row: Row, columns: Mapping[str, str] | None) -> No
 TEMPLATE = Target(
     name="template",
     cases=template_cases(),
-    sound=TemplateCase(file_bytes(SAMPLE_TEMPLATE), False, tuple(TABLES["news_en"]), None),
+    valid=TemplateCase(file_bytes(SAMPLE_TEMPLATE), False, tuple(TABLES["news_en"]), None),
     files=lambda case: {} if case.as_text else {"template.txt": case.content},
     read=read_template,
 )
@@ -210,7 +212,7 @@ class SettingsCase:
     argv: tuple[str, ...]
     config: bytes
     generate: bool = False
-    """For `yeonma generate`, else for `yeonma sft`."""
+    """For `yeonma generate`; otherwise for `yeonma sft`."""
 
 
 _SETTINGS = {
@@ -251,8 +253,8 @@ _BOMB_OF_SETTINGS = (
 )
 _CONFIG = config_from_keywords(RunConfig, _SETTINGS, groups=TRAINING).config
 _WRITTEN = "".join(to_yaml(group) for group in (_CONFIG.tokens, _CONFIG.lora, _CONFIG.step))
-_SOUND_YAML = "".join(f"{name}: {json.dumps(value)}\n" for name, value in _SETTINGS.items())
-YAML_TEXTS = (*[_SOUND_YAML] * 4, *[_WRITTEN] * 3, _BOMB_OF_SETTINGS)
+_VALID_YAML = "".join(f"{name}: {json.dumps(value)}\n" for name, value in _SETTINGS.items())
+YAML_TEXTS = (*[_VALID_YAML] * 4, *[_WRITTEN] * 3, _BOMB_OF_SETTINGS)
 # fmt: off
 YAML_TOKENS = (
     ":", ": ", "- ", "\n", "\n  ", "[", "]", "{", "}", "&a ", "*a", "<<: *a", "!!python/object:os.system ",
@@ -273,7 +275,7 @@ ARGUMENTS = (
 
 @st.composite
 def yaml_files(draw: Draw, texts: tuple[str, ...] = YAML_TEXTS) -> bytes:
-    content = file_bytes(draw(damaged_text(draw(st.sampled_from(texts)), YAML_TOKENS, most=3)))
+    content = file_bytes(draw(damaged_text(draw(st.sampled_from(texts)), YAML_TOKENS, max_edits=3)))
     if draw(st.integers(0, 4)) == 0:
         content = draw(damaged_bytes(content, [file_bytes(text) for text in texts]))
     return bytes(content)
@@ -301,12 +303,12 @@ def _as_word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def read_all_settings(case: SettingsCase, place: Place) -> None:
-    """Reads them; what is accepted is written as YAML, and read back from it and from keywords."""
+def read_all_settings(case: SettingsCase, sandbox: Sandbox) -> None:
+    """Reads the settings. If they are accepted, writes them as YAML, and reads them back from it and from keywords."""
     verb = "generate" if case.generate else "sft"
     kind, groups, positional = VERBS[verb].config, VERBS[verb].groups, VERBS[verb].positional
     config = read_config(kind, case.argv, verb=verb, groups=groups, positional=positional).config
-    again = place.cache / "again.yaml"
+    again = sandbox.cache / "again.yaml"
     again.parent.mkdir(exist_ok=True)
     again.write_text(to_yaml(config), encoding="utf-8", newline="\n")
     written = read_config(kind, ["--config", str(again)], verb=verb, groups=groups, positional=positional)
@@ -320,7 +322,7 @@ def read_all_settings(case: SettingsCase, place: Place) -> None:
 SETTINGS = Target(
     name="settings",
     cases=settings_cases(),
-    sound=SettingsCase(("--config", "settings.yaml"), file_bytes(YAML_TEXTS[0])),
+    valid=SettingsCase(("--config", "settings.yaml"), file_bytes(YAML_TEXTS[0])),
     files=lambda case: {"settings.yaml": case.config},
     read=read_all_settings,
 )
@@ -328,7 +330,7 @@ SETTINGS = Target(
 # One row
 
 
-def read_row(case: str, place: Place) -> None:
+def read_row(case: str, sandbox: Sandbox) -> None:
     row = row_of(case)
     assert kind_of(row) == "an object"
     again = row_of(json.dumps(row))
@@ -338,7 +340,7 @@ def read_row(case: str, place: Place) -> None:
 ROW = Target(
     name="row",
     cases=rows_as_json(),
-    sound=json.dumps(TABLES["news_ko"][0]),
+    valid=json.dumps(TABLES["news_ko"][0]),
     files=lambda case: {},
     read=read_row,
 )

@@ -34,7 +34,7 @@ def demo(output: Path, base: Path, *more: str) -> Done:
 
 
 def answers(printed: str) -> list[tuple[str, str]]:
-    return re.findall(r"^  (wanted|before|after ) +(.*)$", printed, re.MULTILINE)
+    return re.findall(r"^  (reference|before|after) +(.*)$", printed, re.MULTILINE)
 
 
 def test_the_demo_ends_well_and_leaves_an_adapter_that_answers(done: Done) -> None:
@@ -43,11 +43,11 @@ def test_the_demo_ends_well_and_leaves_an_adapter_that_answers(done: Done) -> No
     assert isinstance(load(done.folder).generate({"document": "a storm."}, max_new_tokens=4), str)
 
 
-def test_it_shows_three_held_out_rows_wanted_before_and_after(done: Done) -> None:
+def test_it_shows_three_held_out_rows_reference_before_and_after(done: Done) -> None:
     rows = (SAMPLES / "news_en_validation.jsonl").read_text(encoding="utf-8").splitlines()
     shown = answers(done.out)
-    assert [name.strip() for name, _ in shown] == ["wanted", "before", "after"] * 3
-    assert [text for name, text in shown if name == "wanted"] == [
+    assert [name for name, _ in shown] == ["reference", "before", "after"] * 3
+    assert [text for name, text in shown if name == "reference"] == [
         json.loads(row)["title"] for row in rows[:3]
     ]
 
@@ -55,7 +55,7 @@ def test_it_shows_three_held_out_rows_wanted_before_and_after(done: Done) -> Non
 def test_it_ends_with_the_losses_of_the_run_and_what_to_try(done: Done) -> None:
     first, last = done.looks[0]["loss"], min(look["loss"] for look in done.looks)
     assert f"20 held-out rows: {first:.3f} before, {last:.3f} after" in done.out
-    for named in ("README.md", "loss.png", "metrics.jsonl", "adapter_model.safetensors", "settings.yaml"):
+    for named in ("README.md", "loss.svg", "metrics.jsonl", "adapter_model.safetensors", "settings.yaml"):
         assert named in done.out
         assert (done.folder / named).is_file()
     for verb in ("generate", "chat"):
@@ -69,7 +69,11 @@ def test_it_ends_with_a_report_of_base_and_adapter_on_all_held_out_rows(done: Do
     assert loss == pytest.approx([done.looks[0]["loss"], min(look["loss"] for look in done.looks)], abs=1e-4)
     page = done.folder / "report" / "report.html"
     assert page.is_file() and f"Open {page} in a browser" in done.out
-    text = done.out.split("4. All held-out rows")[1].split("does the same:\n\n")[1].split("\n\n")[0]
+    text = (
+        done.out.split("4. Comparison on all held-out rows")[1]
+        .split("Equivalent command:\n\n")[1]
+        .split("\n\n")[0]
+    )
     words = shlex.split(text.replace("\\\n", " "))
     again = command(done.folder, *words[words.index("compare") :])
     assert again.status == 0
@@ -77,7 +81,7 @@ def test_it_ends_with_a_report_of_base_and_adapter_on_all_held_out_rows(done: Do
 
 
 def test_the_command_it_prints_is_the_run_that_it_made(done: Done) -> None:
-    text = done.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
+    text = done.out.split("Equivalent command:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)
     printed = read_config(RunConfig, words[words.index("sft") + 1 :], verb="sft", groups=TRAINING).config
     assert to_yaml(printed) == (done.folder / "settings.yaml").read_text(encoding="utf-8")
@@ -87,7 +91,7 @@ def test_a_second_demo_shows_the_finished_run_again(done: Done, base: Path) -> N
     weights = done.weight_bytes
     again = demo(done.folder, base)
     assert again.status == 0
-    assert "holds this run, finished" in again.out
+    assert "holds this run, which is finished" in again.out
     assert answers(again.out) == answers(done.out)
     assert done.weight_bytes == weights
 
@@ -121,8 +125,8 @@ def test_the_demo_of_pairs_shows_three_answers_and_the_reward_accuracy(from_pair
     assert [line["step"] for line in from_pairs.steps] == [1, 2, 3, 4]
     rows = (SAMPLES / "pairs_en_validation.jsonl").read_text(encoding="utf-8").splitlines()
     shown = answers(from_pairs.out)
-    assert [name.strip() for name, _ in shown] == ["wanted", "before", "after"] * 3
-    assert [text for name, text in shown if name == "wanted"] == [
+    assert [name for name, _ in shown] == ["reference", "before", "after"] * 3
+    assert [text for name, text in shown if name == "reference"] == [
         json.loads(row)["chosen"] for row in rows[:3]
     ]
     best = min(from_pairs.looks, key=lambda look: look["loss"])
@@ -131,7 +135,7 @@ def test_the_demo_of_pairs_shows_three_answers_and_the_reward_accuracy(from_pair
 
 
 def test_the_command_of_the_demo_of_pairs_is_the_run_that_it_made(from_pairs: Done) -> None:
-    text = from_pairs.out.split("This command does the same:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
+    text = from_pairs.out.split("Equivalent command:\n\n")[1].split("\n\n")[0].replace("\\\n", " ")
     words = shlex.split(text)
     reading = read_config(
         RunConfig, words[words.index("dpo") + 1 :], verb="dpo", defaults=PREFERENCE_DEFAULTS

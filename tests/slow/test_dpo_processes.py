@@ -26,28 +26,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_folder(tmp_path_factory.mktemp("models") / "llama")
 
 
-def wanted(output: Path, base: Path, data: Path, settings: Mapping[str, object]) -> dict[str, object]:
+def settings_of(output: Path, base: Path, data: Path, settings: Mapping[str, object]) -> dict[str, object]:
     return {"base_model": base, "data_path": data, "output_dir": output, **PLAIN, **settings}
 
 
 def started(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
-    words = arguments(wanted(output, base, data, settings))
+    words = arguments(settings_of(output, base, data, settings))
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
     return Done(done.returncode, output, done.stdout, done.stderr)
 
 
 def forked(zygotes: Zygote, output: Path, base: Path, data: Path, **settings: object) -> Done:
-    return together(zygotes, "dpo", wanted(output, base, data, settings))
+    return together(zygotes, "dpo", settings_of(output, base, data, settings))
 
 
 def assert_same_run(several: Done, one: Done) -> None:
     assert (several.status, several.err) == (0, "")
     unlike = {"seconds", "peak_memory_bytes", "reward_accuracy"}
-    for mine, theirs in zip(several.lines, one.lines, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine.keys() - unlike:
-            if mine[name] is not None or theirs[name] is not None:
-                assert mine[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), name
+    for ours, theirs in zip(several.lines, one.lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - unlike:
+            if ours[name] is not None or theirs[name] is not None:
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), name
     for name, weight in several.weights.items():
         assert float((weight - one.weights[name]).abs().max()) < 1e-3, name
 
@@ -76,10 +76,10 @@ def test_two_processes_that_lost_the_cache_get_the_same_reference_again(
 ) -> None:
     data, cache, out = write_jsonl(tmp_path / "rows.jsonl", pairs(17)), tmp_path / "cache", tmp_path / "out"
     settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "save_steps": 1, "lora_dropout": 0.1}
-    whole = forked(zygotes, out, base, data, **settings, cache_dir=cache)
-    assert (whole.status, whole.err) == (0, "")
+    uninterrupted = forked(zygotes, out, base, data, **settings, cache_dir=cache)
+    assert (uninterrupted.status, uninterrupted.err) == (0, "")
     (file,) = cache.glob("*.reference")
-    weights, values = whole.weight_bytes, file.read_bytes()
+    weights, values = uninterrupted.weight_bytes, file.read_bytes()
     state = json.loads(
         (out / "run.json").read_text(encoding="utf-8")
     )  # as a kill after the first step leaves it

@@ -31,21 +31,25 @@ def chapter(title: str) -> list[tuple[str, str]]:
 class Checkout:
     """A copy of the package that the page's diffs are applied to, with the files that its commands name."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        shutil.copytree(ROOT / "yeonma", place / "yeonma", ignore=shutil.ignore_patterns("__pycache__"))
-        self.base = tiny_base(place / "base", byte_level())
-        write_jsonl(place / "pairs.jsonl", pairs(8))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "yeonma", folder / "yeonma", ignore=shutil.ignore_patterns("__pycache__"))
+        self.base = tiny_base(folder / "base", byte_level())
+        write_jsonl(folder / "pairs.jsonl", pairs(8))
         questions = [
             {"context": f"The mill has {number} floors.", "query": "How many floors?", "reply": str(number)}
             for number in range(12)
         ]
-        write_jsonl(place / "qa.jsonl", questions)
+        write_jsonl(folder / "qa.jsonl", questions)
 
     def run(self, *words: str, stdin: str | None = None) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(self.place), "YEONMA_CACHE": str(self.place / "cache")}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder),
+            "YEONMA_CACHE": str(self.folder / "cache"),
+        }
         done = subprocess.run(
-            words, cwd=self.place, env=environment, input=stdin, capture_output=True, text=True
+            words, cwd=self.folder, env=environment, input=stdin, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -72,8 +76,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 
 def test_a_preference_loss_trains(checkout: Checkout) -> None:
     checkout.follow("A preference loss")
-    assert (checkout.place / "squared" / "adapter_model.safetensors").is_file()
-    assert "loss: squared_hinge" in (checkout.place / "squared" / "settings.yaml").read_text(encoding="utf-8")
+    assert (checkout.folder / "squared" / "adapter_model.safetensors").is_file()
+    assert "loss: squared_hinge" in (checkout.folder / "squared" / "settings.yaml").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_built_in_template_is_chosen_by_its_columns(checkout: Checkout) -> None:

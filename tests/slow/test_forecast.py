@@ -60,33 +60,33 @@ SHAPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 }  # fmt: skip
 
 
-def model(place: Path, shape: dict[str, object]) -> Path:
+def model(path: Path, shape: dict[str, object]) -> Path:
     torch.manual_seed(0)
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(**shape, **tokens, max_position_embeddings=2048)  # type: ignore[arg-type]
-    LlamaForCausalLM(config).save_pretrained(place)
-    characters().save_pretrained(place)
-    return place
+    LlamaForCausalLM(config).save_pretrained(path)
+    characters().save_pretrained(path)
+    return path
 
 
-def rows(place: Path) -> Path:
+def rows(path: Path) -> Path:
     """Documents of 100 to 260 characters, each of which is a token."""
     draw = random.Random(0)
 
     def text(length: int) -> str:
         return "".join(draw.choice("abcdefgh ") for _ in range(length)).strip() + "."
 
-    found = [
+    lines = [
         {"document": f"{number}. {text(draw.randint(100, 260))}", "title": text(draw.randint(20, 60))}
         for number in range(12)
     ]
-    return write_jsonl(place, found)
+    return write_jsonl(path, lines)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_forecast_is_within_15_percent_of_the_measured_peak(name: str, tmp_path: Path) -> None:
     shape, settings = SHAPES[name]
-    wanted = {
+    settings = {
         "base_model": model(tmp_path / "model", shape),
         "data_path": rows(tmp_path / "rows.jsonl"),
         "output_dir": tmp_path / "out",
@@ -98,7 +98,7 @@ def test_the_forecast_is_within_15_percent_of_the_measured_peak(name: str, tmp_p
     def run(*command: str) -> str:
         environment = {**os.environ, "YEONMA_CACHE": str(tmp_path / "cache")}
         done = subprocess.run(
-            [sys.executable, *command, *arguments(wanted)],
+            [sys.executable, *command, *arguments(settings)],
             cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

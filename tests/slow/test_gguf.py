@@ -38,7 +38,7 @@ def llama_python() -> str:
 @pytest.fixture(scope="module")
 def exported(llama_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps on SmolLM2, merged, and the merged model as GGUF."""
-    place = tmp_path_factory.mktemp("smollm2")
+    folder = tmp_path_factory.mktemp("smollm2")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("YEONMA_CACHE")  # a model and a converter that were fetched before are taken from there
         try:
@@ -50,13 +50,13 @@ def exported(llama_python: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
         words += ["--max_steps", "6", "--learning_rate", "1e-3", "--batch_size", "8", "--card_rows", "3"]
         words += ["--val_data_path", str(SAMPLES / "news_en_validation.jsonl"), "--eval_steps", "100"]
         for verb in (
-            ["sft", "--base_model", base, "--output_dir", str(place / "OUT"), *words],
-            ["merge", str(place / "OUT"), "--output_dir", str(place / "M")],
-            ["export", str(place / "M"), "--output_dir", str(place / "G"), "--format", "ollama"],
+            ["sft", "--base_model", base, "--output_dir", str(folder / "OUT"), *words],
+            ["merge", str(folder / "OUT"), "--output_dir", str(folder / "M")],
+            ["export", str(folder / "M"), "--output_dir", str(folder / "G"), "--format", "ollama"],
         ):
-            done = command(place, *verb)
+            done = command(folder, *verb)
             assert done.status == 0, done.out + done.err
-    return place
+    return folder
 
 
 def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_python: str) -> None:
@@ -65,25 +65,27 @@ def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_pyt
     rows = [{"document": sample["row"]["document"]} for sample in samples]
     ids = [merged.prompt_ids(row).tolist() for row in rows]
     assert ids == [sample["prompt_ids"] for sample in samples]
-    wanted = [merged.generate(row, max_new_tokens=MOST) for row in rows]
-    prompts = [{"ids": each, "text": merged.prompt_builder.tokenizer.decode(each)} for each in ids]
-    asked = {
+    expected = [merged.generate(row, max_new_tokens=MOST) for row in rows]
+    prompts = [
+        {"ids": prompt_ids, "text": merged.prompt_builder.tokenizer.decode(prompt_ids)} for prompt_ids in ids
+    ]
+    request = {
         "gguf": str(exported / "G" / "G-f16.gguf"),
         "context": 1024,
         "max_new_tokens": MOST,
         "prompts": prompts,
         "messages": [[{"role": "user", "content": row["document"]}] for row in rows],
     }
-    found = answers(llama_python, asked)
-    assert found["ids"] == ids
-    assert [text.rstrip() for text in found["completions"]] == wanted
-    assert [text.rstrip() for text in found["chats"]] == wanted  # through the chat template in the file
+    response = answers(llama_python, request)
+    assert response["ids"] == ids
+    assert [text.rstrip() for text in response["completions"]] == expected
+    assert [text.rstrip() for text in response["chats"]] == expected  # through the chat template in the file
 
 
-def answers(python: str, asked: dict[str, Any]) -> dict[str, Any]:
+def answers(python: str, request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [python, str(ROOT / "tests" / "slow" / "llama_answers.py")],
-        input=json.dumps(asked),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         timeout=900,

@@ -35,8 +35,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
     """The run of `tests.runs.sft`, in processes of their own."""
-    wanted = {"base_model": base, "data_path": data, "output_dir": output, **SETTINGS, **settings}
-    done = subprocess.run([*command, *arguments(wanted)], cwd=ROOT, capture_output=True, text=True)
+    options = {"base_model": base, "data_path": data, "output_dir": output, **SETTINGS, **settings}
+    done = subprocess.run([*command, *arguments(options)], cwd=ROOT, capture_output=True, text=True)
     return Done(done.returncode, output, done.stdout, done.stderr)
 
 
@@ -50,8 +50,8 @@ def assert_same_run(several: Done, one: Done) -> None:
         assert float((weight - one.weights[name]).abs().max()) < 1e-3, name
     assert len(list(several.folder.rglob("metrics.jsonl"))) == 1
     assert {path.name for path in several.folder.iterdir()} == {path.name for path in one.folder.iterdir()}
-    said = [line for line in several.out.splitlines() if " step " in f" {line}"]
-    assert len(said) == len(one.lines)  # one process speaks
+    step_lines = [line for line in several.out.splitlines() if " step " in f" {line}"]
+    assert len(step_lines) == len(one.lines)  # one process speaks
 
 
 def test_two_processes_under_torchrun_give_the_losses_of_one(tmp_path: Path, base: Path, data: Path) -> None:
@@ -97,8 +97,8 @@ def test_a_parameter_keeps_a_gradient_if_any_process_has_one(tmp_path: Path) -> 
 def test_a_mistake_is_told_once_by_several_processes(tmp_path: Path, base: Path, data: Path) -> None:
     done = started(YEONMA, tmp_path / "out", base, data, early_stopping_patience=2, nproc=2)
     cure = "give val_set_size or val_data_path"
-    told = f"yeonma: early_stopping_patience: it follows the validation loss; {cure}\n"
-    assert (done.status, done.err) == (2, told)
+    message = f"yeonma: early_stopping_patience: it follows the validation loss; {cure}\n"
+    assert (done.status, done.err) == (2, message)
     assert not done.folder.exists()
 
 

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 
 def sharded(zygotes: Zygote, verb: str, output: Path, base: Path, data: Path, **settings: object) -> Done:
-    wanted = {"base_model": base, "data_path": data, "output_dir": output, **VERBS[verb][1], **settings}
-    return together(zygotes, verb, {**wanted, "shard": True})
+    options = {"base_model": base, "data_path": data, "output_dir": output, **VERBS[verb][1], **settings}
+    return together(zygotes, verb, {**options, "shard": True})
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,17 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one(
 ) -> None:
     base = model_folder(tmp_path / "model", family)
     in_one_process, _, rows = VERBS[verb]
-    made = rows(13)
+    examples = rows(13)
     if settings.get("loss") == "kto":
-        made = [  # type: ignore[misc]
+        examples = [  # type: ignore[misc]
             {
                 "prompt": row["prompt"],
                 "completion": row["chosen" if i % 2 else "rejected"],
                 "label": i % 2 == 1,
             }
-            for i, row in enumerate(made)
+            for i, row in enumerate(examples)
         ]
-    data = write_jsonl(tmp_path / "rows.jsonl", made)
+    data = write_jsonl(tmp_path / "rows.jsonl", examples)
     settings = {**UNEVEN, **settings}
     one = in_one_process(tmp_path / "one", base, data, **settings, cache_dir=tmp_path / "a")
     assert one.status == 0, one.err
@@ -75,10 +75,10 @@ def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(zygotes: Zygote, tmp
     base = model_folder(tmp_path / "model")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(13))
     settings: dict[str, object] = {**UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2}
-    whole = sharded(zygotes, "sft", tmp_path / "whole", base, data, **settings)
-    assert whole.status == 0, whole.err
+    uninterrupted = sharded(zygotes, "sft", tmp_path / "whole", base, data, **settings)
+    assert uninterrupted.status == 0, uninterrupted.err
     part = tmp_path / "part"
-    shutil.copytree(whole.folder, part)
+    shutil.copytree(uninterrupted.folder, part)
     for left in part.glob("checkpoint-*"):  # as a run is found that was ended after step 2
         if left.name != "checkpoint-2":
             shutil.rmtree(left)
@@ -88,8 +88,8 @@ def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(zygotes: Zygote, tmp
     again = sharded(zygotes, "sft", part, base, data, **settings)
     assert again.status == 0, again.err
     assert "continuing after step 2 of" in again.out
-    assert again.weight_bytes == whole.weight_bytes
-    assert again.losses == whole.losses
+    assert again.weight_bytes == uninterrupted.weight_bytes
+    assert again.losses == uninterrupted.losses
 
 
 MEMORY = """
@@ -99,7 +99,7 @@ from pathlib import Path
 import torch
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.sharding import gathered_bytes, held_bytes, shard_weights
+from yeonma.model.sharding import gathered_bytes, local_weight_bytes, shard_weights
 from yeonma.train.distributed import process_group, rendezvous, wait
 from yeonma.run_folder.progress import status_bytes
 
@@ -107,13 +107,14 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     before = {name: status_bytes(name) for name in ("RssAnon", "RssFile")}
     model = load.load_base(load.BaseSource(sys.argv[1]), None, torch.float32)
     load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-    whole, gathered = held_bytes(model), gathered_bytes(model)
+    unsharded, gathered = local_weight_bytes(model), gathered_bytes(model)
     shard_weights(model, torch.device("cpu"))
     after = {name: status_bytes(name) - before[name] for name in before}
     check_forest_support(model)
     passed = {name: status_bytes(name) - before[name] for name in before}
-    found = {"whole": whole, "gathered": gathered, "held": held_bytes(model), "after": after, "passed": passed}
-    Path(sys.argv[2], f"{group.rank}.json").write_text(json.dumps(found))
+    sizes = {"unsharded": unsharded, "gathered": gathered, "local": local_weight_bytes(model)}
+    sizes |= {"after": after, "passed": passed}
+    Path(sys.argv[2], f"{group.rank}.json").write_text(json.dumps(sizes))
     wait(group)
 """
 
@@ -131,11 +132,11 @@ def test_each_process_holds_half_of_the_frozen_weights(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        whole = found["whole"]
-        assert whole > 250e6
-        assert found["held"] == pytest.approx(whole / 2, rel=0.01)
+        sizes = json.loads((tmp_path / f"{rank}.json").read_text())
+        unsharded = sizes["unsharded"]
+        assert unsharded > 250e6
+        assert sizes["local"] == pytest.approx(unsharded / 2, rel=0.01)
         lora = 20e6  # the adapter, and code that is imported meanwhile
-        assert found["after"]["RssAnon"] < whole / 2 + found["gathered"] + lora
-        assert found["after"]["RssFile"] < 0.2 * whole + lora  # the file's pages have been let go
-        assert found["passed"]["RssAnon"] < whole / 2 + 2 * found["gathered"] + lora
+        assert sizes["after"]["RssAnon"] < unsharded / 2 + sizes["gathered"] + lora
+        assert sizes["after"]["RssFile"] < 0.2 * unsharded + lora  # the file's pages have been let go
+        assert sizes["passed"]["RssAnon"] < unsharded / 2 + 2 * sizes["gathered"] + lora

@@ -70,7 +70,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 def ours(output: Path, base: Path, data: Path, **settings: object) -> Done:
-    wanted = {
+    settings = {
         "base_model": base,
         "data_path": data,
         "output_dir": output,
@@ -85,7 +85,7 @@ def ours(output: Path, base: Path, data: Path, **settings: object) -> Done:
         "card_rows": 0,
         **settings,
     }
-    done = command(output, "dpo", *arguments(wanted))
+    done = command(output, "dpo", *arguments(settings))
     assert done.status == 0, done.err
     return done
 
@@ -93,8 +93,8 @@ def ours(output: Path, base: Path, data: Path, **settings: object) -> Done:
 def first_gradients(base: Path, data: Path, output: Path, **settings: object) -> dict[str, torch.Tensor]:
     """Of the first step: without decay of its mean, AdamW's mean is the gradient."""
     ours(output, base, data, adam_beta1=0.0, max_grad_norm=0.0, save_steps=1, **settings)
-    kept = load_file(output / "checkpoint-1" / "optimizer.safetensors")
-    return {name.removesuffix("/exp_avg"): mean for name, mean in kept.items() if name.endswith("/exp_avg")}
+    state = load_file(output / "checkpoint-1" / "optimizer.safetensors")
+    return {name.removesuffix("/exp_avg"): mean for name, mean in state.items() if name.endswith("/exp_avg")}
 
 
 # TRL's
@@ -102,12 +102,14 @@ def first_gradients(base: Path, data: Path, output: Path, **settings: object) ->
 
 class FirstGradients(TrainerCallback):
     def __init__(self) -> None:
-        self.found: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        if not self.found:
+        if not self.gradients:
             named = model.named_parameters()
-            self.found = {name: each.grad.clone() for name, each in named if each.grad is not None}
+            self.gradients = {
+                name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None
+            }
 
 
 def lora_start(base: Path, adapter: Path | None = None) -> Any:
@@ -159,7 +161,7 @@ def dpo_trainer(output: Path, base: Path, adapter: Path | None = None, **own: An
 
 def logged(trainer: Any) -> list[dict[str, float]]:
     """The numbers of every step."""
-    return [each for each in trainer.state.log_history if "loss" in each]
+    return [record for record in trainer.state.log_history if "loss" in record]
 
 
 # Both
@@ -180,8 +182,13 @@ def check_steps(done: Done, theirs: list[dict[str, float]], *, but: Collection[s
     assert len(done.steps) == len(theirs) == STEPS
     for name, their_name in NAMES.items():
         if name not in but:
-            found, wanted = [step[name] for step in done.steps], [step[their_name] for step in theirs]
-            assert found == pytest.approx(wanted, abs=1e-4, rel=1e-5 if "logprob" in name else 0), name
+            our_values, their_values = (
+                [step[name] for step in done.steps],
+                [step[their_name] for step in theirs],
+            )
+            assert our_values == pytest.approx(
+                their_values, abs=1e-4, rel=1e-5 if "logprob" in name else 0
+            ), name
     for step, their_step in zip(done.steps, theirs, strict=True):
         if step["reward_margin"] != pytest.approx(0.0, abs=1e-5):  # else the policy is its reference: ties
             assert step["reward_accuracy"] == pytest.approx(their_step["rewards/accuracies"])
@@ -211,7 +218,7 @@ def test_the_first_gradient_is_that_of_trls_dpo_trainer(
     tmp_path: Path, base: Path, data: Path, adapter: Path, loss: str
 ) -> None:
     """With an adapter that is continued, so that both of its matrices have gradients, and is its own reference."""
-    found = first_gradients(base, data, tmp_path / "ours", adapter=adapter, loss=loss, **DPO_LOSSES[loss])
+    gradients = first_gradients(base, data, tmp_path / "ours", adapter=adapter, loss=loss, **DPO_LOSSES[loss])
     trainer = dpo_trainer(
         tmp_path / "theirs",
         base,
@@ -224,9 +231,9 @@ def test_the_first_gradient_is_that_of_trls_dpo_trainer(
     theirs = FirstGradients()
     trainer.add_callback(theirs)
     trainer.train()
-    assert found.keys() == theirs.found.keys()
-    for name, gradient in found.items():
-        assert float((gradient - theirs.found[name]).abs().max()) < 1e-5, name
+    assert gradients.keys() == theirs.gradients.keys()
+    for name, gradient in gradients.items():
+        assert float((gradient - theirs.gradients[name]).abs().max()) < 1e-5, name
         assert float(gradient.abs().max()) > 1e-3, name
 
 
@@ -274,7 +281,7 @@ def plain_steps(
             logprobs = model(ids[None]).logits[0].log_softmax(-1)
         return logprobs[torch.arange(len(before) - 1, len(ids) - 1), ids[len(before) :]]
 
-    trained = [each for each in model.parameters() if each.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     order, losses = epoch_order(len(rows), SEED, 0, BATCH_SIZE), []
     for step in range(STEPS):
@@ -369,8 +376,8 @@ def test_the_written_formula_of_kto_gives_trls_10_steps(tmp_path: Path, base: Pa
     trainer.train()
     theirs = logged(trainer)
     assert sum(step["kl"] > 0 for step in theirs) > 2
-    found = plain_steps(base, LABELLED, lambda of, rows: kto_of(of, rows, [rows[-1], *rows[:-1]]))
-    assert found == pytest.approx([step["loss"] for step in theirs], abs=1e-4)
+    losses = plain_steps(base, LABELLED, lambda of, rows: kto_of(of, rows, [rows[-1], *rows[:-1]]))
+    assert losses == pytest.approx([step["loss"] for step in theirs], abs=1e-4)
 
 
 def test_10_steps_of_kto_are_those_of_its_formula(tmp_path: Path, base: Path) -> None:
@@ -379,7 +386,7 @@ def test_10_steps_of_kto_are_those_of_its_formula(tmp_path: Path, base: Path) ->
     weights = {f"kto_{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
     done = ours(tmp_path / "ours", base, data, loss="kto", **weights)
     following = dict(zip(map(str, LABELLED), [*LABELLED[1:], LABELLED[0]], strict=True))
-    found = plain_steps(
+    losses = plain_steps(
         base, LABELLED, lambda of, rows: kto_of(of, rows, [following[str(row)] for row in rows])
     )
-    assert done.losses == pytest.approx(found, abs=1e-4)
+    assert done.losses == pytest.approx(losses, abs=1e-4)

@@ -42,14 +42,14 @@ ELSEWHERE = {
 
 
 def commands() -> list[list[str]]:
-    """The words of each command of the pages, in order; a command with `...` is not whole."""
-    found = []
+    """The commands of the pages as words, in order, without those that contain `...`."""
+    result = []
     for text in TEXT.values():
         for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith(("yeonma ", "torchrun ", "python merge.py ")) and "..." not in line:
-                    found.append(shlex.split(line, comments=True))
-    return [words for words in found if words[1] != "--help"]
+                    result.append(shlex.split(line, comments=True))
+    return [words for words in result if words[1] != "--help"]
 
 
 def block_after(page: str, text: str) -> str:
@@ -58,8 +58,8 @@ def block_after(page: str, text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages take for granted: two bases, a data set of the hub, and the reader's own files."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages assume: a base model, a data set of the hub, and the reader's own files."""
     root = tmp_path_factory.mktemp("tutorial")
     base = tiny_base(root / "base", byte_level())
     write_jsonl(root / "news.jsonl", articles(230))
@@ -75,43 +75,42 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(root / "labelled.jsonl", [labelled, good] * 4)
     (root / "articles.csv").write_text(block_after("tutorial", "A CSV file, `articles.csv`:"))
     (root / "headline.txt").write_text(block_after("tutorial", "A template, `headline.txt`,"))
-    made = command(
+    done = command(
         root / "demo", "demo", "--model_dir", str(base), "--quick", "true", "--output_dir", str(root / "demo")
     )
-    assert made.status == 0, made.err
+    assert done.status == 0, done.err
     return root
 
 
 def as_here(words: list[str], root: Path) -> list[str]:
-    """A command with what lies elsewhere in the place of what the hub holds."""
+    """A command with local files in place of what is on the hub."""
     names = {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(root / "base"),
         "beomi/llama-2-ko-7b": str(root / "base"),
         "daekeun-ml/naver-news-summarization-ko": "news.jsonl",
         "./title-generator/checkpoint-2000": "./title-generator/checkpoint-2",
     }
-    found = [names.get(word, word) for word in words]
-    if "80" in found:  # a token a byte
-        found[found.index("80")] = "800"
-    found = [str(ROOT / word) if word.startswith("yeonma/samples/") else word for word in found]
-    return found
+    words = [names.get(word, word) for word in words]
+    if "80" in words:  # one token per byte
+        words[words.index("80")] = "800"
+    return [str(ROOT / word) if word.startswith("yeonma/samples/") else word for word in words]
 
 
-def test_each_command_does_what_it_says(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_each_command_does_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     done: list[str] = []
     for program, *words in commands():
         verb = "merge" if program == "python" else "torchrun" if program == "torchrun" else words[0]
         if verb in ELSEWHERE:
             continue
-        rest = as_here(words[1:], place)
+        arguments = as_here(words[1:], folder)
         if program == "python":
-            script = [sys.executable, str(ROOT / words[0]), *rest]
-            by_script = subprocess.run(script, cwd=place, capture_output=True, text=True)
+            script = [sys.executable, str(ROOT / words[0]), *arguments]
+            by_script = subprocess.run(script, cwd=folder, capture_output=True, text=True)
             assert by_script.returncode == 0, by_script.stderr
             continue
-        run = command(place, verb, *rest, *SPEED[verb])
-        assert run.status == 0, f"{verb} {' '.join(rest)}\n{run.err}"
+        run = command(folder, verb, *arguments, *SPEED[verb])
+        assert run.status == 0, f"{verb} {' '.join(arguments)}\n{run.err}"
         done.append(verb)
     assert done.count("sft") == 3
     assert done.count("dpo") == 2
@@ -125,34 +124,34 @@ def test_each_command_does_what_it_says(place: Path, monkeypatch: pytest.MonkeyP
         "headlines-merged/model.safetensors",
         "title-generator-merged/model.safetensors",
     ):
-        assert (place / file).is_file(), file
+        assert (folder / file).is_file(), file
 
 
-def test_the_python_of_the_pages_runs(place: Path) -> None:
+def test_the_python_of_the_pages_runs(folder: Path) -> None:
     """Training from Python, into a folder that the commands leave alone, and loading the adapter with PEFT."""
     train = block_after("tutorial", "## 8. In Python or a notebook")
-    for word in as_here(["HuggingFaceTB/SmolLM2-135M-Instruct"], place):
+    for word in as_here(["HuggingFaceTB/SmolLM2-135M-Instruct"], folder):
         train = train.replace("HuggingFaceTB/SmolLM2-135M-Instruct", word)
     train = train.replace('output_dir="headlines"', 'output_dir="in-python"')
     load = block_after("serve-and-export", "The output folder is an ordinary PEFT adapter:")
     for code in (train, f"{load}assert len(ids)"):
         done = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=place,
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
-    assert (place / "in-python" / "adapter_model.safetensors").is_file()
+    assert (folder / "in-python" / "adapter_model.safetensors").is_file()
 
 
-def test_the_demo_is_served(place: Path) -> None:
+def test_the_demo_is_served(folder: Path) -> None:
     """The page's command, at a port that is free, and its Python."""
-    (words,) = [each[1:] for each in commands() if each[:3] == ["yeonma", "serve", "demo"]]
+    (words,) = [words[1:] for words in commands() if words[:3] == ["yeonma", "serve", "demo"]]
     server = subprocess.Popen(
         [sys.executable, "-m", "yeonma", *words, "--port", "0"],
-        cwd=place,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -161,7 +160,7 @@ def test_the_demo_is_served(place: Path) -> None:
     try:
         assert server.stdout is not None
         serving = (re.search(r"Serving .* at (http://\S+/v1)\.", line) for line in server.stdout)
-        address = next(found[1] for found in serving if found)
+        address = next(match[1] for match in serving if match)
         assert len(OpenAI(base_url=address, api_key="none").models.list().data) == 2
         code = block_after("serve-and-export", "The base model is in memory once.").replace(
             "http://127.0.0.1:8000/v1", address

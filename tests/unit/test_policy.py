@@ -156,7 +156,7 @@ def test_complete_continues_text_as_it_stands(loaded: Policy) -> None:
     assert ids == [byte_level()("<|im_start|>서울\n")["input_ids"]]
     with pytest.raises(UserError, match="prompt: it is empty"):
         loaded.complete("")
-    with pytest.raises(UserError, match="tokens and 4096 new ones are more than the model's 4096"):
+    with pytest.raises(UserError, match="tokens and 4096 new ones exceed the model's 4096 positions"):
         loaded.complete("서울", max_new_tokens=4096)
 
 
@@ -375,7 +375,7 @@ def test_a_base_that_has_moved_is_an_error_until_it_is_named(tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         load_policy(folders.adapter)
     assert str(caught.value) == (
-        f"{folders.adapter}: its base model is no longer at {folders.base}; say with --base_model where it is"
+        f"{folders.adapter}: its base model is no longer at {folders.base}; give its new place with --base_model"
     )
     assert (
         load_policy(folders.adapter, base_model=str(moved)).generate(DOCUMENT, max_new_tokens=5) == expected

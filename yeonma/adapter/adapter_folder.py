@@ -1,4 +1,4 @@
-"""The adapter folder: PEFT's files, the template, the tokenizer, and yeonma.json, which binds them together."""
+"""The adapter folder: PEFT's files, the template, the tokenizer, and yeonma.json, which ties them together."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ TEMPLATE = "template.txt"
 WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
-"""Of yeonma.json: true in the folder of a merged model."""
+"""Key of yeonma.json that is true for a merged model."""
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """The base model that an adapter belongs to. `config_sha256` is that of its config without paths and versions."""
+    """The base model of an adapter. `config_sha256` is the hash of its config without paths and versions."""
 
     name: str
     revision: str | None
@@ -50,7 +50,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter folder without its weights: where its base is, its template and its token rules."""
+    """The contents of an adapter folder without weights: its base, template and token rules."""
 
     path: Path
     base: BaseIdentity
@@ -59,16 +59,16 @@ class AdapterFolder:
     columns: dict[str, str] | None
     rules: TokenRules
     details: dict[str, Any]
-    """The whole of yeonma.json."""
+    """The contents of yeonma.json."""
 
     @property
     def is_merged(self) -> bool:
-        """Whether the folder holds a whole model, with the adapter merged into it."""
+        """Whether the folder contains a complete model with the adapter merged into it."""
         return self.details.get(MERGED) is True
 
     @property
     def quantization(self) -> Quantization:
-        """The base's quantization in training; none for adapters of earlier versions, which do not record it."""
+        """The base's quantization in training. Earlier versions had none and did not record it."""
         quantization: Quantization = self.details.get("quantization", "none")
         return quantization
 
@@ -85,7 +85,7 @@ def stored_parameters(folder: Path) -> int:
 
 
 def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
-    """The identity of a base without an adapter. A local folder is named by its absolute path."""
+    """The identity of a base model without an adapter. The name of a local folder is its absolute path."""
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
@@ -132,7 +132,7 @@ def describe(
 
 
 def identity_of_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of all that decides the ids of plain text, and of turns, which the chat template writes."""
+    """SHA-256 of everything that decides the token ids: of plain text, and of turns, which use the chat template."""
     return {
         "sha256": tokenizer_identity(tokenizer, chat_template=False),
         "with_chat_template_sha256": tokenizer_identity(tokenizer),
@@ -145,36 +145,36 @@ def write_adapter(
     tokenizer: Any,
     template: Template,
     details: Mapping[str, Any],
-    carried: ExportedChatTemplate,
+    exported: ExportedChatTemplate,
     samples: Samples | None = None,
 ) -> None:
-    """Write the adapter into an existing folder. Not atomic by itself: the writer of checkpoints makes it so."""
+    """Writes the adapter's files into an existing folder. The callers make that atomic."""
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path, config.revision = details["base"]["name"], details["base"]["revision"]
-    if isinstance(config.target_modules, set):  # whose order changes from one process to the next
+    if isinstance(config.target_modules, set):  # the order of a set differs between processes
         config.target_modules = sorted(config.target_modules)
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written at the end of a run
-    save_tokenizer(tokenizer, carried, folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    save_tokenizer(tokenizer, exported, folder)
     (folder / TEMPLATE).write_bytes(template.text.encode())
     if samples is not None:
         (folder / SAMPLES).write_text(samples.to_json(), encoding="utf-8")
     (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tokenizer(tokenizer: Any, carried: ExportedChatTemplate, folder: Path) -> None:
-    """Write the tokenizer, with the exported chat template if there is one. The base's own chat template then lies
-    beside it, where `load_tokenizer` finds it."""
+def save_tokenizer(tokenizer: Any, exported: ExportedChatTemplate, folder: Path) -> None:
+    """Writes the tokenizer, with the exported chat template if there is one. The base's own chat template is then a
+    separate file, from which `load_tokenizer` reads it."""
     tokenizer.save_pretrained(str(folder))
-    own = base_chat_template(tokenizer)
-    if carried.text is not None and carried.text != own:
-        (folder / BASE_CHAT_TEMPLATE).write_bytes(own.encode())
-        (folder / CHAT_TEMPLATE).write_bytes((MARK + carried.text).encode())
+    base_template = base_chat_template(tokenizer)
+    if exported.text is not None and exported.text != base_template:
+        (folder / BASE_CHAT_TEMPLATE).write_bytes(base_template.encode())
+        (folder / CHAT_TEMPLATE).write_bytes((MARK + exported.text).encode())
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
-    """Read everything but the weights of an adapter or a merged model. Raises UserError for any other folder, and for
-    damaged files."""
+    """Reads the folder of an adapter or a merged model, without the weights. Raises UserError for any other folder, and
+    for damaged files."""
     folder = user_path(path)
     if not folder.is_dir():
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
@@ -188,12 +188,12 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
         _check_types(details)
         if whole_model and details.get(MERGED) is not True:
-            raise ValueError("a whole model lies beside it")
+            raise ValueError("the folder also contains a complete model")
         rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
         text = (folder / TEMPLATE).read_text("utf-8")
         if hashlib.sha256(text.encode()).hexdigest() != details["template"]["sha256"]:
             raise UserError(
-                "it is not the template that the adapter was trained with", place=str(folder / TEMPLATE)
+                "this is not the template that the adapter was trained with", place=str(folder / TEMPLATE)
             )
         return AdapterFolder(
             path=folder,
@@ -209,9 +209,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
 
 
 def check_continued(path: str, base: BaseIdentity | None) -> None:
-    """Raises UserError where the folder holds no adapter, or one of another base.
+    """Raises UserError if the folder contains no adapter, or an adapter of another base.
 
-    An adapter that PEFT alone wrote only names its base; whether its shapes fit shows when it is loaded.
+    An adapter that was saved by PEFT alone only names its base. Whether its shapes fit is found out on loading.
     """
     folder = user_path(path)
     if (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file():
@@ -225,7 +225,7 @@ def check_continued(path: str, base: BaseIdentity | None) -> None:
 
 
 def _check_types(details: Any) -> None:
-    """Raises TypeError, ValueError or KeyError where a value is not one that `describe` writes."""
+    """Raises TypeError, ValueError or KeyError for a value that `describe` would not write."""
     base, rules, columns, text = details["base"], details["rules"], details["columns"], (str, NoneType)
     types = (
         (base, "name", str),
@@ -252,7 +252,7 @@ def _check_types(details: Any) -> None:
 
 
 def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
-    """Raises UserError where the adapter was trained on another base (by its config, not by its name)."""
+    """Raises UserError if the adapter was trained on another base. Compares configs, not names."""
     if adapter.base.config_sha256 != base.config_sha256 or adapter.base.parameters != base.parameters:
         raise UserError(
             f"it was trained on {adapter.base.name}, which is not {base.name}",

@@ -1,4 +1,4 @@
-"""Rows -> the prompts of training, from an adapter folder without its weights."""
+"""Turns rows into the prompts of training, from an adapter folder without its weights."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ NO_LIMIT = 2**40  # tokens
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, and which part of the model's text after it is the answer."""
+    """A prompt, and how to cut the answer out of the text that follows it."""
 
     token_ids: NDArray[np.int32]
     shortened: bool = False
-    """Whether a prompt field lost text so that the answer fits."""
+    """Whether a field was shortened so that the answer fits."""
     is_turn: bool = False
-    """Whether the model's chat template wrote the prompt; blanks around the answer are then the template's."""
+    """Whether the model's chat template rendered the prompt. White space around the answer then belongs to the
+    template."""
     frame: tuple[str, str] = ("", "")
-    """The template's own text before and after the answer's field."""
+    """The template's text before and after the answer field."""
 
     def answer(self, text: str) -> str:
-        """The answer in the model's `text`."""
+        """The answer, without white space and frame, in the generated `text`."""
         text = text.strip() if self.is_turn else text.rstrip()
         return text.removeprefix(self.frame[0]).removesuffix(self.frame[1].rstrip()).rstrip()
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Turns rows into prompts, as training did."""
+    """Turns rows into prompts in the same way as training."""
 
     adapter: AdapterFolder
     source: BaseSource
@@ -54,10 +55,11 @@ class PromptBuilder:
     stop_ids: tuple[int, ...]
 
     def prompts(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
-        """The prompts of the rows. Fields come from the columns of training, unless `columns` names others.
+        """The prompts of the rows. `columns` maps fields to columns, by default those of training. If a row does not
+        have the column, it is read by the field's name.
 
-        A row without such a column is read by the field's own name. Raises UserError with a problem for every row that
-        does not fit the template or leaves no room for `max_new_tokens`.
+        Raises UserError with a problem for every row that does not fit the template or leaves no room for
+        `max_new_tokens`.
         """
         rendered: list[Rendered] = []
         problems: list[Problem] = []
@@ -72,19 +74,19 @@ class PromptBuilder:
         return [
             Prompt(ids, shortened, text.answer_role is not None, self.frame(text.variant))
             for text, (ids, shortened) in zip(
-                rendered, self._fitted(rendered, rows, max_new_tokens), strict=True
+                rendered, self._token_ids(rendered, rows, max_new_tokens), strict=True
             )
         ]
 
     def text_prompt(self, text: str, place: str = "prompt") -> Prompt:
-        """A text that the model continues as it stands; special tokens in it stay special. Raises UserError where it is
-        empty."""
+        """A prompt of plain text for the model to continue. Special tokens in it stay special. Raises UserError if it
+        is empty."""
         if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
             raise UserError("it is empty", place=place, cure="give the text to continue")
         return Prompt(np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32))
 
     def reference(self, row: Row, columns: Columns = None) -> str | None:
-        """The row's own answer; None where it has none."""
+        """The row's own answer, if it has one."""
         template = self.adapter.template
         column = column_of(template.answer_field, self.columns(row, columns), template.answer_field)
         try:
@@ -97,7 +99,8 @@ class PromptBuilder:
             return None
 
     def columns(self, row: Row, columns: Columns) -> dict[str, str]:
-        """Field -> column for this row: from training and `columns`, without columns that the row lacks."""
+        """Field -> column for this row: the columns of training, updated by `columns`, without those that the row
+        lacks."""
         answer = self.adapter.template.answer_field
         named = {**(self.adapter.columns or {}), **(columns or {})}
         return {
@@ -106,22 +109,27 @@ class PromptBuilder:
             if column in row.values or (answer if field == "answer" else field) not in row.values
         }
 
-    def _fitted(
+    def _token_ids(
         self, rendered: Sequence[Rendered], rows: Sequence[Row], max_new_tokens: int
     ) -> list[tuple[NDArray[np.int32], bool]]:
-        """Each prompt's ids, and whether it was shortened."""
+        """(token ids, whether the prompt was shortened) for each row."""
         rules = self.adapter.rules
-        whole = encode_prompts(
+        full = encode_prompts(
             rendered, rows, self.tokenizer, replace(rules, cutoff_len=NO_LIMIT), max_new_tokens
         )
-        long = [at for at, ids in enumerate(whole) if len(ids) > rules.cutoff_len - max_new_tokens]
-        texts, places = [rendered[at] for at in long], [rows[at] for at in long]
-        short = encode_prompts(texts, places, self.tokenizer, rules, max_new_tokens) if long else []
-        fitted = dict(zip(long, short, strict=True))
-        return [(fitted.get(at, ids), at in fitted) for at, ids in enumerate(whole)]
+        too_long = [index for index, ids in enumerate(full) if len(ids) > rules.cutoff_len - max_new_tokens]
+        shortened: dict[int, NDArray[np.int32]] = {}
+        if too_long:
+            long_rendered, long_rows = (
+                [rendered[index] for index in too_long],
+                [rows[index] for index in too_long],
+            )
+            prompts = encode_prompts(long_rendered, long_rows, self.tokenizer, rules, max_new_tokens)
+            shortened = dict(zip(too_long, prompts, strict=True))
+        return [(shortened.get(index, ids), index in shortened) for index, ids in enumerate(full)]
 
     def by_field_names(self) -> PromptBuilder:
-        """For rows that have the fields' own names, whatever the columns were called in training."""
+        """A prompt builder for rows whose columns are named like the fields, whatever they were in training."""
         return replace(self, adapter=replace(self.adapter, columns=None))
 
     def frame(self, variant: int) -> tuple[str, str]:
@@ -132,17 +140,17 @@ class PromptBuilder:
 def open_prompt_builder(
     adapter_dir: str | Path, *, base_model: str | None = None, trust_remote_code: bool = False
 ) -> PromptBuilder:
-    """The prompt builder of an adapter folder or a merged model. It needs no weights, so rows can be checked before
-    they are loaded. Raises UserError as `yeonma.policy.load_policy`."""
+    """Opens an adapter folder or a merged model. Needs no weights, so that rows can be checked before they are loaded.
+    Raises UserError as `yeonma.policy.load_policy`."""
     adapter = read_adapter_folder(adapter_dir)
     if adapter.is_merged:
         if base_model is not None:
             cure = "leave base_model out"
-            raise UserError("the base model is part of it", place=str(adapter_dir), cure=cure)
+            raise UserError("the base model is part of this folder", place=str(adapter_dir), cure=cure)
         base_model = str(adapter.path)
     if base_model is None and Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir():
         what = f"its base model is no longer at {adapter.base.name}"
-        raise UserError(what, place=str(adapter_dir), cure="say with --base_model where it is")
+        raise UserError(what, place=str(adapter_dir), cure="give its new place with --base_model")
     name, revision = (base_model, None) if base_model else (adapter.base.name, adapter.base.revision)
     source = find_base(name, revision, trust_remote_code)
     tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
@@ -152,12 +160,12 @@ def open_prompt_builder(
 
 
 def quantization_for(setting: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:
-    """The base's quantization for an adapter; `auto` is that of its training."""
+    """The base's quantization; `auto` is that of the adapter's training."""
     return adapter.quantization if setting == "auto" else setting
 
 
 def _around_answer(variant: Variant) -> tuple[str, str]:
-    """The frame's text before and after the answer's field."""
+    """The frame's text before and after the answer field."""
     sides, side = ["", ""], 0
     for part in variant.answer:
         if isinstance(part, Placeholder):

@@ -1,7 +1,6 @@
-"""samples.json of an adapter folder: a few rows as they were trained on, with the ids of their prompts.
+"""samples.json of an adapter folder: the rows of the model card, with the prompt ids of training.
 
-They are the rows of the model card. With them `yeonma verify` checks that tokenizer and template still give the tokens
-of training. No torch here.
+`yeonma verify` uses them to check that tokenizer and template still give these ids. No torch here.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ SAMPLES = "samples.json"
 
 @dataclass(frozen=True)
 class SampleRow:
-    """A row of the run's data: the columns that the template reads, answers included."""
+    """A row of the run's data, with the columns that the template reads, including answers."""
 
     row_number: int
     row: dict[str, Any]
     prompt_ids: list[int]
-    """The row's (last) prompt as it was trained, shortened to leave room for its own answer if it had to be."""
+    """The row's prompt in training, or its last one; shortened if that was necessary for the answer."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,15 @@ def take_samples(
 
 def prompts_of(store: TokenStore, numbers: Sequence[int]) -> list[np.ndarray]:
     """The prompt ids of each row's last example, shape (tokens,)."""
-    lasts = [int(np.flatnonzero(store.row_numbers == number)[-1]) for number in numbers]
-    examples = [store.example(last) for last in lasts]
+    last_examples = [int(np.flatnonzero(store.row_numbers == number)[-1]) for number in numbers]
+    examples = [store.example(last) for last in last_examples]
     return [example.token_ids[: example.prompt_length] for example in examples]
 
 
 def read_samples(folder: Path) -> Samples | None:
-    """What `folder` holds; None where it has no samples.json, as folders of earlier versions.
+    """The samples in a folder, or None without a samples.json, as in folders of earlier versions.
 
-    Raises UserError where the file is damaged.
+    Raises UserError if the file is damaged.
     """
     path = folder / SAMPLES
     if not path.exists():
@@ -88,7 +87,7 @@ def read_samples(folder: Path) -> Samples | None:
         )
         for row in rows:
             ids = row.prompt_ids
-            if not (isinstance(ids, list) and all(type(one) is int for one in (row.row_number, *ids))):
+            if not (isinstance(ids, list) and all(type(number) is int for number in (row.row_number, *ids))):
                 raise TypeError("ids and row numbers are whole numbers")
             if not isinstance(row.row, dict):
                 raise TypeError("a row is an object")
@@ -104,9 +103,9 @@ def prompts_now(
     tokenizer: Any,
     rules: TokenRules,
 ) -> list[list[int] | None]:
-    """The prompt ids that the samples' rows would be trained with now; None for one that would be left out.
+    """The prompt ids that training would give the sample rows now; None for a row that would be left out.
 
-    Raises UserError as rendering and encoding.
+    Raises UserError as rendering and encoding do.
     """
     rows = [
         Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}") for sample in samples.rows
@@ -116,18 +115,18 @@ def prompts_now(
     task = samples.task
     rendered = [task.render(template, row, columns) for row in rows]
     outcomes = TASK_ENCODERS[task.name].encode(rendered, rows, tokenizer, rules)
-    lasts: dict[int, list[int]] = {}
+    last_prompts: dict[int, list[int]] = {}
     for example in _examples(outcomes):
-        lasts[example.row] = example.token_ids[: example.prompt_length].tolist()
-    return [lasts.get(row.number) for row in rows]
+        last_prompts[example.row] = example.token_ids[: example.prompt_length].tolist()
+    return [last_prompts.get(row.number) for row in rows]
 
 
 def _examples(outcomes: Iterable[Example | Unit | LeftOut]) -> Iterable[Example]:
-    for one in outcomes:
-        if isinstance(one, Unit):
-            yield from (example for _, example in one.members)
-        elif isinstance(one, Example):
-            yield one
+    for outcome in outcomes:
+        if isinstance(outcome, Unit):
+            yield from (example for _, example in outcome.members)
+        elif isinstance(outcome, Example):
+            yield outcome
 
 
 def _columns_read(task: Task, template: Template, columns: Mapping[str, str] | None) -> list[str]:

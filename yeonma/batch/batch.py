@@ -1,4 +1,4 @@
-"""Batch: the examples of a step with everything that a loss reads of them, from a token store or made in memory.
+"""Batch: the examples of a step and all numbers that a loss reads, from a token store or made in memory.
 
 Shapes: E examples in U units, N trained tokens, counted once per example.
 """
@@ -17,48 +17,48 @@ from yeonma.tokenization.example import AnswerRole, Example
 from yeonma.tokenization.store import TokenStore
 
 Extras = Mapping[str, NDArray[np.float64]]
-"""Numbers that a loss reads by name."""
+"""Name -> numbers that a loss reads."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples, unit by unit. `Batch.from_store` and `Batch.of` make one.
+    """Examples, unit by unit. Made by `Batch.from_store` and `Batch.of`.
 
     The tokens of example i are `flat_token_ids[starts_E[i] : starts_E[i] + lengths_E[i]]`, at positions 0, 1, 2, ...
-    The flat arrays are shared with the store and with other parts of the batch, and are never copied.
+    The flat arrays are shared with the store and with parts of the batch, without copying.
     """
 
     flat_token_ids: NDArray[np.int32]
     flat_trained: NDArray[np.bool_]
-    """Whether the token is trained, as a target. The first token of an example never is."""
+    """Whether the token is a training target. The first token of an example never is."""
     starts_E: NDArray[np.int64]
     lengths_E: NDArray[np.int32]
     trained_counts_E: NDArray[np.int32]
     index_E: NDArray[np.int64]
-    """The position of the example in the store, or in the list that the batch was made of."""
+    """The position of the example in the store, or in the list of `Batch.of`."""
     units_E: NDArray[np.int64]
-    """The unit of the example, an index into U; ascending."""
+    """The unit of the example: an index into U, ascending."""
     roles_E: NDArray[np.uint8]
     """Values of `AnswerRole`."""
     rows_E: NDArray[np.int64]
     """Row numbers, from 1."""
     unit_lengths_U: NDArray[np.int64]
-    """Tokens of the unit's examples, their common prompt counted once. A part of a batch keeps those of the whole."""
+    """Tokens of the unit's examples, with their common prompt counted once. Unchanged in `trained_part`."""
     unit_rows_U: NDArray[np.int64]
-    """The row that the unit was made of."""
+    """The row number of the unit."""
     example_extras: Extras = field(default_factory=dict)
-    """Shape (E,): log-probabilities by a reference, advantages."""
+    """Shape (E,), such as reference log-probabilities or advantages."""
     token_extras: Extras = field(default_factory=dict)
-    """Shape (N,), in the order of logprob_N: log-probabilities at the time of sampling."""
+    """Shape (N,), in the order of logprob_N, such as log-probabilities at the time of sampling."""
     flat_input_keys: NDArray[np.int64] | None = None
-    """What the model sees at a token besides its id, as a number that differs where that differs, such as the hash of
-    an image patch. None: it sees ids alone."""
+    """Integers that stand for what the model sees at a token besides its id, such as the hash of an image patch. Equal
+    keys mean equal input. None: the model sees ids alone."""
 
     @staticmethod
     def from_store(
         store: TokenStore, units: NDArray[np.int64], example_extras: Extras | None = None
     ) -> Batch:
-        """Some units of a store, in the given order. `example_extras` hold a number for every example of the store."""
+        """The given units of a store, in this order. `example_extras`: arrays over all examples of the store."""
         examples = store.examples_of(units)
         sizes = np.ones(len(units), dtype=np.int64)
         if store.counts.units != len(store):
@@ -89,11 +89,11 @@ class Batch:
         token_extras: Mapping[str, Any] | None = None,
         input_keys: Sequence[NDArray[np.int64]] | None = None,
     ) -> Batch:
-        """At least one example, in memory, such as sampled answers.
+        """A batch of examples in memory (at least one), such as sampled answers.
 
-        `units`: a number for each example; those of one unit have the same and stand next to each other. None makes
-        each a unit of its own. `roles` are ANSWER by default. The extras are sequences of numbers, of shape (E,) and
-        (N,). Raises ValueError where the shapes do not fit, a unit is torn apart, or a first token is trained.
+        `units`: a number per example, equal within a unit, whose examples must be adjacent; by default, every example
+        is a unit of its own. `roles` are ANSWER by default. The extras are sequences of numbers of shape (E,) and (N,).
+        Raises ValueError if shapes do not match, a unit is not contiguous, or a first token is trained.
         """
         count = len(examples)
         unit_numbers = np.arange(count) if units is None else np.asarray(units)
@@ -101,9 +101,9 @@ class Batch:
         begins_unit[1:] = unit_numbers[1:] != unit_numbers[:-1]
         firsts = np.flatnonzero(begins_unit)
         if len(firsts) != len(set(unit_numbers.tolist())):
-            raise ValueError("the examples of a unit must stand next to each other")
+            raise ValueError("the examples of a unit must be adjacent")
         if any(example.trained[:1].any() for example in examples):
-            raise ValueError("the first token of an example cannot be trained: nothing stands before it")
+            raise ValueError("the first token of an example cannot be trained: no token precedes it")
         lengths = np.array([len(example.token_ids) for example in examples], dtype=np.int32)
         prompt_lengths = np.array([example.prompt_length for example in examples], dtype=np.int64)
         trained_counts = np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int32)
@@ -111,38 +111,38 @@ class Batch:
         roles_E = np.full(count, AnswerRole.ANSWER, np.uint8) if roles is None else np.array(roles, np.uint8)
         return Batch(
             flat_token_ids=np.concatenate([example.token_ids for example in examples]),
-            flat_trained=_of_tokens([example.trained for example in examples], lengths),
+            flat_trained=_flat([example.trained for example in examples], lengths),
             starts_E=np.cumsum(lengths, dtype=np.int64) - lengths,
             lengths_E=lengths,
             trained_counts_E=trained_counts,
             index_E=np.arange(count),
             units_E=np.cumsum(begins_unit) - 1,
-            roles_E=_shaped(roles_E, count, "roles"),
+            roles_E=_check_shape(roles_E, count, "roles"),
             rows_E=rows,
             unit_lengths_U=np.add.reduceat(lengths - prompt_lengths, firsts) + prompt_lengths[firsts],
             unit_rows_U=rows[firsts],
             example_extras=_numbers(example_extras, count),
             token_extras=_numbers(token_extras, int(trained_counts.sum())),
-            flat_input_keys=None if input_keys is None else _of_tokens(input_keys, lengths),
+            flat_input_keys=None if input_keys is None else _flat(input_keys, lengths),
         )
 
     def __len__(self) -> int:
-        """E."""
+        """The number of examples, E."""
         return len(self.lengths_E)
 
     @property
     def unit_count(self) -> int:
-        """U."""
+        """The number of units, U."""
         return len(self.unit_lengths_U)
 
     @property
     def trained_tokens(self) -> int:
-        """N."""
+        """The number of trained tokens, N."""
         return int(self.trained_counts_E.sum())
 
     @property
     def token_ids(self) -> list[NDArray[np.int32]]:
-        """Views of each example's tokens; so `trained` and `input_keys`."""
+        """One view per example of its token ids; `trained` and `input_keys` likewise."""
         return self._by_example(self.flat_token_ids)
 
     @property
@@ -155,7 +155,7 @@ class Batch:
 
     @property
     def trained_part(self) -> Batch:
-        """All but the mismatched answers, which are only measured. A unit stays, even where nothing is left of it."""
+        """The batch without mismatched answers, which are only measured. Units stay, even if they become empty."""
         return self._with_roles(self.roles_E != AnswerRole.MISMATCHED)
 
     @property
@@ -164,18 +164,18 @@ class Batch:
         return self._with_roles(self.roles_E == AnswerRole.MISMATCHED)
 
     def select_units(self, units: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """The examples of some units, given as indices into U, as a batch of these units."""
-        chosen = np.asarray(units, dtype=np.int64)
-        starts, ends = (np.searchsorted(self.units_E, chosen, side) for side in ("left", "right"))
+        """A batch of the given units, which are indices into U."""
+        indices = np.asarray(units, dtype=np.int64)
+        starts, ends = (np.searchsorted(self.units_E, indices, side) for side in ("left", "right"))
         return replace(
             self._select(_ranges(starts, ends)),
-            units_E=np.repeat(np.arange(len(chosen)), ends - starts),
-            unit_lengths_U=self.unit_lengths_U[chosen],
-            unit_rows_U=self.unit_rows_U[chosen],
+            units_E=np.repeat(np.arange(len(indices)), ends - starts),
+            unit_lengths_U=self.unit_lengths_U[indices],
+            unit_rows_U=self.unit_rows_U[indices],
         )
 
     def with_example_extras(self, extras: Extras) -> Batch:
-        """The same batch with more numbers."""
+        """The batch with more extras."""
         return replace(self, example_extras={**self.example_extras, **extras})
 
     def forest(self, *, share_prefix: bool) -> Forest:
@@ -191,8 +191,8 @@ class Batch:
         ends = self.starts_E + self.lengths_E
         return [flat[start:end] for start, end in zip(self.starts_E.tolist(), ends.tolist(), strict=True)]
 
-    def _with_roles(self, wanted_E: NDArray[np.bool_]) -> Batch:
-        return self if wanted_E.all() else self._select(np.flatnonzero(wanted_E))
+    def _with_roles(self, mask_E: NDArray[np.bool_]) -> Batch:
+        return self if mask_E.all() else self._select(np.flatnonzero(mask_E))
 
     def _select(self, examples: NDArray[np.int64]) -> Batch:
         token_extras: Extras = {}
@@ -215,23 +215,23 @@ class Batch:
 
 
 def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """start, start + 1, ..., end - 1 of each, one after the other."""
+    """The concatenated ranges start, start + 1, ..., end - 1."""
     pieces = [np.arange(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
     return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
 
 
-def _shaped(values: NDArray[Any], count: int, name: str) -> NDArray[Any]:
+def _check_shape(values: NDArray[Any], count: int, name: str) -> NDArray[Any]:
     if values.shape != (count,):
-        raise ValueError(f"{name} has shape {values.shape}; ({count},) is needed")
+        raise ValueError(f"{name} has shape {values.shape}; expected ({count},)")
     return values
 
 
 def _numbers(extras: Mapping[str, Any] | None, count: int) -> Extras:
-    named = (extras or {}).items()
-    return {name: _shaped(np.asarray(values, dtype=np.float64), count, name) for name, values in named}
+    items = (extras or {}).items()
+    return {name: _check_shape(np.asarray(values, dtype=np.float64), count, name) for name, values in items}
 
 
-def _of_tokens(arrays: Sequence[NDArray[Any]], lengths: NDArray[np.int32]) -> NDArray[Any]:
+def _flat(arrays: Sequence[NDArray[Any]], lengths: NDArray[np.int32]) -> NDArray[Any]:
     if [len(array) for array in arrays] != lengths.tolist():
-        raise ValueError("each token needs one value")
+        raise ValueError("expected one value per token")
     return np.concatenate(arrays)

@@ -1,4 +1,4 @@
-"""Lay examples out as a forest: a prefix that several share becomes one segment, the parent of what follows it.
+"""Lay out examples as a forest: a prefix that several examples share becomes one segment, the parent of what follows.
 
 Shapes: T tokens in the forest, N trained tokens counted once per example, U distinct (source, target) pairs.
 """
@@ -11,12 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-LEAST_SHARED = 16  # sharing fewer tokens costs more in attention calls than it saves
+MIN_SHARED_TOKENS = 16  # sharing fewer tokens costs more in attention calls than it saves
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens. Each sees all tokens of the segment's ancestors, and those of its own segment up to itself."""
+    """A run of tokens. A token sees all tokens of the segment's ancestors, and its own segment up to itself."""
 
     start: int
     length: int
@@ -25,11 +25,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Forest:
-    """The segments of one micro-batch in one flat sequence; parents come before their children.
+    """The segments of one micro-batch in one flat sequence. Parents come before their children.
 
     A trained token is a pair: the flat position whose hidden state predicts it (`source`) and its token id (`target`).
     The last token of a shared segment may be the source of several targets, so targets are not the sequence shifted by
-    one. A pair that several examples share is predicted once and counted for each.
+    one. A pair that several examples share is predicted once and counted once per example.
     """
 
     token_ids_T: np.ndarray  # int64
@@ -38,7 +38,7 @@ class Forest:
     source_U: np.ndarray  # int64
     target_U: np.ndarray  # int64
     pair_N: np.ndarray  # int64, index into U
-    answer_N: np.ndarray  # int64, index of the example that the trained token belongs to, in the order given
+    answer_N: np.ndarray  # int64, index of the example of the trained token, in the order given
 
     @property
     def trained_tokens(self) -> int:
@@ -53,38 +53,38 @@ def lay_out(
     units: Sequence[int] | np.ndarray | None = None,
     input_keys: Sequence[np.ndarray] | None = None,
 ) -> Forest:
-    """The forest of one micro-batch's examples; without `share_prefix` every example is a segment of its own.
+    """The forest of one micro-batch's examples. Without `share_prefix`, every example is a segment of its own.
 
-    Examples share a common prefix of at least LEAST_SHARED tokens. Those of one unit, such as the two of a pair, share
-    any prefix; `units` holds the unit of each example.
+    Examples share a common prefix of at least MIN_SHARED_TOKENS tokens. Those of one unit, such as the two of a pair,
+    share a prefix of any length; `units` holds the unit of every example.
 
-    A prefix is common where the model sees the same: equal token ids and, if given, equal `input_keys`, an integer per
-    token that stands for whatever else the model sees there.
+    Prefixes are equal if the model sees the same: equal token ids and, if given, equal `input_keys`, integers that
+    stand for whatever else the model sees at a token.
 
-    `trained[i][t]` says whether example i is trained to predict its token t. The first token of an example has nothing
-    before it and is never trained.
+    `trained[i][t]` says whether example i is trained to predict its token t. The first token of an example is never
+    trained, because no token precedes it.
     """
-    seen = [_seen(ids, None if input_keys is None else input_keys[i]) for i, ids in enumerate(token_ids)]
-    order = sorted(range(len(token_ids)), key=lambda i: seen[i].tobytes())
-    common = np.zeros(
-        len(order), dtype=np.int64
-    )  # length of the prefix that a sorted example shares with the next
+    inputs = [
+        _model_inputs(ids, None if input_keys is None else input_keys[i]) for i, ids in enumerate(token_ids)
+    ]
+    order = sorted(range(len(token_ids)), key=lambda i: inputs[i].tobytes())
+    # The length of the prefix that a sorted example shares with the next one.
+    common = np.zeros(len(order), dtype=np.int64)
     if share_prefix:
-        common[:-1] = [_common(seen[a], seen[b]) for a, b in pairwise(order)]
+        common[:-1] = [_common(inputs[a], inputs[b]) for a, b in pairwise(order)]
 
     unit_of = list(range(len(order))) if units is None else [int(unit) for unit in units]
-    least = [1 if unit_of[a] == unit_of[b] else LEAST_SHARED for a, b in pairwise(order)]
+    minimum = [1 if unit_of[a] == unit_of[b] else MIN_SHARED_TOKENS for a, b in pairwise(order)]
 
     segments: list[Segment] = []
     chunks: list[np.ndarray] = []
-    paths: list[list[np.ndarray]] = [
-        [] for _ in token_ids
-    ]  # example -> its tokens' flat positions, by segment
+    # Example -> the flat positions of its tokens, segment by segment.
+    paths: list[list[np.ndarray]] = [[] for _ in token_ids]
     positions: list[np.ndarray] = []
     pending: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
     while pending:  # sorted examples [low, high) that agree up to `depth`, where `parent` ends
         low, high, depth, parent = pending.pop()
-        for first, last in _runs(common, least, low, high, depth):
+        for first, last in _runs(common, minimum, low, high, depth):
             is_alone = last - first == 1
             stop = len(token_ids[order[first]]) if is_alone else int(common[first : last - 1].min())
             if stop == depth:
@@ -110,8 +110,8 @@ def lay_out(
     )
 
 
-def _seen(token_ids: np.ndarray, input_keys: np.ndarray | None) -> np.ndarray:
-    """What the model sees at each token, shape (tokens,): two are equal where it sees the same."""
+def _model_inputs(token_ids: np.ndarray, input_keys: np.ndarray | None) -> np.ndarray:
+    """What the model sees, shape (tokens,): elements are equal if it sees the same at both tokens."""
     ids = token_ids.astype(">u4")
     if input_keys is None:
         return ids
@@ -127,9 +127,11 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def _runs(common: np.ndarray, least: Sequence[int], low: int, high: int, depth: int) -> list[tuple[int, int]]:
-    """Maximal runs of sorted examples in [low, high) in which each shares enough tokens after `depth` with the next."""
-    breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < depth + least[i]] + [high]
+def _runs(
+    common: np.ndarray, minimum: Sequence[int], low: int, high: int, depth: int
+) -> list[tuple[int, int]]:
+    """Maximal runs of sorted examples in [low, high) that share enough tokens after `depth` with their neighbours."""
+    breaks = [low] + [i + 1 for i in range(low, high - 1) if common[i] < depth + minimum[i]] + [high]
     return list(pairwise(breaks))
 
 

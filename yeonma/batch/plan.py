@@ -1,7 +1,7 @@
-"""Which units make up each step, each process's share and each micro-batch: pure functions of lengths and seed.
+"""The units of every step, of a process's share of it, and of a micro-batch: pure functions of lengths and seed.
 
-The units of a step depend on (seed, epoch, batch_size) alone, so they are the same for any number of processes and any
-micro-batch size. Every process computes the whole plan; nothing is communicated.
+The units of a step depend on (seed, epoch, batch_size) alone: they are the same for any number of processes and any
+micro-batch size. Every process computes the whole plan, so there is no communication.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Plan:
         return ceil(len(self.positions) / self.batch_size)
 
     def steps(self, start: int = 0) -> Iterator[np.ndarray]:
-        """The units of each step from `start` on, by their position in the token store.
+        """The units of every step from `start` on, as positions in the token store.
 
         The last step of an epoch may be smaller than the others.
         """
@@ -46,7 +46,7 @@ class Plan:
             yield self.positions[order[within * self.batch_size : (within + 1) * self.batch_size]]
 
     def used(self) -> np.ndarray:
-        """The units that the run trains on, ascending: all, unless it ends within the first epoch."""
+        """The units that the run trains on, ascending: all of them, unless the run ends within the first epoch."""
         if self.total_steps >= self.steps_per_epoch:
             return np.sort(self.positions)
         return np.sort(np.concatenate(list(self.steps())))
@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class MicroBatchBounds:
-    """The size of a micro-batch. It affects speed and memory; the result is the same to rounding."""
+    """Limits on a micro-batch. They affect speed and memory; the result is the same to rounding."""
 
     most_examples: int
     most_tokens: int | None
@@ -94,20 +94,20 @@ def epoch_order(
         block = block[np.argsort(-lengths[block], kind="stable")]
         steps.extend(block[i : i + batch_size] for i in range(0, len(block), batch_size))
     full = [step for step in steps if len(step) == batch_size]
-    rest = [step for step in steps if len(step) < batch_size]  # at most one; the smaller step stays last
+    partial = [step for step in steps if len(step) < batch_size]  # at most one; it stays last
     shuffled = [full[i] for i in random.permutation(len(full))]
-    return np.concatenate(shuffled + rest)
+    return np.concatenate(shuffled + partial)
 
 
 def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Each process's units, as indices into `lengths`, balanced by tokens; a process may get none."""
+    """One list per process of its units, as indices into `lengths`, balanced by tokens. It may be empty."""
     return _balanced(lengths, processes, most=len(lengths))
 
 
 def micro_batches(
     lengths: Sequence[int], most_examples: int, most_tokens: int | None = None
 ) -> list[list[int]]:
-    """Each micro-batch as indices into `lengths`: as few as the limits allow, with about equal token counts.
+    """Micro-batches as lists of indices into `lengths`: as few as the limits allow, with about equal token counts.
 
     An example longer than `most_tokens` is alone in its micro-batch.
     """
@@ -126,7 +126,7 @@ def micro_batches(
 
 
 def _balanced(lengths: Sequence[int], bins: int, most: int) -> list[list[int]]:
-    """Longest first, each into the bin with the fewest tokens that is not full; within a bin in the given order."""
+    """Distribute indices over bins: the longest first, into the bin with the fewest tokens that is not full."""
     filled: list[list[int]] = [[] for _ in range(bins)]
     open_bins = [(0, number) for number in range(bins)]  # tokens so far; a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -25,11 +25,11 @@ class _New(Exception):
 
 
 def run(config: ChatConfig) -> int:
-    """Read messages and write answers until the input ends or /quit.
+    """Read messages and write answers until the end of the input or /quit.
 
-    A template of turn lists makes a conversation, with one message a line. Any other template is asked field by field,
-    as it was trained: every question stands alone, and an empty line ends a field. Without a terminal only the answers
-    go to standard output, and the first error ends the program.
+    A template with turn lists makes a conversation, with one message per line. With any other template the user fills
+    the fields one by one, as in training: every question stands alone, and an empty line ends a field. Without a
+    terminal, only answers go to standard output, and the first error ends the program.
     """
     adapter, answer = config.adapter, config.answer
     builder = open_prompt_builder(
@@ -49,11 +49,11 @@ def run(config: ChatConfig) -> int:
         with suppress(ImportError):
             import readline  # noqa: F401 (gives `input` editing and history)
     chat = _Chat(policy, builder, answer, on_terminal)
-    chat.say(_welcome(builder))
+    chat.print_on_terminal(_welcome(builder))
     try:
         chat.converse() if builder.adapter.template.is_chat else chat.ask_fields()
     except (_Quit, EOFError):
-        chat.say("")
+        chat.print_on_terminal("")
     except UnicodeDecodeError as error:
         raise UserError(f"the input is not {error.encoding}", cure="set the terminal to UTF-8") from error
     return 0
@@ -67,7 +67,7 @@ class _Chat:
     on_terminal: bool
 
     def ask_fields(self) -> None:
-        """Questions that stand alone, each a text for every field of the prompt."""
+        """Independent questions: reads a text for every field of the prompt, and answers."""
         variants = [variant.prompt_fields for variant in self.builder.adapter.template.variants]
         while True:
             try:
@@ -78,7 +78,7 @@ class _Chat:
                 self.answer(row)
 
     def converse(self) -> None:
-        """A conversation: every message is asked with the turns before it."""
+        """A conversation: answers every message together with the turns before it."""
         column = self.builder.adapter.template.answer_field
         turns: list[ChatTurn] = []
         while True:
@@ -95,8 +95,8 @@ class _Chat:
                 turns = [*with_question, {"role": "assistant", "content": answer}]
 
     def answer(self, row: Mapping[str, object]) -> str | None:
-        """Write the answer as it comes, and return it; None where an error or Ctrl-C ended it, which on a terminal does
-        not end the program."""
+        """Write the answer as it is generated, and return it. On a terminal an error or Ctrl-C only ends the answer,
+        and the result is None."""
         try:
             (prompt,) = self.builder.prompts(
                 [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
@@ -119,15 +119,15 @@ class _Chat:
             _write("\n")
         return None
 
-    def say(self, text: str) -> None:
+    def print_on_terminal(self, text: str) -> None:
         if self.on_terminal:
             print(text, flush=True)
 
 
 def _read_row(variants: Sequence[Sequence[str]], on_terminal: bool) -> dict[str, str]:
-    """A text for each field of the first variant, and of further variants until one has all of its fields.
+    """Read the fields of the first variant, then of further variants until one has all of its fields.
 
-    Fields that are still missing when the input ends are empty.
+    Fields that are missing at the end of the input stay empty.
     """
     row: dict[str, str] = {}
     for fields in variants:
@@ -146,7 +146,7 @@ def _read_row(variants: Sequence[Sequence[str]], on_terminal: bool) -> dict[str,
 
 
 def _read_field(label: str, may_be_empty: bool) -> str:
-    """The lines up to an empty one, or up to the end of the input if there are any."""
+    """Read lines up to an empty one or the end of the input."""
     lines: list[str] = []
     while True:
         try:
@@ -172,7 +172,7 @@ def _read_line(label: str, *, command: bool) -> str:
 
 @dataclass
 class _WithoutLeadingBlanks:
-    """Passes text on; with `lstrip` without the blanks it begins with."""
+    """Passes text to `write`; with `lstrip`, without leading white space."""
 
     write: Callable[[str], None]
     lstrip: bool

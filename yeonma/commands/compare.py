@@ -23,9 +23,9 @@ ANSWERS = "answers.jsonl"
 def run(config: CompareConfig) -> int:
     """Run the command and return its exit status. Raises UserError, where possible before weights are loaded."""
     try:
-        folder = compare(config.compare, config.answer, _say)
+        folder = compare(config.compare, config.answer, _log)
     except KeyboardInterrupt:
-        _say(
+        _log(
             f"interrupted; the answers so far are in {config.compare.output_dir}. "
             "Run the same command again to continue"
         )
@@ -34,8 +34,8 @@ def run(config: CompareConfig) -> int:
     return 0
 
 
-def compare(settings: CompareSettings, options: AnswerSettings, say: Log) -> Path:
-    """Write the report, print its table and return its folder. `say` gets progress messages. Raises UserError."""
+def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Path:
+    """Write the report, print its table and return its folder. `log` gets progress messages. Raises UserError."""
     output = _output(settings)
     source = open_rows(
         settings.data_path,
@@ -48,10 +48,10 @@ def compare(settings: CompareSettings, options: AnswerSettings, say: Log) -> Pat
     inputs = candidate_inputs(candidates, rows, settings, options)
     references = reference_answers(candidates, rows, settings)
     if any(text is not None for text in references) and not has_sacrebleu():
-        say(f"BLEU and chrF need sacrebleu: {INSTALL_SACREBLEU}")
+        log(f"BLEU and chrF need sacrebleu: {INSTALL_SACREBLEU}")
     _create(output, settings.output_dir)
     with open_answer_cache(output / ANSWERS) as cache:
-        answers, inputs = answer_all(inputs, settings, options, cache, say)
+        answers, inputs = answer_all(inputs, settings, options, cache, log)
     report = make_report(settings, options, Comparison(source, rows, references, inputs, answers))
     with disk_errors_as_user_errors(output, "the report"):
         replace_file(output / "report.json", to_json(report).encode())
@@ -93,5 +93,5 @@ def _create(output: Path, given: str) -> None:
         raise UserError(f"cannot be created: {error.strerror}", place=f"--output_dir {given}") from error
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"yeonma: {text}", file=sys.stderr, flush=True)

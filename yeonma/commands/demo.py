@@ -1,7 +1,7 @@
-"""`yeonma demo` and `yeonma demo-dpo`: fine-tune a small model on bundled titles or pairs of titles; show the result.
+"""`yeonma demo` and `yeonma demo-dpo`: fine-tune a small model on bundled titles or pairs of titles.
 
-The demo does what a user would do by hand: it prints a `yeonma sft` or `yeonma dpo` command, runs it, and generates
-with the adapter.
+A demo does what a user would do by hand. It prints a `yeonma sft` or `yeonma dpo` command, runs it, generates with the
+adapter and compares it with the base model.
 """
 
 from __future__ import annotations
@@ -30,30 +30,33 @@ from yeonma.data.rows import Row, open_rows
 from yeonma.files import user_path
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-SHOWN_ROWS = 3
-SHOWN_CHARACTERS = 96
-LINE = 100  # characters of a printed command
-NEW_TOKENS = 32  # more than any title has
+MAX_ROWS = 3
+MAX_CHARACTERS = 96
+LINE_LENGTH = 100
+"""Of a printed command."""
+MAX_NEW_TOKENS = 32
+"""More than any title has."""
 QUICK_STEPS = 4
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One demo: its command, the files of the samples, and the column of the reference answer."""
+class Demo:
+    """One demo: its command, its data files under samples/, and its settings."""
 
     verb: str
     groups: tuple[type, ...] | None
     defaults: Mapping[str, object]
     rows: str
-    held_out: str
+    validation_rows: str
     reference_column: str
+    """The column with the reference answer."""
     settings: Mapping[str, object]
-    own: Mapping[str, object]
-    """Settings of a run on the user's own data, to try next."""
+    next_settings: Mapping[str, object]
+    """Of a run on the user's own data, printed as a suggestion at the end."""
 
 
-# Found by experiment: 2e-3 gave a slightly lower validation loss but wilder titles; adapters on the MLP layers alone
-# gave the same loss but worse labels.
+# Chosen by experiment: a learning rate of 2e-3 gave a slightly lower validation loss but worse titles; an adapter on
+# the MLP layers alone gave the same loss but worse section labels.
 SETTINGS: Mapping[str, object] = {
     "batch_size": 8,
     "micro_batch_size": 8,
@@ -72,149 +75,153 @@ PAIR_SETTINGS: Mapping[str, object] = {
 }
 QUICK_SETTINGS: Mapping[str, object] = {"logging_steps": 1, "card_rows": 1}
 
-TITLES = Lesson(
+TITLES = Demo(
     verb="sft",
     groups=TRAINING,
     defaults={},
     rows="news_en.jsonl",
-    held_out="news_en_validation.jsonl",
+    validation_rows="news_en_validation.jsonl",
     reference_column="title",
     settings=SETTINGS,
-    own={"data_path": "your-rows.csv", "template": "your-template.txt", "output_dir": "my-titles"},
+    next_settings={"data_path": "your-rows.csv", "template": "your-template.txt", "output_dir": "my-titles"},
 )
-PAIRS = Lesson(
+PAIRS = Demo(
     verb="dpo",
     groups=None,
     defaults=PREFERENCE_DEFAULTS,
     rows="pairs_en.jsonl",
-    held_out="pairs_en_validation.jsonl",
+    validation_rows="pairs_en_validation.jsonl",
     reference_column="chosen",
     settings=PAIR_SETTINGS,
-    own={"data_path": "your-pairs.jsonl", "output_dir": "my-preferences"},
+    next_settings={"data_path": "your-pairs.jsonl", "output_dir": "my-preferences"},
 )
 
 
 def run(settings: DemoSettings) -> int:
-    """`yeonma demo`: titles from examples."""
-    return _teach(TITLES, settings)
+    """`yeonma demo`: supervised fine-tuning on articles and their titles."""
+    return _run(TITLES, settings)
 
 
 def run_dpo(settings: DemoSettings) -> int:
-    """`yeonma demo-dpo`: titles from pairs of a house style and a long-winded style."""
-    return _teach(PAIRS, settings)
+    """`yeonma demo-dpo`: preference training on pairs of a title in house style and a long-winded one."""
+    return _run(PAIRS, settings)
 
 
-def _teach(lesson: Lesson, demo: DemoSettings) -> int:
-    """Fetch, train, show. An interrupted demo continues; a finished one is shown again."""
+def _run(demo: Demo, settings: DemoSettings) -> int:
+    """Download the model, train, and show the results. Resumes an interrupted demo, and shows a finished one again."""
     started = time.perf_counter()
-    output = user_path(demo.output_dir)
+    output = user_path(settings.output_dir)
     _heading("1. The model")
-    base = demo.model_dir or _fetched()
+    base = settings.model_dir or _fetch_model()
     print(base, flush=True)
 
     _heading("2. Training")
-    chosen = _training_settings(lesson, demo, base)
-    print("This command does the same:\n", _command([lesson.verb], chosen), "", sep="\n", flush=True)
+    run_settings = _training_settings(demo, settings, base)
+    print("Equivalent command:\n", _command([demo.verb], run_settings), "", sep="\n", flush=True)
     from yeonma.commands.sft import train
 
-    if status := train(lesson.verb, _config_of(lesson, chosen)):
+    if status := train(demo.verb, _config_of(demo, run_settings)):
         return status
 
-    _heading("3. Three articles that it was not trained on")
-    _show_answers(lesson, output)
-    _show_gain(lesson, output)
-    _heading("4. All held-out rows, measured")
-    report = _compared(lesson, output, base)
-    _heading("5. What is where, and what to try next")
-    print(_ending(lesson, output, base))
-    print(f"\nOpen {report} in a browser to read all of them side by side; it needs no network.")
+    _heading(f"3. Titles for {MAX_ROWS} held-out articles")
+    _show_answers(demo, output)
+    _show_metrics(demo, output)
+    _heading("4. Comparison on all held-out rows")
+    report = _compare(demo, output, base)
+    _heading("5. Files and next steps")
+    print(_next_steps(demo, output, base))
+    print(f"\nOpen {report} in a browser to read all answers side by side; it needs no network.")
     print(f"\nThe demo took {_duration(time.perf_counter() - started)}.")
     return 0
 
 
-def _fetched() -> str:
+def _fetch_model() -> str:
     from yeonma.model.smollm2 import fetch
 
     return fetch(lambda text: print(text, flush=True))
 
 
-def _training_settings(lesson: Lesson, demo: DemoSettings, base: str) -> dict[str, object]:
-    """The settings of the run that differ from the command's defaults."""
-    chosen: dict[str, object] = {
+def _training_settings(demo: Demo, settings: DemoSettings, base: str) -> dict[str, object]:
+    """The run's settings that differ from the command's defaults."""
+    run_settings: dict[str, object] = {
         "base_model": base,
-        "data_path": _near(SAMPLES / lesson.rows),
-        "val_data_path": _near(SAMPLES / lesson.held_out),
-        "template": _near(SAMPLES / "title_en.txt"),
-        "output_dir": demo.output_dir,
-        **lesson.settings,
+        "data_path": _relative(SAMPLES / demo.rows),
+        "val_data_path": _relative(SAMPLES / demo.validation_rows),
+        "template": _relative(SAMPLES / "title_en.txt"),
+        "output_dir": settings.output_dir,
+        **demo.settings,
     }
-    steps = demo.max_steps or (QUICK_STEPS if demo.quick else None)
+    steps = settings.max_steps or (QUICK_STEPS if settings.quick else None)
     if steps is not None:
-        del chosen["num_epochs"]
-        chosen["max_steps"] = steps
+        del run_settings["num_epochs"]
+        run_settings["max_steps"] = steps
     return {
-        **chosen,
-        **(QUICK_SETTINGS if demo.quick else {}),
-        **({"overwrite": True} if demo.overwrite else {}),
+        **run_settings,
+        **(QUICK_SETTINGS if settings.quick else {}),
+        **({"overwrite": True} if settings.overwrite else {}),
     }
 
 
-def _show_answers(lesson: Lesson, output: Path) -> None:
-    """The first held-out rows: the reference, the base model's answer, and the adapter's."""
+def _show_answers(demo: Demo, output: Path) -> None:
+    """Print the first held-out rows with the reference, the base model's answer and the adapter's answer."""
     from yeonma.policy import load_policy
 
-    rows = list(islice(open_rows(str(SAMPLES / lesson.held_out)), SHOWN_ROWS))
-    tuned = load_policy(output)
+    rows = list(islice(open_rows(str(SAMPLES / demo.validation_rows)), MAX_ROWS))
+    policy = load_policy(output)
     prompts = [{"document": row.values["document"]} for row in rows]
-    after = tuned.generate(prompts, max_new_tokens=NEW_TOKENS)
-    before = replace(tuned, adapter_weights=False).generate(prompts, max_new_tokens=NEW_TOKENS)
+    after = policy.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
+    before = replace(policy, adapter_weights=False).generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
     for row, *answers in zip(rows, before, after, strict=True):
-        print(_sample(row, str(row.values[lesson.reference_column]), answers), flush=True)
+        print(_sample(row, str(row.values[demo.reference_column]), answers), flush=True)
 
 
 def _sample(row: Row, reference: str, answers: Sequence[str]) -> str:
     texts = (reference, *answers)
     lines = [
-        f"  {name:6}  {_short(text)}" for name, text in zip(("wanted", "before", "after"), texts, strict=True)
+        f"  {name:9}  {_short(text)}"
+        for name, text in zip(("reference", "before", "after"), texts, strict=True)
     ]
     return "\n".join([_short(str(row.values["document"])), *lines, ""])
 
 
-def _show_gain(lesson: Lesson, output: Path) -> None:
-    """The validation metrics before training and of the adapter that was saved."""
+def _show_metrics(demo: Demo, output: Path) -> None:
+    """Print the validation metrics before training and of the saved adapter."""
     from yeonma.run_folder.run_log import read_metrics
 
     evaluations = [line for line in read_metrics(output / "metrics.jsonl") if line.get("evaluation")]
-    before, after = evaluations[0], min(evaluations, key=_loss)  # the adapter with the lowest loss is saved
+    before, after = (
+        evaluations[0],
+        min(evaluations, key=_loss),
+    )  # the run saves the adapter with the lowest loss
     rows = before["examples"]
     losses = f"{_loss(before):.3f} before, {_loss(after):.3f} after"
-    if lesson.verb == "sft":
+    if demo.verb == "sft":
         print(f"Validation loss on the {rows} held-out rows: {losses}.")
         return
-    right = round(rows * after["reward_accuracy"])
+    correct = round(rows * after["reward_accuracy"])
     print(
-        f"Reward accuracy: in {right} of the {rows} held-out pairs the title in the house style has the higher reward, "
-        f"on\naverage by {after['reward_margin']:.2f}. Before training every reward is 0, and the accuracy 0.\n"
+        f"Reward accuracy: in {correct} of the {rows} held-out pairs the title in house style has the higher reward,\n"
+        f"by {after['reward_margin']:.2f} on average. Before training every reward is 0.\n"
         f"Validation loss: {losses}."
     )
 
 
-def _config_of(lesson: Lesson, settings: Mapping[str, object]) -> RunConfig:
-    return config_from_keywords(RunConfig, settings, groups=lesson.groups, defaults=lesson.defaults).config
+def _config_of(demo: Demo, settings: Mapping[str, object]) -> RunConfig:
+    return config_from_keywords(RunConfig, settings, groups=demo.groups, defaults=demo.defaults).config
 
 
-def _compared(lesson: Lesson, output: Path, base: str) -> Path:
-    """Compare base and adapter on all held-out rows, and return the path of the page."""
+def _compare(demo: Demo, output: Path, base: str) -> Path:
+    """Compare base and adapter on all held-out rows. Returns the path of the report page."""
     from yeonma.commands.compare import compare
 
-    chosen: dict[str, object] = {
+    settings: dict[str, object] = {
         "models": [base, str(output)],
-        "data_path": _near(SAMPLES / lesson.held_out),
-        "max_new_tokens": NEW_TOKENS,
+        "data_path": _relative(SAMPLES / demo.validation_rows),
+        "max_new_tokens": MAX_NEW_TOKENS,
         "output_dir": str(output / "report"),
     }
-    print("This command does the same:\n", _command(["compare"], chosen), "", sep="\n", flush=True)
-    config = config_from_keywords(CompareConfig, chosen).config
+    print("Equivalent command:\n", _command(["compare"], settings), "", sep="\n", flush=True)
+    config = config_from_keywords(CompareConfig, settings).config
     return compare(config.compare, config.answer, lambda text: print(text, flush=True)) / "report.html"
 
 
@@ -222,54 +229,54 @@ def _loss(evaluation: Mapping[str, Any]) -> float:
     return float("inf") if evaluation["loss"] is None else float(evaluation["loss"])
 
 
-def _ending(lesson: Lesson, output: Path, base: str) -> str:
-    place = shlex.quote(str(output))
+def _next_steps(demo: Demo, output: Path, base: str) -> str:
+    folder = shlex.quote(str(output))
     row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
     return f"""\
-{place}/README.md                  the model card: settings, losses, answers before and after
-{place}/loss.png, metrics.jsonl    the curve, and every step's numbers
-{place}/adapter_model.safetensors  the adapter; plain PEFT loads the folder too
-{place}/settings.yaml              the run; `yeonma {lesson.verb} --config` reads it
+{folder}/README.md                  model card: settings, losses, answers before and after training
+{folder}/loss.svg, metrics.jsonl    loss curve, and the numbers of every step
+{folder}/adapter_model.safetensors  adapter weights; PEFT loads the folder as well
+{folder}/settings.yaml              settings of the run; repeat it with `yeonma {demo.verb} --config`
 
 {_command(["generate", str(output), "--row", row])}
 {_command(["chat", str(output)])}
-{_command([lesson.verb], {"base_model": base, **lesson.own})}"""
+{_command([demo.verb], {"base_model": base, **demo.next_settings})}"""
 
 
 def _command(words: Sequence[str], settings: Mapping[str, object] | None = None) -> str:
-    """A command line for this working folder, over several lines if it has settings."""
+    """A command line for the current working folder, on several lines if it has settings."""
     lines = [" ".join([_yeonma(), *map(shlex.quote, words)])]
     for name, value in (settings or {}).items():
-        words = value if isinstance(value, list) else [_written(value)]
+        words = value if isinstance(value, list) else [_value_text(value)]
         pair = f"--{name} {shlex.join(words)}"
-        if len(lines) > 1 and len(lines[-1]) + len(pair) < LINE:
+        if len(lines) > 1 and len(lines[-1]) + len(pair) < LINE_LENGTH:
             lines[-1] += f" {pair}"
         else:
             lines.append(f"    {pair}")
     return " \\\n".join(lines)
 
 
-def _written(value: object) -> str:
+def _value_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _yeonma() -> str:
-    """How to call `yeonma` from this working folder: by its name if the shell finds it."""
-    beside = Path(sys.executable).parent / "yeonma"
-    found = shutil.which("yeonma")
-    if found and os.path.samefile(found, beside):
+    """How to call `yeonma` from the working folder: by its name if it is on the PATH."""
+    script = Path(sys.executable).parent / "yeonma"
+    on_path = shutil.which("yeonma")
+    if on_path and os.path.samefile(on_path, script):
         return "yeonma"
-    return shlex.quote(_near(beside)) if beside.is_file() else "python -m yeonma"
+    return shlex.quote(_relative(script)) if script.is_file() else "python -m yeonma"
 
 
-def _near(path: Path) -> str:
-    """A path relative to the working folder if it lies below it, else absolute."""
+def _relative(path: Path) -> str:
+    """The path relative to the working folder if it is inside, else the absolute path."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS].rstrip()}..."
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS].rstrip()}..."
 
 
 def _duration(seconds: float) -> str:

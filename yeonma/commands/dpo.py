@@ -1,4 +1,4 @@
-"""`yeonma dpo`: pairs of a chosen and a rejected answer in, an adapter folder out."""
+"""`yeonma dpo`: training on preference pairs or labelled answers."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from yeonma.config.settings import RunConfig
 
 
 def run(config: RunConfig, *, as_command: bool = True) -> int:
-    """Train in this process, or in the processes that `nproc` asks for. Under torchrun, torchrun's count holds."""
+    """Parameters, return value and errors as `yeonma.commands.sft.run`."""
     return train("dpo", config, as_command=as_command)

@@ -75,7 +75,7 @@ def row_of(text: str) -> Mapping[str, object]:
             raise Fault("more text after the row", len(text) - len(rest))
     except Fault as fault:
         raise UserError(
-            f"{fault.what}, at character {fault.at + 1}", place="--row", cure=fault.cure or cure
+            f"{fault.problem}, at character {fault.at + 1}", place="--row", cure=fault.cure or cure
         ) from None
     if not isinstance(value, Mapping):
         raise UserError(f"a row must be an object, not {kind_of(value)}", place="--row", cure=cure)

@@ -32,12 +32,12 @@ def run(settings: ServeSettings) -> int:
         adapters = open_adapters(settings)
         if _use_vllm(settings, adapters):
             _exec_vllm(settings, adapters, listener, key)
-        models = load_served_models(adapters, settings, _say)
+        models = load_served_models(adapters, settings, _log)
         try:
             on_ready = partial(_print_ready, adapters, listener, key)
             run_server(adapters, models, settings, listener, key, on_ready)
         except KeyboardInterrupt:
-            _say("stopped")
+            _log("stopped")
     return 0
 
 
@@ -62,7 +62,7 @@ def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
     if reason and settings.engine == "vllm":
         raise UserError(f"vLLM cannot serve this: {reason}", place="--engine vllm", cure="leave it out")
     if reason:
-        _say(f"not using vLLM: {reason}")
+        _log(f"not using vLLM: {reason}")
     return not reason
 
 
@@ -90,11 +90,11 @@ def _exec_vllm(
     )
     command = vllm_command(plan)
     listener.close()
-    _say(f"starting vLLM: {' '.join(command[1:])}")
+    _log(f"starting vLLM: {' '.join(command[1:])}")
     environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"yeonma: {text}", file=sys.stderr, flush=True)

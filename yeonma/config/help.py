@@ -26,7 +26,7 @@ def help_text(
     not_required: Sequence[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> str:
-    """The help page, as wide as the terminal: a section a group, with the text, values and default of each setting.
+    """The help page, as wide as the terminal: one section per group, with the text, values and default of its settings.
 
     `positional`, `not_required` and `defaults` as in `read_config`.
     """
@@ -51,7 +51,7 @@ def help_text(
 
 
 def setting_texts(group: type) -> dict[str, str]:
-    """The docstring below each field of a settings group, by the field's name."""
+    """Field name -> the docstring below it, for a settings group."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(group))).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}

@@ -1,6 +1,6 @@
 """Settings from the command line, a YAML file or Python keywords, parsed and checked.
 
-Each source becomes one `RawValue` per setting, with the place where it stands. Then every value is parsed to its
+Each source gives one `RawValue` per setting, with its place in the source. Every value is then converted to the
 setting's type and checked against its range. All problems of all sources are raised together.
 """
 
@@ -45,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class RawValue:
-    """A value as the user gave it. `place` is what a message about it begins with."""
+    """A value as the user gave it. Messages about it begin with `place`."""
 
     value: object
     place: str
@@ -60,7 +60,7 @@ class ParsedConfig(Generic[Config]):
 
 
 class InvalidValue(Exception):
-    """Why a value is not valid for its setting: `is out of range`."""
+    """The reason why a value is not valid for its setting, such as `is out of range`."""
 
 
 # -------------------------------------------------------------------------------- the three sources
@@ -81,8 +81,8 @@ def read_config(
     kind: a settings group, or a config of groups such as RunConfig.
     groups: the groups of `kind` that the command reads, by default all. An optional group that is not read is None.
     positional: the setting that an argument without a name sets.
-    not_required: settings that their group requires and this command does not; they are empty texts if not given.
-    defaults: defaults that win over the groups' own.
+    not_required: settings that their group requires but this command does not; they default to empty text.
+    defaults: override the defaults of the groups.
     Raises UserError with every problem found.
     """
     problems: list[Problem] = []
@@ -125,7 +125,7 @@ def _from_command_line(
     verb: str,
     problems: list[Problem],
 ) -> dict[str, RawValue]:
-    """The values of all options, as text; the last of two equal options wins. `config` is among them."""
+    """The values of all options as text, including `config`. If an option is repeated, the last one wins."""
     raw_values: dict[str, RawValue] = {}
     remaining = list(argv)
     while remaining:
@@ -157,9 +157,9 @@ def _from_command_line(
 
 
 def _with_further_words(setting: Setting | None, text: str, remaining: list[str]) -> object:
-    """The value `text`, or for a list of texts (`--models a b c`) a list of it and the words that follow.
+    """The value `text`; for a list of texts (`--models a b c`), a list of it and the words that follow.
 
-    The words are removed from `remaining`.
+    These words are removed from `remaining`.
     """
     if setting is None or setting.hint != list[str] or text.startswith("["):
         return text
@@ -187,7 +187,7 @@ def _unexpected(argument: str, settings: Mapping[str, Setting]) -> Problem:
 def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Problem]) -> dict[str, RawValue]:
     """The values in a YAML file. Problems with its keys are added to `problems`.
 
-    Raises UserError, with `problems` in it, if the file is not a YAML mapping: what it lacks is not known then.
+    Raises UserError, with `problems` included, if the file is not a YAML mapping, so that its settings are unknown.
     """
     raw_values: dict[str, RawValue] = {}
     try:
@@ -258,7 +258,7 @@ def _parse(
 
 
 def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object], object]:
-    """A function (setting, raw value) -> the value in the setting's type. It raises InvalidValue."""
+    """A function that converts a raw value to its setting's type, or raises InvalidValue."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, default_env=False)
@@ -297,7 +297,7 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
 
 
 def _list_or_mapping(text: str, setting: Setting) -> object:
-    """The list or mapping that `text` is in YAML, else the text itself."""
+    """`text` parsed as a YAML list or mapping; the text itself if it is neither."""
     try:
         value = read_value(text, setting.name)
     except UserError as error:
@@ -308,7 +308,7 @@ def _list_or_mapping(text: str, setting: Setting) -> object:
 
 
 def _check_utf8(value: object) -> None:
-    """Raises InvalidValue for a lone surrogate, which no file could be written with. It comes from bytes on the command
+    """Raises InvalidValue for a lone surrogate, which cannot be written to a file. It comes from bytes on the command
     line that are not UTF-8, or from an escape in YAML."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
@@ -328,7 +328,7 @@ def _numbers(value: object) -> Iterator[float]:
             yield item
 
 
-def _value_problem(setting: Setting, raw: RawValue, what: str) -> Problem:
+def _value_problem(setting: Setting, raw: RawValue, reason: str) -> Problem:
     value = raw.value
     if str in setting.members and isinstance(value, (bool, int, float, date)):
         return Problem(f"{_format_value(value)} is not text", raw.place, "put it in quotes")
@@ -338,12 +338,12 @@ def _value_problem(setting: Setting, raw: RawValue, what: str) -> Problem:
     ]
     suggestion = did_you_mean(value, choices) if isinstance(value, str) else ""
     return Problem(
-        f"{_format_value(value)} {what}", raw.place, f"{cure}; {suggestion}" if suggestion else cure
+        f"{_format_value(value)} {reason}", raw.place, f"{cure}; {suggestion}" if suggestion else cure
     )
 
 
 def _format_value(value: object) -> str:
-    """A value as messages show it: text in quotes unless it is one word."""
+    """A value for a message: text in quotes unless it is one word."""
     plain = not isinstance(value, str) or re.fullmatch(r"[-+.\w]+", value)
     return _shorten(str(value) if plain else json.dumps(value, ensure_ascii=False))
 
@@ -353,7 +353,7 @@ def _shorten(text: str) -> str:
 
 
 def _warnings(values: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that were given and have no effect, since another setting overrides them."""
+    """Warnings about settings that have no effect because another setting overrides them."""
     if values.get("max_steps") is not None and "num_epochs" in values:
         yield f"num_epochs and max_steps are both given: max_steps ({values['max_steps']}) wins"
     if values.get("warmup_steps") and values.get("warmup_ratio"):
@@ -388,7 +388,7 @@ def settings_of(
 
 
 def describe(setting: Setting) -> str:
-    """The values that a setting accepts, in words: `a whole number of at least 1`."""
+    """A description of the values that a setting accepts: `a whole number of at least 1`."""
     kinds: list[str] = []
     choices: list[str] = []
     for member in setting.members:
@@ -414,7 +414,7 @@ def describe(setting: Setting) -> str:
 
 
 def _parts(kind: type) -> dict[str, tuple[type, bool]]:
-    """Of a config: field name -> the config or group in it, and whether it may be None. Empty for a settings group."""
+    """Field name -> the config or group in that field, and whether it may be None. Empty for a settings group."""
     parts: dict[str, tuple[type, bool]] = {}
     for name, hint in get_type_hints(kind).items():
         options = [option for option in get_args(hint) or (hint,) if option is not NoneType]
@@ -424,20 +424,20 @@ def _parts(kind: type) -> dict[str, tuple[type, bool]]:
 
 
 def groups_in(kind: type) -> tuple[type, ...]:
-    """The settings groups of a config, in order; of a group, itself."""
+    """The settings groups of a config, in order. For a settings group: the group itself."""
     parts = _parts(kind)
-    return tuple(group for inner, _ in parts.values() for group in groups_in(inner)) if parts else (kind,)
+    return tuple(group for part, _ in parts.values() for group in groups_in(part)) if parts else (kind,)
 
 
 def _build(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """A config from the values of all settings. An optional group without any value is None."""
+    """Build a config from the values of all settings. An optional group without any values is None."""
     parts = _parts(kind)
     if not parts:
         return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
     built: dict[str, Any] = {}
-    for name, (inner, optional) in parts.items():
-        absent = optional and all(field.name not in values for field in fields(inner))
-        built[name] = None if absent else _build(inner, values)
+    for name, (part, optional) in parts.items():
+        absent = optional and all(field.name not in values for field in fields(part))
+        built[name] = None if absent else _build(part, values)
     return kind(**built)
 
 
@@ -453,7 +453,7 @@ def settings_dict(config: object) -> dict[str, Any]:
 def to_yaml(config: object) -> str:
     """The settings as flat YAML, which `--config` reads back into an equal config."""
     values = settings_dict(config)
-    # A default that max_steps overrides: written out, it would count as given and cause a warning.
+    # max_steps overrides this default. Written out, it would count as given and cause a warning.
     if values.get("max_steps") is not None and values.get("num_epochs") == StepSettings.num_epochs:
         del values["num_epochs"]
     return "".join(write_item(name, value) for name, value in values.items())

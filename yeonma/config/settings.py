@@ -1,4 +1,4 @@
-"""All settings: each option once, as a typed field of a frozen dataclass with its help text below it."""
+"""All settings, as typed fields of frozen dataclasses. The docstring below a field is its help text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Range:
 COUNT = {"range": Range(at_least=1)}
 NOT_NEGATIVE = {"range": Range(at_least=0)}
 POSITIVE = {"range": Range(above=0)}
-SHARE = {"range": Range(at_least=0, at_most=1)}
+FRACTION = {"range": Range(at_least=0, at_most=1)}
 DECAY = {"range": Range(at_least=0, below=1)}
 SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
 PORT = {"range": Range(at_least=0, at_most=65535)}
@@ -81,7 +81,7 @@ class DataSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns where the names differ: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
+    """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
     template: str | None = None
     """Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
@@ -97,7 +97,7 @@ class TokenSettings:
     cutoff_len: int = field(default=2048, metadata=COUNT)
     """Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer."""
     shrink: str | None = None
-    """The prompt field to shorten. By default, the longest prompt field of each row."""
+    """The prompt field to shorten. By default, the longest one in the row."""
     shrink_side: Literal["end", "start", "middle"] = "end"
     """Which part of the field to remove: the end, the start or the middle."""
     over_limit: Literal["drop", "error"] = "drop"
@@ -163,7 +163,7 @@ class StepSettings:
     micro_batch_size: int = field(default=4, metadata=COUNT)
     """Maximum number of examples, or pairs, in one forward pass. Affects memory and speed, never the result."""
     micro_batch_tokens: int | Literal["auto"] | None = field(default=None, metadata=COUNT)
-    """Maximum number of tokens in one forward pass; a longer example is processed alone. auto: as many as the forecast fits into free memory, checked before the first step; `micro_batch_size` is then ignored."""
+    """Maximum number of tokens in one forward pass; a longer example is processed alone. auto: as many as the memory forecast allows, tried out before the first step; `micro_batch_size` is then ignored."""
     share_prefix: bool = True
     """Compute a prefix shared by examples of a micro-batch only once, from 16 tokens on. The prompt of a pair is always shared."""
     num_epochs: float = field(default=3, metadata=POSITIVE)
@@ -178,7 +178,7 @@ class StepSettings:
     """Extra arguments of the schedule, such as `{num_cycles: 2}`."""
     warmup_steps: int = field(default=0, metadata=NOT_NEGATIVE)
     """Steps until the learning rate reaches its peak. Overrides `warmup_ratio`."""
-    warmup_ratio: float = field(default=0.0, metadata=SHARE)
+    warmup_ratio: float = field(default=0.0, metadata=FRACTION)
     """Warm-up as a fraction of all steps."""
     optimizer: Optimizer = "adamw"
     """adamw, adamw_8bit (both moments in 8 bits; Dettmers et al. 2021, arXiv:2110.02861), or paged_adamw_8bit, whose state the GPU can page out. The 8-bit optimizers need bitsandbytes and a GPU."""
@@ -249,7 +249,7 @@ class RunSettings:
     resume_from_checkpoint: str = "latest"
     """Continue from `latest` in `output_dir`, from a given checkpoint folder, or from `none`."""
     time_limit: str | None = None
-    """Stop with a checkpoint and exit status 75 before this much time has passed: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue."""
+    """Stop before this much time has passed, with a checkpoint and exit status 75: `11h30m`, `90m`, `45s` or `1:30:00`. Run the same command again to continue."""
     logging_steps: int = field(default=1, metadata=COUNT)
     """Steps between printed and reported metrics. metrics.jsonl records every step."""
     report_to: list[Tracker] | Tracker | Literal["none"] = "none"
@@ -262,7 +262,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of a training run, by group. Made once, then passed down."""
+    """All settings of a training run, by group. Built once, then passed down."""
 
     data: DataSettings
     tokens: TokenSettings
@@ -300,7 +300,7 @@ class InspectSettings:
     tokens: bool = False
     """Show rows token by token, with token ids."""
     json: bool = False
-    """Print JSON lines: one object for each example, then one with the key `audit`."""
+    """Print JSON lines: one object per example, then one with the key `audit`."""
     html: str | None = None
     """Also write everything to this file, as one web page that needs no network."""
     probe: bool = False
@@ -318,13 +318,13 @@ class AdapterSettings:
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training."""
     adapter_weights: bool = True
-    """Apply the adapter. When off, the base model answers the same prompts alone."""
+    """Apply the adapter. When off, the base model answers the same prompts without it."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
     quantization: QuantizationOrAuto = "auto"
-    """Quantisation of the frozen weights, as for training. auto: the same as in training."""
+    """Quantisation of the frozen weights, as for training. auto: as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: the GPU if there is one."""
 
@@ -364,7 +364,7 @@ class GenerateSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns where the names differ: `{document: body}`. By default, as in training."""
+    """Maps template fields to columns with other names: `{document: body}`. By default, as in training."""
     limit: int | None = field(default=None, metadata=COUNT)
     """Answer at most this many rows, from the first on."""
     row: str | None = None
@@ -392,7 +392,7 @@ class CompareSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns where the names differ: `{document: body, answer: headline}`. By default, as in training."""
+    """Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None
     """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=COUNT)
@@ -408,7 +408,7 @@ class CompareSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
     quantization: QuantizationOrAuto = "auto"
-    """Quantisation of the frozen weights, as for training. auto: the same as each adapter's training; a base model alone follows the first adapter trained on it."""
+    """Quantisation of the frozen weights, as for training. auto: as in each adapter's training; a base model alone follows the first adapter trained on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: the GPU if there is one."""
 
@@ -433,7 +433,7 @@ class AnswerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """`yeonma inspect`: the settings of a training run, and what to show of it."""
+    """`yeonma inspect`: what to show, and the settings of the training run."""
 
     inspect: InspectSettings
     training: RunConfig
@@ -521,7 +521,7 @@ class ServeSettings:
     max_new_tokens_limit: int = field(default=1024, metadata=COUNT)
     """Highest number of tokens that a request may ask for."""
     temperature: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """Sampling temperature, unless the request sets it. 0 always takes the most likely token."""
+    """Sampling temperature, unless the request sets it. 0 always takes the most likely token (greedy decoding)."""
     batch_size: int = field(default=16, metadata=COUNT)
     """Answers to generate at once. Affects memory and speed, not the answers."""
     base_model: str | None = None
@@ -531,7 +531,7 @@ class ServeSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
     quantization: QuantizationOrAuto = "auto"
-    """Quantisation of the frozen weights, as for training. auto: the same as in training."""
+    """Quantisation of the frozen weights, as for training. auto: as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: the GPU if there is one."""
 

@@ -1,6 +1,6 @@
 """Plain YAML: scalars, lists and mappings. Every error names its line.
 
-Reads with PyYAML's safe loader, but refuses equal keys in one mapping, of which that loader silently keeps the last.
+Uses PyYAML's safe loader, but refuses equal keys in one mapping. That loader silently takes the last of them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import yaml
 from yeonma.errors import UserError
 
 MAX_VALUES = 10_000
-"""In a text with aliases, each expanded. Ten short lines of nested aliases can stand for billions of values."""
+"""Limit on the values of a text with its aliases expanded: ten short lines of them can stand for billions of values."""
 
 
 def read_items(text: str, name: str) -> Iterator[tuple[object, object, int]]:
-    """Key, value and line of each entry of one YAML mapping; none for an empty text.
+    """Key, value and line of the entries of one YAML mapping; none for an empty text.
 
-    `name` is what messages call the text. Raises UserError for anything but one mapping, for equal keys in a mapping at
+    Messages call the text `name`. Raises UserError for anything but one mapping, for equal keys in a mapping at
     any depth, for tags beyond YAML's own, such as `!!python/object`, and for aliases that contain themselves or expand
     to more than MAX_VALUES values.
     """
@@ -53,7 +53,7 @@ def read_value(text: str, name: str) -> object:
 
 def write_item(name: str, value: object) -> str:
     """One entry of a mapping as YAML. Text of several lines becomes a block."""
-    # Line breaks that PyYAML writes unescaped, and reads back as spaces.
+    # PyYAML writes these line breaks unescaped and reads them back as spaces.
     rare_breaks = re.search("[\x85\u2028\u2029]", json.dumps(value, ensure_ascii=False))
     options = {"allow_unicode": rare_breaks is None, "width": 10**9}
     if isinstance(value, str) and "\n" in value:
@@ -76,8 +76,8 @@ def _yaml_errors_as_user_errors(name: str) -> Iterator[None]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"not YAML: {' '.join(str(error).split())}", place=name) from None
     except (AttributeError, LookupError):  # PyYAML at `!!timestamp x`, `!!bool x`, `!!int ""`
-        what = "not YAML: a value does not match its tag"
-        raise UserError(what, place=name, cure="write values without tags") from None
+        problem = "not YAML: a value does not match its tag"
+        raise UserError(problem, place=name, cure="write values without tags") from None
 
 
 def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> None:
@@ -94,8 +94,8 @@ def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> N
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                what = f'"{key.value}" is given twice, first in line {lines[key.value]}'
-                raise UserError(what, place=f"{name}:{line}", cure="remove one of them")
+                problem = f'"{key.value}" is given twice, first in line {lines[key.value]}'
+                raise UserError(problem, place=f"{name}:{line}", cure="remove one of them")
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = line
             _refuse_equal_keys_and_tags(key, name, seen)
@@ -108,7 +108,7 @@ def _refuse_equal_keys_and_tags(node: yaml.Node, name: str, seen: set[int]) -> N
 def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
     """The number of values in a node, itself included, with aliases expanded.
 
-    `counts`: the numbers of the nodes visited, by id; 0 for those being counted. Raises UserError for more than
+    `counts`: id of a node -> its number of values; 0 while it is being counted. Raises UserError for more than
     MAX_VALUES values because of aliases, and for a node within itself, as PyYAML does for most.
     """
     place = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
@@ -123,6 +123,6 @@ def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
     if counts[id(node)] == 0:
         raise UserError("not YAML: found unconstructable recursive node", place=place)
     if counts[id(node)] > max(MAX_VALUES, len(counts)):  # only aliases make more values than nodes
-        what = f"its aliases expand to more than {MAX_VALUES:,} values"
-        raise UserError(what, place=place, cure="write plain values")
+        problem = f"its aliases expand to more than {MAX_VALUES:,} values"
+        raise UserError(problem, place=place, cure="write plain values")
     return counts[id(node)]

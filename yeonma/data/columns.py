@@ -1,4 +1,4 @@
-"""Columns of a data set: which built-in template they suit, which one fills a field, and the text in it."""
+"""Columns of a data set: the built-in template that they fit, the column that fills a field, and its text."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from yeonma.data.turns import check_characters, is_turn_list
 from yeonma.errors import Problem, UserError, did_you_mean
 
 Columns = Mapping[str, str] | None
-"""`--columns`: field of the template -> column of the data, where their names differ."""
+"""`--columns`: field of the template -> column of the data, if their names differ."""
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """The built-in template that a data set's columns suit, and one printable line that says why."""
+    """The built-in template that a data set's columns fit, and a line to print that says why."""
 
     template: str
     reason: str
     columns: tuple[tuple[str, str], ...] = ()
-    """The `--columns` that the template needs, as (field, column), where their names differ."""
+    """The `--columns` that the template needs, as (field, column), if their names differ."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a built-in template needs: one column of each group, and `optional` columns that it uses if they exist."""
+    """The columns of a built-in template: one of every group in `needs`, and `optional` ones if they exist."""
 
     template: str
     needs: tuple[tuple[str, ...], ...]
@@ -47,7 +47,7 @@ FORMS = (
 
 
 def recognise(names: Sequence[str], columns: Columns = None, forms: Sequence[Form] = FORMS) -> Recognised:
-    """The built-in template whose fields a data set's column `names` satisfy, given `--columns`.
+    """The built-in template whose fields a data set's columns (`names`) fill, given `--columns`.
 
     Raises:
         UserError: `--columns` names a column that does not exist, or no template fits, or several do.
@@ -75,7 +75,7 @@ def recognise(names: Sequence[str], columns: Columns = None, forms: Sequence[For
 
 
 def column_of(field: str, columns: Columns, answer_field: str) -> str:
-    """The column that fills `field`: the one `--columns` names, or the one of its own name.
+    """The column that fills `field`: the one that `--columns` gives, or the one of the same name.
 
     In `--columns`, `answer` also stands for the answer field.
     """
@@ -88,7 +88,7 @@ def column_of(field: str, columns: Columns, answer_field: str) -> str:
 
 
 def field_text(row: Row, column: str) -> str | None:
-    """The text in a column, verbatim; None where it is missing, null, empty or only white space.
+    """The text in a column, verbatim; None if it is missing, null, empty or only white space.
 
     Raises:
         UserError: it is not text, or contains a NUL or half a surrogate pair.
@@ -107,7 +107,7 @@ def field_text(row: Row, column: str) -> str | None:
 
 
 def _columns_used(form: Form, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns that the form uses -> how messages show them; empty where a needed one is missing."""
+    """Columns that the form uses -> their text in messages. Empty if a required one is missing."""
     used: dict[str, str] = {}
     for group in (*form.needs, form.optional):
         candidates = ((field, column_of(field, columns, form.answer)) for field in group)

@@ -1,7 +1,7 @@
 """Preference data as text: a prompt with a chosen and a rejected answer, or with one answer and a label.
 
-A template is filled as for supervised training, with each of the answers in its answer field. Turns come as `messages`
-or `conversations` with the two answers beside them, or as two whole dialogues, whose shared beginning is the prompt.
+A template is filled as for supervised training, once per answer. Turns come as `messages` or `conversations` plus the
+two answers, or as two whole dialogues, whose shared beginning is the prompt.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True, slots=True)
 class RenderedPair:
-    """One prompt with two answers, as text; both have the same variant and begin with the same turns.
+    """One prompt with two answers, as text. Both have the same variant and begin with the same turns.
 
-    An answer of one turn is in `answer`. If an answer has several turns, both sides hold all their turns, as a turn
-    list does, and the first `prompt_turns` of them are the prompt.
+    An answer of one turn is in `answer`. If an answer has several turns, both sides hold all turns, like a turn list,
+    and the first `prompt_turns` of them are the prompt.
     """
 
     chosen: Rendered
@@ -62,7 +62,7 @@ class RenderedLabel:
 
 
 def render_pair(template: Template, row: Row, columns: Columns = None) -> RenderedPair:
-    """Fill the template with both answers of a row; `columns` may also name those of `chosen` and `rejected`.
+    """Fill the template with both answers of a row. `columns` may also map `chosen` and `rejected`.
 
     Raises UserError with the row's place as `Template.render`, for an answer that is missing or empty, and for
     dialogues whose prompts differ.
@@ -99,9 +99,9 @@ def notes_of_pair(pair: RenderedPair) -> Notes:
     """The notes of both answers together."""
     chosen, rejected = notes_of(pair.chosen), notes_of(pair.rejected)
     first, second = _whole_text(pair.chosen), _whole_text(pair.rejected)
-    apart = first != second and "".join(first.split()) == "".join(second.split())
+    differ_in_space = first != second and "".join(first.split()) == "".join(second.split())
     return Notes(
-        flags=chosen.flags | rejected.flags | (SPACED_APART if apart else 0),
+        flags=chosen.flags | rejected.flags | (SPACED_APART if differ_in_space else 0),
         scripts=chosen.scripts | rejected.scripts,
         digest=digest_of([f"{chosen.digest:x}", f"{rejected.digest:x}"]),
         prompt_digest=chosen.prompt_digest,
@@ -109,7 +109,7 @@ def notes_of_pair(pair: RenderedPair) -> Notes:
 
 
 def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
-    """Choose the built-in template as `recognise`, for columns with `chosen` and `rejected` in the answer's place.
+    """Choose the built-in template as `recognise` does, with columns `chosen` and `rejected` in place of the answer.
 
     Answers that are turns need the template chat; the result then says which column holds the prompt's turns.
     """
@@ -131,18 +131,18 @@ def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
 
 
 def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
-    """Choose the built-in template as `recognise`, for columns with a `label` beside them."""
+    """Choose the built-in template as `recognise` does, with a column `label` in addition."""
     return recognise(rows.columns, columns, _LABELLED_FORMS)
 
 
 def fields_of_pair(template: Template) -> frozenset[str]:
-    """The fields that `render_pair` reads: those of the prompt and both answers."""
+    """The fields that `render_pair` reads: those of the prompt, and both answers."""
     prompt = template.fields if template.is_chat else template.fields - {template.answer_field}
     return prompt | {*SIDES}
 
 
 def missing_pair_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
-    """As `Template.missing_columns`, for both answers; whole dialogues need no prompt of their own."""
+    """Like `Template.missing_columns`, for both answers. Whole dialogues need no prompt column."""
     answers, prompt_columns = _split_columns(template, columns)
     if template.is_chat:
         template.check_columns(prompt_columns)
@@ -155,7 +155,7 @@ def missing_pair_columns(template: Template, names: Sequence[str], columns: Colu
 
 
 def missing_label_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
-    """As `Template.missing_columns`, and the label's column."""
+    """Like `Template.missing_columns`, with the label's column."""
     columns = dict(columns or {})
     label = columns.pop("label", "label")
     missing = [] if label in names else [missing_column(label, names, "--columns")]
@@ -163,7 +163,7 @@ def missing_label_columns(template: Template, names: Sequence[str], columns: Col
 
 
 def _split_columns(template: Template, columns: Columns) -> tuple[dict[str, str], dict[str, str]]:
-    """The columns of chosen and rejected, and those of the other fields."""
+    """The columns of `chosen` and `rejected`, and the mapping of the other fields."""
     columns = dict(columns or {})
     if "answer" in columns or (template.answer_field in columns and not template.is_chat):
         cure = "name the columns of `chosen` and `rejected`"
@@ -229,7 +229,7 @@ def _turn_pair(
 
 
 def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bool) -> Rendered:
-    """Turns as text; with `single`, the one turn after the prompt is the answer."""
+    """Turns as text. With `single`, the only turn after the prompt becomes `answer`."""
     rendered = as_rendered_turns(turns)
     if single:
         return Rendered(rendered[:prompt_turns], rendered[prompt_turns].pieces, variant, "assistant")
@@ -237,8 +237,7 @@ def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bo
 
 
 def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) -> int:
-    """The number of turns that both begin with: the prompt. If one is a beginning of the other, all but its last
-    turn."""
+    """The number of turns of the prompt, with which both begin. The last turn of either never belongs to it."""
     shorter = min(len(chosen), len(rejected))
     count = next((index for index in range(shorter) if chosen[index] != rejected[index]), shorter)
     if count == shorter:
@@ -260,10 +259,10 @@ def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) ->
         for side, turns in sides.items()
         if turns[-1].role != "assistant"
     ]
-    last = sides["chosen"][count - 1].role
-    if last in ("assistant", "system"):
-        article = "an" if last == "assistant" else "a"
-        problem = f"the prompt of chosen and rejected ends with {article} {last} turn"
+    role = sides["chosen"][count - 1].role
+    if role in ("assistant", "system"):
+        article = "an" if role == "assistant" else "a"
+        problem = f"the prompt of chosen and rejected ends with {article} {role} turn"
         problems.append(Problem(problem, place, "end it with the turn to answer"))
     if problems:
         raise UserError(problems)
@@ -304,7 +303,7 @@ def _split_dialogue(text: str) -> Iterator[Turn]:
 
 
 def _first_value(rows: Rows, column: str) -> object:
-    """The first value of a column that is not null; None if the first rows have none."""
+    """The first value of a column that is not null; None if there is none in the first rows."""
     values = (row.values.get(column) for row in islice(rows, _ROWS_INSPECTED))
     return next((value for value in values if value is not None), None)
 
@@ -323,5 +322,5 @@ def _has_prompt(names: Sequence[str], columns: Columns) -> bool:
 
 
 def _whole_text(rendered: Rendered) -> str:
-    """The answer, or for answers of several turns the whole conversation."""
+    """The answer; for answers of several turns, the whole conversation."""
     return answer_text(rendered) if rendered.answer else joined(rendered.prompt_pieces)

@@ -1,6 +1,6 @@
 """Strict streaming readers of text files: JSON lines, a JSON list, CSV and TSV.
 
-Each yields (line number, column -> value), row by row, and holds about one row in memory. Faults raise UserError with
+A reader yields (line number, column -> value), row by row, with about one row in memory. Faults raise UserError with
 file, line and column. Lines and columns count from 1; columns count characters.
 """
 
@@ -19,9 +19,10 @@ from yeonma.errors import Problem, UserError, brief
 NumberedRow = tuple[int, dict[str, object]]
 
 CHUNK = 1 << 18  # characters, or bytes where bytes are read
-MOST_PROBLEMS = 10
+MAX_PROBLEMS = 10
 NUL, BOM = "\0", "\ufeff"
-# Joining files leaves the mark at the beginning of a line. Within a text it is an invisible space, noted later.
+# Joined files leave a byte order mark at the beginning of a line. Within a text it is an invisible space, which gives a
+# warning later.
 _STRAY = re.compile(f"{NUL}|(?:\\A|(?<=[\n\r])){BOM}")
 OBJECT, WRITE_AGAIN = 'write {"column": "value", ...}', "write the file again"  # cures
 
@@ -41,9 +42,9 @@ def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
 
 
 def jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
-    """Rows of a file with one JSON object a line; blank lines are skipped.
+    """Rows of a file with one JSON object per line; blank lines are skipped.
 
-    After the first faulty line, lines are only checked; the UserError lists up to ten problems.
+    After the first faulty line, the others are only checked; the UserError lists up to ten problems.
     """
     problems: list[Problem] = []
     empty = True
@@ -58,8 +59,8 @@ def jsonl_rows(path: Path, name: str, encoding: str) -> Iterator[NumberedRow]:
             try:
                 row = _row_of_line(line)
             except Fault as fault:
-                problems.append(_line_problem(fault, name, number, whole=line.endswith(("\n", "\r"))))
-                if fault.cut or len(problems) == MOST_PROBLEMS:
+                problems.append(_line_problem(fault, name, number, complete=line.endswith(("\n", "\r"))))
+                if fault.cut or len(problems) == MAX_PROBLEMS:
                     break
                 continue
             if not problems:
@@ -119,7 +120,7 @@ def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iter
             Problem(
                 f'the header has "{brief(column)}" twice', f"{name}:{start}", "give each column a unique name"
             )
-            for column in duplicates[:MOST_PROBLEMS]
+            for column in duplicates[:MAX_PROBLEMS]
         ]
         raise UserError(problems)
     columns = len(header)
@@ -131,7 +132,7 @@ def csv_rows(path: Path, name: str, encoding: str, delimiter: str = ",") -> Iter
             problem = f"{len(cells)} cells; the header has {columns}"
             cure = "put cells with commas or line breaks in quotes"
             problems.append(Problem(problem, f"{name}:{line}", cure))
-            if len(problems) == MOST_PROBLEMS:
+            if len(problems) == MAX_PROBLEMS:
                 break
         elif not problems:
             yield line, {column: cell for column, cell in zip(header, cells, strict=True) if column}
@@ -152,8 +153,8 @@ def _codec(encoding: str) -> str:
     return "utf-8-sig" if encoding == "utf-8" else encoding
 
 
-def _moved(line: int, column: int, text: str) -> tuple[int, int]:
-    """The place after `text`, which begins at `line` and `column`."""
+def _place_after(line: int, column: int, text: str) -> tuple[int, int]:
+    """Line and column after `text`, which begins at `line` and `column`."""
     breaks = text.count("\n")
     return (line + breaks, len(text) - text.rfind("\n")) if breaks else (line, column + len(text))
 
@@ -162,7 +163,7 @@ def _stray_character(path: Path, name: str, encoding: str, text: str, line: int,
     """The first NUL or byte order mark of `text`, which begins at `line` and `column`."""
     match = _STRAY.search(text)
     assert match is not None
-    line, column = _moved(line, column, text[: match.start()])
+    line, column = _place_after(line, column, text[: match.start()])
     place = f"{name}:{line}:{column}"
     if match[0] == BOM:
         cure = "remove it; joining files leaves such marks"
@@ -173,14 +174,14 @@ def _stray_character(path: Path, name: str, encoding: str, text: str, line: int,
 
 
 def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
-    """Where the file's bytes stop being text in `encoding`. Reads the file again: an error may be slow."""
+    """The place of the first bytes that are not text in `encoding`. Reads the file again; errors may be slow."""
     decoder = codecs.getincrementaldecoder(_codec(encoding))()
     line, column, offset = 1, 1, 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             state = decoder.getstate()
             try:
-                line, column = _moved(line, column, decoder.decode(chunk))
+                line, column = _place_after(line, column, decoder.decode(chunk))
             except UnicodeError:
                 break
             offset += len(chunk)
@@ -190,7 +191,7 @@ def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
     decoder.setstate(state)
     for byte in chunk:
         try:
-            line, column = _moved(line, column, decoder.decode(bytes([byte])))
+            line, column = _place_after(line, column, decoder.decode(bytes([byte])))
         except UnicodeError:
             break
         offset += 1
@@ -198,24 +199,24 @@ def _wrong_bytes(path: Path, name: str, encoding: str) -> Problem:
 
 
 def _encoding_cure(path: Path, encoding: str, offset: int) -> str:
-    """A suggestion for `--encoding`, for messages only: the encoding is never guessed when reading."""
+    """A suggestion for `--encoding`. Only a message guesses the encoding; reading never does."""
     suggestion = _unicode_suggestion(path)
     with path.open("rb") as file:
         file.seek(max(offset - 1000, 0))
         before, after = file.read(min(offset, 1000)), file.read(1000)
     line = before[before.rfind(b"\n") + 1 :] + after.split(b"\n")[0]
-    for other in ("utf-8", "cp949"):
-        text = line.decode(other, "replace")
+    for candidate in ("utf-8", "cp949"):
+        text = line.decode(candidate, "replace")
         korean = sum("가" <= character <= "힣" for character in text)
-        if not suggestion and other != encoding and korean > 10 * text.count("\ufffd"):
-            suggestion = f"--encoding {other}"
+        if not suggestion and candidate != encoding and korean > 10 * text.count("\ufffd"):
+            suggestion = f"--encoding {candidate}"
     if suggestion:
         return f"if that is the file's encoding, give {suggestion}"
     return "give the file's encoding, such as --encoding cp949, or save it as UTF-8"
 
 
 def _unicode_suggestion(path: Path) -> str:
-    """UTF-16 or UTF-32 by the file's first bytes, or an empty string."""
+    """The option for UTF-16 or UTF-32 if the file's first bytes look like it, else an empty string."""
     with path.open("rb") as file:
         head = file.read(1000)
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -236,20 +237,20 @@ def _row_of_line(line: str) -> dict[str, object]:
     value, end = parse(line, at)
     if not isinstance(value, dict):
         raise Fault(f"a row must be an object, not {kind_of(value)}", at, OBJECT)
-    rest = line[end:].lstrip(SPACE)
-    if rest:
-        problem = "a second object on the line" if rest[0] == "{" else "text after the object"
-        raise Fault(problem, len(line) - len(rest), "write one object a line")
+    extra = line[end:].lstrip(SPACE)
+    if extra:
+        problem = "a second object on the line" if extra[0] == "{" else "text after the object"
+        raise Fault(problem, len(line) - len(extra), "write one object a line")
     return value
 
 
-def _line_problem(fault: Fault, name: str, number: int, *, whole: bool) -> Problem:
+def _line_problem(fault: Fault, name: str, number: int, *, complete: bool) -> Problem:
     place = f"{name}:{number}:{fault.at + 1}"
     if not fault.cut:
-        return Problem(fault.what, place, fault.cure)
-    if whole:
-        return Problem(f"{fault.what}: the line ends before its object", place, "write one object a line")
-    return Problem(f"{fault.what}: the last line is truncated", place, WRITE_AGAIN)
+        return Problem(fault.problem, place, fault.cure)
+    if complete:
+        return Problem(f"{fault.problem}: the line ends before its object", place, "write one object a line")
+    return Problem(f"{fault.problem}: the last line is truncated", place, WRITE_AGAIN)
 
 
 class _Window:
@@ -271,7 +272,7 @@ class _Window:
             raise UserError([_wrong_bytes(self._path, self._name, self._encoding)]) from None
 
     def _fill(self) -> None:
-        """Read as much again as is left, at least a chunk, so that a long row takes few attempts."""
+        """Double the unread text, by at least one chunk, so that a long row takes few attempts."""
         self._text = self._text[self.at :]
         self.at, size = 0, max(CHUNK, 2 * len(self._text))
         parts = [self._text]
@@ -309,17 +310,19 @@ class _Window:
                     self._fill()
                     continue
                 if fault.cut:
-                    raise self.error(f"{fault.what}: the file is truncated", fault.at, WRITE_AGAIN) from None
-                raise self.error(fault.what, fault.at, fault.cure) from None
+                    raise self.error(
+                        f"{fault.problem}: the file is truncated", fault.at, WRITE_AGAIN
+                    ) from None
+                raise self.error(fault.problem, fault.at, fault.cure) from None
             self.move(end)
             return value
 
-    def error(self, what: str, at: int | None = None, cure: str = "") -> UserError:
+    def error(self, problem: str, at: int | None = None, cure: str = "") -> UserError:
         line, column = self._place(self.at if at is None else at)
-        return UserError(what, place=f"{self._name}:{line}:{column}", cure=cure)
+        return UserError(problem, place=f"{self._name}:{line}:{column}", cure=cure)
 
     def _place(self, at: int) -> tuple[int, int]:
-        return _moved(self.line, self._column, self._text[self.at : at])
+        return _place_after(self.line, self._column, self._text[self.at : at])
 
 
 # CSV
@@ -350,7 +353,7 @@ def _records(path: Path, name: str, encoding: str, delimiter: str) -> Iterator[t
 
 
 def _quote_problem(text: str, name: str, start: int, delimiter: str, error: csv.Error) -> Problem:
-    """The quoted cell that the csv module rejected. `text` is the record so far, from line `start`."""
+    """The problem of a quoted cell that the csv module rejected. `text` is the record so far, from line `start`."""
     at = 0
     while at < len(text):
         if text[at] != '"':  # an unquoted cell: up to the next delimiter or the end of the line
@@ -367,9 +370,9 @@ def _quote_problem(text: str, name: str, start: int, delimiter: str, error: csv.
         at += 1
     else:
         return Problem(str(error), f"{name}:{start}", WRITE_AGAIN)
-    line, column = _moved(start, 1, text[:opened])
+    line, column = _place_after(start, 1, text[:opened])
     problem = "a quote that is never closed"
     if closing >= 0:
-        end_line, end_column = _moved(start, 1, text[: closing + 1])
+        end_line, end_column = _place_after(start, 1, text[: closing + 1])
         problem = f"a quoted cell with text after its closing quote, at {end_line}:{end_column}"
     return Problem(problem, f"{name}:{line}:{column}", 'close it, and write " inside a quoted cell as ""')

@@ -1,4 +1,7 @@
-"""Rows of files, folders, saved data sets and hub data sets, streamed and readable again; the validation split."""
+"""Rows of files, folders, saved data sets and hub data sets; the validation split.
+
+Rows are streamed and can be read any number of times.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KNOWN_ENDINGS = ", ".join(ENDINGS)
 # Endings that mean a file, never a data set on the hub.
 _OTHER_ENDINGS = (".txt", ".gz", ".zip", ".zst", ".xlsx", ".xls", ".arrow", ".py", ".ndjson", ".yaml")
-# Files about the data, often beside it.
+# Files about the data, often next to it.
 _SIDE_FILES = ("dataset_info.json", "dataset_infos.json")
 _SPLIT_WORD = re.compile(r"(?:\A|[-_.])(train|test|validation|valid|val|dev|eval)(?:[-_.]|\Z)")
 
@@ -43,12 +46,12 @@ class Row:
     """Position in the data set, from 1, counted across the files of a folder."""
     values: Mapping[str, object]
     place: str
-    """`train.jsonl:41` with the line it begins on for text files, `train.parquet row 41` for others."""
+    """`train.jsonl:41` (the line on which the row begins) for text files, `train.parquet row 41` for others."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set that can be read any number of times; memory does not grow with its rows.
+    """A data set that can be read any number of times. Memory does not grow with the number of rows.
 
     Reading raises UserError at a faulty row.
     """
@@ -64,8 +67,9 @@ class Rows:
         return self.read()
 
 
-Placed = tuple[str, Mapping[str, object]]
-Source = Callable[[], Iterator[Placed]]
+PlacedValues = tuple[str, Mapping[str, object]]
+"""The place and the values of a row."""
+Source = Callable[[], Iterator[PlacedValues]]
 
 
 def open_rows(
@@ -82,7 +86,7 @@ def open_rows(
     path, encoding = _local_path(data_path), _known_encoding(encoding)
     if path is None:
         return _hub_rows(data_path, split, revision)
-    with _reading(data_path):
+    with _read_errors_as_user_errors(data_path):
         if _is_saved(path):
             return _saved_rows(data_path, path, split)
         files = _files_of(data_path, path)
@@ -90,14 +94,14 @@ def open_rows(
 
 
 def glance(data_path: str, *, encoding: str = "utf-8") -> Rows | None:
-    """`open_rows` for a file or a folder of files, but faster: `identity`, for which all is read, is empty.
+    """Like `open_rows` for a file or a folder of files, but without `identity`, which takes reading all of the data.
 
-    None for data that the library `datasets` reads. Raises UserError as `open_rows`.
+    Returns None for data that the library `datasets` reads. Raises UserError as `open_rows`.
     """
     path, encoding = _local_path(data_path), _known_encoding(encoding)
     if path is None or _is_saved(path):
         return None
-    with _reading(data_path):
+    with _read_errors_as_user_errors(data_path):
         return _file_rows(data_path, _files_of(data_path, path), encoding, identity="")
 
 
@@ -106,7 +110,7 @@ def _is_saved(path: Path) -> bool:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _read_errors_as_user_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -115,13 +119,13 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw validation rows: (train positions, validation positions), both sorted, int64, from 0.
+    """Split positions from 0 to `count` - 1 into (training, validation), both sorted, int64.
 
-    `val_set_size` is a count if at least 1, else a fraction of `count`, rounded to at least one row. The draw depends
-    only on the arguments: it sorts raw PCG64 numbers, which NumPy keeps the same between versions.
+    `val_set_size` is a count if at least 1, else a fraction of `count`, rounded to at least one row. The split depends
+    only on the arguments: it sorts raw PCG64 numbers, which are the same in all versions of NumPy.
 
     Raises:
-        UserError: `val_set_size` is neither, or no row is left to train.
+        UserError: `val_set_size` is neither, or no row is left for training.
     """
     if not math.isfinite(val_set_size) or val_set_size < 0 or (val_set_size > 1 and val_set_size % 1):
         cure = "give a count (1 or more) or a fraction (below 1)"
@@ -143,7 +147,7 @@ def draw_validation(count: int, val_set_size: float, seed: int) -> tuple[np.ndar
 def _local_path(data_path: str) -> Path | None:
     """The path if it exists; None for what may be a name on the hub.
 
-    Raises UserError for a missing file, by its looks, and for a path that cannot be opened.
+    Raises UserError if it looks like a file but does not exist, and if it cannot be opened.
     """
     if not data_path.strip():
         raise UserError("no data given", place="--data_path", cure="give a file, a folder or a data set")
@@ -161,7 +165,7 @@ def _local_path(data_path: str) -> Path | None:
 
 
 def _files_of(name: str, path: Path) -> list[tuple[Path, str]]:
-    """The file, or the data files directly in a folder, sorted, each with its name in messages.
+    """The file, or the data files directly in a folder, sorted. A file comes with its name for messages.
 
     Raises UserError unless they are regular files of one format and one split, and for data sets that run Python code.
     """
@@ -209,9 +213,9 @@ def _checked(name: str, files: Sequence[tuple[Path, str]]) -> list[tuple[Path, s
 
 
 def _looks_like_a_path(data_path: str) -> bool:
-    known = data_path.lower().endswith((*ENDINGS, *_OTHER_ENDINGS))
+    has_file_ending = data_path.lower().endswith((*ENDINGS, *_OTHER_ENDINGS))
     repository = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?(:.+)?", data_path)
-    return known or data_path.startswith((".", "/", "~")) or not repository
+    return has_file_ending or data_path.startswith((".", "/", "~")) or not repository
 
 
 def _no_such_file(name: str, path: Path) -> UserError:
@@ -220,7 +224,7 @@ def _no_such_file(name: str, path: Path) -> UserError:
     return UserError("no such file or folder", place=name, cure=cure)
 
 
-# Sources of one format, one after the other
+# Sources -> rows
 
 
 def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
@@ -232,18 +236,18 @@ def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
                 yield Row(number, values, place)
 
     columns: dict[str, None] = {}
-    seen = 0
+    rows_read = 0
     for source in sources:
-        read_here = 0
+        rows_of_source = 0
         try:
-            for _, values in islice(source(), max(ROWS_FOR_COLUMNS - seen, 1)):
+            for _, values in islice(source(), max(ROWS_FOR_COLUMNS - rows_read, 1)):
                 columns.update(dict.fromkeys(values))
-                read_here += 1
+                rows_of_source += 1
         except UserError:
-            if read_here == 0:
+            if rows_of_source == 0:
                 raise
             # Reported when the rows are read, with the faults of the rows before it.
-        seen += read_here
+        rows_read += rows_of_source
     return Rows(name, identity, tuple(columns), read)
 
 
@@ -256,12 +260,12 @@ def _hash(*parts: str) -> str:
 
 def _numbered_lines(
     rows: Callable[..., Iterator[tuple[int, dict[str, object]]]], path: Path, name: str, encoding: str
-) -> Iterator[Placed]:
+) -> Iterator[PlacedValues]:
     for line, values in rows(path, name, encoding):
         yield f"{name}:{line}", values
 
 
-def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
+def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[PlacedValues]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -281,7 +285,7 @@ def _parquet_rows(path: Path, name: str, encoding: str) -> Iterator[Placed]:
         raise UserError(problem, place=name, cure="write the file again") from None
 
 
-def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
+def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[PlacedValues]:
     """Rows of Arrow tables or record batches, numbered from 1."""
     number = 0
     for batch in batches:
@@ -300,7 +304,7 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Placed]:
 
 
 def _unreadable_column(batch: Any, place: str) -> UserError:
-    """For the first column with values that Python cannot represent, such as a date after the year 9999."""
+    """The error for the first column with values that Python cannot represent, such as a date after the year 9999."""
     for column in batch.schema.names:
         try:
             batch.column(column).to_pylist()
@@ -314,7 +318,7 @@ def _unreadable_column(batch: Any, place: str) -> UserError:
     raise AssertionError("every column can be read")
 
 
-_READERS: tuple[Callable[[Path, str, str], Iterator[Placed]], ...] = (
+_READERS: tuple[Callable[[Path, str, str], Iterator[PlacedValues]], ...] = (
     partial(_numbered_lines, jsonl_rows),
     partial(_numbered_lines, json_rows),
     partial(_numbered_lines, csv_rows),
@@ -325,7 +329,7 @@ READERS_BY_ENDING = dict(zip(ENDINGS, _READERS, strict=True))
 
 
 def _known_encoding(encoding: str) -> str:
-    """Python's name of the encoding; `utf-8` also for the variant with a byte order mark."""
+    """Python's name for the encoding; `utf-8` also for its variant with a byte order mark."""
     try:
         io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         return codecs.lookup(encoding).name.replace("utf-8-sig", "utf-8")
@@ -377,7 +381,7 @@ def _table_rows(name: str, identity: str, table: Any) -> Rows:
     if table.num_rows == 0:
         raise no_rows(name)
 
-    def source() -> Iterator[Placed]:
+    def source() -> Iterator[PlacedValues]:
         return _batch_rows(table.with_format("arrow").iter(ROWS_A_BATCH), name)
 
     return _rows(name, identity, [source])
@@ -394,15 +398,15 @@ def _hub_rows(data_path: str, split: str, revision: str | None) -> Rows:
     try:
         table = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:
-        known = _hub_error(data_path, error)
-        if known is None:
+        user_error = _hub_error(data_path, error)
+        if user_error is None:
             raise
-        raise known from None
+        raise user_error from None
     return _table_rows(data_path, _hash("hub", name, config, table._fingerprint), table)
 
 
 def _hub_error(name: str, error: Exception) -> UserError | None:
-    """The library's exception as an error for the user; None if it may be a bug."""
+    """The UserError for an exception of `datasets`; None if the exception may be a bug."""
     import datasets
 
     text = _one_line(error)

@@ -1,7 +1,7 @@
-"""Strict JSON: one value from a text, with nothing repaired silently.
+"""Strict JSON: parses one value from a text and repairs nothing silently.
 
-The standard library's decoder accepts duplicate keys, NaN and half a surrogate pair; here they are faults, and each
-fault has its position.
+The standard library's decoder accepts duplicate keys, NaN and half a surrogate pair. Here they are faults, and every
+fault has a position.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ SPACE = " \t\r\n"
 
 
 class Fault(Exception):
-    """What is wrong at a position of a JSON text. `cut`: more text might have mended it."""
+    """A problem at position `at` of a JSON text. `cut`: the text may just be incomplete."""
 
-    def __init__(self, what: str, at: int, cure: str = "", *, cut: bool = False) -> None:
-        super().__init__(what)
-        self.what, self.at, self.cure, self.cut = what, at, cure, cut
+    def __init__(self, problem: str, at: int, cure: str = "", *, cut: bool = False) -> None:
+        super().__init__(problem)
+        self.problem, self.at, self.cure, self.cut = problem, at, cure, cut
 
 
 class _DuplicateKey(Exception):
@@ -41,17 +41,17 @@ def parse(text: str, at: int) -> tuple[object, int]:
     try:
         value, end = _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        what = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
-        raise Fault(what, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
+        problem = f"not JSON: {error.msg[0].lower()}{error.msg[1:]}"
+        raise Fault(problem, error.pos, _cure(error), cut=_at_the_end(text, error)) from None
     except _DuplicateKey:
         key, second = _second_key(text, at)
         raise Fault(f'the key "{brief(key)}" appears twice in one object', second, "keep one") from None
     except _NotANumber as constant:
-        where = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(constant))
-        raise Fault(f"{constant} is not JSON", where, "write null or a number") from None
+        position = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(constant))
+        raise Fault(f"{constant} is not JSON", position, "write null or a number") from None
     except _TooLarge as number:
-        where = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(number))
-        raise Fault(f"{brief(str(number))} is too large a number", where, "write it as text") from None
+        position = next(token.start() for token in _TOKEN.finditer(text, at) if token[0] == str(number))
+        raise Fault(f"{brief(str(number))} is too large a number", position, "write it as text") from None
     except RecursionError:
         raise Fault("too deeply nested", at, "nest it less deeply") from None
     except ValueError:  # Python reads whole numbers of up to 4300 digits
@@ -62,7 +62,7 @@ def parse(text: str, at: int) -> tuple[object, int]:
 
 
 def kind_of(value: object) -> str:
-    """What a value is called in messages: `a number`, `null`, ..."""
+    """The kind of a value for messages: `a number`, `null`, ..."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -72,7 +72,7 @@ def kind_of(value: object) -> str:
 
 
 def described(value: object) -> str:
-    """What a value is called in messages, numbers with their value: `a number (3)`, `null`, `a list`."""
+    """Like `kind_of`, but with the value of numbers: `a number (3)`, `null`, `a list`."""
     name = kind_of(value)
     return f"{name} ({value})" if isinstance(value, (int, float)) else name
 
@@ -88,7 +88,7 @@ def _refuse(constant: str) -> object:
     raise _NotANumber(constant)
 
 
-# How to mend a text, by the beginnings of the decoder's messages.
+# The beginning of a message of the decoder -> how to cure it.
 _CURES = {
     "Expecting value": "write text in double quotes, a number, true, false, null, [...] or {...}",
     "Expecting ',' delimiter": 'put a comma between two entries, and write " inside text as \\"',
@@ -125,17 +125,17 @@ def _cure(error: json.JSONDecodeError) -> str:
 
 
 def _at_the_end(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether more text might have mended the error."""
+    """Whether the error may be due to text that is missing at the end."""
     if error.msg.startswith("Unterminated string"):
         return True
-    rest = text[error.pos : error.pos + 1000].strip(SPACE)
+    following = text[error.pos : error.pos + 1000].strip(SPACE)
     if error.msg.startswith("Invalid \\u"):
-        return len(rest) < 8
-    return not rest or bool(_CUT_LITERAL.match(rest))
+        return len(following) < 8
+    return not following or bool(_CUT_LITERAL.match(following))
 
 
 def _second_key(text: str, at: int) -> tuple[str, int]:
-    """The first key that its object already has, and its position."""
+    """The first key that appears a second time in its object, and its position."""
     keys: list[set[str]] = []
     for match in _TOKEN.finditer(text, at):
         token = match[0]

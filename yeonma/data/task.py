@@ -1,7 +1,7 @@
-"""Kinds of data: one answer a row, two to choose between, or one with a label.
+"""Kinds of data: rows with one answer, with two to choose between, or with one and a label.
 
-A task's record here takes a row to its text; how the text becomes tokens is in `tokenization/task_encoders.py`, how
-they are trained in `train/losses.py`.
+A `Task` turns a row into text. `tokenization/task_encoders.py` turns the text into tokens, and `train/losses.py` trains
+on them.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class Task:
     returns."""
 
     name: str
-    """Part of the key of its token stores."""
+    """Part of the key of token stores."""
     units: str
-    """What a step counts, in words."""
+    """What a step counts, for messages: `examples`, `pairs`."""
     recognise: Callable[[Rows, Columns], Recognised]
-    """Chooses the built-in template that the columns suit."""
+    """Chooses the built-in template that fits the columns."""
     fields: Callable[[Template], frozenset[str]]
-    """The fields that are read from a row."""
+    """The fields read from a row."""
     missing_columns: Callable[[Template, Sequence[str], Columns], list[Problem]]
     """The fields that no column fills."""
     render: Callable[[Template, Row, Columns], Any]
-    """Fills the template with a row. Raises UserError for a row that does not fill it."""
+    """Fills the template with a row. Raises UserError for a row that does not fit."""
     notes: Callable[[Any], Notes]
     preferred: Callable[[Any], Rendered]
-    """The row with the answer that the model should give; without one where its only answer is undesirable."""
+    """The row with the answer that the model should give; with no answer if its only one is undesirable."""
     continues_template: bool = False
-    """Without `--template`, the template of the adapter to continue is used before a built-in one."""
+    """Whether, without `--template`, the template of the adapter to continue takes precedence over a built-in one."""
 
 
 ANSWERS = Task(
@@ -89,7 +89,7 @@ TASKS = {task.name: task for task in (ANSWERS, PAIRS, LABELLED)}
 
 
 def task_for_loss(loss: str | None) -> Task:
-    """The data that a preference loss learns from; without a loss, that of supervised training."""
+    """The task of a preference loss; of supervised training if `loss` is None."""
     if loss is None:
         return ANSWERS
     return LABELLED if loss in get_args(LabelLossName) else PAIRS
@@ -97,7 +97,7 @@ def task_for_loss(loss: str | None) -> Task:
 
 @dataclass(frozen=True)
 class Choice:
-    """A template, the columns that fill it, and the reason if the columns or the adapter chose it."""
+    """A template, the columns that fill it, and the reason if it was chosen by the columns or the adapter."""
 
     template: Template
     columns: dict[str, str] | None
@@ -111,11 +111,12 @@ def choose_template(
     columns: dict[str, str] | None,
     adapter: str | None = None,
 ) -> Choice:
-    """The template that `--template` names, else the one that the data suggests.
+    """The template that `--template` gives, or else one that fits the data.
 
-    Preferences continue with the template of the `adapter` folder that training starts from, if it has one and the
-    columns fill it, so that prompts stay as they were trained. Otherwise it is the built-in template that the columns
-    suit. Raises UserError as `load_template`, and if none or several built-in templates fit.
+    For preference data it is the template of the `adapter` folder to continue, if it has one and the columns fill it,
+    so that prompts stay as they were trained. Otherwise it is the built-in template that fits the columns.
+
+    Raises UserError as `load_template`, and if none or several built-in templates fit.
     """
     if setting is not None:
         return Choice(load_template(setting), columns)
@@ -123,7 +124,7 @@ def choose_template(
         path = user_path(adapter) / "template.txt"
         template = load_template(str(path)) if path.is_file() else None
         if template and not template.is_chat and not task.missing_columns(template, rows.columns, columns):
-            return Choice(template, columns, f"template {path}, of the adapter continued")
+            return Choice(template, columns, f"template {path}, from the adapter to continue")
     recognised = task.recognise(rows, columns)
     return Choice(
         template=load_template(recognised.template),

@@ -1,4 +1,4 @@
-"""Templates: a text with `{fields}`, read, filled with a row and shortened.
+"""Templates: text with `{fields}`. Parsing, filling with a row, shortening.
 
 The last field is the answer; all before it is the prompt. Variants are separated by `---` lines; `[user]` and
 `[assistant]` lines begin turns, which the model's chat template writes; `[turns]` names a column that holds a whole
@@ -22,14 +22,14 @@ from yeonma.errors import Problem, UserError, did_you_mean
 BUILT_IN = ("title", "alpaca", "orca", "chat", "prompt-completion")
 _BUILT_IN_FOLDER = Path(__file__).parent / "templates"
 _ANSWER_NAMES = ("answer", "chosen", "rejected", "label")
-"""Names that `--columns` may give the answer and its label beside the template's own fields."""
+"""Names that `--columns` accepts besides the template's own fields: the answer, or its two sides, or its label."""
 _ROLES = ("system", "user", "assistant")
 _PROBLEMS_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of text: the frame's own (`field` is None) or, once rendered, a field's."""
+    """A run of text: of the frame (`field` is None) or, once rendered, of a field."""
 
     text: str
     field: str | None
@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """Where the text of a field goes. `place` (`file:line:column`) is only for messages."""
+    """A field to be filled. `place` (`file:line:column`) is only for messages."""
 
     field: str
     place: str = dataclasses.field(compare=False)
@@ -48,7 +48,7 @@ Part = Piece | Placeholder
 
 @dataclass(frozen=True, slots=True)
 class FrameTurn:
-    """One turn before it is filled; with `role` None plain text, the only turn of its variant."""
+    """A turn of the template. With `role` None it is plain text, the only turn of its variant."""
 
     role: str | None
     parts: tuple[Part, ...]
@@ -56,13 +56,13 @@ class FrameTurn:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to write a row. A turn list has no turns here: its one placeholder is the list's column."""
+    """A variant of the template. For a turn list `turns` is empty: its one placeholder names the list's column."""
 
     turns: tuple[FrameTurn, ...]
     answer: tuple[Part, ...]
     answer_role: str | None
     prompt_fields: tuple[str, ...]
-    """The fields before the answer, each once, in order."""
+    """The distinct fields before the answer, in order."""
 
     @property
     def is_turn_list(self) -> bool:
@@ -79,7 +79,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class RenderedTurn:
-    """One turn of a conversation; with `role` None plain text that no chat template touches."""
+    """A turn of a conversation. With `role` None it is plain text, to which no chat template applies."""
 
     role: str | None
     pieces: tuple[Piece, ...]
@@ -95,25 +95,25 @@ class Rendered:
 
     A plain template gives one turn, the prompt, with role None. A template with `[user]` lines gives its turns before
     the answer. Both have the answer in `answer`, which is empty when only the prompt is rendered. A turn list gives all
-    its turns and no `answer`: each assistant turn is one.
+    its turns and no `answer`: every assistant turn is an answer.
     """
 
     turns: tuple[RenderedTurn, ...]
     answer: tuple[Piece, ...]
     variant: int
-    """Index of the variant that fitted the row."""
+    """Index of the variant that was filled."""
     answer_role: str | None
-    """`assistant` where the model's chat template writes the turns, None for plain text."""
+    """`assistant` if the model's chat template writes the turns, None for plain text."""
 
     @property
     def prompt_pieces(self) -> list[Piece]:
-        """The pieces of all turns, one after the other."""
+        """The pieces of all turns, concatenated."""
         return [piece for turn in self.turns for piece in turn.pieces]
 
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template. Two templates are equal if their texts are; the name does not count.
+    """A parsed template. Templates with equal texts are equal, whatever their names.
 
     `text` has LF line ends, no byte order mark and one final newline; parsing it gives an equal template.
     `is_chat`: the row's turn list goes through the model's chat template unchanged (the built-in `chat`); then
@@ -155,10 +155,10 @@ class Template:
     def render(self, row: Row, columns: Columns = None, *, with_answer: bool = True) -> Rendered:
         """Fill the first variant whose prompt fields all have text in `row`.
 
-        The answer does not influence the choice of the variant, so that a row is asked as it was trained. With
-        `with_answer` False the answer may be missing and is left out, and so is a turn list's final answer.
-        Raises UserError with the row's place for a missing, empty or invalid value, and for a turn list with nothing to
-        train or nothing to ask.
+        The answer does not influence the choice of the variant, so that a row gets the prompt that it had in training.
+        With `with_answer` False the answer is left out and may be missing; so is a turn list's final answer.
+        Raises UserError with the row's place for a missing, empty or invalid value, and for a turn list without an
+        answer to train or a turn to answer.
         """
         if columns:
             self.check_columns(columns)
@@ -176,9 +176,9 @@ class Template:
         return Rendered(turns, answer, number, variant.answer_role)
 
     def missing_columns(self, names: Sequence[str], columns: Columns) -> list[Problem]:
-        """The fields that none of the data's column `names` fills, at their places; none if some variant has all.
+        """Problems for the fields that no column (`names`) of the data fills; none if some variant can be filled.
 
-        Raises UserError for `columns` that fit no field.
+        Raises UserError for `columns` with unknown fields.
         """
         if columns:
             self.check_columns(columns)
@@ -212,7 +212,7 @@ class Template:
         return Rendered(as_rendered_turns(turns), (), number, "assistant")
 
     def _read_fields(self, fields: Sequence[str], row: Row, columns: Columns, texts: dict[str, str]) -> bool:
-        """Put the fields' texts into `texts`; False at the first field without text."""
+        """Add the fields' texts to `texts`; return False at the first field without text."""
         for name in fields:
             if name not in texts:
                 text = field_text(row, self._column(name, columns) if columns else name)
@@ -237,7 +237,7 @@ class Template:
                 raise UserError(problem, place="--columns", cure="the prompt must not show the answer")
 
     def _missing_fields(self, row: Row, columns: Columns, with_answer: bool) -> UserError:
-        """The fields without text in the variant that has the fewest, the last of several such variants."""
+        """The error for the variant with the fewest missing fields; of several such variants, the last."""
         answer = (self.answer_field,)
 
         def missing(variant: Variant) -> list[str]:
@@ -252,7 +252,7 @@ class Template:
 
 
 def load_template(setting: str) -> Template:
-    """The template that `--template` names: a built-in, else a file, else the text itself, which has braces.
+    """The template that `--template` gives: a built-in name, a file, or the template text itself (text with braces).
 
     Raises UserError if it is none of these or the file is not UTF-8, and as `Template.parse`.
     """
@@ -267,9 +267,9 @@ def load_template(setting: str) -> Template:
             "is not a file", place=setting, cure="give a template file, a template text or a built-in name"
         )
     folder = Path(setting).parent
-    beside = [str(path) for path in folder.iterdir() if path.is_file()] if os.path.isdir(folder) else []
+    siblings = [str(path) for path in folder.iterdir() if path.is_file()] if os.path.isdir(folder) else []
     cure = f"the built-in templates are {', '.join(BUILT_IN)}"
-    if suggestion := did_you_mean(setting, [*BUILT_IN, *beside]):
+    if suggestion := did_you_mean(setting, [*BUILT_IN, *siblings]):
         cure = f"{cure}; {suggestion}"
     raise UserError(f'no built-in template and no file is named "{setting}"', place="--template", cure=cure)
 
@@ -277,7 +277,7 @@ def load_template(setting: str) -> Template:
 def prompt_text(rendered: Rendered) -> str:
     """The whole prompt of a plain template.
 
-    Raises ValueError for turns, whose text is the model's chat template's.
+    Raises ValueError for turns: the model's chat template writes their text.
     """
     if rendered.answer_role is not None:
         raise ValueError("the model's chat template writes the prompt of turns")
@@ -285,7 +285,7 @@ def prompt_text(rendered: Rendered) -> str:
 
 
 def answer_text(rendered: Rendered) -> str:
-    """The answer's text; empty for turn lists and where only the prompt was rendered."""
+    """The answer's text; empty for turn lists and if only the prompt was rendered."""
     return joined(rendered.answer)
 
 
@@ -294,7 +294,7 @@ def joined(pieces: Iterable[Piece]) -> str:
 
 
 def as_rendered_turns(turns: Sequence[Turn]) -> tuple[RenderedTurn, ...]:
-    """A turn list as text; the field of each turn is its number."""
+    """Turns as text. The field of a turn is named by its number: `turn 1`."""
     return tuple(
         [
             RenderedTurn(turn.role, (Piece(turn.text, f"turn {number}"),))
@@ -304,7 +304,7 @@ def as_rendered_turns(turns: Sequence[Turn]) -> tuple[RenderedTurn, ...]:
 
 
 def missing_column(column: str, names: Sequence[str], place: str, field: str = "") -> Problem:
-    """That no column of the data has that name; `field`: what the message says after it."""
+    """The problem that no column of the data is named `column`. `field` is appended to the message."""
     listed = f"it has {', '.join(map(visible, names))}"
     cure = visible(did_you_mean(column, names)) or listed
     return Problem(f'the data has no column "{column}"{field}', place, cure)
@@ -316,7 +316,7 @@ def visible(text: str) -> str:
 
 
 def field_lengths(rendered: Rendered) -> dict[str, int]:
-    """Prompt field -> characters of its text, in order; only fields that may be shortened, so no assistant turns."""
+    """Prompt field -> characters of its text, in order, without assistant turns, which are never shortened."""
     return {
         piece.field: len(piece.text)
         for turn in rendered.turns
@@ -327,10 +327,10 @@ def field_lengths(rendered: Rendered) -> dict[str, int]:
 
 
 def shorten(rendered: Rendered, field: str, keep: int, side: str) -> Rendered:
-    """Keep `keep` characters of one prompt field, wherever it appears.
+    """Shorten a prompt field to `keep` characters, wherever it appears.
 
-    `side` says what is cut: the `end`, the `start` or the `middle`. Combining marks stay with their character and the
-    Jamo of a Hangul syllable stay together; slightly fewer characters are then kept.
+    `side` is the part to cut: the `end`, the `start` or the `middle`. Combining marks stay with their character and
+    the Jamo of a Hangul syllable stay together, so the result may be slightly shorter.
     Raises ValueError for another `side` and for a field that `rendered` does not have.
     """
     texts = [piece.text for piece in rendered.prompt_pieces if piece.field == field]
@@ -354,7 +354,7 @@ def _fill(parts: tuple[Part, ...], texts: Mapping[str, str]) -> tuple[Piece, ...
 
 
 def _turns_to_render(turns: tuple[Turn, ...], column: str, place: str, with_answer: bool) -> tuple[Turn, ...]:
-    """All turns for training; without the final assistant turn for a prompt. `column` is quoted in messages."""
+    """All turns for training; for a prompt, without the final assistant turn. `column` is its quoted name."""
     last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if with_answer and last < 0:
         problem = f"{column} has no assistant turn: there is nothing to train"
@@ -399,7 +399,7 @@ def _shortened(text: str, keep: int, side: str) -> str:
 
 
 def _inseparable(left: str, right: str) -> bool:
-    """Whether two characters belong to one grapheme cluster (rules of Unicode Annex 29)."""
+    """Whether two adjacent characters belong to one grapheme cluster (rules of Unicode Annex 29)."""
     if right < "\u0300":
         return False
     if category(right).startswith("M") or "\u200d" in (left, right):
@@ -408,7 +408,7 @@ def _inseparable(left: str, right: str) -> bool:
 
 
 def _jamo(char: str) -> str:
-    """Leading, Vowel or Trailing Jamo; Open or Closed (with a trailing consonant) syllable; else empty."""
+    """The kind of a Hangul character: Leading, Vowel or Trailing Jamo; Open or Closed syllable; empty for others."""
     if "\uac00" <= char <= "\ud7a3":
         return "C" if (ord(char) - 0xAC00) % 28 else "O"
     if "\u1100" <= char <= "\u115f" or "\ua960" <= char <= "\ua97c":
@@ -422,7 +422,7 @@ def _jamo(char: str) -> str:
 
 
 def _normalised(text: str, name: str) -> str:
-    """The text with LF line ends, no byte order mark, one final newline. UserError for NUL and lone surrogates."""
+    """The text with LF line ends, no byte order mark and one final newline. Raises UserError for NUL and surrogates."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n") + "\n"
     for number, line in enumerate(text.split("\n"), start=1):
         for column, character in enumerate(line, start=1):
@@ -433,7 +433,7 @@ def _normalised(text: str, name: str) -> str:
 
 
 def _read_variants(text: str, name: str) -> tuple[Variant, ...]:
-    """The variants of a normalised text, each valid by itself; messages call the text `name`.
+    """The variants of a normalised text, which messages call `name`.
 
     Raises UserError, with line and column, for unbalanced braces, for fields that are not plain column names, for a
     variant without a field or without a prompt, and for a prompt that shows the answer.
@@ -472,23 +472,23 @@ def _scan(text: str, name: str) -> list[_Line]:
 def _scan_line(line: str, place: str) -> Iterator[Part | Problem]:
     at = 0
     while at < len(line):
-        here = f"{place}:{at + 1}"
+        column_place = f"{place}:{at + 1}"
         end, opening = line.find("}", at), line.find("{", at + 1)
         if line.startswith(("{{", "}}"), at):
             yield Piece(line[at], None)
             at += 2
         elif line[at] == "}":
-            yield Problem('"}" without an opening "{"', here, 'write "}}" for a literal brace')
+            yield Problem('"}" without an opening "{"', column_place, 'write "}}" for a literal brace')
             at += 1
         elif line[at] != "{":
             borders = [border for border in (opening, end, len(line)) if border >= 0]
             yield Piece(line[at : min(borders)], None)
             at = min(borders)
         elif end < 0 or at < opening < end:
-            yield Problem('"{" is not closed', here, 'write "{{" for a literal brace')
+            yield Problem('"{" is not closed', column_place, 'write "{{" for a literal brace')
             at += 1
         else:
-            yield _placeholder(line[at + 1 : end], here)
+            yield _placeholder(line[at + 1 : end], column_place)
             at = end + 1
 
 
@@ -510,7 +510,7 @@ def _allowed_in_name(char: str) -> bool:
 
 
 def _sections(lines: Sequence[_Line]) -> list[list[_Line]]:
-    """The lines of each variant, without the separators."""
+    """Lists of lines, one per variant, without the separators."""
     sections: list[list[_Line]] = [[]]
     for line in lines:
         if line.text.rstrip() == "---":
@@ -590,7 +590,7 @@ def _turn_list(lines: Sequence[_Line], first: _Line) -> Variant:
 
 
 def _checked(turns: tuple[FrameTurn, ...], answer: tuple[Part, ...], role: str | None) -> Variant:
-    """The variant, unless its prompt shows the answer."""
+    """The variant. Raises UserError if its prompt shows the answer."""
     answer_field = placeholders(answer)[0].field
     before = placeholders(part for turn in turns for part in turn.parts)
     for placeholder in before:
@@ -607,7 +607,7 @@ def _role(line: _Line) -> str:
 
 
 def _parts_of(lines: Sequence[_Line]) -> tuple[Part, ...]:
-    """The parts of some lines as one text, without empty lines at its end, which belong to the editor."""
+    """The parts of some lines as one text. Empty lines at its end are dropped: editors add them."""
     end = len(lines)
     while end > 0 and not lines[end - 1].text:
         end -= 1

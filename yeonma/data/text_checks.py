@@ -1,4 +1,4 @@
-"""What is easily overlooked in a row's text: invisible characters, size, scripts; digests to find repeated rows."""
+"""Checks for what is easily overlooked in a row: invisible characters, size, scripts, repeated texts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCRIPTS = (
 
 # Conjoining Jamo. Compatibility Jamo, which people type as such, are not decomposed syllables.
 _JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")
-# Joiners belong to emoji and to the spelling of many scripts; beside Latin or Hangul they serve no purpose.
+# Joiners are part of emoji and of the spelling of many scripts. Next to Latin or Hangul they have no purpose.
 _JOINED = "[\\x00-\u024f\uac00-\ud7a3]"
 _ZERO_WIDTH = re.compile(
     f"[\u200b\u2060\ufeff\u180e]|(?<={_JOINED})[\u200c\u200d]|[\u200c\u200d](?={_JOINED})"
@@ -50,7 +50,7 @@ _SCRIPT_OF_WORD = {
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What is noted of one row's data, as the template uses it."""
+    """Findings about one row's data, as the template uses it."""
 
     flags: int
     scripts: int
@@ -58,11 +58,11 @@ class Notes:
     digest: int
     """64-bit digest of the texts regardless of white space, letter case and normal form."""
     prompt_digest: int
-    """The same of the prompt alone."""
+    """The same digest of the prompt alone."""
 
 
 def notes_of(rendered: Rendered) -> Notes:
-    """The notes of a rendered row; the template's frame does not count."""
+    """The notes of a rendered row, without the template's frame."""
     prompt = [piece.text for piece in rendered.prompt_pieces if piece.field is not None]
     answers = [piece.text for piece in rendered.answer if piece.field is not None]
     if not rendered.answer:  # a turn list
@@ -78,7 +78,7 @@ def notes_of(rendered: Rendered) -> Notes:
 
 
 def digest_of(texts: Iterable[str]) -> int:
-    """64-bit digest of texts, each in NFC with white space collapsed and letter case folded."""
+    """64-bit digest of texts, in NFC, with white space collapsed and case folded."""
     digest = blake2b(digest_size=8)
     for text in texts:
         plain = text if text.isascii() else normalize("NFC", text)

@@ -27,7 +27,7 @@ ROLES: dict[str, Role] = {
     "function": "tool",
     "observation": "tool",
 }
-"""The role names of OpenAI messages and of ShareGPT -> the roles of chat templates."""
+"""Role names in OpenAI messages and in ShareGPT -> roles of chat templates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class Turn:
 
 
 def turns_of(row: Row, column: str) -> tuple[Turn, ...]:
-    """The turns in a column, without empty system turns; whether there is an answer is not checked.
+    """The turns in a column, without empty system turns. Does not check that there is an answer.
 
     Content may be a list of text parts, which are joined.
 
     Raises:
-        UserError: it is not a list, or turns are wrong; the place in the row reads like `messages[2].role`.
+        UserError: it is not a list, or turns are faulty. Messages name the place in the row, as `messages[2].role`.
     """
     value = row.values.get(column)
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -118,7 +118,7 @@ def _role(name: object, where: str, place: str) -> Role:
 
 
 def _content(content: object, where: str, place: str) -> str:
-    """The text of a turn, also from OpenAI's content parts."""
+    """The text of a turn: text, or a list of OpenAI's text parts."""
     if content is None:
         raise UserError(f"{where} is missing", place=place, cure="a turn needs text")
     if isinstance(content, str):
@@ -128,12 +128,14 @@ def _content(content: object, where: str, place: str) -> str:
         raise UserError(f"{where} is {described(content)}, not text", place=place, cure="a turn takes text")
     texts = []
     for index, part in enumerate(content):
-        here = f"{where}[{index}]"
+        part_where = f"{where}[{index}]"
         part_type = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(part, Mapping) or part_type != "text" or not isinstance(part.get("text"), str):
-            other = part_type not in (None, "text")
-            problem = f'{here} is of type "{part_type}"' if other else f"{here} is not a text part"
+            other_type = part_type not in (None, "text")
+            problem = (
+                f'{part_where} is of type "{part_type}"' if other_type else f"{part_where} is not a text part"
+            )
             cure = 'only parts of the form {"type": "text", "text": "..."} can be trained'
             raise UserError(problem, place=place, cure=cure)
-        texts.append(_content(part["text"], f"{here}.text", place))
+        texts.append(_content(part["text"], f"{part_where}.text", place))
     return "".join(texts)

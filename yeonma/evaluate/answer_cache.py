@@ -1,4 +1,4 @@
-"""Answers and losses on disk, written as they are computed, so that an interrupted comparison continues."""
+"""Answers and losses on disk, written as they are computed, so that an interrupted comparison can continue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AnswerCache:
     file: RawIOBase
 
     def add(self, key: str, record: Record) -> None:
-        """Append a record with one write, so that a killed process keeps it. Raises UserError if the disk is full."""
+        """Append a record with one write, so that it survives a kill. Raises UserError if the disk is full."""
         line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
         with disk_errors_as_user_errors(self.path.parent, "an answer"):
             write_all(self.file, line.encode())
@@ -34,7 +34,7 @@ class AnswerCache:
 
 @contextmanager
 def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
-    """The cache at `path`, which is created if there is none. Incomplete or damaged lines are ignored.
+    """The cache at `path`, which is created if it does not exist. Incomplete or damaged lines are ignored.
 
     Raises UserError if the file cannot be read or written.
     """

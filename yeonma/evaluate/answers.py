@@ -1,7 +1,7 @@
-"""Models and rows -> each model's answers, and its loss on the reference answers.
+"""Models and rows -> the models' answers, and their losses on the reference answers.
 
-All errors in models, rows and templates are found before any weights are loaded. Models of one base share it in
-memory; otherwise one model is loaded at a time. A model whose answers are all cached is not loaded.
+All errors in models, rows and templates are found before any weights are loaded. Models with the same base share it in
+memory; otherwise one model is loaded at a time. A model is not loaded if all of its answers are cached.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ CHUNK_ROWS = 1000
 
 @dataclass(frozen=True, eq=False)
 class CandidateInputs:
-    """One model, its prompt for each row, and the examples of each row that its loss is computed on."""
+    """A model, its prompts (one per row), and the examples on which its loss is computed."""
 
     candidate: Candidate
     prompts: list[Prompt]
     examples: list[list[Example]]
     """By row; empty if the row has no reference answer or is left out."""
     left_out: int
-    """Number of rows whose reference answer is too long even with the prompt cut to one character."""
+    """Number of rows whose reference answer is too long even if the prompt field is cut to one character."""
     identity: str = ""
-    """`identity_of` the candidate, once data type and device are known."""
+    """`identity_of` the candidate; empty until dtype and device are known."""
 
     def answer_key(self, row: int, options: AnswerSettings) -> str:
         sampling: list[float] = []
@@ -84,11 +84,13 @@ def read_rows(source: Rows, limit: int | None) -> list[Row]:
 def reference_answers(
     candidates: Sequence[Candidate], rows: Sequence[Row], settings: CompareSettings
 ) -> list[str | None]:
-    """Each row's own answer, read with the first model's template that finds one; None if none does."""
-    return [
-        next((text for each in candidates if (text := _reference(each, row, settings)) is not None), None)
-        for row in rows
-    ]
+    """The rows' own answers, found with the template of the first model that finds one; None if none does."""
+
+    def reference(row: Row) -> str | None:
+        texts = (_reference(candidate, row, settings) for candidate in candidates)
+        return next((text for text in texts if text is not None), None)
+
+    return [reference(row) for row in rows]
 
 
 def _reference(candidate: Candidate, row: Row, settings: CompareSettings) -> str | None:
@@ -98,16 +100,16 @@ def _reference(candidate: Candidate, row: Row, settings: CompareSettings) -> str
     field = template.answer_field
     try:
         return field_text(row, column_of(field, candidate.columns(row, columns), field))
-    except UserError:  # the prompt is answered even if the row's own answer is broken
+    except UserError:  # the prompt is answered even if the row's own answer is faulty
         return None
 
 
 def candidate_inputs(
     candidates: Sequence[Candidate], rows: Sequence[Row], settings: CompareSettings, options: AnswerSettings
 ) -> list[CandidateInputs]:
-    """The inputs of every model.
+    """The inputs of all models.
 
-    Raises UserError with the first MAX_PROBLEMS problems of all rows and models: rows that do not fit a template or
+    Raises UserError with the first MAX_PROBLEMS problems over all rows and models: rows that do not fit a template or
     leave no room for an answer.
     """
     problems: dict[str, Problem] = {}
@@ -144,7 +146,7 @@ def _inputs(
 def _examples(
     candidate: Candidate, rows: Sequence[Row], settings: CompareSettings
 ) -> tuple[list[list[Example]], int]:
-    """Each row's examples, encoded as for training on answers only; and the number of rows left out."""
+    """(The rows' examples, encoded as for training on answers only, number of rows left out)."""
     builder, columns = candidate.prompt_builder, columns_for(candidate, settings.columns)
     rules = replace(builder.adapter.rules, train_on_inputs=False, over_limit="drop")
     with_reference = [row for row in rows if _reference(candidate, row, settings) is not None]
@@ -166,11 +168,11 @@ def answer_all(
     settings: CompareSettings,
     options: AnswerSettings,
     cache: AnswerCache,
-    say: Log,
+    log: Log,
 ) -> tuple[list[list[ScoredAnswer]], list[CandidateInputs]]:
-    """Every model's answer to every row, and the inputs with the identities of their models.
+    """All models' answers to all rows, and the inputs with the identities of their models.
 
-    Computes what `cache` lacks and adds it there.
+    Computes what is not in `cache` and adds it there.
     """
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -183,19 +185,19 @@ def answer_all(
         group = [inputs for inputs in identified if inputs.candidate.weights == weights]
         policy: Policy | None = None
         for inputs in group:
-            if not (_without_answer(inputs, options, cache) or _without_loss(inputs, cache)):
+            if not (_rows_without_answer(inputs, options, cache) or _rows_without_loss(inputs, cache)):
                 continue
             candidate, source = inputs.candidate, inputs.candidate.prompt_builder.source
             adapters = [] if candidate.adapter is None else [candidate.adapter]
             if policy is None:
-                say(f"loading {source.name}")
+                log(f"loading {source.name}")
                 policy = build_policy(
                     source, adapters, device=device, dtype=dtype, quantization=candidate.quantization
                 )
             else:
                 policy = policy.with_adapters(adapters)
             check_vocabulary(candidate.prompt_builder.tokenizer, policy.vocabulary_size, source.name)
-            _complete(policy, inputs, settings, options, cache, say)
+            _complete(policy, inputs, settings, options, cache, log)
     answers = [
         [_scored_answer(inputs, row, options, cache) for row in range(len(inputs.prompts))]
         for inputs in identified
@@ -203,11 +205,11 @@ def answer_all(
     return answers, identified
 
 
-def _without_answer(inputs: CandidateInputs, options: AnswerSettings, cache: AnswerCache) -> list[int]:
+def _rows_without_answer(inputs: CandidateInputs, options: AnswerSettings, cache: AnswerCache) -> list[int]:
     return [row for row in range(len(inputs.prompts)) if inputs.answer_key(row, options) not in cache.records]
 
 
-def _without_loss(inputs: CandidateInputs, cache: AnswerCache) -> list[int]:
+def _rows_without_loss(inputs: CandidateInputs, cache: AnswerCache) -> list[int]:
     return [
         row
         for row, examples in enumerate(inputs.examples)
@@ -221,14 +223,14 @@ def _complete(
     settings: CompareSettings,
     options: AnswerSettings,
     cache: AnswerCache,
-    say: Log,
+    log: Log,
 ) -> None:
-    """Generate the answers and compute the losses that `cache` lacks."""
+    """Generate the answers and compute the losses that are not in `cache`."""
     name, builder = inputs.candidate.name, inputs.candidate.prompt_builder
-    rows = _without_answer(inputs, options, cache)
+    rows = _rows_without_answer(inputs, options, cache)
     total, cached = len(inputs.prompts), len(inputs.prompts) - len(rows)
     if cached:
-        say(f"{name}: {cached} of {total} rows were answered before")
+        log(f"{name}: {cached} of {total} rows were answered before")
     done = 0
 
     def add_answer(index: int, answer: Answer) -> None:
@@ -239,7 +241,7 @@ def _complete(
         record |= {"token_ids": list(answer.token_ids), "ended": answer.ended}
         cache.add(inputs.answer_key(row, options), record)
         if done * 10 // len(rows) > (done - 1) * 10 // len(rows):
-            say(f"{name}: answered {cached + done} of {total} rows")
+            log(f"{name}: answered {cached + done} of {total} rows")
 
     policy.generate_from_ids(
         [inputs.prompts[row].token_ids for row in rows],
@@ -248,18 +250,18 @@ def _complete(
         batch_size=settings.batch_size,
         on_answer=add_answer,
     )
-    rows_without_loss = _without_loss(inputs, cache)
+    rows_without_loss = _rows_without_loss(inputs, cache)
     for group in _chunks(rows_without_loss, inputs.examples):
         losses = _losses(policy, [inputs.examples[row] for row in group])
         for row, (nll, count) in zip(group, losses, strict=True):
             loss_record = {"model": name, "row": row + 1, "nll": nll, "trained_tokens": count}
             cache.add(inputs.loss_key(row), loss_record)
     if rows_without_loss:
-        say(f"{name}: computed the loss of {len(rows_without_loss)} rows")
+        log(f"{name}: computed the loss of {len(rows_without_loss)} rows")
 
 
 def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[list[int]]:
-    """Groups of rows of similar length, within LOSS_TOKENS and LOSS_EXAMPLES. A larger row is a group of its own."""
+    """Groups of rows of similar length, up to LOSS_TOKENS and LOSS_EXAMPLES. A larger row is a group of its own."""
     lengths = {row: sum(len(example.token_ids) for example in examples[row]) for row in rows}
     chunks: list[list[int]] = []
     tokens = count = 0
@@ -273,8 +275,10 @@ def _chunks(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[
 
 
 def _losses(policy: Policy, rows: Sequence[Sequence[Example]]) -> list[tuple[float, int]]:
-    """Each row's summed negative log-likelihood of its trained tokens, and their number. Halves the rows if memory
-    runs out."""
+    """(Negative log-likelihood summed over the trained tokens, number of these) for every row.
+
+    Halves the rows if memory runs out.
+    """
     flat = [example for examples in rows for example in examples]
     try:
         with torch.no_grad():
@@ -282,8 +286,8 @@ def _losses(policy: Policy, rows: Sequence[Sequence[Example]]) -> list[tuple[flo
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
             tokens = sum(len(example.token_ids) for example in flat)
-            what = f"a row of {tokens} tokens does not fit into the device's memory"
-            raise UserError(what, cure="use --dtype bfloat16 or --device cpu") from error
+            problem = f"a row of {tokens} tokens does not fit into the device's memory"
+            raise UserError(problem, cure="use --dtype bfloat16 or --device cpu") from error
         half = (len(rows) + 1) // 2
         return [*_losses(policy, rows[:half]), *_losses(policy, rows[half:])]
     counts = [sum(int(example.trained.sum()) for example in examples) for examples in rows]

@@ -1,4 +1,4 @@
-"""The models to compare, before their weights are loaded: base and adapter, template, and identity in the cache."""
+"""The models to compare, before their weights are loaded: base, adapter, template, and identity in the cache."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ from yeonma.tokenization.example import TokenRules, stop_ids
 
 CUTOFF_LEN = 2048
 FORMAT = 1
-"""Increased whenever a change of the code changes what a model answers to the same prompt."""
+"""Increased whenever a change of the code changes a model's answer to the same prompt."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the models."""
+    """A model to compare."""
 
     name: str
     prompt_builder: PromptBuilder
     adapter: str | None
-    """Folder of the LoRA weights, if there are any."""
+    """The folder of the LoRA weights; None if there are none."""
     is_run: bool
-    """Whether the folder is a run's output or one of its checkpoints. Only then is the base checked."""
+    """Whether it is the output folder of a run or one of its checkpoints. Only then is the base checked."""
     template_of: str
-    """Where the template comes from, in words."""
+    """The origin of the template, for the report."""
     quantization: Quantization = "none"
     """Quantisation of the base."""
 
     @property
     def weights(self) -> tuple[str, str | None, str]:
-        """The base's weights: candidates with equal ones share the base in memory."""
+        """Identifies the base's weights. Candidates with equal `weights` share the base in memory."""
         return (*source_key(self.prompt_builder.source), self.quantization)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
-        """Field -> column for this row, the answer included: in preference data it is the chosen answer."""
+        """Field -> column for this row, including the answer. In preference data, that is the chosen answer."""
         adapter = self.prompt_builder.adapter
         template, names = adapter.template, self.prompt_builder.columns(row, columns)
         answer = template.answer_field
@@ -75,15 +75,15 @@ class Candidate:
 
 
 def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
-    """The models that `--models` names, in order. Raises UserError with the problems of all of them."""
+    """The models in `--models`, in order. Raises UserError with the problems of all of them."""
     specs = [spec.strip() for spec in settings.models]
     if not specs or not all(specs):
         raise UserError(
-            "no model is named", place="--models", cure="give a model or an adapter folder, or several"
+            "no models given", place="--models", cure="give one or more models or adapter folders"
         )
     repeated = {spec for spec in specs if specs.count(spec) > 1}
     if repeated:
-        raise UserError(f"{min(repeated)} is named twice", place="--models", cure="name each model once")
+        raise UserError(f"{min(repeated)} is given twice", place="--models", cure="give each model once")
     problems: list[Problem] = []
     opened: list[PromptBuilder | _PlainModel] = []
     for spec in specs:
@@ -106,7 +106,7 @@ def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
 
 
 def source_key(source: BaseSource) -> tuple[str, str | None]:
-    """Equal for two sources of the same base: the real path of a folder, or a hub name with its revision."""
+    """Equal for equal bases: the real path of a folder, or a name on the hub with its revision."""
     return (
         (os.path.realpath(source.name), None)
         if os.path.isdir(source.name)
@@ -115,12 +115,12 @@ def source_key(source: BaseSource) -> tuple[str, str | None]:
 
 
 def _with_quantization(candidates: Sequence[Candidate], option: QuantizationOrAuto) -> list[Candidate]:
-    """The candidates with their quantisation: the option's, or the one of their training. A base alone takes that of
-    the first adapter on it, so that the two differ in the adapter only."""
+    """The candidates with their quantisation: that of the option, or of their training. A base model alone uses that of
+    the first adapter on it, so that they differ only in the adapter."""
     trained = {
-        source_key(each.prompt_builder.source): each.prompt_builder.adapter
-        for each in reversed(candidates)
-        if each.is_run
+        source_key(candidate.prompt_builder.source): candidate.prompt_builder.adapter
+        for candidate in reversed(candidates)
+        if candidate.is_run
     }
 
     def quantization(candidate: Candidate) -> Quantization:
@@ -134,7 +134,7 @@ def _with_quantization(candidates: Sequence[Candidate], option: QuantizationOrAu
 
 
 def check_model(candidate: Candidate, model: Any) -> None:
-    """Raises UserError if the model, or its outline, is not the adapter's base or has fewer embeddings than the
+    """Raises UserError if the model (or its outline) is not the adapter's base, or if it has fewer embeddings than the
     tokenizer has ids."""
     builder = candidate.prompt_builder
     if candidate.is_run:
@@ -144,7 +144,7 @@ def check_model(candidate: Candidate, model: Any) -> None:
 
 
 def _check_outlines(candidates: Sequence[Candidate]) -> None:
-    """Run `check_model` on the models without weights. Raises UserError with all problems."""
+    """Run `check_model` on the models' outlines. Raises UserError with all problems."""
     problems: list[Problem] = []
     outlines: dict[object, Any] = {}
     for candidate in candidates:
@@ -162,7 +162,7 @@ def _check_outlines(candidates: Sequence[Candidate]) -> None:
 
 @dataclass(frozen=True)
 class _PlainModel:
-    """A model without an adapter folder. Template, columns and token rules are those of a merged model, or None."""
+    """A model without an adapter folder. Only a merged model has template, columns and token rules."""
 
     source: BaseSource
     tokenizer: Any
@@ -197,7 +197,7 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
 
 
 def _template_in(folder: Path) -> tuple[Template | None, dict[str, str] | None, TokenRules | None]:
-    """Template, columns and token rules in the folder of a model, such as a merged one."""
+    """Template, columns and token rules in a model's folder, such as that of a merged model."""
     if not (folder / TEMPLATE).is_file():
         return None, None, None
     template = load_template(str(folder / TEMPLATE))
@@ -217,7 +217,7 @@ def _with_template(
     settings: CompareSettings,
     rows: Rows,
 ) -> Candidate:
-    """A model with a template: its own, the one of the settings, the first adapter's, or one that fits the columns."""
+    """The model with a template: its own, that of the settings or the first adapter, or one that fits the columns."""
     default = TokenRules(min(CUTOFF_LEN, model.max_tokens))
     if model.template is not None:
         template, columns, rules = model.template, model.columns, model.rules or default
@@ -245,7 +245,7 @@ def _with_template(
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
-    """The last part of each path, or up to three parts if names would be equal otherwise."""
+    """Distinct names: the last part of the paths, or up to three parts if needed."""
     for parts in (1, 2, 3):
         names = [
             "/".join(Path(spec).parts[-max(parts, 2 if Path(spec).name.startswith("checkpoint-") else 1) :])
@@ -258,30 +258,32 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
 
 def _check_columns(settings: CompareSettings, candidates: Sequence[Candidate], rows: Rows) -> None:
-    """Raises UserError for a field that no template has or a column that the data lacks."""
+    """Raises UserError for a field that no template has, and for a column that the data does not have."""
     templates = [candidate.prompt_builder.adapter.template for candidate in candidates]
     for field, column in (settings.columns or {}).items():
         if column not in rows.columns:
             cure = did_you_mean(column, rows.columns) or f"it has {', '.join(rows.columns)}"
             raise UserError(f'the data has no column "{column}"', place="--columns", cure=cure)
         if field != "answer" and not any(field in template.fields for template in templates):
-            known = ", ".join(sorted({name for template in templates for name in template.fields}))
+            names = ", ".join(sorted({name for template in templates for name in template.fields}))
             raise UserError(
-                f'no template has a field "{field}"', place="--columns", cure=f"they have {known}"
+                f'no template has a field "{field}"', place="--columns", cure=f"they have {names}"
             )
 
 
 def columns_for(candidate: Candidate, columns: Mapping[str, str] | None) -> dict[str, str] | None:
-    """The part of `--columns` whose fields this model's template has."""
-    known = candidate.prompt_builder.adapter.template.fields
+    """The entries of `--columns` for fields of this model's template."""
+    template_fields = candidate.prompt_builder.adapter.template.fields
     return {
-        field: column for field, column in (columns or {}).items() if field in known or field == "answer"
+        field: column
+        for field, column in (columns or {}).items()
+        if field in template_fields or field == "answer"
     } or None
 
 
 def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) -> str:
-    """SHA-256 of all that decides the model's answer to given token ids: weights, adapter, data type, versions of
-    libraries.
+    """SHA-256 of everything that determines the model's answer to given token ids: weights, adapter, dtype, versions of
+    the libraries.
 
     Reads the weight files of a local model. A model on the hub is identified by its commit.
     """

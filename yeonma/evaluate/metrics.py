@@ -19,7 +19,7 @@ import numpy as np
 UNSPACED = frozenset(
     {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO"}
 )
-SCRIPT_SHARE = 0.2  # of the letters: above it, a script decides the tokenizer
+SCRIPT_SHARE = 0.2  # the fraction of letters from which on a script determines the tokenizer
 
 REPETITION_ORDER = 4  # tokens in an n-gram
 RESAMPLES = 2000
@@ -33,18 +33,17 @@ Value = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class MetricTokenizer:
-    """How ROUGE splits texts, by name and function, and the tokenizer of sacrebleu for the same texts."""
+    """The tokenizer of ROUGE, by name and function, and that of sacrebleu for the same texts."""
 
     name: str
     split: Split
     bleu: str
     note: str = ""
-    """How to get a better one."""
+    """How to get a better tokenizer."""
 
 
 def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
-    """Words in general; characters for scripts written without spaces; for Korean morphemes if kiwipiepy is installed,
-    otherwise characters."""
+    """Words in general; characters for scripts without spaces; for Korean, morphemes if kiwipiepy is installed."""
     scripts = Counter(_script(char) for text in texts for char in unicodedata.normalize("NFC", text))
     letters = sum(scripts.values()) - scripts[""]
     if scripts["HANGUL"] > SCRIPT_SHARE * letters:
@@ -60,7 +59,7 @@ def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
 
 @cache
 def _script(char: str) -> str:
-    """The script of a letter, by the first word of its Unicode name: LATIN, HANGUL, CJK. Empty for other characters."""
+    """The script of a letter, by the first word of its Unicode name: LATIN, HANGUL, CJK. Empty for non-letters."""
     return unicodedata.name(char, " ").split(" ")[0] if char.isalpha() else ""
 
 
@@ -105,7 +104,7 @@ def _kiwi() -> Any:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's name, which direction is better, and how it follows from sums over rows."""
+    """A metric: its name, the better direction, and its value as a function of sums over rows."""
 
     key: str
     name: str
@@ -193,32 +192,34 @@ def has_sacrebleu() -> bool:
 def compute_metrics(
     answers: Sequence[Sequence[ScoredAnswer]], references: Sequence[str | None], tokenizer: MetricTokenizer
 ) -> list[tuple[Metric, list[Array]]]:
-    """Every metric that these rows allow, with an (R, K) table of sums for each model.
+    """Every metric that these rows allow, with one (R, K) table of sums per model.
 
-    `answers[m][r]` is model m's answer to row r. A row without a reference has zeros in tables that need one, and so
-    does not count.
+    `answers[m][r]` is model m's answer to row r. A row without a reference does not count in metrics that need one: it
+    has zeros in their tables.
     """
-    known = [row for row, text in enumerate(references) if text is not None]
-    known_references = [unicodedata.normalize("NFC", references[row] or "").strip() for row in known]
+    scored_rows = [row for row, text in enumerate(references) if text is not None]
+    scored_references = [unicodedata.normalize("NFC", references[row] or "").strip() for row in scored_rows]
     metrics: list[tuple[Metric, list[Array]]] = []
     losses = [_table([_loss(answer) for answer in model]) for model in answers]
     if any(table[:, 1].any() for table in losses):
         metrics += [(LOSS, losses), (PERPLEXITY, losses)]
-    texts = [[unicodedata.normalize("NFC", model[row].text).strip() for row in known] for model in answers]
+    texts = [
+        [unicodedata.normalize("NFC", model[row].text).strip() for row in scored_rows] for model in answers
+    ]
 
     def over_all_rows(tables: Sequence[Array]) -> list[Array]:
         padded = [np.zeros((len(references), tables[0].shape[1])) for _ in tables]
         for all_rows, table in zip(padded, tables, strict=True):
-            all_rows[known] = table
+            all_rows[scored_rows] = table
         return padded
 
-    if known:
+    if scored_rows:
         if has_sacrebleu():
-            metrics.append((CHRF, over_all_rows([_chrf_counts(model, known_references) for model in texts])))
+            metrics.append((CHRF, over_all_rows([_chrf_counts(model, scored_references) for model in texts])))
             bleu_metric = Metric("bleu", "BLEU", "higher", f"by sacrebleu, tokenizer {tokenizer.bleu}", bleu)
-            counts = [_bleu_counts(model, known_references, tokenizer.bleu) for model in texts]
+            counts = [_bleu_counts(model, scored_references, tokenizer.bleu) for model in texts]
             metrics.append((bleu_metric, over_all_rows(counts)))
-        split_references = [tokenizer.split(text) for text in known_references]
+        split_references = [tokenizer.split(text) for text in scored_references]
         scores = [
             np.array([rouge(tokenizer.split(a), b) for a, b in zip(model, split_references, strict=True)])
             for model in texts
@@ -226,7 +227,7 @@ def compute_metrics(
         for column, name in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L")):
             metric = Metric(f"rouge{name[-1].lower()}", name, "higher", f"F1 by {tokenizer.name}", share)
             metrics.append((metric, over_all_rows([_with_ones(model[:, column]) for model in scores])))
-        exact = [[a == b for a, b in zip(model, known_references, strict=True)] for model in texts]
+        exact = [[a == b for a, b in zip(model, scored_references, strict=True)] for model in texts]
         tables = [_with_ones(np.array(model, dtype=float)) for model in exact]
         metrics.append((EXACT, over_all_rows(tables)))
     for metric, number in (
@@ -253,7 +254,7 @@ def _with_ones(column: Array) -> Array:
 
 
 def repetition(token_ids: Sequence[int], order: int = REPETITION_ORDER) -> float:
-    """The share of n-grams of `order` tokens that occurred before in the same answer; 0 if there are none."""
+    """The fraction of n-grams of `order` tokens that already occurred in the same answer; 0 if there are none."""
     ngrams = [tuple(token_ids[start : start + order]) for start in range(len(token_ids) - order + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -279,8 +280,8 @@ def _f1(both: int, answer: int, reference: int) -> float:
 
 
 def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of the longest common subsequence. A row of the table is the bits of one number (Hyyrö 2004,
-    "Bit-parallel LCS-length computation revisited")."""
+    """The length of the longest common subsequence. A row of the dynamic programming table is the bits of one number
+    (Hyyrö 2004, "Bit-parallel LCS-length computation revisited")."""
     positions: dict[str, int] = {}
     for position, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << position
@@ -305,15 +306,15 @@ def _bleu_counts(answers: Sequence[str], references: Sequence[str], tokenizer: s
 
 
 def _counts(metric: Any, answers: Sequence[str], references: Sequence[str]) -> Array:
-    """sacrebleu's statistics of each row, the ones that its own significance tests use."""
+    """sacrebleu's statistics per row, as its own significance tests use them."""
     return _table(metric._extract_corpus_statistics(list(answers), [list(references)]))
 
 
-# Significance: the rows resampled, the answers of two models swapped
+# Confidence intervals by resampling rows, paired randomisation tests by swapping the answers of two models
 
 
 def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> list[Array]:
-    """(B, K) for each (R, K): sums over R rows drawn with replacement, the same draws for all tables (Efron 1979)."""
+    """One (B, K) per (R, K) table: sums over rows drawn with replacement, the same for all tables (Efron 1979)."""
     rows = len(tables[0])
     draw = np.random.Generator(np.random.PCG64(seed))
     blocks: list[list[Array]] = [[] for _ in tables]
@@ -324,12 +325,12 @@ def resampled_sums(tables: Sequence[Array], seed: int, resamples: int = RESAMPLE
     return [np.concatenate(block) for block in blocks]
 
 
-def interval(values: Array, share: float = 0.95) -> tuple[float, float] | None:
-    """The middle `share` of resampled values (percentile method); None if fewer than 100 are finite."""
+def interval(values: Array, level: float = 0.95) -> tuple[float, float] | None:
+    """Confidence interval of resampled values (percentile method); None if fewer than 100 are finite."""
     values = values[np.isfinite(values)]
     if len(values) < 100:
         return None
-    low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -337,20 +338,20 @@ def swap_test(a: Array, b: Array, value: Value, seed: int, resamples: int = RESA
     """p-value of the difference between two models, by paired approximate randomisation (Noreen 1989; Riezler & Maxwell
     2005).
 
-    a, b: (R, K) sums. Each resampling swaps the two answers of a row with probability 1/2. The smallest possible p is
-    1 / (resamples + 1).
+    a, b: (R, K) sums. A resampling swaps the two answers of a row with probability 1/2. The smallest possible p-value
+    is 1 / (resamples + 1).
     """
     totals = a.sum(axis=0), b.sum(axis=0)
     observed = float(abs(value(totals[0]) - value(totals[1])))
     if not np.isfinite(observed):
         return 1.0
     draw = np.random.Generator(np.random.PCG64(seed))
-    reached = 0
+    extreme = 0
     for count in _blocks(resamples, len(a)):
         swapped = draw.integers(0, 2, size=(count, len(a))).astype(float) @ (b - a)
         differences = abs(value(totals[0] + swapped) - value(totals[1] - swapped))
-        reached += int((differences >= observed - 1e-12 * max(1.0, observed)).sum())
-    return (reached + 1) / (resamples + 1)
+        extreme += int((differences >= observed - 1e-12 * max(1.0, observed)).sum())
+    return (extreme + 1) / (resamples + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -48,7 +48,7 @@ MetricTables = Sequence[tuple[Metric, list[np.ndarray]]]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Everything a report is made of. `answers[m][r]` is model m's answer to row r."""
+    """The contents of a report. `answers[m][r]` is model m's answer to row r."""
 
     source: Rows
     rows: Sequence[Row]
@@ -60,7 +60,7 @@ class Comparison:
 def make_report(
     settings: CompareSettings, options: AnswerSettings, comparison: Comparison
 ) -> ComparisonReport:
-    """The content of report.json. Numbers that are not finite or not known are null."""
+    """The content of report.json. Numbers that are unknown or not finite are null."""
     references = comparison.references
     tokenizer = metric_tokenizer(text for text in references if text is not None)
     metrics = compute_metrics(comparison.answers, references, tokenizer)
@@ -101,12 +101,12 @@ def _model_entry(inputs: CandidateInputs) -> dict[str, Any]:
 
 
 def _without_path(name: str) -> str:
-    """The last part of a local path: reports are passed on to others."""
+    """The last part of a local path, because reports are passed on to others."""
     return Path(name).name if Path(name).exists() else name
 
 
 def _loss_curve(candidate: Candidate) -> dict[str, list[list[float]]] | None:
-    """(step, loss) of training and of the evaluations, if the adapter's folder has metrics.jsonl."""
+    """(step, loss) of training and of evaluations; None if the adapter's folder has no metrics.jsonl."""
     if candidate.adapter is None:
         return None
     try:
@@ -121,7 +121,7 @@ def _loss_curve(candidate: Candidate) -> dict[str, list[list[float]]] | None:
 
 
 def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
-    """What a reader of the numbers should know, a sentence each."""
+    """What a reader of the numbers should know, one sentence per note."""
     total = len(comparison.rows)
     without_reference = sum(text is None for text in comparison.references)
     notes = []
@@ -153,7 +153,7 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
 
 
 def _metric_entries(metrics: MetricTables, seed: int) -> list[dict[str, Any]]:
-    """Each metric's values with their intervals, and the differences between every two models."""
+    """The metrics' values and confidence intervals, and the differences between all pairs of models."""
     all_tables = [table for _, tables in metrics for table in tables]
     resampled = iter(resampled_sums(all_tables, seed)) if len(all_tables[0]) > 1 else None
     entries: list[dict[str, Any]] = []
@@ -163,13 +163,15 @@ def _metric_entries(metrics: MetricTables, seed: int) -> list[dict[str, Any]]:
         differences = []
         for a, b in combinations(range(len(tables)), 2):
             first, second = values[a], values[b]
-            known = first is not None and second is not None
-            tested = metric.tested and known and samples is not None
+            has_both = first is not None and second is not None
+            tested = metric.tested and has_both and samples is not None
             differences.append(
                 {
                     "models": [a, b],
                     "difference": second - first if first is not None and second is not None else None,
-                    "interval": _interval(samples[b] - samples[a]) if samples is not None and known else None,
+                    "interval": _interval(samples[b] - samples[a])
+                    if samples is not None and has_both
+                    else None,
                     "p": swap_test(tables[a], tables[b], metric.value, seed) if tested else None,
                 }
             )
@@ -255,16 +257,15 @@ ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
 
 def print_table(console: Console, report: ComparisonReport) -> None:
-    """Print the metrics with their 95% intervals, and each model's difference from the first with its p-value."""
+    """Print the metrics with 95% confidence intervals, and the models' differences from the first, with p-values."""
     names = [model["name"] for model in report["models"]]
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
-    others = range(1, len(names))
-    for other in others:
+    for model in range(1, len(names)):
         table.add_column(
-            "change" if len(names) == 2 else f"{names[other]} - {names[0]}",
+            "change" if len(names) == 2 else f"{names[model]} - {names[0]}",
             justify="right",
             overflow="fold",
         )
@@ -272,11 +273,11 @@ def print_table(console: Console, report: ComparisonReport) -> None:
     for metric in report["metrics"]:
         cells = [f"{metric['name']} {ARROWS[metric['better']]}".rstrip()]
         for value, ends in zip(metric["values"], metric["intervals"], strict=True):
-            between = f"{gap}[{format_number(ends[0])}, {format_number(ends[1])}]" if ends else ""
-            cells.append(format_number(value) + between)
+            interval_text = f"{gap}[{format_number(ends[0])}, {format_number(ends[1])}]" if ends else ""
+            cells.append(format_number(value) + interval_text)
         from_first = {test["models"][1]: test for test in metric["differences"] if test["models"][0] == 0}
-        for other in others:
-            difference, p = from_first[other]["difference"], from_first[other].get("p_corrected")
+        for model in range(1, len(names)):
+            difference, p = from_first[model]["difference"], from_first[model].get("p_corrected")
             sign = "+" if difference is not None and difference >= 0 else ""
             cells.append(f"{sign}{format_number(difference)}{gap}{format_p(p)}".strip())
         table.add_row(*cells)
@@ -286,7 +287,7 @@ def print_table(console: Console, report: ComparisonReport) -> None:
 
 
 def explain_numbers(report: ComparisonReport) -> list[str]:
-    """How the numbers were computed and what they do not show, for the page."""
+    """How the numbers are computed and what they do not show, as sentences for the page."""
     sentences = [
         f"Confidence intervals are the middle 95% of {report['resamples']:,} bootstrap resamples of the "
         f"{report['data']['rows']:,} rows (Efron 1979). All models are resampled with the same rows.",

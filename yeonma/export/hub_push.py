@@ -32,7 +32,8 @@ UPLOADED = (
     "merges.txt",
     "chat_template.jinja",
     "*_chat_template.jinja",
-    "loss.png",
+    "loss.svg",
+    "loss.png",  # of earlier versions
 )
 """Patterns of files to upload. All others stay: checkpoints, logs, settings, rows, unknown files."""
 NOT_SCANNED_FOR_PATHS = ("tokenizer.json", "vocab.*", "merges.txt", "*.jinja")
@@ -157,7 +158,7 @@ def _header(path: Path) -> str:
         raise UserError(f"damaged ({error})", place=str(path)) from None
 
 
-def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, say: Log) -> str:
+def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log: Log) -> str:
     """Uploads the files in one commit, creating the repository if needed, and compares what arrived with what was sent.
 
     Returns the commit's URL. Raises UserError if the hub refuses or cannot be reached, if the repository's visibility
@@ -183,7 +184,7 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, say
         except RepositoryNotFoundError:
             api.create_repo(repo, private=not public)
             private = bool(api.repo_info(repo).private)
-            say(f"{repo} is new, and {'private' if private else 'public'}")
+            log(f"{repo} is new, and {'private' if private else 'public'}")
         if private == public:
             raise _visibility_error(repo, public)
         operations = [

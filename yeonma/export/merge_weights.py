@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError
-from yeonma.model.load import keep_the_console_clean, load_config, outline
+from yeonma.model.load import hide_loading_noise, load_config, outline
 from yeonma.model.source import BaseSource
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
@@ -97,7 +97,7 @@ def merge_by_shard(
 
     Raises NeedsWholeModel, possibly with some shards written, and UserError if a merged weight is not finite.
     """
-    keep_the_console_clean()
+    hide_loading_noise()
     config = load_config(source)
     model = outline(config, source)
     if model is None:

@@ -169,7 +169,7 @@ def _prompts(prompt_builder: PromptBuilder, samples: Samples | None) -> list[lis
     return TextEncoder.of(prompt_builder.tokenizer).batch([prompt_builder.adapter.template.text])
 
 
-def merge(plan: MergePlan, output: Path, say: Log) -> Agreement:
+def merge(plan: MergePlan, output: Path, log: Log) -> Agreement:
     """Merges into a folder beside `output`, compares the answers of both models, and renames the folder if they agree.
 
     Raises UserError if the disk or the memory is full or the disk fails. Nothing incomplete stays in any case.
@@ -177,10 +177,10 @@ def merge(plan: MergePlan, output: Path, say: Log) -> Agreement:
     needed = sum(path.stat().st_size for path in plan.files) + ALLOWANCE_BYTES
     with staging_folder(output, "the merged model", needed, needed_bytes=needed) as folder:
         unmerged, base_logits = _answers_unmerged(plan)
-        _write_model(plan, folder, say)
+        _write_model(plan, folder, log)
         merged = _answers_merged(plan, folder, unmerged)
         agreement = measure_agreement(unmerged, merged, base_logits, plan.weights_dtype, plan.compute_dtype)
-        _report(plan, agreement, say)
+        _report(plan, agreement, log)
         if agreement.is_close:
             move_into_place(folder, output)
     return agreement
@@ -195,7 +195,7 @@ def _answers_unmerged(plan: MergePlan) -> tuple[GreedyAnswers, tuple[torch.Tenso
     return answers, logits_along(peft_model, plan.prompts, answers.answers, adapter=False)
 
 
-def _write_model(plan: MergePlan, folder: Path, say: Log) -> None:
+def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
     """Writes the whole folder of the merged model."""
     source, stop_ids = plan.prompt_builder.source, plan.prompt_builder.stop_ids
     adapter = str(plan.prompt_builder.adapter.path)
@@ -203,7 +203,7 @@ def _write_model(plan: MergePlan, folder: Path, say: Log) -> None:
     try:
         merge_by_shard(source, plan.files, adapter, folder, plan.max_shard_bytes)
     except NeedsWholeModel as reason:
-        say(f"loading the whole base into memory: {reason}")
+        log(f"loading the whole base into memory: {reason}")
         for path in files_in(folder):
             path.unlink()
         base = load_base(source, torch.device("cpu"), plan.weights_dtype)
@@ -277,23 +277,23 @@ def _answers_merged(plan: MergePlan, folder: Path, unmerged: GreedyAnswers) -> G
     return GreedyAnswers(own.answers, logits_along(model, plan.prompts, unmerged.answers))
 
 
-def _report(plan: MergePlan, agreement: Agreement, say: Log) -> None:
+def _report(plan: MergePlan, agreement: Agreement, log: Log) -> None:
     has_rows = plan.samples is not None and plan.samples.rows
     prompts = f"{agreement.rows} sample rows" if has_rows else "the template's own text (no sample rows)"
     weights_dtype, compute_dtype = (
         str(dtype).removeprefix("torch.") for dtype in (plan.weights_dtype, plan.compute_dtype)
     )
-    say(f"merged in {weights_dtype}; compared with the unmerged model on {prompts}, in {compute_dtype}:")
-    say(
+    log(f"merged in {weights_dtype}; compared with the unmerged model on {prompts}, in {compute_dtype}:")
+    log(
         f"  largest difference of a logit {agreement.max_difference:.2g}, rounding explains up to "
         f"{agreement.tolerance:.2g}; the adapter itself changes up to {agreement.adapter_effect:.2g}"
     )
     diverging = f"; others diverge between tokens {agreement.max_gap:.2g} apart" if agreement.max_gap else ""
-    say(f"  {agreement.same_answers} of {agreement.rows} greedy answers are the same{diverging}")
+    log(f"  {agreement.same_answers} of {agreement.rows} greedy answers are the same{diverging}")
     if agreement.adapter_effect <= agreement.tolerance:
-        say("  the adapter changes so little that these rows cannot show whether it was merged")
+        log("  the adapter changes so little that these rows cannot show whether it was merged")
     if not agreement.is_close:
-        say("the merged model does not answer as the adapter on its base does: nothing was written")
+        log("the merged model does not answer as the adapter on its base does: nothing was written")
 
 
 @dataclass(frozen=True)

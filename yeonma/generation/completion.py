@@ -1,8 +1,8 @@
 """Prompts -> answers. No prompt is padded.
 
-A model that takes forests answers many prompts at once, as one growing forest (`yeonma.generation.forest_decode`). Any
-other answers one prompt at a time, by transformers' own generation loop. Either way an answer depends on its prompt and
-the sampling parameters alone, to rounding: numbers that differ in their last bits can part two equally likely tokens.
+A model that supports forests answers many prompts at once, as one growing forest (`yeonma.generation.forest_decode`).
+Any other answers one prompt at a time, with transformers' own generation loop. In both cases an answer depends only on
+its prompt and the sampling parameters, up to rounding, which may decide between two equally likely tokens.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.model.sharding import is_sharded
 
-CONTEXT = 32  # tokens before an answer that decide how its first one is written
+CONTEXT = 32  # tokens before an answer that may affect how its first token is decoded
 
 Ids = Sequence[SupportsInt] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote after a prompt."""
+    """The answer of a model to a prompt."""
 
     text: str
-    """What decoding prompt and answer adds to decoding the prompt, without white space at the end."""
+    """What the answer's tokens add to the decoded prompt, without white space at the end."""
     token_ids: tuple[int, ...]
-    """Without the token that ended it."""
+    """Without the stop token."""
     ended: bool
-    """Whether a stop token ended it, not `max_new_tokens`."""
+    """Whether a stop token ended it, rather than `max_new_tokens`."""
 
 
 def generate(
@@ -50,21 +50,21 @@ def generate(
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:
-    """The answers in the order of the prompts, which are token ids as `encode_prompts` gives them.
+    """The answers, in the order of the prompts. Prompts are token ids, as from `encode_prompts`.
 
-    `model` may be a PeftModel. It is in eval mode meanwhile, and its own generation settings play no part.
-    `by_forest`: its `ForestSupport.forest`. Then `batch_size` prompts are answered at once, and the
-    next one begins as soon as one has ended; where memory is short, half as many at once. The longest prompts go first,
-    so that too little memory shows early.
+    `model` may be a PeftModel. It is put into eval mode for the call, and its own generation config is ignored.
+    `by_forest` is its `ForestSupport.forest`. If true, `batch_size` prompts are answered at once, and the next one
+    starts as soon as one has ended; if memory runs out, half as many. The longest prompts go first, so that too little
+    memory shows early.
 
-    `on_answer` gets each answer with its prompt's index as soon as it has ended. `on_text` gets the text of a single
-    answer piece by piece. Raises UserError where one prompt alone does not fit into memory.
+    `on_answer` is called with a prompt's index and its answer as soon as it has ended; `on_text`, with pieces of the
+    text of a single answer. Raises UserError if a single prompt does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("an empty prompt")
+        raise ValueError("a prompt is empty")
     if on_text is not None and len(prompts) != 1:
         raise ValueError("text is streamed for one prompt at a time")
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     token_ids = [[int(number) for number in prompt] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
@@ -82,13 +82,13 @@ def generate(
         if on_answer is not None:
             on_answer(index, answer)
 
-    with generation_mode(inner):
+    with generation_mode(base):
         if by_forest:
-            _decode_all(inner, token_ids, order, sampling, batch_size, token, done)
+            _decode_all(base, token_ids, order, sampling, batch_size, token, done)
         else:
             for index in order:
                 try:
-                    ids = answer_alone(inner, token_ids[index], sampling, partial(token, index))
+                    ids = answer_alone(base, token_ids[index], sampling, partial(token, index))
                 except torch.OutOfMemoryError as error:
                     raise _out_of_memory(len(token_ids[index])) from error
                 done(index, ids)
@@ -104,7 +104,7 @@ def _decode_all(
     on_token: Callable[[int, list[int]], bool],
     on_done: Callable[[int, list[int]], None],
 ) -> None:
-    """`decode` of the prompts in `order`; where memory is short, of those left with half as many at once."""
+    """`decode` the prompts in `order`. If memory runs out, continue with half as many at once."""
     waiting = list(order)
     ended: set[int] = set()
 
@@ -120,24 +120,24 @@ def _decode_all(
             requests = [DecodeRequest(prompts[index], sampling) for index in waiting]
             decode(model, requests, max_rows=max_rows, on_done=done, on_token=token)
         except torch.OutOfMemoryError as error:
-            if max_rows == 1 or is_sharded(model):  # whose processes go on together or not at all
+            if max_rows == 1 or is_sharded(model):  # its processes must stay in step
                 raise _out_of_memory(max(len(prompts[index]) for index in waiting)) from error
             max_rows = (max_rows + 1) // 2
         waiting = [index for index in waiting if index not in ended]
 
 
 def _out_of_memory(tokens: int) -> UserError:
-    what = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
-    return UserError(what, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu")
+    problem = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
+    return UserError(problem, cure="lower --max_new_tokens, or use --dtype bfloat16 or --device cpu")
 
 
 def answer_alone(
     model: Any, prompt: Sequence[int], sampling: SamplingParams, on_token: Callable[[list[int]], bool]
 ) -> list[int]:
-    """The ids after one prompt, by transformers' loop, with the stop token if one ended the answer.
+    """The answer to one prompt from transformers' generation loop: its ids, including the stop token if there is one.
 
-    For a model that takes no forests; not a PeftModel, though its layers may hold an adapter. `on_token` gets the ids
-    of the answer so far after each token that does not end it, and returns True to end it there.
+    For models without forest support. `model` is not a PeftModel, but its layers may contain an adapter. After every
+    token that does not end the answer, `on_token` is called with the ids so far; it returns True to end the answer.
     """
     ids = [int(number) for number in prompt]
 
@@ -158,10 +158,12 @@ def answer_alone(
             attention_mask=torch.ones_like(input_ids),
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,  # _Sampler draws
+                do_sample=False,  # _Sampler samples
                 repetition_penalty=sampling.repetition_penalty,
                 eos_token_id=list(sampling.stop_ids) or None,
-                pad_token_id=sampling.stop_ids[0] if sampling.stop_ids else 0,  # else transformers warns
+                pad_token_id=sampling.stop_ids[0]
+                if sampling.stop_ids
+                else 0,  # avoids a warning of transformers
                 use_cache=True,
             ),
             logits_processor=processors,
@@ -173,20 +175,20 @@ def answer_alone(
 
 @contextmanager
 def generation_mode(model: Any) -> Iterator[None]:
-    """Eval mode, and an empty generation config in place of the model's own, which would fill in what is left open."""
-    own, was_training = model.generation_config, model.training
+    """Eval mode, with an empty generation config instead of the model's own, whose values would be used as defaults."""
+    generation_config, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
     model.eval()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = generation_config
         model.train(was_training)
 
 
 @dataclass(frozen=True)
 class _Sampler:
-    """A logits processor that leaves one token possible at each step: the one drawn by that step's own number."""
+    """A logits processor that samples: only the token drawn with the step's random number stays possible."""
 
     uniform_S: torch.Tensor
     prompt_length: int
@@ -201,14 +203,14 @@ class _Sampler:
 
 
 def continued_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to the text of `before`; special tokens among `ids` give none.
+    """The text that `ids` add to the text of `before`, without special tokens.
 
-    Decoded by themselves, SentencePiece's ids would lose the blank that they begin with.
+    Decoded on their own, SentencePiece ids would lose a leading space.
     """
     special = special_ids(tokenizer)
     before, ids = list(before[-CONTEXT:]), [number for number in ids if number not in special]
-    head, whole = _decoded(tokenizer, before), _decoded(tokenizer, [*before, *ids])
-    return whole[len(head) :] if whole.startswith(head) else _decoded(tokenizer, ids)
+    prefix, text = _decoded(tokenizer, before), _decoded(tokenizer, [*before, *ids])
+    return text[len(prefix) :] if text.startswith(prefix) else _decoded(tokenizer, ids)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -228,8 +230,8 @@ def _answer(tokenizer: Any, prompt: list[int], generated: list[int], sampling: S
 
 @dataclass
 class _TextStream:
-    """Passes on an answer's text as it grows. What may still change is held back: half a character, and white space
-    that may be the answer's end."""
+    """Streams an answer's text as it grows, except what may still change: half a character, and white space that may be
+    at the answer's end."""
 
     tokenizer: Any
     prompt: Sequence[int]
@@ -237,7 +239,7 @@ class _TextStream:
     shown: str = ""
 
     def add(self, ids: Sequence[int]) -> None:
-        """`ids`: of the answer so far."""
+        """`ids`: the answer so far."""
         self.show(continued_text(self.tokenizer, self.prompt, ids).rstrip("\ufffd").rstrip())
 
     def show(self, text: str) -> None:

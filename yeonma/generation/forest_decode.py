@@ -1,6 +1,6 @@
-"""Decoding over a forest that grows by one token a row and step.
+"""Decoding over a forest that grows by one token per row and step.
 
-The beginning that all prompts share is computed once and kept once. No prompt is padded. When a row has ended, the next
+The prefix that all prompts share is computed and stored once. No prompt is padded. When a row has ended, the next
 prompt takes its place, and its tokens go through the model together with the next step of the other rows.
 
 Shapes: B rows answered at once, T tokens of a forward pass, P shared tokens, S slots for a row's own tokens, D head
@@ -17,20 +17,20 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from yeonma.batch.forest import LEAST_SHARED
-from yeonma.generation.sampling import SamplingParams, penalised, sample, uniforms
+from yeonma.batch.forest import MIN_SHARED_TOKENS
+from yeonma.generation.sampling import SamplingParams, apply_repetition_penalty, sample, uniforms
 from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
 
 DECODING = "yeonma_decoding"
-PROMPT_TOKENS = 2048  # of new prompts in one step, at most; a single longer prompt still goes whole
-SLOTS = 64  # a row's own keys grow by so many at a time
+MAX_PROMPT_TOKENS = 2048  # of new prompts in one step; a single longer prompt is not split
+SLOTS = 64  # the buffers for a row's own keys and values grow by this many tokens
 
 
 @dataclass(eq=False)
 class _LayerCache:
-    """Keys and values of one layer: the shared ones (1, key heads, P, D), each row's own (rows, key heads, S, D)."""
+    """Keys and values of one layer: shared (1, key heads, P, D), and the rows' own (rows, key heads, S, D)."""
 
     shared_key: torch.Tensor | None = None
     shared_value: torch.Tensor | None = None
@@ -38,7 +38,7 @@ class _LayerCache:
     own_value: torch.Tensor | None = None
 
     def reserve(self, rows: int, slots: int, like_key: torch.Tensor, like_value: torch.Tensor) -> None:
-        """Make room for so many rows of so many tokens."""
+        """Make room for `rows` rows of `slots` tokens."""
         self.own_key = _enlarged(self.own_key, rows, slots, like_key)
         self.own_value = _enlarged(self.own_value, rows, slots, like_value)
 
@@ -58,21 +58,21 @@ def _enlarged(tensor: torch.Tensor | None, rows: int, slots: int, like: torch.Te
 class ForestCache:
     """Keys and values of all layers, and the layout of the forward pass that reads and extends them.
 
-    A forward pass holds one token of each row that continues, then the prompts of the rows that begin. Where `lengths`
-    is empty it holds the beginning that all rows share.
+    A forward pass has one token for every row that continues, then the prompts of the rows that start. If `lengths` is
+    empty, it has the prefix that all rows share.
     """
 
     layers: dict[int, _LayerCache] = field(default_factory=dict)
     shared: int = 0
     own_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    """Each continuing row's own tokens before this forward pass, on the device."""
+    """Number of own tokens of the continuing rows before this forward pass, on the device."""
     lengths: tuple[int, ...] = ()
-    """Tokens of each row in this forward pass: 1 for those that continue."""
+    """Tokens per row in this forward pass: 1 for rows that continue."""
     continuing: int = 0
     slots: int = 0
-    """The most own tokens of any row after this forward pass."""
+    """The largest number of own tokens of a row after this forward pass."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """By sliding window, made once a forward pass."""
+    """Sliding window -> mask, computed once per forward pass."""
 
 
 def decoding_attention(
@@ -92,7 +92,7 @@ def decoding_attention(
     """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D), as `forest_attention`."""
     cache = forest_cache
     if attention_mask is not None:
-        raise ValueError("the model made an attention mask of its own")
+        raise ValueError("the model made its own attention mask")
     options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
     layer = cache.layers.setdefault(module.layer_idx, _LayerCache())  # type: ignore[arg-type]
     if not cache.lengths:
@@ -106,7 +106,9 @@ def decoding_attention(
         layer.own_key[row_B, :, cache.own_B] = key[0, :, :count].transpose(0, 1)
         layer.own_value[row_B, :, cache.own_B] = value[0, :, :count].transpose(0, 1)
         outputs.append(
-            _one_token_each(query[:, :, :count], layer, cache, scaling, sliding_window, softcap, s_aux)
+            _attend_one_token_per_row(
+                query[:, :, :count], layer, cache, scaling, sliding_window, softcap, s_aux
+            )
         )
     start = count
     for row, length in enumerate(cache.lengths[count:], start=count):
@@ -119,7 +121,7 @@ def decoding_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _one_token_each(
+def _attend_one_token_per_row(
     query: torch.Tensor,
     layer: _LayerCache,
     cache: ForestCache,
@@ -128,8 +130,8 @@ def _one_token_each(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """query (1, heads, B, D) -> (1, B, heads, D). The shared keys are read once for all rows, by one product a head;
-    each row's own by itself."""
+    """query (1, heads, B, D) -> (1, B, heads, D). One product per head reads the shared keys for all rows at once; the
+    rows' own keys are read row by row."""
     assert layer.own_key is not None and layer.own_value is not None
     _, heads, rows, size = query.shape
     key, value = layer.own_key[:rows, :, : cache.slots], layer.own_value[:rows, :, : cache.slots]
@@ -138,15 +140,15 @@ def _one_token_each(
     scores = query @ key.transpose(2, 3)
     if cache.shared:
         assert layer.shared_key is not None
-        together = query.transpose(0, 1).reshape(key.shape[1], rows * groups, size)
-        shared = together @ layer.shared_key[0].transpose(1, 2)
+        all_rows = query.transpose(0, 1).reshape(key.shape[1], rows * groups, size)
+        shared = all_rows @ layer.shared_key[0].transpose(1, 2)
         shared = shared.view(key.shape[1], rows, groups, cache.shared).transpose(0, 1)
         scores = torch.cat([shared, scores], dim=3)
     scores = scores * (size**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill_(~_seen(cache, rows, window), float("-inf"))
-    if s_aux is not None:  # a learned score per head that takes part in the softmax and leads nowhere
+    scores = scores.float().masked_fill_(~_visible(cache, rows, window), float("-inf"))
+    if s_aux is not None:  # attention sinks: a learned score per head in the softmax, without a value
         sink = s_aux.float().reshape(1, key.shape[1], groups, 1).expand(rows, -1, -1, 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=3), dim=3)[..., :-1].to(query.dtype)
     else:
@@ -154,27 +156,27 @@ def _one_token_each(
     output = weights[..., cache.shared :] @ value
     if cache.shared:
         assert layer.shared_value is not None
-        together = weights[..., : cache.shared].transpose(0, 1)
-        together = together.reshape(key.shape[1], rows * groups, cache.shared) @ layer.shared_value[0]
-        output = output + together.view(key.shape[1], rows, groups, -1).transpose(0, 1)
+        all_rows = weights[..., : cache.shared].transpose(0, 1)
+        all_rows = all_rows.reshape(key.shape[1], rows * groups, cache.shared) @ layer.shared_value[0]
+        output = output + all_rows.view(key.shape[1], rows, groups, -1).transpose(0, 1)
     return output.reshape(1, rows, heads, -1)
 
 
-def _seen(cache: ForestCache, rows: int, window: int | None) -> torch.Tensor:
-    """(B, 1, 1, P + S): which of the shared and of its own tokens each row's newest one sees."""
+def _visible(cache: ForestCache, rows: int, window: int | None) -> torch.Tensor:
+    """(B, 1, 1, P + S): whether a row's newest token sees a shared or own token."""
     if window not in cache.masks:
         own_B = cache.own_B[:rows, None]
-        at = torch.arange(cache.shared + cache.slots, device=own_B.device) - cache.shared
-        seen = at <= own_B
+        position = torch.arange(cache.shared + cache.slots, device=own_B.device) - cache.shared
+        visible = position <= own_B
         if window is not None:
-            seen &= at > own_B - window
-        cache.masks[window] = seen[:, None, None]
+            visible &= position > own_B - window
+        cache.masks[window] = visible[:, None, None]
     return cache.masks[window]
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """A prompt, and how it is to be answered."""
+    """A prompt and its sampling parameters."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
@@ -187,10 +189,10 @@ class _Row:
     index: int
     prompt: list[int]
     sampling: SamplingParams
-    uniform: Any  # numbers in [0, 1), one a token; None where the likeliest token is taken
+    uniform: Any  # random numbers in [0, 1), one per token; None for greedy decoding
     generated: list[int] = field(default_factory=list)
     seen_V: torch.Tensor | None = None
-    """Which tokens stand in prompt and answer; kept only for a repetition penalty."""
+    """Whether a token occurs in prompt or answer; only for a repetition penalty."""
 
 
 def decode(
@@ -202,31 +204,31 @@ def decode(
     on_token: Callable[[int, list[int]], bool] | None = None,
     more: Callable[[int, list[int]], Sequence[DecodeRequest]] | None = None,
 ) -> None:
-    """Answer the requests in order, at most `max_rows` at once; the next one begins as soon as a row has ended.
+    """Answer the requests in order, at most `max_rows` at once. The next one starts as soon as a row has ended.
 
-    `on_done` gets each request's index and the ids of its answer, with the stop token if one ended it. `model` is a
-    transformers model in eval mode that `check_forest_support` found fit for forests; its layers may hold an adapter,
-    but it is not a PeftModel. What the prompts share from the first token on, but for each one's last, is computed
-    once.
+    `model` is a transformers model in eval mode that passed `check_forest_support`. Its layers may contain an adapter,
+    but it is not a PeftModel. The common prefix of all prompts, without anyone's last token, is computed once.
 
-    `on_token` gets the ids of an answer so far after each token that does not end it, and returns True to end it there.
-    `more` is asked before a step with free rows for so many more requests, which are numbered on from those before;
-    their prompts must begin with the given ids and be longer.
+    on_done: called with a request's index and the ids of its answer, including the stop token if there is one.
+    on_token: called with a request's index and the ids of its answer so far, after every token that does not end it. It
+        returns True to end the answer.
+    more: called with the number of free rows and the ids of the common prefix, before a step with free rows. It returns
+        at most so many requests, whose indices follow on. Their prompts must begin with the prefix and be longer.
     """
     shared = _shared_length([request.prompt for request in requests])
     cache, live = ForestCache(shared=shared), list[_Row]()
     waiting, count = list(enumerate(requests))[::-1], len(requests)
-    beginning = [int(number) for number in requests[0].prompt[:shared]] if requests else []
+    prefix = [int(number) for number in requests[0].prompt[:shared]] if requests else []
     with torch.no_grad(), attention(model, DECODING):
         if shared:
-            _forward(model, cache, beginning, range(shared), [shared - 1])
+            _forward(model, cache, prefix, range(shared), [shared - 1])
         while True:
             if more is not None and not waiting and len(live) < max_rows:
-                waiting = list(enumerate(more(max_rows - len(live), beginning), start=count))[::-1]
+                waiting = list(enumerate(more(max_rows - len(live), prefix), start=count))[::-1]
                 count += len(waiting)
             if not live and not waiting:
                 return
-            continuing, budget = len(live), PROMPT_TOKENS
+            continuing, budget = len(live), MAX_PROMPT_TOKENS
             while waiting and len(live) < max_rows:
                 budget -= len(waiting[-1][1].prompt) - shared
                 if budget < 0 and len(live) > continuing:
@@ -234,49 +236,47 @@ def decode(
                 live.append(_new_row(*waiting.pop()))
             ids = _next_tokens(_step(model, cache, live, continuing), live).tolist()
             ended = []
-            for place, (row, number) in enumerate(zip(live, ids, strict=True)):
+            for row_index, (row, number) in enumerate(zip(live, ids, strict=True)):
                 row.generated.append(number)
                 if row.seen_V is not None:
                     row.seen_V[number] = True
                 stopped = number in row.sampling.stop_ids or len(row.generated) == row.sampling.max_new_tokens
                 if stopped or (on_token is not None and on_token(row.index, row.generated)):
-                    ended.append(place)
-            done = sorted((live[place] for place in ended), key=lambda row: row.index)
-            for place in reversed(ended):  # from the end: the row that moves into the gap has not ended
-                _remove(cache, live, place)
+                    ended.append(row_index)
+            done = sorted((live[row_index] for row_index in ended), key=lambda row: row.index)
+            for row_index in reversed(ended):  # backwards, so that the row moved into the gap has not ended
+                _remove(cache, live, row_index)
             for row in done:
                 on_done(row.index, row.generated)
 
 
 def _new_row(index: int, request: DecodeRequest) -> _Row:
     sampling, prompt = request.sampling, [int(number) for number in request.prompt]
-    drawn = sampling.temperature > 0
-    uniform = uniforms(prompt, sampling.seed, sampling.max_new_tokens) if drawn else None
+    greedy = sampling.temperature == 0
+    uniform = None if greedy else uniforms(prompt, sampling.seed, sampling.max_new_tokens)
     return _Row(index, prompt, sampling, uniform)
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; 0 where there is too little to share. Each keeps its last for itself."""
+    """The length of the prefix of all prompts, without anyone's last token; 0 if it is too short to share."""
     if len(prompts) < 2:
         return 0
-    first, last = (
-        min(prompts, key=list),
-        max(prompts, key=list),
-    )  # sorted, so that all others lie between them
+    # In lexicographic order, all other prompts are between these two.
+    lowest, highest = min(prompts, key=list), max(prompts, key=list)
     limit = min(map(len, prompts)) - 1
-    same = next((at for at in range(limit) if first[at] != last[at]), limit)
-    return same if same >= LEAST_SHARED else 0
+    length = next((i for i in range(limit) if lowest[i] != highest[i]), limit)
+    return length if length >= MIN_SHARED_TOKENS else 0
 
 
 def _step(model: Any, cache: ForestCache, live: list[_Row], continuing: int) -> torch.Tensor:
-    """logits_BV of each row's next token; the rows from `continuing` on begin with this step."""
+    """logits_BV of the next tokens. The rows from index `continuing` on start with this step."""
     tokens: list[int] = []
     positions: list[int] = []
     ends, lengths, own = list[int](), list[int](), list[int]()
-    for place, row in enumerate(live):
-        begins = place >= continuing
-        new = row.prompt[cache.shared :] if begins else row.generated[-1:]
-        before = cache.shared if begins else len(row.prompt) + len(row.generated) - 1
+    for row_index, row in enumerate(live):
+        starts = row_index >= continuing
+        new = row.prompt[cache.shared :] if starts else row.generated[-1:]
+        before = cache.shared if starts else len(row.prompt) + len(row.generated) - 1
         tokens += new
         positions += range(before, before + len(new))
         ends.append(len(tokens) - 1)
@@ -304,26 +304,26 @@ def _forward(
 
 
 def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_Row]) -> torch.Tensor:
-    """ids_B, with one call for all rows of the same sampling parameters."""
+    """ids_B, with one call per group of rows with equal sampling parameters."""
     groups: dict[tuple[float, float, int, float], list[int]] = {}
-    for place, row in enumerate(live):
+    for row_index, row in enumerate(live):
         sampling = row.sampling
         key = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty)
-        groups.setdefault(key, []).append(place)
+        groups.setdefault(key, []).append(row_index)
     if len(groups) == 1:
-        return _next_tokens_alike(logits_BV, live)
+        return _next_tokens_of_group(logits_BV, live)
     ids_B = torch.empty(len(live), dtype=torch.long, device=logits_BV.device)
-    for places in groups.values():
-        at = torch.tensor(places, device=logits_BV.device)
-        ids_B[at] = _next_tokens_alike(logits_BV[at], [live[place] for place in places])
+    for row_indices in groups.values():
+        index = torch.tensor(row_indices, device=logits_BV.device)
+        ids_B[index] = _next_tokens_of_group(logits_BV[index], [live[row_index] for row_index in row_indices])
     return ids_B
 
 
-def _next_tokens_alike(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
     sampling = rows[0].sampling
     if sampling.repetition_penalty != 1.0:
         seen_BV = torch.stack([_seen_tokens(row, logits_BV) for row in rows])
-        logits_BV = penalised(logits_BV, seen_BV, sampling.repetition_penalty)
+        logits_BV = apply_repetition_penalty(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
     uniform = [float(row.uniform[len(row.generated)]) for row in rows]
@@ -332,22 +332,22 @@ def _next_tokens_alike(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.T
 
 
 def _seen_tokens(row: _Row, like_BV: torch.Tensor) -> torch.Tensor:
-    """(V,): the tokens that stand in the row, at first those of its prompt."""
+    """(V,): whether a token has occurred in the row; at first, in its prompt."""
     if row.seen_V is None:
         row.seen_V = torch.zeros(like_BV.shape[1], dtype=torch.bool, device=like_BV.device)
         row.seen_V[torch.tensor(row.prompt, device=like_BV.device)] = True
     return row.seen_V
 
 
-def _remove(cache: ForestCache, live: list[_Row], place: int) -> None:
-    """Take a row out. The last row moves into its place, so that the cache's first rows are always the live ones."""
+def _remove(cache: ForestCache, live: list[_Row], row_index: int) -> None:
+    """Remove a row. The last row moves into its place, so that live rows are always the first ones of the cache."""
     last = len(live) - 1
-    if place != last:
+    if row_index != last:
         for layer in cache.layers.values():
             for tensor in (layer.own_key, layer.own_value):
                 assert tensor is not None
-                tensor[place, :, : cache.slots] = tensor[last, :, : cache.slots]
-        live[place] = live[last]
+                tensor[row_index, :, : cache.slots] = tensor[last, :, : cache.slots]
+        live[row_index] = live[last]
     live.pop()
 
 

@@ -1,4 +1,4 @@
-"""The next token: the likeliest one, or one drawn by a number that follows from prompt and seed alone.
+"""The next token: the most likely one, or one sampled with a random number that depends only on prompt and seed.
 
 Shapes: B rows, V vocabulary.
 """
@@ -17,10 +17,10 @@ from yeonma.config.settings import AnswerSettings
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and what ends an answer.
+    """How tokens are sampled and what ends an answer.
 
-    At `temperature` 0 the likeliest token is taken. `top_k` 0 and `top_p` 1 leave all tokens possible. `stop_ids` may
-    be empty: then only `max_new_tokens` ends an answer.
+    `temperature` 0 means greedy decoding. `top_k` 0 and `top_p` 1 turn these filters off. If `stop_ids` is empty, only
+    `max_new_tokens` ends an answer.
     """
 
     stop_ids: tuple[int, ...]
@@ -33,7 +33,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, settings: AnswerSettings, stop_ids: Sequence[int]) -> SamplingParams:
-        """What a user asked for, with the tokens that end an answer of this model."""
+        """The parameters of the user's settings and of the tokens that end an answer of this model."""
         return cls(
             stop_ids=tuple(stop_ids),
             max_new_tokens=settings.max_new_tokens,
@@ -46,7 +46,7 @@ class SamplingParams:
 
 
 def uniforms(prompt: Sequence[int], seed: int, count: int) -> np.ndarray:
-    """(count,) numbers in [0, 1) that follow from prompt and seed, the same on every device and with every NumPy."""
+    """(count,) random numbers in [0, 1) for a prompt and seed; the same on any device, with any version of NumPy."""
     content = np.array([seed, *prompt], dtype="<i8").tobytes()
     key = int.from_bytes(hashlib.sha256(content).digest()[:16], "little")
     raw = np.random.Philox(key=key).random_raw(count)
@@ -56,24 +56,26 @@ def uniforms(prompt: Sequence[int], seed: int, count: int) -> np.ndarray:
 def sample(
     logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float, top_k: int
 ) -> torch.Tensor:
-    """ids_B (B,): of each row the token that its number in [0, 1) falls on, when the probabilities are laid end to
-    end, the highest first."""
+    """Sample ids_B (B,) by inverse transform: the token at which the cumulative probability, from the most likely token
+    on, exceeds the row's number in [0, 1)."""
     logits_BV = logits_BV.double()
-    highest = logits_BV.amax(dim=1, keepdim=True)  # subtracted first: a low temperature must not overflow
+    highest = logits_BV.amax(
+        dim=1, keepdim=True
+    )  # subtracted first, so that a low temperature does not overflow
     probability = torch.softmax((logits_BV - highest) / temperature, dim=1)
-    likeliest, order = probability.sort(dim=1, descending=True, stable=True)
+    descending, order = probability.sort(dim=1, descending=True, stable=True)
     if top_k:
-        likeliest[:, top_k:] = 0
-        likeliest /= likeliest.sum(dim=1, keepdim=True)
+        descending[:, top_k:] = 0
+        descending /= descending.sum(dim=1, keepdim=True)
     if top_p < 1:
-        likeliest = likeliest.where(likeliest.cumsum(dim=1) - likeliest < top_p, 0.0)
-    total = likeliest.cumsum(dim=1)
-    point = uniform_B.unsqueeze(1) * total[:, -1:]
-    place = torch.searchsorted(total, point, right=True).clamp(max=logits_BV.shape[1] - 1)
-    return order.gather(1, place).squeeze(1)
+        descending = descending.where(descending.cumsum(dim=1) - descending < top_p, 0.0)
+    cumulative = descending.cumsum(dim=1)
+    threshold = uniform_B.unsqueeze(1) * cumulative[:, -1:]
+    rank = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits_BV.shape[1] - 1)
+    return order.gather(1, rank).squeeze(1)
 
 
-def penalised(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits with those of tokens seen before made lower by the factor (Keskar et al. 2019, arXiv:1909.05858)."""
-    lower = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-    return torch.where(seen_BV, lower, logits_BV)
+def apply_repetition_penalty(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Lower the logits of tokens that already occurred (Keskar et al. 2019, arXiv:1909.05858)."""
+    penalised = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalised, logits_BV)

@@ -1,6 +1,6 @@
 """Statistics of a data set before training: rows used, shortened, left out and repeated; lengths; computation saved.
 
-Everything comes from the token store and the plan. The rows are not read again.
+All of it comes from the token store and the plan: no row is read again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from yeonma.batch.micro_batches import forest_of
 from yeonma.batch.plan import Plan, micro_batches
 from yeonma.data.text_checks import script_names
 from yeonma.tokenization.dataset import (
-    FIRST,
+    LISTED_ROWS,
     Dataset,
     DataWarning,
     Part,
@@ -36,7 +36,7 @@ CHUNK_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class Bin:
-    """`count` examples have from `least` to `most` tokens."""
+    """`count` examples have `least` to `most` tokens."""
 
     least: int
     most: int
@@ -57,7 +57,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Scripts:
-    """Rows whose answer mixes these scripts. No names: the answer has no letters."""
+    """Rows whose answer uses these scripts. Without names: answers without letters."""
 
     names: tuple[str, ...]
     count: int
@@ -66,7 +66,7 @@ class Scripts:
 
 @dataclass(frozen=True)
 class Bias:
-    """Difference in length between chosen and rejected answers: a model may learn nothing else."""
+    """Difference in length between chosen and rejected answers. If it is large, a model may learn only that."""
 
     chosen_longer: int
     """Pairs whose chosen answer has more tokens."""
@@ -77,11 +77,11 @@ class Bias:
 
 @dataclass(frozen=True)
 class PartAudit:
-    """Statistics of the training rows or the validation rows. Row numbers are the first few."""
+    """Statistics of the training rows or the validation rows. Lists of row numbers have only the first few."""
 
     name: str
     rows: int
-    """Rows that are used."""
+    """Number of rows used."""
     units: int
     """Examples or, in preference data, pairs."""
     examples: int
@@ -97,7 +97,7 @@ class PartAudit:
     variants: tuple[int, ...]
     """Number of examples by variant of the template."""
     scripts: tuple[Scripts, ...]
-    """Most frequent first."""
+    """The most frequent first."""
     bias: Bias | None
     """Only for pairs."""
     remarks: tuple[DataWarning, ...]
@@ -106,7 +106,7 @@ class PartAudit:
 @dataclass(frozen=True)
 class Work:
     """Token positions computed in `steps` steps: with padding to the longest example of a micro-batch, without padding,
-    and as a forest, which computes shared prefixes once."""
+    and as a forest, in which shared prefixes are computed once."""
 
     steps: int
     padded: int
@@ -121,14 +121,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it was read, and its rows that did not become examples."""
+    """A data set, and its rows that did not become examples."""
 
     name: str
     rows: int
     left_out: int
-    """Rows, or single answers of turn lists."""
+    """Number of rows, or of answers of turn lists."""
     identical: int
-    """Pairs among them whose two answers are equal, as text or as tokens."""
+    """Pairs among them with equal answers, as text or as tokens."""
     left_out_rows: tuple[LeftOut, ...]
 
 
@@ -143,7 +143,7 @@ class Audit:
     overlap: DataWarning | None
     steps_per_epoch: int
     steps: int
-    """In the whole run."""
+    """Steps of the whole run."""
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     work: Work
@@ -158,7 +158,7 @@ def audit_of(
     share_prefix: bool,
     unknown_id: int | None,
 ) -> Audit:
-    """The audit of a run's data. `unknown_id`: the tokenizer's unknown token, if it has one only for that."""
+    """The audit of a run's data. `unknown_id`: the unknown token, if the tokenizer uses it for nothing else."""
     train = _part_audit(dataset.train, dataset, unknown_id)
     held_out = dataset.validation
     return Audit(
@@ -179,10 +179,10 @@ def audit_of(
 def work_of(
     store: TokenStore, plan: Plan, micro_batch_size: int, micro_batch_tokens: int | None, share_prefix: bool
 ) -> Work:
-    """The work of the plan's first steps, at most MEASURED_STEPS.
+    """The work of the first steps of the plan, at most MEASURED_STEPS.
 
-    Padding is measured as a trainer with padding would form its micro-batches: `micro_batch_size` units in the order of
-    the step, each answer of a pair with its own copy of the prompt.
+    Padding is that of a trainer with padding: micro-batches of `micro_batch_size` units in the order of the step, in
+    which both answers of a pair have their own copy of the prompt.
     """
     steps = padded = unpadded = forest = 0
     for units in islice(plan.steps(), min(MEASURED_STEPS, plan.steps_per_epoch)):
@@ -199,7 +199,7 @@ def work_of(
 
 
 def lengths_of(counts: np.ndarray) -> Lengths:
-    """Summary and histogram of `counts`, at least one number of tokens."""
+    """Summary and histogram of `counts`: token counts, at least one."""
     least, most = int(counts.min()), int(counts.max())
     width = _round_up(ceil((most - least + 1) / MAX_BINS))
     first = least // width * width
@@ -226,7 +226,7 @@ def _source(part: Part) -> Source:
         rows=counts.rows,
         left_out=counts.left_out,
         identical=sum(row.reason in NOTHING_TO_CHOOSE for row in left_out),
-        left_out_rows=tuple(left_out[:FIRST]),
+        left_out_rows=tuple(left_out[:LISTED_ROWS]),
     )
 
 
@@ -248,7 +248,7 @@ def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAud
         tokens=int(lengths.sum()),
         trained_tokens=part.trained_tokens,
         shortened=int(np.count_nonzero(cut)),
-        shortened_rows=tuple(shortened[:FIRST].tolist()),
+        shortened_rows=tuple(shortened[:LISTED_ROWS].tolist()),
         cut_characters=int(cut.sum()),
         prompt_tokens=lengths_of(lengths - answers),
         answer_tokens=lengths_of(answers),
@@ -278,14 +278,14 @@ def _bias(store: TokenStore, positions: np.ndarray, answers: np.ndarray) -> Bias
 def _scripts(bits: np.ndarray, rows: np.ndarray) -> tuple[Scripts, ...]:
     kinds, counts = np.unique(bits, return_counts=True)
     scripts = [
-        Scripts(script_names(int(kind)), int(count), tuple(rows[bits == kind][:FIRST].tolist()))
+        Scripts(script_names(int(kind)), int(count), tuple(rows[bits == kind][:LISTED_ROWS].tolist()))
         for kind, count in zip(kinds, counts, strict=True)
     ]
     return tuple(sorted(scripts, key=lambda entry: -entry.count))
 
 
 def _rows_with(store: TokenStore, positions: np.ndarray, token_id: int) -> np.ndarray:
-    """Row numbers of those examples at `positions` that contain the token."""
+    """Row numbers of the examples at `positions` that contain the token."""
     contains = np.zeros(len(store), dtype=bool)
     for start, token_ids in _chunks(store.token_ids):
         flat = start + np.flatnonzero(token_ids == token_id)

@@ -1,9 +1,9 @@
-"""Forecast of a run before weights are loaded: parameters, memory by part, and floating point operations.
+"""Estimates a run before weights are loaded: parameters, memory by part, and floating point operations.
 
 Memory is traced: the heaviest micro-batch of the run goes through the model on the meta device (see `trace`).
 
-Fragmentation of the C library's heap on the CPU is not counted. It was 0 to 15% of the measured peak in most runs, and
-up to 40% with gradient checkpointing in a deep model with long micro-batches, whose kept tensors are small beside the
+Fragmentation of the C library's heap on the CPU is not included. It was 0 to 15% of the measured peak in most runs, and
+up to 40% with gradient checkpointing in a deep model with long micro-batches, where saved tensors are small compared to
 temporary ones.
 """
 
@@ -28,15 +28,15 @@ from yeonma.inspect.forecast import Alternative, Forecast, Memory
 from yeonma.model import load
 from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.memory_trace import Blueprint, Trace, trace
-from yeonma.model.quantization import BLOCK, LEAST_IN_8_BITS
+from yeonma.model.quantization import BLOCK, MIN_8_BIT_NUMEL
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.prepare import Prepared, lora_shape
 
-ROUTINE_BYTES = 620_000  # of oneDNN's kernel for one shape of a product; measured with oneDNN 3.12 on AVX-512
-CHECK_SHAPES = 4  # numbers of tokens in the forward passes of the check at loading
+ROUTINE_BYTES = 620_000  # of oneDNN's routine for a shape of a product; measured with oneDNN 3.12 on AVX-512
+CHECK_SHAPES = 4  # distinct token counts in the forward passes of the check at loading
 
 
 def estimate(
@@ -47,16 +47,16 @@ def estimate(
     processes: int = 1,
     with_alternatives: bool = True,
 ) -> Forecast:
-    """The forecast of a run with `processes` processes, without time: `timed_by_rate` or `timed_by_probe` add that.
+    """The forecast of a run with `processes` processes, without time: `timed_by_rate` or `timed_by_probe` add it.
 
-    Call it before anything large is in memory: the memory of this process counts as the process's own part.
-    Assumes that the base can be trained on forests; the run checks that when it loads the base.
-    Raises UserError for target modules that the model does not have and for a model that cannot be traced.
+    Call it before anything large is in memory: the memory that this process uses now is a part of the forecast.
+    Assumes that the base supports forests; the run checks it when it loads the base.
+    Raises UserError for target modules that the model does not have, and for a model that cannot be traced.
     """
     model, step = config.model, config.step
     device = load.pick_device(model.device)
     dtype = load.pick_dtype(model.dtype, device)
-    case = _Case(
+    setup = _Setup(
         config=prepared.config,
         lora=prepared.adapter or lora_shape(config.lora),
         trust_remote_code=source.trust_remote_code,
@@ -70,11 +70,11 @@ def estimate(
         has_fp8=multiplies_fp8(device),
         optimizer=step.optimizer,
     )
-    model_blueprint = _blueprint(case)
+    model_blueprint = _blueprint(setup)
     process = _process_bytes(device.type)
-    batches = survey_micro_batches(prepared.plan, prepared.dataset.train.store, case.micro, processes)
+    batches = survey_micro_batches(prepared.plan, prepared.dataset.train.store, setup.micro, processes)
     traced = trace(model_blueprint, batches.heaviest, has_gradients=batches.several)
-    memory = _memory(case, model_blueprint, batches, traced, process, prepared.plan.total_steps)
+    memory = _memory(setup, model_blueprint, batches, traced, process, prepared.plan.total_steps)
     tokens = _tokens(prepared)
     return Forecast(
         device=str(device),
@@ -90,15 +90,15 @@ def estimate(
         heaviest_units=batches.heaviest_units,
         heaviest_tokens=traced.tokens,
         memory=memory,
-        alternatives=_alternatives(case, prepared, batches, process) if with_alternatives else (),
+        alternatives=_alternatives(setup, prepared, batches, process) if with_alternatives else (),
         time=None,
         price=None,
     )
 
 
 @dataclass(frozen=True)
-class _Case:
-    """What memory depends on, besides the data."""
+class _Setup:
+    """Everything but the data on which memory depends."""
 
     config: Any
     lora: load.LoraShape | str
@@ -111,25 +111,25 @@ class _Case:
     sharded: bool
     quantization: Quantization
     has_fp8: bool
-    """Whether the device has fp8 products."""
+    """Whether the device can multiply in fp8."""
     optimizer: Optimizer
 
 
-def _blueprint(case: _Case) -> Blueprint:
+def _blueprint(setup: _Setup) -> Blueprint:
     return blueprint(
-        case.config,
-        case.dtype,
-        case.lora,
-        trust_remote_code=case.trust_remote_code,
-        gradient_checkpointing=case.gradient_checkpointing,
-        quantization=case.quantization,
-        by_device=case.has_fp8,
-        device=torch.device(case.device),
+        setup.config,
+        setup.dtype,
+        setup.lora,
+        trust_remote_code=setup.trust_remote_code,
+        gradient_checkpointing=setup.gradient_checkpointing,
+        quantization=setup.quantization,
+        by_device=setup.has_fp8,
+        device=torch.device(setup.device),
     )
 
 
 def _memory(
-    case: _Case,
+    setup: _Setup,
     model_blueprint: Blueprint,
     batches: MicroBatchSurvey,
     traced: Trace,
@@ -138,18 +138,17 @@ def _memory(
 ) -> Memory:
     weights, gathered = model_blueprint.weight_bytes, 0
     loading = process + weights
-    if case.sharded:
-        weights = ceil(model_blueprint.weight_bytes / case.processes)
+    if setup.sharded:
+        weights = ceil(model_blueprint.weight_bytes / setup.processes)
         gathered = min(model_blueprint.gathered_bytes, model_blueprint.weight_bytes - weights)
-        # on the CPU also the pages of the file, until all shards have been copied from them
-        loading = weights + gathered if case.device == "cuda" else loading + weights
-    stored = getattr(case.config, "dtype", None) or case.dtype
-    if case.device == "cpu" and (
-        stored != case.dtype or case.quantization != "none"
-    ):  # pages of the file and converted weights at the same time
+        # on the CPU also the pages of the file, until all shards are copied from them
+        loading = weights + gathered if setup.device == "cuda" else loading + weights
+    stored = getattr(setup.config, "dtype", None) or setup.dtype
+    # pages of the file and converted weights at the same time
+    if setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
         loading += model_blueprint.frozen * stored.itemsize
     routines = 0
-    if case.device == "cpu" and case.dtype == torch.float32 and has_onednn():
+    if setup.device == "cpu" and setup.dtype == torch.float32 and has_onednn():
         shapes = batches.distinct * traced.shapes + CHECK_SHAPES * traced.forward_shapes
         routines = min(CACHED_ROUTINES, shapes) * ROUTINE_BYTES
     return Memory(
@@ -157,9 +156,8 @@ def _memory(
         weights=weights,
         lora=model_blueprint.trained_bytes,
         gradients=traced.gradients,
-        optimizer=_optimizer_bytes(case.optimizer, model_blueprint)
-        if steps > 1
-        else 0,  # allocated after the first step's peak
+        # allocated after the peak of the first step
+        optimizer=_optimizer_bytes(setup.optimizer, model_blueprint) if steps > 1 else 0,
         activations=traced.activations,
         logits=traced.logits,
         workspace=traced.workspace,
@@ -170,15 +168,15 @@ def _memory(
 
 
 def _optimizer_bytes(optimizer: Optimizer, model_blueprint: Blueprint) -> int:
-    """Bytes of AdamW's two moments of every trained parameter. Paged state counts as if it were not paged out."""
+    """Bytes of AdamW's two moments of the trained parameters. Paged state counts as if it were not paged out."""
     if optimizer == "adamw":
         return 2 * model_blueprint.trained_bytes
     sizes = [parameter.numel() for parameter in model_blueprint.model.parameters() if parameter.requires_grad]
-    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= LEAST_IN_8_BITS else 4 * n) for n in sizes)
+    return sum(2 * (n + 4 * ceil(n / BLOCK) if n >= MIN_8_BIT_NUMEL else 4 * n) for n in sizes)
 
 
 def _process_bytes(device_type: str) -> int:
-    """Resident bytes of this process with the code of a step in memory; 0 for a GPU, where only tensors count."""
+    """Resident bytes of this process with the code of a training step; 0 for a GPU, where only tensors count."""
     if device_type == "cuda":
         return 0
     weight, trained = torch.zeros(64, 64), torch.zeros(64, 64, requires_grad=True)
@@ -192,51 +190,52 @@ def _process_bytes(device_type: str) -> int:
 
 
 def _alternatives(
-    case: _Case, prepared: Prepared, same: MicroBatchSurvey, process: int
+    setup: _Setup, prepared: Prepared, unchanged: MicroBatchSurvey, process: int
 ) -> tuple[Alternative, ...]:
-    """Settings that need less memory, each changed alone. `same`: the micro-batches of an unchanged setting."""
+    """Settings that need less memory, changed one at a time. `unchanged`: the micro-batches of the run itself."""
     plan = prepared.plan
     alternatives: list[Alternative] = []
 
     def add(name: str, note: str, **changed: Any) -> None:
-        other = replace(case, **changed)
+        other = replace(setup, **changed)
         try:
             other_blueprint = _blueprint(other)
             store = prepared.dataset.train.store
             batches = (
-                same
-                if other.micro == case.micro
+                unchanged
+                if other.micro == setup.micro
                 else survey_micro_batches(plan, store, other.micro, other.processes)
             )
             traced = trace(other_blueprint, batches.heaviest, has_gradients=batches.several)
-        except (UserError, ValueError):  # a model without checkpointing, or without that precision
+        except (UserError, ValueError):  # the model does not support checkpointing or that precision
             return
         steps = prepared.plan.total_steps
         other_memory = _memory(other, other_blueprint, batches, traced, process, steps)
         alternatives.append(Alternative(name, other_memory.peak, True, note))
 
-    if not case.gradient_checkpointing:
+    if not setup.gradient_checkpointing:
         add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
-    if case.processes > 1 and not case.sharded:
+    if setup.processes > 1 and not setup.sharded:
         add("shard true", "slower: layers are gathered when used", sharded=True)
-    most = case.micro.most_examples
-    for fewer in sorted({most // 2, 1} - {0, most}, reverse=True):
-        add(f"micro_batch_size {fewer}", "the same result", micro=replace(case.micro, most_examples=fewer))
-    if case.dtype == torch.float32:
-        slow = ", slow on most CPUs" if case.device == "cpu" else ""
+    current = setup.micro.most_examples
+    for size in sorted({current // 2, 1} - {0, current}, reverse=True):
+        add(f"micro_batch_size {size}", "the same result", micro=replace(setup.micro, most_examples=size))
+    if setup.dtype == torch.float32:
+        slow = ", slow on most CPUs" if setup.device == "cpu" else ""
         add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
-    if case.quantization == "none" and not case.sharded:
+    if setup.quantization == "none" and not setup.sharded:
         add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
         add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")
-        if case.has_fp8:
+        if setup.has_fp8:
             add("quantization fp8", "changes the result", quantization="fp8")
     return tuple(alternatives)
 
 
 def _tokens(prepared: Prepared) -> int:
-    """Tokens of all steps, with a pair's prompt counted once."""
+    """Tokens of all steps. The prompt of a pair counts once."""
     plan, lengths = prepared.plan, prepared.dataset.train.store.unit_lengths
-    epochs, rest = divmod(plan.total_steps, plan.steps_per_epoch)
+    epochs, remaining_steps = divmod(plan.total_steps, plan.steps_per_epoch)
     tokens = epochs * int(plan.lengths.sum())
-    last = plan.steps(epochs * plan.steps_per_epoch)
-    return tokens + sum(int(lengths[units].sum()) for units in last) if rest else tokens
+    if not remaining_steps:
+        return tokens
+    return tokens + sum(int(lengths[units].sum()) for units in plan.steps(epochs * plan.steps_per_epoch))

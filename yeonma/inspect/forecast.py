@@ -1,6 +1,6 @@
 """A forecast of one process of a run: parameters, memory by part, time and price, as numbers and as text.
 
-`estimate` computes it.
+`yeonma.inspect.estimate` computes it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-# Fraction of the rate of one large matrix product that a run reaches: lowest, usual, highest. CPU: docs/benchmarks.md,
-# with head, adapter and attention counted as in the trace. GPU: not measured.
+# The fraction of the rate of a large matrix product that a run reaches: lowest, usual, highest. CPU:
+# docs/benchmarks.md, with head, adapter and attention counted as in the trace. GPU: not measured.
 EFFICIENCY = {"cpu": (0.35, 0.5, 0.6), "cuda": (0.15, 0.35, 0.6)}
 
 
@@ -21,23 +21,23 @@ class Memory:
     process: int
     """Python, torch and the data, as measured in this process; 0 on a GPU."""
     weights: int
-    """Frozen weights. On the CPU they are pages of the file if it has the run's dtype."""
+    """Frozen weights. On the CPU, they are pages of the file if it has the run's dtype."""
     lora: int
     gradients: int
     optimizer: int
-    """AdamW's two moments of each trained parameter."""
+    """AdamW's two moments of the trained parameters."""
     activations: int
-    """Tensors that the heaviest micro-batch saves for the backward pass, attention masks included."""
+    """Tensors that the heaviest micro-batch saves for the backward pass, including attention masks."""
     logits: int
-    """One chunk of logits, or all logits if the head does not run in chunks."""
+    """A chunk of logits; all logits if the head does not run in chunks."""
     workspace: int
     """Temporary memory of operations."""
     routines: int
-    """Kernels that oneDNN caches, one a shape; 0 if it is not used."""
+    """Routines that oneDNN caches, one per shape; 0 if it is not used."""
     loading: int
-    """Peak while weights are loaded and converted. Not a part of the sum."""
+    """Peak while weights are loaded and converted. Not included in `training`."""
     gathered: int = 0
-    """Sharded weights that are gathered at a time: the layer that runs, and the next one."""
+    """Sharded weights that are gathered at a time: those of the running layer and the next one."""
 
     @property
     def training(self) -> int:
@@ -51,7 +51,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Alternative:
-    """The same run with one setting changed."""
+    """The peak memory of the run with one setting changed."""
 
     name: str
     peak_bytes: int
@@ -64,7 +64,7 @@ class Time:
     """Time of the training steps, without loading, evaluation and checkpoints."""
 
     tokens_per_second: float
-    """A token that examples share counts once for each of them."""
+    """A token that several examples share counts once per example."""
     seconds: float
     seconds_low: float
     seconds_high: float
@@ -91,10 +91,10 @@ class Forecast:
     epochs: float
     processes: int
     tokens: int
-    """Over all steps. A token that examples share counts once for each of them."""
+    """Tokens of all steps. A token that several examples share counts once per example."""
     tokens_per_epoch: int
     operations: float
-    """Floating point operations of all steps in one process, with the cost per token of the heaviest micro-batch."""
+    """Floating point operations of all steps in one process, at the cost per token of the heaviest micro-batch."""
     heaviest_units: int
     """Examples, or pairs, in the heaviest micro-batch."""
     heaviest_tokens: int
@@ -106,15 +106,15 @@ class Forecast:
 
 
 def timed_by_rate(forecast: Forecast, flops_per_second: float, price: float | None = None) -> Forecast:
-    """The forecast with a rough time, from the device's rate of matrix products. `price`: of one device for an hour."""
-    shares = EFFICIENCY[forecast.device.partition(":")[0]]
-    low, usual, high = (forecast.operations / (share * flops_per_second) for share in shares)
+    """The forecast with a rough time from the device's rate of matrix products. `price`: of one device per hour."""
+    fractions = EFFICIENCY[forecast.device.partition(":")[0]]
+    low, usual, high = (forecast.operations / (fraction * flops_per_second) for fraction in fractions)
     time = Time(forecast.tokens / usual, usual, seconds_low=high, seconds_high=low, measured_by="rate")
     return _with_time(forecast, time, price)
 
 
 def timed_by_probe(forecast: Forecast, tokens_per_second: float, price: float | None = None) -> Forecast:
-    """The forecast with a time from measured steps."""
+    """The forecast with the time of measured steps."""
     seconds = forecast.tokens / tokens_per_second
     time = Time(tokens_per_second, seconds, 0.9 * seconds, 1.1 * seconds, "probe")
     return _with_time(forecast, time, price)
@@ -135,14 +135,14 @@ def _with_time(forecast: Forecast, time: Time, price: float | None) -> Forecast:
 
 
 def forecast_dict(forecast: Forecast) -> dict[str, Any]:
-    """The forecast for JSON, with the two sums of memory."""
+    """The forecast for JSON, with the sums `training` and `peak` of memory."""
     values = asdict(forecast)
     values["memory"] |= {"training": forecast.memory.training, "peak": forecast.memory.peak}
     return values
 
 
 def forecast_of(values: Mapping[str, Any]) -> Forecast:
-    """The forecast of a `forecast_dict`, without time and price. Raises KeyError or TypeError for other values."""
+    """The forecast from a `forecast_dict`, without time and price. Raises KeyError or TypeError for other values."""
     memory = {name: value for name, value in values["memory"].items() if name not in ("training", "peak")}
     alternatives = tuple(Alternative(**fields) for fields in values["alternatives"])
     parts = {"memory": Memory(**memory), "alternatives": alternatives, "time": None, "price": None}
@@ -150,7 +150,7 @@ def forecast_of(values: Mapping[str, Any]) -> Forecast:
 
 
 def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[str, str]]:
-    """(name, value) for display. `units`: what a step is made of, such as `pairs`."""
+    """(name, value) lines for display. `units`: what a step consists of, such as `pairs`."""
     lines = [
         ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
         ("steps", f"{forecast.steps:,} ({forecast.epochs:.2f} epochs, {forecast.tokens:,} tokens)"),

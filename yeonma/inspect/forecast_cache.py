@@ -1,4 +1,4 @@
-"""Forecasts on disk, by settings, data and versions, so that the same forecast is computed once."""
+"""Forecasts on disk, keyed by settings, data and versions, so that a forecast is computed only once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from yeonma.model.load import pick_device, pick_dtype
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 
-FORMAT = 3
-"""Increased whenever a change of the code changes the numbers of the same run."""
+FORMAT = 4
+"""Increased whenever a change of the code changes the numbers or the notes of the same run."""
 
 
 def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
-    """SHA-256 of all that a forecast without time depends on."""
+    """SHA-256 of everything on which a forecast without time depends."""
     model, plan = config.model, prepared.plan
     device = pick_device(model.device)
     adapter = Path(prepared.adapter or "") / "adapter_config.json"

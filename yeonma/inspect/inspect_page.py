@@ -85,21 +85,23 @@ def page(
 
 
 def _spans(view: View) -> Iterator[str]:
-    """The stretches, split at token borders, so that each token has its id."""
+    """The spans, split at token borders, so that every token has its id."""
     tokens = iter([(token, len(token.text)) for token in view.tokens if token.text])
     token, left = next(tokens, (None, 0))
-    for stretch in view.stretches:
-        trained = " trained" if stretch.trained and stretch.kind not in ("answer", "end") else ""
-        if stretch.kind == "cut":
-            yield f'<span class="cut" title="cut: {len(stretch.text):,} characters">{_escaped(stretch.text)}</span>'
+    for span in view.text_spans:
+        trained = " trained" if span.trained and span.kind not in ("answer", "end") else ""
+        if span.kind == "cut":
+            yield f'<span class="cut" title="cut: {len(span.text):,} characters">{_escaped(span.text)}</span>'
             continue
-        at = 0
-        while at < len(stretch.text):
-            size = min(left, len(stretch.text) - at) if token is not None else len(stretch.text) - at
-            text = _escaped(stretch.text[at : at + size])
+        start = 0
+        while start < len(span.text):
+            size = len(span.text) - start
+            if token is not None:
+                size = min(left, size)
+            text = _escaped(span.text[start : start + size])
             title = f' title="{token.id} {escape(printable(token.name))}"' if token is not None else ""
-            yield f'<span class="t {stretch.kind}{trained}"{title}>{text}</span>'
-            at, left = at + size, left - size
+            yield f'<span class="t {span.kind}{trained}"{title}>{text}</span>'
+            start, left = start + size, left - size
             if left == 0:
                 token, left = next(tokens, (None, 0))
 
@@ -117,8 +119,8 @@ def _audit_text(audit: Audit) -> str:
 
 
 def _histograms(name: str, part: PartAudit) -> Iterator[str]:
-    for what, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
-        yield f"<table><caption>{name}: {what} tokens, examples</caption>{_bars(lengths)}</table>"
+    for label, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
+        yield f"<table><caption>{name}: {label} tokens, examples</caption>{_bars(lengths)}</table>"
 
 
 def _bars(lengths: Lengths) -> str:

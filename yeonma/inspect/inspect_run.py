@@ -1,4 +1,4 @@
-"""Settings of a training run -> rows, audit and forecast. Nothing is trained; only `--html` writes a file."""
+"""Settings of a training run -> rows, audit and forecast. Trains nothing; writes a file only with `--html`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from yeonma.train.prepare import Prepared, check_adapter, prepare
 def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     """Print rows, audit and forecast on standard output, and progress on standard error.
 
-    Raises UserError for everything that training would refuse before it loads weights.
+    Raises UserError for everything that a training run would refuse before it loads weights.
     """
     source, continued = check_folders(config.model, config.run)
-    prepared = prepare(config, source, continued, _say, try_adapter=False)
+    prepared = prepare(config, source, continued, _log, try_adapter=False)
     group = Processes(0, 1)
     processes = config.run.nproc
-    config = resolve_auto(config, source, prepared, group, _say, processes=processes)
+    config = resolve_auto(config, source, prepared, group, _log, processes=processes)
     dataset = prepared.dataset
     selection = select_rows(options.rows, dataset.train.store.counts.rows)
     audit = _audit(config, prepared)
@@ -69,7 +69,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
     micro, tokenizer = micro_batching(config.step), prepared.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        unknown = None  # it has other uses too, as in GPT-2
+        unknown = None  # it has other uses as well, as in GPT-2
     return audit_of(
         prepared.dataset,
         prepared.plan,
@@ -83,7 +83,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
 def _forecast(
     options: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
 ) -> Forecast | None:
-    """The forecast; None, with a message, if the model cannot be traced without its weights."""
+    """The forecast; None, after a message, if the model cannot be traced without its weights."""
     model, processes = config.model, config.run.nproc
     folder = cache_folder(config.tokens)
     key = forecast_key(config, prepared, processes)
@@ -96,19 +96,19 @@ def _forecast(
         try:
             forecast = estimate(config, source, prepared, processes=processes)
         except UserError as error:
-            _say(f"no forecast: {error}")
+            _log(f"no forecast: {error}")
             return None
         write_forecast(folder, key, forecast)
     if options.probe:
         from yeonma.inspect.probe import probe_run
 
-        probe = probe_run(config, source, prepared, _say)
-        _say(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
+        probe = probe_run(config, source, prepared, _log)
+        _log(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(forecast, probe.tokens_per_second, options.price)
     device = load.pick_device(model.device)
     rate = measure_rate(device, load.pick_dtype(model.dtype, device), seconds=0.25)
     return timed_by_rate(forecast, rate.flops_per_second, options.price)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"yeonma: {text}", file=sys.stderr, flush=True)

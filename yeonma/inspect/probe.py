@@ -31,9 +31,9 @@ class Rate:
 
 
 def measure_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Rate:
-    """The best rate among products that take `seconds` in all, at least two, after a warm-up.
+    """The best rate among products that take `seconds` in total (at least two of them), after a warm-up.
 
-    Uses the same routine as the products with frozen weights.
+    Uses the same routine as products with frozen weights.
     """
     size = SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -53,24 +53,24 @@ STEPS = 3
 @dataclass(frozen=True)
 class Probe:
     tokens_per_second: float
-    """In the steps after the first. A token that examples share counts once for each of them."""
+    """In the timed steps. A token that several examples share counts once per example."""
     peak_memory_bytes: int
-    """As in metrics.jsonl: the peak of this process since it started, earlier work included."""
+    """As in metrics.jsonl: the peak of this process since its start, including earlier work."""
     steps: int
     seconds: float
-    """Of the timed steps."""
+    """Of the timed steps, without the first one."""
 
 
 def probe_run(
     config: RunConfig,
     source: load.BaseSource,
     prepared: Prepared,
-    say: Log,
+    log: Log,
     steps: int = STEPS,
 ) -> Probe:
-    """Load the model as the run will, take the step with the heaviest micro-batch untimed, and time `steps` - 1 more.
+    """Load the model as the run will, run the step with the heaviest micro-batch untimed, and time `steps` - 1 more.
 
-    Uses one process, however many the run will have. Raises UserError as the run does.
+    Uses one process, however many the run will have. Raises UserError as the run would.
     """
     model, step = config.model, config.step
     device, plan, store = load.pick_device(model.device), prepared.plan, prepared.dataset.train.store
@@ -78,17 +78,16 @@ def probe_run(
     probe_steps = [next(plan.steps(batches.heaviest_step)), *islice(plan.steps(), steps - 1)]
     probe_steps += probe_steps[: max(0, steps - len(probe_steps))]  # a plan of one step
     group, units = Processes(0, 1), np.unique(np.concatenate(probe_steps))
-    loaded = load_model(config, source, device, prepared, say, group)
-    extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, say)
+    loaded = load_model(config, source, device, prepared, log, group)
+    extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, log)
     state = build_train_state(config, loaded, plan, build_objective(config), group)
     state.model.train()
     torch.manual_seed(step.seed)
     seconds, tokens = 0.0, 0
     for index, units in enumerate(probe_steps):
         started = time.perf_counter()
-        result = train_step(
-            state, Batch.from_store(store, units, extras.get(store.key))
-        )  # reads the loss, and so waits for a GPU
+        # train_step reads the loss, so it waits for the GPU
+        result = train_step(state, Batch.from_store(store, units, extras.get(store.key)))
         if index:
             seconds, tokens = seconds + time.perf_counter() - started, tokens + result.tokens
     return Probe(tokens / seconds, peak_memory_bytes(device.type), len(probe_steps), seconds)

@@ -1,4 +1,4 @@
-"""Selected rows as the model will see them, with their trained tokens; and their JSON form."""
+"""Selected rows as the model will see them, with their trained tokens, and their JSON."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RowSelection:
 
 
 def select_rows(rows: str | None, count: int) -> RowSelection:
-    """The rows that `--rows` selects of `count` rows: `17,40`, `5-8`, `all` or `none`; by default the first three.
+    """Parse `--rows` for a data set of `count` rows: `17,40`, `5-8`, `all` or `none`; by default, the first three rows.
 
-    Raises UserError for anything else and for row numbers over `count`.
+    Raises UserError for anything else and for row numbers above `count`.
     """
     if rows is None:
         return RowSelection(frozenset(range(1, min(FIRST_ROWS, count) + 1)))
@@ -57,7 +57,7 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
 def views_of(
     dataset: Dataset, tokenizer: Any, selection: RowSelection, *, in_full: bool = True
 ) -> Iterator[View]:
-    """Views of the selected rows of the training data's source, held out or not. Reads up to the last of them.
+    """Views of the selected rows of the training data, held out or not. Does not read past the last of them.
 
     `in_full` as in `explain`.
     """
@@ -75,9 +75,9 @@ def _until(rows: Rows, selection: RowSelection) -> Iterator[Row]:
 
 
 def view_json(view: View) -> str:
-    """One example as a line of JSON. `trained` is 0 or 1 for each token. A row that is left out has no tokens.
+    """An example as a line of JSON. `trained` has 0 or 1 per token. A row that is left out has no tokens.
 
-    An answer of preference data also has its `role`.
+    In preference data, it also has the `role` of the answer.
     """
     return _line(
         {
@@ -94,15 +94,15 @@ def view_json(view: View) -> str:
     )
 
 
-def audit_json(audit: Audit, more: dict[str, Any]) -> str:
-    """The last line of the output: the audit, and `more` beside it."""
+def audit_json(audit: Audit, extra: dict[str, Any]) -> str:
+    """The last line of the output: the audit, with the keys of `extra`."""
     return _line(
-        {"audit": {**asdict(audit), "work": {**asdict(audit.work), "saved": audit.work.saved}}, **more}
+        {"audit": {**asdict(audit), "work": {**asdict(audit.work), "saved": audit.work.saved}}, **extra}
     )
 
 
 def held_out_rows(dataset: Dataset) -> Sequence[int]:
-    """Rows of the training data's source that are held out for validation."""
+    """Numbers of the rows of the training data that are held out for validation."""
     held_out = dataset.validation
     if held_out is None or held_out.rows is not dataset.train.rows:
         return ()

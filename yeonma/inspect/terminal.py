@@ -1,4 +1,4 @@
-"""Rows, audit and forecast on a terminal: in colour, or with marks where there is none."""
+"""Rows, audit and forecast on a terminal: in colour, or with marks if it has no colours."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from yeonma.inspect.audit import Audit, Bias, Lengths, PartAudit, Source
-from yeonma.tokenization.dataset import listed
-from yeonma.tokenization.explain import Stretch, StretchKind, View
+from yeonma.tokenization.dataset import format_rows
+from yeonma.tokenization.explain import SpanKind, TextSpan, View
 
-STYLES: dict[StretchKind, str] = {
+STYLES: dict[SpanKind, str] = {
     "start": "magenta",
     "frame": "bright_black",
     "field": "cyan",
@@ -22,7 +22,7 @@ STYLES: dict[StretchKind, str] = {
     "end": "black on green",
     "cut": "red strike",
 }
-WORDS: dict[StretchKind, str] = {
+WORDS: dict[SpanKind, str] = {
     "start": "start token",
     "frame": "frame",
     "field": "field",
@@ -37,7 +37,7 @@ ROWS_LEFT_OUT_SHOWN = 3
 
 
 def print_views(console: Console, views: Iterable[View], held_out: Sequence[int], *, tokens: bool) -> None:
-    """Print rows, coloured by part, or token by token with `tokens`. `held_out`: the validation rows."""
+    """Print rows with coloured parts or, with `tokens`, token by token. `held_out`: the validation rows."""
     validation = set(held_out)
     has_legend = False
     for view in views:
@@ -49,15 +49,15 @@ def print_views(console: Console, views: Iterable[View], held_out: Sequence[int]
         if tokens and view.tokens:
             console.print(_token_table(view))
         else:
-            stretches = view.stretches
+            spans = view.text_spans
             if view.role == "rejected":  # the prompt is shown with the chosen answer
-                stretches = tuple(dropwhile(lambda part: part.kind not in ("answer", "end"), stretches))
-            console.print(_coloured(stretches, marks=console.color_system is None))
+                spans = tuple(dropwhile(lambda part: part.kind not in ("answer", "end"), spans))
+            console.print(_coloured(spans, marks=console.color_system is None))
         console.print()
 
 
 def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
-    """Print the audit. `bars`: with a heading and histograms of lengths."""
+    """Print the audit. With `bars`, it has a heading and histograms of lengths."""
     if bars:
         console.print(Text("── the data set ──", "bold"))
     for source in audit.sources:
@@ -75,7 +75,7 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
 
 
 def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Print (name, text) lines. Names that start with spaces are parts of the line before."""
+    """Print (name, text) lines. A name that starts with spaces is a part of the line before."""
     if lines:
         console.print(Text("── forecast ──", "bold"))
     for name, text in lines:
@@ -86,12 +86,12 @@ def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 def _legend(console: Console) -> Text:
     if console.color_system is None:
         return Text("«trained answer and end token»  ⟨cut text⟩")
-    kinds: tuple[StretchKind, ...] = ("frame", "field", "answer", "end", "cut")
+    kinds: tuple[SpanKind, ...] = ("frame", "field", "answer", "end", "cut")
     return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
 
 
 def heading_of(view: View, held_out: bool) -> str:
-    """One line about a view. `held_out`: its row is a validation row."""
+    """A line about a view. `held_out`: whether its row is a validation row."""
     trained = sum(view.trained)
     parts = [f"row {view.row}", view.place, *([view.role] if view.role is not None else [])]
     if view.left_out is not None:
@@ -99,41 +99,41 @@ def heading_of(view: View, held_out: bool) -> str:
     else:
         parts.append(f"{len(view.token_ids):,} tokens, {trained:,} trained")
     if view.cut_characters:
-        fields = sorted({part.field or "" for part in view.stretches if part.kind == "cut"})
+        fields = sorted({part.field or "" for part in view.text_spans if part.kind == "cut"})
         parts.append(f"{view.cut_characters:,} characters cut from {', '.join(fields)}")
     if view.straddles:
-        parts.append("tokenised apart: the answer would merge into the prompt's last token")
+        parts.append("answer tokenised separately: its first token would merge with the prompt")
     if view.special_text:
-        parts.append(f"{view.special_text} special-token texts encoded as plain text")
+        parts.append(f"{view.special_text} special-token texts encoded as ordinary text")
     if held_out:
         parts.append("validation")
     return " · ".join(parts)
 
 
-def _coloured(stretches: Sequence[Stretch], *, marks: bool) -> Text:
+def _coloured(spans: Sequence[TextSpan], *, marks: bool) -> Text:
     text = Text()
     trained = False
-    for stretch in stretches:
-        if marks and stretch.trained != trained:
-            text.append("«" if stretch.trained else "»")
-            trained = stretch.trained
-        content = printable(stretch.text)
-        if stretch.kind == "cut":
+    for span in spans:
+        if marks and span.trained != trained:
+            text.append("«" if span.trained else "»")
+            trained = span.trained
+        content = printable(span.text)
+        if span.kind == "cut":
             if len(content) > CUT_SHOWN:
                 content = f"{content[: CUT_SHOWN // 2]} … {content[-CUT_SHOWN // 2 :]}"
-            text.append(f"⟨{len(stretch.text):,} characters cut: ", "red" if not marks else "")
+            text.append(f"⟨{len(span.text):,} characters cut: ", "red" if not marks else "")
             text.append(content, STYLES["cut"])
             text.append("⟩", "red")
         else:
-            underline = " underline" if stretch.trained and stretch.kind not in ("answer", "end") else ""
-            text.append(content, STYLES[stretch.kind] + underline)
+            underline = " underline" if span.trained and span.kind not in ("answer", "end") else ""
+            text.append(content, STYLES[span.kind] + underline)
     if trained:
         text.append("»")
     return text
 
 
 def printable(text: str) -> str:
-    """`text` that is safe on a terminal: invisible characters other than line ends and tabs become ⟨U+200B⟩."""
+    """`text` made safe for a terminal: invisible characters other than line ends and tabs become ⟨U+200B⟩."""
     if text.isprintable():
         return text
     return "".join(
@@ -145,11 +145,11 @@ def _token_table(view: View) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     for name, justify in (("at", "right"), ("id", "right"), ("text", "left"), ("", "left"), ("", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for at, token in enumerate(view.tokens):
+    for position, token in enumerate(view.tokens):
         text = _one_line(token.text) if token.text else f"({token.name})"
         style = STYLES[token.kind]
         words = "trained" if token.trained else ""
-        table.add_row(str(at), str(token.id), Text(text, style), Text(WORDS[token.kind], "dim"), words)
+        table.add_row(str(position), str(token.id), Text(text, style), Text(WORDS[token.kind], "dim"), words)
     return table
 
 
@@ -166,7 +166,7 @@ def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
     if more:
         rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
-        yield Text(f"  and {more:,} more: {listed(rows, more)}", "red")
+        yield Text(f"  and {more:,} more: {format_rows(rows, more)}", "red")
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
@@ -174,8 +174,8 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
     console.print(Text.assemble((f"{label}: ", "bold"), line))
     if part.shortened:
-        what = f"{part.shortened:,} shortened, by {part.cut_characters:,} characters in total"
-        console.print(Text(f"  {what} ({listed(part.shortened_rows, part.shortened)})", "red"))
+        summary = f"{part.shortened:,} shortened, by {part.cut_characters:,} characters in total"
+        console.print(Text(f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
     else:
         console.print("  none shortened")
     if len(part.variants) > 1:
@@ -186,8 +186,8 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         console.print(
             Text(f"  {_bias(part.bias, part.units)}", "yellow" if _leans(part.bias, part.units) else "")
         )
-    for remark in part.remarks:
-        console.print(Text(f"  ! {remark}", "yellow"))
+    for warning in part.remarks:
+        console.print(Text(f"  ! {warning}", "yellow"))
     for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
         spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
         console.print(f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
@@ -201,7 +201,7 @@ def _bias(bias: Bias, pairs: int) -> str:
 
 
 def _leans(bias: Bias, pairs: int) -> bool:
-    """Whether length alone predicts the chosen answer in three of four pairs."""
+    """Whether length alone predicts the chosen answer in at least three of four pairs."""
     return pairs >= 8 and max(bias.chosen_longer, bias.rejected_longer) >= 0.75 * pairs
 
 
@@ -209,7 +209,11 @@ def _scripts(part: PartAudit) -> str:
     entries = []
     for scripts in part.scripts[:4]:
         names = " + ".join(scripts.names) or "no letters"
-        rows = f" ({listed(scripts.rows, scripts.count, most=3)})" if scripts.count * 20 <= part.rows else ""
+        rows = (
+            f" ({format_rows(scripts.rows, scripts.count, most=3)})"
+            if scripts.count * 20 <= part.rows
+            else ""
+        )
         entries.append(f"{names}: {scripts.count:,}{rows}")
     more = len(part.scripts) - len(entries)
     return ", ".join(entries) + (f" and {more} more mixtures" if more else "")

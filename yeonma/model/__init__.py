@@ -1,7 +1,7 @@
-"""The base model with its adapter: loading, forests through it, log-probabilities, generation, the adapter folder."""
+"""The base model and LoRA: loading, quantisation, sharding, attention over forests, kernels, log-probabilities."""
 
 import logging
 
-# Where bitsandbytes is installed, PEFT imports it, and on the CPU it asks for a package with products of its own (its
-# `gemm_4bit`), which are not used here.
+# PEFT imports bitsandbytes if it is installed. On the CPU, bitsandbytes then asks for a package with its `gemm_4bit`
+# product, which we do not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Base model and tokenizer from a name or folder, and the adapter on top, through transformers and PEFT."""
+"""Loads base model, tokenizer and adapter with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -26,40 +26,37 @@ from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
 from yeonma.model.quantization import check_installed
 from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers, packed_layers, to_fp8
-from yeonma.model.sharding import any_process, own_part
+from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 
 
-def load_tokenizer(source: BaseSource, *, carried: bool = False) -> Any:
-    """The base's tokenizer, with the base's own chat template; `carried`: with that of the folder, whatever it carries.
+def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
+    """The tokenizer, with the base's own chat template even if the folder has an exported training template.
 
-    Raises UserError where there is none or it cannot be reached.
+    `keep_exported`: keep the exported one. Raises UserError if there is no tokenizer or it cannot be reached.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-        if not carried and base_chat_template(tokenizer).startswith(MARK):
+        if not keep_exported and base_chat_template(tokenizer).startswith(MARK):
             _restore_chat_template(tokenizer, source)
         ordinary_tokens = len(tokenizer) - len(set(tokenizer.all_special_ids))
-        tokenizer.decode(tokenizer("x")["input_ids"])  # some faults of its files show only in use
-        json.dumps(
-            tokenizer.chat_template, ensure_ascii=False, default=str
-        ).encode()  # fails for lone surrogates
+        tokenizer.decode(tokenizer("x")["input_ids"])  # some faults in its files show only in use
+        # fails for lone surrogates
+        json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()
     except Exception as error:  # tokenizers raises plain Exception; values of a wrong type may raise anything
         raise _cannot_load("tokenizer", source, error) from error
-    if ordinary_tokens <= 0:  # what transformers returns without any files
+    if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
 
 
 def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
-    """The base's own chat template, from beside one that carries a training template."""
-    path = cached_file(
-        source.name, BASE_CHAT_TEMPLATE, revision=source.revision
-    )  # raises where it is missing
+    """Replace an exported training template by the base's own chat template, from the file next to it."""
+    path = cached_file(source.name, BASE_CHAT_TEMPLATE, revision=source.revision)  # raises if it is missing
     text = Path(str(path)).read_bytes().decode() or None
     if isinstance(tokenizer.chat_template, dict):
         others = {name: text for name, text in tokenizer.chat_template.items() if name != "default"}
@@ -78,30 +75,30 @@ def load_config(source: BaseSource) -> Any:
 
 
 def outline(config: Any, source: BaseSource) -> Any:
-    """The model without weights, on the meta device: its layers, names and shapes, without time or memory.
+    """The model without weights, on the meta device: its layers, names and shapes. Takes hardly any time or memory.
 
-    None where that fails: a model's own code may compute with weights as it is built.
+    None if that fails: a model's code may compute with its weights while it is built.
     """
-    keep_the_console_clean()
+    hide_loading_noise()
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 deepcopy(config), trust_remote_code=source.trust_remote_code
             )
-    except Exception:  # loading the weights will report what is wrong, if anything is
+    except Exception:  # if something is wrong, loading the weights will report it
         return None
 
 
-def _cannot_load(what: str, source: BaseSource, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0]
+def _cannot_load(part: str, source: BaseSource, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
     cure = "check the name, your network and, for a gated model, `hf auth login`"
     if Path(source.name).is_dir():
-        cure = "give the folder of a whole model, with its tokenizer"
-    return UserError(f"cannot load the model's {what} ({first})", place=source.name, cure=cure)
+        cure = "give the folder of a complete model, with its tokenizer"
+    return UserError(f"cannot load the model's {part} ({reason})", place=source.name, cure=cure)
 
 
 def pick_device(device: str) -> torch.device:
-    """auto: this process's GPU where there is one (LOCAL_RANK under torchrun), else the CPU."""
+    """auto: this process's GPU if there is one (LOCAL_RANK under torchrun), else the CPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no usable CUDA device", place="device", cure="use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
@@ -127,17 +124,17 @@ def load_base(
     dtype: torch.dtype,
     quantization: Quantization = "none",
 ) -> Any:
-    """The frozen base model, in eval mode. Without a `device` it stays on the CPU as transformers loads it, unchecked
-    for NaN, to be sharded; sharding takes no quantised weights.
+    """The frozen base model, in eval mode.
 
-    Raises UserError for weights that are truncated, unreachable, missing, of another shape, or not finite, and where
-    the package that quantises them is not installed.
+    Without a `device` it stays on the CPU as transformers loads it, unchecked for NaN: for sharding, which does not
+    support quantised weights. Raises UserError for weights that are truncated, unreachable, missing, of another shape
+    or not finite, and if the package that quantises them is not installed.
     """
     check_installed(quantization)
-    keep_the_console_clean()
+    hide_loading_noise()
     config = bitsandbytes_config(quantization, dtype)
     # bitsandbytes quantises on the device, weight by weight
-    placed = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
+    options = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
@@ -147,7 +144,7 @@ def load_base(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
-            **placed,
+            **options,
         )
     except SafetensorError as error:
         raise UserError(
@@ -160,7 +157,7 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     if config is not None:
-        del model.config.quantization_config  # how the weights are stored does not belong to the model
+        del model.config.quantization_config  # the model's config should not say how its weights are stored
         pack_bitsandbytes_layers(model)
     elif quantization == "fp8":
         to_fp8(model, device or torch.device("cpu"), source.name)
@@ -171,7 +168,7 @@ def load_base(
 
 
 def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
-    """transformers initialises missing weights at random."""
+    """Raises UserError for missing or misshapen weights, which transformers would initialise at random."""
     missing = sorted(loading_info["missing_keys"])
     if missing:
         raise UserError(f"the weights lack {_some(missing)}", place=name, cure="download them again")
@@ -180,23 +177,25 @@ def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
         for key, stored, expected in sorted(loading_info["mismatched_keys"])
     ]
     if shapes:
-        raise UserError(f"weights of another shape than config.json says: {_some(shapes)}", place=name)
+        raise UserError(f"the weights do not have the shapes of config.json: {_some(shapes)}", place=name)
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raises UserError, in every process alike, where a frozen weight holds NaN or infinity.
+    """Raises UserError, in all processes, if a frozen weight contains NaN or infinity.
 
-    Sums of the weights show them, in one pass; of a sharded model every process checks its parts.
+    Sums of the weights show it, in one pass. Of a sharded model, every process checks its own shards.
     """
     frozen = {key: weight.detach() for key, weight in model.named_parameters() if not weight.requires_grad}
     frozen |= {key: weight.scale for key, weight in packed_layers(model)}
-    flags = any_process(model, [_is_broken(own_part(weight)) for weight in frozen.values()])
-    broken = [key for key, is_broken in zip(frozen, flags, strict=True) if is_broken]
-    if broken:
-        raise UserError(f"NaN or infinity in {_some(broken)}", place=name, cure="download the weights again")
+    flags = any_process(model, [_is_not_finite(local_shard(weight)) for weight in frozen.values()])
+    not_finite = [key for key, flag in zip(frozen, flags, strict=True) if flag]
+    if not_finite:
+        raise UserError(
+            f"NaN or infinity in {_some(not_finite)}", place=name, cure="download the weights again"
+        )
 
 
-def _is_broken(weight: torch.Tensor) -> bool:
+def _is_not_finite(weight: torch.Tensor) -> bool:
     if not weight.is_floating_point() or weight.element_size() == 1:
         return False
     return not weight.sum(dtype=torch.float32).isfinite() and not bool(weight.isfinite().all())
@@ -207,9 +206,11 @@ def _some(names: Sequence[str]) -> str:
 
 
 def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> None:
-    """Save only the layers' inputs for the backward pass and compute the rest again (Chen et al. 2016); in every other
-    layer for `selective`."""
-    # by its new name where transformers has it: the old one warns there
+    """Save only the layers' inputs for the backward pass and recompute the rest (Chen et al. 2016, arXiv:1604.06174).
+
+    `selective`: only in every other layer.
+    """
+    # newer versions of transformers warn about the old name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if checkpointing == "selective":
@@ -218,8 +219,8 @@ def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> N
             layer.gradient_checkpointing = False
 
 
-def keep_the_console_clean() -> None:
-    """Hide the progress bar of loading weights, and warnings about PEFT's own doings; downloads keep their bars."""
+def hide_loading_noise() -> None:
+    """Hide the progress bar of loading weights, but not of downloads, and warnings about PEFT's internals."""
     transformers_logging.disable_progress_bar()
     if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()
@@ -227,25 +228,27 @@ def keep_the_console_clean() -> None:
     warnings.filterwarnings(
         "ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning
     )
-    # Patterns that PEFT adds itself for layers of fused experts, and which match none
+    # PEFT itself adds these patterns for layers of fused experts, and they match nothing
     warnings.filterwarnings(
         "ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning
     )
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:
-    """Raises UserError where the tokenizer has ids without an embedding in the model."""
+    """Raises UserError if the tokenizer has ids without an embedding in the model."""
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocabulary:
         raise UserError(
             f"the tokenizer has ids up to {highest}, the model's embedding only {vocabulary} rows",
             place=name,
-            cure="use the tokenizer that belongs to the model",
+            cure="use the model's own tokenizer",
         )
 
 
 @dataclass(frozen=True)
 class LoraShape:
+    """The arguments of a new adapter, as in PEFT's LoraConfig."""
+
     r: int
     alpha: float
     dropout: float
@@ -278,19 +281,21 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
         _check_targets(layers, targets)
         raise
     except (TypeError, OverflowError, RuntimeError) as error:  # sizes beyond PyTorch's integers
-        what = f"an adapter of rank {shape.r} cannot be made ({str(error).splitlines()[0]:.100})"
-        raise UserError(what, place="lora_r", cure="lower it") from error
-    except ValueError as error:  # layers of fused experts take no dropout, and gate_proj only with up_proj
-        what = f"PEFT cannot put LoRA on these layers ({str(error).splitlines()[0]})"
-        cure = "use --lora_dropout 0" if "lora_dropout" in what else "name others"
-        raise UserError(what, place="lora_target_modules", cure=cure) from error
-    if not is_all_linear:  # PEFT has removed from these what it found in layers of fused experts
+        problem = f"an adapter of rank {shape.r} cannot be created ({str(error).splitlines()[0]:.100})"
+        raise UserError(problem, place="lora_r", cure="lower it") from error
+    except (
+        ValueError
+    ) as error:  # fused experts do not support dropout, and gate_proj only together with up_proj
+        problem = f"PEFT cannot put LoRA on these layers ({str(error).splitlines()[0]})"
+        cure = "use --lora_dropout 0" if "lora_dropout" in problem else "name others"
+        raise UserError(problem, place="lora_target_modules", cure=cure) from error
+    if not is_all_linear:  # PEFT has removed the targets that it found in layers of fused experts
         _check_targets(layers, sorted(peft_model.peft_config["default"].target_modules))
     return peft_model
 
 
 def add_lora_of(model: Any, folder: str) -> Any:
-    """A PeftModel with an adapter of the shape of the one in `folder`, without its weights."""
+    """A PeftModel with a new adapter that has the config of the one in `folder`, but not its weights."""
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(folder)
@@ -312,33 +317,33 @@ def _check_targets(layers: Sequence[str], targets: Sequence[str]) -> None:
 def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | None = None) -> Any:
     """A PeftModel with the adapter of a folder. `dropout` replaces the one that it was trained with.
 
-    Raises UserError where its shapes do not fit the model.
+    Raises UserError if its shapes do not fit the model.
     """
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(folder)
     if dropout is not None:
         config.lora_dropout = dropout
-    with _fitting(folder, config.base_model_name_or_path, model.name_or_path):
+    with _shape_errors_as_user_errors(folder, config.base_model_name_or_path, model.name_or_path):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
 
 
-def load_another(peft_model: Any, folder: str, name: str) -> None:
-    """Load the adapter of a folder beside the first one, selectable by `name`. Raises UserError as `load_adapter`."""
+def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
+    """Load the adapter of a folder in addition, selectable by `name`. Raises UserError as `load_adapter`."""
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    with _fitting(folder, base, peft_model.get_base_model().name_or_path):
+    with _shape_errors_as_user_errors(folder, base, peft_model.get_base_model().name_or_path):
         peft_model.load_adapter(folder, name, is_trainable=False)
 
 
 @contextmanager
-def _fitting(folder: str, made_for: object, base: object) -> Iterator[None]:
+def _shape_errors_as_user_errors(folder: str, trained_on: object, base: object) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the adapter was made for {made_for} and does not fit {base}",
+            f"the adapter was trained on {trained_on} and does not fit {base}",
             place=folder,
             cure="give the base model that the adapter was trained on",
         ) from error

@@ -19,14 +19,14 @@ from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.attention.backend import Capability, ForestLayout
 from yeonma.model.attention.dispatch import layout
 from yeonma.model.kernels.linear import float32_product, product
-from yeonma.model.sharding import gathered, is_sharded, own_class, within
+from yeonma.model.sharding import gathered, is_sharded, own_class, run_as_forward
 
 HEAD_CHUNK_BYTES = 32 * 2**20
-"""Bytes of float32 logits in memory at a time."""
+"""Bytes of float32 logits in memory at a time, on the CPU."""
 CUDA_CHUNK_BYTES = 512 * 2**20
-"""The same on a GPU, which reads the head once per chunk: 1,000 rows or more hide that behind the product."""
-READ = "read_positions"
-"""The keyword with which a forward pass says whose final hidden states are read; None for all positions."""
+"""The same on a GPU. It reads the head once per chunk; 1,000 rows or more hide that behind the product."""
+READ_POSITIONS = "read_positions"
+"""Keyword of a forward pass: the positions whose final hidden states are read; None for all."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class Head:
 
 @dataclass(frozen=True)
 class ForestSupport:
-    """How to compute log-probabilities with a model, as `forest_support.check_forest_support` found by trial."""
+    """How to compute log-probabilities with a model: the result of the trial in `check_forest_support`."""
 
     forest: bool
-    """Whether the model takes forests; else it computes one sequence at a time."""
+    """Whether the model supports forests; otherwise it computes one sequence at a time."""
     head: Head | None
-    """None where only the model's own head gives its logits."""
+    """None if only the model's own head gives its logits."""
     plain_attention: str
-    """transformers' name of the model's attention implementation without forests."""
+    """The model's attention implementation without forests, by its name in transformers."""
     why_not: str
-    """Why the model takes no forests; empty where it does."""
+    """Why the model does not support forests; empty if it does."""
     capability: Capability | None = None
-    """Of a CUDA device on which all segments go through one call."""
+    """Of a CUDA device that computes attention over all segments in one call."""
     attention: tuple[str, ...] = ()
-    """The attention backend of each layer in the trial."""
+    """The attention backends of the layers in the trial."""
 
 
 def plain_head(model: Any) -> Head | None:
-    """The model's head as data; None where it is not a frozen linear layer (LoRA on it, or no such layer).
+    """The model's head as data; None if it is not a frozen linear layer (such as one with LoRA).
 
     Scale and cap are read from the config by transformers' names. The check at loading compares the result with the
     model's own logits; a model with another kind of head uses its own forward.
@@ -99,7 +99,7 @@ def example_logprobs(
     units: Sequence[int] | np.ndarray | None = None,
     input_keys: Sequence[np.ndarray] | None = None,
 ) -> torch.Tensor:
-    """logprob_N of the examples' trained tokens, example by example: through one forest where `support` allows it, else
+    """logprob_N of the examples' trained tokens, example by example: over one forest if `support` allows it, otherwise
     sequence by sequence. `units` and `input_keys` as in `lay_out`."""
     if support.forest:
         forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units, input_keys=input_keys)
@@ -121,9 +121,9 @@ def trained_logprobs(
 ) -> torch.Tensor:
     """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
 
-    With a `head` no more than a chunk of logits is in memory at a time. Without, the model's own head runs at the
-    source positions (`logits_to_keep`) and returns U x V logits. `attention_layout` replaces the one for the model's
-    device. `keywords` go to the model's forward.
+    With a `head`, only a chunk of logits is in memory at a time. Without it, the model's own head runs at the source
+    positions (`logits_to_keep`) and returns U x V logits. `attention_layout` replaces the one for the model's device.
+    `keywords` go to the model's forward.
     """
     device = model.device
     batch = {
@@ -135,29 +135,31 @@ def trained_logprobs(
     }
     source_U = torch.from_numpy(forest.source_U).to(device)
     read = np.unique(forest.source_U)
-    batch.setdefault(READ, torch.from_numpy(read).to(device) if len(read) < len(forest.token_ids_T) else None)
+    batch.setdefault(
+        READ_POSITIONS, torch.from_numpy(read).to(device) if len(read) < len(forest.token_ids_T) else None
+    )
     target_U = torch.from_numpy(forest.target_U).to(device)
     if head is None:
         logits = model(**batch, logits_to_keep=source_U).logits[0]
         logprob_U = _gather_logprobs(logits, target_U)
     else:
-        logprob_U = within(model, partial(_by_our_head, model, batch, source_U, target_U, head))
+        logprob_U = run_as_forward(model, partial(_logprobs_by_head, model, batch, source_U, target_U, head))
     return logprob_U[torch.from_numpy(forest.pair_N).to(device)]
 
 
-def _by_our_head(
+def _logprobs_by_head(
     model: Any, batch: dict[str, Any], source_U: torch.Tensor, target_U: torch.Tensor, head: Head
 ) -> torch.Tensor:
     hidden = model.get_decoder()(**batch).last_hidden_state[0].index_select(0, source_U)
     if not is_sharded(model):
         return head_logprobs(hidden, target_U, head)
     layer = model.get_output_embeddings()
-    with gathered(layer):  # gathering makes new tensors, not those in `head`
+    with gathered(layer):  # gathering creates new tensors, other than those in `head`
         return head_logprobs(hidden, target_U, replace(head, weight_VH=layer.weight, bias_V=layer.bias))
 
 
 def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """The same for one sequence, by the model's own causal forward, for models that take no forests.
+    """Log-probabilities for one sequence, by the model's own causal forward, for models without forest support.
 
     token_ids (T,), trained (T,) bool -> log-probabilities of the trained tokens, in order.
     """
@@ -166,7 +168,7 @@ def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor
     logits = model(
         input_ids=token_ids.unsqueeze(0), attention_mask=mask, use_cache=False, logits_to_keep=predicted - 1
     ).logits[0]
-    if len(logits) != len(predicted):  # a few models ignore `logits_to_keep` and return all
+    if len(logits) != len(predicted):  # a few models ignore `logits_to_keep`
         logits = logits[predicted - 1]
     return _gather_logprobs(logits, token_ids[predicted])
 
@@ -176,13 +178,13 @@ def _gather_logprobs(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def head_logprobs(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
-    """logprob_U of the targets, without U x V numbers in memory and without computing anything twice."""
+    """logprob_U of the targets, without U x V numbers in memory and without recomputation."""
     return _HeadLogprobs.apply(hidden_UH, target_U, head)
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """A log-probability depends only on its own row of hidden states, so the forward pass computes its gradient with
-    it, and the backward pass only scales that. This serves any loss, with one pass over the head each way."""
+    """A log-probability depends only on its own row of hidden states. So the forward pass computes its gradient as
+    well, and the backward pass only scales it. This works for any loss. Each pass reads the head once."""
 
     @staticmethod
     def forward(ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
@@ -216,7 +218,7 @@ def _head_chunk(
     logprob: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> None:
-    """Fills `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
+    """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
     logits = float32_product(hidden, head.weight_VH, head.bias_V)
     if head.scale != 1.0:
         logits *= head.scale

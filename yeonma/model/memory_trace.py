@@ -1,9 +1,8 @@
-"""How much memory a micro-batch needs, measured without numbers: the run's own forward and backward pass on PyTorch's
-meta device.
+"""The memory of a micro-batch, traced in the run's own forward and backward pass on PyTorch's meta device.
 
-Tensors on that device have a shape and no contents. The model is built there from its config, PEFT adds its layers as
-in the run, and every tensor of the forward and backward pass is recorded with the moment at which it is freed. So
-nothing is guessed from an architecture's name. Memory that a single operator uses internally is not seen.
+Tensors on that device have a shape but no contents. The model is built there from its config, PEFT adds its layers as
+in the run, and every tensor of the forward and backward pass is recorded, with the moment at which it is freed. So
+nothing is guessed from the name of an architecture. Memory that an operator uses internally is not seen.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from yeonma.model.logprobs import Head, trained_logprobs
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The base model with its adapter, on the meta device, as the run will build it."""
+    """The base model with its adapter on the meta device, built as in the run."""
 
-    model: Any  # the transformers model, its LoRA layers in place
+    model: Any  # the transformers model with its LoRA layers
     head: Head | None
     trained: int
     """Number of trained parameters."""
@@ -37,29 +36,29 @@ class Blueprint:
     dense: int
     """Frozen parameters of dense layers other than the head, which quantisation shrinks."""
     weight_bytes: int
-    """Of frozen parameters and buffers; tied ones count once."""
+    """Bytes of frozen parameters and buffers. Tied ones count once."""
     trained_bytes: int
     gathered_bytes: int
-    """Weights that a process holds whole at a time where they are sharded."""
+    """Bytes of weights that are gathered in a process at a time if they are sharded."""
     capability: Capability | None = None
-    """Of the CUDA device that will compute attention in one call."""
+    """Of the CUDA device that computes attention in one call."""
     on_cpu: bool = True
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The memory of one micro-batch beside the weights, at its peak, in bytes by kind; and how much it computes."""
+    """The memory of one micro-batch in addition to the weights, at its peak, in bytes by kind; and its computation."""
 
     tokens: int
-    """In the forest: shared prefixes count once."""
+    """Tokens in the forest: shared prefixes count once."""
     activations: int
     """Bytes saved by the forward pass for the backward pass."""
     logits: int
     gradients: int
     workspace: int
-    """Bytes of everything else, which is freed soon."""
+    """Bytes of everything else: short-lived temporary tensors."""
     flops: int
-    """Floating point operations of both passes, in products and attention."""
+    """Floating point operations of products and attention in both passes."""
     forward_shapes: int
     """Distinct shapes of products in the forward pass."""
     shapes: int
@@ -71,9 +70,9 @@ class Trace:
 
 
 def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
-    """Forward and backward pass of one forest. `has_gradients`: an earlier micro-batch of the step has left some.
+    """Trace the forward and backward pass of a forest. `has_gradients`: gradients of an earlier micro-batch exist.
 
-    Raises UserError where the model's computation depends on numbers, so that it cannot be traced.
+    Raises UserError if the model's computation depends on the contents of tensors, so that it cannot be traced.
     """
     model, capability = model_blueprint.model, model_blueprint.capability
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -82,20 +81,20 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
     attention = layout(forest, model.device, capability, "cpu" if model_blueprint.on_cpu else "cuda")
     varlen: VarlenLayout | None = attention.by_backend.get(VARLEN.name)
     record = _Record(model.get_output_embeddings().weight.shape[0], varlen.pairs if varlen else 0)
-    record.hold([*model.parameters(), *model.buffers()], counted=False)
-    record.hold([parameter.grad for parameter in trained if parameter.grad is not None])
+    record.add([*model.parameters(), *model.buffers()], counted=False)
+    record.add([parameter.grad for parameter in trained if parameter.grad is not None])
     try:
         with _recording(record):
             loss = trained_logprobs(model, forest, model_blueprint.head, capability, attention).sum()
             forward, forward_shapes = len(record.events), len(record.shapes)
             loss.backward()
     except (RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(f"this model's memory cannot be forecast ({first})", place="base_model") from error
-    given = [parameter.grad for parameter in trained if parameter.grad is not None]
-    record.hold(given, counted=False)
-    gradients = {record.number_of(gradient) for gradient in given}
-    parts = _at_the_peak(record, forward, gradients)
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"this model's memory cannot be forecast ({reason})", place="base_model") from error
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    record.add(gradients, counted=False)
+    gradient_numbers = {record.number_of(gradient) for gradient in gradients}
+    parts = _at_the_peak(record, forward, gradient_numbers)
     for parameter in trained:
         parameter.grad = None
     return Trace(
@@ -108,7 +107,7 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
 
 
 def _at_the_peak(record: _Record, forward: int, gradients: set[int]) -> dict[str, int]:
-    """Bytes by kind at the moment of most memory; `forward`: the number of events in the forward pass."""
+    """Bytes by kind at the peak. `forward`: the number of events in the forward pass."""
     live = peak = at = 0
     for index, (number, freed) in enumerate(record.events):
         live += -record.sizes[number] if freed else record.sizes[number]
@@ -129,7 +128,7 @@ def _at_the_peak(record: _Record, forward: int, gradients: set[int]) -> dict[str
 
 
 def _alive_after(record: _Record, events: int) -> set[int]:
-    """The storages that are alive after so many events."""
+    """The storages that are alive after the first `events` events."""
     alive: set[int] = set()
     for number, freed in record.events[:events]:
         (alive.discard if freed else alive.add)(number)
@@ -137,12 +136,12 @@ def _alive_after(record: _Record, events: int) -> set[int]:
 
 
 class _Record:
-    """Every storage that operators allocate, with the moments at which it is allocated and freed; products and their
-    floating point operations."""
+    """The storages that operators allocate, with the moments at which they are allocated and freed; the shapes and the
+    floating point operations of products."""
 
     def __init__(self, vocabulary: int, pairs: int) -> None:
         self.vocabulary = vocabulary
-        self.pairs = pairs  # of queries and keys that they see, where attention is one call
+        self.pairs = pairs  # of a query and a key that it sees, if attention is one call
         self.sizes: list[int] = []  # bytes of each storage, by number
         self.events: list[tuple[int, bool]] = []  # a storage's number, and whether it is freed
         self.logits: set[int] = set()
@@ -150,7 +149,7 @@ class _Record:
         self.flops = 0
         self._numbers: dict[int, int] = {}  # id of a living storage -> its number
 
-    def hold(self, tensors: Sequence[torch.Tensor], *, counted: bool = True) -> None:
+    def add(self, tensors: Sequence[torch.Tensor], *, counted: bool = True) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if id(storage) in self._numbers:
@@ -160,40 +159,40 @@ class _Record:
             self.events.append((number, False))
             if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
                 self.logits.add(number)
-            weakref.finalize(storage, self._gone, id(storage))
+            weakref.finalize(storage, self._freed, id(storage))
 
     def number_of(self, tensor: torch.Tensor) -> int:
         return self._numbers[id(tensor.untyped_storage())]
 
-    def _gone(self, storage_id: int) -> None:
+    def _freed(self, storage_id: int) -> None:
         self.events.append((self._numbers.pop(storage_id), True))
 
     def run(self, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """An operator's result, recorded."""
+        """Run an operator, record it, and return its result."""
         name = str(operator)
         if name == "aten._local_scalar_dense.default":
-            return 0  # read by code that looks for padding and packed sequences, of which there are none
+            return 0  # for code that looks for padding and packed sequences; there are none
         result = operator(*args, **kwargs)
-        self.hold(list(_tensors(result)))
+        self.add(list(_tensors(result)))
         if name in _FACTORS:
-            a, b = (args[at] for at in _FACTORS[name])
+            a, b = (args[index] for index in _FACTORS[name])
             self.flops += 2 * a.numel() * b.shape[-1]
         if name in ("aten.mm.default", "aten.addmm.default"):
             self.shapes.add((*a.shape, *b.shape, a.stride(-1) == 1, b.stride(-1) == 1))
         if name in _ATTENTION:
-            at, products, causal = _ATTENTION[name]
-            q, k = args[at], args[at + 1]
+            query, products, causal = _ATTENTION[name]
+            q, k = args[query], args[query + 1]
             masked = kwargs.get("attn_mask") is not None or args[causal : causal + 1] == (True,)
-            pairs = q.shape[2] * (k.shape[2] - q.shape[2] / 2 * masked)  # of equal lengths, half are seen
+            pairs = q.shape[2] * (k.shape[2] - q.shape[2] / 2 * masked)  # if lengths are equal, half are seen
             self.flops += int(2 * products * q.shape[1] * q.shape[3] * pairs)
         if name in _ONE_CALL:
-            at, products = _ONE_CALL[name]
-            self.flops += 2 * products * args[at].shape[1] * args[at].shape[2] * self.pairs
+            query, products = _ONE_CALL[name]
+            self.flops += 2 * products * args[query].shape[1] * args[query].shape[2] * self.pairs
         return result
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an operator's result: one, several, lists of them, or none."""
+    """The tensors in an operator's result: a tensor, or tuples and lists of them."""
     if isinstance(result, torch.Tensor):
         yield result
     elif isinstance(result, tuple | list):
@@ -202,16 +201,16 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
 
 
 def _recording(record: _Record) -> AbstractContextManager[object]:
-    """Sends every operator called within through `record`.
+    """Records every operator called within the block.
 
-    Raises UserError where this version of PyTorch has no such hook.
+    Raises UserError if this version of PyTorch has no such hook.
     """
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
     except ImportError as error:
-        what = f"PyTorch {torch.__version__} does not show the operators that a model calls"
-        cure = "install the version of PyTorch in requirements.txt, or set what is auto"
-        raise UserError(what, place="memory", cure=cure) from error
+        problem = f"PyTorch {torch.__version__} does not allow tracing the operators that a model calls"
+        cure = "install the version of PyTorch in requirements.txt, or replace auto by values"
+        raise UserError(problem, place="memory", cure=cure) from error
 
     class Recording(TorchDispatchMode):
         def __torch_dispatch__(
@@ -222,8 +221,8 @@ def _recording(record: _Record) -> AbstractContextManager[object]:
     return Recording()
 
 
-# Operators by name: some are private and may be missing.
-_FACTORS = {  # where the two factors are among the arguments
+# Operators by name, because some are private and may be missing.
+_FACTORS = {  # the positions of the two factors among the arguments
     "aten.mm.default": (0, 1),
     "aten._scaled_mm.default": (0, 1),
     "aten.bmm.default": (0, 1),
@@ -231,11 +230,11 @@ _FACTORS = {  # where the two factors are among the arguments
     "aten.addmm_.default": (1, 2),
     "aten.baddbmm.default": (1, 2),
 }
-_ATTENTION = {  # where the query is, how many products there are, and where the argument `is_causal` is
+_ATTENTION = {  # the position of the query, the number of products, the position of `is_causal`
     "aten._scaled_dot_product_flash_attention_for_cpu.default": (0, 2, 4),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": (1, 5, 7),
 }
-_ONE_CALL = {  # of a whole forest, (T, heads, D)
+_ONE_CALL = {  # attention over a whole forest, (T, heads, D): the position of the query, the number of products
     "torch_attn._varlen_attn.default": (0, 2),
     "torch_attn._varlen_attn_backward.default": (1, 5),
 }

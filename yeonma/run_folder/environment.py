@@ -1,6 +1,7 @@
-"""What a run's numbers depend on beside its settings and data: processes, threads, processor and libraries.
+"""The environment that a run's bits depend on: processes, threads, processor and library versions.
 
-A run may go on elsewhere. Then the same sums are done in another order, and the result is equal to rounding only.
+A run may resume in another environment. Sums are then formed in another order, and the result is equal only to
+rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 
 def environment(processes: int, device: torch.device) -> dict[str, str | int]:
-    """Kept in every checkpoint. Processors count as the same where PyTorch chooses the same routines for them."""
+    """The environment that checkpoints record. Processors are equal if PyTorch picks the same routines."""
     on_gpu = device.type == "cuda"
     return {
         "processes": processes,
@@ -36,9 +37,11 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("torch", "transformers", "peft")}
 
 
-def moved(before: Mapping[str, str | int], now: Mapping[str, str | int], dropout: bool) -> str | None:
-    """One line on what is not as it was, and what follows; None where all is. A checkpoint of a version of Yeonma that
-    kept nothing of it says nothing."""
+def environment_change(
+    before: Mapping[str, str | int], now: Mapping[str, str | int], dropout: bool
+) -> str | None:
+    """A line that lists the changes and their effect; None if there are none. Entries that an older checkpoint does not
+    record are ignored."""
     changes = [
         f"{name} was {before[name]} and is now {now[name]}"
         for name in now
@@ -46,6 +49,8 @@ def moved(before: Mapping[str, str | int], now: Mapping[str, str | int], dropout
     ]
     if not changes:
         return None
-    equal = "the rows of the steps are the same, the result equals the uninterrupted run's only to rounding"
-    other = "; dropout draws other numbers" if dropout and "processes" in changes[0] else ""
-    return f"{', '.join(changes)}: {equal}{other}"
+    effect = (
+        "every step has the same rows, but the result equals that of an uninterrupted run only to rounding"
+    )
+    dropout_effect = "; dropout draws other numbers" if dropout and "processes" in changes[0] else ""
+    return f"{', '.join(changes)}: {effect}{dropout_effect}"

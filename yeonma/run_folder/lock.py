@@ -1,7 +1,7 @@
-"""One run at a time in an output folder: a lock of the operating system on OUT/.lock, taken with filelock.
+"""Allows one run at a time in an output folder, by a file lock on OUT/.lock (filelock).
 
-The system releases the lock when the process that holds it ends, however it ends. The file names that process. A run
-deletes the file when it ends; a killed run leaves it behind, unlocked, and the next run uses it again.
+The operating system releases the lock when the process that holds it ends, for whatever reason. The file names that
+process. A run deletes the file at its end; a killed run leaves it behind, unlocked, and the next run reuses it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ LOCK = ".lock"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 """Errors of a file system without locks."""
 WAIT_SECONDS, POLL_SECONDS = 0.2, 0.02
-"""`is_locked` itself holds the lock for a moment, which must not be taken for a run."""
+"""`is_locked` itself holds the lock for a moment. Waiting keeps others from mistaking that for a run."""
 
 
 def check_unlocked(output_dir: str) -> None:
-    """Raises UserError if a run holds the folder now. Creates nothing; `hold` is what keeps other runs out."""
+    """Raises UserError if a run holds the folder now. Unlike `hold`, it creates nothing and keeps nobody out."""
     try:
         output = user_path(output_dir)
-    except UserError:  # reported by the checks of the path itself
+    except UserError:  # the checks of the path report it
         return
     if is_locked(output):
         raise _locked_error(output)
 
 
 def is_locked(output: Path) -> bool:
-    """Whether a run holds the folder now. False if there is no lock file, or none that can be opened or locked."""
+    """Whether a run holds the folder now. False if there is no lock file, or if it cannot be opened or locked."""
     descriptor = _open_existing(output / LOCK)
     if descriptor is None:
         return False
@@ -57,7 +57,7 @@ def is_locked(output: Path) -> bool:
 
 
 def _open_existing(path: Path) -> int | None:
-    """Opens for writing if possible, because NFS locks nothing else; else for reading, as in a read-only folder."""
+    """Opens for writing if possible, which NFS needs for a lock; else for reading, as in a read-only folder."""
     for access in (os.O_RDWR, os.O_RDONLY):
         with suppress(OSError):
             return os.open(path, access | getattr(os, "O_NOFOLLOW", 0))
@@ -65,13 +65,14 @@ def _open_existing(path: Path) -> int | None:
 
 
 @contextmanager
-def hold(output: Path, say: Log) -> Iterator[None]:
-    """Holds the folder, creating it if needed, until the block or the process ends.
+def hold(output: Path, log: Log) -> Iterator[None]:
+    """Holds the lock until the block or the process ends. Creates the folder if needed, and deletes it at the end if it
+    is still empty.
 
-    Raises UserError if another run holds it, or if OUT/.lock is a symbolic link or belongs to somebody else. On a file
-    system without locks it warns and goes on: two runs there would not notice each other.
+    Raises UserError if another run holds the lock, or if OUT/.lock is a symbolic link or belongs to another user. On a
+    file system without locks it only warns: two runs there would not notice each other.
     """
-    created = _make(output)
+    created = _create(output)
     lock = FileLock(
         output / LOCK,
         timeout=WAIT_SECONDS,
@@ -95,21 +96,21 @@ def hold(output: Path, say: Log) -> Iterator[None]:
                 raise UserError(what, place=str(output / LOCK), cure=cure) from error
             with suppress(OSError):
                 os.unlink(output / LOCK)
-            say(f"warning: {output} cannot be locked ({error.strerror}): do not start a second run there")
+            log(f"warning: {output} cannot be locked ({error.strerror}): do not start a second run there")
         yield
     finally:
         if lock.is_locked:
-            # Deleted while held: whoever waits for this file notices that it is gone, and creates a new one.
+            # Deleted while locked: filelock in a waiting process notices, and creates a new file.
             with suppress(OSError):
                 os.unlink(output / LOCK)
             lock.release()
-        for folder in created:  # if nothing was put into it
+        for folder in created:  # rmdir fails if it is not empty
             with suppress(OSError):
                 folder.rmdir()
 
 
 def _write_holder(descriptor: int) -> None:
-    """Writes who holds the lock from byte 1 on: on Windows nobody else can read byte 0 of a locked file."""
+    """Writes this process's identity from byte 1 on. On Windows no other process can read byte 0 of a locked file."""
     holder = {
         "process": os.getpid(),
         "host": socket.gethostname(),
@@ -126,14 +127,14 @@ def _locked_error(output: Path) -> UserError:
             file.seek(1)
             holder = json.loads(file.read(4096))
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # locked a moment ago, and not written yet
+    except (OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
         who = "its process is not known yet"
     cure = "wait until it ends, or give another output_dir"
     return UserError(f"another run is writing here ({who})", place=f"output_dir {output}", cure=cure)
 
 
-def _make(folder: Path) -> list[Path]:
-    """Creates the folder. Returns the folders created, innermost first, whose names are on disk by then."""
+def _create(folder: Path) -> list[Path]:
+    """Creates the folder and its parents. Returns those that were missing, innermost first, synced to disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):

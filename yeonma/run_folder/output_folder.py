@@ -28,7 +28,7 @@ from yeonma.files import (
 )
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
-    GOES_ON,
+    CONTINUE_CURE,
     AdapterWriter,
     RunProgress,
     checkpoints,
@@ -41,15 +41,17 @@ from yeonma.run_folder.checkpoint import (
 )
 
 RUN = "run.json"
-BEFORE_THE_CHOICE = {"quantization": "none", "optimizer": "adamw"}
-"""What runs of earlier versions had, which do not say so."""
+EARLIER_DEFAULTS = {"quantization": "none", "optimizer": "adamw"}
+"""Settings that runs of earlier versions had, but did not record."""
 SEAL = "manifest.json"
-# What a run leaves behind beside run.json and checkpoints, as patterns.
+FORMER_PLOT = "loss.png"
+"""The plot of earlier versions, now loss.svg."""
 OURS = (
     "settings.yaml",
     "metrics.jsonl",
     "trained_rows.jsonl",
-    "loss.png",
+    "loss.svg",
+    FORMER_PLOT,
     "README.md",
     "yeonma.json",
     "template.txt",
@@ -57,6 +59,7 @@ OURS = (
     "manifest.json",
     "adapter_*",
 )
+"""Patterns of the files that a run writes beside run.json and its checkpoints."""
 TOKENIZERS = (
     "tokenizer*",
     "chat_template.jinja",
@@ -82,10 +85,11 @@ class Start:
     finished: bool = False
 
 
-def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite: bool, say: Log) -> Start:
-    """What the folder holds for a run of this `identity`. Changes nothing.
+def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite: bool, log: Log) -> Start:
+    """Where a run with this `identity` starts. Changes nothing. `resume` and `overwrite` are the settings of the run.
 
-    Raises UserError where it holds another run, something that is no run at all, or damaged checkpoints alone.
+    Raises UserError if the folder holds another run or files that are not from a run, or if all checkpoints are
+    damaged.
     """
     explicit = None if resume in ("latest", "none") else user_path(resume, "resume_from_checkpoint")
     if explicit is not None:
@@ -97,24 +101,24 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
         if foreign:
             names = ", ".join(path.name for path in foreign)
             cure = "give another folder, or --overwrite true"
-            what = f"it holds files that no run left there ({names})"
+            what = f"it holds files that are not from a run ({names})"
             raise UserError(what, place=f"output_dir {output}", cure=cure)
     else:
-        former, finished = _read_run(output / RUN)
-        _check_same(identity, former, str(output))
+        recorded, finished = _read_run(output / RUN)
+        _check_same(identity, recorded, str(output))
         if finished and resume == "latest":
             return Start(finished=True)
     if explicit is not None:
         state = read_whole(explicit)
         _check_same(identity, state.identity, str(explicit))
         return Start(explicit, state)
-    newest = newest_whole(output, say) if resume == "latest" else None
+    newest = newest_whole(output, log) if resume == "latest" else None
     if newest is None:
         if resume == "latest" and (damaged := checkpoints(output)):
             names = ", ".join(path.name for path in damaged)
-            cure = "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew"
+            cure = "restore them, or give --resume_from_checkpoint none, which deletes them and starts over"
             raise UserError(
-                f"none of its checkpoints is whole ({names})", place=f"output_dir {output}", cure=cure
+                f"all of its checkpoints are damaged ({names})", place=f"output_dir {output}", cure=cure
             )
         return Start()
     _check_same(identity, newest[1].identity, str(newest[0]))
@@ -124,17 +128,17 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
 def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
     place = f"resume_from_checkpoint {checkpoint}"
     if overwrite:
-        raise UserError("overwrite would remove it", place=place, cure="give one of the two")
+        raise UserError("overwrite would delete it", place=place, cure="give only one of the two")
     if not checkpoint.is_dir():
         raise UserError("no such checkpoint", place=place, cure="give its folder, or latest")
-    if checkpoint.resolve().parent != output.resolve():  # its metrics and its best checkpoint lie there
+    if checkpoint.resolve().parent != output.resolve():  # its metrics and best checkpoint are there
         raise UserError(
             "it belongs to another output_dir", place=place, cure=f"give --output_dir {checkpoint.parent}"
         )
 
 
 def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
-    """The identity of the run that the folder holds, and whether it is finished."""
+    """The identity in run.json, and whether that run is finished."""
     try:
         run = json.loads(path.read_text("utf-8"))
         return dict(run["identity"]), bool(run["finished"])
@@ -143,31 +147,33 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
         raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
 
 
-def _check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], place: str) -> None:
-    mine = json.loads(json.dumps(mine))
-    theirs = {**{name: value for name, value in BEFORE_THE_CHOICE.items() if name in mine}, **theirs}
+def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place: str) -> None:
+    """Raises UserError that lists all differences between this run's identity and the recorded one."""
+    identity = json.loads(json.dumps(identity))
+    defaults = {name: value for name, value in EARLIER_DEFAULTS.items() if name in identity}
+    recorded = {**defaults, **recorded}
     differences = [
-        Problem(_difference(key, theirs.get(key), mine.get(key)), place)
-        for key in sorted({*mine, *theirs})
-        if mine.get(key) != theirs.get(key)
+        Problem(_difference(key, recorded.get(key), identity.get(key)), place)
+        for key in sorted({*identity, *recorded})
+        if identity.get(key) != recorded.get(key)
     ]
     if differences:
-        cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+        cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
         raise UserError([*differences, Problem("the folder holds another run", place, cure)])
 
 
 def _difference(key: str, before: object, now: object) -> str:
-    if key.startswith("content of"):  # SHA-256 sums say nothing to a reader
+    if key.startswith("content of"):  # the values are SHA-256 sums
         return f"the {key} has changed"
     return f"{key} was {before!r} and is now {now!r}"
 
 
 def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: Start) -> None:
-    """Make the folder this run's. What a former run of ours left there goes, and nothing else: all of it where the
-    run starts anew, else the checkpoints after the one to continue from, whose steps are done again."""
+    """Prepares the folder for this run. Deletes an earlier run's files, or, if the run continues from a checkpoint,
+    only later checkpoints. Other files stay."""
     output.mkdir(parents=True, exist_ok=True)
-    mark(output, identity, finished=False)
-    (output / SEAL).unlink(missing_ok=True)  # before anything that it speaks of changes
+    write_run_json(output, identity, finished=False)
+    (output / SEAL).unlink(missing_ok=True)  # before any file that it lists changes
     sync(output)
     files, folders = _obsolete(output, start)
     for path in files:
@@ -194,18 +200,19 @@ def _obsolete(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
 
 
 def _run_files(output: Path) -> list[Path]:
+    """The files that a run has written, without run.json and checkpoints."""
     paths = (path for pattern in (*OURS, *TOKENIZERS) for path in output.glob(pattern))
     return sorted(path for path in paths if path.is_file())
 
 
-def mark(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
+def write_run_json(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
     text = json.dumps({"identity": identity, "finished": finished}, ensure_ascii=False, indent=2)
     write_text_atomically(output / RUN, text + "\n")
 
 
 def seal(output: Path) -> None:
-    """Write manifest.json: the SHA-256 of every file that the run leaves in the folder itself, all of them flushed to
-    the disk. `begin` takes it away: where run.json says that the run is finished, it is true of what the run left."""
+    """Syncs the run's files to disk and writes their SHA-256 sums to manifest.json. `begin` deletes manifest.json, so a
+    finished run.json always comes with a valid one."""
     hashes = {}
     for path in _run_files(output):
         if path.name != SEAL:
@@ -217,29 +224,30 @@ def seal(output: Path) -> None:
 
 
 def install(output: Path, adapter: AdapterWriter) -> None:
-    """Write the final adapter beside, read it back, and move its files into place one by one, yeonma.json last.
+    """Writes the final adapter into a hidden folder, verifies it, and moves its files into place one by one,
+    yeonma.json last.
 
-    A reader meanwhile may see files of both; those of one run differ in weights alone. Raises UserError where the disk
-    is full or fails.
+    A concurrent reader may see a mix with files of an earlier adapter; within one run these differ only in weights.
+    Raises UserError if the disk is full or fails.
     """
-    beside = output / ".final.partial"
-    delete(beside)
-    cure = f"make room, {GOES_ON}"
+    staging = output / ".final.partial"
+    delete(staging)
+    cure = f"make room, {CONTINUE_CURE}"
     check_free(output, adapter.about_bytes, "the adapter", cure)
     with disk_errors_as_user_errors(output, "the adapter", adapter.about_bytes, cure):
         try:
-            beside.mkdir()
-            adapter.write(beside)
-            sync_and_verify(beside, hashes_of(beside))
-            for path in sorted(files_in(beside), key=lambda path: (path.name == "yeonma.json", path)):
-                place = output / path.relative_to(beside)
+            staging.mkdir()
+            adapter.write(staging)
+            sync_and_verify(staging, hashes_of(staging))
+            for path in sorted(files_in(staging), key=lambda path: (path.name == "yeonma.json", path)):
+                place = output / path.relative_to(staging)
                 place.parent.mkdir(exist_ok=True)
                 os.replace(path, place)
                 if place.parent != output:
                     sync(place.parent)
             sync(output)
         finally:
-            delete(beside)
+            delete(staging)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The numbers of a step, and what a run prints of them: a live line on a terminal, plain lines elsewhere."""
+"""Records of steps and evaluations, and the progress display: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RECENT_STEPS = 20
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One training step: a line of metrics.jsonl, its keys in this order.
+    """One training step, as a line of metrics.jsonl with its keys in this order.
 
-    `loss` is the mean over the step's trained tokens, or over its pairs; `grad_norm` is the norm before clipping.
-    `examples`, `tokens` and `trained_tokens` are counts over all processes; of pairs, `examples` are the pairs, and
-    their prompt's tokens count once. `seconds` is the step's time, evaluation and saving not counted. `metrics` are
-    keys of the line of their own, after these.
+    `loss` is the mean over the step's trained tokens, or over its pairs. `grad_norm` is the norm before clipping.
+    `examples`, `tokens` and `trained_tokens` are totals over all processes. In preference training `examples` counts
+    pairs, and the tokens of a pair's prompt count once. `seconds` excludes evaluation and saving. The entries of
+    `metrics` become keys of the line, after the others.
     """
 
     step: int
@@ -40,9 +40,9 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One look at the validation rows after `step` steps: a line that begins with `"evaluation": true`.
+    """One evaluation on the validation rows after `step` steps, as a line that begins with `"evaluation": true`.
 
-    `perplexity` is None, and not written, where the loss is none per token. `metrics` as in a step's.
+    `perplexity` is None and not written if the loss is not a mean over tokens. `metrics` is as in `StepRecord`.
     """
 
     step: int
@@ -56,12 +56,12 @@ class EvaluationRecord:
 
 
 class Progress:
-    """Shows the steps `start_step` + 1 to `total_steps`. A context manager.
+    """Displays the steps from `start_step` + 1 to `total_steps`. A context manager.
 
-    On a terminal one line is drawn anew at every step, and what is said meanwhile stands above it. Elsewhere
-    (a file, a pipe, a notebook) each `logging_steps`-th step and the last one print a line of the same words:
+    On a terminal, one line is updated at every step, and other messages appear above it. Elsewhere (a file, a pipe, a
+    notebook), every `logging_steps`-th step and the last one print a line with the same text:
     `step 12/90  epoch 0.40  loss 1.2345  lr 1.8e-04  312 tokens/s  12m03s left  2.1 GB`.
-    Loss and learning rate are that step's own; tokens/s and time left follow from the last 20 steps' seconds.
+    Loss and learning rate are those of the step; tokens/s and time left are estimated from the last 20 steps.
     """
 
     def __init__(self, total_steps: int, start_step: int, logging_steps: int, console: Console) -> None:
@@ -69,42 +69,42 @@ class Progress:
         self._logging_steps = logging_steps
         self._console = console
         self._recent: deque[StepRecord] = deque(maxlen=RECENT_STEPS)
-        # Not interactive: TERM is dumb, or the user said so (TTY_INTERACTIVE=0).
+        # not interactive: TERM is dumb, or the user set TTY_INTERACTIVE=0
         live = console.is_terminal and console.is_interactive
         self._bar = _bar(console, total_steps, start_step) if live else None
 
     def step(self, record: StepRecord) -> None:
-        """Show a finished step."""
+        """Displays a finished step."""
         self._recent.append(record)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=record.step, description=self._line(record))
         elif record.step % self._logging_steps == 0 or record.step == self._total_steps:
-            self.say(self._line(record))
+            self.print_line(self._line(record))
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Print an evaluation, on a line of its own."""
-        what = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
-        shown = _rewards(record.metrics)
+        """Prints an evaluation on its own line."""
+        units = "labelled answers" if "reward_desirable" in record.metrics else "pairs"
+        metrics = _rewards(record.metrics)
         if record.perplexity is not None:
-            shown, what = f"  perplexity {_perplexity(record.perplexity)}", "examples"
-        self.say(
+            metrics, units = f"  perplexity {_perplexity(record.perplexity)}", "examples"
+        self.print_line(
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}"
-            f"  validation loss {record.loss:.4f}{shown}"
-            f"  {record.examples} {what} in {_duration(record.seconds)}"
+            f"  validation loss {record.loss:.4f}{metrics}"
+            f"  {record.examples} {units} in {_duration(record.seconds)}"
         )
 
-    def say(self, text: str) -> None:
-        """Print `text` as it is: no markup, no line breaks of the terminal's width."""
+    def print_line(self, text: str) -> None:
+        """Prints `text` unchanged, without markup or wrapping."""
         self._console.out(text, highlight=False)
 
     def _line(self, record: StepRecord) -> str:
         seconds = sum(step.seconds for step in self._recent)
         tokens = sum(step.tokens for step in self._recent)
-        left = seconds / len(self._recent) * (self._total_steps - record.step)
+        seconds_left = seconds / len(self._recent) * (self._total_steps - record.step)
         return (
             f"step {record.step}/{self._total_steps}  epoch {record.epoch:.2f}  loss {record.loss:.4f}"
             f"{_rewards(record.metrics)}  lr {record.learning_rate:.1e}  {_rate(tokens, seconds)} tokens/s"
-            f"  {_duration(left)} left  {_size(record.peak_memory_bytes)}"
+            f"  {_duration(seconds_left)} left  {_size(record.peak_memory_bytes)}"
         )
 
     def __enter__(self) -> Progress:
@@ -118,10 +118,7 @@ class Progress:
 
 
 def peak_memory_bytes(device_type: str) -> int:
-    """The most memory this process has used so far: tensors on the GPU for "cuda", else resident memory.
-
-    0 where the system does not say.
-    """
+    """This process's peak memory: that of tensors on the GPU for "cuda", else resident memory. 0 if unknown."""
     if device_type == "cuda":
         import torch
 
@@ -136,7 +133,7 @@ def _bar(console: Console, total_steps: int, start_step: int) -> Bar:
         console=console,
         refresh_per_second=4,
         expand=True,
-        # What others print is put above the line, but not taken away from a file or a pipe.
+        # Other output appears above the line, unless it goes to a file or a pipe.
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
     )
@@ -165,7 +162,7 @@ def _size(size_bytes: int) -> str:
 
 
 def _rewards(metrics: Mapping[str, float]) -> str:
-    """`  margin 0.12  accuracy 0.75` of pairs, nothing where there are none."""
+    """`  margin 0.12  accuracy 0.75` from a pair loss's metrics; empty for other losses."""
     names = {"reward_margin": "margin", "reward_accuracy": "accuracy"}
     return "".join(f"  {name} {metrics[key]:.2f}" for key, name in names.items() if key in metrics)
 
@@ -175,7 +172,7 @@ def _perplexity(value: float) -> str:
 
 
 def status_bytes(name: str) -> int | None:
-    """What Linux says of this process's memory by a name such as `VmRSS`; None where it says nothing."""
+    """A memory figure of this process from Linux, such as `VmRSS`; None if it is not available."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -184,10 +181,10 @@ def status_bytes(name: str) -> int | None:
 
 
 def _peak_resident_bytes() -> int:
-    # On Linux ru_maxrss is inherited from the process that started this one, however large that was.
-    resident = status_bytes("VmHWM")
-    if resident is not None:
-        return resident
+    # On Linux ru_maxrss may be that of the parent process, so VmHWM comes first.
+    peak_bytes = status_bytes("VmHWM")
+    if peak_bytes is not None:
+        return peak_bytes
     try:
         import resource
     except ImportError:

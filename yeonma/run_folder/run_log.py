@@ -1,8 +1,8 @@
-"""The logs of a run: metrics.jsonl, one object for each step and evaluation, and trained_rows.jsonl, the rows of every
-step: `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages.
+"""The logs of a run: metrics.jsonl has one object per step and evaluation, trained_rows.jsonl the rows of every step,
+such as `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages.
 
-The run appends to them as it goes. A resumed run cuts off the lines after its checkpoint. Steps are the same for any
-number of processes, and so is trained_rows.jsonl.
+A run appends to both. A resumed run first removes the lines after its checkpoint. The rows of a step do not depend on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ CURE = "make room, then run the same command to continue from the last checkpoin
 
 @dataclass(frozen=True)
 class LogFile:
-    """A file that is open at its end. A context manager."""
+    """A file opened for appending. A context manager."""
 
     file: FileIO
 
     def append(self, line: bytes, what: str) -> None:
-        """Hand a line to the operating system: a killed process loses none. Raises UserError where the disk is full or
-        fails; the next run cuts off what was written of the line.
+        """Passes a line to the operating system, so that a killed process loses none. `what` names it in errors.
+
+        Raises UserError if the disk is full or fails. The next run removes an incomplete line.
         """
         with disk_errors_as_user_errors(Path(self.file.name), what, len(line), CURE):
             write_all(self.file, line)
 
     def sync(self) -> None:
-        """Wait for the disk. Called before a checkpoint is renamed into place, so that a power cut leaves no checkpoint
-        whose steps have no lines. Raises as `append`.
-        """
+        """Syncs the file to disk. Call it before a checkpoint gets its name, so that a power failure leaves no
+        checkpoint without the lines of its steps. Raises as `append`."""
         with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", cure=CURE):
             os.fsync(self.file.fileno())
 
@@ -53,7 +53,7 @@ class LogFile:
 
 @dataclass(frozen=True)
 class MetricsFile(LogFile):
-    """metrics.jsonl; `open_metrics` makes it."""
+    """metrics.jsonl, opened by `open_metrics`."""
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
         self.append(_metrics_line(record), "a step's line")
@@ -61,15 +61,15 @@ class MetricsFile(LogFile):
 
 @dataclass(frozen=True)
 class TrainedRows(LogFile):
-    """trained_rows.jsonl; `open_trained_rows` makes it."""
+    """trained_rows.jsonl, opened by `open_trained_rows`."""
 
     def write(self, step: int, rows: list[int]) -> None:
         self.append((json.dumps({"step": step, "rows": rows}) + "\n").encode(), "a step's rows")
 
 
 def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = True) -> MetricsFile:
-    """Open `path` to append to it: empty for a new run (`keep_steps` None), else with the lines up to that step, its
-    evaluation among them or not. Raises UserError for a line that is no record.
+    """Opens `path` for appending. A new run (`keep_steps` None) starts empty; otherwise the lines up to that step stay,
+    and with `keep_evaluation` also the evaluation after it. Raises UserError for an invalid line.
     """
     last = keep_steps or 0, keep_evaluation
     keep = keep_steps is not None and path.exists()
@@ -81,7 +81,7 @@ def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = Tru
 
 
 def open_trained_rows(path: Path, keep_steps: int) -> TrainedRows:
-    """Open `path` to append to it, with the lines up to that step. Raises UserError for a line that is no step's."""
+    """Opens `path` for appending, with the lines up to that step. Raises UserError for an invalid line."""
     keep = keep_steps and path.exists()
     lines = _lines(path, "rows", "not the rows of a step")
     return TrainedRows(
@@ -90,10 +90,11 @@ def open_trained_rows(path: Path, keep_steps: int) -> TrainedRows:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, evaluations among them, in the order written.
+    """The records of a metrics.jsonl, evaluations included, in the order written. Numbers that were not finite are
+    None.
 
-    A number that was not finite is None. A last line without a line end is a write that was cut short: it is left out.
-    Raises UserError where there is no such file and for a line that is no record.
+    A last line without a line end comes from an interrupted write and is left out. Raises UserError if the file is
+    missing, or if a line is invalid.
     """
     if not path.is_file():
         raise UserError("no such file", place=str(path))
@@ -101,7 +102,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def numbers_of(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
-    """A record's numbers, its metrics after the others; without a perplexity where there is none."""
+    """A record's numbers, then its metrics. A perplexity of None is left out."""
     values = asdict(record)
     metrics = values.pop("metrics")
     if values.get("perplexity", 0.0) is None:
@@ -113,9 +114,9 @@ def _metrics_line(record: StepRecord | EvaluationRecord) -> bytes:
     values = numbers_of(record)
     if isinstance(record, EvaluationRecord):
         values = {"evaluation": True, **values}
-    # JSON has no NaN and no infinity. Floats are written with as many digits as give the same float back.
-    strict = {key: None if _is_not_finite(value) else value for key, value in values.items()}
-    return (json.dumps(strict, allow_nan=False) + "\n").encode()
+    # JSON has no NaN and no infinity
+    finite = {key: None if _is_not_finite(value) else value for key, value in values.items()}
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()
 
 
 def _is_not_finite(value: object) -> bool:
@@ -123,35 +124,33 @@ def _is_not_finite(value: object) -> bool:
 
 
 def _open_at(path: Path, end: int) -> FileIO:
-    """Open to append after `end` bytes. What comes after them is cut off in one system call, so that a kill leaves the
-    old lines or the kept ones; those are not rewritten.
-    """
+    """Opens a file for appending and truncates it to `end` bytes. That is one system call, so a killed process leaves
+    either all old lines or exactly the remaining ones."""
     file = path.open("ab", buffering=0)
     file.truncate(end)
-    sync(path.parent)  # its name; the content waits for `LogFile.sync`
+    sync(path.parent)  # the file name; `LogFile.sync` syncs the content
     return file
 
 
 def _end_of_step(
     lines: Iterator[tuple[int, dict[str, Any]]], is_kept: Callable[[dict[str, Any]], bool]
 ) -> int:
-    """Where the last line of the beginning ends whose lines are kept, in bytes."""
-    kept = 0
+    """The size of the file in bytes, up to the first line that is not kept."""
+    size = 0
     for end, values in lines:
         if not is_kept(values):
             break
-        kept = end
-    return kept
+        size = end
+    return size
 
 
 def _metrics(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return _lines(path, "loss", "not a record of a step")
 
 
-def _lines(path: Path, key: str, otherwise: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each whole line's end, in bytes, and its values. Raises UserError, with `otherwise`, for a line without a step or
-    without `key`.
-    """
+def _lines(path: Path, key: str, problem: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (end in bytes, values) of each complete line. Raises UserError with the text `problem` for a line without
+    a step or without `key`."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -163,5 +162,5 @@ def _lines(path: Path, key: str, otherwise: str) -> Iterator[tuple[int, dict[str
             except ValueError:
                 values = None
             if not (isinstance(values, dict) and isinstance(values.get("step"), int) and key in values):
-                raise UserError(otherwise, place=f"{path}:{number}", cure="delete this line")
+                raise UserError(problem, place=f"{path}:{number}", cure="delete this line")
             yield end, values

@@ -1,4 +1,4 @@
-"""The web application, on Starlette: routes, the API key, limits on what comes in."""
+"""The web application, with Starlette: routes, the API key, limits on requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from yeonma.serve.worker import Busy, Job, PromptTooLarge, Worker
 
 MAX_BODY_BYTES = 1_000_000
 MAX_READ_BYTES = 64_000_000
-"""How much of a larger body is read and thrown away: clients that send all of it first then see the error."""
+"""How much of a larger body is read and discarded, so that clients that send all of it first see the error."""
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("yeonma.serve")
@@ -46,17 +46,17 @@ log = logging.getLogger("yeonma.serve")
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may ask for, and who may send them."""
+    """Limits on requests, and on who may send them."""
 
     defaults: AnswerSettings
-    """For what a request does not set."""
+    """Settings that a request does not set."""
     max_new_tokens_limit: int
     positions: int | None
-    """Of the model: the most tokens of prompt and answer together."""
+    """The model's maximum number of tokens in prompt and answer together."""
     key: str | None
     local_only: bool
-    """Whether the server listens to this machine alone. A request under another host name then comes from a web page
-    that abuses the browser (DNS rebinding), and is refused."""
+    """Whether only this machine can connect. Then a request with another host name comes from a web page that abuses
+    the browser (DNS rebinding), and is refused."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Models:
     prompt_builders: Mapping[str, PromptBuilder]
     worker: Worker
     tokenizing: ThreadPoolExecutor
-    """Of one thread: not every tokenizer can be used from two."""
+    """One thread, because not every tokenizer is thread-safe."""
 
 
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 Events = asyncio.Queue[tuple[int, str | Reply | Exception]]
-"""What the worker reports of a request's prompts, with the index of the prompt."""
+"""Index of a prompt in a request, and what the worker reports about it."""
 
 
 def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -> Starlette:
@@ -129,9 +129,9 @@ async def _on_request_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(
-        RequestError(error.status_code, what).body, status_code=error.status_code, headers=error.headers
+        RequestError(error.status_code, message).body, status_code=error.status_code, headers=error.headers
     )
 
 
@@ -150,7 +150,7 @@ def _check_host(request: Request, local_only: bool) -> None:
     except ValueError:
         name = None
     if local_only and name not in LOCAL_NAMES:
-        raise RequestError(403, "this server serves its own machine only: use 127.0.0.1 or localhost")
+        raise RequestError(403, "this server only serves its own machine: use 127.0.0.1 or localhost")
 
 
 def _check_key(request: Request, key: str | None) -> None:
@@ -164,15 +164,15 @@ def _check_key(request: Request, key: str | None) -> None:
 
 def _known_model(name: str, prompt_builders: Mapping[str, PromptBuilder]) -> str:
     if name not in prompt_builders:
-        what = f"there is no model {name[:100]!r}; there are {', '.join(prompt_builders)}"
-        raise RequestError(404, what, param="model", code="model_not_found")
+        message = f"there is no model {name[:100]!r}; there are {', '.join(prompt_builders)}"
+        raise RequestError(404, message, param="model", code="model_not_found")
     return name
 
 
 async def _complete(
     http_request: Request, kind: type[ChatRequest] | type[TextRequest], models: Models, limits: Limits
 ) -> Response:
-    # browsers send other types to other sites without asking them first
+    # browsers send other content types across sites without a preflight request
     if http_request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "the request's Content-Type must be application/json")
     request = read_request(await _body(http_request), kind)
@@ -200,7 +200,7 @@ async def _complete(
     except Busy as error:
         raise RequestError(429, f"{error}: try again later", code="rate_limit_exceeded") from None
     writer, prompt_ids = ResponseWriter.of(request), [prompt.token_ids.tolist() for prompt in prompts]
-    # no prompt is shortened silently
+    # prompts are never shortened silently
     headers = {"Yeonma-Shortened": "true"} if any(prompt.shortened for prompt in prompts) else None
     if request.stream:
         chunks = _streamed(writer, jobs, events, sum(map(len, prompt_ids)))
@@ -237,7 +237,7 @@ def _prompts(
     prompt_builder: PromptBuilder,
     positions: int | None,
 ) -> list[Prompt]:
-    """The request's prompts as token ids. Raises RequestError if the template or the model has no room for them."""
+    """The request's prompts as token ids. Raises RequestError if they do not fit the template or the model."""
     try:
         if isinstance(request, ChatRequest):
             row = row_of_messages(prompt_builder.adapter.template, request.messages)
@@ -249,11 +249,11 @@ def _prompts(
         raise RequestError(400, str(error), param=param) from None
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if positions is not None and longest + max_new_tokens > positions:
-        what = (
+        message = (
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions: "
             "shorten the prompt or lower max_tokens"
         )
-        raise RequestError(400, what, param="max_tokens", code="context_length_exceeded")
+        raise RequestError(400, message, param="max_tokens", code="context_length_exceeded")
     return prompts
 
 
@@ -291,7 +291,7 @@ def _cancel(jobs: Sequence[Job]) -> None:
 async def _streamed(
     writer: ResponseWriter, jobs: Sequence[Job], events: Events, prompt_tokens: int
 ) -> AsyncIterator[str]:
-    """The answers as server-sent events, text as it is generated."""
+    """The answers as server-sent events, with text as it is generated."""
     tokens, running = 0, len(jobs)
     try:
         for chunk in writer.stream_start():
@@ -322,5 +322,5 @@ def _worker_error(error: Exception) -> RequestError:
 
 
 def _event(value: dict[str, Any]) -> str:
-    # ASCII only: some clients take U+2028 and the like for a line break
+    # ASCII only: some clients treat U+2028 and the like as line breaks
     return f"data: {json.dumps(value)}\n\n"

@@ -13,11 +13,11 @@ KEY = "YEONMA_API_KEY"
 
 
 def api_key(setting: str | None, environment: Mapping[str, str]) -> str | None:
-    """The key that requests must send. Raises UserError if no header can hold it."""
+    """The key that requests must send. Raises UserError if it cannot be sent in a header."""
     key = setting or environment.get(KEY) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        what = "the key contains spaces or non-ASCII characters"
-        raise UserError(what, place="--api_key" if setting else KEY, cure="choose another key")
+        problem = "the key contains spaces or non-ASCII characters"
+        raise UserError(problem, place="--api_key" if setting else KEY, cure="choose another key")
     return key
 
 
@@ -29,8 +29,8 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
         raise UserError("no such address", place=f"--host {host}", cure="use 127.0.0.1 or 0.0.0.0") from None
     family, kind, protocol, _, address = addresses[0]
     if not _is_loopback(str(address[0])) and key is None:
-        what = "other machines could connect, and no API key is set"
-        raise UserError(what, place=f"--host {host}", cure=f"set ${KEY}, or leave out --host")
+        problem = "other machines could connect, and no API key is set"
+        raise UserError(problem, place=f"--host {host}", cure=f"set ${KEY}, or leave out --host")
     try:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
@@ -38,7 +38,7 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)  # connections made before the weights are loaded wait
+        listener.listen(128)  # connections wait until the weights are loaded
     except OSError as error:
         listener.close()
         raise _listen_error(host, port, error) from error
@@ -50,8 +50,8 @@ def _listen_error(host: str, port: int, error: OSError) -> UserError:
         cure = "stop the other server, or choose another port; --port 0 picks a free one"
         return UserError(f"the port is in use at {host}", place=f"--port {port}", cure=cure)
     if error.errno in (errno.EACCES, errno.EPERM):
-        what = "you are not allowed to listen on this port"
-        return UserError(what, place=f"--port {port}", cure="use a port from 1024 on")
+        problem = "you are not allowed to listen on this port"
+        return UserError(problem, place=f"--port {port}", cure="use a port from 1024 on")
     reason = error.strerror or str(error)
     return UserError(f"cannot listen there ({reason})", place=f"--host {host}", cure="use 127.0.0.1")
 

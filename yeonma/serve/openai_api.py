@@ -1,7 +1,7 @@
-"""Requests and responses of OpenAI's completions API, as far as an adapter can serve them. Pure: no server here.
+"""Requests and responses of OpenAI's completions API, as far as adapters can serve it. No server here.
 
-Pydantic models check the requests. A parameter that would change the answer and is not supported is refused by name,
-never ignored. Reference: https://platform.openai.com/docs/api-reference/chat and .../completions.
+Pydantic models check the requests. An unsupported parameter that would change the answer is refused by name, never
+ignored. Reference: https://platform.openai.com/docs/api-reference/chat and .../completions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETTINGS = settings_of((AnswerSettings,))
 MAX_STOPS = 4
 """OpenAI's own limit."""
 MAX_PROMPTS = 64
-"""Prompts that one completion request may hold."""
+"""Maximum number of prompts in one completion request."""
 TOKEN_COUNT = "a whole number of at least 1"
 UNSUPPORTED = "unsupported_parameter"
 
@@ -49,15 +49,15 @@ class RequestError(Exception):
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no UTF-8 response can hold."""
+    """JSON can contain half of a surrogate pair, which UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _only(*values: object) -> AfterValidator:
-    """Accepts only values that ask for what is done anyway. True and False are not 1 and 0 here."""
+    """Accepts only `values`, which ask for what is done anyway. True and False are not 1 and 0 here."""
 
     def check(value: object) -> object:
-        if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in values):
+        if not any(value == valid and isinstance(value, bool) == isinstance(valid, bool) for valid in values):
             raise ValueError("not supported")
         return value
 
@@ -65,7 +65,7 @@ def _only(*values: object) -> AfterValidator:
 
 
 def _in_range(name: str) -> AfterValidator:
-    """The range of the answer setting `name`, which has neither infinity nor NaN."""
+    """Accepts the range of the answer setting `name`, without infinity and NaN."""
 
     def check(value: float) -> float:
         limits = SETTINGS[name].range
@@ -85,7 +85,7 @@ def _as_list(value: object) -> object:
 
 
 class TextPart(BaseModel):
-    """One part of a message's content."""
+    """A part of a message's content."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     type: Annotated[str, _only("text")]
@@ -93,7 +93,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a conversation. Its content may be split into parts."""
+    """A message of a conversation. Its content may be split into parts."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     role: str = Field(description="a string")
@@ -105,14 +105,14 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream contains besides text."""
+    """The contents of a stream besides text."""
 
     model_config = ConfigDict(strict=True, frozen=True)
     include_usage: bool = Field(default=False, description="true or false")
 
 
 class CompletionParameters(BaseModel):
-    """What both kinds of request have in common. null counts as left out."""
+    """The common parameters of both kinds of request. null means not given."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
     model: str = Field(description="a string")
@@ -135,7 +135,7 @@ class CompletionParameters(BaseModel):
     )
     seed: Annotated[int, _in_range("seed")] | None = _sampling("seed")
 
-    # parameters that change no answer here
+    # parameters that have no effect on answers here
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -146,7 +146,7 @@ class CompletionParameters(BaseModel):
     parallel_tool_calls: Any = None
     verbosity: Any = None
 
-    # parameters that are accepted only with the values that change no answer
+    # parameters that are accepted only with values that have no effect on answers
     n: Annotated[Any, _only(1)] = None
     best_of: Annotated[Any, _only(1)] = None
     echo: Annotated[Any, _only(False)] = None
@@ -200,13 +200,13 @@ def read_request(content: bytes, kind: type[Request]) -> Request:
     except ValidationError as error:
         raise _request_error(kind, error) from None
     if request.stream and request.return_token_ids:
-        what = "a stream contains no token ids: leave out stream or return_token_ids"
-        raise RequestError(400, what, param="return_token_ids")
+        message = "a stream contains no token ids: leave out stream or return_token_ids"
+        raise RequestError(400, message, param="return_token_ids")
     return request
 
 
 def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    """OpenAI's error for the first problem that pydantic found."""
+    """The RequestError for the first problem that pydantic found."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     location = problem["loc"]
     param = str(location[0])
@@ -221,9 +221,9 @@ def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestErro
             description, model = field.description or "", NESTED.get(part, model)
         else:  # the name of one type of a union
             break
-    if not description:  # a parameter that accepts only values that change nothing
-        what = f"{place} is not supported with this value: leave it out"
-        return RequestError(400, what, param=param, code=UNSUPPORTED)
+    if not description:  # a parameter that accepts only values without effect
+        message = f"{place} is not supported with this value: leave it out"
+        return RequestError(400, message, param=param, code=UNSUPPORTED)
     is_missing = problem["type"] == "missing" and part == location[-1]
     return RequestError(
         400, f"{place} {'is missing' if is_missing else f'must be {description}'}", param=param
@@ -233,69 +233,71 @@ def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestErro
 def answer_settings(
     request: ChatRequest | TextRequest, defaults: AnswerSettings, limit: int
 ) -> AnswerSettings:
-    """How to answer: the request's settings, and `defaults` for the rest. As with OpenAI, a request without a seed gets
-    a random one. Raises RequestError for more than `limit` new tokens."""
-    chosen: dict[str, Any] = {"seed": secrets.randbits(32)}
-    chosen |= {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+    """The request's settings, with `defaults` for the rest. As with OpenAI, a request without a seed gets a random one.
+
+    Raises RequestError for more than `limit` new tokens.
+    """
+    values: dict[str, Any] = {"seed": secrets.randbits(32)}
+    values |= {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     for name in ("max_tokens", "max_completion_tokens"):
         max_new_tokens = getattr(request, name, None)
         if max_new_tokens is None:
             continue
         if max_new_tokens > limit:
-            what = f"{name} is {max_new_tokens}, but this server allows at most {limit}"
-            raise RequestError(400, what, param=name, code="max_tokens_too_large")
-        chosen["max_new_tokens"] = max_new_tokens
-    return replace(defaults, **chosen)
+            message = f"{name} is {max_new_tokens}, but this server allows at most {limit}"
+            raise RequestError(400, message, param=name, code="max_tokens_too_large")
+        values["max_new_tokens"] = max_new_tokens
+    return replace(defaults, **values)
 
 
 def row_of_messages(template: Template, messages: Sequence[Message]) -> Row:
-    """The row that a conversation stands for, so that its prompt is the one that training would have made of that row.
+    """The row for a conversation. Its prompt is the one that training would make of this row.
 
-    A template of turn lists takes the messages as they are. Every other template has a frame of its own and takes one
-    user message: the text of its field. If rows may have several fields, the message is a JSON object with a text for
-    each, or plain text if a variant of the template has one field alone. Raises RequestError for any other
+    A template of turn lists takes the messages as they are. Any other template has its own frame and takes one user
+    message: the text of its field. If rows may have several fields, the message is a JSON object with one text per
+    field, or plain text if a variant of the template has a single field. Raises RequestError for any other
     conversation.
     """
     if template.is_chat:
         if messages[-1].role == "assistant":
-            what = "the last message is the assistant's: there is nothing to answer"
-            raise RequestError(400, what, param="messages")
+            problem = "the last message is the assistant's: there is nothing to answer"
+            raise RequestError(400, problem, param="messages")
         turns = [{"role": message.role, "content": message.text} for message in messages]
         return Row(1, {template.answer_field: turns}, "messages")
     if len(messages) != 1 or messages[0].role != "user":
-        what = "this model was trained with its own prompt template and answers exactly one message, with role user"
-        raise RequestError(400, what, param="messages")
+        problem = "this model was trained with its own prompt template and takes exactly one message, with role user"
+        raise RequestError(400, problem, param="messages")
     content = messages[0].text
     fields = sorted({name for variant in template.variants for name in variant.prompt_fields})
     if len(fields) == 1:
         return Row(1, {fields[0]: content}, "messages")
-    alone = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
-    if alone is not None and not content.lstrip().startswith("{"):
-        return Row(1, {alone: content}, "messages")
-    what = f"the message must be a JSON object with these string fields: {', '.join(fields)}"
+    single = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
+    if single is not None and not content.lstrip().startswith("{"):
+        return Row(1, {single: content}, "messages")
+    problem = f"the message must be a JSON object with these string fields: {', '.join(fields)}"
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
-        raise RequestError(400, what, param="messages") from None
+        raise RequestError(400, problem, param="messages") from None
     if not isinstance(values, dict) or not all(
         (value is None or isinstance(value, str)) for value in values.values()
     ):
-        raise RequestError(400, what, param="messages")
+        raise RequestError(400, problem, param="messages")
     unknown = sorted(values.keys() - set(fields))
     if unknown:
-        raise RequestError(400, f"there is no field {unknown[0]!r:.100}; {what}", param="messages")
+        raise RequestError(400, f"there is no field {unknown[0]!r:.100}; {problem}", param="messages")
     return Row(1, values, "messages")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The text of an answer, and why it ended."""
+    """The text of an answer, and how it ended."""
 
     text: str
     token_ids: tuple[int, ...]
-    """Without the token that ended the answer."""
+    """Without the stop token."""
     stopped: bool
-    """Whether a stop token or a stop text ended it, not its length."""
+    """Whether a stop token or a stop text ended it, rather than its length."""
 
     @property
     def finish_reason(self) -> str:
@@ -304,7 +306,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class ResponseWriter:
-    """Writes the responses to one request, which share an id and a time."""
+    """Writes the responses to one request, with the same id and time."""
 
     request: ChatRequest | TextRequest
     id: str
@@ -320,7 +322,7 @@ class ResponseWriter:
         return isinstance(self.request, ChatRequest)
 
     def complete(self, replies: Sequence[Reply], prompts: Sequence[list[int]]) -> dict[str, Any]:
-        """The whole response. `prompts`: the token ids that each reply answers."""
+        """The complete response. `prompts`: the token ids of the prompts of the replies."""
         choices = []
         for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
             choice: dict[str, Any] = {"index": index}
@@ -338,7 +340,7 @@ class ResponseWriter:
         return {**self._head(""), "choices": choices, "usage": usage, **ids}
 
     def stream_start(self) -> list[dict[str, Any]]:
-        """The chunks that a stream begins with."""
+        """The chunks at the start of a stream."""
         return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.is_chat else []
 
     def stream_text(self, text: str, index: int = 0) -> dict[str, Any]:
@@ -348,7 +350,7 @@ class ResponseWriter:
         return self._chunk({"delta": {}} if self.is_chat else {"text": ""}, index, reply.finish_reason)
 
     def stream_usage(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
-        """The chunks that a stream ends with: its usage, if the request asked for it."""
+        """The chunks at the end of a stream: the usage, if the request asked for it."""
         if not self.request.stream_options.include_usage:
             return []
         return [{**self._head(".chunk"), "choices": [], "usage": usage_of(prompt_tokens, tokens)}]

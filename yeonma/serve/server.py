@@ -1,4 +1,4 @@
-"""Adapter folders -> an OpenAI-compatible server: which models it serves under which names, with one base in memory."""
+"""Adapter folders -> an OpenAI-compatible server. The base is in memory once; every model has a name for requests."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from yeonma.serve.listen import is_local
 from yeonma.serve.worker import ServedModel, Worker
 
 MAX_WAITING = 256
-"""Prompts in the queue."""
+"""Maximum number of prompts in the queue."""
 GRACE_SECONDS = 3
-"""That running answers have when the server shuts down."""
+"""Time for running answers to finish when the server shuts down."""
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """Adapters of one base by their names in requests; the base itself is served as `base_name`."""
+    """Adapters of one base, by their names in requests. The base itself is served as `base_name`."""
 
     prompt_builders: Mapping[str, PromptBuilder]
     base_name: str
@@ -47,7 +47,7 @@ class ServedAdapters:
 
 
 def open_adapters(settings: ServeSettings) -> ServedAdapters:
-    """Opens the adapter folders, without weights. Raises UserError with the problems of all of them."""
+    """Open the adapter folders, without weights. Raises UserError with the problems of all of them."""
     folders = settings.adapter_dirs
     problems: list[Problem] = []
     prompt_builders: list[PromptBuilder] = []
@@ -64,7 +64,7 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
         except UserError as error:
             problems += error.problems
     if not folders:
-        problems.append(Problem("no adapter is given", "adapter_dirs", "give one adapter folder or several"))
+        problems.append(Problem("no adapter given", "adapter_dirs", "give one or more adapter folders"))
     problems += [
         Problem("given twice", folder, "give each adapter once")
         for index, folder in enumerate(folders)
@@ -73,13 +73,13 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
     problems += _quantization_problems(settings, prompt_builders)
     bases = {source_key(prompt_builder.source): prompt_builder for prompt_builder in prompt_builders}
     if len(bases) > 1 and not problems:
-        one, other = list(bases.values())[:2]
-        what = f"its base is {other.source.name}, but that of {one.adapter.path} is {one.source.name}"
+        first, second = list(bases.values())[:2]
+        problem = f"its base is {second.source.name}, but that of {first.adapter.path} is {first.source.name}"
         cure = "serve it with a second command on another --port"
-        problems.append(Problem(what, str(other.adapter.path), cure))
+        problems.append(Problem(problem, str(second.adapter.path), cure))
     if settings.max_new_tokens > settings.max_new_tokens_limit:
-        what = f"{settings.max_new_tokens} exceeds max_new_tokens_limit {settings.max_new_tokens_limit}"
-        problems.append(Problem(what, "max_new_tokens", "lower it, or raise the limit"))
+        problem = f"{settings.max_new_tokens} exceeds max_new_tokens_limit {settings.max_new_tokens_limit}"
+        problems.append(Problem(problem, "max_new_tokens", "lower it, or raise the limit"))
     if problems:
         raise UserError(problems)
     base = prompt_builders[0].source
@@ -94,31 +94,31 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
 def _quantization_problems(
     settings: ServeSettings, prompt_builders: Sequence[PromptBuilder]
 ) -> list[Problem]:
-    """One base is loaded for all adapters, so it has one quantisation."""
+    """A problem if the adapters' quantisations differ: they share one base."""
     folders = {
         quantization_for(settings.quantization, builder.adapter): builder.adapter.path
         for builder in prompt_builders
     }
     if len(folders) < 2:
         return []
-    (one, first), (other, path) = list(folders.items())[:2]
-    what = f"it was trained on a base with quantization {other}, but {first} with {one}"
+    (first_kind, first), (second_kind, second) = list(folders.items())[:2]
+    problem = f"it was trained on a base with quantization {second_kind}, but {first} with {first_kind}"
     cure = "serve it with a second command on another --port, or set --quantization"
-    return [Problem(what, str(path), cure)]
+    return [Problem(problem, str(second), cure)]
 
 
 def _check_cutoff(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
     cutoff_len = prompt_builder.adapter.rules.cutoff_len
     if max_new_tokens >= cutoff_len:
-        what = f"{max_new_tokens} new tokens leave no room for a prompt in its cutoff_len of {cutoff_len}"
-        raise UserError(what, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens")
+        problem = f"{max_new_tokens} new tokens leave no room for a prompt in its cutoff_len of {cutoff_len}"
+        raise UserError(problem, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens")
 
 
-def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: Log) -> dict[str, ServedModel]:
-    """Loads the base once, with all adapters on it. Raises UserError as `build_policy`."""
+def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: Log) -> dict[str, ServedModel]:
+    """Load the base once, with all adapters. Raises UserError as `build_policy`."""
     device = pick_device(settings.device)
     source = adapters.first.source
-    say(f"loading {source.name}")
+    log(f"loading {source.name}")
     builders = adapters.prompt_builders
     policy = build_policy(
         source,
@@ -130,9 +130,12 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, say: L
     for builder in builders.values():
         check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)
     if not policy.support.forest:
-        say(f"answers are generated one at a time: {policy.support.why_not}")
+        log(f"answers are generated one at a time: {policy.support.why_not}")
     names = zip(builders, adapter_names(len(builders)), strict=True)
-    models = {name: _served(replace(policy, adapter_name=inner), builders[name]) for name, inner in names}
+    models = {
+        name: _served(replace(policy, adapter_name=adapter_name), builders[name])
+        for name, adapter_name in names
+    }
     base = _served(replace(policy, adapter_weights=False), adapters.first)
     return {**models, adapters.base_name: base}
 
@@ -150,7 +153,7 @@ def run_server(
     key: str | None,
     on_ready: Callable[[], None],
 ) -> None:
-    """Serves until SIGINT or SIGTERM; running answers then have a few seconds to finish.
+    """Serve until SIGINT or SIGTERM. Running answers then have a few seconds to finish.
 
     Raises KeyboardInterrupt after SIGINT.
     """
@@ -185,7 +188,7 @@ def run_server(
 
     prompt_builders = {**adapters.prompt_builders, adapters.base_name: adapters.first}
     app = make_app(Models(prompt_builders, worker, tokenizing), limits, lifespan)
-    config_of_server = uvicorn.Config(
+    server_config = uvicorn.Config(
         app,
         log_config=None,
         log_level="critical",  # the app logs its own errors
@@ -196,5 +199,5 @@ def run_server(
         * GRACE_SECONDS,  # a client that reads nothing must not block the shutdown
         lifespan="on",
     )
-    server = uvicorn.Server(config_of_server)
+    server = uvicorn.Server(server_config)
     server.run(sockets=[listener])

@@ -1,7 +1,7 @@
-"""Decides which part of a growing answer can be streamed already: the part that no continuation can take back.
+"""Decides which part of a growing answer can be streamed already: the part that no continuation can change.
 
-When an answer ends, the template's own text around it, trailing white space and everything from a stop text on are
-removed. Text that may turn out to be one of these is held back until it is clear.
+When an answer ends, the template's text around it, trailing white space and everything from a stop text on are removed.
+Text that may turn out to be one of these is held back until it is certain.
 """
 
 from __future__ import annotations
@@ -14,58 +14,59 @@ from yeonma.adapter.prompt_builder import Prompt
 
 @dataclass
 class StreamBuffer:
-    """One answer as it grows. `stops`: texts that end the answer and are not part of it."""
+    """A growing answer. `stops`: texts that end the answer and are not part of it."""
 
     prompt: Prompt
     stops: Sequence[str] = ()
     sent: str = ""
 
     def new_text(self, text: str) -> str:
-        """What can be sent now and was not yet, after the model has generated `text`."""
-        return self._unsent(_settled(self.prompt, self.stops, text))
+        """The new text to send, after the model has generated `text` so far."""
+        return self._unsent(_stable_text(self.prompt, self.stops, text))
 
-    def rest(self, text: str) -> str:
-        """What is left to send, now that `text` is all that the model has generated."""
+    def remaining_text(self, text: str) -> str:
+        """The text that remains to be sent, when `text` is all that the model has generated."""
         return self._unsent(self.answer(text))
 
     def answer(self, text: str) -> str:
-        """The answer in all that the model has generated."""
-        at = self.stop_position(text)
-        return self.prompt.answer(text if at is None else text[:at])
+        """The answer, when `text` is all that the model has generated."""
+        position = self.stop_position(text)
+        return self.prompt.answer(text if position is None else text[:position])
 
     def stop_position(self, text: str) -> int | None:
-        """Where the first stop text begins, or None."""
-        start = len(text) - len(_body(self.prompt, text))
-        positions = [at for stop in self.stops if (at := text.find(stop, start)) >= 0]
+        """The position of the first stop text, or None."""
+        start = len(text) - len(_without_frame_before(self.prompt, text))
+        positions = [position for stop in self.stops if (position := text.find(stop, start)) >= 0]
         return min(positions, default=None)
 
     def _unsent(self, text: str) -> str:
-        if not text.startswith(self.sent):  # the tokenizer decodes the longer answer to another beginning
+        if not text.startswith(self.sent):  # the tokenizer decodes the longer answer differently
             return ""
         new, self.sent = text[len(self.sent) :], text
         return new
 
 
-def _body(prompt: Prompt, text: str) -> str:
-    """The text without the frame before the answer."""
+def _without_frame_before(prompt: Prompt, text: str) -> str:
+    """The text without the template's text before the answer."""
     text = text.lstrip() if prompt.is_turn else text
     return text.removeprefix(prompt.frame[0])
 
 
-def _settled(prompt: Prompt, stops: Sequence[str], text: str) -> str:
-    """The beginning of an unfinished answer that is the same however it goes on."""
+def _stable_text(prompt: Prompt, stops: Sequence[str], text: str) -> str:
+    """The part of an unfinished answer that no continuation can change."""
     text = text.rstrip("\ufffd")  # the first bytes of a character
     before, after = prompt.frame[0], prompt.frame[1].rstrip()
     start = text.lstrip() if prompt.is_turn else text
     if len(start) < len(before) and before.startswith(start):
         return ""
-    body = _body(prompt, text)
-    ends = [len(body), *(at for at in range(len(body)) if any(stop.startswith(body[at:]) for stop in stops))]
+    body = _without_frame_before(prompt, text)
+    possible_stops = (i for i in range(len(body)) if any(stop.startswith(body[i:]) for stop in stops))
+    ends = [len(body), *possible_stops]
     return min((_without_frame_after(body[:end], after) for end in ends), key=len)
 
 
 def _without_frame_after(body: str, after: str) -> str:
-    """The text without a possible beginning of `after`, the frame after the answer, and the white space before it."""
+    """The text without a possible beginning of `after` (the template's text after the answer) at its end."""
     if after and body.rstrip().endswith(after):
         return body.rstrip().removesuffix(after).rstrip()
     overlap = next((size for size in range(len(after) - 1, 0, -1) if body.endswith(after[:size])), 0)

@@ -1,4 +1,4 @@
-"""vLLM as the engine: whether it would use the trained prompt ids, and the command that starts it.
+"""vLLM as the inference engine: whether it would use the trained prompt ids, and the command that starts it.
 
 Flags: https://docs.vllm.ai/en/latest/features/lora.html and .../serving/openai_compatible_server.html.
 """
@@ -23,7 +23,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def is_available() -> bool:
-    """Whether vLLM is installed and a GPU is there for it."""
+    """Whether vLLM is installed and there is a GPU."""
     if find_spec("vllm") is None:
         return False
     import torch
@@ -33,7 +33,7 @@ def is_available() -> bool:
 
 @dataclass(frozen=True)
 class VllmPlan:
-    """What vLLM serves. `adapters`: folder and LoRA rank, by the adapter's name in requests."""
+    """What vLLM serves. `adapters`: name in requests -> folder and LoRA rank."""
 
     base: str
     base_name: str
@@ -48,10 +48,10 @@ class VllmPlan:
 
 
 def vllm_command(plan: VllmPlan) -> list[str]:
-    """The command line, without the API key: vLLM reads that from $VLLM_API_KEY."""
+    """The command line, without the API key, which vLLM reads from $VLLM_API_KEY."""
     folders = [folder for folder, _ in plan.adapters.values()]
     max_rank = max(rank for _, rank in plan.adapters.values())
-    # vLLM's defaults would come from the base's generation_config.json
+    # otherwise vLLM takes defaults from the base's generation_config.json
     sampling = {
         "temperature": plan.temperature,
         "top_p": 1.0,
@@ -61,22 +61,22 @@ def vllm_command(plan: VllmPlan) -> list[str]:
         "max_new_tokens": plan.max_new_tokens_limit,  # a limit for all requests
     }
     modules = [json.dumps({"name": name, "path": str(path)}) for name, (path, _) in plan.adapters.items()]
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.base]
-    words += ["--served-model-name", plan.base_name]
-    words += ["--tokenizer", str(folders[0]), "--chat-template", str(folders[0] / CHAT_TEMPLATE)]
-    words += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
-    words += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= max_rank))]
-    words += ["--override-generation-config", json.dumps(sampling)]
-    words += ["--host", plan.host, "--port", str(plan.port), "--dtype", plan.dtype]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.base]
+    command += ["--served-model-name", plan.base_name]
+    command += ["--tokenizer", str(folders[0]), "--chat-template", str(folders[0] / CHAT_TEMPLATE)]
+    command += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
+    command += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= max_rank))]
+    command += ["--override-generation-config", json.dumps(sampling)]
+    command += ["--host", plan.host, "--port", str(plan.port), "--dtype", plan.dtype]
     if plan.revision is not None:
-        words += ["--revision", plan.revision]
-    return [*words, "--trust-remote-code"] if plan.trust_remote_code else words
+        command += ["--revision", plan.revision]
+    return [*command, "--trust-remote-code"] if plan.trust_remote_code else command
 
 
 def why_not(prompt_builders: Sequence[PromptBuilder], quantization: QuantizationOrAuto = "auto") -> str:
     """Why vLLM cannot serve these adapters with their trained prompt ids; empty if it can.
 
-    It has one chat template for all adapters, which must give the trained tokens.
+    vLLM uses one chat template for all adapters, which must give the trained tokens.
     """
     quantizations = [quantization_for(quantization, builder.adapter) for builder in prompt_builders]
     if (kind := next((kind for kind in quantizations if kind != "none"), None)) is not None:
@@ -124,7 +124,7 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
 
 
 def _vllm_stop_ids(prompt_builder: PromptBuilder) -> set[int]:
-    """Where vLLM ends an answer: at the tokenizer's EOS and at the EOS tokens of the base's generation config."""
+    """The ids that end an answer in vLLM: the tokenizer's EOS and the EOS tokens of the base's generation config."""
     from transformers import GenerationConfig
 
     source = prompt_builder.source

@@ -1,7 +1,8 @@
-"""One thread generates all answers, with continuous batching: a request joins the running batch as soon as it has room.
+"""One thread generates all answers, with continuous batching: a request joins the running batch as soon as there is
+room.
 
-Requests run in the order in which they came. Those to one model run together, whatever their settings; a request to
-another model waits until they have finished, and those behind it wait with it.
+Requests run in the order of their arrival. Requests to the same model run together, whatever their settings. A request
+to another model waits until they have finished, and so do the requests behind it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ log = logging.getLogger("yeonma.serve")
 
 
 class Busy(Exception):
-    """No answer now: the queue is full, or the server is shutting down."""
+    """The queue is full, or the server is shutting down."""
 
 
 class PromptTooLarge(Exception):
-    """A prompt does not fit into the device's memory, even alone."""
+    """A prompt does not fit into the device's memory, even on its own."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that answers. Several share the weights of their base; inside `active()` it is this one's turn."""
+    """A model to serve. Several share the weights of their base; within `active()`, this one is switched on."""
 
     model: Any
     """The base model, without PEFT's wrapper."""
@@ -49,7 +50,7 @@ class ServedModel:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A prompt to one model. The worker's thread calls `notify` with pieces of text if `streams`, and at the end with a
+    """A prompt to a model. The worker's thread calls `notify` with pieces of text if `streams`, and finally with a
     Reply or an Exception."""
 
     model: str
@@ -59,7 +60,7 @@ class Job:
     streams: bool
     notify: Callable[[str | Reply | Exception], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set when nobody waits for the answer any more."""
+    """Set when nobody is waiting for the answer any more."""
 
 
 class Worker:
@@ -77,12 +78,12 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Aborts, and waits until the thread has ended."""
+        """Abort, and wait until the thread has ended."""
         self.abort()
         self._thread.join()
 
     def abort(self) -> None:
-        """Takes no more jobs, and ends those that run and those that wait. Each is notified."""
+        """Accept no more jobs, and end those that are running or waiting. All of them are notified."""
         with self._changed:
             self._stopping = True
             waiting = list(self._jobs)
@@ -92,7 +93,7 @@ class Worker:
             job.notify(Busy("the server is shutting down"))
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all of the jobs. Raises Busy, and queues none, if there is no room for all."""
+        """Queue the jobs. If there is no room for all of them, queue none and raise Busy."""
         with self._changed:
             if self._stopping:
                 raise Busy("the server is shutting down")
@@ -106,7 +107,7 @@ class Worker:
             self._run(jobs)
 
     def _next_batch(self) -> list[Job]:
-        """The jobs at the queue's front that can start together; waits until there are some. Empty at the end."""
+        """The jobs at the front of the queue that can start together. Waits for some; returns none at shutdown."""
         while True:
             with self._changed:
                 while not self._jobs and not self._stopping:
@@ -119,22 +120,22 @@ class Worker:
                 return jobs
 
     def _take(self, limit: int, model: str, prefix: Sequence[int]) -> list[Job]:
-        """Takes jobs from the queue's front, as long as they are for this model and their prompts continue `prefix`."""
+        """Take jobs from the front of the queue while they are for this model and their prompts start with `prefix`."""
         jobs: list[Job] = []
         with self._changed:
             while self._jobs and len(jobs) < limit and not self._stopping:
                 job = self._jobs[0]
                 if not job.cancelled.is_set():
                     ids = job.prompt.token_ids
-                    continues = len(ids) > len(prefix) and ids[: len(prefix)].tolist() == list(prefix)
-                    if job.model != model or not continues:
+                    has_prefix = len(ids) > len(prefix) and ids[: len(prefix)].tolist() == list(prefix)
+                    if job.model != model or not has_prefix:
                         break
                     jobs.append(job)
                 self._jobs.popleft()
         return jobs
 
     def _run(self, jobs: list[Job]) -> None:
-        """Answers these jobs and those that join them. Whatever happens, each is notified or back in the queue."""
+        """Answer these jobs and those that join them. Whatever happens, every job is notified or queued again."""
         served = self._models[jobs[0].model]
         batch = _Batch(served, lambda: self._stopping)
         try:
@@ -162,12 +163,12 @@ class Worker:
                 job.notify(error)
 
     def _retry_smaller(self, jobs: list[Job]) -> None:
-        """After memory ran out: queues the jobs again, with a smaller batch from now on."""
+        """After running out of memory: queue the jobs again, and use a smaller batch size from now on."""
         if len(jobs) == 1 or self._batch_size == 1:
             job = jobs.pop(0)
             tokens = len(job.prompt.token_ids)
-            what = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
-            job.notify(PromptTooLarge(what))
+            message = f"a prompt of {tokens} tokens and its answer do not fit into the device's memory"
+            job.notify(PromptTooLarge(message))
         else:
             self._batch_size = (min(self._batch_size, len(jobs)) + 1) // 2
             log.warning("out of memory: at most %d answers at once from now on", self._batch_size)
@@ -180,7 +181,7 @@ class Worker:
 
 
 class _Batch:
-    """The jobs that run together, by their indices."""
+    """Jobs that run together. Their indices are those of `decode`."""
 
     def __init__(self, served: ServedModel, is_stopping: Callable[[], bool]) -> None:
         self._served, self._is_stopping = served, is_stopping
@@ -202,7 +203,7 @@ class _Batch:
         ]
 
     def on_token(self, index: int, ids: list[int]) -> bool:
-        """After every token: sends what can be sent, and returns whether to end this answer."""
+        """Called after every token. Send what can be sent, and return whether to end this answer."""
         job, buffer = self._jobs[index], self._buffers[index]
         if self._is_stopping() or job.cancelled.is_set():
             return True
@@ -218,16 +219,16 @@ class _Batch:
     def on_done(self, index: int, ids: list[int]) -> None:
         job, buffer = self._jobs[index], self._buffers[index]
         self._answered.add(index)
-        by_token = ids[-1] in self._served.stop_ids
-        answer_ids = ids[:-1] if by_token else ids
+        ended_by_token = ids[-1] in self._served.stop_ids
+        answer_ids = ids[:-1] if ended_by_token else ids
         text = self._text(job, answer_ids)
-        by_text = buffer.stop_position(text) is not None
-        if self._is_stopping() and not by_token and not by_text and len(ids) < job.settings.max_new_tokens:
+        ended = ended_by_token or buffer.stop_position(text) is not None
+        if self._is_stopping() and not ended and len(ids) < job.settings.max_new_tokens:
             job.notify(Busy("the server is shutting down"))
             return
-        if job.streams and (rest := buffer.rest(text)):
-            job.notify(rest)
-        job.notify(Reply(buffer.answer(text), tuple(answer_ids), by_token or by_text))
+        if job.streams and (remaining := buffer.remaining_text(text)):
+            job.notify(remaining)
+        job.notify(Reply(buffer.answer(text), tuple(answer_ids), ended))
 
     def _text(self, job: Job, ids: list[int]) -> str:
         return continued_text(self._served.tokenizer, job.prompt.token_ids.tolist(), ids)

@@ -1,7 +1,7 @@
-"""The cache of token stores: each is built once and kept for later runs.
+"""The cache of token stores: a store is built once and reused by later runs.
 
-A store's key names its folder: the SHA-256 of everything that decides the tokens. The folder is written beside its
-place and renamed; a lock file lets one process of the machine build it while others wait.
+A store's folder is named by its key, the SHA-256 of everything that determines the tokens. The folder is written under
+a temporary name and renamed. A lock file lets one process of the machine build it while the others wait.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_stor
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
 FORMAT = 3
-"""Increased whenever the same rows would give other tokens or other files."""
+"""Increased whenever the same rows would give different tokens or files."""
 
 ROWS_A_CHUNK = 2000
-MOST_PROBLEMS = 20
+MAX_PROBLEMS = 20
 
 Chunk = tuple[list[Notes], Sequence[Example | Unit | LeftOut]]
-"""The notes of each row read, and the outcomes of encoding them."""
+"""The notes of some rows, and the outcomes of encoding them."""
 
 
 def default_cache_dir() -> Path:
@@ -49,16 +49,16 @@ def default_cache_dir() -> Path:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
-    """SHA-256 of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name.
+    """SHA-256 of what determines a tokenizer's ids: vocabulary, rules, special tokens, chat template; not its name.
 
-    Without `chat_template`: of what decides the ids of plain text.
+    Without `chat_template`: of what determines the ids of plain text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, tokenizers.Tokenizer):
         content = backend.to_str()
-        content = content[content.index('"added_tokens"') :]  # truncation and padding stand before it
+        content = content[content.index('"added_tokens"') :]  # skip the settings of truncation and padding
     else:
-        content = _canonical([type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_sum(tokenizer)])
+        content = _canonical([type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary_hash(tokenizer)])
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens]
     chat = tokenizer.chat_template if chat_template else None
     return sha256(f"{content}\0{_canonical([special, chat])}".encode()).hexdigest()
@@ -72,7 +72,7 @@ def store_key(
     rules: TokenRules,
     task: Task = ANSWERS,
 ) -> str:
-    """SHA-256 of everything that decides the tokens, including the versions of the libraries."""
+    """SHA-256 of everything that determines the tokens, including the versions of the libraries."""
     versions = [FORMAT, task.name, tokenizers.__version__, transformers.__version__]
     data = [rows.identity, template.text, dict(columns or {})]
     return sha256(
@@ -90,11 +90,11 @@ def build_store(
     progress: Callable[[int], None] | None = None,
     task: Task = ANSWERS,
 ) -> TokenStore:
-    """The rows' examples, from the cache or tokenised now. Memory does not grow with the rows.
+    """The rows' examples, from the cache or newly tokenised. Memory does not grow with the number of rows.
 
-    `progress` gets the number of rows read so far, if any are tokenised. A damaged store is built again. Raises
-    UserError with up to 20 problems of the rows; if all rows are left out; if `cache_dir` cannot be written; and as
-    `check_rules` and `check_tokenizer`.
+    While rows are tokenised, `progress` is called with the number of rows read so far. A damaged store is built again.
+    Raises UserError with up to 20 problems of the rows; if all rows are left out; if `cache_dir` cannot be written; and
+    as `check_rules` and `check_tokenizer`.
     """
     check_rules(template, rules)
     check_tokenizer(tokenizer, rules)
@@ -103,24 +103,24 @@ def build_store(
     if (store := open_store(folder, key)) is not None:
         return store
     with _locked(cache_dir, key):
-        if (store := open_store(folder, key)) is not None:  # another process has built it in the meantime
+        if (store := open_store(folder, key)) is not None:  # built by another process in the meantime
             return store
-        beside = cache_dir / f"{key}.tmp"
+        temporary = cache_dir / f"{key}.tmp"
         try:
-            with _writing(cache_dir):
-                _remove(beside)
-                writer = StoreWriter.open(beside)
+            with _write_errors_as_user_errors(cache_dir):
+                _remove(temporary)
+                writer = StoreWriter.open(temporary)
             for notes, outcomes in _chunks(rows, template, columns, tokenizer, rules, progress, task):
-                with _writing(cache_dir):
+                with _write_errors_as_user_errors(cache_dir):
                     writer.add(notes, outcomes)
             _check_some_left(writer.counts, rows, rules, task)
-            with _writing(cache_dir):
+            with _write_errors_as_user_errors(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
-                os.rename(beside, folder)
+                os.rename(temporary, folder)
                 sync(cache_dir)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     if (store := open_store(folder, key)) is None:
         problem = "the tokens just written cannot be read back"
         raise UserError(problem, place=str(folder), cure="check the disk")
@@ -136,10 +136,10 @@ def _chunks(
     progress: Callable[[int], None] | None,
     task: Task,
 ) -> Iterator[Chunk]:
-    """The encoded rows, a few thousand at a time. After the first problem, rows are only checked for more."""
+    """The encoded rows, in chunks. After the first problem, rows are only checked for more problems."""
     problems: list[Problem] = []
     source, done = iter(rows), 0
-    while len(problems) <= MOST_PROBLEMS and (chunk := _next_rows(source, problems)):
+    while len(problems) <= MAX_PROBLEMS and (chunk := _next_rows(source, problems)):
         rendered = [_rendered(row, template, columns, task, problems) for row in chunk]
         if not problems:
             try:
@@ -151,12 +151,12 @@ def _chunks(
         if progress is not None:
             progress(done)
     if problems:
-        more = [Problem("there are more such problems", rows.name)] if len(problems) > MOST_PROBLEMS else []
-        raise UserError([*problems[:MOST_PROBLEMS], *more])
+        more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
+        raise UserError([*problems[:MAX_PROBLEMS], *more])
 
 
 def _next_rows(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
-    """The next rows. If one cannot be read, its problem is added and the rows before it are returned."""
+    """The next rows. If one cannot be read, adds its problem to `problems` and returns the rows before it."""
     chunk: list[Row] = []
     try:
         for row in islice(source, ROWS_A_CHUNK):
@@ -185,9 +185,9 @@ def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, task: Task) 
 
 @contextmanager
 def _locked(cache_dir: Path, key: str) -> Iterator[None]:
-    """One process of this machine builds the store while the others wait. A process that dies releases the lock."""
+    """Lets one process of this machine build the store while the others wait. A process that dies releases the lock."""
     lock = FileLock(cache_dir / f"{key}.lock", fallback_to_soft=False)
-    with _writing(cache_dir):
+    with _write_errors_as_user_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
@@ -197,7 +197,7 @@ def _locked(cache_dir: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(cache_dir: Path) -> Iterator[None]:
+def _write_errors_as_user_errors(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -212,7 +212,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _vocabulary_sum(tokenizer: PreTrainedTokenizerBase) -> str:
+def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     path = getattr(tokenizer, "vocab_file", None)
     return sha256(Path(path).read_bytes()).hexdigest() if path and os.path.isfile(path) else ""
 

@@ -1,8 +1,8 @@
 """The training template as a chat template, so that other tools prompt with the tokens of training.
 
-`apply_chat_template`, vLLM and the like send a list of messages. A user message becomes the template's field; for
-several fields its content is a flat JSON object of texts. Other tools treat special-token text in data as special
-tokens; Yeonma does not.
+`apply_chat_template`, vLLM and similar tools take a list of messages. The user message fills the template's field; if
+there are several fields, its content is a flat JSON object of texts. Other tools treat special-token text in data as
+special tokens; Yeonma does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.text_encoder import TextEncoder
 
 BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
-"""The file with the base's own chat template beside an exported one; empty if the base has none."""
+"""The file for the base's own chat template, next to an exported one; empty if the base has none."""
 MARK = f"{{#- A training template, for messages; the base model's own chat template is in {BASE_CHAT_TEMPLATE} -#}}\n"
 """The first line of an exported chat template."""
 
@@ -33,23 +33,23 @@ _UNLIMITED = TokenRules(2**40)
 
 @dataclass(frozen=True)
 class ExportedChatTemplate:
-    """A chat template that was tried and gives the tokens of training; or None, and why there is none."""
+    """A chat template that gives the tokens of training in a trial; or None, and why there is none."""
 
     text: str | None
     why: str = ""
 
 
 def export_chat_template(template: Template, tokenizer: Any) -> ExportedChatTemplate:
-    """The chat template for `template` and a tokenizer with its base's own chat template, tried on a few texts."""
+    """The chat template for `template`, tried on a few texts. `tokenizer` has the base's own chat template."""
     text = chat_template_for(template, tokenizer)
     if text is None:
         return ExportedChatTemplate(None, "the base model has no chat template to write turns with")
-    why = why_not_exported(template, tokenizer, text)
-    return ExportedChatTemplate(None if why else text, why)
+    reason = why_not_exported(template, tokenizer, text)
+    return ExportedChatTemplate(None if reason else text, reason)
 
 
 def why_not_exported(template: Template, tokenizer: Any, text: str) -> str:
-    """Why the chat template `text` does not give the tokens of training for a few texts; empty if it does."""
+    """Why the chat template `text` does not give the tokens of training in a trial; empty if it does."""
     trials = 0
     for row in _trial_rows(template):
         rendered = template.render(row, None, with_answer=False)
@@ -58,22 +58,22 @@ def why_not_exported(template: Template, tokenizer: Any, text: str) -> str:
         except UserError:  # a conversation that the base's chat template refuses
             continue
         try:
-            same = chat_ids(tokenizer, messages_of(template, row, None, rendered), text) == ids
+            exported_ids = chat_ids(tokenizer, messages_of(template, row, None, rendered), text)
         except Exception as error:  # Jinja may raise anything
             return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
-        if not same:
+        if exported_ids != ids:
             return "a chat template cannot reproduce the tokens of training with this tokenizer"
         trials += 1
     return "" if trials else "the base model's chat template refuses every trial"
 
 
 def full_prompt_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
-    """The ids of the row's whole prompt as trained, without a limit. Raises UserError as `encode_prompts`."""
+    """The ids of the row's prompt as trained, but without a length limit. Raises UserError as `encode_prompts`."""
     return encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0].tolist()
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
-    """The prompt ids of other tools: those of `messages` by transformers' `apply_chat_template`."""
+    """The prompt ids that other tools use: those of `messages` by transformers' `apply_chat_template`."""
     encoded = tokenizer.apply_chat_template(
         list(messages), chat_template=chat_template, add_generation_prompt=True
     )
@@ -81,7 +81,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | N
 
 
 def _trial_rows(template: Template) -> Iterator[Row]:
-    """Rows for each variant, with texts that test the borders of tokens, JSON and Jinja."""
+    """Rows for every variant, with texts that test token borders, JSON and Jinja."""
     if template.is_chat:
         column = template.answer_field
         for first, last in zip(_TRIAL_TEXTS, reversed(_TRIAL_TEXTS), strict=True):
@@ -98,17 +98,17 @@ def _trial_rows(template: Template) -> Iterator[Row]:
 
 
 def chat_template_for(template: Template, tokenizer: Any) -> str | None:
-    """Jinja that renders messages as the template's prompts, for a tokenizer with its base's own chat template.
+    """Jinja that renders messages as the template's prompts. `tokenizer` has the base's own chat template.
 
-    None if turns need the base's chat template and there is none.
+    Returns None if turns need the base's chat template and there is none.
     """
     encoder = TextEncoder.of(tokenizer)
-    own = base_chat_template(tokenizer)
-    turns = any(variant.answer_role is not None for variant in template.variants)
-    if turns and not own:
+    base = base_chat_template(tokenizer)
+    has_turns = any(variant.answer_role is not None for variant in template.variants)
+    if has_turns and not base:
         return None
     if template.is_chat:
-        return _dated(own, _lead_of_turns(tokenizer, encoder) + own)
+        return _with_fixed_date(base, _lead_of_turns(tokenizer, encoder) + base)
     fields = prompt_fields(template)
     head = _read_message(fields, template)
     branches = [
@@ -121,35 +121,35 @@ def chat_template_for(template: Template, tokenizer: Any) -> str | None:
         if variant.prompt_fields
     ]
     constant = [variant for variant in template.variants if not variant.prompt_fields]
-    last = (
+    fallback = (
         (_turns(constant[0]) if constant[0].answer_role else _plain(constant[0], tokenizer))
         if constant
         else "{{- raise_exception(" + _quoted(f"the message lacks a field: {_needs(fields)}") + ") -}}\n"
     )
-    chosen = "".join(branches) + "{%- else -%}\n" + last + "{%- endif -%}\n" if branches else last
-    if not turns:
-        return head + "{%- set own = namespace(text='', turns=none) -%}\n" + chosen + _write(encoder)
-    return _dated(
-        own,
+    selection = "".join(branches) + "{%- else -%}\n" + fallback + "{%- endif -%}\n" if branches else fallback
+    if not has_turns:
+        return head + "{%- set own = namespace(text='', turns=none) -%}\n" + selection + _write(encoder)
+    return _with_fixed_date(
+        base,
         head
         + "{%- set own = namespace(text='', turns=none) -%}\n"
-        + chosen
+        + selection
         + ("{%- if own.turns is none -%}\n" + _write(encoder) + "{%- else -%}\n")
         + "{%- set messages = own.turns -%}\n"
         + _lead_of_turns(tokenizer, encoder)
-        + own
+        + base
         + "{%- endif -%}",
     )
 
 
 def base_chat_template(tokenizer: Any) -> str:
-    """The tokenizer's own chat template, the default one of several; empty if it has none."""
-    named = tokenizer.chat_template
-    return str((named.get("default") if isinstance(named, dict) else named) or "")
+    """The tokenizer's own chat template (of several, the default one); empty if it has none."""
+    chat_template = tokenizer.chat_template
+    return str((chat_template.get("default") if isinstance(chat_template, dict) else chat_template) or "")
 
 
 def messages_of(template: Template, row: Row, columns: Columns, rendered: Rendered) -> list[Message]:
-    """The row as another tool sends it: one user message, or a turn list without its final answer."""
+    """The row as messages for other tools: one user message, or a turn list without its final answer."""
     if template.is_chat:
         turns = rendered.turns
         turns = turns[:-1] if turns[-1].role == "assistant" and not rendered.answer else turns
@@ -163,13 +163,13 @@ def messages_of(template: Template, row: Row, columns: Columns, rendered: Render
 
 
 def prompt_fields(template: Template) -> list[str]:
-    """The fields that a message fills, in the template's order; none for a turn list."""
+    """The fields that the user message fills, in the template's order; none for a turn list."""
     return list(dict.fromkeys(name for variant in template.variants for name in variant.prompt_fields))
 
 
-def _dated(own: str, text: str) -> str:
-    """With the fixed date of training, if the base's chat template writes one."""
-    return FIXED_DATE + text if "strftime_now" in own else text
+def _with_fixed_date(base: str, text: str) -> str:
+    """`text`, preceded by the fixed date of training if the base's chat template writes a date."""
+    return FIXED_DATE + text if "strftime_now" in base else text
 
 
 def _quoted(text: str) -> str:
@@ -219,25 +219,26 @@ def _answer(parts: Sequence[Part]) -> str:
 
 
 def _write(encoder: TextEncoder) -> str:
-    """The text after what the tokenizer's own rules would put before it."""
-    blank, other = (_lead(encoder, [before + text for text in _LEAD_PROBES]) for before in (" ", ""))
-    if blank == other:
-        return "{{- " + _quoted(other) + " ~ own.text -}}\n"
-    return "{{- (" + _quoted(blank) + " if own.text[:1] == ' ' else " + _quoted(other) + ") ~ own.text -}}\n"
+    """Jinja that writes the text, after what the tokenizer itself would put before it."""
+    before_space, lead = (_lead(encoder, [start + text for text in _LEAD_PROBES]) for start in (" ", ""))
+    if before_space == lead:
+        return "{{- " + _quoted(lead) + " ~ own.text -}}\n"
+    condition = _quoted(before_space) + " if own.text[:1] == ' ' else " + _quoted(lead)
+    return "{{- (" + condition + ") ~ own.text -}}\n"
 
 
 def _lead(encoder: TextEncoder, texts: Sequence[str]) -> str:
-    """The text that, put before a text, makes the tokenizer give the same ids without its own rules: the start tokens'
-    text, and a blank in place of a dummy prefix. Other tokenizers have none, which the trial finds out."""
+    """The text to put before a text so that other tools, which add no start tokens, get the same ids: the text of the
+    start tokens, and perhaps a space for a dummy prefix. If neither works, the trial fails later."""
     start = "".join(encoder.special_text.get(number, "") for number in encoder.start_ids)
     for lead in (start, start + " "):
-        if encoder.bare([lead + text for text in texts]) == encoder.batch(texts):
+        if encoder.batch_without_start([lead + text for text in texts]) == encoder.batch(texts):
             return lead
     return start
 
 
 def _lead_of_turns(tokenizer: Any, encoder: TextEncoder) -> str:
-    """The start tokens, if the base's chat template does not write them."""
+    """Jinja that writes the start tokens, if the base's chat template does not."""
     if not encoder.start_ids:
         return ""
     try:
@@ -246,7 +247,7 @@ def _lead_of_turns(tokenizer: Any, encoder: TextEncoder) -> str:
         )
     except Exception:  # the base's template may raise anything
         return ""
-    lead = "" if encoder.bare([text]) == encoder.batch([text]) else _lead(encoder, [text])
+    lead = "" if encoder.batch_without_start([text]) == encoder.batch([text]) else _lead(encoder, [text])
     return "{{- " + _quoted(lead) + " -}}\n" if lead else ""
 
 
@@ -257,10 +258,10 @@ def _read_message(fields: Sequence[str], template: Template) -> str:
     if len(fields) == 1:
         return head + f"{{%- set fields = {{{_quoted(fields[0])}: said.content}} -%}}\n"
     empty = "{" + ", ".join(f"{_quoted(name)}: none" for name in fields) + "}"
-    alone = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
+    single = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
     plain = (
-        "{%- set json.fields = dict(json.fields, **{" + _quoted(alone) + ": said.content}) -%}"
-        if alone
+        "{%- set json.fields = dict(json.fields, **{" + _quoted(single) + ": said.content}) -%}"
+        if single
         else "{{- raise_exception(" + needs + ") -}}"
     )
     return head + _JSON.replace("@EMPTY@", empty).replace("@PLAIN@", plain).replace("@NEEDS@", needs)
@@ -284,8 +285,8 @@ _MESSAGE = """\
 {%- set answer = said.answer -%}
 """
 
-# Reads {"name": "text", ...} character by character. `at`: what is expected next. The text between two escapes is taken
-# at once.
+# Reads {"name": "text", ...} character by character. `at`: what is expected next. Text between two escapes is copied in
+# one piece.
 _JSON = """\
 {%- set json = namespace(fields=@EMPTY@, at='open', name='', text='', start=0, escape='', hex='', high=0, ok=true) -%}
 {%- if said.content|trim and (said.content|trim)[0] != '{' -%}

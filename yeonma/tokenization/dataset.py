@@ -1,4 +1,4 @@
-"""Settings -> the examples of a run: choose the template, tokenise the rows, draw the validation rows."""
+"""Settings -> the examples of a run: choose the template, tokenise the rows, draw validation rows, warn."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
-FIRST = 10
+LISTED_ROWS = 10
+"""Row numbers that a warning lists."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some examples of a token store, by their positions in it, and the rows they come from."""
+    """Some examples of a token store, by position, and the rows that they come from."""
 
     rows: Rows
     store: TokenStore
@@ -39,7 +40,7 @@ class Part:
 
     @cached_property
     def units(self) -> np.ndarray:
-        """The units that a plan is made of, such as examples or pairs."""
+        """The units of these examples, from which a plan is made: examples or pairs."""
         return np.unique(self.store.units[self.positions])
 
     @property
@@ -47,7 +48,7 @@ class Part:
         return int(self.store.trained_counts[self.store.trained_of(self.units)].sum())
 
     def first_rows(self, count: int) -> list[Row]:
-        """The rows of the first `count` distinct row numbers; nothing after the last of them is read."""
+        """The first `count` rows of this part. Does not read past the last of them."""
         numbers = set(used_rows(self.store, self.positions)[:count].tolist())
         rows: list[Row] = []
         for row in self.rows:
@@ -69,7 +70,7 @@ class Dataset:
 
     @property
     def sources(self) -> list[Part]:
-        """A part for each data set that was read: only one if validation rows were drawn from the training rows."""
+        """One part per data set: only one if validation rows were drawn from the training rows."""
         parts = {self.train.store.key: self.train}
         if self.validation is not None:
             parts.setdefault(self.validation.store.key, self.validation)
@@ -96,13 +97,15 @@ def prepare_dataset(
     tokens: TokenSettings,
     tokenizer: Any,
     seed: int,
-    say: Log,
+    log: Log,
     progress: Callable[[int], None],
     task: Task = ANSWERS,
     continued: str | None = None,
 ) -> Dataset:
-    """Read the rows, tokenise them or take them from the cache, and draw validation rows. `continued` is the adapter
-    folder to continue. Raises UserError for faults of the data, the template and the settings."""
+    """Read the rows, tokenise them or load their tokens from the cache, and draw validation rows.
+
+    `continued` is the adapter folder to continue. Raises UserError for faults in data, template or settings.
+    """
     if data.val_data_path is not None and data.val_set_size:
         raise UserError(
             "val_set_size and val_data_path are both given",
@@ -116,7 +119,7 @@ def prepare_dataset(
     rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
     if choice.reason:
-        say(choice.reason)
+        log(choice.reason)
     cache = cache_folder(tokens)
 
     def part(rows: Rows) -> Part:
@@ -139,40 +142,40 @@ def prepare_dataset(
     return Dataset(task, template, columns, rules, train, validation)
 
 
-def describe(dataset: Dataset, say: Log) -> None:
-    """Report the counts, what was cut or left out, and warnings."""
+def describe(dataset: Dataset, log: Log) -> None:
+    """Log the counts, what was shortened or left out, and warnings."""
     for part in dataset.sources:
-        _describe(part.rows.name, part.store, dataset.task, say)
+        _describe(part.rows.name, part.store, dataset.task, log)
     if dataset.validation is not None:
         overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
         if overlap is not None:
-            say(f"{dataset.validation.rows.name}: {overlap}")
+            log(f"{dataset.validation.rows.name}: {overlap}")
 
 
-def _describe(name: str, store: TokenStore, task: Task, say: Log) -> None:
+def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     counts = store.counts
     line = f"{name}: {counts.rows:,} rows, {counts.units:,} {task.units}, {counts.tokens:,} tokens"
-    say(f"{line}, {counts.trained_tokens:,} of them trained")
+    log(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        say(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
+        log(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
     left_out = store.left_out if counts.left_out else []
     for reason in NOTHING_TO_CHOOSE:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
-            say(f"{name}: {reason}: {len(numbers):,} left out ({listed(numbers)})")
+            log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
     numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
     if numbers:
-        say(f"{name}: {len(numbers):,} left out: {listed(numbers)}")
+        log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
     for warning in data_warnings(store, np.arange(len(store))):
-        say(f"{name}: {warning}")
+        log(f"{name}: {warning}")
 
 
-# Warnings; they come from the token store, so the rows are not read again
+# Warnings. They come from the token store: no row is read again
 
 
 @dataclass(frozen=True)
 class DataWarning:
-    """A warning about some rows. `what` describes them; `rows` are the first few of their numbers."""
+    """A warning about some rows. `what` describes them; `rows` are their first few numbers."""
 
     kind: str
     count: int
@@ -180,13 +183,12 @@ class DataWarning:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.count:,} ({listed(self.rows, self.count)})"
+        return f"{self.what}: {self.count:,} ({format_rows(self.rows, self.count)})"
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Row numbers, ascending, of rows that repeat an earlier row (`rows`), or its prompt with another answer
-    (`prompts`)."""
+    """Ascending numbers of rows that repeat an earlier row, or its prompt with another answer."""
 
     rows: np.ndarray
     prompts: np.ndarray
@@ -196,7 +198,7 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
     """Warnings about the rows of the examples at `positions`, the most serious first."""
     rows = used_rows(store, positions)
     flags = store.row_flags[rows - 1]
-    repeats = repeats_of(store, rows)
+    repeats = repeated_rows(store, rows)
     special = np.unique(store.row_numbers[positions][store.special_text[positions] > 0])
     straddling = np.unique(store.row_numbers[positions][store.straddles[positions]])
     return [
@@ -232,25 +234,25 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
 def overlap_of(
     train: tuple[TokenStore, np.ndarray], validation: tuple[TokenStore, np.ndarray]
 ) -> DataWarning | None:
-    """The validation rows that repeat a training row. Each side is a store and positions in it."""
+    """A warning about validation rows that repeat a training row. Both arguments are a store and positions in it."""
     train_rows, held_out = used_rows(*train), used_rows(*validation)
-    seen = np.isin(validation[0].row_digests[held_out - 1], train[0].row_digests[train_rows - 1])
-    return rows_warning("overlap", held_out[seen], "validation rows that are also training rows")
+    in_training = np.isin(validation[0].row_digests[held_out - 1], train[0].row_digests[train_rows - 1])
+    return rows_warning("overlap", held_out[in_training], "validation rows that are also training rows")
 
 
 def used_rows(store: TokenStore, positions: np.ndarray) -> np.ndarray:
-    """The row numbers of the examples at `positions`, ascending, each once."""
+    """The distinct row numbers of the examples at `positions`, ascending."""
     return np.unique(store.row_numbers[positions])
 
 
-def repeats_of(store: TokenStore, rows: np.ndarray) -> Repeats:
+def repeated_rows(store: TokenStore, rows: np.ndarray) -> Repeats:
     repeated = _is_repeat(store.row_digests[rows - 1])
     repeated_prompt = _is_repeat(store.prompt_digests[rows - 1]) & ~repeated
     return Repeats(rows[repeated], rows[repeated_prompt])
 
 
-def listed(numbers: Sequence[int], count: int | None = None, most: int = FIRST) -> str:
-    """`rows 3, 17 and 5 more`, of `count` rows in all."""
+def format_rows(numbers: Sequence[int], count: int | None = None, most: int = LISTED_ROWS) -> str:
+    """The first of these row numbers, of `count` rows in all: `rows 3, 17 and 5 more`."""
     count = len(numbers) if count is None else count
     shown = ", ".join(str(number) for number in numbers[:most])
     more = count - min(len(numbers), most)
@@ -258,12 +260,12 @@ def listed(numbers: Sequence[int], count: int | None = None, most: int = FIRST) 
 
 
 def _is_repeat(digests: np.ndarray) -> np.ndarray:
-    """Which digests equal an earlier one."""
-    first = np.zeros(len(digests), dtype=bool)
-    first[np.unique(digests, return_index=True)[1]] = True
-    return ~first
+    """Whether a digest equals an earlier one."""
+    is_first = np.zeros(len(digests), dtype=bool)
+    is_first[np.unique(digests, return_index=True)[1]] = True
+    return ~is_first
 
 
 def rows_warning(kind: str, rows: np.ndarray, what: str) -> DataWarning | None:
     """A warning about these rows; None if there are none."""
-    return DataWarning(kind, len(rows), tuple(rows[:FIRST].tolist()), what) if len(rows) else None
+    return DataWarning(kind, len(rows), tuple(rows[:LISTED_ROWS].tolist()), what) if len(rows) else None

@@ -1,4 +1,4 @@
-"""Example: token ids and which of them are trained; the settings that decide them, and their checks."""
+"""Example: token ids and their trained mask; the settings that determine them, and checks of these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yeonma.tokenization.text_encoder import TextEncoder
 
 
 class AnswerRole(IntEnum):
-    """What an example's answer is: the only one, the better or worse of two, or one labelled desirable or not."""
+    """The role of an example's answer: the only one, the better or worse of two, or one labelled desirable or not."""
 
     ANSWER = 0
     CHOSEN = 1
@@ -25,7 +25,7 @@ class AnswerRole(IntEnum):
     DESIRABLE = 3
     UNDESIRABLE = 4
     MISMATCHED = 5
-    """The answer to another row's prompt: never trained, only measured."""
+    """The answer of another row: never trained, only measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,30 +35,30 @@ class Example:
     token_ids: NDArray[np.int32]
     """Shape (tokens,): prompt, answer, end token."""
     trained: NDArray[np.bool_]
-    """Shape (tokens,): whether the token is trained, as a target; never the first token."""
+    """Shape (tokens,): whether the token is a training target; the first token never is."""
     prompt_length: int
-    """Tokens before the answer, or before the last answer of a turn list: what generation feeds."""
+    """Tokens before the answer, or before the last answer of a turn list: the prompt of generation."""
     row: int
     variant: int
     cut_characters: int
-    """Characters that a prompt field lost to fit into `cutoff_len`."""
+    """Characters cut from a prompt field to fit into `cutoff_len`."""
     straddles: bool
-    """Whether a token of the whole text straddles the border, so that the answer was encoded as a continuation."""
+    """Whether a token would straddle the border of prompt and answer, so the answer was encoded as a continuation."""
     special_text: int
     """Special-token texts in the data that were encoded as ordinary text."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Examples with one prompt that a step counts as one and no micro-batch splits, such as the two of a pair."""
+    """Examples of one prompt that a step counts as one and no micro-batch splits, such as those of a pair."""
 
     members: tuple[tuple[AnswerRole, Example], ...]
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row, or one answer of a turn list, that is over the limit even with its prompt field cut to one character; or a
-    pair whose answers are equal."""
+    """A row, or an answer of a turn list, that exceeds the limit even with its prompt field cut to one character; or a
+    pair with equal answers."""
 
     row: int
     place: str
@@ -67,7 +67,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class TokenRules:
-    """The settings that decide an example's tokens."""
+    """The settings that determine an example's tokens."""
 
     cutoff_len: int
     shrink: str | None = None
@@ -100,7 +100,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> No
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, ...]:
-    """The ids that end an answer: EOS and, with `chat`, the chat template's end of an assistant turn."""
+    """The ids that end an answer: EOS and, with `chat`, the end token of the chat template's assistant turns."""
     ids = {tokenizer.eos_token_id}
     if chat:
         with chat_of(TextEncoder.of(tokenizer)) as template:

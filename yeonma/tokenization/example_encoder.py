@@ -1,7 +1,7 @@
-"""Rows as text to examples as tokens, and prompts for generation by the same functions.
+"""Rendered rows -> examples, and prompts for generation by the same functions.
 
-A row's text is written as training sees it, encoded up to each border of an answer, and fitted into `cutoff_len`: one
-field of the prompt loses text, never the frame and never the answer.
+A row's text is encoded up to every border of an answer and fitted into `cutoff_len`: one field of the prompt is
+shortened, never the frame and never the answer.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from yeonma.tokenization.chat_template import Chat, as_messages, chat_of
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, check_tokenizer
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
-MOST_FITS = 8
-"""How often a prompt is fitted again because a shorter prompt changed the number of the answer's tokens."""
+MAX_FITS = 8
+"""How often a prompt is fitted: a shorter prompt may change the number of tokens of the answer."""
 
 
 def encode(
     rendered: Sequence[Rendered], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, rules: TokenRules
 ) -> list[Example | LeftOut]:
-    """Examples of rendered rows, in order. A turn list may give several, next to each other.
+    """The examples of rendered rows, in order. A turn list may give several.
 
-    Short texts go through the tokenizer in one call, on all cores; pass a few thousand rows at a time.
+    Short texts go through the tokenizer in one call, on all cores: pass a few thousand rows at a time.
     Raises UserError with a problem for every row that the model's chat template refuses or, with `over_limit` "error",
     that is over the limit; and as `check_tokenizer`.
     """
@@ -46,12 +46,12 @@ def encode_prompts(
     rules: TokenRules,
     max_new_tokens: int,
 ) -> list[NDArray[np.int32]]:
-    """Prompt ids for generation, which leave `max_new_tokens` of `cutoff_len` free.
+    """Prompt ids for generation. They leave `max_new_tokens` of `cutoff_len` free.
 
-    Equal to `token_ids[:prompt_length]` of the row's (last) example if neither is shortened, or if `max_new_tokens` is
-    the number of the answer's tokens, so that both are fitted into the same budget. A final assistant turn of a turn
-    list is not part of the prompt. Raises UserError with a problem for every row whose prompt does not fit even with
-    one character left of its field.
+    They equal `token_ids[:prompt_length]` of the row's (last) example if neither is shortened, or if `max_new_tokens`
+    is the number of tokens of the answer, so that both are fitted into the same budget. A final assistant turn of a
+    turn list is not part of the prompt. Raises UserError with a problem for every row whose prompt does not fit even
+    with one character left of its field.
     """
     if max_new_tokens >= rules.cutoff_len:
         problem = f"{max_new_tokens} new tokens leave no room for a prompt in cutoff_len {rules.cutoff_len}"
@@ -63,7 +63,7 @@ def encode_prompts(
 def encode_prompt(
     rendered: Rendered, row: Row, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, max_new_tokens: int
 ) -> NDArray[np.int32]:
-    """`encode_prompts` of one row."""
+    """`encode_prompts` for one row."""
     return encode_prompts([rendered], [row], tokenizer, rules, max_new_tokens)[0]
 
 
@@ -71,7 +71,7 @@ def encode_prompt(
 def encoder_for(
     tokenizer: PreTrainedTokenizerBase, rules: TokenRules, rendered: Sequence[Rendered]
 ) -> Iterator[ExampleEncoder]:
-    """An encoder for these rows, within the block and this thread. Raises UserError as `chat_of`."""
+    """An encoder for these rows, for use within the block, in this thread. Raises UserError as `chat_of`."""
     encoder = TextEncoder.of(tokenizer)
     if any(text.answer_role is not None for text in rendered):
         with chat_of(encoder) as chat:
@@ -82,7 +82,7 @@ def encoder_for(
 
 @dataclass(frozen=True)
 class PromptText:
-    """A prompt as text. `data`: character spans of data; None if no special-token text is in it."""
+    """A prompt as text. `data`: the character spans of data; None if they contain no special-token text."""
 
     text: str
     data: tuple[Span, ...] | None
@@ -90,10 +90,10 @@ class PromptText:
 
 @dataclass(frozen=True)
 class ExampleText:
-    """An example as text. `answers` are the character spans that are trained; the last one ends the text.
+    """An example as text. `answers` are the character spans to train on; the last one ends the text.
 
-    `ended`: the text already contains its end token; otherwise EOS may follow. `rendered` has just the turns that this
-    example needs, so that it can be shortened and written again.
+    `ended`: the text contains its end token; otherwise EOS may follow. `rendered` has only the turns of this example,
+    so that it can be shortened and rendered again.
     """
 
     rendered: Rendered
@@ -111,7 +111,7 @@ class ExampleText:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The ids of an ExampleText. `answers`: for each of its answers, the tokens before it and through it."""
+    """The ids of an ExampleText. `answers`: start and end of its answers in tokens."""
 
     ids: list[int]
     answers: list[tuple[int, int]]
@@ -131,7 +131,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """The example, or why it is left out, and the text that was tokenised, shortened if it was too long."""
+    """The example, or why it is left out, and the text that was tokenised, after shortening."""
 
     text: ExampleText
     outcome: Example | LeftOut
@@ -139,7 +139,7 @@ class EncodeResult:
 
 @dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt that fits its budget."""
+    """A prompt that fits into its budget of tokens."""
 
     rendered: Rendered
     cut_characters: int
@@ -180,7 +180,7 @@ class ExampleEncoder:
     def prompts(
         self, rendered: Sequence[Rendered], rows: Sequence[Row], budget: int
     ) -> list[NDArray[np.int32]]:
-        """Prompt ids of at most `budget` tokens each. Raises UserError with a problem for every row without room."""
+        """Prompt ids, at most `budget` per prompt. Raises UserError with a problem for every row that does not fit."""
         problems: list[Problem] = []
         prompts = []
         for text, row in zip(rendered, rows, strict=True):
@@ -198,7 +198,7 @@ class ExampleEncoder:
         return prompts
 
     def texts(self, rendered: Rendered, row: Row) -> list[ExampleText]:
-        """The row's examples as text. Raises UserError with the row's place if there is none."""
+        """The row's examples as text. Raises UserError with the row's place if there are none."""
         texts = example_texts(rendered, row, self.encoder, self.chat, end_needed=self.rules.add_eos_token)
         if not texts:
             raise UserError("the turn list has no assistant turn after another turn", place=row.place)
@@ -207,7 +207,7 @@ class ExampleEncoder:
         return texts
 
     def ids_of(self, texts: Sequence[ExampleText]) -> list[TokenIds | None]:
-        """Ids of each text; None if the answers of a turn list do not begin and end with its tokens."""
+        """The ids of the texts; None for a turn list whose answers do not begin and end at borders of tokens."""
         borders = [
             text.text[:end]
             for text in texts
@@ -219,7 +219,7 @@ class ExampleEncoder:
         return [self._token_ids(text, encoded) for text in texts]
 
     def results_of(self, text: ExampleText, ids: TokenIds | None) -> list[EncodeResult]:
-        """The text's example, shortened if it is too long; without `ids` one example for each of its answers."""
+        """The text's example, shortened if it is too long. If `ids` is None, one example per answer."""
         if ids is None:
             parts = [self.texts(part, text.row)[-1].last_answer for part in split_turns(text.rendered)]
             pairs = zip(parts, self.ids_of(parts), strict=True)
@@ -229,7 +229,7 @@ class ExampleEncoder:
         return self._shortened(text, ids)
 
     def fit_prompt(self, rendered: Rendered, row: Row, budget: int, ids: list[int]) -> FittedPrompt | LeftOut:
-        """The prompt, whose ids are `ids`, with as much of one field as `budget` tokens hold."""
+        """The prompt, whose full ids are `ids`, with one field shortened to fit into `budget` tokens."""
         if len(ids) <= budget:
             return FittedPrompt(rendered, 0, ids)
         field, side = field_to_shorten(rendered, self.rules.shrink), self.rules.shrink_side
@@ -278,7 +278,7 @@ class ExampleEncoder:
             raise UserError(problem, place=row.place, cure=cure)
 
     def _token_ids(self, text: ExampleText, encoded: Iterator[list[int]]) -> TokenIds | None:
-        """The ids of one text; `encoded` gives those up to each of its borders, if no special-token text is in it."""
+        """The ids of a text. Without special-token text, `encoded` yields the ids up to each of its borders."""
         ends = [end for answer in text.answers for end in answer]
         special_text = 0
         if text.data is None:
@@ -286,15 +286,15 @@ class ExampleEncoder:
         else:
             counted = [self.encoder.with_data(text.text[:end], text.data) for end in ends]
             parts, special_text = [ids for ids, _ in counted], counted[-1][1]
-        whole = parts[-1]
-        if any(whole[: len(part)] != part for part in parts):
+        full_ids = parts[-1]
+        if any(full_ids[: len(part)] != part for part in parts):
             return None if len(text.answers) > 1 else self._continued(text, parts[0], special_text)
         counts = [len(part) for part in parts]
         answers = list(zip(counts[::2], counts[1::2], strict=True))
-        return self._with_eos(text, TokenIds(whole, answers, False, special_text))
+        return self._with_eos(text, TokenIds(full_ids, answers, False, special_text))
 
     def _continued(self, text: ExampleText, prompt: list[int], special_text: int) -> TokenIds:
-        """The answer as a continuation of the prompt: a token of the whole text straddles their border."""
+        """Ids whose answer is encoded as a continuation of the prompt, because a token would straddle their border."""
         start = text.answers[0][0]
         answer = text.text[start:]
         if text.data is None:
@@ -302,8 +302,8 @@ class ExampleEncoder:
         else:
             data = [(max(left - start, 0), right - start) for left, right in text.data if right > start]
             ids, _ = self.encoder.with_data(answer, data, before=prompt)
-        whole = prompt + ids
-        return self._with_eos(text, TokenIds(whole, [(len(prompt), len(whole))], True, special_text))
+        full_ids = prompt + ids
+        return self._with_eos(text, TokenIds(full_ids, [(len(prompt), len(full_ids))], True, special_text))
 
     def _with_eos(self, text: ExampleText, ids: TokenIds) -> TokenIds:
         eos = self.encoder.eos_id
@@ -313,21 +313,21 @@ class ExampleEncoder:
         return replace(ids, ids=[*ids.ids, eos], answers=[*ids.answers[:-1], (start, end + 1)])
 
     def _shortened(self, text: ExampleText, ids: TokenIds) -> list[EncodeResult]:
-        """The example with as much prompt as its answer leaves room for.
+        """The example, with its prompt shortened to the budget that the answer leaves.
 
-        A shorter prompt may change the first tokens of the answer and so their number; then it is fitted again, until
-        the budget is the room left, which is the budget that generation gives for an answer of that length.
+        A shorter prompt may change the first tokens of the answer and so their number. Then it is fitted again, until
+        the budget matches the answer. This is the budget that generation uses for an answer of that length.
         """
         cutoff_len, tried = self.rules.cutoff_len, set[int]()
         best: EncodeResult | None = None
         budget = cutoff_len - ids.answer_length
-        while budget not in tried and len(tried) < MOST_FITS:
+        while budget not in tried and len(tried) < MAX_FITS:
             tried.add(budget)
             fitted = self.fit_prompt(text.rendered, text.row, budget, ids.ids[: ids.answers[-1][0]])
             if isinstance(fitted, LeftOut):
                 reason = f"{len(ids.ids)} tokens, and {fitted.reason}; cutoff_len is {cutoff_len}"
                 return [best or EncodeResult(text, replace(fitted, reason=reason))]
-            short = self._rewritten(text, fitted.rendered)
+            short = self._rendered_again(text, fitted.rendered)
             short_ids = None if short is None else self.ids_of([short])[0]
             if short is None or short_ids is None:
                 return self.results_of(text, None)
@@ -337,8 +337,8 @@ class ExampleEncoder:
         reason = f"{len(ids.ids)} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
         return [best or EncodeResult(text, LeftOut(text.row.number, text.row.place, reason))]
 
-    def _rewritten(self, text: ExampleText, rendered: Rendered) -> ExampleText | None:
-        """The shortened row with the answers of `text`; None if they no longer make one example."""
+    def _rendered_again(self, text: ExampleText, rendered: Rendered) -> ExampleText | None:
+        """The shortened row with the answers of `text`; None if they are no longer one example."""
         texts = self.texts(rendered, text.row)
         if len(text.answers) == 1:
             return texts[-1].last_answer
@@ -346,7 +346,7 @@ class ExampleEncoder:
 
 
 def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:
-    """A problem for every row that is left out, for `over_limit` "error"."""
+    """A problem for every row that is left out, when `over_limit` is "error"."""
     cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
     return [Problem(row.reason, row.place, cure) for row in outcomes if isinstance(row, LeftOut)]
 
@@ -355,7 +355,7 @@ def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:
 
 
 def prompt_of(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None) -> PromptText:
-    """The prompt that generation feeds; a final assistant turn of a turn list is not part of it."""
+    """The prompt for generation; a final assistant turn of a turn list is not part of it."""
     if rendered.answer_role is None:
         return _plain_text(rendered.prompt_pieces, encoder)
     assert chat is not None
@@ -363,14 +363,14 @@ def prompt_of(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | N
     if not rendered.answer and messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     text = chat.prompt(messages, row.place)
-    tainted = any(encoder.has_special(message["content"]) for message in messages)
-    return PromptText(text, tuple(chat.data_of(messages, text, row.place)) if tainted else None)
+    has_special = any(encoder.has_special(message["content"]) for message in messages)
+    return PromptText(text, tuple(chat.content_spans(messages, text, row.place)) if has_special else None)
 
 
 def example_texts(
     rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None, *, end_needed: bool
 ) -> list[ExampleText]:
-    """The row's examples: one, or one for each answer of a turn list if the chat template rewrites earlier turns.
+    """The row's examples: one, or one per answer of a turn list if the chat template rewrites earlier turns.
 
     `end_needed`: every answer must end with a token of its own. Raises UserError with the row's place if the model's
     chat template refuses the row.
@@ -385,7 +385,7 @@ def example_texts(
 
 
 def split_turns(rendered: Rendered) -> list[Rendered]:
-    """A turn list up to each of its assistant turns, but for one that begins it."""
+    """The turn list cut after each of its assistant turns, except one at its start."""
     roles = [turn.role for turn in rendered.turns]
     return [
         replace(rendered, turns=rendered.turns[: number + 1])
@@ -395,7 +395,7 @@ def split_turns(rendered: Rendered) -> list[Rendered]:
 
 
 def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str]]:
-    """Start, end and field of each run of a prompt field's data in the text.
+    """(start, end, field) of the prompt fields' data in the text.
 
     Turns whose content the chat template changes, except for white space at the edges, are left out.
     """
@@ -406,7 +406,7 @@ def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str
     if not text.rendered.answer:
         turns = turns[:-1]
     prompt = text.text[: text.answers[-1][0]]
-    contents = chat.data_of(as_messages(turns), prompt, text.row.place)
+    contents = chat.content_spans(as_messages(turns), prompt, text.row.place)
     if len(contents) != len(turns):
         return []
     return [
@@ -422,8 +422,8 @@ def _text_of_last_answer(
     prompt = prompt_of(rendered, row, encoder, chat)
     start = len(prompt.text)
     if rendered.answer_role is None:
-        whole = _plain_text([*rendered.prompt_pieces, *rendered.answer], encoder)
-        return ExampleText(rendered, row, whole.text, ((start, len(whole.text)),), False, whole.data)
+        plain = _plain_text([*rendered.prompt_pieces, *rendered.answer], encoder)
+        return ExampleText(rendered, row, plain.text, ((start, len(plain.text)),), False, plain.data)
     assert chat is not None
     messages = as_messages(rendered.turns)
     if rendered.answer:
@@ -432,13 +432,13 @@ def _text_of_last_answer(
     text = prompt.text + answer.text
     data = prompt.data
     if data is not None or encoder.has_special(messages[-1]["content"]):
-        data = data if data is not None else tuple(chat.data_of(messages[:-1], prompt.text, row.place))
+        data = data if data is not None else tuple(chat.content_spans(messages[:-1], prompt.text, row.place))
         data = (*data, (start + answer.content[0], start + answer.content[1]))
     return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data)
 
 
 def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
-    """The answers of a turn list in one text; None unless each text is the beginning of the next prompt."""
+    """One text with all answers of a turn list; None unless every text is a prefix of the next prompt."""
     last = texts[-1]
     if not all(last.text.startswith(text.text) for text in texts):
         return None
@@ -462,8 +462,7 @@ def _plain_text(pieces: Sequence[Piece], encoder: TextEncoder) -> PromptText:
 
 
 def _spans_of(pieces: Sequence[Piece], start: int, end: int, text: str) -> list[tuple[int, int, str]]:
-    """The fields' spans in `text`, whose characters `start` to `end` are the pieces, perhaps without blanks at the
-    edges."""
+    """The fields' spans in `text`. The pieces are at `start` to `end`, perhaps without white space at the edges."""
     position = start - joined(pieces).find(text[start:end])
     spans = []
     for piece in pieces:
@@ -478,7 +477,7 @@ def _spans_of(pieces: Sequence[Piece], start: int, end: int, text: str) -> list[
 
 
 def field_to_shorten(rendered: Rendered, shrink: str | None) -> str | None:
-    """The prompt field that may lose text: the one of `shrink`, else the longest; None if the row has none."""
+    """The prompt field to shorten: the one that `shrink` names, else the longest; None if the row has none."""
     lengths = field_lengths(rendered)
     if shrink is not None:
         return shrink if shrink in lengths else None
@@ -486,12 +485,12 @@ def field_to_shorten(rendered: Rendered, shrink: str | None) -> str | None:
 
 
 def largest_keep(count: Callable[[int], int], length: int, tokens: int, budget: int) -> int:
-    """The most characters of a field, from 1 to `length` - 1, with which the prompt fits; 0 if even one is too many.
+    """The largest number of characters of a field, below `length`, with which the prompt fits; 0 if even one does not.
 
-    `count(keep)` is the prompt's tokens with `keep` characters of the field, `tokens` those with all `length` of them
-    (over `budget`). The result's own count was taken and fits. Text hardly ever has fewer tokens than its beginning;
-    where it does, a larger result may exist. Interpolates, and bisects where that converges slowly: few counts, each of
-    which is a tokenization.
+    `count(keep)`: tokens of the prompt with `keep` characters of the field. `tokens`: those with all `length` of them
+    (over `budget`). The count of the result is known to fit. A text hardly ever has fewer tokens than its beginning; if
+    it does, a larger result may exist. Every count is a tokenization, so it interpolates to need few, and bisects where
+    that converges slowly.
     """
     if length < 2:
         return 0
@@ -501,8 +500,8 @@ def largest_keep(count: Callable[[int], int], length: int, tokens: int, budget: 
         return 0
     slow = False
     while high - low > 1:
-        share = (budget - low_tokens) / max(high_tokens - low_tokens, 1)
-        guess = (low + high) // 2 if slow else low + round(share * (high - low))
+        fraction = (budget - low_tokens) / max(high_tokens - low_tokens, 1)
+        guess = (low + high) // 2 if slow else low + round(fraction * (high - low))
         guess = min(max(guess, low + 1), high - 1)
         gap = high - low
         if (guess_tokens := count(guess)) <= budget:

@@ -1,7 +1,7 @@
-"""An example for a person to read: its frame, fields, trained answer and end token as text, and what was cut.
+"""Examples as text to read: frame, fields, trained answer, end token, and what was cut.
 
-The text is decoded from the example's ids. Frame and fields are found by aligning it with the text that was tokenised;
-if a tokenizer does not give that text back (it normalises, say), only prompt and answer are told apart.
+The text is decoded from the example's ids. Aligning it with the text that was tokenised tells frame from fields. If the
+tokenizer does not reproduce that text (because it normalises, say), only prompt and answer are distinguished.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from yeonma.tokenization.example_encoder import EncodeResult, ExampleText, data_
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 from yeonma.tokenization.text_encoder import TextEncoder
 
-StretchKind = Literal["start", "frame", "field", "prompt", "answer", "end", "cut"]
-"""`start`: the tokenizer's start tokens. `prompt`: frame or field, which could not be told apart. `end`: the special
+SpanKind = Literal["start", "frame", "field", "prompt", "answer", "end", "cut"]
+"""`start`: the tokenizer's start tokens. `prompt`: frame or field, if they cannot be distinguished. `end`: the special
 tokens that end an answer. `cut`: text of the row that is not in the example."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Text of one kind. `field`: the field that it belongs to, for `field` and `cut`."""
+class TextSpan:
+    """A run of text of one kind. `field`: the name of the field, for the kinds `field` and `cut`."""
 
     text: str
-    kind: StretchKind
+    kind: SpanKind
     field: str | None
     trained: bool
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """One token. `text` is what it adds to the text; empty if a later token completes the character."""
+    """A token. `text` is what it adds to the decoded text; empty if a later token completes the character."""
 
     id: int
     text: str
     name: str
-    kind: StretchKind
+    kind: SpanKind
     trained: bool
 
 
 @dataclass(frozen=True)
 class View:
-    """One example, or one that is left out and has no tokens, for a person to read.
+    """An example to read. One that is left out has no tokens.
 
-    `role`: what the answer is in preference data, such as `chosen`; None elsewhere. `token_ids` and `trained` are the
-    example's; `tokens` and `stretches` describe them in detail, or both are empty.
+    `role`: the role of the answer in preference data, such as `chosen`; None elsewhere. `token_ids` and `trained` are
+    the example's; `tokens` and `text_spans` describe them in detail, or both are empty.
 
-    `prompt` and `answer` are the texts that were tokenised: of a turn list its last answer and the text before it. An
-    EOS that is appended as a token is not in them.
+    `prompt` and `answer` are the texts that were tokenised; for a turn list, its last answer and the text before it.
+    They do not include an EOS that is appended as a token.
     """
 
     row: int
@@ -66,10 +66,10 @@ class View:
     answer: str
     token_ids: tuple[int, ...]
     trained: tuple[bool, ...]
-    stretches: tuple[Stretch, ...]
+    text_spans: tuple[TextSpan, ...]
     tokens: tuple[TokenView, ...]
     prompt_length: int
-    """Tokens before the last answer: what generation feeds."""
+    """Tokens before the last answer: the prompt of generation."""
     cut_characters: int
     variant: int
     straddles: bool
@@ -86,10 +86,10 @@ def explain(
     *,
     in_full: bool = True,
 ) -> list[View]:
-    """The views of rows that `task.render` gave as `texts`, in order. A turn list may have several; a pair has two.
-    Raises UserError as the task's `encode`.
+    """The views of rows, in order. A turn list may have several; a pair has two.
 
-    Without `in_full` they have neither stretches nor tokens, which take most of the time.
+    `texts` are the results of `task.render` for the rows. Without `in_full`, views have neither `text_spans` nor
+    `tokens`, which take most of the time. Raises UserError as the task's `encode`.
     """
     views = []
     with encoder_for(tokenizer, rules, [task.preferred(text) for text in texts]) as encoder:
@@ -105,23 +105,22 @@ def explain(
 
 
 def token_texts(ids: Sequence[int], encoder: TextEncoder) -> list[str]:
-    """What each token adds to the text; a character that several tokens make comes with the last of them."""
+    """What each token adds to the decoded text. A character of several tokens comes with the last of them."""
     texts: list[str] = []
-    start = given = (
-        0  # a window that decodes as it does within the whole, and the end of what was given from it
-    )
+    # The window ids[start:end] decodes as it does within the full text; texts has the text of ids[:done].
+    start = done = 0
     for end in range(1, len(ids) + 1):
-        before, window = encoder.decode(ids[start:given]), encoder.decode(ids[start:end])
+        before, window = encoder.decode(ids[start:done]), encoder.decode(ids[start:end])
         if window.endswith("\ufffd") and end < len(ids):
             texts.append("")
             continue
         texts.append(window[len(before) :])
-        start, given = given, end
+        start, done = done, end
     return texts
 
 
-Mark = tuple[StretchKind, "str | None"]
-"""The kind of a character and its field."""
+Mark = tuple[SpanKind, "str | None"]
+"""Kind and field of a character."""
 
 _START: Mark = ("start", None)
 _PROMPT: Mark = ("prompt", None)
@@ -129,13 +128,13 @@ _ANSWER: Mark = ("answer", None)
 _END: Mark = ("end", None)
 
 _EQUAL_CHARACTERS = 6
-"""Two texts are aligned again where so many characters are equal."""
+"""After a difference, two texts are aligned again where this many characters are equal."""
 
 _SKIPS = sorted(((decoded, source) for decoded in range(17) for source in range(9)), key=sum)[1:]
-"""Characters that alignment may skip in the decoded text and in its source, the fewest first."""
+"""How many characters alignment may skip in the decoded text and in its source, the fewest first."""
 
 Cut = tuple[int, str, str]
-"""Position in the source text where something is missing, its field, and the missing text."""
+"""Position in the source text at which text is missing, its field, and the missing text."""
 
 
 def _marks(text: ExampleText, spans: Sequence[tuple[int, int, str]]) -> list[Mark]:
@@ -147,19 +146,21 @@ def _marks(text: ExampleText, spans: Sequence[tuple[int, int, str]]) -> list[Mar
     return marks
 
 
-def _cuts(spans: Sequence[tuple[int, int, str]], short: Rendered, whole: Rendered, side: str) -> list[Cut]:
-    full_texts, short_texts = _texts_of_fields(whole), _texts_of_fields(short)
+def _cuts(
+    spans: Sequence[tuple[int, int, str]], shortened: Rendered, original: Rendered, side: str
+) -> list[Cut]:
+    full_texts, short_texts = _texts_of_fields(original), _texts_of_fields(shortened)
     cuts = []
     for start, end, field in spans:
-        full, rest = full_texts.get(field, ""), short_texts.get(field, "")
-        if len(rest) < len(full):
-            ahead = {"end": len(rest), "start": 0}.get(side, _common_length(full, rest))
-            cuts.append((min(start + ahead, end), field, full[ahead : len(full) - (len(rest) - ahead)]))
+        full, short = full_texts.get(field, ""), short_texts.get(field, "")
+        if len(short) < len(full):
+            before = {"end": len(short), "start": 0}.get(side, _common_length(full, short))
+            cuts.append((min(start + before, end), field, full[before : len(full) - (len(short) - before)]))
     return cuts
 
 
 def _common_length(a: str, b: str) -> int:
-    """The length of the common beginning of two texts."""
+    """The length of the common prefix of two texts."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((length for length, (left, right) in pairs if left != right), min(len(a), len(b)))
 
@@ -179,7 +180,7 @@ def _view(result: EncodeResult, role: str | None) -> View:
         answer=text.text[start:end],
         token_ids=(),
         trained=(),
-        stretches=(),
+        text_spans=(),
         tokens=(),
         prompt_length=0,
         cut_characters=0,
@@ -206,22 +207,22 @@ def _with_texts(
 ) -> View:
     if isinstance(result.outcome, LeftOut):
         kinds = [(kind, field, False) for kind, field in marks]
-        return replace(view, stretches=tuple(_stretches(result.text.text, kinds, cuts)))
-    tokens, stretches = _decoded(result.outcome, result.text.text, marks, cuts, encoder)
-    return replace(view, tokens=tokens, stretches=stretches)
+        return replace(view, text_spans=tuple(_text_spans(result.text.text, kinds, cuts)))
+    tokens, text_spans = _decoded(result.outcome, result.text.text, marks, cuts, encoder)
+    return replace(view, tokens=tokens, text_spans=text_spans)
 
 
 def _decoded(
     example: Example, source: str, marks: list[Mark], cuts: list[Cut], encoder: TextEncoder
-) -> tuple[tuple[TokenView, ...], tuple[Stretch, ...]]:
-    """Tokens and stretches of the decoded ids, with the marks of the `source` text that was tokenised."""
+) -> tuple[tuple[TokenView, ...], tuple[TextSpan, ...]]:
+    """Tokens and text spans of the decoded ids, with the marks of the `source` text that was tokenised."""
     ids, trained = example.token_ids.tolist(), example.trained.tolist()
     texts = token_texts(ids, encoder)
     text, ends = "".join(texts), _ends(ids, trained, encoder)
     border = sum(map(len, texts[: example.prompt_length]))
     start = _start(text, source, encoder)
     positions = _align(text, source, start)
-    if positions is None:  # where text was cut is unknown: show it before the answer
+    if positions is None:  # it is unknown where text was cut: show the cut before the answer
         marks = [_PROMPT] * border + [_ANSWER] * (len(text) - border)
         cuts = [(border, field, lost) for _, field, lost in cuts]
     else:
@@ -229,7 +230,7 @@ def _decoded(
         marks += [_END] * (len(text) - len(positions))
         cuts = [(bisect_left(positions, position, lo=start), field, lost) for position, field, lost in cuts]
     tokens: list[TokenView] = []
-    kinds: list[tuple[StretchKind, str | None, bool]] = []
+    kinds: list[tuple[SpanKind, str | None, bool]] = []
     for index, token_id in enumerate(ids):
         length = len(texts[index])
         token_marks = marks[len(kinds) : len(kinds) + length] or marks[len(kinds) : len(kinds) + 1]
@@ -239,62 +240,60 @@ def _decoded(
         name = str(encoder.tokenizer.convert_ids_to_tokens(token_id))
         kind = token_marks[0][0] if token_marks else "end"
         tokens.append(TokenView(token_id, texts[index], name, kind, trained[index]))
-    return tuple(tokens), tuple(_stretches(text, kinds, cuts))
+    return tuple(tokens), tuple(_text_spans(text, kinds, cuts))
 
 
 def _ends(ids: Sequence[int], trained: Sequence[bool], encoder: TextEncoder) -> list[bool]:
-    """Which tokens are special ones that end an answer."""
+    """Whether a token is a special token that ends an answer."""
     special = encoder.special_text.keys() - ({encoder.tokenizer.unk_token_id} - {encoder.eos_id})
     ends = [False] * len(ids)
     for index in reversed(range(len(ids))):
-        last = index + 1 == len(ids) or not trained[index + 1] or ends[index + 1]
-        ends[index] = trained[index] and last and ids[index] in special
+        at_end = index + 1 == len(ids) or not trained[index + 1] or ends[index + 1]
+        ends[index] = trained[index] and at_end and ids[index] in special
     return ends
 
 
 def _start(text: str, source: str, encoder: TextEncoder) -> int:
-    """Where the source begins in the decoded text: after start tokens that are not in the source."""
+    """The position in the decoded text at which the source begins, after start tokens that are not in the source."""
     start = encoder.decode(encoder.start_ids) if encoder.start_ids else ""
     return len(start) if text.startswith(start) and not source.startswith(start) else 0
 
 
 def _align(text: str, source: str, start: int) -> list[int] | None:
-    """For each character of `text` up to the end of the source, its position in `source`.
+    """The position in `source` of every character of `text`, up to the end of the source.
 
-    Small differences are skipped: the blanks that some decoders add, characters that became others or `<unk>`. None if
-    the texts cannot be aligned again. The first `start` characters have no position of their own.
+    Skips small differences: spaces that some decoders add, characters that became others or `<unk>`. None if the texts
+    cannot be aligned again. The first `start` characters are not in the source.
     """
-    positions, here, there = [0] * start, start, 0
-    while there < len(source) and here < len(text):
-        if text[here] == source[there]:
-            positions.append(there)
-            here, there = here + 1, there + 1
+    positions, i, j = [0] * start, start, 0  # i is in the text, j in the source
+    while j < len(source) and i < len(text):
+        if text[i] == source[j]:
+            positions.append(j)
+            i, j = i + 1, j + 1
             continue
-        skips = next(
-            (skips for skips in _SKIPS if _aligned(text, source, here + skips[0], there + skips[1])), None
-        )
+        skips = next((skips for skips in _SKIPS if _aligned(text, source, i + skips[0], j + skips[1])), None)
         if skips is None:
             return None
-        positions += [there] * skips[0]
-        here, there = here + skips[0], there + skips[1]
-    return positions if there == len(source) else None
+        positions += [j] * skips[0]
+        i, j = i + skips[0], j + skips[1]
+    return positions if j == len(source) else None
 
 
-def _aligned(text: str, source: str, here: int, there: int) -> bool:
-    ahead = source[there : there + _EQUAL_CHARACTERS]
-    return not ahead or text.startswith(ahead, here)  # after the source's end, the text is not part of it
+def _aligned(text: str, source: str, i: int, j: int) -> bool:
+    following = source[j : j + _EQUAL_CHARACTERS]
+    return not following or text.startswith(following, i)  # text past the source's end is not part of it
 
 
-def _stretches(
-    text: str, kinds: Sequence[tuple[StretchKind, str | None, bool]], cuts: Sequence[Cut]
-) -> list[Stretch]:
-    stretches: list[Stretch] = []
+def _text_spans(
+    text: str, kinds: Sequence[tuple[SpanKind, str | None, bool]], cuts: Sequence[Cut]
+) -> list[TextSpan]:
+    text_spans: list[TextSpan] = []
     start = 0
     for border, cut_field, lost in [*sorted(cuts), (len(text), "", "")]:
         for (kind, field, trained), run in groupby(range(start, border), key=lambda index: kinds[index]):
             indices = list(run)
-            stretches.append(Stretch(text[indices[0] : indices[-1] + 1], kind, field, trained))
+            text_spans.append(TextSpan(text[indices[0] : indices[-1] + 1], kind, field, trained))
         if lost:
-            stretches.append(Stretch(lost, "cut", cut_field, False))
+            text_spans.append(TextSpan(lost, "cut", cut_field, False))
         start = border
-    return stretches
+    return text_spans

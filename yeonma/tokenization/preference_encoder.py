@@ -1,6 +1,6 @@
-"""Preference data as tokens: pairs, whose answers continue one prompt, and answers with labels.
+"""Preference data -> examples: pairs, whose answers continue one prompt, and labelled answers.
 
-A pair's prompt is fitted once, for the longer answer, so that both continue the same tokens.
+A pair's prompt is fitted once, for the longer answer, so that both answers continue the same tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from yeonma.data.template import Rendered
 from yeonma.errors import Problem, UserError
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, TokenRules, Unit, check_tokenizer
 from yeonma.tokenization.example_encoder import (
-    MOST_FITS,
+    MAX_FITS,
     ExampleEncoder,
     ExampleText,
     TokenIds,
@@ -29,15 +29,14 @@ from yeonma.tokenization.example_encoder import (
 EQUAL = "chosen equals rejected"
 EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
 NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
-"""Reasons of pairs that are left out whatever `over_limit` says."""
+"""Reasons for which pairs are left out whatever `over_limit` is."""
 
 _REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """A pair's unit, or why it is left out, and the texts of both answers as they were tokenised (in full if the pair
-    is left out)."""
+    """A pair's unit, or why it is left out, and the texts of its answers as tokenised (unshortened if left out)."""
 
     texts: tuple[ExampleText, ExampleText]
     outcome: Unit | LeftOut
@@ -49,7 +48,7 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
 ) -> list[Unit | LeftOut]:
-    """One unit for each pair, or why it is left out. Prompt ids are those that generation feeds.
+    """One unit per pair, or why it is left out. Prompt ids are those of generation.
 
     Raises UserError with a problem for every row that the model's chat template refuses or, with `over_limit` "error",
     that is over the limit; and as `check_tokenizer`.
@@ -62,7 +61,7 @@ def encode_pairs(
 def encode_pair_results(
     encoder: ExampleEncoder, pairs: Sequence[RenderedPair], rows: Sequence[Row]
 ) -> list[PairResult]:
-    """`encode_pairs` with the texts beside the tokens."""
+    """Like `encode_pairs`, with the texts in addition to the tokens."""
     all_texts: list[tuple[ExampleText, ExampleText] | None] = []
     problems: list[Problem] = []
     for pair, row in zip(pairs, rows, strict=True):
@@ -100,10 +99,10 @@ def encode_labelled(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
 ) -> list[Unit | LeftOut]:
-    """One unit for each row, or why it is left out, tokenised as for supervised training. Raises UserError as `encode`.
+    """One unit per row, or why it is left out, tokenised as for supervised training. Raises UserError as `encode`.
 
-    Each unit also has a mismatched answer, that of the next row that is not left out; after the last row comes the
-    first. If there is no other row, it has none.
+    A unit also has a mismatched answer: that of the next row that is not left out, and for the last row that of the
+    first. With only one row there is none.
     """
     outcomes = encode([label.rendered for label in labelled], rows, tokenizer, rules)
     examples = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Example)]
@@ -124,7 +123,7 @@ def encode_labelled(
 def _pair_texts(
     encoder: ExampleEncoder, chosen: Rendered, rejected: Rendered, prompt_turns: int, row: Row
 ) -> tuple[ExampleText, ExampleText] | None:
-    """Both answers as text; None if one has several turns that the chat template does not write one after the other."""
+    """Both answers as text; None if one has several turns and the chat template rewrites earlier ones."""
     texts = [_answer_text(encoder, side, prompt_turns, row) for side in (chosen, rejected)]
     return None if texts[0] is None or texts[1] is None else (texts[0], texts[1])
 
@@ -132,7 +131,7 @@ def _pair_texts(
 def _answer_text(
     encoder: ExampleEncoder, rendered: Rendered, prompt_turns: int, row: Row
 ) -> ExampleText | None:
-    """One answer of a pair after its prompt, trained in all its turns."""
+    """One answer of a pair after its prompt, with all of its assistant turns trained."""
     texts = encoder.texts(rendered, row)
     answers = sum(turn.role == "assistant" for turn in rendered.turns[prompt_turns:])
     if rendered.answer or answers == 1:
@@ -155,10 +154,10 @@ def _pair_result(
     chosen: TokenIds | None,
     rejected: TokenIds | None,
 ) -> PairResult:
-    """The pair, its prompt shortened so that it fits with the longer answer.
+    """The pair, with its prompt shortened to the budget that the longer answer leaves.
 
     As for one answer (`ExampleEncoder._shortened`), a shorter prompt may change the answers' first tokens and so their
-    number; then it is fitted again, until the budget is the room left.
+    number. Then it is fitted again, until the budget matches the answers.
     """
     cutoff_len = encoder.rules.cutoff_len
     if chosen is None or rejected is None:
@@ -171,7 +170,7 @@ def _pair_result(
     tried = set[int]()
     best: PairResult | None = None
     budget = cutoff_len - _longer_answer(chosen, rejected)
-    while budget not in tried and len(tried) < MOST_FITS:
+    while budget not in tried and len(tried) < MAX_FITS:
         tried.add(budget)
         fitted = encoder.fit_prompt(prompt, row, budget, prompt_ids)
         if isinstance(fitted, LeftOut):
@@ -216,7 +215,7 @@ def _unit(
 
 
 def _mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
-    """The prompt of one example with the answer of another, which is only measured, so its end may be cut to fit."""
+    """The prompt of one example with the answer of another. It is only measured, so its end may be cut to fit."""
     prompt, answer = example.token_ids[: example.prompt_length], other.token_ids[other.prompt_length :]
     token_ids = np.concatenate([prompt, answer])[:cutoff_len]
     trained = np.arange(len(token_ids)) >= max(example.prompt_length, 1)

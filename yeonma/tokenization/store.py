@@ -1,4 +1,4 @@
-"""A folder of examples as flat arrays: written once, then memory-mapped. No pickle."""
+"""Examples on disk: a folder of flat arrays, written once, then memory-mapped. No pickle."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ class Counts:
     trained_tokens: int = 0
     """Like `tokens`, without mismatched answers."""
     shortened: int = 0
-    """Examples whose prompt field lost text."""
+    """Examples with a shortened prompt field."""
     cut_characters: int = 0
     left_out: int = 0
     straddles: int = 0
     special_text: int = 0
     """Special-token texts in the data that were encoded as ordinary text."""
     variants: tuple[int, ...] = ()
-    """Examples of each variant of the template."""
+    """Number of examples by variant of the template."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Examples on disk. Arrays are memory-mapped: reading an example reads only its pages."""
+    """Examples on disk. The arrays are memory-mapped: reading an example reads only its pages."""
 
     folder: Path
     key: str
@@ -81,7 +81,7 @@ class TokenStore:
     """Shape (tokens of all examples,)."""
     starts: NDArray[np.int64]
     lengths: NDArray[np.int32]
-    """Tokens; shape (examples,), as the arrays below."""
+    """Number of tokens. Shape (examples,), like the arrays below."""
     prompt_lengths: NDArray[np.int32]
     trained_counts: NDArray[np.int32]
     row_numbers: NDArray[np.int64]
@@ -90,11 +90,11 @@ class TokenStore:
     straddles: NDArray[np.bool_]
     special_text: NDArray[np.int32]
     units: NDArray[np.int64]
-    """The unit that an example belongs to, from 0; examples of one unit are next to each other."""
+    """The unit of an example, from 0; the examples of a unit are adjacent."""
     roles: NDArray[np.uint8]
     """Values of `AnswerRole`."""
     row_flags: NDArray[np.uint8]
-    """Shape (rows read,), as the arrays below; row number n is at n - 1. Bits as in `yeonma.data.text_checks`."""
+    """Shape (rows read,), like the arrays below; row n is at index n - 1. Bits: see `yeonma.data.text_checks`."""
     row_scripts: NDArray[np.uint32]
     row_digests: NDArray[np.uint64]
     prompt_digests: NDArray[np.uint64]
@@ -124,7 +124,7 @@ class TokenStore:
 
     @cached_property
     def unit_starts(self) -> NDArray[np.int64]:
-        """Shape (units + 1,): the first example of each unit, and finally the number of examples."""
+        """Shape (units + 1,): the first example of every unit, then the number of examples."""
         return np.searchsorted(self.units, np.arange(self.counts.units + 1)).astype(np.int64)
 
     @cached_property
@@ -136,7 +136,7 @@ class TokenStore:
         return np.add.reduceat(answers, starts) + self.prompt_lengths[starts]
 
     def examples_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions of the examples of some units, unit by unit."""
+        """The positions of the examples of these units, unit by unit."""
         if self.counts.units == len(self):
             return units
         starts = self.unit_starts
@@ -144,32 +144,32 @@ class TokenStore:
         return np.concatenate([np.empty(0, np.int64), *members])
 
     def trained_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The same without mismatched answers, which are only measured."""
+        """Like `examples_of`, without mismatched answers, which are only measured."""
         examples = self.examples_of(units)
         if self.counts.units == len(self):
             return examples
         return examples[self.roles[examples] != AnswerRole.MISMATCHED]
 
     def measured_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Only the mismatched answers."""
+        """Like `examples_of`, only the mismatched answers."""
         examples = self.examples_of(units)
         return examples[self.roles[examples] == AnswerRole.MISMATCHED]
 
     def rows_of(self, units: NDArray[np.int64]) -> list[int]:
-        """The row of each unit. A row may give several: a turn list may have one for each of its answers."""
+        """The row numbers of these units. A row may have several units: a turn list may have one per answer."""
         firsts = units if self.counts.units == len(self) else self.unit_starts[units]
         return [int(row) for row in self.row_numbers[firsts]]
 
     @property
     def left_out(self) -> list[LeftOut]:
-        """The rows left out; every use reads them from disk."""
+        """The rows left out. Every access reads them from disk."""
         with open(self.folder / _LEFT_OUT, encoding="utf-8") as lines:
             return [LeftOut(**json.loads(line)) for line in lines]
 
 
 @dataclass
 class StoreWriter:
-    """Appends examples to the files of a folder; `finish` closes them and makes the folder a store.
+    """Appends examples to the files of a folder; `finish` makes the folder a store.
 
     Raises OSError if it cannot write.
     """
@@ -181,14 +181,14 @@ class StoreWriter:
 
     @staticmethod
     def open(folder: Path) -> StoreWriter:
-        """`folder` must not exist."""
+        """Create `folder`, which must not exist."""
         folder.mkdir(parents=True)
         names = [*(f"{name}.bin" for name in _ARRAYS), _LEFT_OUT]
         files: dict[str, BinaryIO] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
         return StoreWriter(folder, files, dict.fromkeys(names, 0), Counts())
 
     def add(self, notes: Sequence[Notes], outcomes: Sequence[Example | Unit | LeftOut]) -> None:
-        """Append the outcomes of some rows; `notes` has one entry per row. An example by itself is a unit."""
+        """Append the outcomes of some rows; `notes` has one entry per row. An Example becomes a unit of its own."""
         units = [
             ((AnswerRole.ANSWER, outcome),) if isinstance(outcome, Example) else outcome.members
             for outcome in outcomes
@@ -205,10 +205,10 @@ class StoreWriter:
         self._append(_LEFT_OUT, lines.encode())
         self.counts = _added(self.counts, len(notes), len(units), columns, len(left_out))
 
-    def finish(self, about: dict[str, Any]) -> None:
-        """Write the description and flush everything to disk."""
+    def finish(self, description: dict[str, Any]) -> None:
+        """Write the description, flush everything to disk and close the files."""
         files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
-        meta = {**about, "counts": asdict(self.counts), "files": files}
+        meta = {**description, "counts": asdict(self.counts), "files": files}
         with open(self.folder / _META, "w", encoding="utf-8") as file:
             file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
             _flush(file)
@@ -223,12 +223,12 @@ class StoreWriter:
 
 
 def open_store(folder: Path, key: str) -> TokenStore | None:
-    """The store in `folder`; None if there is none with this key or any of its files is damaged."""
+    """The store in `folder`; None if there is none with this key, or if a file is damaged."""
     try:
         content = json.loads((folder / _META).read_text(encoding="utf-8"))
         meta, files = content["meta"], content["meta"]["files"]
-        whole = zlib.crc32(_canonical(meta).encode()) == content["crc32"] and meta["key"] == key
-        if not whole or any(
+        valid = zlib.crc32(_canonical(meta).encode()) == content["crc32"] and meta["key"] == key
+        if not valid or any(
             _size_and_crc32(folder / name) != (file["bytes"], file["crc32"]) for name, file in files.items()
         ):
             return None
@@ -292,7 +292,7 @@ def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any
 
 
 def _size_and_crc32(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file, which is read in pieces."""
+    """Size in bytes and CRC-32 of a file, which is read piece by piece."""
     size = total = 0
     with open(path, "rb") as file:
         while piece := file.read(_BYTES_PER_READ):

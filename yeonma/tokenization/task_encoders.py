@@ -1,4 +1,4 @@
-"""How the rows of each kind of data become examples: one record per task."""
+"""How rows become examples: one record per task."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from yeonma.tokenization.preference_encoder import encode_labelled, encode_pair_
 
 @dataclass(frozen=True)
 class EncodedAnswer:
-    """One answer of a row, for a person to look at."""
+    """One answer of a row, to be shown."""
 
     rendered: Rendered
-    """The row before its prompt was shortened."""
+    """The row before shortening."""
     role: str | None
-    """What the answer is in preference data, such as `chosen`; None elsewhere."""
+    """The role of the answer in preference data, such as `chosen`; None elsewhere."""
     result: EncodeResult
 
 
 @dataclass(frozen=True)
 class TaskEncoder:
-    """The tokenization of a task. Texts are what `Task.render` returns for the rows."""
+    """The tokenization of a task's rows. They are passed as what `Task.render` returns."""
 
     encode: Callable[
         [Sequence[Any], Sequence[Row], PreTrainedTokenizerBase, TokenRules],
@@ -38,7 +38,7 @@ class TaskEncoder:
     ]
     """The rows' examples or units, or why they are left out."""
     answers: Callable[[ExampleEncoder, Sequence[Any], Sequence[Row]], Iterator[EncodedAnswer]]
-    """The same answer by answer, with texts."""
+    """The same, answer by answer and with texts."""
     left_out: str = "is over cutoff_len {cutoff_len}"
     """The reason that messages give when all rows are left out."""
 

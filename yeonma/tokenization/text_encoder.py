@@ -1,4 +1,4 @@
-"""Text to token ids: a tokenizer's own rules, continuing a text, and special-token text inside data."""
+"""Text -> token ids: the tokenizer's own rules, continuations of a text, special-token text inside data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tokenizers import Encoding, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
-"""Start and end of some characters, the end exclusive."""
+"""Start and end of a range of characters; the end is exclusive."""
 
-# Texts that a continuation is tried after: one of them keeps its own ids whatever follows, in every known tokenizer.
-_BEFORE = ("\n", "x", "0", "가", ".")
+# Texts to try a continuation after. In every known tokenizer, one of them keeps its ids whatever follows.
+_PREFIXES = ("\n", "x", "0", "가", ".")
 
 
 @dataclass(frozen=True)
 class TextEncoder:
     """Encodes text with one tokenizer.
 
-    `start_ids` precede every text (BOS, or nothing); what a tokenizer's rules append to a text is left out. `special`
-    finds the special tokens' text; `control` also finds tokens that only chat templates treat as special.
+    `start_ids` precede every text (BOS, or nothing); ids that the tokenizer would append are left out. `special`
+    matches the text of special tokens; `control` also matches tokens that only chat templates treat as special.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,12 +68,15 @@ class TextEncoder:
         return token_id if isinstance(token_id, int) else None
 
     def batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, with the tokenizer's start tokens and at most one BOS at the front."""
-        return [self._started(ids) for ids in self._bare(texts)]
+        """The ids of the texts, with the tokenizer's start tokens and at most one BOS at the front."""
+        return [self._with_start(ids) for ids in self.batch_without_start(texts)]
 
-    def bare(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text without start tokens, as other tools encode a rendered text."""
-        return self._bare(texts)
+    def batch_without_start(self, texts: Sequence[str], *, as_text: bool = False) -> list[list[int]]:
+        """The ids of the texts without start tokens. With `as_text`, special-token text is ordinary text."""
+        if self.backend is None:
+            encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=as_text)
+            return [list(ids) for ids in encoded["input_ids"]]
+        return [encoding.ids for encoding in _batch(self.backend, texts, as_text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -83,64 +86,64 @@ class TextEncoder:
     def continuation(self, before: Sequence[int], text: str, *, as_text: bool = False) -> list[int]:
         """Ids that continue `before` with `text`: no BOS, no dummy prefix, so that decoding appends just `text`.
 
-        These are the ids that `text` has after some stable text; as a last resort it is spelled character by character.
-        Text that the tokenizer cannot give back (unknown characters, normalisation) gets the ids it has after stable
-        text. `as_text`: special-token text in `text` is ordinary text.
+        They are the ids that `text` has after one of a few prefixes; as a last resort, it is encoded character by
+        character. Text that the tokenizer does not reproduce (unknown characters, normalisation) gets its ids after a
+        prefix. With `as_text`, special-token text in `text` is ordinary text.
         """
         if not text:
             return []
         if not before:
-            return self._bare([text], as_text)[0]
+            return self.batch_without_start([text], as_text=as_text)[0]
         before = self._tail(before)
         expected = self.decode(before) + text
-        near: list[int] | None = None
-        for prefix in _BEFORE if as_text else (*_BEFORE, *list(self.special_text.values())[:3]):
-            head, whole = self._bare([prefix, prefix + text], as_text)
-            ids = whole[len(head) :]
-            if whole[: len(head)] != head or (as_text and not self._is_ordinary(ids)):
+        fallback: list[int] | None = None
+        for prefix in _PREFIXES if as_text else (*_PREFIXES, *list(self.special_text.values())[:3]):
+            prefix_ids, full_ids = self.batch_without_start([prefix, prefix + text], as_text=as_text)
+            ids = full_ids[len(prefix_ids) :]
+            if full_ids[: len(prefix_ids)] != prefix_ids or (as_text and not self._is_ordinary(ids)):
                 continue
             if self.decode(before + ids) == expected:
                 return ids
-            if prefix in _BEFORE and near is None and not self.decode(whole).endswith(text):
-                near = ids
-        spelled = self._spelled(text) if near is None else None
-        if spelled is not None and self.decode(before + spelled) == expected:
-            return spelled
-        return near or self._bare([text], as_text)[0]
+            if prefix in _PREFIXES and fallback is None and not self.decode(full_ids).endswith(text):
+                fallback = ids
+        by_character = self._by_character(text) if fallback is None else None
+        if by_character is not None and self.decode(before + by_character) == expected:
+            return by_character
+        return fallback or self.batch_without_start([text], as_text=as_text)[0]
 
     def with_data(self, text: str, data: Sequence[Span], before: Sequence[int] = ()) -> tuple[list[int], int]:
-        """Ids of `text` and the number of special-token texts that overlap its `data` spans.
+        """Ids of `text`, and the number of special-token texts that overlap its `data` spans.
 
-        Those are encoded as ordinary text; the others stay special tokens. `before`: ids that these continue; without
-        them the start tokens are added. Needs a `backend`, for its character offsets.
+        Those are encoded as ordinary text; the others stay special tokens. The ids continue `before`; if it is empty,
+        start tokens are added. Needs a `backend`, for its character offsets.
         """
-        ids, offsets = self._bare_offsets(text)
-        marks = [self._special_span(text, token, span) for token, span in zip(ids, offsets, strict=True)]
-        in_data = [mark is not None and _overlaps(mark, data) for mark in marks]
+        ids, offsets = self._ids_and_offsets(text)
+        specials = [self._special_span(text, token, span) for token, span in zip(ids, offsets, strict=True)]
+        in_data = [special is not None and _overlaps(special, data) for special in specials]
         out, start = list(before), 0
         while start < len(ids):
             end = start + 1
-            if in_data[start]:  # on to the next special token that stays one
-                while end < len(ids) and (marks[end] is None or in_data[end]):
+            if in_data[start]:  # up to the next token that stays special
+                while end < len(ids) and (specials[end] is None or in_data[end]):
                     end += 1
                 out += self._ordinary(out, text[offsets[start][0] : _end(offsets, end, text)])
-            elif start == 0 and before and marks[0] is None:
-                while end < len(ids) and marks[end] is None:
+            elif start == 0 and before and specials[0] is None:
+                while end < len(ids) and specials[end] is None:
                     end += 1
                 out += self.continuation(out, text[: _end(offsets, end, text)])
             else:
                 out.append(ids[start])
             start = end
-        return (out[len(before) :] if before else self._started(out)), sum(in_data)
+        return (out[len(before) :] if before else self._with_start(out)), sum(in_data)
 
     def _tail(self, ids: Sequence[int]) -> list[int]:
-        """The end of `ids`, which begins with a whole character and is long enough to see how text continues it."""
+        """The last ids, enough to see how text continues them; they begin with a whole character."""
         size = 32
         while size < len(ids) and "\ufffd" in self.decode(ids[-size:]):
             size *= 4
         return list(ids[-size:])
 
-    def _started(self, ids: list[int]) -> list[int]:
+    def _with_start(self, ids: list[int]) -> list[int]:
         if self.bos_id is not None and ids[:1] == [self.bos_id]:
             while ids[1:2] == [self.bos_id]:
                 ids = ids[1:]
@@ -148,20 +151,14 @@ class TextEncoder:
         starts = self.start_ids and ids[: len(self.start_ids)] == self.start_ids
         return ids if starts else self.start_ids + ids
 
-    def _bare(self, texts: Sequence[str], as_text: bool = False) -> list[list[int]]:
-        if self.backend is None:
-            encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=as_text)
-            return [list(ids) for ids in encoded["input_ids"]]
-        return [encoding.ids for encoding in _batch(self.backend, texts, as_text)]
-
-    def _bare_offsets(self, text: str) -> tuple[list[int], list[Span]]:
+    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[Span]]:
         assert self.backend is not None
         _reset(self.backend, False)
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def _special_span(self, text: str, token_id: int, span: Span) -> Span | None:
-        """The span of a special token's text, without blanks that `span` includes; None for other tokens."""
+        """The span of a special token's text, without the white space in `span`; None for other tokens."""
         content = self.special_text.get(token_id)
         start = -1 if content is None else text.find(content, *span)
         return None if content is None or start < 0 else (start, start + len(content))
@@ -170,40 +167,42 @@ class TextEncoder:
         return self.special_text.keys().isdisjoint(ids)
 
     def _ordinary(self, before: list[int], text: str) -> list[int]:
-        """`text` after `before`, its special-token text as ordinary text even if the vocabulary has it."""
+        """Ids of `text` after `before`, with special-token text as ordinary text even if the vocabulary has it."""
         ids = self.continuation(before, text, as_text=True)
         if self._is_ordinary(ids) or self.special is None:
             return ids
-        whole = list(before)
+        ids = list(before)
         for piece in re.split(f"({self.special.pattern})", text):
-            piece_ids = (
-                self._spelled(piece) if self.special.fullmatch(piece) else self.continuation(whole, piece)
-            )
-            whole += piece_ids if piece_ids is not None else self.continuation(whole, piece, as_text=True)
-        return whole[len(before) :]
+            is_special = self.special.fullmatch(piece) is not None
+            piece_ids = self._by_character(piece) if is_special else self.continuation(ids, piece)
+            ids += piece_ids if piece_ids is not None else self.continuation(ids, piece, as_text=True)
+        return ids[len(before) :]
 
-    def _spelled(self, text: str) -> list[int] | None:
-        """The ids of each character by itself; None if the vocabulary lacks one."""
-        anchor = self._bare(["x"])[0]
-        by_letter = {letter: self._letter(anchor, letter) for letter in set(text)}
-        if any(ids is None for ids in by_letter.values()):
+    def _by_character(self, text: str) -> list[int] | None:
+        """The ids of `text`, encoded character by character; None if the vocabulary lacks one."""
+        before = self.batch_without_start(["x"])[0]
+        char_ids = {char: self._char_ids(before, char) for char in set(text)}
+        if any(ids is None for ids in char_ids.values()):
             return None
-        return [token_id for letter in text for token_id in by_letter[letter] or ()]
+        return [token_id for char in text for token_id in char_ids[char] or ()]
 
-    def _letter(self, anchor: list[int], letter: str) -> list[int] | None:
-        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(letter)
-        names = (
-            [letter.replace(" ", "▁")],
-            [f"<0x{byte:02X}>" for byte in letter.encode()],
-            list(in_bytes[0][0]) if in_bytes else [],
+    def _char_ids(self, before: list[int], char: str) -> list[int] | None:
+        """The ids of one character by its tokens' names: of SentencePiece, byte fallback or byte-level BPE."""
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(char)
+        spellings = (
+            [char.replace(" ", "▁")],
+            [f"<0x{byte:02X}>" for byte in char.encode()],
+            list(byte_level[0][0]) if byte_level else [],
         )
-        for tokens in names:
-            known = [self.token_id(token) for token in tokens]
+        for tokens in spellings:
+            token_ids = [self.token_id(token) for token in tokens]
             ids = [
-                token_id for token_id in known if token_id is not None and token_id not in self.special_text
+                token_id
+                for token_id in token_ids
+                if token_id is not None and token_id not in self.special_text
             ]
-            complete = ids and len(ids) == len(known)
-            if complete and self.decode([*anchor, *ids]) == self.decode(anchor) + letter:
+            complete = ids and len(ids) == len(token_ids)
+            if complete and self.decode([*before, *ids]) == self.decode(before) + char:
                 return ids
         return None
 
@@ -222,7 +221,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _reset(backend: Tokenizer, as_text: bool) -> None:
-    """Reset the backend's options, which other callers of the same tokenizer may have changed."""
+    """Reset the backend's options: other callers of the same tokenizer may have changed them."""
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -241,15 +240,15 @@ def _batch(backend: Tokenizer, texts: Sequence[str], as_text: bool) -> list[Enco
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that the tokenizer's own rules put before a text."""
-    whole = list(tokenizer("x")["input_ids"])
-    bare = list(tokenizer("x", add_special_tokens=False)["input_ids"])
-    starts = (index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
-    return whole[: next(starts, 0)]
+    """The ids that the tokenizer puts before a text."""
+    with_special = list(tokenizer("x")["input_ids"])
+    ids = list(tokenizer("x", add_special_tokens=False)["input_ids"])
+    starts = (i for i in range(len(with_special)) if with_special[i : i + len(ids)] == ids)
+    return with_special[: next(starts, 0)]
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The tokenizer's Rust backend; None if it has none or the backend gives other ids."""
+    """The tokenizer's Rust backend; None if there is none or it gives different ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return None

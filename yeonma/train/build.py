@@ -1,4 +1,4 @@
-"""What a run is made of, once everything is prepared: the model with its adapter, the objective, the optimizer."""
+"""Builds the parts of a run: the model with its adapter, the objective, the reference, the optimizer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
-from yeonma.model.sharding import held_bytes, is_sharded
+from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.policy import Policy, build_policy
 from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
-from yeonma.train.losses import LOSSES, REFERENCE_LOGPROB, SFT, Objective, preference_objective
+from yeonma.train.losses import REFERENCE_LOGPROB, SFT, Objective, preference_loss, preference_objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.optimizers import make_optimizer
 from yeonma.train.prepare import (
-    BY_METRIC,
+    METRIC_SCHEDULES,
     Prepared,
     lora_shape,
     make_schedule,
@@ -37,23 +37,24 @@ from yeonma.train.prepare import (
 from yeonma.train.reference import reference_identity, reference_logprobs
 from yeonma.train.step import TrainState
 
-UNITS_WITHOUT_GRADIENT = 4
-"""Units in a micro-batch of the reference for each in one of training: without gradients only one layer's activations
-are in memory."""
+REFERENCE_UNITS_FACTOR = 4
+"""How many times more units a micro-batch of the reference holds than one of training. Without gradients, memory holds
+only one layer's activations."""
 
 
 StoreUnits = Mapping[str, tuple[TokenStore, np.ndarray]]
-"""A token store's key -> the store and some of its units."""
+"""Key of a token store -> the store and some of its units."""
 StoreExtras = Mapping[str, Extras]
-"""A token store's key -> numbers for each of its examples."""
+"""Key of a token store -> extras for each of its examples."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a run trains, and yeonma.json's contents."""
+    """The model of a run."""
 
     policy: Policy
     details: dict[str, Any]
+    """The contents of yeonma.json."""
 
 
 def load_model(
@@ -61,13 +62,14 @@ def load_model(
     source: load.BaseSource,
     device: torch.device,
     prepared: Prepared,
-    say: Log,
+    log: Log,
     group: Processes,
 ) -> LoadedModel:
+    """Loads the base, puts a new adapter or the one to continue on it, and logs what was loaded."""
     model_settings, lora = config.model, config.lora
     shard = model_settings.shard and group.count > 1
     if model_settings.shard and not shard:
-        say("shard has no effect in a single process")
+        log("shard has no effect in a single process")
     quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
     policy = build_policy(
         source,
@@ -81,21 +83,25 @@ def load_model(
         checkpointing=checkpointing(model_settings),
         torch_compile=model_settings.torch_compile,
         shard=shard,
-        log=say,
+        log=log,
     )
     base = policy.transformers_model
     if policy.support.why_not:
-        say(f"one sequence at a time, because {policy.support.why_not}")
+        log(f"one sequence at a time, because {policy.support.why_not}")
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     frozen = policy.base.parameters
-    say(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
-    say(f"kernels: {policy.kernels}")
+    log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
+    log(f"kernels: {policy.kernels}")
     if quantization != "none":
         emulated = quantization == "fp8" and not multiplies_fp8(device)
-        slow = "; this device has no products of fp8, they are emulated: no faster" if emulated else ""
-        say(f"dense layers in {quantization}: {held_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}")
+        slow = "; this device has no fp8 products, so they are emulated and no faster" if emulated else ""
+        log(
+            f"dense layers in {quantization}: {local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights{slow}"
+        )
     if shard:
-        say(f"weights shared out over {group.count} processes: {held_bytes(base) / 1e6:,.1f} MB in this one")
+        log(
+            f"weights sharded over {group.count} processes: {local_weight_bytes(base) / 1e6:,.1f} MB in this process"
+        )
     dataset = prepared.dataset
     details = adapters.describe(
         policy.base,
@@ -118,7 +124,7 @@ def load_model(
 
 
 def units_to_reference(prepared: Prepared) -> StoreUnits:
-    """All units that the run trains on or evaluates."""
+    """All units that the run trains on or evaluates, by their store."""
     train, validation = prepared.dataset.train, prepared.dataset.validation
     units = {train.store.key: (train.store, prepared.plan.used())}
     if validation is not None:
@@ -132,7 +138,7 @@ def build_objective(config: RunConfig) -> Objective:
     preference = config.preference
     if preference is None:
         return SFT
-    return preference_objective(LOSSES[preference.loss], preference_options(preference))
+    return preference_objective(preference_loss(preference.loss), preference_options(preference))
 
 
 def reference_extras(
@@ -141,14 +147,14 @@ def reference_extras(
     prepared: Prepared,
     units_by_store: StoreUnits,
     group: Processes,
-    say: Log,
+    log: Log,
 ) -> StoreExtras:
-    """The reference's log-probabilities of some units, for a loss that needs them; else nothing.
+    """The reference's log-probabilities of the units; empty if the loss needs no reference.
 
-    The adapter must be as it was at the start: the checkpoint of a resumed run is not loaded yet.
+    Call it before a resumed run loads its checkpoint, because the reference is the adapter as it was at the start.
     """
     preference, step = config.preference, config.step
-    if preference is None or not LOSSES[preference.loss].needs_reference:
+    if preference is None or not preference_loss(preference.loss).needs_reference:
         return {}
     base = loaded.policy.transformers_model
     identity = ""
@@ -162,7 +168,7 @@ def reference_extras(
             config.model.quantization,
         )
     bounds = micro_batching(step)
-    bounds = replace(bounds, most_examples=UNITS_WITHOUT_GRADIENT * step.micro_batch_size)
+    bounds = replace(bounds, most_examples=REFERENCE_UNITS_FACTOR * step.micro_batch_size)
     extras: dict[str, Extras] = {}
     with loaded.policy.model.disable_adapter() if prepared.adapter is None else nullcontext():
         for key, (store, units) in units_by_store.items():
@@ -175,7 +181,7 @@ def reference_extras(
                 cache_dir=cache_folder(config.tokens),
                 limit=MicroBatchLimit(bounds, base.device, is_sharded(base)),
                 group=group,
-                say=say,
+                log=log,
             )
             extras[key] = {REFERENCE_LOGPROB: logprobs}
     return extras
@@ -191,7 +197,7 @@ def build_train_state(
     *,
     by_tokens: bool = False,
 ) -> TrainState:
-    """`by_tokens`: when memory runs out, halve the tokens of a micro-batch instead of its units."""
+    """The state of the first step. `by_tokens`: if memory runs out, halve the token budget instead of the units."""
     step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
     parameters = {name: p for name, p in loaded.policy.model.named_parameters() if p.requires_grad}
@@ -209,7 +215,7 @@ def build_train_state(
         parameters=parameters,
         optimizer=optimizer,
         scheduler=make_schedule(step, optimizer, plan.total_steps),
-        by_metric=step.lr_scheduler in BY_METRIC,
+        by_metric=step.lr_scheduler in METRIC_SCHEDULES,
         max_grad_norm=step.max_grad_norm,
         limit=MicroBatchLimit(micro_batching(step), base.device, sharded, by_tokens),
         objective=objective,

@@ -1,7 +1,7 @@
-"""The processes of a run: one, or as many as torchrun started. Sums over them; with one process, nothing to do.
+"""The processes of a run, one or as many as torchrun started, and the collectives between them.
 
-They meet in two stages. `rendezvous` makes them known to each other by torchrun's store, and starts the heartbeat. Rows
-are read and tokenised then, which may take one process hours. `process_group` waits until all are ready and makes
+They join in two stages. `rendezvous` connects them through torchrun's store and starts the heartbeat. Then rows are
+read and tokenised, which may take hours in one process. `process_group` waits until all are ready and initialises
 PyTorch's process group, whose collectives have an ordinary timeout.
 """
 
@@ -26,25 +26,26 @@ if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
     from torch.distributed.distributed_c10d import Store
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
-"""For all processes to start."""
+"""Within which all processes must start."""
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""For all processes to take part in a sum. Longer than rank 0 takes for a checkpoint or the model card, for which the
-others wait."""
+"""Of a collective. Longer than rank 0 needs for a checkpoint or the model card, for which the other ranks wait."""
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The processes of a run before they have a process group."""
+    """The processes of a run before the process group exists."""
 
     rank: int
     count: int
     store: Store | None
-    """Shared by all; None in a single process."""
+    """Shared by all processes; None for a single one."""
 
 
 @dataclass(frozen=True)
 class Processes:
+    """The processes of a run, and which of them this is."""
+
     rank: int
     count: int
 
@@ -55,9 +56,9 @@ class Processes:
 
 @contextmanager
 def rendezvous() -> Iterator[Rendezvous]:
-    """Meet the processes that torchrun started (by RANK and WORLD_SIZE); a single process meets nobody.
+    """Connect to the other processes that torchrun started, if any, by RANK and WORLD_SIZE.
 
-    Raises ProcessLost if another process dies before the block ends. If this process waits for it meanwhile, the
+    Raises ProcessLost if another process dies before the block ends. If this process is stuck in a collective then, the
     heartbeat ends this process.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,32 +72,32 @@ def rendezvous() -> Iterator[Rendezvous]:
 
     store, rank, count = next(torch_rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     store.set_timeout(RENDEZVOUS_TIMEOUT)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its processes
     with watch_processes(PrefixStore(f"heartbeat/{attempt}", store.clone()), rank, count):
         yield Rendezvous(rank, count, PrefixStore(f"group/{attempt}", store))
 
 
 @contextmanager
-def process_group(met: Rendezvous, device: torch.device) -> Iterator[Processes]:
-    """Wait for all processes to come here, and join them in PyTorch's process group."""
-    if met.store is None:
+def process_group(processes: Rendezvous, device: torch.device) -> Iterator[Processes]:
+    """Wait until all processes get here, and initialise PyTorch's process group."""
+    if processes.store is None:
         yield Processes(0, 1)
         return
-    met.store.set(f"ready/{met.rank}", "")
-    everyone = [f"ready/{rank}" for rank in range(met.count)]
-    while not met.store.check(everyone):  # without a limit: the heartbeat finds a process that died
+    processes.store.set(f"ready/{processes.rank}", "")
+    ready_keys = [f"ready/{rank}" for rank in range(processes.count)]
+    while not processes.store.check(ready_keys):  # no timeout: the heartbeat detects dead processes
         time.sleep(POLL_SECONDS)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=met.store,
-        rank=met.rank,
-        world_size=met.count,
+        store=processes.store,
+        rank=processes.rank,
+        world_size=processes.count,
         timeout=COLLECTIVE_TIMEOUT,
     )
     try:
-        yield Processes(met.rank, met.count)
+        yield Processes(processes.rank, processes.count)
     finally:
         dist.destroy_process_group()
 
@@ -111,10 +112,10 @@ def sum_over(group: Processes, tensor: torch.Tensor) -> torch.Tensor:
 def sum_gradients(
     group: Processes, parameters: Iterable[torch.nn.Parameter], extra: torch.Tensor
 ) -> torch.Tensor:
-    """Sum the gradients of all processes, and `extra` (a small float32 vector) with them, in one all-reduce.
+    """Sum the gradients over all processes, and `extra` (a small float32 vector) with them, in one all-reduce.
 
-    A process that has no gradient contributes zeros. A parameter for which no process has a gradient keeps none, as it
-    would in one process. Returns the sum of `extra`.
+    A process without a gradient contributes zeros. A parameter without a gradient in any process keeps none, as in a
+    single process. Returns the sum of `extra`.
     """
     if group.count == 1:
         return extra
@@ -130,21 +131,21 @@ def sum_gradients(
 
 
 def gather_bytes(group: Processes, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The uint8 tensors of all processes, of equal length, in order of rank; on the CPU."""
+    """Gather uint8 tensors of equal length from all processes, in order of rank, on the CPU."""
     if group.count == 1:
         return [tensor]
     if dist.get_backend() == "nccl":
         tensor = tensor.cuda()
     gathered = [torch.empty_like(tensor) for _ in range(group.count)]
     dist.all_gather(gathered, tensor)
-    return [one.cpu() for one in gathered]
+    return [tensor.cpu() for tensor in gathered]
 
 
-def check_alike(group: Processes, content: str) -> None:
-    """Raises UserError, in every process, if one has other settings, data or files than the first."""
+def check_same_content(group: Processes, content: str) -> None:
+    """Raises UserError in every process if `content`, a description of settings and data, is not the same in all."""
     digest = torch.frombuffer(bytearray(sha256(content.encode()).digest()), dtype=torch.uint8)
     first, *others = gather_bytes(group, digest)
-    different = [str(rank) for rank, one in enumerate(others, 1) if not torch.equal(one, first)]
+    different = [str(rank) for rank, other in enumerate(others, 1) if not torch.equal(other, first)]
     if different:
         raise UserError(
             f"process {', '.join(different)} of {group.count} has other settings, data or versions than process 0",

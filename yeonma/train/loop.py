@@ -1,4 +1,4 @@
-"""The loop over a run's steps: train, evaluate, save, until the plan ends or the run is to stop."""
+"""The loop over the steps of a run: train, evaluate and save, until the plan ends or the run stops early."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class EvalSaveSchedule:
     save_steps: int
     save_total_limit: int | None
     patience: int | None
-    """Evaluations in a row without a lower loss before the run stops early."""
+    """Consecutive evaluations without a lower loss after which the run stops; None: no early stopping."""
     threshold: float
-    """By how much a loss must be lower to count."""
+    """The smallest improvement that counts as a lower loss."""
 
 
 @dataclass(frozen=True)
 class RunCallbacks:
-    """What the loop reports. Only those of rank 0 do something."""
+    """What the loop reports to. On ranks other than 0 these do nothing."""
 
     step: Callable[[StepRecord, list[int]], None]
-    """With the row numbers of the step."""
+    """Called after each step with its record and row numbers."""
     evaluation: Callable[[EvaluationRecord], None]
     before_save: Callable[[], None]
-    say: Log
+    log: Log
 
 
 def run_steps(
@@ -56,10 +56,9 @@ def run_steps(
     adapter: AdapterWriter,
     callbacks: RunCallbacks,
 ) -> RunProgress:
-    """Train from `progress` on, to the end of the plan, to early stopping or to where the ranks agree to stop.
+    """Train from `progress` until the end of the plan, early stopping, or a step after which the ranks agreed to stop.
 
-    `batch_of` makes the batch of a step from its units. Returns the progress made; all of it is saved by then, unless
-    there is none.
+    `batch_of` makes a batch from a step's units. Returns the progress, which the last checkpoint contains.
     """
     stop = state.stop
 
@@ -74,9 +73,9 @@ def run_steps(
             names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
             write_checkpoint(output, progress, adapter, optimizer_tensors(state.optimizer, names), random)
             rotate(output, schedule.save_total_limit, progress.best_step)
-        stop.took(save=time.perf_counter() - started)
+        stop.record_seconds(save=time.perf_counter() - started)
 
-    def evaluated(progress: RunProgress) -> RunProgress:
+    def run_evaluation(progress: RunProgress) -> RunProgress:
         if validation is None:
             return progress
         record = evaluate(state, validation, progress.step, plan.epoch_at(progress.step))
@@ -84,7 +83,7 @@ def run_steps(
         if record is None:
             return progress
         callbacks.evaluation(record)
-        if progress.step == 0:  # for comparison only: the adapter has learned nothing yet
+        if progress.step == 0:  # for comparison only: nothing is trained yet
             return progress
         if state.by_metric:
             state.scheduler.step(record.loss)
@@ -99,20 +98,20 @@ def run_steps(
 
     state.model.train()
     if progress.step == 0 or progress.evaluation_due:
-        progress = evaluated(progress)
+        progress = run_evaluation(progress)
         if progress.step and not progress.evaluation_due:
             save(progress)
-        if stop.settle():
+        if stop.is_due():
             return progress
     for units in plan.steps(progress.step):
         if schedule.patience is not None and progress.evaluations_without_gain >= schedule.patience:
-            callbacks.say(f"stopping early: {schedule.patience} evaluations brought no lower loss")
+            callbacks.log(f"stopping early: no lower loss in {schedule.patience} evaluations")
             break
         started = time.perf_counter()
         batch = batch_of(units)
         result = train_step(state, batch)
         seconds = time.perf_counter() - started
-        stop.took(step=seconds)
+        stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())
         callbacks.step(
             StepRecord(
@@ -132,8 +131,8 @@ def run_steps(
         )
         last = progress.step == plan.total_steps
         if progress.step % schedule.eval_steps == 0 or last:
-            progress = evaluated(progress)
-        stopping = stop.settle()
+            progress = run_evaluation(progress)
+        stopping = stop.is_due()
         is_best = progress.best_step == progress.step
         if progress.step % schedule.save_steps == 0 or last or is_best or stopping:
             save(progress)
@@ -143,17 +142,17 @@ def run_steps(
 
 
 def random_tensors(group: Processes, device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's random state of every process, by rank."""
-    of_ranks = enumerate(gather_bytes(group, torch.get_rng_state()))
-    states = {f"cpu/{rank}": state for rank, state in of_ranks}
+    """PyTorch's random state of every process, as `cpu/RANK` and `cuda/RANK`."""
+    states_by_rank = enumerate(gather_bytes(group, torch.get_rng_state()))
+    states = {f"cpu/{rank}": state for rank, state in states_by_rank}
     if device.type == "cuda":
-        of_ranks = enumerate(gather_bytes(group, torch.cuda.get_rng_state(device)))
-        states.update({f"cuda/{rank}": state for rank, state in of_ranks})
+        states_by_rank = enumerate(gather_bytes(group, torch.cuda.get_rng_state(device)))
+        states.update({f"cuda/{rank}": state for rank, state in states_by_rank})
     return states
 
 
 def restore_random(tensors: Mapping[str, torch.Tensor], group: Processes, device: torch.device) -> None:
-    """Set this process's random state. A rank that the checkpoint does not have keeps the state it is in."""
+    """Set this process's random state. A rank that the checkpoint does not contain keeps its current state."""
     if f"cpu/{group.rank}" in tensors:
         torch.set_rng_state(tensors[f"cpu/{group.rank}"])
     if device.type == "cuda" and f"cuda/{group.rank}" in tensors:

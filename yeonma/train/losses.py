@@ -1,4 +1,4 @@
-"""The losses of training, as pure functions of log-probabilities, and what each of them needs.
+"""The training losses, as pure functions of log-probabilities, and a record of what each preference loss needs.
 
 A new preference loss is a function, its record in LOSSES and its name in config/settings.py (docs/extending.md). All
 losses are summed over a micro-batch; the step divides once, by its trained tokens, pairs or labelled answers.
@@ -21,17 +21,19 @@ from torch.nn.functional import logsigmoid
 
 from yeonma.batch.batch import Batch
 from yeonma.data.task import LABELLED, PAIRS, Task
+from yeonma.errors import UserError
 from yeonma.tokenization.example import AnswerRole
 
-LOG_BELOW_ONE = -1e-6  # the highest log-probability that ORPO takes the odds of; at 0 they are infinite
+LOG_BELOW_ONE = -1e-6
+"""The highest log-probability for which ORPO computes odds. At 0 they are infinite."""
 
 Sums = tuple[Tensor, Tensor]
 """The loss, a scalar, and M metrics, each summed."""
 
 REFERENCE_LOGPROB = "reference_logprob"
-"""The batch's extra, per example: the log-probability that the reference gives the whole answer."""
+"""Extra of a batch, per example: the reference's log-probability of the whole answer."""
 MEASURED_MEAN = "measured_mean"
-"""The batch's extra, per example: the mean over the step of what the objective's `measure` gives; the same for all."""
+"""Extra of a batch, per example: the step's mean of the objective's `measure`, the same number for every example."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,16 @@ class Objective:
 
     name: str
     per_token: bool
-    """Whether the step divides by its trained tokens; otherwise by its units (pairs)."""
+    """Whether the step divides by its trained tokens, or by its units."""
     sums: Callable[[Tensor, Batch], Sums]
-    """From logprob_N of a micro-batch, with its gradient, and the micro-batch to the loss and M metrics, summed."""
+    """(logprob_N of a micro-batch, the micro-batch) -> sums of the loss and of M metrics."""
     metrics: tuple[str, ...] = ()
-    """Names of the M sums of metrics."""
+    """Names of the M metrics."""
     report: Callable[[Mapping[str, float]], dict[str, float]] = dict
-    """From each metric's mean over the units to what is logged."""
+    """The metrics' means over the step -> the metrics to log."""
     measure: Callable[[Tensor, Batch], Tensor] | None = None
-    """Where the loss needs a mean over the whole step: from logprob_N of some mismatched answers, without gradient, and
-    these to a sum over them. Their mean is the extra MEASURED_MEAN of every micro-batch."""
+    """(logprob_N of mismatched answers, their batch) -> a sum over these answers, without gradient. For a loss that
+    needs a mean over the whole step: every micro-batch gets it as the extra MEASURED_MEAN."""
 
 
 def sft_loss(logprob_N: Tensor) -> Tensor:
@@ -66,13 +68,13 @@ SFT = Objective("sft", per_token=True, sums=_sft_sums)
 
 @dataclass(frozen=True)
 class PreferenceOptions:
-    """Hyperparameters of the losses; each loss reads those in its record's `options`."""
+    """Hyperparameters of the losses. Each loss reads those in its record's `options`."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
     """Assumed fraction of pairs whose labels are flipped, below 0.5."""
     sft_weight: float | None = None
-    """Weight of `sft_term`; None: that of the loss's paper, which is 1 for cpo and orpo, else 0."""
+    """Weight of `sft_term`. None: the weight in the loss's paper, which is 1 for cpo and orpo, else 0."""
     simpo_gamma: float = 0.5
     """SimPO's target margin between the two rewards."""
     kto_desirable_weight: float = 1.0
@@ -100,22 +102,22 @@ class PairLogprobs:
 
 @dataclass(frozen=True)
 class ReferenceLogprobs:
-    """The frozen reference's log-probabilities of the same pairs: constants."""
+    """The frozen reference's log-probabilities of the same pairs."""
 
     chosen_P: Tensor
     rejected_P: Tensor
 
 
 def sft_term(policy: PairLogprobs) -> Tensor:
-    """Negative log-likelihood of the chosen answer, a mean over its tokens, as Pang et al. 2024, arXiv:2404.19733, add
-    it to DPO. A pair's weight depends neither on its answer's length nor on the other pairs of its micro-batch."""
+    """Negative log-likelihood of the chosen answer, averaged over its tokens, which Pang et al. 2024, arXiv:2404.19733,
+    add to DPO. A pair's weight depends neither on the answer's length nor on other pairs of the micro-batch."""
     return -policy.chosen_mean_P
 
 
 def log_ratios(policy: PairLogprobs, reference: ReferenceLogprobs | None) -> tuple[Tensor, Tensor]:
     """(chosen_P, rejected_P) of log policy - log reference."""
     if reference is None:
-        raise ValueError("this loss compares with a reference; give its log-probabilities")
+        raise ValueError("this loss needs the reference's log-probabilities")
     return policy.chosen_P - reference.chosen_P, policy.rejected_P - reference.rejected_P
 
 
@@ -301,7 +303,7 @@ KTO_METRICS = (
     "reward_desirable",
     "logprob_desirable",
     "tokens_desirable",
-    "desirable",  # the number of such answers, by which `report_by_label` divides the three before
+    "desirable",  # the number of such answers, by which `report_by_label` divides the three above
     "reward_undesirable",
     "logprob_undesirable",
     "tokens_undesirable",
@@ -328,7 +330,7 @@ def kto_metric_sums(answers: LabelledLogprobs, reference_point: Tensor, options:
 
 
 def report_by_label(means: Mapping[str, float]) -> dict[str, float]:
-    """KTO's metrics with those of one label averaged over the answers with that label; NaN where there are none."""
+    """KTO's metrics, where those of a label are averaged over the answers with that label; NaN if there are none."""
 
     def mean(name: str, value: float) -> float:
         metric, _, label = name.rpartition("_")
@@ -341,7 +343,7 @@ def report_by_label(means: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A preference loss: its function and what that needs."""
+    """A preference loss: its function, and what it needs."""
 
     name: str
     """The value of `--loss`."""
@@ -349,14 +351,15 @@ class PreferenceLoss:
     """Pairs: (PairLogprobs, ReferenceLogprobs | None, PreferenceOptions) -> loss_P, without the supervised term.
     Labelled answers: (LabelledLogprobs, reference point, PreferenceOptions) -> loss_R."""
     options: frozenset[str]
-    """The fields of PreferenceOptions that the loss depends on; setting another one is an error."""
+    """The fields of PreferenceOptions that the loss reads. Setting any other is an error."""
     needs_reference: bool = True
     sft_weight: float = 0.0
-    """The paper's weight of `sft_term`."""
+    """Default weight of `sft_term`, from the paper."""
     per_token_reward: bool = False
-    """Without a reference: rewards are means over the answer's tokens instead of sums, as in the loss."""
+    """For losses without a reference: whether rewards are means over the answer's tokens instead of sums, as in the
+    loss."""
     task: Task = PAIRS
-    """The kind of data that it learns from."""
+    """The kind of data that it trains on."""
     metrics: tuple[str, ...] = PAIR_METRICS
     """Names of the sums that `metric_sums` returns."""
     metric_sums: Callable[..., Tensor] = pair_metric_sums
@@ -365,7 +368,7 @@ class PreferenceLoss:
 
 
 _PAIR_OPTIONS = frozenset({"beta", "sft_weight"})
-"""What every loss of pairs depends on. Its function leaves sft_weight alone: `pair_losses` adds the supervised term."""
+"""Options of every pair loss. Its function does not read sft_weight: `pair_losses` adds the supervised term."""
 _SMOOTHED = _PAIR_OPTIONS | {"label_smoothing"}
 
 LOSSES: Mapping[str, PreferenceLoss] = {
@@ -398,7 +401,15 @@ LOSSES: Mapping[str, PreferenceLoss] = {
         ),
     )
 }
-"""Every preference loss by its name."""
+"""All preference losses, by name."""
+
+
+def preference_loss(name: str) -> PreferenceLoss:
+    """The record of a loss. Raises UserError if there is none."""
+    if name not in LOSSES:
+        cure = "add a PreferenceLoss to LOSSES in yeonma/train/losses.py"
+        raise UserError("this loss has no record", place=f"loss {name}", cure=cure)
+    return LOSSES[name]
 
 
 def pair_losses(
@@ -407,14 +418,14 @@ def pair_losses(
     reference: ReferenceLogprobs | None,
     options: PreferenceOptions,
 ) -> Tensor:
-    """loss_P, the supervised term included. `reference` may be None for a loss that needs none."""
+    """loss_P, including the supervised term. `reference` may be None for a loss that needs none."""
     loss_P = loss.function(policy, reference, options)
     weight = loss.sft_weight if options.sft_weight is None else options.sft_weight
     return loss_P + weight * sft_term(policy) if weight else loss_P
 
 
 def preference_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
-    """The objective of a preference loss. One that needs a reference reads the batch's extra REFERENCE_LOGPROB."""
+    """The objective of a preference loss. If it needs a reference, batches must have the extra REFERENCE_LOGPROB."""
     return _OBJECTIVES[loss.task.name](loss, options)
 
 
@@ -446,7 +457,7 @@ def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objecti
 
 
 def _label_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
-    """The reference point is measured over the whole step before any of it is trained."""
+    """Measures the reference point over the whole step before the step trains."""
 
     def measure(logprob_N: Tensor, batch: Batch) -> Tensor:
         logprob_E = answer_logprobs(logprob_N, batch.trained_counts_E)
@@ -473,9 +484,9 @@ _OBJECTIVES = {PAIRS.name: _pair_objective, LABELLED.name: _label_objective}
 
 
 def answer_logprobs(logprob_N: Tensor, counts: Sequence[int] | np.ndarray) -> Tensor:
-    """logprob_E: the log-probability of each example's whole answer; `counts` are its trained tokens.
+    """logprob_E: the log-probability of each example's whole answer. `counts`: the trained tokens of each example.
 
-    Each sum adds the example's own tokens in their order: the other examples do not change it.
+    Each sum adds only the example's own tokens, in order, so that other examples do not change its bits.
     """
     return torch.stack([part.sum() for part in logprob_N.split([int(count) for count in counts])])
 

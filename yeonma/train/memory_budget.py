@@ -1,7 +1,7 @@
-"""How much goes through the model at once where the settings say `auto`: from free memory and the forecast.
+"""Resolves `auto` for `micro_batch_tokens` and `gradient_checkpointing` against free memory.
 
-The forecast is the trace of the run's heaviest micro-batch, for one budget of tokens after the other. What is chosen is
-tried on that micro-batch before the first step, and kept in every checkpoint.
+The run's heaviest micro-batch is traced without weights, for one token budget after another, until it fits. The chosen
+budget is tried on that micro-batch before the first step, and every checkpoint records it.
 """
 
 from __future__ import annotations
@@ -28,22 +28,26 @@ from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.prepare import Prepared, lora_shape
 from yeonma.train.step import TrainState
 
-MOST_TOKENS = {"cpu": 2048, "cuda": 32768}  # more at once is no faster
-ENOUGH_TOKENS = 2048  # at once, for products to run at their speed: before more, activations are kept
-SHARE = {"cpu": 0.5, "cuda": 0.9}  # of free memory that is given out; the CPU's heap has holes
-WAYS: tuple[Checkpointing, ...] = (False, "selective", True)
-"""From the fastest to that which needs least."""
+MAX_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Larger micro-batches are no faster."""
+FULL_SPEED_TOKENS = 2048
+"""Matrix products reach their full speed at this size. Activations are recomputed only to get there."""
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.9}
+"""The share of free memory to use. The CPU's heap is fragmented, so it gets less."""
+CHECKPOINTING_LEVELS: tuple[Checkpointing, ...] = (False, "selective", True)
+"""From the fastest to the one with the smallest memory use."""
 
 CURE = "give micro_batch_tokens a number and gradient_checkpointing true or false"
 
 
 def micro_batching(step: StepSettings) -> MicroBatchBounds:
-    """As the settings say; not for `auto`, in whose place `resolve_auto` puts numbers."""
+    """The bounds from the settings, in which `resolve_auto` must have replaced `auto`."""
     assert step.micro_batch_tokens != "auto"
     return MicroBatchBounds(step.micro_batch_size, step.micro_batch_tokens, step.share_prefix)
 
 
 def checkpointing(model: ModelSettings) -> Checkpointing:
+    """The setting, in which `resolve_auto` must have replaced `auto`."""
     assert model.gradient_checkpointing != "auto"
     return model.gradient_checkpointing
 
@@ -53,17 +57,17 @@ def resolve_auto(
     source: load.BaseSource,
     prepared: Prepared,
     group: Processes,
-    say: Log,
+    log: Log,
     *,
     processes: int | None = None,
     earlier_tokens: int | None = None,
     free: int | None = None,
 ) -> RunConfig:
-    """The settings with numbers in the place of `auto`; the same in all processes, those of the one with least room.
+    """The settings with values in place of `auto`. All processes get the values of the one with the least free memory.
 
-    `processes`: that the run will have, where this is not one of them. `earlier_tokens`: those of a checkpoint that is
-    continued. `free`: bytes, in place of what is free. Raises UserError where free memory is not known, and for a model
-    that cannot be traced.
+    `processes`: the size of the run, if it is not that of `group`. `earlier_tokens`: this process's token budget in the
+    checkpoint that the run resumes from; it is kept, so that sums are formed in the same order. `free`: free memory in
+    bytes, measured by default. Raises UserError if free memory is unknown, or if the model cannot be traced.
     """
     model, step = config.model, config.step
     if "auto" not in (step.micro_batch_tokens, model.gradient_checkpointing):
@@ -72,56 +76,59 @@ def resolve_auto(
     free = free_memory(device) if free is None else free
     if free is None:
         raise UserError("how much memory is free is not known on this system", place="auto", cure=CURE)
-    case = _Case(
+    processes = processes or group.count
+    inputs = _BudgetInputs(
         plan=prepared.plan,
         store=prepared.dataset.train.store,
-        draw=_drawing(config, source, prepared, device),
-        room=int(SHARE[device.type] * free),
-        most_tokens=MOST_TOKENS[device.type],
-        processes=processes or group.count,
-        sharded=model.shard and (processes or group.count) > 1,
+        blueprint_at=_blueprint_function(config, source, prepared, device),
+        available_bytes=int(MEMORY_SHARE[device.type] * free),
+        max_tokens=MAX_TOKENS[device.type],
+        processes=processes,
+        sharded=model.shard and processes > 1,
     )
     requested = model.gradient_checkpointing
-    ways = WAYS if requested == "auto" else (requested,)
+    levels = CHECKPOINTING_LEVELS if requested == "auto" else (requested,)
     try:
         if step.micro_batch_tokens != "auto":
-            way, tokens = _way_for(case, ways, micro_batching(step)), 0
+            level, tokens = _choose_level(inputs, levels, micro_batching(step)), 0
         else:
-            way, tokens = _tokens_for(case, ways, step, earlier_tokens)
+            level, tokens = _choose_level_and_tokens(inputs, levels, step, earlier_tokens)
     except UserError as error:
         problems = [Problem(problem.what, problem.place, problem.cure or CURE) for problem in error.problems]
         raise UserError(problems) from error
-    way, least = _agreed(group, way, tokens)
-    tokens = earlier_tokens or least  # each process continues with its own: the same sums in the same order
-    say(_summary(way, tokens, free))
+    level, common_tokens = _agree(group, level, tokens)
+    tokens = earlier_tokens or common_tokens
+    log(_summary(level, tokens, free))
     if tokens:
         step = replace(step, micro_batch_size=step.batch_size, micro_batch_tokens=tokens)
-    return replace(config, model=replace(model, gradient_checkpointing=way), step=step)
+    return replace(config, model=replace(model, gradient_checkpointing=level), step=step)
 
 
-def one_by_one(config: RunConfig) -> RunConfig:
-    """Without a budget of tokens: for a model that no forest can be trained on, whose sequences go alone."""
-    step = config.step
-    return replace(config, step=replace(step, micro_batch_size=1, micro_batch_tokens=None))
+def one_sequence_at_a_time(config: RunConfig) -> RunConfig:
+    """The settings without a token budget, for a model that cannot be trained on forests."""
+    return replace(config, step=replace(config.step, micro_batch_size=1, micro_batch_tokens=None))
 
 
 @dataclass(frozen=True)
-class _Case:
+class _BudgetInputs:
+    """What decides how large a micro-batch may be."""
+
     plan: Plan
     store: TokenStore
-    draw: Callable[[Checkpointing], Blueprint]
-    room: int  # bytes
-    most_tokens: int
+    blueprint_at: Callable[[Checkpointing], Blueprint]
+    """The model without weights, at a checkpointing level. Raises ValueError if the model does not support it."""
+    available_bytes: int
+    max_tokens: int
     processes: int
     sharded: bool
 
 
-def _drawing(
+def _blueprint_function(
     config: RunConfig, source: load.BaseSource, prepared: Prepared, device: torch.device
 ) -> Callable[[Checkpointing], Blueprint]:
     model = config.model
 
-    def draw(way: Checkpointing) -> Blueprint:
+    def blueprint_at(level: Checkpointing) -> Blueprint:
         return blueprint(
             prepared.config,
             load.pick_dtype(model.dtype, device),
@@ -129,128 +136,143 @@ def _drawing(
             quantization=model.quantization,
             by_device=multiplies_fp8(device),
             trust_remote_code=source.trust_remote_code,
-            gradient_checkpointing=way,
+            gradient_checkpointing=level,
             device=device,
         )
 
-    return draw
+    return blueprint_at
 
 
-def _left(case: _Case, drawn: Blueprint) -> int:
-    """Bytes for a micro-batch, once weights, adapter and AdamW's two averages are there."""
-    weights = drawn.weight_bytes
-    if case.sharded:
-        weights = weights // case.processes + drawn.gathered_bytes
-    return case.room - weights - 3 * drawn.trained_bytes
-
-
-def _needed(case: _Case, drawn: Blueprint, micro: MicroBatchBounds) -> int:
-    batches = survey_micro_batches(case.plan, case.store, micro, case.processes)
-    return trace(drawn, batches.heaviest, has_gradients=batches.several).peak
-
-
-def _way_for(case: _Case, ways: tuple[Checkpointing, ...], micro: MicroBatchBounds) -> Checkpointing:
-    for way in ways[:-1]:
-        drawn = _drawn(case, way)
-        if drawn is not None and _needed(case, drawn, micro) <= _left(case, drawn):
-            return way
-    return ways[-1]
-
-
-def _tokens_for(
-    case: _Case, ways: tuple[Checkpointing, ...], step: StepSettings, earlier_tokens: int | None
-) -> tuple[Checkpointing, int]:
-    longest, whole = int(case.plan.lengths.max()), _heaviest_step(case)
-    enough = min(whole, max(longest, ENOUGH_TOKENS))
-    tokens, way = longest, ways[-1]
-    for way in ways:
-        drawn = _drawn(case, way)
-        if drawn is None:
-            continue
-        left = _left(case, drawn)
-        for tokens in [earlier_tokens] if earlier_tokens else budgets(min(whole, case.most_tokens), longest):
-            micro = MicroBatchBounds(step.batch_size, tokens, step.share_prefix)
-            if _needed(case, drawn, micro) <= left:
-                if earlier_tokens or tokens >= min(enough, case.most_tokens):
-                    return way, tokens
-                break
-    # the last way, with what it has room for; where that is nothing, the trial will tell
-    return way, earlier_tokens or tokens
-
-
-def _drawn(case: _Case, way: Checkpointing) -> Blueprint | None:
-    """None for a model that keeps all activations, whatever it is told."""
+def _blueprint_or_none(inputs: _BudgetInputs, level: Checkpointing) -> Blueprint | None:
+    """None for a model that does not support the checkpointing level."""
     try:
-        return case.draw(way)
+        return inputs.blueprint_at(level)
     except ValueError:
         return None
 
 
-def _heaviest_step(case: _Case) -> int:
-    """Tokens of the longest rows that one step of one process may have."""
-    count = -(-case.plan.batch_size // case.processes)
-    return int(np.sort(case.plan.lengths)[::-1][:count].sum())
+def _bytes_for_activations(inputs: _BudgetInputs, model: Blueprint) -> int:
+    """What weights, adapter, gradients and AdamW's two averages leave of the memory."""
+    weights = model.weight_bytes
+    if inputs.sharded:
+        weights = weights // inputs.processes + model.gathered_bytes
+    return inputs.available_bytes - weights - 3 * model.trained_bytes
 
 
-def budgets(most: int, least: int) -> Iterator[int]:
-    """Tokens at once, from `most` down to `least`, the longest row alone: each about 3/4 of the one before."""
-    tokens, thirds = max(most, least), False
-    while tokens > least:
+def _peak_bytes(inputs: _BudgetInputs, model: Blueprint, bounds: MicroBatchBounds) -> int:
+    """The peak memory of the heaviest micro-batch, weights not included."""
+    batches = survey_micro_batches(inputs.plan, inputs.store, bounds, inputs.processes)
+    return trace(model, batches.heaviest, has_gradients=batches.several).peak
+
+
+def _choose_level(
+    inputs: _BudgetInputs, levels: tuple[Checkpointing, ...], bounds: MicroBatchBounds
+) -> Checkpointing:
+    """The first level at which the micro-batches fit into memory, else the last one."""
+    for level in levels[:-1]:
+        model = _blueprint_or_none(inputs, level)
+        if model is not None and _peak_bytes(inputs, model, bounds) <= _bytes_for_activations(inputs, model):
+            return level
+    return levels[-1]
+
+
+def _choose_level_and_tokens(
+    inputs: _BudgetInputs,
+    levels: tuple[Checkpointing, ...],
+    step: StepSettings,
+    earlier_tokens: int | None,
+) -> tuple[Checkpointing, int]:
+    """The first level at which a micro-batch of full speed fits, with the largest budget that fits.
+
+    If there is none, the last level with what fits there; if nothing does, the trial before the first step reports it.
+    """
+    longest, largest_step = int(inputs.plan.lengths.max()), _largest_step_tokens(inputs)
+    sufficient = min(largest_step, max(longest, FULL_SPEED_TOKENS), inputs.max_tokens)
+    tokens, level = longest, levels[-1]
+    for level in levels:
+        model = _blueprint_or_none(inputs, level)
+        if model is None:
+            continue
+        available = _bytes_for_activations(inputs, model)
+        candidates = token_budgets(min(largest_step, inputs.max_tokens), longest)
+        for tokens in [earlier_tokens] if earlier_tokens else candidates:
+            bounds = MicroBatchBounds(step.batch_size, tokens, step.share_prefix)
+            if _peak_bytes(inputs, model, bounds) <= available:
+                if earlier_tokens or tokens >= sufficient:
+                    return level, tokens
+                break
+    return level, earlier_tokens or tokens
+
+
+def _largest_step_tokens(inputs: _BudgetInputs) -> int:
+    """The most tokens that one process may have in a step: those of the longest rows."""
+    count = -(-inputs.plan.batch_size // inputs.processes)
+    return int(np.sort(inputs.plan.lengths)[::-1][:count].sum())
+
+
+def token_budgets(largest: int, smallest: int) -> Iterator[int]:
+    """Budgets to try, from `largest` down to `smallest`, each about 3/4 of the one before."""
+    tokens, use_two_thirds = max(largest, smallest), False
+    while tokens > smallest:
         yield tokens
-        tokens, thirds = (tokens * 2 // 3 if thirds else tokens * 3 // 4), not thirds
-    yield least
+        tokens = tokens * 2 // 3 if use_two_thirds else tokens * 3 // 4
+        use_two_thirds = not use_two_thirds
+    yield smallest
 
 
-def _agreed(group: Processes, way: Checkpointing, tokens: int) -> tuple[Checkpointing, int]:
-    own = torch.tensor([WAYS.index(way), tokens]).view(torch.uint8)
-    of_ranks = [gathered.view(torch.int64).tolist() for gathered in gather_bytes(group, own)]
-    return WAYS[max(index for index, _ in of_ranks)], min(most_tokens for _, most_tokens in of_ranks)
+def _agree(group: Processes, level: Checkpointing, tokens: int) -> tuple[Checkpointing, int]:
+    """The slowest level and the smallest budget that any process chose."""
+    choice = torch.tensor([CHECKPOINTING_LEVELS.index(level), tokens]).view(torch.uint8)
+    choices = [gathered.view(torch.int64).tolist() for gathered in gather_bytes(group, choice)]
+    return CHECKPOINTING_LEVELS[max(index for index, _ in choices)], min(budget for _, budget in choices)
 
 
-def _summary(way: Checkpointing, tokens: int, free: int) -> str:
-    words = {False: "kept", "selective": "recomputed in every other layer", True: "recomputed"}[way]
+def _summary(level: Checkpointing, tokens: int, free: int) -> str:
+    treatment = {False: "kept", "selective": "recomputed in every other layer", True: "recomputed"}[level]
     at_once = f"at most {tokens:,} tokens at once; " if tokens else ""
-    return f"{free / 1e9:.1f} GB free: {at_once}activations are {words}"
+    return f"{free / 1e9:.1f} GB free: {at_once}activations are {treatment}"
 
 
 def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
-    """One forward and backward of the run's heaviest micro-batch, and of smaller ones where it has no room. No weight
-    changes; random numbers are drawn.
+    """Runs the heaviest micro-batch forward and backward, with smaller bounds if memory runs out. Changes no weight,
+    but advances the random state.
 
-    Raises UserError where not even the longest row has room.
+    Raises UserError if the longest row alone does not fit.
     """
-    trained = sum(weight.nbytes for weight in state.parameters.values())
+    trained_bytes = sum(weight.nbytes for weight in state.parameters.values())
     device = state.model.device
-    undo = state.optimizer.zero_grad
+    clear_gradients = state.optimizer.zero_grad
 
-    def compute() -> None:
-        to_come = torch.empty(2 * trained, dtype=torch.uint8, device=device)  # AdamW's averages
+    def forward_and_backward() -> None:
+        averages = torch.empty(
+            2 * trained_bytes, dtype=torch.uint8, device=device
+        )  # AdamW's, from the first step
         forest = survey_micro_batches(plan, store, state.limit.bounds, state.group.count).heaviest
         trained_logprobs(state.model, forest, state.support.head, state.support.capability).sum().backward()
-        del to_come
+        del averages
 
     state.model.train()
-    state.limit.fit(compute, Batch.from_store(store, plan.positions), undo=undo)
-    undo()
+    state.limit.fit(forward_and_backward, Batch.from_store(store, plan.positions), undo=clear_gradients)
+    clear_gradients()
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on a device; None where the system does not say."""
+    """Bytes that this process can still allocate on a device; None if the system does not report it."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError):
         return None
-    return min([available, *_left_of_the_group()])
+    return min([available, *_cgroup_free_bytes()])
 
 
-def _left_of_the_group(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What a container's bound leaves, where there is one (cgroup v2)."""
+def _cgroup_free_bytes(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What a container's memory limit (cgroup v2) leaves; empty without a limit."""
     try:
-        most, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # none, or "max"
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or "max"
         return []
-    return [most - used]
+    return [limit - used]

@@ -1,4 +1,4 @@
-"""The model card, OUT/README.md: what was trained on what, what it gained, and how to ask it."""
+"""The model card, OUT/README.md: base and data, losses before and after, sample answers, and how to use the adapter."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from yeonma.run_folder.run_log import read_metrics
 from yeonma.tokenization.dataset import Dataset, Part
 from yeonma.tokenization.example import stop_ids
 
-MOST_NEW_TOKENS = 128
-SHOWN_CHARACTERS = 600
+MAX_NEW_TOKENS = 128
+MAX_CHARACTERS = 600
+"""Of a prompt or an answer on the card."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row asked before and after."""
+    """A row's prompt and reference answer, and the answers of the base model and of the adapter."""
 
     row: int
     prompt: str
-    wanted: str
+    reference: str
     base: str
-    tuned: str
+    adapter: str
 
 
 def write_card(
@@ -40,48 +41,51 @@ def write_card(
     dataset: Dataset,
     part: Part,
     command: str,
-    kept: int,
+    adapter_step: int,
     rows: int,
 ) -> None:
-    """Ask base and tuned model `rows` rows of `part`, greedily, and write the card. `kept`: the adapter's step."""
-    samples = ask_rows(policy, tokenizer, dataset, part, rows) if rows else []
+    """Writes the card, with greedy answers of the base model and the adapter to the first `rows` rows of `part`.
+
+    `adapter_step`: the step whose adapter is in the folder. `command`: how to repeat the run.
+    """
+    samples = sample_answers(policy, tokenizer, dataset, part, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
-    text = card_text(output, samples, metrics, command, kept, dataset.task.units)
+    text = card_text(output, samples, metrics, command, adapter_step, dataset.task.units)
     write_text_atomically(output / "README.md", text)
 
 
-def ask_rows(policy: Policy, tokenizer: Any, dataset: Dataset, part: Part, count: int) -> list[Sample]:
-    """The first `count` rows of `part`, answered by base and tuned model. Leaves the model ready to train on.
-
-    They are asked with the very token ids that come before the answer in training.
-    """
+def sample_answers(policy: Policy, tokenizer: Any, dataset: Dataset, part: Part, count: int) -> list[Sample]:
+    """Answers the first `count` rows of `part` with the base model and with the adapter, from the prompt ids of
+    training. The model stays in training mode."""
     rows = part.first_rows(count)
     task = dataset.task
     rendered = [task.preferred(task.render(dataset.template, row, dataset.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     sampling = SamplingParams(
         stop_ids=tuple(stop_ids(tokenizer, chat=rendered[0].answer_role is not None)),
-        max_new_tokens=int(max(1, min(MOST_NEW_TOKENS, limit - max(map(len, prompts))))),
+        max_new_tokens=int(max(1, min(MAX_NEW_TOKENS, positions - max(map(len, prompts))))),
     )
-
-    tuned, base = (
-        one.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts))
-        for one in (policy, replace(policy, adapter_weights=False))
+    adapter_answers, base_answers = (
+        model.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts))
+        for model in (policy, replace(policy, adapter_weights=False))
     )
     return [
         Sample(
             row.number,
             tokenizer.decode(prompt, skip_special_tokens=False),
-            _wanted(text),
-            before.text,
-            after.text,
+            _reference(text),
+            base.text,
+            adapter.text,
         )
-        for row, prompt, text, before, after in zip(rows, prompts, rendered, base, tuned, strict=True)
+        for row, prompt, text, base, adapter in zip(
+            rows, prompts, rendered, base_answers, adapter_answers, strict=True
+        )
     ]
 
 
-def _wanted(rendered: Rendered) -> str:
+def _reference(rendered: Rendered) -> str:
+    """The row's own answer; empty if it has none."""
     if rendered.answer:
         return answer_text(rendered)
     last = rendered.turns[-1]
@@ -93,12 +97,12 @@ def card_text(
     samples: Sequence[Sample],
     metrics: Sequence[Mapping[str, Any]],
     command: str,
-    kept: int,
+    adapter_step: int,
     units: str,
 ) -> str:
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
-    looks = [each for each in metrics if each.get("evaluation")]
+    evaluations = [record for record in metrics if record.get("evaluation")]
     lines = [
         "---",
         f"base_model: {adapter.base.name}",
@@ -110,20 +114,21 @@ def card_text(
         f"# {output.resolve().name}",
         "",
         f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {units} "
-        f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {kept:,} steps. "
-        f"{trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
+        f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {adapter_step:,} "
+        f"steps. {trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
         "",
     ]
-    if looks:
-        lines += _validation(looks[0], next(each for each in looks if each["step"] == kept), units)
-    lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
+    if evaluations:
+        last = next(record for record in evaluations if record["step"] == adapter_step)
+        lines += _validation(evaluations[0], last, units)
+    lines += ["![loss](loss.svg)", "", "## Template", "", *_fenced(adapter.template.text), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:
         lines += [f"### Row {sample.row}", "", *_fenced(_short(sample.prompt)), ""]
-        if sample.wanted:
-            lines += ["wanted:", "", *_fenced(_short(sample.wanted)), ""]
-        for name, text in (("base", sample.base), ("tuned", sample.tuned)):
+        if sample.reference:
+            lines += ["reference:", "", *_fenced(_short(sample.reference)), ""]
+        for name, text in (("base model", sample.base), ("with the adapter", sample.adapter)):
             lines += [f"{name}:", "", *_fenced(_short(text)), ""]
     lines += [
         "## Use",
@@ -140,6 +145,11 @@ def card_text(
     return "\n".join(lines)
 
 
+ACCURACY = {
+    "pairs": "whose chosen answer has the higher reward",
+    "labelled answers": "whose reward is on the right side of the reference point",
+}
+"""What reward accuracy counts, by the units of the data."""
 PERPLEXITY = {"perplexity": "perplexity"}
 REWARDS = {
     "reward_accuracy": "reward accuracy",
@@ -152,28 +162,28 @@ REWARDS = {
 """Metrics of an evaluation -> their names on the card."""
 
 
-TIED = 0.02
-"""Rewards nearer to 0 than this are rounding: both models are the same."""
+ZERO_REWARD = 0.02
+"""Rewards closer to 0 than this are rounding: the model is still equal to the reference."""
 
 
 def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str) -> list[str]:
-    """The table of the held-out rows."""
+    """A table of the validation metrics before training and of the adapter in the folder."""
     about = "Both are per trained token; `after` is the adapter in this folder."
-    shown = PERPLEXITY
+    names = PERPLEXITY
     if "reward_accuracy" in before:
-        shown = {key: name for key, name in REWARDS.items() if key in before}
-        before, told = _untied(before, shown)
+        names = {key: name for key, name in REWARDS.items() if key in before}
+        before, remark = _without_rounding(before, names)
         about = (
-            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. The accuracy "
-            f"is the share that has its reward on the right side.{told}"
+            f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. Reward "
+            f"accuracy is the fraction of {units} {ACCURACY[units]}.{remark}"
         )
-    columns = {"loss": "loss", **shown}
+    columns = {"loss": "loss", **names}
     return [
         f"| validation | {' | '.join(columns.values())} | step |",
         "| --- |" + " --- |" * (len(columns) + 1),
         *(
-            f"| {name} | {' | '.join(_number(look[key]) for key in columns)} | {look['step']} |"
-            for name, look in (("before", before), ("after", after))
+            f"| {name} | {' | '.join(_number(record[key]) for key in columns)} | {record['step']} |"
+            for name, record in (("before", before), ("after", after))
         ),
         "",
         about,
@@ -181,21 +191,21 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
     ]
 
 
-def _untied(before: Mapping[str, Any], shown: Mapping[str, str]) -> tuple[Mapping[str, Any], str]:
-    """The look before training, and what to say of it. The reference is then the model itself: all rewards are 0, and
-    which of two is higher is rounding."""
-    rewards = [key for key in shown if key != "reward_accuracy"]
-    if any(abs(before[key] or 0.0) > TIED for key in rewards):
+def _without_rounding(before: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Mapping[str, Any], str]:
+    """The evaluation before training, and a remark on it. If the model is then equal to the reference, every reward is
+    0 and the measured accuracy is only rounding."""
+    rewards = [key for key in names if key != "reward_accuracy"]
+    if any(abs(before[key] or 0.0) > ZERO_REWARD for key in rewards):
         return before, ""
-    told = (
-        " A reward is how much likelier an answer has become than it was to the reference, the model before training: "
-        "there all are 0, and the accuracy is that of a coin."
+    remark = (
+        " A reward measures how much more likely an answer has become compared with the reference, the model before "
+        "training. So before training every reward is 0, and an accuracy of 0.5 is chance."
     )
-    return {**before, **dict.fromkeys(rewards, 0.0), "reward_accuracy": 0.5}, told
+    return {**before, **dict.fromkeys(rewards, 0.0), "reward_accuracy": 0.5}, remark
 
 
 def _fenced(text: str) -> list[str]:
-    """A fence longer than any run of backticks in the text, so that the text cannot end it."""
+    """The text as a code block, whose fence is longer than any in the text."""
     fence = "```"
     while fence in text:
         fence += "`"
@@ -203,9 +213,9 @@ def _fenced(text: str) -> list[str]:
 
 
 def _short(text: str) -> str:
-    if len(text) <= SHOWN_CHARACTERS:
+    if len(text) <= MAX_CHARACTERS:
         return text
-    half = SHOWN_CHARACTERS // 2
+    half = MAX_CHARACTERS // 2
     return f"{text[:half]} [...] {text[-half:]}"
 
 

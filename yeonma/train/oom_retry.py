@@ -1,7 +1,7 @@
-"""Out of memory: halve the micro-batch and compute again, with the same result to rounding.
+"""When memory runs out, halves the micro-batch and repeats the computation, with the same result to rounding.
 
-A process does this by itself. The others do not notice, since all meet in one sum at the end of a step. Every
-checkpoint keeps the size that is left, so that a resumed run adds up the same numbers in the same order.
+Each process does this by itself, without the others noticing, because they communicate only at the end of a step. Every
+checkpoint records the size, so that a resumed run forms its sums in the same order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from yeonma.errors import Log, UserError
 
 Result = TypeVar("Result")
 NAMED_ROWS = 3
+"""Rows that the error message lists."""
 
 
 def _warn(line: str) -> None:
@@ -28,14 +29,14 @@ def _warn(line: str) -> None:
 
 @dataclass
 class MicroBatchLimit:
-    """The size of this process's micro-batches: `requested` at first, half of it each time memory runs out."""
+    """The size of this process's micro-batches: `requested` at first, then half as much each time memory runs out."""
 
     requested: MicroBatchBounds
     device: torch.device
     sharded: bool = False
-    """All processes make equally many passes through the model, so that none can halve its micro-batches by itself."""
+    """All processes must then make the same number of forward passes, so none can halve its micro-batches by itself."""
     by_tokens: bool = False
-    """Halve the tokens, down to those of the longest unit, instead of the units."""
+    """Halve the token budget, down to the length of the longest unit, instead of the number of units."""
     log: Log = _warn
     bounds: MicroBatchBounds = field(init=False)
 
@@ -43,12 +44,12 @@ class MicroBatchLimit:
         self.bounds = self.requested
 
     def restore(self, most_examples: int) -> None:
-        """Set the number of units that a checkpoint holds."""
+        """Sets the number of units that a checkpoint recorded."""
         self.bounds = replace(self.requested, most_examples=most_examples)
 
     def _halved(self, batch: Batch) -> tuple[str, MicroBatchBounds] | None:
-        """A description and the bounds of half of what a micro-batch of this batch holds now; None where each unit is
-        alone already."""
+        """A description, and bounds for micro-batches of half the size; None if each unit of the batch is alone
+        already."""
         bounds, lengths = self.bounds, batch.unit_lengths_U
         if self.by_tokens and bounds.most_tokens is not None:
             longest, tokens = int(lengths.max()), min(bounds.most_tokens, int(lengths.sum()))
@@ -56,19 +57,18 @@ class MicroBatchLimit:
                 return None
             half = max(longest, tokens // 2)
             return f"{tokens:,} tokens at once; continuing with {half:,}", replace(bounds, most_tokens=half)
-        most = min(bounds.most_examples, len(lengths))
-        if most == 1:
+        units = min(bounds.most_examples, len(lengths))
+        if units == 1:
             return None
-        return f"{most} at once; continuing with {most // 2}", replace(bounds, most_examples=most // 2)
+        return f"{units} at once; continuing with {units // 2}", replace(bounds, most_examples=units // 2)
 
     def fit(
         self, compute: Callable[[], Result], batch: Batch, undo: Callable[[], None] = lambda: None
     ) -> Result:
-        """`compute()`, which takes the batch through the model within `bounds`. When memory runs out, `undo()` and
-        again with half.
+        """Returns `compute()`, which sends the batch through the model within `bounds`. When memory runs out, calls
+        `undo()`, halves the bounds and tries again, with the same random numbers.
 
-        `compute` must not communicate with other processes. Dropout draws the same numbers again. Raises UserError
-        where a single unit does not fit into memory.
+        `compute` must not communicate with other processes. Raises UserError if a single unit does not fit into memory.
         """
         while True:
             cpu_state = torch.get_rng_state()
@@ -81,7 +81,7 @@ class MicroBatchLimit:
                 halved = self._halved(batch)
                 if halved is None or self.sharded:
                     raise _out_of_memory(batch, self.device, self.sharded) from error
-            undo()  # outside of `except`, where the error no longer holds the tensors of the failed pass
+            undo()  # outside of `except`, so that the error no longer references the tensors of the failed pass
             if cuda_state is not None:
                 torch.cuda.empty_cache()
                 torch.cuda.set_rng_state(cuda_state, self.device)
@@ -91,7 +91,7 @@ class MicroBatchLimit:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU allocator raises a plain RuntimeError. Linux may kill the process instead, which nothing can catch."""
+    """The CPU allocator raises a plain RuntimeError. Linux may also kill the process, which cannot be caught."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator" in str(error)

@@ -1,8 +1,9 @@
-"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), and the same with its averages in 8 bits, by bitsandbytes.
+"""AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), also with 8-bit averages by bitsandbytes (Dettmers et al. 2021,
+arXiv:2110.02861).
 
-In 8 bits blocks of 256 numbers share a scale; parameters of fewer than 4,096 numbers keep theirs in float32. Paged ones
-lie in memory that the driver moves out of the GPU where it is needed for something else. Dettmers et al. 2021,
-arXiv:2110.02861. Their state is AdamW's under other names, so that checkpoints keep it likewise.
+In 8 bits, blocks of 256 numbers share a scale; parameters with fewer than 4,096 numbers keep float32 averages. The
+driver moves paged averages out of GPU memory when the space is needed. Checkpoints store the state of all of them in
+the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from yeonma.config.settings import Optimizer
 
 
 def make_optimizer(
-    kind: Optimizer,
+    name: Optimizer,
     parameters: Sequence[torch.nn.Parameter],
     *,
     learning_rate: float,
@@ -24,13 +25,13 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    if kind == "adamw":
+    if name == "adamw":
         return torch.optim.AdamW(
             parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    optimizer: torch.optim.Optimizer = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[kind](
+    optimizer: torch.optim.Optimizer = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[name](
         parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
     )
     return optimizer
@@ -39,7 +40,7 @@ def make_optimizer(
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
 ) -> dict[str, torch.Tensor]:
-    """Optimizer state as flat tensors, `name/exp_avg` and so on."""
+    """The optimizer's state as tensors by name, such as `PARAMETER/exp_avg`."""
     return {
         f"{names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().contiguous().clone()
         for parameter, state in optimizer.state.items()
@@ -52,26 +53,27 @@ def restore_optimizer(
     names: Mapping[torch.Tensor, str],
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
+    """Restores the state from the result of `optimizer_tensors`. Raises KeyError for unknown parameter names."""
     by_name = {name: parameter for parameter, name in names.items()}
     if hasattr(optimizer, "init_state"):
-        _begin(optimizer, {by_name[key.rpartition("/")[0]] for key in tensors})
+        _init_state(optimizer, {by_name[key.rpartition("/")[0]] for key in tensors})
     for key, value in tensors.items():
-        name, _, what = key.rpartition("/")
+        name, _, entry = key.rpartition("/")
         parameter = by_name[name]
         state = optimizer.state[parameter]
         if isinstance(
-            state.get(what), torch.Tensor
-        ):  # where bitsandbytes has put it, which may be paged memory
-            state[what].copy_(value)
-        elif what == "step":  # AdamW keeps its step counter on the CPU, bitsandbytes as a plain number
-            state[what] = value if value.is_floating_point() else int(value)
+            state.get(entry), torch.Tensor
+        ):  # bitsandbytes has allocated it, perhaps in paged memory
+            state[entry].copy_(value)
+        elif entry == "step":  # AdamW keeps its step counter on the CPU, bitsandbytes as a plain number
+            state[entry] = value if value.is_floating_point() else int(value)
         else:
-            state[what] = value.to(parameter.device)
+            state[entry] = value.to(parameter.device)
 
 
-def _begin(optimizer: Any, parameters: set[torch.Tensor]) -> None:
-    """Make the state of bitsandbytes' optimizer, as its first step would."""
-    for at, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):
+def _init_state(optimizer: Any, parameters: set[torch.Tensor]) -> None:
+    """Allocates the state of a bitsandbytes optimizer, as its first step would."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
             if parameter in parameters:
-                optimizer.init_state(group, parameter, at, place)
+                optimizer.init_state(group, parameter, group_index, index)

@@ -1,4 +1,4 @@
-"""What is wrong with the settings' files and folders, found before torch is imported, and told all at once."""
+"""Checks of the settings' files and folders that need no torch. They report all problems at once."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from yeonma.model.source import BaseSource, find_base
 from yeonma.run_folder.trackers import check_trackers
 from yeonma.train.interrupt import seconds_of
 
-ROWS = 1000
-MOST_PROBLEMS = 20
+CHECKED_ROWS = 1000
+MAX_PROBLEMS = 20
 
 
 def preflight(config: RunConfig) -> None:
-    """Look at the base model's folder, the output folder, the template and the first rows of local files.
+    """Checks the base model's folder, the output folder, the template and the first rows of local files.
 
-    Raises UserError with the problems of all of them. What it passes is checked to the end when it is used.
+    Raises UserError with all problems. `prepare` checks the rest.
     """
     model, run = config.model, config.run
     lora = config.lora
@@ -40,37 +40,37 @@ def preflight(config: RunConfig) -> None:
         partial(check_optimizer, config.step.optimizer),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
-        partial(check_data, config.data, task_of(config), adapter_of(model)),
+        partial(check_data, config.data, task_of(config), _adapter_folder(model)),
     )
 
 
 def task_of(config: RunConfig) -> Task:
-    """What the rows hold for the verb that has these settings."""
+    """The kind of data that the settings train on."""
     return task_for_loss(config.preference.loss if config.preference is not None else None)
 
 
 def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, str | None]:
-    """The base and the adapter to continue, if any; an output folder may be unnamed where none is written.
+    """Returns the base and the folder of the adapter to continue, if any. Creates nothing.
 
-    Raises UserError, having left nothing behind, for a model folder that cannot be used, for two adapters, and for an
-    output folder that cannot be written or is one of the others.
+    Raises UserError if the model folder is unusable, if two adapters are named, or if the output folder is not writable
+    or is the base's or the adapter's own folder. Without an `output_dir` there is none to check.
     """
     output = user_path(run.output_dir) if run.output_dir else None
-    found = list[tuple[BaseSource, str | None]]()
+    results = list[tuple[BaseSource, str | None]]()
 
-    def find() -> None:
+    def find_model() -> None:
         source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
-        found.append((source, continued_adapter(model, source)))
+        results.append((source, continued_adapter(model, source)))
 
-    gather(find, *([partial(_check_writable, output)] if output is not None else []))
-    ((source, continued),) = found
+    gather(find_model, *([partial(_check_writable, output)] if output is not None else []))
+    ((source, continued),) = results
     if output is not None:
-        _check_own(output, source.name, continued)
+        _check_not_input(output, source.name, continued)
     return source, continued
 
 
 def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
-    """The adapter folder to continue, if any. Raises UserError where two are named."""
+    """The folder of the adapter to continue, if any. Raises UserError if the settings name two."""
     if model.adapter is not None and source.adapter is not None:
         what = f"base_model {source.adapter} is an adapter too"
         raise UserError(what, place=f"adapter {model.adapter}", cure=f"give --base_model {source.name}")
@@ -78,31 +78,30 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
 
 
 def check_data(data: DataSettings, task: Task, continued: str | None = None) -> None:
-    """Raises UserError for a template that is wrong, and for what is wrong with the first rows of local files.
+    """Raises UserError if the template is invalid or does not fit the first rows of local files.
 
-    `continued` is the adapter folder that training goes on from. The rows are rendered, not tokenised: the model has no
-    say yet.
+    `continued`: the folder of the adapter to continue. Rows are rendered, but not tokenised.
     """
     choices: list[Choice] = []
-    tables: dict[str, Rows] = {}
+    rows_by_path: dict[str, Rows] = {}
 
-    def template() -> None:
+    def read_template() -> None:
         if data.template is not None:
             choices.append(Choice(load_template(data.template), data.columns))
 
-    def table(path: str | None) -> None:
+    def read_rows(path: str | None) -> None:
         rows = glance(path, encoding=data.encoding) if path is not None else None
         if path is not None and rows is not None:
-            tables[path] = rows
+            rows_by_path[path] = rows
 
-    gather(template, partial(table, data.data_path), partial(table, data.val_data_path))
-    if not choices and data.data_path in tables:  # the training rows' columns choose
-        choices = [choose_template(task, None, tables[data.data_path], data.columns, continued)]
+    gather(read_template, partial(read_rows, data.data_path), partial(read_rows, data.val_data_path))
+    if not choices and data.data_path in rows_by_path:
+        choices = [choose_template(task, None, rows_by_path[data.data_path], data.columns, continued)]
     if choices:
-        gather(*(partial(_check_rows, rows, choices[0], task) for rows in tables.values()))
+        gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_by_path.values()))
 
 
-def _check_own(output: Path, base: str, continued: str | None) -> None:
+def _check_not_input(output: Path, base: str, continued: str | None) -> None:
     for owner, path in (("base model", base), ("adapter to continue", continued)):
         if path is not None and Path(path).is_dir() and output.resolve() == Path(path).resolve():
             what = f"it is the folder of the {owner}"
@@ -121,8 +120,8 @@ def _check_writable(output: Path) -> None:
         )
 
 
-def adapter_of(model: ModelSettings) -> str | None:
-    """The adapter folder that may be continued; not yet looked into."""
+def _adapter_folder(model: ModelSettings) -> str | None:
+    """The folder of the adapter to continue, if it looks like one; its contents are not checked yet."""
     named = model.adapter or model.base_model
     return named if (user_path(named) / "adapter_config.json").is_file() else None
 
@@ -133,15 +132,15 @@ def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
         raise UserError(missing)
     problems: list[Problem] = []
     try:
-        for row in islice(rows, ROWS):
+        for row in islice(rows, CHECKED_ROWS):
             try:
                 task.render(template, row, columns)
             except UserError as error:
                 problems += error.problems
-            if len(problems) > MOST_PROBLEMS:
+            if len(problems) > MAX_PROBLEMS:
                 break
-    except UserError as error:  # of the reader: the file goes no further
+    except UserError as error:  # from the reader, which cannot read on
         problems += error.problems
     if problems:
-        more = [Problem("there are more such problems", rows.name)] if len(problems) > MOST_PROBLEMS else []
-        raise UserError([*problems[:MOST_PROBLEMS], *more])
+        more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
+        raise UserError([*problems[:MAX_PROBLEMS], *more])

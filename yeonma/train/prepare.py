@@ -1,4 +1,4 @@
-"""What a run needs before weights are loaded: everything that the user may have to mend comes up here."""
+"""Prepares a run up to the loading of weights: config, tokenizer, data and plan, with all checks of the settings."""
 
 from __future__ import annotations
 
@@ -26,39 +26,45 @@ from yeonma.model import load
 from yeonma.model.quantized import check_layers
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, prepare_dataset
-from yeonma.train.losses import LOSSES, PreferenceOptions
+from yeonma.train.losses import PreferenceOptions, preference_loss
 from yeonma.train.preflight import task_of
 
-TRIED_STEPS = 40
-SURE = ("linear", "cosine", "constant")  # schedules that cannot fail without arguments
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules that follow the validation loss
+TRIAL_STEPS = 40
+SAFE_SCHEDULES = ("linear", "cosine", "constant")
+"""Schedules that cannot fail without arguments."""
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the validation loss."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs but the weights."""
+    """Everything that a run needs except the weights."""
 
-    config: Any  # the base model's
+    config: Any
+    """The base model's config."""
     tokenizer: Any
     dataset: Dataset
     plan: Plan
-    adapter: str | None  # an adapter folder to continue
+    adapter: str | None
+    """The folder of the adapter to continue."""
     identity: dict[str, Any]
+    """What the result of the run depends on; run.json records it."""
     trained_parameters: int | None = None
-    """None where it is not known before the weights are loaded."""
+    """None if the number is unknown until the weights are loaded."""
 
 
 def prepare(
     config: RunConfig,
     source: load.BaseSource,
     continued: str | None,
-    say: Log,
+    log: Log,
     *,
     try_adapter: bool = True,
 ) -> Prepared:
-    """Tokenizer, data and plan; everything the user may have to mend comes up here, before weights are loaded.
+    """Loads the tokenizer, tokenises the data and makes the plan. `continued`: the folder of the adapter to continue.
 
-    Without `try_adapter` the adapter's layers are left to `check_adapter`, which takes seconds.
+    Raises UserError for every mistake in settings or data that can be found before weights are loaded. `try_adapter`
+    false skips `check_adapter`, which takes seconds.
     """
     model, step = config.model, config.step
     evaluation = config.evaluation
@@ -74,18 +80,18 @@ def prepare(
         trained = check_adapter(lora, model_config, source, continued, model.quantization)
     elif continued is not None:
         adapters.check_continued(continued, None)
-    _check_schedule(step, say)
+    _check_schedule(step, log)
     preference = config.preference
     if preference is not None:
         _check_preference(preference, config.tokens)
 
-    def progress(rows: int) -> None:
-        say(f"tokenised {rows:,} rows")
+    def log_rows(rows: int) -> None:
+        log(f"tokenised {rows:,} rows")
 
     data, tokens = config.data, config.tokens
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, say, progress, task_of(config), continued)
+    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, log, log_rows, task_of(config), continued)
     needs_validation = {
-        "lr_scheduler": step.lr_scheduler in BY_METRIC,
+        "lr_scheduler": step.lr_scheduler in METRIC_SCHEDULES,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,
     }
     for name, needed in needs_validation.items():
@@ -120,23 +126,25 @@ def preference_options(preference: PreferenceSettings) -> PreferenceOptions:
 
 
 def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> None:
-    """Raises UserError for settings that have no part in learning from pairs, or none in the chosen loss."""
-    given, unset = asdict(preference_options(preference)), asdict(PreferenceOptions())
-    loss = preference.loss
+    """Raises UserError for settings that have no effect in preference training, or none on the chosen loss."""
+    options, defaults = asdict(preference_options(preference)), asdict(PreferenceOptions())
+    loss = preference_loss(preference.loss)
     problems = [
-        Problem(f"{loss} does not read it", name, f"leave it out, or choose another --loss than {loss}")
-        for name, value in given.items()
-        if value != unset[name] and name not in LOSSES[loss].options
+        Problem(
+            f"{loss.name} does not read it", name, f"leave it out, or choose another --loss than {loss.name}"
+        )
+        for name, value in options.items()
+        if value != defaults[name] and name not in loss.options
     ]
     if tokens.train_on_inputs:
-        what = "a prompt is the same for both answers: there is nothing to choose in it"
+        what = "a prompt is the same for both answers: there is nothing to prefer in it"
         problems.append(Problem(what, "train_on_inputs", "leave it out"))
     if problems:
         raise UserError(problems)
 
 
 def lora_shape(lora: LoraSettings) -> load.LoraShape:
-    """A fresh adapter's, from the settings."""
+    """The shape of a new adapter."""
     return load.LoraShape(
         lora.lora_r,
         lora.lora_alpha,
@@ -154,10 +162,11 @@ def check_adapter(
     continued: str | None,
     quantization: Quantization,
 ) -> int | None:
-    """Try the adapter on the model's outline: UserError for layers that it has not, and for another base's adapter.
-    So for a model that has no layers to quantise.
+    """Puts the adapter on the model without weights. Returns the number of trained parameters, or None if the model
+    cannot be built without its weights.
 
-    Returns how many parameters it trains; None where the model's code is its own, and there is no outline.
+    Raises UserError for target layers that the model does not have, for an adapter of another base, and for a model
+    without layers to quantise.
     """
     model = load.outline(config, source)
     if model is not None:
@@ -173,7 +182,7 @@ def check_adapter(
 
 def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
     if optimizer != "adamw" and device.type != "cuda":
-        what = f"it runs on a CUDA device alone, and this is the {device.type.upper()}"
+        what = f"it needs a CUDA device, and the device is {device.type}"
         raise UserError(what, place=f"optimizer {optimizer}", cure="use --optimizer adamw")
 
 
@@ -181,45 +190,46 @@ def _check_not_quantised(config: Any, quantization: Quantization, name: str) -> 
     if quantization != "none" and getattr(config, "quantization_config", None) is not None:
         what = f"{name} is quantised already"
         raise UserError(
-            what, place=f"quantization {quantization}", cure="leave it out, or give the whole model"
+            what, place=f"quantization {quantization}", cure="leave it out, or give the unquantised model"
         )
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:
-    """Raises UserError for examples that are longer than what the model has positions for."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Raises UserError if an example is longer than the model's context."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     parts = [part for part in (dataset.train, dataset.validation) if part is not None]
     longest = max(int(part.store.lengths.max()) for part in parts)
-    if most is not None and longest > most:
-        what = f"the longest example has {longest} tokens, and the model only {most} positions"
-        raise UserError(what, place="cutoff_len", cure=f"use --cutoff_len {most}")
+    if limit is not None and longest > limit:
+        what = f"the longest example has {longest} tokens, but the model only {limit} positions"
+        raise UserError(what, place="cutoff_len", cure=f"use --cutoff_len {limit}")
 
 
-def _check_schedule(step: StepSettings, say: Log) -> None:
-    """Try the schedule on nothing. Raises UserError for arguments that it does not take; says what plays no part."""
-    if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *BY_METRIC):
-        say(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio have no effect")
+def _check_schedule(step: StepSettings, log: Log) -> None:
+    """Runs the schedule on a dummy optimizer. Raises UserError for arguments that it does not accept, and logs settings
+    that have no effect on it."""
+    if (step.warmup_steps or step.warmup_ratio) and step.lr_scheduler in ("constant", *METRIC_SCHEDULES):
+        log(f"{step.lr_scheduler} has no warm-up: warmup_steps and warmup_ratio have no effect")
     if step.lr_scheduler_kwargs and step.lr_scheduler in ("constant", "constant_with_warmup"):
-        raise UserError(f"{step.lr_scheduler} takes none", place="lr_scheduler_kwargs")
-    if step.lr_scheduler in SURE and not step.lr_scheduler_kwargs:
+        raise UserError(f"{step.lr_scheduler} takes no arguments", place="lr_scheduler_kwargs")
+    if step.lr_scheduler in SAFE_SCHEDULES and not step.lr_scheduler_kwargs:
         return
-    nothing = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=step.learning_rate)
-    short = replace(step, warmup_steps=min(step.warmup_steps, 2), warmup_ratio=0.0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=step.learning_rate)
+    short_warmup = replace(step, warmup_steps=min(step.warmup_steps, 2), warmup_ratio=0.0)
     try:
-        schedule = make_schedule(short, nothing, TRIED_STEPS)
-        for number in range(TRIED_STEPS):  # some arguments are looked at late, or while the loss rises
-            nothing.step()
-            schedule.step(*([float(number)] if step.lr_scheduler in BY_METRIC else []))
+        schedule = make_schedule(short_warmup, optimizer, TRIAL_STEPS)
+        for number in range(TRIAL_STEPS):  # some arguments are read late, or only while the loss rises
+            optimizer.step()
+            schedule.step(*([float(number)] if step.lr_scheduler in METRIC_SCHEDULES else []))
             if not all(math.isfinite(rate) for rate in schedule.get_last_lr()):
                 raise ValueError("the learning rate would be infinite")
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
-            f"{step.lr_scheduler} does not take them ({error})", place="lr_scheduler_kwargs"
+            f"{step.lr_scheduler} does not accept them ({error})", place="lr_scheduler_kwargs"
         ) from error
 
 
 def make_schedule(step: StepSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    from transformers import get_scheduler  # brings PEFT and much else: seconds
+    from transformers import get_scheduler  # imports PEFT and more, which takes seconds
 
     warmup = step.warmup_steps or math.ceil(step.warmup_ratio * total_steps)
     return get_scheduler(step.lr_scheduler, optimizer, warmup, total_steps, step.lr_scheduler_kwargs)
@@ -233,10 +243,10 @@ def _identity(
     plan: Plan,
     continued: str | None,
 ) -> dict[str, Any]:
-    """What the result depends on: the rows, their tokens, the base, and the settings that are mathematics."""
+    """What the result depends on: rows, tokens, base, and all settings except those for speed and output."""
     model, step = config.model, config.step
     tokens, evaluation = config.tokens, config.evaluation
-    speed = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
+    left_out = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
     held_out = dataset.validation.rows if dataset.validation else None
     weights = Path(continued) / adapters.WEIGHTS if continued else None
     preference = config.preference
@@ -259,6 +269,6 @@ def _identity(
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},
         **asdict(config.lora),
         **(asdict(preference) if preference else {}),
-        **{name: value for name, value in asdict(step).items() if name not in speed},
+        **{name: value for name, value in asdict(step).items() if name not in left_out},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
     }

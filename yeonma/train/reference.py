@@ -1,9 +1,9 @@
-"""The log-probabilities that the reference gives the answers: computed before training, without a second model, and
-cached on disk.
+"""The reference's log-probabilities of the answers: computed before training, without a second model, and cached on
+disk.
 
-The reference is the base without its adapter or, where training continues an adapter, that adapter as it was at the
-start. The cache has one file per token store and reference. Examples that no run has needed are NaN there; a run that
-needs more computes only the rest. A killed run keeps what it has computed.
+The reference is the base without an adapter or, if training continues an adapter, that adapter as it was at the start.
+The cache has one file per token store and reference, with NaN for examples that are not computed yet. A run computes
+only what is missing, and a killed run keeps what it has computed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.step import RankInfo, micro_batch_passes, pass_logprobs
 
 FORMAT = 1
-"""Increased whenever the same rows would get other numbers or another file."""
+"""Increase it when the numbers for the same rows, or the file, change."""
 
 ROUND_TOKENS = 100_000
-"""Tokens that each process computes before all exchange their results and the first process writes them to disk."""
+"""Tokens per process after which all processes exchange their results and rank 0 writes them to disk."""
 
 
 def reference_identity(
@@ -59,14 +59,14 @@ def reference_identity(
     """
     folder = Path(source.name)
     weights = [file_hash(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
-    named = None if weights else [base.name, base.revision]
+    hub_name = None if weights else [base.name, base.revision]
     adapter = (
         [file_hash(Path(continued) / name) for name in (WEIGHTS, "adapter_config.json")]
         if continued
         else None
     )
     versions = [version(package) for package in ("torch", "transformers", "peft")]
-    content = [FORMAT, weights, named, base.config_sha256, adapter, str(dtype), device.type, versions]
+    content = [FORMAT, weights, hub_name, base.config_sha256, adapter, str(dtype), device.type, versions]
     content += [quantised_by(quantization)] if quantization != "none" else []
     return sha256(json.dumps(content).encode()).hexdigest()
 
@@ -85,34 +85,34 @@ def reference_logprobs(
     cache_dir: Path,
     limit: MicroBatchLimit,
     group: Processes,
-    say: Log,
+    log: Log,
 ) -> np.ndarray:
-    """float64 (examples of the store,): the log-probability of the whole answer of each example of `units`, with
-    dropout off; NaN for other examples, unless the cache holds them.
+    """The log-probability of the whole answer of each example of `units`, without dropout: float64, of shape (examples
+    of the store,). Other examples are NaN, unless the cache has them.
 
-    `model` is the reference as it stands. What the cache lacks is computed, each process its share, and written there
-    by the first process, which alone needs `identity` and `cache_dir`. Cached numbers may come from a run with other
-    micro-batches, and are then equal to rounding only. Raises UserError where the cache cannot be written.
+    `model` is the reference. Each process computes its share of what the cache does not have; rank 0, which alone needs
+    `identity` and `cache_dir`, writes the results there. Cached numbers may come from a run with other micro-batches,
+    and are then equal only to rounding. Raises UserError if the cache cannot be written.
     """
     path = reference_path(cache_dir, identity, store)
     known = np.zeros(len(store))
     if group.first:
         cached = _read(path, len(store))
         known = np.full(len(store), np.nan) if cached is None else cached
-    known = _summed(known, group, model.device)  # zeros from the others: all know what the first has read
+    known = _summed(known, group, model.device)  # the other ranks add zeros, and get what rank 0 has read
     missing = units[np.isin(units, store.units[np.isnan(known)])]
     if not len(missing):
         return known
     done, ranks = 0, RankInfo(group.rank, group.count, limit.sharded)
     with torch.no_grad(), in_eval_mode(model):
-        # rounds of all units, so that a run that was killed continues with the same micro-batches
+        # rounds contain cached units too, so that a resumed run forms the same rounds
         for whole_round in _rounds(units, store.unit_lengths, ROUND_TOKENS * group.count):
             part = whole_round[np.isin(whole_round, missing)]
             if not len(part):
                 continue
             batch = Batch.from_store(store, part)
 
-            def own_share(batch: Batch = batch) -> np.ndarray:
+            def compute_share(batch: Batch = batch) -> np.ndarray:
                 computed = np.zeros(len(store))
                 for micro_pass in micro_batch_passes(batch, limit.bounds, ranks, support.forest):
                     logprob_N = pass_logprobs(model, support, micro_pass, limit.bounds.share_prefix)
@@ -121,20 +121,20 @@ def reference_logprobs(
                         computed[micro_pass.batch.index_E] = sums.cpu().numpy()
                 return computed
 
-            computed = _summed(limit.fit(own_share, batch), group, model.device)
+            computed = _summed(limit.fit(compute_share, batch), group, model.device)
             known[batch.index_E] = computed[batch.index_E]
             done += len(part)
             if group.first:
                 write_reference(path, known)
-            say(f"reference: {done:,} of {len(missing):,} computed")
+            log(f"reference: {done:,} of {len(missing):,} computed")
     return known
 
 
-def _rounds(units: np.ndarray, unit_lengths: np.ndarray, most_tokens: int) -> Iterator[np.ndarray]:
-    """The units in parts of about `most_tokens` tokens."""
+def _rounds(units: np.ndarray, unit_lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Splits the units into rounds of about `max_tokens` tokens."""
     ends = np.cumsum(unit_lengths[units], dtype=np.int64)
-    numbers = ends // most_tokens
-    yield from np.split(units, np.flatnonzero(np.diff(numbers)) + 1)
+    round_numbers = ends // max_tokens
+    yield from np.split(units, np.flatnonzero(np.diff(round_numbers)) + 1)
 
 
 def _summed(values: np.ndarray, group: Processes, device: torch.device) -> np.ndarray:
@@ -145,18 +145,18 @@ def _summed(values: np.ndarray, group: Processes, device: torch.device) -> np.nd
 
 
 def _read(path: Path, count: int) -> np.ndarray | None:
-    """The file's log-probabilities; None where there is no file, or it is damaged."""
+    """The log-probabilities in the file; None if it is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
             values: np.ndarray = file.get_tensor("logprobs")
-            whole = file.metadata().get("crc32") == str(zlib.crc32(values.tobytes()))
+            is_intact = file.metadata().get("crc32") == str(zlib.crc32(values.tobytes()))
     except (OSError, SafetensorError, KeyError, AttributeError):
         return None
-    return values if whole and values.shape == (count,) and values.dtype == np.float64 else None
+    return values if is_intact and values.shape == (count,) and values.dtype == np.float64 else None
 
 
 def write_reference(path: Path, values: np.ndarray) -> None:
-    """Write to a temporary file, flush it to disk, rename it. Raises UserError where that fails."""
+    """Writes the file atomically and syncs it to disk. Raises UserError if that fails."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A training run from its settings to the adapter folder."""
+"""A training run, from its settings to the adapter folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from yeonma.model import load
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, checkpoint_path, read_tensors, recover
-from yeonma.run_folder.environment import environment, moved, versions
+from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
 from yeonma.run_folder.run_log import TRAINED_ROWS, open_metrics, open_trained_rows
@@ -44,11 +44,11 @@ from yeonma.train.build import (
     reference_extras,
     units_to_reference,
 )
-from yeonma.train.distributed import Processes, check_alike, process_group, rendezvous, wait
+from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
-from yeonma.train.memory_budget import one_by_one, resolve_auto, try_heaviest
-from yeonma.train.model_card import ask_rows, write_card
+from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
+from yeonma.train.model_card import sample_answers, write_card
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, prepare
@@ -63,7 +63,7 @@ def run_with_callbacks(
     start: RunProgress,
     output: Path,
 ) -> RunProgress:
-    """Run `steps` from `start` on with rank 0's callbacks: logs, progress line and trackers."""
+    """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers."""
     run = config.run
     with (
         open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
@@ -88,76 +88,85 @@ def run_with_callbacks(
             metrics.sync()
             trained_rows.sync()
 
-        return steps(RunCallbacks(step, evaluation, before_save, progress.say))
+        return steps(RunCallbacks(step, evaluation, before_save, progress.print_line))
 
 
-SAVE_SECONDS_A_WEIGHT = 12 / 50e6
-"""A guess for the time limit, until a save was seen: a weight with its two moments, at 50 MB/s."""
+SAVE_SECONDS_PER_WEIGHT = 12 / 50e6
+"""An estimate for the time limit until the first save: a weight and its two averages at 50 MB/s."""
 
 
 def run_training(config: RunConfig, stop: Stop) -> Path:
-    """Supervised fine-tuning or, where there are PreferenceSettings, learning from pairs. Returns the output folder.
+    """Preference training if the config has PreferenceSettings, else supervised fine-tuning. Returns the output folder.
 
-    Raises UserError for what the user can mend, and Stopped where `stop` ended the run before it was finished.
+    Raises UserError for mistakes of the user, and Stopped if `stop` ended the run before it was finished.
     """
     model_settings, run = config.model, config.run
     output = user_path(run.output_dir)
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
     device = load.pick_device(model_settings.device)
-    with rendezvous() as met, ExitStack() as contexts:
-        stop.others = met.count > 1
-        console = Console(stderr=False, quiet=met.rank != 0, soft_wrap=True)
-        say = partial(console.out, highlight=False)
-        prepared = prepare(config, source, continued, say)
-        describe(prepared.dataset, say)
-        group = contexts.enter_context(process_group(met, device))
-        check_alike(group, _alike(config, prepared))
+    with rendezvous() as processes, ExitStack() as contexts:
+        stop.several_processes = processes.count > 1
+        console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True)
+        log = partial(console.out, highlight=False)
+        prepared = prepare(config, source, continued, log)
+        describe(prepared.dataset, log)
+        group = contexts.enter_context(process_group(processes, device))
+        check_same_content(group, _shared_content(config, prepared))
         if group.first:
             contexts.enter_context(disk_errors_as_user_errors(output, "the run's files"))
-            contexts.enter_context(hold(output, say))
+            contexts.enter_context(hold(output, log))
             recover(output)
-        wait(group)  # nobody looks into a folder that another run may be writing
-        start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, say)
+        wait(group)  # no rank reads the folder before rank 0 has locked it
+        start = folder.find_start(output, prepared.identity, run.resume_from_checkpoint, run.overwrite, log)
         if start.finished:
-            say(f"{output} holds this run, finished; use --overwrite true to run it again")
+            log(f"{output} holds this run, which is finished; use --overwrite true to run it again")
             return output
         if group.first and prepared.trained_parameters is not None:
-            schedule = checkpoint_schedule(config, prepared)
+            schedule = _checkpoint_schedule(config, prepared)
             folder.check_disk_space(output, start, schedule, prepared.trained_parameters, prepared.tokenizer)
         stop.check()
         by_tokens = config.step.micro_batch_tokens == "auto"
         earlier_tokens = _tokens_of(start.progress, group) if by_tokens else None
-        chosen = resolve_auto(config, source, prepared, group, say, earlier_tokens=earlier_tokens)
-        loaded = load_model(chosen, source, device, prepared, say, group)
+        resolved = resolve_auto(config, source, prepared, group, log, earlier_tokens=earlier_tokens)
+        loaded = load_model(resolved, source, device, prepared, log, group)
         if by_tokens and not loaded.policy.support.forest:
-            chosen = one_by_one(chosen)
+            resolved = one_sequence_at_a_time(resolved)
         stop.check()
         by_tokens = by_tokens and loaded.policy.support.forest
-        plan, objective = prepared.plan, build_objective(chosen)
-        state = build_train_state(chosen, loaded, plan, objective, group, stop, by_tokens=by_tokens)
-        if by_tokens and earlier_tokens is None:  # before the reference is computed, which may take hours
+        plan, objective = prepared.plan, build_objective(resolved)
+        state = build_train_state(resolved, loaded, plan, objective, group, stop, by_tokens=by_tokens)
+        if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
             try_heaviest(state, plan, prepared.dataset.train.store)
-        extras = reference_extras(chosen, loaded, prepared, units_to_reference(prepared), group, say)
+        extras = reference_extras(resolved, loaded, prepared, units_to_reference(prepared), group, log)
         stop.check()
-        wait(group)  # nobody writes before everybody has looked, and nothing can be refused any more
+        # rank 0 writes after all ranks have read the folder; from here on no check refuses the run
+        wait(group)
         if group.first:
             folder.begin(output, prepared.identity, to_yaml(config), start)
         stopped = _train(config, loaded, state, extras, console, prepared, start, output)
-        wait(group)  # torchrun ends all when one ends: nobody leaves before the first has saved
+        wait(group)  # torchrun ends all processes when one ends, so all wait until rank 0 has saved
         if stopped is not None:
-            raise Stopped(*stopped, told=True)
+            raise Stopped(*stopped, printed=True)
     return output
 
 
-def _alike(config: RunConfig, prepared: Prepared) -> str:
-    """What must be the same in all processes. Files may lie elsewhere on another machine; their content counts."""
-    places = {"base_model", "adapter", "data_path", "val_data_path", "template", "output_dir", "cache_dir"}
-    settings = {name: value for name, value in settings_dict(config).items() if name not in places}
+def _shared_content(config: RunConfig, prepared: Prepared) -> str:
+    """What must be the same in all processes. Paths may differ between machines; the content of the files may not."""
+    path_settings = {
+        "base_model",
+        "adapter",
+        "data_path",
+        "val_data_path",
+        "template",
+        "output_dir",
+        "cache_dir",
+    }
+    settings = {name: value for name, value in settings_dict(config).items() if name not in path_settings}
     return json.dumps([prepared.identity, settings, versions()], sort_keys=True, default=str)
 
 
-def checkpoint_schedule(config: RunConfig, prepared: Prepared) -> folder.CheckpointSchedule:
+def _checkpoint_schedule(config: RunConfig, prepared: Prepared) -> folder.CheckpointSchedule:
     run, plan = config.run, prepared.plan
     save_steps, keeps_best = run.save_steps or plan.steps_per_epoch, prepared.dataset.validation is not None
     return folder.CheckpointSchedule(plan.total_steps, save_steps, run.save_total_limit, keeps_best)
@@ -173,9 +182,9 @@ def _train(
     start: folder.Start,
     output: Path,
 ) -> tuple[str, int] | None:
-    """None where the run is finished; else the message printed about its end, and the exit status."""
+    """Returns None if the run is finished, else the message that was printed and the exit status."""
     run, evaluation = config.run, config.evaluation
-    say, group, plan = partial(console.out, highlight=False), state.group, prepared.plan
+    log, group, plan = partial(console.out, highlight=False), state.group, prepared.plan
     dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
@@ -185,17 +194,18 @@ def _train(
         else ExportedChatTemplate(None)
     )
 
-    def write_adapter(place: Path) -> None:
+    def write_adapter(adapter_folder: Path) -> None:
         tokenizer, template = prepared.tokenizer, dataset.template
-        adapters.write_adapter(place, policy.model, tokenizer, template, loaded.details, exported, samples)
+        adapters.write_adapter(
+            adapter_folder, policy.model, tokenizer, template, loaded.details, exported, samples
+        )
 
     trained = sum(weight.numel() for weight in state.parameters.values())
-    adapter = AdapterWriter(
-        write_adapter, folder.adapter_bytes(trained, prepared.tokenizer) if group.first else 0
-    )
-    # dropout: its own numbers in every process
+    about_bytes = folder.adapter_bytes(trained, prepared.tokenizer) if group.first else 0
+    adapter = AdapterWriter(write_adapter, about_bytes)
+    # every process draws its own dropout masks
     torch.manual_seed(config.step.seed + 1000 * (group.rank + 1))
-    here = {
+    current_environment = {
         **environment(group.count, state.model.device),
         "kernels": "compiled" if policy.kernels.is_compiled else "plain",
     }
@@ -204,12 +214,13 @@ def _train(
     )
     if start.checkpoint is not None and start.progress is not None:
         _restore(state, policy.model, start.checkpoint, start.progress)
-        say(f"continuing after step {progress.step} of {plan.total_steps}, from {start.checkpoint}")
+        log(f"continuing after step {progress.step} of {plan.total_steps}, from {start.checkpoint}")
         if size := _size_in_checkpoint(progress, state):
             state.limit.restore(size)
-        if line := moved(progress.surroundings, here, config.lora.lora_dropout > 0):
-            say(line)
-    progress = replace(progress, surroundings=here)
+        has_dropout = config.lora.lora_dropout > 0
+        if change := environment_change(progress.environment, current_environment, has_dropout):
+            log(change)
+    progress = replace(progress, environment=current_environment)
     schedule = EvalSaveSchedule(
         eval_steps=evaluation.eval_steps or plan.steps_per_epoch,
         save_steps=run.save_steps or plan.steps_per_epoch,
@@ -225,60 +236,62 @@ def _train(
     validation = None if held_out is None else batch_of(held_out.units, held_out.store)
     steps = partial(run_steps, state, plan, batch_of, validation, schedule, progress, output, adapter)
     stop = state.stop
-    stop.took(save=trained * SAVE_SECONDS_A_WEIGHT)
+    stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
     with stop.between_steps():
         if group.first:
             progress = run_with_callbacks(config, steps, console, plan.total_steps, progress, output)
         else:
             progress = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
     if stop.agreed:
-        ending = _stopped_after(stop.agreed, progress.step, plan.total_steps, output)
-        console.out(ending, highlight=False)
+        message = _stopped_after(stop.agreed, progress.step, plan.total_steps, output)
+        log(message)
         sys.stdout.flush()
-        return ending, stop.agreed
+        return message, stop.agreed
     stop.check()
     if not group.first:
-        if state.sharded and evaluation.card_rows:  # no process can ask the model alone
+        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
             broadcast_trained(state.model)
             part = dataset.validation or dataset.train
-            ask_rows(policy, prepared.tokenizer, dataset, part, evaluation.card_rows)
+            sample_answers(policy, prepared.tokenizer, dataset, part, evaluation.card_rows)
         return None
     best_step = (
         progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
     )
     if best_step != progress.step:
-        say(
-            f"the adapter of step {best_step} had the lowest validation loss ({progress.best_loss:.4f}) and is kept"
+        log(
+            f"using the adapter of step {best_step}, which had the lowest validation loss ({progress.best_loss:.4f})"
         )
         load_weights(policy.model, checkpoint_path(output, best_step))
     folder.install(output, adapter)
     stop.check()
     if evaluation.card_rows:
         broadcast_trained(state.model)
-    per = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
-    plot_loss(output / "metrics.jsonl", output / "loss.png", per)
-    command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
-    command += to_yaml(config)
+    loss_unit = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
+    plot_loss(output / "metrics.jsonl", output / "loss.svg", loss_unit)
+    repeat_command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
+    repeat_command += to_yaml(config)
     write_card(
         output,
         policy,
         prepared.tokenizer,
         dataset,
         dataset.validation or dataset.train,
-        command,
+        repeat_command,
         best_step,
         evaluation.card_rows,
     )
+    (output / folder.FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
-    folder.mark(output, prepared.identity, finished=True)
-    say(f"Adapter saved to {output}")
+    folder.write_run_json(output, prepared.identity, finished=True)
+    log(f"Adapter saved to {output}")
     if exported.text is None:
-        say(f"its chat template does not carry the training template: {exported.why}")
+        log(f"chat_template.jinja does not contain the training template: {exported.why}")
     return None
 
 
 def _size_in_checkpoint(progress: RunProgress, state: TrainState) -> int | None:
-    """What this process had room for; None where something else is asked for now, or by as many processes."""
+    """The micro-batch size that fitted into this process's memory; None if the setting or the number of processes has
+    changed."""
     requested, *sizes = progress.micro_batches or [0]
     if requested != state.limit.requested.most_examples or len(sizes) != state.group.count:
         return None
@@ -286,8 +299,7 @@ def _size_in_checkpoint(progress: RunProgress, state: TrainState) -> int | None:
 
 
 def _tokens_of(progress: RunProgress | None, group: Processes) -> int | None:
-    """The tokens that this process had room for when the checkpoint was written; None where there are none, or another
-    number of processes."""
+    """This process's token budget in the checkpoint; None if it has none, or if the number of processes has changed."""
     tokens = progress.micro_batch_tokens if progress is not None else []
     return tokens[group.rank] if len(tokens) == group.count else None
 
@@ -300,7 +312,7 @@ def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> st
 
 
 def _samples(dataset: Dataset, count: int) -> Samples:
-    """The rows of the card, as the adapter folder keeps them."""
+    """The rows of the model card, for samples.json."""
     part = dataset.validation or dataset.train
     return take_samples(part, dataset.task, dataset.template, dataset.columns, count)
 
@@ -316,7 +328,7 @@ def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: Run
 
 
 def load_weights(peft_model: Any, checkpoint: Path) -> None:
-    """The adapter's weights of a checkpoint, into the adapter that is there."""
+    """Load a checkpoint's adapter weights into the model's adapter."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     weights = load_peft_weights(str(checkpoint), device=str(peft_model.device))

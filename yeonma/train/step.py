@@ -1,8 +1,9 @@
 """The training step and the evaluation of a batch.
 
-Every rank takes a share of the batch, balanced by tokens, through the model in micro-batches. Where frozen weights are
-sharded, each forward pass gathers them from all ranks, so all must make equally many: a rank with fewer micro-batches
-makes idle passes over a few tokens, which change nothing. Every rank works this out for all; nothing is communicated.
+Every rank sends a share of the batch, balanced by tokens, through the model in micro-batches. If frozen weights are
+sharded, each forward pass gathers them from all ranks, so all ranks must make the same number of passes. A rank with
+fewer micro-batches makes idle passes over a few tokens, which change nothing. Every rank computes all of this by
+itself, without communication.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ IDLE_TOKENS = 2
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a training step changes and reads besides the batch."""
+    """Everything that a training step reads and changes, apart from the batch."""
 
     model: Any
     """The transformers model with its LoRA layers."""
     support: ForestSupport
     parameters: Mapping[str, torch.nn.Parameter]
-    """The trained ones."""
+    """The trained parameters, by name."""
     optimizer: torch.optim.Optimizer
     scheduler: Any
     by_metric: bool
@@ -66,7 +67,7 @@ class StepResult:
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
-    """One update. Every rank is given the whole batch and trains its share.
+    """One update. Every rank gets the whole batch and trains on its share.
 
     Raises UserError, before the update, if the loss or the gradient is not finite.
     """
@@ -81,11 +82,11 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             with _no_gradient_from_idle(micro_pass, state.parameters.values()):
                 (loss_sum / count).backward()
             totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
-            del loss_sum  # and with it the graph, whose many small nodes would lie between the next tensors
+            del loss_sum  # frees the graph, whose many small nodes would fragment memory
         return totals
 
     totals = state.limit.fit(add_gradients, batch, undo=state.optimizer.zero_grad)
-    totals = torch.cat([totals, totals.new_tensor(state.stop.wishes())])
+    totals = torch.cat([totals, totals.new_tensor(state.stop.requests())])
     totals = sum_gradients(state.group, state.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
     _check_finite(totals[0], grad_norm, batch.trained_part)
@@ -95,7 +96,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         state.scheduler.step()
     state.optimizer.zero_grad(set_to_none=True)
 
-    sums: list[float] = totals.tolist()  # all at once: on a GPU every read waits for it
+    sums: list[float] = totals.tolist()  # in one transfer: every read waits for the GPU
     loss, *means = sums[: -len(REASONS)]
     state.stop.agree(sums[-len(REASONS) :])
     metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
@@ -106,22 +107,22 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
 
 def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> EvaluationRecord | None:
-    """The mean loss per trained token or per unit, with dropout off; every rank evaluates its share.
+    """The mean loss per trained token or per unit, without dropout. Every rank evaluates its share.
 
-    None where a rank left early because the run is to stop.
+    None if a rank abandoned the evaluation because the run is about to stop.
     """
     started = time.perf_counter()
     objective = state.objective
 
-    def leave() -> bool:
-        return not state.sharded and state.stop.hurry()  # where weights are sharded, no rank can leave alone
+    def abandon() -> bool:
+        return not state.sharded and state.stop.is_urgent()  # with sharded weights, no rank can leave alone
 
-    batch = _with_measured_mean(state, batch, leave)
+    batch = _with_measured_mean(state, batch, abandon)
 
     def add_losses() -> tuple[torch.Tensor, bool]:
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
         for micro_pass in _passes(state, batch.trained_part):
-            if leave():
+            if abandon():
                 return totals, True
             logprob_N = _logprobs(state, micro_pass).double()
             loss_sum, metric_sums = _sums(state, micro_pass, logprob_N)
@@ -130,11 +131,11 @@ def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> Evalua
 
     state.model.eval()
     with torch.no_grad():
-        totals, left = state.limit.fit(add_losses, batch)
+        totals, abandoned = state.limit.fit(add_losses, batch)
     state.model.train()
     trained_tokens = batch.trained_part.trained_tokens
     count = trained_tokens if objective.per_token else batch.unit_count
-    totals = torch.cat([totals, totals.new_tensor([float(left), *state.stop.wishes()])])
+    totals = torch.cat([totals, totals.new_tensor([float(abandoned), *state.stop.requests()])])
     sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
     state.stop.agree(sums[-len(REASONS) :])
     if sums[-1 - len(REASONS)]:
@@ -146,9 +147,11 @@ def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> Evalua
     return EvaluationRecord(step, epoch, loss, perplexity, batch.unit_count, trained_tokens, seconds, metrics)
 
 
-def _with_measured_mean(state: TrainState, batch: Batch, leave: Callable[[], bool] = lambda: False) -> Batch:
-    """The batch with the mean that its objective wants to know of all of it before the step, with dropout off; most
-    objectives want none. A rank that `leave` tells to stops early, with a mean that must not be used."""
+def _with_measured_mean(
+    state: TrainState, batch: Batch, abandon: Callable[[], bool] = lambda: False
+) -> Batch:
+    """The batch with the extra MEASURED_MEAN, computed without dropout, if the objective has a `measure`. If `abandon`
+    returns true on a rank, the mean must not be used."""
     measure = state.objective.measure
     if measure is None:
         return batch
@@ -156,7 +159,7 @@ def _with_measured_mean(state: TrainState, batch: Batch, leave: Callable[[], boo
     def add_measures() -> torch.Tensor:
         total = torch.zeros(1, dtype=torch.float64, device=state.model.device)
         for micro_pass in _passes(state, batch.mismatched_part):
-            if leave():
+            if abandon():
                 break
             logprob_N = _logprobs(state, micro_pass)
             if len(micro_pass.batch):
@@ -171,7 +174,7 @@ def _with_measured_mean(state: TrainState, batch: Batch, leave: Callable[[], boo
 
 @dataclass(frozen=True)
 class MicroBatchPass:
-    """A micro-batch, which is empty where this rank has none left, and the idle passes to make after it."""
+    """A micro-batch, empty if this rank has none left, and the number of idle passes to make after it."""
 
     batch: Batch
     idle_passes: int
@@ -185,15 +188,15 @@ class RankInfo:
     rank: int
     count: int
     sharded: bool
-    """Whether all ranks must make equally many forward passes for each micro-batch."""
+    """Whether all ranks must make the same number of forward passes for each micro-batch."""
 
 
 def micro_batch_passes(
     batch: Batch, bounds: MicroBatchBounds, ranks: RankInfo, by_forest: bool
 ) -> Iterator[MicroBatchPass]:
-    """The share of one rank, which may be nothing. Units are never split.
+    """The micro-batches of one rank's share, which may be empty. Units are never split.
 
-    `by_forest`: a micro-batch is one forward pass; otherwise each of its examples is.
+    `by_forest`: a micro-batch takes one forward pass, otherwise one for each example.
     """
     examples_U = np.bincount(batch.units_E, minlength=batch.unit_count)
     rank_units = shares(batch.unit_lengths_U.tolist(), ranks.count)
@@ -212,33 +215,36 @@ def micro_batch_passes(
             for rank in range(ranks.count)
         ]
         idle = idle_passes(passes, ranks.rank)
-    few = batch.flat_token_ids[:0]
+    idle_token_ids = batch.flat_token_ids[:0]
     if any(idle):
         start = int(batch.starts_E[0])
-        few = batch.flat_token_ids[start : start + min(IDLE_TOKENS, int(batch.lengths_E[0]))]
+        idle_token_ids = batch.flat_token_ids[start : start + min(IDLE_TOKENS, int(batch.lengths_E[0]))]
     own += [np.zeros(0, dtype=np.int64)] * (len(idle) - len(own))
     for units, missing in zip(own, idle, strict=True):
-        yield MicroBatchPass(batch.select_units(units), missing, few)
+        yield MicroBatchPass(batch.select_units(units), missing, idle_token_ids)
 
 
 def idle_passes(passes: Sequence[Sequence[int]], rank: int) -> list[int]:
-    """The forward passes that a rank lacks at each micro-batch; `passes` are those of every rank for its own."""
-    most = [max(column) for column in zip_longest(*passes, fillvalue=0)]
-    own = [*passes[rank], *[0] * (len(most) - len(passes[rank]))]
-    return [needed - made for needed, made in zip(most, own, strict=True)]
+    """The number of idle passes that a rank makes after each micro-batch. `passes`: every rank's forward passes for
+    each of its micro-batches."""
+    needed = [max(column) for column in zip_longest(*passes, fillvalue=0)]
+    own = [*passes[rank], *[0] * (len(needed) - len(passes[rank]))]
+    return [total - count for total, count in zip(needed, own, strict=True)]
 
 
 def pass_logprobs(
     model: Any, support: ForestSupport, micro_pass: MicroBatchPass, share_prefix: bool
 ) -> torch.Tensor:
-    """logprob_N of the micro-batch's trained tokens, example by example; where it is empty, no numbers, with a gradient
-    of 0."""
+    """logprob_N of the micro-batch's trained tokens, example by example. For an empty micro-batch, an empty tensor that
+    is connected to the idle passes' graph."""
     batch, parts = micro_pass.batch, []
     if len(batch):
         parts.append(batch_logprobs(model, support, batch, share_prefix=share_prefix))
-    few = micro_pass.idle_token_ids
+    token_ids = micro_pass.idle_token_ids
     for _ in range(micro_pass.idle_passes):
-        idle = example_logprobs(model, support, [few], [np.arange(len(few)) > 0], share_prefix=False)
+        idle = example_logprobs(
+            model, support, [token_ids], [np.arange(len(token_ids)) > 0], share_prefix=False
+        )
         parts.append(idle[:0])
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -262,12 +268,12 @@ def _sums(state: TrainState, micro_pass: MicroBatchPass, logprob_N: torch.Tensor
 def _no_gradient_from_idle(
     micro_pass: MicroBatchPass, parameters: Iterable[torch.nn.Parameter]
 ) -> Iterator[None]:
-    """Keeps a backward pass through idle passes alone from giving a parameter a gradient of zeros: the optimizer would
-    update it then, and does not update one without a gradient."""
-    without = [] if len(micro_pass.batch) else [one for one in parameters if one.grad is None]
+    """Removes the zero gradients that idle passes alone would create: the optimizer would update parameters that have a
+    gradient of zero, but not those without one."""
+    no_gradient = [] if len(micro_pass.batch) else [weight for weight in parameters if weight.grad is None]
     yield
-    for parameter in without:
-        parameter.grad = None
+    for weight in no_gradient:
+        weight.grad = None
 
 
 def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch) -> None:
@@ -277,15 +283,15 @@ def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch) -> 
     raise UserError(
         f"the loss is {float(loss)} and the gradient norm {float(grad_norm)}; the weights are as before this step",
         place=f"rows {rows}",
-        cure="look at these rows, lower learning_rate, or use --dtype float32",
+        cure="check these rows, lower learning_rate, or use --dtype float32",
     )
 
 
 def micro_batch_limits(state: TrainState) -> tuple[list[int], list[int]]:
-    """The size of every rank's micro-batches, in order of rank: the most units, and the most tokens where
+    """(units, tokens): the largest micro-batch of every rank, in order of rank. `tokens` is empty unless
     `micro_batch_tokens` is auto."""
     bounds = state.limit.bounds
-    own = torch.tensor([bounds.most_examples, bounds.most_tokens or 0]).view(torch.uint8)
-    of_ranks = [gathered.view(torch.int64).tolist() for gathered in gather_bytes(state.group, own)]
-    tokens = [most_tokens for _, most_tokens in of_ranks] if state.limit.by_tokens else []
-    return [most_units for most_units, _ in of_ranks], tokens
+    limits = torch.tensor([bounds.most_examples, bounds.most_tokens or 0]).view(torch.uint8)
+    all_limits = [gathered.view(torch.int64).tolist() for gathered in gather_bytes(state.group, limits)]
+    tokens = [max_tokens for _, max_tokens in all_limits] if state.limit.by_tokens else []
+    return [max_units for max_units, _ in all_limits], tokens

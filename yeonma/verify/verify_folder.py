@@ -196,7 +196,7 @@ def _check_tokenizers(
         findings.append(check_tokenizer(adapter, tokenizer, check, place.name))
         findings.append(damaged or check_samples(adapter, samples, tokenizer, rows, place.name))
         if place is own:
-            exported = load_tokenizer(own, carried=True)
+            exported = load_tokenizer(own, keep_exported=True)
             findings.append(check_chat_template(adapter, samples, exported, tokenizer))
     return findings
 

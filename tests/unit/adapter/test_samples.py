@@ -126,8 +126,8 @@ def test_of_a_turn_list_the_prompt_is_that_of_its_last_answer(tmp_path: Path, ch
     taken = take_samples(dataset.train, kind, dataset.template, dataset.columns, 1)
     split, end, earlier = (True, "#", "a ") if chat_template == FORGETTING else (False, "</s>", "a 1")
     assert len(dataset.train.store) == (12 if split else 6)
-    asked = f"[user]q0{end}[assistant]{earlier}{end}[user]and?{end}[assistant]"
-    assert tokenizer.decode(taken.rows[0].prompt_ids) == asked
+    expected = f"[user]q0{end}[assistant]{earlier}{end}[user]and?{end}[assistant]"
+    assert tokenizer.decode(taken.rows[0].prompt_ids) == expected
 
 
 def test_a_run_leaves_them_in_its_folder_and_in_every_checkpoint(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def test_a_run_leaves_them_in_its_folder_and_in_every_checkpoint(tmp_path: Path)
     for folder in folders:
         assert (folder / "samples.json").read_bytes() == (done.folder / "samples.json").read_bytes()
         prompt_builder = open_prompt_builder(folder)
-        asked = prompt_builder.prompts(
+        prompts = prompt_builder.prompts(
             [articles_row(row.row, row.row_number) for row in samples.rows], max_new_tokens=8
         )
-        assert [each.token_ids.tolist() for each in asked] == [row.prompt_ids for row in samples.rows]
+        assert [prompt.token_ids.tolist() for prompt in prompts] == [row.prompt_ids for row in samples.rows]
     assert read_adapter_folder(done.folder).details["tokenizer"] == identity_of_tokenizer(
         load_tokenizer(find_base(str(base)))
     )

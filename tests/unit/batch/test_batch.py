@@ -121,11 +121,11 @@ def test_a_prefix_is_shared_only_where_the_model_sees_the_same() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"units": [0, 1, 0]}, "next to each other"),
-        ({"example_extras": {"advantage": [1.0]}}, r"advantage has shape \(1,\); \(3,\) is needed"),
-        ({"token_extras": {"sampled": [1.0, 2.0]}}, r"sampled has shape \(2,\); \(4,\) is needed"),
+        ({"units": [0, 1, 0]}, "must be adjacent"),
+        ({"example_extras": {"advantage": [1.0]}}, r"advantage has shape \(1,\); expected \(3,\)"),
+        ({"token_extras": {"sampled": [1.0, 2.0]}}, r"sampled has shape \(2,\); expected \(4,\)"),
         ({"roles": [AnswerRole.ANSWER]}, "roles has shape"),
-        ({"input_keys": [np.arange(5), np.arange(5), np.arange(1)]}, "each token needs one value"),
+        ({"input_keys": [np.arange(5), np.arange(5), np.arange(1)]}, "expected one value per token"),
     ],
 )
 def test_what_does_not_fit_is_refused(more: dict[str, object], message: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yeonma.batch import forest as module
-from yeonma.batch.forest import LEAST_SHARED, Forest, Segment, lay_out
+from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, Segment, lay_out
 
 
 def ids(*parts: object) -> np.ndarray:
@@ -25,11 +25,11 @@ def all_trained(examples: list[np.ndarray]) -> list[np.ndarray]:
 
 def paths(forest: Forest) -> list[list[int]]:
     """Segment -> the flat positions of its ancestors and itself."""
-    found: list[list[int]] = []
+    paths: list[list[int]] = []
     for segment in forest.segments:
-        above = found[segment.parent] if segment.parent is not None else []
-        found.append(above + list(range(segment.start, segment.start + segment.length)))
-    return found
+        above = paths[segment.parent] if segment.parent is not None else []
+        paths.append(above + list(range(segment.start, segment.start + segment.length)))
+    return paths
 
 
 def path_to(forest: Forest, position: int) -> list[int]:
@@ -44,7 +44,7 @@ def trie_size(examples: list[np.ndarray]) -> int:
     return len({tuple(example[: i + 1].tolist()) for example in examples for i in range(len(example))})
 
 
-FRAME = range(100, 100 + LEAST_SHARED)
+FRAME = range(100, 100 + MIN_SHARED_TOKENS)
 
 
 def test_one_example_is_one_segment() -> None:
@@ -60,7 +60,7 @@ def test_one_example_is_one_segment() -> None:
 
 def test_two_answers_hang_under_their_prompt_and_its_last_token_predicts_both() -> None:
     examples = [ids(FRAME, 9, 8), ids(FRAME, 7)]
-    trained = [np.arange(len(example)) >= LEAST_SHARED for example in examples]
+    trained = [np.arange(len(example)) >= MIN_SHARED_TOKENS for example in examples]
     forest = lay_out(examples, trained)
     assert forest.segments == (Segment(0, 16, None), Segment(16, 1, 0), Segment(17, 2, 0))
     assert forest.token_ids_T.tolist() == [*FRAME, 7, 9, 8]
@@ -71,14 +71,14 @@ def test_two_answers_hang_under_their_prompt_and_its_last_token_predicts_both() 
 
 
 def test_fifteen_common_tokens_are_not_shared_and_sixteen_are() -> None:
-    for common, segments in ((LEAST_SHARED - 1, 2), (LEAST_SHARED, 3)):
+    for common, segments in ((MIN_SHARED_TOKENS - 1, 2), (MIN_SHARED_TOKENS, 3)):
         shared = range(100, 100 + common)
         examples = [ids(shared, 1), ids(shared, 2)]
         assert len(lay_out(examples, all_trained(examples)).segments) == segments
 
 
 def test_sharing_nests_and_each_level_shares_sixteen_tokens_more() -> None:
-    article = range(200, 200 + LEAST_SHARED)
+    article = range(200, 200 + MIN_SHARED_TOKENS)
     examples = [ids(FRAME, article, 1), ids(FRAME, 3), ids(FRAME, article, 2)]
     forest = lay_out(examples, all_trained(examples))
     tree = [(s.length, s.parent) for s in forest.segments]
@@ -145,13 +145,13 @@ def test_every_trained_token_stands_once_an_example_behind_exactly_its_own_past(
     examples, trained = batch
     forest = lay_out(examples, trained, share_prefix=share)
     for number, (example, mask) in enumerate(zip(examples, trained, strict=True)):
-        mine = forest.pair_N[forest.answer_N == number]
+        of_example = forest.pair_N[forest.answer_N == number]
         expected = [t for t in range(1, len(example)) if mask[t]]
-        assert forest.target_U[mine].tolist() == example[expected].tolist()
-        for pair, t in zip(mine, expected, strict=True):
-            seen = path_to(forest, int(forest.source_U[pair]))
-            assert forest.token_ids_T[seen].tolist() == example[:t].tolist()
-            assert forest.position_T[seen].tolist() == list(range(t))
+        assert forest.target_U[of_example].tolist() == example[expected].tolist()
+        for pair, t in zip(of_example, expected, strict=True):
+            path = path_to(forest, int(forest.source_U[pair]))
+            assert forest.token_ids_T[path].tolist() == example[:t].tolist()
+            assert forest.position_T[path].tolist() == list(range(t))
     assert forest.trained_tokens == sum(int(mask[1:].sum()) for mask in trained)
 
 
@@ -183,13 +183,13 @@ def test_a_segment_is_shared_if_and_only_if_sixteen_tokens_are(
 ) -> None:
     forest = lay_out(*batch)
     parents = {s.parent for s in forest.segments}
-    assert all(s.length >= LEAST_SHARED for i, s in enumerate(forest.segments) if i in parents)
+    assert all(s.length >= MIN_SHARED_TOKENS for i, s in enumerate(forest.segments) if i in parents)
     for a, b in combinations(forest.segments, 2):
         if a.parent == b.parent:
             first, second = (
-                forest.token_ids_T[s.start : s.start + min(s.length, LEAST_SHARED)] for s in (a, b)
+                forest.token_ids_T[s.start : s.start + min(s.length, MIN_SHARED_TOKENS)] for s in (a, b)
             )
-            assert len(first) < LEAST_SHARED or first.tolist() != second.tolist()
+            assert len(first) < MIN_SHARED_TOKENS or first.tolist() != second.tolist()
 
 
 @settings(max_examples=80, deadline=None)
@@ -199,7 +199,7 @@ def test_with_no_least_length_the_forest_is_as_large_as_the_trie_of_its_examples
 ) -> None:
     arrays = [ids(*example) for example in examples]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LEAST_SHARED", 1)
+        patch.setattr(module, "MIN_SHARED_TOKENS", 1)
         forest = lay_out(arrays, all_trained(arrays))
     assert len(forest.token_ids_T) == trie_size(arrays)
 

@@ -73,13 +73,13 @@ def gradients_of(model: Any, logprob_N: torch.Tensor) -> list[torch.Tensor]:
 def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Each answer after its own copy of the prompt, alone through the model as transformers made it."""
     model = adapted(family)
-    found = []
+    logprobs_by_sequence = []
     for ids, mask in zip(*pairs(), strict=True):
         tokens = torch.from_numpy(ids).long()
         batch = {"input_ids": tokens.unsqueeze(0), "attention_mask": torch.ones_like(tokens).unsqueeze(0)}
         logprobs = torch.log_softmax(model(**batch, use_cache=False).logits[0, :-1].float(), -1)
-        found.append(logprobs.gather(1, tokens[1:, None])[mask[1:], 0])
-    logprob_N = torch.cat(found)
+        logprobs_by_sequence.append(logprobs.gather(1, tokens[1:, None])[mask[1:], 0])
+    logprob_N = torch.cat(logprobs_by_sequence)
     gradients = gradients_of(model, logprob_N)
     assert max(float(gradient.abs().max()) for gradient in gradients) > 0.1
     return logprob_N.detach(), gradients
@@ -89,21 +89,21 @@ def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
 def test_pairs_have_the_logprobs_and_gradients_of_separate_sequences(family: str, share_prefix: bool) -> None:
     model = adapted(family)
-    how: ForestSupport = check_forest_support(model.get_base_model())
-    assert how.forest == (family in FOREST_FAMILIES)
+    support: ForestSupport = check_forest_support(model.get_base_model())
+    assert support.forest == (family in FOREST_FAMILIES)
     if (
         family != "qwen3_next"
     ):  # whose recurrence makes much of another routine's rounding; tests of LoRA have it
         patch_kernels(model)
     sequences, trained = pairs()
     logprob_N = example_logprobs(
-        model.get_base_model(), how, sequences, trained, share_prefix=share_prefix, units=UNITS
+        model.get_base_model(), support, sequences, trained, share_prefix=share_prefix, units=UNITS
     )
     values, gradients = expected(family)
     torch.testing.assert_close(logprob_N.detach(), values, **EXACT)
     for ours, theirs in zip(gradients_of(model, logprob_N), gradients, strict=True):
         scale = max(1.0, float(theirs.abs().max()))
-        atol = 1e-5 if how.forest else 2e-5  # the recurrent ones round more
+        atol = 1e-5 if support.forest else 2e-5  # the recurrent ones round more
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-5, atol=atol)
 
 
@@ -112,7 +112,7 @@ def test_a_pair_is_three_segments_however_short_its_prompt() -> None:
     sequences = [np.concatenate([prompt, answer]).astype(np.int32) for answer in (chosen, rejected)]
     trained = [np.arange(len(sequence)) >= 3 for sequence in sequences]
     forest = lay_out(sequences, trained, units=[4, 4])
-    assert [(each.length, each.parent) for each in forest.segments] == [(3, None), (2, 0), (1, 0)]
+    assert [(segment.length, segment.parent) for segment in forest.segments] == [(3, None), (2, 0), (1, 0)]
     assert forest.source_U[forest.pair_N[[0, 2]]].tolist() == [2, 2]  # the prompt's last token predicts both
     assert len(lay_out(sequences, trained, units=[4, 5]).segments) == 2
     assert len(lay_out(sequences, trained, units=[4, 4], share_prefix=False).segments) == 2

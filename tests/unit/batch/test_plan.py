@@ -133,11 +133,11 @@ def test_a_step_holds_the_same_examples_for_any_processes_and_micro_batches(
     plan = plan_of(count, batch_size)
     for step in islice(plan.steps(), 3):
         lengths = [int(plan.lengths[position - 1000]) for position in step]
-        seen = []
+        members = []
         for part in shares(lengths, processes):
             for batch in micro_batches([lengths[i] for i in part], most):
-                seen.extend(int(step[part[i]]) for i in batch)
-        assert sorted(seen) == sorted(step.tolist())
+                members.extend(int(step[part[i]]) for i in batch)
+        assert sorted(members) == sorted(step.tolist())
 
 
 @settings(max_examples=100, deadline=None)

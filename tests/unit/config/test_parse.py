@@ -132,8 +132,8 @@ def test_a_text_is_read_alike_from_all_three_sources(
         config_from_keywords(RunConfig, {**REQUIRED, name: text}, groups=TRAINING),
     ]
     for reading in readings:
-        found = value_of(reading, name)
-        assert found == value and type(found) is type(value)
+        parsed = value_of(reading, name)
+        assert parsed == value and type(parsed) is type(value)
 
 
 def test_yaml_and_python_objects_need_no_quotes(tmp_path: Path) -> None:
@@ -379,12 +379,12 @@ def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -
 
 def test_some_aliases_and_many_names_are_read(tmp_path: Path) -> None:
     listed = [f"layer{number}" for number in range(20_000)]
-    found = from_yaml(tmp_path, f"lora_target_modules: {json.dumps(listed)}\n")
-    assert value_of(found, "lora_target_modules") == listed
+    parsed = from_yaml(tmp_path, f"lora_target_modules: {json.dumps(listed)}\n")
+    assert value_of(parsed, "lora_target_modules") == listed
     with pytest.raises(UserError, match=r"run\.yaml:1: lora_target_modules: .* has more than 1,000 items"):
         from_yaml(tmp_path, f"lora_target_modules: {list(range(20_000))}\n")
-    found = from_yaml(tmp_path, "lora_r: &rank 8\nlora_alpha: *rank\n")
-    assert value_of(found, "lora_alpha") == 8
+    parsed = from_yaml(tmp_path, "lora_r: &rank 8\nlora_alpha: *rank\n")
+    assert value_of(parsed, "lora_alpha") == 8
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])

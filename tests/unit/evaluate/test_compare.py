@@ -39,8 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report_of(done: Done) -> dict[str, Any]:
     assert done.status == 0, done.err
-    found: dict[str, Any] = json.loads((done.folder / "report.json").read_text("utf-8"))
-    return found
+    report: dict[str, Any] = json.loads((done.folder / "report.json").read_text("utf-8"))
+    return report
 
 
 def values(report: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -60,9 +60,9 @@ def test_the_answers_are_those_of_generate_with_and_without_the_adapter(
 ) -> None:
     report = report_of(compare(tmp_path / "report", folders.base, folders.adapter, data_path=data))
     loaded = load(folders.adapter)
-    asked = [{"document": row["document"]} for row in ROWS]
-    assert texts(report, 0) == replace(loaded, adapter_weights=False).generate(asked, max_new_tokens=12)
-    assert texts(report, 1) == loaded.generate(asked, max_new_tokens=12)
+    rows = [{"document": row["document"]} for row in ROWS]
+    assert texts(report, 0) == replace(loaded, adapter_weights=False).generate(rows, max_new_tokens=12)
+    assert texts(report, 1) == loaded.generate(rows, max_new_tokens=12)
     assert texts(report, 0) != texts(report, 1)
     assert [row["wanted"] for row in report["rows"]] == [row["title"] for row in ROWS]
     assert [model["name"] for model in report["models"]] == ["base", "OUT"]
@@ -125,9 +125,9 @@ def test_a_base_is_in_memory_once_for_all_its_adapters(
         texts(report, 0) == texts(report, 2) != texts(report, 1)
     )  # the base is whole again after an adapter
     difference = next(
-        each
-        for each in next(metric for metric in report["metrics"] if metric["key"] == "loss")["differences"]
-        if each["models"] == [0, 2]
+        test
+        for test in next(metric for metric in report["metrics"] if metric["key"] == "loss")["differences"]
+        if test["models"] == [0, 2]
     )
     assert (difference["difference"], difference["p"], difference["p_corrected"]) == (0.0, 1.0, 1.0)
 
@@ -137,14 +137,14 @@ def test_what_is_answered_is_not_asked_again_and_no_model_is_loaded_for_it(
 ) -> None:
     output = tmp_path / "report"
     first = report_of(compare(output, folders.base, folders.adapter, data_path=data))
-    held = (output / "answers.jsonl").read_text("utf-8")
+    text = (output / "answers.jsonl").read_text("utf-8")
     # as a kill leaves it: the last line torn, some lines gone
-    kept = held.splitlines()[:-3]
-    (output / "answers.jsonl").write_text("\n".join(kept) + '\n{"key": "to', "utf-8")
+    remaining = text.splitlines()[:-3]
+    (output / "answers.jsonl").write_text("\n".join(remaining) + '\n{"key": "to', "utf-8")
     again = report_of(compare(output, folders.base, folders.adapter, data_path=data))
     assert again["rows"] == first["rows"]
-    assert [{**each, "made": ""} for each in again["metrics"]] == [
-        {**each, "made": ""} for each in first["metrics"]
+    assert [{**metric, "made": ""} for metric in again["metrics"]] == [
+        {**metric, "made": ""} for metric in first["metrics"]
     ]
     monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("loaded"))
     assert report_of(compare(output, folders.base, folders.adapter, data_path=data))["rows"] == first["rows"]
@@ -153,24 +153,24 @@ def test_what_is_answered_is_not_asked_again_and_no_model_is_loaded_for_it(
 def test_other_settings_weights_or_rows_are_asked_anew(folders: Folders, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
     compare(output, folders.base, data_path=data, template=TEMPLATE)
-    asked = len(lines(output))
+    count = len(lines(output))
     compare(
         output, folders.base, data_path=data, template=TEMPLATE, seed=7
     )  # greedy: the seed is nothing to it
-    assert len(lines(output)) == asked
+    assert len(lines(output)) == count
     compare(output, folders.base, data_path=data, template=TEMPLATE, temperature=0.9)
-    assert len(lines(output)) == asked + len(ROWS)  # the answers, not the losses
+    assert len(lines(output)) == count + len(ROWS)  # the answers, not the losses
     compare(output, folders.base, data_path=data, template=TEMPLATE, temperature=0.9, seed=7)
-    assert len(lines(output)) == asked + 2 * len(ROWS)
+    assert len(lines(output)) == count + 2 * len(ROWS)
     other = tiny_base(tmp_path / "other", byte_level(), seed=5)
     compare(output, other, data_path=data, template=TEMPLATE)
-    assert len(lines(output)) == 2 * asked + 2 * len(ROWS)
+    assert len(lines(output)) == 2 * count + 2 * len(ROWS)
 
 
 def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
     folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = report_of(compare(tmp_path / "whole", folders.base, folders.adapter, data_path=data))
+    uninterrupted = report_of(compare(tmp_path / "whole", folders.base, folders.adapter, data_path=data))
     output = tmp_path / "report"
     add = compare_module.AnswerCache.add
 
@@ -187,7 +187,7 @@ def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
     assert not (output / "report.json").exists()
     monkeypatch.undo()
     done = compare(output, folders.base, folders.adapter, data_path=data)
-    assert report_of(done)["rows"] == whole["rows"]
+    assert report_of(done)["rows"] == uninterrupted["rows"]
     assert "3 of 5 rows were answered before" in done.err
 
 
@@ -302,18 +302,18 @@ def test_a_chat_template_is_compared_by_its_last_answers(tmp_path: Path) -> None
 def test_kept_answers_survive_any_torn_or_foreign_line(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     record = {"text": "a\u2028b", "token_ids": [1], "ended": True}
-    with open_answer_cache(path) as kept:
-        kept.add("one", record)
-        kept.add("two", {"nll": 1.5, "trained_tokens": 2})
-    whole = path.read_bytes()
+    with open_answer_cache(path) as cache:
+        cache.add("one", record)
+        cache.add("two", {"nll": 1.5, "trained_tokens": 2})
+    content = path.read_bytes()
     draw = random.Random(0)
     for _ in range(100):
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         for _ in range(draw.randint(0, 3)):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         path.write_bytes(bytes(damaged[: draw.randint(0, len(damaged))]) + b'{"key": "three", "text": 1}\n[')
-        with open_answer_cache(path) as kept:
-            assert "three" not in kept.records
-            kept.add("four", record)
-        with open_answer_cache(path) as kept:
-            assert kept.records["four"] == record
+        with open_answer_cache(path) as cache:
+            assert "three" not in cache.records
+            cache.add("four", record)
+        with open_answer_cache(path) as cache:
+            assert cache.records["four"] == record

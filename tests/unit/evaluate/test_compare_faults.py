@@ -35,7 +35,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"data_path": "nowhere/rows.jsonl"}, "nowhere/rows.jsonl"),
         ({"rows": 0}, "of at least 1"),
@@ -49,7 +49,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_mistake_is_told_with_its_cure(
-    settings: dict[str, Any], said: str, folders: Folders, data: Path, tmp_path: Path
+    settings: dict[str, Any], message: str, folders: Folders, data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     output = str(settings.pop("output_dir", tmp_path / "report"))
@@ -58,7 +58,7 @@ def test_a_mistake_is_told_with_its_cure(
     words = arguments({"data_path": data, "max_new_tokens": 12, "template": TEMPLATE, **settings})
     done = command(tmp_path, "compare", "--models", str(folders.base), "--output_dir", output, *words)
     assert done.status == 2, done.err
-    assert said in done.err
+    assert message in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -71,7 +71,7 @@ def test_all_models_that_are_wrong_are_told_together(folders: Folders, data: Pat
     assert "./gone: no such model folder" in done.err
     assert f"{empty}: the folder is empty" in done.err
     done = compare(tmp_path / "report", folders.base, folders.base, data_path=data)
-    assert "is named twice" in done.err
+    assert "is given twice" in done.err
     assert not (tmp_path / "report").exists()
 
 
@@ -121,7 +121,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_told(folders: Folders, data: P
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("none.jsonl", "", "no rows"),
         ("head.csv", "document,title\n", "a header but no rows"),
@@ -130,12 +130,12 @@ def test_a_tokenizer_larger_than_the_embedding_is_told(folders: Folders, data: P
     ],
 )
 def test_data_that_is_of_no_use_is_told_with_its_place(
-    name: str, content: str, said: str, folders: Folders, tmp_path: Path
+    name: str, content: str, message: str, folders: Folders, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content, "utf-8")
     done = compare(tmp_path / "report", folders.base, folders.adapter, data_path=tmp_path / name)
     assert done.status == 2
-    assert said in done.err
+    assert message in done.err
     assert not (tmp_path / "report").exists()
 
 

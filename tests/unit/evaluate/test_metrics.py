@@ -46,10 +46,10 @@ def wrote(*texts: str, **more: Any) -> list[ScoredAnswer]:
     return [ScoredAnswer(text, tuple(text.encode()), True, **more) for text in texts]
 
 
-def values(answers: list[list[ScoredAnswer]], wanted: list[str | None]) -> dict[str, list[float]]:
-    found = compute_metrics(answers, wanted, metric_tokenizer(text for text in wanted if text))
+def values(answers: list[list[ScoredAnswer]], references: list[str | None]) -> dict[str, list[float]]:
+    results = compute_metrics(answers, references, metric_tokenizer(text for text in references if text))
     return {
-        metric.key: [float(metric.value(table.sum(axis=0))) for table in tables] for metric, tables in found
+        metric.key: [float(metric.value(table.sum(axis=0))) for table in tables] for metric, tables in results
     }
 
 
@@ -64,13 +64,13 @@ def scrambled(pairs: tuple[tuple[str, str], ...], count: int) -> list[tuple[str,
 def test_chrf_and_bleu_of_all_rows_and_of_any_weighting_are_sacrebleus(pairs: Any) -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     pairs = scrambled(pairs, 30)
-    answers, wanted = [a for a, _ in pairs], [b for _, b in pairs]
-    tokenizer = metric_tokenizer(wanted).bleu
-    tables = metrics._chrf_counts(answers, wanted), metrics._bleu_counts(answers, wanted, tokenizer)
+    answers, references = [a for a, _ in pairs], [b for _, b in pairs]
+    tokenizer = metric_tokenizer(references).bleu
+    tables = metrics._chrf_counts(answers, references), metrics._bleu_counts(answers, references, tokenizer)
     draw = np.random.default_rng(0)
     for size in (1, 1, 1, 2, 3, 8, len(pairs)):
         rows = draw.integers(0, len(pairs), size)
-        some, refs = [answers[row] for row in rows], [[wanted[row] for row in rows]]
+        some, refs = [answers[row] for row in rows], [[references[row] for row in rows]]
         for table, value, expected in (
             (tables[0], chrf, sacrebleu.corpus_chrf(some, refs).score),
             (tables[1], bleu, sacrebleu.corpus_bleu(some, refs, tokenize=tokenizer, force=True).score),
@@ -83,9 +83,9 @@ def test_chrf_and_bleu_of_all_rows_and_of_any_weighting_are_sacrebleus(pairs: An
 def test_rouge_of_english_is_that_of_rouge_score() -> None:
     scorers = pytest.importorskip("rouge_score.rouge_scorer")
     scorer = scorers.RougeScorer(["rouge1", "rouge2", "rougeL"])
-    for answer, wanted in scrambled(ENGLISH, 200):
-        theirs = scorer.score(wanted, answer)
-        ours = rouge(words(answer), words(wanted))
+    for answer, reference in scrambled(ENGLISH, 200):
+        theirs = scorer.score(reference, answer)
+        ours = rouge(words(answer), words(reference))
         assert ours == pytest.approx([theirs[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")])
 
 
@@ -122,26 +122,26 @@ def test_no_text_has_zero_in_common_with_itself(text: str, split: Any) -> None:
 def test_korean_is_counted_by_morphemes_where_kiwipiepy_is_and_else_by_characters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wanted = [text for _, text in KOREAN]
+    references = [text for _, text in KOREAN]
     if metrics.find_spec("kiwipiepy") is not None:
-        assert metric_tokenizer(wanted).name == "morphemes (kiwipiepy)"
+        assert metric_tokenizer(references).name == "morphemes (kiwipiepy)"
         # the particles part, so that the nouns agree
         assert rouge(morphemes("도서관이"), morphemes("도서관을"))[0] == 0.5
         assert morphemes("GPU 3대를, 샀다.")[:2] == ["gpu", "3"]
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    found = metric_tokenizer(wanted)
-    assert (found.name, found.bleu) == ("characters", "char")
-    assert "pip install kiwipiepy" in found.note
-    assert rouge(found.split("가나다!"), found.split("가 나라."))[0] == pytest.approx(2 / 3)
+    tokenizer = metric_tokenizer(references)
+    assert (tokenizer.name, tokenizer.bleu) == ("characters", "char")
+    assert "pip install kiwipiepy" in tokenizer.note
+    assert rouge(tokenizer.split("가나다!"), tokenizer.split("가 나라."))[0] == pytest.approx(2 / 3)
 
 
 def test_decomposed_hangul_counts_as_composed() -> None:
     import unicodedata
 
     text = "도서관 문"
-    found = values([wrote(unicodedata.normalize("NFD", text), "다름")], [f" {text}\n", "같음"])
-    assert found["exact"] == [50.0]
-    assert found["rouge1"][0] >= 50.0
+    results = values([wrote(unicodedata.normalize("NFD", text), "다름")], [f" {text}\n", "같음"])
+    assert results["exact"] == [50.0]
+    assert results["rouge1"][0] >= 50.0
 
 
 @pytest.mark.parametrize(
@@ -175,16 +175,16 @@ def test_loss_is_a_token_of_all_rows_and_perplexity_its_exponential() -> None:
         ScoredAnswer("b", (1,), False, 2.0, 6),
         ScoredAnswer("c", (1,), True, None, 9),
     ]
-    found = values([answers], ["x", "y", "z"])
-    assert found["loss"] == [1.0]
-    assert found["perplexity"] == [pytest.approx(np.e)]
-    assert found["unended"] == [pytest.approx(100 / 3)]
+    results = values([answers], ["x", "y", "z"])
+    assert results["loss"] == [1.0]
+    assert results["perplexity"] == [pytest.approx(np.e)]
+    assert results["unended"] == [pytest.approx(100 / 3)]
 
 
 def test_rows_without_a_wanted_answer_count_for_the_others_alone() -> None:
-    found = values([wrote("same", "what a long one", "other")], ["same", None, "thing"])
-    assert found["exact"] == [50.0]
-    assert found["characters"] == [(4 + 15 + 5) / 3]
+    results = values([wrote("same", "what a long one", "other")], ["same", None, "thing"])
+    assert results["exact"] == [50.0]
+    assert results["characters"] == [(4 + 15 + 5) / 3]
     nothing = values([wrote("a", "b")], [None, None])
     assert set(nothing) == {"tokens", "characters", "repetition", "unended"}
 
@@ -192,9 +192,9 @@ def test_rows_without_a_wanted_answer_count_for_the_others_alone() -> None:
 def test_without_sacrebleu_its_metrics_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    found = values([wrote("a b")], ["a c"])
-    assert {"chrf", "bleu"}.isdisjoint(found)
-    assert found["rouge1"] == [50.0]
+    results = values([wrote("a b")], ["a c"])
+    assert {"chrf", "bleu"}.isdisjoint(results)
+    assert results["rouge1"] == [50.0]
 
 
 def test_the_version_to_install_is_the_one_that_is_tested() -> None:
@@ -255,8 +255,8 @@ def test_the_swap_test_finds_what_is_there_and_seldom_what_is_not() -> None:
 def test_the_swap_test_of_few_rows_is_the_exact_one() -> None:
     a, b = (np.array([[x, 1.0] for x in column]) for column in ([0, 0, 0, 0, 0], [1, 1, 1, 1, -0.5]))
     # of the 32 ways to swap, those with |sum| >= 3.5: all signs but the last's equal, 4 ways
-    found = swap_test(a, b, metrics.mean, seed=0, resamples=20_000)
-    assert found == pytest.approx(4 / 32, abs=0.01)
+    p_value = swap_test(a, b, metrics.mean, seed=0, resamples=20_000)
+    assert p_value == pytest.approx(4 / 32, abs=0.01)
 
 
 def test_holm_corrects_step_by_step() -> None:
@@ -266,7 +266,7 @@ def test_holm_corrects_step_by_step() -> None:
 
 
 def test_a_metric_is_named_once() -> None:
-    found = compute_metrics([wrote("a b c")], ["a b"], metric_tokenizer(["a b"]))
-    keys = [metric.key for metric, _ in found]
+    results = compute_metrics([wrote("a b c")], ["a b"], metric_tokenizer(["a b"]))
+    keys = [metric.key for metric, _ in results]
     assert len(keys) == len(set(keys))
-    assert all(isinstance(metric, Metric) and metric.name for metric, _ in found)
+    assert all(isinstance(metric, Metric) and metric.name for metric, _ in results)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import tiny_adapter
-from tests.chromium import Browser, browser, chromium
+from tests.chromium import Browser, browser, contrast, in_chromium, luminance
 from tests.runs import command, write_jsonl
 from tests.tokenizers import byte_level
 from yeonma.evaluate.report_page import embedded, page
@@ -25,7 +25,6 @@ HOSTILE = [
     "{{constructor}} &lt;b&gt; &amp;",
 ]
 WORDS = "ferry boat bees roof council library river tram"
-in_chromium = pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
-    return found
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +77,10 @@ def opened(tab: Browser, folder: Path) -> Iterator[Browser]:
 
 
 def numbers(tab: Browser) -> list[int]:
-    found: list[int] = tab.run("[...document.querySelectorAll('#rows > li')].map(e => Number(e.dataset.row))")
-    return found
+    numbers: list[int] = tab.run(
+        "[...document.querySelectorAll('#rows > li')].map(e => Number(e.dataset.row))"
+    )
+    return numbers
 
 
 def choose(tab: Browser, select: str, value: str) -> None:
@@ -94,12 +95,12 @@ def choose(tab: Browser, select: str, value: str) -> None:
 
 def gains(report: dict[str, Any], key: str) -> dict[int, float]:
     sign = -1 if key in ("loss", "repetition") else 1
-    found = {}
+    changes = {}
     for row in report["rows"]:
         first, second = (answer["scores"][key] for answer in row["answers"])
         if first is not None and second is not None:
-            found[row["row"]] = sign * (second - first)
-    return found
+            changes[row["row"]] = sign * (second - first)
+    return changes
 
 
 @in_chromium
@@ -224,7 +225,7 @@ def test_nothing_in_the_data_runs_or_becomes_an_element(opened: Browser) -> None
     )
     shown = opened.run("[...document.querySelectorAll('.said')].map(e => e.querySelector('p').textContent)")
     for text in HOSTILE:
-        assert text.strip() in [each.strip() for each in shown]
+        assert text.strip() in [item.strip() for item in shown]
 
 
 @in_chromium
@@ -234,11 +235,11 @@ def test_it_fits_the_window_and_can_be_read_in_it(tab: Browser, folder: Path, wi
     tab.look(width, 740, dark=dark)
     tab.open(folder / "report.html")
     assert tab.run("document.documentElement.scrollWidth") == width
-    seen = tab.run(
+    colours = tab.run(
         "[document.body, ...document.querySelectorAll('.dim, mark, .said > small, .better, .worse, caption, select')]"
         ".map(e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor])"
     )
-    assert min(contrast(*pair) for pair in seen) >= 4.5
+    assert min(contrast(*pair) for pair in colours) >= 4.5
     assert tab.picture()[:8] == b"\x89PNG\r\n\x1a\n"
     background = luminance(tab.run("getComputedStyle(document.body).backgroundColor"))
     assert (background < 0.1) if dark else (background > 0.9)
@@ -267,9 +268,9 @@ def test_a_thousand_rows_open_quickly(report: dict[str, Any], tab: Browser, tmp_
         for number in range(15)
         for row in report["rows"]
     ][:1000]
-    place = tmp_path / "large.html"
-    place.write_text(page({**report, "rows": rows}), "utf-8")
-    tab.open(place)
+    file = tmp_path / "large.html"
+    file.write_text(page({**report, "rows": rows}), "utf-8")
+    tab.open(file)
     assert tab.run("document.getElementById('count').textContent") == "1000 of 1000 rows"
     loaded = tab.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
     assert loaded < 5000  # milliseconds; far more than it takes
@@ -296,17 +297,3 @@ def test_data_in_the_page_is_data(folder: Path, report: dict[str, Any]) -> None:
     assert json.loads(inside)["rows"] == report["rows"]
     assert not set("<>&\u2028\u2029") & set(inside)
     assert json.loads(embedded(HOSTILE)) == HOSTILE
-
-
-def luminance(colour: str) -> float:
-    red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
-    linear = [
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (red, green, blue)
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2's ratio."""
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)

@@ -1,4 +1,4 @@
-"""`yeonma merge`: the merged model answers as the adapter on its base, by PEFT's merge, or nothing is written."""
+"""`yeonma merge`: the merged model equals PEFT's and answers as the adapter does; otherwise nothing is written."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_the_tutorials_command_accepts_a_checkpoint(run: Path, tmp_path: Path) -
 
 
 def refused(run: Path, output: Path, *words: str) -> str:
-    """The error message; nothing may be left behind."""
+    """The error message. No files may be left behind."""
     before = {path.name for path in output.parent.iterdir()}
     done = command(run, "merge", str(run), "--output_dir", str(output), *words)
     assert done.status == 2
@@ -221,7 +221,7 @@ def test_a_folder_without_adapter_or_merged_already_is_refused(run: Path, tmp_pa
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
     assert "merged already" in refused(tmp_path / "M", tmp_path / "N")
     assert (
-        "the adapter is merged into it"
+        "the adapter is merged into this model"
         in command(
             run, "generate", str(tmp_path / "M"), "--row", '{"document": "x"}', "--adapter_weights", "false"
         ).err
@@ -291,7 +291,7 @@ def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_full_precisio
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a full disk."""
+    """Limits files to `size` bytes, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -19,7 +19,7 @@ ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 
 
 def go(text: str, values: Mapping[str, str]) -> str:
-    """Go's text/template for the few actions that are used: fields, raw strings, if with else."""
+    """Go's text/template, for the actions that occur: fields, raw strings, if with else."""
     out, shown = "", [True]
     parts = ACTION.split(text)
     for number, part in enumerate(parts):

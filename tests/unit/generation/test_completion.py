@@ -34,7 +34,7 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[np.ndarray]
 
 def answers(
     model: Any,
-    asked: Sequence[Any],
+    inputs: Sequence[Any],
     *,
     by_forest: bool,
     batch_size: int = 8,
@@ -42,17 +42,17 @@ def answers(
     max_new_tokens: int = 16,
     **options: Any,
 ) -> list[Answer]:
-    found: dict[int, Answer] = {}
+    results: dict[int, Answer] = {}
     returned = generate(
         model,
         TOKENIZER,
-        asked,
+        inputs,
         SamplingParams(tuple(stop_ids), max_new_tokens, **options),
         by_forest=by_forest,
         batch_size=batch_size,
-        on_answer=found.__setitem__,
+        on_answer=results.__setitem__,
     )
-    assert returned == [found[index] for index in range(len(asked))]
+    assert returned == [results[index] for index in range(len(inputs))]
     return returned
 
 
@@ -76,16 +76,16 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
 def test_greedy_answers_are_the_models_likeliest_tokens_for_any_batch_size(family: str) -> None:
     model = tiny_model(family)
-    asked = prompts()
-    expected = [tuple(greedy(model, prompt, 8)) for prompt in asked]
-    alone = answers(model, asked, stop_ids=[], max_new_tokens=8, by_forest=False)
-    assert [answer.token_ids for answer in alone] == expected
+    inputs = prompts()
+    expected = [tuple(greedy(model, prompt, 8)) for prompt in inputs]
+    one_by_one = answers(model, inputs, stop_ids=[], max_new_tokens=8, by_forest=False)
+    assert [answer.token_ids for answer in one_by_one] == expected
     by_forest = check_forest_support(model).forest
     for batch_size in (1, 4, 6):
-        found = answers(
-            model, asked, stop_ids=[], max_new_tokens=8, batch_size=batch_size, by_forest=by_forest
+        results = answers(
+            model, inputs, stop_ids=[], max_new_tokens=8, batch_size=batch_size, by_forest=by_forest
         )
-        assert [answer.token_ids for answer in found] == expected
+        assert [answer.token_ids for answer in results] == expected
 
 
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
@@ -93,12 +93,12 @@ def test_greedy_answers_are_the_models_likeliest_tokens_for_any_batch_size(famil
 def test_a_growing_forest_gives_the_models_likeliest_tokens(family: str, shared: int) -> None:
     model = tiny_model(family)
     frame = prompts([shared], seed=7)[0]
-    asked = [np.concatenate([frame, prompt]) for prompt in prompts()]
-    expected = [tuple(greedy(model, prompt, 8)) for prompt in asked]
+    inputs = [np.concatenate([frame, prompt]) for prompt in prompts()]
+    expected = [tuple(greedy(model, prompt, 8)) for prompt in inputs]
     assert check_forest_support(model).forest
     for batch_size in (1, 2, 6):
-        found = answers(model, asked, stop_ids=[], max_new_tokens=8, batch_size=batch_size, by_forest=True)
-        assert [answer.token_ids for answer in found] == expected
+        results = answers(model, inputs, stop_ids=[], max_new_tokens=8, batch_size=batch_size, by_forest=True)
+        assert [answer.token_ids for answer in results] == expected
     assert model.config._attn_implementation == FOREST
 
 
@@ -106,29 +106,29 @@ def test_a_growing_forest_gives_the_models_likeliest_tokens(family: str, shared:
 def test_a_growing_forest_answers_as_transformers_does(options: dict[str, Any]) -> None:
     model = tiny_model("qwen3")
     frame = prompts([19], seed=7)[0]
-    asked = [np.concatenate([frame, prompt]) for prompt in prompts() * 3]
-    stops = [answers(model, asked[:1], stop_ids=[], by_forest=False, **options)[0].token_ids[9]]
-    expected = answers(model, asked, stop_ids=stops, by_forest=False, **options)
+    inputs = [np.concatenate([frame, prompt]) for prompt in prompts() * 3]
+    stops = [answers(model, inputs[:1], stop_ids=[], by_forest=False, **options)[0].token_ids[9]]
+    expected = answers(model, inputs, stop_ids=stops, by_forest=False, **options)
     assert len({len(answer.token_ids) for answer in expected}) > 1
     assert {answer.ended for answer in expected} == {True, False}
     check_forest_support(model)
     for batch_size in (2, 18):
         options["batch_size"] = batch_size
-        assert answers(model, asked, stop_ids=stops, by_forest=True, **options) == expected
+        assert answers(model, inputs, stop_ids=stops, by_forest=True, **options) == expected
 
 
 def test_a_growing_forest_computes_no_token_twice() -> None:
     model = tiny_model("llama")
     frame = prompts([40], seed=7)[0]
-    asked = [np.concatenate([frame, prompt]) for prompt in prompts()]
+    inputs = [np.concatenate([frame, prompt]) for prompt in prompts()]
     check_forest_support(model)
     counts: list[int] = []
     model.register_forward_pre_hook(
         lambda module, args, keywords: counts.append(keywords["input_ids"].numel()), with_kwargs=True
     )
-    found = answers(model, asked, stop_ids=[], max_new_tokens=5, batch_size=3, by_forest=True)
-    written = sum(len(answer.token_ids) for answer in found)
-    assert sum(counts) == 40 + sum(LENGTHS) + written - len(asked)  # the last token of each is never read
+    results = answers(model, inputs, stop_ids=[], max_new_tokens=5, batch_size=3, by_forest=True)
+    written = sum(len(answer.token_ids) for answer in results)
+    assert sum(counts) == 40 + sum(LENGTHS) + written - len(inputs)  # the last token of each is never read
     assert len(counts) < written
 
 
@@ -136,17 +136,17 @@ def test_too_little_memory_halves_the_rows_of_a_growing_forest() -> None:
     model = tiny_model("llama")
     check_forest_support(model)
     expected = answers(model, prompts(), by_forest=True)
-    most: list[int] = []
+    row_counts: list[int] = []
 
     def refuse(module: Any, args: Any, keywords: Any) -> None:
         rows = len(keywords["logits_to_keep"])
-        most.append(rows)
+        row_counts.append(rows)
         if rows > 2:
             raise torch.OutOfMemoryError("no")
 
     hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
     assert answers(model, prompts(), by_forest=True, batch_size=6) == expected
-    assert max(most) == 6
+    assert max(row_counts) == 6
     hook.remove()
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(UserError, match="prompt of 30 tokens"):
@@ -156,22 +156,24 @@ def test_too_little_memory_halves_the_rows_of_a_growing_forest() -> None:
 @BOTH_WAYS
 def test_an_answer_ends_before_the_first_stop_token_and_others_go_on(by_forest: bool) -> None:
     model = for_forests("llama") if by_forest else tiny_model("llama")
-    whole = [list(answer.token_ids) for answer in answers(model, prompts(), stop_ids=[], by_forest=by_forest)]
-    stops = [whole[0][4], whole[2][9]]
+    full_answers = [
+        list(answer.token_ids) for answer in answers(model, prompts(), stop_ids=[], by_forest=by_forest)
+    ]
+    stops = [full_answers[0][4], full_answers[2][9]]
     for batch_size in (1, 6):
-        found = answers(model, prompts(), stop_ids=stops, batch_size=batch_size, by_forest=by_forest)
-        for ids, answer in zip(whole, found, strict=True):
+        results = answers(model, prompts(), stop_ids=stops, batch_size=batch_size, by_forest=by_forest)
+        for ids, answer in zip(full_answers, results, strict=True):
             end = next((at for at, number in enumerate(ids) if number in stops), None)
             assert answer.token_ids == tuple(ids[:end])
             assert answer.ended == (end is not None)
-        assert {answer.ended for answer in found} == {True, False}
+        assert {answer.ended for answer in results} == {True, False}
 
 
 @BOTH_WAYS
 def test_the_models_own_generation_settings_play_no_part_and_stay(by_forest: bool) -> None:
     model = for_forests("llama") if by_forest else tiny_model("llama")
     expected = answers(model, prompts(), by_forest=by_forest)
-    own = GenerationConfig(
+    config = GenerationConfig(
         do_sample=True,
         temperature=9.0,
         repetition_penalty=3.0,
@@ -179,10 +181,10 @@ def test_the_models_own_generation_settings_play_no_part_and_stay(by_forest: boo
         eos_token_id=7,
         suppress_tokens=[5],
     )
-    model.generation_config, model.config.use_cache = own, False
+    model.generation_config, model.config.use_cache = config, False
     model.train()
     assert answers(model, prompts(), by_forest=by_forest) == expected
-    assert model.generation_config is own
+    assert model.generation_config is config
     assert model.training
 
 
@@ -203,8 +205,8 @@ def test_the_answers_of_many_prompts_are_never_padded(monkeypatch: pytest.Monkey
         lambda module, args, keywords: fed.append(keywords["input_ids"][0].tolist()), with_kwargs=True
     )
     monkeypatch.setattr(GenerationMixin, "generate", None)
-    found = answers(model, prompts(), stop_ids=[], max_new_tokens=3, batch_size=6, by_forest=True)
-    written = [number for answer in found for number in answer.token_ids[:-1]]  # the last is never read
+    results = answers(model, prompts(), stop_ids=[], max_new_tokens=3, batch_size=6, by_forest=True)
+    written = [number for answer in results for number in answer.token_ids[:-1]]  # the last is never read
     assert sorted(number for ids in fed for number in ids) == sorted(
         np.concatenate(prompts()).tolist() + written
     )
@@ -219,25 +221,25 @@ def test_the_repetition_penalty_sees_the_rows_own_tokens_alone(temperature: floa
         output.logits[..., 0] += 3
 
     model.register_forward_hook(favour)
-    asked = [prompt for seed in range(3) for prompt in prompts(seed=seed)]
+    inputs = [prompt for seed in range(3) for prompt in prompts(seed=seed)]
     options: dict[str, Any] = {"repetition_penalty": 2.0, "temperature": temperature, "stop_ids": []}
-    alone = answers(model, asked, batch_size=1, by_forest=by_forest, **options)
-    assert answers(model, asked, batch_size=len(asked), by_forest=by_forest, **options) == alone
-    assert sum(0 in answer.token_ids for answer in alone) > 6
-    assert alone != answers(model, asked, temperature=temperature, stop_ids=[], by_forest=by_forest)
+    one_by_one = answers(model, inputs, batch_size=1, by_forest=by_forest, **options)
+    assert answers(model, inputs, batch_size=len(inputs), by_forest=by_forest, **options) == one_by_one
+    assert sum(0 in answer.token_ids for answer in one_by_one) > 6
+    assert one_by_one != answers(model, inputs, temperature=temperature, stop_ids=[], by_forest=by_forest)
 
 
 @BOTH_WAYS
 def test_draws_follow_from_prompt_and_seed_alone(by_forest: bool) -> None:
     model = for_forests("qwen2") if by_forest else tiny_model("qwen2")
-    asked = prompts()
+    inputs = prompts()
     options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "by_forest": by_forest}
-    first = answers(model, asked, seed=1, batch_size=6, **options)
-    assert answers(model, asked[::-1], seed=1, batch_size=4, **options) == first[::-1]
-    assert answers(model, asked[2:3], seed=1, **options) == first[2:3]
+    first = answers(model, inputs, seed=1, batch_size=6, **options)
+    assert answers(model, inputs[::-1], seed=1, batch_size=4, **options) == first[::-1]
+    assert answers(model, inputs[2:3], seed=1, **options) == first[2:3]
     torch.manual_seed(123)
-    assert answers(model, asked, seed=1, batch_size=6, **options) == first
-    assert answers(model, asked, seed=2, batch_size=6, **options) != first
+    assert answers(model, inputs, seed=1, batch_size=6, **options) == first
+    assert answers(model, inputs, seed=2, batch_size=6, **options) != first
 
 
 @BOTH_WAYS
@@ -253,9 +255,9 @@ def test_draws_have_the_models_probabilities(by_forest: bool) -> None:
     probability[probability < probability.sort(descending=True).values[top_k - 1]] = 0
     probability /= probability.sum()
     likeliest = probability.sort(descending=True)
-    kept = likeliest.indices[likeliest.values.cumsum(0) - likeliest.values < top_p]
+    nucleus = likeliest.indices[likeliest.values.cumsum(0) - likeliest.values < top_p]
     expected = torch.zeros_like(probability)
-    expected[kept] = probability[kept] / probability[kept].sum()
+    expected[nucleus] = probability[nucleus] / probability[nucleus].sum()
 
     if by_forest:
         assert check_forest_support(model).forest
@@ -270,7 +272,7 @@ def test_draws_have_the_models_probabilities(by_forest: bool) -> None:
     for seed in range(draws):
         (answer,) = answers(model, [prompt], seed=seed, stop_ids=[], **options)
         counted[answer.token_ids[0]] += 1
-    assert 1 < len(kept) < top_k
+    assert 1 < len(nucleus) < top_k
     assert counted[expected == 0].sum() == 0
     assert float((counted / draws - expected).abs().max()) < 0.07  # over three standard deviations
 
@@ -328,8 +330,8 @@ def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character(by
 
 def test_rows_that_had_ended_before_memory_was_short_are_not_asked_again() -> None:
     model = for_forests("llama")
-    asked = prompts([12, 12, 12, 12])
-    expected = answers(model, asked, stop_ids=[], max_new_tokens=4, by_forest=True)
+    inputs = prompts([12, 12, 12, 12])
+    expected = answers(model, inputs, stop_ids=[], max_new_tokens=4, by_forest=True)
     passes: list[int] = []
 
     def refuse_once(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
@@ -338,7 +340,7 @@ def test_rows_that_had_ended_before_memory_was_short_are_not_asked_again() -> No
             raise torch.OutOfMemoryError("out of memory")
 
     model.register_forward_pre_hook(refuse_once, with_kwargs=True)
-    assert answers(model, asked, stop_ids=[], max_new_tokens=4, batch_size=2, by_forest=True) == expected
+    assert answers(model, inputs, stop_ids=[], max_new_tokens=4, batch_size=2, by_forest=True) == expected
     assert passes == [24, 2, 2, 2, 24, 2, *[12, 1, 1, 1] * 2]
 
 
@@ -353,10 +355,10 @@ def test_a_prompt_that_does_not_fit_into_memory_by_itself_is_an_error(by_forest:
 @BOTH_WAYS
 def test_the_longest_prompts_go_first(by_forest: bool) -> None:
     model = for_forests("llama") if by_forest else tiny_model("llama")
-    seen: list[int] = []
+    prompt_lengths: list[int] = []
     answers_of = prompts()
     generate(
         model, TOKENIZER, answers_of, SamplingParams((2,), 2), by_forest=by_forest, batch_size=2,
-        on_answer=lambda index, _: seen.append(len(answers_of[index])),
+        on_answer=lambda index, _: prompt_lengths.append(len(answers_of[index])),
     )  # fmt: skip
-    assert seen == sorted(LENGTHS, reverse=True)
+    assert prompt_lengths == sorted(LENGTHS, reverse=True)

@@ -20,10 +20,12 @@ TEMPLATE = (
 
 
 def prepared(
-    place: Path, rows: list[dict[str, str]], tokenizer: object = None, **settings: object
+    folder: Path, rows: list[dict[str, str]], tokenizer: object = None, **settings: object
 ) -> Dataset:
-    data = DataSettings(data_path=str(write_jsonl(place / "rows.jsonl", rows)), template=TEMPLATE, **settings)  # type: ignore[arg-type]
-    tokens = TokenSettings(cutoff_len=120, cache_dir=str(place / "cache"))
+    data = DataSettings(
+        data_path=str(write_jsonl(folder / "rows.jsonl", rows)), template=TEMPLATE, **settings
+    )  # type: ignore[arg-type]
+    tokens = TokenSettings(cutoff_len=120, cache_dir=str(folder / "cache"))
     return prepare_dataset(data, tokens, tokenizer or characters(), 42, lambda _: None, lambda _: None)
 
 
@@ -51,18 +53,18 @@ def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, rows, val_set_size=5)
     audit = audited(dataset)
     assert audit.validation is not None
-    for part, found in ((dataset.train, audit.train), (dataset.validation, audit.validation)):
+    for part, part_audit in ((dataset.train, audit.train), (dataset.validation, audit.validation)):
         assert part is not None
         examples = [part.store.example(int(position)) for position in part.positions]
-        assert found.rows == len({example.row for example in examples})
-        assert found.tokens == sum(len(example.token_ids) for example in examples)
-        assert found.trained_tokens == sum(int(example.trained.sum()) for example in examples)
-        assert found.shortened == sum(example.cut_characters > 0 for example in examples)
-        assert found.cut_characters == sum(example.cut_characters for example in examples)
-        assert found.prompt_tokens.most == max(example.prompt_length for example in examples)
-        assert found.answer_tokens.most == max(int(example.trained.sum()) for example in examples)
-        for lengths in (found.prompt_tokens, found.answer_tokens):
-            assert sum(each.count for each in lengths.bins) == found.examples == len(examples)
+        assert part_audit.rows == len({example.row for example in examples})
+        assert part_audit.tokens == sum(len(example.token_ids) for example in examples)
+        assert part_audit.trained_tokens == sum(int(example.trained.sum()) for example in examples)
+        assert part_audit.shortened == sum(example.cut_characters > 0 for example in examples)
+        assert part_audit.cut_characters == sum(example.cut_characters for example in examples)
+        assert part_audit.prompt_tokens.most == max(example.prompt_length for example in examples)
+        assert part_audit.answer_tokens.most == max(int(example.trained.sum()) for example in examples)
+        for lengths in (part_audit.prompt_tokens, part_audit.answer_tokens):
+            assert sum(bin_.count for bin_ in lengths.bins) == part_audit.examples == len(examples)
     assert sum(audit.train.variants) + sum(audit.validation.variants) == 22
     assert audit.train.variants[1] + audit.validation.variants[1] == 1
     assert [one.row for one in audit.sources[0].left_out_rows] == [7]
@@ -95,20 +97,20 @@ def test_text_that_the_tokenizer_does_not_know_is_remarked(tmp_path: Path) -> No
     dataset = prepared(tmp_path, rows, tokenizer)
     known = {chr(code) for code in range(0x4E00, 0x9FFF)} & set(tokenizer.get_vocab())
     assert not known
-    found = {remark.kind: remark.rows for remark in audited(dataset, unknown_id=0).train.remarks}
-    assert found["unknown"] == tuple(
+    warnings = {warning.kind: warning.rows for warning in audited(dataset, unknown_id=0).train.remarks}
+    assert warnings["unknown"] == tuple(
         number
         for number, example in enumerate((dataset.train.store.example(i) for i in range(8)), start=1)
         if 0 in example.token_ids.tolist()
     )
-    assert {3, 6} <= set(found["unknown"])
-    assert "unknown" not in {remark.kind for remark in audited(dataset, unknown_id=None).train.remarks}
+    assert {3, 6} <= set(warnings["unknown"])
+    assert "unknown" not in {warning.kind for warning in audited(dataset, unknown_id=None).train.remarks}
 
 
 def test_scripts_are_counted_with_their_mixtures(tmp_path: Path) -> None:
     rows = articles(6)
     rows[1]["title"], rows[2]["title"], rows[3]["title"] = "서울의 아침", "AI 시대", "42"
-    scripts = {each.names: each.rows for each in audited(prepared(tmp_path, rows)).train.scripts}
+    scripts = {scripts_.names: scripts_.rows for scripts_ in audited(prepared(tmp_path, rows)).train.scripts}
     assert scripts == {("Latin",): (1, 5, 6), ("Hangul",): (2,), ("Latin", "Hangul"): (3,), (): (4,)}
 
 
@@ -117,9 +119,9 @@ def test_every_length_falls_into_one_bin(spread: int) -> None:
     counts = np.random.default_rng(0).integers(5, 5 + spread, 500)
     lengths = lengths_of(counts)
     assert len(lengths.bins) <= 12
-    for each in lengths.bins:
-        assert each.count == int(np.count_nonzero((counts >= each.least) & (counts <= each.most)))
-    assert sum(each.count for each in lengths.bins) == 500
+    for bin_ in lengths.bins:
+        assert bin_.count == int(np.count_nonzero((counts >= bin_.least) & (counts <= bin_.most)))
+    assert sum(bin_.count for bin_ in lengths.bins) == 500
     assert (lengths.least, lengths.most) == (counts.min(), counts.max())
     assert int(np.count_nonzero(counts <= lengths.p95)) >= 475
     assert (

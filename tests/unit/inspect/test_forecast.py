@@ -49,13 +49,13 @@ SHAPE = load.LoraShape(4, 8, 0.0, "all-linear")
 TRACED = [family for family in FOREST_FAMILIES if family not in ("gpt_oss", "qwen3_moe")]
 
 
-def drawn(family: str = "llama", shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
+def meta_blueprint(family: str = "llama", shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
     return blueprint(tiny_model(family).config, changed.pop("dtype", torch.float32), shape, **changed)
 
 
 def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
     """The same with real weights, to be traced by real operations."""
-    on_meta, base = drawn(family, shape), tiny_model(family)
+    on_meta, base = meta_blueprint(family, shape), tiny_model(family)
     load.add_lora(base, shape, seed=0)
     base.set_attn_implementation(FOREST)
     if changed.get("gradient_checkpointing"):
@@ -65,12 +65,12 @@ def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprin
     return replace(on_meta, model=base.train(), head=plain_head(base))
 
 
-def forest(*lengths: int, shared: int = 20) -> Forest:
+def make_forest(*lengths: int, shared: int = 20) -> Forest:
     random = np.random.default_rng(0)
     ids = [random.integers(3, 97, length).astype(np.int32) for length in lengths]
-    for each in ids[1:]:
-        each[:shared] = ids[0][:shared]
-    return lay_out(ids, [np.arange(len(each)) >= len(each) // 2 for each in ids])
+    for sequence in ids[1:]:
+        sequence[:shared] = ids[0][:shared]
+    return lay_out(ids, [np.arange(len(sequence)) >= len(sequence) // 2 for sequence in ids])
 
 
 @pytest.mark.parametrize("family", TRACED)
@@ -80,68 +80,75 @@ def test_counts_and_bytes_of_weights_are_the_real_models(family: str, targets: s
     shape = SHAPE if targets == "all-linear" else replace(SHAPE, target_modules=[names.get(family, "q_proj")])
     base = tiny_model(family)
     weights = {*base.parameters(), *base.buffers()}
-    frozen, held = sum(each.numel() for each in base.parameters()), sum(each.nbytes for each in weights)
+    frozen = sum(parameter.numel() for parameter in base.parameters())
+    weight_bytes = sum(weight.nbytes for weight in weights)
     peft_model = load.add_lora(base, shape, seed=0)
-    trained = [each for each in peft_model.parameters() if each.requires_grad]
-    found = drawn(family, shape)
-    assert (found.trained, found.frozen) == (sum(each.numel() for each in trained), frozen)
-    assert (found.trained_bytes, found.weight_bytes) == (sum(each.nbytes for each in trained), held)
-    assert 0 < found.dense < frozen
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    model = meta_blueprint(family, shape)
+    assert (model.trained, model.frozen) == (sum(parameter.numel() for parameter in trained), frozen)
+    assert (model.trained_bytes, model.weight_bytes) == (
+        sum(parameter.nbytes for parameter in trained),
+        weight_bytes,
+    )
+    assert 0 < model.dense < frozen
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "exaone4", "mistral"])
 @pytest.mark.parametrize("has_gradients", [False, True])
 def test_a_trace_without_numbers_holds_what_real_tensors_hold(family: str, has_gradients: bool) -> None:
-    laid = forest(60, 50, 44)
-    expected = trace(real(family), laid, has_gradients=has_gradients)
-    found = trace(drawn(family), laid, has_gradients=has_gradients)
-    assert found.activations > 20_000
-    assert found.peak == pytest.approx(expected.peak, rel=0.01)
+    forest = make_forest(60, 50, 44)
+    expected = trace(real(family), forest, has_gradients=has_gradients)
+    on_meta = trace(meta_blueprint(family), forest, has_gradients=has_gradients)
+    assert on_meta.activations > 20_000
+    assert on_meta.peak == pytest.approx(expected.peak, rel=0.01)
     for part in ("activations", "logits", "gradients"):
-        assert getattr(found, part) == pytest.approx(getattr(expected, part), rel=0.01), part
+        assert getattr(on_meta, part) == pytest.approx(getattr(expected, part), rel=0.01), part
 
 
 def test_checkpointing_is_traced_as_it_runs() -> None:
-    laid = forest(90, 80)
-    found = trace(drawn(gradient_checkpointing=True), laid, has_gradients=True)
-    expected = trace(real("llama", gradient_checkpointing=True), laid, has_gradients=True)
-    assert found.peak == pytest.approx(expected.peak, rel=0.02)
-    without = trace(drawn(), laid, has_gradients=True)
-    assert found.activations < 0.5 * without.activations
-    assert without.flops < found.flops < 1.5 * without.flops
+    forest = make_forest(90, 80)
+    on_meta = trace(meta_blueprint(gradient_checkpointing=True), forest, has_gradients=True)
+    expected = trace(real("llama", gradient_checkpointing=True), forest, has_gradients=True)
+    assert on_meta.peak == pytest.approx(expected.peak, rel=0.02)
+    without = trace(meta_blueprint(), forest, has_gradients=True)
+    assert on_meta.activations < 0.5 * without.activations
+    assert without.flops < on_meta.flops < 1.5 * without.flops
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_in_one_call_is_traced_as_segment_by_segment(checkpointing: bool) -> None:
-    laid = forest(90, 80, 70, shared=40)
-    by_segment = drawn(dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+    forest = make_forest(90, 80, 70, shared=40)
+    by_segment = meta_blueprint(dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
     one_call = replace(by_segment, capability=(9, 0))
-    expected, found = (trace(each, laid, has_gradients=True) for each in (by_segment, one_call))
-    assert found.flops == pytest.approx(expected.flops, rel=0.01)
-    assert found.peak == pytest.approx(expected.peak, rel=0.25)
-    assert found.peak != expected.peak  # a segment's mask is not made, its keys are gathered
-    softcapped = drawn("gemma2", dtype=torch.bfloat16)
+    expected, in_one = (trace(model, forest, has_gradients=True) for model in (by_segment, one_call))
+    assert in_one.flops == pytest.approx(expected.flops, rel=0.01)
+    assert in_one.peak == pytest.approx(expected.peak, rel=0.25)
+    assert in_one.peak != expected.peak  # a segment's mask is not made, its keys are gathered
+    softcapped = meta_blueprint("gemma2", dtype=torch.bfloat16)
     plain = [
-        trace(replace(softcapped, capability=each), laid, has_gradients=False) for each in (None, (9, 0))
+        trace(replace(softcapped, capability=capability), forest, has_gradients=False)
+        for capability in (None, (9, 0))
     ]
     assert plain[0].flops == plain[1].flops
     assert plain[0].peak == pytest.approx(plain[1].peak, rel=0.02)  # but for the indices, which are laid out
 
 
 def test_memory_grows_with_tokens_and_gradients_come_on_top() -> None:
-    model = drawn()
-    small, large = (trace(model, forest(length, length), has_gradients=False) for length in (40, 80))
+    model = meta_blueprint()
+    small, large = (trace(model, make_forest(length, length), has_gradients=False) for length in (40, 80))
     assert 1.5 * small.activations < large.activations < 2.6 * small.activations
-    again = trace(model, forest(80, 80), has_gradients=True)
+    again = trace(model, make_forest(80, 80), has_gradients=True)
     assert again.gradients == model.trained_bytes
     assert large.peak < again.peak <= large.peak + model.trained_bytes
-    assert trace(model, forest(80, 80), has_gradients=True) == again  # nothing is left behind
-    assert all(each.grad is None for each in model.model.parameters())
+    assert trace(model, make_forest(80, 80), has_gradients=True) == again  # nothing is left behind
+    assert all(parameter.grad is None for parameter in model.model.parameters())
 
 
 def test_sharing_a_beginning_saves_memory() -> None:
-    model = drawn()
-    shared, apart = (trace(model, forest(80, 80, shared=each), has_gradients=False) for each in (60, 0))
+    model = meta_blueprint()
+    shared, apart = (
+        trace(model, make_forest(80, 80, shared=length), has_gradients=False) for length in (60, 0)
+    )
     assert (shared.tokens, apart.tokens) == (100, 160)
     assert shared.activations < 0.8 * apart.activations
 
@@ -149,44 +156,44 @@ def test_sharing_a_beginning_saves_memory() -> None:
 def test_logits_are_a_chunk_with_a_plain_head_and_all_of_them_with_lora_on_the_head() -> None:
     config = tiny_model("llama").config
     config.vocab_size = 200_000  # a chunk of 41 rows
-    laid = forest(150)
-    plain = trace(blueprint(config, torch.float32, SHAPE), laid, has_gradients=False)
+    forest = make_forest(150)
+    plain = trace(blueprint(config, torch.float32, SHAPE), forest, has_gradients=False)
     assert plain.logits == HEAD_CHUNK_BYTES // (4 * 200_000) * 4 * 200_000
     on_head = replace(SHAPE, target_modules=["q_proj", "lm_head"])
     model = blueprint(config, torch.float32, on_head)
     assert model.head is None
-    own = trace(model, laid, has_gradients=False)
-    assert own.logits + own.activations > 2 * len(laid.source_U) * 4 * 200_000
+    traced = trace(model, forest, has_gradients=False)
+    assert traced.logits + traced.activations > 2 * len(forest.source_U) * 4 * 200_000
 
 
 def test_operations_are_the_products_two_each_way() -> None:
     shape = replace(SHAPE, r=1, target_modules=["q_proj"])
-    model, laid = drawn("llama", shape), forest(100)
-    found = trace(model, laid, has_gradients=False)
-    products = 4 * model.dense * 100 + 4 * 97 * 32 * len(laid.source_U)
+    model, forest = meta_blueprint("llama", shape), make_forest(100)
+    traced = trace(model, forest, has_gradients=False)
+    products = 4 * model.dense * 100 + 4 * 97 * 32 * len(forest.source_U)
     attention = 2 * 7 * 4 * 8 * 100 * 50 * 2  # products, heads, head size, pairs, layers
     # the first layer's keys and values need no gradient below them, and the adapter is small
-    assert 0.85 * (products + attention) < found.flops < 1.15 * (products + attention)
+    assert 0.85 * (products + attention) < traced.flops < 1.15 * (products + attention)
 
 
 def test_bfloat16_takes_half() -> None:
-    whole, half = drawn(), drawn(dtype=torch.bfloat16)
-    assert half.weight_bytes < 0.6 * whole.weight_bytes
-    assert half.trained_bytes == whole.trained_bytes  # LoRA stays in float32
-    laid = forest(90, 80)
+    full, half = meta_blueprint(), meta_blueprint(dtype=torch.bfloat16)
+    assert half.weight_bytes < 0.6 * full.weight_bytes
+    assert half.trained_bytes == full.trained_bytes  # LoRA stays in float32
+    forest = make_forest(90, 80)
     ratio = (
-        trace(half, laid, has_gradients=False).activations
-        / trace(whole, laid, has_gradients=False).activations
+        trace(half, forest, has_gradients=False).activations
+        / trace(full, forest, has_gradients=False).activations
     )
     assert 0.45 < ratio < 0.8
 
 
 def test_drawing_a_model_draws_no_random_numbers_and_unknown_targets_are_told() -> None:
     before = torch.get_rng_state()
-    drawn()
+    meta_blueprint()
     assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(UserError, match="no layer of the model is called"):
-        drawn(shape=replace(SHAPE, target_modules=["queries"]))
+        meta_blueprint(shape=replace(SHAPE, target_modules=["queries"]))
 
 
 # Whole forecasts
@@ -233,12 +240,12 @@ def test_the_micro_batches_are_those_of_the_step(
             state = TrainState(nothing, support, {}, nothing, nothing, False, 1.0, limit, SFT, group)
             step_batch = Batch.from_store(store, positions).trained_part
             batches = [micro_pass.batch.index_E for micro_pass in _passes(state, step_batch)]
-            expected += [(step, each.tolist(), len(batches) > 1) for each in batches]
-    found = list(batches_module._micro_batches_of(prepared.plan, store, micro, processes))
-    assert [(step, members.tolist(), several) for step, members, several in found] == expected
+            expected += [(step, units.tolist(), len(batches) > 1) for units in batches]
+    surveyed = list(batches_module._micro_batches_of(prepared.plan, store, micro, processes))
+    assert [(step, members.tolist(), several) for step, members, several in surveyed] == expected
     heaviest = survey_micro_batches(prepared.plan, store, micro, processes)
     forests = [batches_module.forest_of(store, np.array(members), True) for _, members, _ in expected]
-    assert len(heaviest.heaviest.token_ids_T) == max(len(each.token_ids_T) for each in forests)
+    assert len(heaviest.heaviest.token_ids_T) == max(len(forest.token_ids_T) for forest in forests)
     assert heaviest.several == any(several for *_, several in expected)
     assert heaviest.forest_tokens <= 1
     if processes == 1 and most_tokens is None:
@@ -247,19 +254,19 @@ def test_the_micro_batches_are_those_of_the_step(
 
 def test_the_parts_are_the_whole_and_it_goes_into_json(base: Path, data: Path) -> None:
     untimed = forecast(base, data, {}, with_alternatives=True)
-    found = timed_by_rate(untimed, 1e11, price=2.0)
-    as_dict = json.loads(json.dumps(forecast_dict(found)))
+    timed = timed_by_rate(untimed, 1e11, price=2.0)
+    as_dict = json.loads(json.dumps(forecast_dict(timed)))
     memory = as_dict["memory"]
     parts = [value for name, value in memory.items() if name not in ("loading", "training", "peak")]
     assert sum(parts) == memory["training"]
     assert memory["peak"] == max(memory["training"], memory["loading"])
     assert memory["process"] > 100e6
-    assert memory["optimizer"] == 2 * memory["lora"] == 2 * 4 * found.parameters_trained
+    assert memory["optimizer"] == 2 * memory["lora"] == 2 * 4 * timed.parameters_trained
     assert (
-        memory["weights"] == 4 * found.parameters_frozen + 32
+        memory["weights"] == 4 * timed.parameters_frozen + 32
     )  # and the rotary frequencies, twice 4 numbers
-    lines = dict(forecast_lines(found))
-    assert lines["parameters"] == f"{found.parameters_trained:,} trained, {found.parameters_frozen:,} frozen"
+    lines = dict(forecast_lines(timed))
+    assert lines["parameters"] == f"{timed.parameters_trained:,} trained, {timed.parameters_frozen:,} frozen"
     assert "peak memory" in lines and "price" in lines and "roughly" in lines["time"]
     assert forecast_of(as_dict) == untimed
 
@@ -269,23 +276,23 @@ def test_the_tokens_are_those_of_the_steps(base: Path, data: Path) -> None:
         _, _, prepared = prepared_run(base, data, **{k: v for k, v in changed.items() if v is not None})
         lengths = prepared.dataset.train.store.lengths
         expected = sum(int(lengths[positions].sum()) for positions in prepared.plan.steps())
-        found = forecast(base, data, {k: v for k, v in changed.items() if v is not None})
-        assert (found.tokens, found.time, found.price) == (expected, None, None)
+        result = forecast(base, data, {k: v for k, v in changed.items() if v is not None})
+        assert (result.tokens, result.time, result.price) == (expected, None, None)
 
 
 def test_a_smaller_micro_batch_and_checkpointing_need_less(base: Path, data: Path) -> None:
-    large, small = (forecast(base, data, {"micro_batch_size": each}) for each in (4, 1))
+    large, small = (forecast(base, data, {"micro_batch_size": size}) for size in (4, 1))
     assert small.memory.activations < large.memory.activations
     assert (small.heaviest_units, large.heaviest_units) == (1, 4)
-    found = forecast(base, data, {"micro_batch_size": 4}, with_alternatives=True)
-    names = [each.name for each in found.alternatives]
+    result = forecast(base, data, {"micro_batch_size": 4}, with_alternatives=True)
+    names = [other.name for other in result.alternatives]
     assert names == [
         "gradient_checkpointing true", "micro_batch_size 2", "micro_batch_size 1", "dtype bfloat16",
         "quantization int8", "quantization nf4",
     ]  # fmt: skip
-    peaks = {each.name: each.peak_bytes for each in found.alternatives}
-    assert peaks["gradient_checkpointing true"] < found.memory.peak
-    assert all(each.available for each in found.alternatives)
+    peaks = {other.name: other.peak_bytes for other in result.alternatives}
+    assert peaks["gradient_checkpointing true"] < result.memory.peak
+    assert all(other.available for other in result.alternatives)
 
 
 def test_reading_into_another_precision_holds_both(base: Path, data: Path) -> None:
@@ -318,9 +325,9 @@ def test_a_probe_takes_real_steps_and_writes_nothing(
     assert probe.steps == 3 and probe.tokens_per_second > 0 and probe.peak_memory_bytes > 100e6
     assert list(tmp_path.iterdir()) == []
     untimed = estimate(settings, source, prepared, with_alternatives=False)
-    found = timed_by_probe(untimed, probe.tokens_per_second)
-    assert found.time is not None and found.time.measured_by == "probe"
-    assert found.time.seconds == pytest.approx(found.tokens / probe.tokens_per_second)
+    timed = timed_by_probe(untimed, probe.tokens_per_second)
+    assert timed.time is not None and timed.time.measured_by == "probe"
+    assert timed.time.seconds == pytest.approx(timed.tokens / probe.tokens_per_second)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -331,33 +338,33 @@ def test_bytes_of_quantised_weights_are_the_real_ones(
     if kind == "fp8" and family == "gpt2":
         pytest.skip("its layers are no nn.Linear")
     model = loaded(model_folder(tmp_path / family, family), kind)
-    held = {*model.parameters(), *model.buffers()}
+    tensors = {*model.parameters(), *model.buffers()}
     for name, weight in packed_layers(model):
-        own = model.get_submodule(name).weight
+        packed_weight = model.get_submodule(name).weight
         if kind == "int8":
-            held.add(own.SCB)
+            tensors.add(packed_weight.SCB)
         elif kind == "nf4":
-            state = own.quant_state
-            held |= {state.absmax, state.state2.absmax, state.state2.code, state.code, state.offset}
+            state = packed_weight.quant_state
+            tensors |= {state.absmax, state.state2.absmax, state.state2.code, state.code, state.offset}
         else:
-            held.add(weight.scale)
-    found = drawn(family, quantization=kind)
-    assert found.weight_bytes == sum(each.nbytes for each in held)
-    assert found.frozen == drawn(family).frozen and found.trained == drawn(family).trained
-    assert found.dense == drawn(family).dense
+            tensors.add(weight.scale)
+    meta = meta_blueprint(family, quantization=kind)
+    assert meta.weight_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert meta.frozen == meta_blueprint(family).frozen and meta.trained == meta_blueprint(family).trained
+    assert meta.dense == meta_blueprint(family).dense
 
 
 @pytest.mark.parametrize("kind", [INT8, "fp8"])
 def test_a_quantised_model_is_traced_as_the_real_one(tmp_path: Path, kind: Quantization) -> None:
-    folder, laid = model_folder(tmp_path / "llama"), forest(60, 50)
+    folder, forest = model_folder(tmp_path / "llama"), make_forest(60, 50)
     base = loaded(folder, kind)
     load.add_lora(base, SHAPE, seed=0)
     base.set_attn_implementation(FOREST)
     patch_kernels(base)
     trim_last_layer(base)
-    on_meta = drawn(quantization=kind)
-    found = replace(on_meta, model=base.train(), head=plain_head(base))
-    forecast, real = (trace(each, laid, has_gradients=True) for each in (on_meta, found))
+    on_meta = meta_blueprint(quantization=kind)
+    with_weights = replace(on_meta, model=base.train(), head=plain_head(base))
+    forecast, real = (trace(model, forest, has_gradients=True) for model in (on_meta, with_weights))
     for part in ("activations", "logits", "gradients", "workspace"):
         assert getattr(forecast, part) == pytest.approx(getattr(real, part), rel=0.03), part
 
@@ -369,9 +376,9 @@ def test_quantised_weights_take_less_and_the_forecast_says_how_much(base: Path, 
     )
     assert max(nf4.memory.weights, int8.memory.weights) < 0.6 * plain.memory.weights
     assert plain.parameters_frozen == int8.parameters_frozen == nf4.parameters_frozen
-    names = [each.name for each in nf4.alternatives]
+    names = [other.name for other in nf4.alternatives]
     assert not any(name.startswith("quantization") for name in names)
-    alternative = next(each for each in plain.alternatives if each.name == "quantization int8")
+    alternative = next(other for other in plain.alternatives if other.name == "quantization int8")
     assert alternative.peak_bytes == pytest.approx(
         int8.memory.peak, rel=0.05
     )  # the process has grown meanwhile
@@ -386,7 +393,7 @@ def test_a_7b_model_in_nf4_is_forecast_without_its_weights() -> None:
         vocab_size=32000,
     )
     shape = replace(SHAPE, r=16)
-    found = blueprint(config, torch.bfloat16, shape, quantization="nf4", gradient_checkpointing=True)
-    assert 3.5e9 < found.weight_bytes < 4.0e9
-    passed = trace(found, forest(2048), has_gradients=True)
-    assert found.weight_bytes + 4 * found.trained_bytes + passed.peak < 9e9
+    model = blueprint(config, torch.bfloat16, shape, quantization="nf4", gradient_checkpointing=True)
+    assert 3.5e9 < model.weight_bytes < 4.0e9
+    passed = trace(model, make_forest(2048), has_gradients=True)
+    assert model.weight_bytes + 4 * model.trained_bytes + passed.peak < 9e9

@@ -23,30 +23,30 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = estimating.estimate
 
-    def counted(*given: Any, **named: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        return real(*given, **named)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(estimating, "estimate", counted)
     return calls
 
 
 def inspected(base: Path, data: Path, **settings: object) -> dict[str, Any]:
-    wanted = {"base_model": base, "data_path": data, "rows": "none", "json": True, **SETTINGS, **settings}
-    done: Done = command(data.parent, "inspect", *arguments(wanted))
+    expected = {"base_model": base, "data_path": data, "rows": "none", "json": True, **SETTINGS, **settings}
+    done: Done = command(data.parent, "inspect", *arguments(expected))
     assert done.status == 0, done.err
     (line,) = done.out.splitlines()
     return json.loads(line)["forecast"]
 
 
 def test_a_second_look_makes_no_forecast_and_shows_the_same(
-    base: Path, tmp_path: Path, made: list[int]
+    base: Path, tmp_path: Path, estimates: list[int]
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
     first, second = (inspected(base, data, cache_dir=tmp_path / "cache") for _ in range(2))
-    assert len(made) == 1
-    for found in (first, second):
-        assert found.pop("time")["measured_by"] == "rate"
+    assert len(estimates) == 1
+    for forecast in (first, second):
+        assert forecast.pop("time")["measured_by"] == "rate"
     assert first == second
     assert first["parameters_trained"] > 0
 
@@ -66,39 +66,39 @@ def test_a_second_look_makes_no_forecast_and_shows_the_same(
     ids=lambda changed: next(iter(changed)),
 )
 def test_another_run_has_a_forecast_of_its_own(
-    base: Path, tmp_path: Path, made: list[int], changed: dict[str, object]
+    base: Path, tmp_path: Path, estimates: list[int], changed: dict[str, object]
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
     inspected(base, data, cache_dir=tmp_path / "cache")
     inspected(base, data, cache_dir=tmp_path / "cache", **changed)
-    assert len(made) == 2
+    assert len(estimates) == 2
 
 
-def test_a_damaged_one_is_made_again(base: Path, tmp_path: Path, made: list[int]) -> None:
+def test_a_damaged_one_is_made_again(base: Path, tmp_path: Path, estimates: list[int]) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
     first = inspected(base, data, cache_dir=tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").glob("*.forecast")
-    for damage in ("", "[]", kept.read_text()[:-9]):
-        kept.write_text(damage)
+    (cached,) = (tmp_path / "cache").glob("*.forecast")
+    for damage in ("", "[]", cached.read_text()[:-9]):
+        cached.write_text(damage)
         assert (
             inspected(base, data, cache_dir=tmp_path / "cache")["parameters_trained"]
             == first["parameters_trained"]
         )
-    assert len(made) == 4
+    assert len(estimates) == 4
 
 
 def test_a_probe_and_a_price_say_what_the_run_costs(base: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
-    found = inspected(base, data, cache_dir=tmp_path / "cache", probe=True, price=3.6)
-    assert found["time"]["measured_by"] == "probe"
-    assert found["price"]["of_the_run"] == pytest.approx(3.6 * found["time"]["seconds"] / 3600)
+    forecast = inspected(base, data, cache_dir=tmp_path / "cache", probe=True, price=3.6)
+    assert forecast["time"]["measured_by"] == "probe"
+    assert forecast["price"]["of_the_run"] == pytest.approx(3.6 * forecast["time"]["seconds"] / 3600)
 
 
 def test_layers_that_the_model_has_not_are_told_though_weights_are_not_read(
     base: Path, tmp_path: Path
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(12))
-    wanted = {"base_model": base, "data_path": data, **SETTINGS, "lora_target_modules": "[q_prj]"}
-    done = command(tmp_path, "inspect", *arguments(wanted))
+    expected = {"base_model": base, "data_path": data, **SETTINGS, "lora_target_modules": "[q_prj]"}
+    done = command(tmp_path, "inspect", *arguments(expected))
     assert done.status == 2
     assert "q_proj" in done.err

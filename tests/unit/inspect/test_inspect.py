@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.chromium import browser, contrast, in_chromium
 from tests.runs import (
     SETTINGS,
     Done,
@@ -144,11 +145,11 @@ def test_what_was_cut_stands_where_it_was(base: Path, data: Path) -> None:
     longest = max(range(20), key=lambda number: len(rows[number]["document"]))
     document = rows[longest]["document"]
     done = inspect(base, data, rows=str(longest + 1), cutoff_len=90, shrink_side="start")
-    found = re.search(r"⟨(\d+) characters cut: (.*?)⟩(.*)\n", done.out)
-    assert found is not None
-    assert found[2] + found[3] == document
-    assert len(found[2]) == int(found[1])
-    assert f"{found[1]} characters cut from document" in done.out
+    match = re.search(r"⟨(\d+) characters cut: (.*?)⟩(.*)\n", done.out)
+    assert match is not None
+    assert match[2] + match[3] == document
+    assert len(match[2]) == int(match[1])
+    assert f"{match[1]} characters cut from document" in done.out
 
 
 def test_tokens_are_listed_with_ids(base: Path, data: Path) -> None:
@@ -203,14 +204,14 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
 
 def test_a_page_that_cannot_be_written_is_told_first(base: Path, data: Path, tmp_path: Path) -> None:
     before = data.read_bytes()
-    for place, words in (
+    for target, words in (
         (tmp_path / "no" / "page.html", "no such folder"),
         (tmp_path, "this is a folder"),
         (data, "this is the data file itself"),
     ):
-        done = inspect(base, data, html=place)
+        done = inspect(base, data, html=target)
         assert (done.status, done.out) == (2, "")
-        assert f"--html {place}: {words}" in done.err
+        assert f"--html {target}: {words}" in done.err
     assert data.read_bytes() == before
 
 
@@ -283,6 +284,28 @@ def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path
     assert last["audit"]["train"]["tokens"] == sum(len(view["token_ids"]) for view in views)
 
 
+@in_chromium
+def test_the_page_fits_a_phone_and_can_be_read_in_both_themes(base: Path, tmp_path: Path) -> None:
+    long_word = "\N{HANGUL SYLLABLE GA}" * 200 + "x" * 200
+    data = write_jsonl(tmp_path / "rows.jsonl", [*articles(19), {"document": long_word, "title": "storm"}])
+    page = tmp_path / "page.html"
+    assert inspect(base, data, rows="18-20", cutoff_len=120, html=page, val_set_size=4).status == 0
+    with browser(tmp_path / "profile") as tab:
+        for width, dark in ((390, False), (390, True), (1100, False), (1100, True)):
+            tab.look(width, 740, dark=dark)
+            tab.open(page)
+            assert tab.run("document.documentElement.scrollWidth") == width
+            texts = "h1, h2, pre, pre span, caption, td, .legend span, label"
+            colours = tab.run(
+                f"[...document.querySelectorAll('{texts}')].map(e => [getComputedStyle(e).color, "
+                "[getComputedStyle(e), getComputedStyle(document.body)].map(s => s.backgroundColor)"
+                ".find(c => c !== 'rgba(0, 0, 0, 0)')])"
+            )
+            assert len(colours) > 20
+            assert min(contrast(*pair) for pair in colours) >= 4.5
+            assert tab.problems == []
+
+
 @pytest.mark.parametrize(
     ("rows", "numbers"),
     [(None, {1, 2, 3}), ("17,40", {17, 40}), (" 5 - 7 , 2", {2, 5, 6, 7}), ("none", set()), ("100", {100})],
@@ -347,9 +370,9 @@ def test_fifty_long_articles_keep_frame_and_answer_whole(
         prompt_length = row["trained"].index(1)
         assert all(row["trained"][prompt_length:])
         rules = TokenRules(cutoff_len=cutoff_len, shrink_side=side)  # type: ignore[arg-type]
-        asked = template.render(Row(row["row"], article, "rows:1"), with_answer=False)
+        rendered = template.render(Row(row["row"], article, "rows:1"), with_answer=False)
         (prompt,) = encode_prompts(
-            [asked],
+            [rendered],
             [Row(row["row"], article, "rows:1")],
             tokenizer,
             rules,

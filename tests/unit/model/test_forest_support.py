@@ -32,9 +32,9 @@ def lora_gradients(model: Any) -> list[torch.Tensor]:
 def test_the_forest_families_pass_with_a_plain_head(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
     own_attention = model.config._attn_implementation
-    found = check_forest_support(model)
-    assert found.forest and found.head is not None and found.why_not == ""
-    assert found.plain_attention == own_attention
+    support = check_forest_support(model)
+    assert support.forest and support.head is not None and support.why_not == ""
+    assert support.plain_attention == own_attention
     assert model.config._attn_implementation == FOREST
 
 
@@ -52,8 +52,8 @@ def test_other_families_are_found_and_left_as_they_were_able_to_train(family: st
     expected = lora_gradients(with_lora(tiny_model(family), target_modules=targets))
     model = with_lora(tiny_model(family), target_modules=targets)
     own_attention = model.config._attn_implementation
-    found = check_forest_support(model)
-    assert found == ForestSupport(forest=False, head=None, plain_attention=own_attention, why_not=reason)
+    support = check_forest_support(model)
+    assert support == ForestSupport(forest=False, head=None, plain_attention=own_attention, why_not=reason)
     assert model.config._attn_implementation == own_attention
     assert all(bool(gradient.any()) for gradient in expected)
     for ours, theirs in zip(lora_gradients(model), expected, strict=True):
@@ -64,8 +64,8 @@ def test_a_layer_that_keeps_its_own_attention_is_found() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[0].self_attn
     layer.config = copy.deepcopy(layer.config)  # so that the change of attention passes it by
-    found = check_forest_support(model)
-    assert found.why_not == "1 of its 2 layers bypass the registered attention"
+    support = check_forest_support(model)
+    assert support.why_not == "1 of its 2 layers bypass the registered attention"
 
 
 @pytest.mark.parametrize("window", [WINDOW, 64])
@@ -84,9 +84,9 @@ def test_a_window_that_reaches_the_attention_passes_and_one_that_does_not_is_fou
 
 def test_a_forest_computed_wrongly_is_found_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "lay_out", _with_positions_from_zero)
-    found = check_forest_support(tiny_model("llama"))
-    assert not found.forest
-    assert "a forest and the same sequences one by one differ by" in found.why_not
+    support = check_forest_support(tiny_model("llama"))
+    assert not support.forest
+    assert "a forest and the same sequences one by one differ by" in support.why_not
 
 
 def _with_positions_from_zero(*arguments: Any) -> Forest:
@@ -103,10 +103,11 @@ def test_code_that_stumbles_over_a_forest_is_found_and_its_complaint_told() -> N
             raise TypeError("unexpected keyword argument 'forest'\nand more")
 
     model.register_forward_pre_hook(complain, with_kwargs=True)
-    found = check_forest_support(model)
-    assert not found.forest
+    support = check_forest_support(model)
+    assert not support.forest
     assert (
-        found.why_not == "its code does not accept a forest (TypeError: unexpected keyword argument 'forest')"
+        support.why_not
+        == "its code does not accept a forest (TypeError: unexpected keyword argument 'forest')"
     )
 
 
@@ -121,9 +122,9 @@ def test_a_model_that_gives_nan_is_not_taken_for_equal() -> None:
 def test_a_head_that_does_more_than_its_config_says_is_left_to_the_model() -> None:
     model = tiny_model("llama")
     model.config.final_logit_softcapping = 1.0  # what llama's own head does not do
-    found = check_forest_support(model)
-    assert found.forest and found.head is None
-    logprob = trained_logprobs(model, one_row(), found.head)
+    support = check_forest_support(model)
+    assert support.forest and support.head is None
+    logprob = trained_logprobs(model, one_row(), support.head)
     own = tiny_model("llama")
     alone = sequence_logprobs(own, torch.from_numpy(ROW).long(), torch.ones(len(ROW), dtype=torch.bool))
     torch.testing.assert_close(logprob, alone, rtol=1e-5, atol=1e-5)
@@ -134,13 +135,13 @@ def test_a_decoder_that_cannot_be_called_alone_leaves_the_head_to_the_model(
 ) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(model, "get_decoder", lambda: None)
-    found = check_forest_support(model)
-    assert found.forest and found.head is None
+    support = check_forest_support(model)
+    assert support.forest and support.head is None
 
 
 def test_lora_on_the_head_leaves_it_to_the_model() -> None:
-    found = check_forest_support(with_lora(tiny_model("llama"), target_modules=["lm_head"]))
-    assert found.forest and found.head is None
+    support = check_forest_support(with_lora(tiny_model("llama"), target_modules=["lm_head"]))
+    assert support.forest and support.head is None
 
 
 def test_the_check_uses_no_dropout_and_leaves_every_layers_mode_as_it_was() -> None:
@@ -168,8 +169,8 @@ def test_the_check_leaves_the_random_states_and_the_weights_alone() -> None:
 
 def test_another_attention_holds_inside_the_context_and_the_former_after_it() -> None:
     model = tiny_model("llama")
-    found = check_forest_support(model)
-    with pytest.raises(RuntimeError, match="stop"), attention(model, found.plain_attention):
+    support = check_forest_support(model)
+    with pytest.raises(RuntimeError, match="stop"), attention(model, support.plain_attention):
         assert model.config._attn_implementation == "sdpa"
         raise RuntimeError("stop")
     assert model.config._attn_implementation == FOREST

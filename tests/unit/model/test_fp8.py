@@ -20,7 +20,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=draw) * sizes
 
 
-def whole(rows: ScaledRows) -> torch.Tensor:
+def dequantised(rows: ScaledRows) -> torch.Tensor:
     return rows.bits.double() * rows.scale.double()
 
 
@@ -28,10 +28,12 @@ def test_a_number_is_kept_to_a_sixteenth_and_the_largest_of_a_row_exactly() -> N
     values = drawn(N, K)
     rows = quantise_rows(values)
     assert rows.bits.dtype == torch.float8_e4m3fn and rows.scale.shape == (N, 1)
-    error = (whole(rows) - values).abs()
+    error = (dequantised(rows) - values).abs()
     step = rows.scale.double() * 2**-10  # half of the smallest distance between two numbers
     assert bool((error <= torch.maximum(values.abs() / 16, step) * 1.001).all())
-    torch.testing.assert_close(whole(rows).abs().amax(1), values.abs().amax(1).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        dequantised(rows).abs().amax(1), values.abs().amax(1).double(), rtol=1e-6, atol=0
+    )
     assert bool((rows.bits.float().abs().amax(1) == HIGHEST).all())
 
 
@@ -40,7 +42,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_shows_in_the_scale() -> None:
     values[0] = 0
     values[1, 3], values[2, 5] = math.nan, math.inf
     rows = quantise_rows(values)
-    assert bool((whole(rows)[0] == 0).all())
+    assert bool((dequantised(rows)[0] == 0).all())
     assert rows.scale.isfinite().squeeze(1).tolist() == [True, False, False, True]
 
 
@@ -59,15 +61,15 @@ def test_output_and_gradient_are_those_of_the_formulas(with_bias: bool) -> None:
     output = frozen_linear(x, Fp8Weight(weight, by_device=False), bias)
     (gradient,) = torch.autograd.grad(output, x, upstream)
     for number in range(2):
-        expected = whole(quantise_rows(x[number].detach())) @ whole(weight).t()
+        expected = dequantised(quantise_rows(x[number].detach())) @ dequantised(weight).t()
         expected = expected if bias is None else expected + bias
         _assert_close_by_rows(output[number].detach(), expected)
         scaled = quantise_rows(upstream[number] * weight.scale.t())
-        _assert_close_by_rows(gradient[number], whole(scaled) @ weight.bits.double())
+        _assert_close_by_rows(gradient[number], dequantised(scaled) @ weight.bits.double())
 
 
-def _assert_close_by_rows(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    distance = (found.double() - expected).norm(dim=1) / expected.norm(dim=1)
+def _assert_close_by_rows(result: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    distance = (result.double() - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(distance.max()) < tolerance
 
 
@@ -82,13 +84,13 @@ def test_both_are_within_a_sixteenth_of_the_dense_ones() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
 def test_other_formats_give_the_same_to_their_rounding(dtype: torch.dtype, tolerance: float) -> None:
     weight, x = Fp8Weight(quantise_rows(drawn(M, K) / 1000), by_device=False), drawn(N, K, seed=2).to(dtype)
-    for found, exact in (
+    for result, exact in (
         (weight.product(x, None), weight.product(x.float(), None)),
         (weight.input_gradient(x[:, :M]), weight.input_gradient(x[:, :M].float())),
     ):
-        assert found.dtype == dtype
+        assert result.dtype == dtype
         # a scale that is rounded otherwise may move numbers by a step of fp8; here the rows' largest are the same
-        _assert_close_by_rows(found, exact.double(), tolerance)
+        _assert_close_by_rows(result, exact.double(), tolerance)
 
 
 def test_the_cpu_has_no_such_products() -> None:
@@ -101,12 +103,14 @@ def test_the_devices_products_are_the_emulated_ones() -> None:
     if not multiplies_fp8(device):
         pytest.skip("the device has no products of fp8")
     a, b = (quantise_rows(drawn(rows, 64, seed=rows).to(device, torch.bfloat16)) for rows in (33, 48))
-    found, expected = (rows_product(a, b, torch.bfloat16, by_device=each) for each in (True, False))
-    assert found.dtype == torch.bfloat16
-    _assert_close_by_rows(found.cpu(), expected.cpu().double(), 0.01)
+    result, expected = (
+        rows_product(a, b, torch.bfloat16, by_device=by_device) for by_device in (True, False)
+    )
+    assert result.dtype == torch.bfloat16
+    _assert_close_by_rows(result.cpu(), expected.cpu().double(), 0.01)
     weight = drawn(48, 64).to(device, torch.bfloat16)
     upstream = drawn(33, 48, seed=5).to(device, torch.bfloat16)
     on_device, by_hand = (
-        Fp8Weight(quantise_rows(weight), each).input_gradient(upstream) for each in (True, False)
+        Fp8Weight(quantise_rows(weight), by_device).input_gradient(upstream) for by_device in (True, False)
     )
     _assert_close_by_rows(on_device.cpu(), by_hand.cpu().double(), 0.01)

@@ -29,13 +29,13 @@ from yeonma.model.source import BaseSource, find_base
 CPU = torch.device("cpu")
 
 
-def whole(folder: Path, family: str = "llama", **how: Any) -> Path:
-    tiny_model(family).save_pretrained(folder, **how)
+def complete_model(folder: Path, family: str = "llama", **options: Any) -> Path:
+    tiny_model(family).save_pretrained(folder, **options)
     return folder
 
 
 def in_shards(folder: Path) -> Path:
-    whole(folder, max_shard_size="20KB")
+    complete_model(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-0*.safetensors"))) > 2
     return folder
 
@@ -68,20 +68,20 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss"])
 def test_a_whole_folder_gives_the_frozen_model_in_eval_mode(family: str, tmp_path: Path) -> None:
-    model = load(whole(tmp_path, family))
+    model = load(complete_model(tmp_path, family))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     expected = tiny_model(family).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_weights_come_in_the_precision_asked_for(tmp_path: Path) -> None:
-    assert load(whole(tmp_path), torch.bfloat16).dtype == torch.bfloat16
+    assert load(complete_model(tmp_path), torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_shards_make_one_model(tmp_path: Path) -> None:
     logits = [
         load(folder)(torch.arange(9)[None]).logits
-        for folder in (in_shards(tmp_path / "a"), whole(tmp_path / "b"))
+        for folder in (in_shards(tmp_path / "a"), complete_model(tmp_path / "b"))
     ]
     assert torch.equal(*logits)
 
@@ -112,14 +112,14 @@ def test_what_the_hub_does_not_give_is_told_with_its_name() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_a_folder_without_a_tokenizer(family: str, tmp_path: Path) -> None:
-    source = find_base(str(whole(tmp_path, family)))
+    source = find_base(str(complete_model(tmp_path, family)))
     message = message_of(lambda: load_tokenizer(source))
     assert message.startswith(f"{tmp_path}: cannot load the model's tokenizer")
-    assert message.endswith("give the folder of a whole model, with its tokenizer")
+    assert message.endswith("give the folder of a complete model, with its tokenizer")
 
 
 def test_the_folders_own_tokenizer_is_loaded(tmp_path: Path) -> None:
-    byte_level().save_pretrained(whole(tmp_path))
+    byte_level().save_pretrained(complete_model(tmp_path))
     assert load_tokenizer(find_base(str(tmp_path))).get_vocab() == byte_level().get_vocab()
 
 
@@ -137,20 +137,20 @@ def test_the_folders_own_tokenizer_is_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_with_values_of_the_wrong_kind_is_an_error(name: str, text: str, tmp_path: Path) -> None:
-    byte_level(chat_template=None).save_pretrained(whole(tmp_path))
+    byte_level(chat_template=None).save_pretrained(complete_model(tmp_path))
     (tmp_path / name).write_text(text)
     source, read = find_base(str(tmp_path)), load_config if name == "config.json" else load_tokenizer
     assert message_of(lambda: read(source)).startswith(f"{tmp_path}: cannot load the model's ")
 
 
 def test_a_tokenizers_config_that_is_no_object_is_seen_before_it_is_loaded(tmp_path: Path) -> None:
-    whole(tmp_path)
+    complete_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     assert "not a JSON object" in message_of(lambda: find_base(str(tmp_path)))
 
 
 def test_pickled_weights_alone(tmp_path: Path) -> None:
-    torch.save({}, whole(tmp_path) / "pytorch_model.bin")
+    torch.save({}, complete_model(tmp_path) / "pytorch_model.bin")
     find_base(str(tmp_path))  # beside safetensors they are no matter
     (tmp_path / "model.safetensors").unlink()
     message = message_of(lambda: find_base(str(tmp_path)))
@@ -159,7 +159,7 @@ def test_pickled_weights_alone(tmp_path: Path) -> None:
 
 
 def test_no_weights_and_no_config(tmp_path: Path) -> None:
-    (whole(tmp_path) / "model.safetensors").unlink()
+    (complete_model(tmp_path) / "model.safetensors").unlink()
     assert "has no model.safetensors" in message_of(lambda: find_base(str(tmp_path)))
     (tmp_path / "config.json").unlink()
     assert "has no config.json" in message_of(lambda: find_base(str(tmp_path)))
@@ -167,7 +167,7 @@ def test_no_weights_and_no_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
 def test_a_config_that_is_no_json_object(text: str, tmp_path: Path) -> None:
-    (whole(tmp_path) / "config.json").write_bytes(text.encode("latin-1"))
+    (complete_model(tmp_path) / "config.json").write_bytes(text.encode("latin-1"))
     assert message_of(lambda: find_base(str(tmp_path))).startswith(f"{tmp_path / 'config.json'}: not ")
 
 
@@ -181,7 +181,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["short", "empty", "pointer"])
 def test_a_truncated_shard_is_named_before_anything_is_loaded(damage: str, tmp_path: Path) -> None:
-    for folder in (in_shards(tmp_path / "many"), whole(tmp_path / "one")):
+    for folder in (in_shards(tmp_path / "many"), complete_model(tmp_path / "one")):
         shard = sorted(folder.glob("*.safetensors"))[-1]
         content = shard.read_bytes()
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456789\n"
@@ -210,35 +210,39 @@ def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
 
 
 def test_code_in_the_folder_is_refused_unless_trusted(tmp_path: Path) -> None:
-    path = whole(tmp_path) / "config.json"
+    path = complete_model(tmp_path) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoConfig": "evil.Config"}}))
     message = message_of(lambda: find_base(str(tmp_path)))
-    assert "Python code of its own" in message and "--trust_remote_code true" in message
+    assert "its own Python code" in message and "--trust_remote_code true" in message
     assert find_base(str(tmp_path), trust_remote_code=True).trust_remote_code
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_weight_that_is_no_number_is_named(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
-    change_weights(whole(tmp_path), lambda weights: weights["model.norm.weight"].__setitem__(3, value))
+    change_weights(
+        complete_model(tmp_path), lambda weights: weights["model.norm.weight"].__setitem__(3, value)
+    )
     assert message_of(lambda: load(tmp_path, dtype)) == (
         f"{tmp_path}: NaN or infinity in model.norm.weight; download the weights again"
     )
 
 
 def test_large_weights_whose_sum_overflows_are_numbers(tmp_path: Path) -> None:
-    change_weights(whole(tmp_path), lambda weights: weights["model.norm.weight"].fill_(3e38))
+    change_weights(complete_model(tmp_path), lambda weights: weights["model.norm.weight"].fill_(3e38))
     assert load(tmp_path) is not None
 
 
 def test_weights_that_the_file_lacks_are_not_drawn_at_random(tmp_path: Path) -> None:
-    change_weights(whole(tmp_path), lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    change_weights(complete_model(tmp_path), lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     assert "the weights lack model.layers.1.mlp.up_proj.weight" in message_of(lambda: load(tmp_path))
 
 
 def test_weights_of_another_shape(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
-    change_weights(whole(tmp_path), lambda weights: weights.update({name: weights[name][:4].clone()}))
+    change_weights(
+        complete_model(tmp_path), lambda weights: weights.update({name: weights[name][:4].clone()})
+    )
     assert f"{name} (4, 32) for (32, 32)" in message_of(lambda: load(tmp_path))
 
 
@@ -254,7 +258,7 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
 
 
 def test_an_adapter_given_as_base_leads_to_its_base(tmp_path: Path) -> None:
-    base, adapter = whole(tmp_path / "base"), tmp_path / "adapter"
+    base, adapter = complete_model(tmp_path / "base"), tmp_path / "adapter"
     adapter_of(str(base), adapter)
     assert find_base(str(adapter)) == BaseSource(str(base), adapter=str(adapter))
     adapter_of("somebody/something", adapter)
@@ -283,9 +287,11 @@ def test_an_adapter_on_its_base_is_trained_or_not_as_asked(tmp_path: Path) -> No
 
 def test_an_adapter_of_another_base_is_told_with_both_names(tmp_path: Path) -> None:
     adapter = adapter_of("somebody/something", tmp_path / "adapter")
-    model = load(whole(tmp_path / "gpt2", "gpt2"))
+    model = load(complete_model(tmp_path / "gpt2", "gpt2"))
     message = message_of(lambda: load_adapter(model, str(adapter), trainable=False))
-    assert "was made for somebody/something and does not fit" in message and str(tmp_path / "gpt2") in message
+    assert (
+        "was trained on somebody/something and does not fit" in message and str(tmp_path / "gpt2") in message
+    )
 
 
 # Fresh LoRA layers
@@ -400,4 +406,4 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_rank_beyond_counting_is_told(rank: int) -> None:
     model = tiny_model("llama").to("meta")
     message = message_of(lambda: add_lora(model, LoraShape(rank, 8, 0.0, "all-linear"), seed=0))
-    assert message.startswith(f"lora_r: an adapter of rank {rank} cannot be made")
+    assert message.startswith(f"lora_r: an adapter of rank {rank} cannot be created")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import FOREST_FAMILIES, VOCABULARY, tiny_model, with_lora
-from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.model import logprobs as forward
 from yeonma.model.attention.dispatch import FOREST, layout
 from yeonma.model.kernels.lora import patch_linear
@@ -23,7 +23,7 @@ def sequences() -> list[np.ndarray]:
     """Two rows under one article under one frame, one under the frame alone, one beginning another, one alone."""
     draw = np.random.default_rng(5)
     frame, article, *ends = (
-        draw.integers(3, VOCABULARY, n) for n in (LEAST_SHARED + 3, LEAST_SHARED, 9, 4, 6, 12)
+        draw.integers(3, VOCABULARY, n) for n in (MIN_SHARED_TOKENS + 3, MIN_SHARED_TOKENS, 9, 4, 6, 12)
     )
     rows = [
         [frame, article, ends[0]],
@@ -59,11 +59,11 @@ def lora_gradients(model: Any, logprob: torch.Tensor) -> list[torch.Tensor]:
 
 def plain_logprobs(model: Any) -> torch.Tensor:
     """Each sequence alone through the model as transformers made it."""
-    found = []
+    parts = []
     for ids, mask in zip(tensors(), small_forest()[1], strict=True):
         logprobs = torch.log_softmax(model(input_ids=ids.unsqueeze(0)).logits[0, :-1].float(), -1)
-        found.append(logprobs.gather(1, ids[1:, None])[mask[1:], 0])
-    return torch.cat(found)
+        parts.append(logprobs.gather(1, ids[1:, None])[mask[1:], 0])
+    return torch.cat(parts)
 
 
 @lru_cache
@@ -104,9 +104,9 @@ def test_the_logits_of_a_forest_are_those_of_each_sequence_alone(family: str) ->
             use_cache=False,
         ).logits[0]
     for example, logits in enumerate(alone):
-        mine = forest.answer_N == example
+        gradient = forest.answer_N == example
         trained = np.flatnonzero(small_forest()[1][example].numpy()[1:])
-        sources = torch.from_numpy(forest.source_U[forest.pair_N[mine]])
+        sources = torch.from_numpy(forest.source_U[forest.pair_N[gradient]])
         # granite's logits reach 10, and those of a sequence alone are 1.7e-5 from what they are in float64
         within = {**EXACT, "atol": 2e-5} if family == "granite" else EXACT
         torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], **within)
@@ -166,8 +166,10 @@ def test_lora_on_the_head_trains_through_the_models_own_head(family: str) -> Non
     model.set_attn_implementation(FOREST)
     ours = trained_logprobs(model, small_forest()[0], None)
     torch.testing.assert_close(ours, logprob, **EXACT)
-    for mine, theirs in zip(lora_gradients(model, ours), gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+    for gradient, theirs in zip(lora_gradients(model, ours), gradients, strict=True):
+        torch.testing.assert_close(
+            gradient, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max()))
+        )
 
 
 def test_a_trained_head_is_not_taken_for_plain() -> None:
@@ -257,9 +259,9 @@ def test_the_head_in_chunks_is_log_softmax_in_values_and_gradients(
     upstream = torch.linspace(-2, 1, 23)
     ours, theirs = head_logprobs(hidden, target, head), by_log_softmax(hidden, target, head)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    (mine,) = torch.autograd.grad((upstream * ours).sum(), hidden)
+    (gradient,) = torch.autograd.grad((upstream * ours).sum(), hidden)
     (other,) = torch.autograd.grad((upstream * theirs).sum(), hidden)
-    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_head_in_bfloat16_gives_float32_logprobs_and_a_bfloat16_gradient() -> None:
@@ -270,10 +272,10 @@ def test_the_head_in_bfloat16_gives_float32_logprobs_and_a_bfloat16_gradient() -
     theirs = by_log_softmax(exact, target, Head(weight.float(), None, 1.0, None))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
-    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (gradient,) = torch.autograd.grad(ours.sum(), hidden)
     (other,) = torch.autograd.grad(theirs.sum(), exact)
-    assert mine.dtype == torch.bfloat16
-    torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.05)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.float(), other, rtol=0, atol=0.05)
 
 
 def test_the_head_without_gradients_keeps_none() -> None:
@@ -293,22 +295,22 @@ def test_a_chunk_is_as_large_as_the_head_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         forward, "_head_chunk", lambda hidden, *others: [rows.append(len(hidden)), compute(hidden, *others)]
     )
-    whole = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
+    one_chunk = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
     parts = head_logprobs(hidden, target, Head(weight, None, 1.0, None, chunk_bytes=4 * 50 * 10))
     assert rows == [23, 10, 10, 3]
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(parts, one_chunk, rtol=0, atol=1e-6)
     assert plain_head(tiny_model("llama")).chunk_bytes is None
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", HEADS)
 def test_on_a_gpu_the_heads_sums_are_of_float32(kind: str) -> None:
-    hidden, weight, bias, target = (each.detach().to("cuda") for each in head_case(torch.bfloat16))
+    hidden, weight, bias, target = (tensor.detach().to("cuda") for tensor in head_case(torch.bfloat16))
     hidden = hidden.requires_grad_()
     ours = head_logprobs(hidden, target, HEADS[kind](weight, bias))
     exact = hidden.detach().float().requires_grad_()
     theirs = by_log_softmax(exact, target, HEADS[kind](weight.float(), bias.float()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the CPU's bfloat16 is only within 0.05
-    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (gradient,) = torch.autograd.grad(ours.sum(), hidden)
     (other,) = torch.autograd.grad(theirs.sum(), exact)
-    torch.testing.assert_close(mine.float(), other, rtol=0, atol=0.05)
+    torch.testing.assert_close(gradient.float(), other, rtol=0, atol=0.05)

@@ -140,7 +140,7 @@ def test_a_run_of_a_version_without_the_choice_goes_on(
     for name in ("quantization", "optimizer"):
         del marked["identity"][name]
     (folder / "run.json").write_text(json.dumps(marked))
-    assert "holds this run, finished" in trained(folder, base, data, **SETTINGS).out
+    assert "holds this run, which is finished" in trained(folder, base, data, **SETTINGS).out
     assert sft(folder, base, data, **SETTINGS, quantization="fp8").status == 2
 
 
@@ -155,11 +155,11 @@ def test_answers_come_from_the_base_as_it_was_in_training_unless_told_otherwise(
     assert not list(packed_layers(load_policy(whole.folder).model))
     row = '{"document": "storm harbour boats"}'
     words = ["generate", str(runs[kind].folder), "--row", row, "--max_new_tokens", "6"]
-    auto, told = (
+    auto, unquantised = (
         command(runs[kind].folder, *words),
         command(runs[kind].folder, *words, "--quantization", kind),
     )
-    assert auto.status == 0 and auto.out == told.out
+    assert auto.status == 0 and auto.out == unquantised.out
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
         assert float((model(ids).logits - other(ids).logits).abs().max()) > 1e-3
@@ -183,13 +183,15 @@ def test_compared_models_are_held_as_trained_and_a_base_as_the_first_adapter_on_
     )
     assert by_itself.quantization == "none"
     candidates = open_candidates(CompareSettings(models=names, data_path=str(data)), rows)
-    assert [each.quantization for each in candidates] == ["fp8", "fp8", "none"]
+    assert [candidate.quantization for candidate in candidates] == ["fp8", "fp8", "none"]
     assert candidates[0].weights == candidates[1].weights != candidates[2].weights
-    told = open_candidates(CompareSettings(models=names, data_path=str(data), quantization="none"), rows)
-    assert {each.quantization for each in told} == {"none"}
+    unquantised = open_candidates(
+        CompareSettings(models=names, data_path=str(data), quantization="none"), rows
+    )
+    assert {candidate.quantization for candidate in unquantised} == {"none"}
     cpu = torch.device("cpu")
-    assert identity_of(candidates[1], torch.float32, cpu) != identity_of(told[1], torch.float32, cpu)
-    assert identity_of(candidates[2], torch.float32, cpu) == identity_of(told[2], torch.float32, cpu)
+    assert identity_of(candidates[1], torch.float32, cpu) != identity_of(unquantised[1], torch.float32, cpu)
+    assert identity_of(candidates[2], torch.float32, cpu) == identity_of(unquantised[2], torch.float32, cpu)
 
 
 def test_a_comparison_runs_on_a_quantised_base(
@@ -269,7 +271,7 @@ def test_dora_is_refused_where_the_weights_are_not_kept(tmp_path: Path, base: Pa
 @pytest.mark.parametrize("kind", [NF4])
 def test_dora_is_trained_on_nf4(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
     done = trained(tmp_path / "out", base, data, quantization=kind, use_dora=True, max_steps=3)
-    assert all(torch.isfinite(each).all() for each in done.weights.values())
+    assert all(torch.isfinite(weight).all() for weight in done.weights.values())
 
 
 def test_a_model_without_layers_for_it_is_refused(tmp_path: Path, data: Path) -> None:
@@ -292,7 +294,7 @@ def test_optimizers_in_8_bits_want_a_gpu(
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: name)
     error = refused(tmp_path, base, data, optimizer=kind, device="cpu")
-    assert f"optimizer {kind}: it runs on a CUDA device alone, and this is the CPU" in error
+    assert f"optimizer {kind}: it needs a CUDA device, and the device is cpu" in error
 
 
 @pytest.mark.gpu

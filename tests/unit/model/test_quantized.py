@@ -49,23 +49,23 @@ def sequences() -> list[np.ndarray]:
 
 
 def trained() -> list[np.ndarray]:
-    return [np.arange(len(each)) > 8 for each in sequences()]
+    return [np.arange(len(sequence)) > 8 for sequence in sequences()]
 
 
-def gone_through(model: Any, how: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def logprobs_and_gradients(model: Any, support: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Log-probabilities, and the gradients of all that is trained."""
-    logprobs = example_logprobs(model, how, sequences(), trained(), share_prefix=True)
-    weights = [each for each in model.parameters() if each.requires_grad]
+    logprobs = example_logprobs(model, support, sequences(), trained(), share_prefix=True)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return logprobs.detach(), list(torch.autograd.grad(logprobs.sum(), weights)) if weights else []
 
 
 def assert_same(
-    found: tuple[torch.Tensor, list[torch.Tensor]], expected: tuple[torch.Tensor, list[torch.Tensor]]
+    result: tuple[torch.Tensor, list[torch.Tensor]], expected: tuple[torch.Tensor, list[torch.Tensor]]
 ) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-4)
-    assert len(found[1]) == len(expected[1])
-    for mine, other in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4 * max(1.0, float(other.abs().max())))
+    torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-4)
+    assert len(result[1]) == len(expected[1])
+    for gradient, other in zip(result[1], expected[1], strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-4 * max(1.0, float(other.abs().max())))
 
 
 def with_weights_of(model: Any, folder: Path) -> Any:
@@ -84,13 +84,13 @@ def test_a_model_is_the_one_whose_weights_the_few_bits_stand_for(family: Path, k
     model = loaded(family, kind)
     plain = with_weights_of(model, family)
     results = []
-    for each in (model, plain):
-        load.add_lora(each, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-        draw_second_factor(each)
-        how = check_forest_support(each)
-        assert how.forest and how.head is not None
-        patch_linear(each)
-        results.append(gone_through(each, how))
+    for peft_model in (model, plain):
+        load.add_lora(peft_model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
+        draw_second_factor(peft_model)
+        support = check_forest_support(peft_model)
+        assert support.forest and support.head is not None
+        patch_linear(peft_model)
+        results.append(logprobs_and_gradients(peft_model, support))
     assert_same(*results)
 
 
@@ -114,22 +114,22 @@ def test_all_dense_layers_but_the_head_are_held_in_few_bits(family: Path, kind: 
 
 @pytest.mark.parametrize("kind", [INT8, "fp8"])
 def test_log_probabilities_are_near_those_of_the_whole_weights(llama: Path, kind: Quantization) -> None:
-    (found, _), (whole, _) = (
-        gone_through(model, check_forest_support(model))
+    (result, _), (whole, _) = (
+        logprobs_and_gradients(model, check_forest_support(model))
         for model in (adapted(llama, kind), adapted(llama, "none"))
     )
-    assert 1e-4 < float((found - whole).abs().mean()) < FAR[kind]
+    assert 1e-4 < float((result - whole).abs().mean()) < FAR[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forest_is_the_sequences_one_by_one(llama: Path, kind: Quantization) -> None:
     model = adapted(llama, kind)
-    how = check_forest_support(model)
-    assert how.forest
+    support = check_forest_support(model)
+    assert support.forest
     patch_linear(model)
     with torch.no_grad():
-        by_forest = example_logprobs(model, how, sequences(), trained(), share_prefix=True)
-        model.set_attn_implementation(how.plain_attention)
+        by_forest = example_logprobs(model, support, sequences(), trained(), share_prefix=True)
+        model.set_attn_implementation(support.plain_attention)
         alone = torch.cat(
             [
                 sequence_logprobs(model, torch.from_numpy(ids).long(), torch.from_numpy(mask))
@@ -144,7 +144,7 @@ def test_a_forest_is_the_sequences_one_by_one(llama: Path, kind: Quantization) -
 def test_an_example_is_the_same_beside_others_of_far_larger_activations(
     llama: Path, kind: Quantization
 ) -> None:
-    layer = next(each for _, each in packed_layers(loaded(llama, kind)))
+    layer = next(weight for _, weight in packed_layers(loaded(llama, kind)))
     x = torch.randn(4, 32)
     alone = layer.product(x, None)
     x = torch.cat([x, 1000 * torch.randn(3, 32)])
@@ -157,18 +157,18 @@ def test_lora_in_one_node_is_pefts_own(llama: Path, kind: Quantization, dropout:
     pefts = adapted(llama, kind, dropout)
     ours = copy.deepcopy(pefts)
     assert patch_linear(ours)["LoRA"] == 14
-    how = check_forest_support(pefts)
+    support = check_forest_support(pefts)
     ours.set_attn_implementation(FOREST)
     results = []
     for model in (ours, pefts):
         model.train()
         torch.manual_seed(5)
-        results.append(gone_through(model, how))
-    (found, gradients), (expected, others) = results
+        results.append(logprobs_and_gradients(model, support))
+    (result, gradients), (expected, others) = results
     limit = 0.02 if kind == "fp8" else 1e-5
-    assert float((found - expected).abs().mean()) < limit
+    assert float((result - expected).abs().mean()) < limit
     distance = sum(float((a - b).norm()) for a, b in zip(gradients, others, strict=True))
-    assert distance < 10 * limit * sum(float(each.norm()) for each in others)
+    assert distance < 10 * limit * sum(float(gradient.norm()) for gradient in others)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,11 +176,11 @@ def test_checkpointed_activations_give_the_same_bytes(llama: Path, kind: Quantiz
     results = []
     for checkpointed in (False, True):
         model = adapted(llama, kind)
-        how = check_forest_support(model)
+        support = check_forest_support(model)
         if checkpointed:
             load.checkpoint_activations(model)
         patch_linear(model)
-        results.append(gone_through(model.train(), how))
+        results.append(logprobs_and_gradients(model.train(), support))
     (one, gradients), (other, others) = results
     assert torch.equal(one, other)
     assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
@@ -189,14 +189,16 @@ def test_checkpointed_activations_give_the_same_bytes(llama: Path, kind: Quantiz
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_its_adapter_the_base_is_as_it_was(llama: Path, kind: Quantization) -> None:
     model = loaded(llama, kind)
-    how = check_forest_support(model)
-    before, _ = gone_through(model, how)
+    support = check_forest_support(model)
+    before, _ = logprobs_and_gradients(model, support)
     peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
     draw_second_factor(model)
     patch_linear(model)
     with peft_model.disable_adapter(), torch.no_grad():
-        assert torch.equal(example_logprobs(model, how, sequences(), trained(), share_prefix=True), before)
-    after, _ = gone_through(model, how)
+        assert torch.equal(
+            example_logprobs(model, support, sequences(), trained(), share_prefix=True), before
+        )
+    after, _ = logprobs_and_gradients(model, support)
     assert float((after - before).abs().mean()) > 0.01
 
 
@@ -216,14 +218,17 @@ def test_bfloat16_is_taken(llama: Path, kind: Quantization) -> None:
     model = loaded(llama, kind, torch.bfloat16)
     assert model.dtype == torch.bfloat16
     load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
-    trained_weights = [each for each in model.parameters() if each.requires_grad]
-    assert {each.dtype for each in trained_weights} == {torch.float32}
-    how = check_forest_support(model)
-    assert how.forest
+    trained_weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {weight.dtype for weight in trained_weights} == {torch.float32}
+    support = check_forest_support(model)
+    assert support.forest
     patch_linear(model)
-    (found, gradients), (whole, _) = gone_through(model, how), gone_through(*_plain(llama))
-    assert found.isfinite().all() and all(each.dtype == torch.float32 for each in gradients)
-    assert float((found - whole).abs().mean()) < 1.0
+    (result, gradients), (whole, _) = (
+        logprobs_and_gradients(model, support),
+        logprobs_and_gradients(*_plain(llama)),
+    )
+    assert result.isfinite().all() and all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert float((result - whole).abs().mean()) < 1.0
 
 
 def _plain(folder: Path) -> tuple[Any, ForestSupport]:
@@ -237,5 +242,5 @@ def test_on_a_gpu_the_log_probabilities_are_those_of_the_cpu(llama: Path, kind: 
     results = []
     for device in (CPU, torch.device("cuda", 0)):
         model = load.load_base(load.find_base(str(llama)), device, torch.float32, kind)
-        results.append(gone_through(model, check_forest_support(model))[0].cpu())
+        results.append(logprobs_and_gradients(model, check_forest_support(model))[0].cpu())
     assert float((results[0] - results[1]).abs().mean()) < (0.05 if kind == "fp8" else 1e-3)

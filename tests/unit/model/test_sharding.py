@@ -13,7 +13,7 @@ import torch
 from tests.models import tiny_model
 from tests.pairs import PLAIN, pairs, tuned
 from tests.runs import Done, arguments, model_folder, write_jsonl
-from yeonma.model.sharding import gathered_bytes, held_bytes, parts_of
+from yeonma.model.sharding import gathered_bytes, local_weight_bytes, parts_of
 from yeonma.train.step import idle_passes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,7 +30,7 @@ from yeonma.model.attention.dispatch import FOREST
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import example_logprobs
 from yeonma.model.kernels.patch import patch_kernels
-from yeonma.model.sharding import held_bytes, shard_weights
+from yeonma.model.sharding import local_weight_bytes, shard_weights
 from yeonma.train.distributed import process_group, rendezvous
 
 ids = [np.random.default_rng(seed).integers(3, 97, 30, dtype=np.int32) for seed in (1, 2)]
@@ -47,29 +47,29 @@ def adapted(family):
     return model
 
 
-def gone_through(model):
-    how = check_forest_support(model)
+def loss_and_gradients(model):
+    support = check_forest_support(model)
     patch_kernels(model)
-    loss = -example_logprobs(model, how, ids, trained, share_prefix=True).sum()
+    loss = -example_logprobs(model, support, ids, trained, share_prefix=True).sum()
     loss.backward()
-    grads = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
-    return how, float(loss), grads
+    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    return support, float(loss), grads
 
 
 with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
-    found = {}
+    results = {}
     for family in ("llama", "bloom", "gemma2"):  # by forests, one by one with a tied head, by forests with one
-        whole, model = adapted(family), adapted(family)
-        how, loss, grads = gone_through(whole)
-        before = held_bytes(model)
+        unsharded, model = adapted(family), adapted(family)
+        support, loss, grads = loss_and_gradients(unsharded)
+        before = local_weight_bytes(model)
         shard_weights(model, torch.device("cpu"))
-        other_how, other_loss, other_grads = gone_through(model)
-        found[family] = {
-            "forest": [how.forest, other_how.forest],
-            "head": [how.head is not None, other_how.head is not None],
+        other_support, other_loss, other_grads = loss_and_gradients(model)
+        results[family] = {
+            "forest": [support.forest, other_support.forest],
+            "head": [support.head is not None, other_support.head is not None],
             "loss": [loss, other_loss],
-            "gradient": max(float((each - other_grads[name]).abs().max()) for name, each in grads.items()),
-            "held": held_bytes(model) / before,
+            "gradient": max(float((grad - other_grads[name]).abs().max()) for name, grad in grads.items()),
+            "share": local_weight_bytes(model) / before,
         }
     model = adapted("llama")
     with torch.no_grad():
@@ -78,9 +78,9 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
     try:
         load.check_finite(model, "tiny")
     except UserError as error:
-        found["broken"] = str(error)
+        results["broken"] = str(error)
     if group.rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(results))
 """
 
 
@@ -89,18 +89,18 @@ def test_a_sharded_model_gives_the_losses_and_gradients_of_the_whole_one(tmp_pat
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PASSES}")
     done = subprocess.run([*TORCHRUN, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert "layers.1.mlp.up_proj" in found.pop("broken")  # which the first process alone does not hold
-    assert {family: each["forest"] for family, each in found.items()} == {
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert "layers.1.mlp.up_proj" in results.pop("broken")  # the first process has no part of it
+    assert {family: result["forest"] for family, result in results.items()} == {
         "llama": [True, True],
         "bloom": [False, False],
         "gemma2": [True, True],
     }
-    for each in found.values():
-        assert each["head"][0] == each["head"][1]
-        assert each["loss"][0] == pytest.approx(each["loss"][1], rel=1e-6)
-        assert each["gradient"] < 1e-4
-        assert each["held"] == pytest.approx(0.5, abs=0.02)  # a weight of 97 rows is parted 49 to 48
+    for result in results.values():
+        assert result["head"][0] == result["head"][1]
+        assert result["loss"][0] == pytest.approx(result["loss"][1], rel=1e-6)
+        assert result["gradient"] < 1e-4
+        assert result["share"] == pytest.approx(0.5, abs=0.02)  # a weight of 97 rows is split 49 to 48
 
 
 def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
     )
     two = Done(ran.returncode, tmp_path / "two", ran.stdout, ran.stderr)
     assert (two.status, two.err) == (0, "")
-    assert two.out.count("weights shared out over 2 processes") == 1
+    assert two.out.count("weights sharded over 2 processes") == 1
     assert [line["loss"] for line in two.lines] == pytest.approx(
         [line["loss"] for line in one.lines], abs=1e-5
     )
@@ -126,8 +126,7 @@ def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(weight, one.weights[name], atol=1e-5, rtol=0)
     card = "README.md"
     answers = [
-        (each.folder / card).read_text().partition("## Use")[0].partition("## Before")[2]
-        for each in (one, two)
+        (run.folder / card).read_text().partition("## Use")[0].partition("## Before")[2] for run in (one, two)
     ]
     assert answers[0] == answers[1] != ""
 
@@ -153,9 +152,9 @@ def test_layers_are_found_in_every_family(family: str) -> None:
     parts = parts_of(model)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert len(parts) == 2 + (0 if tied else 2)
-    inside = {each for part in parts for each in part.parameters()}
-    outside = [each for each in model.parameters() if each not in inside]
-    assert all(each.ndim == 1 for each in outside) or tied or family == "gpt2"  # its positions
-    assert 0 < gathered_bytes(model) <= held_bytes(model)
+    inside = {weight for part in parts for weight in part.parameters()}
+    outside = [weight for weight in model.parameters() if weight not in inside]
+    assert all(weight.ndim == 1 for weight in outside) or tied or family == "gpt2"  # its positions
+    assert 0 < gathered_bytes(model) <= local_weight_bytes(model)
     model._no_split_modules = None  # as in code that comes with a model
     assert parts_of(model) == parts

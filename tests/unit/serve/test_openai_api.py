@@ -71,7 +71,7 @@ def test_invalid_conversations_are_refused(messages: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "said", "param"),
+    ("parameters", "message_start", "param"),
     [
         ({"temperature": True}, "temperature must be a number of at least 0", "temperature"),
         ({"temperature": float("nan")}, "temperature must be a number of at least 0", "temperature"),
@@ -97,15 +97,15 @@ def test_invalid_conversations_are_refused(messages: Any) -> None:
     ],
 )
 def test_a_parameter_that_is_not_supported_is_refused_by_name(
-    parameters: dict[str, Any], said: str, param: str
+    parameters: dict[str, Any], message_start: str, param: str
 ) -> None:
     body = json.dumps({"model": "m", "messages": TALK, **parameters}).encode()
     with pytest.raises(RequestError) as caught:
         read_request(body, ChatRequest)
     error = caught.value.body["error"]
-    assert error["message"].startswith(said)
+    assert error["message"].startswith(message_start)
     assert (caught.value.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
-    assert error["code"] == ("unsupported_parameter" if "not supported" in said else None)
+    assert error["code"] == ("unsupported_parameter" if "not supported" in message_start else None)
 
 
 def test_parameters_that_change_nothing_are_accepted_and_null_counts_as_left_out() -> None:

@@ -252,8 +252,8 @@ def refused(error: type[openai.APIStatusError], call: Any) -> str:
 
 
 def test_an_unknown_model_gets_a_list_of_the_models(client: OpenAI) -> None:
-    said = refused(openai.NotFoundError, lambda: say(client, "x", "gpt-4"))
-    assert said == "there is no model 'gpt-4'; there are one, two, framed, base"
+    message = refused(openai.NotFoundError, lambda: say(client, "x", "gpt-4"))
+    assert message == "there is no model 'gpt-4'; there are one, two, framed, base"
     refused(openai.NotFoundError, lambda: client.models.retrieve("gpt-4"))
 
 
@@ -266,7 +266,7 @@ def test_an_oversize_request_is_refused(client: OpenAI, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"max_tokens": 101}, "max_tokens is 101, but this server allows at most 100"),
         ({"max_completion_tokens": 101}, "max_completion_tokens is 101"),
@@ -283,18 +283,18 @@ def test_an_oversize_request_is_refused(client: OpenAI, size: int) -> None:
         ({"extra_body": {"stream": 1}}, "stream must be true or false"),
     ],
 )
-def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any, said: str) -> None:
-    assert said in refused(openai.BadRequestError, lambda: say(client, "x", **options))
+def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any, message: str) -> None:
+    assert message in refused(openai.BadRequestError, lambda: say(client, "x", **options))
 
 
 @pytest.mark.parametrize(
-    ("model", "messages", "said"),
+    ("model", "messages", "message"),
     [
         ("one", [], "messages must be a list of messages"),
         (
             "one",
             [{"role": "system", "content": "be kind"}, *user("x")],
-            "answers exactly one message, with role user",
+            "takes exactly one message, with role user",
         ),
         ("one", user(""), 'field "document" is empty'),
         (
@@ -309,16 +309,18 @@ def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any
     ],
 )
 def test_messages_that_do_not_fit_the_template_are_refused(
-    client: OpenAI, model: str, messages: Any, said: str
+    client: OpenAI, model: str, messages: Any, message: str
 ) -> None:
     create: Any = client.chat.completions.create
     answer = refused(openai.BadRequestError, lambda: create(model=model, messages=messages))
-    assert said in answer
+    assert message in answer
 
 
 def test_a_prompt_longer_than_the_model_is_refused(client: OpenAI) -> None:
-    said = refused(openai.BadRequestError, lambda: client.completions.create(model="one", prompt="a" * 4090))
-    assert "exceed the model's 4096 positions" in said
+    message = refused(
+        openai.BadRequestError, lambda: client.completions.create(model="one", prompt="a" * 4090)
+    )
+    assert "exceed the model's 4096 positions" in message
 
 
 def raw(server: Server, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -366,8 +368,8 @@ def test_only_requests_with_the_key_are_answered(place: Place, tmp_path: Path) -
         for key in ("wrong", "sesam"):
             with OpenAI(base_url=url, api_key=key, max_retries=0) as client:
                 for call in (client.models.list, lambda client=client: say(client, "x")):
-                    said = refused(openai.AuthenticationError, call)
-                    assert said == "the API key is missing or wrong"
+                    message = refused(openai.AuthenticationError, call)
+                    assert message == "the API key is missing or wrong"
         with OpenAI(base_url=url, api_key="sesame", max_retries=0) as client:
             assert text_of(say(client, DOCUMENTS[0], max_tokens=TOKENS)) == ask(load(place.one), DOCUMENTS[0])
 
@@ -398,14 +400,18 @@ def problem(*words: Path | str) -> str:
 
 def test_a_port_in_use_is_reported_before_anything_is_loaded(server: Server) -> None:
     port = server.url.split(":")[2].split("/")[0]
-    said = problem("nowhere", "--port", port)
-    assert said.startswith(f"yeonma: --port {port}: the port is in use at 127.0.0.1; stop the other server")
+    message = problem("nowhere", "--port", port)
+    assert message.startswith(
+        f"yeonma: --port {port}: the port is in use at 127.0.0.1; stop the other server"
+    )
 
 
 def test_other_machines_need_a_key(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("YEONMA_API_KEY", raising=False)
-    said = problem(place.one, "--host", "0.0.0.0")
-    assert "--host 0.0.0.0: other machines could connect, and no API key is set; set $YEONMA_API_KEY" in said
+    message = problem(place.one, "--host", "0.0.0.0")
+    assert (
+        "--host 0.0.0.0: other machines could connect, and no API key is set; set $YEONMA_API_KEY" in message
+    )
     assert "no such address" in problem(place.one, "--host", "no.such.host.invalid")
     assert "spaces" in problem(place.one, "--api_key", "a b")
     monkeypatch.setenv("YEONMA_API_KEY", "열쇠")
@@ -416,11 +422,11 @@ def test_folders_that_cannot_be_served_together_are_refused(place: Place, tmp_pa
     other = tiny_base(tmp_path / "other", characters(), seed=1)
     elsewhere = adapter_on(other, tmp_path / "elsewhere", TEMPLATE)
     assert "its base is" in problem(place.one, elsewhere, "--port", "0")
-    said = problem(place.one, place.one, tmp_path / "none", "--port", "0")
-    assert "given twice" in said and "no such folder" in said
+    message = problem(place.one, place.one, tmp_path / "none", "--port", "0")
+    assert "given twice" in message and "no such folder" in message
     assert "leave no room" in problem(place.two, "--max_new_tokens", "500", "--port", "0")
-    said = problem(place.one, "--max_new_tokens", "500", "--max_new_tokens_limit", "100", "--port", "0")
-    assert "500 exceeds max_new_tokens_limit 100" in said
+    message = problem(place.one, "--max_new_tokens", "500", "--max_new_tokens_limit", "100", "--port", "0")
+    assert "500 exceeds max_new_tokens_limit 100" in message
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        said = problem(place.one, "--engine", "vllm", "--port", "0")
-        assert "vLLM cannot serve this: it is not installed, or there is no GPU" in said
+        message = problem(place.one, "--engine", "vllm", "--port", "0")
+        assert "vLLM cannot serve this: it is not installed, or there is no GPU" in message

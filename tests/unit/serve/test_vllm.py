@@ -65,8 +65,8 @@ def test_vllm_is_refused_if_the_chat_template_gives_other_tokens(base: Path, tmp
     folder = adapter_on(base, tmp_path / "plain", PLAIN)
     (folder / CHAT_TEMPLATE).write_text(CHATML)
     assert "does not give the trained tokens" in why_not([open_prompt_builder(folder)])
-    carried = "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
-    (folder / CHAT_TEMPLATE).write_text(carried)
+    exported = "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
+    (folder / CHAT_TEMPLATE).write_text(exported)
     prompt_builder = open_prompt_builder(folder)
     assert why_not([prompt_builder]) == ""
     (folder / CHAT_TEMPLATE).unlink()

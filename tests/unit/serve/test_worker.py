@@ -109,16 +109,16 @@ def test_the_ids_that_reach_the_model_are_the_prompts() -> None:
     model = tiny_model("llama")
     one = served(model)
     all_ids = prompts(shared=20)
-    seen: list[int] = []
+    fed_ids: list[int] = []
     model.register_forward_pre_hook(
-        lambda module, args, keywords: seen.extend(keywords["input_ids"][0].tolist()), with_kwargs=True
+        lambda module, args, keywords: fed_ids.extend(keywords["input_ids"][0].tolist()), with_kwargs=True
     )
     pairs = [job(ids, max_new_tokens=1) for ids in all_ids[:4]]
     with working({"a": one}, [job for job, _ in pairs]):
         for _, events in pairs:
             events.reply()
     prefix = all_ids[0][:20].tolist()
-    assert seen == prefix + [number for ids in all_ids[:4] for number in ids[20:].tolist()]
+    assert fed_ids == prefix + [number for ids in all_ids[:4] for number in ids[20:].tolist()]
 
 
 def test_a_later_job_joins_and_one_for_another_model_waits() -> None:

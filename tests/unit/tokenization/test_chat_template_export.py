@@ -204,7 +204,7 @@ def test_what_a_chat_template_cannot_carry_is_said_and_not_written(tmp_path: Pat
     odd.save_pretrained(base)
     data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
     done = trained(tmp_path / "OUT", base, data, max_steps=1)
-    assert "its chat template does not carry the training template: a chat template cannot" in done.out
+    assert "chat_template.jinja does not contain the training template: a chat template cannot" in done.out
     assert not list(done.folder.glob("*chat_template*"))
 
 

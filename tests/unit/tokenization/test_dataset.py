@@ -16,7 +16,7 @@ from yeonma.tokenization.dataset import (
     Dataset,
     data_warnings,
     describe,
-    listed,
+    format_rows,
     overlap_of,
     prepare_dataset,
 )
@@ -213,6 +213,6 @@ def test_a_drawn_validation_row_may_have_a_twin_among_the_trained(tmp_path: Path
 
 
 def test_a_long_list_is_cut_short_and_says_so() -> None:
-    assert listed([4]) == "row 4"
-    assert listed(list(range(1, 13))) == "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
-    assert listed([1, 2], count=1202) == "rows 1, 2 and 1,200 more"
+    assert format_rows([4]) == "row 4"
+    assert format_rows(list(range(1, 13))) == "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
+    assert format_rows([1, 2], count=1202) == "rows 1, 2 and 1,200 more"

@@ -53,7 +53,7 @@ def views_of(template: Template, make: Make, **rules: object) -> tuple[list[View
 
 
 def text(view: View, *kinds: str) -> str:
-    return "".join(stretch.text for stretch in view.stretches if stretch.kind in kinds)
+    return "".join(span.text for span in view.text_spans if span.kind in kinds)
 
 
 def squeezed(text: str) -> str:
@@ -97,7 +97,7 @@ def test_the_text_is_told_apart_without_loss(template: Template, make: Make, sid
     encoder = TextEncoder.of(make())
     assert any(view.cut_characters for view in views)
     for view in views:
-        shown = "".join(stretch.text for stretch in view.stretches if stretch.kind != "cut")
+        shown = "".join(span.text for span in view.text_spans if span.kind != "cut")
         assert shown == encoder.decode([token.id for token in view.tokens])
         assert shown == "".join(token.text for token in view.tokens)
         assert (
@@ -105,14 +105,14 @@ def test_the_text_is_told_apart_without_loss(template: Template, make: Make, sid
             or view.tokens[-1].kind == "end"
         )
         assert squeezed(view.prompt) in squeezed(shown) or "<unk>" in shown
-        trained = [stretch for stretch in view.stretches if stretch.trained]
-        assert {stretch.kind for stretch in trained} <= {"answer", "end"}
+        trained = [span for span in view.text_spans if span.trained]
+        assert {span.kind for span in trained} <= {"answer", "end"}
         assert view.answer.strip().startswith(trained[-2].text.strip() if trained[-1].kind == "end" else "")
-        assert all(stretch.kind not in ("answer", "end") for stretch in view.stretches if not stretch.trained)
-        lost = [stretch for stretch in view.stretches if stretch.kind == "cut"]
-        assert all(len(stretch.text) == view.cut_characters for stretch in lost)
-        for stretch in lost:  # what was cut, put back into its field, is the field
-            around = [neighbour for neighbour in view.stretches if neighbour.field == stretch.field]
+        assert all(span.kind not in ("answer", "end") for span in view.text_spans if not span.trained)
+        lost = [span for span in view.text_spans if span.kind == "cut"]
+        assert all(len(span.text) == view.cut_characters for span in lost)
+        for span in lost:  # what was cut, put back into its field, is the field
+            around = [neighbour for neighbour in view.text_spans if neighbour.field == span.field]
             whole = "".join(neighbour.text for neighbour in around)
             assert "<unk>" in whole or squeezed(whole) in (squeezed(DOCUMENT), 2 * squeezed(DOCUMENT))
             first, last = around[0].kind, around[-1].kind
@@ -139,7 +139,7 @@ def test_what_a_tokenizer_does_not_know_is_stepped_over() -> None:
     row = Row(1, {"document": "a 漢字 storm on Monday", "title": "漢 storm on Monday"}, "rows:1")
     template = load_template("title")
     (view,) = explain([template.render(row)], [row], unigram(), TokenRules(cutoff_len=400))
-    assert [stretch.kind for stretch in view.stretches] == ["frame", "field", "frame", "answer", "end"]
+    assert [span.kind for span in view.text_spans] == ["frame", "field", "frame", "answer", "end"]
     assert "<unk>" in text(view, "field")
     assert text(view, "answer").startswith("<unk>")
     assert text(view, "end") == "</s>"
@@ -150,7 +150,7 @@ def test_a_text_that_does_not_come_back_leaves_prompt_and_answer_apart() -> None
     template = load_template("title")
     rules = TokenRules(cutoff_len=70)
     (view,) = explain([template.render(row)], [row], unigram(), rules)
-    assert [stretch.kind for stretch in view.stretches if stretch.kind != "cut"] == [
+    assert [span.kind for span in view.text_spans if span.kind != "cut"] == [
         "prompt",
         "answer",
         "end",
@@ -165,13 +165,13 @@ def test_a_row_that_is_left_out_shows_its_text_and_why() -> None:
     assert "cutoff_len is 8" in view.left_out
     assert text(view, "field") == DOCUMENT
     assert view.prompt + view.answer == text(view, "frame", "field", "answer")
-    assert not any(stretch.trained for stretch in view.stretches)
+    assert not any(span.trained for span in view.text_spans)
 
 
 def test_trained_inputs_are_shown_as_trained() -> None:
     (view,) = views_of(load_template("title"), byte_level, train_on_inputs=True)[0]
     assert [token.trained for token in view.tokens] == [False] + [True] * (len(view.tokens) - 1)
-    assert {stretch.kind for stretch in view.stretches if stretch.trained} == {
+    assert {span.kind for span in view.text_spans if span.trained} == {
         "frame",
         "field",
         "answer",

@@ -1,11 +1,11 @@
-"""Whole runs of `yeonma dpo`: the same whatever the micro-batches, however often interrupted, in every form of data."""
+"""Complete runs of `yeonma dpo`: equal for any micro-batches, after interruptions, and for every form of data."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ import yeonma
 from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
-from yeonma.config.settings import PairLossName
+from yeonma.data.task import PAIRS
 from yeonma.train import build as setup
 from yeonma.train import loop, reference
 from yeonma.train import step as step_module
+from yeonma.train.losses import LOSSES
 
 ROWS = pairs(21)
-LOSSES = get_args(PairLossName)
+PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.task is PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def assert_same(one: Done, other: Done) -> None:
 
 
 def answer_logprob(model: Any, tokenizer: Any, prompt: str, text: str) -> tuple[torch.Tensor, int]:
-    """By transformers alone."""
+    """Computed with transformers alone."""
     before = tokenizer(prompt)["input_ids"]
     after = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
@@ -140,7 +141,7 @@ def test_a_model_that_takes_no_forest_learns_the_same_one_by_one(
 MORE: dict[str, dict[str, object]] = {"robust": {"label_smoothing": 0.1}, "cpo": {"sft_weight": 0}}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
 def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
     settings: dict[str, object] = {
         "cache_dir": tmp_path,
@@ -152,9 +153,9 @@ def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, los
     margins = [look["reward_margin"] for look in done.looks]
     assert margins[-1] > margins[0], margins
     assert done.looks[-1]["loss"] < done.looks[0]["loss"]
-    assert ("reference: " in done.out) == (loss not in ("simpo", "cpo", "orpo"))
+    assert ("reference: " in done.out) == LOSSES[loss].needs_reference
     card = (done.folder / "README.md").read_text(encoding="utf-8")
-    assert ("the accuracy is that of a coin" in card) == (loss not in ("simpo", "cpo", "orpo"))
+    assert ("an accuracy of 0.5 is chance" in card) == LOSSES[loss].needs_reference
 
 
 def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base: Path) -> None:
@@ -188,7 +189,7 @@ def test_the_card_of_labelled_answers_has_no_wanted_answer_where_none_is_known(
     assert len(rows) == 6
     assert {labelled(12)[number - 1]["label"] for number in rows} == {True, False}
     for number, part in rows.items():
-        assert ("wanted:" in part) == labelled(12)[number - 1]["label"]
+        assert ("\nreference:\n" in part) == labelled(12)[number - 1]["label"]
     assert "on 6 labelled answers (" in card
     assert (
         "| validation | loss | reward accuracy | reward of desirable | reward of undesirable | step |" in card
@@ -239,10 +240,10 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
         assert dpo(tmp_path / "out", base, data, **RESUMED).status == 130
     if not cache_stays:  # the reference is the model as it was at the start, not that of the checkpoint
         shutil.rmtree(tmp_path / "cache")
-    asked = forward_passes(monkeypatch)
+    pass_sizes = forward_passes(monkeypatch)
     done = tuned(tmp_path / "out", base, data, **RESUMED)
     assert "continuing after step 4 of 8" in done.out
-    assert sum(asked) == (0 if cache_stays else 2 * 21)
+    assert sum(pass_sizes) == (0 if cache_stays else 2 * 21)
     assert left_behind(done.folder) == left_behind(whole.folder)
 
 
@@ -252,39 +253,39 @@ def test_other_mathematics_is_another_run_and_speed_is_not(tmp_path: Path, base:
     assert again.status == 2
     assert "beta was 0.1 and is now 0.2" in again.err
     same = tuned(tmp_path / "out", base, data, max_steps=2, micro_batch_size=4)
-    assert "holds this run, finished" in same.out
+    assert "holds this run, which is finished" in same.out
 
 
 # The reference
 
 
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The examples of each of the reference's passes through the model from now on."""
-    asked: list[int] = []
+    """Records the number of examples in each forward pass of the reference."""
+    pass_sizes: list[int] = []
     compute = reference.pass_logprobs
 
     def counted(model: Any, support: Any, micro_pass: Any, *others: Any) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         assert not any(module.training for module in model.modules())
-        asked.append(len(micro_pass.batch))
+        pass_sizes.append(len(micro_pass.batch))
         return compute(model, support, micro_pass, *others)
 
     monkeypatch.setattr(reference, "pass_logprobs", counted)
-    return asked
+    return pass_sizes
 
 
 def test_the_reference_is_asked_once_for_all_runs(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    asked = forward_passes(monkeypatch)
+    pass_sizes = forward_passes(monkeypatch)
     first = tuned(tmp_path / "first", base, data, cache_dir=cache, lora_dropout=0.2)
-    assert sum(asked) == 2 * 21
+    assert sum(pass_sizes) == 2 * 21
     # fewer than micro-batches in training
-    assert len(asked) == math.ceil(21 / (2 * setup.UNITS_WITHOUT_GRADIENT))
-    asked.clear()
+    assert len(pass_sizes) == math.ceil(21 / (2 * setup.REFERENCE_UNITS_FACTOR))
+    pass_sizes.clear()
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, beta=0.2, val_set_size=3, lora_r=8)
-    assert asked == []
+    assert pass_sizes == []
     assert "reference: " in first.out
     assert "reference: " not in second.out
 
@@ -293,15 +294,15 @@ def test_only_what_a_run_needs_is_computed_and_the_rest_later(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    asked = forward_passes(monkeypatch)
+    pass_sizes = forward_passes(monkeypatch)
     tuned(tmp_path / "short", base, data, cache_dir=cache, max_steps=2, val_set_size=3)
-    assert sum(asked) == 2 * (4 + 4 + 3)  # of two steps, and held out
-    asked.clear()
+    assert sum(pass_sizes) == 2 * (4 + 4 + 3)  # of two steps, and held out
+    pass_sizes.clear()
     (file,) = cache.glob("*.reference")
     missing = set(np.flatnonzero(np.isnan(load_file(file)["logprobs"])) // 2)
     assert len(missing) == 21 - 11
     whole = tuned(tmp_path / "whole", base, data, cache_dir=cache)
-    assert sum(asked) == 2 * len(missing)
+    assert sum(pass_sizes) == 2 * len(missing)
     fresh = tuned(tmp_path / "fresh", base, data, cache_dir=tmp_path / "other")
     assert_same(whole, fresh)
 
@@ -310,7 +311,7 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "ROUND_TOKENS", 300)
-    asked = forward_passes(monkeypatch)
+    pass_sizes = forward_passes(monkeypatch)
     compute, calls = reference.pass_logprobs, 0
 
     def killed(*arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -323,10 +324,10 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(reference, "pass_logprobs", killed)
         assert dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache").status == 130
-    before = sum(asked)
+    before = sum(pass_sizes)
     assert 0 < before < 42
     tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "cache")
-    assert sum(asked) == 42
+    assert sum(pass_sizes) == 42
 
 
 ROUNDS: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5, "lora_dropout": 0.1}
@@ -334,7 +335,7 @@ ROUNDS: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5
 
 @pytest.fixture(scope="module")
 def in_rounds(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> tuple[Done, bytes]:
-    """A run whose reference is written in several rounds, and the file of it."""
+    """A run whose reference is written in several rounds, and the cache file."""
     place = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ROUND_TOKENS", 500)
@@ -363,14 +364,14 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
         "step 2": (loop, "write_checkpoint", 2),
         "step 6": (loop, "write_checkpoint", 6),
     }[point]
-    kept, calls = getattr(module, name), 0
+    compute, calls = getattr(module, name), 0
 
     def killed(*arguments: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at:
             raise KeyboardInterrupt
-        return kept(*arguments, **more)
+        return compute(*arguments, **more)
 
     place = tmp_path / "cache"
     with monkeypatch.context() as patch:
@@ -401,9 +402,9 @@ def test_a_damaged_file_is_computed_again(
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-8]), "empty": b""}[damage])
-    asked = forward_passes(monkeypatch)
+    pass_sizes = forward_passes(monkeypatch)
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, max_steps=2)
-    assert sum(asked) == 2 * 8  # of both steps
+    assert sum(pass_sizes) == 2 * 8  # of both steps
     assert second.weight_bytes == first.weight_bytes
 
 
@@ -415,13 +416,13 @@ def test_other_weights_adapters_rows_or_cutoffs_have_a_reference_of_their_own(
     other = model_folder(tmp_path / "other", seed=1)
     rows = write_jsonl(tmp_path / "rows.jsonl", pairs(5, seed=1))
     adapter = tmp_path / "out"
-    asked = forward_passes(monkeypatch)
+    pass_sizes = forward_passes(monkeypatch)
     tuned(tmp_path / "a", other, data, **settings)
     tuned(tmp_path / "b", base, rows, **settings)
     tuned(tmp_path / "c", base, data, **settings, cutoff_len=60)
     tuned(tmp_path / "d", base, data, **settings, adapter=adapter)
     tuned(tmp_path / "e", base, data, **settings, dtype="bfloat16")
-    assert sum(asked) == 2 * (4 * 8 + 5)  # of two steps each; b has five pairs
+    assert sum(pass_sizes) == 2 * (4 * 8 + 5)  # of two steps each; b has five pairs
 
 
 def test_a_cache_that_cannot_be_written_is_told(
@@ -512,8 +513,8 @@ def test_every_form_of_pairs_trains_and_is_asked_as_it_was_trained(
     if form == "dialogues":
         row = {"messages": shown["chosen"]}
     prompt = loaded.prompt_builder.tokenizer.decode(loaded.prompt_ids(row, max_new_tokens=8))
-    asked = loaded.generate([row], max_new_tokens=4)
-    assert len(asked) == 1
+    answers = loaded.generate([row], max_new_tokens=4)
+    assert len(answers) == 1
     assert prompt.rstrip("\n") in card
     answers = tmp_path / "answers.jsonl"
     settings = ["--data_path", str(write_jsonl(tmp_path / "asked.jsonl", [row]))]
@@ -546,7 +547,7 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"train_on_inputs": True}, "train_on_inputs: a prompt is the same for both answers"),
         ({"label_smoothing": 0.5}, "label_smoothing: 0.5 is out of range"),
@@ -558,10 +559,10 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
-    tmp_path: Path, base: Path, data: Path, settings: dict[str, object], told: str
+    tmp_path: Path, base: Path, data: Path, settings: dict[str, object], message: str
 ) -> None:
     done = dpo(tmp_path / "out", base, data, **settings)
-    assert (done.status, done.err.startswith(f"yeonma: {told}")) == (2, True), done.err
+    assert (done.status, done.err.startswith(f"yeonma: {message}")) == (2, True), done.err
     assert not done.folder.exists()
 
 
@@ -585,10 +586,10 @@ def test_without_a_template_that_of_the_adapter_continued_is_used(tmp_path: Path
     data = write_jsonl(tmp_path / "b.jsonl", ROWS[:4])
     done = tuned(tmp_path / "out", base, data, adapter=first.folder, max_steps=1)
     assert (done.folder / "template.txt").read_text() == template + "\n"
-    assert f"template {first.folder}/template.txt, of the adapter continued" in done.out
+    assert f"template {first.folder}/template.txt, from the adapter to continue" in done.out
     other = [
         {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS[:4]
     ]
-    asked = write_jsonl(tmp_path / "c.jsonl", other)
-    done = tuned(tmp_path / "other", base, asked, adapter=first.folder, max_steps=1)
+    other_data = write_jsonl(tmp_path / "c.jsonl", other)
+    done = tuned(tmp_path / "other", base, other_data, adapter=first.folder, max_steps=1)
     assert "template orca, because the columns are question, chosen, rejected" in done.out

@@ -1,4 +1,4 @@
-"""The training step: equal to transformers' Trainer, whatever the micro-batches; schedules, evaluation, bad numbers."""
+"""The training loop: equal to transformers' Trainer for any micro-batches; schedules, evaluation, NaN."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reference(Trainer):
-    """transformers' Trainer, taking the rows as they come and keeping each step's loss unrounded."""
+    """transformers' Trainer with rows in order, recording each step's unrounded loss."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -55,19 +55,21 @@ def tokens_of(row: Mapping[str, str], tokenizer: Any, train_on_inputs: bool = Fa
 
 
 def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    longest = max(len(each["input_ids"]) for each in examples)
+    longest = max(len(example["input_ids"]) for example in examples)
 
     def filled(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([each[name] + [value] * (longest - len(each[name])) for each in examples])
+        return torch.tensor(
+            [example[name] + [value] * (longest - len(example[name])) for example in examples]
+        )
 
     mask = torch.tensor(
-        [[1] * len(each["labels"]) + [0] * (longest - len(each["labels"])) for each in examples]
+        [[1] * len(example["labels"]) + [0] * (longest - len(example["labels"])) for example in examples]
     )
     return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100), "attention_mask": mask}
 
 
 def reference(folder: Path, base: Path, rows: list[dict[str, str]], **settings: Any) -> Reference:
-    """20 steps of 8 rows of what `yeonma sft` is asked below, by transformers and PEFT alone."""
+    """The run of the test below, 20 steps of 8 rows, with transformers and PEFT alone."""
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(42)
@@ -121,7 +123,7 @@ def test_20_steps_give_the_losses_and_weights_of_transformers_trainer(
     assert len(ours.losses) == 20
     assert ours.losses == pytest.approx(list(theirs.losses.values()), abs=1e-4)
     assert ours.losses[0] > ours.losses[-1] + 0.1  # something was learnt
-    weights = {name: each for name, each in theirs.model.state_dict().items() if "lora_" in name}
+    weights = {name: weight for name, weight in theirs.model.state_dict().items() if "lora_" in name}
     assert len(ours.weights) == len(weights)
     for name, weight in ours.weights.items():
         theirs_weight = weights[name.replace(".weight", ".default.weight")]
@@ -409,9 +411,9 @@ def best_of(done: Done) -> int:
 def test_the_adapter_with_the_lowest_validation_loss_is_kept(overfitted: Done) -> None:
     best = best_of(overfitted)
     assert 2 <= best < 20  # else this shows nothing
-    kept = overfitted.folder / f"checkpoint-{best}" / "adapter_model.safetensors"
-    assert overfitted.weight_bytes == kept.read_bytes()
-    assert f"the adapter of step {best} had the lowest validation loss" in overfitted.out
+    best_weights = overfitted.folder / f"checkpoint-{best}" / "adapter_model.safetensors"
+    assert overfitted.weight_bytes == best_weights.read_bytes()
+    assert f"using the adapter of step {best}, which had the lowest validation loss" in overfitted.out
 
 
 def test_the_newest_checkpoints_and_the_best_one_stay(overfitted: Done) -> None:
@@ -435,7 +437,7 @@ def test_evaluations_without_gain_stop_the_run_early(tmp_path: Path, base: Path,
         )
     )  # fmt: skip
     assert done.steps[-1]["step"] == stop < 24
-    assert "stopping early: 2 evaluations brought no lower loss" in done.out
+    assert "stopping early: no lower loss in 2 evaluations" in done.out
     assert done.losses == overfitted.losses[:stop]
 
 
@@ -464,8 +466,8 @@ def test_a_run_that_only_gets_worse_still_leaves_what_it_learnt(
     done = trained(tmp_path / "out", base, data, val_set_size=9, max_steps=1, learning_rate=30)
     before, after = done.looks
     assert before["loss"] < after["loss"]
-    kept = done.folder / "checkpoint-1" / "adapter_model.safetensors"
-    assert done.weight_bytes == kept.read_bytes()
+    best_weights = done.folder / "checkpoint-1" / "adapter_model.safetensors"
+    assert done.weight_bytes == best_weights.read_bytes()
 
 
 # Numbers that are none
@@ -480,10 +482,10 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
     make = run.build_train_state
 
     def tuning(*arguments: Any, **more: Any) -> Any:
-        made = make(*arguments, **more)
-        poisoned.append(made)
-        next(iter(made.parameters.values())).data[0, 0] = math.nan
-        return made
+        state = make(*arguments, **more)
+        poisoned.append(state)
+        next(iter(state.parameters.values())).data[0, 0] = math.nan
+        return state
 
     monkeypatch.setattr(run, "build_train_state", tuning)
     done = sft(tmp_path / "out", base, data, batch_size=3)

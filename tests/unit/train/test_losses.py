@@ -1,5 +1,5 @@
-"""Each preference loss against its paper's formula, written out for one pair in plain floats; its gradient against
-finite differences of that formula; limits; metrics as sums."""
+"""Every preference loss equals its paper's formula, written for one pair in plain floats, and its gradient the finite
+differences of that formula; limits; metrics as sums."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from yeonma.config.settings import LossName, PreferenceSettings
 from yeonma.data.task import PAIRS as PAIRS_TASK
 from yeonma.data.task import task_for_loss
+from yeonma.errors import UserError
 from yeonma.train.losses import (
     KTO_METRICS,
     LOSSES,
@@ -28,6 +29,7 @@ from yeonma.train.losses import (
     log_odds,
     pair_losses,
     pair_metric_sums,
+    preference_loss,
     rewards,
     sft_term,
 )
@@ -159,13 +161,21 @@ PAPER: dict[str, Callable[[Pair, PreferenceOptions], float]] = {
 
 def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
     assert PAPER.keys() == PAIR_LOSSES.keys()
-    assert PAIR_LOSSES.keys() > REFERENCE_FREE == {"simpo", "cpo", "orpo"}
-    assert set(get_args(LossName)) == {*PAIR_LOSSES, "kto"} == LOSSES.keys()
+    assert PAIR_LOSSES.keys() > REFERENCE_FREE >= {"simpo", "cpo", "orpo"}
+    assert set(get_args(LossName)) == LOSSES.keys()
     for name, loss in LOSSES.items():
         assert loss.name == name
         assert loss.task is task_for_loss(name)
     settings = {field.name for field in fields(PreferenceSettings)}
     assert {field.name for field in fields(PreferenceOptions)} == settings - {"loss"}
+
+
+def test_a_name_without_a_record_is_an_error() -> None:
+    assert all(preference_loss(name) is loss for name, loss in LOSSES.items())
+    with pytest.raises(
+        UserError, match="loss squared_hinge: this loss has no record; add a PreferenceLoss to"
+    ):
+        preference_loss("squared_hinge")
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
@@ -214,20 +224,26 @@ def test_without_a_weight_the_supervised_term_has_the_papers(name: str) -> None:
     assert torch.equal(actual, expected)
 
 
+WITHOUT_MARGIN = {
+    "sigmoid": math.log(2),
+    "robust": math.log(2),
+    "hinge": 1.0,
+    "ipo": 1 / (2 * OPTIONS.beta) ** 2,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+}
+
+
 @pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
 def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
     policy = policy_of(PAIRS)
     reference = ReferenceLogprobs(policy.chosen_P.detach(), policy.rejected_P.detach())
-    expected = {
-        "sigmoid": math.log(2),
-        "robust": math.log(2),
-        "hinge": 1.0,
-        "ipo": 1 / (2 * OPTIONS.beta) ** 2,
-        "apo_zero": 1.0,
-        "apo_down": 1.0,
-    }[name]
+    equal = [replace(pair, reference_chosen=pair.chosen, reference_rejected=pair.rejected) for pair in PAIRS]
+    by_formula = [PAPER[name](pair, OPTIONS) for pair in equal]
     actual = pair_losses(LOSSES[name], policy, reference, OPTIONS)
-    assert actual.tolist() == pytest.approx([expected] * len(PAIRS), rel=1e-6)
+    assert actual.tolist() == pytest.approx(by_formula, rel=1e-6)
+    if name in WITHOUT_MARGIN:
+        assert by_formula == pytest.approx([WITHOUT_MARGIN[name]] * len(PAIRS))
     for reward_P in rewards(LOSSES[name], policy, reference, OPTIONS):
         assert not reward_P.any()
 
@@ -266,7 +282,7 @@ def test_labels_that_are_right_for_certain_leave_dpo_as_it_is() -> None:
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
-    """Over pairs whose labels are flipped with probability e, its mean is the loss of the true labels."""
+    """Its expectation over pairs whose labels are flipped with probability e is the loss of the true labels."""
     policy, reference, e = policy_of(PAIRS), reference_of(PAIRS), OPTIONS.label_smoothing
     flipped = PairLogprobs(
         policy.rejected_P, policy.chosen_P, policy.rejected_tokens_P, policy.chosen_tokens_P
@@ -289,17 +305,26 @@ def test_lengths_matter_where_the_loss_is_per_token_and_only_there() -> None:
             pair_losses(LOSSES[name], policy_of(longer), reference_of(longer), OPTIONS),
         )
     }
-    assert moved == {"ipo", "simpo", "orpo"}
+    by_formula = {
+        name
+        for name in PAIR_LOSSES
+        if any(
+            PAPER[name](pair, OPTIONS) != PAPER[name](long_pair, OPTIONS)
+            for pair, long_pair in zip(PAIRS, longer, strict=True)
+        )
+    }
+    assert moved == by_formula >= {"ipo", "simpo", "orpo"}
+    assert {name for name in REFERENCE_FREE if LOSSES[name].per_token_reward} == moved & REFERENCE_FREE
 
 
-@pytest.mark.parametrize("name", [*PAIR_LOSSES, "kto"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
     rows = labelled()
     policy, reference = policy_of(PAIRS), reference_of(PAIRS)
 
     def losses(options: PreferenceOptions) -> torch.Tensor:
-        if name == "kto":
-            return kto_losses(rows, torch.tensor(0.4), options)
+        if name not in PAIR_LOSSES:
+            return LOSSES[name].function(rows, torch.tensor(0.4), options)
         return pair_losses(LOSSES[name], policy, reference, options)
 
     as_it_was = losses(OPTIONS)
@@ -342,7 +367,7 @@ def test_metrics_are_sums_over_the_pairs(name: str) -> None:
     actual = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
     if name not in REFERENCE_FREE:
         both = [ratios(pair) for pair in PAIRS]
-    elif name == "cpo":
+    elif not LOSSES[name].per_token_reward:
         both = [(pair.chosen, pair.rejected) for pair in PAIRS]
     else:
         both = [(pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens) for pair in PAIRS]

@@ -1,4 +1,4 @@
-"""`micro_batch_tokens auto` and `gradient_checkpointing auto`: chosen from free memory, tried, kept in checkpoints."""
+"""`micro_batch_tokens auto` and `gradient_checkpointing auto`: chosen from free memory, tried, saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from yeonma.policy import blueprint
 from yeonma.train import memory_budget as budget
 from yeonma.train import step as step_module
 from yeonma.train.distributed import Processes
-from yeonma.train.memory_budget import SHARE, WAYS, budgets, free_memory, micro_batching, resolve_auto
+from yeonma.train.memory_budget import (
+    CHECKPOINTING_LEVELS,
+    MEMORY_SHARE,
+    free_memory,
+    micro_batching,
+    resolve_auto,
+    token_budgets,
+)
 from yeonma.train.prepare import Prepared, lora_shape, prepare
 
 AUTO: dict[str, object] = {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto", "batch_size": 8}
@@ -41,35 +48,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Case:
-    """Settings that are prepared, what each way would need, and what is chosen where so much is free."""
+    """Prepared settings, the memory that they need, and what is chosen for some amount of free memory."""
 
     def __init__(self, base: Path, data: Path, **changed: object) -> None:
-        wanted = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
-        self.config = config_from_keywords(RunConfig, wanted, groups=TRAINING).config
+        settings = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
+        self.config = config_from_keywords(RunConfig, settings, groups=TRAINING).config
         self.source = load.find_base(str(base))
         self.prepared: Prepared = prepare(self.config, self.source, None, lambda _: None)
         self.said: list[str] = []
 
     def chosen(self, free: float, **more: Any) -> tuple[Any, Any]:
         group = Processes(0, 1)
-        found = resolve_auto(
+        resolved = resolve_auto(
             self.config, self.source, self.prepared, group, self.said.append, free=round(free), **more
         )
-        return found.model.gradient_checkpointing, found.step
+        return resolved.model.gradient_checkpointing, resolved.step
 
     def free_for(self, way: Any, micro: MicroBatchBounds) -> float:
-        """Bytes that have to be free for these micro-batches."""
+        """The free memory in bytes that these micro-batches need."""
         lora = lora_shape(self.config.lora)
         drawn = blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=way)
         batches = survey_micro_batches(self.prepared.plan, self.prepared.dataset.train.store, micro, 1)
         peak = trace(drawn, batches.heaviest, has_gradients=batches.several).peak
-        return (peak + drawn.weight_bytes + 3 * drawn.trained_bytes) / SHARE["cpu"]
+        return (peak + drawn.weight_bytes + 3 * drawn.trained_bytes) / MEMORY_SHARE["cpu"]
 
 
 def test_budgets_go_down_by_about_a_quarter_to_the_longest_row() -> None:
-    assert list(budgets(1000, 300)) == [1000, 750, 500, 375, 300]
-    assert list(budgets(200, 300)) == [300]
-    assert list(budgets(300, 300)) == [300]
+    assert list(token_budgets(1000, 300)) == [1000, 750, 500, 375, 300]
+    assert list(token_budgets(200, 300)) == [300]
+    assert list(token_budgets(300, 300)) == [300]
 
 
 def test_tokens_are_what_free_memory_holds(base: Path, data: Path) -> None:
@@ -79,11 +86,11 @@ def test_tokens_are_what_free_memory_holds(base: Path, data: Path) -> None:
     way, step = case.chosen(PLENTY)
     assert way is False and micro_batching(step) == MicroBatchBounds(8, whole, True)
     assert f"at most {whole:,} tokens at once; activations are kept" in case.said[-1]
-    needs = {n: case.free_for(False, MicroBatchBounds(8, n, True)) for n in budgets(whole, longest)}
-    found = [case.chosen(free + 2)[1].micro_batch_tokens for free in needs.values()]
+    needs = {n: case.free_for(False, MicroBatchBounds(8, n, True)) for n in token_budgets(whole, longest)}
+    budgets_found = [case.chosen(free + 2)[1].micro_batch_tokens for free in needs.values()]
     # a long row alone may take more than several short ones of more tokens
-    assert found == [max(n for n, need in needs.items() if need <= free) for free in needs.values()]
-    assert len(set(found)) > 3
+    assert budgets_found == [max(n for n, need in needs.items() if need <= free) for free in needs.values()]
+    assert len(set(budgets_found)) > 3
     assert case.chosen(1)[1].micro_batch_tokens == longest  # the trial will tell
 
 
@@ -92,9 +99,9 @@ def test_more_tokens_than_bring_speed_are_not_taken(
 ) -> None:
     case = Case(base, data, micro_batch_tokens="auto", batch_size=8)
     longest = int(case.prepared.plan.lengths.max())
-    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", longest + 40)
+    monkeypatch.setitem(budget.MAX_TOKENS, "cpu", longest + 40)
     assert case.chosen(PLENTY)[1].micro_batch_tokens == longest + 40
-    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", 10)
+    monkeypatch.setitem(budget.MAX_TOKENS, "cpu", 10)
     assert case.chosen(PLENTY)[1].micro_batch_tokens == longest
 
 
@@ -109,9 +116,9 @@ def test_activations_are_kept_where_there_is_room(
     (deeper / "config.json").write_text(json.dumps(config), "utf-8")
     case = Case(deeper, data, micro_batch_size=4, **{**AUTO, "micro_batch_tokens": tokens})
     micro = MicroBatchBounds(4, None, True) if tokens is None else micro_batching(case.chosen(PLENTY)[1])
-    needs = [case.free_for(way, micro) for way in WAYS]
+    needs = [case.free_for(way, micro) for way in CHECKPOINTING_LEVELS]
     assert needs[0] > needs[1] > needs[2]
-    assert [case.chosen(need + 2)[0] for need in needs] == list(WAYS)
+    assert [case.chosen(need + 2)[0] for need in needs] == list(CHECKPOINTING_LEVELS)
     assert case.chosen(1)[0] is True
     assert [("kept" in said, "every other" in said) for said in case.said[-4:]] == [
         (True, False), (False, True), (False, False), (False, False),
@@ -121,10 +128,10 @@ def test_activations_are_kept_where_there_is_room(
 def test_a_quantised_base_leaves_more_room(base: Path, data: Path) -> None:
     free = Case(base, data).free_for(False, MicroBatchBounds(4, None, True))
     whole, packed = (
-        Case(base, data, gradient_checkpointing="auto", micro_batch_size=4, quantization=each).chosen(
+        Case(base, data, gradient_checkpointing="auto", micro_batch_size=4, quantization=quantization).chosen(
             free - 1000
         )
-        for each in ("none", "fp8")
+        for quantization in ("none", "fp8")
     )
     assert (whole[0], packed[0]) == ("selective", False)
 
@@ -150,14 +157,14 @@ def test_where_free_memory_is_not_known_it_is_an_error(
 def test_free_memory_is_the_systems_and_a_containers_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = free_memory(torch.device("cpu"))
-    assert found is not None and found > 1e6
-    assert budget._left_of_the_group(tmp_path) == []
+    free = free_memory(torch.device("cpu"))
+    assert free is not None and free > 1e6
+    assert budget._cgroup_free_bytes(tmp_path) == []
     for name, text in (("memory.max", "max\n"), ("memory.current", "5000\n")):
         (tmp_path / name).write_text(text)
-    assert budget._left_of_the_group(tmp_path) == []
+    assert budget._cgroup_free_bytes(tmp_path) == []
     (tmp_path / "memory.max").write_text("9000\n")
-    assert budget._left_of_the_group(tmp_path) == [4000]
+    assert budget._cgroup_free_bytes(tmp_path) == [4000]
 
 
 # Runs
@@ -212,7 +219,7 @@ def test_a_run_that_goes_on_keeps_what_it_had_though_other_memory_is_free(
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, tokens: int) -> list[int]:
-    """From now on a pass with more tokens than these runs out of memory; the tokens of all passes."""
+    """Makes passes with more than `tokens` tokens run out of memory. Returns the list of all passes' tokens."""
     compute, seen = getattr(module, name), []
 
     def passing(*given: Any, **more: Any) -> Any:
@@ -299,4 +306,4 @@ def test_the_choice_of_the_process_with_least_room_holds(monkeypatch: pytest.Mon
         return [mine, *others]
 
     monkeypatch.setattr(budget, "gather_bytes", gathered)
-    assert budget._agreed(replace(Processes(0, 3)), False, 500) == (True, 300)
+    assert budget._agree(replace(Processes(0, 3)), False, 500) == (True, 300)

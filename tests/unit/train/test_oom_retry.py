@@ -1,4 +1,4 @@
-"""A step that has no room is done again in smaller parts, with the same result; errors of memory are injected."""
+"""A step that runs out of memory is repeated in smaller parts, with the same result. The tests inject the errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def out_of_memory(text: str = "CUDA out of memory. Tried to allocate 2.00 GiB.")
 def failing(
     monkeypatch: pytest.MonkeyPatch, module: Any, fails: Fails, error: Callable[[], Exception]
 ) -> list[int]:
-    """From now on a pass through the model fails where `fails(number of the pass, examples)`; the failed ones."""
+    """Makes forward passes fail if `fails(number of the pass, examples)`. Returns the list of failed ones."""
     compute, passes, failed = module.pass_logprobs, [0], []
 
     def limited(model: Any, support: Any, micro_pass: Any, *others: Any) -> torch.Tensor:
@@ -53,7 +53,7 @@ def failing(
 
 
 def same(one: Done, other: Done) -> None:
-    """To rounding: losses, and the weights they led to."""
+    """Losses and weights are equal to rounding."""
     assert one.losses == pytest.approx(other.losses, rel=1e-5)
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=1e-4, atol=1e-5)
@@ -84,8 +84,8 @@ def test_a_step_without_room_is_done_again_in_halves(
     done = trained(tmp_path / "out", base, data, batch_size=8, micro_batch_size=4)
     assert failed == [4, 5]  # of 4, the second of the step; then of 2, the first
     same(done, whole)
-    told = [line for line in done.err.splitlines() if "out of memory" in line]
-    assert told == [
+    lines = [line for line in done.err.splitlines() if "out of memory" in line]
+    assert lines == [
         "yeonma: out of memory with 4 at once; continuing with 2, the same result to rounding",
         "yeonma: out of memory with 2 at once; continuing with 1, the same result to rounding",
     ]
@@ -116,7 +116,7 @@ def test_so_with_preferences_their_means_evaluations_and_references(
 def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, whose numbers depend on what goes through the model together; killed after the third step."""
+    """With dropout, whose masks depend on the micro-batches; killed after the third step."""
 
     def run(place: Path, dies_at: int | None) -> Done:
         with monkeypatch.context() as patch:
@@ -143,10 +143,10 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
     assert state["micro_batches"] == [4, 2]
     shutil.copytree(tmp_path / "out", tmp_path / "asked")
     with monkeypatch.context() as patch:
-        kept: list[int] = []
-        patch.setattr(MicroBatchLimit, "restore", lambda limit, most: kept.append(most))
+        restored: list[int] = []
+        patch.setattr(MicroBatchLimit, "restore", lambda limit, most: restored.append(most))
         trained(tmp_path / "asked", base, data, **{**DROPOUT, "micro_batch_size": 3})
-        assert kept == []  # what is asked for now counts
+        assert restored == []  # what is asked for now counts
     again = trained(tmp_path / "out", base, data, **DROPOUT)  # nothing fails here
     assert again.losses == whole.losses
     assert again.weight_bytes == whole.weight_bytes

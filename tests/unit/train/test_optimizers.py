@@ -1,4 +1,4 @@
-"""AdamW and its kin in 8 bits: near each other, and gone on with from saved tensors as if nothing had been between."""
+"""AdamW and its 8-bit forms: close to each other, and resumed from saved tensors without a difference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def walked(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> tup
     the tensors of the first. And the names of its tensors."""
     draw = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(*s, generator=draw).to(device)) for s in ((64, 80), (7, 5))]
-    names: dict[torch.Tensor, str] = {each: f"layers.{at}.A" for at, each in enumerate(parameters)}
+    names: dict[torch.Tensor, str] = {parameter: f"layers.{at}.A" for at, parameter in enumerate(parameters)}
 
     def make() -> torch.optim.Optimizer:
         return make_optimizer(
@@ -33,38 +33,38 @@ def walked(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> tup
     optimizer = make()
     for step in range(STEPS):
         if step == stop:
-            kept = save(optimizer_tensors(optimizer, names))
+            saved = save(optimizer_tensors(optimizer, names))
             optimizer = make()
-            restore_optimizer(optimizer, names, load(kept))
-        for each in parameters:
-            each.grad = torch.randn(each.shape, generator=draw).to(device)
+            restore_optimizer(optimizer, names, load(saved))
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=draw).to(device)
         optimizer.step()
     tensors = optimizer_tensors(optimizer, names)
-    return torch.cat([each.detach().flatten().cpu() for each in parameters]), set(tensors)
+    return torch.cat([parameter.detach().flatten().cpu() for parameter in parameters]), set(tensors)
 
 
 @unpaged
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_saved_and_restored_it_walks_on_byte_for_byte(kind: Optimizer, stop: int) -> None:
-    found, names = walked(kind, stop)
+    weights, names = walked(kind, stop)
     whole, all_names = walked(kind)
-    assert torch.equal(found, whole)
+    assert torch.equal(weights, whole)
     assert names == all_names and len(names) > 5
 
 
 @unpaged
 @pytest.mark.parametrize("kind", IN_8_BITS)
 def test_eight_bits_walk_near_the_whole_numbers(kind: Optimizer) -> None:
-    (found, _), (whole, _) = walked(kind), walked("adamw")
-    furthest = float((found - whole).abs().max())
+    (weights, _), (whole, _) = walked(kind), walked("adamw")
+    furthest = float((weights - whole).abs().max())
     assert 0 < furthest < LEARNING_RATE  # of six steps of about that length
-    assert torch.allclose(found[-35:], whole[-35:], rtol=0, atol=1e-6)  # a small one's averages stay whole
+    assert torch.allclose(weights[-35:], whole[-35:], rtol=0, atol=1e-6)  # a small one's averages stay whole
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu_too(kind: Optimizer) -> None:
-    found, _ = walked(kind, 4, device="cuda")
-    assert torch.equal(found, walked(kind, device="cuda")[0])
-    assert float((found - walked("adamw")[0]).abs().max()) < LEARNING_RATE
+    weights, _ = walked(kind, 4, device="cuda")
+    assert torch.equal(weights, walked(kind, device="cuda")[0])
+    assert float((weights - walked("adamw")[0]).abs().max()) < LEARNING_RATE

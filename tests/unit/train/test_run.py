@@ -1,4 +1,4 @@
-"""From settings to an adapter folder: what is left behind, what is refused and when, and what may be continued."""
+"""From settings to an adapter folder: which files a run writes, what it refuses and when, and what it can continue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """12 rows to train, 5 to look at; two epochs of three steps. The loss still falls at the end."""
+    """12 training and 5 validation rows; two epochs of three steps. The loss still falls at the end."""
     settings = {"val_set_size": 5, "num_epochs": 2, "card_rows": 2}
     return trained(tmp_path_factory.mktemp("done") / "out", base, data, **settings)
 
@@ -60,7 +60,7 @@ def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:
         "settings.yaml",
         "metrics.jsonl",
         "trained_rows.jsonl",
-        "loss.png",
+        "loss.svg",
         "README.md",
         "run.json",
         "manifest.json",
@@ -127,7 +127,7 @@ def test_plain_peft_loads_the_folder_and_every_checkpoint(done: Done, data: Path
 
 
 def held_out(done: Done, data: Path) -> list[dict[str, str]]:
-    """The validation rows of `done`, by the rule that draws them."""
+    """The validation rows of `done`, by the rule that selects them."""
     from yeonma.data.rows import draw_validation
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
@@ -148,7 +148,7 @@ def test_the_card_shows_before_and_after(done: Done) -> None:
     before, after = done.looks[0], done.looks[-1]
     assert f"| before | {before['loss']:.4f} | {before['perplexity']:.4f} | 0 |" in card
     assert f"| after | {after['loss']:.4f} | {after['perplexity']:.4f} | 6 |" in card
-    assert card.count("### Row ") == card.count("\ntuned:\n") == card.count("\nbase:\n") == 2
+    assert card.count("### Row ") == card.count("\nwith the adapter:\n") == card.count("\nbase model:\n") == 2
     assert "on 12 examples" in card
     assert "in 6 steps" in card
     assert TEMPLATE in card
@@ -164,7 +164,7 @@ def test_the_card_asks_with_the_trained_prompts_however_few_positions_are_left(t
     assert (done.steps[0]["tokens"], done.err) == (128 + 128 - room + 1 - len("a title") + 1, "")
     card = (done.folder / "README.md").read_text()
     for row in rows:
-        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nwanted:\n" in card
+        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nreference:\n" in card
 
 
 def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path
     data = write_jsonl(tmp_path / "rows.jsonl", [{"document": "a" * 200, "title": "b"}])
     length = len(TEMPLATE.format(document="a" * 200, title="b")) + 1
     refused = sft(tmp_path / "out", base, data)
-    what = f"the longest example has {length} tokens, and the model only 128 positions"
+    what = f"the longest example has {length} tokens, but the model only 128 positions"
     assert (refused.status, refused.err) == (2, f"yeonma: cutoff_len: {what}; use --cutoff_len 128\n")
     assert trained(tmp_path / "out", base, data, cutoff_len=128).steps[0]["tokens"] == 128
 
@@ -209,7 +209,7 @@ def test_a_run_needs_no_template_where_the_columns_are_known(tmp_path: Path, bas
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No weights may be read: it is a bug if the run comes so far."""
+    """Fails the test if weights are read."""
 
     def load(*_: object) -> None:
         raise AssertionError("weights were loaded")
@@ -236,7 +236,7 @@ def test_a_folder_with_files_that_would_be_replaced_is_refused(
     place.write_text("mine")
     refused = sft(tmp_path / "mine", base, data)
     cure = "give another folder, or --overwrite true"
-    what = f"it holds files that no run left there ({name.partition('/')[0]})"
+    what = f"it holds files that are not from a run ({name.partition('/')[0]})"
     assert (refused.status, refused.err) == (2, f"yeonma: output_dir {tmp_path / 'mine'}: {what}; {cure}\n")
     assert everything_in(tmp_path / "mine") == {name: b"mine"}
 
@@ -359,8 +359,8 @@ def test_an_adapter_is_continued_from_its_weights(tmp_path: Path, base: Path, da
     on = trained(tmp_path / "on", base, data, adapter=done.folder, val_set_size=5, num_epochs=2, lora_r=9)
     assert on.looks[0]["loss"] == pytest.approx(done.looks[-1]["loss"], abs=1e-6)
     assert on.looks[-1]["loss"] < done.looks[-1]["loss"]
-    assert {name: each.shape for name, each in on.weights.items()} == {
-        name: each.shape for name, each in done.weights.items()
+    assert {name: weight.shape for name, weight in on.weights.items()} == {
+        name: weight.shape for name, weight in done.weights.items()
     }
 
 

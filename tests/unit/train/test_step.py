@@ -1,4 +1,4 @@
-"""A step on a batch made in memory: sampled answers with advantages, by a loss that no command has."""
+"""A step on a batch in memory: sampled answers with advantages, and a loss that no command offers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sampled(random: np.random.Generator) -> list[Example]:
 
 
 def plain_logprobs(model: torch.nn.Module, example: Example) -> Tensor:
-    """By transformers alone, one sequence."""
+    """One sequence, computed with transformers alone."""
     ids = torch.from_numpy(example.token_ids.astype(np.int64))
     logprobs = torch.log_softmax(model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float(), -1)
     return logprobs.gather(1, ids[1:, None])[torch.from_numpy(example.trained[1:]), 0]

@@ -1,4 +1,4 @@
-"""`yeonma verify`: a run's folder passes, and every change to it is found and named."""
+"""`yeonma verify`: a run's folder passes, and every change to it is reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.runs import Done, articles, characters, command, model_folder, sft, t
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.train import run as run_module
 
-RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json")
+RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "loss.svg", "README.md", "run.json", "manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def rehash(folder: Path) -> None:
-    """As if the run had left the files so: the checksums no longer show the change."""
+    """Updates the checksums, as if the run itself had written the changed files."""
     from yeonma.files import file_hash
 
     names = json.loads((folder / "manifest.json").read_text())["sha256"]
@@ -195,12 +195,23 @@ def test_a_chat_template_that_gives_other_tokens_is_found(copy: Path) -> None:
     assert "it fails on a row" in differing(copy)["chat template"]
 
 
+def test_a_run_of_an_earlier_version_has_loss_png(copy: Path, place: Path) -> None:
+    (copy / "loss.svg").rename(copy / "loss.png")
+    sums = json.loads((copy / "manifest.json").read_text())["sha256"]
+    sums["loss.png"] = sums.pop("loss.svg")
+    (copy / "manifest.json").write_text(json.dumps({"sha256": sums}))
+    assert set(outcomes(copy).values()) == {"well"}
+    for name in ("run.json", "loss.png"):  # a copy of the adapter alone
+        (copy / name).unlink()
+    assert not differing(copy)
+
+
 # Changed files
 
 
 FILES = (
     *("adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"),
-    *("tokenizer.json", "tokenizer_config.json", "settings.yaml", "metrics.jsonl", "loss.png", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "settings.yaml", "metrics.jsonl", "loss.svg", "README.md"),
 )
 
 
@@ -477,23 +488,23 @@ def stopped(output: Path, place: Path, name: str, owner: Any = run_module, **set
     return done
 
 
-@pytest.mark.parametrize("name", ["install", "seal", "mark"])
+@pytest.mark.parametrize("name", ["install", "seal", "write_run_json"])
 @pytest.mark.parametrize("anew", [True, False])
 def test_an_unfinished_run_is_reported_as_such_and_its_checkpoints_are_checked(
     copy: Path, place: Path, whole: Path, name: str, anew: bool
 ) -> None:
     """Even if the folder held a finished run before, whose checksums must not count for the new run's files."""
     settings = {"overwrite": True} if anew else {"resume_from_checkpoint": copy / "checkpoint-2"}
-    if name == "mark":  # its second call: the first begins the run
-        mark = run_module.folder.mark
+    if name == "write_run_json":  # its second call: the first begins the run
+        write_run_json = run_module.folder.write_run_json
 
-        def marked(*arguments: Any, finished: bool) -> None:
+        def interrupted(*arguments: Any, finished: bool) -> None:
             if finished:
                 raise KeyboardInterrupt
-            mark(*arguments, finished=finished)
+            write_run_json(*arguments, finished=finished)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module.folder, "mark", marked)
+            patch.setattr(run_module.folder, "write_run_json", interrupted)
             keywords = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
             assert sft(copy, place / "base", place / "data.jsonl", **keywords).status == 130
     else:

@@ -1,12 +1,12 @@
-"""Attention over a forest on the CPU, without gathering or copying keys: all segments below another read its keys in
-one call, and its own tokens in a few.
+"""Attention over a forest on the CPU, without gathering or copying keys: all segments below a segment attend to its
+keys in one call, and its own queries in a few.
 
-A query's outputs over its own segment's keys and over each ancestor's are joined by the sums of their exponentials
-(Juravsky et al. 2024, arXiv:2402.05099, section 3.1). The gradient needs no joining: given the whole sum and the whole
-output, each part of the keys yields its part of the gradient (Dao et al. 2022, arXiv:2205.14135, appendix B).
+A query's outputs over its own segment's keys and over those of its ancestors are combined by their sums of exponentials
+(Juravsky et al. 2024, arXiv:2402.05099, section 3.1). Gradients need no such step: given the total sum and the final
+output, every part of the keys gives its part of the gradient (Dao et al. 2022, arXiv:2205.14135, appendix B).
 
-PyTorch's kernel for the CPU computes the scores of up to 512 keys before it masks any, so a segment's own queries go
-through it in chunks, each with the keys up to its end.
+PyTorch's kernel for the CPU computes the scores of up to 512 keys before it masks any. Therefore a segment's own
+queries go through it in chunks, with the keys up to the chunk's end.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CHUNK = 96
 
 @cache
 def cpu_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """PyTorch's attention for the CPU, forward and backward, with the logarithms of the sums of exponentials.
+    """PyTorch's attention for the CPU, forward and backward, with the log-sum-exps of the scores.
 
-    None where this version of PyTorch does not have these private operators.
+    None if this version of PyTorch does not have these private operators.
     """
     try:
         return (
@@ -46,39 +46,41 @@ class SegmentSlices:
     """A segment and the queries that see its keys, as slices of the T tokens."""
 
     own: slice
-    chunks: tuple[slice, ...]  # of `own`; each sees the keys from the segment's start to the chunk's end
+    chunks: tuple[slice, ...]  # of `own`; a chunk sees the keys from the segment's start to its own end
     below: slice | None  # all segments below, which see all of its keys
 
 
 @dataclass(frozen=True, eq=False)
 class CascadeLayout:
-    """A forest as `cascade_attention` takes it."""
+    """A forest laid out for `cascade_attention`."""
 
     segments: tuple[SegmentSlices, ...]  # parents before their children
     mask: torch.Tensor
-    """(queries, keys) for the longest chunk and segment, added to the scores; a smaller chunk uses its lower right
+    """(queries, keys) for the longest chunk and segment, added to the scores. Smaller chunks use its lower right
     corner."""
-    most_keys: int  # the most keys that a token sees
+    max_keys: int  # the largest number of keys that a token sees
 
 
 def cascade_layout(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, chunk: int = CHUNK
 ) -> CascadeLayout | None:
-    """From `ForestShape`'s lengths and paths; None where the segments below one are not next to each other."""
+    """The layout for `ForestShape`'s lengths and paths; None if the segments below a segment are not contiguous."""
     ends = list(accumulate(lengths))
-    below: list[list[int]] = [[] for _ in lengths]
+    descendants_of: list[list[int]] = [[] for _ in lengths]
     for index, path in enumerate(paths):
         for ancestor in path[:-1]:
-            below[ancestor].append(index)
+            descendants_of[ancestor].append(index)
     segments = []
-    for end, length, under in zip(ends, lengths, below, strict=True):
-        if under and under[-1] - under[0] + 1 != len(under):
+    for end, length, descendants in zip(ends, lengths, descendants_of, strict=True):
+        if descendants and descendants[-1] - descendants[0] + 1 != len(descendants):
             return None
         even = math.ceil(length / math.ceil(length / chunk))
         step = min(chunk, 16 * math.ceil(even / 16))  # the kernel computes 16 numbers at once
-        chunks = tuple(slice(first, min(end, first + step)) for first in range(end - length, end, step))
-        seen_by = slice(ends[under[0]] - lengths[under[0]], ends[under[-1]]) if under else None
-        segments.append(SegmentSlices(slice(end - length, end), chunks, seen_by))
+        chunks = tuple(slice(start, min(end, start + step)) for start in range(end - length, end, step))
+        below = None
+        if descendants:
+            below = slice(ends[descendants[0]] - lengths[descendants[0]], ends[descendants[-1]])
+        segments.append(SegmentSlices(slice(end - length, end), chunks, below))
     queries, keys = min(chunk, max(lengths)), max(lengths)
     mask = torch.zeros(queries, keys, device=device)
     mask[:, keys - queries :] = torch.full((queries, queries), -math.inf, device=device).triu(1)
@@ -91,66 +93,71 @@ def _lay_out(shape: ForestShape) -> CascadeLayout | None:
     return cascade_layout(shape.lengths, shape.paths, shape.device)
 
 
-def _supports(call: LayerCall, laid: CascadeLayout) -> bool:
-    """In half precision the partial outputs would have been rounded before they are joined."""
+def _supports(call: LayerCall, layout: CascadeLayout) -> bool:
+    """Not in half precision: partial outputs would be rounded before they are combined."""
     if call.softcap is not None or call.sinks is not None or call.dropout:
         return False
-    if call.sliding_window is not None and call.sliding_window < laid.most_keys:
+    if call.sliding_window is not None and call.sliding_window < layout.max_keys:
         return False
     exact = call.query.dtype in (torch.float32, torch.float64)
     return exact and call.query.shape[-1] == call.value.shape[-1]
 
 
-def _attend(call: LayerCall, laid: CascadeLayout) -> torch.Tensor:
-    return cascade_attention(call.query, call.key, call.value, laid, call.scaling)
+def _attend(call: LayerCall, layout: CascadeLayout) -> torch.Tensor:
+    return cascade_attention(call.query, call.key, call.value, layout, call.scaling)
 
 
 def cascade_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, laid: CascadeLayout, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: CascadeLayout, scaling: float | None
 ) -> torch.Tensor:
     """query (1, heads, T, D), key and value (1, key heads, T, D) -> (1, T, heads, D)."""
-    laid = replace(laid, mask=laid.mask.to(query.dtype))
-    output: torch.Tensor = _Cascade.apply(*map(_with_contiguous_rows, (query, key, value)), laid, scaling)
+    layout = replace(layout, mask=layout.mask.to(query.dtype))
+    output: torch.Tensor = _Cascade.apply(*map(_with_contiguous_rows, (query, key, value)), layout, scaling)
     return output.transpose(1, 2)
 
 
 class _Cascade(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, laid: CascadeLayout, scale: float | None
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: CascadeLayout,
+        scale: float | None,
     ) -> torch.Tensor:
         kernels = cpu_kernels()
-        assert kernels is not None  # else there is no layout
+        assert kernels is not None  # otherwise there is no layout
         forward, _ = kernels
         _, heads, tokens, width = q.shape
         output = q.new_empty(1, tokens, heads, width).transpose(1, 2)
         log_sums = q.new_empty(1, heads, tokens)
-        for segment in laid.segments:
+        for segment in layout.segments:
             for rows in segment.chunks:
-                seen = slice(segment.own.start, rows.stop)
-                mask = _mask(laid, segment.own, rows)
-                part = forward(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale)
+                keys = slice(segment.own.start, rows.stop)
+                mask = _mask(layout, segment.own, rows)
+                part = forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=scale)
                 output[:, :, rows], log_sums[:, :, rows] = part
-        for segment in laid.segments:
+        for segment in layout.segments:
             if segment.below is None:
                 continue
             rows, own = segment.below, segment.own
-            # without a mask, the heads that share a key head can be one head with all their queries
+            # without a mask, heads that share a key head can be one head with all of their queries
             grouped = q[:, :, rows].reshape(1, k.shape[1], -1, width)
             part, sums = forward(grouped, k[:, :, own], v[:, :, own], scale=scale)
             sums = sums.reshape(1, heads, -1)
             total = torch.logaddexp(log_sums[:, :, rows], sums)
-            share = torch.exp(sums - total).unsqueeze(-1)
-            output[:, :, rows].lerp_(part.reshape(1, heads, -1, width), share)
+            weight = torch.exp(sums - total).unsqueeze(-1)
+            output[:, :, rows].lerp_(part.reshape(1, heads, -1, width), weight)
             log_sums[:, :, rows] = total
         ctx.save_for_backward(q, k, v, output, log_sums)
-        ctx.laid, ctx.scale = laid, scale
+        ctx.layout, ctx.scale = layout, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, log_sums = ctx.saved_tensors
-        laid: CascadeLayout = ctx.laid
+        layout: CascadeLayout = ctx.layout
         kernels = cpu_kernels()
         assert kernels is not None
         _, backward = kernels
@@ -162,15 +169,15 @@ class _Cascade(torch.autograd.Function):
             inputs = q[:, :, rows], keys, values, output[:, :, rows], log_sums[:, :, rows]
             return backward(upstream[:, :, rows], *inputs, 0.0, False, attn_mask=mask, scale=ctx.scale)
 
-        for segment in reversed(laid.segments):  # children first: parents add to their queries' gradients
+        for segment in reversed(layout.segments):  # children first: parents add to their queries' gradients
             own, below = segment.own, segment.below
-            # the kernel distributes key heads over threads; repeated, there are enough of them
+            # the kernel distributes key heads over threads; repeating them gives it enough
             keys, values = (states[:, :, own].repeat_interleave(groups, 1) for states in (k, v))
             *chunks, last = segment.chunks
-            to_q[:, :, last], to_keys, to_values = part(last, keys, values, _mask(laid, own, last))
+            to_q[:, :, last], to_keys, to_values = part(last, keys, values, _mask(layout, own, last))
             for rows in chunks:
                 count = rows.stop - own.start
-                mask = _mask(laid, own, rows)
+                mask = _mask(layout, own, rows)
                 to_q[:, :, rows], more_k, more_v = part(rows, keys[:, :, :count], values[:, :, :count], mask)
                 to_keys[:, :, :count] += more_k
                 to_values[:, :, :count] += more_v
@@ -185,14 +192,14 @@ class _Cascade(torch.autograd.Function):
         return to_q, to_k, to_v, None, None
 
 
-def _mask(laid: CascadeLayout, own: slice, rows: slice) -> torch.Tensor:
-    """The mask of a chunk's queries, which are the last of the keys that they see."""
-    queries, keys = laid.mask.shape
-    return laid.mask[queries - (rows.stop - rows.start) :, keys - (rows.stop - own.start) :]
+def _mask(layout: CascadeLayout, own: slice, rows: slice) -> torch.Tensor:
+    """The mask of a chunk, whose queries are the last of the keys that they see."""
+    queries, keys = layout.mask.shape
+    return layout.mask[queries - (rows.stop - rows.start) :, keys - (rows.stop - own.start) :]
 
 
 def _with_contiguous_rows(states: torch.Tensor) -> torch.Tensor:
-    """The kernel needs a head's numbers next to each other."""
+    """The kernel needs the numbers of a head to be contiguous."""
     return states if states.stride(-1) == 1 else states.contiguous()
 
 

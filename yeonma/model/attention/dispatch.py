@@ -1,9 +1,9 @@
 """Attention over a forest, as transformers calls it: the first backend in `BACKENDS` that supports a layer computes it.
 
-A model with the attention implementation `FOREST` calls `forest_attention` in every layer with what it would pass to
-any backend: scale, grouped heads, sliding window (counted in positions), soft-capping and attention sinks are
-honoured. Anything that a model does with its mask instead (ALiBi, chunks) is not seen here; the check at loading
-finds such models. The forest's layout travels as a keyword.
+A model with the attention implementation `FOREST` calls `forest_attention` in every layer. Scale, grouped heads,
+sliding window (in positions), soft-capping and attention sinks are honoured. What a model does with its mask instead
+(ALiBi, chunks) is invisible here; the check at loading detects such models. The forest's layout is a keyword argument
+of the model's forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from yeonma.batch.forest import Forest
 from yeonma.model.attention.backend import (
     HALF,
-    LEAST_CAPABILITY,
+    MIN_CAPABILITY,
     Backend,
     Capability,
     ForestLayout,
@@ -34,10 +34,10 @@ FOREST = "yeonma_forest"
 """The name of `forest_attention` among transformers' attention implementations."""
 
 BACKENDS: tuple[Backend, ...] = (VARLEN, FLEX, CPU_CASCADE, SDPA, PLAIN_OPERATIONS)
-"""In the order of preference; the last supports every layer."""
+"""In order of preference. The last one supports every layer."""
 
-Watch = Callable[[torch.nn.Module, int | None, str], None]
-"""Called with each layer, its sliding window and the name of its backend."""
+OnLayer = Callable[[torch.nn.Module, int | None, str], None]
+"""Called with a layer, its sliding window and the name of its backend."""
 
 
 def layout(
@@ -46,10 +46,10 @@ def layout(
     capability: Capability | None = None,
     computed_on: str | None = None,
 ) -> ForestLayout:
-    """What the backends need of a forest, with tensors on `device` (default: the CPU).
+    """The layouts of all backends for a forest, with tensors on `device` (default: the CPU).
 
     `capability`: see `capability_of`; None to compute segment by segment. `computed_on`: the device type that a
-    forecast on the meta device stands for, the CPU by default.
+    forecast on the meta device simulates, by default the CPU.
     """
     return lay_out_for_backends(forest_shape(forest, device, capability, computed_on))
 
@@ -60,7 +60,7 @@ def forest_shape(
     capability: Capability | None = None,
     computed_on: str | None = None,
 ) -> ForestShape:
-    """Arguments as for `layout`."""
+    """The shape of a forest. Arguments as for `layout`."""
     paths: list[tuple[int, ...]] = []
     for index, segment in enumerate(forest.segments):
         paths.append((*paths[segment.parent], index) if segment.parent is not None else (index,))
@@ -72,14 +72,14 @@ def forest_shape(
 
 def lay_out_for_backends(shape: ForestShape) -> ForestLayout:
     layouts = {backend.name: backend.lay_out(shape) for backend in BACKENDS}
-    return ForestLayout({name: laid for name, laid in layouts.items() if laid is not None})
+    return ForestLayout({name: result for name, result in layouts.items() if result is not None})
 
 
 def choose(call: LayerCall, layout: ForestLayout) -> Backend:
-    """The first backend that can serve the forest and supports the layer."""
+    """The first backend that supports the forest and the layer."""
     for backend in BACKENDS:
-        laid = layout.by_backend.get(backend.name)
-        if laid is not None and backend.supports(call, laid):
+        backend_layout = layout.by_backend.get(backend.name)
+        if backend_layout is not None and backend.supports(call, backend_layout):
             return backend
     raise ValueError("no attention backend supports this layer")
 
@@ -97,50 +97,50 @@ def forest_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    watch: Watch | None = None,
+    on_layer: OnLayer | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, E) -> (1, T, heads, E).
 
-    `s_aux`: attention sinks, (heads,). `watch`: for the check at loading.
-    Raises ValueError for a mask made by the model itself, which cannot know the forest.
+    `s_aux`: attention sinks, (heads,). `on_layer`: for the check at loading.
+    Raises ValueError if the model made its own mask: it would not match the forest.
     """
     if attention_mask is not None:
-        raise ValueError("the model made an attention mask of its own")
+        raise ValueError("the model made its own attention mask")
     call = LayerCall(query, key, value, scaling, dropout, sliding_window, softcap, s_aux)
     backend = choose(call, forest)
-    if watch is not None:
-        watch(module, sliding_window, backend.name)
+    if on_layer is not None:
+        on_layer(module, sliding_window, backend.name)
     return backend.attend(call, forest.by_backend[backend.name]), None
 
 
 def capability_of(device: torch.device, dtype: torch.dtype) -> Capability | None:
-    """The compute capability of a CUDA device on which all segments may go through one call in this number format.
+    """The compute capability of a CUDA device that may compute all segments in one call in this dtype.
 
-    None for other devices, and where neither kernel is there.
+    None for other devices, and if there is no kernel.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    formats = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
+    dtypes = (*HALF, torch.float32) if has_flex() else HALF if varlen_attention() is not None else ()
     capability = torch.cuda.get_device_capability(device)
-    return capability if capability >= LEAST_CAPABILITY and dtype in formats else None
+    return capability if capability >= MIN_CAPABILITY and dtype in dtypes else None
 
 
 def reference_mask(forest: Forest) -> torch.Tensor:
-    """(T, T), True where a token sees a token: the contract in its plainest form, for tests and readers."""
+    """(T, T), True where a token sees a token: the definition in its simplest form, for tests and readers."""
     length = len(forest.token_ids_T)
-    seen = torch.zeros(length, length, dtype=torch.bool)
+    visible = torch.zeros(length, length, dtype=torch.bool)
     for segment in forest.segments:
         own = slice(segment.start, segment.start + segment.length)
         if segment.parent is not None:
             parent = forest.segments[segment.parent]
-            seen[own] = seen[parent.start + parent.length - 1]  # what the parent's last token sees
-        seen[own, own] = torch.ones(segment.length, segment.length, dtype=torch.bool).tril()
-    return seen
+            visible[own] = visible[parent.start + parent.length - 1]  # what the parent's last token sees
+        visible[own, own] = torch.ones(segment.length, segment.length, dtype=torch.bool).tril()
+    return visible
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """transformers makes no mask for `FOREST`: the layout says what each token sees."""
+    """The mask function of `FOREST`: no mask, because the layout tells what a token sees."""
     return None
 
 

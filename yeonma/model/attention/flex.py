@@ -2,16 +2,15 @@
 soft-capping, attention sinks, float32, and values of another width than the queries (Dong et al. 2024,
 arXiv:2412.05496).
 
-A token sees the tokens of its segment's ancestors, and those of its own segment up to itself. Which blocks of the
-T x T matrix contain such pairs is computed once per forest and window, on the CPU, from the segments alone; no T x T
-mask is ever built.
+A token sees the tokens of its segment's ancestors, and its own segment up to itself. The blocks of the T x T matrix
+with such pairs are computed once per forest and window, on the CPU, from the segments alone. No T x T mask is built.
 
-The flat sequence is padded to whole blocks, at least two, by a segment of zeros, so that the compiler meets no odd
-lengths, for which it would make separate kernels.
+The flat sequence is padded to whole blocks, at least two, by a segment of zeros. The compiler would make separate
+kernels for other lengths.
 
-A kernel is compiled once in a process for each kind of layer (`LayerSpec`), on zeros of a fixed length, so it does not
-depend on which forest came first. Nothing is chosen by timing where PyTorch has a setting for that, and no sums use
-atomic additions. Not guaranteed: equal bits on another kind of GPU, or with another version of PyTorch or Triton.
+A process compiles one kernel per kind of layer (`LayerSpec`), on zeros of a fixed length, so that it does not depend on
+which forest comes first. Nothing is chosen by timing if PyTorch has a setting against it, and sums use no atomic
+additions. Not guaranteed: equal bits on another kind of GPU, or with another version of PyTorch or Triton.
 
 Shapes: T tokens, P tokens with the padding.
 """
@@ -30,21 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from yeonma.model.attention.backend import HALF, LEAST_CAPABILITY, Backend, ForestShape, LayerCall
+from yeonma.model.attention.backend import HALF, MIN_CAPABILITY, Backend, ForestShape, LayerCall
 from yeonma.model.kernels.elementwise import kernel_settings
 
 BLOCK = 128
-LEAST_BLOCKS = 2
+MIN_BLOCKS = 2
 """The compiler makes separate kernels for sizes 0 and 1."""
 FIRST_BLOCKS = 7
 """Length of the sequence that a kernel is compiled with."""
-NARROWEST, WIDEST = 16, 256
-"""Widths of heads that the kernel supports, and that its blocks have room for."""
+MIN_WIDTH, MAX_WIDTH = 16, 256
+"""Head widths that the kernel and its blocks support."""
 
 
 @dataclass(frozen=True)
 class MaskTensors:
-    """The mask of a forest and a window; all int32 on one device.
+    """The mask of a forest and a window. All tensors are int32, on one device.
 
     Token q sees token k where `enter_P[k] <= enter_P[q] < leave_P[k]` (k's segment is an ancestor of q's, or its own)
     and `first_P[q] <= position_P[k] <= position_P[q]`.
@@ -55,23 +54,23 @@ class MaskTensors:
     position_P: torch.Tensor
     first_P: torch.Tensor
     blocks: tuple[torch.Tensor, ...]
-    """For each block of queries, counts and indices of the key blocks that it sees in part, and of those that it sees
-    whole; then the same for each block of keys."""
+    """For blocks of queries: counts and indices of the key blocks that they see partly, then of those that they see
+    fully. Then the same for blocks of keys."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.enter_P, self.leave_P, self.position_P, self.first_P, *self.blocks)
 
 
 @dataclass(frozen=True, eq=False)
-class Tree:
-    """A forest as FlexAttention takes it. One object serves all layers; masks are built at first use."""
+class FlexLayout:
+    """A forest laid out for FlexAttention. One object serves all layers. Masks are computed at first use."""
 
     lengths: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
     device: torch.device
     _masks: dict[int | None, MaskTensors] = field(default_factory=dict)
 
-    def masked(self, window: int | None) -> MaskTensors:
+    def mask(self, window: int | None) -> MaskTensors:
         if window is not None and window >= sum(self.lengths):
             window = None
         if window not in self._masks:
@@ -81,7 +80,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a kernel is compiled for."""
+    """The kind of layer for which a kernel is compiled."""
 
     device: torch.device
     dtype: torch.dtype
@@ -91,7 +90,7 @@ class LayerSpec:
     value_width: int
     scale: float
     softcap: float | None
-    sums: bool  # whether it also returns the logarithms of the sums of exponentials
+    sums: bool  # whether the kernel also returns the log-sum-exps of the scores
 
 
 Kernel = Callable[..., Any]
@@ -99,7 +98,7 @@ Kernel = Callable[..., Any]
 
 @cache
 def has_flex() -> bool:
-    """Whether this PyTorch has FlexAttention with all options used here, and Triton to compile it."""
+    """Whether this PyTorch has FlexAttention with all options used here, and Triton is installed."""
     if find_spec("triton") is None:
         return False
     try:
@@ -114,28 +113,30 @@ def has_flex() -> bool:
     return "BACKEND" in FlexKernelOptions.__annotations__
 
 
-def _lay_out(shape: ForestShape) -> Tree | None:
-    """None on the meta device too: a memory forecast uses what needs no compiler."""
-    if shape.capability is None or shape.capability < LEAST_CAPABILITY:
+def _lay_out(shape: ForestShape) -> FlexLayout | None:
+    """None on the meta device as well: a memory forecast uses backends that need no compiler."""
+    if shape.capability is None or shape.capability < MIN_CAPABILITY:
         return None
     return (
-        Tree(shape.lengths, shape.paths, shape.device) if shape.device.type == "cuda" and has_flex() else None
+        FlexLayout(shape.lengths, shape.paths, shape.device)
+        if shape.device.type == "cuda" and has_flex()
+        else None
     )
 
 
-def _supports(call: LayerCall, tree: Tree) -> bool:
+def _supports(call: LayerCall, layout: FlexLayout) -> bool:
     widths = call.query.shape[-1], call.value.shape[-1]
-    if call.dropout or not all(NARROWEST <= width <= WIDEST for width in widths):
+    if call.dropout or not all(MIN_WIDTH <= width <= MAX_WIDTH for width in widths):
         return False
     return call.query.dtype in (*HALF, torch.float32)
 
 
-def _attend(call: LayerCall, tree: Tree) -> torch.Tensor:
+def _attend(call: LayerCall, layout: FlexLayout) -> torch.Tensor:
     return flex_forest_attention(
         call.query,
         call.key,
         call.value,
-        tree,
+        layout,
         scaling=call.scaling,
         sliding_window=call.sliding_window,
         softcap=call.softcap,
@@ -146,38 +147,38 @@ def _attend(call: LayerCall, tree: Tree) -> torch.Tensor:
 def mask_of(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], window: int | None, device: torch.device
 ) -> MaskTensors:
-    """From `ForestShape`'s lengths and paths. `window`: positions that a token sees, itself included."""
+    """The mask for `ForestShape`'s lengths and paths. `window`: number of positions that a token sees."""
     total = sum(lengths)
-    filled = max(-(-total // BLOCK), LEAST_BLOCKS) * BLOCK
-    if filled > total:
-        lengths, paths = (*lengths, filled - total), (*paths, (len(lengths),))
+    padded = max(-(-total // BLOCK), MIN_BLOCKS) * BLOCK
+    if padded > total:
+        lengths, paths = (*lengths, padded - total), (*paths, (len(lengths),))
     count = np.asarray(lengths, dtype=np.int64)
     begin = np.asarray([sum(lengths[i] for i in path[:-1]) for path in paths], dtype=np.int64)
     enter, leave = _visits(paths)
     segment_P = np.repeat(np.arange(len(count)), count)
     starts = np.cumsum(count) - count
-    position_P = begin[segment_P] + np.arange(filled) - starts[segment_P]
+    position_P = begin[segment_P] + np.arange(padded) - starts[segment_P]
     first_P = np.zeros_like(position_P) if window is None else np.maximum(position_P - window + 1, 0)
 
-    # runs: the part of a segment in one block. The positions of a run, and their differences, have no gaps
-    run_starts = np.union1d(starts[count > 0], np.arange(0, filled, BLOCK))
-    run_ends = np.append(run_starts[1:], filled)
+    # A run is the part of a segment in one block. Its positions, and the differences of two runs, have no gaps.
+    run_starts = np.union1d(starts[count > 0], np.arange(0, padded, BLOCK))
+    run_ends = np.append(run_starts[1:], padded)
     segment_R = segment_P[run_starts]
     low_R, high_R = position_P[run_starts], position_P[run_ends - 1]
     below = (enter[segment_R][None] <= enter[segment_R][:, None]) & (
         enter[segment_R][:, None] < leave[segment_R][None]
     )
     nearest, farthest = low_R[:, None] - high_R[None], high_R[:, None] - low_R[None]
-    reach = filled if window is None else window
+    reach = padded if window is None else window
     some = below & (farthest >= 0) & (nearest < reach)
     every = below & (nearest >= 0) & (farthest < reach)
-    firsts = np.searchsorted(run_starts, np.arange(0, filled, BLOCK))
+    firsts = np.searchsorted(run_starts, np.arange(0, padded, BLOCK))
     some = np.logical_or.reduceat(np.logical_or.reduceat(some, firsts, 0), firsts, 1)
     every = np.logical_and.reduceat(np.logical_and.reduceat(every, firsts, 0), firsts, 1)
     blocks = [
         array
-        for seen in (some & ~every, every, (some & ~every).T, every.T)
-        for array in (seen.sum(1), np.argsort(~seen, axis=1, kind="stable"))
+        for visible in (some & ~every, every, (some & ~every).T, every.T)
+        for array in (visible.sum(1), np.argsort(~visible, axis=1, kind="stable"))
     ]
 
     def on_device(array: np.ndarray) -> torch.Tensor:
@@ -193,8 +194,8 @@ def mask_of(
 
 
 def _visits(paths: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """When a depth-first walk enters and leaves each segment: its descendants are entered in between."""
-    below = np.ones(len(paths), dtype=np.int64)  # segments of the subtree; parents stand before children
+    """The times at which a depth-first walk enters and leaves the segments. Descendants are entered in between."""
+    below = np.ones(len(paths), dtype=np.int64)  # segments in the subtree; parents come before children
     for index in reversed(range(len(paths))):
         if len(paths[index]) > 1:
             below[paths[index][-2]] += below[index]
@@ -210,12 +211,12 @@ def _visits(paths: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return enter, enter + below
 
 
-@torch.compiler.disable  # its own graph, whatever compiles the model around it
+@torch.compiler.disable  # a separate graph, even if the model is compiled
 def flex_forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: Tree,
+    layout: FlexLayout,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -225,12 +226,12 @@ def flex_forest_attention(
 ) -> torch.Tensor:
     """query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, E) -> (1, T, heads, E).
 
-    `s_aux`: a score of each head that takes part in the softmax and has no value. `kernel`: PyTorch's `flex_attention`,
-    or a stand-in, called uncompiled; None for the compiled one. Compiling raises whatever the compiler raises.
+    `s_aux`: attention sinks, (heads,). `kernel`: PyTorch's `flex_attention` or a replacement, called uncompiled; None
+    for the compiled one. Compiling raises whatever the compiler raises.
     """
     tokens = query.shape[2]
-    masked = tree.masked(sliding_window)
-    padding = masked.enter_P.shape[0] - tokens
+    mask = layout.mask(sliding_window)
+    padding = mask.enter_P.shape[0] - tokens
     inputs = [F.pad(states, (0, 0, 0, padding)).contiguous() for states in (query, key, value)]
     spec = LayerSpec(
         query.device,
@@ -244,16 +245,16 @@ def flex_forest_attention(
         s_aux is not None,
     )
     if kernel is not None:
-        output, sums = _with_masks(spec, kernel)(*inputs, *masked.tensors())
+        output, sums = _with_masks(spec, kernel)(*inputs, *mask.tensors())
     else:
         needs_gradient = torch.is_grad_enabled() and any(states.requires_grad for states in inputs)
-        if needs_gradient:  # of all three: for another choice there would be another kernel
+        if needs_gradient:  # for all three inputs: other combinations would need other kernels
             inputs = [
                 states if states.requires_grad else states.detach().requires_grad_() for states in inputs
             ]
         else:
             inputs = [states.detach() for states in inputs]
-        output, sums = compiled(spec)[needs_gradient](*inputs, *masked.tensors())
+        output, sums = compiled(spec)[needs_gradient](*inputs, *mask.tensors())
     output = output[:, :, :tokens]
     if s_aux is not None:
         sink = s_aux.to(sums.dtype).reshape(1, -1, 1)
@@ -263,7 +264,7 @@ def flex_forest_attention(
 
 @cache
 def compiled(spec: LayerSpec) -> tuple[Kernel, Kernel]:
-    """The kernels without a gradient and with one. Both run once, backward too, so that what fails fails here."""
+    """The kernels (without gradient, with gradient). Both run once, including backward, so that failures show here."""
     from torch.nn.attention.flex_attention import flex_attention
 
     settings = kernel_settings()
@@ -275,9 +276,9 @@ def compiled(spec: LayerSpec) -> tuple[Kernel, Kernel]:
 
 
 def compile_for(spec: LayerSpec, function: Kernel, needs_gradient: bool, **compile_options: Any) -> Kernel:
-    """One kernel for all lengths and all windows. `compile_options`: keywords of `torch.compile`."""
+    """A kernel for all lengths and windows. `compile_options`: keywords of `torch.compile`."""
     plain = _with_masks(spec, function)
-    # a copy of the code: for one and the same code the compiler would make a second kind's kernel with dynamic widths
+    # a copy of the code: for the same code object, the compiler would make the next kernel with dynamic widths
     copy = FunctionType(
         plain.__code__.replace(), plain.__globals__, plain.__name__, closure=plain.__closure__
     )
@@ -298,7 +299,7 @@ def compile_for(spec: LayerSpec, function: Kernel, needs_gradient: bool, **compi
     for mask in masks:
         for dimension in range(0 if mask.ndim == 1 else 2, mask.ndim):
             torch._dynamo.mark_dynamic(mask, dimension)
-    # gradient checkpointing of the layer that is being computed must not see this as part of it: its hooks are covered
+    # hides these tensors from the saved-tensor hooks of a layer with gradient checkpointing that is running
     with torch.set_grad_enabled(needs_gradient), saved_tensors_hooks(_identity, _identity):
         output, sums = kernel(*inputs, *masks)
         if needs_gradient:
@@ -311,14 +312,14 @@ def _identity(saved: torch.Tensor) -> torch.Tensor:
 
 
 def _with_masks(spec: LayerSpec, kernel: Kernel) -> FunctionType:
-    """The kernel as a function of queries, keys, values and `MaskTensors.tensors()`; returns the output and, where
-    `spec` asks for it, the logarithms of the sums."""
+    """The kernel as a function of queries, keys, values and `MaskTensors.tensors()`. It returns the output and, if
+    `spec` says so, the log-sum-exps."""
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
     # constants of the compiled function
     scale, sums, is_grouped = spec.scale, spec.sums, spec.heads != spec.key_heads
     cap, is_capped = spec.softcap or 0.0, spec.softcap is not None
-    # and no kernel that suits only short forests
+    # excludes a kernel for short sequences only
     options = {"BACKEND": "TRITON"} if spec.device.type == "cuda" else {}
 
     def attend(
@@ -332,8 +333,8 @@ def _with_masks(spec: LayerSpec, kernel: Kernel) -> FunctionType:
         *blocks: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
-            above = (enter_P[k] <= enter_P[q]) & (enter_P[q] < leave_P[k])
-            return above & (position_P[k] <= position_P[q]) & (position_P[k] >= first_P[q])
+            is_ancestor = (enter_P[k] <= enter_P[q]) & (enter_P[q] < leave_P[k])
+            return is_ancestor & (position_P[k] <= position_P[q]) & (position_P[k] >= first_P[q])
 
         def capped(score: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:
             return cap * torch.tanh(score / cap)

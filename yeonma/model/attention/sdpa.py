@@ -1,7 +1,7 @@
 """Attention over a forest segment by segment: PyTorch's `scaled_dot_product_attention` or plain operations.
 
-Each segment's queries go to the keys of its ancestors and its own, concatenated. This works on every device and for
-every layer.
+A segment's queries attend to the concatenated keys of its ancestors and its own. This works on any device, for any
+layer.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def segment_attention(
     s_aux: torch.Tensor | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """One segment's queries (1, heads, t, D) to the keys of its ancestors and its own, of which t are the last.
+    """Attention of one segment's queries (1, heads, t, D) to the keys of its ancestors and its own, which are the last
+    t.
 
     Returns (1, heads, t, E).
     """
@@ -80,7 +81,7 @@ def _fused_attention(
     is_causal, is_grouped = mask is None, query.shape[1] != key.shape[1]
     kernels = cpu_kernels()
     if query.device.type == "meta" and query.shape[-1] == value.shape[-1] and kernels is not None:
-        # for a memory forecast: on the meta device PyTorch would decompose what is one operation on any real device
+        # for a memory forecast: on the meta device, PyTorch would decompose what is one operation on a real device
         if mask is not None:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
         output: torch.Tensor = kernels[0](
@@ -93,13 +94,13 @@ def _fused_attention(
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which keys each query sees, (queries, keys); None where plain causal attention over equal lengths says it."""
+    """(queries, keys), True where a query sees a key; None if it is the causal mask for equal lengths."""
     if queries == keys and (window is None or keys <= window):
         return None
     position_q = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
     position_k = torch.arange(keys, device=device)
-    seen = position_k <= position_q
-    return seen if window is None else seen & (position_k > position_q - window)
+    visible = position_k <= position_q
+    return visible if window is None else visible & (position_k > position_q - window)
 
 
 def _plain_attention(
@@ -112,7 +113,7 @@ def _plain_attention(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same in plain operations, for what `scaled_dot_product_attention` does not offer. Shapes as there."""
+    """Attention in plain operations, for what `scaled_dot_product_attention` does not support. Shapes as there."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -121,7 +122,7 @@ def _plain_attention(
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if s_aux is not None:  # a learned score per head that takes part in the softmax and has no value
+    if s_aux is not None:  # attention sinks: a learned score per head in the softmax, without a value
         sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -1,8 +1,8 @@
 """Attention over a whole forest in one call on CUDA, by `torch.nn.attention.varlen.varlen_attn` (FlashAttention).
 
-A segment's queries are its own tokens; its keys are those of its ancestors and its own, gathered one after the other,
-so there are more keys than queries. The kernel aligns such a rectangle at its lower right corner: the last query sees
-all keys (Dao 2023, arXiv:2307.08691). All index arithmetic happens once per forest, on the CPU.
+A segment's queries are its own tokens. Its keys are those of its ancestors and its own, gathered in this order, so
+there are more keys than queries. The kernel aligns such a rectangle at its lower right corner: the last query sees all
+keys (Dao 2023, arXiv:2307.08691). All index arithmetic is done once per forest, on the CPU.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 
 from yeonma.model.attention.backend import (
     HALF,
-    LEAST_CAPABILITY,
+    MIN_CAPABILITY,
     Backend,
     Capability,
     ForestShape,
     LayerCall,
 )
 
-WIDEST_HEAD = 256
+MAX_HEAD_WIDTH = 256
 WIDE_HEAD = 192
 """The backward pass of wider heads needs the shared memory of data-centre GPUs."""
 DATA_CENTRE = ((8, 0), (9, 0), (10, 0), (10, 3))
-"""Their compute capabilities."""
+"""The compute capabilities of these GPUs."""
 
 
 @cache
 def varlen_attention() -> Callable[..., Any] | None:
-    """PyTorch's function, or None where it has no scale or window. For versions without `enable_gqa` key heads are
-    repeated."""
+    """PyTorch's `varlen_attn`, or None if it supports no scale or window. For versions without `enable_gqa`, key heads
+    are repeated."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -50,51 +50,51 @@ def varlen_attention() -> Callable[..., Any] | None:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *rest: Any,
+        *args: Any,
         enable_gqa: bool,
         **options: Any,
     ) -> Any:
         groups = query.shape[1] // key.shape[1]
         if enable_gqa:
             key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        return varlen_attn(query, key, value, *rest, **options)
+        return varlen_attn(query, key, value, *args, **options)
 
     return with_heads_repeated
 
 
 @dataclass(frozen=True, eq=False)
 class GatheredKeys:
-    """Which of the T tokens each of the K gathered keys comes from, and how gradients are summed back.
+    """The tokens (T) from which the gathered keys (K) come, and how their gradients are summed.
 
-    A token's key is gathered once for its own segment and once for every segment below. The sum over these copies is
-    taken in float32, always in the same order.
+    A token's key is gathered once for its own segment and once for every segment below. Gradients are summed over these
+    copies in float32, always in the same order.
     """
 
-    token_K: torch.Tensor  # int64, the token of each key
+    token_K: torch.Tensor  # int64, the token of a key
     own_T: torch.Tensor  # int64, index into K of a token's copy in its own segment
-    shared_S: torch.Tensor  # int64, the tokens with further copies, those with most first
+    shared_S: torch.Tensor  # int64, the tokens with further copies, those with the most first
     rounds: tuple[torch.Tensor, ...]
-    """Round n: the n-th further copy, as index into K, of the first tokens of `shared_S`, as many as have one."""
+    """Round n: the n-th further copies, as indices into K, of those first tokens of `shared_S` that have one."""
 
 
 @dataclass(frozen=True, eq=False)
 class VarlenLayout:
-    """A forest as `varlen_attn` takes it."""
+    """A forest laid out for `varlen_attn`."""
 
     query_ends: torch.Tensor  # (segments + 1,) int32
     key_ends: torch.Tensor
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
     pairs: int
-    """Of a query and a key that it sees, without a window."""
-    copies: GatheredKeys | None  # None where no segment has a parent: the keys are the tokens
+    """Number of pairs of a query and a key that it sees, without a window."""
+    copies: GatheredKeys | None  # None if no segment has a parent: then keys are not copied
     capability: Capability
 
 
 def varlen_layout(
     lengths: Sequence[int], paths: Sequence[Sequence[int]], device: torch.device, capability: Capability
 ) -> VarlenLayout:
-    """From `ForestShape`'s lengths and paths; the tensors are on `device`."""
+    """The layout for `ForestShape`'s lengths and paths, with tensors on `device`."""
     count = np.asarray(lengths, dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(count)])
     keys = np.asarray([sum(lengths[i] for i in path) for path in paths], dtype=np.int64)
@@ -114,8 +114,8 @@ def varlen_layout(
     return VarlenLayout(
         query_ends=on_device(starts.astype(np.int32)),
         key_ends=on_device(ends.astype(np.int32)),
-        most_queries=int(count.max()),
-        most_keys=int(keys.max()),
+        max_queries=int(count.max()),
+        max_keys=int(keys.max()),
         pairs=int((count * (keys - count) + count * (count + 1) // 2).sum()),
         copies=copies,
         capability=capability,
@@ -123,35 +123,36 @@ def varlen_layout(
 
 
 def _further_copies(token_K: np.ndarray, own_T: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """`shared_S` and `rounds` of `GatheredKeys`."""
     inherited = np.ones(len(token_K), dtype=bool)
     inherited[own_T] = False
-    places = np.flatnonzero(inherited)
-    places = places[np.argsort(token_K[places], kind="stable")]  # by token, then in the order of the segments
-    tokens, firsts, counts = np.unique(token_K[places], return_index=True, return_counts=True)
+    keys = np.flatnonzero(inherited)
+    keys = keys[np.argsort(token_K[keys], kind="stable")]  # by token, then in the order of segments
+    tokens, firsts, counts = np.unique(token_K[keys], return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     tokens, firsts, counts = tokens[order], firsts[order], counts[order]
-    rounds = [places[firsts[counts > n] + n] for n in range(int(counts[0]))]
+    rounds = [keys[firsts[counts > n] + n] for n in range(int(counts[0]))]
     return tokens, rounds
 
 
 def _lay_out(shape: ForestShape) -> VarlenLayout | None:
-    if shape.capability is None or shape.capability < LEAST_CAPABILITY or varlen_attention() is None:
+    if shape.capability is None or shape.capability < MIN_CAPABILITY or varlen_attention() is None:
         return None
     return varlen_layout(shape.lengths, shape.paths, shape.device, shape.capability)
 
 
-def _supports(call: LayerCall, laid: VarlenLayout) -> bool:
+def _supports(call: LayerCall, layout: VarlenLayout) -> bool:
     if call.dropout or call.softcap is not None or call.sinks is not None or call.query.dtype not in HALF:
         return False
     width = call.query.shape[-1]
-    if width != call.value.shape[-1] or width % 8 or width > WIDEST_HEAD:
+    if width != call.value.shape[-1] or width % 8 or width > MAX_HEAD_WIDTH:
         return False
-    return width <= WIDE_HEAD or laid.capability in DATA_CENTRE
+    return width <= WIDE_HEAD or layout.capability in DATA_CENTRE
 
 
-def _attend(call: LayerCall, laid: VarlenLayout) -> torch.Tensor:
+def _attend(call: LayerCall, layout: VarlenLayout) -> torch.Tensor:
     return varlen_forest_attention(
-        call.query, call.key, call.value, laid, scaling=call.scaling, sliding_window=call.sliding_window
+        call.query, call.key, call.value, layout, scaling=call.scaling, sliding_window=call.sliding_window
     )
 
 
@@ -159,7 +160,7 @@ def varlen_forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    laid: VarlenLayout,
+    layout: VarlenLayout,
     *,
     scaling: float | None,
     sliding_window: int | None,
@@ -170,20 +171,20 @@ def varlen_forest_attention(
     `kernel` replaces PyTorch's `varlen_attn` in tests.
     """
     kernel = kernel or varlen_attention()
-    assert kernel is not None  # else there is no layout
+    assert kernel is not None  # otherwise there is no layout
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    if laid.copies is not None:
-        k, v = (_Gather.apply(states, laid.copies) for states in (k, v))
-    # a window counts the query itself; one that covers all keys is left to the faster causal kernel
-    left = -1 if sliding_window is None or sliding_window >= laid.most_keys else sliding_window - 1
+    if layout.copies is not None:
+        k, v = (_Gather.apply(states, layout.copies) for states in (k, v))
+    # a window includes the query; for one that covers all keys, the causal kernel is faster
+    left = -1 if sliding_window is None or sliding_window >= layout.max_keys else sliding_window - 1
     output = kernel(
         q,
         k,
         v,
-        laid.query_ends,
-        laid.key_ends,
-        laid.most_queries,
-        laid.most_keys,
+        layout.query_ends,
+        layout.key_ends,
+        layout.max_queries,
+        layout.max_keys,
         scale=scaling,
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
@@ -192,7 +193,7 @@ def varlen_forest_attention(
 
 
 class _Gather(torch.autograd.Function):
-    """From the tokens' states (T, heads, D) to their copies (K, heads, D)."""
+    """Tokens' states (T, heads, D) -> gathered copies (K, heads, D)."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, copies: GatheredKeys) -> torch.Tensor:
@@ -205,8 +206,8 @@ class _Gather(torch.autograd.Function):
         gradient = upstream.index_select(0, copies.own_T)
         total = gradient.index_select(0, copies.shared_S)
         total = total.to(torch.promote_types(total.dtype, torch.float32))
-        for places in copies.rounds:
-            total[: len(places)] += upstream.index_select(0, places)
+        for keys in copies.rounds:
+            total[: len(keys)] += upstream.index_select(0, keys)
         return gradient.index_copy_(0, copies.shared_S, total.to(gradient.dtype)), None
 
 

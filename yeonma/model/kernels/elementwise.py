@@ -1,8 +1,8 @@
 """RMSNorm, SwiGLU and rotary positions with fewer passes over memory and fewer saved tensors.
 
-Each is a pair of pure functions, forward and gradient, in plain operations that compute in float32 and round once.
-PyTorch's compiler can make a kernel of each (`compiled`). `yeonma.model.kernels.patch` finds the modules that compute
-just this.
+They are pairs of pure functions, forward and gradient, in plain operations that compute in float32 and round once.
+`compiled` turns them into kernels with PyTorch's compiler. `yeonma.model.kernels.patch` finds the modules that compute
+the same.
 
 Zhang and Sennrich 2019, arXiv:1910.07467 (RMSNorm); Shazeer 2020, arXiv:2002.05202 (SwiGLU); Su et al. 2021,
 arXiv:2104.09864 (rotary positions).
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 
 TensorPair = tuple[torch.Tensor, torch.Tensor]
 
-FEWEST_ROWS = 16
-"""With fewer, as in generating single tokens, there is nothing to gain: the plain functions run, and the compiler never
-meets the sizes 0 and 1, for which it would make separate kernels."""
+MIN_ROWS = 16
+"""With fewer, as when generating single tokens, kernels are not faster, so the plain functions run. The compiler never
+sees the sizes 0 and 1, for which it would make separate kernels."""
 FIRST_ROWS = 1021
-"""Rows that the compiler sees first. Its kernel may depend on them, so they never come from data."""
+"""Rows of the input that a kernel is compiled with. The kernel may depend on it, so it does not come from data."""
 
 
 def norm_forward(x_NH: torch.Tensor, gain_H: torch.Tensor, epsilon: float) -> TensorPair:
@@ -44,8 +44,8 @@ def norm_backward(
 ) -> torch.Tensor:
     """The gradient of x."""
     wide, scaled = x_NH.float(), upstream_NH.float() * gain_H
-    along = (scaled * wide).mean(-1, keepdim=True) * inverse_N1 * inverse_N1 * inverse_N1
-    return scaled.mul_(inverse_N1).addcmul_(wide, along, value=-1).to(x_NH.dtype)
+    projection = (scaled * wide).mean(-1, keepdim=True) * inverse_N1 * inverse_N1 * inverse_N1
+    return scaled.mul_(inverse_N1).addcmul_(wide, projection, value=-1).to(x_NH.dtype)
 
 
 def swiglu_forward(gate_NI: torch.Tensor, up_NI: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def swiglu_forward(gate_NI: torch.Tensor, up_NI: torch.Tensor) -> torch.Tensor:
 
 
 def _silu_backward(upstream: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """By PyTorch's private operator, or by the formula where it is missing."""
+    """By PyTorch's private operator or, if it is missing, by the formula."""
     if hasattr(torch.ops.aten, "silu_backward"):
         gradient: torch.Tensor = torch.ops.aten.silu_backward(upstream, x)
         return gradient
@@ -69,10 +69,10 @@ def swiglu_backward(upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: tor
     return to_gate.to(gate_NI.dtype), F.silu(gate).mul_(upstream).to(up_NI.dtype)
 
 
-def swiglu_backward_again(
+def swiglu_backward_recomputing(
     upstream_NI: torch.Tensor, gate_NI: torch.Tensor, up_NI: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same, and silu(gate) * up again, so that the forward pass need not save it."""
+    """The gradients of gate and up, and silu(gate) * up, which the forward pass then need not save."""
     gate, upstream = gate_NI.float(), upstream_NI.float()
     to_gate = _silu_backward(upstream * up_NI, gate)
     active = F.silu(gate)
@@ -83,7 +83,7 @@ def swiglu_backward_again(
 def rotate_forward(
     q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
 ) -> TensorPair:
-    """q (T, heads, D) and k (T, key heads, D) with the two halves of each head rotated against each other."""
+    """q (T, heads, D) and k (T, key heads, D) with the two halves of every head rotated as pairs."""
     cos, sin = cos_TD.float().unsqueeze(1), sin_TD.float().unsqueeze(1)
     return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
@@ -91,10 +91,11 @@ def rotate_forward(
 def rotate_backward(
     q: torch.Tensor, k: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
 ) -> TensorPair:
-    """From the gradients of the rotated q and k: the rotation by the negative angle."""
+    """The gradients of q and k, given those of the rotated ones: the rotation by the negative angle."""
     cos, sin = cos_TD.float().unsqueeze(1), sin_TD.float().unsqueeze(1)
-    back = -sin.roll(sin.shape[-1] // 2, -1)  # each half by the sine that the forward pass used for the other
-    return _rotated(q, cos, back), _rotated(k, cos, back)
+    # each half with the sine that the forward pass used for the other half
+    inverse_sin = -sin.roll(sin.shape[-1] // 2, -1)
+    return _rotated(q, cos, inverse_sin), _rotated(k, cos, inverse_sin)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,7 @@ class Kernels:
     norm_backward: Callable[..., torch.Tensor] = norm_backward
     swiglu_forward: Callable[..., torch.Tensor] = swiglu_forward
     swiglu_backward: Callable[..., TensorPair] = swiglu_backward
-    swiglu_backward_again: Callable[..., tuple[torch.Tensor, ...]] = swiglu_backward_again
+    swiglu_backward_recomputing: Callable[..., tuple[torch.Tensor, ...]] = swiglu_backward_recomputing
     rotate_forward: Callable[..., TensorPair] = rotate_forward
     rotate_backward: Callable[..., TensorPair] = rotate_backward
 
@@ -123,10 +124,10 @@ PLAIN = Kernels()
 
 @cache
 def compiled(strict: bool = False) -> Kernels:
-    """Each compiled at its first call for a number format and width, and from then on used for any number of rows.
+    """The functions, compiled at the first call for a dtype and width. One kernel serves any number of rows.
 
-    Where the compiler fails, for example without a C++ compiler or Triton, the plain function runs, with a warning;
-    with `strict` the call raises what the compiler raised.
+    If the compiler fails, for example without a C++ compiler or Triton, the plain function runs, with a warning. With
+    `strict`, the call raises what the compiler raised.
     """
     return Kernels(**{name: _compiled(function, strict) for name, function in vars(PLAIN).items()})
 
@@ -135,15 +136,15 @@ def _compiled(function: Callable[..., Any], strict: bool) -> Callable[..., Any]:
     kernels: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
-        if len(arguments[0]) < FEWEST_ROWS:
+        if len(arguments[0]) < MIN_ROWS:
             return function(*arguments)
-        kind = tuple(
+        key = tuple(
             (value.dtype, value.device, value.shape[1:]) if isinstance(value, torch.Tensor) else value
             for value in arguments
         )
-        if kind not in kernels:
-            kernels[kind] = _compile_or_plain(function, arguments, strict)
-        return kernels[kind](*(_detached_and_contiguous(value) for value in arguments))
+        if key not in kernels:
+            kernels[key] = _compile_or_plain(function, arguments, strict)
+        return kernels[key](*(_detached_and_contiguous(value) for value in arguments))
 
     return call
 
@@ -155,51 +156,54 @@ def _compile_or_plain(
         return _compile_for(function, arguments)
     except torch.OutOfMemoryError:  # not the compiler's fault; a later call may succeed
         raise
-    except Exception as error:  # whatever a compiler may raise
+    except Exception as error:  # a compiler may raise anything
         if strict:
             raise
-        what = (
+        message = (
             f"PyTorch's compiler fails at {function.__name__} ({type(error).__name__}), which runs uncompiled"
         )
-        warnings.warn(what, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
         return function
 
 
 def _compile_for(function: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """A kernel for arguments like these, with any number of rows. It is compiled from a copy of the function: from one
-    and the same code the compiler would make a second kernel with dynamic widths, and the order would matter."""
+    """A kernel for arguments like these, with any number of rows.
+
+    It is compiled from a copy of the function: for the same code object, the compiler would make the next kernel with
+    dynamic widths, and the order of kernels would matter.
+    """
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     kernel: Callable[..., Any] = torch.compile(copy, fullgraph=True, options=kernel_settings())
-    kernel(*map(_of_first_size, arguments))
+    kernel(*map(_with_first_rows, arguments))
     return kernel
 
 
 KERNEL_SETTINGS: dict[str, Any] = {
-    "deterministic": True,  # choose nothing that affects the numbers by timing
-    "batch_invariant": True,  # nor by the number of rows
-    "compile_threads": 1,  # compile in this process: a killed run leaves no others behind
+    "deterministic": True,  # no choice that affects the numbers depends on timing
+    "batch_invariant": True,  # or on the number of rows
+    "compile_threads": 1,  # compile in this process, so that a killed run leaves no other processes behind
 }
-"""Options of PyTorch's compiler."""
+"""Options for PyTorch's compiler."""
 
 
 def kernel_settings() -> dict[str, Any]:
-    """The options that this version of the compiler has."""
+    """The KERNEL_SETTINGS that this version of the compiler supports."""
     from torch._inductor import list_options
 
     options = set(list_options())
     return {name: value for name, value in KERNEL_SETTINGS.items() if name in options}
 
 
-def _of_first_size(argument: Any) -> Any:
+def _with_first_rows(argument: Any) -> Any:
     if not isinstance(argument, torch.Tensor) or argument.ndim < 2:
         return argument
-    first = argument.new_zeros((FIRST_ROWS, *argument.shape[1:]))
-    torch._dynamo.mark_dynamic(first, 0)
-    return first
+    zeros = argument.new_zeros((FIRST_ROWS, *argument.shape[1:]))
+    torch._dynamo.mark_dynamic(zeros, 0)
+    return zeros
 
 
 def _detached_and_contiguous(argument: Any) -> Any:
-    """As what `_of_first_size` returns: another layout, or a gradient, would need another kernel."""
+    """Like the result of `_with_first_rows`: another layout, or a gradient, would need another kernel."""
     return argument.detach().contiguous() if isinstance(argument, torch.Tensor) else argument
 
 
@@ -252,7 +256,7 @@ class _Rotate(torch.autograd.Function):
 def norm(x: torch.Tensor, gain_H: torch.Tensor, epsilon: float, kernels: Kernels = PLAIN) -> torch.Tensor:
     """x (..., H) -> (..., H); the gain is frozen."""
     flat = x.reshape(-1, x.shape[-1])
-    # viewed out here: some models change the result in place, which a view made inside would not allow
+    # the view is outside of the function, because some models modify the result in place
     return _Norm.apply(flat, gain_H.detach(), epsilon, kernels).view(x.shape)
 
 

@@ -1,8 +1,7 @@
-"""Let the last decoder layer compute only the positions that are read.
+"""Makes the last decoder layer compute only the positions that are read.
 
-After its attention tokens no longer mix, and only those final hidden states are used that a trained token is predicted
-from. The layer's output projection and MLP run at these positions; at all others they return zeros, which nothing
-reads.
+After its attention, tokens no longer mix, and only the final hidden states that predict a trained token are used. The
+layer's output projection and MLP run at these positions. At all others they return zeros, which nothing reads.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from torch import nn
 
 from yeonma.batch.forest import lay_out
 from yeonma.model.forest_support import in_eval_mode, tiny_sequences
-from yeonma.model.logprobs import READ, ForestSupport, trained_logprobs
+from yeonma.model.logprobs import READ_POSITIONS, ForestSupport, trained_logprobs
 from yeonma.model.quantized import is_rounded
 from yeonma.model.sharding import recover
 
 PARTS = ("self_attn", "self_attn.o_proj", "mlp")
-"""Of transformers' decoder layers: the attention, which learns the positions, and the large layers after it."""
-TRAINED = (2, 4)  # trained tokens at the end of each sequence in the trials
+"""Modules of transformers' decoder layers: the attention, which is told the positions, and the large ones after it."""
+TRAINED_TOKENS = (2, 4)  # at the end of the sequences, in the two passes of the trial
 TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 0.05
-"""Mean difference of log-probabilities. Products of another size round differently; tokens mixed up differ by units."""
+"""Mean difference of log-probabilities. Products of another size round differently; wrong tokens differ by units."""
 
 
 def trim_last_layer(model: Any) -> bool:
-    """Make the last layer skip positions that are not read, in forward passes that say which are (keyword READ).
+    """Make the last layer skip positions that are not read, in forward passes with the keyword READ_POSITIONS.
 
-    Returns False for a model without such a layer, and for one that was trimmed before.
+    Returns False for a model without such a layer, and for one that is already trimmed.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -47,25 +46,25 @@ def trim_last_layer(model: Any) -> bool:
 
 
 def trim_where_equal(model: Any, support: ForestSupport) -> bool:
-    """`trim_last_layer`, undone unless a trial gives the log-probabilities of the whole layer."""
+    """`trim_last_layer`, undone unless a trial gives the same log-probabilities as the full layer."""
     if not support.forest or not trim_last_layer(model):
         return False
     ids = tiny_sequences(model.config.get_text_config().vocab_size, 0)
 
-    def logprobs(last: int, **keywords: Any) -> torch.Tensor:
-        forest = lay_out(ids, [np.arange(len(sequence)) >= len(sequence) - last for sequence in ids])
+    def logprobs(trained: int, **keywords: Any) -> torch.Tensor:
+        forest = lay_out(ids, [np.arange(len(sequence)) >= len(sequence) - trained for sequence in ids])
         return trained_logprobs(model, forest, support.head, support.capability, **keywords)
 
     exact = model.dtype == torch.float32 and not is_rounded(model)
     tolerance = TOLERANCE if exact else ROUNDED_TOLERANCE
     with torch.no_grad(), in_eval_mode(model):
-        whole = [logprobs(last, **{READ: None}) for last in TRAINED]
-        try:  # two different passes: nothing of the first may remain for the second
-            trimmed = [logprobs(last) for last in TRAINED]
+        full = [logprobs(count, **{READ_POSITIONS: None}) for count in TRAINED_TOKENS]
+        try:  # two different passes, so that remains of the first would show in the second
+            trimmed = [logprobs(count) for count in TRAINED_TOKENS]
             is_equal = all(
-                bool((a - b).abs().mean() <= tolerance) for a, b in zip(trimmed, whole, strict=True)
+                bool((a - b).abs().mean() <= tolerance) for a, b in zip(trimmed, full, strict=True)
             )
-        except Exception:  # whatever a model's code may raise
+        except Exception:  # a model's code may raise anything
             recover(model)
             is_equal = False
     if not is_equal:
@@ -86,18 +85,18 @@ def _part_of(layer: nn.Module, name: str) -> Any:
         return None
 
 
-def _attention(forward: Callable[..., Any], read: list[torch.Tensor], *arguments: Any, **more: Any) -> Any:
-    """Notes the positions: the attention runs first in the layer, also when gradient checkpointing runs it again."""
-    positions = more.pop(READ, None)
+def _attention(forward: Callable[..., Any], read: list[torch.Tensor], *args: Any, **keywords: Any) -> Any:
+    """Stores the positions: the attention runs first in the layer, even when gradient checkpointing reruns it."""
+    positions = keywords.pop(READ_POSITIONS, None)
     read[:] = [] if positions is None else [positions]
-    return forward(*arguments, **more)
+    return forward(*args, **keywords)
 
 
 def _at_read_positions(forward: Callable[..., Any], read: list[torch.Tensor], x: torch.Tensor) -> Any:
-    """x (1, T, H) -> (1, T, H'), zeros except at the positions that are read."""
+    """x (1, T, H) -> (1, T, H'), with zeros at positions that are not read."""
     if not read:
         return forward(x)
     result = forward(x.index_select(1, read[0]))
-    first, *rest = result if isinstance(result, tuple) else (result,)
-    whole = first.new_zeros(1, x.shape[1], first.shape[-1]).index_copy(1, read[0], first)
-    return (whole, *rest) if isinstance(result, tuple) else whole
+    hidden, *others = result if isinstance(result, tuple) else (result,)
+    output = hidden.new_zeros(1, x.shape[1], hidden.shape[-1]).index_copy(1, read[0], hidden)
+    return (output, *others) if isinstance(result, tuple) else output

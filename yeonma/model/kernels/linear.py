@@ -1,8 +1,8 @@
-"""Products with frozen weights, by the fastest routine that PyTorch has for the machine.
+"""Products with frozen weights, by PyTorch's fastest routine for the machine.
 
-PyTorch computes float32 products on the CPU with MKL, which does not use AVX-512 on processors that are not Intel's;
-oneDNN, which PyTorch includes too, uses it everywhere (about twice as fast on a Zen 5 EPYC). The choice depends on the
-machine and the shapes alone, never on a measurement, so that equal runs stay equal.
+On the CPU, PyTorch computes float32 products with MKL, which uses AVX-512 only on Intel's processors. oneDNN, which
+PyTorch includes as well, uses it on all (about twice as fast on a Zen 5 EPYC). The choice depends only on the machine
+and the shapes, never on a measurement, so that equal runs give equal results.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEWEST_ROWS = 16  # with fewer, as in generating single tokens, there is nothing to gain
+MIN_ROWS = 16  # with fewer, as when generating single tokens, oneDNN is not faster
 
-# oneDNN compiles a routine for every shape, and PyTorch caches 1024 of them, 0.6 MB each. Nearly every micro-batch has
-# its own token count and uses its 30 to 60 shapes in all layers; routines cached for longer are seldom used again.
+# oneDNN compiles a routine per shape, and PyTorch caches 1024 of them, 0.6 MB each. Nearly every micro-batch has its
+# own token count and uses its 30 to 60 shapes in all layers, so older routines are rarely used again.
 CACHED_ROUTINES = 256
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
     os.environ.setdefault(_name, str(CACHED_ROUTINES))
@@ -27,13 +27,13 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read 
 
 @cache
 def has_onednn() -> bool:
-    """Whether this machine has AVX-512, and this PyTorch the operator that its compiler uses for dense layers.
+    """Whether this machine has AVX-512, and this PyTorch has the operator that its compiler uses for dense layers.
 
-    The operator is private. It is tried once; where it is missing or takes other arguments, `F.linear` replaces it.
+    The operator is private, so it is tried once. If it is missing or takes other arguments, `F.linear` is used.
     """
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    x = torch.ones(FEWEST_ROWS, FEWEST_ROWS, device="cpu")
+    x = torch.ones(MIN_ROWS, MIN_ROWS, device="cpu")
     try:
         with torch.no_grad():
             return bool(torch.equal(_onednn_linear(x, x, None), F.linear(x, x)))
@@ -47,15 +47,15 @@ def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (N, K) @ weight (M, K) transposed + bias (M,) -> (N, M); records no gradient."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= FEWEST_ROWS and has_onednn():
+    """x (N, K) @ weight (M, K) transposed + bias (M,) -> (N, M). Records no gradient."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= MIN_ROWS and has_onednn():
         with torch.no_grad():
             return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 class Weight(Protocol):
-    """A frozen weight W (M, K), stored in any form. Neither product records a gradient."""
+    """A frozen weight W (M, K) in any storage format. The products record no gradient."""
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (N, K) @ W.T + bias (M,) -> (N, M)."""
@@ -80,7 +80,7 @@ class Dense:
 
 
 def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`product`, returned in float32. On CUDA the float32 sums over half-precision products are not rounded; elsewhere
+    """`product` with a float32 result. On CUDA, the float32 sums of half-precision products are not rounded; elsewhere
     the routine rounds them first."""
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
         return product(x, weight, bias).float()
@@ -92,7 +92,7 @@ def float32_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 def frozen_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` for a frozen weight: x (..., K), weight (M, K) -> (..., M)."""
     flat = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-    # viewed out here: some models change the result in place, which a view made inside would not allow
+    # the view is outside of the function, because some models modify the result in place
     return flat.view(*x.shape[:-1], -1)
 
 
@@ -108,8 +108,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def is_frozen_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether this is a plain float32 `nn.Linear` on the CPU without trained parameters. Not a head that is sharded by
-    itself: its class is another, and its result must not be a view."""
+    """Whether this is a plain float32 `nn.Linear` on the CPU without trained parameters. A sharded head is not: it has
+    another class, and its result must not be a view."""
     return (
         type(layer) is nn.Linear
         and layer.weight.device.type == "cpu"

@@ -1,9 +1,8 @@
 """PEFT's LoRA layers with fewer passes over memory: the same mathematics in one autograd node per layer, or in one for
 SwiGLU and the layer after it.
 
-Only plain layers are replaced (a frozen `nn.Linear`, dense or quantised, one active adapter, no DoRA, no bias, not
-merged); every other layer keeps PEFT's forward. Weights, names and saving remain PEFT's. Hu et al. 2021,
-arXiv:2106.09685.
+Only plain layers are patched (a frozen `nn.Linear`, dense or quantised, one active adapter, no DoRA, no LoRA bias, not
+merged). Other layers keep PEFT's forward. Weights, names and saving remain PEFT's. Hu et al. 2021, arXiv:2106.09685.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from yeonma.model.quantized import packed_weight
 
 
 def patch_linear(model: nn.Module) -> Counter[str]:
-    """Give every plain LoRA layer of `model` the short forward, and every frozen dense layer oneDNN's product where the
-    machine has it.
+    """Patch the forward of every plain LoRA layer and, if the machine has oneDNN's product, of every frozen dense
+    layer.
 
-    Returns how many did: `LoRA` and `oneDNN`.
+    Returns their numbers as `LoRA` and `oneDNN`.
     """
     patched: Counter[str] = Counter()
     for layer in model.modules():
@@ -40,17 +39,17 @@ def patch_linear(model: nn.Module) -> Counter[str]:
 
 
 def _frozen_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    # read at each call: sharded weights are gathered for it
+    # read at every call, because sharded weights are gathered for the call
     return frozen_linear(x, Dense(layer.weight), layer.bias)
 
 
 def _is_plain(layer: Any) -> bool:
-    """Asked at every call: adapters may be added, switched and merged later."""
+    """Checked at every call, because adapters may be added, switched and merged later."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
-    # for layers of bitsandbytes PEFT has LoRA classes of its own, with the same contents
+    # for bitsandbytes' layers, PEFT has other LoRA classes with the same attributes
     dense = type(layer) is LoraLinear and type(base) is nn.Linear
     return (
         adapter in layer.lora_A
@@ -64,21 +63,21 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward(layer: Any, peft_forward: Any, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
-    """x (..., H_in) -> (..., H_out). Layers that are not plain, and calls with more arguments, go to PEFT."""
+    """x (..., H_in) -> (..., H_out). Calls of other layers or with more arguments go to PEFT."""
     if args or keywords or not _is_plain(layer):
         return peft_forward(x, *args, **keywords)
     (adapter,) = layer.active_adapters
     flat = x.reshape(-1, x.shape[-1])
     dropped = layer.lora_dropout[adapter](flat)
     result = _LoraLinear.apply(flat, dropped, *_parts(layer, x.dtype))
-    # viewed out here: some models change the result in place, which a view made inside would not allow
+    # the view is outside of the function, because some models modify the result in place
     return result.view(*x.shape[:-1], -1)
 
 
 def _parts(
     layer: Any, dtype: torch.dtype
 ) -> tuple[Weight, torch.Tensor | None, torch.Tensor, torch.Tensor, float]:
-    """Weight, bias, A, B and scaling of a plain layer."""
+    """Weight, bias, A, B and scale of a plain layer."""
     (adapter,) = layer.active_adapters
     base = layer.get_base_layer()
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -101,8 +100,8 @@ def supports_gated(layer: nn.Module) -> bool:
 
 
 def gated_lora(layer: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-    """layer(silu(gate) * up) for gate and up (..., H_in) -> (..., H_out). Saves gate and up for the backward pass, not
-    their product."""
+    """layer(silu(gate) * up) for gate and up (..., H_in) -> (..., H_out). Saves gate and up for the backward pass, but
+    not their product."""
     width = gate.shape[-1]
     result = _GatedLora.apply(
         gate.reshape(-1, width), up.reshape(-1, width), *_parts(layer, gate.dtype), kernels
@@ -111,7 +110,7 @@ def gated_lora(layer: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Kernel
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x @ W.T + b + s * (dropped @ A.T) @ B.T for x (N, H_in); without dropout `dropped` is x itself."""
+    """x @ W.T + b + s * (dropped @ A.T) @ B.T for x (N, H_in). Without dropout, `dropped` is x."""
 
     @staticmethod
     def forward(
@@ -124,38 +123,42 @@ class _LoraLinear(torch.autograd.Function):
         b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        inner = product(dropped, a)
+        low_rank = product(dropped, a)
         result = weight.product(x, bias)
-        result.addmm_(inner, b.t(), alpha=scale)
-        ctx.save_for_backward(dropped, inner, a, b)
+        result.addmm_(low_rank, b.t(), alpha=scale)
+        ctx.save_for_backward(dropped, low_rank, a, b)
         ctx.weight, ctx.scale, ctx.has_no_dropout = weight, scale, dropped is x
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, inner, a, b = ctx.saved_tensors
-        inner_gradient = product(upstream, b.t()).mul_(ctx.scale)
-        to_a, to_b = _adapter_gradients(inner_gradient, dropped, inner, upstream, ctx.scale)
+        dropped, low_rank, a, b = ctx.saved_tensors
+        low_rank_gradient = product(upstream, b.t()).mul_(ctx.scale)
+        to_a, to_b = _adapter_gradients(low_rank_gradient, dropped, low_rank, upstream, ctx.scale)
         to_x = to_dropped = None
         if ctx.needs_input_grad[0]:
             to_x = ctx.weight.input_gradient(upstream)
             if ctx.has_no_dropout:
-                to_x.addmm_(inner_gradient, a)
+                to_x.addmm_(low_rank_gradient, a)
         if ctx.needs_input_grad[1] and not ctx.has_no_dropout:
-            to_dropped = inner_gradient @ a
+            to_dropped = low_rank_gradient @ a
         return to_x, to_dropped, None, None, to_a, to_b, None
 
 
 def _adapter_gradients(
-    inner_gradient: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, upstream: torch.Tensor, scale: float
+    low_rank_gradient: torch.Tensor,
+    x: torch.Tensor,
+    low_rank: torch.Tensor,
+    upstream: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of A (r, H_in) and B (H_out, r)."""
-    to_a = product(inner_gradient.t(), x.t())
-    return to_a, product(inner.t(), upstream.t()).t().mul(scale)
+    to_a = product(low_rank_gradient.t(), x.t())
+    return to_a, product(low_rank.t(), upstream.t()).t().mul(scale)
 
 
 class _GatedLora(torch.autograd.Function):
-    """x @ W.T + b + s * (x @ A.T) @ B.T for x = silu(gate) * up (N, H_in), which the backward pass computes again."""
+    """x @ W.T + b + s * (x @ A.T) @ B.T for x = silu(gate) * up (N, H_in), which the backward pass recomputes."""
 
     @staticmethod
     def forward(
@@ -170,18 +173,18 @@ class _GatedLora(torch.autograd.Function):
         kernels: Kernels,
     ) -> torch.Tensor:
         x = kernels.swiglu_forward(gate, up)
-        inner = product(x, a)
+        low_rank = product(x, a)
         result = weight.product(x, bias)
-        result.addmm_(inner, b.t(), alpha=scale)
-        ctx.save_for_backward(gate, up, inner, a, b)
+        result.addmm_(low_rank, b.t(), alpha=scale)
+        ctx.save_for_backward(gate, up, low_rank, a, b)
         ctx.weight, ctx.scale, ctx.kernels = weight, scale, kernels
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up, inner, a, b = ctx.saved_tensors
-        inner_gradient = product(upstream, b.t()).mul_(ctx.scale)
-        x_gradient = ctx.weight.input_gradient(upstream).addmm_(inner_gradient, a)
-        to_gate, to_up, x = ctx.kernels.swiglu_backward_again(x_gradient, gate, up)
-        to_a, to_b = _adapter_gradients(inner_gradient, x, inner, upstream, ctx.scale)
+        gate, up, low_rank, a, b = ctx.saved_tensors
+        low_rank_gradient = product(upstream, b.t()).mul_(ctx.scale)
+        x_gradient = ctx.weight.input_gradient(upstream).addmm_(low_rank_gradient, a)
+        to_gate, to_up, x = ctx.kernels.swiglu_backward_recomputing(x_gradient, gate, up)
+        to_a, to_b = _adapter_gradients(low_rank_gradient, x, low_rank, upstream, ctx.scale)
         return to_gate, to_up, None, None, to_a, to_b, None, None

@@ -1,9 +1,9 @@
-"""Replace the forwards of a model's modules by the faster ones of this package, and count which modules took them.
+"""Patches a model's modules with the faster forwards of this package, and counts the patched modules.
 
-A norm, MLP or attention module is replaced where a trial shows that its own code computes just what
-`yeonma.model.kernels.elementwise` does. The trial runs the module's code on the CPU with a few small random numbers in
-place of its weights, so it costs nothing and works for a model without weights. A module that differs, fails or takes
-other arguments keeps its own code.
+A norm, MLP or attention module is patched if a trial shows that its own code computes the same as
+`yeonma.model.kernels.elementwise`. The trial runs the module's code on the CPU, with a few random numbers instead of
+its weights: it is cheap and works for a model without weights. A module that differs, fails or takes other arguments
+keeps its own code.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from torch import nn
 
 from yeonma.config.settings import TorchCompile
 from yeonma.errors import Log, UserError, first_line
-from yeonma.model.kernels.elementwise import FEWEST_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
+from yeonma.model.kernels.elementwise import MIN_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.lora import gated_lora, patch_linear, supports_gated
 from yeonma.model.logprobs import ForestSupport
 from yeonma.model.sharding import own_class
 
 ROTATION = "apply_rotary_pos_emb"
-"""The function by which transformers' attention modules rotate queries and keys."""
+"""The function with which transformers' attention modules rotate queries and keys."""
 EPSILON = ("variance_epsilon", "eps")
-"""Its names in transformers' norms."""
+"""Names of the epsilon in transformers' norms."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 WIDTH = 16
 ROWS = 5
 TOLERANCE = 1e-5
 
 KINDS = ("RMSNorm", "SwiGLU", "rotary", "LoRA", "oneDNN", "last layer")
-"""In the order of a report."""
+"""Kinds of modules, in the order of a report."""
 
 ForwardFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class KernelCount:
-    """How many modules of a kind have a faster forward, out of those that look as if they could."""
+    """Number of patched modules of a kind, and of modules that look as if they could be patched."""
 
     kind: str
     patched: int
@@ -59,17 +59,17 @@ class KernelCount:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What `patch_kernels` did to a model: `RMSNorm 49/49, SwiGLU 24/24, rotary 24/24, LoRA 168/168, attention varlen`.
+    """The result of `patch_kernels`: `RMSNorm 49/49, SwiGLU 24/24, rotary 24/24, LoRA 168/168, attention varlen`.
 
-    A count below its total means that the model's code computes something else, or has names that are not known here.
+    A count below its total means that the model's code computes something else, or uses unknown names.
     """
 
     counts: tuple[KernelCount, ...]
-    """Kinds that the model has no candidates of are left out."""
+    """Only kinds of which the model has candidates."""
     attention: tuple[str, ...]
-    """The backend of each layer; empty where it is not known."""
+    """The backends of the layers; empty if unknown."""
     is_compiled: bool
-    """Whether norms, SwiGLU and rotary positions run as kernels of PyTorch's compiler."""
+    """Whether norms, SwiGLU and rotary positions are compiled."""
 
     def __str__(self) -> str:
         parts = [str(count) for count in self.counts]
@@ -88,11 +88,11 @@ def patch_kernels(
     support: ForestSupport | None = None,
     trim_last: bool = False,
 ) -> KernelReport:
-    """Give every module that allows it a faster forward, and return what was replaced.
+    """Patch every module that passes its trial with a faster forward, and report the numbers.
 
-    `model`: a transformers model, its LoRA layers in place. `support`: from `check_forest_support`, for the
-    report and for `trim_last`: the last layer then computes only the positions that are read (`last_layer.py`), after a
-    trial, or without one on the meta device.
+    `model`: a transformers model with its LoRA layers. `support`: from `check_forest_support`, for the report and for
+    `trim_last`. With `trim_last`, the last layer computes only the positions that are read (`last_layer.py`), if a
+    trial succeeds; on the meta device there is no trial.
     """
     has_rotary = any("Rotary" in own_class(module).__name__ for module in model.modules())
     candidates = Counter(kind for module in model.modules() for kind in _kinds_of(module, has_rotary))
@@ -107,7 +107,7 @@ def patch_kernels(
 
 
 def _kinds_of(module: nn.Module, has_rotary: bool) -> Iterator[str]:
-    """The kinds that a module looks like, by its class's name and its structure: wider than what a trial may allow."""
+    """The kinds that a module may be, by its class name and structure. Only a trial decides whether it is patched."""
     name, children = own_class(module).__name__, module._modules
     weights = [weight for weight in module._parameters.values() if weight is not None]
     if "norm" in name.lower() and "layernorm" not in name.lower() and not children:
@@ -124,14 +124,18 @@ def _kinds_of(module: nn.Module, has_rotary: bool) -> Iterator[str]:
 
 
 def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str]:
-    """Give the short forward to every norm, MLP and attention module that passes its trial; returns how many of each
-    kind have it. A second call replaces the kernels."""
+    """Patch every norm, MLP and attention module that passes its trial, and return their numbers by kind. A second call
+    replaces the kernels."""
     patched: Counter[str] = Counter()
     for module in model.modules():
         if not _is_own(module.__dict__.get("forward")):
             continue
-        for kind, short in (("RMSNorm", _short_norm), ("SwiGLU", _short_mlp), ("rotary", _short_attention)):
-            forward = short(module, kernels)
+        for kind, faster in (
+            ("RMSNorm", _faster_norm),
+            ("SwiGLU", _faster_mlp),
+            ("rotary", _faster_attention),
+        ):
+            forward = faster(module, kernels)
             if forward is not None:
                 module.forward = forward
                 patched[kind] += 1
@@ -139,41 +143,41 @@ def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str
     return patched
 
 
-def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch.dtype, say: Log) -> Kernels:
-    """The kernels of a setting: compiled for `true`, and on CUDA for `auto`; tried once on a few rows, forward and
-    backward.
+def pick_kernels(torch_compile: TorchCompile, device: torch.device, dtype: torch.dtype, log: Log) -> Kernels:
+    """The kernels for the setting: compiled for `true` and, on CUDA, for `auto`. They are tried once on a few rows,
+    forward and backward.
 
-    Where the compiler fails, `auto` says so and takes the plain ones; `true` raises UserError.
+    If the compiler fails, `auto` logs it and uses the plain functions; `true` raises UserError.
     """
     if torch_compile is False or (torch_compile == "auto" and device.type != "cuda"):
         return PLAIN
     try:
         _run_all(compiled(strict=True), device, dtype)
-    except Exception as error:  # whatever a compiler may raise
-        why = f"PyTorch's compiler fails here ({type(error).__name__}: {first_line(error)})"
+    except Exception as error:  # a compiler may raise anything
+        problem = f"PyTorch's compiler fails here ({type(error).__name__}: {first_line(error)})"
         if torch_compile == "auto":
-            say(f"{why}; norms, SwiGLU and rotary positions run uncompiled")
+            log(f"{problem}; norms, SwiGLU and rotary positions run uncompiled")
             return PLAIN
         raise UserError(
-            why, place="torch_compile", cure="use --torch_compile false, or install a C++ compiler"
+            problem, place="torch_compile", cure="use --torch_compile false, or install a C++ compiler"
         ) from error
     return compiled()
 
 
 def _run_all(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
-    x = torch.ones(FEWEST_ROWS, WIDTH, device=device, dtype=dtype, requires_grad=True)
-    heads = x.view(1, 1, FEWEST_ROWS, WIDTH)
+    x = torch.ones(MIN_ROWS, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    heads = x.view(1, 1, MIN_ROWS, WIDTH)
     q, k = rotate(heads, heads, heads[0], heads[0], kernels)
     (norm(swiglu(x, x, kernels), x[0], 1e-6, kernels) + q[0, 0] + k[0, 0]).sum().backward()
 
 
 def _is_own(forward: object) -> bool:
-    """Whether a module has its class's forward, or one of ours. A forward that others have set stays."""
+    """Whether a module has the forward of its class or one of ours. Forwards that other code has set are kept."""
     return forward is None or (isinstance(forward, partial) and forward.func in (_norm, _mlp, _attention))
 
 
-def _short_norm(module: Any, kernels: Kernels) -> ForwardFunction | None:
-    """For an RMSNorm with a frozen gain, which is `weight` or `1 + weight`."""
+def _faster_norm(module: Any, kernels: Kernels) -> ForwardFunction | None:
+    """A faster forward for an RMSNorm with a frozen gain, which is `weight` or `1 + weight`; None for other modules."""
     weight = getattr(module, "weight", None)
     epsilon = next((getattr(module, name) for name in EPSILON if hasattr(module, name)), None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
@@ -183,7 +187,7 @@ def _short_norm(module: Any, kernels: Kernels) -> ForwardFunction | None:
     random = torch.Generator().manual_seed(0)
     gain = torch.randn(len(weight), generator=random)
     stand_in = _stand_in(module, parameters={"weight": nn.Parameter(gain, requires_grad=False)})
-    # one row is of about the epsilon's size, so that an epsilon added elsewhere shows
+    # one row is about as small as the epsilon, so that an epsilon added elsewhere shows
     sizes = torch.tensor([[1.0], [epsilon**0.5], [30.0]])
     x = torch.randn(3, len(weight), generator=random) * sizes
     for offset in (0.0, 1.0):
@@ -199,11 +203,11 @@ def _norm(module: Any, offset: float, epsilon: float, kernels: Kernels, x: torch
     return norm(x, weight.float() + offset if offset else weight, epsilon, kernels)
 
 
-def _short_mlp(module: Any, kernels: Kernels) -> ForwardFunction | None:
+def _faster_mlp(module: Any, kernels: Kernels) -> ForwardFunction | None:
     if not set(MLP) <= module._modules.keys() or module._parameters:
         return None
     random = torch.Generator().manual_seed(0)
-    # created without numbers: drawing them would advance PyTorch's random state
+    # on the meta device: initialising weights would advance PyTorch's random state
     layers = {name: nn.Linear(WIDTH, WIDTH, bias=False, device="meta") for name in MLP}
     for layer in layers.values():
         layer.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=random))
@@ -221,8 +225,8 @@ def _mlp(module: Any, kernels: Kernels, x: torch.Tensor) -> Any:
     return module.down_proj(swiglu(gate, up, kernels))
 
 
-def _short_attention(module: Any, kernels: Kernels) -> ForwardFunction | None:
-    """The class's own forward, with our function in place of the one named ROTATION."""
+def _faster_attention(module: Any, kernels: Kernels) -> ForwardFunction | None:
+    """The class's forward with our function in place of the one named ROTATION."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
         return None
@@ -238,9 +242,9 @@ def _attention(forward: ForwardFunction, module: Any, *arguments: Any, **keyword
 
 @cache
 def _with_rotation(forward: FunctionType, original: ForwardFunction, kernels: Kernels) -> ForwardFunction:
-    names = {**forward.__globals__, ROTATION: partial(_rotation, original, kernels)}
+    global_names = {**forward.__globals__, ROTATION: partial(_rotation, original, kernels)}
     copied = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+        forward.__code__, global_names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copied.__kwdefaults__ = forward.__kwdefaults__
     return copied
@@ -253,13 +257,13 @@ def _rotation(
     k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *rest: Any,
+    *args: Any,
     **keywords: Any,
 ) -> Any:
-    shape = (1, *q.shape[2:])  # of one sequence, whose heads are rotated whole
+    shape = (1, *q.shape[2:])  # one sequence, whose heads are rotated in full
     is_plain = len(q) == 1 and cos.shape == shape and k.shape[2:] == shape[1:] and cos.dtype == q.dtype
-    if rest or keywords or not is_plain:
-        return original(q, k, cos, sin, *rest, **keywords)
+    if args or keywords or not is_plain:
+        return original(q, k, cos, sin, *args, **keywords)
     return rotate(q, k, cos, sin, kernels)
 
 
@@ -292,7 +296,7 @@ def _agree(theirs: Callable[[], Any], ours: Callable[[], torch.Tensor]) -> bool:
     try:
         with torch.no_grad():
             their_result, our_result = theirs(), ours()
-    except Exception:  # whatever a model's code may raise, it means no
+    except Exception:  # a model's code may raise anything
         return False
     if not isinstance(their_result, torch.Tensor) or their_result.shape != our_result.shape:
         return False

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from yeonma.batch.forest import LEAST_SHARED, Forest, lay_out
+from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.model.attention import dispatch, flex, varlen
 from yeonma.model.attention.backend import Backend, Capability, ForestLayout, ForestShape, LayerCall
 from yeonma.model.attention.dispatch import (
@@ -25,21 +25,21 @@ CPU = torch.device("cpu")
 HEADS, WIDTH = 4, 8
 
 
-def forest() -> Forest:
+def example_forest() -> Forest:
     """A frame over an article over two answers, a third row under the frame, and a row alone: seven segments."""
-    frame, article = np.arange(LEAST_SHARED), np.arange(30, 30 + LEAST_SHARED + 2)
+    frame, article = np.arange(MIN_SHARED_TOKENS), np.arange(30, 30 + MIN_SHARED_TOKENS + 2)
     ends = [[*article, 1, 2, 3], [*article, 4], [5, 6], [*article, 1, 2, 9]]
     examples = [np.concatenate([frame, end]).astype(np.int32) for end in ends] + [
         np.arange(60, 67, dtype=np.int32)
     ]
-    laid = lay_out(examples, [np.ones(len(example), dtype=bool) for example in examples])
-    assert len(laid.segments) == 7
-    return laid
+    forest = lay_out(examples, [np.ones(len(example), dtype=bool) for example in examples])
+    assert len(forest.segments) == 7
+    return forest
 
 
 def states(key_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(3)
-    length = len(forest().token_ids_T)
+    length = len(example_forest().token_ids_T)
     shapes = [
         (1, HEADS, length, WIDTH),
         (1, key_heads, length, WIDTH),
@@ -52,7 +52,7 @@ def states(key_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Ten
 
 
 def dense(
-    laid: Forest,
+    forest: Forest,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -63,17 +63,17 @@ def dense(
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax over the whole flat sequence, head by head, with the mask written down: (1, T, heads, D)."""
-    position = torch.from_numpy(laid.position_T)
-    seen = reference_mask(laid)
+    position = torch.from_numpy(forest.position_T)
+    visible = reference_mask(forest)
     if sliding_window is not None:
-        seen &= position[:, None] - position[None, :] < sliding_window
+        visible &= position[:, None] - position[None, :] < sliding_window
     outputs = []
     for head in range(query.shape[1]):
         group = head * key.shape[1] // query.shape[1]
         scores = query[0, head] @ key[0, group].T * (scaling or query.shape[-1] ** -0.5)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        exponents = torch.where(seen, scores.exp(), torch.zeros_like(scores))
+        exponents = torch.where(visible, scores.exp(), torch.zeros_like(scores))
         total = exponents.sum(1, keepdim=True)
         if s_aux is not None:
             total = total + s_aux[head].exp()
@@ -93,7 +93,7 @@ def chosen(
     **options: Any,
 ) -> str:
     """The backend of a layer on a GPU that need not be there."""
-    shape = forest_shape(forest(), CPU, capability, "cuda")
+    shape = forest_shape(example_forest(), CPU, capability, "cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "has_flex", lambda: has_flex)
         patch.setattr(varlen, "varlen_attention", lambda: object() if has_varlen else None)
@@ -108,7 +108,9 @@ def chosen(
     query = torch.empty(1, HEADS, tokens, query_width, dtype=dtype, device="meta")
     value = torch.empty(1, HEADS, tokens, value_width, dtype=dtype, device="meta")
     call = LayerCall(query, query, value, sinks=torch.empty(HEADS) if sinks else None, **options)
-    return choose(call, ForestLayout({name: laid for name, laid in layouts.items() if laid is not None})).name
+    return choose(
+        call, ForestLayout({name: result for name, result in layouts.items() if result is not None})
+    ).name
 
 
 def test_a_new_backend_is_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,33 +125,38 @@ def test_a_new_backend_is_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch)
     def attend(call: LayerCall, segments: int) -> torch.Tensor:
         return call.value.transpose(1, 2) * segments
 
-    mine = Backend("mine", lay_out, supports, attend)
-    monkeypatch.setattr(dispatch, "BACKENDS", (mine, *BACKENDS))
+    counting = Backend("counting", lay_out, supports, attend)
+    monkeypatch.setattr(dispatch, "BACKENDS", (counting, *BACKENDS))
     query, key, value, _ = states(HEADS)
     names: list[str] = []
 
-    def attended(computed_on: str, **options: Any) -> torch.Tensor:
-        laid = layout(forest(), computed_on=computed_on)
+    def attend_on(computed_on: str, **options: Any) -> torch.Tensor:
+        forest_layout = layout(example_forest(), computed_on=computed_on)
         return forest_attention(
-            torch.nn.Module(), query, key, value, None, forest=laid, watch=watch, **options
+            torch.nn.Module(), query, key, value, None, forest=forest_layout, on_layer=on_layer, **options
         )[0]
 
-    def watch(layer: torch.nn.Module, window: int | None, backend: str) -> None:
+    def on_layer(layer: torch.nn.Module, window: int | None, backend: str) -> None:
         names.append(backend)
 
-    assert torch.equal(attended("cpu"), 7 * value.transpose(1, 2))
+    assert torch.equal(attend_on("cpu"), 7 * value.transpose(1, 2))
     torch.testing.assert_close(
-        attended("cpu", softcap=1.5), dense(forest(), query, key, value, softcap=1.5), rtol=0, atol=1e-5
+        attend_on("cpu", softcap=1.5),
+        dense(example_forest(), query, key, value, softcap=1.5),
+        rtol=0,
+        atol=1e-5,
     )
-    torch.testing.assert_close(attended("cuda"), dense(forest(), query, key, value), rtol=0, atol=1e-12)
-    assert names == ["mine", "plain", "sdpa"]
+    torch.testing.assert_close(
+        attend_on("cuda"), dense(example_forest(), query, key, value), rtol=0, atol=1e-12
+    )
+    assert names == ["counting", "plain", "sdpa"]
 
 
 OPTIONS = {
     "plain": {},
     "scale": {"scaling": 0.7},
     "window": {"sliding_window": 5},
-    "window one short of a segment": {"sliding_window": LEAST_SHARED - 1},
+    "window one short of a segment": {"sliding_window": MIN_SHARED_TOKENS - 1},
     "window of one token": {"sliding_window": 1},
     "window wider than all": {"sliding_window": 1000},
     "softcap": {"softcap": 1.5},
@@ -161,20 +168,20 @@ OPTIONS = {
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
-    laid = forest()
+    forest = example_forest()
     results = []
     for attend in (
-        lambda q, k, v, **how: forest_attention(torch.nn.Module(), q, k, v, None, forest=layout(laid), **how)[
-            0
-        ],
-        lambda q, k, v, **how: dense(laid, q, k, v, **how),
+        lambda q, k, v, **arguments: forest_attention(
+            torch.nn.Module(), q, k, v, None, forest=layout(forest), **arguments
+        )[0],
+        lambda q, k, v, **arguments: dense(forest, q, k, v, **arguments),
     ):
         *inputs, sinks = states(key_heads)
-        how = dict(options)
-        if "s_aux" in how:
-            how["s_aux"] = sinks
+        arguments = dict(options)
+        if "s_aux" in arguments:
+            arguments["s_aux"] = sinks
             inputs.append(sinks)
-        output = attend(*inputs[:3], **how)
+        output = attend(*inputs[:3], **arguments)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
         results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
@@ -185,26 +192,28 @@ def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict,
 
 
 def test_bfloat16_is_close_with_and_without_plain_operations() -> None:
-    laid = forest()
-    for how in ({}, {"softcap": 5.0}):
+    forest = example_forest()
+    for arguments in ({}, {"softcap": 5.0}):
         query, key, value, _ = states(2, torch.bfloat16)
-        ours, _ = forest_attention(torch.nn.Module(), query, key, value, None, forest=layout(laid), **how)
+        ours, _ = forest_attention(
+            torch.nn.Module(), query, key, value, None, forest=layout(forest), **arguments
+        )
         assert ours.dtype == torch.bfloat16
-        expected = dense(laid, query.double(), key.double(), value.double(), **how)
+        expected = dense(forest, query.double(), key.double(), value.double(), **arguments)
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.05)
 
 
 def test_the_reference_mask_of_a_small_forest() -> None:
-    frame = np.arange(LEAST_SHARED)
+    frame = np.arange(MIN_SHARED_TOKENS)
     examples = [np.append(frame, end).astype(np.int32) for end in ([20, 21], [22])]
-    seen = reference_mask(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples])).int()
-    assert torch.equal(seen[:16, :16], torch.ones(16, 16).tril().int())
-    assert seen[16:, :16].all() and not seen[:16, 16:].any()
-    assert seen[16:, 16:].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    visible = reference_mask(lay_out(examples, [np.ones(len(e), dtype=bool) for e in examples])).int()
+    assert torch.equal(visible[:16, :16], torch.ones(16, 16).tril().int())
+    assert visible[16:, :16].all() and not visible[:16, 16:].any()
+    assert visible[16:, 16:].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
-    frame, article = range(LEAST_SHARED), range(30, 30 + LEAST_SHARED)
+    frame, article = range(MIN_SHARED_TOKENS), range(30, 30 + MIN_SHARED_TOKENS)
     examples = [
         np.array([*frame, *end], dtype=np.int32) for end in ([*article, 50, 51], [60], [*article, 70])
     ]
@@ -216,20 +225,27 @@ def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
 def test_a_mask_that_the_model_made_is_refused() -> None:
     query, key, value, _ = states(2)
     mask = torch.zeros(1, 1, query.shape[2], query.shape[2])
-    with pytest.raises(ValueError, match="mask of its own"):
-        forest_attention(torch.nn.Module(), query, key, value, mask, forest=layout(forest()))
+    with pytest.raises(ValueError, match="its own attention mask"):
+        forest_attention(torch.nn.Module(), query, key, value, mask, forest=layout(example_forest()))
 
 
 def test_dropout_drops_what_it_is_told_to() -> None:
     query, key, value, _ = states(2)
-    alone = lay_out_for_backends(ForestShape((query.shape[2],), ((0,),), CPU, "cpu", None))
-    for how in ({}, {"softcap": 1e6}):
+    one_segment = lay_out_for_backends(ForestShape((query.shape[2],), ((0,),), CPU, "cpu", None))
+    for arguments in ({}, {"softcap": 1e6}):
         outputs = []
         for dropout in (0.0, 0.5):
             torch.manual_seed(0)
             outputs.append(
                 forest_attention(
-                    torch.nn.Module(), query, key, value, None, forest=alone, dropout=dropout, **how
+                    torch.nn.Module(),
+                    query,
+                    key,
+                    value,
+                    None,
+                    forest=one_segment,
+                    dropout=dropout,
+                    **arguments,
                 )[0]
             )
         assert not torch.allclose(*outputs)

@@ -29,31 +29,35 @@ from yeonma.model.attention.dispatch import (
 def branching(seed: int, examples: int, longest: int) -> Forest:
     """Examples that begin with parts of one another, in the order of a forest that may be several levels deep."""
     random = np.random.default_rng(seed)
-    made: list[np.ndarray] = []
+    sequences: list[np.ndarray] = []
     for _ in range(examples):
-        start = made[random.integers(len(made))] if made and random.random() < 0.8 else np.array([], int)
-        kept = start[: random.integers(len(start) + 1)]
-        made.append(np.concatenate([kept, random.integers(0, 1000, random.integers(1, longest))]))
-    ids = [each.astype(np.int32) for each in made]
-    return lay_out(ids, [np.ones(len(each), dtype=bool) for each in ids], units=[0] * len(ids))
+        start = (
+            sequences[random.integers(len(sequences))]
+            if sequences and random.random() < 0.8
+            else np.array([], int)
+        )
+        prefix = start[: random.integers(len(start) + 1)]
+        sequences.append(np.concatenate([prefix, random.integers(0, 1000, random.integers(1, longest))]))
+    ids = [sequence.astype(np.int32) for sequence in sequences]
+    return lay_out(ids, [np.ones(len(sequence), dtype=bool) for sequence in ids], units=[0] * len(ids))
 
 
 def states(
-    laid: Forest, heads: int, key_heads: int, dtype: torch.dtype = torch.float64
+    forest: Forest, heads: int, key_heads: int, dtype: torch.dtype = torch.float64
 ) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(5)
-    tokens = len(laid.token_ids_T)
-    shapes = [(1, tokens, each, WIDTH) for each in (heads, key_heads, key_heads, heads)]
+    tokens = len(forest.token_ids_T)
+    shapes = [(1, tokens, count, WIDTH) for count in (heads, key_heads, key_heads, heads)]
     *inputs, upstream = (2 * torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
-    laid_as_models_do = [each.to(dtype).transpose(1, 2).requires_grad_() for each in inputs]
-    return [*laid_as_models_do, upstream.to(dtype)]
+    as_in_models = [tensor.to(dtype).transpose(1, 2).requires_grad_() for tensor in inputs]
+    return [*as_in_models, upstream.to(dtype)]
 
 
-def made_of(laid: Forest, chunk: int = CHUNK) -> CascadeLayout:
-    shape = forest_shape(laid)
-    made = cascade_layout(shape.lengths, shape.paths, CPU, chunk)
-    assert made is not None
-    return made
+def cascade_layout_of(forest: Forest, chunk: int = CHUNK) -> CascadeLayout:
+    shape = forest_shape(forest)
+    cascade = cascade_layout(shape.lengths, shape.paths, CPU, chunk)
+    assert cascade is not None
+    return cascade
 
 
 FORESTS = [
@@ -64,72 +68,72 @@ FORESTS = [
 
 @pytest.mark.parametrize("heads, key_heads", [(6, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize("chunk", [16, 40, CHUNK])
-@pytest.mark.parametrize("laid", FORESTS, ids=["wide", "deep", "long"])
+@pytest.mark.parametrize("forest", FORESTS, ids=["wide", "deep", "long"])
 def test_values_and_gradients_are_those_of_one_masked_softmax(
-    laid: Forest, chunk: int, heads: int, key_heads: int
+    forest: Forest, chunk: int, heads: int, key_heads: int
 ) -> None:
-    *inputs, upstream = states(laid, heads, key_heads)
-    ours = cascade_attention(*inputs, made_of(laid, chunk), 0.4)
-    theirs = dense(laid, *inputs, scaling=0.4)
+    *inputs, upstream = states(forest, heads, key_heads)
+    ours = cascade_attention(*inputs, cascade_layout_of(forest, chunk), 0.4)
+    theirs = dense(forest, *inputs, scaling=0.4)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    pairs = (torch.autograd.grad((each * upstream).sum(), inputs) for each in (ours, theirs))
-    for mine, wanted in zip(*pairs, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11)
+    pairs = (torch.autograd.grad((output * upstream).sum(), inputs) for output in (ours, theirs))
+    for gradient, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-11)
 
 
 def test_the_forests_of_these_tests_have_segments_of_several_chunks_and_depths() -> None:
-    depths = {len(path) for laid in FORESTS for path in forest_shape(laid).paths}
+    depths = {len(path) for forest in FORESTS for path in forest_shape(forest).paths}
     assert {1, 2, 3, 4} <= depths
-    assert any(len(keys.chunks) > 2 for keys in made_of(FORESTS[2]).segments)
+    assert any(len(keys.chunks) > 2 for keys in cascade_layout_of(FORESTS[2]).segments)
 
 
-@pytest.mark.parametrize("laid", FORESTS, ids=["wide", "deep", "long"])
-def test_its_calls_meet_every_query_and_key_that_see_each_other_once(laid: Forest) -> None:
+@pytest.mark.parametrize("forest", FORESTS, ids=["wide", "deep", "long"])
+def test_its_calls_meet_every_query_and_key_that_see_each_other_once(forest: Forest) -> None:
     """And the mask of a chunk hides the rest of what the chunk's call would meet."""
-    met = np.zeros(reference_mask(laid).shape, dtype=int)
-    made = made_of(laid, 16)
-    for keys in made.segments:
+    met = np.zeros(reference_mask(forest).shape, dtype=int)
+    cascade = cascade_layout_of(forest, 16)
+    for keys in cascade.segments:
         assert [keys.own.start, *(chunk.stop for chunk in keys.chunks)][-1] == keys.own.stop
         assert all(first.stop == second.start for first, second in pairwise(keys.chunks))
         for rows in keys.chunks:
             height, width = rows.stop - rows.start, rows.stop - keys.own.start
-            corner = made.mask[len(made.mask) - height :, made.mask.shape[1] - width :]
+            corner = cascade.mask[len(cascade.mask) - height :, cascade.mask.shape[1] - width :]
             met[rows, keys.own.start : rows.stop] += (corner == 0).numpy()
         if keys.below is not None:
             met[keys.below, keys.own] += 1
-    assert (met == reference_mask(laid).numpy()).all()
+    assert (met == reference_mask(forest).numpy()).all()
 
 
 def test_the_model_attends_by_it_and_keeps_nothing_twice() -> None:
     """For the backward: queries, keys, values, the output, and a number for each head and token."""
-    laid = FORESTS[1]
-    *inputs, _ = states(laid, 6, 2, torch.float32)
-    kept: dict[int, int] = {}
+    forest = FORESTS[1]
+    *inputs, _ = states(forest, 6, 2, torch.float32)
+    saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=layout(laid))
-    tokens = len(laid.token_ids_T)
-    assert sum(kept.values()) == 4 * tokens * (WIDTH * (6 + 2 + 2 + 6) + 6)
-    torch.testing.assert_close(output, dense(laid, *inputs), rtol=0, atol=1e-5)
+        output, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=layout(forest))
+    tokens = len(forest.token_ids_T)
+    assert sum(saved.values()) == 4 * tokens * (WIDTH * (6 + 2 + 2 + 6) + 6)
+    torch.testing.assert_close(output, dense(forest, *inputs), rtol=0, atol=1e-5)
 
 
 def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
-    laid = FORESTS[0]
-    *inputs, _ = states(laid, 6, 2)
-    strided = [torch.stack([each, each], -1)[..., 0].detach().requires_grad_() for each in inputs]
+    forest = FORESTS[0]
+    *inputs, _ = states(forest, 6, 2)
+    strided = [torch.stack([tensor, tensor], -1)[..., 0].detach().requires_grad_() for tensor in inputs]
     assert strided[0].stride(-1) == 2
-    outputs = cascade_attention(*strided, made_of(laid), None), dense(laid, *inputs)
-    found = torch.autograd.grad(outputs[0].sum(), strided), torch.autograd.grad(outputs[1].sum(), inputs)
-    for ours, theirs in zip(*found, strict=True):
+    outputs = cascade_attention(*strided, cascade_layout_of(forest), None), dense(forest, *inputs)
+    gradients = torch.autograd.grad(outputs[0].sum(), strided), torch.autograd.grad(outputs[1].sum(), inputs)
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(
-    "dtype, value_width, dropout, window, taken",
+    "dtype, value_width, dropout, window, supported",
     [
         (torch.float32, WIDTH, 0.0, None, True),
         (torch.float32, WIDTH, 0.0, "all", True),
@@ -140,27 +144,27 @@ def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
     ],
 )
 def test_what_it_leaves_to_calls_segment_by_segment(
-    dtype: torch.dtype, value_width: int, dropout: float, window: str | None, taken: bool
+    dtype: torch.dtype, value_width: int, dropout: float, window: str | None, supported: bool
 ) -> None:
-    made = made_of(FORESTS[1])
+    cascade = cascade_layout_of(FORESTS[1])
     shape = forest_shape(FORESTS[1])
-    most = max(sum(shape.lengths[i] for i in path) for path in shape.paths)
+    longest_path = max(sum(shape.lengths[i] for i in path) for path in shape.paths)
     query, value = torch.ones(1, 2, 3, WIDTH, dtype=dtype), torch.ones(1, 2, 3, value_width, dtype=dtype)
-    sliding_window = {None: None, "all": most, "one less": most - 1}[window]
+    sliding_window = {None: None, "all": longest_path, "one less": longest_path - 1}[window]
     call = LayerCall(query, query, value, dropout=dropout, sliding_window=sliding_window)
-    assert CPU_CASCADE.supports(call, made) is taken
-    assert not CPU_CASCADE.supports(replace(call, softcap=30.0), made)
-    assert not CPU_CASCADE.supports(replace(call, sinks=torch.ones(2)), made)
+    assert CPU_CASCADE.supports(call, cascade) is supported
+    assert not CPU_CASCADE.supports(replace(call, softcap=30.0), cascade)
+    assert not CPU_CASCADE.supports(replace(call, sinks=torch.ones(2)), cascade)
 
 
 def test_a_forest_whose_branches_lie_apart_goes_segment_by_segment() -> None:
     lengths, paths = (3, 4, 2, 5), ((0,), (0, 1), (2,), (0, 3))
     assert cascade_layout(lengths, paths, CPU) is None
-    laid = lay_out_for_backends(ForestShape(lengths, paths, CPU, "cpu", None))
-    assert laid.by_backend.keys() == {"sdpa", "plain"}
+    layouts = lay_out_for_backends(ForestShape(lengths, paths, CPU, "cpu", None))
+    assert layouts.by_backend.keys() == {"sdpa", "plain"}
     *inputs, _ = (torch.randn(1, 2, 14, WIDTH, dtype=torch.float64) for _ in range(4))
-    ours, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=laid)
-    seen = torch.ones(14, 14, dtype=torch.bool).tril()
-    seen[7:9, :7], seen[9:, 3:9] = False, False
-    scores = (inputs[0] @ inputs[1].transpose(2, 3) * WIDTH**-0.5).masked_fill(~seen, -torch.inf)
+    ours, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=layouts)
+    visible = torch.ones(14, 14, dtype=torch.bool).tril()
+    visible[7:9, :7], visible[9:, 3:9] = False, False
+    scores = (inputs[0] @ inputs[1].transpose(2, 3) * WIDTH**-0.5).masked_fill(~visible, -torch.inf)
     torch.testing.assert_close(ours, (scores.softmax(-1) @ inputs[2]).transpose(1, 2), rtol=0, atol=1e-12)

@@ -16,7 +16,15 @@ from torch._higher_order_ops.flex_attention import flex_attention as operator
 from torch.nn.attention.flex_attention import AuxOutput, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.model.attention.test_attention import CPU, HEADS, OPTIONS, chosen, dense, forest, states
+from tests.unit.model.attention.test_attention import (
+    CPU,
+    HEADS,
+    OPTIONS,
+    chosen,
+    dense,
+    example_forest,
+    states,
+)
 from tests.unit.model.attention.test_varlen import close, forests
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.attention.dispatch import (
@@ -28,8 +36,8 @@ from yeonma.model.attention.dispatch import (
 )
 from yeonma.model.attention.flex import (
     BLOCK,
+    FlexLayout,
     LayerSpec,
-    Tree,
     _with_masks,
     compile_for,
     compiled,
@@ -63,52 +71,52 @@ def torchs_reference(
     return output if return_aux is None else (output, AuxOutput(lse=sums * math.log(2), max_scores=None))
 
 
-def tree_of(laid: Forest, device: torch.device = CPU) -> Tree:
-    shape = forest_shape(laid)
-    return Tree(shape.lengths, shape.paths, device)
+def layout_of(forest: Forest, device: torch.device = CPU) -> FlexLayout:
+    shape = forest_shape(forest)
+    return FlexLayout(shape.lengths, shape.paths, device)
 
 
-def sees(laid: Forest, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def sees(forest: Forest, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """What the mask function says of the T tokens, and (blocks, blocks): 0 nothing, 1 a part, 2 all to be computed."""
-    shape = forest_shape(laid)
-    masked = mask_of(shape.lengths, shape.paths, window, CPU)
-    total, filled = len(laid.token_ids_T), len(masked.enter_P)
-    assert filled % BLOCK == 0 and filled >= max(total, 2 * BLOCK)
-    taken: list[Any] = []
+    shape = forest_shape(forest)
+    mask_tensors = mask_of(shape.lengths, shape.paths, window, CPU)
+    total, padded = len(forest.token_ids_T), len(mask_tensors.enter_P)
+    assert padded % BLOCK == 0 and padded >= max(total, 2 * BLOCK)
+    block_masks: list[Any] = []
     kind = LayerSpec(CPU, torch.float32, 1, 1, 16, 16, 1.0, None, False)
-    _with_masks(kind, lambda *_, block_mask, **__: taken.append(block_mask))(
-        *[torch.zeros(1, 1, filled, 16)] * 3, *masked.tensors()
+    _with_masks(kind, lambda *_, block_mask, **__: block_masks.append(block_mask))(
+        *[torch.zeros(1, 1, padded, 16)] * 3, *mask_tensors.tensors()
     )
-    (mask,) = taken
-    square = torch.arange(filled)
-    seen = mask.mask_mod(0, 0, square[:, None], square[None, :])
-    assert not seen[:total, total:].any() and seen.diagonal().all()
-    blocks = torch.zeros(filled // BLOCK, filled // BLOCK, dtype=torch.int64)
-    for transposed, arrays in ((False, masked.blocks[:4]), (True, masked.blocks[4:])):
-        found_here = torch.zeros_like(blocks)
+    (mask,) = block_masks
+    square = torch.arange(padded)
+    visible = mask.mask_mod(0, 0, square[:, None], square[None, :])
+    assert not visible[:total, total:].any() and visible.diagonal().all()
+    blocks = torch.zeros(padded // BLOCK, padded // BLOCK, dtype=torch.int64)
+    for transposed, arrays in ((False, mask_tensors.blocks[:4]), (True, mask_tensors.blocks[4:])):
+        kinds = torch.zeros_like(blocks)
         for kind_of, (count, index) in enumerate((arrays[:2], arrays[2:]), 1):
             for row, number in enumerate(count[0, 0].tolist()):
-                found_here[row, index[0, 0, row, :number].long()] += kind_of
+                kinds[row, index[0, 0, row, :number].long()] += kind_of
         if transposed:
-            assert torch.equal(found_here.T, blocks)
+            assert torch.equal(kinds.T, blocks)
         else:
-            blocks = found_here
-    theirs = create_block_mask(mask.mask_mod, None, None, filled, filled, device="cpu")
+            blocks = kinds
+    theirs = create_block_mask(mask.mask_mod, None, None, padded, padded, device="cpu")
     assert torch.equal(theirs.to_dense()[0, 0] > 0, blocks > 0)
-    whole = seen.unfold(0, BLOCK, BLOCK).unfold(1, BLOCK, BLOCK).all(-1).all(-1)
-    assert torch.equal(whole, blocks == 2)
-    return seen[:total, :total], blocks
+    full_blocks = visible.unfold(0, BLOCK, BLOCK).unfold(1, BLOCK, BLOCK).all(-1).all(-1)
+    assert torch.equal(full_blocks, blocks == 2)
+    return visible[:total, :total], blocks
 
 
-def expected(laid: Forest, window: int | None) -> torch.Tensor:
-    seen, position = reference_mask(laid), torch.from_numpy(laid.position_T)
-    return seen if window is None else seen & (position[:, None] - position[None, :] < window)
+def expected(forest: Forest, window: int | None) -> torch.Tensor:
+    visible, position = reference_mask(forest), torch.from_numpy(forest.position_T)
+    return visible if window is None else visible & (position[:, None] - position[None, :] < window)
 
 
 @settings(max_examples=40, deadline=None)
-@given(laid=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
-def test_a_token_sees_what_the_contract_says(laid: Forest, window: int | None) -> None:
-    assert torch.equal(sees(laid, window)[0], expected(laid, window))
+@given(forest=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
+def test_a_token_sees_what_the_contract_says(forest: Forest, window: int | None) -> None:
+    assert torch.equal(sees(forest, window)[0], expected(forest, window))
 
 
 @settings(max_examples=15, deadline=None)
@@ -120,10 +128,10 @@ def test_long_forests_have_the_blocks_that_hold_something_and_no_others(data: st
     for _ in range(data.draw(st.integers(1, 5))):
         beginning = rows[-1][: draw.integers(len(rows[-1]))] if rows and draw.random() < 0.5 else frame
         rows.append(np.concatenate([beginning, draw.integers(0, 9, draw.integers(1, 300))]).astype(np.int32))
-    laid = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows])
+    forest = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows])
     window = data.draw(st.one_of(st.none(), st.sampled_from([1, 100, 128, 129, 300, 5000])))
-    seen, _ = sees(laid, window)
-    assert torch.equal(seen, expected(laid, window))
+    visible, _ = sees(forest, window)
+    assert torch.equal(visible, expected(forest, window))
 
 
 def test_most_of_a_long_forest_is_not_computed() -> None:
@@ -135,17 +143,19 @@ def test_most_of_a_long_forest_is_not_computed() -> None:
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
-    laid, results = forest(), []
+    forest, results = example_forest(), []
     for ours in (True, False):
         *inputs, sinks = states(key_heads)
-        how = dict(options)
-        if "s_aux" in how:
-            how["s_aux"] = sinks
+        arguments = dict(options)
+        if "s_aux" in arguments:
+            arguments["s_aux"] = sinks
             inputs.append(sinks)
         if ours:
-            output = flex_forest_attention(*inputs[:3], tree_of(laid), kernel=torchs_reference, **how)
+            output = flex_forest_attention(
+                *inputs[:3], layout_of(forest), kernel=torchs_reference, **arguments
+            )
         else:
-            output = dense(laid, *inputs[:3], **how)
+            output = dense(forest, *inputs[:3], **arguments)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
         results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
     for our, their in zip(*results, strict=True):
@@ -153,32 +163,32 @@ def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict,
 
 
 def test_values_of_another_width_than_the_queries_as_segment_by_segment() -> None:
-    laid, results = forest(), []
+    forest, results = example_forest(), []
     for ours in (True, False):
         query, key, value, _ = states(2)
         value = torch.cat([value, 2 * value], dim=-1)
         if ours:
-            output = flex_forest_attention(query, key, value, tree_of(laid), kernel=torchs_reference)
+            output = flex_forest_attention(query, key, value, layout_of(forest), kernel=torchs_reference)
         else:
-            output = forest_attention(torch.nn.Module(), query, key, value, None, forest=layout(laid))[0]
-        assert output.shape == (1, len(laid.token_ids_T), HEADS, 16)
+            output = forest_attention(torch.nn.Module(), query, key, value, None, forest=layout(forest))[0]
+        assert output.shape == (1, len(forest.token_ids_T), HEADS, 16)
         results.append([output, *torch.autograd.grad(output.square().sum(), (query, key))])
     for our, their in zip(*results, strict=True):
         torch.testing.assert_close(our, their, rtol=0, atol=1e-10)
 
 
 def test_torchs_function_itself_gives_the_same_values_on_the_cpu() -> None:
-    laid = forest()
-    query, key, value, _ = (each.detach() for each in states(2))
-    how: dict[str, Any] = {"scaling": 0.2, "sliding_window": 7, "softcap": 2.0}
-    output = flex_forest_attention(query, key, value, tree_of(laid), kernel=flex_attention, **how)
-    torch.testing.assert_close(output, dense(laid, query, key, value, **how), rtol=0, atol=1e-6)
+    forest = example_forest()
+    query, key, value, _ = (tensor.detach() for tensor in states(2))
+    arguments: dict[str, Any] = {"scaling": 0.2, "sliding_window": 7, "softcap": 2.0}
+    output = flex_forest_attention(query, key, value, layout_of(forest), kernel=flex_attention, **arguments)
+    torch.testing.assert_close(output, dense(forest, query, key, value, **arguments), rtol=0, atol=1e-6)
 
 
 def test_layers_share_what_is_made_of_a_window() -> None:
-    tree = tree_of(forest())
-    assert tree.masked(5) is tree.masked(5) is not tree.masked(6)
-    assert tree.masked(None) is tree.masked(10**6)  # nothing is outside of it
+    flex_layout = layout_of(example_forest())
+    assert flex_layout.mask(5) is flex_layout.mask(5) is not flex_layout.mask(6)
+    assert flex_layout.mask(None) is flex_layout.mask(10**6)  # nothing is outside of it
 
 
 # The choice
@@ -218,7 +228,7 @@ def test_what_each_layer_is_computed_by() -> None:
 
 def test_without_a_gpu_nothing_is_laid_out_for_it() -> None:
     for device in (CPU, torch.device("meta")):
-        assert "flex" not in layout(forest(), device, (9, 0)).by_backend
+        assert "flex" not in layout(example_forest(), device, (9, 0)).by_backend
     assert capability_of(CPU, torch.float32) is None
 
 
@@ -230,17 +240,17 @@ def test_attention_segment_by_segment_is_traced_whole(options: dict) -> None:
     """Forests of several lengths and shapes, without a break in the graph."""
     torch._dynamo.reset()
 
-    def run(query: Any, key: Any, value: Any, laid: Any) -> Any:
-        return forest_attention(torch.nn.Module(), query, key, value, None, forest=laid, **options)[0]
+    def run(query: Any, key: Any, value: Any, forest: Any) -> Any:
+        return forest_attention(torch.nn.Module(), query, key, value, None, forest=forest, **options)[0]
 
     traced = torch.compile(run, backend="aot_eager", fullgraph=True)
     rows = [np.arange(n, dtype=np.int32) for n in (9, 30)]
     other = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows], share_prefix=False)
-    for laid in (forest(), other):
-        length, results = len(laid.token_ids_T), []
+    for forest in (example_forest(), other):
+        length, results = len(forest.token_ids_T), []
         for function in (traced, run):
-            inputs = [each[:, :, :length].detach().requires_grad_() for each in states(2)[:3]]
-            output = function(*inputs, layout(laid))
+            inputs = [tensor[:, :, :length].detach().requires_grad_() for tensor in states(2)[:3]]
+            output = function(*inputs, layout(forest))
             results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
         for our, their in zip(*results, strict=True):
             torch.testing.assert_close(our, their, rtol=0, atol=1e-12)
@@ -262,10 +272,10 @@ def test_one_kernel_is_compiled_for_all_lengths_and_windows(softcap: float | Non
     for blocks, window in ((2, None), (3, 100), (8, 200)):
         shapes = [(1, heads, blocks * BLOCK, width) for heads, width in ((4, 16), (2, 16), (2, 24))]
         inputs = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
-        masked = mask_of((40, blocks * BLOCK - 70, 20), ((0,), (0, 1), (0, 2)), window, CPU)
+        mask_tensors = mask_of((40, blocks * BLOCK - 70, 20), ((0,), (0, 1), (0, 2)), window, CPU)
         results = []
         for function in (kernel, _with_masks(kind, torchs_reference)):
-            output, total = function(*inputs, *masked.tensors())
+            output, total = function(*inputs, *mask_tensors.tensors())
             loss = output.square().sum() + (0 if total is None else total.square().sum())
             results.append([output, *torch.autograd.grad(loss, inputs)])
         for our, their in zip(*results, strict=True):
@@ -276,19 +286,19 @@ def test_one_kernel_is_compiled_for_all_lengths_and_windows(softcap: float | Non
 def test_a_kernel_may_be_made_in_the_middle_of_a_checkpointed_layer() -> None:
     torch._dynamo.reset()
     kind, results = LayerSpec(CPU, torch.float64, 4, 2, 16, 16, 0.3, 2.0, True), []
-    masked = mask_of((300, 84), ((0,), (0, 1)), None, CPU).tensors()
+    mask_tensors = mask_of((300, 84), ((0,), (0, 1)), None, CPU).tensors()
     draw = torch.Generator().manual_seed(5)
-    first = [torch.randn(1, heads, 384, 16, generator=draw, dtype=torch.float64) for heads in (4, 2, 2)]
-    made: list[Any] = []
+    originals = [torch.randn(1, heads, 384, 16, generator=draw, dtype=torch.float64) for heads in (4, 2, 2)]
+    kernels: list[Any] = []
 
     def layer(q: Any, k: Any, v: Any) -> Any:
-        if not made:
-            made.append(compile_for(kind, torchs_reference, True, backend="aot_eager"))
-        output, sums = made[0](q, k, v, *masked)
+        if not kernels:
+            kernels.append(compile_for(kind, torchs_reference, True, backend="aot_eager"))
+        output, sums = kernels[0](q, k, v, *mask_tensors)
         return output * sums.unsqueeze(-1)
 
     for checkpointing in (True, False):
-        inputs = [each.clone().requires_grad_() for each in first]
+        inputs = [tensor.clone().requires_grad_() for tensor in originals]
         output = checkpoint(layer, *inputs, use_reentrant=False) if checkpointing else layer(*inputs)
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for our, their in zip(*results, strict=True):
@@ -297,10 +307,10 @@ def test_a_kernel_may_be_made_in_the_middle_of_a_checkpointed_layer() -> None:
 
 def test_it_may_stand_in_a_compiled_model() -> None:
     torch._dynamo.reset()
-    laid, results = forest(), []
+    forest, results = example_forest(), []
 
     def layer(q: Any, k: Any, v: Any) -> Any:
-        return 2 * flex_forest_attention(3 * q, k, v, tree_of(laid), softcap=2.0, kernel=torchs_reference)
+        return 2 * flex_forest_attention(3 * q, k, v, layout_of(forest), softcap=2.0, kernel=torchs_reference)
 
     for function in (layer, torch.compile(layer, backend="aot_eager")):
         inputs = states(2)[:3]
@@ -314,7 +324,7 @@ def test_it_may_stand_in_a_compiled_model() -> None:
 
 
 def wide_states(key_heads: int, device: Any, dtype: Any) -> list[torch.Tensor]:
-    draw, length = torch.Generator().manual_seed(3), len(forest().token_ids_T)
+    draw, length = torch.Generator().manual_seed(3), len(example_forest().token_ids_T)
     shapes = [(1, HEADS, length, 32), (1, key_heads, length, 32), (1, key_heads, length, 32), (HEADS,)]
     return [torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes]
 
@@ -329,18 +339,18 @@ def test_the_kernel_does_as_segment_by_segment(
 ) -> None:
     if not has_flex():
         pytest.skip("there is no Triton")
-    laid, gpu, results = forest(), torch.device("cuda"), []
+    forest, gpu, results = example_forest(), torch.device("cuda"), []
     for ours in (True, False):
         *inputs, sinks = wide_states(key_heads, gpu, dtype)
-        how = dict(options)
-        if "s_aux" in how:
-            how["s_aux"] = sinks
+        arguments = dict(options)
+        if "s_aux" in arguments:
+            arguments["s_aux"] = sinks
             inputs.append(sinks)
 
-        def attend(q: Any, k: Any, v: Any, ours: bool = ours, how: dict = how) -> Any:
+        def attend(q: Any, k: Any, v: Any, ours: bool = ours, arguments: dict = arguments) -> Any:
             if ours:
-                return flex_forest_attention(q, k, v, tree_of(laid, gpu), **how)
-            return forest_attention(torch.nn.Module(), q, k, v, None, forest=layout(laid), **how)[0]
+                return flex_forest_attention(q, k, v, layout_of(forest, gpu), **arguments)
+            return forest_attention(torch.nn.Module(), q, k, v, None, forest=layout(forest), **arguments)[0]
 
         if checkpointing:
             output = checkpoint(attend, *inputs[:3], use_reentrant=False)
@@ -359,16 +369,16 @@ def test_what_came_before_changes_no_bit() -> None:
     gpu, outputs = torch.device("cuda"), []
     rows = [np.arange(n, dtype=np.int32) for n in (300, 700)]
     others = lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows], share_prefix=False)
-    for first in (True, False):
+    for is_first in (True, False):
         torch._dynamo.reset()
         compiled.cache_clear()
-        if not first:
+        if not is_first:
             long = [
                 torch.randn(1, heads, 1000, 32, device=gpu, requires_grad=True) for heads in (HEADS, 2, 2)
             ]
-            flex_forest_attention(*long, tree_of(others, gpu), softcap=2.0).sum().backward()
+            flex_forest_attention(*long, layout_of(others, gpu), softcap=2.0).sum().backward()
         inputs = wide_states(2, gpu, torch.float32)[:3]
-        output = flex_forest_attention(*inputs, tree_of(forest(), gpu), softcap=2.0)
+        output = flex_forest_attention(*inputs, layout_of(example_forest(), gpu), softcap=2.0)
         outputs.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for one, other in zip(*outputs, strict=True):
         assert torch.equal(one, other)

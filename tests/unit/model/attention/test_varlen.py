@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tests.models import FOREST_FAMILIES, tiny_model, with_lora
-from tests.unit.model.attention.test_attention import CPU, HEADS, WIDTH, chosen, dense, forest, states
+from tests.unit.model.attention.test_attention import CPU, HEADS, WIDTH, chosen, dense, example_forest, states
 from tests.unit.model.test_logprobs import assert_as_expected, head_of, small_forest
 from yeonma.batch.forest import Forest, lay_out
 from yeonma.model.attention.backend import LayerCall
@@ -63,20 +63,22 @@ def documented_varlen(
         )
         at = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
         of = torch.arange(k.shape[1])[None, :]
-        seen = (of <= at + right) & ((left == -1) | (of >= at - left))
+        visible = (of <= at + right) & ((left == -1) | (of >= at - left))
         scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         outputs.append((weights @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def in_one_call(laid: Forest) -> VarlenLayout:
-    return layout(laid, CPU, H100).by_backend["varlen"]
+def in_one_call(forest: Forest) -> VarlenLayout:
+    return layout(forest, CPU, H100).by_backend["varlen"]
 
 
-def attend(laid: Forest, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
-    how = {"scaling": None, "sliding_window": None, **how}
-    return varlen_forest_attention(q, k, v, in_one_call(laid), kernel=documented_varlen, **how)
+def attend(
+    forest: Forest, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any
+) -> torch.Tensor:
+    arguments = {"scaling": None, "sliding_window": None, **arguments}
+    return varlen_forest_attention(q, k, v, in_one_call(forest), kernel=documented_varlen, **arguments)
 
 
 OPTIONS = {
@@ -93,11 +95,11 @@ OPTIONS = {
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
-    laid, results = forest(), []
-    assert in_one_call(laid).most_keys == 37
+    forest, results = example_forest(), []
+    assert in_one_call(forest).max_keys == 37
     for way in (attend, dense):
         inputs = states(key_heads)[:3]
-        output = way(laid, *inputs, **options)
+        output = way(forest, *inputs, **options)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
         results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
@@ -119,23 +121,23 @@ def forests(draw: st.DrawFn) -> Forest:
 
 
 @settings(max_examples=60)
-@given(laid=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
+@given(forest=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
 def test_any_forest_has_the_values_and_gradients_of_its_segments_one_by_one(
-    laid: Forest, window: int | None
+    forest: Forest, window: int | None
 ) -> None:
     draw = torch.Generator().manual_seed(1)
-    shape = (1, 2, len(laid.token_ids_T), WIDTH)
-    first = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
-    *inputs, weight = first
+    shape = (1, 2, len(forest.token_ids_T), WIDTH)
+    tensors = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
+    *inputs, weight = tensors
     results = []
     for one_by_one in (False, True):
-        q, k, v = (each.clone().requires_grad_() for each in inputs)
+        q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
         if one_by_one:
             output = forest_attention(
-                torch.nn.Module(), q, k, v, None, forest=layout(laid), sliding_window=window
+                torch.nn.Module(), q, k, v, None, forest=layout(forest), sliding_window=window
             )[0]
         else:
-            output = attend(laid, q, k, v, sliding_window=window)
+            output = attend(forest, q, k, v, sliding_window=window)
         gradients = torch.autograd.grad((output * weight.transpose(1, 2)).sum(), (q, k, v))
         results.append([output, *gradients])
     for ours, theirs in zip(*results, strict=True):
@@ -143,20 +145,20 @@ def test_any_forest_has_the_values_and_gradients_of_its_segments_one_by_one(
 
 
 def test_copies_find_back_to_their_tokens_and_are_summed_in_float32() -> None:
-    laid = forest()
-    copies = in_one_call(laid).copies
+    forest = example_forest()
+    copies = in_one_call(forest).copies
     assert copies is not None
-    times = torch.bincount(copies.token_K, minlength=len(laid.token_ids_T))
-    assert torch.equal(copies.token_K[copies.own_T], torch.arange(len(laid.token_ids_T)))
+    times = torch.bincount(copies.token_K, minlength=len(forest.token_ids_T))
+    assert torch.equal(copies.token_K[copies.own_T], torch.arange(len(forest.token_ids_T)))
     assert torch.equal(copies.shared_S, times.argsort(descending=True, stable=True)[: int((times > 1).sum())])
     for places in copies.rounds:
         assert torch.equal(copies.token_K[places], copies.shared_S[: len(places)])
-    found = torch.cat([copies.own_T, *copies.rounds]).sort().values
-    assert torch.equal(found, torch.arange(len(copies.token_K)))  # each copy once
+    copied = torch.cat([copies.own_T, *copies.rounds]).sort().values
+    assert torch.equal(copied, torch.arange(len(copies.token_K)))  # each copy once
 
     rows = [np.array([5, 6, 7 + n], dtype=np.int32) for n in range(9)]
-    laid = lay_out(rows, [np.ones(3, dtype=bool)] * 9, units=[0] * 9)
-    assert len(laid.segments) == 10
+    forest = lay_out(rows, [np.ones(3, dtype=bool)] * 9, units=[0] * 9)
+    assert len(forest.segments) == 10
     states = torch.zeros(1, 1, 11, 8, dtype=torch.bfloat16, requires_grad=True)
     copied: list[torch.Tensor] = []
 
@@ -164,8 +166,8 @@ def test_copies_find_back_to_their_tokens_and_are_summed_in_float32() -> None:
         copied.append(k)
         return k
 
-    how = {"scaling": None, "sliding_window": None, "kernel": kernel}
-    varlen_forest_attention(states, states, states, in_one_call(laid), **how)
+    arguments = {"scaling": None, "sliding_window": None, "kernel": kernel}
+    varlen_forest_attention(states, states, states, in_one_call(forest), **arguments)
     upstream = torch.full_like(copied[0], 2**-9)
     upstream[0:2] = 1  # the first copy of the two shared tokens
     (gradient,) = torch.autograd.grad(copied[0], states, upstream)
@@ -175,10 +177,10 @@ def test_copies_find_back_to_their_tokens_and_are_summed_in_float32() -> None:
 
 def test_without_parents_nothing_is_gathered() -> None:
     rows = [np.arange(5, dtype=np.int32), np.arange(10, 13, dtype=np.int32)]
-    laid = in_one_call(lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows]))
-    assert laid.copies is None and laid.query_ends.tolist() == laid.key_ends.tolist() == [0, 5, 8]
-    assert laid.pairs == 15 + 6
-    assert in_one_call(forest()).pairs == int(reference_mask(forest()).sum())
+    varlen = in_one_call(lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows]))
+    assert varlen.copies is None and varlen.query_ends.tolist() == varlen.key_ends.tolist() == [0, 5, 8]
+    assert varlen.pairs == 15 + 6
+    assert in_one_call(example_forest()).pairs == int(reference_mask(example_forest()).sum())
 
 
 # Models
@@ -198,9 +200,9 @@ def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tens
     TAKEN.append(backend)
     if backend != "varlen":
         return forest_attention(*args, **keywords)
-    how = {name: keywords.get(name) for name in ("scaling", "sliding_window")}
-    laid = keywords["forest"].by_backend["varlen"]
-    return varlen_forest_attention(query, key, value, laid, kernel=documented_varlen, **how), None
+    arguments = {name: keywords.get(name) for name in ("scaling", "sliding_window")}
+    varlen = keywords["forest"].by_backend["varlen"]
+    return varlen_forest_attention(query, key, value, varlen, kernel=documented_varlen, **arguments), None
 
 
 TAKEN: list[str] = []
@@ -258,7 +260,7 @@ def test_what_each_layer_is_computed_by() -> None:
 
 
 def test_on_the_cpu_nothing_is_laid_out_for_it() -> None:
-    assert "varlen" not in layout(forest()).by_backend
+    assert "varlen" not in layout(example_forest()).by_backend
     model = tiny_model("llama").bfloat16()
     assert check_forest_support(model).capability is None
 
@@ -281,14 +283,14 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: int, dtype: Any) -> None:
-    laid, results = forest(), []
+    forest, results = example_forest(), []
     gpu = torch.device("cuda")
-    how = {"scaling": None, "sliding_window": None, **options}
+    arguments = {"scaling": None, "sliding_window": None, **options}
     for device, kernel in ((gpu, None), (CPU, documented_varlen)):
-        inputs = [each.detach().to(device, dtype).requires_grad_() for each in states(key_heads)[:3]]
-        exact = inputs if kernel is None else [each.detach().double().requires_grad_() for each in inputs]
-        found = layout(laid, device, torch.cuda.get_device_capability()).by_backend["varlen"]
-        output = varlen_forest_attention(*exact, found, kernel=kernel, **how)
+        inputs = [tensor.detach().to(device, dtype).requires_grad_() for tensor in states(key_heads)[:3]]
+        exact = inputs if kernel is None else [tensor.detach().double().requires_grad_() for tensor in inputs]
+        varlen = layout(forest, device, torch.cuda.get_device_capability()).by_backend["varlen"]
+        output = varlen_forest_attention(*exact, varlen, kernel=kernel, **arguments)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(output)
         results.append([output, *torch.autograd.grad((output * weight).sum(), exact)])
     for ours, theirs in zip(*results, strict=True):
@@ -300,13 +302,13 @@ def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: i
 def test_a_model_on_a_gpu_takes_the_kernel_and_trains_as_segment_by_segment(family: str) -> None:
     model = with_lora(tiny_model(family)).to("cuda", torch.bfloat16)
     base = model.get_base_model()
-    how: ForestSupport = check_forest_support(base)
-    assert how.forest and how.capability == torch.cuda.get_device_capability()
+    support: ForestSupport = check_forest_support(base)
+    assert support.forest and support.capability == torch.cuda.get_device_capability()
     assert base.config._attn_implementation == FOREST
     results = []
-    for capability in (how.capability, None):
-        logprob = trained_logprobs(base, small_forest()[0], how.head, capability)
-        trained = [each for each in model.parameters() if each.requires_grad]
+    for capability in (support.capability, None):
+        logprob = trained_logprobs(base, small_forest()[0], support.head, capability)
+        trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
         results.append([logprob, *torch.autograd.grad(logprob.sum(), trained)])
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs, 0.1)

@@ -17,8 +17,8 @@ from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, VOCABULARY, tiny_model
 from yeonma.errors import UserError
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.elementwise import (
-    FEWEST_ROWS,
     FIRST_ROWS,
+    MIN_ROWS,
     PLAIN,
     Kernels,
     compiled,
@@ -31,7 +31,7 @@ from yeonma.model.kernels.patch import patch_elementwise, pick_kernels
 from yeonma.model.load import LoraShape, add_lora
 from yeonma.model.logprobs import ForestSupport, example_logprobs
 
-TAKEN = {  # norms, MLPs, attentions of two layers
+PATCHED_COUNTS = {  # norms, MLPs, attentions of two layers
     "llama": (5, 2, 2),
     "qwen2": (5, 2, 2),
     "qwen3": (9, 2, 2),
@@ -53,7 +53,7 @@ TAKEN = {  # norms, MLPs, attentions of two layers
 has_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
-def taken(model: nn.Module) -> tuple[int, ...]:
+def patched_counts(model: nn.Module) -> tuple[int, ...]:
     names = Counter(
         module.__dict__["forward"].func.__name__ for module in model.modules() if "forward" in module.__dict__
     )
@@ -63,50 +63,50 @@ def taken(model: nn.Module) -> tuple[int, ...]:
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
 def test_what_is_taken_of_each_family(family: str) -> None:
     model = tiny_model(family)
-    assert patch_elementwise(model).total() == sum(TAKEN[family])
-    assert taken(model) == TAKEN[family]
+    assert patch_elementwise(model).total() == sum(PATCHED_COUNTS[family])
+    assert patched_counts(model) == PATCHED_COUNTS[family]
 
 
 def adapted(family: str) -> tuple[Any, ForestSupport]:
     model = with_lora(tiny_model(family))
-    how = check_forest_support(model.get_base_model())
-    assert how.forest
-    return model, how
+    support = check_forest_support(model.get_base_model())
+    assert support.forest
+    return model, support
 
 
-def logprobs_and_gradients(model: Any, how: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def logprobs_and_gradients(model: Any, support: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
     random = np.random.default_rng(3)
     frame = random.integers(3, VOCABULARY, 20)
     ids = [np.concatenate([frame, random.integers(3, VOCABULARY, n)]).astype(np.int32) for n in (9, 14, 11)]
-    trained = [np.arange(len(each)) >= 20 for each in ids]
-    weights = [each for each in model.parameters() if each.requires_grad]
-    result = example_logprobs(model.get_base_model(), how, ids, trained, share_prefix=True)
+    trained = [np.arange(len(sequence)) >= 20 for sequence in ids]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    result = example_logprobs(model.get_base_model(), support, ids, trained, share_prefix=True)
     return result.detach(), list(torch.autograd.grad(result.sum(), weights))
 
 
 @pytest.mark.parametrize("short_lora", [False, True])
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
 def test_a_model_gives_the_same_logprobs_and_gradients(family: str, short_lora: bool) -> None:
-    model, how = adapted(family)
-    expected, gradients = logprobs_and_gradients(model, how)
+    model, support = adapted(family)
+    expected, gradients = logprobs_and_gradients(model, support)
     if short_lora:
         patch_linear(model)
     patch_elementwise(model)
-    found, others = logprobs_and_gradients(model, how)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    largest = max(float(each.abs().max()) for each in gradients)
-    for ours, theirs in zip(others, gradients, strict=True):
+    result, gradients_after = logprobs_and_gradients(model, support)
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    for ours, theirs in zip(gradients_after, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * largest, rtol=1e-4)
 
 
 def test_gradient_checkpointing_computes_the_same_again() -> None:
-    model, how = adapted("qwen3")
+    model, support = adapted("qwen3")
     patch_elementwise(model)
-    _, expected = logprobs_and_gradients(model, how)
+    _, expected = logprobs_and_gradients(model, support)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    _, found = logprobs_and_gradients(model, how)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    _, result = logprobs_and_gradients(model, support)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,13 +115,13 @@ def test_in_half_precision_it_is_no_farther_from_the_exact_than_the_module(dtype
     layer, attention = model.model.layers[0], model.model.layers[0].self_attn
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, 32, generator=draw)
-    place = torch.arange(64).unsqueeze(0)
+    positions = torch.arange(64).unsqueeze(0)
     upstream = torch.randn(1, 64, 32, generator=draw)
 
     def passes(number: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         model.to(number)
         hidden = x.to(number).requires_grad_()
-        position = model.model.rotary_emb(hidden, place)
+        position = model.model.rotary_emb(hidden, positions)
         result = layer(hidden, position_embeddings=position, attention_mask=None)
         (gradient,) = torch.autograd.grad(result, hidden, upstream.to(number))
         return result.detach().float(), gradient.float()
@@ -134,8 +134,8 @@ def test_in_half_precision_it_is_no_farther_from_the_exact_than_the_module(dtype
     assert patch_elementwise(layer).total() == 4
     assert attention.forward.func.__name__ == "_attention"
     ours = passes(dtype)
-    for best, own, other in zip(exact, ours, theirs, strict=True):
-        assert (own - best).norm() < 1.1 * (other - best).norm()
+    for best, ours_, other in zip(exact, ours, theirs, strict=True):
+        assert (ours_ - best).norm() < 1.1 * (other - best).norm()
         assert (other - best).norm() > 0
 
 
@@ -219,15 +219,15 @@ def test_sines_of_the_two_halves_may_differ() -> None:
     q = torch.randn(1, 3, 20, 8, generator=draw, dtype=torch.float32).requires_grad_()
     k = torch.randn(1, 1, 20, 8, generator=draw).requires_grad_()
     cos, sin = torch.randn(2, 1, 20, 8, generator=draw)
-    upstream = [torch.randn_like(each) for each in (q, k)]
+    upstream = [torch.randn_like(states) for states in (q, k)]
 
     def plain(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
         return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
     expected = torch.autograd.grad([plain(q), plain(k)], [q, k], upstream)
-    found = torch.autograd.grad(rotate(q, k, cos, sin), [q, k], upstream)
-    for a, b in zip(found, expected, strict=True):
+    result = torch.autograd.grad(rotate(q, k, cos, sin), [q, k], upstream)
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -276,25 +276,25 @@ def rows(count: int, kernels: Kernels) -> list[torch.Tensor]:
     cos, sin = torch.randn(2, 1, count, 8, generator=draw)
     turned = rotate(q, k, cos, sin, kernels)
     results = [norm(x, torch.linspace(0.5, 2, 48), 1e-6, kernels), swiglu(x, up, kernels), *turned]
-    upstream = [torch.randn(each.shape, generator=draw) for each in results]
-    again = kernels.swiglu_backward_again(upstream[1], x.detach(), up.detach())
+    upstream = [torch.randn(result.shape, generator=draw) for result in results]
+    again = kernels.swiglu_backward_recomputing(upstream[1], x.detach(), up.detach())
     gradients = torch.autograd.grad(results, [x, up, q, k], upstream)
-    return [*(each.detach() for each in results), *gradients, *again]
+    return [*(result.detach() for result in results), *gradients, *again]
 
 
 @has_compiler
 def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> None:
     """To the bit whichever came first: a run that goes on meets other numbers of rows first than the whole one."""
-    counts = (FEWEST_ROWS - 1, FEWEST_ROWS, 333, 48, FIRST_ROWS)
+    counts = (MIN_ROWS - 1, MIN_ROWS, 333, 48, FIRST_ROWS)
     kernels = compiled.__wrapped__()
     first = {count: rows(count, kernels) for count in counts}
     torch._dynamo.reset()
     kernels = compiled.__wrapped__()
     torch._dynamo.utils.counters.clear()
     for count in reversed(counts):
-        for found, before, plain in zip(rows(count, kernels), first[count], rows(count, PLAIN), strict=True):
-            assert torch.equal(found, before)
-            torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
+        for result, before, plain in zip(rows(count, kernels), first[count], rows(count, PLAIN), strict=True):
+            assert torch.equal(result, before)
+            torch.testing.assert_close(result, plain, atol=1e-5, rtol=1e-5)
     assert (
         torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
     )  # one for each function, whatever the rows
@@ -302,13 +302,13 @@ def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> 
 
 @has_compiler
 def test_a_model_with_compiled_kernels_gives_the_same() -> None:
-    model, how = adapted("qwen3")
+    model, support = adapted("qwen3")
     patch_elementwise(model)
-    expected, gradients = logprobs_and_gradients(model, how)
+    expected, gradients = logprobs_and_gradients(model, support)
     patch_elementwise(model, pick_kernels(True, torch.device("cpu"), torch.float32, print))
-    found, others = logprobs_and_gradients(model, how)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    for ours, theirs in zip(others, gradients, strict=True):
+    result, gradients_after = logprobs_and_gradients(model, support)
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients_after, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -318,20 +318,20 @@ def test_a_kind_that_cannot_be_compiled_runs_plain_with_a_warning(monkeypatch: p
 
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.warns(RuntimeWarning, match="fails at norm_forward"):
-        found = rows(20, compiled.__wrapped__())
-    assert all(torch.equal(a, b) for a, b in zip(found, rows(20, PLAIN), strict=True))
+        result = rows(20, compiled.__wrapped__())
+    assert all(torch.equal(a, b) for a, b in zip(result, rows(20, PLAIN), strict=True))
     with pytest.raises(RuntimeError, match="no such instruction"):
         rows(20, compiled.__wrapped__(strict=True))
 
 
 def test_auto_compiles_on_a_gpu_only_and_does_without_where_that_fails() -> None:
-    said: list[str] = []
-    assert pick_kernels("auto", torch.device("cpu"), torch.float32, said.append) is PLAIN
-    assert pick_kernels(False, torch.device("cuda"), torch.float32, said.append) is PLAIN
-    assert not said
+    lines: list[str] = []
+    assert pick_kernels("auto", torch.device("cpu"), torch.float32, lines.append) is PLAIN
+    assert pick_kernels(False, torch.device("cuda"), torch.float32, lines.append) is PLAIN
+    assert not lines
     if not torch.cuda.is_available():  # else it may well succeed
-        assert pick_kernels("auto", torch.device("cuda"), torch.bfloat16, said.append) is PLAIN
-        assert "compiler fails here" in said[0]
+        assert pick_kernels("auto", torch.device("cuda"), torch.bfloat16, lines.append) is PLAIN
+        assert "compiler fails here" in lines[0]
         with pytest.raises(UserError) as caught:
-            pick_kernels(True, torch.device("cuda"), torch.bfloat16, said.append)
+            pick_kernels(True, torch.device("cuda"), torch.bfloat16, lines.append)
         assert caught.value.problems[0].place == "torch_compile"

@@ -58,10 +58,10 @@ def run(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-6) -> None:
     """To `tolerance` of the largest number of each, since sums over rows round."""
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.dtype == other.dtype
-        limit = tolerance * max(1.0, float(other.abs().max()))
-        torch.testing.assert_close(mine, other, rtol=0, atol=limit)
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        assert ours_.dtype == theirs_.dtype
+        limit = tolerance * max(1.0, float(theirs_.abs().max()))
+        torch.testing.assert_close(ours_, theirs_, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_outputs_and_gradients_are_pefts_own(config: dict) -> None:
     peft, ours = pair(**config)
     assert patch_linear(ours)["LoRA"] == 2
     theirs = run(peft)
-    assert len(theirs) == 6 and all(float(each.abs().max()) > 0.1 for each in theirs)
+    assert len(theirs) == 6 and all(float(tensor.abs().max()) > 0.1 for tensor in theirs)
     assert_same(run(ours), theirs)
 
 
@@ -89,7 +89,7 @@ def test_a_bfloat16_base_gives_what_peft_gives_up_to_bfloat16_and_float32_gradie
     peft, ours = pair(torch.bfloat16, **config)
     patch_linear(ours)
     theirs = run(peft, torch.bfloat16)
-    assert [each.dtype for each in theirs] == [torch.bfloat16] * 2 + [torch.float32] * 4
+    assert [tensor.dtype for tensor in theirs] == [torch.bfloat16] * 2 + [torch.float32] * 4
     assert_same(run(ours, torch.bfloat16), theirs, tolerance=0.02)
 
 
@@ -99,10 +99,10 @@ def test_an_input_that_needs_no_gradient_is_taken() -> None:
     x = torch.ones(3, 12)
     for model in (peft, ours):
         model(x).sum().backward()
-    for mine, other in zip(ours.parameters(), peft.parameters(), strict=True):
-        assert (mine.grad is None) == (other.grad is None)
-        if mine.grad is not None:
-            torch.testing.assert_close(mine.grad, other.grad, **CLOSE)
+    for ours_, theirs_ in zip(ours.parameters(), peft.parameters(), strict=True):
+        assert (ours_.grad is None) == (theirs_.grad is None)
+        if ours_.grad is not None:
+            torch.testing.assert_close(ours_.grad, theirs_.grad, **CLOSE)
 
 
 def test_outputs_may_be_changed_in_place() -> None:

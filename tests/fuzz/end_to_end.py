@@ -1,8 +1,7 @@
-"""Targets that go as far as tokens: data to examples, and whole command lines up to where weights would be loaded.
+"""Targets up to tokens: data to examples, and command lines up to the point where weights would be loaded.
 
-The base model's folder has a config, a tokenizer and a weights file with a sound header that holds no weights, so that
-a command with nothing to refuse goes through everything and ends there, or at the output folder, which holds a run of
-other settings.
+The base model's folder has a config, a tokenizer and a weights file with a valid header but no weights. A command
+without faults therefore ends there, or at the output folder, which has a run with other settings.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from tests.fuzz.mutate import (
     edits,
     file_bytes,
 )
-from tests.fuzz.place import Place
 from tests.fuzz.samples import NAMES, TABLES, data_files, rows_as_json
+from tests.fuzz.sandbox import Sandbox
 from tests.fuzz.texts import (
     ARGUMENTS,
     NUMBERS,
@@ -42,7 +41,7 @@ from tests.fuzz.texts import (
     TEMPLATES,
     YAML_TOKENS,
     column_choices,
-    suiting,
+    rows_for,
 )
 from tests.runs import characters
 from tests.tables import table_as
@@ -102,12 +101,12 @@ def token_rules(draw: Draw) -> dict[str, Any]:
 
 @st.composite
 def named_data(draw: Draw) -> tuple[str, bytes, str | None]:
-    """A data file and a template's text: one that suits it in most cases, both damaged a little."""
+    """A data file and a template text, which usually fit together, both slightly damaged."""
     if draw(st.integers(0, 4)) == 0:
         name, content = draw(data_files(1))
         return name, content, draw(st.sampled_from((None, "title", "chat", *TEMPLATES.values())))
     template = draw(st.sampled_from(sorted(TEMPLATES)))
-    rows = draw(st.lists(st.sampled_from(suiting(template)), min_size=1, max_size=4))
+    rows = draw(st.lists(st.sampled_from(rows_for(template)), min_size=1, max_size=4))
     rows = [{key: _spiced(draw, value) for key, value in row.items()} for row in rows]
     if draw(st.integers(0, 2)) == 0:
         content = b"".join(draw(damaged_json(row, NAMES)) + b"\n" for row in rows)
@@ -115,7 +114,7 @@ def named_data(draw: Draw) -> tuple[str, bytes, str | None]:
         content = table_as("jsonl", rows)
     text = TEMPLATES[template]
     if draw(st.integers(0, 3)) == 0:
-        text = draw(damaged_text(text, TEMPLATE_TOKENS, most=2))
+        text = draw(damaged_text(text, TEMPLATE_TOKENS, max_edits=2))
     return "rows.jsonl", content, draw(st.sampled_from((None, text, text)))
 
 
@@ -133,7 +132,7 @@ def tokens_cases(draw: Draw) -> TokensCase:
     name, content, template = draw(named_data())
     chat = draw(st.sampled_from(CHATS))
     if draw(st.integers(0, 2)) == 0:
-        chat = draw(damaged_text(chat, CHAT_TOKENS, most=3)).replace(
+        chat = draw(damaged_text(chat, CHAT_TOKENS, max_edits=3)).replace(
             "\ud800", ""
         )  # load_tokenizer refuses it
     return TokensCase(
@@ -148,17 +147,17 @@ def tokens_cases(draw: Draw) -> TokensCase:
     )
 
 
-def read_tokens(case: TokensCase, place: Place) -> None:
-    """Tokenises the data, then again from the cache; prompts must have the ids that generation feeds."""
+def read_tokens(case: TokensCase, sandbox: Sandbox) -> None:
+    """Tokenises the data, then loads it from the cache. Prompts must have the ids that generation uses."""
     tokenizer = TOKENIZERS[case.tokenizer]()
     tokenizer.chat_template = case.chat_template
-    asked = {
+    data_settings = {
         "data_path": case.name,
         "template": case.template,
         "columns": case.columns,
         "val_set_size": case.val_set_size,
     }
-    written = {**asked, **case.rules}
+    written = {**data_settings, **case.rules}
     data, rules = (
         config_from_keywords(
             kind, {name: written[name] for name in written if name in kind.__annotations__}
@@ -178,32 +177,32 @@ def read_tokens(case: TokensCase, place: Place) -> None:
         assert 0 < example.prompt_length < len(example.token_ids) <= rules.cutoff_len
         assert example.trained[example.prompt_length :].all() and not example.trained[0]
         if example.cut_characters or dataset.template.is_chat:
-            continue  # those are asked in the room that a new answer is given, and turn by turn
+            continue  # generation fits such prompts into another budget, or asks turn by turn
         text = dataset.template.render(rows[example.row], dataset.columns, with_answer=False)
         (ids,) = encode_prompts([text], [rows[example.row]], tokenizer, dataset.rules, 1)
         assert ids.tolist() == example.token_ids[: example.prompt_length].tolist(), (
-            "asked with other ids than trained"
+            "the ids for generation differ from the trained ones"
         )
 
 
 TOKENS = Target(
     name="tokens",
     cases=tokens_cases(),
-    sound=TokensCase(
+    valid=TokensCase(
         "rows.jsonl", table_as("jsonl", TABLES["messages"]), None, None, {}, "byte level", CHATML
     ),
     files=lambda case: {case.name: case.content},
     read=read_tokens,
 )
 
-# Whole command lines
+# Command lines
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A verb, what else must stand behind it, and the problems that it ends with where nothing was to refuse.
+    """A verb, its required arguments, and the problems with which it ends if there is nothing else to refuse.
 
-    Without such problems the exit status 0 says so.
+    Without such problems, it ends with exit status 0.
     """
 
     verb: str
@@ -211,28 +210,30 @@ class CommandLine:
     reached: tuple[str, ...] = ()
 
 
-END_TO_END = CommandLine(
+TRAIN = CommandLine(
     "sft", ("--output_dir", "out", "--card_rows", "0"), ("the folder holds another run", "the weights lack")
 )
-"""What the targets `sft` and `model` run."""
-ASKING = CommandLine("generate", (), ("the weights lack",))
+"""The command of the targets `sft` and `model`."""
+GENERATE = CommandLine("generate", (), ("the weights lack",))
 
 
 def run(command: CommandLine, *words: str) -> None:
-    """Raises UserError where the command refuses. Its output must be what a terminal can show."""
+    """Raises UserError if the command refuses its input. Its output must be printable on a terminal."""
     out, err = _terminal("strict"), _terminal("backslashreplace")
     with redirect_stdout(out), redirect_stderr(err):
         status = main([command.verb, *words])
     out.flush()
     err.flush()
-    told = err.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
+    stderr = err.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
     assert status in (0, 2), f"exit status {status}"
     if status == 0:
         assert not command.reached, "went on to the weights"
         return
-    lines = [line for line in told.splitlines() if line.startswith("yeonma: ") and ": warning: " not in line]
-    assert lines, f"exit status 2 without a word: {told}"
-    if not any(words in told for words in command.reached):
+    lines = [
+        line for line in stderr.splitlines() if line.startswith("yeonma: ") and ": warning: " not in line
+    ]
+    assert lines, f"exit status 2 without a word: {stderr}"
+    if not any(words in stderr for words in command.reached):
         raise UserError([Problem(line.removeprefix("yeonma: "), "yeonma") for line in lines])
 
 
@@ -242,7 +243,7 @@ def _terminal(errors: str) -> TextIOWrapper:
 
 @lru_cache
 def base_files() -> dict[str, bytes]:
-    """A model folder by its files: all that is sound but for the weights, of which there are none."""
+    """The files of a model folder: valid, but without weights."""
     tokenizer = byte_level()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -273,7 +274,7 @@ def base_files() -> dict[str, bytes]:
 
 
 def run_files(folder: Path) -> dict[str, bytes]:
-    """A base, an adapter folder, data, and the output folder with a run of other settings."""
+    """A base, data, and the output folder of a run with other settings."""
     rows = table_as("jsonl", TABLES["news_ko"] * 2)
     run = {"identity": {"objective": "sft"}, "finished": False}
     return {
@@ -406,12 +407,12 @@ SCHEDULE_ARGUMENTS = (
     "{num_decay_steps: 2, min_lr_ratio: x}", "{factor: 2}", "{patience: x}", "{last_epoch: 5}", "{mode: x}",
 )
 # fmt: on
-SOUND_WORDS = ("--base_model", "base", "--data_path", "rows.jsonl")
+VALID_WORDS = ("--base_model", "base", "--data_path", "rows.jsonl")
 
 
 @st.composite
 def sft_cases(draw: Draw) -> SftCase:
-    words = [*END_TO_END.words, *SOUND_WORDS]
+    words = [*TRAIN.words, *VALID_WORDS]
     for name in draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=4, unique=True)):
         value = draw(st.sampled_from(OPTIONS[name]))
         words += [f"--{name}={value}"] if draw(st.booleans()) else [f"--{name}", value]
@@ -430,7 +431,7 @@ def sft_cases(draw: Draw) -> SftCase:
     if draw(st.integers(0, 2)) == 0:
         chosen = draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=4, unique=True))
         text = "".join(f"{name}: {json.dumps(draw(st.sampled_from(OPTIONS[name])))}\n" for name in chosen)
-        files["run.yaml"] = file_bytes(draw(damaged_text(text, YAML_TOKENS, most=2)))
+        files["run.yaml"] = file_bytes(draw(damaged_text(text, YAML_TOKENS, max_edits=2)))
         words += ["--config", "run.yaml"]
     if draw(st.integers(0, 9)) == 0:
         files["out/run.json"] = draw(
@@ -442,19 +443,19 @@ def sft_cases(draw: Draw) -> SftCase:
 SFT = Target(
     name="sft",
     cases=sft_cases(),
-    sound=SftCase((*END_TO_END.words, *SOUND_WORDS)),
+    valid=SftCase((*TRAIN.words, *VALID_WORDS)),
     files=lambda case: case.files,
-    read=lambda case, place: run(END_TO_END, *case.words),
+    read=lambda case, sandbox: run(TRAIN, *case.words),
     pristine=run_files,
 )
 
-LOOKING = CommandLine("inspect", ("--rows", "all"))
+INSPECT_ALL = CommandLine("inspect", ("--rows", "all"))
 INSPECT = Target(
     name="inspect",
     cases=sft_cases(),
-    sound=SftCase((*END_TO_END.words, *SOUND_WORDS)),
+    valid=SftCase((*TRAIN.words, *VALID_WORDS)),
     files=lambda case: case.files,
-    read=lambda case, place: run(LOOKING, *case.words, *LOOKING.words),
+    read=lambda case, sandbox: run(INSPECT_ALL, *case.words, *INSPECT_ALL.words),
     pristine=run_files,
 )
 
@@ -479,11 +480,11 @@ MODEL_NAMES = (
 
 @st.composite
 def damaged_folder(draw: Draw, folder: str, files: Mapping[str, bytes]) -> dict[str, bytes | None]:
-    """Up to three files of a folder damaged or gone."""
-    found: dict[str, bytes | None] = {}
+    """Up to three files of a folder, damaged or deleted."""
+    damaged: dict[str, bytes | None] = {}
     for name in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=3, unique=True)):
-        found[f"{folder}/{name}"] = draw(_damaged_file(name, files[name]))
-    return found
+        damaged[f"{folder}/{name}"] = draw(_damaged_file(name, files[name]))
+    return damaged
 
 
 @st.composite
@@ -494,7 +495,7 @@ def _damaged_file(draw: Draw, name: str, content: bytes) -> bytes | None:
         return bytes(draw(damaged_json(json.loads(content), MODEL_NAMES)))
     if name.endswith((".jinja", ".txt")):
         tokens = CHAT_TOKENS if name.endswith(".jinja") else TEMPLATE_TOKENS
-        return file_bytes(draw(damaged_text(content.decode(), tokens, most=3)))
+        return file_bytes(draw(damaged_text(content.decode(), tokens, max_edits=3)))
     return bytes(draw(damaged_bytes(content, [content])))
 
 
@@ -521,9 +522,9 @@ def model_cases(draw: Draw) -> FilesCase:
 MODEL = Target(
     name="model",
     cases=model_cases(),
-    sound=FilesCase({}),
+    valid=FilesCase({}),
     files=lambda case: case.files,
-    read=lambda case, place: run(END_TO_END, *END_TO_END.words, *SOUND_WORDS, *case.words),
+    read=lambda case, sandbox: run(TRAIN, *TRAIN.words, *VALID_WORDS, *case.words),
     pristine=run_files,
 )
 
@@ -532,16 +533,16 @@ MODEL = Target(
 
 def adapter_files(folder: Path) -> dict[str, bytes]:
     """The run's files, and the folder of an adapter on the base, made from one with weights."""
-    made = tiny_adapter(folder, byte_level(), columns={"title": "title"})
-    files = {path.name: path.read_bytes() for path in sorted(made.adapter.iterdir())}
+    tiny = tiny_adapter(folder, byte_level(), columns={"title": "title"})
+    files = {path.name: path.read_bytes() for path in sorted(tiny.adapter.iterdir())}
     for name in ("yeonma.json", "adapter_config.json"):
-        files[name] = files[name].replace(str(made.base).encode(), b"base")
+        files[name] = files[name].replace(str(tiny.base).encode(), b"base")
     return {**run_files(folder), **{f"adapter/{name}": content for name, content in files.items()}}
 
 
 @lru_cache
 def _adapter_folder() -> dict[str, bytes]:
-    """As it is damaged; sound in itself, if not the bytes of the one that lies there."""
+    """An adapter folder to be damaged. It is valid, but has other bytes than the one in the sandbox."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -556,7 +557,7 @@ def adapter_cases(draw: Draw) -> FilesCase:
         files["rows.jsonl"] = b"".join(
             draw(damaged_json(row, NAMES)) + b"\n" for row in TABLES["news_ko"][:2]
         )
-    asked = st.sampled_from(
+    words = st.sampled_from(
         (
             ("--data_path", "rows.jsonl"),
             ("--row", draw(rows_as_json())),
@@ -579,14 +580,14 @@ def adapter_cases(draw: Draw) -> FilesCase:
             ),
         )
     )
-    return FilesCase(files, draw(asked))
+    return FilesCase(files, draw(words))
 
 
 ADAPTER = Target(
     name="adapter",
     cases=adapter_cases(),
-    sound=FilesCase({}, ("--data_path", "rows.jsonl")),
+    valid=FilesCase({}, ("--data_path", "rows.jsonl")),
     files=lambda case: case.files,
-    read=lambda case, place: run(ASKING, "adapter", *case.words),
+    read=lambda case, sandbox: run(GENERATE, "adapter", *case.words),
     pristine=adapter_files,
 )

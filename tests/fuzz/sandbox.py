@@ -1,4 +1,4 @@
-"""Where a case runs: a folder of its own, bounds on time and memory, and a look afterwards at what was written."""
+"""The sandbox of a case: a folder, bounds on time and memory, and a check afterwards that nothing was written."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-MOST_SECONDS = 20
-"""For one case. A model's chat template alone may take 10; all else takes far less than one."""
-MOST_BYTES = 2 << 30
-"""Of address space, more than the process held before its first case."""
+MAX_SECONDS = 20
+"""For one case. A model's chat template may take 10 of them; everything else takes far less than one."""
+MAX_BYTES = 2 << 30
+"""Of address space, in addition to what the process uses before its first case."""
 
 
 class Hang(BaseException):
-    """Raised in a case when its time is over. Not an Exception, so that nothing in the case takes it for its own."""
+    """Raised in a case when its time is up. Not an Exception, so that code under test does not catch it."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """`root` is the working directory of every case; `pristine` holds the files that always lie there.
+class Sandbox:
+    """`root` is the working directory of every case; `pristine` are the files that are always there.
 
-    The token cache lies beside it, in `cache`.
+    The token cache is next to it, in `cache`.
     """
 
     root: Path
@@ -35,17 +35,17 @@ class Place:
     pristine: Mapping[str, bytes]
 
     @staticmethod
-    def make(folder: Path, pristine: Mapping[str, bytes]) -> Place:
-        place = Place(folder / "case", folder / "cache", pristine)
-        (place.root / "home").mkdir(parents=True)
+    def make(folder: Path, pristine: Mapping[str, bytes]) -> Sandbox:
+        sandbox = Sandbox(folder / "case", folder / "cache", pristine)
+        (sandbox.root / "home").mkdir(parents=True)
         for name, content in pristine.items():
-            _write(place.root / name, content)
-        return place
+            _write(sandbox.root / name, content)
+        return sandbox
 
     @contextmanager
-    def holding(self, files: Mapping[str, bytes | None]) -> Iterator[None]:
-        """With these files in place, or without those that are None. Afterwards every byte in `root` must be as it
-        was, nothing may be added, and no half-made token store may be left."""
+    def with_files(self, files: Mapping[str, bytes | None]) -> Iterator[None]:
+        """Write these files, and delete those that are None. Afterwards `root` must be unchanged, without additional
+        files, and no incomplete token store may be left."""
         for name, content in files.items():
             if content is None:
                 (self.root / name).unlink(missing_ok=True)
@@ -80,16 +80,16 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _tree(root: Path) -> dict[str, tuple[int, int]]:
-    """Name -> size and time of change, of everything below; folders count as files of no size."""
-    found = {}
+    """Name -> size and modification time of everything below `root`. Folders have size -1."""
+    tree = {}
     for folder, folders, files in os.walk(root):
         for name in folders:
-            found[os.path.relpath(os.path.join(folder, name), root)] = (-1, 0)
+            tree[os.path.relpath(os.path.join(folder, name), root)] = (-1, 0)
         for name in files:
             path = os.path.join(folder, name)
             state = os.lstat(path)
-            found[os.path.relpath(path, root)] = (state.st_size, state.st_mtime_ns)
-    return found
+            tree[os.path.relpath(path, root)] = (state.st_size, state.st_mtime_ns)
+    return tree
 
 
 @contextmanager
@@ -110,21 +110,21 @@ def _working_in(root: Path, cache: Path) -> Iterator[None]:
 
 
 @contextmanager
-def bounded(case: str, last_case: Path, seconds: float = MOST_SECONDS) -> Iterator[None]:
-    """Raises Hang in this thread when the time is over.
+def bounded(case: str, last_case: Path, seconds: float = MAX_SECONDS) -> Iterator[None]:
+    """Raises Hang in this thread when the time is up.
 
-    What no signal reaches, a loop in C, ends the process at twice the time; `last_case` then holds the case and where
-    it was. The file is written before each case, so it also names the one that a crash ended with.
+    If no signal gets through (a loop in C), the process ends after twice the time, and `last_case` has the case and its
+    traceback. The file is written before every case, so it also names the case of a crash.
     """
 
-    def over(signum: int, frame: FrameType | None) -> None:
+    def on_alarm(signum: int, frame: FrameType | None) -> None:
         raise Hang(f"not done in {seconds:g} seconds")
 
-    with open(last_case, "w", encoding="utf-8", errors="backslashreplace") as told:
-        told.write(f"{case}\n")
-        told.flush()
-        former = signal.signal(signal.SIGALRM, over)
-        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=told)
+    with open(last_case, "w", encoding="utf-8", errors="backslashreplace") as log:
+        log.write(f"{case}\n")
+        log.flush()
+        former = signal.signal(signal.SIGALRM, on_alarm)
+        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=log)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield
@@ -135,17 +135,17 @@ def bounded(case: str, last_case: Path, seconds: float = MOST_SECONDS) -> Iterat
 
 
 @contextmanager
-def bounded_memory(more: int = MOST_BYTES) -> Iterator[None]:
-    """MemoryError for what asks for `more` bytes than the process holds now; where the system does not say how much
-    that is, no bound."""
+def bounded_memory(extra_bytes: int = MAX_BYTES) -> Iterator[None]:
+    """MemoryError for allocations of `extra_bytes` beyond what the process uses now. No limit if the system does not
+    tell how much that is."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         yield
         return
-    held = int(statm.read_text().split()[0]) * resource.getpagesize()
+    in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = held + more if hard == resource.RLIM_INFINITY else min(held + more, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    limit = in_use + extra_bytes if hard == resource.RLIM_INFINITY else min(in_use + extra_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
         yield
     finally:

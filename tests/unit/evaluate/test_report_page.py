@@ -30,7 +30,7 @@ in_chromium = pytest.mark.skipif(chromium() is None, reason="Chromium is not ins
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a base and its adapter on 70 rows, more than are drawn at once; the first are hostile."""
+    """A report of a base and its adapter on 70 rows, more than are rendered at once; the first ones are hostile."""
     root = tmp_path_factory.mktemp("page")
     folders = tiny_adapter(root, byte_level(), template="Write a title.\n\n{document}\n\nTitle: {title}")
     rows = [{"document": text, "title": text} for text in HOSTILE]
@@ -70,7 +70,7 @@ def tab(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brow
 
 @pytest.fixture
 def opened(tab: Browser, folder: Path) -> Iterator[Browser]:
-    """The page as somebody finds it; whatever is done with it, nothing may go wrong in it."""
+    """The page in a browser. The test fails if the page logs an error."""
     tab.look(1100, 900)
     tab.open(folder / "report.html")
     yield tab
@@ -85,7 +85,7 @@ def numbers(tab: Browser) -> list[int]:
 
 
 def choose(tab: Browser, select: str, value: str) -> None:
-    """As a person does with the keyboard: to the list, and down until it is there."""
+    """Choose an option with the keyboard."""
     tab.run(f"document.getElementById('{select}').focus()")
     options: Sequence[str] = tab.run(f"[...document.getElementById('{select}').options].map(o => o.value)")
     tab.key("Home", 36)
@@ -309,6 +309,6 @@ def luminance(colour: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2's ratio."""
+    """The contrast ratio of WCAG 2."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)

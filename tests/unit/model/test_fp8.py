@@ -1,4 +1,4 @@
-"""8-bit floating point with a scale a row: against the formulas in double precision, and against dense products."""
+"""8-bit floating point with a scale per row, against the formulas in double precision and dense products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ N, K, M = 24, 48, 32
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    """ScaledRows of very different size, as activations are."""
+    """Rows of very different magnitude, like activations."""
     draw = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-3, 3, shape[0]).unsqueeze(1)
     return torch.randn(*shape, generator=draw) * sizes

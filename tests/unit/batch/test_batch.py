@@ -1,4 +1,4 @@
-"""A batch is the same from a store and from memory, and a part of it keeps what belongs to its examples."""
+"""Batches from a store and from memory are equal, and parts of a batch keep the values of their examples."""
 
 from __future__ import annotations
 

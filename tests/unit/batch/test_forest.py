@@ -33,7 +33,7 @@ def paths(forest: Forest) -> list[list[int]]:
 
 
 def path_to(forest: Forest, position: int) -> list[int]:
-    """The flat positions that the one at `position` sees, itself the last."""
+    """The flat positions that `position` sees, up to itself."""
     path = next(
         p for p, s in zip(paths(forest), forest.segments, strict=True) if 0 <= position - s.start < s.length
     )
@@ -129,7 +129,7 @@ SMALL = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1
 
 @st.composite
 def micro_batches(draw: st.DrawFn) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Examples put together from blocks, so that they begin alike for 0 to 40 tokens."""
+    """Examples made of blocks, so that they share prefixes of 0 to 40 tokens."""
     blocks = [range(100, 116), range(200, 209), [7] * 18, [1], [2, 3]]
     parts = st.lists(st.sampled_from(blocks), min_size=1, max_size=4)
     examples = [ids(*draw(parts)) for _ in range(draw(st.integers(1, 6)))]

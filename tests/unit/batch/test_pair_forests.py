@@ -56,7 +56,7 @@ def loss_of(logprob_N: torch.Tensor) -> torch.Tensor:
 
 
 def adapted(family: str) -> Any:
-    """A PeftModel whose adapter does something from the start."""
+    """A PeftModel whose adapter is not zero."""
     model = tiny_model(family)
     torch.manual_seed(1)
     targets = ["q_proj", "o_proj"] if family == "phimoe" else "all-linear"  # PEFT cannot adapt its router
@@ -71,7 +71,7 @@ def gradients_of(model: Any, logprob_N: torch.Tensor) -> list[torch.Tensor]:
 
 @lru_cache
 def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Each answer after its own copy of the prompt, alone through the model as transformers made it."""
+    """Every answer after its own copy of the prompt, one by one through the unpatched model."""
     model = adapted(family)
     logprobs_by_sequence = []
     for ids, mask in zip(*pairs(), strict=True):

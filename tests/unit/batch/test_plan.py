@@ -47,7 +47,7 @@ def _epochs(plan: Plan) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def test_the_order_is_this_one() -> None:
-    """Checkpoints resume by it: it must not change with a version."""
+    """Resuming from a checkpoint depends on it, so it must not change between versions."""
     assert epoch_order(8, seed=42, epoch=0, batch_size=4).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
 
 

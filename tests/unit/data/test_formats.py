@@ -1,4 +1,4 @@
-"""Forms of data: which template the columns suit, turn lists, and what a field's text may be."""
+"""Forms of data: the template that fits the columns, turn lists, and the text of a field."""
 
 from __future__ import annotations
 

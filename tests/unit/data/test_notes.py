@@ -1,4 +1,4 @@
-"""What is noted of a row: hidden characters, size, scripts, and digests that see through white space and case."""
+"""Notes about a row: hidden characters, size, scripts, and digests that ignore white space and case."""
 
 from __future__ import annotations
 

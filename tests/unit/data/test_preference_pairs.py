@@ -62,7 +62,7 @@ def gpt(text: str) -> dict[str, str]:
 
 
 def shown(pair: RenderedPair) -> tuple[list[tuple[str | None, str]], list[str], list[str]]:
-    """The prompt's turns, and each side's turns after it."""
+    """The turns of the prompt, and those of both answers."""
 
     def turns(side: object) -> list[tuple[str | None, str]]:
         return [(turn.role, "".join(piece.text for piece in turn.pieces)) for turn in side.turns]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Text files: what is wrong in them has file, line, column and cure; what is right is read as it stands."""
+"""Text files: faults are reported with file, line, column and cure; everything else is read verbatim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows: every form of data gives the same rows, and data that cannot be read gets its place and cure."""
+"""Rows: all forms of data give the same rows, and errors name place and cure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strict JSON: what the standard library reads, and nothing that it repairs."""
+"""Strict JSON: accepts what the standard library does, but repairs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`yeonma compare` through the command line: whose answers and losses they are, what is kept, what is refused."""
+"""`yeonma compare` on the command line: answers, losses, cache and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `yeonma compare` refuses, with place and cure, before any weights are loaded; and disks that are full."""
+"""Refusals of `yeonma compare`, with place and cure, before weights are loaded; full disks."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_data_that_is_of_no_use_is_told_with_its_place(
 
 @contextmanager
 def files_of_at_most(size_bytes: int) -> Iterator[None]:
-    """The system takes no more than so much of a file, and then says so, as a full disk does."""
+    """The system limits the file size, with an error like that of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Metrics of answers: those of well-known packages where there are some, and what a person would say of the rest."""
+"""Metrics of answers, compared with well-known packages where these exist, and with values by hand otherwise."""
 
 from __future__ import annotations
 

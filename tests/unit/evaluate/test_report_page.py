@@ -29,7 +29,7 @@ WORDS = "ferry boat bees roof council library river tram"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a base and its adapter on 70 rows, more than are drawn at once; the first are hostile."""
+    """A report of a base and its adapter on 70 rows, more than are rendered at once; the first ones are hostile."""
     root = tmp_path_factory.mktemp("page")
     folders = tiny_adapter(root, byte_level(), template="Write a title.\n\n{document}\n\nTitle: {title}")
     rows = [{"document": text, "title": text} for text in HOSTILE]
@@ -69,7 +69,7 @@ def tab(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Brow
 
 @pytest.fixture
 def opened(tab: Browser, folder: Path) -> Iterator[Browser]:
-    """The page as somebody finds it; whatever is done with it, nothing may go wrong in it."""
+    """The page in a browser. The test fails if the page logs an error."""
     tab.look(1100, 900)
     tab.open(folder / "report.html")
     yield tab
@@ -84,7 +84,7 @@ def numbers(tab: Browser) -> list[int]:
 
 
 def choose(tab: Browser, select: str, value: str) -> None:
-    """As a person does with the keyboard: to the list, and down until it is there."""
+    """Choose an option with the keyboard."""
     tab.run(f"document.getElementById('{select}').focus()")
     options: Sequence[str] = tab.run(f"[...document.getElementById('{select}').options].map(o => o.value)")
     tab.key("Home", 36)

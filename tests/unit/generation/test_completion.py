@@ -57,14 +57,14 @@ def answers(
 
 
 def for_forests(family: str, seed: int = 0) -> Any:
-    """A model with the attention that loading gives it."""
+    """A model with the attention implementation that loading sets."""
     model = tiny_model(family, seed)
     assert check_forest_support(model).forest
     return model
 
 
 def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """The likeliest tokens one after the other, by the model's plain forward of the whole sequence."""
+    """Greedy decoding by the model's plain forward of the full sequence."""
     ids = [int(number) for number in prompt]
     for _ in range(count):
         with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_model_set_up_for_forests_generates_as_with_its_plain_attention_and_st
 
 
 def test_the_answers_of_many_prompts_are_never_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every token that goes through the model is a prompt's or an answer's, and transformers' loop is not asked."""
+    """Only tokens of prompts and answers go through the model, and transformers' loop is not used."""
     model = for_forests("llama")
     fed: list[list[int]] = []
     model.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""The audit's numbers, counted another way."""
+"""The audit's numbers, computed in another way."""
 
 from __future__ import annotations
 

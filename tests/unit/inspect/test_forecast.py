@@ -54,7 +54,7 @@ def meta_blueprint(family: str = "llama", shape: load.LoraShape = SHAPE, **chang
 
 
 def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
-    """The same with real weights, to be traced by real operations."""
+    """The same blueprint with real weights, to trace real operations."""
     on_meta, base = meta_blueprint(family, shape), tiny_model(family)
     load.add_lora(base, shape, seed=0)
     base.set_attn_implementation(FOREST)

@@ -1,4 +1,4 @@
-"""A forecast is made once for the same settings, data and versions, and again where any of them changes."""
+"""A forecast is computed once for the same settings, data and versions, and again if any of them changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each forecast that is made, by the real function."""
+    """One entry per forecast that is computed."""
     calls: list[int] = []
     real = estimating.estimate
 

@@ -345,7 +345,7 @@ LONG = [
 def test_fifty_long_articles_keep_frame_and_answer_whole(
     base: Path, tmp_path: Path, template: Template, make: Any, side: str
 ) -> None:
-    """And generation, which has as much room as the answer took, asks with the prompts of training."""
+    """And generation with the budget of the answer uses the prompts of training."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((base / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""8-bit floating point with a scale a row: against the formulas in double precision, and against dense products."""
+"""8-bit floating point with a scale per row, against the formulas in double precision and dense products."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from yeonma.model.kernels.linear import frozen_linear
-from yeonma.model.quantized import HIGHEST, Fp8Weight, ScaledRows, multiplies_fp8, quantise_rows, rows_product
+from yeonma.model.quantized import (
+    E4M3_MAX,
+    Fp8Weight,
+    ScaledRows,
+    multiplies_fp8,
+    quantise_rows,
+    rows_product,
+)
 
 N, K, M = 24, 48, 32
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    """ScaledRows of very different size, as activations are."""
+    """Rows of very different magnitude, like activations."""
     draw = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-3, 3, shape[0]).unsqueeze(1)
     return torch.randn(*shape, generator=draw) * sizes
@@ -34,7 +41,7 @@ def test_a_number_is_kept_to_a_sixteenth_and_the_largest_of_a_row_exactly() -> N
     torch.testing.assert_close(
         dequantised(rows).abs().amax(1), values.abs().amax(1).double(), rtol=1e-6, atol=0
     )
-    assert bool((rows.bits.float().abs().amax(1) == HIGHEST).all())
+    assert bool((rows.bits.float().abs().amax(1) == E4M3_MAX).all())
 
 
 def test_zeros_stay_zeros_and_what_is_not_finite_shows_in_the_scale() -> None:

@@ -20,7 +20,7 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def sequences() -> list[np.ndarray]:
-    """Two rows under one article under one frame, one under the frame alone, one beginning another, one alone."""
+    """Two rows with the same article and frame, one with only the frame, one that is a prefix of another, one alone."""
     draw = np.random.default_rng(5)
     frame, article, *ends = (
         draw.integers(3, VOCABULARY, n) for n in (MIN_SHARED_TOKENS + 3, MIN_SHARED_TOKENS, 9, 4, 6, 12)
@@ -50,7 +50,7 @@ def tensors() -> list[torch.Tensor]:
 
 
 def lora_gradients(model: Any, logprob: torch.Tensor) -> list[torch.Tensor]:
-    """Of a loss that weighs every trained token differently."""
+    """The gradients of a loss with a different weight for every trained token."""
     weight = torch.linspace(-1, 1, len(logprob))
     return list(
         torch.autograd.grad((weight * logprob).sum(), [p for p in model.parameters() if p.requires_grad])
@@ -58,7 +58,7 @@ def lora_gradients(model: Any, logprob: torch.Tensor) -> list[torch.Tensor]:
 
 
 def plain_logprobs(model: Any) -> torch.Tensor:
-    """Each sequence alone through the model as transformers made it."""
+    """Every sequence one by one through the unpatched model."""
     parts = []
     for ids, mask in zip(tensors(), small_forest()[1], strict=True):
         logprobs = torch.log_softmax(model(input_ids=ids.unsqueeze(0)).logits[0, :-1].float(), -1)

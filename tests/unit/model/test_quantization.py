@@ -1,4 +1,4 @@
-"""Runs on quantised bases: what they leave behind, how they go on, what is refused, how their adapters are asked."""
+"""Runs on quantised bases: output, resuming, refusals, and answers of their adapters."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """The run on weights that are not quantised."""
+    """The run on unquantised weights."""
     return trained(tmp_path_factory.mktemp("none") / "out", base, data, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> dict[str, Done]:
-    """The same on quantised ones, by kind, each made once where a test asks for it."""
+    """The same run on quantised weights, by kind; run once, when a test needs it."""
     return _Made(tmp_path_factory, base, data)
 
 
@@ -233,7 +233,7 @@ def test_a_reference_is_kept_for_its_own_base_alone(tmp_path: Path, base: Path) 
 
 
 def refused(tmp_path: Path, base: Path, data: Path, **settings: object) -> str:
-    """Before any weight is read, which would fail here, and with nothing left behind."""
+    """Before any weights are read, which would fail here, and without leaving anything behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_model", None)
         done = sft(tmp_path / "out", base, data, **settings)

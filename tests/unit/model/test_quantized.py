@@ -1,5 +1,5 @@
-"""Models held in 8 or 4 bits: as the model whose weights are what the few bits stand for, by forests and one by one,
-under LoRA and without."""
+"""Models with weights in 8 or 4 bits equal the model with the dequantised weights: by forests and one by one, with LoRA
+and without."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trained() -> list[np.ndarray]:
 
 
 def logprobs_and_gradients(model: Any, support: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log-probabilities, and the gradients of all that is trained."""
+    """Log-probabilities, and the gradients of the trained weights."""
     logprobs = example_logprobs(model, support, sequences(), trained(), share_prefix=True)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return logprobs.detach(), list(torch.autograd.grad(logprobs.sum(), weights)) if weights else []
@@ -69,7 +69,7 @@ def assert_same(
 
 
 def with_weights_of(model: Any, folder: Path) -> Any:
-    """The model unquantised, its dense weights set to what the quantised layers stand for."""
+    """The unquantised model with the dequantised weights."""
     plain = loaded(folder, "none")
     for name, weight in packed_layers(model):
         assert isinstance(weight, DequantisedWeight)

@@ -1,4 +1,4 @@
-"""Frozen weights shared out over two processes, beside the same model whole: one pass, and one short run."""
+"""Frozen weights sharded over two processes, compared with the unsharded model: one pass, and a short run."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_sharded_model_gives_the_losses_and_gradients_of_the_whole_one(tmp_pat
 
 
 def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
-    """With steps of which a process has no part, held-out rows, a reference and the card."""
+    """With steps in which a process has no examples, held-out rows, a reference and the model card."""
     base = model_folder(tmp_path / "llama")
     data = write_jsonl(tmp_path / "rows.jsonl", pairs(9))
     settings: dict[str, object] = {

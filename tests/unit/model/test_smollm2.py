@@ -1,4 +1,4 @@
-"""Where the demo's model comes from, as far as that can be tried without a network."""
+"""The source of the demo's model, as far as it can be tested without a network."""
 
 from __future__ import annotations
 

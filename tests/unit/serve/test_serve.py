@@ -83,7 +83,7 @@ def client(server: Server) -> Iterator[OpenAI]:
 
 
 def ask(loaded: Policy, document: str, **options: Any) -> str:
-    """By the column of training, whose name clients do not know."""
+    """The answer for the column of training, whose name clients do not know."""
     return loaded.generate({COLUMN: document}, **{"max_new_tokens": TOKENS, **options})
 
 
@@ -96,7 +96,7 @@ def say(client: OpenAI, content: str, model: str = "one", **options: Any) -> Any
 
 
 def stream(client: OpenAI, content: str, model: str = "one", **options: Any) -> tuple[list[str], list[Any]]:
-    """The pieces of text, and all chunks."""
+    """The pieces of text, and the chunks."""
     chunks = list(say(client, content, model, stream=True, **options))
     parts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
     return parts, chunks

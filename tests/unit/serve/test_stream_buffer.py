@@ -1,4 +1,4 @@
-"""Text streamed while an answer grows: all of it together is the answer, whatever the steps it grew in."""
+"""Text streamed while an answer grows: together it is the answer, whatever the steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prompt_with(frame: tuple[str, str] = ("", ""), is_turn: bool = False) -> Pro
 
 
 def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
-    """What is sent after each part, and at the end."""
+    """What is sent after every part, and at the end."""
     sent = []
     for text in accumulate(parts):
         if buffer.stop_position(text) is not None:

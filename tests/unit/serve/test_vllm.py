@@ -1,4 +1,5 @@
-"""vLLM as the engine: its command line, and when it would not use the trained tokens. vLLM itself does not run here."""
+"""vLLM as the inference engine: its command line, and when it would not use the trained tokens. vLLM does not run
+here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that generates: which jobs join, which are cancelled, what happens when memory runs out."""
+"""The thread that generates: joining jobs, cancelled jobs, running out of memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 60
 
 
 class Events:
-    """What the worker reports of a job."""
+    """What the worker reports about a job."""
 
     def __init__(self) -> None:
         self.queue: queue.Queue[str | Reply | Exception] = queue.Queue()

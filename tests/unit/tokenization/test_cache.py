@@ -47,7 +47,7 @@ def same(store: TokenStore, examples: list[Example]) -> bool:
 
 @pytest.fixture
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each call for tokens that the cache makes."""
+    """The rows of every tokenization that the cache asks for."""
     calls: list[int] = []
     encoded = ExampleEncoder.encode
 

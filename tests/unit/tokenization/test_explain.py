@@ -1,4 +1,4 @@
-"""What a view shows is what is trained: its ids, its text, where the fields stand in it, and what was cut."""
+"""Views show what is trained: ids, text, the positions of the fields, and what was cut."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def text(view: View, *kinds: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Without blanks, which some decoders add of themselves."""
+    """The text without spaces, because some decoders add some."""
     return "".join(text.split())
 
 

@@ -62,7 +62,7 @@ def dense(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax over the whole flat sequence, head by head, with the mask written down: (1, T, heads, D)."""
+    """Softmax over the flat sequence, head by head, with an explicit mask: (1, T, heads, D)."""
     position = torch.from_numpy(forest.position_T)
     visible = reference_mask(forest)
     if sliding_window is not None:
@@ -92,7 +92,7 @@ def chosen(
     sinks: bool = False,
     **options: Any,
 ) -> str:
-    """The backend of a layer on a GPU that need not be there."""
+    """The backend of a layer on a GPU, which need not exist."""
     shape = forest_shape(example_forest(), CPU, capability, "cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "has_flex", lambda: has_flex)

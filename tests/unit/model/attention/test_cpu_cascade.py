@@ -27,7 +27,7 @@ from yeonma.model.attention.dispatch import (
 
 
 def branching(seed: int, examples: int, longest: int) -> Forest:
-    """Examples that begin with parts of one another, in the order of a forest that may be several levels deep."""
+    """A forest, perhaps several levels deep, of examples that share prefixes."""
     random = np.random.default_rng(seed)
     sequences: list[np.ndarray] = []
     for _ in range(examples):
@@ -89,7 +89,7 @@ def test_the_forests_of_these_tests_have_segments_of_several_chunks_and_depths()
 
 @pytest.mark.parametrize("forest", FORESTS, ids=["wide", "deep", "long"])
 def test_its_calls_meet_every_query_and_key_that_see_each_other_once(forest: Forest) -> None:
-    """And the mask of a chunk hides the rest of what the chunk's call would meet."""
+    """And the mask of a chunk hides everything else."""
     met = np.zeros(reference_mask(forest).shape, dtype=int)
     cascade = cascade_layout_of(forest, 16)
     for keys in cascade.segments:
@@ -105,7 +105,7 @@ def test_its_calls_meet_every_query_and_key_that_see_each_other_once(forest: For
 
 
 def test_the_model_attends_by_it_and_keeps_nothing_twice() -> None:
-    """For the backward: queries, keys, values, the output, and a number for each head and token."""
+    """Saved for backward: queries, keys, values, the output, and one number per head and token."""
     forest = FORESTS[1]
     *inputs, _ = states(forest, 6, 2, torch.float32)
     saved: dict[int, int] = {}

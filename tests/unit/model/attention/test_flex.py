@@ -1,5 +1,5 @@
-"""Attention over a forest by FlexAttention. Its kernels need a GPU; here stands torch's own reference of the operation,
-gradients and all (the operator called with tensors of the CPU), and all else is the real code."""
+"""Attention over a forest by FlexAttention. Its kernels need a GPU, so these tests use torch's own reference of the
+operation, including gradients (the operator on CPU tensors). All other code is the real one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def torchs_reference(
     kernel_options: dict,
     return_aux: Any,
 ) -> Any:
-    """`flex_attention` without its refusal of gradients on the CPU; sums come to the base 2, as kernels give them."""
+    """`flex_attention` on the CPU with gradients, which it would refuse; log-sum-exps are to base 2, as from
+    kernels."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
 
     def same(score: Any, *_: Any) -> Any:
@@ -77,7 +78,7 @@ def layout_of(forest: Forest, device: torch.device = CPU) -> FlexLayout:
 
 
 def sees(forest: Forest, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the mask function says of the T tokens, and (blocks, blocks): 0 nothing, 1 a part, 2 all to be computed."""
+    """The mask of the T tokens, and (blocks, blocks): 0 for blocks to skip, 1 for partial and 2 for full blocks."""
     shape = forest_shape(forest)
     mask_tensors = mask_of(shape.lengths, shape.paths, window, CPU)
     total, padded = len(forest.token_ids_T), len(mask_tensors.enter_P)

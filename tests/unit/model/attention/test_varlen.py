@@ -1,5 +1,5 @@
-"""The one call that a forest's attention is on CUDA. Its kernel needs a GPU; in its place stands what torch documents
-of it, in plain operations on the CPU, and all else is the real code."""
+"""Attention over a forest in one call on CUDA. Its kernel needs a GPU, so these tests use its documented semantics in
+plain operations on the CPU. All other code is the real one."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict,
 
 @st.composite
 def forests(draw: st.DrawFn) -> Forest:
-    """Rows of two letters in units: beginnings shared from the first token, nested and not."""
+    """Rows of two letters, in units, with shared prefixes from the first token on, nested or not."""
     count = draw(st.integers(1, 7))
     rows = [
         np.array([9, *draw(st.lists(st.integers(0, 1), min_size=1, max_size=7))], dtype=np.int32)
@@ -187,7 +187,7 @@ def test_without_parents_nothing_is_gathered() -> None:
 
 
 def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
-    """`forest_attention` on an H100, told that float32 is bfloat16."""
+    """`forest_attention` as on an H100, with float32 treated as bfloat16."""
     _, query, key, value, mask = args
     assert mask is None
     call = LayerCall(
@@ -273,7 +273,7 @@ def test_this_torch_has_the_function_with_all_that_it_is_given() -> None:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
-    """As a whole: single numbers in half precision may be far off, and those that should be 0 are not quite."""
+    """Compares norms: single numbers in half precision may be far off, and zeros are not exact."""
     ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
     assert float((ours - theirs).norm()) <= share * float(theirs.norm()) + 0.01 * theirs.numel() ** 0.5
 

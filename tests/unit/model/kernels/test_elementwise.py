@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and rotary positions in the short form: the modules' own numbers and gradients, plain and compiled."""
+"""Patched norms, SwiGLU and rotary positions: the modules' own numbers and gradients, plain and compiled."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_rotation_of_several_sequences_is_the_models_own() -> None:
 
 
 def test_sines_of_the_two_halves_may_differ() -> None:
-    """As with scaled or interpolated positions; then the gradient is not the turn by the negative angle."""
+    """As with scaled or interpolated positions, where the gradient is not the rotation by the negative angle."""
     draw = torch.Generator().manual_seed(0)
     q = torch.randn(1, 3, 20, 8, generator=draw, dtype=torch.float32).requires_grad_()
     k = torch.randn(1, 1, 20, 8, generator=draw).requires_grad_()
@@ -232,7 +232,7 @@ def test_sines_of_the_two_halves_may_differ() -> None:
 
 
 def kept(run: Callable[[], torch.Tensor]) -> int:
-    """Bytes that are kept for the backward of something."""
+    """Bytes saved for the backward pass."""
     storages: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -284,7 +284,7 @@ def rows(count: int, kernels: Kernels) -> list[torch.Tensor]:
 
 @has_compiler
 def test_compiled_is_plain_for_any_number_of_rows_and_whichever_came_first() -> None:
-    """To the bit whichever came first: a run that goes on meets other numbers of rows first than the whole one."""
+    """Bitwise, whichever comes first: a resumed run starts with other numbers of rows than the original run."""
     counts = (MIN_ROWS - 1, MIN_ROWS, 333, 48, FIRST_ROWS)
     kernels = compiled.__wrapped__()
     first = {count: rows(count, kernels) for count in counts}

@@ -1,4 +1,4 @@
-"""The last layer behind its attention: only where a final hidden state is read, with the same numbers and gradients."""
+"""The last layer after its attention: only positions that are read, with the same numbers and gradients."""
 
 from __future__ import annotations
 

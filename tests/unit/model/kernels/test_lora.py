@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 class Net(nn.Module):
-    """Two layers that LoRA goes on, one with a bias, and a frozen one."""
+    """Two layers for LoRA, one with a bias, and a frozen layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def pair(dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
-    """The same model with PEFT's forward, and one to speed up."""
+    """Two equal models: one with PEFT's forward, one to patch."""
     torch.manual_seed(0)
     net = Net().to(dtype)
     options = {
@@ -45,7 +45,7 @@ def pair(dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
 
 
 def run(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Output, and the gradients of the input and of A and B of both layers; dropout drawn from one seed."""
+    """The output, and the gradients of the input and of A and B of both layers, with dropout from a fixed seed."""
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(2, 15, 12, generator=draw).to(dtype).requires_grad_()
     torch.manual_seed(7)
@@ -57,7 +57,7 @@ def run(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-6) -> None:
-    """To `tolerance` of the largest number of each, since sums over rows round."""
+    """Up to `tolerance` times the largest number of a tensor, because sums over rows are rounded."""
     for ours_, theirs_ in zip(ours, theirs, strict=True):
         assert ours_.dtype == theirs_.dtype
         limit = tolerance * max(1.0, float(theirs_.abs().max()))

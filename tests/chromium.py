@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from itertools import count
 from pathlib import Path
 from select import select
 from typing import Any
+
+import pytest
 
 # The protocol's ends are the descriptors 3 and 4 of the browser.
 LAUNCHER = """
@@ -166,3 +169,20 @@ def browser(profile: Path) -> Iterator[Browser]:
         process.wait(SECONDS)
         os.close(to_write)
         os.close(from_read)
+
+
+in_chromium = pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (red, green, blue)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's ratio."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)

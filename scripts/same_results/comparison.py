@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .formats import Field, Tensor, Value, fields_of, format_of
+from .formats import Field, Tensor, Value, current_name, fields_of, format_of
 from .recording import FORMAT
 
 Kind = Literal["differs", "rounding", "words"]
@@ -136,7 +136,9 @@ def compare_within(
 def compare_folders(
     name: str, before: Mapping[str, Path], after: Mapping[str, Path], names: Mapping[str, str]
 ) -> Compared:
-    """Files by their paths in a recording; `names` are texts in the files and what is compared in their place."""
+    """Files by their paths in a recording, renamed ones by their new ones; `names` are texts in the files and what is
+    compared in their place."""
+    before, after = ({current_name(path): file for path, file in files.items()} for files in (before, after))
     compared = Compared(name)
     for path in sorted({*before, *after}):
         compared.files += 1

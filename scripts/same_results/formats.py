@@ -50,6 +50,21 @@ class Field:
     why: str
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """A file that versions from before a change wrote under another name."""
+
+    before: str
+    after: str
+    why: str
+
+
+def current_name(path: str) -> str:
+    """The path that this version would have recorded."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + next((row.after for row in RENAMED if row.before == name), name)
+
+
 def format_of(path: str) -> Format:
     return next(form for form in FORMATS if fnmatchcase(path, form.pattern))
 
@@ -117,9 +132,8 @@ def read_manifest(path: Path) -> Value:
     def sum_of(file: Path) -> str | None:
         return sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
-    return {
-        name: sum_of(path.parent / name) == expected for name, expected in read_json(path)["sha256"].items()
-    }
+    sums = read_json(path)["sha256"]
+    return {current_name(name): sum_of(path.parent / name) == expected for name, expected in sums.items()}
 
 
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
@@ -174,6 +188,9 @@ CHANGED_ON_PURPOSE = (
 """Formats and results that a change of the code changes on purpose; they win over FORMATS. Remove a row when no version
 from before that change is compared any more."""
 
+RENAMED = (Renamed("loss.png", "loss.svg", "the loss was drawn by matplotlib, and is now an SVG of our own"),)
+"""Files that are compared under their new name, on both sides. Remove a row like one of CHANGED_ON_PURPOSE."""
+
 FORMATS = (
     *CHANGED_ON_PURPOSE,
     Format("work/models/*", read_bytes, "what both recordings start from"),
@@ -193,7 +210,7 @@ FORMATS = (
     Format("*.yaml", read_yaml, "by fields"),
     Format("*/README.md", read_card, "its words may change"),
     Format("*.html", read_page, "its words and looks may change"),
-    Format("*/loss.png", read_presence, "its words may change; metrics.jsonl has its numbers"),
+    Format("*/loss.svg", read_presence, "its looks may change; metrics.jsonl has its numbers"),
     Format("*", read_bytes, "everything else"),
 )
 """The first pattern that matches decides."""

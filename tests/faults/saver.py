@@ -26,7 +26,6 @@ from typing import Any
 
 # All that a run imports on its way, so that no child reads modules where a tracer counts what is opened.
 import datasets  # noqa: F401
-import matplotlib.backends.backend_agg  # noqa: F401
 import peft  # noqa: F401
 import torch
 from transformers import get_scheduler  # noqa: F401

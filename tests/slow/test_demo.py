@@ -55,7 +55,7 @@ def test_it_shows_three_held_out_rows_wanted_before_and_after(done: Done) -> Non
 def test_it_ends_with_the_losses_of_the_run_and_what_to_try(done: Done) -> None:
     first, last = done.looks[0]["loss"], min(look["loss"] for look in done.looks)
     assert f"20 held-out rows: {first:.3f} before, {last:.3f} after" in done.out
-    for named in ("README.md", "loss.png", "metrics.jsonl", "adapter_model.safetensors", "settings.yaml"):
+    for named in ("README.md", "loss.svg", "metrics.jsonl", "adapter_model.safetensors", "settings.yaml"):
         assert named in done.out
         assert (done.folder / named).is_file()
     for verb in ("generate", "chat"):

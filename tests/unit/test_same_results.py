@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from scripts.same_results.__main__ import main
 from scripts.same_results.comparison import Difference, Recording, compare_files, compare_within
-from scripts.same_results.formats import FIELDS, FORMATS, fields_of, format_of
+from scripts.same_results.formats import FIELDS, FORMATS, RENAMED, fields_of, format_of
 from scripts.same_results.recording import FORMAT, copy_package
 from scripts.same_results.runs import RUNS
 
@@ -252,6 +252,11 @@ def test_two_recordings_are_the_same_wherever_they_were_made(
     status, shown = outcome(capsys, before, made("changed", **{"metrics.jsonl": [{**METRICS, "loss": 0.25}]}))
     assert (status, shown.splitlines()[-1]) == (1, "results differ: sft")
     assert "  differs  work/sft/metrics.jsonl [0].loss\n      - 0.5\n      + 0.25\n" in shown
+    png, svg = (
+        made(name, **{name: "content", "manifest.json": {"sha256": {name: sha256(b"content").hexdigest()}}})
+        for name in ("loss.png", "loss.svg")
+    )
+    assert outcome(capsys, png, svg)[0] == outcome(capsys, svg, png)[0] == 0  # renamed
     status, shown = outcome(capsys, before, made("more", **{"loss.svg": "<svg/>"}))
     assert status == 1
     assert "  differs  work/sft/loss.svg\n      - missing\n      + there\n" in shown
@@ -318,7 +323,7 @@ def test_runs_begin_after_those_that_they_need() -> None:
 
 
 def test_every_rule_says_why_and_the_rules_on_purpose_come_first() -> None:
-    assert all(rule.why for rule in (*FORMATS, *FIELDS))
+    assert all(rule.why for rule in (*FORMATS, *FIELDS, *RENAMED))
     assert format_of("work/dpo/checkpoint-2/state.json").tolerance > 0
     assert format_of("work/dpo-others/kto/checkpoint-2/state.json").tolerance == 0
     assert format_of("anything/else").pattern == "*"

@@ -227,7 +227,7 @@ def _ending(lesson: Lesson, output: Path, base: str) -> str:
     row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
     return f"""\
 {place}/README.md                  the model card: settings, losses, answers before and after
-{place}/loss.png, metrics.jsonl    the curve, and every step's numbers
+{place}/loss.svg, metrics.jsonl    the curve, and every step's numbers
 {place}/adapter_model.safetensors  the adapter; plain PEFT loads the folder too
 {place}/settings.yaml              the run; `yeonma {lesson.verb} --config` reads it
 

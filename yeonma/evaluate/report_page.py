@@ -1,6 +1,7 @@
 """A report as one web page that needs no network, for light and dark themes, desktops and phones.
 
-Metrics and plots are HTML. The rows are embedded as JSON; the script renders them as text, never as HTML.
+Metrics are HTML, plots SVG whose colours are CSS variables of the page. The rows are embedded as JSON; the script
+renders them as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from yeonma.evaluate.plots import legend, length_histograms, loss_curve, metric_bars, model_colour
+import numpy as np
+
+from yeonma import svg
 from yeonma.evaluate.report import (
     ARROWS,
     SIGNIFICANT_P,
@@ -24,6 +28,9 @@ from yeonma.inspect.inspect_page import COLOURS
 
 PARTS = Path(__file__).parent / "page_parts"
 PLOTTED = ("loss", "chrf", "bleu", "rouge1", "rouge2", "rougel", "exact", "tokens", "repetition", "unended")
+PLOT_WIDTH = 320
+MODEL_COLOURS = 6  # --m0 to --m5 in report.css
+BINS = 16
 
 
 def page(report: ComparisonReport) -> str:
@@ -84,7 +91,7 @@ def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     yield '<div class="wide" tabindex="0" role="region" aria-labelledby="numbers"><table id="metrics">'
     yield "<caption>Over all rows, with 95% confidence intervals. ↑ higher is better, ↓ lower is better.</caption>"
     heads = [
-        f'<th scope="col"><i class="key" style="background:{model_colour(model)}"></i>{escape(name)}</th>'
+        f'<th scope="col"><i class="key" style="background:{_model_colour(model)}"></i>{escape(name)}</th>'
         for model, name in enumerate(names)
     ]
     pairs = [test["models"] for test in report["metrics"][0]["differences"]]
@@ -125,7 +132,7 @@ def _difference(metric: Mapping[str, Any], test: Mapping[str, Any]) -> str:
 def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     yield '<h2>Plots</h2><div class="plots">'
     for metric in report["metrics"]:
-        bars = metric_bars(metric, names) if metric["key"] in PLOTTED else ""
+        bars = _metric_bars(metric, names) if metric["key"] in PLOTTED else ""
         if bars:
             name, about = f"{escape(metric['name'])} {ARROWS[metric['better']]}", escape(metric["about"])
             yield f'<figure><figcaption>{name} <span class="dim">{about}</span></figcaption>{bars}</figure>'
@@ -133,20 +140,116 @@ def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
         f"answers of {name}": [len(row["answers"][model]["text"]) for row in report["rows"]]
         for model, name in enumerate(names)
     }
-    colours = [model_colour(model) for model in range(len(names))]
+    colours = [_model_colour(model) for model in range(len(names))]
     references = [len(row["wanted"]) for row in report["rows"] if row["wanted"] is not None]
     if references:
         lengths["reference answers"] = references
         colours.append("var(--reference)")
-    keys = "".join(legend(list(lengths), colours))
-    histograms = length_histograms(lengths, colours)
+    keys = "".join(_legend(list(lengths), colours))
+    histograms = _length_histograms(lengths, colours)
     yield f"<figure><figcaption>Length of the texts: {keys}</figcaption>{histograms}</figure>"
     for model, entry in enumerate(report["models"]):
         if entry["curve"]:
             about = "line: training, points: validation"
             yield f"<figure><figcaption>Loss of the run {escape(entry['name'])}; {about}</figcaption>"
-            yield f"{loss_curve(entry['curve'], model)}</figure>"
+            yield f"{_loss_curve(entry['curve'], model)}</figure>"
     yield "</div>"
+
+
+def _model_colour(model: int) -> str:
+    return f"var(--m{model % MODEL_COLOURS})"
+
+
+def _legend(names: Sequence[str], colours: Sequence[str]) -> Iterator[str]:
+    for name, colour in zip(names, colours, strict=True):
+        key = f'<i class="key" style="background:{colour}"></i>'
+        yield f'<span style="white-space:nowrap">{key}{escape(name)}</span> '
+
+
+def _metric_bars(metric: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A bar for each model, with the 95% interval as a whisker. Empty if no value is known."""
+    values, intervals = metric["values"], metric["intervals"]
+    numbers = [value for value in values if value is not None]
+    numbers += [end for interval in intervals if interval for end in interval]
+    if not numbers:
+        return ""
+    x_range = (min(0.0, *numbers), max(0.0, *numbers) or 1.0)
+    axes = svg.Axes(4, 4, PLOT_WIDTH - 70, 40 * len(names), x_range, (0, 1))
+    elements, descriptions = [], []
+    for model, (name, value, interval) in enumerate(zip(names, values, intervals, strict=True)):
+        top = axes.top + model * 40
+        elements.append(svg.text(4, top + 11, name if len(name) <= 40 else f"...{name[-37:]}"))
+        if value is None:
+            elements.append(svg.text(4, top + 29, "-"))
+            continue
+        left, right = sorted((axes.x(0), axes.x(value)))
+        bar = {"x": left, "y": top + 16, "width": max(right - left, 0.5), "height": 18}
+        elements.append(svg.element("rect", **bar, fill=_model_colour(model)))
+        label, description = right, f"{name} {format_number(value)}"
+        if interval:
+            a, b = (axes.x(end) for end in interval)
+            ends = f"M{svg.number(a)} {top + 20}v10M{svg.number(b)} {top + 20}v10"
+            path = f"{ends}M{svg.number(a)} {top + 25}H{svg.number(b)}"
+            elements.append(svg.element("path", class_="whisker", d=path))
+            label = max(label, b)
+            description += f" ({format_number(interval[0])} to {format_number(interval[1])})"
+        elements.append(svg.text(label + 5, top + 29, format_number(value)))
+        descriptions.append(description)
+    description = f"{metric['name']}: {', '.join(descriptions)}"
+    return svg.drawing(PLOT_WIDTH, 8 + 40 * len(names), description, elements)
+
+
+def _length_histograms(lengths: Mapping[str, Sequence[int]], colours: Sequence[str]) -> str:
+    """For each name, a stepped line: how many texts have which length."""
+    longest = max((max(numbers, default=0) for numbers in lengths.values()), default=0)
+    edges = np.linspace(0, max(longest, 1), BINS + 1)
+    counts = [np.histogram(numbers, edges)[0].tolist() for numbers in lengths.values()]
+    highest = max(1, *(max(bins) for bins in counts))
+    axes = _axes((0, max(longest, 1)), (0, highest))
+    elements = [*_frame(axes, "characters")]
+    descriptions = []
+    for index, (name, bins) in enumerate(zip(lengths, counts, strict=True)):
+        corners: list[svg.Point] = [(0, 0)]
+        for count, (left, right) in zip(bins, pairwise(edges.tolist()), strict=True):
+            corners += [(left, count), (right, count)]
+        look = {"stroke_dasharray": f"{3 * index} 3"} if index else {}
+        places = axes.places([*corners, (corners[-1][0], 0)])
+        elements.append(svg.line(places, stroke=colours[index], stroke_width=2, **look))
+        median = float(np.median(lengths[name])) if len(lengths[name]) else 0.0
+        descriptions.append(f"{name} median {median:.0f}")
+    description = f"Lengths in characters: {', '.join(descriptions)}"
+    return svg.drawing(PLOT_WIDTH, 164, description, elements)
+
+
+def _loss_curve(curve: Mapping[str, Sequence[svg.Point]], model: int) -> str:
+    """Training loss over the steps as a line, validation loss as points."""
+    training, validation = curve["training"], curve["validation"]
+    points = [*training, *validation]
+    last_step = max(step for step, _ in points) or 1
+    axes = _axes((0, last_step), svg.padded([loss for _, loss in points]))
+    elements = [*_frame(axes, "step")]
+    if training:
+        places = axes.places(training)
+        elements.append(svg.line(places, stroke=_model_colour(model), stroke_width=1.5))
+    elements.append(svg.dots(axes.places(validation), 8, stroke="var(--reference)"))
+    descriptions = [
+        f"{name} {format_number(part[0][1])} to {format_number(part[-1][1])}"
+        for name, part in curve.items()
+        if part
+    ]
+    return svg.drawing(PLOT_WIDTH, 164, f"Loss of the run: {', '.join(descriptions)}", elements)
+
+
+def _axes(x_range: tuple[float, float], y_range: tuple[float, float]) -> svg.Axes:
+    return svg.Axes(48, 10, PLOT_WIDTH - 66, 112, x_range, y_range)
+
+
+def _frame(axes: svg.Axes, x_label: str) -> Iterator[str]:
+    yield from axes.frame(
+        svg.round_ticks(*axes.x_range, 5, whole=True),
+        svg.round_ticks(*axes.y_range, 4, whole=axes.y_range[0] == 0),
+    )
+    yield svg.text(axes.left + axes.width / 2, axes.top + axes.height + 34, x_label, "middle")
 
 
 def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:

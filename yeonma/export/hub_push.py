@@ -32,7 +32,8 @@ UPLOADED = (
     "merges.txt",
     "chat_template.jinja",
     "*_chat_template.jinja",
-    "loss.png",
+    "loss.svg",
+    "loss.png",  # of earlier versions
 )
 """Patterns of files to upload. All others stay: checkpoints, logs, settings, rows, unknown files."""
 NOT_SCANNED_FOR_PATHS = ("tokenizer.json", "vocab.*", "merges.txt", "*.jinja")

@@ -50,7 +50,7 @@ NEEDED = (STATE, OPTIMIZER, RANDOM, "adapter_model.safetensors", "adapter_config
 LEFTOVERS = (
     *(f".checkpoint-*.{state}" for state in ("partial", "removed", "former")),
     ".final.partial",
-    *(f".{name}.partial" for name in ("run.json", "settings.yaml", "README.md", "loss.png")),
+    *(f".{name}.partial" for name in ("run.json", "settings.yaml", "README.md", "loss.svg", "loss.png")),
 )
 ALLOWANCE_BYTES = 1 << 20
 """For the small files and the file system's own blocks."""

@@ -44,12 +44,15 @@ RUN = "run.json"
 BEFORE_THE_CHOICE = {"quantization": "none", "optimizer": "adamw"}
 """What runs of earlier versions had, which do not say so."""
 SEAL = "manifest.json"
+FORMER_PLOT = "loss.png"
+"""The plot of earlier versions, now loss.svg."""
 # What a run leaves behind beside run.json and checkpoints, as patterns.
 OURS = (
     "settings.yaml",
     "metrics.jsonl",
     "trained_rows.jsonl",
-    "loss.png",
+    "loss.svg",
+    FORMER_PLOT,
     "README.md",
     "yeonma.json",
     "template.txt",

@@ -116,7 +116,7 @@ def card_text(
     ]
     if looks:
         lines += _validation(looks[0], next(each for each in looks if each["step"] == kept), units)
-    lines += ["![loss](loss.png)", "", "## Template", "", *_fenced(adapter.template.text), ""]
+    lines += ["![loss](loss.svg)", "", "## Template", "", *_fenced(adapter.template.text), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:

@@ -256,7 +256,7 @@ def _train(
     if evaluation.card_rows:
         broadcast_trained(state.model)
     per = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
-    plot_loss(output / "metrics.jsonl", output / "loss.png", per)
+    plot_loss(output / "metrics.jsonl", output / "loss.svg", per)
     command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
     command += to_yaml(config)
     write_card(
@@ -269,6 +269,7 @@ def _train(
         best_step,
         evaluation.card_rows,
     )
+    (output / folder.FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
     folder.mark(output, prepared.identity, finished=True)
     say(f"Adapter saved to {output}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import tiny_adapter
-from tests.chromium import Browser, browser, chromium
+from tests.chromium import Browser, browser, contrast, in_chromium, luminance
 from tests.runs import command, write_jsonl
 from tests.tokenizers import byte_level
 from yeonma.evaluate.report_page import embedded, page
@@ -25,7 +25,6 @@ HOSTILE = [
     "{{constructor}} &lt;b&gt; &amp;",
 ]
 WORDS = "ferry boat bees roof council library river tram"
-in_chromium = pytest.mark.skipif(chromium() is None, reason="Chromium is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -296,17 +295,3 @@ def test_data_in_the_page_is_data(folder: Path, report: dict[str, Any]) -> None:
     assert json.loads(inside)["rows"] == report["rows"]
     assert not set("<>&\u2028\u2029") & set(inside)
     assert json.loads(embedded(HOSTILE)) == HOSTILE
-
-
-def luminance(colour: str) -> float:
-    red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
-    linear = [
-        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (red, green, blue)
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2's ratio."""
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)

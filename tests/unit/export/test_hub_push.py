@@ -83,11 +83,11 @@ def test_the_adapter_arrives_without_paths_of_this_machine(there: Hub, folder: P
         "tokenizer_config.json",
         "chat_template.jinja",
         "base_chat_template.jinja",
-        "loss.png",
+        "loss.svg",
     }
-    for name in ("adapter_model.safetensors", "template.txt", "tokenizer.json", "loss.png"):
+    for name in ("adapter_model.safetensors", "template.txt", "tokenizer.json", "loss.svg"):
         assert repository.files[name] == (folder / name).read_bytes()
-    assert repository.large == {"adapter_model.safetensors", "loss.png"}
+    assert repository.large == {"adapter_model.safetensors"}
     everything = b"".join(repository.files.values())
     assert str(folder.parent).encode() not in everything
     run_place = json.loads((folder / "yeonma.json").read_text("utf-8"))["base"]["name"]
@@ -98,6 +98,14 @@ def test_the_adapter_arrives_without_paths_of_this_machine(there: Hub, folder: P
     for name in ("checkpoint-", "metrics.jsonl", "settings.yaml", "run.json"):
         assert name in done.stdout.partition("not sent:")[2]
     assert "10 files uploaded and verified: " in done.stdout
+
+
+def test_the_plot_of_an_earlier_version_arrives_too(there: Hub, folder: Path) -> None:
+    (folder / "loss.svg").unlink()
+    (folder / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = push(there, folder, *READY)
+    assert done.returncode == 0, done.stderr
+    assert there.repositories[f"{OWNER}/titles"].files["loss.png"] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_a_dry_run_lists_the_files_without_the_hub(there: Hub, folder: Path) -> None:

@@ -348,10 +348,12 @@ def test_a_named_checkpoint_is_continued_and_later_ones_go(
 ) -> None:
     done = trained(tmp_path / "out", base, data, **SETTINGS)
     place = done.folder / "checkpoint-4"
+    (done.folder / "loss.svg").rename(done.folder / "loss.png")  # as a version before loss.svg left it
     named = trained(tmp_path / "out", base, data, **SETTINGS, resume_from_checkpoint=place)
     assert f"continuing after step 4 of 10, from {place}" in named.out
     assert named.weight_bytes == whole.weight_bytes
     assert left_behind(named.folder)["metrics.jsonl"] == left_behind(whole.folder)["metrics.jsonl"]
+    assert (named.folder / "loss.svg").exists() and not (named.folder / "loss.png").exists()
 
 
 def test_a_run_stopped_after_a_named_checkpoint_does_not_take_up_later_ones(

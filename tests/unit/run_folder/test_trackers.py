@@ -12,11 +12,13 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import get_args
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.chromium import browser, contrast, in_chromium, luminance
 from yeonma.config import settings
 from yeonma.errors import UserError
 from yeonma.run_folder import trackers as tracking
@@ -278,9 +280,7 @@ def test_reading_metrics_that_are_not_there_is_a_users_mistake(tmp_path: Path) -
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-# loss.png
-
-TRAINING, VALIDATION = (46, 111, 149), (209, 73, 91)
+# loss.svg
 
 
 def metrics_of(path: Path, *records: StepRecord | EvaluationRecord) -> Path:
@@ -290,63 +290,121 @@ def metrics_of(path: Path, *records: StepRecord | EvaluationRecord) -> Path:
     return path
 
 
-def colours(png: Path) -> set[tuple[int, ...]]:
-    from matplotlib.image import imread
+def drawn(svg: Path, name: str) -> list[tuple[str, int]]:
+    """The lines and dots of a class, and how many points each has. The file is XML that loads nothing."""
+    text = svg.read_text("utf-8")
+    assert not re.search(r"<script|href|url\(|@import|\bon\w+=", text)
+    assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
+    shapes = [shape for shape in ElementTree.fromstring(text) if shape.get("class") == name]
+    return [
+        (
+            shape.tag.rpartition("}")[2],
+            len(shape.get("points", "").split()) or shape.get("d", "").count("M"),
+        )
+        for shape in shapes
+    ]
 
-    pixels = (imread(png)[..., :3] * 255).round().astype(int)
-    return {tuple(map(int, colour)) for colour in np.unique(pixels.reshape(-1, 3), axis=0)}
 
-
-def test_the_picture_shows_training_and_validation(tmp_path: Path) -> None:
+def test_the_plot_shows_training_and_validation(tmp_path: Path) -> None:
     evaluations = [replace(EVALUATION, step=step) for step in (0, 20, 40)]
     metrics = metrics_of(
         tmp_path / "metrics.jsonl", *evaluations[:1], *steps(*range(1, 41)), *evaluations[1:]
     )
-    plot_loss(metrics, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert {TRAINING, VALIDATION} <= colours(tmp_path / "loss.png")
+    plot_loss(metrics, tmp_path / "loss.svg", per="pair")
+    assert drawn(tmp_path / "loss.svg", "training") == [("polyline", 40), ("polyline", 40)]
+    assert drawn(tmp_path / "loss.svg", "validation") == [("polyline", 3), ("path", 3)]
+    svg = (tmp_path / "loss.svg").read_text("utf-8")
+    assert "prefers-color-scheme:dark" in svg
+    for words in (
+        "loss per pair",
+        "training, each step",
+        "training, moving mean",
+        "validation",
+        "step",
+        "20",
+    ):
+        assert f">{words}</" in svg
+    assert 'aria-label="Loss per pair: training 3 to 0.075, validation 1.5 to 1.5"' in svg
+
+
+@in_chromium
+def test_the_plot_can_be_read_in_both_themes(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, 41)), replace(EVALUATION, step=40))
+    plot_loss(metrics, tmp_path / "loss.svg")
+    pictures = []
+    with browser(tmp_path / "profile") as tab:
+        for dark in (False, True):
+            tab.look(760, 420, dark=dark)
+            tab.open(tmp_path / "loss.svg")
+            paper = tab.run("getComputedStyle(document.querySelector('.paper')).fill")
+            assert (luminance(paper) < 0.1) if dark else (luminance(paper) > 0.9)
+            for names, style, least in (("text", "fill", 7), (".training, .validation", "color", 4.5)):
+                drawn = tab.run(
+                    f"[...document.querySelectorAll('{names}')].map(e => getComputedStyle(e).{style})"
+                )
+                assert min(contrast(colour, paper) for colour in drawn) >= least
+            inside = tab.run(
+                "[...document.querySelectorAll('text, path, polyline')].every(e => { const b = e.getBBox(); "
+                "return b.x >= 0 && b.y >= 0 && b.x + b.width <= 720 && b.y + b.height <= 400; })"
+            )
+            assert inside
+            assert tab.problems == []
+            pictures.append(tab.picture())
+    assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("number", [1, 9, 10])
 def test_a_short_run_without_validation_is_drawn_too(tmp_path: Path, number: int) -> None:
-    plot_loss(metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, number + 1))), tmp_path / "loss.png")
-    shown = colours(tmp_path / "loss.png")
-    assert TRAINING in shown
-    assert VALIDATION not in shown
+    plot_loss(metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, number + 1))), tmp_path / "loss.svg")
+    assert drawn(tmp_path / "loss.svg", "training")[-1][1] == number
+    assert drawn(tmp_path / "loss.svg", "validation") == []
 
 
-def test_a_loss_that_was_not_finite_is_left_out_of_the_picture(tmp_path: Path) -> None:
+def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+    metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, 41)), replace(EVALUATION, step=40))
+    program = (
+        "from pathlib import Path\n"
+        "from yeonma.run_folder.trackers import plot_loss\n"
+        f"plot_loss(Path({str(metrics)!r}), Path({str(tmp_path / 'other.svg')!r}))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    plot_loss(metrics, tmp_path / "loss.svg")
+    assert (tmp_path / "other.svg").read_bytes() == (tmp_path / "loss.svg").read_bytes()
+
+
+def test_the_plot_of_a_long_run_is_small_and_keeps_every_peak(tmp_path: Path) -> None:
+    losses = [2 + math.sin(step / 7) * 0.1 for step in range(100_000)]
+    losses[70_001] = 5.0
+    lines = (json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1))
+    looks = (json.dumps({"evaluation": True, "step": step, "loss": 2.0}) for step in range(0, 100_000, 100))
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, *looks, ""]))
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg")
+    assert (tmp_path / "loss.svg").stat().st_size < 9_000
+    assert [points for _, points in drawn(tmp_path / "loss.svg", "training")] == [242, 120]
+    (peaks, _), *_ = re.findall(r'points="(.*?)".*?(stroke-opacity)', (tmp_path / "loss.svg").read_text())
+    highest = min((tuple(map(float, pair.split(","))) for pair in peaks.split()), key=lambda pair: pair[1])
+    assert highest == (pytest.approx(70 + 610 * 0.7, abs=0.1), pytest.approx(40 + 308 / 27, abs=1))
+
+
+def test_a_loss_that_was_not_finite_is_left_out_of_the_plot(tmp_path: Path) -> None:
     finite = steps(1, 2, 4)
-    plot_loss(metrics_of(tmp_path / "finite.jsonl", *finite), tmp_path / "finite.png")
+    plot_loss(metrics_of(tmp_path / "finite.jsonl", *finite), tmp_path / "finite.svg")
     with_gap = [*finite[:2], replace(STEP, step=3, loss=float("nan")), *finite[2:]]
-    plot_loss(metrics_of(tmp_path / "gap.jsonl", *with_gap), tmp_path / "gap.png")
-    assert (tmp_path / "gap.png").read_bytes() == (tmp_path / "finite.png").read_bytes()
+    plot_loss(metrics_of(tmp_path / "gap.jsonl", *with_gap), tmp_path / "gap.svg")
+    assert (tmp_path / "gap.svg").read_bytes() == (tmp_path / "finite.svg").read_bytes()
 
 
-def test_without_a_loss_there_is_no_picture(tmp_path: Path) -> None:
-    plot_loss(metrics_of(tmp_path / "metrics.jsonl"), tmp_path / "loss.png")
+def test_without_a_loss_there_is_no_plot(tmp_path: Path) -> None:
+    plot_loss(metrics_of(tmp_path / "metrics.jsonl"), tmp_path / "loss.svg")
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_picture_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
     metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(1, 2))
-    (tmp_path / "loss.png").mkdir()
+    (tmp_path / "loss.svg").mkdir()
     with pytest.raises(OSError):
-        plot_loss(metrics, tmp_path / "loss.png")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
-
-
-def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
-    metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(1, 2))
-    program = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from yeonma.run_folder.trackers import plot_loss\n"
-        f"plot_loss(Path({str(metrics)!r}), Path({str(tmp_path / 'loss.png')!r}))\n"
-        "sys.exit('matplotlib.pyplot' in sys.modules)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-    assert (tmp_path / "loss.png").exists()
+        plot_loss(metrics, tmp_path / "loss.svg")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["loss.svg", "metrics.jsonl"]
 
 
 def test_the_moving_mean_is_centred_and_shorter_at_the_ends() -> None:

@@ -60,7 +60,7 @@ def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:
         "settings.yaml",
         "metrics.jsonl",
         "trained_rows.jsonl",
-        "loss.png",
+        "loss.svg",
         "README.md",
         "run.json",
         "manifest.json",

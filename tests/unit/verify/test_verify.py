@@ -21,7 +21,7 @@ from tests.runs import Done, articles, characters, command, model_folder, sft, t
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.train import run as run_module
 
-RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "loss.png", "README.md", "run.json", "manifest.json")
+RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "loss.svg", "README.md", "run.json", "manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +195,25 @@ def test_a_chat_template_that_gives_other_tokens_is_found(copy: Path) -> None:
     assert "it fails on a row" in differing(copy)["chat template"]
 
 
+def test_a_run_of_an_earlier_version_has_loss_png(copy: Path, place: Path) -> None:
+    (copy / "loss.svg").rename(copy / "loss.png")
+    sums = json.loads((copy / "manifest.json").read_text())["sha256"]
+    sums["loss.png"] = sums.pop("loss.svg")
+    (copy / "manifest.json").write_text(json.dumps({"sha256": sums}))
+    assert set(outcomes(copy).values()) == {"well"}
+    for name in ("run.json", "loss.png"):  # a copy of the adapter alone
+        (copy / name).unlink()
+    for checkpoint in copy.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert not differing(copy)
+
+
 # Changed files
 
 
 FILES = (
     *("adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"),
-    *("tokenizer.json", "tokenizer_config.json", "settings.yaml", "metrics.jsonl", "loss.png", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "settings.yaml", "metrics.jsonl", "loss.svg", "README.md"),
 )
 
 

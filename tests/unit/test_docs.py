@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shlex
 import subprocess
@@ -61,6 +63,16 @@ torchrun --nproc_per_node=4 --master_port=1234 sft-trainer.py \\
     --lora_r 16 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules '[gate_proj, down_proj, up_proj]' \\
     --train_on_inputs False --add_eos_token True --group_by_length False --lr_scheduler 'linear' --warmup_steps 100
 """
+COMMAND = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:cd|hf|make|nvidia-smi|python[\d.]*|rsync|ssh|tmux|torchrun|yeonma|\.[\w-]+/bin/\w+)(?: .*)?"
+)
+KOREAN_COMMANDS = {
+    "yeonma inspect --base_model HuggingFaceTB/SmolLM2-135M-Instruct --data_path yeonma/samples/news_en.jsonl "
+    "--template yeonma/samples/title_en.txt --cutoff_len 80 --rows 1,17": "yeonma inspect --base_model "
+    "HuggingFaceTB/SmolLM2-135M-Instruct --data_path yeonma/samples/news_ko.jsonl --cutoff_len 256 --rows 1,17",
+}
+"""English commands whose Korean pages have another one: Korean rows suit the built-in template and have more tokens."""
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -251,6 +263,62 @@ def test_the_readme_leads_to_every_page_and_the_pages_show_every_picture() -> No
 def test_both_languages_have_the_same_chapters_in_the_same_order(name: str) -> None:
     english, korean = (chapters(text_of(ROOT / f"{name}{ending}")) for ending in (".md", ".ko.md"))
     assert english == korean
+
+
+def rows_of_numbers(text: str) -> list[list[list[str]]]:
+    """For each row of the tables, the numbers of each cell; sorted, because languages order words differently."""
+    rows = [line for line in prose(text).splitlines() if line.startswith("|")]
+    return [[sorted(NUMBER.findall(cell)) for cell in row.split("|")] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["docs/benchmarks", "docs/scale"])
+def test_both_languages_have_the_same_numbers_in_every_row_of_their_tables(name: str) -> None:
+    english, korean = (rows_of_numbers(text_of(ROOT / f"{name}{ending}")) for ending in (".md", ".ko.md"))
+    assert len(english) == len(korean) > 40
+    assert [pair for pair in zip(english, korean, strict=True) if pair[0] != pair[1]] == []
+
+
+def shown_commands(text: str) -> list[str]:
+    """The commands in the blocks, without comments; of a row of data only the columns."""
+    lines = (line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines())
+    split = (shlex.split(line, comments=True) for line in lines if COMMAND.fullmatch(line))
+    return [
+        " ".join(columns_of(word) if word.startswith('{"') else word for word in words) for words in split
+    ]
+
+
+def columns_of(row: str) -> str:
+    return f"{{{', '.join(json.loads(row))}}}"
+
+
+def python_code(text: str) -> list[str]:
+    """The Python blocks, without comments and the contents of strings."""
+    trees = [
+        ast.parse(block) for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return [ast.unparse(tree) for tree in trees]
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_show_the_same_commands(name: str) -> None:
+    """The tests that run the English commands then prove the Korean ones."""
+    english, korean = (text_of(ROOT / f"{name}{ending}") for ending in (".md", ".ko.md"))
+    expected = [KOREAN_COMMANDS.get(command, command) for command in shown_commands(english)]
+    assert shown_commands(korean) == expected
+    assert python_code(korean) == python_code(english)
+
+
+def test_a_command_that_differs_is_found() -> None:
+    block = 'text\n\n```\nYEONMA_DEBUG=1 yeonma chat demo --row \'{{"body": "{}"}}\' --seed {}  # {}\nyeonma: {}\n```\n'
+    expected = ["YEONMA_DEBUG=1 yeonma chat demo --row {body} --seed 1"]
+    assert shown_commands(block.format("a", 1, "comment", "message")) == expected
+    assert shown_commands(block.format("가", 1, "설명", "메시지")) == expected
+    assert shown_commands(block.format("a", 2, "comment", "message")) != expected
+    assert python_code('```python\nask("a", 1)  # b\n```\n') == python_code("```python\nask('가', 1)\n```\n")
+    assert python_code("```python\nask(1)\n```\n") != python_code("```python\nask(2)\n```\n")
 
 
 def test_every_korean_page_is_compared_with_its_english_one() -> None:

@@ -14,8 +14,8 @@ from yeonma.model.load import pick_device, pick_dtype
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 
-FORMAT = 3
-"""Increased whenever a change of the code changes the numbers of the same run."""
+FORMAT = 4
+"""Increased whenever a change of the code changes the numbers or the notes of the same run."""
 
 
 def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.chromium import browser, contrast, in_chromium
 from tests.runs import (
     SETTINGS,
     Done,
@@ -281,6 +282,28 @@ def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path
     assert last["audit"]["train"]["examples"] == 6
     assert last["audit"]["train"]["bias"] is None
     assert last["audit"]["train"]["tokens"] == sum(len(view["token_ids"]) for view in views)
+
+
+@in_chromium
+def test_the_page_fits_a_phone_and_can_be_read_in_both_themes(base: Path, tmp_path: Path) -> None:
+    rows = [*articles(19), {"document": "x" * 400, "title": "storm"}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    page = tmp_path / "page.html"
+    assert inspect(base, data, rows="18-20", cutoff_len=120, html=page, val_set_size=4).status == 0
+    with browser(tmp_path / "profile") as tab:
+        for width, dark in ((390, False), (390, True), (1100, False), (1100, True)):
+            tab.look(width, 740, dark=dark)
+            tab.open(page)
+            assert tab.run("document.documentElement.scrollWidth") == width
+            texts = "h1, h2, pre, pre span, caption, td, .legend span, label"
+            colours = tab.run(
+                f"[...document.querySelectorAll('{texts}')].map(e => [getComputedStyle(e).color, "
+                "[getComputedStyle(e), getComputedStyle(document.body)].map(s => s.backgroundColor)"
+                ".find(c => c !== 'rgba(0, 0, 0, 0)')])"
+            )
+            assert len(colours) > 20
+            assert min(contrast(*pair) for pair in colours) >= 4.5
+            assert tab.problems == []
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ STYLE = (
     COLOURS
     + """\
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem;
-  margin: 0 auto; padding: 1rem; }
+  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; } .left-out { color: var(--cut); }
 pre { font: 14px/1.55 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
   padding: .6rem; border: 1px solid var(--line); border-radius: 6px; }

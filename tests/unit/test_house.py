@@ -195,6 +195,30 @@ def test_no_file_name_stands_twice_in_the_package() -> None:
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
+def class_names(source: str) -> list[str]:
+    """Classes and type aliases of a module, without the underscore of private ones; type variables are no names."""
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            call = node.value.func if isinstance(node.value, ast.Call) else None
+            if not (isinstance(call, ast.Name) and call.id == "TypeVar"):
+                names.append(node.targets[0].id)
+    return [name.lstrip("_") for name in names if re.match(r"_?[A-Z][a-z]", name)]
+
+
+def test_no_class_and_no_type_alias_stands_twice_in_the_package() -> None:
+    assert class_names(
+        "class _A1: ...\nclass Row: ...\nTokenIds = list[int]\nT2 = TypeVar('T2')\nLIMIT = 3"
+    ) == [
+        "Row",
+        "TokenIds",
+    ]
+    names = [name for path in PACKAGE.rglob("*.py") for name in class_names(path.read_text("utf-8"))]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 PATCHES = {
     "model.kernels.last_layer": {"trim_last_layer", "trim_where_equal"},
     "model.kernels.lora": {"patch_linear"},

@@ -18,7 +18,7 @@ from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task
 from yeonma.data.template import Template
 from yeonma.errors import UserError
-from yeonma.tokenization.dataset import Part
+from yeonma.tokenization.dataset import DatasetPart
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.store import TokenStore
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
@@ -47,7 +47,7 @@ class Samples:
 
 
 def take_samples(
-    part: Part, task: Task, template: Template, columns: Mapping[str, str] | None, count: int
+    part: DatasetPart, task: Task, template: Template, columns: Mapping[str, str] | None, count: int
 ) -> Samples:
     """The first `count` rows of `part`."""
     rows = part.first_rows(count)

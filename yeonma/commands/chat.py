@@ -48,7 +48,7 @@ def run(config: ChatConfig) -> int:
     if on_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (gives `input` editing and history)
-    chat = _Chat(policy, builder, answer, on_terminal)
+    chat = _ChatSession(policy, builder, answer, on_terminal)
     chat.print_on_terminal(_welcome(builder))
     try:
         chat.converse() if builder.adapter.template.is_chat else chat.ask_fields()
@@ -60,7 +60,7 @@ def run(config: ChatConfig) -> int:
 
 
 @dataclass(frozen=True)
-class _Chat:
+class _ChatSession:
     policy: Policy
     builder: PromptBuilder
     settings: AnswerSettings

@@ -69,7 +69,7 @@ class Rows:
 
 PlacedValues = tuple[str, Mapping[str, object]]
 """The place and the values of a row."""
-Source = Callable[[], Iterator[PlacedValues]]
+OpenSource = Callable[[], Iterator[PlacedValues]]
 
 
 def open_rows(
@@ -227,7 +227,7 @@ def _no_such_file(name: str, path: Path) -> UserError:
 # Sources -> rows
 
 
-def _rows(name: str, identity: str, sources: Sequence[Source]) -> Rows:
+def _rows(name: str, identity: str, sources: Sequence[OpenSource]) -> Rows:
     def read() -> Iterator[Row]:
         number = 0
         for source in sources:

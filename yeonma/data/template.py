@@ -43,7 +43,7 @@ class Placeholder:
     place: str = dataclasses.field(compare=False)
 
 
-Part = Piece | Placeholder
+TemplatePart = Piece | Placeholder
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class FrameTurn:
     """A turn of the template. With `role` None it is plain text, the only turn of its variant."""
 
     role: str | None
-    parts: tuple[Part, ...]
+    parts: tuple[TemplatePart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Variant:
     """A variant of the template. For a turn list `turns` is empty: its one placeholder names the list's column."""
 
     turns: tuple[FrameTurn, ...]
-    answer: tuple[Part, ...]
+    answer: tuple[TemplatePart, ...]
     answer_role: str | None
     prompt_fields: tuple[str, ...]
     """The distinct fields before the answer, in order."""
@@ -347,7 +347,7 @@ def shorten(rendered: Rendered, field: str, keep: int, side: str) -> Rendered:
 # Filling
 
 
-def _fill(parts: tuple[Part, ...], texts: Mapping[str, str]) -> tuple[Piece, ...]:
+def _fill(parts: tuple[TemplatePart, ...], texts: Mapping[str, str]) -> tuple[Piece, ...]:
     return tuple(
         [Piece(texts[part.field], part.field) if isinstance(part, Placeholder) else part for part in parts]
     )
@@ -441,7 +441,7 @@ def _read_variants(text: str, name: str) -> tuple[Variant, ...]:
     return tuple([_variant(lines, name) for lines in _sections(_scan(text, name))])
 
 
-def placeholders(parts: Iterable[Part]) -> list[Placeholder]:
+def placeholders(parts: Iterable[TemplatePart]) -> list[Placeholder]:
     """The placeholders among `parts`, in order."""
     return [part for part in parts if isinstance(part, Placeholder)]
 
@@ -450,7 +450,7 @@ def placeholders(parts: Iterable[Part]) -> list[Placeholder]:
 class _Line:
     text: str
     place: str
-    parts: tuple[Part, ...]
+    parts: tuple[TemplatePart, ...]
 
 
 def _scan(text: str, name: str) -> list[_Line]:
@@ -469,7 +469,7 @@ def _scan(text: str, name: str) -> list[_Line]:
     return lines
 
 
-def _scan_line(line: str, place: str) -> Iterator[Part | Problem]:
+def _scan_line(line: str, place: str) -> Iterator[TemplatePart | Problem]:
     at = 0
     while at < len(line):
         column_place = f"{place}:{at + 1}"
@@ -589,7 +589,7 @@ def _turn_list(lines: Sequence[_Line], first: _Line) -> Variant:
     return Variant((), tuple(parts), "assistant", ())
 
 
-def _checked(turns: tuple[FrameTurn, ...], answer: tuple[Part, ...], role: str | None) -> Variant:
+def _checked(turns: tuple[FrameTurn, ...], answer: tuple[TemplatePart, ...], role: str | None) -> Variant:
     """The variant. Raises UserError if its prompt shows the answer."""
     answer_field = placeholders(answer)[0].field
     before = placeholders(part for turn in turns for part in turn.parts)
@@ -606,12 +606,12 @@ def _role(line: _Line) -> str:
     return text[1:-1] if text in [f"[{role}]" for role in _ROLES] else ""
 
 
-def _parts_of(lines: Sequence[_Line]) -> tuple[Part, ...]:
+def _parts_of(lines: Sequence[_Line]) -> tuple[TemplatePart, ...]:
     """The parts of some lines as one text. Empty lines at its end are dropped: editors add them."""
     end = len(lines)
     while end > 0 and not lines[end - 1].text:
         end -= 1
-    parts: list[Part] = []
+    parts: list[TemplatePart] = []
     literal = ""
     for number, line in enumerate(lines[:end]):
         literal += "\n" if number else ""

@@ -13,18 +13,18 @@ from typing import Any
 from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, write_all
 
-Record = Mapping[str, Any]
+CacheRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class AnswerCache:
     """Records by key, and the file to which new ones are appended."""
 
-    records: dict[str, Record]
+    records: dict[str, CacheRecord]
     path: Path
     file: RawIOBase
 
-    def add(self, key: str, record: Record) -> None:
+    def add(self, key: str, record: CacheRecord) -> None:
         """Append a record with one write, so that it survives a kill. Raises UserError if the disk is full."""
         line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
         with disk_errors_as_user_errors(self.path.parent, "an answer"):
@@ -51,7 +51,7 @@ def open_answer_cache(path: Path) -> Iterator[AnswerCache]:
         yield AnswerCache(records, path, file)
 
 
-def _read(text: str) -> Iterator[tuple[str, Record]]:
+def _read(text: str) -> Iterator[tuple[str, CacheRecord]]:
     for line in text.split("\n"):
         try:
             record = json.loads(line)

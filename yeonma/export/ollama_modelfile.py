@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from yeonma.data.template import Part, Placeholder, Template, Variant
+from yeonma.data.template import Placeholder, Template, TemplatePart, Variant
 from yeonma.errors import UserError
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -106,7 +106,7 @@ def _turns(variant: Variant, names: Mapping[str, str], encoder: TextEncoder, cha
     return text
 
 
-def _go(part: Part, names: Mapping[str, str]) -> str:
+def _go(part: TemplatePart, names: Mapping[str, str]) -> str:
     return f"{{{{ {names[part.field]} }}}}" if isinstance(part, Placeholder) else _literal(part.text)
 
 

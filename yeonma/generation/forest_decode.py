@@ -183,7 +183,7 @@ class DecodeRequest:
 
 
 @dataclass(eq=False)
-class _Row:
+class _LiveRow:
     """A prompt that is being answered."""
 
     index: int
@@ -216,7 +216,7 @@ def decode(
         at most so many requests, whose indices follow on. Their prompts must begin with the prefix and be longer.
     """
     shared = _shared_length([request.prompt for request in requests])
-    cache, live = ForestCache(shared=shared), list[_Row]()
+    cache, live = ForestCache(shared=shared), list[_LiveRow]()
     waiting, count = list(enumerate(requests))[::-1], len(requests)
     prefix = [int(number) for number in requests[0].prompt[:shared]] if requests else []
     with torch.no_grad(), attention(model, DECODING):
@@ -250,11 +250,11 @@ def decode(
                 on_done(row.index, row.generated)
 
 
-def _new_row(index: int, request: DecodeRequest) -> _Row:
+def _new_row(index: int, request: DecodeRequest) -> _LiveRow:
     sampling, prompt = request.sampling, [int(number) for number in request.prompt]
     greedy = sampling.temperature == 0
     uniform = None if greedy else uniforms(prompt, sampling.seed, sampling.max_new_tokens)
-    return _Row(index, prompt, sampling, uniform)
+    return _LiveRow(index, prompt, sampling, uniform)
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
@@ -268,7 +268,7 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return length if length >= MIN_SHARED_TOKENS else 0
 
 
-def _step(model: Any, cache: ForestCache, live: list[_Row], continuing: int) -> torch.Tensor:
+def _step(model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int) -> torch.Tensor:
     """logits_BV of the next tokens. The rows from index `continuing` on start with this step."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -303,7 +303,7 @@ def _forward(
     return logits.float()
 
 
-def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_Row]) -> torch.Tensor:
+def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_LiveRow]) -> torch.Tensor:
     """ids_B, with one call per group of rows with equal sampling parameters."""
     groups: dict[tuple[float, float, int, float], list[int]] = {}
     for row_index, row in enumerate(live):
@@ -319,7 +319,7 @@ def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_Row]) -> torch.Tensor:
     return ids_B
 
 
-def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_LiveRow]) -> torch.Tensor:
     sampling = rows[0].sampling
     if sampling.repetition_penalty != 1.0:
         seen_BV = torch.stack([_seen_tokens(row, logits_BV) for row in rows])
@@ -331,7 +331,7 @@ def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torc
     return sample(logits_BV, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k)
 
 
-def _seen_tokens(row: _Row, like_BV: torch.Tensor) -> torch.Tensor:
+def _seen_tokens(row: _LiveRow, like_BV: torch.Tensor) -> torch.Tensor:
     """(V,): whether a token has occurred in the row; at first, in its prompt."""
     if row.seen_V is None:
         row.seen_V = torch.zeros(like_BV.shape[1], dtype=torch.bool, device=like_BV.device)
@@ -339,7 +339,7 @@ def _seen_tokens(row: _Row, like_BV: torch.Tensor) -> torch.Tensor:
     return row.seen_V
 
 
-def _remove(cache: ForestCache, live: list[_Row], row_index: int) -> None:
+def _remove(cache: ForestCache, live: list[_LiveRow], row_index: int) -> None:
     """Remove a row. The last row moves into its place, so that live rows are always the first ones of the cache."""
     last = len(live) - 1
     if row_index != last:

@@ -18,8 +18,8 @@ from yeonma.data.text_checks import script_names
 from yeonma.tokenization.dataset import (
     LISTED_ROWS,
     Dataset,
+    DatasetPart,
     DataWarning,
-    Part,
     data_warnings,
     overlap_of,
     rows_warning,
@@ -120,7 +120,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Source:
+class AuditedSource:
     """A data set, and its rows that did not become examples."""
 
     name: str
@@ -134,7 +134,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Audit:
-    sources: tuple[Source, ...]
+    sources: tuple[AuditedSource, ...]
     template: str
     kind: str
     """`answers`, `pairs` or `labelled answers`."""
@@ -218,10 +218,10 @@ def _round_up(width: int) -> int:
     return next(step for step in steps if step >= width)
 
 
-def _source(part: Part) -> Source:
+def _source(part: DatasetPart) -> AuditedSource:
     counts = part.store.counts
     left_out = part.store.left_out if counts.left_out else []
-    return Source(
+    return AuditedSource(
         name=part.rows.name,
         rows=counts.rows,
         left_out=counts.left_out,
@@ -230,7 +230,7 @@ def _source(part: Part) -> Source:
     )
 
 
-def _part_audit(part: Part, dataset: Dataset, unknown_id: int | None) -> PartAudit:
+def _part_audit(part: DatasetPart, dataset: Dataset, unknown_id: int | None) -> PartAudit:
     store, positions = part.store, part.store.trained_of(part.units)
     lengths, cut = store.lengths[positions], store.cut_characters[positions]
     answers = lengths - store.prompt_lengths[positions]

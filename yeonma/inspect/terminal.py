@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from yeonma.inspect.audit import Audit, Bias, Lengths, PartAudit, Source
+from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
 
@@ -157,7 +157,7 @@ def _one_line(text: str) -> str:
     return printable(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
-def _source_lines(source: Source, audit: Audit) -> Iterator[Text]:
+def _source_lines(source: AuditedSource, audit: Audit) -> Iterator[Text]:
     left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
     left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
     yield Text(f"{source.name}: {source.rows:,} rows read{left_out}; template {audit.template}")

@@ -80,7 +80,7 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
         parameter.grad = torch.zeros_like(parameter) if has_gradients else None
     attention = layout(forest, model.device, capability, "cpu" if model_blueprint.on_cpu else "cuda")
     varlen: VarlenLayout | None = attention.by_backend.get(VARLEN.name)
-    record = _Record(model.get_output_embeddings().weight.shape[0], varlen.pairs if varlen else 0)
+    record = _TracedStorage(model.get_output_embeddings().weight.shape[0], varlen.pairs if varlen else 0)
     record.add([*model.parameters(), *model.buffers()], counted=False)
     record.add([parameter.grad for parameter in trained if parameter.grad is not None])
     try:
@@ -106,7 +106,7 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
     )
 
 
-def _at_the_peak(record: _Record, forward: int, gradients: set[int]) -> dict[str, int]:
+def _at_the_peak(record: _TracedStorage, forward: int, gradients: set[int]) -> dict[str, int]:
     """Bytes by kind at the peak. `forward`: the number of events in the forward pass."""
     live = peak = at = 0
     for index, (number, freed) in enumerate(record.events):
@@ -127,7 +127,7 @@ def _at_the_peak(record: _Record, forward: int, gradients: set[int]) -> dict[str
     return kinds
 
 
-def _alive_after(record: _Record, events: int) -> set[int]:
+def _alive_after(record: _TracedStorage, events: int) -> set[int]:
     """The storages that are alive after the first `events` events."""
     alive: set[int] = set()
     for number, freed in record.events[:events]:
@@ -135,7 +135,7 @@ def _alive_after(record: _Record, events: int) -> set[int]:
     return alive
 
 
-class _Record:
+class _TracedStorage:
     """The storages that operators allocate, with the moments at which they are allocated and freed; the shapes and the
     floating point operations of products."""
 
@@ -200,7 +200,7 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _recording(record: _Record) -> AbstractContextManager[object]:
+def _recording(record: _TracedStorage) -> AbstractContextManager[object]:
     """Records every operator called within the block.
 
     Raises UserError if this version of PyTorch has no such hook.

@@ -137,7 +137,7 @@ class Worker:
     def _run(self, jobs: list[Job]) -> None:
         """Answer these jobs and those that join them. Whatever happens, every job is notified or queued again."""
         served = self._models[jobs[0].model]
-        batch = _Batch(served, lambda: self._stopping)
+        batch = _RequestBatch(served, lambda: self._stopping)
         try:
             requests = batch.add(jobs)
             with served.active(), generation_mode(served.model):
@@ -180,7 +180,7 @@ class Worker:
             job.notify(Busy("the server is shutting down"))
 
 
-class _Batch:
+class _RequestBatch:
     """Jobs that run together. Their indices are those of `decode`."""
 
     def __init__(self, served: ServedModel, is_stopping: Callable[[], bool]) -> None:

@@ -17,7 +17,7 @@ from yeonma.data.template import RenderedTurn
 from yeonma.errors import UserError
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 """`role` and `content`, as chat templates take them."""
 
 RENDER_SECONDS = 10.0
@@ -43,7 +43,7 @@ _PROBE = "Zq{number}qZ"
 _PROBES = re.compile(r"Zq\d+qZ")
 
 
-def as_messages(turns: Sequence[RenderedTurn]) -> list[Message]:
+def as_messages(turns: Sequence[RenderedTurn]) -> list[ChatMessage]:
     return [{"role": str(turn.role), "content": turn.text} for turn in turns]
 
 
@@ -66,11 +66,11 @@ class Chat:
     deadline: Deadline
     trailer: str | None = None
 
-    def prompt(self, messages: Sequence[Message], place: str) -> str:
+    def prompt(self, messages: Sequence[ChatMessage], place: str) -> str:
         """The text up to the next assistant turn, from which generation starts. Raises UserError with `place`."""
         return self._render(messages, place, generate=True)
 
-    def answer(self, messages: Sequence[Message], prompt: str, place: str) -> ChatAnswer:
+    def answer(self, messages: Sequence[ChatMessage], prompt: str, place: str) -> ChatAnswer:
         """The last message, an assistant's, as a continuation of `prompt`. Raises UserError with `place`.
 
         If the rendered conversation does not begin with the prompt (templates that drop or open a thinking part), the
@@ -90,7 +90,7 @@ class Chat:
         text = text if end else text.rstrip()
         return ChatAnswer(text, (max(data_start - start, 0), len(body) - start), end > 0)
 
-    def content_spans(self, messages: Sequence[Message], prompt: str, place: str) -> list[Span]:
+    def content_spans(self, messages: Sequence[ChatMessage], prompt: str, place: str) -> list[Span]:
         """The spans of the messages' contents in the text of their prompt."""
         frames = self._frames(messages, place)
         contents = [message["content"] for message in messages]
@@ -105,7 +105,7 @@ class Chat:
         return self.encoder.token_id(tokens[-1]) if tokens else None
 
     def _split(
-        self, messages: Sequence[Message], conversation: str, content: str, place: str
+        self, messages: Sequence[ChatMessage], conversation: str, content: str, place: str
     ) -> tuple[str, str]:
         """(trailer, text before it) of a conversation. The text ends with the content if the template keeps it."""
         trailer = self.trailer
@@ -125,7 +125,7 @@ class Chat:
             return 0
         return max((mark.end() for mark in self.encoder.control.finditer(trailer)), default=0)
 
-    def probe_trailer(self, messages: Sequence[Message], place: str) -> str:
+    def probe_trailer(self, messages: Sequence[ChatMessage], place: str) -> str:
         """The text that the chat template writes after the content of the last message, an assistant's."""
         probe = _PROBE.format(number=0)
         text = self._render([*messages[:-1], {**messages[-1], "content": probe}], place)
@@ -137,14 +137,14 @@ class Chat:
             )
         return text.rpartition(probe)[2]
 
-    def _frames(self, messages: Sequence[Message], place: str) -> list[str] | None:
+    def _frames(self, messages: Sequence[ChatMessage], place: str) -> list[str] | None:
         """The prompt's text before, between and after the contents; None if the template changes contents."""
         probes = [_PROBE.format(number=number) for number in range(len(messages))]
         probing = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
         text = self._render(probing, place, generate=True)
         return _PROBES.split(text) if _PROBES.findall(text) == probes else None
 
-    def _render(self, messages: Sequence[Message], place: str, *, generate: bool = False) -> str:
+    def _render(self, messages: Sequence[ChatMessage], place: str, *, generate: bool = False) -> str:
         tokenizer = self.encoder.tokenizer
         if tokenizer.chat_template is None:
             raise UserError(
@@ -187,7 +187,7 @@ def _with_trailer(chat: Chat) -> Chat:
         return chat
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], generate: bool) -> str:
     template = tokenizer.get_chat_template()
     template = FIXED_DATE + template if "strftime_now" in template else template
     return str(

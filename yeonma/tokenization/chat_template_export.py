@@ -14,9 +14,9 @@ from typing import Any
 
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
-from yeonma.data.template import Part, Placeholder, Rendered, Template, Variant
+from yeonma.data.template import Placeholder, Rendered, Template, TemplatePart, Variant
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import FIXED_DATE, Message, as_messages
+from yeonma.tokenization.chat_template import FIXED_DATE, ChatMessage, as_messages
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -72,7 +72,7 @@ def full_prompt_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
     return encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0].tolist()
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Message], chat_template: str | None = None) -> list[int]:
+def chat_ids(tokenizer: Any, messages: Sequence[ChatMessage], chat_template: str | None = None) -> list[int]:
     """The prompt ids that other tools use: those of `messages` by transformers' `apply_chat_template`."""
     encoded = tokenizer.apply_chat_template(
         list(messages), chat_template=chat_template, add_generation_prompt=True
@@ -148,7 +148,7 @@ def base_chat_template(tokenizer: Any) -> str:
     return str((chat_template.get("default") if isinstance(chat_template, dict) else chat_template) or "")
 
 
-def messages_of(template: Template, row: Row, columns: Columns, rendered: Rendered) -> list[Message]:
+def messages_of(template: Template, row: Row, columns: Columns, rendered: Rendered) -> list[ChatMessage]:
     """The row as messages for other tools: one user message, or a turn list without its final answer."""
     if template.is_chat:
         turns = rendered.turns
@@ -182,7 +182,7 @@ def _needs(fields: Sequence[str]) -> str:
     return "one user message with a JSON object of the texts " + ", ".join(fields)
 
 
-def _expression(parts: Sequence[Part]) -> str:
+def _expression(parts: Sequence[TemplatePart]) -> str:
     words = [
         f"fields[{_quoted(part.field)}]" if isinstance(part, Placeholder) else _quoted(part.text)
         for part in parts
@@ -213,7 +213,7 @@ def _turns(variant: Variant) -> str:
     )
 
 
-def _answer(parts: Sequence[Part]) -> str:
+def _answer(parts: Sequence[TemplatePart]) -> str:
     words = ["answer" if isinstance(part, Placeholder) else _quoted(part.text) for part in parts]
     return " ~ ".join(words)
 

@@ -27,7 +27,7 @@ LISTED_ROWS = 10
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetPart:
     """Some examples of a token store, by position, and the rows that they come from."""
 
     rows: Rows
@@ -65,11 +65,11 @@ class Dataset:
     template: Template
     columns: dict[str, str] | None
     rules: TokenRules
-    train: Part
-    validation: Part | None
+    train: DatasetPart
+    validation: DatasetPart | None
 
     @property
-    def sources(self) -> list[Part]:
+    def sources(self) -> list[DatasetPart]:
         """One part per data set: only one if validation rows were drawn from the training rows."""
         parts = {self.train.store.key: self.train}
         if self.validation is not None:
@@ -122,9 +122,9 @@ def prepare_dataset(
         log(choice.reason)
     cache = cache_folder(tokens)
 
-    def part(rows: Rows) -> Part:
+    def part(rows: Rows) -> DatasetPart:
         store = build_store(rows, template, columns, tokenizer, rules, cache, progress, task)
-        return Part(rows, store, np.arange(len(store)))
+        return DatasetPart(rows, store, np.arange(len(store)))
 
     train = part(rows)
     validation = None
@@ -137,8 +137,8 @@ def prepare_dataset(
         numbers = used_rows(train.store, train.positions)
         _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
-        validation = Part(rows, train.store, np.flatnonzero(held_out))
-        train = Part(rows, train.store, np.flatnonzero(~held_out))
+        validation = DatasetPart(rows, train.store, np.flatnonzero(held_out))
+        train = DatasetPart(rows, train.store, np.flatnonzero(~held_out))
     return Dataset(task, template, columns, rules, train, validation)
 
 

@@ -15,7 +15,7 @@ from yeonma.generation.sampling import SamplingParams
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
-from yeonma.tokenization.dataset import Dataset, Part
+from yeonma.tokenization.dataset import Dataset, DatasetPart
 from yeonma.tokenization.example import stop_ids
 
 MAX_NEW_TOKENS = 128
@@ -39,7 +39,7 @@ def write_card(
     policy: Policy,
     tokenizer: Any,
     dataset: Dataset,
-    part: Part,
+    part: DatasetPart,
     command: str,
     adapter_step: int,
     rows: int,
@@ -54,7 +54,9 @@ def write_card(
     write_text_atomically(output / "README.md", text)
 
 
-def sample_answers(policy: Policy, tokenizer: Any, dataset: Dataset, part: Part, count: int) -> list[Sample]:
+def sample_answers(
+    policy: Policy, tokenizer: Any, dataset: Dataset, part: DatasetPart, count: int
+) -> list[Sample]:
     """Answers the first `count` rows of `part` with the base model and with the adapter, from the prompt ids of
     training. The model stays in training mode."""
     rows = part.first_rows(count)

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def as_yaml(path: Path) -> None:
 
 
 def as_picture(path: Path) -> None:
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert ElementTree.fromstring(path.read_text("utf-8")).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def as_array(path: Path) -> None:
@@ -118,7 +119,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     ".txt": as_text,
     ".md": as_text,
     ".jinja": as_text,
-    ".png": as_picture,
+    ".svg": as_picture,
     ".bin": as_array,
     ".lock": as_nothing,
 }

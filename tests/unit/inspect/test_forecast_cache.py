@@ -18,7 +18,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def estimates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per forecast that is computed."""
     calls: list[int] = []
     real = estimating.estimate

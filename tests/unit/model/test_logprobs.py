@@ -133,7 +133,7 @@ def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family
         model,
         small_forest()[0],
         head_of(model, "plain"),
-        watch=lambda layer, window, backend: layers.append(layer.layer_idx),
+        on_layer=lambda layer, window, backend: layers.append(layer.layer_idx),
     )
     assert_as_expected(family, model, logprob)
     assert sorted(layers) == [0, 0, 1, 1]  # each layer ran again for the backward pass
@@ -150,7 +150,7 @@ def test_selective_checkpointing_recomputes_every_other_layer_and_changes_nothin
         model,
         small_forest()[0],
         head_of(model, "plain"),
-        watch=lambda layer, window, backend: layers.append(layer.layer_idx),
+        on_layer=lambda layer, window, backend: layers.append(layer.layer_idx),
     )
     assert_as_expected(family, model, logprob)
     assert sorted(layers) == [0, 0, 1]

@@ -79,7 +79,7 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int, bool]] = {
     "in the first evaluation": (loop, "evaluate", 1, False),
     "in the second evaluation": (loop, "evaluate", 2, True),
     "in writing the third checkpoint": (checkpoint, "save_file", 6, True),
-    "before the third checkpoint is renamed": (checkpoint, "_put", 3, False),
+    "before the third checkpoint is renamed": (checkpoint, "_rename", 3, False),
     "as old checkpoints are removed": (loop, "rotate", 2, False),
     "after the last checkpoint": (loop, "write_checkpoint", 6, True),
     "before the adapter is put into place": (folder, "install", 1, False),

@@ -27,9 +27,9 @@ def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
     sent = []
     for text in accumulate(parts):
         if buffer.stop_position(text) is not None:
-            return [*sent, buffer.rest(text)]
+            return [*sent, buffer.remaining_text(text)]
         sent.append(buffer.new_text(text))
-    return [*sent, buffer.rest("".join(parts))]
+    return [*sent, buffer.remaining_text("".join(parts))]
 
 
 @given(st.lists(TEXT, max_size=6), FRAME, FRAME, STOPS, st.booleans())

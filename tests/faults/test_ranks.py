@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic
+from unittest.mock import Mock
 
 import pytest
+import torch.distributed as dist
 
 from tests.faults.kills import ROOT, left_behind, prepare
 from tests.faults.zygote import Zygote
+from yeonma.errors import ProcessLost
 from yeonma.train import heartbeat
+from yeonma.train.interrupt import Stopped
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 LONG = ["--num_epochs", "3", "--early_stopping_patience", "50", "--save_steps", "5"]
@@ -117,6 +123,33 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
     assert status == 0, out
     assert "continuing after step 5" in out
     assert left_behind(tmp_path / "out", checkpoints=False) == whole
+
+
+@pytest.mark.parametrize("in_a_collective", [False, True])
+def test_a_silent_process_is_named_though_torchrun_ends_this_one_at_once(
+    in_a_collective: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heartbeat kills the silent process, and torchrun then sends SIGTERM to all others."""
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENCE_SECONDS", 0.2)
+    silent = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    store = dist.HashStore()
+    store.set("who/1", json.dumps({"host": socket.gethostname(), "pid": silent.pid}))
+    store.set("beat/1", "1")
+    stopped = Stopped("stopped by SIGTERM", 143)
+    with pytest.raises(ProcessLost, match=f"process id {silent.pid}. has been silent"):  # noqa: SIM117
+        with heartbeat.watch_processes(store, rank=0, count=2):
+            assert silent.wait(timeout=30) == -signal.SIGKILL
+            if not in_a_collective:
+                raise stopped
+            monkeypatch.setattr(heartbeat.Heartbeat, "wait_for_loss", Mock(side_effect=stopped))
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+
+def test_a_signal_without_a_lost_process_stays_a_signal() -> None:
+    store = dist.HashStore()
+    with pytest.raises(Stopped, match="SIGTERM"), heartbeat.watch_processes(store, rank=0, count=2):
+        raise Stopped("stopped by SIGTERM", 143)
 
 
 def test_they_end_within_a_minute_by_default() -> None:

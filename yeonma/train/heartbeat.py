@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from yeonma.errors import LOST, ProcessLost
+from yeonma.train.interrupt import Stopped
 
 if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
     from torch.distributed.distributed_c10d import Store
@@ -54,6 +55,18 @@ class Heartbeat:
         deadline = time.monotonic() + seconds
         while self._loss is None and time.monotonic() < deadline:
             self._leaving.wait(0.1)
+        return self._loss
+
+    def loss_behind(self, error: RuntimeError | Stopped) -> str | None:
+        """A text that names the lost process, if one is behind the error of a collective or torchrun's SIGTERM."""
+        if isinstance(error, RuntimeError):
+            if not _is_collective_error(error):
+                return None
+            try:
+                return self.wait_for_loss(SILENCE_SECONDS + 2 * INTERVAL_SECONDS)
+            except Stopped:
+                if self._loss is None:
+                    raise
         return self._loss
 
     def run(self) -> None:
@@ -102,9 +115,11 @@ class Heartbeat:
             return None if self._read(f"beat/{self.next}") == DONE else f"{name} has ended"
         if silent_seconds < SILENCE_SECONDS:
             return None
+        loss = f"{name} has been silent for {SILENCE_SECONDS:.0f} seconds"
         if is_local:  # a stopped process does not react to torchrun's SIGTERM
+            self._loss = loss  # first: once that process has ended, torchrun ends this one
             os.kill(who["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
-        return f"{name} has been silent for {SILENCE_SECONDS:.0f} seconds"
+        return loss
 
 
 def _message(loss: str) -> str:
@@ -128,7 +143,9 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def watch_processes(store: Store, rank: int, count: int) -> Iterator[None]:
-    """Run the heartbeat within the block. Raises ProcessLost instead of a collective's error if a process was lost.
+    """Run the heartbeat within the block.
+
+    If a process was lost, raises ProcessLost instead of a collective's error, or of Stopped by torchrun's signal.
 
     `store` must be a connection of its own, with a key prefix of its own.
     """
@@ -137,9 +154,8 @@ def watch_processes(store: Store, rank: int, count: int) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except RuntimeError as error:
-        seconds = SILENCE_SECONDS + 2 * INTERVAL_SECONDS
-        if _is_collective_error(error) and (loss := heartbeat.wait_for_loss(seconds)):
+    except (RuntimeError, Stopped) as error:
+        if loss := heartbeat.loss_behind(error):
             raise ProcessLost(_message(loss)) from error
         raise
     else:

@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,24 @@ from harness import (
     HERE,
     TRAINERS,
     benchmark_parser,
+    describe_contenders,
     describe_data,
     measure_contender,
     measure_rounds,
     model_to_use,
     new_result,
+    print_run,
     publish,
     run_script,
-    shown_key,
-    worth_measuring,
 )
 from tables import dpo_section, pairs_per_second
 
 RESULT = HERE / "results" / "dpo.json"
 SAMPLE = HERE.parent / "yeonma" / "samples" / "pairs_en.jsonl"
-TRL_SETTINGS = [name for name, contender in CONTENDERS.items() if contender.library == TRL]
 
 
 def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, RESULT)
-    parser.add_argument(
-        "--all-rounds", action="store_true", help="measure slow settings of TRL in every round too"
-    )
     parser.add_argument("--data", type=Path, default=SAMPLE, help="pairs, as .json or .jsonl")
     parser.add_argument("--pairs", type=int, default=48, help="pairs of each workload; 48 make 12 steps")
     parser.add_argument("--first-round", type=int, default=1, help="its number, to add rounds to others")
@@ -80,9 +75,7 @@ def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder:
         },
         "workloads": prepared["workloads"],
         "ours": options.ours,
-        "contenders": {
-            name: {"label": contender.label, **asdict(contender)} for name, contender in CONTENDERS.items()
-        },
+        "contenders": describe_contenders(CONTENDERS, CONTENDERS),
         "runs": [],
         "failures": [],
     }
@@ -92,21 +85,15 @@ def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder:
     def speed(found: Mapping[str, Any]) -> float:
         return pairs_per_second(found, result["workloads"][found["workload"]])
 
-    def contenders(workload: str) -> list[str]:
-        names = options.contenders
-        return names if options.all_rounds else worth_measuring(result, workload, names, TRL_SETTINGS, speed)
-
     def measure(key: dict[str, Any]) -> None:
         found = measure_contender(result, key, "dpo_contenders.py", {"folder": folder, "model": model})
         if found is not None:
-            rate = sum(found["matrix_rates"]) / 2e9
             numbers = f"{speed(found):.3f} pairs/s  reference {found['reference_seconds']:.1f} s"
             numbers += f"  {found['peak_memory_bytes'] / 1e9:.2f} GB"
             numbers += f"  losses {', '.join(f'{loss:.5f}' for loss in found['losses'])}"
-            print(f"{shown_key(key)} {numbers}  matrix rate {rate:.0f} GFLOP/s", flush=True)
+            print_run(found, key, numbers)
 
-    rounds = range(options.first_round, options.first_round + options.rounds)
-    measure_rounds(result, rounds, options.workloads, contenders, measure, options.output)
+    measure_rounds(result, options, options.contenders, TRL, speed, measure, options.first_round)
     return result
 
 

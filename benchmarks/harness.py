@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
@@ -46,6 +47,10 @@ def benchmark_parser(
             "--model", type=Path, help="a model folder; else the one that `yeonma demo` prepares"
         )
         parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
+    if compares and not random_weights:
+        parser.add_argument(
+            "--all-rounds", action="store_true", help="measure slow settings of TRL in every round too"
+        )
     if compares:
         parser.add_argument("--rounds", type=int, default=3)
         parser.add_argument(
@@ -71,6 +76,11 @@ def new_result(script: str, given: Sequence[str] | None, packages: Sequence[str]
         "machine": machine(),
         "versions": versions(packages),
     }
+
+
+def describe_contenders(contenders: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a result says of its contenders, which are dataclasses with a label."""
+    return {name: {"label": contenders[name].label, **asdict(contenders[name])} for name in names}
 
 
 def describe_data(path: Path) -> dict[str, str]:
@@ -132,6 +142,12 @@ def measure_contender(
     return run
 
 
+def print_run(run: Mapping[str, Any], key: Mapping[str, Any], numbers: str) -> None:
+    """A measured run on one line, with the machine's matrix rate beside its numbers."""
+    rate = sum(run["matrix_rates"]) / 2e9
+    print(f"{shown_key(key)} {numbers}  matrix rate {rate:.0f} GFLOP/s", flush=True)
+
+
 def shown_key(key: Mapping[str, Any]) -> str:
     """A measurement's name in a printed line."""
     names = [name for name in ("shape", "workload", "quantization") if name in key]
@@ -140,18 +156,24 @@ def shown_key(key: Mapping[str, Any]) -> str:
 
 def measure_rounds(
     result: dict[str, Any],
-    rounds: Sequence[int],
-    workloads: Sequence[str],
-    contenders: Callable[[str], Sequence[str]],
+    options: argparse.Namespace,
+    names: Sequence[str],
+    peer: str,
+    speed: Callable[[Mapping[str, Any]], float],
     measure: Callable[[dict[str, Any]], None],
-    output: Path,
+    first_round: int = 1,
 ) -> None:
-    """Contenders take turns within a round. The result is saved after every measurement."""
-    for number in rounds:
-        for workload in workloads:
-            for name in contenders(workload):
+    """Contenders take turns within a round. The result is saved after every measurement.
+
+    Without --all-rounds, settings of the library `peer` are measured as `worth_measuring` says.
+    """
+    peers = [name for name, about in result["contenders"].items() if about["library"] == peer]
+    for number in range(first_round, first_round + options.rounds):
+        for workload in options.workloads:
+            chosen = names if options.all_rounds else worth_measuring(result, workload, names, peers, speed)
+            for name in chosen:
                 measure({"round": number, "workload": workload, "contender": name})
-                save(output, result)
+                save(options.output, result)
 
 
 def worth_measuring(

@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,25 @@ from harness import (
     HERE,
     TRAINERS,
     benchmark_parser,
+    describe_contenders,
     describe_data,
     measure_contender,
     measure_rounds,
     model_to_use,
     new_result,
+    print_run,
     publish,
     run_script,
-    shown_key,
-    worth_measuring,
 )
 from tables import epoch_loss, sft_section, tokens_per_second
 from workloads import BATCH_SIZE, LEARNING_RATE, LORA_R, SAMPLE, SEED, TARGETS
 
 WORKLOADS = ("alpaca", "reversed", "system")
 RESULT = HERE / "results" / "sft.json"
-TRL_SETTINGS = [name for name, contender in CONTENDERS.items() if contender.library == TRL]
 
 
 def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__, RESULT)
-    parser.add_argument(
-        "--all-rounds", action="store_true", help="measure slow settings of TRL in every round too"
-    )
     parser.add_argument(
         "--data", type=Path, help="a json list with instruction, input, output; else the bundled sample"
     )
@@ -88,15 +83,10 @@ def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder:
         },
         "workloads": prepared["workloads"],
         "ours": options.ours,
-        "contenders": {name: {"label": CONTENDERS[name].label, **asdict(CONTENDERS[name])} for name in names},
+        "contenders": describe_contenders(CONTENDERS, names),
         "runs": [],
         "failures": [],
     }
-
-    def contenders(workload: str) -> list[str]:
-        if options.all_rounds:
-            return names
-        return worth_measuring(result, workload, names, TRL_SETTINGS, tokens_per_second)
 
     def measure(key: dict[str, Any]) -> None:
         steps = prepared["workloads"][key["workload"]]["steps"]
@@ -104,14 +94,10 @@ def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder:
             result, key, "contenders.py", {"folder": folder, "model": model, "steps": steps}
         )
         if found is not None:
-            rate = sum(found["matrix_rates"]) / 2e9
             numbers = f"{tokens_per_second(found):6.1f} tokens/s  {found['peak_memory_bytes'] / 1e9:.2f} GB"
-            numbers += f"  loss {epoch_loss(found):.5f}  matrix rate {rate:.0f} GFLOP/s"
-            print(f"{shown_key(key)} {numbers}", flush=True)
+            print_run(found, key, f"{numbers}  loss {epoch_loss(found):.5f}")
 
-    measure_rounds(
-        result, range(1, options.rounds + 1), options.workloads, contenders, measure, options.output
-    )
+    measure_rounds(result, options, names, TRL, tokens_per_second, measure)
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from yeonma.errors import Log, Problem, UserError
 from yeonma.files import output_file, user_path
 from yeonma.policy import Policy, load_policy
 
-BATCHES_A_CHUNK = 8
+BATCHES_A_CHUNK = 4
 """Rows are read, answered (the longest first) and written in chunks of so many batches."""
 MAX_PROBLEMS = 20
 MAX_NUMBERS = 10

@@ -373,7 +373,7 @@ class GenerateSettings:
     """Text to continue as it is, without the template."""
     output: str | None = None
     """File for the answers, as JSON lines. By default, standard output."""
-    batch_size: int = field(default=8, metadata=COUNT)
+    batch_size: int = field(default=32, metadata=COUNT)
     """Prompts to answer at once. Affects memory and speed, not the answers."""
 
 

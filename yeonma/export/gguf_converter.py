@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from shutil import which
 
@@ -44,7 +44,8 @@ def install_converter() -> Path:
 
 
 def _installer(folder: Path) -> list[str]:
-    if find_spec("pip") is not None:
+    # not importlib.util.find_spec: setuptools takes it for an import of pip, and cannot itself be imported any more
+    if PathFinder.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if (uv := which("uv")) is not None:
         return [uv, "pip", "--python", sys.executable]

@@ -46,7 +46,7 @@ def generate(
     sampling: SamplingParams,
     *,
     by_forest: bool,
-    batch_size: int = 8,
+    batch_size: int = 32,
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:

@@ -22,6 +22,7 @@ from yeonma.generation.sampling import SamplingParams, apply_repetition_penalty,
 from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
+from yeonma.model.kernels.linear import decoding_products
 
 DECODING = "yeonma_decoding"
 MAX_PROMPT_TOKENS = 2048  # of new prompts in one step; a single longer prompt is not split
@@ -219,7 +220,7 @@ def decode(
     cache, live = ForestCache(shared=shared), list[_LiveRow]()
     waiting, count = list(enumerate(requests))[::-1], len(requests)
     prefix = [int(number) for number in requests[0].prompt[:shared]] if requests else []
-    with torch.no_grad(), attention(model, DECODING):
+    with torch.no_grad(), attention(model, DECODING), decoding_products(model):
         if shared:
             _forward(model, cache, prefix, range(shared), [shared - 1])
         while True:

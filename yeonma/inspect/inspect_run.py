@@ -30,6 +30,9 @@ from yeonma.train.memory_budget import micro_batching, resolve_auto
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, check_adapter, prepare
 
+RATE_SECONDS = 0.25
+"""How long the products of the rate are measured that a forecast of time uses."""
+
 
 def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     """Print rows, audit and forecast on standard output, and progress on standard error.
@@ -106,7 +109,7 @@ def _forecast(
         _log(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(forecast, probe.tokens_per_second, options.price)
     device = load.pick_device(model.device)
-    rate = measure_rate(device, load.pick_dtype(model.dtype, device), seconds=0.25)
+    rate = measure_rate(device, load.pick_dtype(model.dtype, device), RATE_SECONDS)
     return timed_by_rate(forecast, rate.flops_per_second, options.price)
 
 

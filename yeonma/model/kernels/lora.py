@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from yeonma.model.kernels.elementwise import Kernels
-from yeonma.model.kernels.linear import Dense, Weight, frozen_linear, has_onednn, is_frozen_linear, product
+from yeonma.model.kernels.linear import Dense, Weight, frozen_forward, has_onednn, is_frozen_linear, product
 from yeonma.model.quantized import packed_weight
 
 
@@ -33,14 +33,9 @@ def patch_linear(model: nn.Module) -> Counter[str]:
             layer.forward = partial(_forward, layer, layer.forward)
             patched["LoRA"] += 1
         elif has_onednn() and is_frozen_linear(layer):
-            layer.forward = partial(_frozen_forward, layer)  # type: ignore[method-assign]
+            layer.forward = partial(frozen_forward, layer)  # type: ignore[method-assign]
             patched["oneDNN"] += 1
     return patched
-
-
-def _frozen_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    # read at every call, because sharded weights are gathered for the call
-    return frozen_linear(x, Dense(layer.weight), layer.bias)
 
 
 def _is_plain(layer: Any) -> bool:

@@ -7,8 +7,9 @@ SEED ?=
 BEFORE ?= main
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo demo-dpo test same fuzz faults lint bench docs llama
+.PHONY: setup demo demo-dpo test test-slow test-all same fuzz faults lint bench docs llama
 
 setup: .venv/.installed
 
@@ -28,8 +29,15 @@ demo: setup
 demo-dpo: setup
 	$(BIN)/yeonma demo-dpo
 
+# All but the tests marked slow: whole programs, several processes, kills at every call.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests
+	$(PYTEST) -m "not slow" tests
+
+test-slow: setup
+	$(PYTEST) -m slow tests
+
+test-all: setup
+	$(PYTEST) tests
 
 # Compares the working tree's results with those of another commit or folder, byte by byte.
 same: setup

@@ -33,6 +33,21 @@ def _own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _in_proportion() -> Iterator[None]:
+    """What does not depend on a model's size takes longer than all else in a tiny one's run: sample answers of 128
+    tokens on a card, and products that measure the machine's rate. Here both are short."""
+    from tests.runs import SAMPLE_TOKENS
+    from yeonma.inspect import inspect_run, probe
+    from yeonma.train import model_card
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_card, "MAX_NEW_TOKENS", SAMPLE_TOKENS)
+        patch.setattr(probe, "SIZE", dict.fromkeys(probe.SIZE, 256))
+        patch.setattr(inspect_run, "RATE_SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def zygotes() -> Iterator[Zygote]:
     """Runs in processes of their own, one or several together, that have imported the libraries before."""

@@ -23,6 +23,9 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,:;!?'\"#-_()[]{}/"
 TEMPLATE = "below is an article.\n\n{document}\n\ntitle: {title}"
 WORDS = ("storm", "harbour", "boats", "monday", "wind", "council", "library", "year", "model", "afternoon")
 
+SAMPLE_TOKENS = 12
+"""The length of the sample answers on the model cards of tests."""
+
 SETTINGS: Mapping[str, object] = {
     "template": TEMPLATE,
     "batch_size": 4,

@@ -102,6 +102,10 @@ def warm() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     import yeonma.train.run  # noqa: F401
+    from tests.runs import SAMPLE_TOKENS
+    from yeonma.train import model_card
+
+    model_card.MAX_NEW_TOKENS = SAMPLE_TOKENS
 
 
 def forked(

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint and of a run's folder is truncated, changed by a bit, zeroed and deleted."""
+"""Every file of a checkpoint is truncated, changed by one bit, zeroed and deleted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-WAYS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "zero": zero, "delete": Path.unlink}
+DAMAGES: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "zero": zero, "delete": Path.unlink}
 
 
 @pytest.fixture(scope="module")
@@ -39,74 +39,74 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, whole: Done) -> Path:
+def unfinished(tmp_path: Path, uninterrupted: Done) -> Path:
     """The folder of a run that was killed just before its end, with all checkpoints but not marked as finished."""
-    output = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    output = Path(shutil.copytree(uninterrupted.folder, tmp_path / "out"))
     run = output / "run.json"
     run.write_text(run.read_text("utf-8").replace('"finished": true', '"finished": false'), encoding="utf-8")
     return output
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_each_file_of_a_checkpoint_is_missed_and_named(stopped: Path, way: str) -> None:
-    newest = stopped / "checkpoint-6"
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damaged_or_missing_checkpoint_file_is_named(unfinished: Path, damage: str) -> None:
+    newest = unfinished / "checkpoint-6"
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     assert len(files) >= 9
     for path in files:
         content = path.read_bytes()
-        if content or way == "delete":
-            WAYS[way](path)
-        else:  # such as the chat template of a base that has none
+        if content or damage == "delete":
+            DAMAGES[damage](path)
+        else:  # an empty file, such as the chat template of a base without one
             path.write_bytes(b"x")
-        said: list[str] = []
-        newest = newest_whole(stopped, said.append)
+        messages: list[str] = []
+        newest = newest_whole(unfinished, messages.append)
         assert newest is not None
         assert newest[0].name == "checkpoint-4"
-        (line,) = said
+        (line,) = messages
         assert line.startswith("skipping checkpoint-6, which is damaged: ")
-        if path.name != "manifest.json":  # whose damage may be in the sum or the name of another file
-            why = "it is missing" if way == "delete" else "its SHA-256 differs from the manifest's"
-            assert f"checkpoint-6/{path.name}: {why}" in line
+        if path.name != "manifest.json":  # its damage may be in the checksum or name of another file
+            reason = "it is missing" if damage == "delete" else "its SHA-256 differs from the manifest's"
+            assert f"checkpoint-6/{path.name}: {reason}" in line
         path.write_bytes(content)
-    assert newest_whole(stopped, print) is not None
+    assert newest_whole(unfinished, print) is not None
 
 
-def test_the_run_goes_on_from_the_one_before_and_ends_the_same(
-    stopped: Path, base: Path, data: Path, whole: Done
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
+    unfinished: Path, base: Path, data: Path, uninterrupted: Done
 ) -> None:
-    flip(stopped / "checkpoint-6" / "optimizer.safetensors")
-    done = trained(stopped, base, data, **SETTINGS)
-    where = f"{stopped}/checkpoint-6/optimizer.safetensors"
+    flip(unfinished / "checkpoint-6" / "optimizer.safetensors")
+    done = trained(unfinished, base, data, **SETTINGS)
+    path = f"{unfinished}/checkpoint-6/optimizer.safetensors"
     assert (
-        f"skipping checkpoint-6, which is damaged: {where}: its SHA-256 differs from the manifest's"
+        f"skipping checkpoint-6, which is damaged: {path}: its SHA-256 differs from the manifest's"
         in done.out
     )
     assert "continuing after step 4 of 6" in done.out
-    assert left_behind(stopped) == left_behind(whole.folder)
+    assert left_behind(unfinished) == left_behind(uninterrupted.folder)
 
 
-def test_where_all_are_damaged_nothing_is_deleted(stopped: Path, base: Path, data: Path) -> None:
+def test_nothing_is_deleted_if_all_checkpoints_are_damaged(unfinished: Path, base: Path, data: Path) -> None:
     names = ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for name in names:
-        zero(stopped / name / "adapter_model.safetensors")
-    before = everything_in(stopped)
-    done = sft(stopped, base, data, **SETTINGS)
+        zero(unfinished / name / "adapter_model.safetensors")
+    before = everything_in(unfinished)
+    done = sft(unfinished, base, data, **SETTINGS)
     assert done.status == 2
     assert [f"skipping {name}" in done.out for name in names] == [True] * 3
     assert f"all of its checkpoints are damaged ({', '.join(names)})" in done.err
     assert "--resume_from_checkpoint none" in done.err
-    assert everything_in(stopped) == before
+    assert everything_in(unfinished) == before
 
 
 def test_fault_30_data_that_changed_since_the_checkpoint(
-    stopped: Path, base: Path, data: Path, tmp_path: Path
+    unfinished: Path, base: Path, data: Path, tmp_path: Path
 ) -> None:
-    before = everything_in(stopped)
+    before = everything_in(unfinished)
     for change in ("added", "removed", "edited", "in another order"):
         rows = articles(12)
         if change == "added":
@@ -117,8 +117,8 @@ def test_fault_30_data_that_changed_since_the_checkpoint(
             rows[3]["title"] += "."
         else:
             rows.reverse()
-        done = sft(stopped, base, write_jsonl(tmp_path / "changed.jsonl", rows), **SETTINGS)
+        done = sft(unfinished, base, write_jsonl(tmp_path / "changed.jsonl", rows), **SETTINGS)
         assert done.status == 2
-        assert f"yeonma: {stopped}: the content of data_path has changed\n" in done.err
-        assert everything_in(stopped) == before
-    assert sft(stopped, base, data, **SETTINGS).status == 0
+        assert f"yeonma: {unfinished}: the content of data_path has changed\n" in done.err
+        assert everything_in(unfinished) == before
+    assert sft(unfinished, base, data, **SETTINGS).status == 0

@@ -1,5 +1,5 @@
-"""Faults of the data, by their numbers in the list of faults: bytes, formats, files. Faults within rows are in
-test_data_rows.py.
+"""Faults of the data, by their numbers in the list of faults: bytes, formats and files. test_data_rows.py has the
+faults within rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPLATE = "{document}\n{title}"
 
 
 def text_of(kind: str, table: list[dict[str, str]]) -> str:
-    """The table in one form, one row a line, no escapes."""
+    """The table in the given format, one row per line, without escapes."""
     lines = [json.dumps(row, ensure_ascii=False) for row in table]
     if kind == "jsonl":
         return "".join(f"{line}\n" for line in lines)
@@ -45,13 +45,13 @@ def test_fault_01_cp949_bytes(
     data = write(f"a.{kind}", text_of(kind, KOREAN).encode(encoding))
     cure = "if that is the file's encoding, give --encoding cp949"
     assert refused(data) == [f"a.{kind}:{KOREAN_BEGINS[kind]}: not utf-8 text; {cure}"]
-    if encoding == "cp949" and kind in ("jsonl", "csv"):  # the cure cures
-        taken = accepted(data, encoding="cp949", template=TEMPLATE)
-        assert taken.texts[1] == ("서울의 아침\n", "첫 영하<|endoftext|>")
+    if encoding == "cp949" and kind in ("jsonl", "csv"):  # the suggested fix works
+        run = accepted(data, encoding="cp949", template=TEMPLATE)
+        assert run.texts[1] == ("서울의 아침\n", "첫 영하<|endoftext|>")
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
-def test_fault_02_utf_8_with_byte_order_mark(write: Write, accepted: Accepted, kind: str) -> None:
+def test_fault_02_utf_8_with_byte_order_mark_is_accepted(write: Write, accepted: Accepted, kind: str) -> None:
     data = write(f"a.{kind}", text_of(kind, KOREAN).encode("utf-8-sig"))
     assert accepted(data, template=TEMPLATE).texts[1] == ("서울의 아침\n", "첫 영하<|endoftext|>")
 
@@ -62,7 +62,7 @@ def test_fault_03_utf_16(write: Write, refused: Refused, accepted: Accepted, kin
     data = write(f"a.{kind}", text.encode("utf-16"))
     cure = "if that is the file's encoding, give --encoding utf-16"
     assert refused(data) == [f"a.{kind}:1:1: not utf-8 text; {cure}"]
-    plain = text_of(kind, PLAIN)  # without a mark, all of its bytes are UTF-8 too
+    plain = text_of(kind, PLAIN)  # without a byte order mark, all its bytes are also valid UTF-8
     for order in ("le", "be"):
         (line,) = refused(write(f"{order}.{kind}", plain.encode(f"utf-16-{order}")))
         assert line.startswith(f"{order}.{kind}:1:") and line.endswith(f"{cure}-{order}")
@@ -109,8 +109,8 @@ def test_fault_06_truncated_last_line(write: Write, refused: Refused) -> None:
     assert refused(write("b.csv", 'document,title\na,b\nc,"d')) == [
         f"b.csv:3:3: a quote that is never closed; {cure}"
     ]
-    whole = table_as("parquet", PLAIN)
-    for content in (whole[:-9], whole[:4] + whole[40:], b""):
+    complete = table_as("parquet", PLAIN)
+    for content in (complete[:-9], complete[:4] + complete[40:], b""):
         (line,) = refused(write("a.parquet", content))
         assert line.startswith("a.parquet: not a readable Parquet file: ")
         assert line.endswith(f"; {AGAIN}")
@@ -124,7 +124,7 @@ def test_fault_07_two_objects_on_a_line(write: Write, refused: Refused) -> None:
     ]
 
 
-def test_fault_08_blank_lines(write: Write, accepted: Accepted) -> None:
+def test_fault_08_blank_lines_are_skipped(write: Write, accepted: Accepted) -> None:
     row, other = (json.dumps(row) for row in PLAIN)
     expected = [("a b\n", "t<|endoftext|>"), ("c d\n", "u<|endoftext|>")]
     for name, content in {
@@ -136,7 +136,7 @@ def test_fault_08_blank_lines(write: Write, accepted: Accepted) -> None:
         assert accepted(write(name, content), template=TEMPLATE).texts == expected, name
 
 
-def test_fault_09_a_list_in_a_jsonl_file(write: Write, refused: Refused) -> None:
+def test_fault_09_json_list_in_a_jsonl_file(write: Write, refused: Refused) -> None:
     cure = "name the file .json, or write one object a line"
     data = write("a.jsonl", f"\n[{LINE},\n{LINE}]\n")
     assert refused(data) == [f"a.jsonl:2: a JSON list in a .jsonl file; {cure}"]
@@ -183,8 +183,8 @@ def test_fault_16_duplicate_json_key(write: Write, refused: Refused) -> None:
 
 def test_fault_17_duplicate_csv_header(write: Write, refused: Refused) -> None:
     cure = "give each column a unique name"
-    for kind, comma in (("csv", ","), ("tsv", "\t")):
-        text = "\ndocument,title,x,title,x\na,b,c,d,e\n".replace(",", comma)
+    for kind, separator in (("csv", ","), ("tsv", "\t")):
+        text = "\ndocument,title,x,title,x\na,b,c,d,e\n".replace(",", separator)
         assert refused(write(f"a.{kind}", text)) == [
             f'a.{kind}:{line}: the header has "{column}" twice; {cure}'
             for line, column in ((2, "title"), (2, "x"))
@@ -198,12 +198,14 @@ def test_fault_17_duplicate_csv_header(write: Write, refused: Refused) -> None:
 
 def test_fault_18_unclosed_csv_quote(write: Write, refused: Refused) -> None:
     cure = 'close it, and write " inside a quoted cell as ""'
-    for kind, comma in (("csv", ","), ("tsv", "\t")):
-        text = 'document,title\n"a\nb",c\nd,"e\nf,g\nh,i\n'.replace(",", comma)
+    for kind, separator in (("csv", ","), ("tsv", "\t")):
+        text = 'document,title\n"a\nb",c\nd,"e\nf,g\nh,i\n'.replace(",", separator)
         assert refused(write(f"a.{kind}", text)) == [f"a.{kind}:4:3: a quote that is never closed; {cure}"]
 
 
-def test_fault_28_nothing_to_read(tmp_path: Path, write: Write, refused: Refused) -> None:
+def test_fault_28_missing_empty_or_irregular_data_path(
+    tmp_path: Path, write: Write, refused: Refused
+) -> None:
     good = write("rows/train.jsonl", f"{LINE}\n")
     assert refused(tmp_path / "rows/trian.jsonl") == [
         'rows/trian.jsonl: no such file or folder; did you mean "train.jsonl"?'
@@ -223,11 +225,13 @@ def test_fault_28_nothing_to_read(tmp_path: Path, write: Write, refused: Refused
     assert line.startswith("splits/dataset_dict.json: not a regular file; ")
     (line,) = refused(tmp_path / "saved")
     assert line.startswith("saved/state.json: not a regular file; ")
-    (line,) = refused(good, val_data_path=tmp_path / "pipe.jsonl")  # the validation rows' own file, too
+    (line,) = refused(good, val_data_path=tmp_path / "pipe.jsonl")  # also for the validation file
     assert line.startswith("pipe.jsonl: not a regular file; ")
 
 
-def test_fault_28_a_saved_data_set_in_pieces(tmp_path: Path, refused: Refused, accepted: Accepted) -> None:
+def test_fault_28_saved_data_set_with_a_missing_file(
+    tmp_path: Path, refused: Refused, accepted: Accepted
+) -> None:
     datasets.Dataset.from_list(PLAIN).save_to_disk(str(tmp_path / "saved"))
     assert len(accepted(tmp_path / "saved").texts) == 2
     next((tmp_path / "saved").glob("*.arrow")).unlink()
@@ -235,7 +239,7 @@ def test_fault_28_a_saved_data_set_in_pieces(tmp_path: Path, refused: Refused, a
     assert line.startswith("saved: the saved data set cannot be read: ")
 
 
-def test_fault_29_a_data_set_that_would_run_code(
+def test_fault_29_data_set_that_needs_its_own_code_is_refused(
     tmp_path: Path, write: Write, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
@@ -248,19 +252,21 @@ def test_fault_29_a_data_set_that_would_run_code(
     assert refused(tmp_path / "other") == [f"other: {what.format('load.py')}; {cure}"]
     (line,) = refused(script)
     assert line.startswith("someone/news/news.py: the data set needs its own Python code (")
-    monkeypatch.chdir(tmp_path)  # a folder by the name that the hub has
+    monkeypatch.chdir(tmp_path)  # a local folder with the name of a hub data set
     assert refused("someone/news") == [f"someone/news: {what.format('news.py')}; {cure}"]
 
-    # From the hub: the library's own words for such a repository, which it finds in a folder here.
+    # As from the hub: `datasets` raises its own error for such a repository, here in a local folder.
     load_dataset = datasets.load_dataset
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, *rest, **more: load_dataset(f"someone/{name}", *rest, **more)
+        datasets,
+        "load_dataset",
+        lambda name, *arguments, **keywords: load_dataset(f"someone/{name}", *arguments, **keywords),
     )
     assert refused("news") == [f"news: {what.format('news.py')}; {cure}"]
     assert not (tmp_path / "ran").exists()
 
 
-def test_several_faults_of_a_file_come_together(write: Write, refused: Refused) -> None:
+def test_errors_of_a_file_are_reported_together_up_to_twenty(write: Write, refused: Refused) -> None:
     rows = [
         '{"document": null, "title": "a"}',
         LINE,
@@ -283,17 +289,17 @@ def test_several_faults_of_a_file_come_together(write: Write, refused: Refused) 
     ]
 
 
-def test_the_training_rows_choose_the_template_also_where_a_library_reads_them(
+def test_training_columns_of_a_saved_data_set_choose_the_template(
     tmp_path: Path, write: Write, accepted: Accepted
 ) -> None:
     datasets.Dataset.from_list(PLAIN).save_to_disk(str(tmp_path / "saved"))
-    both = {"document": "a", "title": "b", "prompt": "c", "completion": "d"}  # fit two templates
+    both = {"document": "a", "title": "b", "prompt": "c", "completion": "d"}  # fits two templates
     validation = write("b.jsonl", json.dumps(both))
-    taken = accepted(tmp_path / "saved", template=None, val_data_path=validation)
-    assert "template title, because the columns are document, title" in taken.done.out
+    run = accepted(tmp_path / "saved", template=None, val_data_path=validation)
+    assert "template title, because the columns are document, title" in run.done.out
 
 
-def test_faults_of_the_data_the_template_and_the_folders_come_together(
+def test_errors_of_data_template_and_folders_are_reported_together(
     tmp_path: Path, write: Write, refused: Refused
 ) -> None:
     data, template = write("a.jsonl", f"{LINE}{LINE}\n"), write("title.txt", "{document\n{title}")

@@ -1,4 +1,4 @@
-"""A full disk, a disk that fills up, an unwritable folder, two runs in one folder: all real."""
+"""Real faults of the output folder: a small disk, a disk that fills up, no write permission, two runs at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import TWO_EPOCHS, Done, arguments, articles, left_behind, sft, trained, write_jsonl
 from yeonma.run_folder.checkpoint import checkpoints, read_whole
 
-SETTINGS: dict[str, object] = {**RUN_SETTINGS, **TWO_EPOCHS}
+# without sample answers, which are shorter in this process than in others
+SETTINGS: dict[str, object] = {**RUN_SETTINGS, **TWO_EPOCHS, "card_rows": 0}
 MEGABYTE = 1 << 20
 
 
@@ -29,19 +30,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """An undisturbed run."""
+def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    """A run without faults."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
 
-class Room:
+class SmallDisk:
     """A small file system, and runs of `yeonma sft` with their output on it."""
 
-    def __init__(self, saver: Workshop, place: Path, base: Path, data: Path) -> None:
-        self.saver, self.place, self.base, self.data = saver, place, base, data
-        self.room, self.copies = place / "room", place / "kept"
-        self.room.mkdir()
-        self.output = self.room / "out"
+    def __init__(self, saver: Workshop, folder: Path, base: Path, data: Path) -> None:
+        self.saver, self.folder, self.base, self.data = saver, folder, base, data
+        self.mount, self.copies = folder / "room", folder / "kept"
+        self.mount.mkdir()
+        self.output = self.mount / "out"
 
     def run(
         self, number: int, before_step: list[object] | None = None, settings: dict[str, object] = SETTINGS
@@ -50,51 +51,51 @@ class Room:
         return {
             "output": str(self.output),
             "command": ["sft", *arguments({**paths, **settings})],
-            "environment": {"YEONMA_CACHE": str(self.place / "cache")},
-            "log": str(self.place / f"log-{number}"),
+            "environment": {"YEONMA_CACHE": str(self.folder / "cache")},
+            "log": str(self.folder / f"log-{number}"),
             **({} if before_step is None else {"before_step": before_step}),
         }
 
-    def do(self, options: str, *runs: dict[str, Any]) -> list[int]:
-        """Exit statuses of consecutive runs. Before each, the space that others took is free again."""
-        job = {"room": str(self.room), "options": options, "keep": str(self.copies), "jobs": list(runs)}
+    def run_all(self, options: str, *runs: dict[str, Any]) -> list[int]:
+        """The exit statuses of consecutive runs. Space taken by other processes is freed before each."""
+        job = {"room": str(self.mount), "options": options, "keep": str(self.copies), "jobs": list(runs)}
         self.saver.take(job)
-        said = self.saver.go_on("ended")
-        if "skip" in said:
-            pytest.skip(said["skip"])
-        assert "bug" not in said, said["bug"]
-        return list(said["statuses"])
+        answer = self.saver.go_on("ended")
+        if "skip" in answer:
+            pytest.skip(answer["skip"])
+        assert "bug" not in answer, answer["bug"]
+        return list(answer["statuses"])
 
     def errors(self, number: int) -> list[str]:
-        lines = (self.place / f"log-{number}").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / f"log-{number}").read_text(encoding="utf-8").splitlines()
         assert not any("Traceback" in line for line in lines), lines
         return [line.removeprefix("yeonma: ") for line in lines if line.startswith("yeonma: ")]
 
 
 @pytest.fixture
-def small(saver: Workshop, tmp_path: Path, base: Path, data: Path) -> Room:
-    return Room(saver, tmp_path, base, data)
+def disk(saver: Workshop, tmp_path: Path, base: Path, data: Path) -> SmallDisk:
+    return SmallDisk(saver, tmp_path, base, data)
 
 
-def test_a_run_that_will_not_fit_is_told_before_it_begins(small: Room) -> None:
-    statuses = small.do("size=3m", small.run(0))
-    (line,) = small.errors(0)
+def test_run_that_does_not_fit_on_the_disk_is_refused_before_it_starts(disk: SmallDisk) -> None:
+    statuses = disk.run_all("size=3m", disk.run(0))
+    (line,) = disk.errors(0)
     assert statuses == [2]
-    place, what, cure = line.partition(": ")[0], *line.partition(": ")[2].split("; ")
-    assert place == f"output_dir {small.output}"
+    location, problem, cure = line.partition(": ")[0], *line.partition(": ")[2].split("; ")
+    assert location == f"output_dir {disk.output}"
     match = re.fullmatch(
         r"the run needs ([\d,]+) bytes here \(([\d,]+) checkpoints of ([\d,]+) at once, and the adapter\), "
         r"and ([\d,]+) are free",
-        what,
+        problem,
     )
-    assert match is not None, what
+    assert match is not None, problem
     needed, count, checkpoint_bytes, free = (int(number.replace(",", "")) for number in match.groups())
     assert count == 5
     assert needed > count * checkpoint_bytes > free
     assert 3 * MEGABYTE - 100_000 < free <= 3 * MEGABYTE
     assert "make room" in cure and "--save_total_limit" in cure
-    assert "parameters trained" not in (small.place / "log-0").read_text()  # the weights were not read
-    assert not (small.copies / "0").exists() or list((small.copies / "0").iterdir()) == []
+    assert "parameters trained" not in (disk.folder / "log-0").read_text()  # no weights were read
+    assert not (disk.copies / "0").exists() or list((disk.copies / "0").iterdir()) == []
 
 
 FULL = {
@@ -108,62 +109,64 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("of", FULL)
-def test_a_disk_that_fills_up_between_saves(small: Room, whole: Done, of: str) -> None:
-    """No space for bytes, which can be seen in advance, or none for another file, which only a failing call shows."""
-    takes, leave, what = FULL[of]
-    before_step = [4, takes, str(small.room), leave]
-    statuses = small.do("size=16m,nr_inodes=400", small.run(0, before_step=before_step), small.run(1))
+@pytest.mark.parametrize("resource", FULL)
+def test_run_on_a_full_disk_stops_and_resumes_with_equal_results(
+    disk: SmallDisk, uninterrupted_run: Done, resource: str
+) -> None:
+    """No space for more bytes, which is known in advance, or none for another file, which only a failed call shows."""
+    action, remaining, pattern = FULL[resource]
+    before_step = [4, action, str(disk.mount), remaining]
+    statuses = disk.run_all("size=16m,nr_inodes=400", disk.run(0, before_step=before_step), disk.run(1))
     assert statuses == [2, 0]
-    (line,) = small.errors(0)
-    assert re.search(what, line), line
+    (line,) = disk.errors(0)
+    assert re.search(pattern, line), line
     assert "make room or lower --save_total_limit" in line
     assert "then run the same command to continue from the last checkpoint" in line
-    stopped = small.copies / "0"
+    stopped = disk.copies / "0"
     assert [path.name for path in checkpoints(stopped)] == ["checkpoint-2", "checkpoint-3"]
     assert [read_whole(path).step for path in checkpoints(stopped)] == [2, 3]
     assert [path.name for path in stopped.iterdir() if path.name.startswith(".")] == []
-    assert small.errors(1) == []
-    assert "continuing after step 3 of 10" in (small.place / "log-1").read_text()
-    assert left_behind(small.copies / "1", small.room) == left_behind(whole.folder)
+    assert disk.errors(1) == []
+    assert "continuing after step 3 of 10" in (disk.folder / "log-1").read_text()
+    assert left_behind(disk.copies / "1", disk.mount) == left_behind(uninterrupted_run.folder)
 
 
-def test_a_disk_where_not_even_a_line_fits(small: Room, tmp_path: Path) -> None:
+def test_disk_without_space_for_a_metrics_line_stops_the_run(disk: SmallDisk, tmp_path: Path) -> None:
     """Saved checkpoints stay. The resumed run removes an incomplete line."""
     settings = {**RUN_SETTINGS, "num_epochs": 10, "save_steps": 40}
-    before_step = [41, "take_bytes", str(small.room), 0]
-    runs = small.run(0, before_step, settings), small.run(1, settings=settings)
-    assert small.do("size=16m", *runs) == [2, 0]
-    (line,) = small.errors(0)
+    before_step = [41, "take_bytes", str(disk.mount), 0]
+    runs = disk.run(0, before_step, settings), disk.run(1, settings=settings)
+    assert disk.run_all("size=16m", *runs) == [2, 0]
+    (line,) = disk.errors(0)
     assert re.search(
         r"metrics\.jsonl: a step's line cannot be written: No space left on device; it needs", line
     )
     assert line.endswith(
         "0 are free; make room, then run the same command to continue from the last checkpoint"
     )
-    assert [path.name for path in checkpoints(small.copies / "0")] == ["checkpoint-40"]
-    assert "continuing after step 40 of 60" in (small.place / "log-1").read_text()
-    plain = trained(tmp_path / "plain" / "out", small.base, small.data, **settings)
-    assert left_behind(small.copies / "1", small.room) == left_behind(plain.folder)
+    assert [path.name for path in checkpoints(disk.copies / "0")] == ["checkpoint-40"]
+    assert "continuing after step 40 of 60" in (disk.folder / "log-1").read_text()
+    uninterrupted = trained(tmp_path / "plain" / "out", disk.base, disk.data, **settings)
+    assert left_behind(disk.copies / "1", disk.mount) == left_behind(uninterrupted.folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write anywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path, refused: Refused, data: Path) -> None:
+def test_unwritable_output_folder_is_refused(tmp_path: Path, refused: Refused, data: Path) -> None:
     (tmp_path / "mine").mkdir(mode=0o500)
     cure = "give an output_dir that you may write to"
     for output in (tmp_path / "mine", tmp_path / "mine" / "new" / "out"):
         assert refused(data, output_dir=output) == [f"mine: cannot be written; {cure}"]
 
 
-def test_a_file_system_that_is_read_only(small: Room) -> None:
+def test_read_only_file_system_is_refused(disk: SmallDisk) -> None:
     """Also for root."""
-    assert small.do("size=16m,ro", small.run(0)) == [2]
-    assert small.errors(0) == [f"{small.room}: cannot be written; give an output_dir that you may write to"]
-    assert "parameters trained" not in (small.place / "log-0").read_text()
+    assert disk.run_all("size=16m,ro", disk.run(0)) == [2]
+    assert disk.errors(0) == [f"{disk.mount}: cannot be written; give an output_dir that you may write to"]
+    assert "parameters trained" not in (disk.folder / "log-0").read_text()
 
 
-def test_the_second_of_two_runs_on_one_folder_is_refused_and_kill_9_frees_it(
-    saver: Workshop, tmp_path: Path, base: Path, data: Path, whole: Done, loaded: list[str]
+def test_second_run_in_a_folder_is_refused_until_the_first_is_killed(
+    saver: Workshop, tmp_path: Path, base: Path, data: Path, uninterrupted_run: Done, loaded: list[str]
 ) -> None:
     output, settings = tmp_path / "out", {"base_model": base, "data_path": data, **SETTINGS}
     job = {
@@ -183,20 +186,20 @@ def test_the_second_of_two_runs_on_one_folder_is_refused_and_kill_9_frees_it(
             rf"{re.escape(socket.gethostname())}, since .* UTC\); wait until it ends, or give another output_dir\n",
             second.err,
         )
-        over = sft(output, base, data, **SETTINGS, overwrite=True)
-        assert (over.status, over.err) == (2, second.err)
+        overwriting = sft(output, base, data, **SETTINGS, overwrite=True)
+        assert (overwriting.status, overwriting.err) == (2, second.err)
         assert everything_in(output) == before
     finally:
         os.kill(first, signal.SIGKILL)
         assert saver.hear("ended")["ended"] == -signal.SIGKILL
-    assert (output / ".lock").exists()  # the file stays, and locks nobody out
+    assert (output / ".lock").exists()  # the lock file remains, but no longer locks
     done = trained(output, base, data, **SETTINGS)
     assert "continuing after step 3 of 10" in done.out
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert left_behind(done.folder) == left_behind(uninterrupted_run.folder)
     assert not (output / ".lock").exists()
 
 
-TAKING_TURNS = """
+LOCKING_SCRIPT = """
 import os, sys
 from pathlib import Path
 from yeonma.errors import UserError
@@ -214,10 +217,10 @@ while turns:
 
 
 def test_no_two_processes_hold_a_folder_at_once(tmp_path: Path) -> None:
-    """Four processes lock and release as fast as they can; the lock file appears and disappears with each."""
+    """Four processes lock and release as fast as they can. Each creates and removes the lock file."""
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", TAKING_TURNS, str(tmp_path / "out"), str(tmp_path / "inside"), "100"]
+    command = [sys.executable, "-c", LOCKING_SCRIPT, str(tmp_path / "out"), str(tmp_path / "inside"), "100"]
     processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    ended = [(process.communicate()[1], process.returncode) for process in processes]
-    assert ended == [("", 0)] * 4
+    results = [(process.communicate()[1], process.returncode) for process in processes]
+    assert results == [("", 0)] * 4
     assert list((tmp_path / "out").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Faults of the model folder, by their numbers in the list of faults."""
+"""Faults of the model folder, numbered as in the list of faults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def change_json(path: Path, **changes: object) -> None:
 
 
 def in_shards(model: Path) -> list[Path]:
-    """The model's weights, rewritten in several files."""
+    """Rewrites the model's weights as several files; returns their paths."""
     (model / "model.safetensors").unlink()
     tiny_model("llama").save_pretrained(model, max_shard_size="20KB")
     shards = sorted(model.glob("model-0*.safetensors"))
@@ -53,9 +53,9 @@ def in_shards(model: Path) -> list[Path]:
     return shards
 
 
-@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",)])
-def test_fault_54_no_tokenizer(refused: Refused, data: Path, model: Path, left: tuple[str, ...]) -> None:
-    for name in {"tokenizer.json", "tokenizer_config.json"} - set(left):
+@pytest.mark.parametrize("remaining", [(), ("tokenizer_config.json",)])
+def test_fault_54_no_tokenizer(refused: Refused, data: Path, model: Path, remaining: tuple[str, ...]) -> None:
+    for name in {"tokenizer.json", "tokenizer_config.json"} - set(remaining):
         (model / name).unlink()
     (line,) = refused(data, base_model=model)
     assert line.startswith("model: cannot load the model's tokenizer (")
@@ -65,14 +65,14 @@ def test_fault_54_no_tokenizer(refused: Refused, data: Path, model: Path, left: 
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"model": 1}', "version https://git-lfs.github.com/spec/v1"]
 )
-def test_fault_54_a_tokenizer_that_is_none(refused: Refused, data: Path, model: Path, content: str) -> None:
+def test_fault_54_invalid_tokenizer_file(refused: Refused, data: Path, model: Path, content: str) -> None:
     (model / "tokenizer.json").write_text(content)
     (line,) = refused(data, base_model=model)
     assert line.startswith("model: cannot load the model's tokenizer (")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_fault_55_pickled_weights_alone(refused: Refused, data: Path, model: Path, name: str) -> None:
+def test_fault_55_only_pickled_weights(refused: Refused, data: Path, model: Path, name: str) -> None:
     torch.save(load_file(model / "model.safetensors"), model / name)
     (model / "model.safetensors").unlink()
     cure = "if you trust them, load them once with transformers and save_pretrained() to a new folder"
@@ -91,12 +91,12 @@ def test_fault_56_an_adapter_of_another_base(
     assert f"it was trained on {base}, which is not other; use --base_model {base}" in line
 
 
-def test_fault_56_an_adapter_of_peft_alone_on_another_base(
+def test_fault_56_an_adapter_saved_by_plain_peft_on_another_base(
     tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
 ) -> None:
-    alone = of_peft_alone(tuned, tmp_path / "alone")
+    peft_only = copy_as_plain_peft(tuned, tmp_path / "alone")
     other = model_folder(tmp_path / "other", "gpt2")
-    (line,) = refused(data, base_model=other, adapter=alone, reads_weights=True)
+    (line,) = refused(data, base_model=other, adapter=peft_only, reads_weights=True)
     assert line == (
         f"alone: the adapter was trained on {base} and does not fit other; "
         "give the base model that the adapter was trained on"
@@ -104,16 +104,16 @@ def test_fault_56_an_adapter_of_peft_alone_on_another_base(
 
 
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
-def test_fault_56_is_told_by_the_outline_as_by_the_whole_model(tmp_path: Path, family: str) -> None:
+def test_fault_56_outline_and_loaded_model_have_the_same_base_identity(tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     source = load.find_base(str(tmp_path))
     outline = load.outline(load.load_config(source), source)
     assert all(parameter.is_meta for parameter in outline.parameters())
-    whole = load.load_base(source, torch.device("cpu"), torch.float32)
-    assert adapters.base_identity(outline, source) == adapters.base_identity(whole, source)
+    loaded = load.load_base(source, torch.device("cpu"), torch.float32)
+    assert adapters.base_identity(outline, source) == adapters.base_identity(loaded, source)
 
 
-def test_fault_57_no_eos(
+def test_fault_57_no_eos_token(
     tmp_path: Path, refused: Refused, accepted: Accepted, data: Path, model: Path
 ) -> None:
     change_json(model / "tokenizer_config.json", eos_token=None)
@@ -143,10 +143,10 @@ def test_fault_59_a_tokenizer_larger_than_the_embedding(refused: Refused, data: 
 
 def test_fault_60_a_missing_shard(refused: Refused, data: Path, model: Path) -> None:
     shards = in_shards(model)
-    gone = [shards[0], shards[2]]
-    for shard in gone:
+    missing = [shards[0], shards[2]]
+    for shard in missing:
         shard.unlink()
-    names = ", ".join(shard.name for shard in gone)
+    names = ", ".join(shard.name for shard in missing)
     assert refused(data, base_model=model) == [f"model: missing shards: {names}; download them again"]
 
 
@@ -154,18 +154,18 @@ def test_fault_60_a_missing_shard(refused: Refused, data: Path, model: Path) -> 
 def test_fault_61_a_truncated_shard(refused: Refused, data: Path, model: Path, damage: str) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456789\n"
 
-    def spoil(path: Path) -> None:
-        whole = path.read_bytes()
-        left = {"short": whole[:-1], "empty": b"", "pointer": pointer, "half a header": whole[:40]}
-        path.write_bytes(left[damage])
+    def damage_file(path: Path) -> None:
+        original = path.read_bytes()
+        contents = {"short": original[:-1], "empty": b"", "pointer": pointer, "half a header": original[:40]}
+        path.write_bytes(contents[damage])
 
-    spoil(model / "model.safetensors")
+    damage_file(model / "model.safetensors")
     (line,) = refused(data, base_model=model)
     assert line.startswith("model/model.safetensors: truncated or damaged (")
     assert line.endswith("; download it again")
     shards = in_shards(model)
-    spoil(shards[0])
-    spoil(shards[-1])
+    damage_file(shards[0])
+    damage_file(shards[-1])
     lines = refused(data, base_model=model)
     assert [line.partition(": ")[0] for line in lines] == [
         f"model/{shards[0].name}",
@@ -173,17 +173,17 @@ def test_fault_61_a_truncated_shard(refused: Refused, data: Path, model: Path, d
     ]
 
 
-@pytest.mark.parametrize("elsewhere", ["../secret.safetensors", "/etc/hostname", "in/model.safetensors"])
-def test_fault_62_an_index_that_leads_outside(
-    refused: Refused, data: Path, model: Path, elsewhere: str
+@pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/hostname", "in/model.safetensors"])
+def test_fault_62_a_shard_index_that_names_a_file_outside_the_folder(
+    refused: Refused, data: Path, model: Path, outside: str
 ) -> None:
     shards = in_shards(model)
     shutil.copy(shards[0], model.parent / "secret.safetensors")
     index = model / "model.safetensors.index.json"
     weights = json.loads(index.read_text())["weight_map"]
-    change_json(index, weight_map={**weights, "lm_head.weight": elsewhere})
+    change_json(index, weight_map={**weights, "lm_head.weight": outside})
     assert refused(data, base_model=model) == [
-        f"model/model.safetensors.index.json: it names a file outside the folder ({elsewhere}); "
+        f"model/model.safetensors.index.json: it names a file outside the folder ({outside}); "
         "download the model again, from a source that you trust"
     ]
 
@@ -198,14 +198,14 @@ def test_fault_62_an_index_that_leads_outside(
 def test_fault_63_code_that_comes_with_the_model(
     refused: Refused, data: Path, model: Path, name: str, auto_map: dict[str, object]
 ) -> None:
-    ran = model.parent / "ran"
-    (model / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    marker = model.parent / "ran"
+    (model / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
     change_json(model / name, auto_map=auto_map)
     assert refused(data, base_model=model) == [
         f"model/{name}: the model comes with its own Python code (auto_map); "
         "read that code, then give --trust_remote_code true"
     ]
-    assert not ran.exists()
+    assert not marker.exists()
 
 
 CODE = """
@@ -219,7 +219,7 @@ class Model(LlamaForCausalLM):
 """
 
 
-def test_fault_63_code_that_is_trusted_runs(
+def test_fault_63_trusted_code_of_the_model_runs(
     tmp_path: Path, accepted: Accepted, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -230,7 +230,7 @@ def test_fault_63_code_that_is_trusted_runs(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_fault_64_weights_that_are_no_numbers(
+def test_fault_64_nan_or_infinite_weights(
     tmp_path: Path, refused: Refused, data: Path, model: Path, base: Path, value: float
 ) -> None:
     weights = load_file(model / "model.safetensors")
@@ -239,13 +239,13 @@ def test_fault_64_weights_that_are_no_numbers(
     what = "NaN or infinity in model.layers.1.mlp.up_proj.weight; download the weights again"
     assert refused(data, base_model=model, reads_weights=True) == [f"model: {what}"]
     assert not (tmp_path / "out").exists()
-    trained(tmp_path / "out", base, data, max_steps=1)  # and where there is a run, that is left as it is
+    trained(tmp_path / "out", base, data, max_steps=1)  # an existing run is left unchanged too
     lines = refused(data, base_model=model, max_steps=1, overwrite=True, reads_weights=True)
     assert lines == [f"model: {what}"]
 
 
-def of_peft_alone(tuned: Done, folder: Path) -> Path:
-    """The adapter as PEFT alone would save it."""
+def copy_as_plain_peft(tuned: Done, folder: Path) -> Path:
+    """Copies only the files of the adapter that PEFT alone would save."""
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tuned.folder / name, folder)
@@ -254,8 +254,8 @@ def of_peft_alone(tuned: Done, folder: Path) -> Path:
 
 def test_fault_65_an_adapter_given_as_base(tmp_path: Path, base: Path, data: Path, tuned: Done) -> None:
     continued = trained(tmp_path / "continued", base, data, adapter=tuned.folder, max_steps=2)
-    alone = of_peft_alone(tuned, tmp_path / "alone")
-    for number, folder in enumerate((tuned.folder, next(tuned.folder.glob("checkpoint-*")), alone)):
+    peft_only = copy_as_plain_peft(tuned, tmp_path / "alone")
+    for number, folder in enumerate((tuned.folder, next(tuned.folder.glob("checkpoint-*")), peft_only)):
         done = trained(tmp_path / str(number), base, data, base_model=folder, max_steps=2)
         assert f"{base}: " in done.out
         assert done.losses == continued.losses
@@ -267,32 +267,34 @@ def test_fault_65_an_adapter_given_as_base(tmp_path: Path, base: Path, data: Pat
     assert fresh.losses != continued.losses
 
 
-def test_fault_65_an_adapter_that_does_not_lead_to_a_base(
+def test_fault_65_an_adapter_as_base_without_a_usable_base_model(
     tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
 ) -> None:
-    alone = of_peft_alone(tuned, tmp_path / "alone")
-    config = alone / "adapter_config.json"
+    peft_only = copy_as_plain_peft(tuned, tmp_path / "alone")
+    config = peft_only / "adapter_config.json"
     change_json(config, base_model_name_or_path=str(tmp_path / "gone"))
-    (line,) = refused(data, base_model=alone)
+    (line,) = refused(data, base_model=peft_only)
     assert line.startswith("gone: no such model folder; ")
-    change_json(config, base_model_name_or_path=str(alone))
-    (line,) = refused(data, base_model=alone)
+    change_json(config, base_model_name_or_path=str(peft_only))
+    (line,) = refused(data, base_model=peft_only)
     assert line.startswith("alone/adapter_config.json: its base alone is an adapter too; ")
     change_json(config, base_model_name_or_path=None)
-    (line,) = refused(data, base_model=alone)
+    (line,) = refused(data, base_model=peft_only)
     assert line.startswith(
         "alone/adapter_config.json: it does not name its base model; give the base model and"
     )
-    (alone / "adapter_model.safetensors").rename(alone / "adapter_model.bin")
+    (peft_only / "adapter_model.safetensors").rename(peft_only / "adapter_model.bin")
     change_json(config, base_model_name_or_path=str(base))
-    assert refused(data, base_model=alone) == [
+    assert refused(data, base_model=peft_only) == [
         "alone: adapter_model.safetensors is missing; give an adapter saved as safetensors"
     ]
-    (line,) = refused(data, base_model=tuned.folder, adapter=alone)
+    (line,) = refused(data, base_model=tuned.folder, adapter=peft_only)
     assert line.endswith(f"base_model {tuned.folder} is an adapter too; give --base_model {base}")
 
 
-def test_several_faults_of_a_model_folder_come_together(refused: Refused, data: Path, model: Path) -> None:
+def test_several_faults_of_a_model_folder_are_reported_together(
+    refused: Refused, data: Path, model: Path
+) -> None:
     in_shards(model)[1].unlink()
     change_json(model / "config.json", auto_map={"AutoConfig": "code.Config"})
     change_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Tokenizer", None]})
@@ -304,7 +306,9 @@ def test_several_faults_of_a_model_folder_come_together(refused: Refused, data: 
     ]
 
 
-def test_a_model_folder_that_is_none(tmp_path: Path, refused: Refused, data: Path, model: Path) -> None:
+def test_incomplete_or_missing_model_folder_is_refused(
+    tmp_path: Path, refused: Refused, data: Path, model: Path
+) -> None:
     cure = "give the folder of a complete model"
     (model / "model.safetensors").unlink()
     assert refused(data, base_model=model) == [f"model: the folder has no model.safetensors; {cure}"]

@@ -1,6 +1,6 @@
-"""Repeats a command with every setting changed: refused if the result would differ, else accepted.
+"""Repeats a command with each setting changed: refused if the result would differ, otherwise accepted.
 
-A setting that is not in the list fails the test.
+A setting that is missing from the list fails the test.
 """
 
 from __future__ import annotations
@@ -25,83 +25,83 @@ OTHER = "OTHER"
 
 @dataclass(frozen=True)
 class Change:
-    """Changed settings and the expected message, or None if they are accepted and the run is the same."""
+    """Changed settings and part of the expected error, or None if they are accepted."""
 
     settings: Mapping[str, object]
-    said: str | None
-    loss: str = "sigmoid"  # of `dpo`, whose run reads the setting
+    message: str | None
+    loss: str = "sigmoid"  # the loss of the `dpo` run that reads the setting
 
 
-def matters(name: str, value: object, said: str | None = None, **more: object) -> tuple[str, Change]:
-    return name, Change({name: value, **more}, f"{name} was " if said is None else said)
+def refused(name: str, value: object, message: str | None = None, **more: object) -> tuple[str, Change]:
+    return name, Change({name: value, **more}, f"{name} was " if message is None else message)
 
 
-def harmless(name: str, value: object) -> tuple[str, Change]:
+def accepted(name: str, value: object) -> tuple[str, Change]:
     return name, Change({name: value}, None)
 
 
 CHANGES: dict[str, Change] = dict(
     [
         # DataSettings
-        matters("data_path", OTHER, "the content of data_path has changed"),
-        harmless("data_split", "test"),  # of data that has some: other rows are other data
-        harmless("data_revision", "x"),
-        matters("encoding", "ascii", "the content of data_path has changed"),
-        matters("columns", OTHER),
-        matters("template", OTHER, "the content of the template has changed"),
-        matters("val_set_size", 4),
-        matters("val_data_path", OTHER, "the content of the validation rows has changed", val_set_size=0),
+        refused("data_path", OTHER, "the content of data_path has changed"),
+        accepted("data_split", "test"),  # has no effect on a local file
+        accepted("data_revision", "x"),
+        refused("encoding", "ascii", "the content of data_path has changed"),
+        refused("columns", OTHER),
+        refused("template", OTHER, "the content of the template has changed"),
+        refused("val_set_size", 4),
+        refused("val_data_path", OTHER, "the content of the validation rows has changed", val_set_size=0),
         # TokenSettings
-        matters("cutoff_len", 300),
-        matters("shrink", OTHER),
-        matters("shrink_side", "start"),
-        matters("over_limit", "error"),
-        matters("train_on_inputs", True, "train_on_inputs"),
-        matters("add_eos_token", False),
-        harmless("cache_dir", OTHER),
+        refused("cutoff_len", 300),
+        refused("shrink", OTHER),
+        refused("shrink_side", "start"),
+        refused("over_limit", "error"),
+        refused("train_on_inputs", True, "train_on_inputs"),
+        refused("add_eos_token", False),
+        accepted("cache_dir", OTHER),
         # ModelSettings
-        matters("base_model", OTHER),
-        matters("model_revision", "x"),
-        matters("adapter", OTHER, "the content of the adapter continued has changed"),
-        harmless("trust_remote_code", True),
-        matters("dtype", "float32"),
-        matters("quantization", "fp8"),
-        harmless("device", "cpu"),
-        harmless("gradient_checkpointing", True),
-        harmless("torch_compile", False),
-        harmless("shard", True),
+        refused("base_model", OTHER),
+        refused("model_revision", "x"),
+        refused("adapter", OTHER, "the content of the adapter continued has changed"),
+        accepted("trust_remote_code", True),
+        refused("dtype", "float32"),
+        refused("quantization", "fp8"),
+        accepted("device", "cpu"),
+        accepted("gradient_checkpointing", True),
+        accepted("torch_compile", False),
+        accepted("shard", True),
         # LoraSettings
-        matters("lora_r", 8),
-        matters("lora_alpha", 9),
-        matters("lora_dropout", 0.1),
-        matters("lora_target_modules", ["q_proj"]),
-        matters("use_rslora", True),
-        matters("use_dora", True),
+        refused("lora_r", 8),
+        refused("lora_alpha", 9),
+        refused("lora_dropout", 0.1),
+        refused("lora_target_modules", ["q_proj"]),
+        refused("use_rslora", True),
+        refused("use_dora", True),
         # StepSettings
-        matters("batch_size", 5),
-        harmless("micro_batch_size", 3),
-        harmless("micro_batch_tokens", 100),
-        harmless("share_prefix", False),
-        matters("num_epochs", 2, "steps was "),
-        matters("max_steps", 2, "steps was "),
-        matters("learning_rate", 1e-3),
-        matters("optimizer", "adamw_8bit", "optimizer adamw_8bit: "),  # refused for want of CUDA; see below
-        matters("lr_scheduler", "linear"),
-        matters("lr_scheduler_kwargs", {"num_cycles": 2}),
-        matters("warmup_steps", 2),
-        matters("warmup_ratio", 0.5),
-        matters("weight_decay", 0.1),
-        matters("adam_beta1", 0.8),
-        matters("adam_beta2", 0.99),
-        matters("adam_epsilon", 1e-6),
-        matters("max_grad_norm", 0.5),
-        matters("group_by_length", True),
-        matters("seed", 7),
+        refused("batch_size", 5),
+        accepted("micro_batch_size", 3),
+        accepted("micro_batch_tokens", 100),
+        accepted("share_prefix", False),
+        refused("num_epochs", 2, "steps was "),
+        refused("max_steps", 2, "steps was "),
+        refused("learning_rate", 1e-3),
+        refused("optimizer", "adamw_8bit", "optimizer adamw_8bit: "),  # it needs CUDA; see the last test
+        refused("lr_scheduler", "linear"),
+        refused("lr_scheduler_kwargs", {"num_cycles": 2}),
+        refused("warmup_steps", 2),
+        refused("warmup_ratio", 0.5),
+        refused("weight_decay", 0.1),
+        refused("adam_beta1", 0.8),
+        refused("adam_beta2", 0.99),
+        refused("adam_epsilon", 1e-6),
+        refused("max_grad_norm", 0.5),
+        refused("group_by_length", True),
+        refused("seed", 7),
         # PreferenceSettings
-        matters("loss", "hinge"),
-        matters("beta", 0.2),
-        matters("label_smoothing", 0.1),
-        matters("sft_weight", 0.5),
+        refused("loss", "hinge"),
+        refused("beta", 0.2),
+        refused("label_smoothing", 0.1),
+        refused("sft_weight", 0.5),
         ("simpo_gamma", Change({"simpo_gamma": 0.7}, "simpo_gamma was ", "simpo")),
         ("kto_desirable_weight", Change({"kto_desirable_weight": 1.5}, "kto_desirable_weight was ", "kto")),
         (
@@ -109,21 +109,21 @@ CHANGES: dict[str, Change] = dict(
             Change({"kto_undesirable_weight": 1.5}, "kto_undesirable_weight was ", "kto"),
         ),
         # EvaluationSettings
-        matters("eval_steps", 2),
-        matters("keep_best", False),
-        matters("early_stopping_patience", 2),
-        matters("early_stopping_threshold", 0.1),
-        harmless("card_rows", 2),
+        refused("eval_steps", 2),
+        refused("keep_best", False),
+        refused("early_stopping_patience", 2),
+        refused("early_stopping_threshold", 0.1),
+        accepted("card_rows", 2),
         # RunSettings
-        harmless("save_steps", 2),
-        harmless("save_total_limit", 2),
-        harmless("logging_steps", 2),
-        harmless("report_to", "tensorboard"),
-        harmless("run_name", "x"),
-        harmless("time_limit", "9h"),
+        accepted("save_steps", 2),
+        accepted("save_total_limit", 2),
+        accepted("logging_steps", 2),
+        accepted("report_to", "tensorboard"),
+        accepted("run_name", "x"),
+        accepted("time_limit", "9h"),
     ]
 )
-ANEW: dict[str, object] = {"output_dir": OTHER, "overwrite": True, "resume_from_checkpoint": "none"}
+NEW_RUN: dict[str, object] = {"output_dir": OTHER, "overwrite": True, "resume_from_checkpoint": "none"}
 """What says that the run is to be done anew, or elsewhere."""
 PROCESSES = "nproc"
 """tests/slow/test_processes.py goes on with other numbers of processes."""
@@ -136,61 +136,65 @@ def names_of(groups: tuple[type, ...]) -> list[str]:
     return [field.name for group in groups for field in fields(group)]
 
 
-def test_every_setting_is_in_one_of_the_lists() -> None:
-    assert sorted([*CHANGES, *ANEW, PROCESSES]) == sorted(names_of(PREFERENCE))
+def test_every_setting_is_listed_once() -> None:
+    assert sorted([*CHANGES, *NEW_RUN, PROCESSES]) == sorted(names_of(PREFERENCE))
     assert set(names_of(TRAINING)) < set(names_of(PREFERENCE))
 
 
-class Place:
-    """Finished runs, one for each verb and loss, and the same commands with other settings."""
+class FinishedRuns:
+    """Finished runs, one for each verb and loss. `rerun` repeats their commands with changed settings."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.base = place, model_folder(place / "model")
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.base = folder, model_folder(folder / "model")
         self.finished: dict[str, Done] = {}
         rows = {"sft": articles(17), "sigmoid": pairs(17), "simpo": pairs(17), "kto": labelled(17)}
         self.rows = {
             name: write_jsonl(
-                place / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(values)]
+                folder / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(values)]
             )
             for name, values in rows.items()
         }
         self.others: dict[str, dict[str, object]] = {
             "sft": {
-                "data_path": write_jsonl(place / "other.jsonl", articles(17, seed=1)),
+                "data_path": write_jsonl(folder / "other.jsonl", articles(17, seed=1)),
                 "columns": {"title": "short"},
                 "template": "{document}\n{title}",
                 "shrink": "document",
             },
             "dpo": {
-                "data_path": write_jsonl(place / "other-pairs.jsonl", pairs(17, seed=1)),
+                "data_path": write_jsonl(folder / "other-pairs.jsonl", pairs(17, seed=1)),
                 "columns": {"chosen": "short"},
                 "template": "write. {prompt}{completion}",
                 "shrink": "prompt",
             },
         }
-        base = model_folder(place / "other-model", seed=1)
+        base = model_folder(folder / "other-model", seed=1)
         for verb, values in self.others.items():
-            values |= {"val_data_path": values["data_path"], "base_model": base, "cache_dir": place / "cache"}
-            output = place / f"adapter-{verb}"
+            values |= {
+                "val_data_path": values["data_path"],
+                "base_model": base,
+                "cache_dir": folder / "cache",
+            }
+            output = folder / f"adapter-{verb}"
             run = (sft if verb == "sft" else dpo)(output, self.base, self.rows[LOSSES[verb]], max_steps=1)
             assert run.status == 0, run.err
-            values |= {"adapter": output, "output_dir": place / f"elsewhere-{verb}"}
+            values |= {"adapter": output, "output_dir": folder / f"elsewhere-{verb}"}
 
-    def again(self, verb: str, of: str, **changed: object) -> Done:
-        """The command of the finished run with changed settings."""
+    def rerun(self, verb: str, kind: str, **changed: object) -> Done:
+        """Runs the command of a finished run with changed settings. `kind` is 'sft' or the loss of `dpo`."""
         settings = {
             name: self.others[verb][name] if value is OTHER else value for name, value in changed.items()
         }
-        fixed = {"output_dir": self.place / f"out-{of}", "base": self.base, "data": self.rows[of]}
+        fixed = {"output_dir": self.folder / f"out-{kind}", "base": self.base, "data": self.rows[kind]}
         output = Path(str(settings.pop("output_dir", fixed["output_dir"])))
         base = Path(str(settings.pop("base_model", fixed["base"])))
         data = Path(str(settings.pop("data_path", fixed["data"])))
-        keywords = {**RUN, **({} if verb == "sft" else {"loss": of}), **settings}
+        keywords = {**RUN, **({} if verb == "sft" else {"loss": kind}), **settings}
         return (sft if verb == "sft" else dpo)(output, base, data, **keywords)
 
-    def done(self, verb: str, loss: str) -> Done:
+    def finished_run(self, verb: str, loss: str) -> Done:
         if loss not in self.finished:
-            self.finished[loss] = self.again(verb, loss)
+            self.finished[loss] = self.rerun(verb, loss)
             assert self.finished[loss].status == 0, self.finished[loss].err
         return self.finished[loss]
 
@@ -199,8 +203,8 @@ LOSSES = {"sft": "sft", "dpo": "sigmoid"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("settings"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> FinishedRuns:
+    return FinishedRuns(tmp_path_factory.mktemp("settings"))
 
 
 def cases() -> list[tuple[str, str]]:
@@ -213,34 +217,36 @@ def cases() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("verb", "name"), cases())
-def test_fault_46_a_setting_that_changes_the_result_is_refused_and_no_other(
-    place: Place, verb: str, name: str
+def test_fault_46_only_settings_that_change_the_result_are_refused(
+    runs: FinishedRuns, verb: str, name: str
 ) -> None:
     change = CHANGES[name]
     loss = change.loss if verb == "dpo" else "sft"
-    finished = place.done(verb, loss)
+    finished = runs.finished_run(verb, loss)
     before = everything_in(finished.folder)
-    done = place.again(verb, loss, **change.settings)
-    if change.said is None:
+    done = runs.rerun(verb, loss, **change.settings)
+    if change.message is None:
         assert (done.status, done.err) == (0, "")
         assert f"{finished.folder} holds this run, which is finished" in done.out
     else:
         assert done.status == 2, done.out
-        assert change.said in done.err
+        assert change.message in done.err
     assert everything_in(finished.folder) == before
 
 
 @pytest.mark.parametrize("verb", LOSSES)
-@pytest.mark.parametrize("name", ANEW)
-def test_a_run_is_done_anew_or_elsewhere_where_that_is_said(place: Place, verb: str, name: str) -> None:
-    finished = place.done(verb, LOSSES[verb])
-    done = place.again(verb, LOSSES[verb], **{name: ANEW[name]})
+@pytest.mark.parametrize("name", NEW_RUN)
+def test_overwrite_resume_none_or_another_output_dir_trains_again(
+    runs: FinishedRuns, verb: str, name: str
+) -> None:
+    finished = runs.finished_run(verb, LOSSES[verb])
+    done = runs.rerun(verb, LOSSES[verb], **{name: NEW_RUN[name]})
     assert (done.status, done.err) == (0, "")
     assert "finished; --overwrite" not in done.out and "continuing" not in done.out
     assert done.weight_bytes == finished.weight_bytes
 
 
-def test_the_optimizer_is_part_of_what_a_run_is(place: Place) -> None:
+def test_identity_of_a_run_contains_the_optimizer(runs: FinishedRuns) -> None:
     for verb, loss in LOSSES.items():
-        run = json.loads((place.done(verb, loss).folder / "run.json").read_text())
+        run = json.loads((runs.finished_run(verb, loss).folder / "run.json").read_text())
         assert run["identity"]["optimizer"] == "adamw"

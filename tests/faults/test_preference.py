@@ -10,7 +10,7 @@ from tests.pairs import chat_folder, dpo, pairs, tuned
 from tests.runs import write_jsonl
 
 GOOD = pairs(4)
-ASKED = {"role": "user", "content": "title?"}
+QUESTION = {"role": "user", "content": "title?"}
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_folder(tmp_path_factory.mktemp("models") / "llama")
 
 
-def said(done_out: str, data: Path) -> list[str]:
-    """The run's messages about its rows."""
+def row_messages(done_out: str, data: Path) -> list[str]:
+    """The run's messages about its data file, without the path."""
     start = f"{data}: "
     return [line.removeprefix(start) for line in done_out.splitlines() if line.startswith(start)]
 
@@ -29,27 +29,27 @@ def answer(text: str) -> dict[str, str]:
 
 
 def turns(chosen: str, rejected: str) -> dict[str, object]:
-    return {"messages": [ASKED], "chosen": answer(chosen), "rejected": [answer(rejected)]}
+    return {"messages": [QUESTION], "chosen": answer(chosen), "rejected": [answer(rejected)]}
 
 
 @pytest.mark.parametrize("form", ["text", "turns", "dialogues"])
-def test_fault_66_chosen_equals_rejected(tmp_path: Path, base: Path, form: str) -> None:
+def test_fault_66_pairs_with_equal_answers_are_left_out(tmp_path: Path, base: Path, form: str) -> None:
     rows: list[dict[str, object]] = [dict(row) for row in GOOD]
     equal: dict[str, object] = {"prompt": "x\n", "chosen": "same", "rejected": "same"}
     if form == "turns":
         rows, equal = [turns(row["chosen"], row["rejected"]) for row in GOOD], turns("same", "same")
     if form == "dialogues":
-        rows = [{side: [ASKED, answer(row[side])] for side in ("chosen", "rejected")} for row in GOOD]
-        equal = {side: [ASKED, answer("same")] for side in ("chosen", "rejected")}
+        rows = [{side: [QUESTION, answer(row[side])] for side in ("chosen", "rejected")} for row in GOOD]
+        equal = {side: [QUESTION, answer("same")] for side in ("chosen", "rejected")}
     data = write_jsonl(tmp_path / "rows.jsonl", [rows[0], equal, *rows[1:], equal])
     done = tuned(tmp_path / "out", base, data, batch_size=9)
     assert [line["examples"] for line in done.steps] == [4]
-    lines = said(done.out, data)
-    assert lines[0].startswith("6 rows, 4 pairs, ")
-    assert lines[1] == "chosen equals rejected: 2 left out (rows 2, 6)"
+    messages = row_messages(done.out, data)
+    assert messages[0].startswith("6 rows, 4 pairs, ")
+    assert messages[1] == "chosen equals rejected: 2 left out (rows 2, 6)"
 
 
-def test_fault_66_nothing_but_equal_pairs_is_an_error(tmp_path: Path, base: Path) -> None:
+def test_fault_66_data_with_only_equal_pairs_is_an_error(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x", "chosen": "a", "rejected": "a"}])
     done = dpo(tmp_path / "out", base, data)
     assert done.status == 2
@@ -57,10 +57,10 @@ def test_fault_66_nothing_but_equal_pairs_is_an_error(tmp_path: Path, base: Path
     assert not done.folder.exists()
 
 
-def test_fault_66_is_not_a_matter_of_over_limit(tmp_path: Path, base: Path) -> None:
+def test_fault_66_over_limit_error_still_leaves_equal_pairs_out(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [*GOOD, {"prompt": "x", "chosen": "a", "rejected": "a"}])
     done = tuned(tmp_path / "out", base, data, over_limit="error", max_steps=1)
-    assert "chosen equals rejected: 1 left out (row 5)" in said(done.out, data)
+    assert "chosen equals rejected: 1 left out (row 5)" in row_messages(done.out, data)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_fault_66_is_not_a_matter_of_over_limit(tmp_path: Path, base: Path) -> N
     ],
 )
 @pytest.mark.parametrize("prompt", ["prompt", "messages"])
-def test_fault_67_one_missing_or_empty(
+def test_fault_67_missing_or_empty_answer_is_refused(
     tmp_path: Path, base: Path, prompt: str, values: dict[str, object], state: str
 ) -> None:
-    prompt_columns = {"prompt": "x\n"} if prompt == "prompt" else {"messages": [ASKED]}
+    prompt_columns = {"prompt": "x\n"} if prompt == "prompt" else {"messages": [QUESTION]}
     good = {**prompt_columns, "chosen": "a", "rejected": "b"}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**prompt_columns, "chosen": "a", **values}, good])
     done = dpo(tmp_path / "out", base, data)
@@ -85,7 +85,7 @@ def test_fault_67_one_missing_or_empty(
     assert not done.folder.exists()
 
 
-def test_fault_67_both_are_told_by_the_names_of_their_columns(tmp_path: Path, base: Path) -> None:
+def test_fault_67_empty_answers_are_reported_by_their_column_names(tmp_path: Path, base: Path) -> None:
     good = {"prompt": "x\n", "better": "a", "worse": "b"}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**good, "better": "", "worse": None}])
     done = dpo(tmp_path / "out", base, data, columns={"chosen": "better", "rejected": "worse"})
@@ -95,9 +95,9 @@ def test_fault_67_both_are_told_by_the_names_of_their_columns(tmp_path: Path, ba
     )
 
 
-@pytest.mark.parametrize("empty", [{"role": "assistant", "content": " "}, [answer("")], [ASKED]])
-def test_fault_67_a_turn_that_is_no_answer(tmp_path: Path, base: Path, empty: object) -> None:
-    row = {"messages": [ASKED], "chosen": answer("a"), "rejected": empty}
+@pytest.mark.parametrize("empty", [{"role": "assistant", "content": " "}, [answer("")], [QUESTION]])
+def test_fault_67_empty_or_non_assistant_turn_is_refused(tmp_path: Path, base: Path, empty: object) -> None:
+    row = {"messages": [QUESTION], "chosen": answer("a"), "rejected": empty}
     data = write_jsonl(tmp_path / "rows.jsonl", [turns("a", "b"), row])
     done = dpo(tmp_path / "out", base, data)
     assert done.status == 2
@@ -106,7 +106,9 @@ def test_fault_67_a_turn_that_is_no_answer(tmp_path: Path, base: Path, empty: ob
 
 
 @pytest.mark.parametrize("form", ["text", "turns"])
-def test_fault_68_they_differ_only_in_white_space(tmp_path: Path, base: Path, form: str) -> None:
+def test_fault_68_answers_that_differ_only_in_white_space_are_reported(
+    tmp_path: Path, base: Path, form: str
+) -> None:
     rows = [
         {"prompt": "x\n", "chosen": "a b", "rejected": other}
         for other in ("a  b", "c", " a b", "ab", "a b c")
@@ -116,26 +118,25 @@ def test_fault_68_they_differ_only_in_white_space(tmp_path: Path, base: Path, fo
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     done = tuned(tmp_path / "out", base, data, batch_size=9)
     warning = "pairs whose chosen and rejected answers differ only in white space: "
-    where = [line for line in said(done.out, data) if line.startswith(warning)]
+    warnings = [line for line in row_messages(done.out, data) if line.startswith(warning)]
     if form == "text":
-        assert where == [f"{warning}3 (rows 1, 3, 4)"]
-        assert [line["examples"] for line in done.steps] == [5]  # they are trained all the same
+        assert warnings == [f"{warning}3 (rows 1, 3, 4)"]
+        assert [line["examples"] for line in done.steps] == [5]  # they are trained on nevertheless
     else:
-        assert where == [f"{warning}3 (rows 1, 3, 4)"]
+        assert warnings == [f"{warning}3 (rows 1, 3, 4)"]
 
 
-def test_fault_69_equal_after_truncation(tmp_path: Path, base: Path) -> None:
-    """Answers are never cut: what can make two different texts equal is the tokenizer, as here one without a token for
-    either letter."""
+def test_fault_69_pairs_with_equal_tokens_are_left_out(tmp_path: Path, base: Path) -> None:
+    """Answers are never cut. Different texts become equal if the tokenizer knows none of the letters that differ."""
     rows = [*GOOD, {"prompt": "x\n", "chosen": "an Ä", "rejected": "an Ö"}]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     done = tuned(tmp_path / "out", base, data, batch_size=9)
     assert [line["examples"] for line in done.steps] == [4]
-    what = "chosen and rejected are equal as tokens, after the prompt was fitted"
-    assert f"{what}: 1 left out (row 5)" in said(done.out, data)
+    reason = "chosen and rejected are equal as tokens, after the prompt was fitted"
+    assert f"{reason}: 1 left out (row 5)" in row_messages(done.out, data)
 
 
-def test_fault_69_a_prompt_that_is_cut_leaves_the_answers_apart(tmp_path: Path, base: Path) -> None:
+def test_fault_69_cutting_the_prompt_keeps_both_answers_whole(tmp_path: Path, base: Path) -> None:
     rows = [{"prompt": "x" * 50, "chosen": "a" * 20, "rejected": "a" * 29 + "b"}]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     done = tuned(tmp_path / "out", base, data, cutoff_len=40)
@@ -145,23 +146,25 @@ def test_fault_69_a_prompt_that_is_cut_leaves_the_answers_apart(tmp_path: Path, 
 
 DIFFERENT: dict[str, dict[str, object]] = {
     "from the first turn": {
-        "chosen": [ASKED, answer("a")],
+        "chosen": [QUESTION, answer("a")],
         "rejected": [{"role": "user", "content": "name?"}, answer("b")],
     },
     "from a later question": {
-        "chosen": [ASKED, answer("a"), ASKED, answer("b")],
-        "rejected": [ASKED, answer("a"), {"role": "user", "content": "name?"}, answer("c")],
+        "chosen": [QUESTION, answer("a"), QUESTION, answer("b")],
+        "rejected": [QUESTION, answer("a"), {"role": "user", "content": "name?"}, answer("c")],
     },
     "in their number of questions": {
-        "chosen": [ASKED, answer("a"), ASKED, answer("b")],
-        "rejected": [{"role": "system", "content": "be brief"}, ASKED, answer("c")],
+        "chosen": [QUESTION, answer("a"), QUESTION, answer("b")],
+        "rejected": [{"role": "system", "content": "be brief"}, QUESTION, answer("c")],
     },
 }
 
 
 @pytest.mark.parametrize("where", DIFFERENT)
-def test_fault_70_turn_lists_whose_prompts_differ(tmp_path: Path, base: Path, where: str) -> None:
-    good = {side: [ASKED, answer(side)] for side in ("chosen", "rejected")}
+def test_fault_70_turn_lists_with_different_prompts_are_refused(
+    tmp_path: Path, base: Path, where: str
+) -> None:
+    good = {side: [QUESTION, answer(side)] for side in ("chosen", "rejected")}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, DIFFERENT[where]])
     done = dpo(tmp_path / "out", base, data)
     assert done.status == 2

@@ -1,4 +1,4 @@
-"""One of several processes is killed, stopped or started differently: the others end, name it, and lose nothing."""
+"""One of several processes is killed, stopped or has other settings: the others end, name it, and lose no work."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return prepare(tmp_path_factory.mktemp("ranks"))
 
 
-def start(words: Sequence[str], place: Path, **variables: str) -> subprocess.Popen[str]:
-    place.mkdir(exist_ok=True)
+def start(arguments: Sequence[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=place,
-        env={**os.environ, "YEONMA_CACHE": str(place / "cache"), "PYTHONPATH": str(ROOT), **variables},
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "YEONMA_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,7 +55,7 @@ def lines_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
 
 
 def process_of(rank: int, started: subprocess.Popen[str]) -> int:
-    """The process id of the run's process of that rank."""
+    """The id of the process with that rank."""
     for child in _children(started.pid):
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         if f"RANK={rank}".encode() in variables:
@@ -71,38 +71,39 @@ def _children(pid: int) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def uninterrupted(
     zygotes: Zygote, commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, object]:
-    place = tmp_path_factory.mktemp("whole")
-    status = zygotes.run_together([*commands["sft"], *LONG, "--nproc", "2"], place)
-    assert status == 0, (place / "log.txt").read_text()
-    return left_behind(place / "out", checkpoints=False)
+    folder = tmp_path_factory.mktemp("whole")
+    status = zygotes.run_together([*commands["sft"], *LONG, "--nproc", "2"], folder)
+    assert status == 0, (folder / "log.txt").read_text()
+    return left_behind(folder / "out", checkpoints=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "signal_sent", "says"),
     [(1, signal.SIGKILL, ""), (0, signal.SIGKILL, ""), (1, signal.SIGSTOP, "has been silent for 4 seconds")],
     ids=["second killed", "first killed", "second stopped"],
 )
-def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
+def test_lost_process_is_named_and_ends_the_run_and_a_rerun_is_identical(
     zygotes: Zygote,
     commands: dict[str, list[str]],
-    whole: dict[str, object],
+    uninterrupted: dict[str, object],
     tmp_path: Path,
     rank: int,
     signal_sent: signal.Signals,
     says: str,
 ) -> None:
-    words = [*commands["sft"], *LONG, "--nproc", "2"]
-    run = start(["-m", "yeonma", *words], tmp_path, YEONMA_SILENCE_SECONDS="4")
+    arguments = [*commands["sft"], *LONG, "--nproc", "2"]
+    run = start(["-m", "yeonma", *arguments], tmp_path, YEONMA_SILENCE_SECONDS="4")
     lines = lines_until(run, "step 7/")
     os.kill(process_of(rank, run), signal_sent)
-    began = monotonic()
+    sent_at = monotonic()
     lines.append(run.communicate()[0])
     out = "".join(lines)
     assert run.returncode not in (0, 2), out
-    assert monotonic() - began < 60
+    assert monotonic() - sent_at < 60
     assert f"process {rank} " in out
     assert says in out
     assert "Traceback" not in out
@@ -117,16 +118,16 @@ def test_a_lost_process_ends_all_with_its_name_and_the_rerun_is_equal(
         "the result equals that of an uninterrupted run only to rounding; dropout draws other numbers" in out
     )
     rows = (tmp_path / "alone" / "out" / "trained_rows.jsonl").read_bytes()
-    assert rows == whole["trained_rows.jsonl"]
-    status = zygotes.run_together(words, tmp_path)
+    assert rows == uninterrupted["trained_rows.jsonl"]
+    status = zygotes.run_together(arguments, tmp_path)
     out = (tmp_path / "log.txt").read_text()
     assert status == 0, out
     assert "continuing after step 5" in out
-    assert left_behind(tmp_path / "out", checkpoints=False) == whole
+    assert left_behind(tmp_path / "out", checkpoints=False) == uninterrupted
 
 
 @pytest.mark.parametrize("in_a_collective", [False, True])
-def test_a_silent_process_is_named_though_torchrun_ends_this_one_at_once(
+def test_silent_process_is_named_even_if_torchrun_sends_sigterm(
     in_a_collective: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The heartbeat kills the silent process, and torchrun then sends SIGTERM to all others."""
@@ -146,24 +147,28 @@ def test_a_silent_process_is_named_though_torchrun_ends_this_one_at_once(
             raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
 
-def test_a_signal_without_a_lost_process_stays_a_signal() -> None:
+def test_sigterm_without_a_lost_process_raises_stopped() -> None:
     store = dist.HashStore()
     with pytest.raises(Stopped, match="SIGTERM"), heartbeat.watch_processes(store, rank=0, count=2):
         raise Stopped("stopped by SIGTERM", 143)
 
 
-def test_they_end_within_a_minute_by_default() -> None:
+def test_default_time_to_detect_a_lost_process_is_under_a_minute() -> None:
     assert heartbeat.SILENCE_SECONDS + 4 * heartbeat.INTERVAL_SECONDS < 60
 
 
-def test_processes_that_nobody_started_together_name_the_one_that_is_gone(
+@pytest.mark.slow
+def test_killed_process_is_named_without_a_common_torchrun(
     commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """As on several machines, where one torchrun does not see the processes of another."""
-    words = ["-m", "yeonma", *commands["sft"], *LONG]
+    """Like a run on several machines, where one torchrun does not see the processes of another."""
+    arguments = ["-m", "yeonma", *commands["sft"], *LONG]
     port = "29531"
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    runs = [start(words, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **together) for rank in range(2)]
+    group_variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    runs = [
+        start(arguments, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **group_variables)
+        for rank in range(2)
+    ]
     lines_until(runs[0], "step 7/")
     runs[1].kill()
     out = runs[0].communicate()[0]
@@ -174,6 +179,7 @@ def test_processes_that_nobody_started_together_name_the_one_that_is_gone(
     assert "Traceback" not in out
 
 
+@pytest.mark.slow
 def test_a_process_with_other_settings_is_refused_before_weights_are_read(
     commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
@@ -184,9 +190,9 @@ def test_a_process_with_other_settings_is_refused_before_weights_are_read(
         "rate = '1e-3' if os.environ['RANK'] == '0' else '2e-3'\n"
         "sys.exit(main([*sys.argv[1:], '--learning_rate', rate]))\n"
     )
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    plain = [word for name in _pairs(commands["sft"][1:]) if name[0] != "--learning_rate" for word in name]
-    run = start([*words, "sft", *plain], tmp_path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    options = [word for pair in _pairs(commands["sft"][1:]) if pair[0] != "--learning_rate" for word in pair]
+    run = start([*torchrun, "sft", *options], tmp_path)
     out = run.communicate()[0]
     assert run.returncode == 1, out
     cure = "give every process the same command, files and versions"

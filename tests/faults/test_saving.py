@@ -1,7 +1,7 @@
 """kill -9 and failing calls at every write, sync, rename and removal of a save, of a rotation and of the end of a run.
 
-A real process (tests/faults/saver.py) does what a run does with its folder, under strace. The first time its calls are
-listed. Then it is repeated for each of these calls, and killed there, or the call fails.
+A real process (tests/faults/saver.py) writes a run's folder under strace. The first pass lists its system calls. Then
+the process is repeated once for each of them, and is killed at that call, or the call fails.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Calls = Sequence[Sequence[object]]
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a process does with a folder that earlier ones have filled.
+class Scenario:
+    """The calls of a process on a folder that earlier processes have filled (`before`, then `renamed`).
 
-    `newest`: the step of the newest whole checkpoint, before it begins and after each of its calls. `values`: what the
-    weights of a step's checkpoint may be, where that is not the step's number.
+    `newest`: the step of the newest whole checkpoint, before the first call and after each one. `values`: the values
+    that the weights of a step's checkpoint may have, if not the step's number. `ends_with`: the checkpoints at the end.
     """
 
     before: Calls
@@ -56,21 +56,21 @@ class Course:
     ends_with: set[str] = field(default_factory=set)
 
 
-COURSES = {
-    "save and rotate": Course(
+SCENARIOS = {
+    "save and rotate": Scenario(
         before=[["begin"], ["save", 1, 1.0], ["save", 2, 2.0, 1]],
         calls=[["save", 3, 3.0, 1], ["rotate", 1, 1]],
         newest=[2, 3, 3],
         ends_with={"checkpoint-1", "checkpoint-3"},  # the best, and the newest
     ),
-    "save a step again": Course(
+    "save a step again": Scenario(
         before=[["begin"], ["save", 1, 1.0], ["save", 2, 2.0]],
         calls=[["save", 2, 2.5]],
         newest=[2, 2],
         values={2: {2.0, 2.5}},
         ends_with={"checkpoint-1", "checkpoint-2"},
     ),
-    "begin among what kills have left": Course(
+    "begin among what kills have left": Scenario(
         before=[["begin"], *(["save", step, float(step)] for step in (1, 2, 3, 4))],
         calls=[["begin"]],
         newest=[3, 3],
@@ -81,13 +81,13 @@ COURSES = {
         },
         ends_with={"checkpoint-2", "checkpoint-3"},
     ),
-    "begin at a named checkpoint": Course(
+    "begin at a named checkpoint": Scenario(
         before=[["begin"], *(["save", step, float(step)] for step in (1, 2, 3))],
         calls=[["begin_at", 1]],
         newest=[1, 1],
         ends_with={"checkpoint-1"},
     ),
-    "finish": Course(
+    "finish": Scenario(
         before=[["begin"], ["save", 1, 1.0], ["save", 2, 2.0]],
         calls=[["finish", 2.0]],
         newest=[2, 2],
@@ -96,26 +96,26 @@ COURSES = {
 }
 
 
-class Stage:
-    """A course's folder, made anew for each kill."""
+class Trial:
+    """A scenario's folder, which is filled anew for each kill."""
 
-    def __init__(self, saver: Workshop, course: Course, place: Path) -> None:
-        self.saver, self.course = saver, course
-        self.output, self.filled = place / "out", place / "filled"
-        self.job = {"output": str(self.output), "calls": course.calls}
-        saver.succeed({"output": str(self.filled), "calls": course.before})
-        for name, hidden in course.renamed.items():
+    def __init__(self, saver: Workshop, scenario: Scenario, parent: Path) -> None:
+        self.saver, self.scenario = saver, scenario
+        self.output, self.filled = parent / "out", parent / "filled"
+        self.job = {"output": str(self.output), "calls": scenario.calls}
+        saver.succeed({"output": str(self.filled), "calls": scenario.before})
+        for name, hidden in scenario.renamed.items():
             (self.filled / name).rename(self.filled / hidden)
-        self.gone_on_from: set[frozenset[tuple[str, str]]] = set()
+        self.continued_from: set[frozenset[tuple[str, str]]] = set()
         self.fill()
-        self.calls = calls_on(self.output, saver.trace(self.job, place / "trace"))
+        self.calls = calls_on(self.output, saver.trace(self.job, parent / "trace"))
 
     def fill(self) -> None:
         shutil.rmtree(self.output, ignore_errors=True)
         shutil.copytree(self.filled, self.output)
 
-    def check(self, done: int, at: object) -> None:
-        """What the same command finds in the folder now, after `done` of the calls; and that it comes to its end."""
+    def check(self, completed: int, context: object) -> None:
+        """Checks the folder after `completed` of the calls, and that the same command then completes."""
         run = json.loads((self.output / folder.RUN).read_text("utf-8"))
         if run["finished"]:
             check_finished(self.output)
@@ -123,34 +123,34 @@ class Stage:
             recover(self.output)
             damaged: list[str] = []
             newest = newest_whole(self.output, damaged.append)
-            assert newest is not None, at
-            assert damaged == [], at
+            assert newest is not None, context
+            assert damaged == [], context
             step = newest[1].step
-            assert step >= self.course.newest[done], at
+            assert step >= self.scenario.newest[completed], context
             check_weights(newest[0] / "adapter_model.safetensors", self.values(step))
             folder.begin(self.output, IDENTITY, "seed: 1\n", folder.Start(*newest))
-            assert read_whole(newest[0]) == newest[1], at
-        tidy = frozenset(hashes_of(self.output).items())
-        if tidy not in self.gone_on_from:  # of many kills, few different folders are left once it is tidied
-            self.saver.succeed({"output": str(self.output), "calls": [["begin"], *self.course.calls]})
-            self.check_end(at)
-            self.gone_on_from.add(tidy)
+            assert read_whole(newest[0]) == newest[1], context
+        contents = frozenset(hashes_of(self.output).items())
+        if contents not in self.continued_from:  # after all the kills, recovery leaves few different folders
+            self.saver.succeed({"output": str(self.output), "calls": [["begin"], *self.scenario.calls]})
+            self.check_end(context)
+            self.continued_from.add(contents)
 
     def values(self, step: int) -> set[float]:
-        return self.course.values.get(step, {float(step)})
+        return self.scenario.values.get(step, {float(step)})
 
-    def check_end(self, at: object) -> None:
-        assert {path.name for path in self.output.glob("*checkpoint-*")} == self.course.ends_with, at
-        assert hidden_in(self.output) == set(), at
-        for name in self.course.ends_with:
+    def check_end(self, context: object) -> None:
+        assert {path.name for path in self.output.glob("*checkpoint-*")} == self.scenario.ends_with, context
+        assert hidden_in(self.output) == set(), context
+        for name in self.scenario.ends_with:
             read_whole(self.output / name)
-        if self.course.calls[-1][0] == "finish":
-            assert json.loads((self.output / folder.RUN).read_text("utf-8"))["finished"], at
+        if self.scenario.calls[-1][0] == "finish":
+            assert json.loads((self.output / folder.RUN).read_text("utf-8"))["finished"], context
             check_finished(self.output)
 
 
 def calls_on(output: Path, calls: Sequence[Call]) -> list[Call]:
-    """Those that name the folder or something in it; and the flushes of its own name."""
+    """The calls that name the folder or something in it, and the flushes of its parent."""
     parent = f"<{output.parent}>"
     return [
         call for call in calls if str(output) in call.text or (call.name in SYNCS and parent in call.text)
@@ -168,7 +168,7 @@ def check_weights(path: Path, values: set[float]) -> None:
 
 
 def check_finished(output: Path) -> None:
-    """Where run.json says that a run is finished, everything is there, as its manifest says."""
+    """Checks that a run that is finished according to run.json has all files, with the hashes of its manifest."""
     hashes = json.loads((output / folder.SEAL).read_text("utf-8"))["sha256"]
     assert {
         "adapter_model.safetensors",
@@ -181,21 +181,22 @@ def check_finished(output: Path) -> None:
 
 
 @pytest.fixture
-def stage(saver: Workshop, tmp_path: Path, request: pytest.FixtureRequest) -> Stage:
-    return Stage(saver, COURSES[request.param], tmp_path)
+def trial(saver: Workshop, tmp_path: Path, request: pytest.FixtureRequest) -> Trial:
+    return Trial(saver, SCENARIOS[request.param], tmp_path)
 
 
-@pytest.mark.parametrize("stage", COURSES, indirect=True)
-def test_a_kill_at_every_call_leaves_a_whole_checkpoint(stage: Stage) -> None:
-    stage.check_end("without a kill")
-    for at in stage.calls:
-        stage.fill()
-        outcome = stage.saver.kill(stage.job, at)
-        stage.check(outcome.done, at)
-    print(f"{len(stage.calls)} kills")
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", SCENARIOS, indirect=True)
+def test_a_kill_at_every_call_leaves_a_whole_checkpoint(trial: Trial) -> None:
+    trial.check_end("without a kill")
+    for call in trial.calls:
+        trial.fill()
+        outcome = trial.saver.kill(trial.job, call)
+        trial.check(outcome.done, call)
+    print(f"{len(trial.calls)} kills")
 
 
-KINDS = {
+CALL_KINDS = {
     "open": OPENS,
     "write": WRITES,
     "flush": SYNCS,
@@ -205,65 +206,66 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("stage", ["save and rotate"], indirect=True)
-def test_every_kind_of_call_is_among_those_looked_at(stage: Stage) -> None:
-    counts = Counter(kind for call in stage.calls for kind, names in KINDS.items() if call.name in names)
-    assert set(counts) == set(KINDS)
-    flushed = [call for call in stage.calls if call.name in SYNCS]
-    saved = {path.name for path in stage.output.glob("checkpoint-3/*")}
-    assert len(flushed) >= len(saved) + 2  # and the folder, and its parent
+@pytest.mark.parametrize("trial", ["save and rotate"], indirect=True)
+def test_traced_calls_include_every_kind_and_flush_every_saved_file(trial: Trial) -> None:
+    counts = Counter(kind for call in trial.calls for kind, names in CALL_KINDS.items() if call.name in names)
+    assert set(counts) == set(CALL_KINDS)
+    flushed = [call for call in trial.calls if call.name in SYNCS]
+    saved = {path.name for path in trial.output.glob("checkpoint-3/*")}
+    assert len(flushed) >= len(saved) + 2  # also the folder and its parent
 
 
-@pytest.mark.parametrize("stage", COURSES, indirect=True)
-def test_nothing_relies_on_what_is_not_flushed(stage: Stage) -> None:
-    assert breaches(stage.calls, stage.output) == []
+@pytest.mark.parametrize("trial", SCENARIOS, indirect=True)
+def test_no_call_relies_on_unflushed_data(trial: Trial) -> None:
+    assert breaches(trial.calls, trial.output) == []
 
 
-@pytest.mark.parametrize("stage", ["save and rotate", "save a step again"], indirect=True)
-def test_each_flush_of_a_save_is_missed_where_it_is_left_out(stage: Stage) -> None:
-    """The test above can fail: without any one of its flushes a save is found to be unsafe."""
-    flushes = [number for number, call in enumerate(stage.calls) if call.name in SYNCS]
+@pytest.mark.parametrize("trial", ["save and rotate", "save a step again"], indirect=True)
+def test_omission_of_any_flush_of_a_save_is_detected(trial: Trial) -> None:
+    """Checks the test above: without any one of its flushes, a save is reported as unsafe."""
+    flushes = [number for number, call in enumerate(trial.calls) if call.name in SYNCS]
     assert len(flushes) > 10
     for number in flushes:
-        without = [*stage.calls[:number], *stage.calls[number + 1 :]]
-        if stage.course.calls[-1][0] == "rotate" and number == flushes[-1]:
-            continue  # that a removal is on the disk is not relied on
-        assert breaches(without, stage.output) != [], stage.calls[number]
+        without = [*trial.calls[:number], *trial.calls[number + 1 :]]
+        if trial.scenario.calls[-1][0] == "rotate" and number == flushes[-1]:
+            continue  # nothing relies on the flush of a removal
+        assert breaches(without, trial.output) != [], trial.calls[number]
 
 
-@pytest.mark.parametrize("stage", ["save and rotate"], indirect=True)
-def test_nothing_is_written_through_memory(stage: Stage, tmp_path: Path) -> None:
-    """Which no call would show: a file that is mapped to be written to."""
-    stage.fill()
-    calls = stage.saver.trace(stage.job, tmp_path / "trace", also="mmap")
+@pytest.mark.parametrize("trial", ["save and rotate"], indirect=True)
+def test_nothing_is_written_through_memory(trial: Trial, tmp_path: Path) -> None:
+    """No file is mapped for writing, which the other traced calls would not show."""
+    trial.fill()
+    calls = trial.saver.trace(trial.job, tmp_path / "trace", also="mmap")
     mapped = [call for call in calls if call.name == "mmap" and "MAP_SHARED" in call.text]
-    assert [call for call in mapped if "PROT_WRITE" in call.text and str(stage.output) in call.text] == []
+    assert [call for call in mapped if "PROT_WRITE" in call.text and str(trial.output) in call.text] == []
 
 
-FREE = re.compile(r"[\d,]+( bytes)? are free; make room")
-NEEDED = re.compile(r"it needs [\d,]+ bytes, and [\d,]+ are free; make room")
-ERROR = {
+FREE_SPACE = re.compile(r"[\d,]+( bytes)? are free; make room")
+NEEDED_SPACE = re.compile(r"it needs [\d,]+ bytes, and [\d,]+ are free; make room")
+ERROR_OF_CALL = {
     **dict.fromkeys((*OPENS, *WRITES, *FOLDERS, *RENAMES), "ENOSPC"),
     **dict.fromkeys((*SYNCS, *REMOVALS), "EIO"),
 }
 
 
-@pytest.mark.parametrize("stage", ["save and rotate", "save a step again", "finish"], indirect=True)
-def test_a_call_that_fails_harms_no_earlier_checkpoint_and_is_told(stage: Stage) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", ["save and rotate", "save a step again", "finish"], indirect=True)
+def test_failing_call_is_reported_and_keeps_earlier_checkpoints(trial: Trial) -> None:
     reported = 0
-    for at in stage.calls:
-        stage.fill()
-        outcome = stage.saver.fail(stage.job, at, ERROR[at.name])
-        assert (outcome.status, outcome.bug) == (0, ""), (at, outcome)
+    for call in trial.calls:
+        trial.fill()
+        outcome = trial.saver.fail(trial.job, call, ERROR_OF_CALL[call.name])
+        assert (outcome.status, outcome.bug) == (0, ""), (call, outcome)
         if outcome.error:
             reported += 1
-            assert FREE.search(outcome.error), (at, outcome)
-            if ".partial/" in at.text and at.name not in REMOVALS:
-                assert NEEDED.search(outcome.error), (at, outcome)
-        if at.name not in REMOVALS:
-            assert not {name for name in hidden_in(stage.output) if name.endswith(".partial")}, at
-        stage.check(outcome.done, at)
-    assert reported > len(stage.calls) / 2
+            assert FREE_SPACE.search(outcome.error), (call, outcome)
+            if ".partial/" in call.text and call.name not in REMOVALS:
+                assert NEEDED_SPACE.search(outcome.error), (call, outcome)
+        if call.name not in REMOVALS:
+            assert not {name for name in hidden_in(trial.output) if name.endswith(".partial")}, call
+        trial.check(outcome.done, call)
+    assert reported > len(trial.calls) / 2
 
 
 # Whole runs
@@ -282,31 +284,31 @@ SETTINGS: dict[str, object] = {
 
 
 class Command:
-    """`yeonma sft` in a process of its own, what it leaves behind, and what it calls on the way."""
+    """`yeonma sft` in its own process, the files that it leaves and its system calls."""
 
-    def __init__(self, saver: Workshop, place: Path) -> None:
-        self.saver, self.output = saver, place / "out"
-        self.environment = {"YEONMA_CACHE": str(place / "cache")}
-        base, data = model_folder(place / "model"), write_jsonl(place / "rows.jsonl", articles(23))
+    def __init__(self, saver: Workshop, parent: Path) -> None:
+        self.saver, self.output = saver, parent / "out"
+        self.environment = {"YEONMA_CACHE": str(parent / "cache")}
+        base, data = model_folder(parent / "model"), write_jsonl(parent / "rows.jsonl", articles(23))
         paths = {"base_model": base, "data_path": data, "output_dir": self.output}
         self.job = {
             "command": ["sft", *arguments({**paths, **RUN_SETTINGS, **SETTINGS})],
             "environment": self.environment,
-            "log": str(place / "log"),
+            "log": str(parent / "log"),
         }
-        saver.succeed(self.job)  # the tokens are in the cache from here on
-        self.whole = left_behind(self.output)
+        saver.succeed(self.job)  # from here on, the tokens are in the cache
+        self.expected = left_behind(self.output)
         shutil.rmtree(self.output)
-        self.calls = calls_on(self.output, saver.trace(self.job, place / "trace"))
-        assert left_behind(self.output) == self.whole
+        self.calls = calls_on(self.output, saver.trace(self.job, parent / "trace"))
+        assert left_behind(self.output) == self.expected
 
-    def kill_and_go_on(self, calls: Sequence[Call]) -> None:
-        for at in calls:
+    def kill_and_resume(self, calls: Sequence[Call]) -> None:
+        for call in calls:
             shutil.rmtree(self.output, ignore_errors=True)
-            self.saver.kill(self.job, at)
+            self.saver.kill(self.job, call)
             self.saver.succeed(self.job)
-            assert left_behind(self.output) == self.whole, at
-            assert hidden_in(self.output) == set(), at
+            assert left_behind(self.output) == self.expected, call
+            assert hidden_in(self.output) == set(), call
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +316,7 @@ def command(saver: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Comman
     return Command(saver, tmp_path_factory.mktemp("run"))
 
 
-def test_nothing_in_a_run_relies_on_what_is_not_flushed(command: Command) -> None:
+def test_no_call_of_a_whole_run_relies_on_unflushed_data(command: Command) -> None:
     assert breaches(command.calls, command.output) == []
     lines = [call for call in command.calls if call.name in WRITES and "metrics.jsonl" in call.text]
     assert len(lines) >= 10
@@ -322,7 +324,7 @@ def test_nothing_in_a_run_relies_on_what_is_not_flushed(command: Command) -> Non
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_of_its_calls_ends_with_the_bytes_of_one_that_was_not(command: Command) -> None:
-    every = max(1, len(command.calls) // KILLS_OF_A_RUN)
-    calls = command.calls[every // 2 :: every]
-    command.kill_and_go_on(calls)
+    interval = max(1, len(command.calls) // KILLS_OF_A_RUN)
+    calls = command.calls[interval // 2 :: interval]
+    command.kill_and_resume(calls)
     print(f"{len(calls)} kills of {len(command.calls)} calls")

@@ -24,12 +24,12 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", "'1e-4'", "0.0001", "1.0e-4"])
-def test_fault_42_a_learning_rate_that_yaml_takes_for_text(
+def test_fault_42_learning_rate_that_yaml_reads_as_text_is_accepted(
     write: Write, accepted: Accepted, data: Path, text: str
 ) -> None:
     config = write("run.yaml", f"learning_rate: {text}\nwarmup_steps: 0\n")
-    taken = accepted(data, config=config, learning_rate=None, lr_scheduler="constant")
-    assert taken.done.steps[0]["learning_rate"] == 1e-4
+    run = accepted(data, config=config, learning_rate=None, lr_scheduler="constant")
+    assert run.done.steps[0]["learning_rate"] == 1e-4
 
 
 def test_fault_43_unknown_setting(
@@ -94,7 +94,7 @@ def test_fault_44_numbers_out_of_their_range(write: Write, refused: Refused, dat
     ]
 
 
-def test_fault_44_what_is_no_number(refused: Refused, data: Path) -> None:
+def test_fault_44_values_that_are_not_valid_numbers(refused: Refused, data: Path) -> None:
     assert sorted(refused(data, lora_r="nan", learning_rate="inf", cutoff_len="2.5")) == [
         "cutoff_len: 2.5 is not valid; give a whole number of at least 1",
         "learning_rate: inf is not valid; give a number above 0",
@@ -102,12 +102,14 @@ def test_fault_44_what_is_no_number(refused: Refused, data: Path) -> None:
     ]
 
 
-def test_fault_45_epochs_and_steps_both(tmp_path: Path, base: Path, data: Path) -> None:
-    done = trained(tmp_path / "out", base, data, num_epochs=50, max_steps=2)
-    assert done.err == "yeonma: warning: num_epochs and max_steps are both given: max_steps (2) wins\n"
-    assert len(done.steps) == 2
-    alone = trained(tmp_path / "alone", base, data, max_steps=2)
-    assert alone.err == ""
+def test_fault_45_max_steps_wins_over_num_epochs_with_a_warning(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    both = trained(tmp_path / "out", base, data, num_epochs=50, max_steps=2)
+    assert both.err == "yeonma: warning: num_epochs and max_steps are both given: max_steps (2) wins\n"
+    assert len(both.steps) == 2
+    only_max_steps = trained(tmp_path / "alone", base, data, max_steps=2)
+    assert only_max_steps.err == ""
     with pytest.warns(UserWarning, match="max_steps .2. wins"):
         yeonma.sft(
             base_model=base,
@@ -118,7 +120,7 @@ def test_fault_45_epochs_and_steps_both(tmp_path: Path, base: Path, data: Path) 
     assert len(Done(0, tmp_path / "python", "", "").steps) == 2
 
 
-def test_fault_47_a_key_twice_in_yaml(write: Write, refused: Refused, data: Path) -> None:
+def test_fault_47_duplicate_key_in_yaml(write: Write, refused: Refused, data: Path) -> None:
     for text, place, key, first in (
         ("seed: 1\nlora_r: 8\nseed: 1\n", "run.yaml:3", "seed", 1),
         ("columns:\n  document: a\n  document: b\n", "run.yaml:3", "document", 2),
@@ -158,7 +160,7 @@ def test_fault_48_python_objects_in_yaml(
     assert not (tmp_path / "ran").exists()
 
 
-def test_fault_49_the_models_folder_as_output(tmp_path: Path, refused: Refused, data: Path) -> None:
+def test_fault_49_model_folder_as_output_folder(tmp_path: Path, refused: Refused, data: Path) -> None:
     base = model_folder(tmp_path / "model")
     (tmp_path / "link").symlink_to(base)
     for name in ("model", "link", "model/../model"):
@@ -167,8 +169,8 @@ def test_fault_49_the_models_folder_as_output(tmp_path: Path, refused: Refused, 
             assert lines == [f"output_dir {name}: it is the folder of the base model; give another folder"]
 
 
-def test_fault_50_lora_on_layers_that_are_not_there(refused: Refused, data: Path) -> None:
-    known = "it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+def test_fault_50_unknown_lora_target_layers(refused: Refused, data: Path) -> None:
+    known_layers = "it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     for targets, name, cure in (
         ("gate_prj", "gate_prj", 'did you mean "gate_proj"?'),
         ("[q_proj, gate_prj]", "gate_prj", 'did you mean "gate_proj"?'),
@@ -176,13 +178,11 @@ def test_fault_50_lora_on_layers_that_are_not_there(refused: Refused, data: Path
         ("['.*_proj']", ".*_proj", ""),
     ):
         (line,) = refused(data, lora_target_modules=targets)
-        what = f'lora_target_modules: no layer of the model is called "{name}"; {known}; '
+        what = f'lora_target_modules: no layer of the model is called "{name}"; {known_layers}; '
         assert line.startswith(what + cure)
 
 
-def test_fault_50_layers_of_fused_experts_take_no_dropout(
-    tmp_path: Path, refused: Refused, data: Path
-) -> None:
+def test_fault_50_lora_dropout_on_fused_experts(tmp_path: Path, refused: Refused, data: Path) -> None:
     base = model_folder(tmp_path / "model", "qwen3_moe")
     (line,) = refused(
         data, base_model=base, lora_dropout=0.1, lora_target_modules="[gate_proj, up_proj, down_proj]"
@@ -191,10 +191,10 @@ def test_fault_50_layers_of_fused_experts_take_no_dropout(
     assert line.endswith("; use --lora_dropout 0")
 
 
-def test_fault_51_bfloat16_where_the_device_has_none(
+def test_fault_51_bfloat16_on_a_device_without_it_is_refused(
     refused: Refused, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A device that says that it is there and has no bfloat16: all that is asked of it before the refusal.
+    # A fake CUDA device without bfloat16. Nothing else of it is used before the refusal.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     cure = "use --dtype float32 or float16"
@@ -204,13 +204,15 @@ def test_fault_51_bfloat16_where_the_device_has_none(
         ]
 
 
-def test_fault_51_bfloat16_where_the_device_has_it(tmp_path: Path, base: Path, data: Path) -> None:
+def test_fault_51_bfloat16_on_the_cpu_is_accepted(tmp_path: Path, base: Path, data: Path) -> None:
     done = trained(tmp_path / "out", base, data, dtype="bfloat16", device="cpu", max_steps=1)
     assert "frozen, torch.bfloat16 on cpu" in done.out
 
 
 @pytest.mark.gpu
-def test_fault_51_bfloat16_on_a_gpu(tmp_path: Path, base: Path, data: Path) -> None:
+def test_fault_51_bfloat16_on_a_gpu_is_accepted_only_if_supported(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
     done = sft(tmp_path / "out", base, data, dtype="bfloat16", device="cuda", max_steps=1)
     if torch.cuda.is_bf16_supported(including_emulation=False):
         assert (done.status, done.err) == (0, "")
@@ -219,22 +221,24 @@ def test_fault_51_bfloat16_on_a_gpu(tmp_path: Path, base: Path, data: Path) -> N
 
 
 @pytest.mark.slow
-def test_fault_52_fewer_rows_a_step_than_processes(tmp_path: Path, base: Path, data: Path) -> None:
+def test_fault_52_fewer_rows_per_step_than_processes_gives_equal_losses(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
     settings: dict[str, object] = {**SETTINGS, "batch_size": 1, "num_epochs": 1}
-    one = trained(tmp_path / "one", base, data, **settings)
+    one_process = trained(tmp_path / "one", base, data, **settings)
     keywords = {"base_model": base, "data_path": data, "output_dir": tmp_path / "two", **settings, "nproc": 2}
     command = [sys.executable, "-m", "yeonma", "sft", *arguments(keywords)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    two = Done(ended.returncode, tmp_path / "two", ended.stdout, ended.stderr)
-    assert (two.status, two.err) == (0, "")
-    assert [step["examples"] for step in two.steps] == [1] * 6
-    assert two.losses == pytest.approx(one.losses, abs=1e-5)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    two_processes = Done(process.returncode, tmp_path / "two", process.stdout, process.stderr)
+    assert (two_processes.status, two_processes.err) == (0, "")
+    assert [step["examples"] for step in two_processes.steps] == [1] * 6
+    assert two_processes.losses == pytest.approx(one_process.losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "resume", [{}, {"resume_from_checkpoint": "out/checkpoint-1"}], ids=["latest", "named"]
 )
-def test_fault_46_a_checkpoint_of_other_settings(
+def test_fault_46_resume_refuses_only_settings_that_change_the_result(
     tmp_path: Path,
     refused: Refused,
     base: Path,
@@ -242,14 +246,14 @@ def test_fault_46_a_checkpoint_of_other_settings(
     monkeypatch: pytest.MonkeyPatch,
     resume: dict[str, object],
 ) -> None:
-    """A run that was killed; what changes the result is listed, what is only speed goes on."""
+    """Resume of a killed run: settings that change the result are refused by name, those of speed are accepted."""
     monkeypatch.chdir(tmp_path)
-    whole = trained(tmp_path / "whole", base, data, max_steps=3, save_steps=1, cutoff_len=200)
+    uninterrupted = trained(tmp_path / "whole", base, data, max_steps=3, save_steps=1, cutoff_len=200)
     with monkeypatch.context() as patch:
         patch.setattr("yeonma.train.run.folder.install", _killed)
-        run = {"max_steps": 3, "save_steps": 1, "cutoff_len": 200}
-        assert sft(tmp_path / "out", base, data, **run).status == 130
-    lines = refused(data, **run, **resume, learning_rate=1e-4, lora_alpha=32, batch_size=3, seed=7)
+        run_settings = {"max_steps": 3, "save_steps": 1, "cutoff_len": 200}
+        assert sft(tmp_path / "out", base, data, **run_settings).status == 130
+    lines = refused(data, **run_settings, **resume, learning_rate=1e-4, lora_alpha=32, batch_size=3, seed=7)
     cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     assert lines == [
         "out: batch_size was 4 and is now 3",
@@ -258,17 +262,23 @@ def test_fault_46_a_checkpoint_of_other_settings(
         "out: seed was 42 and is now 7",
         f"out: the folder holds another run; {cure}",
     ]
-    faster = {**run, "micro_batch_size": 1, "share_prefix": False, "logging_steps": 2, "save_steps": 2}
-    done = trained(tmp_path / "out", base, data, **faster, **resume)
+    other_speed = {
+        **run_settings,
+        "micro_batch_size": 1,
+        "share_prefix": False,
+        "logging_steps": 2,
+        "save_steps": 2,
+    }
+    done = trained(tmp_path / "out", base, data, **other_speed, **resume)
     assert "continuing after step " in done.out
-    assert done.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert done.losses == pytest.approx(uninterrupted.losses, rel=1e-5)
 
 
 def _killed(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_fault_53_a_folder_that_holds_another_run(
+def test_fault_53_folder_of_another_run_is_refused_without_overwrite(
     tmp_path: Path, refused: Refused, base: Path, data: Path
 ) -> None:
     first = trained(tmp_path / "out", base, data, max_steps=1)
@@ -279,16 +289,16 @@ def test_fault_53_a_folder_that_holds_another_run(
         "out: seed was 42 and is now 7",
         f"out: the folder holds another run; {cure}",
     ]
-    again = sft(tmp_path / "out", base, data, max_steps=1)
-    assert (again.status, again.err) == (0, "")
-    assert "holds this run, which is finished" in again.out
-    over = sft(tmp_path / "out", base, data, max_steps=1, lora_r=5, overwrite=True)
-    assert (over.status, over.err) == (0, "")
-    assert first.weights.keys() == over.weights.keys()
-    assert {weight.shape for weight in over.weights.values()} != {(4, 32), (32, 4)}
+    rerun = sft(tmp_path / "out", base, data, max_steps=1)
+    assert (rerun.status, rerun.err) == (0, "")
+    assert "holds this run, which is finished" in rerun.out
+    overwritten = sft(tmp_path / "out", base, data, max_steps=1, lora_r=5, overwrite=True)
+    assert (overwritten.status, overwritten.err) == (0, "")
+    assert first.weights.keys() == overwritten.weights.keys()
+    assert {weight.shape for weight in overwritten.weights.values()} != {(4, 32), (32, 4)}
 
 
-def test_fault_53_a_folder_that_holds_what_no_run_left(
+def test_fault_53_output_folder_with_foreign_files_is_refused(
     tmp_path: Path, write: Write, refused: Refused, data: Path
 ) -> None:
     write("out/adapter_model.safetensors", "mine")
@@ -300,7 +310,7 @@ def test_fault_53_a_folder_that_holds_what_no_run_left(
     assert refused(data, output_dir=tmp_path / "file") == ["output_dir file: it is a file; give a folder"]
 
 
-def test_several_faults_of_the_settings_come_together(write: Write, refused: Refused, data: Path) -> None:
+def test_several_settings_errors_are_reported_together(write: Write, refused: Refused, data: Path) -> None:
     config = write("run.yaml", "lora_rr: 8\nlr_scheduler: lineer\nbatch_size: many\n")
     lines = refused(data, config=config, lora_r=0, batch_size=None, zzz=1)
     assert [line.partition(" ")[0] for line in lines] == [
@@ -335,7 +345,7 @@ print(status, *heavy)
         {"output_dir": "model"},
     ],
 )
-def test_errors_come_before_anything_heavy_is_imported(
+def test_errors_are_reported_before_heavy_libraries_are_imported(
     tmp_path: Path, write: Write, base: Path, wrong: dict[str, object]
 ) -> None:
     write("wrong.jsonl", LINE + LINE.strip() + LINE)

@@ -1,4 +1,4 @@
-"""A run that is stopped by kill -9, SIGTERM, Ctrl-C or its time limit, or that ends itself because of NaN."""
+"""Runs that are stopped by kill -9, SIGTERM, Ctrl-C or their time limit, and continued."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def uninterrupted(
     zygotes: Zygote, commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """What a run leaves that nobody stops."""
+    """The files of a run that is not stopped, for each command."""
     results = {}
     for verb in COMMANDS:
-        place = tmp_path_factory.mktemp(f"whole-{verb}")
-        assert zygotes.run(commands[verb], place) == 0, (place / "log.txt").read_text()
-        results[verb] = left_behind(place / "out", checkpoints=False)
+        folder = tmp_path_factory.mktemp(f"whole-{verb}")
+        assert zygotes.run(commands[verb], folder) == 0, (folder / "log.txt").read_text()
+        results[verb] = left_behind(folder / "out", checkpoints=False)
     return results
 
 
-def test_kills_at_random_moments() -> None:
-    """The same with 200 is `make faults`; the seed that is printed repeats the moments it aims at."""
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_as_uninterrupted_ones() -> None:
+    """`make faults` runs it with 200 kills. The seed that is printed repeats the moments of the kills."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.kills", "--kills", "10"],
         cwd=ROOT,
@@ -53,113 +54,114 @@ def test_kills_at_random_moments() -> None:
         assert 2 * counts[verb]["in a save"] >= counts[verb]["signals"]
 
 
-# What a run does when the signal comes: the function that it is about to call, and which call of it.
+# When the signal comes: the function that the run is about to call, and the number of that call.
 LOADING = "yeonma.train.run:load_model", 1
 REFERENCE = "yeonma.train.run:reference_extras", 1
-FIRST_LOOK = "yeonma.train.loop:evaluate", 1
+FIRST_EVALUATION = "yeonma.train.loop:evaluate", 1
 STEPPING = "yeonma.train.loop:train_step", 5
 EVALUATING = "yeonma.train.loop:evaluate", 3
 SAVING = "yeonma.train.loop:write_checkpoint", 2
 INSTALLING = "yeonma.run_folder.output_folder:install", 1
-BEFORE_THE_FIRST_STEP = (LOADING, REFERENCE, FIRST_LOOK)
-NUMBERS = {"SIGTERM": 143, "SIGINT": 130}
+BEFORE_THE_FIRST_STEP = (LOADING, REFERENCE, FIRST_EVALUATION)
+EXIT_STATUS = {"SIGTERM": 143, "SIGINT": 130}
 NAMES = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("verb", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", EXIT_STATUS)
 @pytest.mark.parametrize(
     "phase",
-    [LOADING, REFERENCE, FIRST_LOOK, STEPPING, EVALUATING, SAVING, INSTALLING],
+    [LOADING, REFERENCE, FIRST_EVALUATION, STEPPING, EVALUATING, SAVING, INSTALLING],
     ids=lambda p: p[0][17:],
 )
-def test_a_signal_saves_and_the_same_command_ends_as_if_it_had_not_come(
+def test_rerun_after_a_signal_ends_with_the_files_of_an_uninterrupted_run(
     zygotes: Zygote,
     commands: dict[str, list[str]],
-    whole: dict[str, dict[str, Any]],
+    uninterrupted: dict[str, dict[str, Any]],
     tmp_path: Path,
     phase: tuple[str, int],
     name: str,
     verb: str,
 ) -> None:
-    place = tmp_path / "run"
-    status = zygotes.run(commands[verb], place, (*phase, [name]))
-    log = (place / "log.txt").read_text()
-    assert status == NUMBERS[name], log
+    folder = tmp_path / "run"
+    status = zygotes.run(commands[verb], folder, (*phase, [name]))
+    log = (folder / "log.txt").read_text()
+    assert status == EXIT_STATUS[name], log
     assert (
         f"yeonma: {NAMES[name]}: saving a checkpoint, then stopping; a second signal kills the run at once"
         in log
     )
     assert f"stopped by {NAMES[name]}" in log
     assert "Traceback" not in log
-    saved = sorted((place / "out").glob("checkpoint-*"))
+    saved = sorted((folder / "out").glob("checkpoint-*"))
     assert bool(saved) == (phase not in BEFORE_THE_FIRST_STEP)
-    assert not in_save(place / "out")
-    if phase == STEPPING:  # the step that it was in is finished and saved
-        assert place / "out" / "checkpoint-5" in saved
+    assert not in_save(folder / "out")
+    if phase == STEPPING:  # the current step is finished and saved
+        assert folder / "out" / "checkpoint-5" in saved
         assert "out/checkpoint-5 is saved: run the same command to continue" in log
-    assert zygotes.run(commands[verb], place) == 0
-    log = (place / "log.txt").read_text()
+    assert zygotes.run(commands[verb], folder) == 0
+    log = (folder / "log.txt").read_text()
     assert ("continuing after step" in log) == (phase not in BEFORE_THE_FIRST_STEP)
-    assert left_behind(place / "out", checkpoints=False) == whole[verb]
+    assert left_behind(folder / "out", checkpoints=False) == uninterrupted[verb]
 
 
 @pytest.mark.parametrize("phase", [LOADING, STEPPING, EVALUATING, SAVING], ids=lambda phase: phase[0][17:])
-def test_a_second_signal_ends_it_at_once_and_harms_nothing(
+def test_run_killed_by_a_second_signal_resumes_to_the_same_result(
     zygotes: Zygote,
     commands: dict[str, list[str]],
-    whole: dict[str, dict[str, Any]],
+    uninterrupted: dict[str, dict[str, Any]],
     tmp_path: Path,
     phase: tuple[str, int],
 ) -> None:
-    place = tmp_path / "run"
-    assert zygotes.run(commands["sft"], place, (*phase, ["SIGTERM", "SIGTERM"])) == 143
-    assert zygotes.run(commands["sft"], place) == 0
-    assert left_behind(place / "out", checkpoints=False) == whole["sft"]
+    folder = tmp_path / "run"
+    assert zygotes.run(commands["sft"], folder, (*phase, ["SIGTERM", "SIGTERM"])) == 143
+    assert zygotes.run(commands["sft"], folder) == 0
+    assert left_behind(folder / "out", checkpoints=False) == uninterrupted["sft"]
 
 
-def test_the_time_limit_stops_with_a_checkpoint(
-    zygotes: Zygote, commands: dict[str, list[str]], whole: dict[str, dict[str, Any]], tmp_path: Path
+def test_time_limit_stops_the_run_with_a_checkpoint(
+    zygotes: Zygote, commands: dict[str, list[str]], uninterrupted: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    place, words = tmp_path / "run", [*commands["sft"], "--time_limit", "1h"]
-    assert zygotes.run(words, place, (*STEPPING, ["HOUR"])) == 75
-    log = (place / "log.txt").read_text()
+    folder, arguments = tmp_path / "run", [*commands["sft"], "--time_limit", "1h"]
+    assert zygotes.run(arguments, folder, (*STEPPING, ["HOUR"])) == 75
+    log = (folder / "log.txt").read_text()
     assert "stopped by time_limit after step 5 of 27; out/checkpoint-5 is saved" in log
-    assert zygotes.run(words, place, (*LOADING, ["HOUR"])) == 75
-    assert "stopped by time_limit; all work so far is kept" in (place / "log.txt").read_text()
-    assert zygotes.run(commands["sft"], place) == 0  # the limit is no part of what is trained
-    results = left_behind(place / "out", checkpoints=False)
-    assert results == whole["sft"]
+    assert zygotes.run(arguments, folder, (*LOADING, ["HOUR"])) == 75
+    assert "stopped by time_limit; all work so far is kept" in (folder / "log.txt").read_text()
+    assert zygotes.run(commands["sft"], folder) == 0  # the run may continue without the limit
+    results = left_behind(folder / "out", checkpoints=False)
+    assert results == uninterrupted["sft"]
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("11h30m", 41400), ("90m", 5400), ("45s", 45), ("1d", 86400), ("1:30:00", 5400), ("1-12:00:00", 129600)],
 )
-def test_times(text: str, seconds: int) -> None:
+def test_durations_are_converted_to_seconds(text: str, seconds: int) -> None:
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "0s", "-5m", "30", "1h 30m", "h", ""])
-def test_what_is_no_time_is_told_before_anything_else(tmp_path: Path, text: str) -> None:
+def test_invalid_time_limit_is_refused_before_the_run_starts(tmp_path: Path, text: str) -> None:
     done = sft(tmp_path / "out", tmp_path, tmp_path / "none.jsonl", time_limit=text)
     assert done.status == 2
     assert f'time_limit: "{text}" is not a duration; write it as 11h30m, 90m, 45s or 1:30:00' in done.err
     assert not done.folder.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(
     zygotes: Zygote, commands: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """The signal goes to the process that was started, as a job queue sends it; it passes it on."""
-    words = [*commands["sft"], "--nproc", "2", "--num_epochs", "12", "--early_stopping_patience", "50"]
+    """The signal goes only to the process that was started, as from a job queue; that process passes it on."""
+    arguments = [*commands["sft"], "--nproc", "2", "--num_epochs", "12", "--early_stopping_patience", "50"]
     environment = {**os.environ, "YEONMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 
-    place = tmp_path / "stopped"
-    place.mkdir()
-    command = [sys.executable, "-m", "yeonma", *words]
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    command = [sys.executable, "-m", "yeonma", *arguments]
     stopped = subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert stopped.stdout is not None
     lines = []
@@ -170,9 +172,9 @@ def test_two_processes_stop_after_the_same_step(
     assert stopped.wait() == 143, "".join(lines)
     assert sum("stopped by SIGTERM after step" in line for line in lines) == 1
     assert not any("Traceback" in line for line in lines)
-    assert zygotes.run_together(words, tmp_path / "untouched") == 0
+    assert zygotes.run_together(arguments, tmp_path / "untouched") == 0
     assert (tmp_path / "untouched" / "log.txt").read_text()
-    assert zygotes.run_together(words, place) == 0
-    assert "continuing after step" in (place / "log.txt").read_text()
-    results = left_behind(place / "out", checkpoints=False)
+    assert zygotes.run_together(arguments, folder) == 0
+    assert "continuing after step" in (folder / "log.txt").read_text()
+    results = left_behind(folder / "out", checkpoints=False)
     assert results == left_behind(tmp_path / "untouched" / "out", checkpoints=False)

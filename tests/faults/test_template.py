@@ -1,4 +1,4 @@
-"""Faults of templates, ours or the model's own, by their numbers in the list of faults."""
+"""Faults of templates and of the model's chat template, numbered as in the list of faults."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_fault_31_unknown_field(write: Write, refused: Refused, data: Path) -> N
     ]
 
 
-def test_fault_31_where_the_library_reads_the_rows(tmp_path: Path, refused: Refused) -> None:
+def test_fault_31_unknown_field_in_a_datasets_folder(tmp_path: Path, refused: Refused) -> None:
     from datasets import Dataset
 
     Dataset.from_list(ROWS[:1]).save_to_disk(str(tmp_path / "saved"))
@@ -84,7 +84,7 @@ def test_fault_33_no_field_or_only_the_answer(write: Write, refused: Refused, da
     assert refused(data, template=variants) == [f"t.txt:4: {what}; {cure}"]
 
 
-def test_fault_34_the_answer_shown_in_the_prompt(write: Write, refused: Refused, data: Path) -> None:
+def test_fault_34_the_answer_field_in_the_prompt(write: Write, refused: Refused, data: Path) -> None:
     what = 'the prompt shows "title", which is the answer (the last field)'
     cure = "remove it from the prompt, or the model learns to copy it"
     for text, place in {
@@ -114,8 +114,8 @@ def test_fault_35_braces_in_the_data(write: Write, accepted: Accepted) -> None:
 
 def test_fault_36_crlf_line_ends(write: Write, accepted: Accepted, data: Path) -> None:
     with_lf = "Of\n\n{document}:\n{title}\n---\n{document}\n{title}\n"
-    for ends in ("\r\n", "\r"):
-        template = write("t.txt", "\ufeff" + with_lf.replace("\n", ends))
+    for line_end in ("\r\n", "\r"):
+        template = write("t.txt", "\ufeff" + with_lf.replace("\n", line_end))
         taken = accepted(data, template=template)
         assert taken.texts == [("Of\n\na b:\n", f"t{END}"), ("Of\n\nc d:\n", f"u{END}")]
         assert (taken.done.folder / "template.txt").read_bytes() == with_lf.encode()
@@ -146,11 +146,11 @@ def test_fault_38_code_in_a_template(write: Write, refused: Refused, accepted: A
         assert line.startswith(f't.txt:{number}:1: "{{{code}}}" is not a field: ')
         assert line.endswith('; write "{{" and "}}" for literal braces')
     literal = "{{''.__class__}} {{7*7}} {{document}} ${{x}} {{% if %}} %(document)s\n{document}:\n{title}"
-    shown = "{''.__class__} {7*7} {document} ${x} {% if %} %(document)s\na b:\n"
-    assert accepted(data, template=write("t.txt", literal)).texts[0] == (shown, f"t{END}")
+    expected = "{''.__class__} {7*7} {document} ${x} {% if %} %(document)s\na b:\n"
+    assert accepted(data, template=write("t.txt", literal)).texts[0] == (expected, f"t{END}")
 
 
-LOOPS = {
+LOOPING_TEMPLATES = {
     "for": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
     "{% endfor %}{% endfor %}{% endfor %}",
     "after the first row": "{% if 'q' in messages[0].content %}{% for a in range(99999) %}"
@@ -158,22 +158,22 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", LOOPING_TEMPLATES)
 def test_fault_39_a_chat_template_that_loops(
     tmp_path: Path, refused: Refused, turns: Path, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
     assert chat.RENDER_SECONDS <= 10
     monkeypatch.setattr(chat, "RENDER_SECONDS", 0.3)
-    base = tiny_base(tmp_path / "model", byte_level(LOOPS[loop]))
+    base = tiny_base(tmp_path / "model", byte_level(LOOPING_TEMPLATES[loop]))
     threads = threading.active_count()
     (line,) = refused(turns, base_model=base, template=None)
     place = "chat template" if loop == "for" else "turns.jsonl:1"
     what = "the model's chat template did not end within 0.3 seconds"
     assert line == f"{place}: {what}; use a template without turns"
-    assert threading.active_count() == threads  # nothing goes on looping
+    assert threading.active_count() == threads  # no thread goes on rendering
 
 
-REACHES_OUT = {
+FORBIDDEN = {
     "{% include 'secret.txt' %}": "no loader for this environment",
     "{% import 'secret.txt' as found %}{{ found }}": "no loader for this environment",
     "{% extends 'secret.txt' %}": "no loader for this environment",
@@ -187,21 +187,26 @@ REACHES_OUT = {
 }
 
 
-@pytest.mark.parametrize("reach", REACHES_OUT)
-def test_fault_39_a_chat_template_that_asks_for_files_or_python(
-    tmp_path: Path, write: Write, refused: Refused, turns: Path, monkeypatch: pytest.MonkeyPatch, reach: str
+@pytest.mark.parametrize("expression", FORBIDDEN)
+def test_fault_39_a_chat_template_that_uses_files_or_python_internals(
+    tmp_path: Path,
+    write: Write,
+    refused: Refused,
+    turns: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expression: str,
 ) -> None:
     write("secret.txt", "hush")
     monkeypatch.chdir(tmp_path)
-    base = tiny_base(tmp_path / "model", byte_level(reach + CHATML))
+    base = tiny_base(tmp_path / "model", byte_level(expression + CHATML))
     (line,) = refused(turns, base_model=base, template=None)
     assert line.startswith("turns.jsonl:1: the model's chat template refuses this row: ")
-    assert REACHES_OUT[reach] in line
+    assert FORBIDDEN[expression] in line
     assert line.endswith("; change the row's turns, or use a template without turns")
     assert "hush" not in line
 
 
-def test_fault_40_two_bos(tmp_path: Path, accepted: Accepted, data: Path, turns: Path) -> None:
+def test_fault_40_two_bos_tokens(tmp_path: Path, accepted: Accepted, data: Path, turns: Path) -> None:
     tokenizer = sentencepiece_bpe(chat_template="{{ bos_token }}" + LLAMA2_CHAT)
     base = tiny_base(tmp_path / "model", tokenizer)
     for table, template in (
@@ -230,7 +235,7 @@ def test_fault_41_no_variant_fits_a_row(write: Write, refused: Refused, accepted
     assert [prompt for prompt, _ in accepted(good, template=template).texts] == ["1 2\n", "3 4\n"]
 
 
-def test_a_template_that_cannot_be_read_is_named(
+def test_unreadable_template_is_reported_with_its_name(
     tmp_path: Path, write: Write, refused: Refused, data: Path
 ) -> None:
     cure = "the built-in templates are title, alpaca, orca, chat, prompt-completion"
@@ -254,6 +259,8 @@ def test_turns_without_a_chat_template_are_refused(refused: Refused, turns: Path
     assert what in line and line.endswith("or the model's instruction-tuned version")
 
 
-def test_several_faults_of_a_template_come_together(write: Write, refused: Refused, data: Path) -> None:
+def test_several_faults_of_a_template_are_reported_together(
+    write: Write, refused: Refused, data: Path
+) -> None:
     lines = refused(data, template=write("t.txt", "{document.x} {\n{titl\u200be}"))
     assert [line.partition(": ")[0] for line in lines] == ["t.txt:1:1", "t.txt:1:14", "t.txt:2:1"]

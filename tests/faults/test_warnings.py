@@ -1,4 +1,4 @@
-"""Faults that only cause a warning, with their count and first rows, by their numbers in the list of faults."""
+"""Faults that only cause a warning with their count and first rows, numbered as in the list of faults."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TEMPLATE = "{document}\n{title}"
 
 
 def rows(count: int, **changed: Mapping[str, str]) -> list[dict[str, str]]:
-    """Rows that are all unlike; `r3={...}` changes the third."""
+    """Rows without duplicates. `r3={...}` changes the third."""
     plain = [{"document": f"{number}. article", "title": f"title {number}"} for number in range(1, count + 1)]
     return [{**row, **changed.get(f"r{number}", {})} for number, row in enumerate(plain, start=1)]
 
 
 def lines_with(out: str, phrase: str) -> list[str]:
-    """Lines that say so; the data's path before it, which has the test's name in it, does not count."""
+    """The lines with the phrase after the data's path, which itself contains the test's name."""
     return [
         line for line in out.splitlines() if ".jsonl: " in line and phrase in line.rpartition(".jsonl: ")[2]
     ]
 
 
-def one_line(out: str, phrase: str, count: int, numbers: Sequence[int]) -> None:
-    """One line says so, with the number of rows and the first of them."""
+def assert_one_line(out: str, phrase: str, count: int, numbers: Sequence[int]) -> None:
+    """Checks that exactly one line has the phrase, with the number of rows and the first row numbers."""
     (line,) = lines_with(out, phrase)
     listed = f"{'row' if count == 1 else 'rows'} {', '.join(map(str, numbers))}"
     assert listed in line
@@ -47,28 +47,31 @@ PHRASES = (
 )
 
 
-def test_nothing_is_told_of_rows_in_order(tmp_path: Path, accepted: Accepted) -> None:
+def test_faultless_rows_cause_no_warning(tmp_path: Path, accepted: Accepted) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", rows(20))
     out = accepted(data, template=TEMPLATE, val_set_size=5).done.out
     assert [phrase for phrase in PHRASES if lines_with(out, phrase)] == []
 
 
+@pytest.mark.slow
 def test_fault_19_a_row_of_ten_megabytes(tmp_path: Path, accepted: Accepted) -> None:
     long = "a storm closed the harbour. " * (11_000_000 // 28)
     data = write_jsonl(tmp_path / "a.jsonl", rows(4, r3={"document": long}))
     taken = accepted(data, template=TEMPLATE, cutoff_len=60)
-    one_line(taken.done.out, "over 10 MB", 1, [3])
-    assert [len(prompt) < 400 for prompt, _ in taken.texts] == [True] * 4  # as truncation says
+    assert_one_line(taken.done.out, "over 10 MB", 1, [3])
+    assert [len(prompt) < 400 for prompt, _ in taken.texts] == [True] * 4  # shortened to cutoff_len
     assert taken.texts[2][0].startswith("a storm closed")
     assert taken.texts[2][1] == "title 3<|endoftext|>"
 
 
 def test_fault_25_decomposed_hangul(tmp_path: Path, accepted: Accepted) -> None:
     korean = {"document": "서울의 아침", "title": "첫 영하"}
-    apart = {key: unicodedata.normalize("NFD", text) for key, text in korean.items()}
-    data = write_jsonl(tmp_path / "a.jsonl", rows(20, r2=korean, r3=apart, r17={"title": apart["title"]}))
+    decomposed = {key: unicodedata.normalize("NFD", text) for key, text in korean.items()}
+    data = write_jsonl(
+        tmp_path / "a.jsonl", rows(20, r2=korean, r3=decomposed, r17={"title": decomposed["title"]})
+    )
     taken = accepted(data, template=TEMPLATE)
-    one_line(taken.done.out, "decomposed", 2, [3, 17])
+    assert_one_line(taken.done.out, "decomposed", 2, [3, 17])
     assert len(taken.texts) == 20
 
 
@@ -78,7 +81,7 @@ def test_fault_25_zero_width_characters(write: Write, accepted: Accepted, hidden
     for ascii_only in (True, False):
         text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in table)
         taken = accepted(write("a.jsonl", text), template=TEMPLATE)
-        one_line(taken.done.out, "zero-width", 2, [3, 17])
+        assert_one_line(taken.done.out, "zero-width", 2, [3, 17])
         assert len(taken.texts) == 20
 
 
@@ -86,7 +89,7 @@ def test_fault_26_special_token_text_in_the_data(tmp_path: Path, accepted: Accep
     table = rows(20, r3={"document": "a <|im_end|> b"}, r17={"title": "c <|endoftext|> d"})
     data = write_jsonl(tmp_path / "a.jsonl", table)
     taken = accepted(data, template=TEMPLATE)
-    one_line(taken.done.out, "special-token text", 2, [3, 17])
+    assert_one_line(taken.done.out, "special-token text", 2, [3, 17])
     store, tokenizer = taken.prepared.dataset.train.store, taken.prepared.tokenizer
     assert taken.texts[2][0] == "a <|im_end|> b\n"
     ids = store[2].token_ids.tolist()
@@ -94,16 +97,16 @@ def test_fault_26_special_token_text_in_the_data(tmp_path: Path, accepted: Accep
     assert store[16].token_ids.tolist().count(tokenizer.eos_token_id) == 1  # the answer's own end
 
 
-def test_fault_27_rows_that_stand_more_than_once(tmp_path: Path, accepted: Accepted) -> None:
-    twin = {"document": "same", "title": "same title"}
-    data = write_jsonl(tmp_path / "a.jsonl", rows(20, r1=twin, r3=twin, r17=twin))
+def test_fault_27_duplicate_rows(tmp_path: Path, accepted: Accepted) -> None:
+    duplicate = {"document": "same", "title": "same title"}
+    data = write_jsonl(tmp_path / "a.jsonl", rows(20, r1=duplicate, r3=duplicate, r17=duplicate))
     taken = accepted(data, template=TEMPLATE)
     (line,) = lines_with(taken.done.out, "repeat an earlier row")
     assert "rows 1, 3, 17" in line or "rows 3, 17" in line
     assert len(taken.texts) == 20
 
 
-def test_fault_27_rows_in_training_and_validation(tmp_path: Path, accepted: Accepted) -> None:
+def test_fault_27_validation_rows_that_are_also_training_rows(tmp_path: Path, accepted: Accepted) -> None:
     training = write_jsonl(tmp_path / "a.jsonl", rows(20))
     shared = [rows(20)[number - 1] for number in (3, 17)]
     validation = write_jsonl(tmp_path / "b.jsonl", [{"document": "new", "title": "new"}, *shared])
@@ -115,10 +118,9 @@ def test_fault_27_rows_in_training_and_validation(tmp_path: Path, accepted: Acce
     assert lines_with(quiet, "validation rows that are also training rows") == []
 
 
-def test_fault_27_the_same_row_drawn_into_both(tmp_path: Path, accepted: Accepted) -> None:
-    twins = [
-        row for row in rows(10) for _ in range(2)
-    ]  # five drawn are an odd number: some twin stays behind
-    data = write_jsonl(tmp_path / "a.jsonl", twins)
+def test_fault_27_duplicates_split_into_training_and_validation(tmp_path: Path, accepted: Accepted) -> None:
+    # an odd number of rows is drawn for validation, so at least one pair is split
+    duplicates = [row for row in rows(10) for _ in range(2)]
+    data = write_jsonl(tmp_path / "a.jsonl", duplicates)
     taken = accepted(data, template=TEMPLATE, val_set_size=5)
     assert len(lines_with(taken.done.out, "validation rows that are also training rows")) == 1

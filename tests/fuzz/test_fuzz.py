@@ -1,4 +1,4 @@
-"""A short run of every target, with the same cases every time; and tests of the harness."""
+"""A short run of every target, with the same cases every time, and tests of the harness."""
 
 from __future__ import annotations
 
@@ -19,36 +19,41 @@ from yeonma.errors import UserError
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_whatever_is_read_ends_in_success_or_in_an_error_that_helps(name: str, tmp_path: Path) -> None:
+def test_every_target_case_succeeds_or_ends_in_a_helpful_error(name: str, tmp_path: Path) -> None:
     tally = run_target(target_of(name), CASES[name] // 50, tmp_path, first_seed=0)
     assert tally.failures == []
     assert tally.cases == CASES[name] // 50
     assert tally.refused > 0, "nothing was damaged"  # the harness checks that valid cases are accepted
 
 
-def harmless(case: int, sandbox: Sandbox) -> None:
+def refuse_odd_cases(case: int, sandbox: Sandbox) -> None:
     if case % 2:
         raise UserError("odd", place="case")
 
 
-def target(read: Callable[[int, Sandbox], None]) -> Target:
-    def some(case: int, sandbox: Sandbox) -> None:
-        harmless(case, sandbox)
+def target_with(read: Callable[[int, Sandbox], None]) -> Target:
+    def read_case(case: int, sandbox: Sandbox) -> None:
+        refuse_odd_cases(case, sandbox)
         if case == 4:
             read(case, sandbox)
 
     return Target(
-        "own", st.sampled_from(range(6)), 0, lambda case: {"data": b"x"}, some, lambda folder: {"out/a": b"1"}
+        "own",
+        st.sampled_from(range(6)),
+        0,
+        lambda case: {"data": b"x"},
+        read_case,
+        lambda folder: {"out/a": b"1"},
     )
 
 
 def failures_of(read: Callable[[int, Sandbox], None], folder: Path) -> str:
-    tally = run_target(target(read), 40, folder, first_seed=0)
+    tally = run_target(target_with(read), 40, folder, first_seed=0)
     return "\n".join(tally.failures)
 
 
-def test_cases_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
-    tally = run_target(target(lambda case, sandbox: None), 40, tmp_path, first_seed=0)
+def test_cases_are_counted_as_accepted_or_refused(tmp_path: Path) -> None:
+    tally = run_target(target_with(lambda case, sandbox: None), 40, tmp_path, first_seed=0)
     assert tally.accepted + tally.refused == tally.cases == 40
     assert tally.accepted > 5 and tally.refused > 5 and not tally.failures
 
@@ -71,7 +76,7 @@ def test_cases_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
         (lambda case, sandbox: fail(SystemExit(3)), "SystemExit: 3"),
     ],
 )
-def test_what_a_case_must_not_do_is_a_failure(
+def test_forbidden_behaviour_of_a_case_is_a_failure(
     read: Callable[[int, Sandbox], None], message: str, tmp_path: Path
 ) -> None:
     failures = failures_of(read, tmp_path)
@@ -83,7 +88,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_a_case_that_does_not_end_is_ended_and_named(tmp_path: Path) -> None:
+def test_hanging_case_is_stopped_and_saved(tmp_path: Path) -> None:
     started = monotonic()
     with pytest.raises(Hang), bounded("case 7", tmp_path / "last-case.txt", seconds=0.2):
         while True:
@@ -93,18 +98,18 @@ def test_a_case_that_does_not_end_is_ended_and_named(tmp_path: Path) -> None:
     assert (tmp_path / "last-case.txt").read_text() == "case 7\n"
 
 
-def test_memory_is_bounded_for_a_while_only() -> None:
+def test_bounded_memory_limits_only_its_block() -> None:
     with bounded_memory(1 << 30), pytest.raises(MemoryError):
         bytearray(1 << 31)
     assert len(bytearray(1 << 10)) == 1 << 10
 
 
-def test_the_working_directory_and_the_environment_come_back(tmp_path: Path) -> None:
+def test_working_directory_and_environment_are_restored(tmp_path: Path) -> None:
     before = os.getcwd(), dict(os.environ)
     failures_of(lambda case, sandbox: fail(ValueError("no")), tmp_path)
     assert (os.getcwd(), dict(os.environ)) == before
 
 
 @pytest.mark.parametrize("cases", [1, 7, 100, 10_000])
-def test_cases_are_shared_out_whole(cases: int) -> None:
+def test_cases_per_target_sum_to_the_requested_number(cases: int) -> None:
     assert sum(cases_per_target(cases, list(CASES)).values()) == cases

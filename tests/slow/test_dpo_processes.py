@@ -1,4 +1,4 @@
-"""`yeonma dpo` in several processes does what one does, the reference included."""
+"""`yeonma dpo` in several processes gives the results of one process, including the reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def settings_of(output: Path, base: Path, data: Path, settings: Mapping[str, obj
     return {"base_model": base, "data_path": data, "output_dir": output, **PLAIN, **settings}
 
 
-def started(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
+def run_command(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
     words = arguments(settings_of(output, base, data, settings))
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
     return Done(done.returncode, output, done.stdout, done.stderr)
 
 
-def forked(zygotes: Zygote, output: Path, base: Path, data: Path, **settings: object) -> Done:
+def run_forked(zygotes: Zygote, output: Path, base: Path, data: Path, **settings: object) -> Done:
     return together(zygotes, "dpo", settings_of(output, base, data, settings))
 
 
 def assert_same_run(several: Done, one: Done) -> None:
     assert (several.status, several.err) == (0, "")
-    unlike = {"seconds", "peak_memory_bytes", "reward_accuracy"}
+    not_compared = {"seconds", "peak_memory_bytes", "reward_accuracy"}
     for ours, theirs in zip(several.lines, one.lines, strict=True):
         assert ours.keys() == theirs.keys()
-        for name in ours.keys() - unlike:
+        for name in ours.keys() - not_compared:
             if ours[name] is not None or theirs[name] is not None:
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), name
     for name, weight in several.weights.items():
@@ -53,49 +53,52 @@ def assert_same_run(several: Done, one: Done) -> None:
 
 
 @pytest.mark.parametrize("command", ["torchrun", "nproc"])
-def test_two_processes_give_the_losses_and_rewards_of_one(
+def test_two_processes_give_the_losses_and_rewards_of_one_process(
     zygotes: Zygote, tmp_path: Path, base: Path, command: str
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", pairs(17))
     settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "eval_steps": 2, "num_epochs": 2}
     one = tuned(tmp_path / "one", base, data, **settings, cache_dir=tmp_path / "a")
-    words = (
+    start = (
         [*TORCHRUN, "dpo-trainer.py"] if command == "torchrun" else [sys.executable, "-m", "yeonma", "dpo"]
     )
-    more = {} if command == "torchrun" else {"nproc": 2}
-    two = started(words, tmp_path / "two", base, data, **settings, **more, cache_dir=tmp_path / "b")
+    nproc_setting = {} if command == "torchrun" else {"nproc": 2}
+    two = run_command(
+        start, tmp_path / "two", base, data, **settings, **nproc_setting, cache_dir=tmp_path / "b"
+    )
     assert_same_run(two, one)
     assert two.out.count("reference: 17 of 17 computed") == 1
-    again = forked(zygotes, tmp_path / "again", base, data, **settings, cache_dir=tmp_path / "b")
-    assert "reference: " not in again.out  # both processes know what the first of them has read
+    again = run_forked(zygotes, tmp_path / "again", base, data, **settings, cache_dir=tmp_path / "b")
+    assert "reference: " not in again.out  # the first process reads the cache for both
     assert again.losses == two.losses
 
 
-def test_two_processes_that_lost_the_cache_get_the_same_reference_again(
+def test_resumed_processes_recompute_the_same_reference_without_the_cache(
     zygotes: Zygote, tmp_path: Path, base: Path
 ) -> None:
     data, cache, out = write_jsonl(tmp_path / "rows.jsonl", pairs(17)), tmp_path / "cache", tmp_path / "out"
     settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "save_steps": 1, "lora_dropout": 0.1}
-    uninterrupted = forked(zygotes, out, base, data, **settings, cache_dir=cache)
+    uninterrupted = run_forked(zygotes, out, base, data, **settings, cache_dir=cache)
     assert (uninterrupted.status, uninterrupted.err) == (0, "")
-    (file,) = cache.glob("*.reference")
-    weights, values = uninterrupted.weight_bytes, file.read_bytes()
-    state = json.loads(
-        (out / "run.json").read_text(encoding="utf-8")
-    )  # as a kill after the first step leaves it
+    (reference_file,) = cache.glob("*.reference")
+    weights, reference_bytes = uninterrupted.weight_bytes, reference_file.read_bytes()
+    # Leave the folder as a kill after the first step does.
+    state = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert state["finished"] is True
     (out / "run.json").write_text(json.dumps({**state, "finished": False}), encoding="utf-8")
     for step in (2, 3):
         shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
     (out / "adapter_model.safetensors").unlink()
-    file.unlink()
-    again = forked(zygotes, out, base, data, **settings, cache_dir=cache)
-    assert "continuing after step 1 of 3" in again.out
-    assert file.read_bytes() == values
-    assert again.weight_bytes == weights
+    reference_file.unlink()
+    resumed = run_forked(zygotes, out, base, data, **settings, cache_dir=cache)
+    assert "continuing after step 1 of 3" in resumed.out
+    assert reference_file.read_bytes() == reference_bytes
+    assert resumed.weight_bytes == weights
 
 
-def test_kto_in_two_processes_measures_the_whole_step(zygotes: Zygote, tmp_path: Path, base: Path) -> None:
+def test_kto_in_two_processes_gives_the_results_of_one_process(
+    zygotes: Zygote, tmp_path: Path, base: Path
+) -> None:
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
         for i, row in enumerate(pairs(11))
@@ -103,6 +106,6 @@ def test_kto_in_two_processes_measures_the_whole_step(zygotes: Zygote, tmp_path:
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings: dict[str, object] = {"loss": "kto", "batch_size": 5, "num_epochs": 3, "beta": 0.5}
     one = tuned(tmp_path / "one", base, data, **settings)
-    two = forked(zygotes, tmp_path / "two", base, data, **settings)
+    two = run_forked(zygotes, tmp_path / "two", base, data, **settings)
     assert_same_run(two, one)
     assert any(step["reference_point"] > 0 for step in one.steps)

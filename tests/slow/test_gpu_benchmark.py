@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_harness_measures_and_compares_on_the_cpu(tmp_path: Path) -> None:
+def test_gpu_benchmark_measures_and_compares_contenders_on_the_cpu(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    words = "--tiny true --rounds 1 --steps 2 --workloads long dpo --contenders yeonma transformers-4 trl-2"
-    words += " --quantizations none fp8"
+    flags = "--tiny true --rounds 1 --steps 2 --workloads long dpo --contenders yeonma transformers-4 trl-2"
+    flags += " --quantizations none fp8"
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", *words.split(), "--output", str(output)],
+        [sys.executable, "benchmarks/gpu.py", *flags.split(), "--output", str(output)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -41,10 +41,10 @@ def test_the_harness_measures_and_compares_on_the_cpu(tmp_path: Path) -> None:
     assert "| tiny | long | float32 | transformers Trainer, micro-batch 4, checkpointing |" in done.stdout
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def test_gpu_benchmark_without_a_gpu_exits_with_an_error() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True, env=hidden
+        [sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 2
     assert "no CUDA device; --tiny true proves the harness on the CPU" in done.stderr

@@ -1,4 +1,4 @@
-"""Several processes do what one does, and the tutorial's command runs as it stands."""
+"""Runs of several processes match runs of one, and the tutorial's command runs unchanged."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(21))
 
 
-def started(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
-    """The run of `tests.runs.sft`, in processes of their own."""
+def run_command(command: list[str], output: Path, base: Path, data: Path, **settings: object) -> Done:
+    """Like `tests.runs.sft`, but in separate processes."""
     options = {"base_model": base, "data_path": data, "output_dir": output, **SETTINGS, **settings}
     done = subprocess.run([*command, *arguments(options)], cwd=ROOT, capture_output=True, text=True)
     return Done(done.returncode, output, done.stdout, done.stderr)
@@ -51,16 +51,16 @@ def assert_same_run(several: Done, one: Done) -> None:
     assert len(list(several.folder.rglob("metrics.jsonl"))) == 1
     assert {path.name for path in several.folder.iterdir()} == {path.name for path in one.folder.iterdir()}
     step_lines = [line for line in several.out.splitlines() if " step " in f" {line}"]
-    assert len(step_lines) == len(one.lines)  # one process speaks
+    assert len(step_lines) == len(one.lines)  # only one process prints
 
 
-def test_two_processes_under_torchrun_give_the_losses_of_one(tmp_path: Path, base: Path, data: Path) -> None:
+def test_two_torchrun_processes_match_the_results_of_one(tmp_path: Path, base: Path, data: Path) -> None:
     settings: dict[str, object] = {"batch_size": 5, "val_set_size": 4, "eval_steps": 2, "num_epochs": 2}
     one = trained(tmp_path / "one", base, data, **settings)
     assert {line["examples"] for line in one.steps} == {5, 2}
-    two = started([*TORCHRUN, "sft-trainer.py"], tmp_path / "two", base, data, **settings)
+    two = run_command([*TORCHRUN, "sft-trainer.py"], tmp_path / "two", base, data, **settings)
     assert_same_run(two, one)
-    # the same also where sets of names come in another order: each process has a hash seed of its own
+    # also equal although each process has its own hash seed, which changes the order of sets
     config = "adapter_config.json"
     assert (two.folder / config).read_bytes() == (one.folder / config).read_bytes()
 
@@ -68,7 +68,7 @@ def test_two_processes_under_torchrun_give_the_losses_of_one(tmp_path: Path, bas
 def test_a_step_may_have_fewer_rows_than_there_are_processes(tmp_path: Path, base: Path, data: Path) -> None:
     settings: dict[str, object] = {"batch_size": 1, "max_steps": 4, "num_epochs": None}
     one = trained(tmp_path / "one", base, data, **settings)
-    assert_same_run(started(YEONMA, tmp_path / "two", base, data, **settings, nproc=2), one)
+    assert_same_run(run_command(YEONMA, tmp_path / "two", base, data, **settings, nproc=2), one)
 
 
 GRADIENTS = """
@@ -94,8 +94,8 @@ def test_a_parameter_keeps_a_gradient_if_any_process_has_one(tmp_path: Path) -> 
     assert done.stdout == "[3.0, 6.0] [5.0, 0.0] None [1.0]\n"
 
 
-def test_a_mistake_is_told_once_by_several_processes(tmp_path: Path, base: Path, data: Path) -> None:
-    done = started(YEONMA, tmp_path / "out", base, data, early_stopping_patience=2, nproc=2)
+def test_several_processes_report_an_error_once(tmp_path: Path, base: Path, data: Path) -> None:
+    done = run_command(YEONMA, tmp_path / "out", base, data, early_stopping_patience=2, nproc=2)
     cure = "give val_set_size or val_data_path"
     message = f"yeonma: early_stopping_patience: it follows the validation loss; {cure}\n"
     assert (done.status, done.err) == (2, message)
@@ -111,12 +111,12 @@ torchrun --nproc_per_node=4 --master_port=1234 sft-trainer.py \
 """
 
 
-def test_the_tutorials_command_runs_as_it_stands(tmp_path: Path) -> None:
+def test_tutorial_command_runs_unchanged(tmp_path: Path) -> None:
     tokenizer = byte_level()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )  # fmt: skip
-    model = tmp_path / "beomi" / "llama-2-ko-7b"  # folders by the names that the hub has
+    model = tmp_path / "beomi" / "llama-2-ko-7b"  # folders named like the repositories on the hub
     LlamaForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     rows = tmp_path / "daekeun-ml" / "naver-news-summarization-ko"

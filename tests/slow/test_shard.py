@@ -1,4 +1,4 @@
-"""Sharded runs of two processes beside runs of one: families, losses, uneven shares, resuming, and memory."""
+"""Sharded runs of two processes, compared with runs of one: families, losses, uneven shares, resuming, and memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sharded(zygotes: Zygote, verb: str, output: Path, base: Path, data: Path, **
     [
         ("sft", "llama", {"gradient_checkpointing": True}),
         ("sft", "llama", {"batch_size": 1, "max_steps": 4, "num_epochs": None}),
-        ("sft", "gpt2", {"cutoff_len": 128}),  # a tied head, in PyTorch's other dense layer
+        ("sft", "gpt2", {"cutoff_len": 128}),  # a tied head, and Conv1D instead of Linear layers
         ("sft", "bloom", {}),  # one sequence at a time
         ("sft", "gemma2", {"use_dora": True}),
         ("sft", "qwen3_moe", {}),
@@ -43,7 +43,7 @@ def sharded(zygotes: Zygote, verb: str, output: Path, base: Path, data: Path, **
         ("dpo", "llama", {"loss": "kto"}),
     ],
 )
-def test_a_sharded_run_has_the_losses_of_a_whole_one(
+def test_sharded_run_matches_the_losses_and_weights_of_one_process(
     zygotes: Zygote, tmp_path: Path, verb: str, family: str, settings: dict[str, object]
 ) -> None:
     base = model_folder(tmp_path / "model", family)
@@ -71,25 +71,25 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one(
         assert float((weight - one.weights[name]).abs().max()) < 1e-4, name
 
 
-def test_a_sharded_run_that_is_resumed_gives_the_same_bytes(zygotes: Zygote, tmp_path: Path) -> None:
+def test_resumed_sharded_run_gives_the_same_bytes(zygotes: Zygote, tmp_path: Path) -> None:
     base = model_folder(tmp_path / "model")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(13))
     settings: dict[str, object] = {**UNEVEN, "lora_dropout": 0.2, "save_steps": 2, "num_epochs": 2}
     uninterrupted = sharded(zygotes, "sft", tmp_path / "whole", base, data, **settings)
     assert uninterrupted.status == 0, uninterrupted.err
-    part = tmp_path / "part"
-    shutil.copytree(uninterrupted.folder, part)
-    for left in part.glob("checkpoint-*"):  # as a run is found that was ended after step 2
-        if left.name != "checkpoint-2":
-            shutil.rmtree(left)
-    run = json.loads((part / "run.json").read_text())
-    (part / "run.json").write_text(json.dumps({**run, "finished": False}))
-    (part / "adapter_model.safetensors").unlink()
-    again = sharded(zygotes, "sft", part, base, data, **settings)
-    assert again.status == 0, again.err
-    assert "continuing after step 2 of" in again.out
-    assert again.weight_bytes == uninterrupted.weight_bytes
-    assert again.losses == uninterrupted.losses
+    interrupted = tmp_path / "part"
+    shutil.copytree(uninterrupted.folder, interrupted)
+    for checkpoint in interrupted.glob("checkpoint-*"):  # as if the run had ended after step 2
+        if checkpoint.name != "checkpoint-2":
+            shutil.rmtree(checkpoint)
+    run = json.loads((interrupted / "run.json").read_text())
+    (interrupted / "run.json").write_text(json.dumps({**run, "finished": False}))
+    (interrupted / "adapter_model.safetensors").unlink()
+    resumed = sharded(zygotes, "sft", interrupted, base, data, **settings)
+    assert resumed.status == 0, resumed.err
+    assert "continuing after step 2 of" in resumed.out
+    assert resumed.weight_bytes == uninterrupted.weight_bytes
+    assert resumed.losses == uninterrupted.losses
 
 
 MEMORY = """
@@ -120,7 +120,7 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
 
 
 def test_each_process_holds_half_of_the_frozen_weights(tmp_path: Path) -> None:
-    """By the tensors, and by what Linux says of the process: its own memory, and the pages of the weights' file."""
+    """By the sizes of the tensors, and by the process's memory: anonymous pages, and pages of the weights' file."""
     config = LlamaConfig(
         vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8
     )  # fmt: skip
@@ -136,7 +136,7 @@ def test_each_process_holds_half_of_the_frozen_weights(tmp_path: Path) -> None:
         unsharded = sizes["unsharded"]
         assert unsharded > 250e6
         assert sizes["local"] == pytest.approx(unsharded / 2, rel=0.01)
-        lora = 20e6  # the adapter, and code that is imported meanwhile
+        lora = 20e6  # the adapter, and code imported in the meantime
         assert sizes["after"]["RssAnon"] < unsharded / 2 + sizes["gathered"] + lora
-        assert sizes["after"]["RssFile"] < 0.2 * unsharded + lora  # the file's pages have been let go
+        assert sizes["after"]["RssFile"] < 0.2 * unsharded + lora  # the file's pages have been released
         assert sizes["passed"]["RssAnon"] < unsharded / 2 + 2 * sizes["gathered"] + lora

@@ -1,4 +1,4 @@
-"""`yeonma dpo` beside TRL's trainers: same pairs, same token ids, same LoRA start, no dropout, same AdamW."""
+"""Compares `yeonma dpo` with TRL's trainers: same pairs, token ids, LoRA start and AdamW, no dropout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from tests.runs import WORDS, Done, arguments, articles, command, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its word of warning about what is imported next
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # silences its warning about the next imports
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -34,10 +34,10 @@ LEARNING_RATE = 3e-3
 
 
 def pairs(count: int) -> list[dict[str, str]]:
-    draw = random.Random(0)
+    rng = random.Random(0)
 
-    def words(least: int, most: int) -> str:
-        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(least, most)))
+    def words(minimum: int, maximum: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(minimum, maximum)))
 
     return [
         {"prompt": f"{number}. {words(3, 10)}. title: ", "chosen": words(1, 5), "rejected": words(2, 6)}
@@ -60,16 +60,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """An adapter that supervised training has moved from its start: no matrix of it is zero any more."""
+    """An adapter after supervised training, so that none of its matrices is zero."""
     folder = tmp_path_factory.mktemp("sft")
     rows = write_jsonl(folder / "rows.jsonl", articles(20))
     return trained(folder / "out", base, rows, learning_rate=3e-2).folder
 
 
-# Ours
+# Yeonma
 
 
-def ours(output: Path, base: Path, data: Path, **settings: object) -> Done:
+def run_yeonma(output: Path, base: Path, data: Path, **settings: object) -> Done:
     settings = {
         "base_model": base,
         "data_path": data,
@@ -91,13 +91,13 @@ def ours(output: Path, base: Path, data: Path, **settings: object) -> Done:
 
 
 def first_gradients(base: Path, data: Path, output: Path, **settings: object) -> dict[str, torch.Tensor]:
-    """Of the first step: without decay of its mean, AdamW's mean is the gradient."""
-    ours(output, base, data, adam_beta1=0.0, max_grad_norm=0.0, save_steps=1, **settings)
+    """Returns the gradients of the first step: with beta1 = 0, AdamW's mean is the gradient."""
+    run_yeonma(output, base, data, adam_beta1=0.0, max_grad_norm=0.0, save_steps=1, **settings)
     state = load_file(output / "checkpoint-1" / "optimizer.safetensors")
     return {name.removesuffix("/exp_avg"): mean for name, mean in state.items() if name.endswith("/exp_avg")}
 
 
-# TRL's
+# TRL
 
 
 class FirstGradients(TrainerCallback):
@@ -113,7 +113,7 @@ class FirstGradients(TrainerCallback):
 
 
 def lora_start(base: Path, adapter: Path | None = None) -> Any:
-    """What `yeonma dpo` starts from: it draws the same numbers from the same seed."""
+    """The start of `yeonma dpo`: the same seed gives the same random numbers."""
     model = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
@@ -123,11 +123,11 @@ def lora_start(base: Path, adapter: Path | None = None) -> Any:
     )
 
 
-def in_order(rows: list[dict[str, Any]]) -> Dataset:
+def in_training_order(rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_list([rows[i] for i in epoch_order(len(rows), SEED, 0, BATCH_SIZE)])
 
 
-def trl_settings(output: Path, micro_batch: int = 2, **own: Any) -> dict[str, Any]:
+def trl_settings(output: Path, micro_batch: int = 2, **options: Any) -> dict[str, Any]:
     return {
         "output_dir": str(output),
         "per_device_train_batch_size": micro_batch,
@@ -146,28 +146,28 @@ def trl_settings(output: Path, micro_batch: int = 2, **own: Any) -> dict[str, An
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        **own,
+        **options,
     }
 
 
-def dpo_trainer(output: Path, base: Path, adapter: Path | None = None, **own: Any) -> DPOTrainer:
+def dpo_trainer(output: Path, base: Path, adapter: Path | None = None, **options: Any) -> DPOTrainer:
     return DPOTrainer(
         model=lora_start(base, adapter),
-        args=DPOConfig(**trl_settings(output, **own)),
-        train_dataset=in_order(PAIRS),
+        args=DPOConfig(**trl_settings(output, **options)),
+        train_dataset=in_training_order(PAIRS),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
 
 
-def logged(trainer: Any) -> list[dict[str, float]]:
-    """The numbers of every step."""
+def logged_steps(trainer: Any) -> list[dict[str, float]]:
+    """Returns the metrics of every step."""
     return [record for record in trainer.state.log_history if "loss" in record]
 
 
-# Both
+# Comparison
 
 
-NAMES = {
+TRL_NAMES = {
     "loss": "loss",
     "reward_chosen": "rewards/chosen",
     "reward_rejected": "rewards/rejected",
@@ -177,21 +177,22 @@ NAMES = {
 }
 
 
-def check_steps(done: Done, theirs: list[dict[str, float]], *, but: Collection[str] = ()) -> None:
-    """All numbers of all steps, `but` some; log-probabilities, of the order of 100, to 1e-5 of themselves."""
-    assert len(done.steps) == len(theirs) == STEPS
-    for name, their_name in NAMES.items():
-        if name not in but:
-            our_values, their_values = (
+def check_steps(done: Done, trl_steps: list[dict[str, float]], *, skip: Collection[str] = ()) -> None:
+    """Compares all metrics of all steps except those in `skip`. Log-probabilities, about 100, have a relative tolerance
+    of 1e-5."""
+    assert len(done.steps) == len(trl_steps) == STEPS
+    for name, trl_name in TRL_NAMES.items():
+        if name not in skip:
+            values, trl_values = (
                 [step[name] for step in done.steps],
-                [step[their_name] for step in theirs],
+                [step[trl_name] for step in trl_steps],
             )
-            assert our_values == pytest.approx(
-                their_values, abs=1e-4, rel=1e-5 if "logprob" in name else 0
-            ), name
-    for step, their_step in zip(done.steps, theirs, strict=True):
-        if step["reward_margin"] != pytest.approx(0.0, abs=1e-5):  # else the policy is its reference: ties
-            assert step["reward_accuracy"] == pytest.approx(their_step["rewards/accuracies"])
+            assert values == pytest.approx(trl_values, abs=1e-4, rel=1e-5 if "logprob" in name else 0), name
+    for step, trl_step in zip(done.steps, trl_steps, strict=True):
+        if step["reward_margin"] != pytest.approx(
+            0.0, abs=1e-5
+        ):  # at zero the policy equals its reference: ties
+            assert step["reward_accuracy"] == pytest.approx(trl_step["rewards/accuracies"])
 
 
 DPO_LOSSES: Mapping[str, dict[str, float]] = {
@@ -205,19 +206,19 @@ DPO_LOSSES: Mapping[str, dict[str, float]] = {
 
 
 @pytest.mark.parametrize("loss", DPO_LOSSES)
-def test_10_steps_are_those_of_trls_dpo_trainer(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
-    done = ours(tmp_path / "ours", base, data, loss=loss, **DPO_LOSSES[loss])
+def test_10_dpo_steps_match_trl(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
+    done = run_yeonma(tmp_path / "ours", base, data, loss=loss, **DPO_LOSSES[loss])
     trainer = dpo_trainer(tmp_path / "theirs", base, loss_type=[loss], **DPO_LOSSES[loss])
     trainer.train()
-    check_steps(done, logged(trainer))
-    assert abs(done.losses[0] - done.losses[-1]) > 1e-2  # something was learnt
+    check_steps(done, logged_steps(trainer))
+    assert abs(done.losses[0] - done.losses[-1]) > 1e-2  # the loss changed
 
 
 @pytest.mark.parametrize("loss", DPO_LOSSES)
-def test_the_first_gradient_is_that_of_trls_dpo_trainer(
+def test_first_dpo_gradient_matches_trl(
     tmp_path: Path, base: Path, data: Path, adapter: Path, loss: str
 ) -> None:
-    """With an adapter that is continued, so that both of its matrices have gradients, and is its own reference."""
+    """The run continues an adapter, so both of its matrices have gradients; the adapter is also the reference."""
     gradients = first_gradients(base, data, tmp_path / "ours", adapter=adapter, loss=loss, **DPO_LOSSES[loss])
     trainer = dpo_trainer(
         tmp_path / "theirs",
@@ -228,74 +229,83 @@ def test_the_first_gradient_is_that_of_trls_dpo_trainer(
         max_steps=1,
         **DPO_LOSSES[loss],
     )
-    theirs = FirstGradients()
-    trainer.add_callback(theirs)
+    callback = FirstGradients()
+    trainer.add_callback(callback)
     trainer.train()
-    assert gradients.keys() == theirs.gradients.keys()
+    assert gradients.keys() == callback.gradients.keys()
     for name, gradient in gradients.items():
-        assert float((gradient - theirs.gradients[name]).abs().max()) < 1e-5, name
+        assert float((gradient - callback.gradients[name]).abs().max()) < 1e-5, name
         assert float(gradient.abs().max()) > 1e-3, name
 
 
 # Without a reference
 
 
-def experimental(trainer: Any, settings: Any, base: Path) -> Any:
-    """One of TRL's experimental trainers. They put a BOS first where the tokenizer has one, whatever its own rules."""
+def experimental_trainer(trainer: Any, settings: Any, base: Path) -> Any:
+    """One of TRL's experimental trainers, without BOS: they always add the tokenizer's BOS, whatever its own rules."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.bos_token = None
     return trainer(
-        model=lora_start(base), args=settings, train_dataset=in_order(PAIRS), processing_class=tokenizer
+        model=lora_start(base),
+        args=settings,
+        train_dataset=in_training_order(PAIRS),
+        processing_class=tokenizer,
     )
 
 
-def test_10_steps_of_simpo_are_those_of_trl(tmp_path: Path, base: Path, data: Path) -> None:
-    done = ours(tmp_path / "ours", base, data, loss="simpo", simpo_gamma=0.7, label_smoothing=0.1)
-    own = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7, "label_smoothing": 0.1}
-    trainer = experimental(CPOTrainer, CPOConfig(**trl_settings(tmp_path / "theirs", **own)), base)
+def test_10_simpo_steps_match_trl(tmp_path: Path, base: Path, data: Path) -> None:
+    done = run_yeonma(tmp_path / "ours", base, data, loss="simpo", simpo_gamma=0.7, label_smoothing=0.1)
+    options = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7, "label_smoothing": 0.1}
+    trainer = experimental_trainer(
+        CPOTrainer, CPOConfig(**trl_settings(tmp_path / "theirs", **options)), base
+    )
     trainer.train()
-    check_steps(done, logged(trainer), but=("logprob_chosen", "logprob_rejected"))  # TRL's are per token
+    check_steps(
+        done, logged_steps(trainer), skip=("logprob_chosen", "logprob_rejected")
+    )  # TRL's are per token
 
 
-def test_10_steps_of_cpo_are_those_of_trl(tmp_path: Path, base: Path, data: Path) -> None:
-    """TRL's supervised term is a mean over the tokens of its micro-batch, ours over those of each answer: the same
-    where a micro-batch is one pair."""
-    done = ours(tmp_path / "ours", base, data, loss="cpo")
+def test_10_cpo_steps_match_trl(tmp_path: Path, base: Path, data: Path) -> None:
+    """TRL averages the supervised term over the tokens of a micro-batch, Yeonma over those of each answer. Both are
+    equal if a micro-batch is one pair."""
+    done = run_yeonma(tmp_path / "ours", base, data, loss="cpo")
     settings = CPOConfig(**trl_settings(tmp_path / "theirs", micro_batch=1))
-    trainer = experimental(CPOTrainer, settings, base)
+    trainer = experimental_trainer(CPOTrainer, settings, base)
     trainer.train()
-    check_steps(done, logged(trainer))
+    check_steps(done, logged_steps(trainer))
 
 
-def plain_steps(
+def torch_losses(
     base: Path, rows: list[dict[str, Any]], loss: Callable[[Callable[..., Any], list[dict[str, Any]]], Any]
 ) -> list[float]:
-    """The losses of the steps by torch and PEFT alone: `loss(answer_logprobs, rows)` of a step's rows, where
-    `answer_logprobs(prompt, answer)` are those of the answer's tokens and the end token after it."""
+    """Trains with torch and PEFT alone and returns the loss of each step, `loss(answer_logprobs, rows)`.
+    `answer_logprobs(prompt, answer)` are the log-probabilities of the answer's tokens and the end token."""
     model, tokenizer = lora_start(base), AutoTokenizer.from_pretrained(base)
 
     def answer_logprobs(prompt: str, answer: str, *, reference: bool = False) -> torch.Tensor:
-        before = tokenizer(prompt)["input_ids"]
-        ids = torch.tensor([*before, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        ids = torch.tensor([*prompt_ids, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
         with model.disable_adapter() if reference else nullcontext():
             logprobs = model(ids[None]).logits[0].log_softmax(-1)
-        return logprobs[torch.arange(len(before) - 1, len(ids) - 1), ids[len(before) :]]
+        return logprobs[torch.arange(len(prompt_ids) - 1, len(ids) - 1), ids[len(prompt_ids) :]]
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
     order, losses = epoch_order(len(rows), SEED, 0, BATCH_SIZE), []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (STEPS - step) / STEPS
-        value = loss(answer_logprobs, [rows[i] for i in order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]])
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        step_loss = loss(
+            answer_logprobs, [rows[i] for i in order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]]
+        )
+        step_loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(value.item())
+        losses.append(step_loss.item())
     return losses
 
 
-def orpo_as_written(answer_logprobs: Callable[..., torch.Tensor], rows: list[dict[str, str]]) -> torch.Tensor:
+def orpo_loss(answer_logprobs: Callable[..., torch.Tensor], rows: list[dict[str, str]]) -> torch.Tensor:
     """Hong et al. 2024, equations 3 to 7, with lambda = BETA."""
     losses = []
     for row in rows:
@@ -308,22 +318,22 @@ def orpo_as_written(answer_logprobs: Callable[..., torch.Tensor], rows: list[dic
     return torch.stack(losses).mean()
 
 
-def test_10_steps_of_orpo_are_those_of_its_formula(tmp_path: Path, base: Path, data: Path) -> None:
-    """TRL takes the supervised term over the prompt too; ours is over the answer alone, as it is asked for."""
-    done = ours(tmp_path / "ours", base, data, loss="orpo")
-    assert done.losses == pytest.approx(plain_steps(base, PAIRS, orpo_as_written), abs=1e-4)
+def test_10_orpo_steps_match_the_paper_formula(tmp_path: Path, base: Path, data: Path) -> None:
+    """TRL is no reference here: its supervised term includes the prompt, Yeonma's only the answer."""
+    done = run_yeonma(tmp_path / "ours", base, data, loss="orpo")
+    assert done.losses == pytest.approx(torch_losses(base, PAIRS, orpo_loss), abs=1e-4)
 
 
-def test_orpos_odds_ratio_and_rewards_are_trls(tmp_path: Path, base: Path, data: Path) -> None:
-    """In the first step, before the supervised terms have parted the weights."""
-    done = ours(tmp_path / "ours", base, data, loss="orpo", sft_weight=0.0)
+def test_first_orpo_odds_ratio_and_rewards_match_trl(tmp_path: Path, base: Path, data: Path) -> None:
+    """Compares the first step only: after it, different supervised terms give different weights."""
+    done = run_yeonma(tmp_path / "ours", base, data, loss="orpo", sft_weight=0.0)
     settings = ORPOConfig(**trl_settings(tmp_path / "theirs", max_steps=1))
-    trainer = experimental(ORPOTrainer, settings, base)
+    trainer = experimental_trainer(ORPOTrainer, settings, base)
     trainer.train()
-    (first,), step = logged(trainer), done.steps[0]
+    (first,), step = logged_steps(trainer), done.steps[0]
     assert step["loss"] == pytest.approx(-BETA * first["log_odds_ratio"], abs=1e-5)
     for name in ("reward_chosen", "reward_rejected", "reward_margin"):
-        assert step[name] == pytest.approx(first[NAMES[name]], abs=1e-5), name
+        assert step[name] == pytest.approx(first[TRL_NAMES[name]], abs=1e-5), name
     assert step["reward_accuracy"] == first["rewards/accuracies"]
 
 
@@ -338,7 +348,7 @@ LABELLED = [
 KTO_WEIGHTS = {"desirable": 0.75, "undesirable": 1.5}
 
 
-def kto_of(
+def kto_loss(
     answer_logprobs: Callable[..., torch.Tensor],
     rows: list[dict[str, Any]],
     others: list[dict[str, Any]],
@@ -346,17 +356,17 @@ def kto_of(
     """Ethayarajh et al. 2024, equations 7 and 8, for a step's rows; the reference point is estimated from their prompts
     with the answers of `others`."""
 
-    def log_ratio(row: dict[str, Any], answered: dict[str, Any]) -> torch.Tensor:
+    def log_ratio(row: dict[str, Any], answer_row: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad():
-            reference = answer_logprobs(row["prompt"], answered["completion"], reference=True).sum()
-        return answer_logprobs(row["prompt"], answered["completion"]).sum() - reference
+            reference = answer_logprobs(row["prompt"], answer_row["completion"], reference=True).sum()
+        return answer_logprobs(row["prompt"], answer_row["completion"]).sum() - reference
 
     with torch.no_grad():
         mismatched = torch.stack([log_ratio(row, other) for row, other in zip(rows, others, strict=True)])
-    point = mismatched.mean().clamp(min=0)
+    reference_point = mismatched.mean().clamp(min=0)
     losses = []
     for row in rows:
-        gain = log_ratio(row, row) - point
+        gain = log_ratio(row, row) - reference_point
         if row["label"]:
             losses.append(KTO_WEIGHTS["desirable"] * (1 - torch.sigmoid(BETA * gain)))
         else:
@@ -364,29 +374,31 @@ def kto_of(
     return torch.stack(losses).mean()
 
 
-def test_the_written_formula_of_kto_gives_trls_10_steps(tmp_path: Path, base: Path) -> None:
-    """TRL's other answers are those of the row before, within the batch."""
+def test_kto_paper_formula_matches_10_trl_steps(tmp_path: Path, base: Path) -> None:
+    """TRL takes the mismatched answer from the previous row of the batch."""
     weights = {f"{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
     trainer = KTOTrainer(
         model=lora_start(base),
         args=KTOConfig(**trl_settings(tmp_path / "theirs", micro_batch=BATCH_SIZE, **weights)),
-        train_dataset=in_order(LABELLED),
+        train_dataset=in_training_order(LABELLED),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
     trainer.train()
-    theirs = logged(trainer)
-    assert sum(step["kl"] > 0 for step in theirs) > 2
-    losses = plain_steps(base, LABELLED, lambda of, rows: kto_of(of, rows, [rows[-1], *rows[:-1]]))
-    assert losses == pytest.approx([step["loss"] for step in theirs], abs=1e-4)
+    trl_steps = logged_steps(trainer)
+    assert sum(step["kl"] > 0 for step in trl_steps) > 2
+    losses = torch_losses(
+        base, LABELLED, lambda logprobs, rows: kto_loss(logprobs, rows, [rows[-1], *rows[:-1]])
+    )
+    assert losses == pytest.approx([step["loss"] for step in trl_steps], abs=1e-4)
 
 
-def test_10_steps_of_kto_are_those_of_its_formula(tmp_path: Path, base: Path) -> None:
-    """Our other answers are those of the next row of the data, so that they are the same in every epoch."""
+def test_10_kto_steps_match_the_paper_formula(tmp_path: Path, base: Path) -> None:
+    """Yeonma takes the mismatched answer from the next row of the data, so it is the same in every epoch."""
     data = write_jsonl(tmp_path / "rows.jsonl", LABELLED)
     weights = {f"kto_{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
-    done = ours(tmp_path / "ours", base, data, loss="kto", **weights)
-    following = dict(zip(map(str, LABELLED), [*LABELLED[1:], LABELLED[0]], strict=True))
-    losses = plain_steps(
-        base, LABELLED, lambda of, rows: kto_of(of, rows, [following[str(row)] for row in rows])
+    done = run_yeonma(tmp_path / "ours", base, data, loss="kto", **weights)
+    next_rows = dict(zip(map(str, LABELLED), [*LABELLED[1:], LABELLED[0]], strict=True))
+    losses = torch_losses(
+        base, LABELLED, lambda logprobs, rows: kto_loss(logprobs, rows, [next_rows[str(row)] for row in rows])
     )
     assert done.losses == pytest.approx(losses, abs=1e-4)

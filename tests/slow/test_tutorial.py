@@ -1,4 +1,4 @@
-"""The commands of the docs, one page after the other as they stand there, on a tiny model: data to server."""
+"""Runs the commands of the docs pages, in order and as written, on a tiny model: from data to server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("tutorial", "data", "preferences", "hardware", "evaluate", "serve-and-export")
 """In the order in which their commands run; later pages use what earlier ones leave behind."""
 TEXT = {page: (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in PAGES}
-SPEED = {  # what a tiny model need not do at length
+SHORTER = {  # options that shorten the runs
     "sft": ["--max_steps", "2", "--save_steps", "1"],
     "dpo": ["--max_steps", "2"],
     "inspect": [],
@@ -33,7 +33,7 @@ SPEED = {  # what a tiny model need not do at length
     "merge": [],
     "verify": [],
 }
-ELSEWHERE = {
+TESTED_ELSEWHERE = {
     "torchrun": "tests/slow/test_processes.py",
     "push": "tests/unit/export/test_hub_push.py",
     "export": "tests/slow/test_gguf.py",
@@ -59,7 +59,7 @@ def block_after(page: str, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages assume: a base model, a data set of the hub, and the reader's own files."""
+    """The files that the pages assume: a base model, a data set of the hub, and the reader's own files."""
     root = tmp_path_factory.mktemp("tutorial")
     base = tiny_base(root / "base", byte_level())
     write_jsonl(root / "news.jsonl", articles(230))
@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def as_here(words: list[str], root: Path) -> list[str]:
+def with_local_files(words: list[str], root: Path) -> list[str]:
     """A command with local files in place of what is on the hub."""
     names = {
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(root / "base"),
@@ -96,25 +96,27 @@ def as_here(words: list[str], root: Path) -> list[str]:
     return [str(ROOT / word) if word.startswith("yeonma/samples/") else word for word in words]
 
 
-def test_each_command_does_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_commands_succeed_and_write_their_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
-    done: list[str] = []
+    verbs: list[str] = []
     for program, *words in commands():
         verb = "merge" if program == "python" else "torchrun" if program == "torchrun" else words[0]
-        if verb in ELSEWHERE:
+        if verb in TESTED_ELSEWHERE:
             continue
-        arguments = as_here(words[1:], folder)
+        arguments = with_local_files(words[1:], folder)
         if program == "python":
             script = [sys.executable, str(ROOT / words[0]), *arguments]
-            by_script = subprocess.run(script, cwd=folder, capture_output=True, text=True)
-            assert by_script.returncode == 0, by_script.stderr
+            merged = subprocess.run(script, cwd=folder, capture_output=True, text=True)
+            assert merged.returncode == 0, merged.stderr
             continue
-        run = command(folder, verb, *arguments, *SPEED[verb])
+        run = command(folder, verb, *arguments, *SHORTER[verb])
         assert run.status == 0, f"{verb} {' '.join(arguments)}\n{run.err}"
-        done.append(verb)
-    assert done.count("sft") == 3
-    assert done.count("dpo") == 2
-    assert {"inspect", "generate", "compare", "dpo", "verify", "merge"} <= set(done)
+        verbs.append(verb)
+    assert verbs.count("sft") == 3
+    assert verbs.count("dpo") == 2
+    assert {"inspect", "generate", "compare", "dpo", "verify", "merge"} <= set(verbs)
     for file in (
         "demo/report/report.html",
         "answers.jsonl",
@@ -127,11 +129,11 @@ def test_each_command_does_what_it_says(folder: Path, monkeypatch: pytest.Monkey
         assert (folder / file).is_file(), file
 
 
-def test_the_python_of_the_pages_runs(folder: Path) -> None:
+def test_documented_python_code_runs(folder: Path) -> None:
     """Training from Python, into a folder that the commands leave alone, and loading the adapter with PEFT."""
     train = block_after("tutorial", "## 8. In Python or a notebook")
-    for word in as_here(["HuggingFaceTB/SmolLM2-135M-Instruct"], folder):
-        train = train.replace("HuggingFaceTB/SmolLM2-135M-Instruct", word)
+    for local_name in with_local_files(["HuggingFaceTB/SmolLM2-135M-Instruct"], folder):
+        train = train.replace("HuggingFaceTB/SmolLM2-135M-Instruct", local_name)
     train = train.replace('output_dir="headlines"', 'output_dir="in-python"')
     load = block_after("serve-and-export", "The output folder is an ordinary PEFT adapter:")
     for code in (train, f"{load}assert len(ids)"):
@@ -146,8 +148,8 @@ def test_the_python_of_the_pages_runs(folder: Path) -> None:
     assert (folder / "in-python" / "adapter_model.safetensors").is_file()
 
 
-def test_the_demo_is_served(folder: Path) -> None:
-    """The page's command, at a port that is free, and its Python."""
+def test_documented_serve_command_and_client_code_run(folder: Path) -> None:
+    """The serve command of the page, at a free port, and the page's client code."""
     (words,) = [words[1:] for words in commands() if words[:3] == ["yeonma", "serve", "demo"]]
     server = subprocess.Popen(
         [sys.executable, "-m", "yeonma", *words, "--port", "0"],

@@ -28,9 +28,9 @@ def harness(tables: Any) -> Any:
 
 
 def run(
-    contender: str, number: int, seconds: float, rate: float = 100e9, tokens: int = 50, **more: Any
+    contender: str, number: int, seconds: float, rate: float = 100e9, tokens: int = 50, **fields: Any
 ) -> dict[str, Any]:
-    """Three steps, the first slow."""
+    """A run of three steps; the first is slow."""
     return {
         "workload": "alpaca",
         "contender": contender,
@@ -42,7 +42,7 @@ def run(
         "peak_memory_bytes": 2_000_000_000,
         "matrix_rates": [rate, rate],
         "frozen_rate": 4e9,
-        **more,
+        **fields,
     }
 
 
@@ -70,15 +70,15 @@ def result(*runs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_speed_leaves_out_the_first_step(tables: Any) -> None:
+def test_speed_excludes_the_first_step(tables: Any) -> None:
     assert tables.tokens_per_second(run("ours", 1, seconds=2.0)) == 25.0
 
 
-def test_the_epochs_loss_is_the_mean_over_its_tokens(tables: Any) -> None:
+def test_epoch_loss_is_the_mean_over_trained_tokens(tables: Any) -> None:
     assert tables.epoch_loss(run("ours", 1, seconds=1.0)) == (4.0 * 1 + 2.0 * 3 + 1.0 * 4) / 8
 
 
-def test_ratios_are_taken_within_a_round_and_their_median_over_the_rounds(tables: Any) -> None:
+def test_speed_ratio_is_the_median_of_the_ratios_within_rounds(tables: Any) -> None:
     ours = [run("ours", number, seconds) for number, seconds in ((1, 1.0), (2, 2.0), (3, 4.0))]
     theirs = [run("theirs-1", number, seconds) for number, seconds in ((1, 2.0), (2, 6.0), (3, 6.0))]
     line = tables.lines(result(*ours, *theirs))[1]
@@ -86,13 +86,13 @@ def test_ratios_are_taken_within_a_round_and_their_median_over_the_rounds(tables
     assert line.tokens_per_second == 50 / 6
 
 
-def test_the_share_is_of_the_median_matrix_rate(tables: Any) -> None:
+def test_compute_share_uses_the_median_matrix_rate(tables: Any) -> None:
     runs = [run("ours", 1, 1.0, rate=100e6), run("ours", 2, 1.0, rate=400e6), run("ours", 3, 1.0, rate=500e6)]
     (line,) = tables.lines(result(*runs))
     assert line.share == 4 * 1_000_000 * 50 / 400e6
 
 
-def test_losses_are_compared_step_by_step_and_only_over_the_same_rows(tables: Any) -> None:
+def test_losses_are_compared_by_step_and_only_for_the_same_rows(tables: Any) -> None:
     same = run("theirs-1", 1, 1.0, losses=[4.0, 2.25, 1.0])
     other = run("theirs-4", 1, 1.0, tokens=51)
     ours, first, second = tables.lines(result(run("ours", 1, 1.0), same, other))
@@ -100,19 +100,19 @@ def test_losses_are_compared_step_by_step_and_only_over_the_same_rows(tables: An
 
 
 def test_a_contender_is_compared_only_in_rounds_that_have_ours(tables: Any) -> None:
-    found = tables.lines(result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0), run("theirs-1", 2, 9.0)))
-    assert [(line.contender, line.ratio.median) for line in found] == [("ours", 1.0), ("theirs-1", 2.0)]
+    table_lines = tables.lines(result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0), run("theirs-1", 2, 9.0)))
+    assert [(line.contender, line.ratio.median) for line in table_lines] == [("ours", 1.0), ("theirs-1", 2.0)]
 
 
-def test_ours_is_set_against_the_fastest_setting_of_the_other_library(tables: Any) -> None:
+def test_ours_is_compared_with_the_fastest_setting_of_the_other_library(tables: Any) -> None:
     runs = [run("ours", 1, 1.0), run("theirs-1", 1, 3.0), run("theirs-4", 1, 2.0)]
     assert tables.best(result(*runs)) == ["- alpaca: 2.00 times theirs-4, its fastest here"]
 
 
 def test_a_table_has_a_row_for_every_contender_and_names_failures(tables: Any) -> None:
-    made = result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0))
-    made["failures"] = [{"contender": "theirs-4", "workload": "alpaca", "error": "out of luck"}]
-    section = tables.sft_section(made)
+    results = result(run("ours", 1, 1.0), run("theirs-1", 1, 2.0))
+    results["failures"] = [{"contender": "theirs-4", "workload": "alpaca", "error": "out of luck"}]
+    section = tables.sft_section(results)
     assert (
         "| alpaca | **ours** | 50 |  | 0% | 2.00 GB | 1.7500 |".replace("1.7500", f"{14 / 8:.4f}") in section
     )
@@ -120,12 +120,12 @@ def test_a_table_has_a_row_for_every_contender_and_names_failures(tables: Any) -
     assert "theirs-4 failed at alpaca: `out of luck`" in section
 
 
-def test_what_saving_costs_is_a_share_of_the_saves_and_the_steps(tables: Any) -> None:
-    about = {key: result()[key] for key in ("date", "command", "machine", "versions")}
+def test_saving_section_shows_the_share_of_run_time_spent_saving(tables: Any) -> None:
+    header = {key: result()[key] for key in ("date", "command", "machine", "versions")}
     settings = {"lora_r": 16, "batch_size": 8, "max_steps": 4, "save_steps": 2}
     section = tables.saving_section(
         {
-            **about,
+            **header,
             "model": "m",
             "data": {"name": "rows.jsonl"},
             "settings": settings,
@@ -139,29 +139,29 @@ def test_what_saving_costs_is_a_share_of_the_saves_and_the_steps(tables: Any) ->
     assert "A checkpoint has 62 MB" in section
 
 
-def test_a_section_is_put_between_its_comments_and_nowhere_else(tables: Any) -> None:
+def test_section_is_put_only_between_its_comments(tables: Any) -> None:
     page = "a\n<!-- sft -->\nold\n<!-- /sft -->\nb\n"
     assert tables.put(page, "sft", "new") == "a\n<!-- sft -->\n\nnew\n\n<!-- /sft -->\nb\n"
     with pytest.raises(ValueError, match="tokenize_rows"):
         tables.put(page, "tokenize_rows", "new")
 
 
-def test_slow_settings_of_a_peer_are_measured_in_the_first_round_alone(tables: Any, harness: Any) -> None:
+def test_slow_settings_of_a_peer_are_measured_only_in_the_first_round(tables: Any, harness: Any) -> None:
     names = ["yeonma-8", "transformers-4", "trl-1", "trl-4", "trl-packed"]
-    made = result()
+    results = result()
 
-    def worth() -> list[str]:
-        return harness.worth_measuring(made, "alpaca", names, names[2:], tables.tokens_per_second)  # type: ignore[no-any-return]
+    def names_to_measure() -> list[str]:
+        return harness.worth_measuring(results, "alpaca", names, names[2:], tables.tokens_per_second)  # type: ignore[no-any-return]
 
-    assert worth() == names
-    made["runs"] = [
+    assert names_to_measure() == names
+    results["runs"] = [
         run(name, 1, seconds) for name, seconds in zip(names, (1.0, 9.0, 2.0, 2.1, 3.0), strict=True)
     ]
-    assert worth() == names[:4]
-    made["runs"].append(run("trl-1", 2, 0.1))
-    assert worth() == names[:4]
-    made["failures"] = [{"contender": "trl-1", "workload": "alpaca", "error": "out of luck"}]
-    assert worth() == [*names[:2], "trl-4"]
+    assert names_to_measure() == names[:4]
+    results["runs"].append(run("trl-1", 2, 0.1))
+    assert names_to_measure() == names[:4]
+    results["failures"] = [{"contender": "trl-1", "workload": "alpaca", "error": "out of luck"}]
+    assert names_to_measure() == [*names[:2], "trl-4"]
 
 
 def test_a_measurement_replaces_the_earlier_one_of_its_round(tmp_path: Path, harness: Any) -> None:
@@ -170,14 +170,14 @@ def test_a_measurement_replaces_the_earlier_one_of_its_round(tmp_path: Path, har
     script.write_text(
         f"{write} json.dump({{'speed': job['speed']}}, open(job['folder'] + '/measured.json', 'w'))"
     )
-    made, key = result(), {"round": 1, "workload": "alpaca", "contender": "ours"}
+    results, key = result(), {"round": 1, "workload": "alpaca", "contender": "ours"}
     for speed in (1, 2):
         job = {"folder": str(tmp_path), "speed": speed}
-        assert harness.measure_contender(made, key, str(script), job) == {**key, "speed": speed}
-    assert made["runs"] == [{**key, "speed": 2}]
-    assert harness.measure_contender(made, key, str(script), {"folder": str(tmp_path), "speed": 0}) is None
-    assert made["runs"] == []
-    assert made["failures"] == [{**key, "error": "AssertionError: no speed"}]
+        assert harness.measure_contender(results, key, str(script), job) == {**key, "speed": speed}
+    assert results["runs"] == [{**key, "speed": 2}]
+    assert harness.measure_contender(results, key, str(script), {"folder": str(tmp_path), "speed": 0}) is None
+    assert results["runs"] == []
+    assert results["failures"] == [{**key, "error": "AssertionError: no speed"}]
 
 
 def test_a_shown_command_has_no_folders(tables: Any) -> None:
@@ -187,16 +187,16 @@ def test_a_shown_command_has_no_folders(tables: Any) -> None:
     assert shown == "python benchmarks/sft.py --data rows.json --model y --rows 8"
 
 
-def test_the_page_shows_the_results_that_are_kept(tables: Any) -> None:
+def test_benchmarks_page_shows_the_stored_results(tables: Any) -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    kept = {
+    stored = {
         path.stem: json.loads(path.read_text("utf-8"))
         for path in (ROOT / "benchmarks" / "results").glob("*.json")
     }
-    assert tables.page_of(page, kept) == page
+    assert tables.page_of(page, stored) == page
 
 
-def test_answers_are_compared_with_those_one_by_one_and_times_within_a_round(tables: Any) -> None:
+def test_generate_section_counts_equal_answers_and_compares_within_rounds(tables: Any) -> None:
     import generate  # type: ignore[import-not-found]
 
     runs = [{"answers": [[1, 2], [3]]}, {"answers": [[1, 2], [4]]}]
@@ -204,8 +204,13 @@ def test_answers_are_compared_with_those_one_by_one_and_times_within_a_round(tab
     assert generate.equal_answers(runs, [[1, 2], [3]]) == 1
 
     def measured(contender: str, number: int, seconds: float) -> dict[str, Any]:
-        more = {"prompt_tokens": 6400, "new_tokens": 640, "peak_memory_bytes": 10**9, "matrix_rates": [1e11]}
-        return {"contender": contender, "round": number, "seconds": seconds, **more}
+        fields = {
+            "prompt_tokens": 6400,
+            "new_tokens": 640,
+            "peak_memory_bytes": 10**9,
+            "matrix_rates": [1e11],
+        }
+        return {"contender": contender, "round": number, "seconds": seconds, **fields}
 
     section = tables.generate_section(
         {

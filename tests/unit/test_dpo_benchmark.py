@@ -1,4 +1,4 @@
-"""The preference benchmark's choice of pairs, its arithmetic and tables; nothing is timed here."""
+"""The preference benchmark: selection of pairs, arithmetic and tables. Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
 
@@ -38,8 +38,8 @@ def workloads() -> Any:
     return dpo_workloads
 
 
-def run(contender: str, number: int, seconds: float, **more: Any) -> dict[str, Any]:
-    """Two steps, and a pass over the reference that takes as long as one."""
+def run(contender: str, number: int, seconds: float, **changed: Any) -> dict[str, Any]:
+    """A run of two steps and a reference pass that takes as long as one step."""
     return {
         "workload": "short",
         "contender": contender,
@@ -51,12 +51,12 @@ def run(contender: str, number: int, seconds: float, **more: Any) -> dict[str, A
         "peak_memory_bytes": 2_000_000_000,
         "matrix_rates": [1e9, 1e9],
         "frozen_rate": 4e9,
-        **more,
+        **changed,
     }
 
 
 def result(*runs: dict[str, Any]) -> dict[str, Any]:
-    work = {"about": "short", "epochs": 1, "pairs": 12, "prompt_tokens": 100.0, "answer_tokens": 50.0}
+    workload = {"about": "short", "epochs": 1, "pairs": 12, "prompt_tokens": 100.0, "answer_tokens": 50.0}
     contenders = {
         "yeonma-4": ("Yeonma", 4),
         "yeonma-1": ("Yeonma", 1),
@@ -72,7 +72,7 @@ def result(*runs: dict[str, Any]) -> dict[str, Any]:
         "model": {"name": "m", "type": "llama", "parameters": 2_000_000},
         "data": {"name": "d.json"},
         "settings": {"beta": 0.1, "lora_r": 16, "targets": ["up_proj"], "batch_size": 8},
-        "workloads": {"short": work},
+        "workloads": {"short": workload},
         "ours": "yeonma-4",
         "contenders": {
             name: {"label": name, "library": library, "micro_batch": size}
@@ -83,11 +83,11 @@ def result(*runs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_speed_counts_the_pass_over_the_reference_and_every_step(tables: Any) -> None:
+def test_speed_includes_the_reference_pass_and_all_steps(tables: Any) -> None:
     assert tables.pairs_per_second(run("yeonma-4", 1, 2.0), {"pairs": 12, "epochs": 3}) == 36 / 6
 
 
-def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) -> None:
+def test_ratios_are_taken_per_round_and_loss_gaps_per_step(tables: Any) -> None:
     ours = [run("yeonma-4", number, 1.0) for number in (1, 2, 3)]
     theirs = [
         run("trl-1", number, seconds, losses=[0.7, 0.501])
@@ -99,14 +99,14 @@ def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) ->
     assert line.loss_gap == pytest.approx(0.001)
 
 
-def test_the_section_has_a_row_for_each_the_fastest_of_trl_and_the_memory_beside_it(tables: Any) -> None:
-    made = result(
+def test_section_shows_contenders_fastest_trl_memory_and_failures(tables: Any) -> None:
+    measured = result(
         run("yeonma-4", 1, 1.0, peak_memory_bytes=1_000_000_000),
         run("trl-4", 1, 3.0, reference_seconds=0.0),
         run("trl-precomputed-4", 1, 2.0, peak_memory_bytes=1_600_000_000),
     )
-    made["failures"] = [{"contender": "trl-1", "workload": "short", "error": "out of luck"}]
-    section = tables.dpo_section(made)
+    measured["failures"] = [{"contender": "trl-1", "workload": "short", "error": "out of luck"}]
+    section = tables.dpo_section(measured)
     assert "| short | **yeonma-4** | 4.000 |  | 1 s | 50% | 1.00 GB | 0.6000 |" in section
     assert "| short | trl-4 | 2.000 | 2.00x as fast | in the steps | 50% | 2.00 GB | 0.6000 |" in section
     assert "- short: 2.00 times trl-" in section
@@ -114,16 +114,16 @@ def test_the_section_has_a_row_for_each_the_fastest_of_trl_and_the_memory_beside
     assert "trl-1 failed at short: `out of luck`" in section
 
 
-def test_a_table_of_few_steps_is_not_published(tables: Any) -> None:
-    twelve = {**run("yeonma-4", 1, 1.0), "seconds": [1.0] * 12, "workload": "long"}
-    assert tables.too_few_steps(result(run("yeonma-4", 1, 1.0), twelve)) == ["short"]
-    assert tables.too_few_steps(result(twelve)) == []
+def test_workloads_with_too_few_steps_are_listed(tables: Any) -> None:
+    twelve_steps = {**run("yeonma-4", 1, 1.0), "seconds": [1.0] * 12, "workload": "long"}
+    assert tables.too_few_steps(result(run("yeonma-4", 1, 1.0), twelve_steps)) == ["short"]
+    assert tables.too_few_steps(result(twelve_steps)) == []
 
 
-def test_pairs_are_chosen_by_their_lengths_in_the_order_of_the_data(workloads: Any) -> None:
+def test_pairs_are_selected_by_length_in_data_order(workloads: Any) -> None:
     lengths = [
-        workloads.Lengths(*each)
-        for each in (
+        workloads.Lengths(*counts)
+        for counts in (
             (59, 10, 10),
             (60, 10, 249),
             (400, 10, 250),
@@ -134,18 +134,19 @@ def test_pairs_are_chosen_by_their_lengths_in_the_order_of_the_data(workloads: A
         )
     ]
     assert workloads.select("short", lengths, 2) == [1, 3]
-    assert workloads.select("long", lengths, 2) == [3, 4]  # both just four times
+    # Both prompts are exactly four times as long as an answer.
+    assert workloads.select("long", lengths, 2) == [3, 4]
     with pytest.raises(ValueError, match="short needs 9 pairs; the data has 4"):
         workloads.select("short", lengths, 9)
 
 
-def test_pieces_are_joined_where_they_were_measured_alike(dpo: Any) -> None:
+def test_measurements_are_joined_only_with_equal_settings(dpo: Any) -> None:
     before, now = result(run("yeonma-4", 1, 1.0)), result()
     now["command"], now["workloads"] = "python y", {"long": {"about": "long"}}
-    both = dpo.joined(before, now)
-    assert list(both["workloads"]) == ["short", "long"]
-    assert both["runs"] == before["runs"]
-    assert both["command"] == "python x ; python y"
+    joined = dpo.joined(before, now)
+    assert list(joined["workloads"]) == ["short", "long"]
+    assert joined["runs"] == before["runs"]
+    assert joined["command"] == "python x ; python y"
     now["settings"] = {**now["settings"], "beta": 0.2}
     with pytest.raises(SystemExit, match="another settings"):
         dpo.joined(before, now)

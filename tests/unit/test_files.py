@@ -1,4 +1,4 @@
-"""Paths as users write them: an invalid one is reported as such, wherever it is given."""
+"""Paths given by users: an invalid one is reported, wherever it is given."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ INVALID = {
 
 
 @pytest.mark.parametrize("written", INVALID)
-def test_an_invalid_path_is_an_error_with_its_place(written: str) -> None:
-    for use in (user_path, find_base, read_adapter_folder, open_rows):
+def test_invalid_path_is_reported_with_the_path(written: str) -> None:
+    for function in (user_path, find_base, read_adapter_folder, open_rows):
         with pytest.raises(UserError, match=INVALID[written]) as caught:
-            use(written)
+            function(written)
         assert str(caught.value).startswith(f"{written[:100]}")
         assert len(str(caught.value)) < 300
 
 
-def test_a_loop_of_links_is_reported(tmp_path: Path) -> None:
+def test_symlink_loop_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(UserError, match="output_dir: invalid path: Too many levels"):
         user_path(tmp_path / "a", "output_dir")
 
 
-def test_a_path_need_not_exist_and_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_may_be_missing_and_may_start_with_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").write_text("")
     assert user_path("~/new/deep") == tmp_path / "new" / "deep"

@@ -1,4 +1,4 @@
-"""The arithmetic of the GPU benchmark, its rows and its table; the harness itself runs in tests/slow."""
+"""The arithmetic, rows and table of the GPU benchmark. The harness itself runs in tests/slow."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def contenders() -> Any:
     return gpu_contenders
 
 
-def run(contender: str, number: int, seconds: float, **more: Any) -> dict[str, Any]:
-    """Three steps, the first slow."""
+def run(contender: str, number: int, seconds: float, **changes: Any) -> dict[str, Any]:
+    """The result of three steps, of which the first is slow."""
     return {
         "shape": "tiny",
         "workload": "long",
@@ -62,7 +62,7 @@ def run(contender: str, number: int, seconds: float, **more: Any) -> dict[str, A
         "reference_seconds": 0.0,
         "peak_memory_bytes": 2_000_000_000,
         "matrix_rates": [1e6, 3e6],
-        **more,
+        **changes,
     }
 
 
@@ -86,20 +86,20 @@ def result(*runs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_speed_leaves_out_the_first_step_and_shares_the_reference_out(tables: Any) -> None:
+def test_speed_excludes_the_first_step_and_spreads_the_reference_time(tables: Any) -> None:
     assert tables.tokens_per_second(run("yeonma", 1, 2.0)) == 25.0
     assert tables.tokens_per_second(run("yeonma", 1, 2.0, reference_seconds=9.0)) == 10.0
 
 
-def test_operations_are_four_a_parameter_and_attention_over_half_the_pairs(tables: Any) -> None:
-    made = result()["shapes"]["tiny"]
-    found = tables.operations_per_token(made["model"], made["workloads"]["long"]["steps"])
-    assert found == 4 * 1000 + 6 * 2 * 8 * 2000 / 100
+def test_operations_are_four_per_parameter_plus_causal_attention(tables: Any) -> None:
+    shape = result()["shapes"]["tiny"]
+    operations = tables.operations_per_token(shape["model"], shape["workloads"]["long"]["steps"])
+    assert operations == 4 * 1000 + 6 * 2 * 8 * 2000 / 100
     (line,) = tables.lines(result(run("yeonma", 1, 1.0)))
-    assert line.share == 50 * found / 2e6
+    assert line.share == 50 * operations / 2e6
 
 
-def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) -> None:
+def test_speed_ratios_are_per_round_and_loss_gaps_per_step(tables: Any) -> None:
     ours = [run("yeonma", number, seconds) for number, seconds in ((1, 1.0), (2, 2.0), (3, 4.0))]
     theirs = [
         run("theirs", number, seconds, losses=[4.0, 2.25, 1.0]) for number, seconds in ((1, 2.0), (2, 6.0))
@@ -110,12 +110,12 @@ def test_ratios_are_taken_within_a_round_and_losses_step_by_step(tables: Any) ->
     assert tables.lines(result(ours[0], other))[1].loss_gap is None
 
 
-def test_the_table_has_every_contender_and_says_what_failed_or_was_left_out(tables: Any) -> None:
-    made = result(run("yeonma", 1, 1.0), run("theirs", 1, 2.0))
+def test_table_lists_contenders_failures_and_what_was_left_out(tables: Any) -> None:
+    results = result(run("yeonma", 1, 1.0), run("theirs", 1, 2.0))
     key = {"shape": "tiny", "workload": "long", "quantization": "fp8"}
-    made["failures"] = [{**key, "contender": "theirs", "error": "out of luck"}]
-    made["left_out"] = [{**key, "contender": "unsloth-4", "why": "unsloth is not installed"}]
-    section = tables.gpu_section(made)
+    results["failures"] = [{**key, "contender": "theirs", "error": "out of luck"}]
+    results["left_out"] = [{**key, "contender": "unsloth-4", "why": "unsloth is not installed"}]
+    section = tables.gpu_section(results)
     assert "| tiny | long | bfloat16 | **Ours** | 50 |  | 15% | 2.00 GB | 2.3333 |  |" in section
     assert (
         "| tiny | long | bfloat16 | Theirs | 25 | 2.00x as fast | 7% | 2.00 GB | 2.3333 | 0e+00 |" in section
@@ -124,24 +124,26 @@ def test_the_table_has_every_contender_and_says_what_failed_or_was_left_out(tabl
     assert "Not measured: unsloth-4: unsloth is not installed." in section
 
 
-def test_a_word_is_a_token_and_rows_are_as_long_as_they_say(
+def test_workload_rows_have_their_stated_lengths_in_tokens(
     workloads: Any, shapes: Any, tmp_path: Path
 ) -> None:
     tokenizer = shapes.word_tokenizer(512)
     names = list(workloads.WORKLOADS)
-    made = workloads.prepare_workloads(tmp_path, tokenizer, names, 2, tiny=True)
-    assert [step["tokens"] for step in made["long"]["steps"]] == [8 * (64 + 3)] * 2
-    assert [step["trained_tokens"] for step in made["long"]["steps"]] == [8 * 3] * 2
-    assert [step["tokens"] for step in made["dpo"]["steps"]] == [8 * 2 * (32 + 8)] * 2
-    assert [step["trained_tokens"] for step in made["dpo"]["steps"]] == [8 * 2 * 8] * 2
-    assert all(step["squares"] > step["tokens"] ** 2 / 16 for step in made["alpaca"]["steps"])
-    assert made["packed"]["packed"] == 64 and made["long"]["packed"] is None
+    prepared = workloads.prepare_workloads(tmp_path, tokenizer, names, 2, tiny=True)
+    assert [step["tokens"] for step in prepared["long"]["steps"]] == [8 * (64 + 3)] * 2
+    assert [step["trained_tokens"] for step in prepared["long"]["steps"]] == [8 * 3] * 2
+    assert [step["tokens"] for step in prepared["dpo"]["steps"]] == [8 * 2 * (32 + 8)] * 2
+    assert [step["trained_tokens"] for step in prepared["dpo"]["steps"]] == [8 * 2 * 8] * 2
+    assert all(step["squares"] > step["tokens"] ** 2 / 16 for step in prepared["alpaca"]["steps"])
+    assert prepared["packed"]["packed"] == 64 and prepared["long"]["packed"] is None
     full = workloads.of_size(workloads.WORKLOADS["long"], tiny=False)
     (row,) = workloads.rows_of(full, 1, 511)
-    assert len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) == 2048 + 31  # and the end token
+    assert (
+        len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) == 2048 + 31
+    )  # without the end token
 
 
-def test_the_shapes_are_those_that_they_are_named_for(shapes: Any) -> None:
+def test_shapes_have_the_parameter_counts_of_the_models_they_name(shapes: Any) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -151,78 +153,78 @@ def test_the_shapes_are_those_that_they_are_named_for(shapes: Any) -> None:
         config = AutoConfig.for_model(shape.pop("model_type"), **shape)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        assert sum(each.numel() for each in model.parameters()) == count, name
+        assert sum(weight.numel() for weight in model.parameters()) == count, name
 
 
-def test_what_is_not_installed_is_left_out_with_its_reason(
+def test_contenders_that_cannot_run_are_left_out_with_a_reason(
     contenders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contenders, "find_spec", lambda name: None)
-    short, packed = {"packed": None}, {"packed": 8192}
-    for name, why in (("trl-1", "trl"), ("unsloth-4", "unsloth"), ("factory-4", "llamafactory")):
-        assert contenders.lacking(contenders.SFT[name], "none", short) == f"{why} is not installed"
-    assert contenders.lacking(contenders.SFT["transformers-4"], "none", short) == ""
-    assert contenders.lacking(contenders.SFT["transformers-4"], "fp8", short) == "it has no fp8 here"
-    assert "bitsandbytes" in contenders.lacking(contenders.SFT["transformers-4"], "nf4", short)
+    unpacked, packed = {"packed": None}, {"packed": 8192}
+    for name, package in (("trl-1", "trl"), ("unsloth-4", "unsloth"), ("factory-4", "llamafactory")):
+        assert contenders.lacking(contenders.SFT[name], "none", unpacked) == f"{package} is not installed"
+    assert contenders.lacking(contenders.SFT["transformers-4"], "none", unpacked) == ""
+    assert contenders.lacking(contenders.SFT["transformers-4"], "fp8", unpacked) == "it has no fp8 here"
+    assert "bitsandbytes" in contenders.lacking(contenders.SFT["transformers-4"], "nf4", unpacked)
     monkeypatch.setattr(contenders, "find_spec", lambda name: name)
-    assert "packed workload" in contenders.lacking(contenders.SFT["trl-packing"], "none", short)
+    assert "packed workload" in contenders.lacking(contenders.SFT["trl-packing"], "none", unpacked)
     assert contenders.lacking(contenders.SFT["trl-packing-liger"], "none", packed) == ""
-    assert contenders.lacking(contenders.SFT["yeonma"], "none", short) == ""
+    assert contenders.lacking(contenders.SFT["yeonma"], "none", unpacked) == ""
 
 
-def test_a_peer_is_looked_for_where_its_own_python_looks(
+def test_peer_is_searched_for_by_its_own_python(
     contenders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "llamafactory").mkdir()
     (tmp_path / "llamafactory" / "__init__.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a child sees it, this process does not
-    factory, short = contenders.SFT["factory-4"], {"packed": None}
-    assert contenders.lacking(factory, "none", short) == "llamafactory is not installed"
-    assert contenders.lacking(factory, "none", short, sys.executable) == ""
-    assert contenders.lacking(factory, "fp8", short, sys.executable) == "it has no fp8 here"
-    found = contenders.versions_of(sys.executable, ("torch", "llamafactory"))
-    assert found["torch"] and found["llamafactory"] is None
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # a child process reads it, this process does not
+    factory, unpacked = contenders.SFT["factory-4"], {"packed": None}
+    assert contenders.lacking(factory, "none", unpacked) == "llamafactory is not installed"
+    assert contenders.lacking(factory, "none", unpacked, sys.executable) == ""
+    assert contenders.lacking(factory, "fp8", unpacked, sys.executable) == "it has no fp8 here"
+    versions = contenders.versions_of(sys.executable, ("torch", "llamafactory"))
+    assert versions["torch"] and versions["llamafactory"] is None
 
 
-def test_a_peers_python_finds_yeonma_and_runs_the_script(
+def test_script_runs_in_a_peers_python_with_yeonma_on_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import harness  # type: ignore[import-not-found]
 
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script, log = tmp_path / "script.py", tmp_path / "seen"
     script.write_text(
         "import os, pathlib, sys\n"
-        f"pathlib.Path({str(seen)!r}).write_text(sys.executable + chr(10) + os.environ['PYTHONPATH'])\n"
+        f"pathlib.Path({str(log)!r}).write_text(sys.executable + chr(10) + os.environ['PYTHONPATH'])\n"
         f"pathlib.Path({str(tmp_path / 'measured.json')!r}).write_text('[1]')\n"
     )
-    own = tmp_path / "python"
-    own.symlink_to(sys.executable)
-    assert harness.run_script(str(script), {"folder": str(tmp_path)}, python=str(own)) == [1]
-    assert seen.read_text() == f"{own}\n{ROOT}{os.pathsep}elsewhere"
+    peer_python = tmp_path / "python"
+    peer_python.symlink_to(sys.executable)
+    assert harness.run_script(str(script), {"folder": str(tmp_path)}, python=str(peer_python)) == [1]
+    assert log.read_text() == f"{peer_python}\n{ROOT}{os.pathsep}elsewhere"
 
 
-def test_a_measurement_imports_no_trainer_before_the_contender_is_known() -> None:
-    """Unsloth must come before transformers, TRL and PEFT; an environment of a peer's own has not all of Yeonma's."""
+def test_measurement_imports_no_trainer_before_the_contender_is_known() -> None:
+    """Unsloth must be imported before the other libraries, and a peer's own environment lacks some of Yeonma's."""
     heavy = ("torch", "transformers", "trl", "peft", "datasets", "yeonma")
-    asked = f"import sys, gpu_measure, gpu_peers_apart; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, gpu_measure, gpu_peers_apart; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", asked], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
 
 
-def test_a_python_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_python_executable_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     import gpu  # type: ignore[import-not-found]
 
     with pytest.raises(SystemExit):
         gpu.options(["--tiny", "true", "--factory-python", "/nowhere/python"])
     assert "/nowhere/python is not a Python that can be run" in capsys.readouterr().err
-    asked = gpu.options(["--factory-python", sys.executable])
-    assert gpu.own_pythons(asked) == {"LLaMA-Factory": sys.executable}
+    options = gpu.options(["--factory-python", sys.executable])
+    assert gpu.own_pythons(options) == {"LLaMA-Factory": sys.executable}
 
 
-def test_the_table_names_the_versions_of_a_peers_own_environment(tables: Any) -> None:
-    made = result(run("yeonma", 1, 1.0))
-    made["own_versions"] = {"Theirs": {"torch": "2", "trl": None}}
-    assert "torch 1; Theirs in an environment of its own: torch 2.\n" in tables.gpu_section(made)
+def test_table_lists_the_versions_of_a_peers_own_environment(tables: Any) -> None:
+    results = result(run("yeonma", 1, 1.0))
+    results["own_versions"] = {"Theirs": {"torch": "2", "trl": None}}
+    assert "torch 1; Theirs in an environment of its own: torch 2.\n" in tables.gpu_section(results)

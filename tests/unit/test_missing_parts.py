@@ -31,8 +31,8 @@ POSIX_NAMES = {
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
-def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """What Python runs as it imports a module: all but the bodies of functions, and what only type checkers see."""
+def nodes_run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes that Python runs at import: all except function bodies and code for type checkers only."""
     yield node
     for name, value in ast.iter_fields(node):
         if isinstance(node, FUNCTIONS) and name in ("body", "returns", "type_params"):
@@ -43,17 +43,17 @@ def at_import(node: ast.AST) -> Iterator[ast.AST]:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from at_import(child)
+                yield from nodes_run_at_import(child)
 
 
 def is_private(parts: list[str]) -> bool:
     return any(part.startswith("_") and not part.startswith("__") for part in parts)
 
 
-def early(source: str) -> list[tuple[int, str]]:
-    """Line and name of each private part of PyTorch, and each of POSIX alone, that a module needs to be imported."""
-    found = []
-    for node in at_import(ast.parse(source)):
+def import_time_uses(source: str) -> list[tuple[int, str]]:
+    """Line and name of each private PyTorch part and each POSIX-only part that a module needs at import."""
+    uses = []
+    for node in nodes_run_at_import(ast.parse(source)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -66,19 +66,19 @@ def early(source: str) -> list[tuple[int, str]]:
             private = top == "torch" and (is_private(rest) or rest[:1] == ["ops"])
             posix = top in POSIX_ONLY or (top in ("os", "signal") and rest and rest[0] in POSIX_NAMES)
             if private or posix or name in UNSTABLE:
-                found.append((node.lineno, name))
-    return found
+                uses.append((node.lineno, name))
+    return uses
 
 
-def test_no_module_needs_a_private_part_of_pytorch_or_of_posix_to_be_imported() -> None:
+def test_no_module_needs_posix_or_private_pytorch_at_import() -> None:
     files = sorted((ROOT / "yeonma").rglob("*.py"))
     assert len(files) > 100
-    found = {
+    uses = {
         f"{file.relative_to(ROOT)}:{line} {name}"
         for file in files
-        for line, name in early(file.read_text("utf-8"))
+        for line, name in import_time_uses(file.read_text("utf-8"))
     }
-    assert found == set()
+    assert uses == set()
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,19 @@ def test_no_module_needs_a_private_part_of_pytorch_or_of_posix_to_be_imported() 
         "try:\n    import resource\nexcept ImportError:\n    pass",
     ],
 )
-def test_a_part_that_is_needed_at_import_is_caught(line: str) -> None:
-    later = (
+def test_import_time_use_of_posix_or_private_pytorch_is_detected(line: str) -> None:
+    allowed = (
         "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nimport os, signal, torch\n"
         "if TYPE_CHECKING:\n    from torch.distributed.fsdp import FSDPModule\n"
         "def g(x: torch._C.Node) -> torch._C.Node:\n    import fcntl\n    return torch.ops.aten.mm(x, os.fork())\n"
         "_private = torch.float32\nsignal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
     )
-    assert early(later) == []
-    assert early(later + line) != []
+    assert import_time_uses(allowed) == []
+    assert import_time_uses(allowed + line) != []
 
 
-def test_the_package_imports_and_trains_without_them() -> None:
+@pytest.mark.slow
+def test_package_imports_and_trains_without_posix_and_private_pytorch() -> None:
     command = [sys.executable, "-m", "tests.missing_parts"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Asking an adapter folder: the prompts are those of training, and everything is found from the folder."""
+"""Answers from an adapter folder: prompts equal those of training, and the folder alone is enough to load the model."""
 
 from __future__ import annotations
 
@@ -57,35 +57,33 @@ def loaded(titles: Folders) -> Policy:
     return load_policy(titles.adapter)
 
 
-def asked_ids(loaded: Policy, ask: Callable[[], object]) -> list[list[int]]:
-    """The ids of each prompt that goes through the model: the beginning that all share, then its own."""
-    seen: list[list[int]] = []
-    shared: list[int] = []
+def ids_fed_to_model(loaded: Policy, call: Callable[[], object]) -> list[list[int]]:
+    """The token ids of each prompt that the model reads during `call`, including the shared prefix."""
+    prompts: list[list[int]] = []
+    prefix: list[int] = []
 
-    def look(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+    def record(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         ids, cache = keywords["input_ids"][0].tolist(), keywords["forest_cache"]
         if not cache.lengths:
-            shared[:] = ids
+            prefix[:] = ids
             return
-        assert cache.shared in (0, len(shared))
+        assert cache.shared in (0, len(prefix))
         start = cache.continuing
         for length in cache.lengths[start:]:
-            seen.append(shared[: cache.shared] + ids[start : start + length])
+            prompts.append(prefix[: cache.shared] + ids[start : start + length])
             start += length
 
-    hook = loaded.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+    hook = loaded.model.get_base_model().register_forward_pre_hook(record, with_kwargs=True)
     try:
-        ask()
+        call()
     finally:
         hook.remove()
-    return seen
+    return prompts
 
 
 @pytest.mark.parametrize("template", ["title", CHAT_TEMPLATE], ids=["plain", "turns"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_sample_row_is_asked_with_the_tokens_it_was_trained_with(
-    kind: str, template: str, tmp_path: Path
-) -> None:
+def test_sample_rows_get_the_prompt_tokens_of_training(kind: str, template: str, tmp_path: Path) -> None:
     tokenizer = KINDS[kind]()
     loaded = load_policy(tiny_adapter(tmp_path, tokenizer, template=template, cutoff_len=4096).adapter)
     prompt_builder = loaded.prompt_builder
@@ -93,14 +91,16 @@ def test_every_sample_row_is_asked_with_the_tokens_it_was_trained_with(
         rows = list(open_rows(str(SAMPLES / f"{name}.jsonl")))
         rendered = [prompt_builder.adapter.template.render(row) for row in rows]
         trained = encode(rendered, rows, tokenizer, prompt_builder.adapter.rules)
-        questions = prompt_builder.prompts(rows, max_new_tokens=128)
+        prompts = prompt_builder.prompts(rows, max_new_tokens=128)
         assert len(trained) == len(rows) > 50
-        for example, question in zip(trained, questions, strict=True):
+        for example, prompt in zip(trained, prompts, strict=True):
             assert isinstance(example, Example)
-            assert question.token_ids.tolist() == example.token_ids[: example.prompt_length].tolist()
-            assert not question.shortened
-        some = [dict(row.values) for row in rows[:3]]
-        fed = asked_ids(loaded, lambda some=some: loaded.generate(some, max_new_tokens=1))
+            assert prompt.token_ids.tolist() == example.token_ids[: example.prompt_length].tolist()
+            assert not prompt.shortened
+        first_rows = [dict(row.values) for row in rows[:3]]
+        fed = ids_fed_to_model(
+            loaded, lambda first_rows=first_rows: loaded.generate(first_rows, max_new_tokens=1)
+        )
         expected = [example.token_ids[: example.prompt_length].tolist() for example in trained[:3]]
         assert sorted(fed) == sorted(expected)
 
@@ -115,34 +115,38 @@ def test_plain_peft_gives_the_same_greedy_text(kind: str, tmp_path: Path) -> Non
     ids = loaded.prompt_ids(DOCUMENT)
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
     prompt = torch.tensor(ids[None].astype(np.int64))
-    whole = model.generate(
+    generated = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False
     )
-    # as text after the prompt's; a reader who decodes the answer by itself loses SentencePiece's first blank
-    answer = [number for number in whole[0, len(ids) :].tolist() if number not in tokenizer.all_special_ids]
-    decoded = TextEncoder.of(tokenizer).decode
-    expected = decoded([*ids.tolist(), *answer])[len(decoded(ids.tolist())) :]
+    answer = [
+        number for number in generated[0, len(ids) :].tolist() if number not in tokenizer.all_special_ids
+    ]
+    decode = TextEncoder.of(tokenizer).decode
+    # decoded together with the prompt: decoding the answer alone loses SentencePiece's first space
+    expected = decode([*ids.tolist(), *answer])[len(decode(ids.tolist())) :]
     text = loaded.generate(DOCUMENT, max_new_tokens=24)
     assert text == expected.rstrip()
     assert text
 
 
-def test_without_the_adapters_weights_the_base_answers(titles: Folders, loaded: Policy) -> None:
+def test_disabled_adapter_weights_give_the_base_models_answers(titles: Folders, loaded: Policy) -> None:
     base = AutoModelForCausalLM.from_pretrained(titles.base)
     ids = torch.tensor(loaded.prompt_ids(DOCUMENT)[None].astype(np.int64))
     expected = base.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
-    alone = dataclasses.replace(loaded, adapter_weights=False)
+    base_policy = dataclasses.replace(loaded, adapter_weights=False)
     tokenizer = byte_level()
-    kept = (
+    expected_ids = (
         expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
     )
     tuned = loaded.generate(DOCUMENT, max_new_tokens=12)
-    assert alone.generate(DOCUMENT, max_new_tokens=12) == tokenizer.decode(kept).rstrip() != tuned
+    assert (
+        base_policy.generate(DOCUMENT, max_new_tokens=12) == tokenizer.decode(expected_ids).rstrip() != tuned
+    )
     assert loaded.generate(DOCUMENT, max_new_tokens=12) == tuned
     assert load_policy(titles.adapter, adapter_weights=False).generate(DOCUMENT, max_new_tokens=12) != tuned
 
 
-def test_several_rows_are_answered_as_each_alone(loaded: Policy) -> None:
+def test_rows_in_a_batch_get_the_same_answers_as_alone(loaded: Policy) -> None:
     rows = [dict(row.values) for row in open_rows(str(SAMPLES / "news_ko_validation.jsonl"))][:5]
     for options in ({"max_new_tokens": 10}, {"max_new_tokens": 10, "temperature": 1.0, "seed": 3}):
         together = loaded.generate(rows, batch_size=3, **options)
@@ -151,8 +155,8 @@ def test_several_rows_are_answered_as_each_alone(loaded: Policy) -> None:
     assert loaded.generate([], max_new_tokens=10) == []
 
 
-def test_complete_continues_text_as_it_stands(loaded: Policy) -> None:
-    ids = asked_ids(loaded, lambda: loaded.complete("<|im_start|>서울\n", max_new_tokens=3))
+def test_complete_feeds_the_text_as_the_whole_prompt(loaded: Policy) -> None:
+    ids = ids_fed_to_model(loaded, lambda: loaded.complete("<|im_start|>서울\n", max_new_tokens=3))
     assert ids == [byte_level()("<|im_start|>서울\n")["input_ids"]]
     with pytest.raises(UserError, match="prompt: it is empty"):
         loaded.complete("")
@@ -160,7 +164,7 @@ def test_complete_continues_text_as_it_stands(loaded: Policy) -> None:
         loaded.complete("서울", max_new_tokens=4096)
 
 
-def test_a_long_field_is_shortened_as_in_training_and_it_shows(tmp_path: Path) -> None:
+def test_long_field_is_shortened_as_in_training_and_marked(tmp_path: Path) -> None:
     prompt_builder = load_policy(tiny_adapter(tmp_path, byte_level(), cutoff_len=200).adapter).prompt_builder
     long, short = ({"document": "가나다라 " * count} for count in (100, 2))
     rows = [Row(number, values, f"row {number}") for number, values in enumerate([long, short], start=1)]
@@ -183,17 +187,17 @@ def test_a_long_field_is_shortened_as_in_training_and_it_shows(tmp_path: Path) -
         ("[user]\n{document}\n[assistant]\nTitle: <{title}>\n", " Title: <Storm>", "Storm"),
     ],
 )
-def test_the_answer_is_the_fields_text_without_the_templates(
+def test_answer_excludes_the_template_text_around_the_field(
     template: str, model_text: str, answer: str, tmp_path: Path
 ) -> None:
     prompt_builder = load_policy(
         tiny_adapter(tmp_path, byte_level(), template=template).adapter
     ).prompt_builder
-    (question,) = prompt_builder.prompts([Row(1, DOCUMENT, "row 1")], max_new_tokens=10)
-    assert question.answer(model_text) == answer
+    (prompt,) = prompt_builder.prompts([Row(1, DOCUMENT, "row 1")], max_new_tokens=10)
+    assert prompt.answer(model_text) == answer
 
 
-def test_rows_go_by_the_columns_of_training_or_the_fields_own_names(tmp_path: Path) -> None:
+def test_rows_may_use_trained_column_names_or_field_names(tmp_path: Path) -> None:
     columns = {"document": "body", "answer": "headline"}
     loaded = load_policy(tiny_adapter(tmp_path, byte_level(), columns=columns).adapter)
     expected = loaded.prompt_ids({"body": "서울"}).tolist()
@@ -206,20 +210,20 @@ def test_rows_go_by_the_columns_of_training_or_the_fields_own_names(tmp_path: Pa
         loaded.prompt_ids({"bodi": "서울"})
 
 
-def test_a_turn_list_is_asked_for_its_last_answer(tmp_path: Path) -> None:
+def test_turn_list_prompt_ends_before_its_last_answer(tmp_path: Path) -> None:
     tokenizer = byte_level()
     loaded = load_policy(tiny_adapter(tmp_path, tokenizer, template="chat").adapter)
     turns = [{"role": "user", "content": "서울은?"}, {"role": "assistant", "content": "수도"}]
-    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
-    assert loaded.prompt_ids({"messages": turns}).tolist() == asked
-    assert loaded.prompt_ids({"messages": turns[:1]}).tolist() == asked
+    expected = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+    assert loaded.prompt_ids({"messages": turns}).tolist() == expected
+    assert loaded.prompt_ids({"messages": turns[:1]}).tolist() == expected
     assert loaded.prompt_builder.reference(Row(1, {"messages": turns}, "row 1")) == "수도"
     assert loaded.prompt_builder.reference(Row(1, {"messages": turns[:1]}, "row 1")) is None
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert set(loaded.prompt_builder.stop_ids) == {tokenizer.eos_token_id, end}
 
 
-def test_wrong_rows_and_options_are_refused_all_at_once(loaded: Policy) -> None:
+def test_wrong_rows_are_reported_together_and_wrong_options_refused(loaded: Policy) -> None:
     with pytest.raises(UserError) as caught:
         loaded.generate([{"document": "x"}, {"documant": "x"}, {"document": 3}])
     assert [problem.place for problem in caught.value.problems] == ["row 2", "row 3"]
@@ -231,16 +235,16 @@ def test_wrong_rows_and_options_are_refused_all_at_once(loaded: Policy) -> None:
         loaded.generate(["text"])  # type: ignore[list-item]
 
 
-# ---------------------------------------------------------------- one way to a model ready to use
+# ---------------------------------------------------------------- building a policy, and its log-probabilities
 
 CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def examples(seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Three, of which two begin alike, and what of them is trained."""
-    draw = np.random.default_rng(seed)
-    frame, *ends = (draw.integers(4, 500, length).astype(np.int32) for length in (20, 9, 6, 7))
-    token_ids = [np.concatenate([frame, ends[0]]), np.concatenate([frame, ends[1]]), ends[2]]
+    """Three examples, of which two share a prefix, and the masks of their trained tokens."""
+    rng = np.random.default_rng(seed)
+    prefix, *suffixes = (rng.integers(4, 500, length).astype(np.int32) for length in (20, 9, 6, 7))
+    token_ids = [np.concatenate([prefix, suffixes[0]]), np.concatenate([prefix, suffixes[1]]), suffixes[2]]
     return token_ids, [np.arange(len(ids)) >= 3 for ids in token_ids]
 
 
@@ -254,7 +258,7 @@ def batch() -> Batch:
 
 
 def plain_logprobs(base: Path, adapter: Path | None) -> torch.Tensor:
-    """By transformers and PEFT alone, one sequence at a time."""
+    """Log-probabilities computed with transformers and PEFT alone, one sequence at a time."""
     model: Any = load_base(find_base(str(base)), **CPU)
     if adapter is not None:
         model = load_adapter(model, str(adapter), trainable=False).eval().get_base_model()
@@ -266,8 +270,8 @@ def plain_logprobs(base: Path, adapter: Path | None) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() < 1e-4)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).abs().max() < 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -276,15 +280,15 @@ def second(titles: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return adapter_on(titles.base, tmp_path_factory.mktemp("second") / "OUT", "title", seed=1)
 
 
-def test_log_probabilities_are_those_of_transformers_and_peft(titles: Folders, loaded: Policy) -> None:
+def test_logprobs_equal_those_of_transformers_and_peft(titles: Folders, loaded: Policy) -> None:
     with torch.no_grad():
         assert close(loaded.logprobs(batch()), expected := plain_logprobs(titles.base, titles.adapter))
-        alone = dataclasses.replace(loaded, adapter_weights=False).logprobs(batch())
-    assert close(alone, plain_logprobs(titles.base, None))
-    assert not close(alone, expected)
+        base_logprobs = dataclasses.replace(loaded, adapter_weights=False).logprobs(batch())
+    assert close(base_logprobs, plain_logprobs(titles.base, None))
+    assert not close(base_logprobs, expected)
 
 
-def test_adapters_of_one_base_share_it_and_each_is_asked_by_its_name(titles: Folders, second: Path) -> None:
+def test_adapters_on_one_base_are_selected_by_name(titles: Folders, second: Path) -> None:
     folders = [titles.adapter, second]
     policy = build_policy(find_base(str(titles.base)), [str(folder) for folder in folders], **CPU)
     views = [dataclasses.replace(policy, adapter_name=name) for name in adapter_names(2)]
@@ -294,16 +298,14 @@ def test_adapters_of_one_base_share_it_and_each_is_asked_by_its_name(titles: Fol
     expected = [load_policy(folder).generate_from_ids(prompts, byte_level(), sampling) for folder in folders]
     assert expected[0] != expected[1]
     with torch.no_grad():
-        for _ in range(2):  # back and forth
+        for _ in range(2):  # switching back and forth
             for view, folder, answers in zip(views, folders, expected, strict=True):
                 assert close(view.logprobs(batch()), plain_logprobs(titles.base, folder))
                 assert view.generate_from_ids(prompts, byte_level(), sampling) == answers
             assert close(base.logprobs(batch()), plain_logprobs(titles.base, None))
 
 
-def test_another_adapter_takes_the_place_of_the_first_on_the_same_weights(
-    titles: Folders, second: Path
-) -> None:
+def test_with_adapters_replaces_the_adapter_and_keeps_the_base_weights(titles: Folders, second: Path) -> None:
     policy = build_policy(find_base(str(titles.base)), [str(titles.adapter)], **CPU)
     weights = policy.transformers_model.get_input_embeddings().weight
     with torch.no_grad():
@@ -315,37 +317,37 @@ def test_another_adapter_takes_the_place_of_the_first_on_the_same_weights(
             assert policy.support.plain_attention != FOREST
 
 
-def test_a_loaded_model_called_directly_is_that_of_transformers_and_peft(titles: Folders) -> None:
+def test_direct_model_call_gives_the_logits_of_transformers_and_peft(titles: Folders) -> None:
     policy = load_policy(titles.adapter, device="cpu", dtype="float32")
     token_ids, _ = examples()
     ids = torch.from_numpy(np.stack([token_ids[0], token_ids[0]]).astype(np.int64))
-    padding = torch.ones_like(ids)
-    padding[1, :3] = 0
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
     base = AutoModelForCausalLM.from_pretrained(titles.base, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, titles.adapter)
     with torch.no_grad():
-        logits = policy.model(ids, attention_mask=padding).logits
-        torch.testing.assert_close(logits, expected(ids, attention_mask=padding).logits, rtol=1e-5, atol=1e-5)
+        logits = policy.model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, expected(ids, attention_mask=mask).logits, rtol=1e-5, atol=1e-5)
         assert close(policy.logprobs(batch()), plain_logprobs(titles.base, titles.adapter))
 
 
-def test_a_policy_to_train_has_a_fresh_adapter_and_gradients(titles: Folders) -> None:
+def test_trainable_policy_has_a_fresh_seeded_adapter_and_gradients(titles: Folders) -> None:
     shape = LoraShape(4, 8, 0.0, "all-linear")
     policy = build_policy(find_base(str(titles.base)), shape, trainable=True, seed=3, **CPU)
     logprob_N = policy.logprobs(batch())
     assert close(logprob_N.detach(), plain_logprobs(titles.base, None))  # a fresh adapter changes nothing
     logprob_N.sum().backward()
-    trained = {name: each for name, each in policy.model.named_parameters() if each.requires_grad}
+    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in name for name in trained)
-    assert all(each.grad is not None for each in trained.values())
-    again = build_policy(find_base(str(titles.base)), shape, trainable=True, seed=3, **CPU)
-    same = dict(again.model.named_parameters())
-    assert all(torch.equal(each, same[name]) for name, each in trained.items())
+    assert all(weight.grad is not None for weight in trained.values())
+    rebuilt = build_policy(find_base(str(titles.base)), shape, trainable=True, seed=3, **CPU)
+    rebuilt_weights = dict(rebuilt.model.named_parameters())
+    assert all(torch.equal(weight, rebuilt_weights[name]) for name, weight in trained.items())
     with pytest.raises(ValueError, match="has no prompt builder"):
         policy.generate(DOCUMENT)
 
 
-def test_a_model_that_takes_no_forests_is_asked_one_prompt_at_a_time(tmp_path: Path) -> None:
+def test_model_without_forest_support_gets_one_prompt_at_a_time(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "bloom", vocab_size=len(byte_level()), hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
     )
@@ -364,10 +366,10 @@ def test_a_model_that_takes_no_forests_is_asked_one_prompt_at_a_time(tmp_path: P
     assert shapes == [(1, length) for prompt in (29, 26, 7) for length in (prompt, 1, 1)]
 
 
-# ---------------------------------------------------------------- the base
+# ---------------------------------------------------------------- the base model
 
 
-def test_a_base_that_has_moved_is_an_error_until_it_is_named(tmp_path: Path) -> None:
+def test_moved_base_model_is_an_error_until_its_new_folder_is_given(tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, byte_level())
     expected = load_policy(folders.adapter).generate(DOCUMENT, max_new_tokens=5)
     moved = tmp_path / "moved"
@@ -385,7 +387,7 @@ def test_a_base_that_has_moved_is_an_error_until_it_is_named(tmp_path: Path) -> 
         load_policy(folders.adapter, base_model=str(other))
 
 
-def test_a_base_on_the_hub_that_cannot_be_reached_is_an_error_with_a_cure(tmp_path: Path) -> None:
+def test_unreachable_base_on_the_hub_is_an_error_with_a_cure(tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, byte_level())
     manifest = folders.adapter / "yeonma.json"
     manifest.write_text(manifest.read_text().replace(str(folders.base), "nobody/nothing"))
@@ -396,7 +398,7 @@ def test_a_base_on_the_hub_that_cannot_be_reached_is_an_error_with_a_cure(tmp_pa
 
 
 @pytest.mark.parametrize("missing", ["yeonma.json", "adapter_model.safetensors", "template.txt"])
-def test_a_folder_that_is_no_adapter_folder_is_refused(missing: str, titles: Folders, tmp_path: Path) -> None:
+def test_adapter_folder_with_a_missing_file_is_refused(missing: str, titles: Folders, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
     (folder / missing).unlink()
     with pytest.raises(UserError, match=f"{missing} is missing"):
@@ -418,7 +420,7 @@ def test_a_folder_that_is_no_adapter_folder_is_refused(missing: str, titles: Fol
         ("rules", "over_limit", {}),
     ],
 )
-def test_a_manifest_with_values_of_the_wrong_kind_is_damaged(
+def test_yeonma_json_with_a_value_of_the_wrong_type_is_refused_as_damaged(
     group: str | None, name: str, value: object, titles: Folders, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
@@ -430,7 +432,9 @@ def test_a_manifest_with_values_of_the_wrong_kind_is_damaged(
         load_policy(folder)
 
 
-def test_a_checkpoint_in_the_folder_is_asked_too(titles: Folders, loaded: Policy, tmp_path: Path) -> None:
+def test_checkpoint_folder_can_be_loaded_as_an_adapter(
+    titles: Folders, loaded: Policy, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT" / "checkpoint-3"))
     assert load_policy(folder).generate(DOCUMENT, max_new_tokens=8) == loaded.generate(
         DOCUMENT, max_new_tokens=8
@@ -444,7 +448,7 @@ def lines(text: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_generate_answers_rows_with_and_without_their_answers(
+def test_generate_writes_answers_and_the_references_that_rows_have(
     titles: Folders, loaded: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "rows.jsonl"
@@ -454,15 +458,15 @@ def test_generate_answers_rows_with_and_without_their_answers(
     data.write_text("".join(json.dumps(row) + "\n" for row in table))
     options = ["--max_new_tokens", "6", "--batch_size", "2", "--device", "cpu"]
     assert main(["generate", str(titles.adapter), "--data_path", str(data), *options]) == 0
-    found = capsys.readouterr()
+    captured = capsys.readouterr()
     answers = loaded.generate(table, max_new_tokens=6)
     expected: list[dict[str, object]] = [
         {"row": number, "answer": answer, "reference": "제목"}
         for number, answer in enumerate(answers, start=1)
     ]
     del expected[2]["reference"], expected[3]["reference"]
-    assert lines(found.out) == expected
-    assert "answered 7 of 7 rows" in found.err
+    assert lines(captured.out) == expected
+    assert "answered 7 of 7 rows" in captured.err
 
     output = tmp_path / "answers.jsonl"
     options += ["--output", str(output), "--limit", "3"]
@@ -471,28 +475,28 @@ def test_generate_answers_rows_with_and_without_their_answers(
     assert capsys.readouterr().out == ""
 
 
-def test_answers_are_written_while_others_are_still_to_come(titles: Folders, tmp_path: Path) -> None:
+def test_generate_writes_answers_before_all_are_computed(titles: Folders, tmp_path: Path) -> None:
     data, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     data.write_text('{"document": "서울"}\n' * 20)
     from yeonma.commands import generate as verb
 
-    written: list[int] = []
+    line_counts: list[int] = []
 
-    def look(*_: Any) -> None:
-        written.append(output.read_text("utf-8").count("\n"))
+    def record(*_: Any) -> None:
+        line_counts.append(output.read_text("utf-8").count("\n"))
 
-    original = verb.load_policy
+    load_unwatched = verb.load_policy
     with pytest.MonkeyPatch.context() as patch:
 
-        def watched(*arguments: Any, **options: Any) -> Policy:
-            policy = original(*arguments, **options)
-            policy.model.get_base_model().register_forward_pre_hook(look)
+        def load_watched(*arguments: Any, **options: Any) -> Policy:
+            policy = load_unwatched(*arguments, **options)
+            policy.model.get_base_model().register_forward_pre_hook(record)
             return policy
 
-        patch.setattr(verb, "load_policy", watched)
+        patch.setattr(verb, "load_policy", load_watched)
         command = ["generate", str(titles.adapter), "--data_path", str(data), "--output", str(output)]
         assert main([*command, "--max_new_tokens", "1", "--batch_size", "1"]) == 0
-    assert sorted(set(written)) == [0, 8, 16]  # a chunk is eight batches
+    assert sorted(set(line_counts)) == [0, 4, 8, 12, 16]  # a chunk is four batches
 
 
 def test_generate_prints_the_answer_to_a_row_or_a_prompt_as_text(
@@ -503,8 +507,8 @@ def test_generate_prints_the_answer_to_a_row_or_a_prompt_as_text(
     answer = loaded.generate(DOCUMENT, max_new_tokens=7)
     assert capsys.readouterr().out == f"{answer}\n"
     assert main([*command, "--row", json.dumps(DOCUMENT), "--adapter_weights", "false"]) == 0
-    alone = dataclasses.replace(loaded, adapter_weights=False)
-    assert capsys.readouterr().out == f"{alone.generate(DOCUMENT, max_new_tokens=7)}\n" != f"{answer}\n"
+    base_policy = dataclasses.replace(loaded, adapter_weights=False)
+    assert capsys.readouterr().out == f"{base_policy.generate(DOCUMENT, max_new_tokens=7)}\n" != f"{answer}\n"
     output = tmp_path / "answer.jsonl"
     assert main([*command, "--row", json.dumps({**DOCUMENT, "title": "폭풍"}), "--output", str(output)]) == 0
     assert lines(output.read_text("utf-8")) == [{"row": 1, "answer": answer, "reference": "폭풍"}]
@@ -529,7 +533,7 @@ def test_generate_prints_the_answer_to_a_row_or_a_prompt_as_text(
         (["--data_path", "bad.jsonl", "--limit", "2"], 'bad.jsonl:2: field "document" is missing'),
     ],
 )
-def test_generate_refuses_before_the_model_is_loaded(
+def test_generate_refuses_wrong_options_before_loading_the_model(
     options: list[str],
     message: str,
     titles: Folders,
@@ -541,15 +545,17 @@ def test_generate_refuses_before_the_model_is_loaded(
     Path("rows.jsonl").write_text('{"document": "x"}\n')
     Path("bad.jsonl").write_text('{"document": "x"}\n' + '{"documant": "x"}\n' * 30)
     folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
-    (folder / "adapter_model.safetensors").write_bytes(b"no weights")  # what would be noticed on loading
+    (folder / "adapter_model.safetensors").write_bytes(b"no weights")  # would be noticed on loading
     assert main(["generate", str(folder), *options]) == 2
-    found = capsys.readouterr()
-    assert message in found.err
-    assert found.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
     assert Path("rows.jsonl").read_text() == '{"document": "x"}\n'
 
 
-def test_generate_says_which_rows_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_lists_the_rows_that_are_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny_adapter(tmp_path, byte_level(), cutoff_len=150).adapter
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"document": "가 " * count}) + "\n" for count in (300, 1, 300)))
@@ -561,13 +567,13 @@ def test_generate_says_which_rows_are_shortened(tmp_path: Path, capsys: pytest.C
 
 
 def chat(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is written to standard output when the text is piped in."""
+    """Runs `yeonma chat` with `text` piped in; returns its standard output."""
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert main(["chat", str(folder), "--max_new_tokens", "6"]) == 0
     return capsys.readouterr().out
 
 
-def test_chat_asks_a_plain_templates_field_and_each_question_stands_alone(
+def test_chat_with_a_plain_template_answers_each_input_independently(
     titles: Folders, loaded: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["서울의 아침\n기온이", "부산"]
@@ -579,17 +585,17 @@ def test_chat_asks_a_plain_templates_field_and_each_question_stands_alone(
     assert chat(titles.adapter, quitting, monkeypatch, capsys) == f"{expected[1]}\n"
 
 
-def test_chat_takes_fields_by_their_own_names_whatever_the_columns_were_called(
+def test_chat_fills_fields_by_name_regardless_of_the_trained_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In training the answer's column had the name of the prompt's field."""
+    """In training, the answer's column had the name of the prompt's field."""
     columns = {"document": "body", "title": "document"}
     folder = tiny_adapter(tmp_path, byte_level(), columns=columns).adapter
     expected = load_policy(folder).generate({"body": "서울"}, max_new_tokens=6)
     assert chat(folder, "서울\n\n", monkeypatch, capsys) == f"{expected}\n"
 
 
-def test_chat_asks_field_by_field_and_empty_ones_choose_the_variant(
+def test_chat_reads_field_by_field_and_empty_fields_select_the_variant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_adapter(tmp_path, byte_level(), template="alpaca").adapter
@@ -600,7 +606,7 @@ def test_chat_asks_field_by_field_and_empty_ones_choose_the_variant(
     assert chat(folder, "Dance\n\n/new\nAdd\n\n1\n2\n\nSing", monkeypatch, capsys) == expected
 
 
-def test_chat_on_turn_lists_keeps_the_conversation(
+def test_chat_with_turns_keeps_the_conversation_until_slash_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_adapter(tmp_path, byte_level(), template="chat").adapter
@@ -623,15 +629,15 @@ def test_chat_without_a_terminal_ends_at_the_first_error(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("x\0y\n\n서울\n"))
     assert main(["chat", str(titles.adapter), "--max_new_tokens", "2"]) == 2
-    found = capsys.readouterr()
-    assert 'this question: field "document" contains a NUL' in found.err
-    assert found.out == ""
+    captured = capsys.readouterr()
+    assert 'this question: field "document" contains a NUL' in captured.err
+    assert captured.out == ""
 
 
 # ---------------------------------------------------------------- Python
 
 
-def test_the_door_imports_neither_torch_nor_transformers_until_they_are_needed() -> None:
+def test_import_yeonma_does_not_import_torch_transformers_or_peft() -> None:
     code = (
         "import sys, yeonma\n"
         "names = set(dir(yeonma)) >= set(yeonma.__all__)\n"
@@ -644,13 +650,13 @@ def test_the_door_imports_neither_torch_nor_transformers_until_they_are_needed()
         yeonma.lod  # noqa: B018
 
 
-def test_yeonma_load_is_the_loading_of_an_adapter_folder(titles: Folders, loaded: Policy) -> None:
-    answered = yeonma.load(titles.adapter, device="cpu").generate(DOCUMENT, max_new_tokens=4)
-    assert answered == loaded.generate(DOCUMENT, max_new_tokens=4)
+def test_yeonma_load_returns_a_policy_for_an_adapter_folder(titles: Folders, loaded: Policy) -> None:
+    answer = yeonma.load(titles.adapter, device="cpu").generate(DOCUMENT, max_new_tokens=4)
+    assert answer == loaded.generate(DOCUMENT, max_new_tokens=4)
     assert yeonma.Loaded is Policy
 
 
-def test_yeonma_sft_takes_the_verbs_settings_as_keywords_and_returns_the_folder(
+def test_yeonma_sft_takes_settings_as_keywords_and_returns_the_folder(
     titles: Folders, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="batchsize: unknown setting; did you mean"):

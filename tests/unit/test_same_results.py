@@ -1,4 +1,4 @@
-"""The comparison that proves a refactoring: it catches a changed result, and lets times and words pass."""
+"""scripts/same_results: changed results fail the comparison; changed times and wording do not."""
 
 from __future__ import annotations
 
@@ -69,82 +69,82 @@ def compare(tmp_path: Path) -> Compare:
     return differences
 
 
-def brief(differences: list[Difference]) -> list[tuple[str, str]]:
+def summary(differences: list[Difference]) -> list[tuple[str, str]]:
     return [(difference.kind, difference.where) for difference in differences]
 
 
-def test_a_changed_tensor_is_found_by_its_name(compare: Compare) -> None:
+def test_changed_tensor_is_reported_by_name(compare: Compare) -> None:
     before = {"lora_A": np.ones((2, 3), np.float32), "lora_B": np.zeros(4, np.float32)}
     path = "work/sft/adapter_model.safetensors"
     assert compare(path, before, dict(reversed(before.items()))) == []
-    nearly = {**before, "lora_A": np.nextafter(before["lora_A"], 2, dtype=np.float32)}
-    assert brief(compare(path, before, nearly)) == [("differs", "lora_A")]
-    assert brief(compare(path, before, {**before, "lora_B": np.zeros((2, 2), np.float32)})) == [
+    slightly_changed = {**before, "lora_A": np.nextafter(before["lora_A"], 2, dtype=np.float32)}
+    assert summary(compare(path, before, slightly_changed)) == [("differs", "lora_A")]
+    assert summary(compare(path, before, {**before, "lora_B": np.zeros((2, 2), np.float32)})) == [
         ("differs", "lora_B")
     ]
-    assert brief(compare(path, before, {**before, "lora_B": np.zeros(4, np.int32)})) == [
+    assert summary(compare(path, before, {**before, "lora_B": np.zeros(4, np.int32)})) == [
         ("differs", "lora_B")
     ]
-    assert brief(compare(path, before, {"lora_A": before["lora_A"]})) == [("differs", "lora_B")]
+    assert summary(compare(path, before, {"lora_A": before["lora_A"]})) == [("differs", "lora_B")]
 
 
-def test_a_changed_token_id_is_found_by_its_place(compare: Compare) -> None:
+def test_changed_token_id_is_reported_by_position(compare: Compare) -> None:
     line = {"row": 1, "token_ids": [1, 5, 7], "trained": [0, 0, 1], "left_out": None}
     path = "console/inspect/01-inspect.out.jsonl"
     assert compare(path, [line], [line]) == []
-    assert brief(compare(path, [line, line], [line, {**line, "token_ids": [1, 6, 7]}])) == [
+    assert summary(compare(path, [line, line], [line, {**line, "token_ids": [1, 6, 7]}])) == [
         ("differs", "[1].token_ids[1]")
     ]
-    assert brief(compare(path, [line], [{**line, "trained": [0, 0, 1, 1]}])) == [
+    assert summary(compare(path, [line], [{**line, "trained": [0, 0, 1, 1]}])) == [
         ("differs", "[0].trained[3]")
     ]
-    assert brief(compare(path, [line], [line, line])) == [("differs", "[1]")]
+    assert summary(compare(path, [line], [line, line])) == [("differs", "[1]")]
     text = '{"row": 1, "prompt": "a\u2028b"}\n'
     assert compare(path, text, text) == []
 
 
-def test_a_changed_time_is_no_difference_and_a_changed_loss_is(compare: Compare) -> None:
+def test_changed_loss_differs_but_changed_time_does_not(compare: Compare) -> None:
     path = "work/sft/metrics.jsonl"
     assert compare(path, [METRICS], [{**METRICS, "seconds": 9.9}]) == []
-    assert brief(compare(path, [METRICS], [{**METRICS, "loss": math.nextafter(0.5, 1)}])) == [
+    assert summary(compare(path, [METRICS], [{**METRICS, "loss": math.nextafter(0.5, 1)}])) == [
         ("differs", "[0].loss")
     ]
     nan = {**METRICS, "loss": math.nan}
     assert compare(path, [nan], [nan]) == []
-    assert brief(compare(path, [METRICS], [nan])) == [("differs", "[0].loss")]
-    assert brief(compare(path, [METRICS], [{**METRICS, "step": 1.0}])) == [("differs", "[0].step")]
+    assert summary(compare(path, [METRICS], [nan])) == [("differs", "[0].loss")]
+    assert summary(compare(path, [METRICS], [{**METRICS, "step": 1.0}])) == [("differs", "[0].step")]
 
 
-def test_rounding_is_let_pass_where_a_format_says_so_and_nowhere_else(compare: Compare) -> None:
-    nearly = {**METRICS, "loss": 0.5 + 1e-6, "reward_margin": 0.4 + 3e-6}
-    (difference,) = compare("work/dpo/metrics.jsonl", [METRICS], [nearly])
+def test_rounding_is_accepted_only_where_the_format_allows_it(compare: Compare) -> None:
+    rounded = {**METRICS, "loss": 0.5 + 1e-6, "reward_margin": 0.4 + 3e-6}
+    (difference,) = compare("work/dpo/metrics.jsonl", [METRICS], [rounded])
     assert (difference.kind, difference.where) == ("rounding", "[0].reward_margin")
     assert difference.size == pytest.approx(3e-6 / 1.4)
-    assert brief(compare("work/dpo/metrics.jsonl", [METRICS], [{**nearly, "loss": 0.501}])) == [
+    assert summary(compare("work/dpo/metrics.jsonl", [METRICS], [{**rounded, "loss": 0.501}])) == [
         ("differs", "[0].loss"),
         ("rounding", "[0].reward_margin"),
     ]
-    assert brief(compare("work/dpo-dora/metrics.jsonl", [METRICS], [nearly])) == [
+    assert summary(compare("work/dpo-dora/metrics.jsonl", [METRICS], [rounded])) == [
         ("differs", "[0].loss"),
         ("differs", "[0].reward_margin"),
     ]
-    one, other = {"A": np.zeros(3, np.float32)}, {"A": np.array([0, 0, 2e-6], np.float32)}
-    assert brief(compare("work/dpo/adapter_model.safetensors", one, other)) == [("rounding", "A")]
-    other["A"] += 1e-3
-    assert brief(compare("work/dpo/adapter_model.safetensors", one, other)) == [("differs", "A")]
-    other["A"][1] = np.nan
-    assert brief(compare("work/dpo/adapter_model.safetensors", one, other)) == [("differs", "A")]
+    before, after = {"A": np.zeros(3, np.float32)}, {"A": np.array([0, 0, 2e-6], np.float32)}
+    assert summary(compare("work/dpo/adapter_model.safetensors", before, after)) == [("rounding", "A")]
+    after["A"] += 1e-3
+    assert summary(compare("work/dpo/adapter_model.safetensors", before, after)) == [("differs", "A")]
+    after["A"][1] = np.nan
+    assert summary(compare("work/dpo/adapter_model.safetensors", before, after)) == [("differs", "A")]
 
 
-def test_an_accuracy_is_chance_only_where_the_rewards_are_tied(compare: Compare) -> None:
+def test_reward_accuracy_is_ignored_only_where_rewards_are_tied(compare: Compare) -> None:
     path, tied = "work/dpo/metrics.jsonl", {**METRICS, "reward_margin": 1e-7}
     assert compare(path, [tied], [{**tied, "reward_accuracy": 0.25}]) == []
-    assert brief(compare(path, [METRICS], [{**METRICS, "reward_accuracy": 0.25}])) == [
+    assert summary(compare(path, [METRICS], [{**METRICS, "reward_accuracy": 0.25}])) == [
         ("differs", "[0].reward_accuracy")
     ]
 
 
-def test_words_are_shown_and_are_no_failure(compare: Compare) -> None:
+def test_changed_wording_is_reported_separately_from_differences(compare: Compare) -> None:
     path = "console/sft/01-sft.out.words"
     (difference,) = compare(path, "one\nstep 1/15  406 MB\n", "one\nafter step 2\n")
     assert (difference.kind, difference.before, difference.after) == (
@@ -153,51 +153,51 @@ def test_words_are_shown_and_are_no_failure(compare: Compare) -> None:
         "after step #",
     )
     assert compare(path, "step 1/15  2.7e-03\n", "step 2/15  2.4e-03\n") == []
-    finding = {"findings": [{"check": "files", "outcome": "well", "about": "14 files", "problems": []}]}
-    other = {"findings": [{"check": "files", "outcome": "well", "about": "14 are whole", "problems": []}]}
+    before = {"findings": [{"check": "files", "outcome": "well", "about": "14 files", "problems": []}]}
+    after = {"findings": [{"check": "files", "outcome": "well", "about": "14 are whole", "problems": []}]}
     path = "console/verify/01-verify.out.jsonl"
-    assert brief(compare(path, [finding], [other])) == [("words", "[0].findings[0].about")]
-    other["findings"][0]["outcome"] = "differs"
-    assert ("differs", "[0].findings[0].outcome") in brief(compare(path, [finding], [other]))
+    assert summary(compare(path, [before], [after])) == [("words", "[0].findings[0].about")]
+    after["findings"][0]["outcome"] = "differs"
+    assert ("differs", "[0].findings[0].outcome") in summary(compare(path, [before], [after]))
 
 
-def test_a_reason_may_change_its_words_but_must_be_given(compare: Compare) -> None:
+def test_reason_may_be_reworded_but_not_removed(compare: Compare) -> None:
     path, line = "console/inspect/01-inspect.out.jsonl", {"row": 1, "left_out": "too long"}
-    assert brief(compare(path, [line], [{**line, "left_out": "over the limit"}])) == [
+    assert summary(compare(path, [line], [{**line, "left_out": "over the limit"}])) == [
         ("words", "[0].left_out")
     ]
-    assert brief(compare(path, [line], [{**line, "left_out": None}])) == [("differs", "[0].left_out")]
+    assert summary(compare(path, [line], [{**line, "left_out": None}])) == [("differs", "[0].left_out")]
     path = "console/mistakes/01-sft.err.words"
-    assert brief(compare(path, "yeonma: no\n", "yeonma: never\n")) == [("words", "words")]
-    assert ("differs", "is there") in brief(compare(path, "yeonma: no\n", ""))
+    assert summary(compare(path, "yeonma: no\n", "yeonma: never\n")) == [("words", "words")]
+    assert ("differs", "is there") in summary(compare(path, "yeonma: no\n", ""))
 
 
-def test_of_a_card_its_answers_and_numbers_count(compare: Compare) -> None:
+def test_model_card_is_compared_by_answers_numbers_and_metadata(compare: Compare) -> None:
     path = "work/sft/README.md"
     assert compare(path, CARD, CARD.replace("# sft", "# Adapter").replace("the settings", "settings")) == []
-    assert brief(compare(path, CARD, CARD.replace("an answer", "another"))) == [("differs", "texts[0]")]
-    assert brief(compare(path, CARD, CARD.replace("7.2183", "7.2184"))) == [("differs", "tables[2][0]")]
-    assert brief(compare(path, CARD, CARD.replace("llama", "qwen"))) == [("differs", "metadata.base_model")]
+    assert summary(compare(path, CARD, CARD.replace("an answer", "another"))) == [("differs", "texts[0]")]
+    assert summary(compare(path, CARD, CARD.replace("7.2183", "7.2184"))) == [("differs", "tables[2][0]")]
+    assert summary(compare(path, CARD, CARD.replace("llama", "qwen"))) == [("differs", "metadata.base_model")]
 
 
-def test_of_a_page_its_data_counts(compare: Compare) -> None:
+def test_html_report_is_compared_by_its_data(compare: Compare) -> None:
     page = '<h1>Report</h1><script type="application/json" id="data">{"rows":[{"text":"a"}]}</script>'
     assert compare("work/compare/report.html", page, page.replace("Report", "Rows")) == []
-    assert brief(compare("work/compare/report.html", page, page.replace('"a"', '"b"'))) == [
+    assert summary(compare("work/compare/report.html", page, page.replace('"a"', '"b"'))) == [
         ("differs", "[0].rows[0].text")
     ]
 
 
-def test_answers_are_compared_by_row_whatever_their_order(compare: Compare) -> None:
+def test_answers_are_compared_by_row_regardless_of_order(compare: Compare) -> None:
     lines = [{"model": "sft", "row": row, "text": f"answer {row}"} for row in (1, 2)]
     path = "work/compare/answers.jsonl"
     assert compare(path, lines, lines[::-1]) == []
-    assert brief(compare(path, lines, [lines[0], {**lines[1], "text": ""}])) == [
+    assert summary(compare(path, lines, [lines[0], {**lines[1], "text": ""}])) == [
         ("differs", "sft, row 2, answer.text")
     ]
 
 
-def test_a_manifest_must_be_true_of_its_own_files(tmp_path: Path) -> None:
+def test_manifest_checksums_must_match_its_files(tmp_path: Path) -> None:
     for side in ("a", "b"):
         file = write(tmp_path / side / "work/sft/settings.yaml", f"output_dir: {side}\n")
         write(file.parent / "manifest.json", {"sha256": {file.name: sha256(file.read_bytes()).hexdigest()}})
@@ -208,7 +208,7 @@ def test_a_manifest_must_be_true_of_its_own_files(tmp_path: Path) -> None:
     assert (difference.kind, difference.where) == ("differs", "settings.yaml")
 
 
-def test_an_exit_status_and_an_answer_are_shown(compare: Compare) -> None:
+def test_changed_exit_status_and_answer_are_shown(compare: Compare) -> None:
     (difference,) = compare("console/mistakes/01-sft.status", "2\n", "1\n")
     assert (difference.kind, difference.before, difference.after) == ("differs", '"2\\n"', '"1\\n"')
     (difference,) = compare("console/chat/01-chat.out.txt", "x" * 99 + "a\n", "x" * 99 + "b\n")
@@ -227,55 +227,60 @@ def recording(root: Path, runs: Mapping[str, Mapping[str, Any]], failures: Mappi
         for name, content in files.items():
             write(root / "work" / run / name, content)
         write(root / "console" / run / "01-sft.status", "0\n")
-    about = {"commit": "c0ffee", "checkout": "/somewhere", "machine": {"torch": "2.13"}}
-    about |= {"format": FORMAT, "work": str(root / "work"), "runs": list(runs), "failures": dict(failures)}
-    write(root / "recording.json", about)
+    info = {"commit": "c0ffee", "checkout": "/somewhere", "machine": {"torch": "2.13"}}
+    info |= {"format": FORMAT, "work": str(root / "work"), "runs": list(runs), "failures": dict(failures)}
+    write(root / "recording.json", info)
     return root
 
 
-def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+def run_compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     status = main(["compare", *map(str, arguments)])
     return status, capsys.readouterr().out
 
 
-def test_two_recordings_are_the_same_wherever_they_were_made(
+def test_recordings_are_compared_independently_of_their_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def made(name: str, **changes: Any) -> Path:
+    def make_recording(name: str, **changes: Any) -> Path:
         root = tmp_path / name
         sft = {"metrics.jsonl": [METRICS], "yeonma.json": {"base": str(root / "work" / "models")}}
         return recording(root, {"sft": {**sft, **changes}})
 
-    before = made("before")
-    status, shown = outcome(capsys, before, made("after"))
-    assert (status, shown.splitlines()[-1]) == (0, "the results are the same")
-    status, shown = outcome(capsys, before, made("changed", **{"metrics.jsonl": [{**METRICS, "loss": 0.25}]}))
-    assert (status, shown.splitlines()[-1]) == (1, "results differ: sft")
-    assert "  differs  work/sft/metrics.jsonl [0].loss\n      - 0.5\n      + 0.25\n" in shown
+    before = make_recording("before")
+    status, output = run_compare(capsys, before, make_recording("after"))
+    assert (status, output.splitlines()[-1]) == (0, "the results are the same")
+    status, output = run_compare(
+        capsys, before, make_recording("changed", **{"metrics.jsonl": [{**METRICS, "loss": 0.25}]})
+    )
+    assert (status, output.splitlines()[-1]) == (1, "results differ: sft")
+    assert "  differs  work/sft/metrics.jsonl [0].loss\n      - 0.5\n      + 0.25\n" in output
     png, svg = (
-        made(name, **{name: "content", "manifest.json": {"sha256": {name: sha256(b"content").hexdigest()}}})
+        make_recording(
+            name, **{name: "content", "manifest.json": {"sha256": {name: sha256(b"content").hexdigest()}}}
+        )
         for name in ("loss.png", "loss.svg")
     )
-    assert outcome(capsys, png, svg)[0] == outcome(capsys, svg, png)[0] == 0  # renamed
-    status, shown = outcome(capsys, before, made("more", **{"loss.svg": "<svg/>"}))
+    # a renamed file is no difference
+    assert run_compare(capsys, png, svg)[0] == run_compare(capsys, svg, png)[0] == 0
+    status, output = run_compare(capsys, before, make_recording("more", **{"loss.svg": "<svg/>"}))
     assert status == 1
-    assert "  differs  work/sft/loss.svg\n      - missing\n      + there\n" in shown
+    assert "  differs  work/sft/loss.svg\n      - missing\n      + there\n" in output
 
 
-def test_a_run_that_failed_or_is_missing_fails_the_comparison_unless_others_are_chosen(
+def test_failed_or_missing_run_fails_the_comparison_unless_deselected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = {"sft": {"metrics.jsonl": [METRICS]}, "dpo": {"metrics.jsonl": [METRICS]}}
     before = recording(tmp_path / "before", runs)
     failed = recording(tmp_path / "failed", runs, {"dpo": "dpo: exit status 1, not 0"})
-    assert outcome(capsys, before, failed)[0] == 1
-    assert outcome(capsys, before, failed, "--only", "sft")[0] == 0
+    assert run_compare(capsys, before, failed)[0] == 1
+    assert run_compare(capsys, before, failed, "--only", "sft")[0] == 0
     fewer = recording(tmp_path / "fewer", {"sft": runs["sft"]})
-    status, shown = outcome(capsys, before, fewer)
+    status, output = run_compare(capsys, before, fewer)
     assert status == 1
-    assert "was not recorded" in shown
-    assert outcome(capsys, fewer, fewer)[0] == 0
-    assert outcome(capsys, fewer, fewer, "--only", "dpo")[0] == 1
+    assert "was not recorded" in output
+    assert run_compare(capsys, fewer, fewer)[0] == 0
+    assert run_compare(capsys, fewer, fewer, "--only", "dpo")[0] == 1
     with pytest.raises(SystemExit, match="no run sftt"):
         main(["compare", str(before), str(before), "--only", "sftt"])
 
@@ -286,18 +291,18 @@ def test_a_resumed_run_must_equal_the_uninterrupted_one(
     def run(name: str, loss: float) -> dict[str, Any]:
         return {"metrics.jsonl": [{**METRICS, "loss": loss}], "settings.yaml": f"output_dir: {name}\n"}
 
-    same = {name: run(name, 0.5) for name in ("sft-dropout", "sft-killed")}
-    root = recording(tmp_path / "same", same)
+    equal_runs = {name: run(name, 0.5) for name in ("sft-dropout", "sft-killed")}
+    root = recording(tmp_path / "same", equal_runs)
     assert compare_within("killed", Recording.read(root), "sft-dropout", "sft-killed").is_same
-    other = recording(tmp_path / "other", {**same, "sft-killed": run("sft-killed", 0.25)})
-    status, shown = outcome(capsys, other, other)
-    assert (status, shown.splitlines()[-1]) == (
+    differing = recording(tmp_path / "other", {**equal_runs, "sft-killed": run("sft-killed", 0.25)})
+    status, output = run_compare(capsys, differing, differing)
+    assert (status, output.splitlines()[-1]) == (
         1,
         "results differ: sft-killed = sft-dropout, before, sft-killed = sft-dropout, after",
     )
 
 
-def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_valid_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no whole recording"):
         Recording.read(tmp_path)
     write(recording(tmp_path / "old", {}) / "recording.json", {"format": 0})
@@ -305,7 +310,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         Recording.read(tmp_path / "old")
 
 
-def test_the_package_of_a_checkout_is_copied_and_nothing_else_is_taken_for_one(tmp_path: Path) -> None:
+def test_package_of_a_checkout_is_copied_and_other_folders_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "checkout" / "yeonma" / "__main__.py", "print()\n")
     write(tmp_path / "checkout" / "yeonma" / "__pycache__" / "old.pyc", "")
     origin = copy_package(str(tmp_path / "checkout"), tmp_path / "package")
@@ -316,13 +321,13 @@ def test_the_package_of_a_checkout_is_copied_and_nothing_else_is_taken_for_one(t
         copy_package(str(tmp_path), tmp_path / "other")
 
 
-def test_runs_begin_after_those_that_they_need() -> None:
+def test_runs_are_listed_after_the_runs_they_need() -> None:
     for number, run in enumerate(RUNS):
         assert {need.name for need in run.needs} <= {before.name for before in RUNS[:number]}
         assert run.act.__doc__
 
 
-def test_every_rule_says_why_and_the_rules_on_purpose_come_first() -> None:
+def test_every_rule_has_a_reason_and_specific_rules_come_first() -> None:
     assert all(rule.why for rule in (*FORMATS, *FIELDS, *RENAMED))
     assert format_of("work/dpo/checkpoint-2/state.json").tolerance > 0
     assert format_of("work/dpo-others/kto/checkpoint-2/state.json").tolerance == 0

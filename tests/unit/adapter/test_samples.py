@@ -1,4 +1,4 @@
-"""samples.json: the card's rows with the prompt ids of training, for every kind of data."""
+"""samples.json: the model card's rows with their prompt ids from training, for every kind of data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CHATML = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-# Answers lose their digits as soon as another turn follows: every answer is an example of its own.
-FORGETTING = (
+# An answer loses its digits as soon as another turn follows, so every answer becomes an example of its own.
+REWRITING = (
     "{% for message in messages %}[{{ message['role'] }}]"
     "{{ message['content'] if loop.last else message['content'] | replace('1', '') }}#{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -76,12 +76,12 @@ CASES: Mapping[str, tuple[Task, Rows, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("chat_template", [CHATML, FORGETTING], ids=["growing", "rewriting"])
+@pytest.mark.parametrize("chat_template", [CHATML, REWRITING], ids=["growing", "rewriting"])
 @pytest.mark.parametrize("name", CASES)
-def test_rows_are_stored_with_what_the_template_reads_and_give_the_same_prompts_again(
+def test_samples_keep_only_read_columns_and_reproduce_the_prompts(
     tmp_path: Path, name: str, chat_template: str
 ) -> None:
-    kind, rows, settings = CASES[name]
+    task, rows, settings = CASES[name]
     tokenizer = characters()
     tokenizer.chat_template = chat_template
     data = DataSettings(
@@ -91,46 +91,46 @@ def test_rows_are_stored_with_what_the_template_reads_and_give_the_same_prompts_
         val_set_size=2,
     )
     tokens = TokenSettings(cutoff_len=settings.get("cutoff_len", 512), cache_dir=str(tmp_path / "cache"))
-    dataset = prepare_dataset(data, tokens, tokenizer, 0, print, lambda _: None, kind)
+    dataset = prepare_dataset(data, tokens, tokenizer, 0, print, lambda _: None, task)
     for part in (dataset.train, dataset.validation):
         assert part is not None
-        taken = take_samples(part, kind, dataset.template, dataset.columns, 3)
-        assert len(taken.rows) == (3 if part is dataset.train else 2)
-        for row in taken.rows:
+        samples = take_samples(part, task, dataset.template, dataset.columns, 3)
+        assert len(samples.rows) == (3 if part is dataset.train else 2)
+        for row in samples.rows:
             assert "unread" not in row.row
             if name == "pairs":
                 assert "title" not in row.row
-            trained_with = [
+            training_prompts = [
                 part.store.example(i).token_ids[: len(row.prompt_ids)].tolist()
                 for i in range(len(part.store))
                 if part.store.row_numbers[i] == row.row_number
             ]
-            assert row.prompt_ids in trained_with
-        (tmp_path / "samples.json").write_text(taken.to_json(), encoding="utf-8")
-        read = read_samples(tmp_path)
-        assert read == taken
-        again = prompts_now(read, dataset.template, dataset.columns, tokenizer, dataset.rules)
-        assert again == [row.prompt_ids for row in taken.rows]
+            assert row.prompt_ids in training_prompts
+        (tmp_path / "samples.json").write_text(samples.to_json(), encoding="utf-8")
+        stored = read_samples(tmp_path)
+        assert stored == samples
+        prompts = prompts_now(stored, dataset.template, dataset.columns, tokenizer, dataset.rules)
+        assert prompts == [row.prompt_ids for row in samples.rows]
     if name == "shortened":
         assert max(part.store.cut_characters) > 0
 
 
-@pytest.mark.parametrize("chat_template", [CHATML, FORGETTING], ids=["growing", "rewriting"])
-def test_of_a_turn_list_the_prompt_is_that_of_its_last_answer(tmp_path: Path, chat_template: str) -> None:
-    kind, rows, _ = CASES["turn lists"]
+@pytest.mark.parametrize("chat_template", [CHATML, REWRITING], ids=["growing", "rewriting"])
+def test_sample_prompt_of_a_turn_list_is_that_of_the_last_answer(tmp_path: Path, chat_template: str) -> None:
+    task, rows, _ = CASES["turn lists"]
     tokenizer = characters()
     tokenizer.chat_template = chat_template
     data = DataSettings(data_path=str(write_jsonl(tmp_path / "data.jsonl", rows)))
     tokens = TokenSettings(cache_dir=str(tmp_path / "cache"))
-    dataset = prepare_dataset(data, tokens, tokenizer, 0, print, lambda _: None, kind)
-    taken = take_samples(dataset.train, kind, dataset.template, dataset.columns, 1)
-    split, end, earlier = (True, "#", "a ") if chat_template == FORGETTING else (False, "</s>", "a 1")
-    assert len(dataset.train.store) == (12 if split else 6)
+    dataset = prepare_dataset(data, tokens, tokenizer, 0, print, lambda _: None, task)
+    samples = take_samples(dataset.train, task, dataset.template, dataset.columns, 1)
+    is_split, end, earlier = (True, "#", "a ") if chat_template == REWRITING else (False, "</s>", "a 1")
+    assert len(dataset.train.store) == (12 if is_split else 6)
     expected = f"[user]q0{end}[assistant]{earlier}{end}[user]and?{end}[assistant]"
-    assert tokenizer.decode(taken.rows[0].prompt_ids) == expected
+    assert tokenizer.decode(samples.rows[0].prompt_ids) == expected
 
 
-def test_a_run_leaves_them_in_its_folder_and_in_every_checkpoint(tmp_path: Path) -> None:
+def test_run_writes_samples_to_its_folder_and_every_checkpoint(tmp_path: Path) -> None:
     base, data = model_folder(tmp_path / "base"), write_jsonl(tmp_path / "data.jsonl", articles(20))
     done = trained(tmp_path / "out", base, data, val_set_size=6, card_rows=4, save_steps=1)
     samples = read_samples(done.folder)
@@ -146,7 +146,7 @@ def test_a_run_leaves_them_in_its_folder_and_in_every_checkpoint(tmp_path: Path)
         assert (folder / "samples.json").read_bytes() == (done.folder / "samples.json").read_bytes()
         prompt_builder = open_prompt_builder(folder)
         prompts = prompt_builder.prompts(
-            [articles_row(row.row, row.row_number) for row in samples.rows], max_new_tokens=8
+            [row_of(row.row, row.row_number) for row in samples.rows], max_new_tokens=8
         )
         assert [prompt.token_ids.tolist() for prompt in prompts] == [row.prompt_ids for row in samples.rows]
     assert read_adapter_folder(done.folder).details["tokenizer"] == identity_of_tokenizer(
@@ -154,19 +154,19 @@ def test_a_run_leaves_them_in_its_folder_and_in_every_checkpoint(tmp_path: Path)
     )
 
 
-def articles_row(values: dict[str, Any], number: int) -> Any:
+def row_of(values: dict[str, Any], number: int) -> Any:
     from yeonma.data.rows import Row
 
     return Row(number, values, f"row {number}")
 
 
-def test_with_no_card_rows_no_row_is_kept(tmp_path: Path) -> None:
+def test_card_rows_zero_stores_no_samples(tmp_path: Path) -> None:
     base, data = model_folder(tmp_path / "base"), write_jsonl(tmp_path / "data.jsonl", articles(8))
     done = trained(tmp_path / "out", base, data, card_rows=0)
     assert read_samples(done.folder) == Samples(ANSWERS, ())
 
 
-def test_a_folder_of_before_has_none_and_is_asked_as_ever(tmp_path: Path) -> None:
+def test_older_folder_without_samples_is_accepted(tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, characters())
     manifest = folders.adapter / "yeonma.json"
     details = json.loads(manifest.read_text("utf-8"))
@@ -189,15 +189,15 @@ def test_a_folder_of_before_has_none_and_is_asked_as_ever(tmp_path: Path) -> Non
         lambda content: content["samples"].append(3),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, change: Any) -> None:
+def test_damaged_samples_file_is_named(tmp_path: Path, change: Any) -> None:
     content = {
         "kind": "answers",
         "samples": [{"row_number": 1, "row": {"document": "d"}, "prompt_ids": [1, 2]}],
     }
     (tmp_path / "samples.json").write_text(json.dumps(content), "utf-8")
-    read = read_samples(tmp_path)
-    assert read is not None
-    assert replace(read.rows[0], prompt_ids=[]).row == {"document": "d"}
+    samples = read_samples(tmp_path)
+    assert samples is not None
+    assert replace(samples.rows[0], prompt_ids=[]).row == {"document": "d"}
     change(content)
     (tmp_path / "samples.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(UserError, match=r"samples\.json"):

@@ -26,11 +26,11 @@ UNITS = [
     [(CHOSEN, example((11,), 2)), (REJECTED, example((12, 13, 14), 2)), (MISMATCHED, example((15, 16), 2))],
     [(CHOSEN, example((17, 18), 4)), (REJECTED, example((19, 20), 4))],
 ]
-FIRST = [0, 2, 5]
+FIRST_EXAMPLE = [0, 2, 5]
 REFERENCE = np.arange(7.0)
 
 
-def stored(folder: Path, units: list[list[tuple[AnswerRole, Example]]]) -> TokenStore:
+def written_store(folder: Path, units: list[list[tuple[AnswerRole, Example]]]) -> TokenStore:
     writer = StoreWriter.open(folder / "store")
     writer.add([Notes(0, 0, 0, 0)] * 4, [Unit(tuple(members)) for members in units])
     writer.finish({"key": "k"})
@@ -40,12 +40,16 @@ def stored(folder: Path, units: list[list[tuple[AnswerRole, Example]]]) -> Token
 
 
 def in_memory(order: list[int]) -> Batch:
-    members = [(unit, role, one) for unit in order for role, one in UNITS[unit]]
+    members = [(unit, role, member) for unit in order for role, member in UNITS[unit]]
     return Batch.of(
-        [one for _, _, one in members],
+        [member for _, _, member in members],
         units=[unit for unit, _, _ in members],
         roles=[role for _, role, _ in members],
-        example_extras={"reference": [REFERENCE[FIRST[u] + i] for u in order for i in range(len(UNITS[u]))]},
+        example_extras={
+            "reference": [
+                REFERENCE[FIRST_EXAMPLE[unit] + index] for unit in order for index in range(len(UNITS[unit]))
+            ]
+        },
     )
 
 
@@ -64,58 +68,58 @@ def content(batch: Batch) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0], [1]])
-def test_a_batch_from_a_store_is_the_one_made_in_memory(tmp_path: Path, order: list[int]) -> None:
-    store = stored(tmp_path, UNITS)
+def test_batch_from_a_store_equals_the_one_made_in_memory(tmp_path: Path, order: list[int]) -> None:
+    store = written_store(tmp_path, UNITS)
     batch = Batch.from_store(store, np.array(order), {"reference": REFERENCE})
     assert content(batch) == content(in_memory(order))
     assert [store.example(int(i)).token_ids.tolist() for i in batch.index_E] == content(batch)["token_ids"]
     assert batch.unit_lengths_U.tolist() == [
-        3 + sum(len(e.token_ids) - 3 for _, e in UNITS[u]) for u in order
+        3 + sum(len(e.token_ids) - 3 for _, e in UNITS[unit]) for unit in order
     ]
     assert batch.flat_token_ids is store.token_ids  # not copied
 
 
-def test_units_are_selected_with_all_that_is_theirs(tmp_path: Path) -> None:
-    whole = Batch.from_store(stored(tmp_path, UNITS), np.array([0, 1, 2]), {"reference": REFERENCE})
+def test_select_units_keeps_their_examples_and_extras(tmp_path: Path) -> None:
+    batch = Batch.from_store(written_store(tmp_path, UNITS), np.array([0, 1, 2]), {"reference": REFERENCE})
     for order in ([2], [1, 2], [2, 0]):
-        assert content(whole.select_units(order)) == content(in_memory(order))
-    assert len(whole.select_units([])) == whole.select_units([]).unit_count == 0
+        assert content(batch.select_units(order)) == content(in_memory(order))
+    assert len(batch.select_units([])) == batch.select_units([]).unit_count == 0
 
 
-def test_mismatched_answers_are_a_part_of_their_own_and_units_keep_their_length() -> None:
-    whole = in_memory([0, 1, 2])
-    trained, mismatched = whole.trained_part, whole.mismatched_part
+def test_mismatched_answers_form_their_own_part_and_unit_lengths_stay() -> None:
+    batch = in_memory([0, 1, 2])
+    trained, mismatched = batch.trained_part, batch.mismatched_part
     assert mismatched.index_E.tolist() == [4]
     assert trained.index_E.tolist() == [0, 1, 2, 3, 5, 6]
-    assert (trained.unit_lengths_U == whole.unit_lengths_U).all()
+    assert (trained.unit_lengths_U == batch.unit_lengths_U).all()
     assert mismatched.unit_count == 3
     assert len(mismatched.select_units([0, 2])) == 0
     assert mismatched.select_units([1]).example_extras["reference"].tolist() == [4.0]
-    assert trained.trained_tokens == whole.trained_tokens - 2
+    assert trained.trained_tokens == batch.trained_tokens - 2
 
 
-def test_numbers_of_tokens_go_with_their_examples() -> None:
+def test_token_and_example_extras_follow_the_selected_units() -> None:
     examples = [example((8, 9), 1), example((10,), 2), example((11, 12, 13), 3)]
     batch = Batch.of(examples, token_extras={"sampled": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]})
     part = batch.select_units([2, 0])
     assert part.token_extras["sampled"].tolist() == [3.0, 4.0, 5.0, 0.0, 1.0]
-    more = part.with_example_extras({"advantage": np.array([1.0, -1.0])})
-    assert more.select_units([1]).example_extras["advantage"].tolist() == [-1.0]
-    assert more.select_units([1]).token_extras["sampled"].tolist() == [0.0, 1.0]
+    with_advantage = part.with_example_extras({"advantage": np.array([1.0, -1.0])})
+    assert with_advantage.select_units([1]).example_extras["advantage"].tolist() == [-1.0]
+    assert with_advantage.select_units([1]).token_extras["sampled"].tolist() == [0.0, 1.0]
 
 
-def test_a_prefix_is_shared_only_where_the_model_sees_the_same() -> None:
+def test_prefix_is_shared_only_where_input_keys_are_equal() -> None:
     frame = tuple(range(20, 50))
     examples = [example((8,), 1, frame), example((9,), 2, frame)]
-    same = np.arange(31)
-    other = same.copy()
-    other[18] = 99
-    shared = Batch.of(examples, input_keys=[same, same]).forest(share_prefix=True)
-    parted = Batch.of(examples, input_keys=[same, other]).forest(share_prefix=True)
+    keys = np.arange(31)
+    other_keys = keys.copy()
+    other_keys[18] = 99
+    shared = Batch.of(examples, input_keys=[keys, keys]).forest(share_prefix=True)
+    split = Batch.of(examples, input_keys=[keys, other_keys]).forest(share_prefix=True)
     plain = Batch.of(examples).forest(share_prefix=True)
     assert [(s.length, s.parent) for s in shared.segments] == [(30, None), (1, 0), (1, 0)]
     assert shared.segments == plain.segments
-    assert [(s.length, s.parent) for s in parted.segments] == [(18, None), (13, 0), (13, 0)]
+    assert [(s.length, s.parent) for s in split.segments] == [(18, None), (13, 0), (13, 0)]
 
 
 @pytest.mark.parametrize(
@@ -128,13 +132,13 @@ def test_a_prefix_is_shared_only_where_the_model_sees_the_same() -> None:
         ({"input_keys": [np.arange(5), np.arange(5), np.arange(1)]}, "expected one value per token"),
     ],
 )
-def test_what_does_not_fit_is_refused(more: dict[str, object], message: str) -> None:
+def test_wrong_shapes_and_scattered_units_are_refused(more: dict[str, object], message: str) -> None:
     examples = [example((8, 9), 1), example((10,), 2), example((11,), 3)]
     with pytest.raises(ValueError, match=message):
         Batch.of(examples, **more)  # type: ignore[arg-type]
 
 
-def test_a_first_token_cannot_be_trained() -> None:
+def test_trained_first_token_is_refused() -> None:
     ids = np.array([5, 6], dtype=np.int32)
     with pytest.raises(ValueError, match="first token"):
         Batch.of([Example(ids, np.array([True, True]), 0, 1, 0, 0, False, 0)])

@@ -24,11 +24,11 @@ def all_trained(examples: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def paths(forest: Forest) -> list[list[int]]:
-    """Segment -> the flat positions of its ancestors and itself."""
+    """For each segment, the flat positions of its ancestors and of itself."""
     paths: list[list[int]] = []
     for segment in forest.segments:
-        above = paths[segment.parent] if segment.parent is not None else []
-        paths.append(above + list(range(segment.start, segment.start + segment.length)))
+        ancestors = paths[segment.parent] if segment.parent is not None else []
+        paths.append(ancestors + list(range(segment.start, segment.start + segment.length)))
     return paths
 
 
@@ -44,7 +44,7 @@ def trie_size(examples: list[np.ndarray]) -> int:
     return len({tuple(example[: i + 1].tolist()) for example in examples for i in range(len(example))})
 
 
-FRAME = range(100, 100 + MIN_SHARED_TOKENS)
+PREFIX = range(100, 100 + MIN_SHARED_TOKENS)
 
 
 def test_one_example_is_one_segment() -> None:
@@ -58,12 +58,12 @@ def test_one_example_is_one_segment() -> None:
     assert forest.answer_N.tolist() == [0, 0]
 
 
-def test_two_answers_hang_under_their_prompt_and_its_last_token_predicts_both() -> None:
-    examples = [ids(FRAME, 9, 8), ids(FRAME, 7)]
+def test_last_token_of_a_shared_prompt_predicts_both_answers() -> None:
+    examples = [ids(PREFIX, 9, 8), ids(PREFIX, 7)]
     trained = [np.arange(len(example)) >= MIN_SHARED_TOKENS for example in examples]
     forest = lay_out(examples, trained)
     assert forest.segments == (Segment(0, 16, None), Segment(16, 1, 0), Segment(17, 2, 0))
-    assert forest.token_ids_T.tolist() == [*FRAME, 7, 9, 8]
+    assert forest.token_ids_T.tolist() == [*PREFIX, 7, 9, 8]
     assert forest.position_T.tolist() == [*range(16), 16, 16, 17]
     pairs = list(zip(forest.source_U[forest.pair_N], forest.target_U[forest.pair_N], strict=True))
     assert pairs == [(15, 9), (17, 8), (15, 7)]
@@ -77,18 +77,18 @@ def test_fifteen_common_tokens_are_not_shared_and_sixteen_are() -> None:
         assert len(lay_out(examples, all_trained(examples)).segments) == segments
 
 
-def test_sharing_nests_and_each_level_shares_sixteen_tokens_more() -> None:
-    article = range(200, 200 + MIN_SHARED_TOKENS)
-    examples = [ids(FRAME, article, 1), ids(FRAME, 3), ids(FRAME, article, 2)]
+def test_nested_prefixes_are_shared_if_each_adds_sixteen_tokens() -> None:
+    second_prefix = range(200, 200 + MIN_SHARED_TOKENS)
+    examples = [ids(PREFIX, second_prefix, 1), ids(PREFIX, 3), ids(PREFIX, second_prefix, 2)]
     forest = lay_out(examples, all_trained(examples))
     tree = [(s.length, s.parent) for s in forest.segments]
     assert tree == [(16, None), (1, 0), (16, 0), (1, 2), (1, 2)]
-    short = [ids(FRAME, range(200, 215), 1), ids(FRAME, 3), ids(FRAME, range(200, 215), 2)]
+    short = [ids(PREFIX, range(200, 215), 1), ids(PREFIX, 3), ids(PREFIX, range(200, 215), 2)]
     assert [s.parent for s in lay_out(short, all_trained(short)).segments] == [None, 0, 0, 0]
 
 
-def test_identical_examples_are_one_segment_whose_tokens_are_predicted_once_and_count_for_each() -> None:
-    examples = [ids(FRAME, 4, 5)] * 3
+def test_identical_examples_share_one_segment_and_count_separately() -> None:
+    examples = [ids(PREFIX, 4, 5)] * 3
     forest = lay_out(examples, all_trained(examples))
     assert forest.segments == (Segment(0, 18, None),)
     assert len(forest.source_U) == 17
@@ -96,8 +96,8 @@ def test_identical_examples_are_one_segment_whose_tokens_are_predicted_once_and_
     assert forest.answer_N.tolist() == [0] * 17 + [1] * 17 + [2] * 17
 
 
-def test_an_example_that_begins_another_ends_inside_its_path() -> None:
-    examples = [ids(FRAME, 4, 5, 6), ids(FRAME, 4)]
+def test_example_that_is_a_prefix_of_another_shares_its_path() -> None:
+    examples = [ids(PREFIX, 4, 5, 6), ids(PREFIX, 4)]
     trained = [np.zeros(19, dtype=bool), np.zeros(17, dtype=bool)]
     trained[0][17], trained[1][16] = True, True
     forest = lay_out(examples, trained)
@@ -106,25 +106,25 @@ def test_an_example_that_begins_another_ends_inside_its_path() -> None:
     assert forest.target_U[forest.pair_N].tolist() == [5, 4]
 
 
-def test_without_share_prefix_every_example_stands_alone() -> None:
-    examples = [ids(FRAME, 4)] * 2
+def test_without_share_prefix_each_example_is_its_own_root_segment() -> None:
+    examples = [ids(PREFIX, 4)] * 2
     forest = lay_out(examples, all_trained(examples), share_prefix=False)
     assert sorted(forest.segments, key=lambda s: s.start) == [Segment(0, 17, None), Segment(17, 17, None)]
 
 
-def test_an_example_without_a_trained_token_takes_its_place_and_trains_nothing() -> None:
+def test_example_without_trained_tokens_keeps_its_index_and_has_no_pairs() -> None:
     examples = [ids(1, 2), ids(3, 4)]
     forest = lay_out(examples, [np.zeros(2, dtype=bool), np.ones(2, dtype=bool)])
     assert forest.answer_N.tolist() == [1]
 
 
-def test_large_token_ids_keep_their_order_and_value() -> None:
-    examples = [ids(FRAME, 70_000), ids(FRAME, 255), ids(FRAME, 2**30)]
+def test_large_token_ids_keep_their_values() -> None:
+    examples = [ids(PREFIX, 70_000), ids(PREFIX, 255), ids(PREFIX, 2**30)]
     forest = lay_out(examples, all_trained(examples))
     assert sorted(forest.token_ids_T[16:].tolist()) == [255, 70_000, 2**30]
 
 
-SMALL = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=7)
+SMALL_EXAMPLES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=7)
 
 
 @st.composite
@@ -139,7 +139,7 @@ def micro_batches(draw: st.DrawFn) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 @settings(max_examples=60, deadline=None)
 @given(batch=micro_batches(), share=st.booleans())
-def test_every_trained_token_stands_once_an_example_behind_exactly_its_own_past(
+def test_each_trained_token_is_predicted_once_from_exactly_its_own_prefix(
     batch: tuple[list[np.ndarray], list[np.ndarray]], share: bool
 ) -> None:
     examples, trained = batch
@@ -157,7 +157,7 @@ def test_every_trained_token_stands_once_an_example_behind_exactly_its_own_past(
 
 @settings(max_examples=60, deadline=None)
 @given(batch=micro_batches(), share=st.booleans())
-def test_the_leaves_paths_are_the_examples_and_parents_precede_children(
+def test_leaf_paths_are_the_examples_and_parents_precede_children(
     batch: tuple[list[np.ndarray], list[np.ndarray]], share: bool
 ) -> None:
     examples, trained = batch
@@ -167,10 +167,10 @@ def test_the_leaves_paths_are_the_examples_and_parents_precede_children(
     ).tolist()
     assert sum(s.length for s in forest.segments) == len(forest.token_ids_T)
     assert all(s.parent is None or s.parent < i for i, s in enumerate(forest.segments))
-    whole = {tuple(forest.token_ids_T[path].tolist()) for path in paths(forest)}
-    assert {tuple(example.tolist()) for example in examples} <= whole
+    token_paths = {tuple(forest.token_ids_T[path].tolist()) for path in paths(forest)}
+    assert {tuple(example.tolist()) for example in examples} <= token_paths
     parents = {s.parent for s in forest.segments}
-    for index, path in enumerate(paths(forest)):  # and nothing but the examples: every path begins one
+    for index, path in enumerate(paths(forest)):  # only examples are laid out: every path is a prefix of one
         tokens = forest.token_ids_T[path].tolist()
         assert any(example[: len(tokens)].tolist() == tokens for example in examples)
         assert index in parents or any(example.tolist() == tokens for example in examples)
@@ -178,7 +178,7 @@ def test_the_leaves_paths_are_the_examples_and_parents_precede_children(
 
 @settings(max_examples=60, deadline=None)
 @given(batch=micro_batches())
-def test_a_segment_is_shared_if_and_only_if_sixteen_tokens_are(
+def test_segments_are_shared_if_and_only_if_sixteen_tokens_match(
     batch: tuple[list[np.ndarray], list[np.ndarray]],
 ) -> None:
     forest = lay_out(*batch)
@@ -193,8 +193,8 @@ def test_a_segment_is_shared_if_and_only_if_sixteen_tokens_are(
 
 
 @settings(max_examples=80, deadline=None)
-@given(examples=SMALL)
-def test_with_no_least_length_the_forest_is_as_large_as_the_trie_of_its_examples(
+@given(examples=SMALL_EXAMPLES)
+def test_forest_without_a_minimum_length_is_as_large_as_the_trie(
     examples: list[list[int]],
 ) -> None:
     arrays = [ids(*example) for example in examples]
@@ -204,7 +204,7 @@ def test_with_no_least_length_the_forest_is_as_large_as_the_trie_of_its_examples
     assert len(forest.token_ids_T) == trie_size(arrays)
 
 
-def test_long_shared_frames_are_laid_out_once() -> None:
+def test_long_shared_prefix_is_laid_out_once() -> None:
     examples = [ids(range(400), [500 + i] * (i + 1)) for i in range(8)]
     forest = lay_out(examples, all_trained(examples))
     assert len(forest.token_ids_T) == trie_size(examples) == 400 + 36

@@ -30,16 +30,19 @@ UNITS = [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def pairs() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Four pairs, chosen and rejected in turn: a long prompt, a short one, the long one asked twice, and a prompt that
-    another's begins with; some answers begin alike. The second array says what is trained."""
-    draw = np.random.default_rng(7)
-    long, short = draw.integers(3, VOCABULARY, 20), draw.integers(3, VOCABULARY, 5)
+    """The sequences of four pairs, chosen and rejected in turn, and their trained masks.
+
+    The prompts are a long one, a short one, the long one again, and its first nine tokens. The answers of a pair begin
+    with the same two tokens.
+    """
+    rng = np.random.default_rng(7)
+    long, short = rng.integers(3, VOCABULARY, 20), rng.integers(3, VOCABULARY, 5)
     prompts = [long, short, long, long[:9]]
     sequences, trained = [], []
     for prompt in prompts:
-        alike = draw.integers(3, VOCABULARY, 2)
-        for length in draw.integers(1, 9, 2):
-            answer = np.concatenate([alike, draw.integers(3, VOCABULARY, length)])
+        shared_start = rng.integers(3, VOCABULARY, 2)
+        for length in rng.integers(1, 9, 2):
+            answer = np.concatenate([shared_start, rng.integers(3, VOCABULARY, length)])
             sequences.append(np.concatenate([prompt, answer]).astype(np.int32))
             trained.append(np.arange(len(sequences[-1])) >= len(prompt))
     return sequences, trained
@@ -55,8 +58,8 @@ def loss_of(logprob_N: torch.Tensor) -> torch.Tensor:
     return pair_losses(LOSSES["sigmoid"], policy, reference, OPTIONS).sum()
 
 
-def adapted(family: str) -> Any:
-    """A PeftModel whose adapter is not zero."""
+def model_with_adapter(family: str) -> Any:
+    """A PeftModel with a nonzero adapter."""
     model = tiny_model(family)
     torch.manual_seed(1)
     targets = ["q_proj", "o_proj"] if family == "phimoe" else "all-linear"  # PEFT cannot adapt its router
@@ -71,8 +74,8 @@ def gradients_of(model: Any, logprob_N: torch.Tensor) -> list[torch.Tensor]:
 
 @lru_cache
 def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Every answer after its own copy of the prompt, one by one through the unpatched model."""
-    model = adapted(family)
+    """Runs every answer with its own copy of the prompt, one by one, through the unpatched model."""
+    model = model_with_adapter(family)
     logprobs_by_sequence = []
     for ids, mask in zip(*pairs(), strict=True):
         tokens = torch.from_numpy(ids).long()
@@ -88,12 +91,10 @@ def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
 def test_pairs_have_the_logprobs_and_gradients_of_separate_sequences(family: str, share_prefix: bool) -> None:
-    model = adapted(family)
+    model = model_with_adapter(family)
     support: ForestSupport = check_forest_support(model.get_base_model())
     assert support.forest == (family in FOREST_FAMILIES)
-    if (
-        family != "qwen3_next"
-    ):  # whose recurrence makes much of another routine's rounding; tests of LoRA have it
+    if family != "qwen3_next":  # its recurrence amplifies the kernels' rounding; the tests of LoRA cover it
         patch_kernels(model)
     sequences, trained = pairs()
     logprob_N = example_logprobs(
@@ -118,11 +119,11 @@ def test_a_pair_is_three_segments_however_short_its_prompt() -> None:
     assert len(lay_out(sequences, trained, units=[4, 4], share_prefix=False).segments) == 2
 
 
-def test_the_tokens_of_a_micro_batch_of_pairs_are_those_of_prompts_and_answers() -> None:
+def test_forest_of_pairs_stores_shared_prompts_and_answer_starts_once() -> None:
     sequences, trained = pairs()
     forest = lay_out(sequences, trained, units=UNITS)
-    # the long prompt once for two pairs; the nine tokens that begin it are too few for another pair to share them
-    # and what the two answers of each pair begin with stands once
+    # Two pairs share the long prompt. The last pair's prompt, its first nine tokens, is too short to be shared.
+    # The two tokens that both answers of a pair begin with are stored once.
     answers = sum(
         len(sequence) - int((~mask).sum()) for sequence, mask in zip(sequences, trained, strict=True)
     )

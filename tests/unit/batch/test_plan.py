@@ -12,9 +12,9 @@ from yeonma.batch.plan import GROUPED_STEPS, Plan, epoch_order, make_plan, micro
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
-def plan_of(count: int, batch_size: int, **changed: object) -> Plan:
+def plan_of(count: int, batch_size: int, **overrides: object) -> Plan:
     positions = np.arange(1000, 1000 + count)
-    options: dict = {"seed": 7, "num_epochs": 1.0, "max_steps": None, **changed}
+    options: dict = {"seed": 7, "num_epochs": 1.0, "max_steps": None, **overrides}
     return make_plan(positions, np.arange(count) % 13 + 1, batch_size=batch_size, **options)
 
 
@@ -34,7 +34,7 @@ def test_an_epoch_has_every_example_once_and_only_its_last_step_is_smaller(
         assert len(epoch[-1]) == (count - 1) % batch_size + 1
 
 
-def test_epochs_and_seeds_give_other_orders_and_the_same_seed_the_same() -> None:
+def test_order_differs_by_epoch_and_seed_and_is_reproducible() -> None:
     first, second = (list(chain(*part)) for part in _epochs(plan_of(40, 8, num_epochs=2)))
     assert first != second
     assert first == list(chain(*plan_of(40, 8).steps()))
@@ -46,47 +46,47 @@ def _epochs(plan: Plan) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return steps[: plan.steps_per_epoch], steps[plan.steps_per_epoch :]
 
 
-def test_the_order_is_this_one() -> None:
-    """Resuming from a checkpoint depends on it, so it must not change between versions."""
+def test_epoch_order_is_stable_across_versions() -> None:
+    """Resuming from a checkpoint depends on this order, so it must not change between versions."""
     assert epoch_order(8, seed=42, epoch=0, batch_size=4).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_steps_from_the_middle_are_the_steps_that_a_whole_run_has_there(grouped: bool) -> None:
+def test_steps_from_a_later_start_match_those_of_a_whole_run(grouped: bool) -> None:
     plan = plan_of(21, 4, num_epochs=3, group_by_length=grouped)
-    whole = [step.tolist() for step in plan.steps()]
+    all_steps = [step.tolist() for step in plan.steps()]
     for start in (0, 3, 5, 6, 11, plan.total_steps):
-        assert [step.tolist() for step in plan.steps(start)] == whole[start:]
+        assert [step.tolist() for step in plan.steps(start)] == all_steps[start:]
 
 
 @pytest.mark.parametrize(
-    ("epochs", "most", "steps"),
+    ("epochs", "max_steps", "steps"),
     [(1, None, 5), (3, None, 15), (0.5, None, 3), (2.5, None, 13), (0.01, None, 1), (3, 4, 4), (1, 100, 100)],
 )
-def test_epochs_may_be_fractions_and_max_steps_wins(epochs: float, most: int | None, steps: int) -> None:
-    plan = plan_of(10, 2, num_epochs=epochs, max_steps=most)
+def test_epochs_may_be_fractions_and_max_steps_wins(epochs: float, max_steps: int | None, steps: int) -> None:
+    plan = plan_of(10, 2, num_epochs=epochs, max_steps=max_steps)
     assert plan.total_steps == len(list(plan.steps())) == steps
 
 
-def test_progress_is_counted_in_passes_over_the_data() -> None:
+def test_epoch_at_counts_passes_over_the_data() -> None:
     plan = plan_of(10, 4, num_epochs=2)
     assert [plan.epoch_at(step) for step in (0, 3, 6)] == [0.0, 1.0, 2.0]
 
 
-def test_group_by_length_puts_similar_lengths_into_one_step_and_mixes_the_steps() -> None:
+def test_group_by_length_steps_have_similar_lengths_and_are_shuffled() -> None:
     count, batch_size = 400, 8
     lengths = np.random.default_rng(0).integers(1, 1000, count)
     order = epoch_order(count, 3, 0, batch_size, lengths)
     steps = [lengths[order[i : i + batch_size]] for i in range(0, count, batch_size)]
     spread = np.mean([step.max() - step.min() for step in steps])
-    plain = epoch_order(count, 3, 0, batch_size)
-    mixed = [lengths[plain[i : i + batch_size]] for i in range(0, count, batch_size)]
-    assert spread < 0.1 * np.mean([step.max() - step.min() for step in mixed])
+    ungrouped_order = epoch_order(count, 3, 0, batch_size)
+    ungrouped_steps = [lengths[ungrouped_order[i : i + batch_size]] for i in range(0, count, batch_size)]
+    assert spread < 0.1 * np.mean([step.max() - step.min() for step in ungrouped_steps])
     means = [step.mean() for step in steps]
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
-def test_group_by_length_leaves_the_smaller_step_for_the_last() -> None:
+def test_group_by_length_puts_the_smaller_step_last() -> None:
     lengths = np.array([50, 10, 90, 30, 70, 20, 80, 40, 60, 100])
     order = epoch_order(10, 3, 0, 4, lengths)
     steps = [set(lengths[order[i : i + 4]].tolist()) for i in (0, 4, 8)]
@@ -94,19 +94,20 @@ def test_group_by_length_leaves_the_smaller_step_for_the_last() -> None:
     assert steps[2] == {20, 10}
 
 
-def test_group_by_length_draws_anew_which_examples_meet_each_epoch() -> None:
+def test_group_by_length_regroups_the_examples_each_epoch() -> None:
     count, batch_size = 2 * GROUPED_STEPS * 4, 4
     lengths = np.random.default_rng(0).integers(1, 1000, count)
     orders = [epoch_order(count, 3, epoch, batch_size, lengths) for epoch in (0, 1)]
-    meetings = [
-        {frozenset(o[i : i + batch_size].tolist()) for i in range(0, count, batch_size)} for o in orders
+    steps_of_epochs = [
+        {frozenset(order[i : i + batch_size].tolist()) for i in range(0, count, batch_size)}
+        for order in orders
     ]
-    assert meetings[0] != meetings[1]
+    assert steps_of_epochs[0] != steps_of_epochs[1]
 
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=LENGTHS, processes=st.integers(1, 9))
-def test_shares_partition_the_step_and_differ_by_at_most_one_example_in_tokens(
+def test_shares_partition_the_step_and_balance_tokens_within_one_example(
     lengths: list[int], processes: int
 ) -> None:
     parts = shares(lengths, processes)
@@ -125,17 +126,17 @@ def test_a_step_with_fewer_examples_than_processes_leaves_some_idle() -> None:
     count=st.integers(1, 40),
     batch_size=st.integers(1, 9),
     processes=st.integers(1, 5),
-    most=st.integers(1, 4),
+    max_examples=st.integers(1, 4),
 )
-def test_a_step_holds_the_same_examples_for_any_processes_and_micro_batches(
-    count: int, batch_size: int, processes: int, most: int
+def test_step_examples_do_not_depend_on_processes_or_micro_batches(
+    count: int, batch_size: int, processes: int, max_examples: int
 ) -> None:
     plan = plan_of(count, batch_size)
     for step in islice(plan.steps(), 3):
         lengths = [int(plan.lengths[position - 1000]) for position in step]
         members = []
         for part in shares(lengths, processes):
-            for batch in micro_batches([lengths[i] for i in part], most):
+            for batch in micro_batches([lengths[i] for i in part], max_examples):
                 members.extend(int(step[part[i]]) for i in batch)
         assert sorted(members) == sorted(step.tolist())
 
@@ -152,18 +153,18 @@ def test_micro_batches_partition_their_share_within_both_limits(
         assert tokens is None or len(batch) == 1 or sum(lengths[i] for i in batch) <= tokens
 
 
-def test_without_a_token_limit_micro_batches_are_as_few_as_possible_and_even() -> None:
+def test_micro_batches_without_token_limit_are_few_and_balanced() -> None:
     batches = micro_batches([10, 1, 1, 10, 1, 1, 1], 4)
     assert sorted(sum([10, 1, 1, 10, 1, 1, 1][i] for i in batch) for batch in batches) == [12, 13]
     assert micro_batches([], 4) == []
 
 
-def test_an_example_over_the_token_limit_goes_alone() -> None:
+def test_example_over_the_token_limit_gets_its_own_micro_batch() -> None:
     assert sorted(micro_batches([50, 3, 4], 8, 10)) == [[0], [1, 2]]
 
 
 @pytest.mark.parametrize(("steps", "count"), [(1, 4), (2, 8), (3, 10), (7, 10)])
-def test_what_a_plan_uses_is_what_its_steps_hold(steps: int, count: int) -> None:
+def test_plan_used_returns_the_examples_of_its_steps(steps: int, count: int) -> None:
     plan = plan_of(10, 4, max_steps=steps)
     assert plan.used().tolist() == sorted(set(chain(*plan.steps())))
     assert len(plan.used()) == count

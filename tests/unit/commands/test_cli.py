@@ -1,4 +1,4 @@
-"""The command: verbs, help, exit statuses, and what it does not import."""
+"""The command line: verbs, help, exit statuses and late imports."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def in_new_process(*argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Help pages in lines that never break."""
+    """Makes the lines of help pages too wide to break."""
     monkeypatch.setenv("COLUMNS", "10000")
 
 
 @pytest.fixture
 def try_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
-    """Makes a function the verb `try`."""
+    """Installs a function as the verb `try`."""
 
     def install(run: Run) -> None:
         module = ModuleType("verb_under_test")
@@ -97,16 +97,16 @@ def test_an_unknown_verb_gets_a_suggestion() -> None:
     assert done.stderr == 'yeonma: genarate: unknown command; did you mean "generate"?\n'
 
 
-def test_a_verb_unlike_any_other_gets_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_verb_without_a_similar_one_gets_the_list_of_verbs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["zzz"]) == 2
     assert f"the commands are {', '.join(VERBS)}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verbs_help_has_each_of_its_settings_with_its_text(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_of_a_verb_describes_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     page = " ".join(capsys.readouterr().out.split())
     for group in VERBS[verb].groups:
@@ -134,7 +134,7 @@ def test_help_shows_ranges_choices_and_defaults(capsys: pytest.CaptureFixture[st
     )
 
 
-def test_no_verb_reads_one_name_twice() -> None:
+def test_no_verb_has_two_settings_of_one_name() -> None:
     for name, verb in VERBS.items():
         names = [field.name for group in verb.groups for field in fields(group)]
         assert len(set(names)) == len(names), name
@@ -142,7 +142,7 @@ def test_no_verb_reads_one_name_twice() -> None:
         assert "config" not in names and "help" not in names
 
 
-def test_a_verb_gets_its_groups_and_gives_the_exit_status(try_verb: Callable[[Run], None]) -> None:
+def test_verb_receives_its_settings_and_returns_the_exit_status(try_verb: Callable[[Run], None]) -> None:
     seen: list[TryConfig] = []
 
     def run(config: TryConfig) -> int | None:
@@ -170,7 +170,7 @@ def test_warnings_go_to_stderr_once_for_all_processes(
     assert capsys.readouterr().err == ""
 
 
-def test_settings_that_do_not_fit_end_with_status_2_and_no_traceback() -> None:
+def test_invalid_settings_end_with_status_2_and_no_traceback() -> None:
     done = in_new_process("sft", "--lora_r", "0", "--learning_rate", "-1")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -182,7 +182,7 @@ def test_settings_that_do_not_fit_end_with_status_2_and_no_traceback() -> None:
     ]
 
 
-def test_a_users_mistake_in_a_verb_is_printed_and_debug_adds_the_traceback(
+def test_user_error_is_printed_and_debug_adds_the_traceback(
     try_verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(config: TryConfig) -> int | None:

@@ -45,7 +45,7 @@ from yeonma.config.settings import (
 from yeonma.errors import UserError
 
 REQUIRED = {"data_path": "rows.jsonl", "base_model": "some/model", "output_dir": "out"}
-EVERY_GROUP = [
+SETTINGS_GROUPS = [
     group
     for name, group in vars(settings_module).items()
     if is_dataclass(group) and name.endswith("Settings")
@@ -57,8 +57,8 @@ def read(*argv: str) -> ParsedConfig[RunConfig]:
     return read_config(RunConfig, [*required, *argv], verb="sft", groups=TRAINING)
 
 
-def value_of(reading: ParsedConfig[RunConfig], name: str) -> object:
-    return settings_dict(reading.config)[name]
+def value_of(parsed: ParsedConfig[RunConfig], name: str) -> object:
+    return settings_dict(parsed.config)[name]
 
 
 def from_yaml(tmp_path: Path, text: str) -> ParsedConfig:
@@ -74,7 +74,7 @@ def problems(caught: pytest.ExceptionInfo[UserError]) -> list[str]:
 # ---------------------------------------------------------------- values
 
 
-def test_the_tutorials_command_line_is_understood() -> None:
+def test_tutorial_command_line_gives_the_expected_settings() -> None:
     argv = shlex.split("""
         --base_model beomi/llama-2-ko-7b --data-path daekeun-ml/naver-news-summarization-ko
         --output_dir ./title-generator --batch_size 8 --micro_batch_size 1 --num_epochs 3 --learning_rate 1e-5
@@ -121,33 +121,38 @@ def test_the_tutorials_command_line_is_understood() -> None:
         ("lr_scheduler", "cosine", "cosine"),
     ],
 )
-def test_a_text_is_read_alike_from_all_three_sources(
+def test_text_values_parse_the_same_from_cli_yaml_and_python(
     name: str, text: str, value: object, tmp_path: Path
 ) -> None:
     quoted = "'" + text.replace("'", "''").replace("\n", "\n\n  ") + "'"
-    readings = [
+    parsed_configs = [
         read(f"--{name}", text),
         read(f"--{name.replace('_', '-')}={text}"),
         from_yaml(tmp_path, f"{name.replace('_', '-')}: {quoted}\n"),
         config_from_keywords(RunConfig, {**REQUIRED, name: text}, groups=TRAINING),
     ]
-    for reading in readings:
-        parsed = value_of(reading, name)
-        assert parsed == value and type(parsed) is type(value)
+    for parsed_config in parsed_configs:
+        actual = value_of(parsed_config, name)
+        assert actual == value and type(actual) is type(value)
 
 
-def test_yaml_and_python_objects_need_no_quotes(tmp_path: Path) -> None:
-    written = from_yaml(
+def test_unquoted_yaml_values_equal_python_objects(tmp_path: Path) -> None:
+    parsed = from_yaml(
         tmp_path, "learning_rate: 1e-4\nlora_target_modules: [a, b]\nmax_steps:\noverwrite: yes\n"
     )
-    given = {"learning_rate": 1e-4, "lora_target_modules": ["a", "b"], "max_steps": None, "overwrite": True}
-    assert written == config_from_keywords(RunConfig, {**REQUIRED, **given}, groups=TRAINING)
-    assert value_of(written, "learning_rate") == 1e-4
+    keywords = {
+        "learning_rate": 1e-4,
+        "lora_target_modules": ["a", "b"],
+        "max_steps": None,
+        "overwrite": True,
+    }
+    assert parsed == config_from_keywords(RunConfig, {**REQUIRED, **keywords}, groups=TRAINING)
+    assert value_of(parsed, "learning_rate") == 1e-4
 
 
-def test_a_path_object_is_its_text() -> None:
-    reading = config_from_keywords(RunConfig, {**REQUIRED, "output_dir": Path("a") / "b"}, groups=TRAINING)
-    assert value_of(reading, "output_dir") == str(Path("a") / "b")
+def test_path_object_is_converted_to_text() -> None:
+    parsed = config_from_keywords(RunConfig, {**REQUIRED, "output_dir": Path("a") / "b"}, groups=TRAINING)
+    assert value_of(parsed, "output_dir") == str(Path("a") / "b")
 
 
 def test_a_bare_flag_is_true() -> None:
@@ -156,30 +161,30 @@ def test_a_bare_flag_is_true() -> None:
     assert value_of(read("--overwrite", "false"), "overwrite") is False
 
 
-def test_the_last_of_two_options_wins_and_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
+def test_last_option_wins_and_command_line_overrides_yaml(tmp_path: Path) -> None:
     assert value_of(read("--seed", "1", "--seed", "2"), "seed") == 2
     path = tmp_path / "run.yaml"
     path.write_text("seed: 3\nlora_r: 4\n")
-    reading = read("--seed", "5", "--config", str(path))
-    assert (value_of(reading, "seed"), value_of(reading, "lora_r")) == (5, 4)
-    keywords = config_from_keywords(RunConfig, {**REQUIRED, "seed": 5, "config": path}, groups=TRAINING)
-    assert keywords == reading
+    parsed = read("--seed", "5", "--config", str(path))
+    assert (value_of(parsed, "seed"), value_of(parsed, "lora_r")) == (5, 4)
+    from_python = config_from_keywords(RunConfig, {**REQUIRED, "seed": 5, "config": path}, groups=TRAINING)
+    assert from_python == parsed
 
 
-def test_the_first_argument_without_a_name_fills_the_positional_setting() -> None:
-    def ask(*argv: str) -> tuple[object, ...]:
+def test_first_positional_argument_fills_the_positional_setting() -> None:
+    def parse(*argv: str) -> tuple[object, ...]:
         config = read_config(GenerateConfig, argv, verb="generate", positional="adapter_dir").config
         return config.adapter, config.generate
 
     expected = (AdapterSettings(adapter_dir="OUT"), GenerateSettings(row='{"document": "x"}'))
-    assert ask("OUT", "--row", '{"document": "x"}') == expected
-    assert ask("--row", '{"document": "x"}', "OUT") == expected
-    assert ask("--adapter_dir", "OUT", "--row", '{"document": "x"}') == expected
+    assert parse("OUT", "--row", '{"document": "x"}') == expected
+    assert parse("--row", '{"document": "x"}', "OUT") == expected
+    assert parse("--adapter_dir", "OUT", "--row", '{"document": "x"}') == expected
     with pytest.raises(UserError, match='unexpected argument "OTHER"'):
-        ask("OUT", "OTHER")
+        parse("OUT", "OTHER")
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ def test_the_first_argument_without_a_name_fills_the_positional_setting() -> Non
         ("data_path", "", 'data_path: "" is empty; give text'),
     ],
 )
-def test_a_value_that_does_not_fit_names_setting_and_cure(name: str, text: str, message: str) -> None:
+def test_invalid_value_error_names_the_setting_and_valid_values(name: str, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(f"--{name}", text)
     (line,) = problems(caught)
@@ -259,12 +264,12 @@ def test_a_value_that_does_not_fit_names_setting_and_cure(name: str, text: str, 
 
 
 @pytest.mark.parametrize("value", [True, 1.0, None, [1], {"a": 1}])
-def test_python_objects_of_another_type_are_refused(value: object) -> None:
+def test_python_objects_of_the_wrong_type_are_refused(value: object) -> None:
     with pytest.raises(UserError, match=r"^lora_r: .* is not valid; give a whole number of at least 1$"):
         config_from_keywords(RunConfig, {**REQUIRED, "lora_r": value}, groups=TRAINING)
 
 
-def test_all_problems_come_together(tmp_path: Path) -> None:
+def test_all_problems_are_reported_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learnin_rate: 1\nlora_dropout: 2\nseed: 1\n")
     with pytest.raises(UserError) as caught:
@@ -287,7 +292,7 @@ def test_all_problems_come_together(tmp_path: Path) -> None:
     ]
 
 
-def test_unknown_names_get_a_suggestion_from_every_source(tmp_path: Path) -> None:
+def test_unknown_setting_gets_a_suggestion_from_every_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'^--batchsize: unknown setting; did you mean "batch_size"\?$'):
         read("--batchsize", "4")
     with pytest.raises(UserError, match=r'^batchsize: unknown setting; did you mean "batch_size"\?$'):
@@ -298,14 +303,14 @@ def test_unknown_names_get_a_suggestion_from_every_source(tmp_path: Path) -> Non
         from_yaml(tmp_path, "seed: 1\nbatchsize: 4\n")
 
 
-def test_required_settings_in_python_are_asked_for_in_pythons_form() -> None:
+def test_missing_required_python_setting_is_named_in_python_syntax() -> None:
     with pytest.raises(
         UserError, match=r"^base_model: required, but not given; write base_model=\.\.\., or set it"
     ):
         config_from_keywords(RunConfig, {"data_path": "d", "output_dir": "o"}, groups=TRAINING)
 
 
-def test_forgotten_dashes_are_noticed() -> None:
+def test_setting_without_double_dashes_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match=r'^unexpected argument "lora_r=8"; write --lora_r=8$'):
         read("lora_r=8")
     with pytest.raises(UserError, match=r'^unexpected argument "-lora_r"; write --lora_r$'):
@@ -343,21 +348,21 @@ def test_forgotten_dashes_are_noticed() -> None:
         ("overwrite: !!bool x\n", ": not YAML: a value does not match its tag"),
     ],
 )
-def test_a_yaml_mistake_is_named_with_its_place(text: str, message: str, tmp_path: Path) -> None:
+def test_yaml_errors_give_their_location(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         from_yaml(tmp_path, text)
     (line,) = problems(caught)
     assert line.startswith(f"{tmp_path / 'run.yaml'}{message}")
 
 
-def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
+def test_yaml_python_tags_run_no_code(tmp_path: Path) -> None:
+    marker_folder = tmp_path / "trace"
     with pytest.raises(UserError, match="is refused"):
-        from_yaml(tmp_path, f"seed: !!python/object/apply:os.mkdir [{trace}]\n")
-    assert not trace.exists()
+        from_yaml(tmp_path, f"seed: !!python/object/apply:os.mkdir [{marker_folder}]\n")
+    assert not marker_folder.exists()
 
 
-def test_text_that_could_not_be_written_is_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     for words in (["--run_name", "\udcff"], ["--columns", '{title: "\\udcff"}'], ["--data_path", "\udcff"]):
         with pytest.raises(UserError, match="is not UTF-8 text"):
             read(*words)
@@ -366,7 +371,7 @@ def test_text_that_could_not_be_written_is_refused(tmp_path: Path) -> None:
             from_yaml(tmp_path, line)
 
 
-def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -> None:
+def test_yaml_aliases_that_expand_to_billions_of_values_are_refused(tmp_path: Path) -> None:
     """Printing or checking such a value takes hours."""
     names = "abcdefghij"
     lines = [
@@ -377,10 +382,10 @@ def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path: Path) -
         from_yaml(tmp_path, text)
 
 
-def test_some_aliases_and_many_names_are_read(tmp_path: Path) -> None:
-    listed = [f"layer{number}" for number in range(20_000)]
-    parsed = from_yaml(tmp_path, f"lora_target_modules: {json.dumps(listed)}\n")
-    assert value_of(parsed, "lora_target_modules") == listed
+def test_yaml_aliases_and_long_lists_of_names_are_accepted(tmp_path: Path) -> None:
+    names = [f"layer{number}" for number in range(20_000)]
+    parsed = from_yaml(tmp_path, f"lora_target_modules: {json.dumps(names)}\n")
+    assert value_of(parsed, "lora_target_modules") == names
     with pytest.raises(UserError, match=r"run\.yaml:1: lora_target_modules: .* has more than 1,000 items"):
         from_yaml(tmp_path, f"lora_target_modules: {list(range(20_000))}\n")
     parsed = from_yaml(tmp_path, "lora_r: &rank 8\nlora_alpha: *rank\n")
@@ -392,7 +397,7 @@ def test_an_empty_yaml_file_sets_nothing(text: str, tmp_path: Path) -> None:
     assert from_yaml(tmp_path, text) == read()
 
 
-def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_config_file_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read: No such file or directory"):
         read("--config", str(tmp_path / "none.yaml"))
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
@@ -413,7 +418,7 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- warnings
 
 
-def test_max_steps_wins_over_num_epochs_with_a_warning_only_where_both_were_given() -> None:
+def test_max_steps_with_num_epochs_warns_that_max_steps_wins() -> None:
     warning = "num_epochs and max_steps are both given: max_steps (5) wins"
     assert read("--num_epochs", "3", "--max_steps", "5").warnings == (warning,)
     assert config_from_keywords(
@@ -430,11 +435,11 @@ def test_warmup_steps_win_over_warmup_ratio_with_a_warning() -> None:
     assert read("--warmup_steps", "0", "--warmup_ratio", "0.1").warnings == ()
 
 
-# ---------------------------------------------------------------- the table of settings
+# ---------------------------------------------------------------- ranges of settings
 
 
-def test_every_numeric_setting_has_a_range_that_holds_its_default() -> None:
-    for group in EVERY_GROUP:
+def test_every_numeric_setting_has_a_range_that_contains_its_default() -> None:
+    for group in SETTINGS_GROUPS:
         for setting in settings_of([group]).values():
             if {int, float} & set(setting.members):
                 assert isinstance(setting.range, Range), f"{group.__name__}.{setting.name}"
@@ -444,12 +449,12 @@ def test_every_numeric_setting_has_a_range_that_holds_its_default() -> None:
 
 
 @pytest.mark.parametrize("limits", [{"at_least": 1}, {"above": 0}, {"at_most": 1}, {"below": 1}, {}])
-def test_no_range_holds_infinity_or_nan(limits: dict[str, float]) -> None:
+def test_no_range_contains_infinity_or_nan(limits: dict[str, float]) -> None:
     for number in (float("inf"), float("-inf"), float("nan")):
         assert number not in Range(**limits)
 
 
-def test_ranges_hold_their_closed_ends_only() -> None:
+def test_ranges_contain_inclusive_but_not_exclusive_bounds() -> None:
     assert 0 in Range(at_least=0, below=1) and 1 not in Range(at_least=0, below=1)
     assert 0 not in Range(above=0, at_most=1) and 1 in Range(above=0, at_most=1)
 
@@ -457,8 +462,8 @@ def test_ranges_hold_their_closed_ends_only() -> None:
 # ---------------------------------------------------------------- settings.yaml
 
 
-def test_settings_survive_the_way_through_yaml(tmp_path: Path) -> None:
-    reading = config_from_keywords(
+def test_settings_round_trip_through_yaml(tmp_path: Path) -> None:
+    parsed = config_from_keywords(
         RunConfig,
         {
             "data_path": "/data/기사 모음.csv",
@@ -477,26 +482,26 @@ def test_settings_survive_the_way_through_yaml(tmp_path: Path) -> None:
         },
         groups=TRAINING,
     )
-    text = to_yaml(reading.config)
+    text = to_yaml(parsed.config)
     path = tmp_path / "settings.yaml"
     path.write_text(text, encoding="utf-8")
-    again = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=TRAINING)
-    assert again == reading
-    assert again.warnings == ()
+    reread = read_config(RunConfig, ["--config", str(path)], verb="sft", groups=TRAINING)
+    assert reread == parsed
+    assert reread.warnings == ()
 
 
 def test_settings_yaml_has_every_setting_in_the_order_of_the_groups() -> None:
-    reading = read()
-    names = [line.partition(":")[0] for line in to_yaml(reading.config).splitlines()]
+    parsed = read()
+    names = [line.partition(":")[0] for line in to_yaml(parsed.config).splitlines()]
     assert names == [field.name for group in TRAINING for field in fields(group)]
 
 
-def test_a_template_stands_in_settings_yaml_as_it_reads() -> None:
+def test_settings_yaml_writes_templates_as_block_text() -> None:
     text = to_yaml(DataSettings(data_path="d", template="본문:\n{document}\n\n제목: {title}"))
     assert "template: |-\n  본문:\n  {document}\n\n  제목: {title}\n" in text
 
 
-AWKWARD = st.text(alphabet=" \n\r\t\x85\u2028\ufeff'\":#-|>&*!%@`{}[],?~\\a0가\x00😀", max_size=12)
+SPECIAL_CHARACTERS = st.text(alphabet=" \n\r\t\x85\u2028\ufeff'\":#-|>&*!%@`{}[],?~\\a0가\x00😀", max_size=12)
 
 
 @dataclass(frozen=True)
@@ -506,8 +511,8 @@ class DataAndDemo:
 
 
 @hypothesis_settings(deadline=None)
-@given(text=(st.text() | AWKWARD).filter(lambda text: text not in NONE_WORDS))
-def test_any_text_survives_the_way_through_yaml(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(text=(st.text() | SPECIAL_CHARACTERS).filter(lambda text: text not in NONE_WORDS))
+def test_any_text_round_trips_through_yaml(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     data = DataSettings(data_path="d", template=text, columns={text: text})
     config = DataAndDemo(data=data, demo=DemoSettings(model_dir=text))
@@ -518,26 +523,30 @@ def test_any_text_survives_the_way_through_yaml(text: str, tmp_path_factory: pyt
 # ---------------------------------------------------------------- imports
 
 
-def test_importing_configure_is_cheap() -> None:
+def test_importing_parse_loads_no_heavy_modules() -> None:
     heavy = ("torch", "transformers", "jsonargparse")
     code = f"import sys, yeonma.config.parse; print([name for name in {heavy} if name in sys.modules])"
     root = Path(inspect.getfile(settings_module)).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert process.stdout.strip() == "[]"
 
 
-def test_reading_imports_neither_torch_nor_transformers() -> None:
+def test_parsing_settings_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom yeonma.config.parse import config_from_keywords as read\n"
         "from yeonma.config.settings import *\n"
         "read(DemoSettings, {'max_steps': 3}); print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     root = Path(inspect.getfile(settings_module)).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert process.stdout.strip() == "[]"
 
 
-def test_a_list_of_texts_takes_the_words_that_follow_it() -> None:
+def test_list_option_takes_all_words_that_follow_it() -> None:
     from yeonma.config.settings import CompareConfig
 
     def models(*words: str) -> list[str]:
@@ -552,12 +561,12 @@ def test_a_list_of_texts_takes_the_words_that_follow_it() -> None:
         models("--models", "[a, b]", "c")
 
 
-def test_a_list_without_a_name_takes_the_words_that_follow_it() -> None:
+def test_positional_list_takes_all_words_that_follow_it() -> None:
     from yeonma.config.settings import ServeSettings
 
     def folders(*words: str) -> list[str]:
-        read = read_config(ServeSettings, words, verb="serve", positional="adapter_dirs")
-        return read.config.adapter_dirs
+        parsed = read_config(ServeSettings, words, verb="serve", positional="adapter_dirs")
+        return parsed.config.adapter_dirs
 
     assert folders("a") == ["a"]
     assert folders("a", "b c", "--port", "1") == ["a", "b c"]

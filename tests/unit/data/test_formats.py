@@ -1,4 +1,4 @@
-"""Forms of data: the template that fits the columns, turn lists, and the text of a field."""
+"""Data formats: the template that fits the columns, turn lists, and the text of a field."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def turns_error(*turns: object) -> str:
     return str(caught.value)
 
 
-# Which template
+# Template recognition
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_built_in_template_can_be_recognised() -> None:
     assert recognised == {path.stem for path in folder.glob("*.txt")}
 
 
-def test_columns_that_suit_none_are_listed_with_what_each_template_needs() -> None:
+def test_unrecognised_columns_error_lists_the_columns_of_each_template() -> None:
     with pytest.raises(UserError) as caught:
         recognise(["id", "text"])
     message = str(caught.value)
@@ -79,7 +79,7 @@ def test_columns_that_suit_none_are_listed_with_what_each_template_needs() -> No
         assert words in message
 
 
-def test_a_tie_lists_the_candidates() -> None:
+def test_columns_that_fit_several_templates_list_the_candidates() -> None:
     with pytest.raises(UserError) as caught:
         recognise(["messages", "prompt", "completion"])
     assert str(caught.value) == (
@@ -88,7 +88,7 @@ def test_a_tie_lists_the_candidates() -> None:
     )
 
 
-def test_renamed_columns_count_as_the_fields_they_fill() -> None:
+def test_renamed_columns_are_recognised_as_their_fields() -> None:
     recognised = recognise(["id", "body", "headline"], {"document": "body", "answer": "headline"})
     assert recognised.template == "title"
     assert recognised.reason == (
@@ -97,7 +97,7 @@ def test_renamed_columns_count_as_the_fields_they_fill() -> None:
     assert recognise(["dialogue"], {"conversations": "dialogue"}).template == "chat"
 
 
-def test_a_renaming_takes_the_field_from_its_own_column() -> None:
+def test_field_is_taken_from_its_renamed_column_which_must_exist() -> None:
     columns = ["messages", "prompt", "completion", "other"]
     assert recognise([*columns[1:]], {"prompt": "other"}).template == "prompt-completion"
     with pytest.raises(
@@ -106,7 +106,7 @@ def test_a_renaming_takes_the_field_from_its_own_column() -> None:
         recognise(columns, {"document": "promt"})
 
 
-def test_the_column_of_a_field_follows_the_setting() -> None:
+def test_column_of_a_field_follows_the_columns_setting() -> None:
     setting = {"document": "body", "answer": "headline"}
     assert column_of("document", setting, "title") == "body"
     assert column_of("title", setting, "title") == "headline"
@@ -119,7 +119,7 @@ def test_the_column_of_a_field_follows_the_setting() -> None:
 
 
 @pytest.mark.parametrize("text", ["a", " a\n", "{title}", "가", "\ufeff", "\u200b", "😀"])
-def test_text_is_verbatim(text: str) -> None:
+def test_field_text_is_returned_unchanged(text: str) -> None:
     assert field_text(row(title=text), "title") == text
 
 
@@ -140,13 +140,13 @@ def test_blank_text_is_none(value: object) -> None:
         (b"a", "a bytes"),
     ],
 )
-def test_what_is_not_text_is_an_error(value: object, kind: str) -> None:
+def test_non_text_field_is_an_error(value: object, kind: str) -> None:
     assert field_error(value) == (
         f'train.jsonl:41: field "title" is {kind}, not text; a template\'s field takes text'
     )
 
 
-def test_a_turn_list_where_text_is_expected_names_the_template_chat() -> None:
+def test_turn_list_in_a_text_field_suggests_the_chat_template() -> None:
     assert "turn lists need --template chat" in field_error([{"role": "user", "content": "q"}])
 
 
@@ -177,7 +177,7 @@ def test_messages_and_sharegpt_give_the_same_turns() -> None:
         ("tool function observation", "tool"),
     ],
 )
-def test_role_names_stand_for_roles(names: str, role: str) -> None:
+def test_role_names_are_mapped_to_roles(names: str, role: str) -> None:
     for name in names.split():
         assert turns_of(row(c=[{"from": name, "value": "x"}]), "c") == (Turn(ROLES[name], "x"),)
         assert ROLES[name] == role
@@ -216,16 +216,16 @@ USER = {"role": "user", "content": "q"}
         ("a", "messages[2] is text, not a turn"),
     ],
 )  # fmt: skip
-def test_a_wrong_turn_has_its_place_in_the_row(turn: object, message: str) -> None:
+def test_invalid_turn_error_gives_its_location_in_the_row(turn: object, message: str) -> None:
     assert turns_error(USER, USER, turn).startswith(f"train.jsonl:41: {message}")
 
 
-def test_all_wrong_turns_are_told() -> None:
+def test_all_invalid_turns_are_reported() -> None:
     assert turns_error({"role": "bot"}, USER, "x").count("\n") == 1
 
 
 @pytest.mark.parametrize("value", ["text", 3, None, {"role": "user"}])
-def test_what_is_not_a_list_of_turns_is_an_error(value: object) -> None:
+def test_field_that_is_not_a_turn_list_is_an_error(value: object) -> None:
     with pytest.raises(UserError, match=r'train.jsonl:41: field "messages" is .*, not a list of turns'):
         turns_of(row(messages=value), "messages")
     assert turns_error().startswith('train.jsonl:41: field "messages" has no turns')

@@ -24,7 +24,7 @@ from yeonma.data.text_checks import (
 PLAIN = Template.parse("Article:\n{document}\nTitle:\n{title}\n")
 
 
-def noted(document: str = "An article.", title: str = "A title") -> Notes:
+def notes_for(document: str = "An article.", title: str = "A title") -> Notes:
     return notes_of(PLAIN.render(Row(1, {"document": document, "title": title}, "rows:1")))
 
 
@@ -42,15 +42,15 @@ def noted(document: str = "An article.", title: str = "A title") -> Notes:
         (normalize("NFD", "서울") + "\ufeff", DECOMPOSED | ZERO_WIDTH),
     ],
 )
-def test_flags_say_what_cannot_be_seen(text: str, flags: int) -> None:
-    assert noted(document=text).flags == flags
-    assert noted(title=text).flags == flags
+def test_flags_report_decomposed_and_zero_width_characters(text: str, flags: int) -> None:
+    assert notes_for(document=text).flags == flags
+    assert notes_for(title=text).flags == flags
 
 
-def test_a_large_row_is_one_whose_texts_have_ten_million_bytes_together() -> None:
-    assert noted("가" * (LARGE_BYTES // 3 + 1), "b").flags == LARGE
-    assert noted("a" * (LARGE_BYTES - 2), "b").flags == 0
-    assert noted("a" * (LARGE_BYTES - 2), "bb").flags == LARGE
+def test_row_is_flagged_large_from_ten_million_bytes_of_text() -> None:
+    assert notes_for("가" * (LARGE_BYTES // 3 + 1), "b").flags == LARGE
+    assert notes_for("a" * (LARGE_BYTES - 2), "b").flags == 0
+    assert notes_for("a" * (LARGE_BYTES - 2), "bb").flags == LARGE
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_a_large_row_is_one_whose_texts_have_ten_million_bytes_together() -> Non
         ("ଓଡ଼ିଆ", ("other",)),
     ],
 )
-def test_scripts_are_those_of_the_answer_alone(title: str, scripts: tuple[str, ...]) -> None:
-    assert script_names(noted("이 본문은 세지 않는다", title).scripts) == scripts
+def test_scripts_are_detected_in_the_answer_only(title: str, scripts: tuple[str, ...]) -> None:
+    assert script_names(notes_for("이 본문은 세지 않는다", title).scripts) == scripts
     assert set(scripts) <= set(SCRIPTS)
 
 
-def test_a_turn_lists_answers_are_its_assistant_turns() -> None:
+def test_chat_notes_use_the_assistant_turns_as_the_answer() -> None:
     turns = [
         {"role": "user", "content": "사과?"},
         {"role": "assistant", "content": "Apple."},
@@ -80,28 +80,28 @@ def test_a_turn_lists_answers_are_its_assistant_turns() -> None:
     chat = load_template("chat")
     notes = notes_of(chat.render(Row(1, {"messages": turns}, "rows:1")))
     assert script_names(notes.scripts) == ("Latin",)
-    other = [*turns[:3], {"role": "assistant", "content": "Another pear."}]
-    changed = notes_of(chat.render(Row(1, {"messages": other}, "rows:1")))
+    other_turns = [*turns[:3], {"role": "assistant", "content": "Another pear."}]
+    changed = notes_of(chat.render(Row(1, {"messages": other_turns}, "rows:1")))
     assert changed.prompt_digest == notes.prompt_digest
     assert changed.digest != notes.digest
 
 
-def test_digests_see_through_space_case_and_normal_form_and_nothing_else() -> None:
-    same = noted("A  storm\n\nclosed it.", "서울 아침")
+def test_digests_ignore_only_white_space_case_and_normal_form() -> None:
+    notes = notes_for("A  storm\n\nclosed it.", "서울 아침")
     for document, title in (
         ("a storm closed IT. ", normalize("NFD", "서울 아침")),
         ("A storm closed it.", " 서울\t아침"),
     ):
-        assert noted(document, title).digest == same.digest
+        assert notes_for(document, title).digest == notes.digest
     for document, title in (("A storm closed it", "서울 아침"), ("A storm closed it. 서울", "아침")):
-        assert noted(document, title).digest != same.digest
-    assert noted("A storm closed it.", "x").prompt_digest == same.prompt_digest
+        assert notes_for(document, title).digest != notes.digest
+    assert notes_for("A storm closed it.", "x").prompt_digest == notes.prompt_digest
     assert digest_of(["ab", "c"]) != digest_of(["a", "bc"])
-    assert 0 <= same.digest < 2**64
-    assert np.array([same.digest], dtype="<u8")[0] == same.digest
+    assert 0 <= notes.digest < 2**64
+    assert np.array([notes.digest], dtype="<u8")[0] == notes.digest
 
 
-def test_the_frame_has_no_part_in_it() -> None:
+def test_notes_ignore_the_text_of_the_template() -> None:
     row = Row(1, {"document": "x", "title": "y"}, "rows:1")
-    other = Template.parse("본문\u200b: {document} →\n{title}")
-    assert notes_of(other.render(row)) == notes_of(PLAIN.render(row))
+    other_template = Template.parse("본문\u200b: {document} →\n{title}")
+    assert notes_of(other_template.render(row)) == notes_of(PLAIN.render(row))

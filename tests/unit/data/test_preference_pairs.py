@@ -1,4 +1,4 @@
-"""Preference data as text and as tokens: its forms, where a prompt ends, and one prompt fitted for both answers."""
+"""Preference data: formats of pairs and labels, the end of the prompt, and tokens with one prompt for both answers."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def gpt(text: str) -> dict[str, str]:
     return {"from": "gpt", "value": text}
 
 
-def shown(pair: RenderedPair) -> tuple[list[tuple[str | None, str]], list[str], list[str]]:
-    """The turns of the prompt, and those of both answers."""
+def prompt_and_answers(pair: RenderedPair) -> tuple[list[tuple[str | None, str]], list[str], list[str]]:
+    """Returns the turns of the prompt and the texts of both answers."""
 
     def turns(side: object) -> list[tuple[str | None, str]]:
         return [(turn.role, "".join(piece.text for piece in turn.pieces)) for turn in side.turns]  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ def error_of(**values: object) -> str:
         ({"instruction": "i", "input": "n"}, "alpaca", None),
     ],
 )
-def test_columns_of_texts_choose_the_template_and_fill_its_answer_twice(
+def test_text_columns_choose_the_template_and_fill_both_answers(
     values: dict[str, str], template: str, prompt: str | None
 ) -> None:
     values = {**values, "chosen": "good", "rejected": "bad"}
@@ -113,7 +113,7 @@ def test_columns_of_texts_choose_the_template_and_fill_its_answer_twice(
         assert prompt_text(pair.chosen) == prompt
 
 
-def test_the_columns_of_the_answers_may_have_other_names() -> None:
+def test_answer_columns_can_be_renamed() -> None:
     values = {"prompt": "p", "better": "good", "worse": "bad"}
     columns = {"chosen": "better", "rejected": "worse"}
     recognised = recognise_pairs(table([values]), columns)
@@ -123,7 +123,7 @@ def test_the_columns_of_the_answers_may_have_other_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["answer", "completion"])
-def test_a_column_for_the_answer_itself_is_refused(name: str) -> None:
+def test_columns_setting_for_a_single_answer_is_refused(name: str) -> None:
     with pytest.raises(
         UserError, match="--columns: a pair has two answers; name the columns of `chosen` and"
     ):
@@ -132,7 +132,7 @@ def test_a_column_for_the_answer_itself_is_refused(name: str) -> None:
         )
 
 
-def test_a_prompt_may_show_neither_answer() -> None:
+def test_answer_column_used_as_prompt_field_is_refused() -> None:
     for side in ("chosen", "rejected"):
         with pytest.raises(
             UserError, match=f'the column "{side}" is the answer and also the prompt field "prompt"'
@@ -140,7 +140,7 @@ def test_a_prompt_may_show_neither_answer() -> None:
             render_pair(load_template("prompt-completion"), row(chosen="a", rejected="b"), {"prompt": side})
 
 
-def test_columns_that_fit_several_templates_or_none_are_listed() -> None:
+def test_error_lists_templates_if_columns_fit_several_or_none() -> None:
     answers = {"chosen": "a", "rejected": "b"}
     with pytest.raises(UserError, match="fit several templates: orca, prompt-completion"):
         recognise_pairs(table([{"prompt": "p", "question": "q", **answers}]))
@@ -152,7 +152,7 @@ def test_columns_that_fit_several_templates_or_none_are_listed() -> None:
 # Turns
 
 OPENAI = {"messages": [user("q")], "chosen": answer("good"), "rejected": answer("bad")}
-TURNS: dict[str, dict[str, object]] = {
+TURN_FORMATS: dict[str, dict[str, object]] = {
     "an object each": OPENAI,
     "sharegpt": {"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")},
     "lists of one": {**OPENAI, "chosen": [answer("good")], "rejected": [answer("bad")]},
@@ -177,34 +177,39 @@ TURNS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("form", TURNS)
-def test_every_form_of_turns_gives_the_same_pair(form: str) -> None:
-    values = TURNS[form]
+@pytest.mark.parametrize("form", TURN_FORMATS)
+def test_every_turn_format_gives_the_same_pair(form: str) -> None:
+    values = TURN_FORMATS[form]
     recognised = recognise_pairs(table([values]))
     assert recognised.template == "chat"
     in_prompt = form.startswith("the prompt's")
     assert recognised.columns == ((("messages", "prompt"),) if in_prompt else ())
     pair = render_pair(CHAT, row(**values), dict(recognised.columns))
-    assert shown(pair) == ([("user", "q")], ["good"], ["bad"])
+    assert prompt_and_answers(pair) == ([("user", "q")], ["good"], ["bad"])
     assert pair.chosen.answer_role == "assistant"
 
 
-def test_what_dialogues_share_up_to_the_last_turn_is_the_prompt() -> None:
-    begin = [user("a"), answer("b"), user("c")]
+def test_turns_shared_by_both_dialogues_are_the_prompt() -> None:
+    prompt_turns = [user("a"), answer("b"), user("c")]
     pair = render_pair(
-        CHAT, row(chosen=[*begin, answer("same start, good")], rejected=[*begin, answer("same start, bad")])
+        CHAT,
+        row(
+            chosen=[*prompt_turns, answer("same start, good")],
+            rejected=[*prompt_turns, answer("same start, bad")],
+        ),
     )
     prompt = [("user", "a"), ("assistant", "b"), ("user", "c")]
-    assert shown(pair) == (prompt, ["same start, good"], ["same start, bad"])  # never inside a turn
+    # the prompt never ends inside a turn
+    assert prompt_and_answers(pair) == (prompt, ["same start, good"], ["same start, bad"])
 
 
-def test_a_dialogue_that_is_how_the_other_begins_is_an_answer() -> None:
+def test_dialogue_that_begins_the_other_keeps_its_last_turn_as_answer() -> None:
     chosen = [user("a"), answer("b")]
     pair = render_pair(CHAT, row(chosen=chosen, rejected=[*chosen, user("c"), answer("d")]))
-    assert shown(pair) == ([("user", "a")], ["b"], ["b", "c", "d"])
+    assert prompt_and_answers(pair) == ([("user", "a")], ["b"], ["b", "c", "d"])
 
 
-def test_answers_may_go_on_over_several_turns() -> None:
+def test_answers_can_have_several_turns() -> None:
     pair = render_pair(
         CHAT,
         row(
@@ -213,14 +218,14 @@ def test_answers_may_go_on_over_several_turns() -> None:
             rejected=[answer("x"), user("y"), answer("z")],
         ),
     )
-    assert shown(pair) == ([("user", "a")], ["b", "c", "d"], ["x", "y", "z"])
+    assert prompt_and_answers(pair) == ([("user", "a")], ["b", "c", "d"], ["x", "y", "z"])
 
 
-def test_a_text_dialogue_has_its_turns_at_its_speakers() -> None:
+def test_text_dialogue_is_split_at_paragraphs_that_start_with_a_speaker() -> None:
     text = "\n\nHuman: one\n\ntwo Assistant: no\n\nAssistant: three\n\nHuman: Human: four\n\nAssistant: {}"
     pair = render_pair(CHAT, row(chosen=text.format("five"), rejected=text.format("six")))
     prompt = [("user", "one\n\ntwo Assistant: no"), ("assistant", "three"), ("user", "Human: four")]
-    assert shown(pair) == (prompt, ["five"], ["six"])
+    assert prompt_and_answers(pair) == (prompt, ["five"], ["six"])
 
 
 @pytest.mark.parametrize(
@@ -243,12 +248,12 @@ def test_a_text_dialogue_has_its_turns_at_its_speakers() -> None:
         ({**OPENAI, "chosen": 3}, 'field "chosen" is a number (3), not a list of turns'),
     ],
 )
-def test_turns_that_make_no_pair_are_refused_with_their_place(values: dict[str, object], what: str) -> None:
+def test_invalid_pair_turns_are_refused_with_their_location(values: dict[str, object], what: str) -> None:
     message = error_of(**values)
     assert message.startswith(f"train.jsonl:41: {what}"), message
 
 
-def test_notes_are_of_the_prompt_and_both_answers() -> None:
+def test_pair_notes_cover_the_prompt_and_both_answers() -> None:
     template = load_template("prompt-completion")
 
     def notes(prompt: str, chosen: str, rejected: str) -> object:
@@ -269,7 +274,7 @@ def test_notes_are_of_the_prompt_and_both_answers() -> None:
     ("label", "desirable"),
     [(True, True), (False, False), ("true", True), ("False", False), (1, True), ("0", False)],
 )
-def test_a_label_says_whether_an_answer_is_wanted(label: object, desirable: bool) -> None:
+def test_label_values_are_read_as_desirable_or_not(label: object, desirable: bool) -> None:
     values = {"prompt": "p", "completion": "c", "label": label}
     assert recognise_labelled(table([values])).template == "prompt-completion"
     actual = render_label(load_template("prompt-completion"), row(**values))
@@ -277,12 +282,12 @@ def test_a_label_says_whether_an_answer_is_wanted(label: object, desirable: bool
 
 
 @pytest.mark.parametrize("label", [None, "good", 2, 1.0, [True]])
-def test_a_label_that_is_none_is_refused(label: object) -> None:
+def test_invalid_label_is_refused(label: object) -> None:
     with pytest.raises(UserError, match=r'train.jsonl:41: field "label" is .*true or false'):
         render_label(load_template("prompt-completion"), row(prompt="p", completion="c", label=label))
 
 
-def test_a_labelled_turn_list_ends_with_its_answer() -> None:
+def test_last_turn_of_a_labelled_turn_list_is_the_answer() -> None:
     actual = render_label(CHAT, row(messages=[user("q"), answer("a")], label=False))
     assert [turn.role for turn in actual.rendered.turns] == ["user"]
     assert answer_text(actual.rendered) == "a"
@@ -310,7 +315,7 @@ def sides(unit: Unit | LeftOut) -> tuple[Example, Example]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("template", ["prompt-completion", "title", "chat"])
-def test_both_answers_continue_the_ids_that_generation_feeds(name: str, template: str) -> None:
+def test_both_answers_follow_the_prompt_ids_used_in_generation(name: str, template: str) -> None:
     tokenizer = TOKENIZERS[name]()
     field = {"prompt-completion": "prompt", "title": "document", "chat": "messages"}[template]
     for prompt in ("The storm ", "월요일에 폭풍이", "a <|im_end|> b </s>"):
@@ -328,7 +333,7 @@ def test_both_answers_continue_the_ids_that_generation_feeds(name: str, template
 
 
 @pytest.mark.parametrize("side", ["end", "start", "middle"])
-def test_a_prompt_is_cut_once_for_the_longer_answer(side: str) -> None:
+def test_prompt_is_cut_equally_for_both_answers_to_fit_the_longer(side: str) -> None:
     tokenizer = byte_level()
     pairs: list[dict[str, object]] = [
         {
@@ -354,7 +359,7 @@ def test_a_prompt_is_cut_once_for_the_longer_answer(side: str) -> None:
         assert prompt.tolist() == chosen.token_ids[:length].tolist()
 
 
-def test_a_pair_whose_longer_answer_does_not_fit_is_left_out_or_an_error() -> None:
+def test_pair_with_an_answer_over_the_limit_is_left_out_or_an_error() -> None:
     good: dict[str, object] = {"prompt": "p", "chosen": "a", "rejected": "b"}
     pairs = [good, {"prompt": "p", "chosen": "a", "rejected": "x " * 99}]
     _, left_out = units_of(pairs, byte_level(), TokenRules(cutoff_len=40))
@@ -364,7 +369,7 @@ def test_a_pair_whose_longer_answer_does_not_fit_is_left_out_or_an_error() -> No
         units_of(pairs, byte_level(), TokenRules(cutoff_len=40, over_limit="error"))
 
 
-def test_of_several_turns_the_answers_after_the_prompt_are_trained() -> None:
+def test_only_assistant_turns_after_the_prompt_are_trained() -> None:
     tokenizer = byte_level(CHATML)
     values: dict[str, object] = {
         "messages": [user("a"), answer("untrained"), user("b")],
@@ -380,7 +385,7 @@ def test_of_several_turns_the_answers_after_the_prompt_are_trained() -> None:
     assert chosen.token_ids[:length].tolist() == rejected.token_ids[:length].tolist()
 
 
-def test_several_turns_that_the_chat_template_rewrites_are_left_out() -> None:
+def test_pair_whose_earlier_turns_the_chat_template_rewrites_is_left_out() -> None:
     rewriting = CHATML.replace(
         "message['content']", "(message['content'] if loop.last else message['content'][:1])"
     )
@@ -394,7 +399,7 @@ def test_several_turns_that_the_chat_template_rewrites_are_left_out() -> None:
     assert "rewrites earlier turns" in actual.reason
 
 
-def test_a_chat_template_that_refuses_a_row_names_it() -> None:
+def test_row_refused_by_the_chat_template_is_named() -> None:
     values = {**OPENAI, "messages": [{"role": "tool", "content": "3"}, user("q")]}
     with pytest.raises(
         UserError, match=r"train.jsonl:1: the model's chat template refuses this row: Only system"
@@ -405,13 +410,15 @@ def test_a_chat_template_that_refuses_a_row_names_it() -> None:
 # The store
 
 
-def test_a_store_knows_its_pairs_by_unit_and_role(tmp_path: Path) -> None:
+def test_store_has_the_unit_and_role_of_each_pair_answer(tmp_path: Path) -> None:
     rows = table(
         {"prompt": f"{i} p ", "chosen": "a" * (i % 3 + 1), "rejected": "a" if i == 2 else "b"}
         for i in range(5)
     )
-    equal = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
-    rows = table([*(row.values for row in rows), *equal, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    identical_answers = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
+    rows = table(
+        [*(row.values for row in rows), *identical_answers, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    )
     store = build_store(
         rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=PAIRS
     )
@@ -424,14 +431,14 @@ def test_a_store_knows_its_pairs_by_unit_and_role(tmp_path: Path) -> None:
         chosen, rejected = (store[int(i)] for i in store.examples_of(np.array([unit])))
         answers = len(chosen.token_ids) + len(rejected.token_ids) - 2 * chosen.prompt_length
         assert store.unit_lengths[unit] == chosen.prompt_length + answers
-    plain = build_store(
+    plain_store = build_store(
         rows, load_template("prompt-completion"), {"answer": "chosen"}, byte_level(), RULES, tmp_path
     )
-    assert plain.key != store.key
-    assert plain.unit_lengths is plain.lengths
+    assert plain_store.key != store.key
+    assert plain_store.unit_lengths is plain_store.lengths
 
 
-def test_a_labelled_answer_has_anothers_beside_it_to_be_measured(tmp_path: Path) -> None:
+def test_labelled_row_is_measured_with_the_answer_of_the_next_row(tmp_path: Path) -> None:
     rows = table({"prompt": f"{i} p ", "completion": f"{'x' * i}!", "label": i % 2 == 0} for i in range(1, 5))
     store = build_store(
         rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=LABELLED
@@ -450,7 +457,7 @@ def test_a_labelled_answer_has_anothers_beside_it_to_be_measured(tmp_path: Path)
     assert store.counts.trained_tokens == int(store.trained_counts[own].sum())
 
 
-def test_a_single_labelled_answer_has_none_beside_it() -> None:
+def test_single_labelled_row_has_no_mismatched_answer() -> None:
     rows = list(table([{"prompt": "p", "completion": "c", "label": True}]))
     labelled = [render_label(load_template("prompt-completion"), rows[0])]
     (unit,) = encode_labelled(labelled, rows, byte_level(), RULES)

@@ -1,4 +1,4 @@
-"""Text files: faults are reported with file, line, column and cure; everything else is read verbatim."""
+"""Text files: errors name the file, line, column and fix; valid content is read verbatim."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp949", "utf-16", "utf-16-le", "utf-32"])
-def test_the_encoding_that_is_named_is_read(write: Write, kind: str, encoding: str) -> None:
+def test_file_is_read_in_the_given_encoding(write: Write, kind: str, encoding: str) -> None:
     table = TABLE[:2]
     path = write(f"a.{kind}", table_as(kind, table).decode().encode(encoding))
     settings = {} if encoding == "utf-8-sig" else {"encoding": encoding}
@@ -38,7 +38,7 @@ def test_the_encoding_that_is_named_is_read(write: Write, kind: str, encoding: s
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 @pytest.mark.parametrize("encoding", ["cp949", "euc-kr", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_another_encoding_is_an_error_that_suggests_it(write: Write, kind: str, encoding: str) -> None:
+def test_wrong_encoding_error_suggests_the_right_one(write: Write, kind: str, encoding: str) -> None:
     text = {"jsonl": jsonl(TABLE[:1]), "json": "[" + jsonl(TABLE[:1]) + "]", "csv": "본문,제목\n가나,다라\n"}[
         kind
     ]
@@ -48,7 +48,7 @@ def test_another_encoding_is_an_error_that_suggests_it(write: Write, kind: str, 
     assert message.startswith(f"a.{kind}:1:")
 
 
-def test_undecodable_bytes_have_line_and_column(write: Write) -> None:
+def test_undecodable_bytes_are_reported_with_line_and_column(write: Write) -> None:
     good = jsonl(TABLE[:1]).encode() * (CHUNK // 50)
     message = error_of(write("a.jsonl", good + '{"a": "가'.encode() + b'\xff\xfe"}\n'))
     assert message.startswith(f"a.jsonl:{CHUNK // 50 + 1}:9: not utf-8 text; give the file's encoding")
@@ -56,7 +56,7 @@ def test_undecodable_bytes_have_line_and_column(write: Write) -> None:
     assert message == "a.jsonl:1:15: not ascii text; if that is the file's encoding, give --encoding utf-8"
 
 
-def test_an_unknown_encoding_is_named(write: Write) -> None:
+def test_unknown_encoding_is_an_error(write: Write) -> None:
     path = write("a.jsonl", jsonl(TABLE))
     assert error_of(path, encoding="cp94") == (
         '--encoding: unknown text encoding "cp94"; did you mean "cp949"?'
@@ -76,7 +76,7 @@ def test_a_byte_order_mark_in_the_middle_is_an_error(write: Write, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
-def test_a_nul_is_an_error(write: Write, kind: str) -> None:
+def test_nul_character_is_an_error(write: Write, kind: str) -> None:
     text = {
         "jsonl": '{"a": 1}\n{"a": "\0"}',
         "json": '[{"a": 1},\n{"a": "\0"}]',
@@ -87,7 +87,7 @@ def test_a_nul_is_an_error(write: Write, kind: str) -> None:
 
 # JSON
 
-WRONG_LINES = {
+INVALID_LINES = {
     '{"a": 1,, "b": 2}': "9: not JSON: ",
     '{"a": 1} {"a": 2}': "10: a second object on the line; write one object a line",
     '{"a": 1}, ': "9: text after the object",
@@ -110,33 +110,33 @@ WRONG_LINES = {
 }
 
 
-@pytest.mark.parametrize("line", WRONG_LINES)
-def test_a_wrong_json_line_has_line_and_column(write: Write, line: str) -> None:
+@pytest.mark.parametrize("line", INVALID_LINES)
+def test_invalid_json_line_is_reported_with_line_and_column(write: Write, line: str) -> None:
     assert error_of(write("a.jsonl", f'{{"a": 0}}\n\n{line}\n{{"a": 5}}\n')).startswith(
-        f"a.jsonl:3:{WRONG_LINES[line]}"
+        f"a.jsonl:3:{INVALID_LINES[line]}"
     )
 
 
-@pytest.mark.parametrize("row", [line for line in WRONG_LINES if line[0] == "{" and "1}" not in line])
-def test_a_wrong_row_in_a_json_list_has_line_and_column(write: Write, row: str) -> None:
+@pytest.mark.parametrize("row", [line for line in INVALID_LINES if line[0] == "{" and "1}" not in line])
+def test_invalid_row_in_a_json_list_is_reported_with_line_and_column(write: Write, row: str) -> None:
     message = error_of(write("a.json", f'[{{"a": 0}},\n\n{row},\n{{"a": 5}}]\n'))
-    assert message.startswith(f"a.json:3:{WRONG_LINES[row].split(':')[0]}:")
+    assert message.startswith(f"a.json:3:{INVALID_LINES[row].split(':')[0]}:")
 
 
-def test_escapes_that_only_look_wrong_are_read(write: Write) -> None:
+def test_valid_escapes_that_look_invalid_are_read(write: Write) -> None:
     text = '{"a": "\\\\ud83d \\\\u0000 \\ud83d\\ude00 \\\\\\uD55C \\\\\\ud83d\\udE00", "NaN": "Infinity \\ufeff"}\n'
     (row,) = values(open_rows(write("a.jsonl", text)))
     assert row == {"a": "\\ud83d \\u0000 😀 \\한 \\😀", "NaN": "Infinity \ufeff"}
 
 
-def test_several_wrong_lines_are_told_at_once_ten_at_most(write: Write) -> None:
+def test_up_to_ten_invalid_lines_are_reported_at_once(write: Write) -> None:
     text = '{"a": 1}\n{"a": NaN}\n{"a": 1}\n{"a" 1}\n' + "[]\n" * 20
     lines = error_of(write("a.jsonl", text)).splitlines()
     assert [line.split(":")[1] for line in lines] == ["2", "4", *map(str, range(5, 13))]
 
 
 @pytest.mark.parametrize("tail", ['{"a": "x', '{"a": 1', '{"a"', '{"a": tr', '{"a": "\\u12', "{"])
-def test_a_cut_last_line_is_told_so(write: Write, tail: str) -> None:
+def test_truncated_last_line_is_reported(write: Write, tail: str) -> None:
     message = error_of(write("a.jsonl", '{"a": 0}\n' + tail))
     assert message.startswith("a.jsonl:2:")
     assert "the last line is truncated" in message
@@ -145,20 +145,20 @@ def test_a_cut_last_line_is_told_so(write: Write, tail: str) -> None:
     assert "the file is truncated" in message
 
 
-def test_a_file_cut_inside_a_character_is_told_so(write: Write) -> None:
+def test_file_truncated_inside_a_character_is_reported(write: Write) -> None:
     message = error_of(write("a.jsonl", '{"a": 0}\n{"a": "한'.encode()[:-1]))
     assert message == (
         "a.jsonl:2:8: the file ends inside a utf-8 character: its last line is truncated; write the file again"
     )
 
 
-def test_an_object_over_several_lines_in_jsonl_is_told_once(write: Write) -> None:
+def test_an_object_over_several_lines_in_jsonl_is_reported_once(write: Write) -> None:
     message = error_of(write("a.jsonl", json.dumps(TABLE[0], indent=2)))
     assert message.count("\n") == 0
     assert "the line ends before its object; write one object a line" in message
 
 
-def test_a_list_in_jsonl_and_lines_in_json_name_the_other_ending(write: Write) -> None:
+def test_json_list_in_jsonl_and_lines_in_json_suggest_the_other_suffix(write: Write) -> None:
     assert error_of(write("a.jsonl", "\n" + json.dumps(TABLE, indent=1))) == (
         "a.jsonl:2: a JSON list in a .jsonl file; name the file .json, or write one object a line"
     )
@@ -176,7 +176,7 @@ def test_a_list_in_jsonl_and_lines_in_json_name_the_other_ending(write: Write) -
         ('"a"', "a.json:1:1: a .json file must hold a list of objects"),
     ],
 )
-def test_a_wrong_json_list_has_its_place(write: Write, text: str, message: str) -> None:
+def test_invalid_json_list_is_reported_with_its_position(write: Write, text: str, message: str) -> None:
     assert error_of(write("a.json", text)).startswith(message)
 
 
@@ -188,12 +188,12 @@ def test_an_empty_file_is_an_error(write: Write, name: str, text: str) -> None:
     assert error_of(write(name, text)).startswith(f"{name}: no rows")
 
 
-def test_other_files_without_rows_are_errors(write: Write) -> None:
+def test_empty_json_list_and_header_only_csv_are_errors(write: Write) -> None:
     assert error_of(write("a.json", " [ ] ")).startswith("a.json: no rows")
     assert error_of(write("a.csv", "a,b\n")).startswith("a.csv: a header but no rows")
 
 
-def test_rows_across_the_borders_of_chunks_are_read_from_a_json_list(write: Write) -> None:
+def test_json_list_rows_across_chunk_borders_are_read(write: Write) -> None:
     table = [{"a": '한\\"\U0001f600' * (7 * number % 9_001), "b": number} for number in range(0, 40_000, 177)]
     for settings in ({"indent": 1}, {"ensure_ascii": False}):
         path = write("a.json", json.dumps(table, **settings))
@@ -214,17 +214,17 @@ def test_rows_across_the_borders_of_chunks_are_read_from_a_json_list(write: Writ
         ('a,b\n"1\n2",3\n4\n5,6,7\n', "a.csv:4: 1 cells; the header has 2"),
     ],
 )
-def test_a_wrong_csv_has_its_place(write: Write, text: str, message: str) -> None:
+def test_invalid_csv_is_reported_with_its_position(write: Write, text: str, message: str) -> None:
     assert error_of(write("a.csv", text)).startswith(message)
     assert error_of(write("a.tsv", text.replace(",", "\t"))).startswith(message.replace(".csv", ".tsv"))
 
 
-def test_all_lines_with_a_wrong_number_of_cells_are_told(write: Write) -> None:
+def test_all_lines_with_a_wrong_number_of_cells_are_reported(write: Write) -> None:
     message = error_of(write("a.csv", "a,b\n1\n1,2\n1,2,3\n"))
     assert [line.split(";")[0] for line in message.splitlines()] == ["a.csv:2: 1 cells", "a.csv:4: 3 cells"]
 
 
-def test_a_wide_csv_and_long_names_take_neither_long_nor_long_messages(write: Write) -> None:
+def test_error_messages_for_wide_csv_and_long_names_are_short(write: Write) -> None:
     wide = ",".join(f"column {number}" for number in range(100_000))
     assert error_of(write("a.csv", f"{wide}\n1\n")).startswith("a.csv:2: 1 cells; the header has 100000")
     long = "x" * 100_000

@@ -1,4 +1,4 @@
-"""Rows: all forms of data give the same rows, and errors name place and cure."""
+"""All data formats give the same rows, and errors say where the problem is and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-# Forms
+# Formats
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows_each_time_it_is_read(write: Write, kind: str) -> None:
+def test_every_file_format_gives_the_same_rows_on_every_read(write: Write, kind: str) -> None:
     rows = open_rows(write(f"a.{kind}", table_as(kind, TABLE)))
     assert values(rows) == values(rows) == TABLE
     assert [row.number for row in rows] == [1, 2, 3]
     assert rows.columns == ("document", "title")
 
 
-def test_rows_know_the_line_they_begin_on(write: Write) -> None:
+def test_row_place_is_the_line_on_which_the_row_begins(write: Write) -> None:
     path = write("a.jsonl", "\n" + jsonl(TABLE[:1]) + "  \r\n" + jsonl(TABLE[1:]))
     assert [row.place for row in open_rows(path)] == [f"{path}:{line}" for line in (2, 4, 5)]
     path = write("a.csv", 'document,title\r\n"one\r\ntwo\r\n",a\r\n\r\nthree,b\r\n')
@@ -56,19 +56,19 @@ def test_columns_are_the_union_in_order_of_appearance(write: Write) -> None:
     assert open_rows(path).columns == ("b", "a", "c")
 
 
-def test_an_empty_cell_is_missing_and_a_column_without_a_name_is_skipped(write: Write) -> None:
+def test_empty_csv_cells_are_empty_text_and_unnamed_columns_are_skipped(write: Write) -> None:
     rows = open_rows(write("a.csv", ",document,title\n0,,x\n1, ,\n"))
     assert values(rows) == [{"document": "", "title": "x"}, {"document": " ", "title": ""}]
     assert rows.columns == ("document", "title")
 
 
-def test_numbers_and_nested_values_stay_what_they_are(write: Write) -> None:
+def test_numbers_and_nested_values_are_read_unchanged(write: Write) -> None:
     row = {"id": 7, "score": 0.5, "tags": ["a", None], "messages": [{"role": "user", "content": "q"}]}
     for kind in ("jsonl", "json", "parquet"):
         assert values(open_rows(write(f"a.{kind}", table_as(kind, [row])))) == [row]
 
 
-def test_a_folder_is_its_files_in_order_with_row_numbers_running_on(write: Write, tmp_path: Path) -> None:
+def test_folder_is_read_file_by_file_with_continuous_row_numbers(write: Write, tmp_path: Path) -> None:
     write("data/b.jsonl", jsonl(TABLE[1:]))
     write("data/a.jsonl", jsonl([{"id": 1, **TABLE[0]}]))
     write("data/README.md", "no data")
@@ -94,7 +94,7 @@ def test_a_glance_gives_the_same_rows_without_an_identity(write: Write, tmp_path
     assert glance(str(tmp_path / "saved")) is glance("somebody/something") is None
 
 
-def test_an_unreadable_row_is_told_when_it_is_reached(write: Write) -> None:
+def test_an_unreadable_row_is_reported_when_it_is_reached(write: Write) -> None:
     rows = open_rows(write("a.jsonl", jsonl(TABLE) + '{"document": NaN}\n'))
     assert rows.columns == ("document", "title")
     read = iter(rows)
@@ -124,7 +124,7 @@ def test_a_saved_data_set_gives_its_rows_and_split(tmp_path: Path) -> None:
     assert "cannot be read" in error_of(str(tmp_path / "one"))
 
 
-def test_identity_is_of_content_encoding_and_kind_and_not_of_the_name(write: Write) -> None:
+def test_identity_depends_on_content_encoding_and_format_but_not_on_the_name(write: Write) -> None:
     first = open_rows(write("a.jsonl", jsonl(TABLE))).identity
     assert len(first) == 64
     assert open_rows(write("b.jsonl", jsonl(TABLE)), encoding="UTF8").identity == first
@@ -140,7 +140,7 @@ def test_identity_is_of_content_encoding_and_kind_and_not_of_the_name(write: Wri
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_memory_does_not_grow_with_the_rows(write: Write, kind: str) -> None:
+def test_memory_does_not_grow_with_the_number_of_rows(write: Write, kind: str) -> None:
     peaks = []
     for count in (2_000, 16_000):
         table = [{"document": f"row {number} " * 20, "title": "t"} for number in range(count)]
@@ -178,7 +178,7 @@ def test_a_missing_file_is_an_error_with_a_suggestion(
         assert "no such file or folder" in error_of(name)
 
 
-def test_what_is_no_file_of_data_is_an_error(write: Write, tmp_path: Path) -> None:
+def test_path_that_is_not_a_data_file_is_an_error(write: Write, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert error_of(str(tmp_path / "pipe.jsonl")).startswith("pipe.jsonl: not a regular file")
     assert error_of(write("a.xlsx", "x")).startswith("a.xlsx: .xlsx files cannot be read")
@@ -199,7 +199,7 @@ def test_a_folder_without_usable_data_is_an_error(write: Write, tmp_path: Path) 
     assert "give the folder inside it: mixed, split" in error_of(str(tmp_path))
 
 
-def test_a_data_set_that_wants_to_run_code_is_an_error(write: Write, tmp_path: Path) -> None:
+def test_data_set_with_its_own_python_code_is_an_error(write: Write, tmp_path: Path) -> None:
     script = write("news/news.py", "raise SystemExit('ran')")
     write("news/train.jsonl", jsonl(TABLE))
     write("other/load.py", "raise SystemExit('ran')")
@@ -216,7 +216,7 @@ def test_a_parquet_file_without_rows_is_an_error(write: Write) -> None:
     assert error_of(path).startswith("a.parquet: no rows")
 
 
-def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Write) -> None:
+def test_parquet_with_duplicate_columns_or_invalid_utf8_is_an_error(write: Write) -> None:
     pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), (path := write("a.parquet", "")))
     assert error_of(path).startswith('a.parquet: two columns are named "a"')
     text = pa.Array.from_buffers(
@@ -235,25 +235,26 @@ def test_a_parquet_file_with_doubled_columns_or_wrong_text_is_an_error(write: Wr
         pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
     ],
 )
-def test_a_parquet_column_that_python_has_no_form_for_is_an_error(write: Write, column: pa.Array) -> None:
+def test_parquet_values_that_python_cannot_represent_are_an_error(write: Write, column: pa.Array) -> None:
     pq.write_table(pa.table({"a": ["x"], "b": column}), (path := write("a.parquet", "")))
     assert error_of(path).startswith('a.parquet rows 1-1: unreadable values in column "b" (')
 
 
-def test_a_parquet_file_that_counts_its_rows_wrong_is_an_error(write: Write) -> None:
+def test_parquet_with_a_wrong_row_count_in_its_footer_is_an_error(write: Write) -> None:
     content = table_as("parquet", TABLE[:2])
-    two_rows = [
-        at for at in range(len(content)) if content.startswith(b"\x16\x04", at)
-    ]  # in the footer: Thrift
-    damaged = (content[:at] + b"\x16\x06" + content[at + 2 :] for at in two_rows)
-    counted = [content for content in damaged if pq.ParquetFile(io.BytesIO(content)).metadata.num_rows == 3]
-    assert len(counted) == 1
-    message = error_of(write("a.parquet", counted[0]))
+    # Thrift's encoding of the number 2, which is the row count in the footer
+    positions = [at for at in range(len(content)) if content.startswith(b"\x16\x04", at)]
+    damaged = (content[:at] + b"\x16\x06" + content[at + 2 :] for at in positions)
+    miscounted = [
+        content for content in damaged if pq.ParquetFile(io.BytesIO(content)).metadata.num_rows == 3
+    ]
+    assert len(miscounted) == 1
+    message = error_of(write("a.parquet", miscounted[0]))
     assert message == "a.parquet: only 2 of the 3 rows in its metadata can be read; write the file again"
 
 
-def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:
-    for error, words in [
+def test_hub_exceptions_become_user_errors_with_a_fix() -> None:
+    for error, expected in [
         (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "check the name"),
         (ValueError("Unknown split \"x\". Should be one of ['train']."), "--data_split"),
         (
@@ -268,18 +269,18 @@ def test_what_the_hub_says_becomes_an_error_with_a_cure() -> None:
     ]:
         message = str(_hub_error("a/b", error))
         assert message.startswith("a/b: ")
-        assert words in message
+        assert expected in message
         assert "\n" not in message
     assert _hub_error("a/b", RuntimeError("a bug")) is None
 
 
-def test_a_hub_name_without_the_hub_is_an_error_with_a_cure() -> None:
+def test_unreachable_hub_is_an_error_with_a_fix() -> None:
     message = error_of("nobody/nothing:small", revision="v1")
     assert message.startswith("nobody/nothing:small: no such local file, and the hub cannot be reached: ")
     assert message.endswith("; check the connection, or download the data set and give its files")
 
 
-def test_a_name_of_a_reader_is_no_data_set_on_the_hub() -> None:
+def test_name_of_a_file_format_is_not_looked_up_on_the_hub() -> None:
     assert error_of("json").startswith("json: no such file or folder")
 
 
@@ -289,7 +290,7 @@ def test_a_name_of_a_reader_is_no_data_set_on_the_hub() -> None:
 @pytest.mark.parametrize(
     ("size", "drawn"), [(0, 0), (1, 1), (30, 30), (0.25, 25), (0.001, 1), (0.994, 99), (99, 99)]
 )
-def test_a_validation_draw_splits_all_rows_once(size: float, drawn: int) -> None:
+def test_validation_split_contains_every_row_exactly_once(size: float, drawn: int) -> None:
     train, validation = draw_validation(100, size, seed=42)
     assert len(validation) == drawn
     assert sorted([*train, *validation]) == list(range(100))
@@ -297,7 +298,7 @@ def test_a_validation_draw_splits_all_rows_once(size: float, drawn: int) -> None
     assert (np.diff(validation) > 0).all()
 
 
-def test_a_validation_draw_is_a_function_of_its_arguments() -> None:
+def test_validation_split_is_deterministic_and_uniform_over_seeds() -> None:
     assert (
         draw_validation(20, 4, 42)[1].tolist() == draw_validation(20, 0.2, 42)[1].tolist() == [4, 8, 15, 17]
     )
@@ -309,6 +310,6 @@ def test_a_validation_draw_is_a_function_of_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("size", [-1, 1.5, float("nan"), float("inf"), 10, 11, 0.96])
-def test_a_validation_size_that_is_wrong_or_leaves_nothing_is_an_error(size: float) -> None:
+def test_invalid_validation_size_is_an_error(size: float) -> None:
     with pytest.raises(UserError, match=r"--val_set_size: "):
         draw_validation(10, size, 0)

@@ -1,4 +1,4 @@
-"""Strict JSON: accepts what the standard library does, but repairs nothing."""
+"""The strict JSON parser reads what json.dumps writes, and reports incomplete objects as cut."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from yeonma.data.strict_json import Fault, parse
     ),
     st.booleans(),
 )
-def test_every_json_object_is_read_back_and_every_beginning_of_it_counts_as_cut(
-    inner: object, ascii_only: bool
-) -> None:
+def test_json_objects_round_trip_and_their_prefixes_count_as_cut(inner: object, ascii_only: bool) -> None:
     row = {"key": inner}
     text = json.dumps(row, ensure_ascii=ascii_only)
     assume("\\u0000" not in text and "\0" not in text)

@@ -34,7 +34,7 @@ def row_of(values: dict[str, object]) -> Row:
     return Row(41, values, "train.jsonl:41")
 
 
-def error(text: str, name: str = "t.txt") -> str:
+def parse_error(text: str, name: str = "t.txt") -> str:
     with pytest.raises(UserError) as caught:
         Template.parse(text, name)
     return str(caught.value)
@@ -55,14 +55,14 @@ def texts(rendered: Rendered) -> tuple[str, str]:
     return prompt_text(rendered), answer_text(rendered)
 
 
-def talk(*roles: str) -> list[dict[str, str]]:
+def messages_of(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": f"{role} {index}"} for index, role in enumerate(roles, start=1)]
 
 
 # Parsing
 
 
-def test_the_last_field_is_the_answer_and_all_before_it_the_prompt() -> None:
+def test_last_field_is_the_answer_and_all_text_before_it_the_prompt() -> None:
     rendered = Template.parse(SIMPLE).render(row(document="It rained.", title="Rain"))
     assert rendered == Rendered(
         turns=(
@@ -81,7 +81,7 @@ def test_the_last_field_is_the_answer_and_all_before_it_the_prompt() -> None:
     )
 
 
-def test_text_after_the_answer_field_belongs_to_the_answer_but_not_the_final_newlines() -> None:
+def test_answer_includes_text_after_its_field_but_not_final_newlines() -> None:
     rendered = Template.parse("Q: {q}\nA: {a}.\nDone. \n\n\n").render(row(q="1", a="2"))
     assert texts(rendered) == ("Q: 1\nA: ", "2.\nDone. ")
 
@@ -96,21 +96,21 @@ def test_text_after_the_answer_field_belongs_to_the_answer_but_not_the_final_new
         SIMPLE + "\n\n",
     ],
 )
-def test_byte_order_mark_line_ends_and_final_newlines_make_no_other_template(text: str) -> None:
+def test_template_ignores_byte_order_mark_line_endings_and_final_newlines(text: str) -> None:
     assert Template.parse(text, "other name") == Template.parse(SIMPLE)
     assert Template.parse(text).text == SIMPLE
 
 
-def test_templates_with_other_texts_differ() -> None:
+def test_templates_with_different_text_are_unequal() -> None:
     assert Template.parse(SIMPLE) != Template.parse(SIMPLE.replace("###", "##"))
 
 
-def test_doubled_braces_are_braces() -> None:
+def test_doubled_braces_are_literal_braces() -> None:
     rendered = Template.parse('{{"q": "{q}"}} {{{a}}}').render(row(q="x", a="y"))
     assert texts(rendered) == ('{"q": "x"} {', "y}")
 
 
-def test_field_names_may_be_in_any_script_with_spaces_inside() -> None:
+def test_field_names_allow_any_script_and_inner_spaces() -> None:
     template = Template.parse("{본문 내용} {कहानी} {sub-title_2}: {제목}")
     assert template.fields == {"본문 내용", "कहानी", "sub-title_2", "제목"}
     assert template.answer_field == "제목"
@@ -118,7 +118,7 @@ def test_field_names_may_be_in_any_script_with_spaces_inside() -> None:
     assert texts(template.render(row_of(values))) == ("가 나 다: ", "라")
 
 
-def test_a_field_may_stand_in_the_prompt_twice() -> None:
+def test_prompt_may_repeat_a_field() -> None:
     template = Template.parse("{a} {b} {a}: {c}")
     assert template.variants[0].prompt_fields == ("a", "b")
     assert texts(template.render(row(a="1", b="2", c="3"))) == ("1 2 1: ", "3")
@@ -135,14 +135,14 @@ def test_a_field_may_stand_in_the_prompt_twice() -> None:
     ],
 )
 def test_an_unbalanced_brace_is_an_error_with_line_and_column(text: str, place: str, what: str) -> None:
-    assert error(text).splitlines()[0].startswith(f"{place}: {what}")
+    assert parse_error(text).splitlines()[0].startswith(f"{place}: {what}")
 
 
 @pytest.mark.parametrize(
     "field", ["a.b", "a[0]", "0", "a!r", "a:>3", "", " ", '"title": "x"', "a,b", "%a%", "''.__class__"]
 )
-def test_a_field_is_a_name_and_never_an_expression(field: str) -> None:
-    message = error("Q {" + field + "}: {a}")
+def test_field_that_is_not_a_plain_name_is_an_error(field: str) -> None:
+    message = parse_error("Q {" + field + "}: {a}")
     assert message.startswith(f't.txt:1:3: "{{{field}}}" is not a field')
 
 
@@ -154,26 +154,26 @@ def test_an_expression_in_doubled_braces_is_plain_text() -> None:
 @pytest.mark.parametrize(
     ("char", "shown"), [("\u200b", "U+200B"), ("\ufeff", "U+FEFF"), ("\u00a0", "U+00A0")]
 )
-def test_an_invisible_character_in_a_field_name_is_shown_by_its_number(char: str, shown: str) -> None:
-    message = error("{docu" + char + "ment}: {title}")
+def test_invisible_character_in_a_field_name_is_reported_by_code_point(char: str, shown: str) -> None:
+    message = parse_error("{docu" + char + "ment}: {title}")
     assert (
         message == f't.txt:1:1: the field name "docu{shown}ment" contains an invisible character; delete it'
     )
 
 
-def test_spaces_at_the_edge_of_a_field_name_are_an_error_that_gives_the_cure() -> None:
-    assert error("{ q }: {a}") == 't.txt:1:1: "{ q }" begins or ends with a space; write "{q}"'
+def test_spaces_at_the_edges_of_a_field_name_are_an_error_with_the_fix() -> None:
+    assert parse_error("{ q }: {a}") == 't.txt:1:1: "{ q }" begins or ends with a space; write "{q}"'
 
 
-def test_all_wrong_braces_are_told_at_once_and_a_flood_is_cut() -> None:
-    assert [line.split(": ")[0] for line in error("{a.b}\n}\n{x").splitlines()] == [
+def test_brace_errors_are_reported_together_up_to_a_limit() -> None:
+    assert [line.split(": ")[0] for line in parse_error("{a.b}\n}\n{x").splitlines()] == [
         "t.txt:1:1",
         "t.txt:2:1",
         "t.txt:3:1",
     ]
-    flood = error("}\n" * 20 + "{q}: {a}").splitlines()
-    assert len(flood) == 9
-    assert flood[-1] == "t.txt: 12 more such problems"
+    lines = parse_error("}\n" * 20 + "{q}: {a}").splitlines()
+    assert len(lines) == 9
+    assert lines[-1] == "t.txt: 12 more such problems"
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_all_wrong_braces_are_told_at_once_and_a_flood_is_cut() -> None:
     ],
 )
 def test_a_template_without_a_field_or_without_a_prompt_is_an_error(text: str, what: str) -> None:
-    assert what in error(text)
+    assert what in parse_error(text)
 
 
-def test_a_prompt_without_fields_is_a_prompt() -> None:
+def test_prompt_without_fields_is_accepted() -> None:
     assert texts(Template.parse("Tell a joke: {joke}").render(row(joke="Ha."))) == ("Tell a joke: ", "Ha.")
 
 
@@ -204,8 +204,8 @@ def test_a_prompt_without_fields_is_a_prompt() -> None:
         (SIMPLE + "---\n{title}: {title}", "t.txt:7:1"),
     ],
 )
-def test_an_answer_that_stands_in_the_prompt_is_an_error(text: str, place: str) -> None:
-    assert error(text).startswith(f'{place}: the prompt shows "title", which is the answer')
+def test_answer_field_in_the_prompt_is_an_error(text: str, place: str) -> None:
+    assert parse_error(text).startswith(f'{place}: the prompt shows "title", which is the answer')
 
 
 def test_a_prompt_field_mapped_to_the_answers_column_is_an_error() -> None:
@@ -214,14 +214,14 @@ def test_a_prompt_field_mapped_to_the_answers_column_is_an_error() -> None:
     assert '"title" is the answer and also the prompt field "document"' in message
 
 
-def test_every_variant_ends_in_the_same_answer_field() -> None:
-    message = error("Q {q}: {a}\n---\nQ {q}: {b}")
+def test_variants_with_different_answer_fields_are_an_error() -> None:
+    message = parse_error("Q {q}: {a}\n---\nQ {q}: {b}")
     assert message.startswith('t.txt:3:8: this variant ends with the field "b", the first one with "a"')
 
 
 @pytest.mark.parametrize(("char", "shown"), [("\0", "U+0000"), ("\udc80", "U+DC80")])
 def test_nul_and_lone_surrogates_in_a_template_are_errors(char: str, shown: str) -> None:
-    assert error("{q}\nx" + char + "{a}").startswith(f"t.txt:2:2: {shown}")
+    assert parse_error("{q}\nx" + char + "{a}").startswith(f"t.txt:2:2: {shown}")
 
 
 # Turns
@@ -239,7 +239,7 @@ def test_lines_with_roles_split_a_template_into_turns() -> None:
         prompt_text(rendered)
 
 
-def test_a_turn_template_may_show_earlier_turns_and_frame_its_answer() -> None:
+def test_turn_template_allows_earlier_turns_and_text_around_the_answer() -> None:
     text = "[user]\nOne?\n[assistant]\n1\n[user]\n{q}\n\n[assistant]\n\nTitle: {a}!\n"
     rendered = Template.parse(text).render(row(q="Two?", a="2"))
     assert [turn.role for turn in rendered.turns] == ["user", "assistant", "user"]
@@ -260,8 +260,8 @@ def test_a_turn_template_may_show_earlier_turns_and_frame_its_answer() -> None:
         ),
     ],
 )
-def test_turns_that_cannot_be_trained_are_errors(text: str, message: str) -> None:
-    assert error(text).startswith(message)
+def test_invalid_turns_are_errors_with_their_line(text: str, message: str) -> None:
+    assert parse_error(text).startswith(message)
 
 
 def test_a_role_inside_a_line_is_plain_text() -> None:
@@ -272,7 +272,7 @@ def test_a_role_inside_a_line_is_plain_text() -> None:
 # Rendering
 
 
-def test_data_is_inserted_as_it_is() -> None:
+def test_field_values_are_inserted_unchanged() -> None:
     text = "{title} {{x}} {} } {\n---\n[user]\r\n\\n "
     assert texts(Template.parse(SIMPLE).render(row(document=text, title=text))) == (
         f"### Article:\n{text}\n\n### Title:\n",
@@ -289,7 +289,7 @@ def test_columns_map_fields_and_the_answer() -> None:
     assert rendered == template.render(row_of(values), {"document": "body", "title": "headline"})
 
 
-def test_the_first_variant_whose_fields_have_text_is_taken() -> None:
+def test_first_variant_whose_fields_all_have_text_is_used() -> None:
     alpaca = load_template("alpaca")
     for given_input, variant in [("2+2", 0), (" \n", 1), ("", 1), (None, 1)]:
         rendered = alpaca.render(row(instruction="Add.", input=given_input, output="4"))
@@ -297,7 +297,7 @@ def test_the_first_variant_whose_fields_have_text_is_taken() -> None:
     assert alpaca.render(row(instruction="Add.", output="4")).variant == 1
 
 
-def test_a_row_is_asked_with_the_prompt_it_is_trained_with() -> None:
+def test_prompt_without_the_answer_equals_the_training_prompt() -> None:
     for values in [{"instruction": "Add.", "input": "2+2"}, {"instruction": "Add."}]:
         trained = load_template("alpaca").render(row_of({**values, "output": "4"}))
         for answer in [{}, {"output": None}, {"output": ""}, {"output": "4"}]:
@@ -306,7 +306,7 @@ def test_a_row_is_asked_with_the_prompt_it_is_trained_with() -> None:
             assert prompt.answer == ()
 
 
-def test_a_name_in_columns_that_is_no_field_is_an_error() -> None:
+def test_unknown_field_in_columns_is_an_error_except_chosen_and_rejected() -> None:
     message = row_error(load_template("title"), {"body": "B", "title": "T"}, {"documnt": "body"})
     assert message == '--columns: the template has no field "documnt"; did you mean "document"?'
     preferences = load_template("title").render(
@@ -331,22 +331,24 @@ def test_a_name_in_columns_that_is_no_field_is_an_error() -> None:
         ),
     ],
 )
-def test_a_row_without_a_field_is_named_with_its_place(values: dict[str, object], message: str) -> None:
+def test_missing_null_or_empty_field_is_reported_with_its_row(
+    values: dict[str, object], message: str
+) -> None:
     assert row_error(Template.parse(SIMPLE), values) == f"train.jsonl:41: {message}"
 
 
-def test_a_missing_mapped_column_is_named() -> None:
+def test_missing_mapped_column_is_reported_with_its_field() -> None:
     message = row_error(Template.parse(SIMPLE), {"body": "B", "title": "T"}, {"document": "bodi"})
     assert 'field "document" (column "bodi") is missing' in message
     assert message.endswith('did you mean "body"?')
 
 
-def test_a_row_that_fits_no_variant_is_measured_by_the_nearest_one() -> None:
+def test_row_that_fits_no_variant_is_reported_against_the_closest_one() -> None:
     message = row_error(load_template("orca"), {"system_prompt": "s", "response": "r"})
     assert message == 'train.jsonl:41: field "question" is missing; the template uses question, response'
 
 
-def test_all_fields_that_a_row_lacks_are_told_at_once() -> None:
+def test_all_missing_fields_of_a_row_are_reported_together() -> None:
     lines = row_error(Template.parse(SIMPLE), {"x": "y"}).splitlines()
     assert len(lines) == 2
     assert 'field "document"' in lines[0]
@@ -354,7 +356,7 @@ def test_all_fields_that_a_row_lacks_are_told_at_once() -> None:
     assert len(row_error(Template.parse(SIMPLE), {"x": "y"}, with_answer=False).splitlines()) == 1
 
 
-def test_a_number_is_not_text() -> None:
+def test_number_as_a_field_value_is_an_error() -> None:
     assert "train.jsonl:41" in row_error(Template.parse(SIMPLE), {"document": 3, "title": "t"})
 
 
@@ -364,7 +366,7 @@ frames = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.just("\n"),
 
 @quick
 @given(st.lists(st.tuples(frames, names, st.text(min_size=1)), min_size=1, max_size=4))
-def test_any_frame_and_any_data_come_through_unchanged(parts: list[tuple[str, str, str]]) -> None:
+def test_any_template_text_and_field_values_render_unchanged(parts: list[tuple[str, str, str]]) -> None:
     parts = [(frame, f"{name}{index}", data) for index, (frame, name, data) in enumerate(parts)]
     safe = [
         (frame, name, "".join(c for c in data if c != "\0" and not "\ud800" <= c <= "\udfff") + "x")
@@ -392,7 +394,7 @@ def test_a_built_in_templates_text_parses_to_an_equal_template(name: str) -> Non
     assert Template.parse(template.text, "template.txt") == template
 
 
-def test_title_is_the_korean_title_template() -> None:
+def test_title_template_renders_the_korean_prompt() -> None:
     prompt = (
         "당신은 주어진 본문으로부터 적절한 제목을 생성하는 제목 생성기입니다. "
         "본문이 주어지면 제목을 만드세요."
@@ -402,7 +404,7 @@ def test_title_is_the_korean_title_template() -> None:
     assert texts(rendered) == (prompt, "비")
 
 
-def test_alpaca_has_the_well_known_texts() -> None:
+def test_alpaca_template_renders_the_original_prompts() -> None:
     alpaca = load_template("alpaca")
     assert prompt_text(alpaca.render(row(instruction="Add.", input="2+2", output="4"))) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -416,7 +418,7 @@ def test_alpaca_has_the_well_known_texts() -> None:
     )
 
 
-def test_orca_takes_either_system_column_or_none() -> None:
+def test_orca_template_accepts_either_system_column_or_none() -> None:
     orca = load_template("orca")
     frame = "### User:\nq\n\n### Assistant:\n"
     assert (
@@ -428,7 +430,7 @@ def test_orca_takes_either_system_column_or_none() -> None:
     assert texts(orca.render(row(system="", question="q", response="r"))) == (frame, "r")
 
 
-def test_prompt_completion_adds_nothing() -> None:
+def test_prompt_completion_template_adds_no_text() -> None:
     assert texts(load_template("prompt-completion").render(row(prompt="1+1=", completion=" 2"))) == (
         "1+1=",
         " 2",
@@ -438,7 +440,7 @@ def test_prompt_completion_adds_nothing() -> None:
 # Turn lists
 
 
-def test_chat_gives_the_turns_of_messages_or_conversations() -> None:
+def test_chat_template_reads_messages_or_conversations() -> None:
     chat = load_template("chat")
     assert chat.is_chat
     assert chat.fields == {"messages", "conversations"}
@@ -446,11 +448,11 @@ def test_chat_gives_the_turns_of_messages_or_conversations() -> None:
         RenderedTurn("user", (Piece("user 1", "turn 1"),)),
         RenderedTurn("assistant", (Piece("assistant 2", "turn 2"),)),
     )
-    messages = chat.render(row(messages=talk("user", "assistant")))
+    messages = chat.render(row(messages=messages_of("user", "assistant")))
     assert messages == Rendered(expected, (), 0, "assistant")
     sharegpt = [{"from": "human", "value": "user 1"}, {"from": "gpt", "value": "assistant 2"}]
     assert chat.render(row(messages=None, conversations=sharegpt)) == Rendered(expected, (), 1, "assistant")
-    assert chat.render(row(dialog=talk("user", "assistant")), {"messages": "dialog"}).turns == expected
+    assert chat.render(row(dialog=messages_of("user", "assistant")), {"messages": "dialog"}).turns == expected
 
 
 @pytest.mark.parametrize(
@@ -462,10 +464,10 @@ def test_chat_gives_the_turns_of_messages_or_conversations() -> None:
         (("user", "assistant", "assistant"), 3, 2),
     ],
 )
-def test_a_turn_list_is_asked_without_its_final_assistant_turn(
+def test_prompt_of_a_turn_list_omits_its_final_assistant_turn(
     roles: tuple[str, ...], trained: int, prompt_turns: int
 ) -> None:
-    chat, conversation = load_template("chat"), row(messages=talk(*roles))
+    chat, conversation = load_template("chat"), row(messages=messages_of(*roles))
     assert len(chat.render(conversation).turns) == trained
     assert (
         chat.render(conversation, with_answer=False).turns == chat.render(conversation).turns[:prompt_turns]
@@ -481,10 +483,10 @@ def test_a_turn_list_is_asked_without_its_final_assistant_turn(
         (("system",), False, "ends with a system turn"),
     ],
 )
-def test_a_turn_list_with_nothing_to_train_or_ask_is_an_error(
+def test_turn_list_without_an_answer_or_a_prompt_is_an_error(
     roles: tuple[str, ...], with_answer: bool, what: str
 ) -> None:
-    message = row_error(load_template("chat"), {"messages": talk(*roles)}, with_answer=with_answer)
+    message = row_error(load_template("chat"), {"messages": messages_of(*roles)}, with_answer=with_answer)
     assert message.startswith("train.jsonl:41: ")
     assert what in message
 
@@ -499,14 +501,14 @@ def test_a_row_without_a_turn_list_is_an_error() -> None:
 @pytest.mark.parametrize(
     "text", ["[turns]\n{messages} {x}", "[turns]\nHello {messages}", "[turns]\n{a}\n---\nQ {q}: {a}"]
 )
-def test_a_turn_list_stands_alone_in_its_template(text: str) -> None:
-    assert "turn" in error(text)
+def test_turn_list_template_with_other_text_or_fields_is_an_error(text: str) -> None:
+    assert "turn" in parse_error(text)
 
 
-# Where a template comes from
+# Loading
 
 
-def test_a_template_is_a_built_in_a_file_or_a_text(tmp_path: Path) -> None:
+def test_template_loads_from_a_built_in_name_a_file_or_a_text(tmp_path: Path) -> None:
     path = tmp_path / "my.txt"
     path.write_bytes(b"\xef\xbb\xbf" + SIMPLE.replace("\n", "\r\n").encode())
     assert load_template(str(path)) == load_template(SIMPLE)
@@ -516,7 +518,7 @@ def test_a_template_is_a_built_in_a_file_or_a_text(tmp_path: Path) -> None:
     assert load_template("long " * 2000 + "{a}").answer_field == "a"
 
 
-def test_a_setting_that_is_no_template_is_an_error_with_suggestions(
+def test_unknown_template_is_an_error_with_suggestions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -531,7 +533,7 @@ def test_a_setting_that_is_no_template_is_an_error_with_suggestions(
         load_template(str(tmp_path))
 
 
-def test_a_file_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
+def test_template_file_that_is_not_utf8_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "cp949.txt"
     path.write_bytes("Article:\n본문 {document}: {title}".encode("cp949"))
     with pytest.raises(UserError, match=r"cp949\.txt:2: is not UTF-8; save the template as UTF-8"):
@@ -558,7 +560,7 @@ def test_a_field_is_shortened_from_the_given_side(side: str, results: list[str])
     assert [shortened("abcde", keep, side) for keep in range(7)] == results
 
 
-def test_only_the_named_field_is_shortened_and_at_each_of_its_places() -> None:
+def test_shortening_changes_every_occurrence_of_the_named_field_only() -> None:
     rendered = Template.parse("{q}, {r}, {q}: {a}").render(row(q="long text", r="rest", a="answer"))
     short = shorten(rendered, "q", 4, "end")
     assert texts(short) == ("long, rest, long: ", "answer")
@@ -567,9 +569,9 @@ def test_only_the_named_field_is_shortened_and_at_each_of_its_places() -> None:
     assert short.variant == rendered.variant
 
 
-def test_an_assistants_turn_is_not_among_the_fields_to_shorten() -> None:
+def test_assistant_turns_are_not_among_the_fields_to_shorten() -> None:
     rendered = load_template("chat").render(
-        row(messages=talk("system", "user", "assistant", "user", "assistant"))
+        row(messages=messages_of("system", "user", "assistant", "user", "assistant"))
     )
     assert field_lengths(rendered) == {"turn 1": 8, "turn 2": 6, "turn 4": 6}
     assert shorten(rendered, "turn 4", 2, "end").turns[3].pieces == (Piece("us", "turn 4"),)
@@ -590,20 +592,20 @@ def test_an_assistants_turn_is_not_among_the_fields_to_shorten() -> None:
         ("x\U0001f469\u200d\U0001f680y", 3, "end", "x"),
     ],
 )
-def test_what_is_read_as_one_character_is_not_split(text: str, keep: int, side: str, result: str) -> None:
+def test_shortening_does_not_split_grapheme_clusters(text: str, keep: int, side: str, result: str) -> None:
     assert shortened(text, keep, side) == result
 
 
 @quick
 @given(st.text("ae\u0301\u1112\u1161\u11ab\ud558 ", max_size=12), st.sampled_from(["end", "start", "middle"]))
-def test_a_shortened_field_never_grows_and_never_exceeds_what_is_kept(text: str, side: str) -> None:
+def test_shortened_length_never_exceeds_the_limit_and_grows_with_it(text: str, side: str) -> None:
     lengths = [len(shortened(text + "x", keep, side)) for keep in range(len(text) + 2)]
     assert all(length <= keep for keep, length in enumerate(lengths))
     assert lengths == sorted(lengths)
     assert lengths[-1] == len(text) + 1
 
 
-def test_a_wrong_side_or_field_is_refused() -> None:
+def test_shortening_with_a_wrong_side_or_field_is_an_error() -> None:
     rendered = Template.parse(SIMPLE).render(row(document="d", title="t"))
     with pytest.raises(ValueError, match="side"):
         shorten(rendered, "document", 1, "left")

@@ -69,23 +69,25 @@ def test_the_answers_are_those_of_generate_with_and_without_the_adapter(
     assert report["models"][0]["template"] == report["models"][1]["template"]
     assert ROWS[0]["document"] in report["rows"][0]["prompt"]
     page = (tmp_path / "report" / "report.html").read_text("utf-8")
-    for folder in (folders.base, data.parent):  # what is passed on does not say where it lay
+    for folder in (folders.base, data.parent):  # the report contains no local paths
         assert str(folder) not in page + json.dumps(report)
 
 
-def test_the_losses_are_those_of_training_on_the_same_rows(tmp_path: Path) -> None:
+def test_losses_equal_the_validation_losses_of_training(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base")
-    train, held_out = (write_jsonl(tmp_path / f"{at}.jsonl", articles(8, seed=at)) for at in (0, 1))
+    train, held_out = (write_jsonl(tmp_path / f"{seed}.jsonl", articles(8, seed=seed)) for seed in (0, 1))
     run = trained(tmp_path / "OUT", base, train, val_data_path=held_out, keep_best=False)
     report = report_of(compare(tmp_path / "report", base, run.folder, data_path=held_out))
-    looks = [look["loss"] for look in run.looks]
-    assert values(report)["loss"] == pytest.approx([looks[0], looks[-1]], abs=1e-5)
-    assert values(report)["perplexity"] == pytest.approx([math.exp(looks[0]), math.exp(looks[-1])], rel=1e-4)
-    assert report["models"][1]["curve"]["validation"] == [[look["step"], look["loss"]] for look in run.looks]
+    losses = [line["loss"] for line in run.looks]
+    assert values(report)["loss"] == pytest.approx([losses[0], losses[-1]], abs=1e-5)
+    assert values(report)["perplexity"] == pytest.approx(
+        [math.exp(losses[0]), math.exp(losses[-1])], rel=1e-4
+    )
+    assert report["models"][1]["curve"]["validation"] == [[line["step"], line["loss"]] for line in run.looks]
     assert report["models"][0]["curve"] is None
 
 
-def test_one_model_alone_is_an_evaluation(folders: Folders, data: Path, tmp_path: Path) -> None:
+def test_single_model_is_evaluated_without_differences(folders: Folders, data: Path, tmp_path: Path) -> None:
     done = compare(tmp_path / "report", folders.base, data_path=data, template=TEMPLATE, rows=3)
     report = report_of(done)
     assert len(report["rows"]) == 3
@@ -93,7 +95,7 @@ def test_one_model_alone_is_an_evaluation(folders: Folders, data: Path, tmp_path
     assert "loss" in done.out and "change" not in done.out
 
 
-def test_models_of_other_bases_are_each_asked_in_their_own_way(
+def test_models_of_different_bases_use_their_own_templates(
     folders: Folders, data: Path, tmp_path: Path
 ) -> None:
     other = tiny_adapter(tmp_path, sentencepiece_bpe(), template="{document}\n=>\n{title}", columns=None)
@@ -104,26 +106,25 @@ def test_models_of_other_bases_are_each_asked_in_their_own_way(
     assert any("different bases" in note for note in report["notes"])
 
 
-def test_a_base_is_in_memory_once_for_all_its_adapters(
+def test_base_is_loaded_once_for_all_its_adapters(
     folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
     second = shutil.copytree(folders.adapter, tmp_path / "second")
-    loads: list[str] = []
+    loaded: list[str] = []
     load_base = loading.load_base
 
-    def counted(source: Any, *more: Any) -> Any:
-        loads.append(source.name)
-        return load_base(source, *more)
+    def recording_load(source: Any, *arguments: Any) -> Any:
+        loaded.append(source.name)
+        return load_base(source, *arguments)
 
-    monkeypatch.setattr(loading, "load_base", counted)
+    monkeypatch.setattr(loading, "load_base", recording_load)
     done = compare(tmp_path / "report", folders.adapter, folders.base, second, data_path=data)
     report = report_of(done)
-    assert loads == [str(folders.base)]
-    assert (
-        texts(report, 0) == texts(report, 2) != texts(report, 1)
-    )  # the base is whole again after an adapter
+    assert loaded == [str(folders.base)]
+    # the base is restored after an adapter
+    assert texts(report, 0) == texts(report, 2) != texts(report, 1)
     difference = next(
         test
         for test in next(metric for metric in report["metrics"] if metric["key"] == "loss")["differences"]
@@ -132,34 +133,33 @@ def test_a_base_is_in_memory_once_for_all_its_adapters(
     assert (difference["difference"], difference["p"], difference["p_corrected"]) == (0.0, 1.0, 1.0)
 
 
-def test_what_is_answered_is_not_asked_again_and_no_model_is_loaded_for_it(
+def test_cached_answers_are_reused_without_loading_a_model(
     folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "report"
     first = report_of(compare(output, folders.base, folders.adapter, data_path=data))
     text = (output / "answers.jsonl").read_text("utf-8")
-    # as a kill leaves it: the last line torn, some lines gone
-    remaining = text.splitlines()[:-3]
-    (output / "answers.jsonl").write_text("\n".join(remaining) + '\n{"key": "to', "utf-8")
-    again = report_of(compare(output, folders.base, folders.adapter, data_path=data))
-    assert again["rows"] == first["rows"]
-    assert [{**metric, "made": ""} for metric in again["metrics"]] == [
+    # as after a kill: the last line is incomplete and some lines are missing
+    remaining_lines = text.splitlines()[:-3]
+    (output / "answers.jsonl").write_text("\n".join(remaining_lines) + '\n{"key": "to', "utf-8")
+    resumed = report_of(compare(output, folders.base, folders.adapter, data_path=data))
+    assert resumed["rows"] == first["rows"]
+    assert [{**metric, "made": ""} for metric in resumed["metrics"]] == [
         {**metric, "made": ""} for metric in first["metrics"]
     ]
     monkeypatch.setattr(loading, "load_base", lambda *_: pytest.fail("loaded"))
     assert report_of(compare(output, folders.base, folders.adapter, data_path=data))["rows"] == first["rows"]
 
 
-def test_other_settings_weights_or_rows_are_asked_anew(folders: Folders, data: Path, tmp_path: Path) -> None:
+def test_changed_settings_or_weights_are_answered_again(folders: Folders, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
     compare(output, folders.base, data_path=data, template=TEMPLATE)
     count = len(lines(output))
-    compare(
-        output, folders.base, data_path=data, template=TEMPLATE, seed=7
-    )  # greedy: the seed is nothing to it
+    # with greedy decoding the seed has no effect
+    compare(output, folders.base, data_path=data, template=TEMPLATE, seed=7)
     assert len(lines(output)) == count
     compare(output, folders.base, data_path=data, template=TEMPLATE, temperature=0.9)
-    assert len(lines(output)) == count + len(ROWS)  # the answers, not the losses
+    assert len(lines(output)) == count + len(ROWS)  # new answers, but no new losses
     compare(output, folders.base, data_path=data, template=TEMPLATE, temperature=0.9, seed=7)
     assert len(lines(output)) == count + 2 * len(ROWS)
     other = tiny_base(tmp_path / "other", byte_level(), seed=5)
@@ -167,19 +167,19 @@ def test_other_settings_weights_or_rows_are_asked_anew(folders: Folders, data: P
     assert len(lines(output)) == 2 * count + 2 * len(ROWS)
 
 
-def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
+def test_ctrl_c_keeps_answers_and_the_same_command_continues(
     folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uninterrupted = report_of(compare(tmp_path / "whole", folders.base, folders.adapter, data_path=data))
     output = tmp_path / "report"
     add = compare_module.AnswerCache.add
 
-    def pressed(self: Any, key: str, record: Any) -> None:
+    def add_and_interrupt(self: Any, key: str, record: Any) -> None:
         add(self, key, record)
         if len(self.records) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_module.AnswerCache, "add", pressed)
+    monkeypatch.setattr(compare_module.AnswerCache, "add", add_and_interrupt)
     done = compare(output, folders.base, folders.adapter, data_path=data)
     assert done.status == 130
     assert "Run the same command again to continue" in done.err
@@ -194,7 +194,7 @@ def test_ctrl_c_keeps_what_was_answered_and_the_same_command_goes_on(
 def test_sigint_ends_the_process_with_130(folders: Folders, tmp_path: Path) -> None:
     rows = [{"document": f"{number} " + "word " * 30, "title": "t"} for number in range(400)]
     data, output = write_jsonl(tmp_path / "many.jsonl", rows), tmp_path / "report"
-    words = [
+    arguments = [
         "compare",
         "--models",
         str(folders.adapter),
@@ -204,7 +204,7 @@ def test_sigint_ends_the_process_with_130(folders: Folders, tmp_path: Path) -> N
         str(output),
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "yeonma", *words, "--max_new_tokens", "200", "--batch_size", "4"],
+        [sys.executable, "-m", "yeonma", *arguments, "--max_new_tokens", "24", "--batch_size", "4"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -220,19 +220,19 @@ def test_sigint_ends_the_process_with_130(folders: Folders, tmp_path: Path) -> N
     assert 1 <= len(lines(output)) < 400
 
 
-def test_rows_without_wanted_answers_are_answered_all_the_same(folders: Folders, tmp_path: Path) -> None:
-    bare = write_jsonl(tmp_path / "bare.jsonl", [{"document": row["document"]} for row in ROWS])
-    report = report_of(compare(tmp_path / "report", folders.adapter, data_path=bare))
+def test_rows_without_reference_answers_are_still_answered(folders: Folders, tmp_path: Path) -> None:
+    no_titles = write_jsonl(tmp_path / "bare.jsonl", [{"document": row["document"]} for row in ROWS])
+    report = report_of(compare(tmp_path / "report", folders.adapter, data_path=no_titles))
     assert set(values(report)) == {"tokens", "characters", "repetition", "unended"}
     assert any("No row has a reference answer" in note for note in report["notes"])
-    some = write_jsonl(tmp_path / "some.jsonl", [*ROWS[:3], {"document": "x"}])
-    report = report_of(compare(tmp_path / "report", folders.adapter, data_path=some))
+    some_titles = write_jsonl(tmp_path / "some.jsonl", [*ROWS[:3], {"document": "x"}])
+    report = report_of(compare(tmp_path / "report", folders.adapter, data_path=some_titles))
     assert report["rows"][3]["answers"][0]["scores"]["loss"] is None
     assert report["rows"][3]["answers"][0]["scores"]["chrf"] is None
     assert any("1 of 4 rows have no reference answer" in note for note in report["notes"])
 
 
-def test_the_wanted_answer_of_preference_data_is_the_chosen_one(folders: Folders, tmp_path: Path) -> None:
+def test_reference_answer_of_preference_data_is_the_chosen_one(folders: Folders, tmp_path: Path) -> None:
     pairs = [{"document": row["document"], "chosen": row["title"], "rejected": "no"} for row in ROWS]
     data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     plain = report_of(
@@ -243,7 +243,7 @@ def test_the_wanted_answer_of_preference_data_is_the_chosen_one(folders: Folders
     assert values(report) == values(plain)
 
 
-def test_a_row_too_long_for_its_answer_has_no_loss_and_is_told(tmp_path: Path) -> None:
+def test_row_over_cutoff_len_has_no_loss_and_is_reported(tmp_path: Path) -> None:
     small = tiny_adapter(tmp_path, byte_level(), template=TEMPLATE, cutoff_len=90)
     rows = [*ROWS[:1], {"document": "short", "title": "long " * 40}]
     report = report_of(
@@ -262,7 +262,7 @@ def test_answers_that_ran_out_of_tokens_are_flagged(folders: Folders, data: Path
     assert False in ended
 
 
-def test_without_sacrebleu_the_command_says_how_to_get_it_and_goes_on(
+def test_missing_sacrebleu_is_reported_and_its_metrics_are_omitted(
     folders: Folders, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
@@ -285,7 +285,7 @@ def test_the_table_on_the_terminal_has_every_metric_and_the_difference(
     assert f"Open {tmp_path / 'report' / 'report.html'}" in done.out
 
 
-def test_a_chat_template_is_compared_by_its_last_answers(tmp_path: Path) -> None:
+def test_chat_rows_are_compared_by_their_last_answers(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -299,19 +299,19 @@ def test_a_chat_template_is_compared_by_its_last_answers(tmp_path: Path) -> None
     assert values(report)["loss"][0] is not None
 
 
-def test_kept_answers_survive_any_torn_or_foreign_line(tmp_path: Path) -> None:
+def test_answer_cache_survives_damaged_lines(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     record = {"text": "a\u2028b", "token_ids": [1], "ended": True}
     with open_answer_cache(path) as cache:
         cache.add("one", record)
         cache.add("two", {"nll": 1.5, "trained_tokens": 2})
     content = path.read_bytes()
-    draw = random.Random(0)
+    rng = random.Random(0)
     for _ in range(100):
         damaged = bytearray(content)
-        for _ in range(draw.randint(0, 3)):
-            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
-        path.write_bytes(bytes(damaged[: draw.randint(0, len(damaged))]) + b'{"key": "three", "text": 1}\n[')
+        for _ in range(rng.randint(0, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(bytes(damaged[: rng.randint(0, len(damaged))]) + b'{"key": "three", "text": 1}\n[')
         with open_answer_cache(path) as cache:
             assert "three" not in cache.records
             cache.add("four", record)

@@ -1,4 +1,4 @@
-"""Refusals of `yeonma compare`, with place and cure, before weights are loaded; full disks."""
+"""Errors of `yeonma compare`, reported with location and remedy before weights are loaded; full disks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_new_tokens": 5000}, "leave no room"),
     ],
 )
-def test_a_mistake_is_told_with_its_cure(
+def test_invalid_setting_is_reported_and_nothing_is_written(
     settings: dict[str, Any], message: str, folders: Folders, data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -63,7 +63,7 @@ def test_a_mistake_is_told_with_its_cure(
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_all_models_that_are_wrong_are_told_together(folders: Folders, data: Path, tmp_path: Path) -> None:
+def test_all_invalid_models_are_reported_together(folders: Folders, data: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     done = compare(tmp_path / "report", "./gone", folders.base, empty, data_path=data)
@@ -76,7 +76,7 @@ def test_all_models_that_are_wrong_are_told_together(folders: Folders, data: Pat
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_rows_that_do_not_fit_are_told_with_their_places_once(folders: Folders, tmp_path: Path) -> None:
+def test_invalid_rows_are_each_reported_once_with_their_line(folders: Folders, tmp_path: Path) -> None:
     data = write_jsonl(
         tmp_path / "odd.jsonl", [ROWS[0], {"title": "no article"}, {"document": 7, "title": "x"}]
     )
@@ -88,16 +88,16 @@ def test_rows_that_do_not_fit_are_told_with_their_places_once(folders: Folders, 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.usefixtures("no_weights")
-def test_a_folder_that_may_not_be_written_to_is_told(folders: Folders, data: Path, tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    done = compare(closed / "report", folders.base, data_path=data, template=TEMPLATE)
+def test_unwritable_output_folder_is_reported(folders: Folders, data: Path, tmp_path: Path) -> None:
+    read_only_folder = tmp_path / "closed"
+    read_only_folder.mkdir(mode=0o500)
+    done = compare(read_only_folder / "report", folders.base, data_path=data, template=TEMPLATE)
     assert done.status == 2
     assert "cannot be written" in done.err
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_an_adapter_of_another_base_is_told_with_its_own(
+def test_adapter_of_another_base_is_reported_with_its_own_base(
     folders: Folders, data: Path, tmp_path: Path
 ) -> None:
     other = tiny_base(tmp_path / "other", byte_level(), layers=3)
@@ -109,7 +109,9 @@ def test_an_adapter_of_another_base_is_told_with_its_own(
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_tokenizer_larger_than_the_embedding_is_told(folders: Folders, data: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_reported(
+    folders: Folders, data: Path, tmp_path: Path
+) -> None:
     base = tiny_base(tmp_path / "base", byte_level())
     larger = byte_level()
     larger.add_tokens(["<more>"])
@@ -129,7 +131,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_told(folders: Folders, data: P
         ("torn.jsonl", '{"document": "a", "title": "b"}\n{"document":\n', "torn.jsonl:2:"),
     ],
 )
-def test_data_that_is_of_no_use_is_told_with_its_place(
+def test_unusable_data_is_reported_with_its_location(
     name: str, content: str, message: str, folders: Folders, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content, "utf-8")
@@ -140,23 +142,23 @@ def test_data_that_is_of_no_use_is_told_with_its_place(
 
 
 @contextmanager
-def files_of_at_most(size_bytes: int) -> Iterator[None]:
-    """The system limits the file size, with an error like that of a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+def limit_file_size(size_bytes: int) -> Iterator[None]:
+    """Limits the size of written files; the system's error is like that of a full disk."""
+    previous_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, previous_limit[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous_limit)
 
 
 @pytest.mark.parametrize(("size_bytes", "what"), [(700, "an answer"), (8000, "the report")])
-def test_a_full_disk_is_told_and_the_same_command_goes_on(
+def test_full_disk_is_reported_and_the_same_command_resumes(
     size_bytes: int, what: str, folders: Folders, data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "report"
-    for _ in range(2):  # the second time the last line is a torn one
-        with files_of_at_most(size_bytes):
+    for _ in range(2):  # the second run finds an incomplete last line
+        with limit_file_size(size_bytes):
             done = compare(output, folders.base, folders.adapter, data_path=data)
         assert done.status == 2
         assert f"{output}: {what} cannot be written: " in done.err

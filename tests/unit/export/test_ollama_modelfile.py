@@ -1,4 +1,4 @@
-"""The Modelfile: Ollama's prompt is the trained one, and answers end where they should."""
+"""The Modelfile: Ollama's prompt is the same as in training, and its stop tokens end the answers."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from yeonma.tokenization.text_encoder import TextEncoder
 ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 
 
-def go(text: str, values: Mapping[str, str]) -> str:
-    """Go's text/template, for the actions that occur: fields, raw strings, if with else."""
-    out, shown = "", [True]
+def render_go(text: str, values: Mapping[str, str]) -> str:
+    """Renders a Go text/template with the actions that occur here: fields, raw strings, if with else."""
+    out, visible = "", [True]
     parts = ACTION.split(text)
     for number, part in enumerate(parts):
         if number % 2 == 0:
             assert "{{" not in part
-            out += part if all(shown) else ""
+            out += part if all(visible) else ""
         elif part.startswith("if ."):
-            shown.append(bool(values.get(part[4:], "")))
+            visible.append(bool(values.get(part[4:], "")))
         elif part == "else":
-            shown[-1] = not shown[-1]
+            visible[-1] = not visible[-1]
         elif part == "end":
-            shown.pop()
-        elif all(shown):
+            visible.pop()
+        elif all(visible):
             out += part[1:-1] if part[0] == "`" else values.get(part[1:], "")
-    assert shown == [True]
+    assert visible == [True]
     return out
 
 
 def template_in(text: str) -> str:
-    """The TEMPLATE of a Modelfile: the text between triple quotes."""
+    """Returns the TEMPLATE of a Modelfile, the text between triple quotes."""
     return text.partition('TEMPLATE """')[2].partition('"""')[0]
 
 
@@ -55,7 +55,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ollama_gets_the_trained_prompt(name: str) -> None:
+def test_ollama_template_renders_the_same_prompt_as_in_training(name: str) -> None:
     tokenizer, template = byte_level(), Template.parse(TEMPLATES[name])
     encoder = TextEncoder.of(tokenizer)
     written = modelfile(template, encoder, "m.gguf", (1,), 512)
@@ -66,17 +66,17 @@ def test_ollama_gets_the_trained_prompt(name: str) -> None:
         row = Row(1, fields, "row")
         ids = full_prompt_ids(template.render(row, None, with_answer=False), row, tokenizer)
         names = {"System" if field.startswith("system") else "Prompt": text for field, text in fields.items()}
-        assert encoder.batch([go(go_template, names)])[0] == ids
+        assert encoder.batch([render_go(go_template, names)])[0] == ids
 
 
-def test_the_start_token_is_left_to_ollama() -> None:
+def test_modelfile_omits_the_start_token() -> None:
     encoder = TextEncoder.of(sentencepiece_bpe())
     for name in ("title", "turns"):
         written = modelfile(Template.parse(TEMPLATES[name]), encoder, "m.gguf", (), 512)
         assert "<s>" not in written.text
 
 
-def test_stops_and_parameters() -> None:
+def test_modelfile_sets_stop_tokens_and_parameters() -> None:
     tokenizer = byte_level()
     stops = stop_ids(tokenizer, chat=True)
     text = modelfile(load_template("title"), TextEncoder.of(tokenizer), "m.gguf", stops, 512).text
@@ -87,16 +87,18 @@ def test_stops_and_parameters() -> None:
 
 def test_fields_that_ollama_cannot_fill_are_reported() -> None:
     encoder = TextEncoder.of(byte_level())
-    two = modelfile(Template.parse("{a} and {b}\n{c}\n"), encoder, "m.gguf", (), 512)
-    assert template_in(two.text) == "{{ .Prompt }}{{ .Response }}"
-    assert "several fields (a, b)" in two.remarks[0]
-    assert two.text.startswith(f"# {two.remarks[0]}\n")
+    two_fields = modelfile(Template.parse("{a} and {b}\n{c}\n"), encoder, "m.gguf", (), 512)
+    assert template_in(two_fields.text) == "{{ .Prompt }}{{ .Response }}"
+    assert "several fields (a, b)" in two_fields.remarks[0]
+    assert two_fields.text.startswith(f"# {two_fields.remarks[0]}\n")
     alpaca = modelfile(load_template("alpaca"), encoder, "m.gguf", (), 512)
     assert "only the template's variants with instruction" in alpaca.remarks[0]
-    assert go(template_in(alpaca.text), {"Prompt": "x"}).endswith("### Instruction:\nx\n\n### Response:\n")
+    assert render_go(template_in(alpaca.text), {"Prompt": "x"}).endswith(
+        "### Instruction:\nx\n\n### Response:\n"
+    )
     chat = modelfile(load_template("chat"), encoder, "m.gguf", (), 512)
     assert "TEMPLATE" not in chat.text.replace("no TEMPLATE", "")
-    without = modelfile(
+    without_chat_template = modelfile(
         Template.parse(TEMPLATES["turns"]), TextEncoder.of(byte_level(None)), "m.gguf", (), 512
     )
-    assert "no chat template" in without.remarks[0]
+    assert "no chat template" in without_chat_template.remarks[0]

@@ -1,4 +1,4 @@
-"""Absolute paths, and text that only resembles them."""
+"""Absolute paths and secrets in exported text, and text that only resembles them."""
 
 from __future__ import annotations
 

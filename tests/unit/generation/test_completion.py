@@ -1,6 +1,6 @@
-"""Generation: an answer does not depend on its batch, answers end where they should, draws follow from prompt and seed.
+"""Generation: answers do not depend on their batch, end at stop tokens, and are sampled from prompt and seed alone.
 
-Most tests run twice: over a growing forest, and one prompt at a time by transformers' own loop.
+Most tests run twice: with forest generation, and one prompt at a time by transformers' own loop.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def answers(
     return returned
 
 
-def for_forests(family: str, seed: int = 0) -> Any:
-    """A model with the attention implementation that loading sets."""
+def forest_model(family: str, seed: int = 0) -> Any:
+    """A model with the forest attention that loading sets."""
     model = tiny_model(family, seed)
     assert check_forest_support(model).forest
     return model
@@ -74,7 +74,7 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", [*FOREST_FAMILIES, *OTHER_FAMILIES])
-def test_greedy_answers_are_the_models_likeliest_tokens_for_any_batch_size(family: str) -> None:
+def test_greedy_answers_are_the_most_likely_tokens_for_any_batch_size(family: str) -> None:
     model = tiny_model(family)
     inputs = prompts()
     expected = [tuple(greedy(model, prompt, 8)) for prompt in inputs]
@@ -90,10 +90,10 @@ def test_greedy_answers_are_the_models_likeliest_tokens_for_any_batch_size(famil
 
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
 @pytest.mark.parametrize("shared", [0, 20])
-def test_a_growing_forest_gives_the_models_likeliest_tokens(family: str, shared: int) -> None:
+def test_forest_generation_is_greedy_with_and_without_a_shared_prefix(family: str, shared: int) -> None:
     model = tiny_model(family)
-    frame = prompts([shared], seed=7)[0]
-    inputs = [np.concatenate([frame, prompt]) for prompt in prompts()]
+    prefix = prompts([shared], seed=7)[0]
+    inputs = [np.concatenate([prefix, prompt]) for prompt in prompts()]
     expected = [tuple(greedy(model, prompt, 8)) for prompt in inputs]
     assert check_forest_support(model).forest
     for batch_size in (1, 2, 6):
@@ -103,10 +103,10 @@ def test_a_growing_forest_gives_the_models_likeliest_tokens(family: str, shared:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 40}, {"repetition_penalty": 1.5}])
-def test_a_growing_forest_answers_as_transformers_does(options: dict[str, Any]) -> None:
+def test_forest_generation_matches_transformers_generation(options: dict[str, Any]) -> None:
     model = tiny_model("qwen3")
-    frame = prompts([19], seed=7)[0]
-    inputs = [np.concatenate([frame, prompt]) for prompt in prompts() * 3]
+    prefix = prompts([19], seed=7)[0]
+    inputs = [np.concatenate([prefix, prompt]) for prompt in prompts() * 3]
     stops = [answers(model, inputs[:1], stop_ids=[], by_forest=False, **options)[0].token_ids[9]]
     expected = answers(model, inputs, stop_ids=stops, by_forest=False, **options)
     assert len({len(answer.token_ids) for answer in expected}) > 1
@@ -117,22 +117,23 @@ def test_a_growing_forest_answers_as_transformers_does(options: dict[str, Any]) 
         assert answers(model, inputs, stop_ids=stops, by_forest=True, **options) == expected
 
 
-def test_a_growing_forest_computes_no_token_twice() -> None:
+def test_forest_generation_computes_each_token_once() -> None:
     model = tiny_model("llama")
-    frame = prompts([40], seed=7)[0]
-    inputs = [np.concatenate([frame, prompt]) for prompt in prompts()]
+    prefix = prompts([40], seed=7)[0]
+    inputs = [np.concatenate([prefix, prompt]) for prompt in prompts()]
     check_forest_support(model)
     counts: list[int] = []
     model.register_forward_pre_hook(
         lambda module, args, keywords: counts.append(keywords["input_ids"].numel()), with_kwargs=True
     )
     results = answers(model, inputs, stop_ids=[], max_new_tokens=5, batch_size=3, by_forest=True)
-    written = sum(len(answer.token_ids) for answer in results)
-    assert sum(counts) == 40 + sum(LENGTHS) + written - len(inputs)  # the last token of each is never read
-    assert len(counts) < written
+    generated = sum(len(answer.token_ids) for answer in results)
+    # the last token of each answer is never read
+    assert sum(counts) == 40 + sum(LENGTHS) + generated - len(inputs)
+    assert len(counts) < generated
 
 
-def test_too_little_memory_halves_the_rows_of_a_growing_forest() -> None:
+def test_out_of_memory_halves_the_rows_of_forest_generation() -> None:
     model = tiny_model("llama")
     check_forest_support(model)
     expected = answers(model, prompts(), by_forest=True)
@@ -154,8 +155,8 @@ def test_too_little_memory_halves_the_rows_of_a_growing_forest() -> None:
 
 
 @BOTH_WAYS
-def test_an_answer_ends_before_the_first_stop_token_and_others_go_on(by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
+def test_answer_ends_before_its_first_stop_token_while_others_continue(by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
     full_answers = [
         list(answer.token_ids) for answer in answers(model, prompts(), stop_ids=[], by_forest=by_forest)
     ]
@@ -170,8 +171,8 @@ def test_an_answer_ends_before_the_first_stop_token_and_others_go_on(by_forest: 
 
 
 @BOTH_WAYS
-def test_the_models_own_generation_settings_play_no_part_and_stay(by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
+def test_models_own_generation_config_is_ignored_and_kept(by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
     expected = answers(model, prompts(), by_forest=by_forest)
     config = GenerationConfig(
         do_sample=True,
@@ -188,7 +189,7 @@ def test_the_models_own_generation_settings_play_no_part_and_stay(by_forest: boo
     assert model.training
 
 
-def test_a_model_set_up_for_forests_generates_as_with_its_plain_attention_and_stays_so() -> None:
+def test_forest_attention_gives_the_answers_of_plain_attention_and_stays_set() -> None:
     model = tiny_model("gpt_oss")
     expected = answers(model, prompts(), by_forest=False)
     assert check_forest_support(model).forest
@@ -197,25 +198,25 @@ def test_a_model_set_up_for_forests_generates_as_with_its_plain_attention_and_st
     assert model.config._attn_implementation == FOREST
 
 
-def test_the_answers_of_many_prompts_are_never_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forest_generation_feeds_no_padding_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tokens of prompts and answers go through the model, and transformers' loop is not used."""
-    model = for_forests("llama")
+    model = forest_model("llama")
     fed: list[list[int]] = []
     model.register_forward_pre_hook(
         lambda module, args, keywords: fed.append(keywords["input_ids"][0].tolist()), with_kwargs=True
     )
     monkeypatch.setattr(GenerationMixin, "generate", None)
     results = answers(model, prompts(), stop_ids=[], max_new_tokens=3, batch_size=6, by_forest=True)
-    written = [number for answer in results for number in answer.token_ids[:-1]]  # the last is never read
+    generated = [number for answer in results for number in answer.token_ids[:-1]]  # the last is never read
     assert sorted(number for ids in fed for number in ids) == sorted(
-        np.concatenate(prompts()).tolist() + written
+        np.concatenate(prompts()).tolist() + generated
     )
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_repetition_penalty_sees_the_rows_own_tokens_alone(temperature: float, by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
+def test_repetition_penalty_uses_only_the_rows_own_tokens(temperature: float, by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
 
     def favour(module: Any, arguments: Any, output: Any) -> None:
         output.logits[..., 0] += 3
@@ -230,8 +231,8 @@ def test_the_repetition_penalty_sees_the_rows_own_tokens_alone(temperature: floa
 
 
 @BOTH_WAYS
-def test_draws_follow_from_prompt_and_seed_alone(by_forest: bool) -> None:
-    model = for_forests("qwen2") if by_forest else tiny_model("qwen2")
+def test_sampling_depends_only_on_prompt_and_seed(by_forest: bool) -> None:
+    model = forest_model("qwen2") if by_forest else tiny_model("qwen2")
     inputs = prompts()
     options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40, "by_forest": by_forest}
     first = answers(model, inputs, seed=1, batch_size=6, **options)
@@ -243,14 +244,14 @@ def test_draws_follow_from_prompt_and_seed_alone(by_forest: bool) -> None:
 
 
 @BOTH_WAYS
-def test_draws_have_the_models_probabilities(by_forest: bool) -> None:
+def test_sampling_follows_the_models_probabilities(by_forest: bool) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)  # several tokens are likely
     (prompt,) = prompts([5])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(prompt[None].astype(np.int64))).logits[0, -1]
-    temperature, top_k, top_p, draws = 0.7, 12, 0.9, 600
+    temperature, top_k, top_p, samples = 0.7, 12, 0.9, 600
     probability = torch.softmax(logits / temperature, dim=0)
     probability[probability < probability.sort(descending=True).values[top_k - 1]] = 0
     probability /= probability.sum()
@@ -268,21 +269,21 @@ def test_draws_have_the_models_probabilities(by_forest: bool) -> None:
         "top_p": top_p,
         "max_new_tokens": 1,
     }
-    counted = torch.zeros_like(expected)
-    for seed in range(draws):
+    counts = torch.zeros_like(expected)
+    for seed in range(samples):
         (answer,) = answers(model, [prompt], seed=seed, stop_ids=[], **options)
-        counted[answer.token_ids[0]] += 1
+        counts[answer.token_ids[0]] += 1
     assert 1 < len(nucleus) < top_k
-    assert counted[expected == 0].sum() == 0
-    assert float((counted / draws - expected).abs().max()) < 0.07  # over three standard deviations
+    assert counts[expected == 0].sum() == 0
+    assert float((counts / samples - expected).abs().max()) < 0.07  # over three standard deviations
 
 
 @pytest.mark.parametrize(
     "options", [{"temperature": 1e-30}, {"temperature": 2.0, "top_k": 1}, {"temperature": 2.0, "top_p": 1e-9}]
 )
 @BOTH_WAYS
-def test_a_draw_from_one_token_is_greedy(options: dict[str, Any], by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
+def test_sampling_from_a_single_candidate_token_is_greedy(options: dict[str, Any], by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
     expected = answers(model, prompts(), by_forest=by_forest)
     assert answers(model, prompts(), by_forest=by_forest, **options) == expected
 
@@ -292,7 +293,7 @@ def test_a_draw_from_one_token_is_greedy(options: dict[str, Any], by_forest: boo
     "tokenizer", [byte_level(), sentencepiece_bpe(), unigram()], ids=["bpe", "sentencepiece", "unigram"]
 )
 @pytest.mark.parametrize("before", ["### 제목:\n", "a" * 200 + " 제목:"])
-def test_the_text_of_an_answer_is_what_it_adds_to_the_prompts(tokenizer: Any, before: str, text: str) -> None:
+def test_answer_text_is_what_it_adds_to_the_prompts_text(tokenizer: Any, before: str, text: str) -> None:
     encoder = TextEncoder.of(tokenizer)
     prompt = encoder.batch([before])[0]
     ids = encoder.continuation(prompt, text)
@@ -305,38 +306,38 @@ def test_the_text_of_an_answer_is_what_it_adds_to_the_prompts(tokenizer: Any, be
 
 
 @BOTH_WAYS
-def test_streamed_text_adds_up_to_the_answer_and_never_shows_half_a_character(by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
-    letters = "서울의 아침 기온이 영하로"
-    ids = TextEncoder.of(TOKENIZER).batch([letters])[0]
-    spelled = iter([*ids, TOKENIZER.eos_token_id, *[0] * 99])
+def test_streamed_text_equals_the_answer_without_partial_characters(by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
+    text = "서울의 아침 기온이 영하로"
+    ids = TextEncoder.of(TOKENIZER).batch([text])[0]
+    next_ids = iter([*ids, TOKENIZER.eos_token_id, *[0] * 99])
 
-    # A vocabulary as large as the tokenizer's, and a model that writes the letters.
+    # A vocabulary as large as the tokenizer's, and a model that writes the text.
     model.resize_token_embeddings(len(TOKENIZER))
 
-    def spell(module: Any, arguments: Any, output: Any) -> None:
+    def force_next_id(module: Any, arguments: Any, output: Any) -> None:
         output.logits.zero_()
-        output.logits[..., next(spelled)] = 1
+        output.logits[..., next(next_ids)] = 1
 
-    model.register_forward_hook(spell)
-    shown: list[str] = []
+    model.register_forward_hook(force_next_id)
+    parts: list[str] = []
     sampling = SamplingParams((TOKENIZER.eos_token_id,), 99)
-    (answer,) = generate(model, TOKENIZER, prompts([4]), sampling, by_forest=by_forest, on_text=shown.append)
-    assert answer.text == letters
-    assert "".join(shown) == letters
-    assert len(shown) > 3
-    assert all("\ufffd" not in part for part in shown)
+    (answer,) = generate(model, TOKENIZER, prompts([4]), sampling, by_forest=by_forest, on_text=parts.append)
+    assert answer.text == text
+    assert "".join(parts) == text
+    assert len(parts) > 3
+    assert all("\ufffd" not in part for part in parts)
 
 
-def test_rows_that_had_ended_before_memory_was_short_are_not_asked_again() -> None:
-    model = for_forests("llama")
+def test_finished_rows_are_not_generated_again_after_out_of_memory() -> None:
+    model = forest_model("llama")
     inputs = prompts([12, 12, 12, 12])
     expected = answers(model, inputs, stop_ids=[], max_new_tokens=4, by_forest=True)
     passes: list[int] = []
 
     def refuse_once(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         passes.append(keywords["input_ids"].shape[1])
-        if len(passes) == 6:  # two rows have ended, two others are at work
+        if len(passes) == 6:  # two rows have ended, two others are being generated
             raise torch.OutOfMemoryError("out of memory")
 
     model.register_forward_pre_hook(refuse_once, with_kwargs=True)
@@ -345,20 +346,20 @@ def test_rows_that_had_ended_before_memory_was_short_are_not_asked_again() -> No
 
 
 @BOTH_WAYS
-def test_a_prompt_that_does_not_fit_into_memory_by_itself_is_an_error(by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
+def test_single_prompt_that_does_not_fit_into_memory_is_an_error(by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(UserError, match="a prompt of 17 tokens and its answer do not fit"):
         generate(model, TOKENIZER, prompts([17]), SamplingParams((2,), 128), by_forest=by_forest)
 
 
 @BOTH_WAYS
-def test_the_longest_prompts_go_first(by_forest: bool) -> None:
-    model = for_forests("llama") if by_forest else tiny_model("llama")
+def test_longest_prompts_are_generated_first(by_forest: bool) -> None:
+    model = forest_model("llama") if by_forest else tiny_model("llama")
     prompt_lengths: list[int] = []
-    answers_of = prompts()
+    inputs = prompts()
     generate(
-        model, TOKENIZER, answers_of, SamplingParams((2,), 2), by_forest=by_forest, batch_size=2,
-        on_answer=lambda index, _: prompt_lengths.append(len(answers_of[index])),
+        model, TOKENIZER, inputs, SamplingParams((2,), 2), by_forest=by_forest, batch_size=2,
+        on_answer=lambda index, _: prompt_lengths.append(len(inputs[index])),
     )  # fmt: skip
     assert prompt_lengths == sorted(LENGTHS, reverse=True)

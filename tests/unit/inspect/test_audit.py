@@ -1,4 +1,4 @@
-"""The audit's numbers, computed in another way."""
+"""The audit's numbers, compared with an independent computation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def audited(dataset: Dataset, *, share_prefix: bool = True, unknown_id: int | No
     )
 
 
-def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
+def test_counts_equal_those_of_the_examples(tmp_path: Path) -> None:
     rows = articles(23)
     rows[4] = {"topic": "a topic", "title": "of the second variant"}
     rows[6]["title"] = "a title of far more letters than there is room for" * 3
@@ -67,29 +67,31 @@ def test_the_counts_are_those_of_the_examples(tmp_path: Path) -> None:
             assert sum(bin_.count for bin_ in lengths.bins) == part_audit.examples == len(examples)
     assert sum(audit.train.variants) + sum(audit.validation.variants) == 22
     assert audit.train.variants[1] + audit.validation.variants[1] == 1
-    assert [one.row for one in audit.sources[0].left_out_rows] == [7]
+    assert [left_out.row for left_out in audit.sources[0].left_out_rows] == [7]
     assert audit.steps == 2 * audit.steps_per_epoch == 2 * -(-audit.train.examples // 4)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_the_work_is_that_of_the_run(tmp_path: Path, share_prefix: bool) -> None:
+def test_work_equals_the_token_counts_of_the_planned_micro_batches(
+    tmp_path: Path, share_prefix: bool
+) -> None:
     dataset = prepared(tmp_path, articles(22))
     work = audited(dataset, share_prefix=share_prefix).work
     plan = plan_of(dataset)
     store = dataset.train.store
-    padded = own = 0
+    padded = unpadded = 0
     for _, positions in zip(range(plan.steps_per_epoch), plan.steps(), strict=False):
         for start in range(0, len(positions), 2):
             lengths = store.lengths[positions[start : start + 2]]
             padded += len(lengths) * int(lengths.max())
-            own += int(lengths.sum())
-    assert (work.padded, work.unpadded, work.steps) == (padded, own, plan.steps_per_epoch)
-    assert (work.forest < own) is share_prefix
-    assert share_prefix or work.forest == own
+            unpadded += int(lengths.sum())
+    assert (work.padded, work.unpadded, work.steps) == (padded, unpadded, plan.steps_per_epoch)
+    assert (work.forest < unpadded) is share_prefix
+    assert share_prefix or work.forest == unpadded
     assert work.saved == 1 - work.forest / padded
 
 
-def test_text_that_the_tokenizer_does_not_know_is_remarked(tmp_path: Path) -> None:
+def test_rows_with_unknown_tokens_are_remarked(tmp_path: Path) -> None:
     rows = articles(8)
     rows[2]["document"] = "漢字 and more"
     rows[5]["title"] = "漢"
@@ -107,10 +109,10 @@ def test_text_that_the_tokenizer_does_not_know_is_remarked(tmp_path: Path) -> No
     assert "unknown" not in {warning.kind for warning in audited(dataset, unknown_id=None).train.remarks}
 
 
-def test_scripts_are_counted_with_their_mixtures(tmp_path: Path) -> None:
+def test_rows_are_grouped_by_their_combination_of_scripts(tmp_path: Path) -> None:
     rows = articles(6)
     rows[1]["title"], rows[2]["title"], rows[3]["title"] = "서울의 아침", "AI 시대", "42"
-    scripts = {scripts_.names: scripts_.rows for scripts_ in audited(prepared(tmp_path, rows)).train.scripts}
+    scripts = {group.names: group.rows for group in audited(prepared(tmp_path, rows)).train.scripts}
     assert scripts == {("Latin",): (1, 5, 6), ("Hangul",): (2,), ("Latin", "Hangul"): (3,), (): (4,)}
 
 

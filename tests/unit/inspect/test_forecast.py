@@ -53,8 +53,8 @@ def meta_blueprint(family: str = "llama", shape: load.LoraShape = SHAPE, **chang
     return blueprint(tiny_model(family).config, changed.pop("dtype", torch.float32), shape, **changed)
 
 
-def real(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
-    """The same blueprint with real weights, to trace real operations."""
+def real_blueprint(family: str, shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
+    """The same blueprint with real weights, so that real operations are traced."""
     on_meta, base = meta_blueprint(family, shape), tiny_model(family)
     load.add_lora(base, shape, seed=0)
     base.set_attn_implementation(FOREST)
@@ -75,7 +75,7 @@ def make_forest(*lengths: int, shared: int = 20) -> Forest:
 
 @pytest.mark.parametrize("family", TRACED)
 @pytest.mark.parametrize("targets", ["all-linear", "one layer"])
-def test_counts_and_bytes_of_weights_are_the_real_models(family: str, targets: str) -> None:
+def test_blueprint_counts_and_weight_bytes_equal_the_real_model(family: str, targets: str) -> None:
     names = {"gpt2": "c_attn", "phi3": "qkv_proj"}
     shape = SHAPE if targets == "all-linear" else replace(SHAPE, target_modules=[names.get(family, "q_proj")])
     base = tiny_model(family)
@@ -95,9 +95,9 @@ def test_counts_and_bytes_of_weights_are_the_real_models(family: str, targets: s
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "exaone4", "mistral"])
 @pytest.mark.parametrize("has_gradients", [False, True])
-def test_a_trace_without_numbers_holds_what_real_tensors_hold(family: str, has_gradients: bool) -> None:
+def test_meta_trace_matches_the_memory_of_real_tensors(family: str, has_gradients: bool) -> None:
     forest = make_forest(60, 50, 44)
-    expected = trace(real(family), forest, has_gradients=has_gradients)
+    expected = trace(real_blueprint(family), forest, has_gradients=has_gradients)
     on_meta = trace(meta_blueprint(family), forest, has_gradients=has_gradients)
     assert on_meta.activations > 20_000
     assert on_meta.peak == pytest.approx(expected.peak, rel=0.01)
@@ -105,55 +105,57 @@ def test_a_trace_without_numbers_holds_what_real_tensors_hold(family: str, has_g
         assert getattr(on_meta, part) == pytest.approx(getattr(expected, part), rel=0.01), part
 
 
-def test_checkpointing_is_traced_as_it_runs() -> None:
+def test_meta_trace_with_checkpointing_matches_the_real_one() -> None:
     forest = make_forest(90, 80)
     on_meta = trace(meta_blueprint(gradient_checkpointing=True), forest, has_gradients=True)
-    expected = trace(real("llama", gradient_checkpointing=True), forest, has_gradients=True)
+    expected = trace(real_blueprint("llama", gradient_checkpointing=True), forest, has_gradients=True)
     assert on_meta.peak == pytest.approx(expected.peak, rel=0.02)
-    without = trace(meta_blueprint(), forest, has_gradients=True)
-    assert on_meta.activations < 0.5 * without.activations
-    assert without.flops < on_meta.flops < 1.5 * without.flops
+    without_checkpointing = trace(meta_blueprint(), forest, has_gradients=True)
+    assert on_meta.activations < 0.5 * without_checkpointing.activations
+    assert without_checkpointing.flops < on_meta.flops < 1.5 * without_checkpointing.flops
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_attention_in_one_call_is_traced_as_segment_by_segment(checkpointing: bool) -> None:
+def test_trace_of_single_call_attention_is_close_to_segment_by_segment(checkpointing: bool) -> None:
     forest = make_forest(90, 80, 70, shared=40)
     by_segment = meta_blueprint(dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
-    one_call = replace(by_segment, capability=(9, 0))
-    expected, in_one = (trace(model, forest, has_gradients=True) for model in (by_segment, one_call))
-    assert in_one.flops == pytest.approx(expected.flops, rel=0.01)
-    assert in_one.peak == pytest.approx(expected.peak, rel=0.25)
-    assert in_one.peak != expected.peak  # a segment's mask is not made, its keys are gathered
+    single_call = replace(by_segment, capability=(9, 0))
+    expected, in_single_call = (
+        trace(model, forest, has_gradients=True) for model in (by_segment, single_call)
+    )
+    assert in_single_call.flops == pytest.approx(expected.flops, rel=0.01)
+    assert in_single_call.peak == pytest.approx(expected.peak, rel=0.25)
+    assert in_single_call.peak != expected.peak  # it makes no masks, but gathers keys
     softcapped = meta_blueprint("gemma2", dtype=torch.bfloat16)
     plain = [
         trace(replace(softcapped, capability=capability), forest, has_gradients=False)
         for capability in (None, (9, 0))
     ]
     assert plain[0].flops == plain[1].flops
-    assert plain[0].peak == pytest.approx(plain[1].peak, rel=0.02)  # but for the indices, which are laid out
+    assert plain[0].peak == pytest.approx(plain[1].peak, rel=0.02)  # only the indices of the layout differ
 
 
-def test_memory_grows_with_tokens_and_gradients_come_on_top() -> None:
+def test_traced_memory_grows_with_tokens_and_gradients() -> None:
     model = meta_blueprint()
     small, large = (trace(model, make_forest(length, length), has_gradients=False) for length in (40, 80))
     assert 1.5 * small.activations < large.activations < 2.6 * small.activations
-    again = trace(model, make_forest(80, 80), has_gradients=True)
-    assert again.gradients == model.trained_bytes
-    assert large.peak < again.peak <= large.peak + model.trained_bytes
-    assert trace(model, make_forest(80, 80), has_gradients=True) == again  # nothing is left behind
+    with_gradients = trace(model, make_forest(80, 80), has_gradients=True)
+    assert with_gradients.gradients == model.trained_bytes
+    assert large.peak < with_gradients.peak <= large.peak + model.trained_bytes
+    assert trace(model, make_forest(80, 80), has_gradients=True) == with_gradients  # a trace leaves no state
     assert all(parameter.grad is None for parameter in model.model.parameters())
 
 
-def test_sharing_a_beginning_saves_memory() -> None:
+def test_shared_prefix_reduces_traced_memory() -> None:
     model = meta_blueprint()
-    shared, apart = (
+    shared, separate = (
         trace(model, make_forest(80, 80, shared=length), has_gradients=False) for length in (60, 0)
     )
-    assert (shared.tokens, apart.tokens) == (100, 160)
-    assert shared.activations < 0.8 * apart.activations
+    assert (shared.tokens, separate.tokens) == (100, 160)
+    assert shared.activations < 0.8 * separate.activations
 
 
-def test_logits_are_a_chunk_with_a_plain_head_and_all_of_them_with_lora_on_the_head() -> None:
+def test_logits_are_chunked_unless_lora_is_on_the_head() -> None:
     config = tiny_model("llama").config
     config.vocab_size = 200_000  # a chunk of 41 rows
     forest = make_forest(150)
@@ -166,17 +168,17 @@ def test_logits_are_a_chunk_with_a_plain_head_and_all_of_them_with_lora_on_the_h
     assert traced.logits + traced.activations > 2 * len(forest.source_U) * 4 * 200_000
 
 
-def test_operations_are_the_products_two_each_way() -> None:
+def test_traced_flops_match_the_count_of_matrix_products() -> None:
     shape = replace(SHAPE, r=1, target_modules=["q_proj"])
     model, forest = meta_blueprint("llama", shape), make_forest(100)
     traced = trace(model, forest, has_gradients=False)
     products = 4 * model.dense * 100 + 4 * 97 * 32 * len(forest.source_U)
     attention = 2 * 7 * 4 * 8 * 100 * 50 * 2  # products, heads, head size, pairs, layers
-    # the first layer's keys and values need no gradient below them, and the adapter is small
+    # not exact: the first layer's keys and values pass no gradient down, and the adapter adds a little
     assert 0.85 * (products + attention) < traced.flops < 1.15 * (products + attention)
 
 
-def test_bfloat16_takes_half() -> None:
+def test_bfloat16_shrinks_weights_and_activations_but_not_lora() -> None:
     full, half = meta_blueprint(), meta_blueprint(dtype=torch.bfloat16)
     assert half.weight_bytes < 0.6 * full.weight_bytes
     assert half.trained_bytes == full.trained_bytes  # LoRA stays in float32
@@ -188,7 +190,7 @@ def test_bfloat16_takes_half() -> None:
     assert 0.45 < ratio < 0.8
 
 
-def test_drawing_a_model_draws_no_random_numbers_and_unknown_targets_are_told() -> None:
+def test_blueprint_leaves_the_rng_unchanged_and_reports_unknown_targets() -> None:
     before = torch.get_rng_state()
     meta_blueprint()
     assert torch.equal(before, torch.get_rng_state())
@@ -196,7 +198,7 @@ def test_drawing_a_model_draws_no_random_numbers_and_unknown_targets_are_told() 
         meta_blueprint(shape=replace(SHAPE, target_modules=["queries"]))
 
 
-# Whole forecasts
+# Complete forecasts
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +212,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared_run(base: Path, data: Path, **changed: object) -> tuple[Any, load.BaseSource, Prepared]:
-    wanted = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
-    config = config_from_keywords(RunConfig, wanted, groups=TRAINING).config
+    keywords = {"base_model": base, "data_path": data, "output_dir": "nowhere", **SETTINGS, **changed}
+    config = config_from_keywords(RunConfig, keywords, groups=TRAINING).config
     source = load.find_base(config.model.base_model)
     return config, source, prepare(config, source, None, lambda _: None)
 
@@ -223,7 +225,7 @@ def forecast(base: Path, data: Path, changed: dict[str, object], **options: Any)
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
 @pytest.mark.parametrize("most_tokens", [None, 90])
-def test_the_micro_batches_are_those_of_the_step(
+def test_surveyed_micro_batches_equal_those_of_training_steps(
     base: Path, data: Path, processes: int, most_tokens: int | None
 ) -> None:
     _, _, prepared = prepared_run(base, data)
@@ -232,12 +234,12 @@ def test_the_micro_batches_are_those_of_the_step(
     for step, positions in enumerate(prepared.plan.steps()):
         for rank in range(processes):
             group = Processes(rank, processes)
-            nothing: Any = None
+            unused: Any = None
             support, limit = (
                 ForestSupport(True, None, "sdpa", ""),
                 MicroBatchLimit(micro, torch.device("cpu")),
             )
-            state = TrainState(nothing, support, {}, nothing, nothing, False, 1.0, limit, SFT, group)
+            state = TrainState(unused, support, {}, unused, unused, False, 1.0, limit, SFT, group)
             step_batch = Batch.from_store(store, positions).trained_part
             batches = [micro_pass.batch.index_E for micro_pass in _passes(state, step_batch)]
             expected += [(step, units.tolist(), len(batches) > 1) for units in batches]
@@ -249,10 +251,10 @@ def test_the_micro_batches_are_those_of_the_step(
     assert heaviest.several == any(several for *_, several in expected)
     assert heaviest.forest_tokens <= 1
     if processes == 1 and most_tokens is None:
-        assert heaviest.forest_tokens < 0.95  # the template's beginning is shared
+        assert heaviest.forest_tokens < 0.95  # the template's first text is shared
 
 
-def test_the_parts_are_the_whole_and_it_goes_into_json(base: Path, data: Path) -> None:
+def test_memory_parts_sum_to_the_total_and_survive_json(base: Path, data: Path) -> None:
     untimed = forecast(base, data, {}, with_alternatives=True)
     timed = timed_by_rate(untimed, 1e11, price=2.0)
     as_dict = json.loads(json.dumps(forecast_dict(timed)))
@@ -264,14 +266,14 @@ def test_the_parts_are_the_whole_and_it_goes_into_json(base: Path, data: Path) -
     assert memory["optimizer"] == 2 * memory["lora"] == 2 * 4 * timed.parameters_trained
     assert (
         memory["weights"] == 4 * timed.parameters_frozen + 32
-    )  # and the rotary frequencies, twice 4 numbers
+    )  # 32: the rotary frequencies, twice 4 numbers
     lines = dict(forecast_lines(timed))
     assert lines["parameters"] == f"{timed.parameters_trained:,} trained, {timed.parameters_frozen:,} frozen"
     assert "peak memory" in lines and "price" in lines and "roughly" in lines["time"]
     assert forecast_of(as_dict) == untimed
 
 
-def test_the_tokens_are_those_of_the_steps(base: Path, data: Path) -> None:
+def test_forecast_tokens_equal_those_of_the_planned_steps(base: Path, data: Path) -> None:
     for changed in ({"num_epochs": 2}, {"num_epochs": 1.5}, {"max_steps": 2, "num_epochs": None}):
         _, _, prepared = prepared_run(base, data, **{k: v for k, v in changed.items() if v is not None})
         lengths = prepared.dataset.train.store.lengths
@@ -280,7 +282,7 @@ def test_the_tokens_are_those_of_the_steps(base: Path, data: Path) -> None:
         assert (result.tokens, result.time, result.price) == (expected, None, None)
 
 
-def test_a_smaller_micro_batch_and_checkpointing_need_less(base: Path, data: Path) -> None:
+def test_smaller_micro_batch_and_checkpointing_reduce_forecast_memory(base: Path, data: Path) -> None:
     large, small = (forecast(base, data, {"micro_batch_size": size}) for size in (4, 1))
     assert small.memory.activations < large.memory.activations
     assert (small.heaviest_units, large.heaviest_units) == (1, 4)
@@ -295,7 +297,7 @@ def test_a_smaller_micro_batch_and_checkpointing_need_less(base: Path, data: Pat
     assert all(other.available for other in result.alternatives)
 
 
-def test_reading_into_another_precision_holds_both(base: Path, data: Path) -> None:
+def test_loading_into_another_dtype_counts_both_copies(base: Path, data: Path) -> None:
     same, other = forecast(base, data, {}), forecast(base, data, {"dtype": "bfloat16"})
     assert same.memory.loading == same.memory.process + same.memory.weights
     extra = other.memory.loading - other.memory.process - other.memory.weights
@@ -308,11 +310,11 @@ def test_time_and_price_follow_from_the_rate(base: Path, data: Path) -> None:
     assert slow.time.seconds == pytest.approx(2 * fast.time.seconds)
     assert slow.time.seconds_low < slow.time.seconds < slow.time.seconds_high
     assert slow.price.of_the_run == pytest.approx(3.0 * slow.time.seconds / 3600)
-    bought = slow.price.epochs_per_hour * slow.time.seconds / 3600
-    assert bought == pytest.approx(slow.epochs)
+    epochs_bought = slow.price.epochs_per_hour * slow.time.seconds / 3600
+    assert epochs_bought == pytest.approx(slow.epochs)
 
 
-def test_the_rate_is_measured() -> None:
+def test_measured_flop_rate_is_plausible() -> None:
     assert measure_rate(torch.device("cpu"), torch.float32, seconds=0.1).flops_per_second > 1e8
 
 
@@ -332,7 +334,7 @@ def test_a_probe_takes_real_steps_and_writes_nothing(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-def test_bytes_of_quantised_weights_are_the_real_ones(
+def test_quantised_blueprint_weight_bytes_equal_the_real_model(
     tmp_path: Path, family: str, kind: Quantization
 ) -> None:
     if kind == "fp8" and family == "gpt2":
@@ -355,7 +357,7 @@ def test_bytes_of_quantised_weights_are_the_real_ones(
 
 
 @pytest.mark.parametrize("kind", [INT8, "fp8"])
-def test_a_quantised_model_is_traced_as_the_real_one(tmp_path: Path, kind: Quantization) -> None:
+def test_meta_trace_of_a_quantised_model_matches_the_real_one(tmp_path: Path, kind: Quantization) -> None:
     folder, forest = model_folder(tmp_path / "llama"), make_forest(60, 50)
     base = loaded(folder, kind)
     load.add_lora(base, SHAPE, seed=0)
@@ -363,13 +365,15 @@ def test_a_quantised_model_is_traced_as_the_real_one(tmp_path: Path, kind: Quant
     patch_kernels(base)
     trim_last_layer(base)
     on_meta = meta_blueprint(quantization=kind)
-    with_weights = replace(on_meta, model=base.train(), head=plain_head(base))
-    forecast, real = (trace(model, forest, has_gradients=True) for model in (on_meta, with_weights))
+    with_real_weights = replace(on_meta, model=base.train(), head=plain_head(base))
+    meta_trace, real_trace = (
+        trace(model, forest, has_gradients=True) for model in (on_meta, with_real_weights)
+    )
     for part in ("activations", "logits", "gradients", "workspace"):
-        assert getattr(forecast, part) == pytest.approx(getattr(real, part), rel=0.03), part
+        assert getattr(meta_trace, part) == pytest.approx(getattr(real_trace, part), rel=0.03), part
 
 
-def test_quantised_weights_take_less_and_the_forecast_says_how_much(base: Path, data: Path) -> None:
+def test_quantised_weights_are_smaller_and_offered_as_an_alternative(base: Path, data: Path) -> None:
     plain, int8, nf4 = (
         forecast(base, data, {"quantization": kind}, with_alternatives=True)
         for kind in ("none", "int8", "nf4")
@@ -381,10 +385,10 @@ def test_quantised_weights_take_less_and_the_forecast_says_how_much(base: Path, 
     alternative = next(other for other in plain.alternatives if other.name == "quantization int8")
     assert alternative.peak_bytes == pytest.approx(
         int8.memory.peak, rel=0.05
-    )  # the process has grown meanwhile
+    )  # the process has grown in between
 
 
-def test_a_7b_model_in_nf4_is_forecast_without_its_weights() -> None:
+def test_7b_model_in_nf4_is_forecast_under_9_gb_without_its_weights() -> None:
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=11008,
@@ -395,5 +399,5 @@ def test_a_7b_model_in_nf4_is_forecast_without_its_weights() -> None:
     shape = replace(SHAPE, r=16)
     model = blueprint(config, torch.bfloat16, shape, quantization="nf4", gradient_checkpointing=True)
     assert 3.5e9 < model.weight_bytes < 4.0e9
-    passed = trace(model, make_forest(2048), has_gradients=True)
-    assert model.weight_bytes + 4 * model.trained_bytes + passed.peak < 9e9
+    traced = trace(model, make_forest(2048), has_gradients=True)
+    assert model.weight_bytes + 4 * model.trained_bytes + traced.peak < 9e9

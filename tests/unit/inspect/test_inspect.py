@@ -49,13 +49,13 @@ def inspect(base: Path, data: Path, **settings: object) -> Done:
     )
 
 
-def lines(done: Done) -> list[dict[str, Any]]:
+def json_lines(done: Done) -> list[dict[str, Any]]:
     assert done.status == 0, done.err
     return [json.loads(line) for line in done.out.splitlines()]
 
 
-def test_json_has_an_object_a_row_and_then_the_audit(base: Path, data: Path) -> None:
-    *rows, last = lines(inspect(base, data, json=True, rows="all"))
+def test_json_has_one_object_per_row_and_then_the_audit(base: Path, data: Path) -> None:
+    *rows, last = json_lines(inspect(base, data, json=True, rows="all"))
     keys = ["row", "token_ids", "trained", "prompt", "answer", "cut_characters", "variant", "left_out"]
     assert all(list(row) == keys for row in rows)
     assert [row["row"] for row in rows] == list(range(1, 21))
@@ -70,10 +70,10 @@ def test_json_has_an_object_a_row_and_then_the_audit(base: Path, data: Path) -> 
         assert (row["cut_characters"], row["variant"], row["left_out"]) == (0, 0, None)
 
 
-def test_what_is_shown_is_what_is_trained(base: Path, data: Path, tmp_path: Path) -> None:
+def test_audit_counts_match_training(base: Path, data: Path, tmp_path: Path) -> None:
     settings = {"val_set_size": 4, "cutoff_len": 60, "over_limit": "drop"}
     done = trained(tmp_path / "out", base, data, **settings)
-    *rows, last = lines(inspect(base, data, json=True, rows="all", **settings))
+    *rows, last = json_lines(inspect(base, data, json=True, rows="all", **settings))
     used = [row for row in rows if row["left_out"] is None]
     audit = last["audit"]
     assert audit["train"]["rows"] + audit["validation"]["rows"] == len(used) < 20
@@ -84,25 +84,25 @@ def test_what_is_shown_is_what_is_trained(base: Path, data: Path, tmp_path: Path
     details = read_adapter_folder(done.folder).details["trained_on"]
     assert details["trained_tokens"] == audit["trained_tokens_per_epoch"]
     assert details["left_out"] == audit["sources"][0]["left_out"]
-    everything = audit["train"]["shortened"] + audit["validation"]["shortened"]
-    assert details["shortened"] == everything == sum(row["cut_characters"] > 0 for row in rows)
+    shortened = audit["train"]["shortened"] + audit["validation"]["shortened"]
+    assert details["shortened"] == shortened == sum(row["cut_characters"] > 0 for row in rows)
 
 
 def test_nothing_is_written_and_no_weights_are_read(base: Path, data: Path, tmp_path: Path) -> None:
-    blind = tmp_path / "blind"
-    blind.mkdir()
+    nan_base = tmp_path / "blind"
+    nan_base.mkdir()
     for path in base.iterdir():
         content = path.read_bytes()
-        if path.name == "model.safetensors":  # as long as it says, and full of NaN
+        if path.name == "model.safetensors":  # the same header and length, but every value is NaN
             size = 8 + int.from_bytes(content[:8], "little")
             content = content[:size] + b"\xff" * (len(content) - size)
-        (blind / path.name).write_bytes(content)
+        (nan_base / path.name).write_bytes(content)
     before = sorted(data.parent.rglob("*"))
-    assert inspect(blind, data, output_dir=tmp_path / "out").status == 0
+    assert inspect(nan_base, data, output_dir=tmp_path / "out").status == 0
     assert sorted(data.parent.rglob("*")) == before
 
 
-def test_a_training_command_only_changes_its_verb(base: Path, data: Path, tmp_path: Path) -> None:
+def test_inspect_accepts_and_checks_the_arguments_of_sft(base: Path, data: Path, tmp_path: Path) -> None:
     settings = {"base_model": base, "data_path": data, "output_dir": tmp_path / "out", **SETTINGS}
     assert command(tmp_path, "inspect", *arguments(settings)).status == 0
     refused = command(tmp_path, "inspect", *arguments({**settings, "output_dir": base}))
@@ -113,7 +113,7 @@ def test_a_training_command_only_changes_its_verb(base: Path, data: Path, tmp_pa
     assert "output_dir" not in missing.err
 
 
-def test_mistakes_are_those_of_sft(base: Path, data: Path, tmp_path: Path) -> None:
+def test_inspect_reports_the_same_errors_as_sft(base: Path, data: Path, tmp_path: Path) -> None:
     rows = articles(5)
     rows[1]["title"], rows[3]["document"] = "", " "
     bad = write_jsonl(tmp_path / "bad.jsonl", rows)
@@ -125,13 +125,13 @@ def test_mistakes_are_those_of_sft(base: Path, data: Path, tmp_path: Path) -> No
     assert "bad.jsonl:4" in shown.err
 
 
-def test_an_adapter_that_is_none_is_told(base: Path, data: Path) -> None:
+def test_invalid_adapter_folder_is_reported(base: Path, data: Path) -> None:
     done = inspect(base, data, adapter=base)
     assert (done.status, "adapter_config.json" in done.err or "yeonma.json" in done.err) == (2, True)
     assert "Traceback" not in done.err
 
 
-def test_the_terminal_shows_rows_in_marks_where_there_is_no_colour(base: Path, data: Path) -> None:
+def test_text_output_without_colour_marks_the_trained_answer(base: Path, data: Path) -> None:
     rows = articles(20)
     done = inspect(base, data, rows="2")
     assert f"{rows[1]['document']}\n\ntitle: «{rows[1]['title']}</s>»" in done.out
@@ -140,11 +140,11 @@ def test_the_terminal_shows_rows_in_marks_where_there_is_no_colour(base: Path, d
     assert "20 rows read, none left out" in done.out
 
 
-def test_what_was_cut_stands_where_it_was(base: Path, data: Path) -> None:
+def test_cut_text_is_shown_at_its_position(base: Path, data: Path) -> None:
     rows = articles(20)
-    longest = max(range(20), key=lambda number: len(rows[number]["document"]))
-    document = rows[longest]["document"]
-    done = inspect(base, data, rows=str(longest + 1), cutoff_len=90, shrink_side="start")
+    longest_row = max(range(20), key=lambda number: len(rows[number]["document"]))
+    document = rows[longest_row]["document"]
+    done = inspect(base, data, rows=str(longest_row + 1), cutoff_len=90, shrink_side="start")
     match = re.search(r"⟨(\d+) characters cut: (.*?)⟩(.*)\n", done.out)
     assert match is not None
     assert match[2] + match[3] == document
@@ -154,13 +154,13 @@ def test_what_was_cut_stands_where_it_was(base: Path, data: Path) -> None:
 
 def test_tokens_are_listed_with_ids(base: Path, data: Path) -> None:
     done = inspect(base, data, rows="1", tokens=True)
-    (row, _) = lines(inspect(base, data, rows="1", json=True))
+    (row, _) = json_lines(inspect(base, data, rows="1", json=True))
     listed = [line.split() for line in done.out.splitlines() if re.match(r" *\d+ +\d+ ", line)]
     assert [int(words[1]) for words in listed] == row["token_ids"]
     assert [int(words[-1] == "trained") for words in listed] == row["trained"]
 
 
-def test_held_out_rows_say_so(base: Path, data: Path) -> None:
+def test_validation_rows_are_marked(base: Path, data: Path) -> None:
     done = inspect(base, data, rows="all", val_set_size=5)
     assert sum(line.endswith("· validation ──") for line in done.out.splitlines()) == 5
     assert "validation: 5 rows" in done.out
@@ -173,7 +173,7 @@ def test_control_characters_do_not_reach_the_terminal(base: Path, tmp_path: Path
     assert "⟨U+001B⟩" in done.out or "<unk>" in done.out
 
 
-def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path) -> None:
+def test_html_page_matches_json_and_fetches_nothing(base: Path, tmp_path: Path) -> None:
     rows = articles(6)
     rows[0]["document"] += " <script>alert(1)</script>"
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -183,7 +183,7 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
     text = page.read_text(encoding="utf-8")
     assert text.count("<script>") == 1
     assert not re.search(r"(src|href)=", text)
-    (first, second, _) = lines(inspect(base, data, rows="1-2", json=True))
+    (first, second, _) = json_lines(inspect(base, data, rows="1-2", json=True))
     for shown, row in zip(re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)[:2], (first, second), strict=True):
         ids = re.findall(r'title="(\d+) ', shown)
         assert [int(number) for number in ids] == row["token_ids"]
@@ -194,24 +194,25 @@ def test_the_page_holds_the_same_and_fetches_nothing(base: Path, tmp_path: Path)
         )
         assert answer == row["answer"]
     assert list(tmp_path.glob(".*")) == []
-    beside = tmp_path / "beside.html"
-    both = inspect(base, data, rows="1-2", html=beside, json=True)
-    assert lines(both)[:2] == [first, second]
+    second_page = tmp_path / "beside.html"
+    html_and_json = inspect(base, data, rows="1-2", html=second_page, json=True)
+    assert json_lines(html_and_json)[:2] == [first, second]
     assert (
-        beside.read_text(encoding="utf-8").partition("<h1>Forecast")[0] == text.partition("<h1>Forecast")[0]
+        second_page.read_text(encoding="utf-8").partition("<h1>Forecast")[0]
+        == text.partition("<h1>Forecast")[0]
     )
 
 
-def test_a_page_that_cannot_be_written_is_told_first(base: Path, data: Path, tmp_path: Path) -> None:
+def test_unwritable_html_page_is_reported_before_any_output(base: Path, data: Path, tmp_path: Path) -> None:
     before = data.read_bytes()
-    for target, words in (
+    for target, reason in (
         (tmp_path / "no" / "page.html", "no such folder"),
         (tmp_path, "this is a folder"),
         (data, "this is the data file itself"),
     ):
         done = inspect(base, data, html=target)
         assert (done.status, done.out) == (2, "")
-        assert f"--html {target}: {words}" in done.err
+        assert f"--html {target}: {reason}" in done.err
     assert data.read_bytes() == before
 
 
@@ -225,7 +226,7 @@ PAIRS = [
 ]
 
 
-def test_pairs_are_shown_as_dpo_trains_on_them(base: Path, tmp_path: Path) -> None:
+def test_shown_pairs_and_audit_match_dpo_training(base: Path, tmp_path: Path) -> None:
     rows = [dict(row) for row in PAIRS]
     rows[4]["rejected"] = rows[4]["chosen"]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -236,7 +237,7 @@ def test_pairs_are_shown_as_dpo_trains_on_them(base: Path, tmp_path: Path) -> No
     shown = command(
         tmp_path, "inspect", *arguments({**settings, "objective": "dpo", "json": True, "rows": "all"})
     )
-    *views, last = lines(shown)
+    *views, last = json_lines(shown)
     audit = last["audit"]
     assert [(view["row"], view["role"]) for view in views] == [
         (number, role) for number in range(1, 13) for role in ("chosen", "rejected")
@@ -259,7 +260,7 @@ def test_pairs_are_shown_as_dpo_trains_on_them(base: Path, tmp_path: Path) -> No
     assert bias["chosen_mean"] == pytest.approx(np.mean([chosen for chosen, _ in lengths]))
 
 
-def test_a_pair_shows_its_prompt_once_and_what_lengths_alone_would_teach(base: Path, tmp_path: Path) -> None:
+def test_pair_shows_its_prompt_once_and_warns_of_length_bias(base: Path, tmp_path: Path) -> None:
     rows = [{**row, "rejected": row["chosen"] + " and on and on"} for row in PAIRS]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     done = inspect(base, data, template=None, objective="dpo", rows="2")
@@ -277,7 +278,7 @@ def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path
     ]
     data = write_jsonl(tmp_path / "labelled.jsonl", rows)
     done = inspect(base, data, template=None, objective="dpo", loss="kto", json=True, rows="all")
-    *views, last = lines(done)
+    *views, last = json_lines(done)
     assert [view["role"] for view in views] == ["desirable", "undesirable"] * 3
     assert last["audit"]["train"]["examples"] == 6
     assert last["audit"]["train"]["bias"] is None
@@ -285,7 +286,7 @@ def test_labelled_answers_are_shown_with_their_labels(base: Path, tmp_path: Path
 
 
 @in_chromium
-def test_the_page_fits_a_phone_and_can_be_read_in_both_themes(base: Path, tmp_path: Path) -> None:
+def test_html_page_fits_a_phone_and_has_contrast_in_both_themes(base: Path, tmp_path: Path) -> None:
     rows = [*articles(19), {"document": "x" * 400, "title": "storm"}]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     page = tmp_path / "page.html"
@@ -310,13 +311,13 @@ def test_the_page_fits_a_phone_and_can_be_read_in_both_themes(base: Path, tmp_pa
     ("rows", "numbers"),
     [(None, {1, 2, 3}), ("17,40", {17, 40}), (" 5 - 7 , 2", {2, 5, 6, 7}), ("none", set()), ("100", {100})],
 )
-def test_rows_are_named_by_number(rows: str | None, numbers: set[int]) -> None:
+def test_rows_option_selects_rows_by_number(rows: str | None, numbers: set[int]) -> None:
     assert select_rows(rows, 100) == RowSelection(frozenset(numbers))
     assert 17 in select_rows("all", 100)
 
 
 @pytest.mark.parametrize("rows", ["0", "101", "a", "", "3-2", "1,,2", "-1", "99-101"])
-def test_rows_that_are_not_there_are_refused(rows: str) -> None:
+def test_invalid_row_numbers_are_refused(rows: str) -> None:
     with pytest.raises(UserError, match="no row"):
         select_rows(rows, 100)
 
@@ -333,7 +334,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("side", ["end", "start", "middle"])
-@pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe, unigram])
+@pytest.mark.parametrize("make_tokenizer", [byte_level, sentencepiece_bpe, unigram])
 @pytest.mark.parametrize(
     "template",
     [
@@ -342,30 +343,30 @@ LONG = [
     ],
     ids=["plain", "turns"],
 )
-def test_fifty_long_articles_keep_frame_and_answer_whole(
-    base: Path, tmp_path: Path, template: Template, make: Any, side: str
+def test_long_articles_keep_template_text_and_answer_whole(
+    base: Path, tmp_path: Path, template: Template, make_tokenizer: Any, side: str
 ) -> None:
-    """And generation with the budget of the answer uses the prompts of training."""
+    """Generation with the answer's length as its budget uses the prompts of training."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((base / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 700}))
     (folder / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
-    tokenizer = make()
+    tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     data = write_jsonl(tmp_path / "rows.jsonl", LONG)
     cutoff_len = 200
     settings = {"template": template.text, "cutoff_len": cutoff_len, "shrink_side": side}
-    *rows, last = lines(inspect(folder, data, json=True, rows="all", **settings))
+    *rows, last = json_lines(inspect(folder, data, json=True, rows="all", **settings))
     assert len(rows) == 50
-    frame = [
+    template_texts = [
         piece.text for turn in template.variants[0].turns for piece in turn.parts if hasattr(piece, "text")
     ]
     for row, article in zip(rows, LONG, strict=True):
         assert row["left_out"] is None
         assert row["cut_characters"] > 0
         assert len(row["token_ids"]) <= cutoff_len
-        assert all(text.strip() in row["prompt"] for text in frame)
+        assert all(text.strip() in row["prompt"] for text in template_texts)
         assert row["answer"].strip().startswith(article["title"].strip())
         prompt_length = row["trained"].index(1)
         assert all(row["trained"][prompt_length:])

@@ -29,7 +29,7 @@ def lora_gradients(model: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
-def test_the_forest_families_pass_with_a_plain_head(family: str, dtype: torch.dtype) -> None:
+def test_forest_families_are_supported_with_a_plain_head(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
     own_attention = model.config._attn_implementation
     support = check_forest_support(model)
@@ -47,7 +47,7 @@ def test_the_forest_families_pass_with_a_plain_head(family: str, dtype: torch.dt
         ("phimoe", "its sliding-window layers use their own mask"),
     ],
 )
-def test_other_families_are_found_and_left_as_they_were_able_to_train(family: str, reason: str) -> None:
+def test_unsupported_families_are_reported_and_can_still_train(family: str, reason: str) -> None:
     targets = ["q_proj", "o_proj"] if family == "phimoe" else "all-linear"  # PEFT cannot adapt its router
     expected = lora_gradients(with_lora(tiny_model(family), target_modules=targets))
     model = with_lora(tiny_model(family), target_modules=targets)
@@ -60,29 +60,29 @@ def test_other_families_are_found_and_left_as_they_were_able_to_train(family: st
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_layer_that_keeps_its_own_attention_is_found() -> None:
+def test_layer_that_keeps_its_own_attention_is_detected() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[0].self_attn
-    layer.config = copy.deepcopy(layer.config)  # so that the change of attention passes it by
+    layer.config = copy.deepcopy(layer.config)  # so that setting the attention does not reach this layer
     support = check_forest_support(model)
     assert support.why_not == "1 of its 2 layers bypass the registered attention"
 
 
 @pytest.mark.parametrize("window", [WINDOW, 64])
-def test_a_window_that_reaches_the_attention_passes_and_one_that_does_not_is_found_however_long(
+def test_window_that_does_not_reach_the_attention_is_detected(
     window: int,
 ) -> None:
-    reached = tiny_model("gemma2")
-    reached.config.sliding_window = window
-    reached.model.layers[0].self_attn.sliding_window = window
-    assert check_forest_support(reached).forest
-    lost = tiny_model("gemma2")
-    lost.config.sliding_window = window
-    lost.model.layers[0].self_attn.sliding_window = None
-    assert check_forest_support(lost).why_not == "its sliding-window layers use their own mask"
+    with_window = tiny_model("gemma2")
+    with_window.config.sliding_window = window
+    with_window.model.layers[0].self_attn.sliding_window = window
+    assert check_forest_support(with_window).forest
+    without_window = tiny_model("gemma2")
+    without_window.config.sliding_window = window
+    without_window.model.layers[0].self_attn.sliding_window = None
+    assert check_forest_support(without_window).why_not == "its sliding-window layers use their own mask"
 
 
-def test_a_forest_computed_wrongly_is_found_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_forest_results_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "lay_out", _with_positions_from_zero)
     support = check_forest_support(tiny_model("llama"))
     assert not support.forest
@@ -95,14 +95,14 @@ def _with_positions_from_zero(*arguments: Any) -> Forest:
     return forest
 
 
-def test_code_that_stumbles_over_a_forest_is_found_and_its_complaint_told() -> None:
+def test_error_of_model_code_that_rejects_a_forest_is_reported() -> None:
     model = tiny_model("llama")
 
-    def complain(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+    def raise_type_error(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         if "forest" in keywords:
             raise TypeError("unexpected keyword argument 'forest'\nand more")
 
-    model.register_forward_pre_hook(complain, with_kwargs=True)
+    model.register_forward_pre_hook(raise_type_error, with_kwargs=True)
     support = check_forest_support(model)
     assert not support.forest
     assert (
@@ -111,26 +111,27 @@ def test_code_that_stumbles_over_a_forest_is_found_and_its_complaint_told() -> N
     )
 
 
-def test_a_model_that_gives_nan_is_not_taken_for_equal() -> None:
+def test_model_with_nan_outputs_is_not_supported() -> None:
     model = tiny_model("llama")
-    model.model.embed_tokens.weight.data[check.tiny_sequences(VOCABULARY, 0)[2]] = float(
-        "nan"
-    )  # the last sequence alone
+    # only the last sequence gives NaN
+    model.model.embed_tokens.weight.data[check.tiny_sequences(VOCABULARY, 0)[2]] = float("nan")
     assert not check_forest_support(model).forest
 
 
-def test_a_head_that_does_more_than_its_config_says_is_left_to_the_model() -> None:
+def test_head_that_contradicts_its_config_is_left_to_the_model() -> None:
     model = tiny_model("llama")
-    model.config.final_logit_softcapping = 1.0  # what llama's own head does not do
+    model.config.final_logit_softcapping = 1.0  # llama's own head does not apply it
     support = check_forest_support(model)
     assert support.forest and support.head is None
     logprob = trained_logprobs(model, one_row(), support.head)
-    own = tiny_model("llama")
-    alone = sequence_logprobs(own, torch.from_numpy(ROW).long(), torch.ones(len(ROW), dtype=torch.bool))
-    torch.testing.assert_close(logprob, alone, rtol=1e-5, atol=1e-5)
+    plain_model = tiny_model("llama")
+    expected = sequence_logprobs(
+        plain_model, torch.from_numpy(ROW).long(), torch.ones(len(ROW), dtype=torch.bool)
+    )
+    torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_decoder_that_cannot_be_called_alone_leaves_the_head_to_the_model(
+def test_head_is_left_to_a_model_without_a_separate_decoder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model("llama")
@@ -139,12 +140,12 @@ def test_a_decoder_that_cannot_be_called_alone_leaves_the_head_to_the_model(
     assert support.forest and support.head is None
 
 
-def test_lora_on_the_head_leaves_it_to_the_model() -> None:
+def test_head_with_lora_is_left_to_the_model() -> None:
     support = check_forest_support(with_lora(tiny_model("llama"), target_modules=["lm_head"]))
     assert support.forest and support.head is None
 
 
-def test_the_check_uses_no_dropout_and_leaves_every_layers_mode_as_it_was() -> None:
+def test_check_disables_dropout_and_restores_training_modes() -> None:
     model = with_lora(tiny_model("llama"), lora_dropout=0.5)
     model.model.model.layers[0].train()
     before = [module.training for module in model.modules()]
@@ -157,7 +158,7 @@ def _random_states() -> tuple[object, ...]:
     return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
 
 
-def test_the_check_leaves_the_random_states_and_the_weights_alone() -> None:
+def test_check_changes_no_random_state_weight_or_gradient() -> None:
     model = with_lora(tiny_model("qwen3_moe"), target_modules=["q_proj"], lora_dropout=0.5).train()
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     before = _random_states()
@@ -167,7 +168,7 @@ def test_the_check_leaves_the_random_states_and_the_weights_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_another_attention_holds_inside_the_context_and_the_former_after_it() -> None:
+def test_attention_context_restores_the_former_attention() -> None:
     model = tiny_model("llama")
     support = check_forest_support(model)
     with pytest.raises(RuntimeError, match="stop"), attention(model, support.plain_attention):
@@ -176,7 +177,7 @@ def test_another_attention_holds_inside_the_context_and_the_former_after_it() ->
     assert model.config._attn_implementation == FOREST
 
 
-def test_a_window_wider_than_the_tried_sequences_is_seen_to_arrive() -> None:
+def test_window_wider_than_the_test_sequences_passes() -> None:
     model = tiny_model("mistral")
     model.config.sliding_window = 1000
     assert check_forest_support(model).forest

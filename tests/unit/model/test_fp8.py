@@ -1,4 +1,4 @@
-"""8-bit floating point with a scale per row, against the formulas in double precision and dense products."""
+"""fp8 with a scale per row, compared with the formulas in double precision and with dense products."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from yeonma.model.quantized import (
 N, K, M = 24, 48, 32
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_rows(*shape: int, seed: int = 0) -> torch.Tensor:
     """Rows of very different magnitude, like activations."""
-    draw = torch.Generator().manual_seed(seed)
-    sizes = torch.logspace(-3, 3, shape[0]).unsqueeze(1)
-    return torch.randn(*shape, generator=draw) * sizes
+    rng = torch.Generator().manual_seed(seed)
+    magnitudes = torch.logspace(-3, 3, shape[0]).unsqueeze(1)
+    return torch.randn(*shape, generator=rng) * magnitudes
 
 
 def dequantised(rows: ScaledRows) -> torch.Tensor:
     return rows.bits.double() * rows.scale.double()
 
 
-def test_a_number_is_kept_to_a_sixteenth_and_the_largest_of_a_row_exactly() -> None:
-    values = drawn(N, K)
+def test_quantised_values_are_within_a_sixteenth_and_row_maxima_exact() -> None:
+    values = random_rows(N, K)
     rows = quantise_rows(values)
     assert rows.bits.dtype == torch.float8_e4m3fn and rows.scale.shape == (N, 1)
     error = (dequantised(rows) - values).abs()
@@ -44,7 +44,7 @@ def test_a_number_is_kept_to_a_sixteenth_and_the_largest_of_a_row_exactly() -> N
     assert bool((rows.bits.float().abs().amax(1) == E4M3_MAX).all())
 
 
-def test_zeros_stay_zeros_and_what_is_not_finite_shows_in_the_scale() -> None:
+def test_zero_rows_stay_zero_and_non_finite_rows_get_non_finite_scales() -> None:
     values = torch.ones(4, 8)
     values[0] = 0
     values[1, 3], values[2, 5] = math.nan, math.inf
@@ -53,18 +53,21 @@ def test_zeros_stay_zeros_and_what_is_not_finite_shows_in_the_scale() -> None:
     assert rows.scale.isfinite().squeeze(1).tolist() == [True, False, False, True]
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    values = drawn(N, K)
+def test_row_is_quantised_independently_of_the_others() -> None:
+    values = random_rows(N, K)
     together, alone = quantise_rows(values), quantise_rows(values[7:8])
     assert torch.equal(together.bits[7:8].float(), alone.bits.float())
     assert torch.equal(together.scale[7:8], alone.scale)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_output_and_gradient_are_those_of_the_formulas(with_bias: bool) -> None:
-    weight, x = quantise_rows(drawn(M, K, seed=1)), drawn(2 * N, K, seed=2).view(2, N, K).requires_grad_()
+def test_fp8_output_and_gradient_equal_the_formulas(with_bias: bool) -> None:
+    weight, x = (
+        quantise_rows(random_rows(M, K, seed=1)),
+        random_rows(2 * N, K, seed=2).view(2, N, K).requires_grad_(),
+    )
     bias = torch.randn(M) if with_bias else None
-    upstream = drawn(N, M, seed=3).expand(2, N, M)
+    upstream = random_rows(N, M, seed=3).expand(2, N, M)
     output = frozen_linear(x, Fp8Weight(weight, by_device=False), bias)
     (gradient,) = torch.autograd.grad(output, x, upstream)
     for number in range(2):
@@ -80,8 +83,8 @@ def _assert_close_by_rows(result: torch.Tensor, expected: torch.Tensor, toleranc
     assert float(distance.max()) < tolerance
 
 
-def test_both_are_within_a_sixteenth_of_the_dense_ones() -> None:
-    dense, x, upstream = torch.randn(M, K), drawn(N, K, seed=2), drawn(N, M, seed=3)
+def test_fp8_output_and_gradient_are_within_a_sixteenth_of_dense() -> None:
+    dense, x, upstream = torch.randn(M, K), random_rows(N, K, seed=2), random_rows(N, M, seed=3)
     weight = Fp8Weight(quantise_rows(dense), by_device=False)
     _assert_close_by_rows(weight.product(x, None), (x @ dense.t()).double(), 1 / 16)
     _assert_close_by_rows(weight.input_gradient(upstream), (upstream @ dense).double(), 1 / 16)
@@ -89,35 +92,38 @@ def test_both_are_within_a_sixteenth_of_the_dense_ones() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
-def test_other_formats_give_the_same_to_their_rounding(dtype: torch.dtype, tolerance: float) -> None:
-    weight, x = Fp8Weight(quantise_rows(drawn(M, K) / 1000), by_device=False), drawn(N, K, seed=2).to(dtype)
+def test_half_precision_inputs_give_the_same_up_to_rounding(dtype: torch.dtype, tolerance: float) -> None:
+    weight, x = (
+        Fp8Weight(quantise_rows(random_rows(M, K) / 1000), by_device=False),
+        random_rows(N, K, seed=2).to(dtype),
+    )
     for result, exact in (
         (weight.product(x, None), weight.product(x.float(), None)),
         (weight.input_gradient(x[:, :M]), weight.input_gradient(x[:, :M].float())),
     ):
         assert result.dtype == dtype
-        # a scale that is rounded otherwise may move numbers by a step of fp8; here the rows' largest are the same
+        # A scale rounded differently could move values by one fp8 step; here the rows' maxima are the same.
         _assert_close_by_rows(result, exact.double(), tolerance)
 
 
-def test_the_cpu_has_no_such_products() -> None:
+def test_cpu_does_not_multiply_fp8() -> None:
     assert not multiplies_fp8(torch.device("cpu"))
 
 
 @pytest.mark.gpu
-def test_the_devices_products_are_the_emulated_ones() -> None:
+def test_gpu_products_equal_the_emulated_ones() -> None:
     device = torch.device("cuda", 0)
     if not multiplies_fp8(device):
         pytest.skip("the device has no products of fp8")
-    a, b = (quantise_rows(drawn(rows, 64, seed=rows).to(device, torch.bfloat16)) for rows in (33, 48))
+    a, b = (quantise_rows(random_rows(rows, 64, seed=rows).to(device, torch.bfloat16)) for rows in (33, 48))
     result, expected = (
         rows_product(a, b, torch.bfloat16, by_device=by_device) for by_device in (True, False)
     )
     assert result.dtype == torch.bfloat16
     _assert_close_by_rows(result.cpu(), expected.cpu().double(), 0.01)
-    weight = drawn(48, 64).to(device, torch.bfloat16)
-    upstream = drawn(33, 48, seed=5).to(device, torch.bfloat16)
-    on_device, by_hand = (
+    weight = random_rows(48, 64).to(device, torch.bfloat16)
+    upstream = random_rows(33, 48, seed=5).to(device, torch.bfloat16)
+    on_device, emulated = (
         Fp8Weight(quantise_rows(weight), by_device).input_gradient(upstream) for by_device in (True, False)
     )
-    _assert_close_by_rows(on_device.cpu(), by_hand.cpu().double(), 0.01)
+    _assert_close_by_rows(on_device.cpu(), emulated.cpu().double(), 0.01)

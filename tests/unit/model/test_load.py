@@ -34,22 +34,22 @@ def complete_model(folder: Path, family: str = "llama", **options: Any) -> Path:
     return folder
 
 
-def in_shards(folder: Path) -> Path:
+def sharded_model(folder: Path) -> Path:
     complete_model(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-0*.safetensors"))) > 2
     return folder
 
 
-def adapter_of(base: str, folder: Path) -> Path:
+def save_adapter(base: str, folder: Path) -> Path:
     model = add_lora(tiny_model("llama"), LoraShape(4, 4, 0.0, ["q_proj"]), seed=0)
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder)
     return folder
 
 
-def message_of(what: Callable[[], object]) -> str:
+def message_of(action: Callable[[], object]) -> str:
     with pytest.raises(UserError) as error:
-        what()
+        action()
     return str(error.value)
 
 
@@ -63,55 +63,55 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return load_base(find_base(str(folder)), CPU, dtype)
 
 
-# A folder that is in order
+# Valid model folders
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss"])
-def test_a_whole_folder_gives_the_frozen_model_in_eval_mode(family: str, tmp_path: Path) -> None:
+def test_complete_folder_loads_as_a_frozen_model_in_eval_mode(family: str, tmp_path: Path) -> None:
     model = load(complete_model(tmp_path, family))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     expected = tiny_model(family).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
-def test_weights_come_in_the_precision_asked_for(tmp_path: Path) -> None:
+def test_weights_are_loaded_in_the_requested_dtype(tmp_path: Path) -> None:
     assert load(complete_model(tmp_path), torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_shards_make_one_model(tmp_path: Path) -> None:
+def test_sharded_model_equals_the_single_file_model(tmp_path: Path) -> None:
     logits = [
         load(folder)(torch.arange(9)[None]).logits
-        for folder in (in_shards(tmp_path / "a"), complete_model(tmp_path / "b"))
+        for folder in (sharded_model(tmp_path / "a"), complete_model(tmp_path / "b"))
     ]
     assert torch.equal(*logits)
 
 
-def test_a_name_that_is_no_folder_is_left_to_the_hub() -> None:
+def test_name_that_is_not_a_folder_is_a_hub_name() -> None:
     assert find_base("somebody/something", "main") == BaseSource("somebody/something", "main")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/no/where", "a/b/c"])
-def test_a_path_that_is_no_folder_is_an_error(name: str) -> None:
+def test_path_to_a_missing_folder_is_an_error(name: str) -> None:
     assert "no such model folder" in message_of(lambda: find_base(name))
 
 
-def test_what_the_hub_does_not_give_is_told_with_its_name() -> None:
+def test_missing_hub_model_is_an_error_that_names_it() -> None:
     source = BaseSource("somebody/nothing")
-    for what, load_it in (
+    for part, load_part in (
         ("config", load_config),
         ("tokenizer", load_tokenizer),
-        ("weights", lambda it: load_base(it, CPU, torch.float32)),
+        ("weights", lambda base: load_base(base, CPU, torch.float32)),
     ):
-        assert message_of(lambda load_it=load_it: load_it(source)).startswith(
-            f"somebody/nothing: cannot load the model's {what}"
+        assert message_of(lambda load_part=load_part: load_part(source)).startswith(
+            f"somebody/nothing: cannot load the model's {part}"
         )
 
 
-# A folder that is not
+# Invalid model folders
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
-def test_a_folder_without_a_tokenizer(family: str, tmp_path: Path) -> None:
+def test_folder_without_a_tokenizer_is_an_error(family: str, tmp_path: Path) -> None:
     source = find_base(str(complete_model(tmp_path, family)))
     message = message_of(lambda: load_tokenizer(source))
     assert message.startswith(f"{tmp_path}: cannot load the model's tokenizer")
@@ -136,29 +136,29 @@ def test_the_folders_own_tokenizer_is_loaded(tmp_path: Path) -> None:
         ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
     ],
 )
-def test_a_file_with_values_of_the_wrong_kind_is_an_error(name: str, text: str, tmp_path: Path) -> None:
+def test_invalid_tokenizer_or_config_file_is_an_error(name: str, text: str, tmp_path: Path) -> None:
     byte_level(chat_template=None).save_pretrained(complete_model(tmp_path))
     (tmp_path / name).write_text(text)
-    source, read = find_base(str(tmp_path)), load_config if name == "config.json" else load_tokenizer
-    assert message_of(lambda: read(source)).startswith(f"{tmp_path}: cannot load the model's ")
+    source, load_file_of = find_base(str(tmp_path)), load_config if name == "config.json" else load_tokenizer
+    assert message_of(lambda: load_file_of(source)).startswith(f"{tmp_path}: cannot load the model's ")
 
 
-def test_a_tokenizers_config_that_is_no_object_is_seen_before_it_is_loaded(tmp_path: Path) -> None:
+def test_find_base_rejects_a_tokenizer_config_that_is_not_an_object(tmp_path: Path) -> None:
     complete_model(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     assert "not a JSON object" in message_of(lambda: find_base(str(tmp_path)))
 
 
-def test_pickled_weights_alone(tmp_path: Path) -> None:
+def test_pickled_weights_without_safetensors_are_refused(tmp_path: Path) -> None:
     torch.save({}, complete_model(tmp_path) / "pytorch_model.bin")
-    find_base(str(tmp_path))  # beside safetensors they are no matter
+    find_base(str(tmp_path))  # allowed next to safetensors
     (tmp_path / "model.safetensors").unlink()
     message = message_of(lambda: find_base(str(tmp_path)))
     assert "pickled" in message and "save_pretrained()" in message
     assert "cannot load" in message_of(lambda: load_base(BaseSource(str(tmp_path)), CPU, torch.float32))
 
 
-def test_no_weights_and_no_config(tmp_path: Path) -> None:
+def test_folder_without_weights_or_config_is_an_error(tmp_path: Path) -> None:
     (complete_model(tmp_path) / "model.safetensors").unlink()
     assert "has no model.safetensors" in message_of(lambda: find_base(str(tmp_path)))
     (tmp_path / "config.json").unlink()
@@ -166,13 +166,13 @@ def test_no_weights_and_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
-def test_a_config_that_is_no_json_object(text: str, tmp_path: Path) -> None:
+def test_config_that_is_not_a_json_object_is_an_error(text: str, tmp_path: Path) -> None:
     (complete_model(tmp_path) / "config.json").write_bytes(text.encode("latin-1"))
     assert message_of(lambda: find_base(str(tmp_path))).startswith(f"{tmp_path / 'config.json'}: not ")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    shard = sorted(in_shards(tmp_path).glob("model-0*.safetensors"))[1]
+    shard = sorted(sharded_model(tmp_path).glob("model-0*.safetensors"))[1]
     shard.unlink()
     assert message_of(lambda: find_base(str(tmp_path))) == (
         f"{tmp_path}: missing shards: {shard.name}; download them again"
@@ -180,8 +180,8 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "pointer"])
-def test_a_truncated_shard_is_named_before_anything_is_loaded(damage: str, tmp_path: Path) -> None:
-    for folder in (in_shards(tmp_path / "many"), complete_model(tmp_path / "one")):
+def test_damaged_weight_file_is_named_before_loading(damage: str, tmp_path: Path) -> None:
+    for folder in (sharded_model(tmp_path / "many"), complete_model(tmp_path / "one")):
         shard = sorted(folder.glob("*.safetensors"))[-1]
         content = shard.read_bytes()
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456789\n"
@@ -193,8 +193,8 @@ def test_a_truncated_shard_is_named_before_anything_is_loaded(damage: str, tmp_p
 @pytest.mark.parametrize(
     "elsewhere", ["../other/model.safetensors", "/etc/hostname", "sub/model.safetensors"]
 )
-def test_an_index_that_leads_outside_the_folder(elsewhere: str, tmp_path: Path) -> None:
-    index = in_shards(tmp_path) / "model.safetensors.index.json"
+def test_weight_index_naming_a_file_outside_the_folder_is_an_error(elsewhere: str, tmp_path: Path) -> None:
+    index = sharded_model(tmp_path) / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["lm_head.weight"] = elsewhere
     index.write_text(json.dumps(content))
@@ -204,12 +204,12 @@ def test_an_index_that_leads_outside_the_folder(elsewhere: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
-    (in_shards(tmp_path) / "model.safetensors.index.json").write_text(index)
+def test_invalid_weight_index_is_an_error(index: str, tmp_path: Path) -> None:
+    (sharded_model(tmp_path) / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json: " in message_of(lambda: find_base(str(tmp_path)))
 
 
-def test_code_in_the_folder_is_refused_unless_trusted(tmp_path: Path) -> None:
+def test_model_with_python_code_is_refused_unless_trusted(tmp_path: Path) -> None:
     path = complete_model(tmp_path) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoConfig": "evil.Config"}}))
     message = message_of(lambda: find_base(str(tmp_path)))
@@ -219,7 +219,9 @@ def test_code_in_the_folder_is_refused_unless_trusted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_weight_that_is_no_number_is_named(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weight_with_nan_or_infinity_is_named_in_the_error(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
     change_weights(
         complete_model(tmp_path), lambda weights: weights["model.norm.weight"].__setitem__(3, value)
     )
@@ -228,17 +230,17 @@ def test_one_weight_that_is_no_number_is_named(value: float, dtype: torch.dtype,
     )
 
 
-def test_large_weights_whose_sum_overflows_are_numbers(tmp_path: Path) -> None:
+def test_large_finite_weights_whose_sum_overflows_are_accepted(tmp_path: Path) -> None:
     change_weights(complete_model(tmp_path), lambda weights: weights["model.norm.weight"].fill_(3e38))
     assert load(tmp_path) is not None
 
 
-def test_weights_that_the_file_lacks_are_not_drawn_at_random(tmp_path: Path) -> None:
+def test_weights_missing_in_the_file_are_an_error(tmp_path: Path) -> None:
     change_weights(complete_model(tmp_path), lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     assert "the weights lack model.layers.1.mlp.up_proj.weight" in message_of(lambda: load(tmp_path))
 
 
-def test_weights_of_another_shape(tmp_path: Path) -> None:
+def test_weights_of_the_wrong_shape_are_an_error(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     change_weights(
         complete_model(tmp_path), lambda weights: weights.update({name: weights[name][:4].clone()})
@@ -246,7 +248,7 @@ def test_weights_of_another_shape(tmp_path: Path) -> None:
     assert f"{name} (4, 32) for (32, 32)" in message_of(lambda: load(tmp_path))
 
 
-def test_a_tokenizer_larger_than_the_embedding() -> None:
+def test_tokenizer_larger_than_the_embedding_is_an_error() -> None:
     tokenizer = byte_level()
     check_vocabulary(tokenizer, len(tokenizer), "m")
     message = message_of(lambda: check_vocabulary(tokenizer, len(tokenizer) - 1, "m"))
@@ -257,36 +259,35 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
 # Adapters
 
 
-def test_an_adapter_given_as_base_leads_to_its_base(tmp_path: Path) -> None:
+def test_adapter_folder_as_base_resolves_to_its_base_and_adapter(tmp_path: Path) -> None:
     base, adapter = complete_model(tmp_path / "base"), tmp_path / "adapter"
-    adapter_of(str(base), adapter)
+    save_adapter(str(base), adapter)
     assert find_base(str(adapter)) == BaseSource(str(base), adapter=str(adapter))
-    adapter_of("somebody/something", adapter)
+    save_adapter("somebody/something", adapter)
     assert find_base(str(adapter)) == BaseSource("somebody/something", adapter=str(adapter))
 
 
-def test_an_adapter_that_names_no_base_or_an_adapter(tmp_path: Path) -> None:
-    first = adapter_of("somebody/something", tmp_path / "first")
+def test_adapter_whose_base_is_missing_or_an_adapter_is_an_error(tmp_path: Path) -> None:
+    first = save_adapter("somebody/something", tmp_path / "first")
     assert "is an adapter too" in message_of(
-        lambda: find_base(str(adapter_of(str(first), tmp_path / "second")))
+        lambda: find_base(str(save_adapter(str(first), tmp_path / "second")))
     )
-    assert "is an adapter too" in message_of(
-        lambda: find_base(str(adapter_of(str(first), first)))
-    )  # on itself
+    # an adapter that is its own base
+    assert "is an adapter too" in message_of(lambda: find_base(str(save_adapter(str(first), first))))
     (first / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     assert "does not name its base" in message_of(lambda: find_base(str(first)))
 
 
-def test_an_adapter_on_its_base_is_trained_or_not_as_asked(tmp_path: Path) -> None:
-    adapter = adapter_of("somebody/something", tmp_path)
+def test_load_adapter_freezes_the_adapter_unless_trainable(tmp_path: Path) -> None:
+    adapter = save_adapter("somebody/something", tmp_path)
     for trainable in (True, False):
         model = load_adapter(tiny_model("llama"), str(adapter), trainable=trainable)
         assert isinstance(model, PeftModel)
         assert {p.requires_grad for name, p in model.named_parameters() if "lora_" in name} == {trainable}
 
 
-def test_an_adapter_of_another_base_is_told_with_both_names(tmp_path: Path) -> None:
-    adapter = adapter_of("somebody/something", tmp_path / "adapter")
+def test_adapter_of_another_base_is_an_error_that_names_both_bases(tmp_path: Path) -> None:
+    adapter = save_adapter("somebody/something", tmp_path / "adapter")
     model = load(complete_model(tmp_path / "gpt2", "gpt2"))
     message = message_of(lambda: load_adapter(model, str(adapter), trainable=False))
     assert (
@@ -294,7 +295,7 @@ def test_an_adapter_of_another_base_is_told_with_both_names(tmp_path: Path) -> N
     )
 
 
-# Fresh LoRA layers
+# New LoRA layers
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def test_an_adapter_of_another_base_is_told_with_both_names(tmp_path: Path) -> N
         (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
 )
-def test_lora_goes_on_the_layers_named_and_no_other(targets: str | list[str], layers: set[str]) -> None:
+def test_lora_is_added_only_to_the_target_layers(targets: str | list[str], layers: set[str]) -> None:
     model = add_lora(tiny_model("llama"), LoraShape(4, 8, 0.0, targets), seed=0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained} == layers
@@ -315,7 +316,7 @@ def test_lora_goes_on_the_layers_named_and_no_other(targets: str | list[str], la
 
 
 @pytest.mark.parametrize("targets", [["gate_prj"], "gate_prj", ["q_proj", "gate_prj"]])
-def test_unknown_layers_are_told_with_those_that_there_are(targets: str | list[str]) -> None:
+def test_unknown_target_layer_error_lists_the_models_layers(targets: str | list[str]) -> None:
     message = message_of(lambda: add_lora(tiny_model("llama"), LoraShape(4, 8, 0.0, targets), seed=0))
     assert message == (
         'lora_target_modules: no layer of the model is called "gate_prj"; it has down_proj, gate_proj, k_proj, '
@@ -323,7 +324,7 @@ def test_unknown_layers_are_told_with_those_that_there_are(targets: str | list[s
     )
 
 
-def test_the_names_of_a_dense_model_reach_fused_expert_layers() -> None:
+def test_dense_target_names_match_fused_expert_layers() -> None:
     targets = ["gate_proj", "down_proj", "up_proj"]
     model = add_lora(tiny_model("qwen3_moe"), LoraShape(4, 8, 0.0, targets), seed=0)
     assert {
@@ -337,15 +338,15 @@ def test_the_names_of_a_dense_model_reach_fused_expert_layers() -> None:
     assert 'no layer of the model is called "up_proj"' in message
 
 
-def test_a_fresh_adapter_is_float32_drawn_from_the_seed_and_changes_nothing_yet() -> None:
+def test_new_adapter_is_float32_and_seeded_and_keeps_the_base_output() -> None:
     base = tiny_model("llama").bfloat16()
     ids = torch.arange(3, 20)[None]
-    before = base(ids).logits
+    expected = base(ids).logits
     adapters = []
-    for before_it, seed in enumerate((5, 5, 6)):
-        torch.manual_seed(before_it)  # must not matter
+    for torch_seed, seed in enumerate((5, 5, 6)):
+        torch.manual_seed(torch_seed)  # must not matter
         model = add_lora(tiny_model("llama").bfloat16(), LoraShape(4, 8, 0.0, "all-linear"), seed)
-        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(model(ids).logits, expected)
         adapters.append([p for p in model.parameters() if p.requires_grad])
         assert all(p.dtype == torch.float32 for p in adapters[-1])
     first, same, other = adapters
@@ -356,7 +357,7 @@ def test_a_fresh_adapter_is_float32_drawn_from_the_seed_and_changes_nothing_yet(
 @pytest.mark.parametrize(
     ("options", "scaling"), [({}, 16 / 4), ({"use_rslora": True}, 16 / 2), ({"use_dora": True}, 16 / 4)]
 )
-def test_the_variants_of_lora_reach_peft(options: dict, scaling: float) -> None:
+def test_rslora_dora_and_dropout_options_reach_peft(options: dict, scaling: float) -> None:
     model = add_lora(tiny_model("llama"), LoraShape(4, 16, 0.25, ["q_proj"], **options), seed=0)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == scaling
@@ -364,10 +365,10 @@ def test_the_variants_of_lora_reach_peft(options: dict, scaling: float) -> None:
     assert ("default" in layer.lora_magnitude_vector) == options.get("use_dora", False)
 
 
-# Device and precision
+# Device and dtype
 
 
-def test_on_the_cpu_auto_is_float32_and_every_precision_can_be_had() -> None:
+def test_cpu_dtype_auto_is_float32_and_every_dtype_is_accepted() -> None:
     assert pick_device("cpu") == CPU
     assert pick_dtype("auto", CPU) == torch.float32
     assert [pick_dtype(name, CPU) for name in ("float32", "bfloat16", "float16")] == [
@@ -378,7 +379,7 @@ def test_on_the_cpu_auto_is_float32_and_every_precision_can_be_had() -> None:
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_on_a_gpu_auto_takes_what_it_has_and_bfloat16_is_refused_where_it_has_none(
+def test_gpu_without_bfloat16_uses_float16_for_auto_and_refuses_bfloat16(
     has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bfloat16)
@@ -390,20 +391,20 @@ def test_on_a_gpu_auto_takes_what_it_has_and_bfloat16_is_refused_where_it_has_no
         assert "no bfloat16" in message_of(lambda: pick_dtype("bfloat16", gpu))
 
 
-def test_without_a_gpu_cuda_is_an_error_and_auto_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
     assert "no usable CUDA device" in message_of(lambda: pick_device("cuda"))
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_device_is_the_gpu_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device("auto") == torch.device("cuda", 3)
 
 
 @pytest.mark.parametrize("rank", [2**63, 2**61])
-def test_a_rank_beyond_counting_is_told(rank: int) -> None:
+def test_huge_lora_rank_is_an_error(rank: int) -> None:
     model = tiny_model("llama").to("meta")
     message = message_of(lambda: add_lora(model, LoraShape(rank, 8, 0.0, "all-linear"), seed=0))
     assert message.startswith(f"lora_r: an adapter of rank {rank} cannot be created")

@@ -21,9 +21,9 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 def sequences() -> list[np.ndarray]:
     """Two rows with the same article and frame, one with only the frame, one that is a prefix of another, one alone."""
-    draw = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     frame, article, *ends = (
-        draw.integers(3, VOCABULARY, n) for n in (MIN_SHARED_TOKENS + 3, MIN_SHARED_TOKENS, 9, 4, 6, 12)
+        rng.integers(3, VOCABULARY, n) for n in (MIN_SHARED_TOKENS + 3, MIN_SHARED_TOKENS, 9, 4, 6, 12)
     )
     rows = [
         [frame, article, ends[0]],
@@ -38,8 +38,8 @@ def sequences() -> list[np.ndarray]:
 @lru_cache
 def small_forest() -> tuple[Forest, tuple[torch.Tensor, ...]]:
     """The forest of `sequences()`, three tokens in four trained, and each sequence's trained mask."""
-    draw = np.random.default_rng(6)
-    masks = [draw.random(len(sequence)) < 0.75 for sequence in sequences()]
+    rng = np.random.default_rng(6)
+    masks = [rng.random(len(sequence)) < 0.75 for sequence in sequences()]
     forest = lay_out(sequences(), masks)
     assert len(forest.segments) == 6
     return forest, tuple(torch.from_numpy(mask) for mask in masks)
@@ -58,7 +58,7 @@ def lora_gradients(model: Any, logprob: torch.Tensor) -> list[torch.Tensor]:
 
 
 def plain_logprobs(model: Any) -> torch.Tensor:
-    """Every sequence one by one through the unpatched model."""
+    """Runs the sequences one by one through the unpatched model."""
     parts = []
     for ids, mask in zip(tensors(), small_forest()[1], strict=True):
         logprobs = torch.log_softmax(model(input_ids=ids.unsqueeze(0)).logits[0, :-1].float(), -1)
@@ -68,7 +68,7 @@ def plain_logprobs(model: Any) -> torch.Tensor:
 
 @lru_cache
 def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log-probabilities and LoRA gradients of the trained tokens, sequence by sequence."""
+    """Log-probabilities and LoRA gradients of the trained tokens, computed sequence by sequence."""
     model = with_lora(tiny_model(family))
     logprob = plain_logprobs(model)
     gradients = lora_gradients(model, logprob)
@@ -104,12 +104,12 @@ def test_the_logits_of_a_forest_are_those_of_each_sequence_alone(family: str) ->
             use_cache=False,
         ).logits[0]
     for example, logits in enumerate(alone):
-        gradient = forest.answer_N == example
+        in_example = forest.answer_N == example
         trained = np.flatnonzero(small_forest()[1][example].numpy()[1:])
-        sources = torch.from_numpy(forest.source_U[forest.pair_N[gradient]])
-        # granite's logits reach 10, and those of a sequence alone are 1.7e-5 from what they are in float64
-        within = {**EXACT, "atol": 2e-5} if family == "granite" else EXACT
-        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], **within)
+        sources = torch.from_numpy(forest.source_U[forest.pair_N[in_example]])
+        # granite's logits reach 10; even those of one sequence are 1.7e-5 off the float64 ones
+        tolerance = {**EXACT, "atol": 2e-5} if family == "granite" else EXACT
+        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], **tolerance)
 
 
 @pytest.mark.parametrize("head", ["plain", "own"])
@@ -126,7 +126,7 @@ def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family
     model.set_attn_implementation(FOREST)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    if family != "gpt2":  # its layers are no nn.Linear
+    if family != "gpt2":  # its layers are not nn.Linear
         assert patch_linear(model)["LoRA"] > 0
     layers: list[int] = []
     logprob = trained_logprobs(
@@ -172,7 +172,7 @@ def test_lora_on_the_head_trains_through_the_models_own_head(family: str) -> Non
         )
 
 
-def test_a_trained_head_is_not_taken_for_plain() -> None:
+def test_head_with_trainable_weights_is_not_plain() -> None:
     model = tiny_model("llama")
     model.get_output_embeddings().weight.requires_grad_(True)
     assert plain_head(model) is None
@@ -197,7 +197,7 @@ def test_one_sequence_alone_gives_the_models_own_logprobs(family: str) -> None:
     assert_as_expected(family, model, torch.cat([sequence_logprobs(model, ids, mask) for ids, mask in pairs]))
 
 
-def test_a_model_that_keeps_all_logits_still_gives_those_of_the_trained_tokens() -> None:
+def test_sequence_logprobs_are_right_if_the_model_ignores_logits_to_keep() -> None:
     model = tiny_model("llama")
     ids, mask = tensors()[0], small_forest()[1][0]
     expected_logprobs = sequence_logprobs(model, ids, mask)
@@ -206,7 +206,7 @@ def test_a_model_that_keeps_all_logits_still_gives_those_of_the_trained_tokens()
     torch.testing.assert_close(sequence_logprobs(model, ids, mask), expected_logprobs)
 
 
-def test_a_token_that_two_examples_share_counts_for_both() -> None:
+def test_token_shared_by_two_examples_counts_for_both() -> None:
     rows = [np.arange(3, 25, dtype=np.int32)] * 2
     forest = lay_out(rows, [np.ones(22, dtype=bool), np.ones(22, dtype=bool)])
     assert len(forest.token_ids_T) == 22
@@ -234,11 +234,11 @@ HEADS: dict[str, Callable[[torch.Tensor, torch.Tensor], Head]] = {
 
 
 def head_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     hidden, weight, bias = (
-        torch.randn(shape, generator=draw).to(dtype) for shape in ((23, 16), (50, 16), (50,))
+        torch.randn(shape, generator=rng).to(dtype) for shape in ((23, 16), (50, 16), (50,))
     )
-    return hidden.requires_grad_(), weight, bias, torch.randint(0, 50, (23,), generator=draw)
+    return hidden.requires_grad_(), weight, bias, torch.randint(0, 50, (23,), generator=rng)
 
 
 def by_log_softmax(hidden: torch.Tensor, target: torch.Tensor, head: Head) -> torch.Tensor:
@@ -250,7 +250,7 @@ def by_log_softmax(hidden: torch.Tensor, target: torch.Tensor, head: Head) -> to
 
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_head_in_chunks_is_log_softmax_in_values_and_gradients(
+def test_chunked_head_equals_log_softmax_in_values_and_gradients(
     kind: str, rows_a_chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, weight, bias, target = head_case(torch.float32)
@@ -260,8 +260,8 @@ def test_the_head_in_chunks_is_log_softmax_in_values_and_gradients(
     ours, theirs = head_logprobs(hidden, target, head), by_log_softmax(hidden, target, head)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad((upstream * ours).sum(), hidden)
-    (other,) = torch.autograd.grad((upstream * theirs).sum(), hidden)
-    torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+    (expected_gradient,) = torch.autograd.grad((upstream * theirs).sum(), hidden)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_the_head_in_bfloat16_gives_float32_logprobs_and_a_bfloat16_gradient() -> None:
@@ -273,12 +273,12 @@ def test_the_head_in_bfloat16_gives_float32_logprobs_and_a_bfloat16_gradient() -
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
     (gradient,) = torch.autograd.grad(ours.sum(), hidden)
-    (other,) = torch.autograd.grad(theirs.sum(), exact)
+    (expected_gradient,) = torch.autograd.grad(theirs.sum(), exact)
     assert gradient.dtype == torch.bfloat16
-    torch.testing.assert_close(gradient.float(), other, rtol=0, atol=0.05)
+    torch.testing.assert_close(gradient.float(), expected_gradient, rtol=0, atol=0.05)
 
 
-def test_the_head_without_gradients_keeps_none() -> None:
+def test_head_under_no_grad_builds_no_graph() -> None:
     hidden, weight, _, target = head_case(torch.float32)
     with torch.no_grad():
         logprob = head_logprobs(hidden, target, Head(weight, None, 1.0, None))
@@ -288,7 +288,7 @@ def test_the_head_without_gradients_keeps_none() -> None:
     )
 
 
-def test_a_chunk_is_as_large_as_the_head_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_bytes_of_the_head_set_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, target = head_case(torch.bfloat16)
     rows: list[int] = []
     compute = forward._head_chunk
@@ -304,7 +304,7 @@ def test_a_chunk_is_as_large_as_the_head_says(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", HEADS)
-def test_on_a_gpu_the_heads_sums_are_of_float32(kind: str) -> None:
+def test_head_on_a_gpu_sums_in_float32(kind: str) -> None:
     hidden, weight, bias, target = (tensor.detach().to("cuda") for tensor in head_case(torch.bfloat16))
     hidden = hidden.requires_grad_()
     ours = head_logprobs(hidden, target, HEADS[kind](weight, bias))
@@ -312,5 +312,5 @@ def test_on_a_gpu_the_heads_sums_are_of_float32(kind: str) -> None:
     theirs = by_log_softmax(exact, target, HEADS[kind](weight.float(), bias.float()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the CPU's bfloat16 is only within 0.05
     (gradient,) = torch.autograd.grad(ours.sum(), hidden)
-    (other,) = torch.autograd.grad(theirs.sum(), exact)
-    torch.testing.assert_close(gradient.float(), other, rtol=0, atol=0.05)
+    (expected_gradient,) = torch.autograd.grad(theirs.sum(), exact)
+    torch.testing.assert_close(gradient.float(), expected_gradient, rtol=0, atol=0.05)

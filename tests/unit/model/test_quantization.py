@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+def unquantised_run(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
     """The run on unquantised weights."""
     return trained(tmp_path_factory.mktemp("none") / "out", base, data, **SETTINGS)
 
@@ -54,22 +54,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> D
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> dict[str, Done]:
     """The same run on quantised weights, by kind; run once, when a test needs it."""
-    return _Made(tmp_path_factory, base, data)
+    return _LazyRuns(tmp_path_factory, base, data)
 
 
-class _Made(dict[str, Done]):
-    def __init__(self, places: pytest.TempPathFactory, base: Path, data: Path) -> None:
+class _LazyRuns(dict[str, Done]):
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> None:
         super().__init__()
-        self.places, self.base, self.data = places, base, data
+        self.tmp_path_factory, self.base, self.data = tmp_path_factory, base, data
 
     def __missing__(self, kind: str) -> Done:
-        place = self.places.mktemp(kind) / "out"
-        self[kind] = trained(place, self.base, self.data, quantization=kind, **SETTINGS)
+        output = self.tmp_path_factory.mktemp(kind) / "out"
+        self[kind] = trained(output, self.base, self.data, quantization=kind, **SETTINGS)
         return self[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_says_how_the_base_is_held_and_writes_it_down(runs: dict[str, Done], kind: str) -> None:
+def test_run_prints_and_records_its_quantization(runs: dict[str, Done], kind: str) -> None:
     done = runs[kind]
     assert done.out.count(f"dense layers in {kind}: ") == 1
     assert json.loads((done.folder / "yeonma.json").read_text())["quantization"] == kind
@@ -79,11 +79,11 @@ def test_a_run_says_how_the_base_is_held_and_writes_it_down(runs: dict[str, Done
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_are_near_those_of_whole_weights_and_not_the_same(
-    runs: dict[str, Done], whole: Done, kind: str
+def test_quantised_losses_are_near_but_not_equal_to_unquantised_losses(
+    runs: dict[str, Done], unquantised_run: Done, kind: str
 ) -> None:
-    furthest = max(abs(a - b) for a, b in zip(runs[kind].losses, whole.losses, strict=True))
-    assert 0 < furthest < {"int8": 0.02, "fp8": 0.25, "nf4": 0.5}[kind]
+    largest_gap = max(abs(a - b) for a, b in zip(runs[kind].losses, unquantised_run.losses, strict=True))
+    assert 0 < largest_gap < {"int8": 0.02, "fp8": 0.25, "nf4": 0.5}[kind]
     assert runs[kind].looks[-1]["loss"] < runs[kind].looks[0]["loss"]
 
 
@@ -91,14 +91,14 @@ def test_losses_are_near_those_of_whole_weights_and_not_the_same(
 def test_an_interrupted_run_ends_with_the_same_bytes(
     tmp_path: Path, base: Path, data: Path, runs: dict[str, Done], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.train_step, 0
+    train_step, calls = loop.train_step, 0
 
-    def interrupted(*given: object) -> object:
+    def interrupted(*args: object) -> object:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return real(*given)  # type: ignore[arg-type]
+        return train_step(*args)  # type: ignore[arg-type]
 
     settings = {**SETTINGS, "quantization": kind}
     with monkeypatch.context() as patch:
@@ -113,18 +113,20 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_are_only_speed(
+def test_losses_do_not_depend_on_micro_batch_size(
     tmp_path: Path, base: Path, data: Path, runs: dict[str, Done], kind: str
 ) -> None:
     settings = {**SETTINGS, "lora_dropout": 0, "max_steps": 3, "quantization": kind}
     one, four = (
         trained(tmp_path / str(size), base, data, **settings, micro_batch_size=size) for size in (1, 4)
     )
-    # rounding of activations may turn a last bit into a step of an eighth
+    # fp8 may round activations that differ in their last bit to neighbours an eighth apart
     assert one.losses == pytest.approx(four.losses, abs=2e-2 if kind == "fp8" else 1e-5)
 
 
-def test_another_value_is_another_run(tmp_path: Path, base: Path, data: Path, runs: dict[str, Done]) -> None:
+def test_changed_quantization_refuses_to_continue_a_run(
+    tmp_path: Path, base: Path, data: Path, runs: dict[str, Done]
+) -> None:
     folder = Path(shutil.copytree(runs["fp8"].folder, tmp_path / "out"))
     done = sft(folder, base, data, **SETTINGS)
     assert done.status == 2
@@ -132,40 +134,40 @@ def test_another_value_is_another_run(tmp_path: Path, base: Path, data: Path, ru
     assert "optimizer was" not in done.err
 
 
-def test_a_run_of_a_version_without_the_choice_goes_on(
-    tmp_path: Path, base: Path, data: Path, whole: Done
+def test_older_run_without_recorded_quantization_counts_as_unquantised(
+    tmp_path: Path, base: Path, data: Path, unquantised_run: Done
 ) -> None:
-    folder = Path(shutil.copytree(whole.folder, tmp_path / "out"))
-    marked = json.loads((folder / "run.json").read_text())
+    folder = Path(shutil.copytree(unquantised_run.folder, tmp_path / "out"))
+    run_record = json.loads((folder / "run.json").read_text())
     for name in ("quantization", "optimizer"):
-        del marked["identity"][name]
-    (folder / "run.json").write_text(json.dumps(marked))
+        del run_record["identity"][name]
+    (folder / "run.json").write_text(json.dumps(run_record))
     assert "holds this run, which is finished" in trained(folder, base, data, **SETTINGS).out
     assert sft(folder, base, data, **SETTINGS, quantization="fp8").status == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_come_from_the_base_as_it_was_in_training_unless_told_otherwise(
-    runs: dict[str, Done], whole: Done, kind: str
+def test_adapter_loads_with_its_training_quantization_by_default(
+    runs: dict[str, Done], unquantised_run: Done, kind: str
 ) -> None:
     model = load_policy(runs[kind].folder).model
     assert len(list(packed_layers(model))) == 14
-    other = load_policy(runs[kind].folder, quantization="none").model
-    assert not list(packed_layers(other))
-    assert not list(packed_layers(load_policy(whole.folder).model))
+    unquantised_model = load_policy(runs[kind].folder, quantization="none").model
+    assert not list(packed_layers(unquantised_model))
+    assert not list(packed_layers(load_policy(unquantised_run.folder).model))
     row = '{"document": "storm harbour boats"}'
     words = ["generate", str(runs[kind].folder), "--row", row, "--max_new_tokens", "6"]
-    auto, unquantised = (
+    auto, explicit = (
         command(runs[kind].folder, *words),
         command(runs[kind].folder, *words, "--quantization", kind),
     )
-    assert auto.status == 0 and auto.out == unquantised.out
+    assert auto.status == 0 and auto.out == explicit.out
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():
-        assert float((model(ids).logits - other(ids).logits).abs().max()) > 1e-3
+        assert float((model(ids).logits - unquantised_model(ids).logits).abs().max()) > 1e-3
 
 
-def test_an_adapter_folder_that_says_something_else_is_damaged(tmp_path: Path, runs: dict[str, Done]) -> None:
+def test_unknown_quantization_in_an_adapter_folder_is_an_error(tmp_path: Path, runs: dict[str, Done]) -> None:
     folder = Path(shutil.copytree(runs["fp8"].folder, tmp_path / "out"))
     text = (folder / "yeonma.json").read_text()
     (folder / "yeonma.json").write_text(text.replace('"quantization": "fp8"', '"quantization": "fp7"'))
@@ -173,15 +175,15 @@ def test_an_adapter_folder_that_says_something_else_is_damaged(tmp_path: Path, r
         open_prompt_builder(folder)
 
 
-def test_compared_models_are_held_as_trained_and_a_base_as_the_first_adapter_on_it(
-    base: Path, data: Path, runs: dict[str, Done], whole: Done
+def test_compare_uses_training_quantization_for_adapters_and_their_base(
+    base: Path, data: Path, runs: dict[str, Done], unquantised_run: Done
 ) -> None:
-    names = [str(base), str(runs["fp8"].folder), str(whole.folder)]
+    names = [str(base), str(runs["fp8"].folder), str(unquantised_run.folder)]
     rows = open_rows(str(data))
-    by_itself, *_ = open_candidates(
+    base_alone, *_ = open_candidates(
         CompareSettings(models=names[:1], data_path=str(data), template="title"), rows
     )
-    assert by_itself.quantization == "none"
+    assert base_alone.quantization == "none"
     candidates = open_candidates(CompareSettings(models=names, data_path=str(data)), rows)
     assert [candidate.quantization for candidate in candidates] == ["fp8", "fp8", "none"]
     assert candidates[0].weights == candidates[1].weights != candidates[2].weights
@@ -194,7 +196,7 @@ def test_compared_models_are_held_as_trained_and_a_base_as_the_first_adapter_on_
     assert identity_of(candidates[2], torch.float32, cpu) == identity_of(unquantised[2], torch.float32, cpu)
 
 
-def test_a_comparison_runs_on_a_quantised_base(
+def test_compare_loads_a_quantised_base_once(
     tmp_path: Path, base: Path, data: Path, runs: dict[str, Done]
 ) -> None:
     words = {"data_path": data, "rows": 3, "max_new_tokens": 3, "output_dir": tmp_path / "report"}
@@ -204,8 +206,10 @@ def test_a_comparison_runs_on_a_quantised_base(
     assert done.err.count("loading") == 1
 
 
-def test_a_server_holds_one_base_in_one_way(runs: dict[str, Done], whole: Done) -> None:
-    folders = [str(runs["fp8"].folder), str(whole.folder)]
+def test_server_refuses_adapters_of_different_quantizations(
+    runs: dict[str, Done], unquantised_run: Done
+) -> None:
+    folders = [str(runs["fp8"].folder), str(unquantised_run.folder)]
     with pytest.raises(UserError, match=r"trained on a base with quantization none, but .* with fp8"):
         open_adapters(ServeSettings(adapter_dirs=folders, max_new_tokens=8))
     adapters = open_adapters(ServeSettings(adapter_dirs=folders, max_new_tokens=8, quantization="none"))
@@ -219,21 +223,21 @@ def test_a_server_holds_one_base_in_one_way(runs: dict[str, Done], whole: Done) 
     assert why_not(list(adapters.prompt_builders.values()), "none") != reason
 
 
-def test_a_reference_is_kept_for_its_own_base_alone(tmp_path: Path, base: Path) -> None:
+def test_reference_cache_is_separate_for_each_quantization(tmp_path: Path, base: Path) -> None:
     rows = write_jsonl(tmp_path / "pairs.jsonl", pairs(9))
     settings = {"max_steps": 2, "cache_dir": tmp_path / "cache"}
     for kind in ("none", "fp8", "none"):
         done = tuned(tmp_path / "out", base, rows, quantization=kind, overwrite=True, **settings)
-        # at the start the policy is the reference: with another base's numbers the margin would not be 0
+        # the policy starts as the reference: with log-probabilities of another base the margin would not be 0
         assert done.steps[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
     assert len(list((tmp_path / "cache").glob("*.reference"))) == 2
 
 
-# What is refused, and when
+# Refusals
 
 
 def refused(tmp_path: Path, base: Path, data: Path, **settings: object) -> str:
-    """Before any weights are read, which would fail here, and without leaving anything behind."""
+    """Returns the error of a run that must be refused before weights are read and leave no output folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_model", None)
         done = sft(tmp_path / "out", base, data, **settings)
@@ -242,27 +246,27 @@ def refused(tmp_path: Path, base: Path, data: Path, **settings: object) -> str:
     return done.err
 
 
-def test_what_is_not_installed_is_named_with_the_command(
+def test_missing_bitsandbytes_is_reported_with_the_install_command(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     error = refused(tmp_path, base, data, quantization="nf4", optimizer="adamw_8bit", template="{nothing")
     assert f"quantization nf4: bitsandbytes is not installed; pip install {BITSANDBYTES}" in error
     assert f"optimizer adamw_8bit: bitsandbytes is not installed; pip install {BITSANDBYTES}" in error
-    assert "no built-in template" in error  # told together, before torch is imported
+    assert "no built-in template" in error  # all problems together, before torch is imported
 
 
-def test_the_command_names_the_version_that_is_declared() -> None:
+def test_install_command_matches_the_version_in_pyproject() -> None:
     assert f'quantization = ["{BITSANDBYTES}"]' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sharing_out_quantised_weights_is_refused(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
+def test_sharding_quantised_weights_is_refused(tmp_path: Path, base: Path, data: Path, kind: str) -> None:
     error = refused(tmp_path, base, data, quantization=kind, shard=True)
     assert f"quantization {kind}: quantised weights cannot be sharded in this version" in error
 
 
-def test_dora_is_refused_where_the_weights_are_not_kept(tmp_path: Path, base: Path, data: Path) -> None:
+def test_dora_is_refused_on_fp8(tmp_path: Path, base: Path, data: Path) -> None:
     assert "DoRA needs the unquantised weights" in refused(
         tmp_path, base, data, quantization="fp8", use_dora=True
     )
@@ -274,7 +278,7 @@ def test_dora_is_trained_on_nf4(tmp_path: Path, base: Path, data: Path, kind: st
     assert all(torch.isfinite(weight).all() for weight in done.weights.values())
 
 
-def test_a_model_without_layers_for_it_is_refused(tmp_path: Path, data: Path) -> None:
+def test_model_without_supported_layers_is_refused(tmp_path: Path, data: Path) -> None:
     folder = model_folder(tmp_path / "gpt2", "gpt2")
     error = refused(tmp_path, folder, data, quantization="fp8", lora_target_modules="[c_attn]")
     assert "has no dense layers that it supports; use int8 or nf4" in error
@@ -289,7 +293,7 @@ def test_a_base_that_is_quantised_already_is_refused(tmp_path: Path, data: Path)
 
 
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
-def test_optimizers_in_8_bits_want_a_gpu(
+def test_8_bit_optimizers_require_a_gpu(
     tmp_path: Path, base: Path, data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: name)
@@ -301,7 +305,7 @@ def test_optimizers_in_8_bits_want_a_gpu(
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=NF4.marks) for kind in ("adamw_8bit", "paged_adamw_8bit")]
 )
-def test_a_run_with_such_an_optimizer_goes_on_with_the_same_bytes(
+def test_run_with_8_bit_optimizer_resumes_to_the_same_bytes(
     tmp_path: Path, base: Path, data: Path, kind: str
 ) -> None:
     settings = {**SETTINGS, "optimizer": kind, "quantization": "nf4", "lora_r": 64}

@@ -1,5 +1,7 @@
-"""Models with weights in 8 or 4 bits equal the model with the dequantised weights: by forests and one by one, with LoRA
-and without."""
+"""A model with weights in 8 or 4 bits equals the model with its dequantised weights.
+
+In forests and in single sequences, with and without LoRA.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from yeonma.model.logprobs import ForestSupport, example_logprobs, sequence_logp
 from yeonma.model.quantized import DequantisedWeight, numbers_of, packed_layers, quantised_layers
 
 FAMILIES = ("llama", "gpt2", "qwen3_moe", "gemma2")
-FAR: dict[Quantization, float] = {"int8": 0.05, "fp8": 0.25}
+MAX_DEVIATION: dict[Quantization, float] = {"int8": 0.05, "fp8": 0.25}
 """How far log-probabilities are from those of the whole weights, on the average over wildly drawn tiny models."""
 
 
@@ -43,18 +45,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sequences() -> list[np.ndarray]:
-    draw = np.random.default_rng(3)
-    frame, *ends = (draw.integers(3, 97, count, dtype=np.int32) for count in (20, 14, 9, 30))
-    return [np.concatenate([frame, ends[0]]), np.concatenate([frame, ends[1]]), ends[2]]
+    rng = np.random.default_rng(3)
+    prefix, *suffixes = (rng.integers(3, 97, count, dtype=np.int32) for count in (20, 14, 9, 30))
+    return [np.concatenate([prefix, suffixes[0]]), np.concatenate([prefix, suffixes[1]]), suffixes[2]]
 
 
-def trained() -> list[np.ndarray]:
+def trained_masks() -> list[np.ndarray]:
     return [np.arange(len(sequence)) > 8 for sequence in sequences()]
 
 
 def logprobs_and_gradients(model: Any, support: ForestSupport) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Log-probabilities, and the gradients of the trained weights."""
-    logprobs = example_logprobs(model, support, sequences(), trained(), share_prefix=True)
+    logprobs = example_logprobs(model, support, sequences(), trained_masks(), share_prefix=True)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return logprobs.detach(), list(torch.autograd.grad(logprobs.sum(), weights)) if weights else []
 
@@ -68,21 +70,21 @@ def assert_same(
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-4 * max(1.0, float(other.abs().max())))
 
 
-def with_weights_of(model: Any, folder: Path) -> Any:
-    """The unquantised model with the dequantised weights."""
+def dequantised_model(model: Any, folder: Path) -> Any:
+    """An unquantised model with the dequantised weights of `model`."""
     plain = loaded(folder, "none")
     for name, weight in packed_layers(model):
         assert isinstance(weight, DequantisedWeight)
-        own = plain.get_submodule(name)
-        whole = weight.dequantise(torch.float32)
-        own.weight.data.copy_(whole if isinstance(own, nn.Linear) else whole.t())
+        layer = plain.get_submodule(name)
+        dense_weight = weight.dequantise(torch.float32)
+        layer.weight.data.copy_(dense_weight if isinstance(layer, nn.Linear) else dense_weight.t())
     return plain
 
 
 @pytest.mark.parametrize("kind", [INT8, NF4])
-def test_a_model_is_the_one_whose_weights_the_few_bits_stand_for(family: Path, kind: Quantization) -> None:
+def test_quantised_model_equals_the_model_with_dequantised_weights(family: Path, kind: Quantization) -> None:
     model = loaded(family, kind)
-    plain = with_weights_of(model, family)
+    plain = dequantised_model(model, family)
     results = []
     for peft_model in (model, plain):
         load.add_lora(peft_model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
@@ -95,7 +97,7 @@ def test_a_model_is_the_one_whose_weights_the_few_bits_stand_for(family: Path, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_dense_layers_but_the_head_are_held_in_few_bits(family: Path, kind: Quantization) -> None:
+def test_all_dense_layers_except_the_head_are_quantised(family: Path, kind: Quantization) -> None:
     if kind == "fp8" and family.name == "gpt2":
         with pytest.raises(UserError, match="no dense layers that it supports"):
             loaded(family, kind)
@@ -103,9 +105,9 @@ def test_all_dense_layers_but_the_head_are_held_in_few_bits(family: Path, kind: 
     model, plain = loaded(family, kind), tiny_model(family.name)
     assert len(list(packed_layers(model))) == len(quantised_layers(plain, kind)) > 3
     for name, _ in packed_layers(model):
-        weight, own = model.get_submodule(name).weight, plain.get_submodule(name).weight
-        assert weight.nbytes == own.numel() * (0.5 if kind == "nf4" else 1)
-        assert numbers_of(weight) == own.numel() and not weight.requires_grad
+        weight, plain_weight = model.get_submodule(name).weight, plain.get_submodule(name).weight
+        assert weight.nbytes == plain_weight.numel() * (0.5 if kind == "nf4" else 1)
+        assert numbers_of(weight) == plain_weight.numel() and not weight.requires_grad
     assert model.get_output_embeddings().weight.dtype == torch.float32
     assert not hasattr(model.config, "quantization_config")
     source = load.find_base(str(family))
@@ -113,35 +115,35 @@ def test_all_dense_layers_but_the_head_are_held_in_few_bits(family: Path, kind: 
 
 
 @pytest.mark.parametrize("kind", [INT8, "fp8"])
-def test_log_probabilities_are_near_those_of_the_whole_weights(llama: Path, kind: Quantization) -> None:
-    (result, _), (whole, _) = (
+def test_logprobs_are_close_to_those_of_unquantised_weights(llama: Path, kind: Quantization) -> None:
+    (result, _), (unquantised, _) = (
         logprobs_and_gradients(model, check_forest_support(model))
         for model in (adapted(llama, kind), adapted(llama, "none"))
     )
-    assert 1e-4 < float((result - whole).abs().mean()) < FAR[kind]
+    assert 1e-4 < float((result - unquantised).abs().mean()) < MAX_DEVIATION[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forest_is_the_sequences_one_by_one(llama: Path, kind: Quantization) -> None:
+def test_forest_logprobs_equal_those_of_single_sequences(llama: Path, kind: Quantization) -> None:
     model = adapted(llama, kind)
     support = check_forest_support(model)
     assert support.forest
     patch_linear(model)
     with torch.no_grad():
-        by_forest = example_logprobs(model, support, sequences(), trained(), share_prefix=True)
+        by_forest = example_logprobs(model, support, sequences(), trained_masks(), share_prefix=True)
         model.set_attn_implementation(support.plain_attention)
         alone = torch.cat(
             [
                 sequence_logprobs(model, torch.from_numpy(ids).long(), torch.from_numpy(mask))
-                for ids, mask in zip(sequences(), trained(), strict=True)
+                for ids, mask in zip(sequences(), trained_masks(), strict=True)
             ]
         )
-    # rounding of activations may turn a last bit into a step of an eighth
+    # fp8 rounding of activations can turn a difference in the last bit into a step of an eighth
     assert float((by_forest - alone).abs().mean()) < (0.02 if kind == "fp8" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", [INT8, NF4])
-def test_an_example_is_the_same_beside_others_of_far_larger_activations(
+def test_product_of_a_row_is_independent_of_rows_with_large_activations(
     llama: Path, kind: Quantization
 ) -> None:
     layer = next(weight for _, weight in packed_layers(loaded(llama, kind)))
@@ -153,26 +155,28 @@ def test_an_example_is_the_same_beside_others_of_far_larger_activations(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_in_one_node_is_pefts_own(llama: Path, kind: Quantization, dropout: float) -> None:
-    pefts = adapted(llama, kind, dropout)
-    ours = copy.deepcopy(pefts)
+def test_patched_lora_gives_pefts_logprobs_and_gradients(
+    llama: Path, kind: Quantization, dropout: float
+) -> None:
+    peft = adapted(llama, kind, dropout)
+    ours = copy.deepcopy(peft)
     assert patch_linear(ours)["LoRA"] == 14
-    support = check_forest_support(pefts)
+    support = check_forest_support(peft)
     ours.set_attn_implementation(FOREST)
     results = []
-    for model in (ours, pefts):
+    for model in (ours, peft):
         model.train()
         torch.manual_seed(5)
         results.append(logprobs_and_gradients(model, support))
-    (result, gradients), (expected, others) = results
+    (result, gradients), (expected, peft_gradients) = results
     limit = 0.02 if kind == "fp8" else 1e-5
     assert float((result - expected).abs().mean()) < limit
-    distance = sum(float((a - b).norm()) for a, b in zip(gradients, others, strict=True))
-    assert distance < 10 * limit * sum(float(gradient.norm()) for gradient in others)
+    distance = sum(float((a - b).norm()) for a, b in zip(gradients, peft_gradients, strict=True))
+    assert distance < 10 * limit * sum(float(gradient.norm()) for gradient in peft_gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_activations_give_the_same_bytes(llama: Path, kind: Quantization) -> None:
+def test_gradient_checkpointing_gives_bit_identical_results(llama: Path, kind: Quantization) -> None:
     results = []
     for checkpointed in (False, True):
         model = adapted(llama, kind)
@@ -181,13 +185,13 @@ def test_checkpointed_activations_give_the_same_bytes(llama: Path, kind: Quantiz
             load.checkpoint_activations(model)
         patch_linear(model)
         results.append(logprobs_and_gradients(model.train(), support))
-    (one, gradients), (other, others) = results
-    assert torch.equal(one, other)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    (kept, gradients), (recomputed, recomputed_gradients) = results
+    assert torch.equal(kept, recomputed)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed_gradients, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_its_adapter_the_base_is_as_it_was(llama: Path, kind: Quantization) -> None:
+def test_disabled_adapter_gives_the_logprobs_of_the_base(llama: Path, kind: Quantization) -> None:
     model = loaded(llama, kind)
     support = check_forest_support(model)
     before, _ = logprobs_and_gradients(model, support)
@@ -196,7 +200,7 @@ def test_without_its_adapter_the_base_is_as_it_was(llama: Path, kind: Quantizati
     patch_linear(model)
     with peft_model.disable_adapter(), torch.no_grad():
         assert torch.equal(
-            example_logprobs(model, support, sequences(), trained(), share_prefix=True), before
+            example_logprobs(model, support, sequences(), trained_masks(), share_prefix=True), before
         )
     after, _ = logprobs_and_gradients(model, support)
     assert float((after - before).abs().mean()) > 0.01
@@ -204,7 +208,7 @@ def test_without_its_adapter_the_base_is_as_it_was(llama: Path, kind: Quantizati
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_found(tmp_path: Path, kind: Quantization, bad: float) -> None:
+def test_nan_and_infinite_weights_are_an_error(tmp_path: Path, kind: Quantization, bad: float) -> None:
     folder = model_folder(tmp_path / "llama")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
@@ -214,7 +218,7 @@ def test_weights_that_are_not_finite_are_found(tmp_path: Path, kind: Quantizatio
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_taken(llama: Path, kind: Quantization) -> None:
+def test_bfloat16_model_gives_finite_logprobs_and_float32_gradients(llama: Path, kind: Quantization) -> None:
     model = loaded(llama, kind, torch.bfloat16)
     assert model.dtype == torch.bfloat16
     load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), seed=1)
@@ -223,22 +227,22 @@ def test_bfloat16_is_taken(llama: Path, kind: Quantization) -> None:
     support = check_forest_support(model)
     assert support.forest
     patch_linear(model)
-    (result, gradients), (whole, _) = (
+    (result, gradients), (unquantised, _) = (
         logprobs_and_gradients(model, support),
-        logprobs_and_gradients(*_plain(llama)),
+        logprobs_and_gradients(*_unquantised(llama)),
     )
     assert result.isfinite().all() and all(gradient.dtype == torch.float32 for gradient in gradients)
-    assert float((result - whole).abs().mean()) < 1.0
+    assert float((result - unquantised).abs().mean()) < 1.0
 
 
-def _plain(folder: Path) -> tuple[Any, ForestSupport]:
+def _unquantised(folder: Path) -> tuple[Any, ForestSupport]:
     model = adapted(folder, "none")
     return model, check_forest_support(model)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_the_log_probabilities_are_those_of_the_cpu(llama: Path, kind: Quantization) -> None:
+def test_gpu_logprobs_equal_those_of_the_cpu(llama: Path, kind: Quantization) -> None:
     results = []
     for device in (CPU, torch.device("cuda", 0)):
         model = load.load_base(load.find_base(str(llama)), device, torch.float32, kind)

@@ -1,4 +1,4 @@
-"""Frozen weights sharded over two processes, compared with the unsharded model: one pass, and a short run."""
+"""Frozen weights sharded over two processes, compared with the unsharded model in one pass and in a short run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.models import tiny_model
 from tests.pairs import PLAIN, pairs, tuned
 from tests.runs import Done, arguments, model_folder, write_jsonl
 from yeonma.model.sharding import gathered_bytes, local_weight_bytes, parts_of
+from yeonma.train import model_card
 from yeonma.train.step import idle_passes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,13 +85,14 @@ with rendezvous() as met, process_group(met, torch.device("cpu")) as group:
 """
 
 
-def test_a_sharded_model_gives_the_losses_and_gradients_of_the_whole_one(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_sharded_model_gives_the_unsharded_losses_and_gradients(tmp_path: Path) -> None:
     script = tmp_path / "passes.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PASSES}")
     done = subprocess.run([*TORCHRUN, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert "layers.1.mlp.up_proj" in results.pop("broken")  # the first process has no part of it
+    assert "layers.1.mlp.up_proj" in results.pop("broken")  # the first process has no shard of it
     assert {family: result["forest"] for family, result in results.items()} == {
         "llama": [True, True],
         "bloom": [False, False],
@@ -103,42 +105,56 @@ def test_a_sharded_model_gives_the_losses_and_gradients_of_the_whole_one(tmp_pat
         assert result["share"] == pytest.approx(0.5, abs=0.02)  # a weight of 97 rows is split 49 to 48
 
 
-def test_a_sharded_run_is_the_run_of_one_process(tmp_path: Path) -> None:
-    """With steps in which a process has no examples, held-out rows, a reference and the model card."""
+@pytest.mark.slow
+def test_sharded_run_gives_the_result_of_a_run_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DPO run with steps in which a process has no examples, with validation rows, a reference and the model card."""
+    monkeypatch.setattr(model_card, "MAX_NEW_TOKENS", 128)  # as in the processes of the other run
     base = model_folder(tmp_path / "llama")
     data = write_jsonl(tmp_path / "rows.jsonl", pairs(9))
     settings: dict[str, object] = {
         "batch_size": 2, "micro_batch_size": 1, "max_steps": 4, "val_set_size": 3, "eval_steps": 2, "card_rows": 2
     }  # fmt: skip
-    one = tuned(tmp_path / "one", base, data, **settings, num_epochs=None, cache_dir=tmp_path / "a")
-    words = {**PLAIN, "base_model": base, "data_path": data, "output_dir": tmp_path / "two", **settings}
-    words |= {"num_epochs": None, "nproc": 2, "shard": True, "cache_dir": tmp_path / "b"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "yeonma", "dpo", *arguments(words)], cwd=ROOT, capture_output=True, text=True
+    unsharded = tuned(tmp_path / "one", base, data, **settings, num_epochs=None, cache_dir=tmp_path / "a")
+    sharded_settings = {
+        **PLAIN,
+        "base_model": base,
+        "data_path": data,
+        "output_dir": tmp_path / "two",
+        **settings,
+    }
+    sharded_settings |= {"num_epochs": None, "nproc": 2, "shard": True, "cache_dir": tmp_path / "b"}
+    process = subprocess.run(
+        [sys.executable, "-m", "yeonma", "dpo", *arguments(sharded_settings)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    two = Done(ran.returncode, tmp_path / "two", ran.stdout, ran.stderr)
-    assert (two.status, two.err) == (0, "")
-    assert two.out.count("weights sharded over 2 processes") == 1
-    assert [line["loss"] for line in two.lines] == pytest.approx(
-        [line["loss"] for line in one.lines], abs=1e-5
+    sharded = Done(process.returncode, tmp_path / "two", process.stdout, process.stderr)
+    assert (sharded.status, sharded.err) == (0, "")
+    assert sharded.out.count("weights sharded over 2 processes") == 1
+    assert [line["loss"] for line in sharded.lines] == pytest.approx(
+        [line["loss"] for line in unsharded.lines], abs=1e-5
     )
-    for name, weight in two.weights.items():
-        torch.testing.assert_close(weight, one.weights[name], atol=1e-5, rtol=0)
+    for name, weight in sharded.weights.items():
+        torch.testing.assert_close(weight, unsharded.weights[name], atol=1e-5, rtol=0)
     card = "README.md"
     answers = [
-        (run.folder / card).read_text().partition("## Use")[0].partition("## Before")[2] for run in (one, two)
+        (run.folder / card).read_text().partition("## Use")[0].partition("## Before")[2]
+        for run in (unsharded, sharded)
     ]
     assert answers[0] == answers[1] != ""
 
 
-def test_one_process_has_nothing_to_share_out(tmp_path: Path) -> None:
+def test_shard_has_no_effect_in_a_single_process(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", pairs(5))
     done = tuned(tmp_path / "out", model_folder(tmp_path / "llama"), data, shard=True)
     assert done.out.count("shard has no effect in a single process") == 1
     assert "shared out" not in done.out
 
 
-def test_processes_with_fewer_passes_make_up_for_them() -> None:
+def test_processes_with_fewer_passes_make_idle_passes() -> None:
     assert idle_passes([[1, 1, 1], [1], []], 0) == [0, 0, 0]
     assert idle_passes([[1, 1, 1], [1], []], 1) == [0, 1, 1]
     assert idle_passes([[1, 1, 1], [1], []], 2) == [1, 1, 1]
@@ -154,7 +170,7 @@ def test_layers_are_found_in_every_family(family: str) -> None:
     assert len(parts) == 2 + (0 if tied else 2)
     inside = {weight for part in parts for weight in part.parameters()}
     outside = [weight for weight in model.parameters() if weight not in inside]
-    assert all(weight.ndim == 1 for weight in outside) or tied or family == "gpt2"  # its positions
+    assert all(weight.ndim == 1 for weight in outside) or tied or family == "gpt2"  # its position embedding
     assert 0 < gathered_bytes(model) <= local_weight_bytes(model)
-    model._no_split_modules = None  # as in code that comes with a model
+    model._no_split_modules = None  # as in a model that comes with its own code
     assert parts_of(model) == parts

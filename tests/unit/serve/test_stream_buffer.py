@@ -1,4 +1,4 @@
-"""Text streamed while an answer grows: together it is the answer, whatever the steps."""
+"""Text streamed while an answer grows: the pieces join to the answer, however it is split."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
 
 
 @given(st.lists(TEXT, max_size=6), FRAME, FRAME, STOPS, st.booleans())
-def test_what_was_streamed_is_the_answer(
+def test_streamed_pieces_join_to_the_answer(
     parts: list[str], before: str, after: str, stops: list[str], is_turn: bool
 ) -> None:
     prompt = prompt_with((before, after), is_turn)
@@ -54,7 +54,7 @@ def test_what_was_streamed_is_the_answer(
         (["St\ufffd", "\ufffd"], ["St", "", "\ufffd\ufffd"]),
     ],
 )
-def test_only_what_may_belong_to_the_frame_is_held_back(parts: list[str], pieces: list[str]) -> None:
+def test_only_possible_frame_text_is_held_back(parts: list[str], pieces: list[str]) -> None:
     assert streamed(StreamBuffer(prompt_with(("", "\n### end\n"))), parts) == pieces
 
 

@@ -1,5 +1,4 @@
-"""vLLM as the inference engine: its command line, and when it would not use the trained tokens. vLLM does not run
-here."""
+"""vLLM as the inference engine: its command line, and when it is refused. vLLM itself does not run here."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("vllm") / "base", byte_level())
 
 
-def test_the_command_has_loras_template_and_limits() -> None:
+def test_command_has_adapters_chat_template_and_limits() -> None:
     assert vllm_command(PLAN) == [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "some/base"),
         *("--served-model-name", "some/base", "--tokenizer", "/runs/one"),
@@ -52,14 +51,12 @@ def test_the_command_has_loras_template_and_limits() -> None:
     assert more[-3:] == ["--revision", "abc", "--trust-remote-code"]
 
 
-def test_vllm_serves_a_template_whose_chat_template_gives_the_trained_tokens(
-    base: Path, tmp_path: Path
-) -> None:
-    fit = open_prompt_builder(adapter_on(base, tmp_path / "fit", "chat"))
+def test_vllm_is_accepted_if_the_chat_template_gives_the_trained_tokens(base: Path, tmp_path: Path) -> None:
+    prompt_builder = open_prompt_builder(adapter_on(base, tmp_path / "fit", "chat"))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))  # <|im_end|> is 2
-    assert why_not([fit]) == ""
+    assert why_not([prompt_builder]) == ""
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    assert "would not end answers" in why_not([fit])
+    assert "would not end answers" in why_not([prompt_builder])
 
 
 def test_vllm_is_refused_if_the_chat_template_gives_other_tokens(base: Path, tmp_path: Path) -> None:
@@ -74,19 +71,17 @@ def test_vllm_is_refused_if_the_chat_template_gives_other_tokens(base: Path, tmp
     assert f"has no {CHAT_TEMPLATE}" in why_not([prompt_builder])
 
 
-def test_vllm_is_refused_if_it_would_show_the_frame_or_lacks_a_kind_of_adapter(
-    base: Path, tmp_path: Path
-) -> None:
+def test_vllm_is_refused_for_text_around_answers_or_unsupported_adapters(base: Path, tmp_path: Path) -> None:
     framed = adapter_on(base, tmp_path / "framed", PLAIN.rstrip() + "\n### End\n")
     (framed / CHAT_TEMPLATE).write_text(
         "{{ '### Text:\\n' + messages[0]['content'] + '\\n\\n### Title:\\n' }}"
     )
     assert "has text around the answer" in why_not([open_prompt_builder(framed)])
-    high = open_prompt_builder(adapter_on(base, tmp_path / "high", PLAIN, r=600))
-    assert rank_of(high) == 600
-    assert "no ranks above 512" in why_not([high])
+    high_rank = open_prompt_builder(adapter_on(base, tmp_path / "high", PLAIN, r=600))
+    assert rank_of(high_rank) == 600
+    assert "no ranks above 512" in why_not([high_rank])
     other = open_prompt_builder(adapter_on(base, tmp_path / "other", "chat"))
     assert "different chat templates" in why_not([open_prompt_builder(framed), other])
-    path = high.adapter.path / "adapter_config.json"
+    path = high_rank.adapter.path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 8, "use_dora": True}))
-    assert "does not support DoRA" in why_not([high])
+    assert "does not support DoRA" in why_not([high_rank])

@@ -33,11 +33,11 @@ def data(count: int = 5, *, identity: str = "data", read: Callable[[], Iterator[
     return Rows("train.jsonl", identity, ("document", "title"), read or rows)
 
 
-def built(folder: Path, rows: Rows, rules: TokenRules = RULES, template: Template = TEMPLATE) -> TokenStore:
+def build(folder: Path, rows: Rows, rules: TokenRules = RULES, template: Template = TEMPLATE) -> TokenStore:
     return build_store(rows, template, None, byte_level(), rules, folder)
 
 
-def same(store: TokenStore, examples: list[Example]) -> bool:
+def same_examples(store: TokenStore, examples: list[Example]) -> bool:
     def values(example: Example) -> dict[str, object]:
         ids, trained = example.token_ids.tolist(), example.trained.tolist()
         return {**vars(example), "token_ids": ids, "trained": trained}
@@ -46,31 +46,31 @@ def same(store: TokenStore, examples: list[Example]) -> bool:
 
 
 @pytest.fixture
-def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every tokenization that the cache asks for."""
+def encoded_row_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The row count of every call of ExampleEncoder.encode."""
     calls: list[int] = []
-    encoded = ExampleEncoder.encode
+    original_encode = ExampleEncoder.encode
 
-    def counting(encoder: ExampleEncoder, rendered: list, rows: list) -> list:
+    def counting_encode(encoder: ExampleEncoder, rendered: list, rows: list) -> list:
         calls.append(len(rows))
-        return encoded(encoder, rendered, rows)
+        return original_encode(encoder, rendered, rows)
 
-    monkeypatch.setattr(ExampleEncoder, "encode", counting)
+    monkeypatch.setattr(ExampleEncoder, "encode", counting_encode)
     return calls
 
 
 # What a store holds
 
 
-def test_a_store_gives_back_the_examples_of_its_rows(tmp_path: Path) -> None:
+def test_store_returns_the_encoded_examples_and_left_out_rows(tmp_path: Path) -> None:
     rules = TokenRules(cutoff_len=40)
     rows = list(data(20))
     rows.append(Row(21, {"document": "a <|im_end|> b", "title": "x" * 20}, "train.jsonl:21"))
     rows.append(Row(22, {"document": "a", "title": "0" * 99}, "train.jsonl:22"))
     expected = encode([TEMPLATE.render(row) for row in rows], rows, byte_level(), rules)
     examples = [outcome for outcome in expected if isinstance(outcome, Example)]
-    store = built(tmp_path, data(read=lambda: iter(rows)), rules)
-    assert same(store, examples)
+    store = build(tmp_path, data(read=lambda: iter(rows)), rules)
+    assert same_examples(store, examples)
     assert store.left_out == [outcome for outcome in expected if not isinstance(outcome, Example)]
     assert [left_out.place for left_out in store.left_out] == ["train.jsonl:22"]
     assert store.lengths.tolist() == [len(example.token_ids) for example in examples]
@@ -79,7 +79,7 @@ def test_a_store_gives_back_the_examples_of_its_rows(tmp_path: Path) -> None:
     assert store.row_numbers.tolist() == list(range(1, 22))
 
 
-def test_counts_say_what_became_of_the_rows(tmp_path: Path) -> None:
+def test_store_counts_left_out_shortened_and_special_token_rows(tmp_path: Path) -> None:
     rows = [
         Row(1, {"a": "boats", "b": "storm", "c": "x"}, "a:1"),
         Row(2, {"a": "</s> <|im_end|>", "c": "x"}, "a:2"),
@@ -87,21 +87,21 @@ def test_counts_say_what_became_of_the_rows(tmp_path: Path) -> None:
         Row(4, {"a": "0", "c": "0" * 50}, "a:4"),
     ]
     template = Template.parse("{a}{b}\n{c}\n---\n{a}\n{c}")
-    counts = built(tmp_path, data(read=lambda: iter(rows)), TokenRules(cutoff_len=30), template).counts
+    counts = build(tmp_path, data(read=lambda: iter(rows)), TokenRules(cutoff_len=30), template).counts
     assert (counts.rows, counts.examples, counts.left_out) == (4, 3, 1)
     assert (counts.shortened, counts.cut_characters, counts.special_text) == (1, 23, 1)
     assert counts.variants == (1, 2)
     assert counts.trained_tokens == 3 * len(["x", "eos"])
-    store = built(tmp_path, data(read=lambda: iter(rows)), TokenRules(cutoff_len=30), template)
+    store = build(tmp_path, data(read=lambda: iter(rows)), TokenRules(cutoff_len=30), template)
     assert counts == store.counts
     assert counts.tokens == len(store.token_ids) == int(store.lengths.sum())
 
 
 def test_stored_arrays_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
-        built(tmp_path, data())[0].token_ids[0] = 1
+        build(tmp_path, data())[0].token_ids[0] = 1
     with pytest.raises(IndexError):
-        built(tmp_path, data())[5]
+        build(tmp_path, data())[5]
 
 
 def test_rows_are_read_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_rows_are_read_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
             read.append(row.number)
             yield row
 
-    ahead: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     store = build_store(
         data(read=rows),
         TEMPLATE,
@@ -121,29 +121,31 @@ def test_rows_are_read_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
         byte_level(),
         RULES,
         tmp_path,
-        lambda done: ahead.append((done, len(read))),
+        lambda done: progress.append((done, len(read))),
     )
-    assert ahead == [(7, 7), (14, 14), (20, 20)]
+    assert progress == [(7, 7), (14, 14), (20, 20)]
     monkeypatch.setattr(yeonma.tokenization.cache, "ROWS_A_CHUNK", 2000)
-    whole = built(tmp_path / "whole", data(20))
-    assert same(store, [whole[index] for index in range(len(whole))])
+    one_chunk_store = build(tmp_path / "whole", data(20))
+    assert same_examples(store, [one_chunk_store[index] for index in range(len(one_chunk_store))])
 
 
 # Once for each key
 
 
-def test_a_second_build_with_the_same_key_tokenises_nothing(tmp_path: Path, tokenised: list[int]) -> None:
-    first = built(tmp_path, data())
+def test_second_build_with_the_same_key_tokenizes_nothing(
+    tmp_path: Path, encoded_row_counts: list[int]
+) -> None:
+    first = build(tmp_path, data())
 
-    def never() -> Iterator[Row]:
+    def fail_if_read() -> Iterator[Row]:
         raise AssertionError("the rows were read again")
 
-    second = built(tmp_path, data(read=never))
-    assert tokenised == [5]
-    assert same(second, [first[index] for index in range(len(first))])
+    second = build(tmp_path, data(read=fail_if_read))
+    assert encoded_row_counts == [5]
+    assert same_examples(second, [first[index] for index in range(len(first))])
 
 
-def test_the_key_changes_with_everything_that_matters() -> None:
+def test_store_key_changes_with_data_template_tokenizer_and_rules() -> None:
     def key(
         rows: Rows | None = None,
         template: Template = TEMPLATE,
@@ -182,7 +184,7 @@ def test_the_key_changes_with_everything_that_matters() -> None:
     assert key(columns={}) == keys[0]
 
 
-def test_a_tokenizer_s_identity_is_its_content(tmp_path: Path) -> None:
+def test_tokenizer_identity_depends_only_on_its_content(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -191,25 +193,25 @@ def test_a_tokenizer_s_identity_is_its_content(tmp_path: Path) -> None:
     assert tokenizer_identity(loaded) == tokenizer_identity(tokenizer)
 
 
-def test_processes_that_want_the_same_tokens_build_them_once(tmp_path: Path, tokenised: list[int]) -> None:
+def test_concurrent_builds_of_one_key_tokenize_once(tmp_path: Path, encoded_row_counts: list[int]) -> None:
     # A file lock is held by an open file, so threads contend for it as processes do.
-    inside, lengths = threading.Event(), []
+    rows_opened, lengths = threading.Event(), []
 
     def rows() -> Iterator[Row]:
-        inside.set()
+        rows_opened.set()
         yield from data(50)
 
-    def build() -> None:
-        lengths.append(len(built(tmp_path, data(read=rows))))
+    def build_and_count() -> None:
+        lengths.append(len(build(tmp_path, data(read=rows))))
 
-    threads = [threading.Thread(target=build) for _ in range(3)]
+    threads = [threading.Thread(target=build_and_count) for _ in range(3)]
     for thread in threads:
         thread.start()
-        inside.wait(10)
+        rows_opened.wait(10)
     for thread in threads:
         thread.join()
     assert lengths == [50, 50, 50]
-    assert tokenised == [50]
+    assert encoded_row_counts == [50]
 
 
 # Damage
@@ -219,17 +221,17 @@ def files_of(store: TokenStore) -> list[Path]:
     return sorted(path for path in store.folder.iterdir() if path.stat().st_size)
 
 
-def test_a_store_with_any_file_damaged_is_built_again(tmp_path: Path, tokenised: list[int]) -> None:
+def test_store_with_any_damaged_file_is_rebuilt(tmp_path: Path, encoded_row_counts: list[int]) -> None:
     rows = data(20)
-    whole = [built(tmp_path, rows)[index] for index in range(20)]
+    stored = [build(tmp_path, rows)[index] for index in range(20)]
     expected = [
         replace(example, token_ids=example.token_ids.copy(), trained=example.trained.copy())
-        for example in whole
+        for example in stored
     ]
-    names = [path.name for path in files_of(built(tmp_path, rows))]
+    names = [path.name for path in files_of(build(tmp_path, rows))]
     assert len(names) == 18
     for name in names:
-        path = built(tmp_path, rows).folder / name
+        path = build(tmp_path, rows).folder / name
         content = path.read_bytes()
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 1
@@ -238,16 +240,16 @@ def test_a_store_with_any_file_damaged_is_built_again(tmp_path: Path, tokenised:
             if damaged is not None:
                 path.write_bytes(damaged)
             assert open_store(path.parent, path.parent.name) is None
-            tokenised.clear()
-            assert same(built(tmp_path, rows), expected)
-            assert tokenised == [20]
+            encoded_row_counts.clear()
+            assert same_examples(build(tmp_path, rows), expected)
+            assert encoded_row_counts == [20]
 
 
-def test_what_a_killed_build_left_is_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     key = store_key(data(), TEMPLATE, None, byte_level(), RULES)
     (tmp_path / f"{key}.tmp").mkdir()
     (tmp_path / f"{key}.tmp" / "token_ids.bin").write_bytes(b"half")
-    assert len(built(tmp_path, data())) == 5
+    assert len(build(tmp_path, data())) == 5
     assert not (tmp_path / f"{key}.tmp").exists()
 
 
@@ -259,12 +261,12 @@ def test_a_build_that_fails_leaves_no_store(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path, data(read=rows))
+        build(tmp_path, data(read=rows))
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_only_plain_arrays_and_json_are_written(tmp_path: Path) -> None:
-    store = built(tmp_path, data())
+    store = build(tmp_path, data())
     assert {path.suffix for path in store.folder.iterdir()} == {".bin", ".json", ".jsonl"}
     assert json.loads((store.folder / "meta.json").read_text())["meta"]["key"] == store.key
     assert (store.folder / "token_ids.bin").stat().st_size == 4 * store.counts.tokens
@@ -273,7 +275,9 @@ def test_only_plain_arrays_and_json_are_written(tmp_path: Path) -> None:
 # Problems of the rows
 
 
-def test_problems_of_many_rows_come_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_of_many_rows_are_reported_in_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(yeonma.tokenization.cache, "ROWS_A_CHUNK", 4)
 
     def rows() -> Iterator[Row]:
@@ -282,7 +286,7 @@ def test_problems_of_many_rows_come_together(tmp_path: Path, monkeypatch: pytest
         raise UserError("malformed", place="train.jsonl:13")
 
     with pytest.raises(UserError) as caught:
-        built(tmp_path, data(read=rows))
+        build(tmp_path, data(read=rows))
     assert [problem.place for problem in caught.value.problems] == [
         "train.jsonl:5",
         "train.jsonl:10",
@@ -290,46 +294,46 @@ def test_problems_of_many_rows_come_together(tmp_path: Path, monkeypatch: pytest
     ]
 
 
-def test_twenty_problems_are_shown_and_reading_stops(tmp_path: Path) -> None:
+def test_reading_stops_after_twenty_reported_problems(tmp_path: Path) -> None:
     def rows() -> Iterator[Row]:
         for number in range(1, 10_000):
             assert number <= 2000  # one chunk
             yield Row(number, {"title": "x"}, f"train.jsonl:{number}")
 
     with pytest.raises(UserError) as caught:
-        built(tmp_path, data(read=rows))
+        build(tmp_path, data(read=rows))
     assert len(caught.value.problems) == 21
     assert caught.value.problems[20] == Problem("there are more such problems", "train.jsonl")
 
 
-def test_when_no_row_is_left_it_is_an_error(tmp_path: Path) -> None:
+def test_data_with_no_usable_row_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row is left of 5: each is over cutoff_len 4"):
-        built(tmp_path, data(), TokenRules(cutoff_len=4))
+        build(tmp_path, data(), TokenRules(cutoff_len=4))
     with pytest.raises(UserError, match="no rows"):
-        built(tmp_path, data(0))
+        build(tmp_path, data(0))
     assert {path.suffix for path in tmp_path.iterdir()} == {".lock"}
 
 
-def test_over_limit_error_stops_with_the_rows(tmp_path: Path) -> None:
+def test_over_limit_error_names_the_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.jsonl:1: .* cutoff_len is 4"):
-        built(tmp_path, data(), TokenRules(cutoff_len=4, over_limit="error"))
+        build(tmp_path, data(), TokenRules(cutoff_len=4, over_limit="error"))
 
 
-def test_wrong_rules_are_found_before_a_row_is_read(tmp_path: Path) -> None:
-    def never() -> Iterator[Row]:
+def test_invalid_rules_are_reported_before_any_row_is_read(tmp_path: Path) -> None:
+    def fail_if_read() -> Iterator[Row]:
         raise AssertionError("a row was read")
 
     with pytest.raises(UserError, match="did you mean"):
-        built(tmp_path, data(read=never), TokenRules(cutoff_len=64, shrink="documents"))
+        build(tmp_path, data(read=fail_if_read), TokenRules(cutoff_len=64, shrink="documents"))
 
 
-def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+def test_unwritable_cache_folder_error_names_cache_dir(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--cache_dir"):
-        built(tmp_path / "file", data())
+        build(tmp_path / "file", data())
 
 
-def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_dir_uses_yeonma_cache_or_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path))
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("YEONMA_CACHE")
@@ -337,9 +341,9 @@ def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: 
     assert default_cache_dir() == Path("/home/someone/.cache/yeonma")
 
 
-def test_built_in_templates_go_through_the_cache(tmp_path: Path) -> None:
+def test_built_in_chat_template_builds_a_store(tmp_path: Path) -> None:
     rows = [
         Row(1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "a:1")
     ]
-    store = built(tmp_path, data(read=lambda: iter(rows)), template=load_template("chat"))
+    store = build(tmp_path, data(read=lambda: iter(rows)), template=load_template("chat"))
     assert store.counts.examples == 1

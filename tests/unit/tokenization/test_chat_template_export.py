@@ -1,4 +1,4 @@
-"""The chat template in the folder: messages that other tools send become the tokens of training."""
+"""The exported chat template turns the messages of other tools into the token ids of training."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def rows_for(template: Template) -> list[Row]:
     fields = sorted(template.fields - {template.answer_field})
     filled = [{name: TEXTS[(i + j) % len(TEXTS)] for j, name in enumerate(fields)} for i in range(len(TEXTS))]
     blanked = [{**filled[1], name: blank} for name in fields for blank in BLANKS]
-    fitting = []
+    valid_rows = []
     for i, values in enumerate([*filled, *blanked], 1):
         present = {name for name, text in values.items() if text and not text.isspace()}
         if any(present.issuperset(variant.prompt_fields) for variant in template.variants):
-            fitting.append(Row(i, values, f"row {i}"))
-    return fitting
+            valid_rows.append(Row(i, values, f"row {i}"))
+    return valid_rows
 
 
-def saved(template: Template, tokenizer: Any, folder: Path) -> Any:
+def save_and_reload(template: Template, tokenizer: Any, folder: Path) -> Any:
     save_tokenizer(tokenizer, export_chat_template(template, tokenizer), folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -95,38 +95,38 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
 @pytest.mark.parametrize("kind", WITH_BOS)
 def test_messages_become_the_trained_tokens(kind: str, name: str, tmp_path: Path) -> None:
     tokenizer, template = WITH_BOS[kind](), Template.parse(TEMPLATES[name])
-    other = saved(template, tokenizer, tmp_path)
+    exported = save_and_reload(template, tokenizer, tmp_path)
     rows = rows_for(template)
     assert len(rows) >= 5
     for row, ids in zip(rows, trained_prompts(template, rows, tokenizer), strict=True):
         messages = messages_of(template, row, None, template.render(row, None, with_answer=False))
-        assert chat_ids(other, messages) == ids, row
+        assert chat_ids(exported, messages) == ids, row
         if not template.is_chat:  # OpenAI's content parts, escaped to ASCII
             text = messages[0]["content"]
             if len(template.fields) > 2:
                 text = json.dumps(json.loads(text), indent=2)
-            half = len(text) // 2
-            parts = [{"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]}]
-            assert chat_ids(other, [{"role": "user", "content": parts}]) == ids, row
+            middle = len(text) // 2
+            parts = [{"type": "text", "text": text[:middle]}, {"type": "text", "text": text[middle:]}]
+            assert chat_ids(exported, [{"role": "user", "content": parts}]) == ids, row
 
 
-def test_the_tokenizer_is_the_bases_again_when_yeonma_loads_it(tmp_path: Path) -> None:
-    for number, chat in enumerate((byte_level().chat_template, None)):
+def test_load_tokenizer_restores_the_bases_chat_template(tmp_path: Path) -> None:
+    for number, chat_template in enumerate((byte_level().chat_template, None)):
         folder = tmp_path / str(number)
-        tokenizer = byte_level(chat)
-        other = saved(load_template("title"), tokenizer, folder)
-        assert other.chat_template != chat
-        again = load_tokenizer(BaseSource(str(folder)))
-        assert again.chat_template == chat
-        assert identity_of_tokenizer(again) == identity_of_tokenizer(tokenizer)
+        tokenizer = byte_level(chat_template)
+        exported = save_and_reload(load_template("title"), tokenizer, folder)
+        assert exported.chat_template != chat_template
+        loaded = load_tokenizer(BaseSource(str(folder)))
+        assert loaded.chat_template == chat_template
+        assert identity_of_tokenizer(loaded) == identity_of_tokenizer(tokenizer)
 
 
-def test_turns_without_a_chat_template_leave_none(tmp_path: Path) -> None:
+def test_turns_for_a_base_without_chat_template_export_none(tmp_path: Path) -> None:
     template = Template.parse(TEMPLATES["turns"])
-    assert saved(template, byte_level(None), tmp_path).chat_template is None
+    assert save_and_reload(template, byte_level(None), tmp_path).chat_template is None
 
 
-def test_an_adapter_folder_carries_it(tmp_path: Path) -> None:
+def test_adapter_folder_contains_the_exported_chat_template(tmp_path: Path) -> None:
     folder = tiny_adapter(tmp_path, sentencepiece_bpe()).adapter
     row = Row(1, {"document": TEXTS[0]}, "row 1")
     (ids,) = trained_prompts(load_template("title"), [row], sentencepiece_bpe())
@@ -134,12 +134,12 @@ def test_an_adapter_folder_carries_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_an_answer_follows_its_prompt(plain: bool, tmp_path: Path) -> None:
+def test_assistant_message_is_rendered_after_its_prompt(plain: bool, tmp_path: Path) -> None:
     template = Template.parse(TEMPLATES["twice" if plain else "turn variants"])
-    other = saved(template, byte_level(), tmp_path)
+    exported = save_and_reload(template, byte_level(), tmp_path)
     user = {"role": "user", "content": '{"a": "x", "b": "y"}'}
-    text = other.apply_chat_template([user, {"role": "assistant", "content": "T"}], tokenize=False)
-    prompt = other.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    text = exported.apply_chat_template([user, {"role": "assistant", "content": "T"}], tokenize=False)
+    prompt = exported.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     assert text.removeprefix(prompt) == ("T end<|endoftext|>" if plain else "Title: T<|im_end|>\n")
 
 
@@ -168,14 +168,14 @@ def test_an_answer_follows_its_prompt(plain: bool, tmp_path: Path) -> None:
         '{"a": "x", "b": nuil}',
     ],
 )
-def test_a_message_that_is_not_the_fields_is_refused(content: str, tmp_path: Path) -> None:
-    other = saved(Template.parse(TEMPLATES["twice"]), byte_level(), tmp_path)
+def test_message_that_is_not_json_of_the_fields_is_refused(content: str, tmp_path: Path) -> None:
+    exported = save_and_reload(Template.parse(TEMPLATES["twice"]), byte_level(), tmp_path)
     with pytest.raises(Exception, match=r"a JSON object of the texts a, b|the message lacks a field"):
-        chat_ids(other, [{"role": "user", "content": content}])
+        chat_ids(exported, [{"role": "user", "content": content}])
 
 
-def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
-    other = saved(load_template("title"), byte_level(), tmp_path)
+def test_anything_but_one_user_message_is_refused(tmp_path: Path) -> None:
+    exported = save_and_reload(load_template("title"), byte_level(), tmp_path)
     user = {"role": "user", "content": "x"}
     for messages in (
         [user, user],
@@ -183,32 +183,32 @@ def test_more_than_one_question_is_refused(tmp_path: Path) -> None:
         [{"role": "assistant", "content": "x"}],
     ):
         with pytest.raises(Exception, match="one user message with the text of document"):
-            chat_ids(other, messages)
+            chat_ids(exported, messages)
 
 
-def test_a_plain_message_is_the_only_field_of_a_variant_that_has_just_one(tmp_path: Path) -> None:
+def test_plain_message_fills_the_field_of_a_one_field_variant(tmp_path: Path) -> None:
     template = load_template("alpaca")
-    other = saved(template, byte_level(), tmp_path)
+    exported = save_and_reload(template, byte_level(), tmp_path)
     (ids,) = trained_prompts(template, [Row(1, {"instruction": "Write."}, "row")], byte_level())
-    assert chat_ids(other, [{"role": "user", "content": "Write."}]) == ids
+    assert chat_ids(exported, [{"role": "user", "content": "Write."}]) == ids
 
 
-def test_what_a_chat_template_cannot_carry_is_said_and_not_written(tmp_path: Path) -> None:
+def test_template_that_cannot_be_exported_is_reported_and_not_written(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base")
-    odd = characters()
-    backend = odd.backend_tokenizer
+    tokenizer = characters()
+    backend = tokenizer.backend_tokenizer
     backend.post_processor = TemplateProcessing(
-        single="# $A", special_tokens=[("#", odd.convert_tokens_to_ids("#"))]
+        single="# $A", special_tokens=[("#", tokenizer.convert_tokens_to_ids("#"))]
     )
-    odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    odd.save_pretrained(base)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(base)
     data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
     done = trained(tmp_path / "OUT", base, data, max_steps=1)
     assert "chat_template.jinja does not contain the training template: a chat template cannot" in done.out
     assert not list(done.folder.glob("*chat_template*"))
 
 
-def test_a_run_leaves_it_in_the_folder_and_in_checkpoints(tmp_path: Path) -> None:
+def test_training_writes_the_chat_template_to_folder_and_checkpoints(tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base")
     data = write_jsonl(tmp_path / "rows.jsonl", articles(8))
     done = trained(tmp_path / "OUT", base, data, max_steps=2, save_steps=1)
@@ -216,18 +216,18 @@ def test_a_run_leaves_it_in_the_folder_and_in_checkpoints(tmp_path: Path) -> Non
     rows = [Row(1, row, "row 1") for row in articles(8)]
     template = Template.parse(TEMPLATE)
     for folder in (done.folder, done.folder / "checkpoint-1"):
-        other = AutoTokenizer.from_pretrained(folder)
+        exported = AutoTokenizer.from_pretrained(folder)
         for row, ids in zip(rows, trained_prompts(template, rows, characters()), strict=True):
-            assert chat_ids(other, [{"role": "user", "content": row.values["document"]}]) == ids
-    sums = json.loads((done.folder / "manifest.json").read_text())["sha256"]
-    assert {"chat_template.jinja", "base_chat_template.jinja"} <= set(sums)
+            assert chat_ids(exported, [{"role": "user", "content": row.values["document"]}]) == ids
+    checksums = json.loads((done.folder / "manifest.json").read_text())["sha256"]
+    assert {"chat_template.jinja", "base_chat_template.jinja"} <= set(checksums)
 
 
-def test_a_base_whose_default_chat_template_is_missing_gets_one(tmp_path: Path) -> None:
+def test_base_without_a_default_chat_template_gets_one(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = {"tool_use": "{{ messages[0]['content'] }}"}
-    other = saved(load_template("title"), tokenizer, tmp_path)
+    exported = save_and_reload(load_template("title"), tokenizer, tmp_path)
     row = Row(1, {"document": TEXTS[0]}, "row 1")
     (ids,) = trained_prompts(load_template("title"), [row], tokenizer)
-    assert chat_ids(other, [{"role": "user", "content": TEXTS[0]}]) == ids
+    assert chat_ids(exported, [{"role": "user", "content": TEXTS[0]}]) == ids
     assert load_tokenizer(BaseSource(str(tmp_path))).chat_template == tokenizer.chat_template

@@ -1,4 +1,4 @@
-"""Settings to examples: the template chosen, the validation rows drawn, the summary and the warnings printed."""
+"""From settings to examples: the chosen template, the validation rows, and the printed summary and warnings."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from yeonma.tokenization.dataset import (
 )
 
 
-def prepared(
+def prepare(
     data: Path, lines: list[str] | None = None, *, seed: int = 42, tokens: Any = None, **settings: Any
 ) -> Dataset:
     data_settings = DataSettings(data_path=str(data), **{"template": TEMPLATE, **settings})
-    say = (lines if lines is not None else []).append
+    print_line = (lines if lines is not None else []).append
     dataset = prepare_dataset(
-        data_settings, tokens or TokenSettings(), characters(), seed, say, lambda _: None
+        data_settings, tokens or TokenSettings(), characters(), seed, print_line, lambda _: None
     )
-    describe(dataset, say)
+    describe(dataset, print_line)
     return dataset
 
 
@@ -44,70 +44,70 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_without_validation_every_row_is_trained(data: Path) -> None:
-    dataset = prepared(data)
+    dataset = prepare(data)
     assert rows_of(dataset.train) == list(range(1, 21))
     assert dataset.validation is None
 
 
 @pytest.mark.parametrize(("size", "count"), [(3, 3), (0.25, 5), (1, 1), (0.001, 1)])
-def test_rows_held_out_are_not_trained(data: Path, size: float, count: int) -> None:
-    dataset = prepared(data, val_set_size=size)
+def test_held_out_rows_are_not_trained(data: Path, size: float, count: int) -> None:
+    dataset = prepare(data, val_set_size=size)
     assert dataset.validation is not None
     held_out = rows_of(dataset.validation)
     assert len(held_out) == count
     assert sorted(held_out + rows_of(dataset.train)) == list(range(1, 21))
 
 
-def test_the_draw_is_the_seeds(data: Path) -> None:
-    draws = [rows_of(prepared(data, val_set_size=5, seed=seed).validation) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+def test_seed_determines_the_validation_rows(data: Path) -> None:
+    validation_rows = [rows_of(prepare(data, val_set_size=5, seed=seed).validation) for seed in (1, 1, 2)]
+    assert validation_rows[0] == validation_rows[1] != validation_rows[2]
 
 
-def test_rows_that_are_left_out_are_not_drawn(tmp_path: Path) -> None:
+def test_rows_over_the_limit_are_not_drawn_for_validation(tmp_path: Path) -> None:
     rows = articles(20)
     for number in range(0, 20, 2):
         rows[number]["title"] = "a title far longer than the limit lets an answer be" * 4
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     lines: list[str] = []
-    dataset = prepared(data, lines, val_set_size=4, tokens=TokenSettings(cutoff_len=150))
+    dataset = prepare(data, lines, val_set_size=4, tokens=TokenSettings(cutoff_len=150))
     assert dataset.validation is not None
     assert len(rows_of(dataset.validation)) == 4
     assert sorted(rows_of(dataset.validation) + rows_of(dataset.train)) == list(range(2, 21, 2))
     assert f"{data}: 10 left out: rows 1, 3, 5, 7, 9, 11, 13, 15, 17, 19" in lines
 
 
-def test_validation_rows_of_their_own(tmp_path: Path, data: Path) -> None:
-    more = write_jsonl(tmp_path / "more.jsonl", articles(4, seed=9))
+def test_val_data_path_supplies_the_validation_rows(tmp_path: Path, data: Path) -> None:
+    validation_data = write_jsonl(tmp_path / "more.jsonl", articles(4, seed=9))
     lines: list[str] = []
-    dataset = prepared(data, lines, val_data_path=str(more))
+    dataset = prepare(data, lines, val_data_path=str(validation_data))
     assert dataset.validation is not None
     assert rows_of(dataset.validation) == [1, 2, 3, 4]
     assert rows_of(dataset.train) == list(range(1, 21))
-    assert [line.partition(": ")[0] for line in lines] == [str(data), str(more)]
+    assert [line.partition(": ")[0] for line in lines] == [str(data), str(validation_data)]
 
 
-def test_both_kinds_of_validation_are_refused(tmp_path: Path, data: Path) -> None:
+def test_val_set_size_with_val_data_path_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(
         UserError, match="val_set_size and val_data_path are both given; give only one of them"
     ):
-        prepared(data, val_set_size=2, val_data_path=str(data))
+        prepare(data, val_set_size=2, val_data_path=str(data))
 
 
 def test_holding_out_every_row_is_refused(data: Path) -> None:
     with pytest.raises(UserError, match="20 validation rows of 20 leave nothing to train"):
-        prepared(data, val_set_size=20)
+        prepare(data, val_set_size=20)
 
 
-def test_the_template_that_the_columns_satisfy_is_chosen_and_said(data: Path) -> None:
+def test_matching_template_is_chosen_and_printed(data: Path) -> None:
     lines: list[str] = []
-    dataset = prepared(data, lines, template=None)
+    dataset = prepare(data, lines, template=None)
     assert dataset.template.name == "title"
     assert "title" in lines[0]
 
 
-def test_counts_are_said(data: Path) -> None:
+def test_row_and_token_counts_are_printed(data: Path) -> None:
     lines: list[str] = []
-    dataset = prepared(data, lines, tokens=TokenSettings(cutoff_len=90))
+    dataset = prepare(data, lines, tokens=TokenSettings(cutoff_len=90))
     tokens, trained = int(dataset.train.store.lengths.sum()), dataset.train.trained_tokens
     assert lines[0] == f"{data}: 20 rows, 20 examples, {tokens:,} tokens, {trained:,} of them trained"
     counts = dataset.train.store.counts
@@ -117,17 +117,17 @@ def test_counts_are_said(data: Path) -> None:
     )
 
 
-def test_special_token_text_in_the_data_is_said(tmp_path: Path) -> None:
+def test_special_token_text_in_the_data_is_reported(tmp_path: Path) -> None:
     rows = articles(3)
     rows[1]["document"] += " </s>"
     lines: list[str] = []
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    prepared(data, lines)
+    prepare(data, lines)
     assert f"{data}: rows with special-token text, encoded as ordinary text: 1 (row 2)" in lines
 
 
-def test_the_first_rows_of_a_part_are_its_own(data: Path) -> None:
-    dataset = prepared(data, val_set_size=6)
+def test_first_rows_returns_only_rows_of_its_part(data: Path) -> None:
+    dataset = prepare(data, val_set_size=6)
     assert dataset.validation is not None
     first = dataset.validation.first_rows(3)
     assert [row.number for row in first] == sorted(rows_of(dataset.validation))[:3]
@@ -136,30 +136,30 @@ def test_the_first_rows_of_a_part_are_its_own(data: Path) -> None:
     assert len(dataset.validation.first_rows(100)) == 6
 
 
-def test_positions_are_into_the_store(data: Path) -> None:
-    dataset = prepared(data, val_set_size=6)
-    everything = np.concatenate([dataset.train.positions, dataset.validation.positions])  # type: ignore[union-attr]
-    assert sorted(everything.tolist()) == list(range(20))
+def test_train_and_validation_positions_cover_the_store(data: Path) -> None:
+    dataset = prepare(data, val_set_size=6)
+    positions = np.concatenate([dataset.train.positions, dataset.validation.positions])  # type: ignore[union-attr]
+    assert sorted(positions.tolist()) == list(range(20))
 
 
 # Warnings
 
 
-def prepared_with_lines(
+def prepare_with_lines(
     folder: Path, rows: list[dict[str, str]], **settings: Any
 ) -> tuple[Dataset, list[str]]:
     lines: list[str] = []
     data = write_jsonl(folder / "rows.jsonl", rows)
-    return prepared(data, lines, template="{document}\nTitle:\n{title}", **settings), lines
+    return prepare(data, lines, template="{document}\nTitle:\n{title}", **settings), lines
 
 
-def test_an_ordinary_data_set_has_no_remarks(tmp_path: Path) -> None:
-    dataset, lines = prepared_with_lines(tmp_path, articles(20), val_set_size=4)
+def test_ordinary_data_gives_no_warnings(tmp_path: Path) -> None:
+    dataset, lines = prepare_with_lines(tmp_path, articles(20), val_set_size=4)
     assert data_warnings(*dataset.train.examples) == []
     assert len(lines) == 1
 
 
-def test_every_kind_is_counted_with_its_rows(tmp_path: Path) -> None:
+def test_every_kind_of_warning_lists_its_rows(tmp_path: Path) -> None:
     rows = articles(12)
     rows[1]["document"] = normalize("NFD", "서울의 아침")
     rows[3]["title"] = "a\u200btitle"
@@ -168,7 +168,7 @@ def test_every_kind_is_counted_with_its_rows(tmp_path: Path) -> None:
     rows[7] = {key: f" {text.upper()}" for key, text in rows[0].items()}
     rows[9] = {**rows[2], "title": "another answer"}
     rows[10] = dict(rows[2])
-    dataset, lines = prepared_with_lines(tmp_path, rows)
+    dataset, lines = prepare_with_lines(tmp_path, rows)
     warnings = {warning.kind: warning.rows for warning in data_warnings(*dataset.train.examples)}
     assert warnings == {
         "decomposed": (2,),
@@ -181,19 +181,19 @@ def test_every_kind_is_counted_with_its_rows(tmp_path: Path) -> None:
     assert any(line.endswith("rows with decomposed Hangul (NFD): 1 (row 2)") for line in lines)
 
 
-def test_warnings_are_of_the_rows_at_the_positions_alone(tmp_path: Path) -> None:
+def test_warnings_cover_only_rows_at_the_given_positions(tmp_path: Path) -> None:
     rows = articles(6)
     rows[4] = dict(rows[1])
-    dataset, _ = prepared_with_lines(tmp_path, rows)
+    dataset, _ = prepare_with_lines(tmp_path, rows)
     store = dataset.train.store
     assert [warning.rows for warning in data_warnings(store, np.arange(6))] == [(5,)]
     assert data_warnings(store, np.array([0, 2, 3, 4, 5])) == []
 
 
-def test_validation_rows_that_are_also_trained_are_said(tmp_path: Path) -> None:
+def test_validation_rows_that_are_also_trained_are_reported(tmp_path: Path) -> None:
     rows = articles(8)
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [*articles(3, seed=5), rows[6], rows[2]])
-    dataset, lines = prepared_with_lines(tmp_path, rows, val_data_path=str(held_out))
+    dataset, lines = prepare_with_lines(tmp_path, rows, val_data_path=str(held_out))
     assert dataset.validation is not None
     overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
     assert overlap is not None
@@ -202,17 +202,19 @@ def test_validation_rows_that_are_also_trained_are_said(tmp_path: Path) -> None:
     assert overlap_of(dataset.train.examples, (dataset.validation.store, np.arange(3))) is None
 
 
-def test_a_drawn_validation_row_may_have_a_twin_among_the_trained(tmp_path: Path) -> None:
+def test_drawn_validation_rows_with_trained_duplicates_are_reported(tmp_path: Path) -> None:
     rows = articles(10)
-    dataset, lines = prepared_with_lines(tmp_path, rows + rows, val_set_size=5)
+    dataset, lines = prepare_with_lines(tmp_path, rows + rows, val_set_size=5)
     assert dataset.validation is not None
     held_out = dataset.validation.store.row_numbers[dataset.validation.positions].tolist()
-    alone = [row for row in held_out if (row + 10 if row <= 10 else row - 10) not in held_out]
-    assert alone
-    assert any(f"validation rows that are also training rows: {len(alone)} (" in line for line in lines)
+    trained_twins = [row for row in held_out if (row + 10 if row <= 10 else row - 10) not in held_out]
+    assert trained_twins
+    assert any(
+        f"validation rows that are also training rows: {len(trained_twins)} (" in line for line in lines
+    )
 
 
-def test_a_long_list_is_cut_short_and_says_so() -> None:
+def test_long_row_list_ends_with_the_number_of_further_rows() -> None:
     assert format_rows([4]) == "row 4"
     assert format_rows(list(range(1, 13))) == "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
     assert format_rows([1, 2], count=1202) == "rows 1, 2 and 1,200 more"

@@ -55,11 +55,11 @@ def rows_of(*pairs: tuple[str, str]) -> list[Row]:
 
 
 def articles(count: int, seed: int = 0) -> list[Row]:
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     sentences = [text.replace("\n", " ") for text in CORPUS[:3] + CORPUS[5:8]]
     return rows_of(
         *(
-            (" ".join(draw.choices(sentences, k=draw.randint(15, 60))), f"제목 {n}, title {n}")
+            (" ".join(rng.choices(sentences, k=rng.randint(15, 60))), f"제목 {n}, title {n}")
             for n in range(count)
         )
     )
@@ -95,12 +95,12 @@ def trained_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     return str(tokenizer.decode(example.token_ids[example.trained].tolist()))
 
 
-# Prompts: generation feeds the tokens of training
+# Prompts: generation gets the same tokens as training
 
 
 @each_tokenizer
 @each_template
-def test_generation_feeds_the_trained_prompt_ids(make: Make, template: Template) -> None:
+def test_generation_prompt_ids_equal_training_prompt_ids(make: Make, template: Template) -> None:
     tokenizer, rows = make(), rows_of(*TEXTS)
     without_answer = [template.render(row, with_answer=False) for row in rows]
     prompts = encode_prompts(without_answer, rows, tokenizer, RULES, 20)
@@ -112,16 +112,16 @@ def test_generation_feeds_the_trained_prompt_ids(make: Make, template: Template)
 
 
 @each_tokenizer
-def test_prompt_ids_are_the_tokenizer_s_own_without_an_end_token(make: Make) -> None:
+def test_prompt_ids_equal_the_tokenizers_without_eos(make: Make) -> None:
     tokenizer, rows = make(), rows_of(*TEXTS)
     for row, example in zip(rows, examples(PLAIN, rows, tokenizer), strict=True):
-        own = tokenizer(prompt_text(PLAIN.render(row)))["input_ids"]
-        own = own[:-1] if own[-1] == tokenizer.eos_token_id else own
-        assert example.token_ids[: example.prompt_length].tolist() == own
+        expected = tokenizer(prompt_text(PLAIN.render(row)))["input_ids"]
+        expected = expected[:-1] if expected[-1] == tokenizer.eos_token_id else expected
+        assert example.token_ids[: example.prompt_length].tolist() == expected
 
 
 @each_tokenizer
-def test_the_prompt_of_turns_is_what_the_chat_template_asks(make: Make) -> None:
+def test_chat_prompt_ids_equal_the_rendered_chat_template(make: Make) -> None:
     tokenizer, (row,) = make(), rows_of(TEXTS[1])
     (example,) = examples(TURNS, [row], tokenizer)
     messages = [
@@ -129,24 +129,22 @@ def test_the_prompt_of_turns_is_what_the_chat_template_asks(make: Make) -> None:
         {"role": "user", "content": f"본문: {TEXTS[1][0]}"},
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert example.token_ids[: example.prompt_length].tolist() == own
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert example.token_ids[: example.prompt_length].tolist() == expected
 
 
-# Answers: the text comes back, and its end
+# Answers: lossless decoding and end tokens
 
 
 @each_tokenizer
 @pytest.mark.parametrize("template", [PLAIN, STRADDLING], ids=["plain", "straddling"])
-def test_decoding_gives_the_text_back(make: Make, template: Template) -> None:
+def test_decoded_example_is_prompt_answer_and_eos(make: Make, template: Template) -> None:
     tokenizer, rows = make(), rows_of(*TEXTS[:3])
     for row, example in zip(rows, examples(template, rows, tokenizer), strict=True):
         rendered = template.render(row)
         whole = prompt_text(rendered) + answer_text(rendered) + tokenizer.eos_token
-        if "<unk>" in tokenizer.decode(
-            tokenizer(whole)["input_ids"]
-        ):  # what the vocabulary lacks cannot come back
-            continue
+        if "<unk>" in tokenizer.decode(tokenizer(whole)["input_ids"]):
+            continue  # characters outside the vocabulary are lost
         assert text_of(tokenizer, example.token_ids) == whole
 
 
@@ -155,13 +153,13 @@ def test_every_answer_ends_with_one_trained_end_token(make: Make) -> None:
     tokenizer, rows = make(), rows_of(*TEXTS)
     for template in (PLAIN, STRADDLING, TURNS):
         for example in examples(template, rows, tokenizer):
-            ends = set(stop_ids(tokenizer, chat=template is TURNS))
+            end_ids = set(stop_ids(tokenizer, chat=template is TURNS))
             assert example.trained[-1]
-            assert [int(number) in ends for number in example.token_ids[example.trained]].count(True) == 1
-            assert int(example.token_ids[-1]) in ends
+            assert [int(number) in end_ids for number in example.token_ids[example.trained]].count(True) == 1
+            assert int(example.token_ids[-1]) in end_ids
 
 
-def test_without_add_eos_token_the_text_alone_is_trained() -> None:
+def test_add_eos_token_false_adds_no_eos() -> None:
     tokenizer, rows = byte_level(), rows_of(TEXTS[0])
     rules = TokenRules(cutoff_len=4096, add_eos_token=False)
     assert trained_text(tokenizer, examples(PLAIN, rows, tokenizer, rules)[0]) == "Storm closes harbour"
@@ -171,7 +169,7 @@ def test_without_add_eos_token_the_text_alone_is_trained() -> None:
     )
 
 
-def test_an_end_token_that_the_template_spells_is_not_doubled() -> None:
+def test_eos_written_in_the_template_is_not_added_again() -> None:
     tokenizer, rows = sentencepiece_bpe(), rows_of(TEXTS[0])
     template = Template.parse("{document}\nTitle:{title}</s>")
     assert trained_text(tokenizer, examples(template, rows, tokenizer)[0]) == "Storm closes harbour</s>"
@@ -195,7 +193,7 @@ def test_a_tokenizer_without_eos_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, unigram])
-def test_a_straddling_answer_continues_the_prompt(make: Make) -> None:
+def test_straddling_answer_keeps_the_prompt_ids(make: Make) -> None:
     tokenizer = make()
     template = {"▁": Template.parse("{document}\n### 본문:\n{title}")}.get(
         tokenizer.convert_ids_to_tokens(2), STRADDLING
@@ -204,7 +202,7 @@ def test_a_straddling_answer_continues_the_prompt(make: Make) -> None:
     (example,) = examples(template, [row], tokenizer)
     prompt, whole = (tokenizer(text)["input_ids"] for text in _prompt_and_whole(template, row))
     prompt = prompt[:-1] if prompt[-1] == tokenizer.eos_token_id else prompt
-    assert whole[: len(prompt)] != prompt  # the row does straddle
+    assert whole[: len(prompt)] != prompt  # a token does straddle the border of prompt and answer
     assert example.straddles
     assert example.token_ids[: example.prompt_length].tolist() == prompt
     assert trained_text(tokenizer, example) == "서울의 title" + str(tokenizer.eos_token)
@@ -216,17 +214,17 @@ def _prompt_and_whole(template: Template, row: Row) -> tuple[str, str]:
 
 
 @each_tokenizer
-def test_a_continuation_appends_its_text_and_nothing_else(make: Make) -> None:
+def test_decoded_continuation_is_prefix_plus_text(make: Make) -> None:
     encoder = TextEncoder.of(make())
     texts = ["서울, 올겨울", " a storm", "\n\nboats", "x", "0 9", "  two spaces", "<s> </s>", "를"]
     for prompt, text in product(["### 제목: ", "Title:", "본문\n", "x"], texts):
-        (before,) = encoder.batch([prompt])
-        ids = before + encoder.continuation(before, text)
-        assert encoder.decode(ids) == encoder.decode(before) + text
+        (prefix_ids,) = encoder.batch([prompt])
+        ids = prefix_ids + encoder.continuation(prefix_ids, text)
+        assert encoder.decode(ids) == encoder.decode(prefix_ids) + text
 
 
-def test_the_last_resort_of_a_continuation_spells_the_text() -> None:
-    # Every text that a continuation is tried after fuses with "a" here.
+def test_continuation_that_fuses_with_every_prefix_is_spelled_out() -> None:
+    # Here, "a" fuses with every prefix that a continuation is tried after.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     fused = ["Ċa", "xa", "0a", ".a", "Ģa"]
     merges = [(pair[0], pair[1]) for pair in fused]
@@ -235,9 +233,9 @@ def test_the_last_resort_of_a_continuation_spells_the_text() -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     encoder = TextEncoder.of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>"))
-    before = encoder.batch(["x"])[0]
-    ids = encoder.continuation(before, "a 가", as_text=True)
-    assert encoder.decode(before + ids) == "xa 가"
+    prefix_ids = encoder.batch(["x"])[0]
+    ids = encoder.continuation(prefix_ids, "a 가", as_text=True)
+    assert encoder.decode(prefix_ids + ids) == "xa 가"
     assert ids[0] == vocabulary["a"]
 
 
@@ -246,20 +244,20 @@ def test_the_last_resort_of_a_continuation_spells_the_text() -> None:
 
 @each_tokenizer
 @each_template
-def test_special_text_in_data_is_ordinary_text(make: Make, template: Template) -> None:
+def test_special_token_text_in_data_is_encoded_as_ordinary_text(make: Make, template: Template) -> None:
     tokenizer = make()
     special = [token.content for token in tokenizer.added_tokens_decoder.values()]
     special.remove("<unk>") if "<unk>" in special else None
     (row,) = rows_of(("A storm " + " ".join(special) + " closed the harbour", f"Storm {special[-1]} boats"))
     (example,) = examples(template, [row], tokenizer)
-    (plain,) = examples(template, rows_of(("A storm closed the harbour", "Storm boats")), tokenizer)
-    numbers = {tokenizer.convert_tokens_to_ids(token) for token in special}
+    (without_special,) = examples(template, rows_of(("A storm closed the harbour", "Storm boats")), tokenizer)
+    special_ids = {tokenizer.convert_tokens_to_ids(token) for token in special}
 
-    def ordinary_ids(example: Example) -> list[int]:
-        return [number for number in example.token_ids.tolist() if number in numbers]
+    def special_ids_in(example: Example) -> list[int]:
+        return [number for number in example.token_ids.tolist() if number in special_ids]
 
     assert example.special_text == len(special) + 1
-    assert ordinary_ids(example) == ordinary_ids(plain)
+    assert special_ids_in(example) == special_ids_in(without_special)
     prompt = encode_prompt(template.render(row, with_answer=False), row, tokenizer, RULES, 1)
     assert example.token_ids[: example.prompt_length].tolist() == prompt.tolist()
     if "<unk>" not in tokenizer.decode(example.token_ids.tolist()):
@@ -269,7 +267,7 @@ def test_special_text_in_data_is_ordinary_text(make: Make, template: Template) -
 
 
 @each_tokenizer
-def test_text_around_special_text_comes_back(make: Make) -> None:
+def test_decoding_keeps_text_around_special_token_text(make: Make) -> None:
     tokenizer = make()
     (row,) = rows_of(("</s>a</s> b</s>\nc", "</s>d</s>"))
     (example,) = examples(Template.parse("{document} Title:{title}"), [row], tokenizer)
@@ -278,25 +276,25 @@ def test_text_around_special_text_comes_back(make: Make) -> None:
     )
 
 
-def test_special_text_of_the_frame_stays_special() -> None:
+def test_special_tokens_written_in_the_template_stay_special() -> None:
     tokenizer, (row,) = byte_level(), rows_of(("a <|im_end|> b", "c"))
     template = Template.parse(
         "<|im_start|>user\n{document}<|im_end|>\n<|im_start|>assistant\n{title}<|im_end|>"
     )
     (example,) = examples(template, [row], tokenizer)
-    marks = [number for number in example.token_ids.tolist() if number < 3]
-    assert marks == [1, 2, 1, 2, 0]
+    special_ids = [number for number in example.token_ids.tolist() if number < 3]
+    assert special_ids == [1, 2, 1, 2, 0]
     assert example.special_text == 1
 
 
-def test_special_text_across_the_border_of_frame_and_data_is_ordinary_text() -> None:
+def test_special_token_text_across_template_and_data_is_ordinary_text() -> None:
     tokenizer, (row,) = sentencepiece_bpe(), rows_of(("/s> and more", "c"))
     (example,) = examples(Template.parse("a <{document}\n{title}"), [row], tokenizer)
-    assert example.token_ids.tolist().count(2) == 1  # EOS alone
+    assert example.token_ids.tolist().count(2) == 1  # only EOS
     assert example.special_text == 1
 
 
-def test_turns_that_are_special_text_alone_are_found() -> None:
+def test_turns_of_only_special_token_text_are_encoded_as_text() -> None:
     tokenizer = byte_level()
     row = turn_list(
         ("user", "<|im_start|>"), ("assistant", "user"), ("user", "user"), ("assistant", "<|im_end|>")
@@ -309,16 +307,16 @@ def test_turns_that_are_special_text_alone_are_found() -> None:
 
 
 @each_tokenizer
-def test_special_text_in_the_prompt_leaves_the_answer_s_ids_as_they_are(make: Make) -> None:
+def test_special_token_text_in_the_prompt_does_not_change_answer_ids(make: Make) -> None:
     tokenizer = make()
     rows = rows_of(("서울 🙂 아침", "storm 제목"), ("</s> 서울 🙂 <unk> <|im_end|> 아침", "storm 제목"))
-    plain, tainted = (
+    without_special, with_special = (
         example.token_ids[example.trained].tolist() for example in examples(PLAIN, rows, tokenizer)
     )
-    assert tainted == plain
+    assert with_special == without_special
 
 
-def test_text_that_the_tokenizer_normalises_is_not_spelled_out() -> None:
+def test_text_that_the_tokenizer_normalises_keeps_its_merged_tokens() -> None:
     tokenizer = byte_level()
     rows = rows_of(("cafe\u0301 storm <|im_end|> cafe\u0301 storm", "x"))
     (example,) = examples(PLAIN, rows, tokenizer)
@@ -327,28 +325,29 @@ def test_text_that_the_tokenizer_normalises_is_not_spelled_out() -> None:
     assert tokens.count("orm") == 2
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe])  # the other lacks this syllable
-def test_a_continuation_needs_only_the_end_of_what_stands_before(make: Make) -> None:
+# unigram has no byte fallback for this syllable
+@pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe])
+def test_continuation_after_a_long_prefix_of_byte_tokens_is_lossless(make: Make) -> None:
     encoder = TextEncoder.of(make())
-    (before,) = encoder.batch(["storm 서울 " * 50 + "뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁"])
-    ids = encoder.continuation(before, "뷁 title")
-    assert encoder.decode(before + ids) == encoder.decode(before) + "뷁 title"
+    (prefix_ids,) = encoder.batch(["storm 서울 " * 50 + "뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁뷁"])
+    ids = encoder.continuation(prefix_ids, "뷁 title")
+    assert encoder.decode(prefix_ids + ids) == encoder.decode(prefix_ids) + "뷁 title"
 
 
-def test_a_continuation_takes_no_dummy_prefix_from_what_it_is_tried_after() -> None:
+def test_continuation_has_no_dummy_prefix_if_newline_is_an_added_token() -> None:
     tokenizer = sentencepiece_bpe("always")
-    tokenizer.add_tokens(["\n"])  # as Gemma has it: what follows begins a text of its own
+    tokenizer.add_tokens(["\n"])  # as in Gemma: the text after it is encoded like a new text
     encoder = TextEncoder.of(tokenizer)
-    (before,) = encoder.batch(["Title:"])
-    ids = before + encoder.continuation(before, "storm")
-    assert encoder.decode(ids) == encoder.decode(before) + "storm"
+    (prefix_ids,) = encoder.batch(["Title:"])
+    ids = prefix_ids + encoder.continuation(prefix_ids, "storm")
+    assert encoder.decode(ids) == encoder.decode(prefix_ids) + "storm"
 
 
-# One BOS
+# BOS
 
 
 @pytest.mark.parametrize("written", ["", "<s>", "<s><s>"])
-def test_there_is_one_bos(written: str) -> None:
+def test_example_has_exactly_one_bos(written: str) -> None:
     tokenizer, rows = sentencepiece_bpe(), rows_of(TEXTS[1])
     template = Template.parse(written + "{document}\n{title}")
     (example,) = examples(template, rows, tokenizer)
@@ -390,22 +389,22 @@ def test_a_turn_list_trains_exactly_its_assistant_turns() -> None:
     assert example.prompt_length == len(example.token_ids) - len(expected[-1][1])
 
 
-def test_each_turn_s_prompt_is_what_generation_feeds_for_it() -> None:
+def test_each_turns_prompt_ids_equal_those_of_generation() -> None:
     for tokenizer in (byte_level(), sentencepiece_bpe(), unigram()):
         turns = [("user", "A storm"), ("assistant", "서울"), ("user", "boats"), ("assistant", "제목")]
         actual = examples(TURN_LIST, [turn_list(*turns)], tokenizer)
-        starts = [
+        prompts = [
             example.token_ids[:at].tolist()
             for example in actual
             for at in np.flatnonzero(np.diff(example.trained.astype(int), prepend=0) == 1)
         ]
-        for end, start in zip((1, 3), starts, strict=True):
-            row = turn_list(*turns[:end])
+        for turn_count, expected in zip((1, 3), prompts, strict=True):
+            row = turn_list(*turns[:turn_count])
             prompt = encode_prompt(TURN_LIST.render(row, with_answer=False), row, tokenizer, RULES, 8)
-            assert start == prompt.tolist()
+            assert expected == prompt.tolist()
 
 
-def test_a_chat_template_without_end_tokens_gives_each_answer_its_own_example_and_eos() -> None:
+def test_chat_template_without_end_tokens_gives_one_example_with_eos_per_answer() -> None:
     tokenizer = unigram()
     row = turn_list(("user", "a"), ("assistant", "boats"), ("user", "b"), ("assistant", "storm"))
     actual = examples(TURN_LIST, [row], tokenizer)
@@ -422,7 +421,7 @@ THINKING = (
 )
 
 
-def test_a_chat_template_that_rewrites_earlier_turns_gives_one_example_an_answer() -> None:
+def test_chat_template_that_rewrites_earlier_turns_gives_one_example_per_answer() -> None:
     tokenizer = byte_level(THINKING)
     row = turn_list(("user", "a"), ("assistant", "why /think m"), ("user", "b"), ("assistant", "user x"))
     first, second = examples(TURN_LIST, [row], tokenizer)
@@ -434,7 +433,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_gives_one_example_an_answer
     )
 
 
-def test_what_a_chat_template_writes_between_prompt_and_content_is_part_of_the_answer() -> None:
+def test_chat_template_text_between_prompt_and_answer_is_trained() -> None:
     stub = CHATML.replace(
         "message['content']", "('[final]' if message['role'] == 'assistant' else '') + message['content']"
     )
@@ -443,24 +442,24 @@ def test_what_a_chat_template_writes_between_prompt_and_content_is_part_of_the_a
     assert trained_text(tokenizer, example) == "[final]Storm closes harbour<|im_end|>"
 
 
-def test_an_opening_assistant_turn_is_context() -> None:
+def test_assistant_turn_at_the_start_is_not_trained() -> None:
     tokenizer = byte_level()
     row = turn_list(("assistant", "storm"), ("user", "a"), ("assistant", "boats"))
     (example,) = examples(TURN_LIST, [row], tokenizer)
     assert trained_text(tokenizer, example) == "boats<|im_end|>"
 
 
-def test_a_date_in_the_chat_template_does_not_move() -> None:
+def test_chat_template_gets_a_fixed_date() -> None:
     dated = "\n{% if true %}\n{{ strftime_now('%d %b %Y') }}{% endif %}"
     tokenizer = byte_level(dated + CHATML)
     (example,) = examples(TURNS, rows_of(TEXTS[0]), tokenizer)
     assert text_of(tokenizer, example.token_ids).startswith("\n26 Jul 2024<|im_start|>")
 
 
-# Chat templates that are not to be trusted, or not there
+# Malicious, failing and missing chat templates
 
 
-def test_a_chat_template_that_does_not_end_is_an_error_in_bounded_time(
+def test_endless_chat_template_times_out_with_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(yeonma.tokenization.chat_template, "RENDER_SECONDS", 0.1)
@@ -478,7 +477,7 @@ def test_a_chat_template_that_does_not_end_is_an_error_in_bounded_time(
         "{% if %}",
     ],
 )
-def test_a_chat_template_that_fails_names_the_rows(chat_template: str) -> None:
+def test_failing_chat_template_error_names_all_rows(chat_template: str) -> None:
     with pytest.raises(UserError) as caught:
         encoded(TURNS, rows_of(*TEXTS[:2]), byte_level(chat_template))
     assert [problem.place for problem in caught.value.problems] == ["train.jsonl:1", "train.jsonl:2"]
@@ -489,19 +488,19 @@ def test_a_chat_template_that_drops_the_answer_is_an_error() -> None:
         encoded(TURNS, rows_of(TEXTS[0]), byte_level("{{ messages[0].content }}"))
 
 
-def test_turns_need_a_chat_template_and_plain_text_does_not() -> None:
+def test_missing_chat_template_is_an_error_only_for_turns() -> None:
     tokenizer = byte_level(None)
     assert examples(PLAIN, rows_of(TEXTS[0]), tokenizer)
     with pytest.raises(UserError, match="no chat template"):
         encoded(TURNS, rows_of(TEXTS[0]), tokenizer)
 
 
-# The limit
+# The token limit
 
 
 @each_tokenizer
 @pytest.mark.parametrize("template", [PLAIN, STRADDLING, TURNS], ids=["plain", "straddling", "turns"])
-def test_answers_and_frames_are_never_cut(make: Make, template: Template) -> None:
+def test_shortening_cuts_only_the_document(make: Make, template: Template) -> None:
     tokenizer, rows = make(), articles(50)
     rules = TokenRules(cutoff_len=200)
     whole, short = examples(template, rows, tokenizer), examples(template, rows, tokenizer, rules)
@@ -514,13 +513,13 @@ def test_answers_and_frames_are_never_cut(make: Make, template: Template) -> Non
         text = text_of(tokenizer, after.token_ids[: after.prompt_length])
         assert text.startswith(frame[0]) and text.endswith(frame[1])
         document = str(row.values["document"])
-        rest = text[len(frame[0]) : len(text) - len(frame[1])]
-        assert document[: len(document) - after.cut_characters].strip() == rest.strip()
+        remaining = text[len(frame[0]) : len(text) - len(frame[1])]
+        assert document[: len(document) - after.cut_characters].strip() == remaining.strip()
 
 
 @each_tokenizer
 @pytest.mark.parametrize("template", [PLAIN, TURNS], ids=["plain", "turns"])
-def test_a_shortened_row_is_asked_as_it_was_trained(make: Make, template: Template) -> None:
+def test_shortened_prompt_is_the_same_in_generation_and_training(make: Make, template: Template) -> None:
     tokenizer, rows, rules = make(), articles(8), TokenRules(cutoff_len=230)
     for row, example in zip(rows, examples(template, rows, tokenizer, rules), strict=True):
         answer = len(example.token_ids) - example.prompt_length
@@ -530,7 +529,7 @@ def test_a_shortened_row_is_asked_as_it_was_trained(make: Make, template: Templa
 
 
 @pytest.mark.parametrize(("side", "rest"), [("end", "0123"), ("start", "6789"), ("middle", "0189")])
-def test_the_named_side_is_cut_and_as_little_as_needed(side: str, rest: str) -> None:
+def test_shrink_side_loses_only_as_many_characters_as_needed(side: str, rest: str) -> None:
     tokenizer, (row,) = byte_level(), rows_of(("0123456789", "x"))
     template = Template.parse("{document}\n{title}")
     rules = TokenRules(cutoff_len=7, shrink_side=side)  # type: ignore[arg-type]
@@ -539,20 +538,20 @@ def test_the_named_side_is_cut_and_as_little_as_needed(side: str, rest: str) -> 
     assert (len(example.token_ids), example.cut_characters) == (7, 6)
 
 
-def test_the_longest_prompt_field_is_cut_unless_another_is_named() -> None:
+def test_longest_prompt_field_is_cut_unless_shrink_names_another() -> None:
     tokenizer, template = byte_level(), Template.parse("{a}|{b}\n{title}")
     row = Row(1, {"a": "0" * 20, "b": "9" * 10, "title": "x"}, "a:1")
-    cut = {}
+    texts = {}
     for shrink in (None, "b"):
         (example,) = examples(template, [row], tokenizer, TokenRules(cutoff_len=26, shrink=shrink))
-        cut[shrink] = text_of(tokenizer, example.token_ids)
-    assert cut == {
+        texts[shrink] = text_of(tokenizer, example.token_ids)
+    assert texts == {
         None: "0" * 12 + "|" + "9" * 10 + "\nx<|endoftext|>",
         "b": "0" * 20 + "|" + "99" + "\nx<|endoftext|>",
     }
 
 
-def test_a_turn_list_loses_text_from_its_longest_turn_that_is_not_the_assistant_s() -> None:
+def test_turn_list_is_shortened_in_its_longest_non_assistant_turn() -> None:
     tokenizer = byte_level()
     turns = [("user", "0" * 40), ("assistant", "1" * 60), ("user", "2" * 50), ("assistant", "x")]
     (example,) = examples(TURN_LIST, [turn_list(*turns)], tokenizer, TokenRules(cutoff_len=150))
@@ -562,7 +561,7 @@ def test_a_turn_list_loses_text_from_its_longest_turn_that_is_not_the_assistant_
     assert trained_text(tokenizer, example) == "1" * 60 + "<|im_end|>x<|im_end|>"
 
 
-def test_separate_answers_of_a_long_turn_list_train_themselves_alone() -> None:
+def test_long_turn_list_split_per_answer_trains_each_answer_once() -> None:
     tokenizer = byte_level(THINKING)
     turns = [("user", "0" * 90), ("assistant", "1 /think 2"), ("user", "3" * 90), ("assistant", "4")]
     turns += [("user", "5"), ("assistant", "6")]
@@ -575,7 +574,7 @@ def test_separate_answers_of_a_long_turn_list_train_themselves_alone() -> None:
     assert [example.cut_characters > 0 for example in actual] == [False, True, True]
 
 
-def test_frame_and_answer_over_the_limit_leave_the_row_out_or_stop_the_run() -> None:
+def test_row_that_cannot_be_shortened_to_fit_is_left_out_or_an_error() -> None:
     tokenizer = byte_level()
     rows = rows_of(("0123", "x"), ("0123", "x" * 30))
     template, rules = Template.parse("{document}\n{title}"), TokenRules(cutoff_len=20)
@@ -587,7 +586,7 @@ def test_frame_and_answer_over_the_limit_leave_the_row_out_or_stop_the_run() -> 
         encoded(template, rows, tokenizer, TokenRules(cutoff_len=20, over_limit="error"))
 
 
-def test_one_character_of_the_shortened_field_stays_at_least() -> None:
+def test_shortened_field_keeps_at_least_one_character() -> None:
     tokenizer, rows = byte_level(), rows_of(("0123", "x"))
     template = Template.parse("{document}\n{title}")
     (example,) = examples(template, rows, tokenizer, TokenRules(cutoff_len=4))
@@ -596,7 +595,7 @@ def test_one_character_of_the_shortened_field_stays_at_least() -> None:
     assert isinstance(left_out, LeftOut)
 
 
-def test_a_prompt_that_cannot_fit_is_an_error_with_its_row() -> None:
+def test_generation_prompt_that_cannot_fit_is_an_error() -> None:
     tokenizer, (row,) = byte_level(), rows_of(TEXTS[0])
     prompt = PLAIN.render(row, with_answer=False)
     with pytest.raises(UserError, match=r"train\.jsonl:1: too long"):
@@ -605,7 +604,7 @@ def test_a_prompt_that_cannot_fit_is_an_error_with_its_row() -> None:
         encode_prompt(prompt, row, tokenizer, TokenRules(cutoff_len=40), 40)
 
 
-def test_an_unknown_shrink_field_gets_a_suggestion() -> None:
+def test_invalid_shrink_fields_are_errors() -> None:
     check_rules(PLAIN, TokenRules(cutoff_len=10, shrink="document"))
     with pytest.raises(UserError, match=r'"documnt".*did you mean "document"'):
         check_rules(PLAIN, TokenRules(cutoff_len=10, shrink="documnt"))
@@ -615,27 +614,29 @@ def test_an_unknown_shrink_field_gets_a_suggestion() -> None:
         check_rules(TURN_LIST, TokenRules(cutoff_len=10, shrink="messages"))
 
 
-def test_largest_keep_is_exact_where_tokens_grow_with_text_and_counts_few_times() -> None:
-    draw = random.Random(3)
+def test_largest_keep_is_exact_for_growing_counts_in_at_most_16_evaluations() -> None:
+    rng = random.Random(3)
     for _ in range(200):
-        length = draw.randint(1, 4000)
-        steps = np.cumsum([draw.choice((0, 0, 1, 1, 2)) for _ in range(length)]) + draw.randint(0, 30)
-        counted: list[int] = []
+        length = rng.randint(1, 4000)
+        token_counts = np.cumsum([rng.choice((0, 0, 1, 1, 2)) for _ in range(length)]) + rng.randint(0, 30)
+        evaluated: list[int] = []
 
-        def count(keep: int, steps: np.ndarray = steps, counted: list[int] = counted) -> int:
-            counted.append(keep)
-            return int(steps[keep - 1])
+        def count(
+            keep: int, token_counts: np.ndarray = token_counts, evaluated: list[int] = evaluated
+        ) -> int:
+            evaluated.append(keep)
+            return int(token_counts[keep - 1])
 
-        budget = draw.randint(0, int(steps[-1]) - 1) if steps[-1] > 0 else -1
-        fitting = [keep for keep in range(1, length) if steps[keep - 1] <= budget]
-        assert largest_keep(count, length, int(steps[-1]), budget) == max(fitting, default=0)
-        assert len(counted) <= 16
+        budget = rng.randint(0, int(token_counts[-1]) - 1) if token_counts[-1] > 0 else -1
+        fitting = [keep for keep in range(1, length) if token_counts[keep - 1] <= budget]
+        assert largest_keep(count, length, int(token_counts[-1]), budget) == max(fitting, default=0)
+        assert len(evaluated) <= 16
 
 
 # The tokenizer's own state
 
 
-def test_truncation_and_padding_left_on_by_others_change_nothing() -> None:
+def test_truncation_and_padding_set_on_the_tokenizer_are_ignored() -> None:
     tokenizer, rows = byte_level(), rows_of(*TEXTS)
     before = [example.token_ids.tolist() for example in examples(PLAIN, rows, tokenizer)]
     tokenizer.pad_token = "<|endoftext|>"
@@ -644,7 +645,7 @@ def test_truncation_and_padding_left_on_by_others_change_nothing() -> None:
     assert before == after
 
 
-def test_a_tokenizer_without_a_fast_backend_works_but_for_special_text_in_data() -> None:
+def test_slow_tokenizer_works_except_for_special_token_text_in_data() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0)
     rows = rows_of(("서울 storm", "제목"), ("a </s> b", "x"))
     (example,) = examples(PLAIN, rows[:1], tokenizer)
@@ -676,7 +677,7 @@ def test_start_tokens_other_than_bos_are_added_once() -> None:
         assert [number for number in example.token_ids.tolist() if number < 3] == [1, 2, 0]
 
 
-# The end of an answer
+# Stop ids
 
 
 def test_stop_ids_are_eos_and_the_end_of_a_turn() -> None:

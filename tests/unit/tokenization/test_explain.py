@@ -1,4 +1,4 @@
-"""Views show what is trained: ids, text, the positions of the fields, and what was cut."""
+"""A view shows what an example trains: ids, text, the positions of the fields, and the text that was cut."""
 
 from __future__ import annotations
 
@@ -52,32 +52,32 @@ def views_of(template: Template, make: Make, **rules: object) -> tuple[list[View
     return explain(rendered, [ROW], tokenizer, token_rules), encode(rendered, [ROW], tokenizer, token_rules)
 
 
-def text(view: View, *kinds: str) -> str:
+def text_of(view: View, *kinds: str) -> str:
     return "".join(span.text for span in view.text_spans if span.kind in kinds)
 
 
-def squeezed(text: str) -> str:
-    """The text without spaces, because some decoders add some."""
+def without_spaces(text: str) -> str:
+    """The text without spaces, because some decoders add spaces."""
     return "".join(text.split())
 
 
-def shortest(template: Template, make: Make) -> int:
-    """A cutoff that takes about half of the document."""
+def half_document_cutoff(template: Template, make: Make) -> int:
+    """A `cutoff_len` that cuts about half of the document."""
     rendered = [template.render(ROW)]
     tokenizer = make()
-    whole = max(
+    full_length = max(
         len(outcome.token_ids)
         for outcome in encode(rendered, [ROW], tokenizer, TokenRules(cutoff_len=4096))
         if isinstance(outcome, Example)
     )
-    times = sum(piece.text == DOCUMENT for turn in rendered[0].turns for piece in turn.pieces)
-    return whole - times * len(tokenizer(DOCUMENT, add_special_tokens=False)["input_ids"]) // 2
+    occurrences = sum(piece.text == DOCUMENT for turn in rendered[0].turns for piece in turn.pieces)
+    return full_length - occurrences * len(tokenizer(DOCUMENT, add_special_tokens=False)["input_ids"]) // 2
 
 
 @each_tokenizer
 @each_template
-def test_ids_and_masks_are_those_that_are_trained(template: Template, make: Make) -> None:
-    for cutoff_len in (4096, shortest(template, make)):
+def test_view_has_the_ids_and_masks_of_the_training_example(template: Template, make: Make) -> None:
+    for cutoff_len in (4096, half_document_cutoff(template, make)):
         views, examples = views_of(template, make, cutoff_len=cutoff_len)
         assert len(views) == len(examples)
         for view, example in zip(views, examples, strict=True):
@@ -92,8 +92,10 @@ def test_ids_and_masks_are_those_that_are_trained(template: Template, make: Make
 @each_tokenizer
 @each_template
 @each_side
-def test_the_text_is_told_apart_without_loss(template: Template, make: Make, side: str) -> None:
-    views, _ = views_of(template, make, cutoff_len=shortest(template, make), shrink_side=side)
+def test_text_spans_join_to_the_decoded_text_and_the_cut_fields(
+    template: Template, make: Make, side: str
+) -> None:
+    views, _ = views_of(template, make, cutoff_len=half_document_cutoff(template, make), shrink_side=side)
     encoder = TextEncoder.of(make())
     assert any(view.cut_characters for view in views)
     for view in views:
@@ -101,33 +103,36 @@ def test_the_text_is_told_apart_without_loss(template: Template, make: Make, sid
         assert shown == encoder.decode([token.id for token in view.tokens])
         assert shown == "".join(token.text for token in view.tokens)
         assert (
-            text(view, "frame", "field", "answer", "end").endswith(view.answer)
+            text_of(view, "frame", "field", "answer", "end").endswith(view.answer)
             or view.tokens[-1].kind == "end"
         )
-        assert squeezed(view.prompt) in squeezed(shown) or "<unk>" in shown
+        assert without_spaces(view.prompt) in without_spaces(shown) or "<unk>" in shown
         trained = [span for span in view.text_spans if span.trained]
         assert {span.kind for span in trained} <= {"answer", "end"}
         assert view.answer.strip().startswith(trained[-2].text.strip() if trained[-1].kind == "end" else "")
         assert all(span.kind not in ("answer", "end") for span in view.text_spans if not span.trained)
-        lost = [span for span in view.text_spans if span.kind == "cut"]
-        assert all(len(span.text) == view.cut_characters for span in lost)
-        for span in lost:  # what was cut, put back into its field, is the field
-            around = [neighbour for neighbour in view.text_spans if neighbour.field == span.field]
-            whole = "".join(neighbour.text for neighbour in around)
-            assert "<unk>" in whole or squeezed(whole) in (squeezed(DOCUMENT), 2 * squeezed(DOCUMENT))
-            first, last = around[0].kind, around[-1].kind
+        cut_spans = [span for span in view.text_spans if span.kind == "cut"]
+        assert all(len(span.text) == view.cut_characters for span in cut_spans)
+        for span in cut_spans:  # the spans of a field, with the cut one, give the whole field
+            field_spans = [other for other in view.text_spans if other.field == span.field]
+            field_text = "".join(other.text for other in field_spans)
+            assert "<unk>" in field_text or without_spaces(field_text) in (
+                without_spaces(DOCUMENT),
+                2 * without_spaces(DOCUMENT),
+            )
+            first, last = field_spans[0].kind, field_spans[-1].kind
             assert {"end": last, "start": first}.get(side, "cut") == "cut"
 
 
 @each_tokenizer
-def test_every_character_belongs_to_a_token(make: Make) -> None:
+def test_token_texts_join_to_the_decoded_text(make: Make) -> None:
     encoder = TextEncoder.of(make())
     for sample in ("폭풍이 항구를 😀 닫았고\n\n", " A storm,  closed\tit.", "é\u0301 漢字 x", ""):
         ids = encoder.batch([sample])[0]
         assert "".join(token_texts(ids, encoder)) == encoder.decode(ids)
 
 
-def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
+def test_character_of_several_tokens_belongs_to_its_last_token() -> None:
     encoder = TextEncoder.of(byte_level())
     ids = encoder.batch(["a😀b"])[0]
     texts = token_texts(ids, encoder)
@@ -135,17 +140,17 @@ def test_a_character_of_several_tokens_comes_with_the_last_of_them() -> None:
     assert texts.count("") == len(ids) - 3 > 0
 
 
-def test_what_a_tokenizer_does_not_know_is_stepped_over() -> None:
+def test_unknown_tokens_keep_the_text_spans_apart() -> None:
     row = Row(1, {"document": "a 漢字 storm on Monday", "title": "漢 storm on Monday"}, "rows:1")
     template = load_template("title")
     (view,) = explain([template.render(row)], [row], unigram(), TokenRules(cutoff_len=400))
     assert [span.kind for span in view.text_spans] == ["frame", "field", "frame", "answer", "end"]
-    assert "<unk>" in text(view, "field")
-    assert text(view, "answer").startswith("<unk>")
-    assert text(view, "end") == "</s>"
+    assert "<unk>" in text_of(view, "field")
+    assert text_of(view, "answer").startswith("<unk>")
+    assert text_of(view, "end") == "</s>"
 
 
-def test_a_text_that_does_not_come_back_leaves_prompt_and_answer_apart() -> None:
+def test_text_that_cannot_be_aligned_has_only_prompt_answer_and_end() -> None:
     row = Row(1, {"document": " ".join("漢字水火木金土日月年"), "title": "storm"}, "rows:1")
     template = load_template("title")
     rules = TokenRules(cutoff_len=70)
@@ -155,20 +160,20 @@ def test_a_text_that_does_not_come_back_leaves_prompt_and_answer_apart() -> None
         "answer",
         "end",
     ]
-    assert "".join(token.text for token in view.tokens) == text(view, "prompt", "answer", "end")
+    assert "".join(token.text for token in view.tokens) == text_of(view, "prompt", "answer", "end")
 
 
-def test_a_row_that_is_left_out_shows_its_text_and_why() -> None:
+def test_left_out_row_shows_its_text_and_the_reason() -> None:
     (view,) = views_of(load_template("title"), byte_level, cutoff_len=8)[0]
     assert view.tokens == ()
     assert view.left_out is not None
     assert "cutoff_len is 8" in view.left_out
-    assert text(view, "field") == DOCUMENT
-    assert view.prompt + view.answer == text(view, "frame", "field", "answer")
+    assert text_of(view, "field") == DOCUMENT
+    assert view.prompt + view.answer == text_of(view, "frame", "field", "answer")
     assert not any(span.trained for span in view.text_spans)
 
 
-def test_trained_inputs_are_shown_as_trained() -> None:
+def test_train_on_inputs_marks_prompt_tokens_as_trained() -> None:
     (view,) = views_of(load_template("title"), byte_level, train_on_inputs=True)[0]
     assert [token.trained for token in view.tokens] == [False] + [True] * (len(view.tokens) - 1)
     assert {span.kind for span in view.text_spans if span.trained} == {

@@ -1,4 +1,4 @@
-"""Complete runs of `yeonma dpo`: equal for any micro-batches, after interruptions, and for every form of data."""
+"""Complete runs of `yeonma dpo`: same results for any micro-batch size and after interruptions, every data format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_folder(tmp_path_factory.mktemp("models") / "chat")
 
 
@@ -52,22 +52,22 @@ def assert_same(one: Done, other: Done) -> None:
         assert float((weight - other.weights[name]).abs().max()) < 1e-3, name
 
 
-def answer_logprob(model: Any, tokenizer: Any, prompt: str, text: str) -> tuple[torch.Tensor, int]:
+def answer_logprob(model: Any, tokenizer: Any, prompt: str, answer: str) -> tuple[torch.Tensor, int]:
     """Computed with transformers alone."""
-    before = tokenizer(prompt)["input_ids"]
-    after = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(after)[:, None]).sum(), len(after)
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    answer_ids = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    logits = model(torch.tensor([prompt_ids + answer_ids])).logits[0, len(prompt_ids) - 1 : -1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(answer_ids)[:, None]).sum(), len(answer_ids)
 
 
-# The mathematics
+# The formula
 
 
-def test_the_first_steps_are_those_of_the_paper_written_out(tmp_path: Path, base: Path, data: Path) -> None:
+def test_first_steps_equal_the_dpo_formula(tmp_path: Path, base: Path, data: Path) -> None:
     done = tuned(tmp_path / "out", base, data, batch_size=5, max_steps=3, save_steps=1, beta=0.3)
     frozen, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     order = epoch_order(21, 42, 0, 5)
-    for step in (2, 3):  # the first has nothing learnt
+    for step in (2, 3):  # step 1 starts from an untrained adapter
         folder = done.folder / f"checkpoint-{step - 1}"
         policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
         sums = dict.fromkeys(("loss", "reward_chosen", "reward_rejected", "reward_accuracy"), 0.0)
@@ -96,9 +96,9 @@ def test_the_first_steps_are_those_of_the_paper_written_out(tmp_path: Path, base
 
 @pytest.fixture(scope="module")
 def one_by_one(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """21 pairs in steps of 8, two epochs; the last step of each has 5."""
-    place = tmp_path_factory.mktemp("run") / "out"
-    return tuned(place, base, data, **STEPS, micro_batch_size=1, share_prefix=False)
+    """21 pairs in steps of 8, two epochs; the last step of each epoch has 5."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return tuned(folder, base, data, **STEPS, micro_batch_size=1, share_prefix=False)
 
 
 STEPS: dict[str, object] = {"batch_size": 8, "num_epochs": 2, "val_data_path": None}
@@ -117,17 +117,17 @@ STEPS: dict[str, object] = {"batch_size": 8, "num_epochs": 2, "val_data_path": N
         {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"},
     ],
 )
-def test_micro_batches_and_sharing_change_nothing(
+def test_micro_batching_and_prefix_sharing_do_not_change_results(
     tmp_path: Path, base: Path, data: Path, one_by_one: Done, speed: dict[str, object]
 ) -> None:
     done = tuned(tmp_path / "out", base, data, **STEPS, **speed)
     assert [line["examples"] for line in done.steps] == [8, 8, 5] * 2
     assert_same(done, one_by_one)
-    assert done.losses[-1] < done.losses[0] - 0.05  # something was learnt
+    assert done.losses[-1] < done.losses[0] - 0.05  # it learns
 
 
 @pytest.mark.parametrize("family", ["bloom", "lfm2"])
-def test_a_model_that_takes_no_forest_learns_the_same_one_by_one(
+def test_results_without_forest_support_do_not_depend_on_micro_batch_size(
     tmp_path: Path, data: Path, family: str
 ) -> None:
     base = model_folder(tmp_path / "base", family)
@@ -138,19 +138,21 @@ def test_a_model_that_takes_no_forest_learns_the_same_one_by_one(
     assert_same(one, other)
 
 
-MORE: dict[str, dict[str, object]] = {"robust": {"label_smoothing": 0.1}, "cpo": {"sft_weight": 0}}
+LOSS_SETTINGS: dict[str, dict[str, object]] = {"robust": {"label_smoothing": 0.1}, "cpo": {"sft_weight": 0}}
 
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
-def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
+def test_every_pair_loss_increases_the_reward_margin(
+    tmp_path: Path, base: Path, data: Path, loss: str
+) -> None:
     settings: dict[str, object] = {
         "cache_dir": tmp_path,
         "val_set_size": 6,
         "num_epochs": 3,
-        **MORE.get(loss, {}),
+        **LOSS_SETTINGS.get(loss, {}),
     }
     done = tuned(tmp_path / "out", base, data, loss=loss, keep_best=False, **settings)
-    margins = [look["reward_margin"] for look in done.looks]
+    margins = [evaluation["reward_margin"] for evaluation in done.looks]
     assert margins[-1] > margins[0], margins
     assert done.looks[-1]["loss"] < done.looks[0]["loss"]
     assert ("reference: " in done.out) == LOSSES[loss].needs_reference
@@ -158,10 +160,10 @@ def test_every_loss_learns_to_prefer(tmp_path: Path, base: Path, data: Path, los
     assert ("an accuracy of 0.5 is chance" in card) == LOSSES[loss].needs_reference
 
 
-def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base: Path) -> None:
+def test_kto_learns_the_same_for_any_micro_batch_size(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", labelled(21))
     kto: dict[str, object] = {"loss": "kto", "batch_size": 5, "num_epochs": 3, "val_set_size": 0, "beta": 0.5}
-    one, four, alone = (
+    one, four, unshared = (
         tuned(tmp_path / name, base, data, **kto, **speed)
         for name, speed in (
             ("one", {"micro_batch_size": 1}),
@@ -170,48 +172,50 @@ def test_kto_learns_from_labels_whatever_the_micro_batches(tmp_path: Path, base:
         )
     )
     assert_same(four, one)
-    assert_same(alone, one)
+    assert_same(unshared, one)
     assert any(step["reference_point"] > 0 for step in one.steps)
     assert one.losses[-1] < one.losses[0] - 0.05
-    (last,) = (step for step in one.steps[:5] if step["examples"] == 1)  # no row of the other label
+    (last,) = (step for step in one.steps[:5] if step["examples"] == 1)  # a step with a single row
     assert {last["desirable"], last["undesirable"]} == {0.0, 1.0}
     assert None in (last["reward_desirable"], last["reward_undesirable"])
 
 
-def test_the_card_of_labelled_answers_has_no_wanted_answer_where_none_is_known(
-    tmp_path: Path, base: Path
-) -> None:
+def test_kto_card_shows_a_reference_answer_only_for_desirable_rows(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", labelled(12))
     done = tuned(tmp_path / "out", base, data, loss="kto", val_set_size=6, card_rows=6, max_steps=2)
     card = (done.folder / "README.md").read_text(encoding="utf-8")
-    parts = card.partition("## Before and after")[2].partition("## Use")[0].split("### Row ")[1:]
-    rows = {int(part.partition("\n")[0]): part for part in parts}
+    sections = card.partition("## Before and after")[2].partition("## Use")[0].split("### Row ")[1:]
+    rows = {int(section.partition("\n")[0]): section for section in sections}
     assert len(rows) == 6
     assert {labelled(12)[number - 1]["label"] for number in rows} == {True, False}
-    for number, part in rows.items():
-        assert ("\nreference:\n" in part) == labelled(12)[number - 1]["label"]
+    for number, section in rows.items():
+        assert ("\nreference:\n" in section) == labelled(12)[number - 1]["label"]
     assert "on 6 labelled answers (" in card
     assert (
         "| validation | loss | reward accuracy | reward of desirable | reward of undesirable | step |" in card
     )
 
 
-def test_the_kept_adapter_is_the_one_with_the_lowest_loss_on_held_out_pairs(
+def test_saved_adapter_is_the_checkpoint_with_the_lowest_validation_loss(
     tmp_path: Path, base: Path, data: Path
 ) -> None:
     done = tuned(tmp_path / "out", base, data, val_set_size=8, max_steps=6, eval_steps=1, learning_rate=3e-2)
-    best = min(done.looks[1:], key=lambda look: look["loss"])["step"]
+    best = min(done.looks[1:], key=lambda evaluation: evaluation["loss"])["step"]
     assert (
         done.weight_bytes == (done.folder / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
     )
     assert "perplexity" not in done.looks[0]
     assert done.looks[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert all(f"reward_{what}" in look for look in done.looks for what in ("chosen", "rejected", "margin"))
+    assert all(
+        f"reward_{what}" in evaluation
+        for evaluation in done.looks
+        for what in ("chosen", "rejected", "margin")
+    )
 
 
 # Resuming
 
-RESUMED: dict[str, object] = {
+RESUME_SETTINGS: dict[str, object] = {
     "num_epochs": 2,
     "save_steps": 2,
     "val_set_size": 5,
@@ -220,34 +224,36 @@ RESUMED: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("cache_stays", [True, False])
-def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
-    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache_stays: bool
+@pytest.mark.parametrize("keep_cache", [True, False])
+def test_interrupted_run_resumes_to_identical_files(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, keep_cache: bool
 ) -> None:
     monkeypatch.setenv("YEONMA_CACHE", str(tmp_path / "cache"))
-    whole = tuned(tmp_path / "whole" / "out", base, data, **RESUMED)
-    step, calls = loop.train_step, 0
+    uninterrupted = tuned(tmp_path / "whole" / "out", base, data, **RESUME_SETTINGS)
+    train_step, calls = loop.train_step, 0
 
     def interrupted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return train_step(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", interrupted)
-        assert dpo(tmp_path / "out", base, data, **RESUMED).status == 130
-    if not cache_stays:  # the reference is the model as it was at the start, not that of the checkpoint
+        assert dpo(tmp_path / "out", base, data, **RESUME_SETTINGS).status == 130
+    if not keep_cache:  # the reference is the model at the start, not the checkpoint
         shutil.rmtree(tmp_path / "cache")
     pass_sizes = forward_passes(monkeypatch)
-    done = tuned(tmp_path / "out", base, data, **RESUMED)
+    done = tuned(tmp_path / "out", base, data, **RESUME_SETTINGS)
     assert "continuing after step 4 of 8" in done.out
-    assert sum(pass_sizes) == (0 if cache_stays else 2 * 21)
-    assert left_behind(done.folder) == left_behind(whole.folder)
+    assert sum(pass_sizes) == (0 if keep_cache else 2 * 21)
+    assert left_behind(done.folder) == left_behind(uninterrupted.folder)
 
 
-def test_other_mathematics_is_another_run_and_speed_is_not(tmp_path: Path, base: Path, data: Path) -> None:
+def test_changed_beta_is_refused_and_changed_micro_batch_size_is_accepted(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
     tuned(tmp_path / "out", base, data, max_steps=2)
     again = dpo(tmp_path / "out", base, data, max_steps=2, beta=0.2)
     assert again.status == 2
@@ -274,14 +280,14 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return pass_sizes
 
 
-def test_the_reference_is_asked_once_for_all_runs(
+def test_reference_logprobs_are_computed_once_for_all_runs(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     pass_sizes = forward_passes(monkeypatch)
     first = tuned(tmp_path / "first", base, data, cache_dir=cache, lora_dropout=0.2)
     assert sum(pass_sizes) == 2 * 21
-    # fewer than micro-batches in training
+    # fewer passes than training has micro-batches
     assert len(pass_sizes) == math.ceil(21 / (2 * setup.REFERENCE_UNITS_FACTOR))
     pass_sizes.clear()
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, beta=0.2, val_set_size=3, lora_r=8)
@@ -290,31 +296,31 @@ def test_the_reference_is_asked_once_for_all_runs(
     assert "reference: " not in second.out
 
 
-def test_only_what_a_run_needs_is_computed_and_the_rest_later(
+def test_reference_computes_only_needed_rows_and_later_the_missing_ones(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     pass_sizes = forward_passes(monkeypatch)
     tuned(tmp_path / "short", base, data, cache_dir=cache, max_steps=2, val_set_size=3)
-    assert sum(pass_sizes) == 2 * (4 + 4 + 3)  # of two steps, and held out
+    assert sum(pass_sizes) == 2 * (4 + 4 + 3)  # two steps and the validation rows
     pass_sizes.clear()
     (file,) = cache.glob("*.reference")
     missing = set(np.flatnonzero(np.isnan(load_file(file)["logprobs"])) // 2)
     assert len(missing) == 21 - 11
-    whole = tuned(tmp_path / "whole", base, data, cache_dir=cache)
+    completed = tuned(tmp_path / "whole", base, data, cache_dir=cache)
     assert sum(pass_sizes) == 2 * len(missing)
     fresh = tuned(tmp_path / "fresh", base, data, cache_dir=tmp_path / "other")
-    assert_same(whole, fresh)
+    assert_same(completed, fresh)
 
 
-def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
+def test_interrupted_reference_pass_continues_where_it_stopped(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "ROUND_TOKENS", 300)
     pass_sizes = forward_passes(monkeypatch)
     compute, calls = reference.pass_logprobs, 0
 
-    def killed(*arguments: Any, **keywords: Any) -> torch.Tensor:
+    def interrupted(*arguments: Any, **keywords: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -322,41 +328,41 @@ def test_a_reference_pass_that_was_killed_goes_on_where_it_was(
         return compute(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "pass_logprobs", killed)
+        patch.setattr(reference, "pass_logprobs", interrupted)
         assert dpo(tmp_path / "out", base, data, cache_dir=tmp_path / "cache").status == 130
-    before = sum(pass_sizes)
-    assert 0 < before < 42
+    examples_before = sum(pass_sizes)
+    assert 0 < examples_before < 42
     tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "cache")
     assert sum(pass_sizes) == 42
 
 
-ROUNDS: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5, "lora_dropout": 0.1}
+ROUND_SETTINGS: dict[str, object] = {"num_epochs": 2, "save_steps": 1, "val_set_size": 5, "lora_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def in_rounds(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> tuple[Done, bytes]:
     """A run whose reference is written in several rounds, and the cache file."""
-    place = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ROUND_TOKENS", 500)
-        done = tuned(place / "out", base, data, cache_dir=place / "cache", **ROUNDS)
-    (file,) = (place / "cache").glob("*.reference")
+        done = tuned(folder / "out", base, data, cache_dir=folder / "cache", **ROUND_SETTINGS)
+    (file,) = (folder / "cache").glob("*.reference")
     return done, file.read_bytes()
 
 
-@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("remove_cache", [True, False])
 @pytest.mark.parametrize("point", ["first round", "second round", "update", "step 1", "step 2", "step 6"])
-def test_killed_at_any_point_it_ends_with_the_same_bytes(
+def test_run_interrupted_at_any_point_ends_with_the_same_bytes(
     tmp_path: Path,
     base: Path,
     data: Path,
     monkeypatch: pytest.MonkeyPatch,
     in_rounds: tuple[Done, bytes],
     point: str,
-    removed: bool,
+    remove_cache: bool,
 ) -> None:
     monkeypatch.setattr(reference, "ROUND_TOKENS", 500)
-    module, name, at = {
+    module, name, failing_call = {
         "first round": (reference, "write_reference", 1),
         "second round": (reference, "write_reference", 2),
         "update": (torch.optim.AdamW, "step", 1),
@@ -364,27 +370,27 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
         "step 2": (loop, "write_checkpoint", 2),
         "step 6": (loop, "write_checkpoint", 6),
     }[point]
-    compute, calls = getattr(module, name), 0
+    original, calls = getattr(module, name), 0
 
-    def killed(*arguments: Any, **more: Any) -> Any:
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == at:
+        if calls == failing_call:
             raise KeyboardInterrupt
-        return compute(*arguments, **more)
+        return original(*arguments, **keywords)
 
-    place = tmp_path / "cache"
+    cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, killed)
-        assert dpo(tmp_path / "out", base, data, cache_dir=place, **ROUNDS).status == 130
+        patch.setattr(module, name, interrupted)
+        assert dpo(tmp_path / "out", base, data, cache_dir=cache, **ROUND_SETTINGS).status == 130
     if module is not reference:  # the whole reference is on disk before the first update
-        (file,) = place.glob("*.reference")
+        (file,) = cache.glob("*.reference")
         assert file.read_bytes() == in_rounds[1]
-    if removed:
-        shutil.rmtree(place)
-    done = tuned(tmp_path / "out", base, data, cache_dir=place, **ROUNDS)
+    if remove_cache:
+        shutil.rmtree(cache)
+    done = tuned(tmp_path / "out", base, data, cache_dir=cache, **ROUND_SETTINGS)
     assert ("continuing after step" in done.out) == (point in ("step 2", "step 6"))
-    (file,) = place.glob("*.reference")
+    (file,) = cache.glob("*.reference")
     assert file.read_bytes() == in_rounds[1]
     ours, theirs = left_behind(done.folder), left_behind(in_rounds[0].folder)
     assert {k: v for k, v in ours.items() if "settings" not in k and k != "README.md"} == {
@@ -393,7 +399,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_a_damaged_file_is_computed_again(
+def test_damaged_reference_file_is_recomputed(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     cache = tmp_path / "cache"
@@ -404,11 +410,11 @@ def test_a_damaged_file_is_computed_again(
     file.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-8]), "empty": b""}[damage])
     pass_sizes = forward_passes(monkeypatch)
     second = tuned(tmp_path / "second", base, data, cache_dir=cache, max_steps=2)
-    assert sum(pass_sizes) == 2 * 8  # of both steps
+    assert sum(pass_sizes) == 2 * 8  # the pairs of both steps
     assert second.weight_bytes == first.weight_bytes
 
 
-def test_other_weights_adapters_rows_or_cutoffs_have_a_reference_of_their_own(
+def test_changed_weights_adapter_rows_cutoff_or_dtype_get_their_own_reference(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, object] = {"cache_dir": tmp_path / "cache", "max_steps": 2}
@@ -422,10 +428,10 @@ def test_other_weights_adapters_rows_or_cutoffs_have_a_reference_of_their_own(
     tuned(tmp_path / "c", base, data, **settings, cutoff_len=60)
     tuned(tmp_path / "d", base, data, **settings, adapter=adapter)
     tuned(tmp_path / "e", base, data, **settings, dtype="bfloat16")
-    assert sum(pass_sizes) == 2 * (4 * 8 + 5)  # of two steps each; b has five pairs
+    assert sum(pass_sizes) == 2 * (4 * 8 + 5)  # two steps each; b has five pairs
 
 
-def test_a_cache_that_cannot_be_written_is_told(
+def test_unwritable_reference_cache_is_reported(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -443,15 +449,13 @@ def test_a_cache_that_cannot_be_written_is_told(
 # Continuing an adapter
 
 
-def test_a_supervised_adapter_is_continued_and_is_the_reference(
-    tmp_path: Path, base: Path, data: Path
-) -> None:
+def test_continued_sft_adapter_is_the_reference(tmp_path: Path, base: Path, data: Path) -> None:
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
     answers = write_jsonl(tmp_path / "answers.jsonl", rows)
     first = trained(tmp_path / "sft", base, answers, template="prompt-completion", num_epochs=2)
     frozen_bytes = first.weight_bytes
     done = tuned(tmp_path / "out", base, data, adapter=first.folder, max_steps=4, batch_size=21)
-    assert done.losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the reference is where it starts from
+    assert done.losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the policy starts as its reference
     assert done.losses[-1] < done.losses[0] - 0.01
     assert first.weight_bytes == frozen_bytes
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -463,7 +467,7 @@ def test_a_supervised_adapter_is_continued_and_is_the_reference(
 
 # Forms of data, from the command line to the answers
 
-DEMO = [
+DIALOGUES = [
     {
         "conversations": [
             {"from": "system", "value": "be brief"},
@@ -486,20 +490,20 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"instruction": row["prompt"], "input": "", "chosen": row["chosen"], "rejected": row["rejected"]}
         for row in pairs(6)
     ],
-    "conversations": DEMO,
+    "conversations": DIALOGUES,
     "dialogues": [
-        {side: [*row["conversations"], row[side]] for side in ("chosen", "rejected")} for row in DEMO
+        {side: [*row["conversations"], row[side]] for side in ("chosen", "rejected")} for row in DIALOGUES
     ],
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_pairs_trains_and_is_asked_as_it_was_trained(
-    tmp_path: Path, chatting: Path, form: str
+def test_every_pair_format_trains_and_generates_from_the_training_prompt(
+    tmp_path: Path, chat_base: Path, form: str
 ) -> None:
     rows = FORMS[form]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    done = tuned(tmp_path / "out", chatting, data, val_set_size=2, card_rows=2)
+    done = tuned(tmp_path / "out", chat_base, data, val_set_size=2, card_rows=2)
     assert done.looks[-1]["examples"] == 2
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "| validation | loss | reward accuracy | margin |" in card
@@ -508,24 +512,24 @@ def test_every_form_of_pairs_trains_and_is_asked_as_it_was_trained(
     assert f"on 4 pairs ({sum(line['trained_tokens'] for line in done.steps):,} trained tokens" in card
     assert "yeonma dpo --config settings.yaml" in card
     loaded = yeonma.load(done.folder)
-    shown = rows[int(card.partition("### Row ")[2].partition("\n")[0]) - 1]
-    row = {name: value for name, value in shown.items() if name not in ("chosen", "rejected")}
+    card_row = rows[int(card.partition("### Row ")[2].partition("\n")[0]) - 1]
+    row = {name: value for name, value in card_row.items() if name not in ("chosen", "rejected")}
     if form == "dialogues":
-        row = {"messages": shown["chosen"]}
+        row = {"messages": card_row["chosen"]}
     prompt = loaded.prompt_builder.tokenizer.decode(loaded.prompt_ids(row, max_new_tokens=8))
     answers = loaded.generate([row], max_new_tokens=4)
     assert len(answers) == 1
     assert prompt.rstrip("\n") in card
     answers = tmp_path / "answers.jsonl"
     settings = ["--data_path", str(write_jsonl(tmp_path / "asked.jsonl", [row]))]
-    asking = command(
+    generated = command(
         tmp_path, "generate", str(done.folder), *settings, "--max_new_tokens", "4", "--output", str(answers)
     )
-    assert asking.status == 0, asking.err
+    assert generated.status == 0, generated.err
     assert len(answers.read_text(encoding="utf-8").splitlines()) == 1
 
 
-def test_the_door_for_notebooks(tmp_path: Path, base: Path, data: Path) -> None:
+def test_python_function_trains_an_adapter(tmp_path: Path, base: Path, data: Path) -> None:
     settings = {**PLAIN, "max_steps": 1}
     del settings["num_epochs"]
     folder = yeonma.dpo(base_model=base, data_path=data, output_dir=tmp_path / "out", **settings)
@@ -533,9 +537,7 @@ def test_the_door_for_notebooks(tmp_path: Path, base: Path, data: Path) -> None:
     assert (folder / "adapter_model.safetensors").is_file()
 
 
-def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
-    tmp_path: Path, base: Path, data: Path
-) -> None:
+def test_default_learning_rate_is_1e_05(tmp_path: Path, base: Path, data: Path) -> None:
     done = tuned(tmp_path / "out", base, data, max_steps=1, learning_rate=None)
     assert done.steps[0]["learning_rate"] == 1e-5
     assert "learning_rate: 1.0e-05" in (done.folder / "settings.yaml").read_text()
@@ -543,7 +545,7 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
     assert "default 1e-05" in " ".join(page.split())
 
 
-# Objections before anything costs time
+# Refusals before any costly work
 
 
 @pytest.mark.parametrize(
@@ -558,7 +560,7 @@ def test_its_learning_rate_begins_lower_than_that_of_supervised_training(
         ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm is not valid"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(
+def test_invalid_settings_are_refused(
     tmp_path: Path, base: Path, data: Path, settings: dict[str, object], message: str
 ) -> None:
     done = dpo(tmp_path / "out", base, data, **settings)
@@ -566,7 +568,7 @@ def test_settings_that_make_no_sense_are_refused(
     assert not done.folder.exists()
 
 
-def test_a_loss_that_is_no_number_names_the_rows_of_its_pairs(
+def test_nan_loss_is_reported_with_the_rows_of_its_pairs(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = step_module.pass_logprobs
@@ -577,7 +579,7 @@ def test_a_loss_that_is_no_number_names_the_rows_of_its_pairs(
     assert done.err.startswith(f"yeonma: rows {rows}: the loss is nan")
 
 
-def test_without_a_template_that_of_the_adapter_continued_is_used(tmp_path: Path, base: Path) -> None:
+def test_template_defaults_to_that_of_the_continued_adapter(tmp_path: Path, base: Path) -> None:
     template = "say it: {prompt}\nwell: {completion}"
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS[:4]]
     first = trained(

@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
 
 
-# The same as others
+# Comparison with transformers' Trainer
 
 
 class Reference(Trainer):
@@ -57,7 +57,7 @@ def tokens_of(row: Mapping[str, str], tokenizer: Any, train_on_inputs: bool = Fa
 def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     longest = max(len(example["input_ids"]) for example in examples)
 
-    def filled(name: str, value: int) -> torch.Tensor:
+    def pad_field(name: str, value: int) -> torch.Tensor:
         return torch.tensor(
             [example[name] + [value] * (longest - len(example[name])) for example in examples]
         )
@@ -65,11 +65,15 @@ def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     mask = torch.tensor(
         [[1] * len(example["labels"]) + [0] * (longest - len(example["labels"])) for example in examples]
     )
-    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100), "attention_mask": mask}
+    return {
+        "input_ids": pad_field("input_ids", 0),
+        "labels": pad_field("labels", -100),
+        "attention_mask": mask,
+    }
 
 
 def reference(folder: Path, base: Path, rows: list[dict[str, str]], **settings: Any) -> Reference:
-    """The run of the test below, 20 steps of 8 rows, with transformers and PEFT alone."""
+    """The run of the test below (20 steps of 8 rows) with transformers and PEFT only."""
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(42)
@@ -122,7 +126,7 @@ def test_20_steps_give_the_losses_and_weights_of_transformers_trainer(
     assert ("one sequence at a time" in ours.out) == (family != "llama")
     assert len(ours.losses) == 20
     assert ours.losses == pytest.approx(list(theirs.losses.values()), abs=1e-4)
-    assert ours.losses[0] > ours.losses[-1] + 0.1  # something was learnt
+    assert ours.losses[0] > ours.losses[-1] + 0.1  # the model has learned
     weights = {name: weight for name, weight in theirs.model.state_dict().items() if "lora_" in name}
     assert len(ours.weights) == len(weights)
     for name, weight in ours.weights.items():
@@ -130,12 +134,12 @@ def test_20_steps_give_the_losses_and_weights_of_transformers_trainer(
         assert float((weight - theirs_weight).abs().max()) < 1e-3, name
 
 
-# The same as itself
+# Micro-batches, steps and kinds of LoRA
 
 
 @pytest.fixture(scope="module")
-def one_by_one(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
-    """29 rows in steps of 8, two epochs; the last step of each has 5 rows."""
+def micro_batch_1_run(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> Done:
+    """A run with micro-batches of one row: 29 rows, steps of 8, two epochs; the last step of each epoch has 5 rows."""
     return trained(tmp_path_factory.mktemp("run") / "out", base, data, **STEPS, micro_batch_size=1)
 
 
@@ -155,48 +159,46 @@ STEPS: dict[str, object] = {"batch_size": 8, "num_epochs": 2}
         {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"},
     ],
 )
-def test_micro_batches_and_sharing_change_nothing(
-    tmp_path: Path, base: Path, data: Path, one_by_one: Done, speed: dict[str, object]
+def test_micro_batches_and_prefix_sharing_do_not_change_results(
+    tmp_path: Path, base: Path, data: Path, micro_batch_1_run: Done, speed: dict[str, object]
 ) -> None:
     done = trained(tmp_path / "out", base, data, **STEPS, **speed)
     assert [line["examples"] for line in done.steps] == [8, 8, 8, 5] * 2
-    assert done.losses == pytest.approx(one_by_one.losses, abs=1e-5)
+    assert done.losses == pytest.approx(micro_batch_1_run.losses, abs=1e-5)
     for name, weight in done.weights.items():
-        assert float((weight - one_by_one.weights[name]).abs().max()) < 1e-3, name
+        assert float((weight - micro_batch_1_run.weights[name]).abs().max()) < 1e-3, name
 
 
-def test_a_prompt_that_is_trained_too_and_shared_counts_for_each_row(
-    tmp_path: Path, base: Path, data: Path
-) -> None:
+def test_shared_trained_prompt_counts_once_per_row(tmp_path: Path, base: Path, data: Path) -> None:
     alone, shared = (
         trained(tmp_path / name, base, data, batch_size=8, micro_batch_size=size, train_on_inputs=True)
         for name, size in (("alone", 1), ("shared", 8))
     )
     assert alone.losses == pytest.approx(shared.losses, abs=1e-5)
     lengths = [len(TEMPLATE.format(**row)) for row in ROWS]
-    # every token and the end token, but for the first, which nothing comes before
+    # every token and the end token, except the first token, which is not predicted
     assert sum(line["trained_tokens"] for line in alone.steps) == sum(lengths)
 
 
-def test_a_step_may_be_larger_than_all_rows(tmp_path: Path, base: Path, data: Path) -> None:
+def test_batch_size_may_exceed_the_number_of_rows(tmp_path: Path, base: Path, data: Path) -> None:
     done = trained(tmp_path / "out", base, data, batch_size=1000, num_epochs=2)
     assert [line["examples"] for line in done.steps] == [29, 29]
 
 
-def test_the_record_of_a_step_counts_what_was_trained(one_by_one: Done) -> None:
-    first = one_by_one.steps[0]
+def test_step_metrics_have_token_counts_and_epochs(micro_batch_1_run: Done) -> None:
+    first = micro_batch_1_run.steps[0]
     rows = [ROWS[i] for i in epoch_order(29, 42, 0, 8)[:8]]
     assert first["trained_tokens"] == sum(len(row["title"]) + 1 for row in rows)
     assert first["tokens"] == sum(len(TEMPLATE.format(**row)) + 1 for row in rows)
-    assert [line["step"] for line in one_by_one.steps] == list(range(1, 9))
-    assert [line["epoch"] for line in one_by_one.steps] == [step / 4 for step in range(1, 9)]
+    assert [line["step"] for line in micro_batch_1_run.steps] == list(range(1, 9))
+    assert [line["epoch"] for line in micro_batch_1_run.steps] == [step / 4 for step in range(1, 9)]
 
 
 @pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}])
-def test_kinds_of_lora_train(tmp_path: Path, base: Path, data: Path, kind: dict[str, object]) -> None:
+def test_rslora_and_dora_train(tmp_path: Path, base: Path, data: Path, kind: dict[str, object]) -> None:
     done = trained(tmp_path / "out", base, data, **STEPS, **kind)
     plain = trained(tmp_path / "plain", base, data, **STEPS)
-    assert done.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)  # an adapter starts as nothing
+    assert done.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)  # a new adapter has no effect
     assert done.losses[-1] < done.losses[0]
     assert done.losses[1:] != pytest.approx(plain.losses[1:], abs=1e-5)
     magnitudes = [name for name in done.weights if "magnitude" in name]
@@ -225,7 +227,7 @@ ARGUMENTS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("name", get_args(LrScheduler))
 def test_every_schedule_runs_as_in_transformers(tmp_path: Path, base: Path, data: Path, name: str) -> None:
     by_metric = name in ("reduce_lr_on_plateau", "greedy")
-    extra = {"val_set_size": 9, "eval_steps": 2} if by_metric else {"warmup_steps": 2}
+    more_settings = {"val_set_size": 9, "eval_steps": 2} if by_metric else {"warmup_steps": 2}
     arguments = ARGUMENTS.get(name)
     done = trained(
         tmp_path / "out",
@@ -234,26 +236,26 @@ def test_every_schedule_runs_as_in_transformers(tmp_path: Path, base: Path, data
         lr_scheduler=name,
         lr_scheduler_kwargs=arguments,
         max_steps=6,
-        **extra,
+        **more_settings,
     )
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-3)
     schedule = get_scheduler(name, optimizer, 2, 6, arguments)
-    looks = {line["step"]: line["loss"] for line in done.looks}
+    validation_losses = {line["step"]: line["loss"] for line in done.looks}
     expected = []
     for step in range(1, 7):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         if not by_metric:
             schedule.step()
-        elif step in looks:
-            schedule.step(looks[step])
+        elif step in validation_losses:
+            schedule.step(validation_losses[step])
     assert [line["learning_rate"] for line in done.steps] == pytest.approx(expected, rel=1e-9)
     if name != "constant":
         assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-def test_a_schedule_that_follows_the_validation_loss_wants_validation_rows(
+def test_validation_loss_schedule_without_validation_rows_is_refused(
     tmp_path: Path, base: Path, data: Path, name: str
 ) -> None:
     done = sft(tmp_path / "out", base, data, lr_scheduler=name)
@@ -280,7 +282,7 @@ def test_a_schedule_that_follows_the_validation_loss_wants_validation_rows(
     ],
 )
 @pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_a_schedule_that_does_not_take_its_arguments_is_refused(
+def test_invalid_schedule_arguments_are_refused(
     tmp_path: Path, base: Path, data: Path, name: str, arguments: dict[str, object], warmup_steps: int
 ) -> None:
     done = sft(
@@ -298,7 +300,7 @@ def test_a_schedule_that_does_not_take_its_arguments_is_refused(
     assert not done.folder.exists()
 
 
-def test_a_schedule_without_a_warm_up_says_so(tmp_path: Path, base: Path, data: Path) -> None:
+def test_warmup_settings_without_effect_are_reported(tmp_path: Path, base: Path, data: Path) -> None:
     done = trained(tmp_path / "out", base, data, lr_scheduler="constant", warmup_steps=2, max_steps=2)
     assert "constant has no warm-up: warmup_steps and warmup_ratio have no effect\n" in done.out
 
@@ -307,7 +309,7 @@ def test_a_schedule_without_a_warm_up_says_so(tmp_path: Path, base: Path, data: 
     ("warmup", "steps"),
     [({"warmup_steps": 3}, 3), ({"warmup_ratio": 0.3}, 3), ({"warmup_ratio": 0.31}, 4), ({}, 0)],
 )
-def test_warm_up_is_counted_in_steps_or_as_a_share_of_them(
+def test_warmup_is_given_in_steps_or_as_a_ratio(
     tmp_path: Path, base: Path, data: Path, warmup: dict[str, object], steps: int
 ) -> None:
     done = trained(tmp_path / "out", base, data, lr_scheduler="constant_with_warmup", max_steps=10, **warmup)
@@ -316,7 +318,7 @@ def test_warm_up_is_counted_in_steps_or_as_a_share_of_them(
     assert rates[steps:] == pytest.approx([3e-3] * (10 - steps))
 
 
-def test_a_norm_of_zero_turns_clipping_off(tmp_path: Path, base: Path, data: Path) -> None:
+def test_max_grad_norm_zero_turns_clipping_off(tmp_path: Path, base: Path, data: Path) -> None:
     # one step: AdamW's own division hides the scale of the gradient, so a large epsilon stands in for plain descent
     wide, narrow, off = (
         trained(tmp_path / str(norm), base, data, max_steps=1, max_grad_norm=norm, adam_epsilon=1000)
@@ -332,8 +334,8 @@ def test_a_norm_of_zero_turns_clipping_off(tmp_path: Path, base: Path, data: Pat
 def test_the_validation_loss_is_that_of_a_plain_forward(tmp_path: Path, base: Path) -> None:
     rows, held_out = articles(8), articles(7, seed=5)
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    more = write_jsonl(tmp_path / "more.jsonl", held_out)
-    done = trained(tmp_path / "out", base, data, val_data_path=more, micro_batch_size=3)
+    validation_data = write_jsonl(tmp_path / "more.jsonl", held_out)
+    done = trained(tmp_path / "out", base, data, val_data_path=validation_data, micro_batch_size=3)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     total, count = 0.0, 0
     for row in held_out:
@@ -361,15 +363,17 @@ def test_without_eval_steps_every_epoch_ends_with_an_evaluation_and_a_checkpoint
     }
 
 
-def test_evaluations_come_every_eval_steps_and_at_both_ends(tmp_path: Path, base: Path, data: Path) -> None:
+def test_evaluations_run_every_eval_steps_and_at_start_and_end(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
     done = trained(tmp_path / "out", base, data, val_set_size=9, max_steps=7, eval_steps=3, card_rows=2)
     assert [line["step"] for line in done.looks] == [0, 3, 6, 7]
 
 
-def test_evaluation_leaves_training_as_it_is(tmp_path: Path, base: Path, data: Path) -> None:
-    more = write_jsonl(tmp_path / "more.jsonl", articles(5, seed=5))
+def test_evaluation_frequency_does_not_change_training(tmp_path: Path, base: Path, data: Path) -> None:
+    validation_data = write_jsonl(tmp_path / "more.jsonl", articles(5, seed=5))
     settings: dict[str, object] = {
-        "val_data_path": more,
+        "val_data_path": validation_data,
         "lora_dropout": 0.1,
         "keep_best": False,
         "max_steps": 6,
@@ -381,15 +385,15 @@ def test_evaluation_leaves_training_as_it_is(tmp_path: Path, base: Path, data: P
     assert often.weight_bytes == seldom.weight_bytes
 
 
-# What is kept
+# Kept adapters and checkpoints, early stopping
 
 
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Done]:
     """A learning rate so high that the validation loss falls first and then rises."""
-    place = tmp_path_factory.mktemp("overfitted")
-    data = write_jsonl(place / "rows.jsonl", articles(16))
-    yield trained(place / "out", base, data, **OVERFITTING)
+    folder = tmp_path_factory.mktemp("overfitted")
+    data = write_jsonl(folder / "rows.jsonl", articles(16))
+    yield trained(folder / "out", base, data, **OVERFITTING)
 
 
 OVERFITTING: dict[str, object] = {
@@ -405,35 +409,37 @@ OVERFITTING: dict[str, object] = {
 
 
 def best_of(done: Done) -> int:
-    return int(min(done.looks[1:], key=lambda look: look["loss"])["step"])
+    return int(min(done.looks[1:], key=lambda line: line["loss"])["step"])
 
 
 def test_the_adapter_with_the_lowest_validation_loss_is_kept(overfitted: Done) -> None:
     best = best_of(overfitted)
-    assert 2 <= best < 20  # else this shows nothing
+    assert 2 <= best < 20  # otherwise the test proves nothing
     best_weights = overfitted.folder / f"checkpoint-{best}" / "adapter_model.safetensors"
     assert overfitted.weight_bytes == best_weights.read_bytes()
     assert f"using the adapter of step {best}, which had the lowest validation loss" in overfitted.out
 
 
-def test_the_newest_checkpoints_and_the_best_one_stay(overfitted: Done) -> None:
+def test_newest_and_best_checkpoints_are_kept(overfitted: Done) -> None:
     steps = {int(path.name.removeprefix("checkpoint-")) for path in overfitted.folder.glob("checkpoint-*")}
     assert steps == {best_of(overfitted), 20, 24}
 
 
-def test_the_last_adapter_stays_where_the_best_is_not_wanted(tmp_path: Path, base: Path) -> None:
+def test_last_adapter_is_kept_without_keep_best(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(16))
     done = trained(tmp_path / "out", base, data, **{**OVERFITTING, "keep_best": False})
     assert done.weight_bytes == (done.folder / "checkpoint-24" / "adapter_model.safetensors").read_bytes()
 
 
-def test_evaluations_without_gain_stop_the_run_early(tmp_path: Path, base: Path, overfitted: Done) -> None:
+def test_evaluations_without_improvement_stop_the_run_early(
+    tmp_path: Path, base: Path, overfitted: Done
+) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", articles(16))
     done = trained(tmp_path / "out", base, data, **OVERFITTING, early_stopping_patience=2)
-    losses = {look["step"]: look["loss"] for look in overfitted.looks[1:]}
+    losses = {line["step"]: line["loss"] for line in overfitted.looks[1:]}
     stop = next(
         step for step in losses if step > 4 and min(losses[step], losses[step - 2]) > min(
-            loss for other, loss in losses.items() if other < step - 2
+            loss for earlier, loss in losses.items() if earlier < step - 2
         )
     )  # fmt: skip
     assert done.steps[-1]["step"] == stop < 24
@@ -441,18 +447,20 @@ def test_evaluations_without_gain_stop_the_run_early(tmp_path: Path, base: Path,
     assert done.losses == overfitted.losses[:stop]
 
 
-def test_a_gain_below_the_threshold_counts_as_none(tmp_path: Path, base: Path, data: Path) -> None:
+def test_improvement_below_the_threshold_does_not_delay_early_stopping(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
     done = trained(
         tmp_path / "out", base, data, val_set_size=9, max_steps=6, eval_steps=1,
         early_stopping_patience=2, early_stopping_threshold=100,
     )  # fmt: skip
     assert done.steps[-1]["step"] == 3
-    losses = [look["loss"] for look in done.looks[1:]]
-    assert losses[0] > losses[1] > losses[2]  # lower, but not by 100: the best is kept all the same
+    losses = [line["loss"] for line in done.looks[1:]]
+    assert losses[0] > losses[1] > losses[2]  # lower, but not by 100; the best is still kept
     assert done.weight_bytes == (done.folder / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
 
 
-def test_early_stopping_wants_validation_rows(tmp_path: Path, base: Path, data: Path) -> None:
+def test_early_stopping_without_validation_rows_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
     done = sft(tmp_path / "out", base, data, early_stopping_patience=2)
     assert (done.status, done.err.partition(":")[2].strip().partition(":")[0]) == (
         2,
@@ -460,7 +468,7 @@ def test_early_stopping_wants_validation_rows(tmp_path: Path, base: Path, data: 
     )
 
 
-def test_a_run_that_only_gets_worse_still_leaves_what_it_learnt(
+def test_trained_adapter_is_kept_even_if_the_validation_loss_rose(
     tmp_path: Path, base: Path, data: Path
 ) -> None:
     done = trained(tmp_path / "out", base, data, val_set_size=9, max_steps=1, learning_rate=30)
@@ -470,24 +478,24 @@ def test_a_run_that_only_gets_worse_still_leaves_what_it_learnt(
     assert done.weight_bytes == best_weights.read_bytes()
 
 
-# Numbers that are none
+# NaN
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
+def test_nan_loss_stops_the_run_before_the_update(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yeonma.train import run
 
-    poisoned: list[Any] = []
-    make = run.build_train_state
+    states: list[Any] = []
+    build = run.build_train_state
 
-    def tuning(*arguments: Any, **more: Any) -> Any:
-        state = make(*arguments, **more)
-        poisoned.append(state)
+    def build_with_nan(*arguments: Any, **keywords: Any) -> Any:
+        state = build(*arguments, **keywords)
+        states.append(state)
         next(iter(state.parameters.values())).data[0, 0] = math.nan
         return state
 
-    monkeypatch.setattr(run, "build_train_state", tuning)
+    monkeypatch.setattr(run, "build_train_state", build_with_nan)
     done = sft(tmp_path / "out", base, data, batch_size=3)
     rows = sorted(int(i) + 1 for i in epoch_order(29, 42, 0, 3)[:3])
     assert done.status == 2
@@ -495,11 +503,11 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
         f"yeonma: rows {rows[0]}, {rows[1]}, {rows[2]}: the loss is nan and the gradient norm nan"
     )
     assert done.lines == []
-    assert not poisoned[0].optimizer.state  # no update
+    assert not states[0].optimizer.state  # no update
     assert list(done.folder.glob("checkpoint-*")) == []
 
 
-def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_stays(
+def test_nan_loss_names_its_rows_and_keeps_earlier_checkpoints(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yeonma.train import step as step_module
@@ -507,12 +515,12 @@ def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_st
     order, compute = epoch_order(29, 42, 0, 4), step_module.pass_logprobs
     calls = 0
 
-    def logprobs(*arguments: Any, **keywords: Any) -> torch.Tensor:
+    def logprobs_with_nan(*arguments: Any, **keywords: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return compute(*arguments, **keywords) * (math.nan if calls == 6 else 1)  # two micro-batches a step
 
-    monkeypatch.setattr(step_module, "pass_logprobs", logprobs)
+    monkeypatch.setattr(step_module, "pass_logprobs", logprobs_with_nan)
     done = sft(tmp_path / "out", base, data, save_steps=1)
     rows = ", ".join(str(row) for row in sorted(int(i) + 1 for i in order[8:12]))
     assert done.status == 2
@@ -520,6 +528,6 @@ def test_a_row_that_the_model_cannot_compute_is_named_and_the_last_checkpoint_st
     assert [line["step"] for line in done.steps] == [1, 2]
     assert {path.name for path in done.folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     monkeypatch.undo()
-    whole = trained(tmp_path / "whole", base, data, save_steps=1)
-    again = trained(tmp_path / "out", base, data, save_steps=1)
-    assert again.weight_bytes == whole.weight_bytes
+    uninterrupted = trained(tmp_path / "whole", base, data, save_steps=1)
+    resumed = trained(tmp_path / "out", base, data, save_steps=1)
+    assert resumed.weight_bytes == uninterrupted.weight_bytes

@@ -1,5 +1,5 @@
-"""Every preference loss equals its paper's formula, written for one pair in plain floats, and its gradient the finite
-differences of that formula; limits; metrics as sums."""
+"""Preference losses and their gradients against the papers' formulas, written for one pair in plain floats; limit
+cases; metrics as sums."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ PAIRS = (
     Pair(-14.0, -21.5, -15.5, -19.0, 5, 9),
     Pair(-30.25, -8.0, -27.0, -9.5, 11, 3),
     Pair(-2.5, -3.0, -2.5, -3.0, 4, 4),
-    Pair(-120.0, -260.0, -150.0, -180.0, 40, 80),  # far apart: sigmoids at their ends
+    Pair(-120.0, -260.0, -150.0, -180.0, 40, 80),  # far apart: saturated sigmoids
     Pair(-260.0, -120.0, -180.0, -150.0, 80, 40),
 )
 
 
-def of(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+def tensor_of(values: list[float], dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
 def policy_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> PairLogprobs:
     return PairLogprobs(
-        of([pair.chosen for pair in pairs], dtype).requires_grad_(),
-        of([pair.rejected for pair in pairs], dtype).requires_grad_(),
+        tensor_of([pair.chosen for pair in pairs], dtype).requires_grad_(),
+        tensor_of([pair.rejected for pair in pairs], dtype).requires_grad_(),
         torch.tensor([pair.chosen_tokens for pair in pairs]),
         torch.tensor([pair.rejected_tokens for pair in pairs]),
     )
@@ -75,8 +75,8 @@ def policy_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> Pa
 
 def reference_of(pairs: tuple[Pair, ...], dtype: torch.dtype = torch.float32) -> ReferenceLogprobs:
     return ReferenceLogprobs(
-        of([pair.reference_chosen for pair in pairs], dtype),
-        of([pair.reference_rejected for pair in pairs], dtype),
+        tensor_of([pair.reference_chosen for pair in pairs], dtype),
+        tensor_of([pair.reference_rejected for pair in pairs], dtype),
     )
 
 
@@ -159,7 +159,7 @@ PAPER: dict[str, Callable[[Pair, PreferenceOptions], float]] = {
 }
 
 
-def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
+def test_every_loss_is_registered_and_every_pair_loss_has_a_formula() -> None:
     assert PAPER.keys() == PAIR_LOSSES.keys()
     assert PAIR_LOSSES.keys() > REFERENCE_FREE >= {"simpo", "cpo", "orpo"}
     assert set(get_args(LossName)) == LOSSES.keys()
@@ -170,7 +170,7 @@ def test_every_loss_that_can_be_asked_for_has_its_formula_here() -> None:
     assert {field.name for field in fields(PreferenceOptions)} == settings - {"loss"}
 
 
-def test_a_name_without_a_record_is_an_error() -> None:
+def test_unregistered_loss_name_is_an_error() -> None:
     assert all(preference_loss(name) is loss for name, loss in LOSSES.items())
     with pytest.raises(
         UserError, match="loss squared_hinge: this loss has no record; add a PreferenceLoss to"
@@ -179,7 +179,7 @@ def test_a_name_without_a_record_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_a_loss_is_its_papers_formula(name: str) -> None:
+def test_loss_equals_the_paper_formula(name: str) -> None:
     actual = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
     assert actual.dtype == torch.float32
     assert actual.tolist() == pytest.approx(
@@ -188,7 +188,7 @@ def test_a_loss_is_its_papers_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_a_gradient_is_the_formulas_by_finite_differences(name: str) -> None:
+def test_gradient_equals_finite_differences_of_the_formula(name: str) -> None:
     policy = policy_of(PAIRS, torch.float64)
     pair_losses(LOSSES[name], policy, reference_of(PAIRS, torch.float64), OPTIONS).sum().backward()
     step = 1e-5
@@ -202,11 +202,11 @@ def test_a_gradient_is_the_formulas_by_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_the_supervised_term_is_the_mean_over_the_chosen_answers_tokens(name: str) -> None:
-    without = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
+def test_sft_weight_adds_the_mean_loss_per_chosen_token(name: str) -> None:
+    without_sft = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS)
     added = (
         pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), replace(OPTIONS, sft_weight=0.5))
-        - without
+        - without_sft
     )
     expected = [-0.5 * pair.chosen / pair.chosen_tokens for pair in PAIRS]
     assert added.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -235,7 +235,7 @@ WITHOUT_MARGIN = {
 
 
 @pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
-def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
+def test_policy_equal_to_its_reference_has_zero_margin(name: str) -> None:
     policy = policy_of(PAIRS)
     reference = ReferenceLogprobs(policy.chosen_P.detach(), policy.rejected_P.detach())
     equal = [replace(pair, reference_chosen=pair.chosen, reference_rejected=pair.rejected) for pair in PAIRS]
@@ -248,19 +248,21 @@ def test_a_policy_that_is_its_reference_has_no_margin(name: str) -> None:
         assert not reward_P.any()
 
 
-def test_equal_answers_without_a_reference_have_no_margin() -> None:
-    same = policy_of((Pair(-8.0, -8.0, 0.0, 0.0, 4, 4),))
+def test_reference_free_losses_of_equal_answers_have_zero_margin() -> None:
+    equal_answers = policy_of((Pair(-8.0, -8.0, 0.0, 0.0, 4, 4),))
     plain = replace(OPTIONS, simpo_gamma=0.0)
-    assert pair_losses(LOSSES["cpo"], same, None, plain).item() == pytest.approx(math.log(2))
-    assert pair_losses(LOSSES["simpo"], same, None, plain).item() == pytest.approx(math.log(2))
-    assert pair_losses(LOSSES["orpo"], same, None, plain).item() == pytest.approx(plain.beta * math.log(2))
+    assert pair_losses(LOSSES["cpo"], equal_answers, None, plain).item() == pytest.approx(math.log(2))
+    assert pair_losses(LOSSES["simpo"], equal_answers, None, plain).item() == pytest.approx(math.log(2))
+    assert pair_losses(LOSSES["orpo"], equal_answers, None, plain).item() == pytest.approx(
+        plain.beta * math.log(2)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
-def test_a_loss_without_a_reference_does_not_look_at_one(name: str) -> None:
+def test_reference_free_loss_ignores_the_reference(name: str) -> None:
     policy = policy_of(PAIRS)
-    with_one = pair_losses(LOSSES[name], policy, reference_of(PAIRS), OPTIONS)
-    assert torch.equal(pair_losses(LOSSES[name], policy, None, OPTIONS), with_one)
+    with_reference = pair_losses(LOSSES[name], policy, reference_of(PAIRS), OPTIONS)
+    assert torch.equal(pair_losses(LOSSES[name], policy, None, OPTIONS), with_reference)
     assert torch.equal(
         pair_metric_sums(LOSSES[name], policy, None, OPTIONS),
         pair_metric_sums(LOSSES[name], policy, reference_of(PAIRS), OPTIONS),
@@ -268,12 +270,12 @@ def test_a_loss_without_a_reference_does_not_look_at_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PAIR_LOSSES.keys() - REFERENCE_FREE))
-def test_a_loss_with_a_reference_asks_for_it(name: str) -> None:
+def test_missing_reference_raises_a_value_error(name: str) -> None:
     with pytest.raises(ValueError, match="reference"):
         pair_losses(LOSSES[name], policy_of(PAIRS), None, OPTIONS)
 
 
-def test_labels_that_are_right_for_certain_leave_dpo_as_it_is() -> None:
+def test_robust_loss_without_label_smoothing_equals_dpo() -> None:
     plain = replace(OPTIONS, label_smoothing=0.0)
     policy, reference = policy_of(PAIRS), reference_of(PAIRS)
     dpo = pair_losses(LOSSES["sigmoid"], policy, reference, plain)
@@ -282,7 +284,7 @@ def test_labels_that_are_right_for_certain_leave_dpo_as_it_is() -> None:
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
-    """Its expectation over pairs whose labels are flipped with probability e is the loss of the true labels."""
+    """If labels are flipped with probability e, the expected loss is the loss of the true labels."""
     policy, reference, e = policy_of(PAIRS), reference_of(PAIRS), OPTIONS.label_smoothing
     flipped = PairLogprobs(
         policy.rejected_P, policy.chosen_P, policy.rejected_tokens_P, policy.chosen_tokens_P
@@ -295,14 +297,14 @@ def test_robust_dpo_is_unbiased_under_flipped_labels() -> None:
     assert torch.allclose(mean, true, rtol=1e-5, atol=1e-5)
 
 
-def test_lengths_matter_where_the_loss_is_per_token_and_only_there() -> None:
-    longer = tuple(replace(pair, chosen_tokens=pair.chosen_tokens + 3) for pair in PAIRS)
-    moved = {
+def test_answer_lengths_change_only_per_token_losses() -> None:
+    longer_pairs = tuple(replace(pair, chosen_tokens=pair.chosen_tokens + 3) for pair in PAIRS)
+    changed = {
         name
         for name in PAIR_LOSSES
         if not torch.equal(
             pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), OPTIONS),
-            pair_losses(LOSSES[name], policy_of(longer), reference_of(longer), OPTIONS),
+            pair_losses(LOSSES[name], policy_of(longer_pairs), reference_of(longer_pairs), OPTIONS),
         )
     }
     by_formula = {
@@ -310,15 +312,15 @@ def test_lengths_matter_where_the_loss_is_per_token_and_only_there() -> None:
         for name in PAIR_LOSSES
         if any(
             PAPER[name](pair, OPTIONS) != PAPER[name](long_pair, OPTIONS)
-            for pair, long_pair in zip(PAIRS, longer, strict=True)
+            for pair, long_pair in zip(PAIRS, longer_pairs, strict=True)
         )
     }
-    assert moved == by_formula >= {"ipo", "simpo", "orpo"}
-    assert {name for name in REFERENCE_FREE if LOSSES[name].per_token_reward} == moved & REFERENCE_FREE
+    assert changed == by_formula >= {"ipo", "simpo", "orpo"}
+    assert {name for name in REFERENCE_FREE if LOSSES[name].per_token_reward} == changed & REFERENCE_FREE
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
+def test_loss_reads_exactly_its_declared_options(name: str) -> None:
     rows = labelled()
     policy, reference = policy_of(PAIRS), reference_of(PAIRS)
 
@@ -327,16 +329,16 @@ def test_a_loss_reads_the_options_that_it_is_said_to(name: str) -> None:
             return LOSSES[name].function(rows, torch.tensor(0.4), options)
         return pair_losses(LOSSES[name], policy, reference, options)
 
-    as_it_was = losses(OPTIONS)
+    baseline = losses(OPTIONS)
     read = {
         field.name
         for field in fields(PreferenceOptions)
-        if not torch.equal(losses(replace(OPTIONS, **{field.name: 0.25})), as_it_was)
+        if not torch.equal(losses(replace(OPTIONS, **{field.name: 0.25})), baseline)
     }
     assert read == LOSSES[name].options
 
 
-def test_the_odds_of_a_certain_answer_are_finite_and_so_are_their_gradients() -> None:
+def test_log_odds_and_gradients_of_certain_answers_are_finite() -> None:
     sums = torch.tensor([0.0, -1e-9, -1e-4, -0.5, -30.0, -300.0], requires_grad=True)
     actual = log_odds(sums)
     for logprob, odds in zip(sums.tolist()[2:], actual.tolist()[2:], strict=True):
@@ -348,7 +350,7 @@ def test_the_odds_of_a_certain_answer_are_finite_and_so_are_their_gradients() ->
     assert torch.isfinite(sums.grad).all()
 
 
-def test_a_steps_loss_is_the_same_however_its_pairs_are_divided() -> None:
+def test_losses_of_pairs_do_not_depend_on_their_batch() -> None:
     for name in PAIR_LOSSES:
         options = replace(OPTIONS, sft_weight=0.5)
         whole = pair_losses(LOSSES[name], policy_of(PAIRS), reference_of(PAIRS), options)
@@ -400,8 +402,8 @@ WEIGHTED = replace(OPTIONS, kto_desirable_weight=1.5, kto_undesirable_weight=0.7
 
 def labelled(dtype: torch.dtype = torch.float32) -> LabelledLogprobs:
     return LabelledLogprobs(
-        of(POLICY, dtype).requires_grad_(),
-        of(REFERENCE, dtype),
+        tensor_of(POLICY, dtype).requires_grad_(),
+        tensor_of(REFERENCE, dtype),
         torch.tensor(TOKENS),
         torch.tensor(DESIRABLE),
     )
@@ -415,7 +417,7 @@ def paper_kto(logprob: float, reference: float, desirable: bool, z: float, o: Pr
 
 
 @pytest.mark.parametrize("z", [0.0, 0.8])
-def test_kto_is_its_papers_formula_and_so_is_its_gradient(z: float) -> None:
+def test_kto_loss_and_gradient_equal_the_paper_formula(z: float) -> None:
     rows, step = labelled(torch.float64), 1e-5
     actual = kto_losses(rows, torch.tensor(z, dtype=torch.float64), WEIGHTED)
     actual.sum().backward()
@@ -423,14 +425,15 @@ def test_kto_is_its_papers_formula_and_so_is_its_gradient(z: float) -> None:
     for i, (logprob, reference, desirable) in enumerate(zip(POLICY, REFERENCE, DESIRABLE, strict=True)):
         assert actual[i].item() == pytest.approx(paper_kto(logprob, reference, desirable, z, WEIGHTED))
         ahead, behind = (
-            paper_kto(at, reference, desirable, z, WEIGHTED) for at in (logprob + step, logprob - step)
+            paper_kto(shifted, reference, desirable, z, WEIGHTED)
+            for shifted in (logprob + step, logprob - step)
         )
         assert rows.logprob_R.grad[i].item() == pytest.approx(
             (ahead - behind) / (2 * step), rel=1e-5, abs=1e-9
         )
 
 
-def test_ktos_reference_point_is_the_steps_mean_where_that_is_positive_and_has_no_gradient() -> None:
+def test_kto_reference_point_is_the_positive_mean_without_gradient() -> None:
     ratio = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
     point = kto_reference_point(ratio.sum(), 3)
     assert point.item() == pytest.approx(0.5)
@@ -438,11 +441,11 @@ def test_ktos_reference_point_is_the_steps_mean_where_that_is_positive_and_has_n
     assert kto_reference_point(-ratio.sum(), 3).item() == 0.0
 
 
-def test_a_kto_row_at_the_reference_point_loses_half_its_weight() -> None:
+def test_kto_loss_at_the_reference_point_is_half_the_weight() -> None:
     rows = labelled()
     point = torch.tensor(0.0)
-    at_it = replace(rows, reference_R=rows.logprob_R.detach())
-    actual = kto_losses(at_it, point, WEIGHTED).tolist()
+    rows_at_point = replace(rows, reference_R=rows.logprob_R.detach())
+    actual = kto_losses(rows_at_point, point, WEIGHTED).tolist()
     assert actual == pytest.approx([0.75 if desirable else 0.375 for desirable in DESIRABLE])
 
 
@@ -453,11 +456,11 @@ def test_kto_metrics_are_sums_by_label() -> None:
     actual = dict(zip(KTO_METRICS, sums.tolist(), strict=True))
     ratio = [a - b for a, b in zip(POLICY, REFERENCE, strict=True)]
     for name, label in (("desirable", True), ("undesirable", False)):
-        mine = [i for i, desirable in enumerate(DESIRABLE) if desirable is label]
-        assert actual[name] == len(mine)
-        assert actual[f"reward_{name}"] == pytest.approx(sum(OPTIONS.beta * ratio[i] for i in mine))
-        assert actual[f"logprob_{name}"] == pytest.approx(sum(POLICY[i] for i in mine))
-        assert actual[f"tokens_{name}"] == sum(TOKENS[i] for i in mine)
-    right = sum((r > z) if desirable else (r < z) for r, desirable in zip(ratio, DESIRABLE, strict=True))
-    assert actual["reward_accuracy"] == right
-    assert 0 < right < len(DESIRABLE)
+        indices = [i for i, desirable in enumerate(DESIRABLE) if desirable is label]
+        assert actual[name] == len(indices)
+        assert actual[f"reward_{name}"] == pytest.approx(sum(OPTIONS.beta * ratio[i] for i in indices))
+        assert actual[f"logprob_{name}"] == pytest.approx(sum(POLICY[i] for i in indices))
+        assert actual[f"tokens_{name}"] == sum(TOKENS[i] for i in indices)
+    correct = sum((r > z) if desirable else (r < z) for r, desirable in zip(ratio, DESIRABLE, strict=True))
+    assert actual["reward_accuracy"] == correct
+    assert 0 < correct < len(DESIRABLE)

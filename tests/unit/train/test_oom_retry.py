@@ -35,7 +35,7 @@ def out_of_memory(text: str = "CUDA out of memory. Tried to allocate 2.00 GiB.")
     return torch.OutOfMemoryError(text)
 
 
-def failing(
+def fail_passes(
     monkeypatch: pytest.MonkeyPatch, module: Any, fails: Fails, error: Callable[[], Exception]
 ) -> list[int]:
     """Makes forward passes fail if `fails(number of the pass, examples)`. Returns the list of failed ones."""
@@ -52,8 +52,8 @@ def failing(
     return failed
 
 
-def same(one: Done, other: Done) -> None:
-    """Losses and weights are equal to rounding."""
+def assert_same_result(one: Done, other: Done) -> None:
+    """Asserts that losses and weights are equal up to rounding."""
     assert one.losses == pytest.approx(other.losses, rel=1e-5)
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=1e-4, atol=1e-5)
@@ -70,7 +70,7 @@ def same(one: Done, other: Done) -> None:
     ],
     ids=["device", "python", "cpu"],
 )
-def test_a_step_without_room_is_done_again_in_halves(
+def test_step_out_of_memory_is_repeated_in_halves(
     tmp_path: Path,
     base: Path,
     data: Path,
@@ -78,12 +78,14 @@ def test_a_step_without_room_is_done_again_in_halves(
     capsys: pytest.CaptureFixture[str],
     error: Callable[[], Exception],
 ) -> None:
-    whole = trained(tmp_path / "whole", base, data, batch_size=8, micro_batch_size=4)
-    # from the fourth pass on, which is the second of the second step: what its first pass added must go
-    failed = failing(monkeypatch, step_module, lambda number, examples: number >= 4 and examples > 1, error)
+    undisturbed = trained(tmp_path / "whole", base, data, batch_size=8, micro_batch_size=4)
+    # Fails from pass 4 on, the second of step 2: the gradients of its first pass must be discarded.
+    failed = fail_passes(
+        monkeypatch, step_module, lambda number, examples: number >= 4 and examples > 1, error
+    )
     done = trained(tmp_path / "out", base, data, batch_size=8, micro_batch_size=4)
-    assert failed == [4, 5]  # of 4, the second of the step; then of 2, the first
-    same(done, whole)
+    assert failed == [4, 5]  # pass 4 with 4 examples, then pass 5 with 2, the first of the repeated step
+    assert_same_result(done, undisturbed)
     lines = [line for line in done.err.splitlines() if "out of memory" in line]
     assert lines == [
         "yeonma: out of memory with 4 at once; continuing with 2, the same result to rounding",
@@ -92,52 +94,52 @@ def test_a_step_without_room_is_done_again_in_halves(
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto", "simpo"])
-def test_so_with_preferences_their_means_evaluations_and_references(
+def test_preference_training_and_reference_retry_out_of_memory_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     base = chat_folder(tmp_path / "base")
     rows = labelled(16) if loss == "kto" else pairs(16)
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     settings: dict[str, object] = {"loss": loss, "val_set_size": 4, "batch_size": 6, "micro_batch_size": 3}
-    whole = tuned(tmp_path / "whole", base, data, cache_dir=tmp_path / "cache", **settings)
+    undisturbed = tuned(tmp_path / "whole", base, data, cache_dir=tmp_path / "cache", **settings)
     failed = [
-        failing(monkeypatch, module, lambda number, examples: examples > 2, out_of_memory)
+        fail_passes(monkeypatch, module, lambda number, examples: examples > 2, out_of_memory)
         for module in (step_module, reference)
     ]
     done = tuned(tmp_path / "out", base, data, cache_dir=tmp_path / "other", **settings)
     assert failed[0]
     assert bool(failed[1]) == (loss != "simpo")
-    same(done, whole)
+    assert_same_result(done, undisturbed)
     assert [line["loss"] for line in done.looks] == pytest.approx(
-        [line["loss"] for line in whole.looks], rel=1e-5
+        [line["loss"] for line in undisturbed.looks], rel=1e-5
     )
 
 
-def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
+def test_resume_restores_the_reduced_micro_batch_size(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, whose masks depend on the micro-batches; killed after the third step."""
+    """Interrupted after step 3. The dropout masks depend on the micro-batches."""
 
-    def run(place: Path, dies_at: int | None) -> Done:
+    def run(output: Path, interrupted_at: int | None) -> Done:
         with monkeypatch.context() as patch:
-            failed = failing(
+            failed = fail_passes(
                 patch, step_module, lambda number, examples: number >= 2 and examples > 2, out_of_memory
             )
-            if dies_at is not None:
+            if interrupted_at is not None:
                 step = loop.train_step
 
-                def dying(state: Any, batch: Any) -> Any:
-                    if state.scheduler.last_epoch == dies_at:
+                def interrupted_step(state: Any, batch: Any) -> Any:
+                    if state.scheduler.last_epoch == interrupted_at:
                         raise KeyboardInterrupt
                     return step(state, batch)
 
-                patch.setattr(loop, "train_step", dying)
-            done = sft(place, base, data, **DROPOUT)
+                patch.setattr(loop, "train_step", interrupted_step)
+            done = sft(output, base, data, **DROPOUT)
             assert failed == [2]
         return done
 
-    whole = run(tmp_path / "whole", None)
-    assert whole.status == 0
+    uninterrupted = run(tmp_path / "whole", None)
+    assert uninterrupted.status == 0
     assert run(tmp_path / "out", 3).status == 130
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "state.json").read_text())
     assert state["micro_batches"] == [4, 2]
@@ -146,18 +148,18 @@ def test_a_run_that_goes_on_takes_as_much_at_once_as_it_had_room_for(
         restored: list[int] = []
         patch.setattr(MicroBatchLimit, "restore", lambda limit, most: restored.append(most))
         trained(tmp_path / "asked", base, data, **{**DROPOUT, "micro_batch_size": 3})
-        assert restored == []  # what is asked for now counts
-    again = trained(tmp_path / "out", base, data, **DROPOUT)  # nothing fails here
-    assert again.losses == whole.losses
-    assert again.weight_bytes == whole.weight_bytes
-    plain = trained(tmp_path / "plain", base, data, **DROPOUT)
-    assert plain.losses != whole.losses
+        assert restored == []  # a newly given micro_batch_size takes precedence
+    resumed = trained(tmp_path / "out", base, data, **DROPOUT)  # nothing fails here
+    assert resumed.losses == uninterrupted.losses
+    assert resumed.weight_bytes == uninterrupted.weight_bytes
+    without_errors = trained(tmp_path / "plain", base, data, **DROPOUT)
+    assert without_errors.losses != uninterrupted.losses
 
 
-def test_where_one_row_has_no_room_the_longest_are_named(
+def test_out_of_memory_with_one_row_names_the_longest_rows(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, step_module, lambda number, examples: number >= 3, out_of_memory)
+    fail_passes(monkeypatch, step_module, lambda number, examples: number >= 3, out_of_memory)
     done = sft(tmp_path / "out", base, data, save_steps=1)
     assert done.status == 2
     line = done.err.splitlines()[-1]
@@ -169,6 +171,6 @@ def test_where_one_row_has_no_room_the_longest_are_named(
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
+def test_other_errors_do_not_count_as_out_of_memory() -> None:
     assert not _is_out_of_memory(RuntimeError("shape mismatch"))
     assert not _is_out_of_memory(ValueError("out of memory"))

@@ -1,4 +1,4 @@
-"""AdamW and its 8-bit forms: close to each other, and resumed from saved tensors without a difference."""
+"""AdamW and its 8-bit forms: they stay close to each other and resume from saved tensors without a difference."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ KINDS = ["adamw", *IN_8_BITS]
 unpaged = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
-def walked(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> tuple[torch.Tensor, set[str]]:
-    """Two parameters, one below 4,096 numbers, after some steps; `stop`: with another optimizer from there on, made of
-    the tensors of the first. And the names of its tensors."""
-    draw = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(*s, generator=draw).to(device)) for s in ((64, 80), (7, 5))]
-    names: dict[torch.Tensor, str] = {parameter: f"layers.{at}.A" for at, parameter in enumerate(parameters)}
+def run_steps(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> tuple[torch.Tensor, set[str]]:
+    """The weights of two parameters after STEPS steps, and the names of the optimizer's tensors. One parameter has
+    fewer than 4,096 numbers. At step `stop`, a new optimizer continues from the saved tensors of the first."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [
+        torch.nn.Parameter(torch.randn(*shape, generator=generator).to(device))
+        for shape in ((64, 80), (7, 5))
+    ]
+    names: dict[torch.Tensor, str] = {
+        parameter: f"layers.{index}.A" for index, parameter in enumerate(parameters)
+    }
 
-    def make() -> torch.optim.Optimizer:
+    def new_optimizer() -> torch.optim.Optimizer:
         return make_optimizer(
             kind, parameters, learning_rate=LEARNING_RATE, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.01
         )
 
-    optimizer = make()
+    optimizer = new_optimizer()
     for step in range(STEPS):
         if step == stop:
             saved = save(optimizer_tensors(optimizer, names))
-            optimizer = make()
+            optimizer = new_optimizer()
             restore_optimizer(optimizer, names, load(saved))
         for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=draw).to(device)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
         optimizer.step()
     tensors = optimizer_tensors(optimizer, names)
     return torch.cat([parameter.detach().flatten().cpu() for parameter in parameters]), set(tensors)
@@ -46,25 +51,26 @@ def walked(kind: Optimizer, stop: int | None = None, device: str = "cpu") -> tup
 @unpaged
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [0, 1, 4])
-def test_saved_and_restored_it_walks_on_byte_for_byte(kind: Optimizer, stop: int) -> None:
-    weights, names = walked(kind, stop)
-    whole, all_names = walked(kind)
-    assert torch.equal(weights, whole)
+def test_restored_optimizer_continues_byte_for_byte(kind: Optimizer, stop: int) -> None:
+    weights, names = run_steps(kind, stop)
+    uninterrupted, all_names = run_steps(kind)
+    assert torch.equal(weights, uninterrupted)
     assert names == all_names and len(names) > 5
 
 
 @unpaged
 @pytest.mark.parametrize("kind", IN_8_BITS)
-def test_eight_bits_walk_near_the_whole_numbers(kind: Optimizer) -> None:
-    (weights, _), (whole, _) = walked(kind), walked("adamw")
-    furthest = float((weights - whole).abs().max())
-    assert 0 < furthest < LEARNING_RATE  # of six steps of about that length
-    assert torch.allclose(weights[-35:], whole[-35:], rtol=0, atol=1e-6)  # a small one's averages stay whole
+def test_8_bit_optimizer_stays_close_to_adamw(kind: Optimizer) -> None:
+    (weights, _), (adamw_weights, _) = run_steps(kind), run_steps("adamw")
+    largest_gap = float((weights - adamw_weights).abs().max())
+    assert 0 < largest_gap < LEARNING_RATE  # each of the six steps is about that long
+    # the averages of a small parameter are not quantised
+    assert torch.allclose(weights[-35:], adamw_weights[-35:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_too(kind: Optimizer) -> None:
-    weights, _ = walked(kind, 4, device="cuda")
-    assert torch.equal(weights, walked(kind, device="cuda")[0])
-    assert float((weights - walked("adamw")[0]).abs().max()) < LEARNING_RATE
+def test_optimizers_restore_and_agree_on_a_gpu(kind: Optimizer) -> None:
+    weights, _ = run_steps(kind, 4, device="cuda")
+    assert torch.equal(weights, run_steps(kind, device="cuda")[0])
+    assert float((weights - run_steps("adamw")[0]).abs().max()) < LEARNING_RATE

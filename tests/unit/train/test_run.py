@@ -1,4 +1,4 @@
-"""From settings to an adapter folder: which files a run writes, what it refuses and when, and what it can continue."""
+"""Whole runs: which files they write, what they refuse and when, and which adapters they can continue."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# What is left behind
+# Files that a run writes
 
 
 ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "template.txt", "yeonma.json", "samples.json"}
@@ -55,8 +55,8 @@ TOKENIZER = {
 }
 
 
-def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:
-    of_the_run = {
+def test_run_folder_and_checkpoint_hold_exactly_the_expected_files(done: Done) -> None:
+    run_files = {
         "settings.yaml",
         "metrics.jsonl",
         "trained_rows.jsonl",
@@ -65,20 +65,22 @@ def test_the_folder_holds_what_was_promised_and_no_more(done: Done) -> None:
         "run.json",
         "manifest.json",
     }
-    assert names_in(done.folder) == ADAPTER | TOKENIZER | of_the_run | {"checkpoint-3", "checkpoint-6"}
-    of_a_checkpoint = {"optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"}
-    assert names_in(done.folder / "checkpoint-3") == ADAPTER | TOKENIZER | of_a_checkpoint
+    assert names_in(done.folder) == ADAPTER | TOKENIZER | run_files | {"checkpoint-3", "checkpoint-6"}
+    checkpoint_files = {"optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"}
+    assert names_in(done.folder / "checkpoint-3") == ADAPTER | TOKENIZER | checkpoint_files
 
 
-def test_the_manifest_has_the_sum_of_every_other_file(done: Done) -> None:
-    place = done.folder / "checkpoint-6"
-    sums = json.loads((place / "manifest.json").read_text())["sha256"]
-    assert set(sums) == names_in(place) - {"manifest.json"}
-    for name, expected in sums.items():
-        assert sha256((place / name).read_bytes()).hexdigest() == expected
+def test_manifest_has_the_sha256_of_every_other_file(done: Done) -> None:
+    checkpoint = done.folder / "checkpoint-6"
+    hashes = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+    assert set(hashes) == names_in(checkpoint) - {"manifest.json"}
+    for name, expected in hashes.items():
+        assert sha256((checkpoint / name).read_bytes()).hexdigest() == expected
 
 
-def test_yeonma_json_says_what_the_adapter_is_of(done: Done, base: Path, data: Path) -> None:
+def test_yeonma_json_records_base_template_rules_and_training_data(
+    done: Done, base: Path, data: Path
+) -> None:
     details = json.loads((done.folder / "yeonma.json").read_text())
     assert details["format"] == 1
     assert details["base"]["name"] == str(base)
@@ -106,12 +108,16 @@ def test_yeonma_json_says_what_the_adapter_is_of(done: Done, base: Path, data: P
     assert details["versions"]["torch"] == version("torch")
 
 
-@pytest.mark.parametrize("place", [".", "checkpoint-3"])
-def test_plain_peft_loads_the_folder_and_every_checkpoint(done: Done, data: Path, place: str) -> None:
-    folder = done.folder / place
+@pytest.mark.parametrize("subfolder", [".", "checkpoint-3"])
+def test_plain_peft_gives_the_recorded_loss_for_folder_and_checkpoint(
+    done: Done, data: Path, subfolder: str
+) -> None:
+    folder = done.folder / subfolder
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    look = next(line for line in done.looks if line["step"] == (3 if place == "checkpoint-3" else 6))
+    evaluation = next(
+        line for line in done.looks if line["step"] == (3 if subfolder == "checkpoint-3" else 6)
+    )
     total = count = 0.0
     for row in held_out(done, data):
         prompt = tokenizer(TEMPLATE.partition("{title}")[0].replace("{document}", row["document"]))[
@@ -123,27 +129,27 @@ def test_plain_peft_loads_the_folder_and_every_checkpoint(done: Done, data: Path
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=labels).loss) * len(answer)
         count += len(answer)
-    assert total / count == pytest.approx(look["loss"], abs=1e-5)
+    assert total / count == pytest.approx(evaluation["loss"], abs=1e-5)
 
 
 def held_out(done: Done, data: Path) -> list[dict[str, str]]:
-    """The validation rows of `done`, by the rule that selects them."""
+    """The validation rows of `done`, selected by the same function as in the run."""
     from yeonma.data.rows import draw_validation
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     return [rows[i] for i in draw_validation(len(rows), 5, 42)[1]]
 
 
-def test_the_settings_file_runs_again_to_the_same_bytes(done: Done, tmp_path: Path) -> None:
+def test_rerun_from_the_settings_file_gives_the_same_bytes(done: Done, tmp_path: Path) -> None:
     config, output = done.folder / "settings.yaml", tmp_path / "again"
-    again = command(output, "sft", "--config", str(config), "--output_dir", str(output))
-    assert (again.status, again.err) == (0, "")
-    assert again.weight_bytes == done.weight_bytes
+    rerun = command(output, "sft", "--config", str(config), "--output_dir", str(output))
+    assert (rerun.status, rerun.err) == (0, "")
+    assert rerun.weight_bytes == done.weight_bytes
     for name in ADAPTER | TOKENIZER:
-        assert (again.folder / name).read_bytes() == (done.folder / name).read_bytes(), name
+        assert (rerun.folder / name).read_bytes() == (done.folder / name).read_bytes(), name
 
 
-def test_the_card_shows_before_and_after(done: Done) -> None:
+def test_card_shows_loss_and_answers_before_and_after_training(done: Done) -> None:
     card = (done.folder / "README.md").read_text()
     before, after = done.looks[0], done.looks[-1]
     assert f"| before | {before['loss']:.4f} | {before['perplexity']:.4f} | 0 |" in card
@@ -154,17 +160,17 @@ def test_the_card_shows_before_and_after(done: Done) -> None:
     assert TEMPLATE in card
 
 
-def test_the_card_asks_with_the_trained_prompts_however_few_positions_are_left(tmp_path: Path) -> None:
-    base = model_folder(tmp_path / "gpt2", "gpt2")  # 128 positions, learnt: there are no more
-    frame = TEMPLATE.partition("{title}")[0]
-    room = 128 - len(frame.replace("{document}", "")) - len("a title") - 1
-    rows = [{"document": "a" * room, "title": "a title"}, {"document": "b", "title": "b"}]
+def test_card_shows_whole_prompts_even_if_examples_fill_all_positions(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "gpt2", "gpt2")  # 128 learned positions, which cannot be extended
+    prompt = TEMPLATE.partition("{title}")[0]
+    document_length = 128 - len(prompt.replace("{document}", "")) - len("a title") - 1
+    rows = [{"document": "a" * document_length, "title": "a title"}, {"document": "b", "title": "b"}]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     done = trained(tmp_path / "out", base, data, card_rows=2)
-    assert (done.steps[0]["tokens"], done.err) == (128 + 128 - room + 1 - len("a title") + 1, "")
+    assert (done.steps[0]["tokens"], done.err) == (128 + 128 - document_length + 1 - len("a title") + 1, "")
     card = (done.folder / "README.md").read_text()
     for row in rows:
-        assert f"\n{frame.replace('{document}', row['document'])}\n```\n\nreference:\n" in card
+        assert f"\n{prompt.replace('{document}', row['document'])}\n```\n\nreference:\n" in card
 
 
 def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
@@ -177,10 +183,8 @@ def test_examples_longer_than_the_model_has_positions_are_refused(tmp_path: Path
     assert trained(tmp_path / "out", base, data, cutoff_len=128).steps[0]["tokens"] == 128
 
 
-def test_the_console_has_one_line_a_step_and_nothing_that_libraries_print(
-    done: Done, base: Path, data: Path
-) -> None:
-    kinds = [
+def test_console_has_one_line_per_step_and_no_library_output(done: Done, base: Path, data: Path) -> None:
+    patterns = [
         re.escape(f"{data}: 17 rows, 17 examples, ") + r"[\d,]+ tokens, \d+ of them trained",
         re.escape(f"{base}: ") + "3,712 parameters trained, 21,728 frozen, torch.float32 on cpu",
         r"kernels: RMSNorm 5/5, SwiGLU 2/2, rotary 2/2, LoRA (\d+)/\1, .*last layer 1/1, attention cpu_cascade",
@@ -192,19 +196,19 @@ def test_the_console_has_one_line_a_step_and_nothing_that_libraries_print(
         re.escape(f"Adapter saved to {done.folder}"),
     ]
     lines = [line for line in done.out.splitlines() if not line.startswith("tokenised ")]
-    assert len(lines) == len(kinds)
-    for line, kind in zip(lines, kinds, strict=True):
-        assert re.fullmatch(kind, line), line
+    assert len(lines) == len(patterns)
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
     assert done.err == ""
 
 
-def test_a_run_needs_no_template_where_the_columns_are_known(tmp_path: Path, base: Path, data: Path) -> None:
+def test_template_is_chosen_by_the_columns_if_none_is_given(tmp_path: Path, base: Path, data: Path) -> None:
     chosen = trained(tmp_path / "out", base, data, template=None, max_steps=1)
     assert 'template "title"' in chosen.out or "title" in chosen.out.splitlines()[0]
     assert (chosen.folder / "template.txt").read_text().rstrip().endswith("{title}")
 
 
-# What is refused, and that nothing is changed by then
+# Refusals, which change no files
 
 
 @pytest.fixture
@@ -228,12 +232,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_weights")
-def test_a_folder_with_files_that_would_be_replaced_is_refused(
+def test_output_folder_with_files_that_a_run_would_replace_is_refused(
     tmp_path: Path, base: Path, data: Path, name: str
 ) -> None:
-    place = tmp_path / "mine" / name
-    place.parent.mkdir(parents=True)
-    place.write_text("mine")
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
     refused = sft(tmp_path / "mine", base, data)
     cure = "give another folder, or --overwrite true"
     what = f"it holds files that are not from a run ({name.partition('/')[0]})"
@@ -241,7 +245,7 @@ def test_a_folder_with_files_that_would_be_replaced_is_refused(
     assert everything_in(tmp_path / "mine") == {name: b"mine"}
 
 
-def test_other_files_in_the_folder_stay(tmp_path: Path, base: Path, data: Path) -> None:
+def test_unrelated_files_in_the_output_folder_are_kept(tmp_path: Path, base: Path, data: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     trained(tmp_path / "out", base, data, max_steps=1)
@@ -250,7 +254,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path, base: Path, data: Path) 
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_the_folder_of_the_base_is_refused_also_by_another_name(
+def test_base_model_folder_is_refused_as_output_even_by_another_path(
     tmp_path: Path, base: Path, data: Path
 ) -> None:
     before = everything_in(base)
@@ -263,7 +267,7 @@ def test_the_folder_of_the_base_is_refused_also_by_another_name(
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_the_folder_of_the_adapter_to_continue_is_refused(base: Path, data: Path, done: Done) -> None:
+def test_folder_of_the_continued_adapter_is_refused_as_output(base: Path, data: Path, done: Done) -> None:
     before = everything_in(done.folder)
     for settings in ({"adapter": done.folder}, {"base_model": done.folder}):
         refused = sft(done.folder, base, data, overwrite=True, **settings)
@@ -273,7 +277,7 @@ def test_the_folder_of_the_adapter_to_continue_is_refused(base: Path, data: Path
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
+def test_output_path_that_is_or_lies_below_a_file_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
     (tmp_path / "file").write_text("mine")
     refused = sft(tmp_path / "file", base, data)
     assert (refused.status, refused.err) == (
@@ -288,7 +292,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, base: Path, da
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.usefixtures("no_weights")
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
+def test_unwritable_output_folder_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     refused = sft(tmp_path / "locked" / "out", base, data)
     assert refused.status == 2
@@ -307,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, base: Path, 
         {"report_to": "mlflow"},
     ],
 )
-def test_what_is_wrong_is_found_before_weights_are_loaded(
+def test_wrong_settings_are_refused_before_weights_are_loaded(
     tmp_path: Path, base: Path, data: Path, settings: dict[str, object]
 ) -> None:
     refused = sft(tmp_path / "out", base, data, **settings)
@@ -317,7 +321,7 @@ def test_what_is_wrong_is_found_before_weights_are_loaded(
     assert not refused.folder.exists()
 
 
-def test_a_refusal_that_needs_the_weights_changes_nothing_either(
+def test_unknown_lora_target_is_refused_without_changing_files(
     tmp_path: Path, base: Path, data: Path
 ) -> None:
     first = trained(tmp_path / "out", base, data, max_steps=1)
@@ -330,7 +334,7 @@ def test_a_refusal_that_needs_the_weights_changes_nothing_either(
     assert not fresh.folder.exists()
 
 
-def test_a_damaged_run_json_is_named(tmp_path: Path, base: Path, data: Path) -> None:
+def test_damaged_run_json_is_reported_with_its_path(tmp_path: Path, base: Path, data: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("{")
     refused = sft(tmp_path / "out", base, data)
@@ -338,35 +342,37 @@ def test_a_damaged_run_json_is_named(tmp_path: Path, base: Path, data: Path) -> 
     assert f"{tmp_path / 'out' / 'run.json'}: damaged" in refused.err
 
 
-# Another run in its place
+# Overwriting a run
 
 
-def test_overwriting_leaves_nothing_of_the_former_run(tmp_path: Path, base: Path, data: Path) -> None:
+def test_overwrite_leaves_no_files_of_the_previous_run(tmp_path: Path, base: Path, data: Path) -> None:
     settings = {"max_steps": 2, "save_steps": 1}
     trained(tmp_path / "out", base, data, **{**settings, "max_steps": 4, "val_set_size": 5})
     (tmp_path / "out" / "chat_template.jinja").write_text("of another tokenizer")
-    over = trained(tmp_path / "out", base, data, **settings, overwrite=True)
+    overwritten = trained(tmp_path / "out", base, data, **settings, overwrite=True)
     fresh = trained(tmp_path / "fresh", base, data, **settings)
-    assert names_in(over.folder) == names_in(fresh.folder)
-    assert over.weight_bytes == fresh.weight_bytes
-    assert over.losses == fresh.losses
+    assert names_in(overwritten.folder) == names_in(fresh.folder)
+    assert overwritten.weight_bytes == fresh.weight_bytes
+    assert overwritten.losses == fresh.losses
 
 
 # Continuing an adapter
 
 
-def test_an_adapter_is_continued_from_its_weights(tmp_path: Path, base: Path, data: Path, done: Done) -> None:
-    on = trained(tmp_path / "on", base, data, adapter=done.folder, val_set_size=5, num_epochs=2, lora_r=9)
-    assert on.looks[0]["loss"] == pytest.approx(done.looks[-1]["loss"], abs=1e-6)
-    assert on.looks[-1]["loss"] < done.looks[-1]["loss"]
-    assert {name: weight.shape for name, weight in on.weights.items()} == {
+def test_continued_adapter_starts_from_its_trained_weights(
+    tmp_path: Path, base: Path, data: Path, done: Done
+) -> None:
+    continued = trained(
+        tmp_path / "on", base, data, adapter=done.folder, val_set_size=5, num_epochs=2, lora_r=9
+    )
+    assert continued.looks[0]["loss"] == pytest.approx(done.looks[-1]["loss"], abs=1e-6)
+    assert continued.looks[-1]["loss"] < done.looks[-1]["loss"]
+    assert {name: weight.shape for name, weight in continued.weights.items()} == {
         name: weight.shape for name, weight in done.weights.items()
     }
 
 
-def test_an_adapter_given_as_base_is_continued_too(
-    tmp_path: Path, base: Path, data: Path, done: Done
-) -> None:
+def test_adapter_given_as_base_model_is_continued(tmp_path: Path, base: Path, data: Path, done: Done) -> None:
     by_adapter = trained(tmp_path / "a", base, data, adapter=done.folder, max_steps=2)
     by_base = trained(tmp_path / "b", base, data, base_model=done.folder, max_steps=2)
     assert by_base.weight_bytes == by_adapter.weight_bytes
@@ -374,7 +380,7 @@ def test_an_adapter_given_as_base_is_continued_too(
     assert details["base"]["name"] == str(base)
 
 
-def test_dropout_of_a_continued_adapter_is_the_settings(
+def test_continued_adapter_uses_the_dropout_of_the_settings(
     tmp_path: Path, base: Path, data: Path, done: Done
 ) -> None:
     plain, dropped = (
@@ -399,7 +405,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, data: Path, done:
     assert not refused.folder.exists()
 
 
-def test_a_run_that_continues_an_adapter_is_another_once_that_changes(
+def test_rerun_is_refused_if_the_continued_adapter_has_changed(
     tmp_path: Path, base: Path, data: Path, done: Done
 ) -> None:
     first = trained(tmp_path / "first", base, data, max_steps=1)

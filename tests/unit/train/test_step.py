@@ -1,4 +1,4 @@
-"""A step on a batch in memory: sampled answers with advantages, and a loss that no command offers."""
+"""A training step on a batch in memory: sampled answers with advantages, and a loss that no command offers."""
 
 from __future__ import annotations
 
@@ -40,56 +40,59 @@ def sampled(random: np.random.Generator) -> list[Example]:
     """Several answers to each of a few prompts."""
     examples = []
     for prompt in range(PROMPTS):
-        ids = random.integers(3, VOCABULARY, 20 + prompt)
+        prompt_ids = random.integers(3, VOCABULARY, 20 + prompt)
         for _ in range(ANSWERS):
             answer = random.integers(3, VOCABULARY, random.integers(1, 9))
-            tokens = np.concatenate([ids, answer]).astype(np.int32)
-            trained = np.arange(len(tokens)) >= len(ids)
-            examples.append(Example(tokens, trained, len(ids), prompt + 1, 0, 0, False, 0))
+            tokens = np.concatenate([prompt_ids, answer]).astype(np.int32)
+            trained = np.arange(len(tokens)) >= len(prompt_ids)
+            examples.append(Example(tokens, trained, len(prompt_ids), prompt + 1, 0, 0, False, 0))
     return examples
 
 
 def plain_logprobs(model: torch.nn.Module, example: Example) -> Tensor:
-    """One sequence, computed with transformers alone."""
+    """Log-probabilities of one sequence, computed with transformers alone."""
     ids = torch.from_numpy(example.token_ids.astype(np.int64))
     logprobs = torch.log_softmax(model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float(), -1)
     return logprobs.gather(1, ids[1:, None])[torch.from_numpy(example.trained[1:]), 0]
 
 
 @pytest.mark.parametrize("most_examples", [1, 5, 12])
-def test_sampled_answers_with_advantages_get_the_gradient_of_one_by_one(most_examples: int) -> None:
+def test_policy_gradient_step_equals_sequences_computed_one_by_one(most_examples: int) -> None:
     random = np.random.default_rng(0)
     examples = sampled(random)
     model = tiny_model("llama")
     peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), 0)
-    parameters = {name: one for name, one in peft_model.named_parameters() if one.requires_grad}
+    parameters = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
     generator = torch.Generator().manual_seed(1)
     for weight in parameters.values():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.2
     with torch.no_grad():
-        at_sampling = torch.cat([plain_logprobs(model, example) for example in examples]).double().numpy()
-    at_sampling += random.normal(0, 0.3, len(at_sampling))  # by the policy of some steps ago
+        sampled_logprobs = (
+            torch.cat([plain_logprobs(model, example) for example in examples]).double().numpy()
+        )
+    # As if an earlier policy had sampled them.
+    sampled_logprobs += random.normal(0, 0.3, len(sampled_logprobs))
     advantages = random.normal(0, 1, len(examples))
     batch = Batch.of(
         examples,
         example_extras={"advantage": advantages},
-        token_extras={"sampled_logprob": at_sampling},
+        token_extras={"sampled_logprob": sampled_logprobs},
     )
 
     logprob_N = torch.cat([plain_logprobs(model, example) for example in examples])
-    ratio_N = torch.exp(logprob_N - torch.from_numpy(at_sampling).float())
+    ratio_N = torch.exp(logprob_N - torch.from_numpy(sampled_logprobs).float())
     advantage_N = torch.from_numpy(np.repeat(advantages, batch.trained_counts_E)).float()
     surrogate = torch.minimum(ratio_N * advantage_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * advantage_N)
     loss = -surrogate.sum() / len(logprob_N)
     expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
     assert min(float(gradient.abs().max()) for gradient in expected.values()) > 1e-4
-    outside = float(((ratio_N - 1).abs() > CLIP).float().mean())
-    assert 0.2 < outside < 0.8
+    clipped_share = float(((ratio_N - 1).abs() > CLIP).float().mean())
+    assert 0.2 < clipped_share < 0.8
 
     optimizer = torch.optim.SGD(list(parameters.values()), lr=1e-3)
     gradients: dict[str, Tensor] = {}
     optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: one.grad.clone() for name, one in parameters.items()})  # type: ignore[union-attr, func-returns-value]
+        lambda *_: gradients.update({name: weight.grad.clone() for name, weight in parameters.items()})  # type: ignore[union-attr, func-returns-value]
     )
     state = TrainState(
         model=model,
@@ -107,7 +110,7 @@ def test_sampled_answers_with_advantages_get_the_gradient_of_one_by_one(most_exa
     model.train()
     result = train_step(state, batch)
     assert result.loss == pytest.approx(loss.item(), rel=1e-5)
-    assert result.metrics["clipped"] == pytest.approx(outside, abs=1e-6)
+    assert result.metrics["clipped"] == pytest.approx(clipped_share, abs=1e-6)
     assert (result.units, result.trained_tokens) == (len(examples), len(logprob_N))
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)

@@ -25,38 +25,38 @@ RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "loss.svg", "README.md", "run.j
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("verify")
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
+def finished_run(root: Path) -> Path:
     """A finished run; its base and data lie beside it."""
-    base, data = model_folder(place / "base"), write_jsonl(place / "data.jsonl", articles(20))
-    return trained(place / "whole", base, data, val_set_size=5, card_rows=3, save_steps=2).folder
+    base, data = model_folder(root / "base"), write_jsonl(root / "data.jsonl", articles(20))
+    return trained(root / "whole", base, data, val_set_size=5, card_rows=3, save_steps=2).folder
 
 
 @pytest.fixture(scope="module")
-def other(place: Path, whole: Path) -> Path:
+def other_run(root: Path, finished_run: Path) -> Path:
     """Another run, of another model with another tokenizer and template."""
-    base = model_folder(place / "other-base", "qwen2", seed=1)
+    base = model_folder(root / "other-base", "qwen2", seed=1)
     tokenizer = characters()
     tokenizer.add_tokens(["storm"])
     tokenizer.save_pretrained(base)
-    data = write_jsonl(place / "other.jsonl", articles(20, seed=1))
+    data = write_jsonl(root / "other.jsonl", articles(20, seed=1))
     settings = {"template": "{document}\n>{title}", "lora_r": 2, "val_set_size": 5, "card_rows": 3}
-    return trained(place / "other", base, data, save_steps=2, **settings).folder
+    return trained(root / "other", base, data, save_steps=2, **settings).folder
 
 
 @pytest.fixture
-def copy(tmp_path: Path, whole: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "out"))
+def copy(tmp_path: Path, finished_run: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "out"))
 
 
-def verified(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Exit status, and the checks by name. The folder must not change."""
+def run_verify(folder: Path, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The exit status, and the findings by check name. The folder must not change."""
     before = everything_in(folder)
-    done = command(folder, "verify", str(folder), "--json", "true", *words)
+    done = command(folder, "verify", str(folder), "--json", "true", *options)
     assert everything_in(folder) == before
     assert done.err == ""
     report = json.loads(done.out)
@@ -64,9 +64,9 @@ def verified(folder: Path, *words: str) -> tuple[int, dict[str, dict[str, Any]]]
     return done.status, {finding["check"]: finding for finding in report["findings"]}
 
 
-def differing(folder: Path, *words: str) -> dict[str, str]:
-    """The checks that found differences, with place and problem of each. Each must have a cure."""
-    status, checks = verified(folder, *words)
+def find_differences(folder: Path, *options: str) -> dict[str, str]:
+    """For each check that found differences, the place and text of its problems. Each must have a cure."""
+    status, checks = run_verify(folder, *options)
     findings = {name: finding for name, finding in checks.items() if finding["outcome"] == "differs"}
     assert status == (1 if findings else 0)
     for finding in findings.values():
@@ -80,8 +80,8 @@ def differing(folder: Path, *words: str) -> dict[str, str]:
     }
 
 
-def outcomes(folder: Path, *words: str) -> dict[str, str]:
-    return {name: finding["outcome"] for name, finding in verified(folder, *words)[1].items()}
+def outcomes(folder: Path, *options: str) -> dict[str, str]:
+    return {name: finding["outcome"] for name, finding in run_verify(folder, *options)[1].items()}
 
 
 def rewrite(path: Path, change: Callable[[Any], object]) -> None:
@@ -102,7 +102,7 @@ def rehash(folder: Path) -> None:
 # Folders that pass
 
 
-WELL = {
+ALL_WELL = {
     "files": "well",
     "checkpoint-2": "well",
     "checkpoint-4": "well",
@@ -118,38 +118,42 @@ WELL = {
 }
 
 
-def test_a_finished_run_passes_every_check(whole: Path) -> None:
-    assert outcomes(whole) == WELL
-    done = command(whole, "verify", str(whole))
+def test_a_finished_run_passes_every_check(finished_run: Path) -> None:
+    assert outcomes(finished_run) == ALL_WELL
+    done = command(finished_run, "verify", str(finished_run))
     assert done.status == 0
     assert done.out.endswith("\nnothing differs\n")
     assert "trained on 15 examples" in done.out
 
 
-def test_the_manifest_has_the_checksum_of_every_file_of_the_folder_itself(whole: Path) -> None:
-    sums = json.loads((whole / "manifest.json").read_text())["sha256"]
-    files = {path.name for path in whole.iterdir() if path.is_file()}
+def test_manifest_has_checksums_of_all_top_level_files(finished_run: Path) -> None:
+    sums = json.loads((finished_run / "manifest.json").read_text())["sha256"]
+    files = {path.name for path in finished_run.iterdir() if path.is_file()}
     assert set(sums) == files - {"manifest.json", "run.json"}
 
 
-def test_dpo_that_continues_an_adapter_passes(tmp_path: Path, whole: Path, place: Path) -> None:
+def test_dpo_that_continues_an_adapter_passes(tmp_path: Path, finished_run: Path, root: Path) -> None:
     rows = [
         {"document": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs(12)
     ]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    done = tuned(tmp_path / "out", place / "base", data, adapter=whole, card_rows=2, val_set_size=3)
-    own_outcomes = outcomes(done.folder)
-    assert set(own_outcomes.values()) == {"well"}
-    assert not differing(done.folder, "--data_path", str(data))
+    done = tuned(tmp_path / "out", root / "base", data, adapter=finished_run, card_rows=2, val_set_size=3)
+    run_outcomes = outcomes(done.folder)
+    assert set(run_outcomes.values()) == {"well"}
+    assert not find_differences(done.folder, "--data_path", str(data))
 
 
-@pytest.mark.parametrize("shape", [{"use_dora": True}, {"use_rslora": True, "lora_r": 3}])
-def test_other_forms_of_lora_pass(tmp_path: Path, place: Path, whole: Path, shape: Any) -> None:
-    done = trained(tmp_path / "out", place / "base", place / "data.jsonl", max_steps=1, card_rows=1, **shape)
+@pytest.mark.parametrize("lora_settings", [{"use_dora": True}, {"use_rslora": True, "lora_r": 3}])
+def test_dora_and_rslora_runs_pass(
+    tmp_path: Path, root: Path, finished_run: Path, lora_settings: Any
+) -> None:
+    done = trained(
+        tmp_path / "out", root / "base", root / "data.jsonl", max_steps=1, card_rows=1, **lora_settings
+    )
     assert set(outcomes(done.folder).values()) == {"well"}
 
 
-def test_turns_pass_until_the_chat_template_changes(tmp_path: Path) -> None:
+def test_chat_run_differs_after_the_chat_template_changes(tmp_path: Path) -> None:
     base = chat_folder(tmp_path / "base")
     turns = [
         {
@@ -166,11 +170,11 @@ def test_turns_pass_until_the_chat_template_changes(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "!" + tokenizer.chat_template
     tokenizer.save_pretrained(base)
-    differences = differing(done.folder)
+    differences = find_differences(done.folder)
     assert set(differences) == {"base's tokenizer", "sample rows, as the base"}
     assert "chat template is not that of training" in differences["base's tokenizer"]
     tokenizer.save_pretrained(done.folder)
-    assert {"files", "tokenizer", "sample rows"} <= set(differing(done.folder))
+    assert {"files", "tokenizer", "sample rows"} <= set(find_differences(done.folder))
 
 
 def test_the_chat_template_does_not_matter_for_plain_text(copy: Path) -> None:
@@ -178,24 +182,24 @@ def test_the_chat_template_does_not_matter_for_plain_text(copy: Path) -> None:
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(copy)
     rehash(copy)
-    assert not differing(copy)
+    assert not find_differences(copy)
 
 
-def test_a_chat_template_that_gives_other_tokens_is_found(copy: Path) -> None:
+def test_chat_template_giving_other_tokens_is_reported(copy: Path) -> None:
     path = copy / "chat_template.jinja"
     path.write_text(path.read_text("utf-8").replace("below is", "above is"), "utf-8")
     rehash(copy)
-    differences = differing(copy)
+    differences = find_differences(copy)
     assert set(differences) == {"chat template"}
     assert "messages of row" in differences["chat template"]
     assert "do not give the prompt of training: from token 1 on" in differences["chat template"]
     path.write_text("{{ messages.nothing.here }}", "utf-8")
-    assert "chat template" not in differing(copy)  # it no longer claims to contain the training template
+    assert "chat template" not in find_differences(copy)  # no longer marked as the training template
     path.write_text(MARK + "{{ messages.nothing.here }}", "utf-8")
-    assert "it fails on a row" in differing(copy)["chat template"]
+    assert "it fails on a row" in find_differences(copy)["chat template"]
 
 
-def test_a_run_of_an_earlier_version_has_loss_png(copy: Path, place: Path) -> None:
+def test_older_run_with_loss_png_passes(copy: Path, root: Path) -> None:
     (copy / "loss.svg").rename(copy / "loss.png")
     sums = json.loads((copy / "manifest.json").read_text())["sha256"]
     sums["loss.png"] = sums.pop("loss.svg")
@@ -205,7 +209,7 @@ def test_a_run_of_an_earlier_version_has_loss_png(copy: Path, place: Path) -> No
         (copy / name).unlink()
     for checkpoint in copy.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    assert not differing(copy)
+    assert not find_differences(copy)
 
 
 # Changed files
@@ -221,7 +225,7 @@ FILES = (
 @pytest.mark.parametrize("change", ["flipped", "cut", "deleted", "emptied"])
 def test_each_changed_file_is_named(copy: Path, name: str, change: str) -> None:
     damage(copy / name, change)
-    differences = differing(copy)
+    differences = find_differences(copy)
     assert f"{copy / name}: " in differences["files"]
     assert len(differences["files"].splitlines()) == 1
 
@@ -235,8 +239,8 @@ def damage(path: Path, change: str) -> None:
     elif change == "cut":
         path.write_bytes(content[:-1])
     else:
-        at = len(content) // 2
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
 CHECKPOINT_FILES = (
@@ -249,40 +253,38 @@ CHECKPOINT_FILES = (
 @pytest.mark.parametrize("change", ["flipped", "deleted"])
 def test_each_changed_file_of_a_checkpoint_is_named(copy: Path, name: str, change: str) -> None:
     damage(copy / "checkpoint-2" / name, change)
-    differences = differing(copy)
+    differences = find_differences(copy)
     assert set(differences) == {"checkpoint-2"}
     assert differences["checkpoint-2"].startswith(f"{copy / 'checkpoint-2' / name}: ")
-    assert "checkpoint-2" in differing(copy / "checkpoint-2")
+    assert "checkpoint-2" in find_differences(copy / "checkpoint-2")
 
 
-def test_damaged_manifests_are_named(copy: Path) -> None:
+def test_damaged_run_json_and_checkpoint_manifest_are_reported(copy: Path) -> None:
     (copy / "manifest.json").write_text('{"sha256": {"../run.json": "0"}}')
     (copy / "checkpoint-4" / "manifest.json").write_text("[1")
     (copy / "run.json").write_text("{}")
-    differences = differing(copy)
-    assert set(differences) == {
-        "run",
-        "checkpoint-4",
-    }  # the manifest of an unfinished run would prove nothing
+    differences = find_differences(copy)
+    # not "files": the manifest of an unfinished run is not used
+    assert set(differences) == {"run", "checkpoint-4"}
     shutil.copy(copy / "checkpoint-2" / "state.json", copy / "run.json")
 
 
-def test_a_manifest_that_names_files_outside_is_refused(copy: Path) -> None:
+def test_manifest_naming_files_outside_the_folder_is_reported(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps({"sha256": {"../run.json": "0" * 64}}))
-    assert "no SHA-256 checksums" in differing(copy)["files"]
+    assert "no SHA-256 checksums" in find_differences(copy)["files"]
 
 
 def test_unknown_files_are_reported(copy: Path) -> None:
     (copy / "notes.txt").write_text("mine")
-    status, checks = verified(copy)
+    status, checks = run_verify(copy)
     assert status == 0
-    assert {name: finding["outcome"] for name, finding in checks.items()} == WELL
+    assert {name: finding["outcome"] for name, finding in checks.items()} == ALL_WELL
     assert "not from the run: notes.txt" in command(copy, "verify", str(copy)).out
     (copy / "checkpoint-2" / "adapter_model.bin").write_text("x")
-    assert "adapter_model.bin: not part of the checkpoint" in differing(copy)["checkpoint-2"]
+    assert "adapter_model.bin: not part of the checkpoint" in find_differences(copy)["checkpoint-2"]
 
 
-def swap(source: Path, target: Path, *names: str) -> None:
+def copy_files(source: Path, target: Path, *names: str) -> None:
     for name in names:
         shutil.copy(source / name, target / name)
 
@@ -302,25 +304,25 @@ def swap(source: Path, target: Path, *names: str) -> None:
     ],
     ids=lambda names: "+".join(sorted(names)) if isinstance(names, tuple) else "",
 )
-def test_files_of_another_run_are_found_even_if_the_checksums_were_updated(
-    copy: Path, other: Path, names: tuple[str, ...], expected: set[str]
+def test_files_of_another_run_are_reported_despite_updated_checksums(
+    copy: Path, other_run: Path, names: tuple[str, ...], expected: set[str]
 ) -> None:
-    swap(other, copy, *names)
+    copy_files(other_run, copy, *names)
     if names != ("run.json",):
-        assert "files" in differing(copy)
+        assert "files" in find_differences(copy)
         rehash(copy)
-    differences = set(differing(copy))
+    differences = set(find_differences(copy))
     assert "files" not in differences
     assert expected <= differences
 
 
-def test_a_checkpoint_of_another_run_or_under_another_name_is_found(copy: Path, other: Path) -> None:
+def test_checkpoint_of_another_run_or_step_is_reported(copy: Path, other_run: Path) -> None:
     shutil.rmtree(copy / "checkpoint-2")
-    shutil.copytree(other / "checkpoint-2", copy / "checkpoint-2")
-    assert "it belongs to another run, which differs in" in differing(copy)["checkpoint-2"]
+    shutil.copytree(other_run / "checkpoint-2", copy / "checkpoint-2")
+    assert "it belongs to another run, which differs in" in find_differences(copy)["checkpoint-2"]
     shutil.rmtree(copy / "checkpoint-2")
     (copy / "checkpoint-4").rename(copy / "checkpoint-3")
-    assert "the checkpoint of step 4, not of step 3" in differing(copy)["checkpoint-3"]
+    assert "the checkpoint of step 4, not of step 3" in find_differences(copy)["checkpoint-3"]
 
 
 def test_changed_ids_of_sample_rows_are_reported_with_row_and_token(copy: Path) -> None:
@@ -329,7 +331,7 @@ def test_changed_ids_of_sample_rows_are_reported_with_row_and_token(copy: Path) 
 
     rewrite(copy / "samples.json", change)
     rehash(copy)
-    differences = differing(copy)
+    differences = find_differences(copy)
     assert set(differences) == {"sample rows", "sample rows, as the base"}
     row = json.loads((copy / "samples.json").read_text())["samples"][1]
     assert f"row {row['row_number']} differs from training: from token 5 on" in differences["sample rows"]
@@ -342,10 +344,10 @@ def test_weights_that_are_not_finite_are_named(copy: Path, value: float) -> None
     weights[name][0, 1] = value
     save_file(weights, copy / "adapter_model.safetensors")
     rehash(copy)
-    assert name in differing(copy)["adapter"]
+    assert name in find_differences(copy)["adapter"]
 
 
-def test_weights_in_bfloat16_are_checked_too() -> None:
+def test_non_finite_bfloat16_values_are_detected() -> None:
     from yeonma.verify.compatibility import _is_finite
 
     def bfloat16(*values: float) -> bytes:
@@ -356,94 +358,99 @@ def test_weights_in_bfloat16_are_checked_too() -> None:
     assert not _is_finite("BF16", bfloat16(float("nan"), 1.0))
 
 
-def test_metrics_with_a_gap_or_without_their_end_are_reported(copy: Path) -> None:
+def test_missing_metrics_lines_are_reported(copy: Path) -> None:
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    at = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 2)
-    (copy / "metrics.jsonl").write_text("".join(lines[:at] + lines[at + 1 :]))
+    index = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == 2)
+    (copy / "metrics.jsonl").write_text("".join(lines[:index] + lines[index + 1 :]))
     rehash(copy)
-    assert "step 1 is followed by step 3" in differing(copy)["run"]
+    assert "step 1 is followed by step 3" in find_differences(copy)["run"]
     first_lines = [line for line in lines if json.loads(line)["step"] < 4]
     (copy / "metrics.jsonl").write_text("".join(first_lines))
     rehash(copy)
-    assert "it has 3 steps, but the run had 4" in differing(copy)["run"]
+    assert "it has 3 steps, but the run had 4" in find_differences(copy)["run"]
 
 
 def test_a_setting_changed_afterwards_is_reported(copy: Path) -> None:
     path = copy / "settings.yaml"
     path.write_text(path.read_text().replace("seed: 42", "seed: 43"))
     rehash(copy)
-    assert "seed is 43, but was 42 in the run" in differing(copy)["run"]
+    assert "seed is 43, but was 42 in the run" in find_differences(copy)["run"]
 
 
 # The base
 
 
-def test_a_base_that_was_replaced_is_found(tmp_path: Path) -> None:
+def test_replaced_or_damaged_base_is_reported(tmp_path: Path) -> None:
     base, data = model_folder(tmp_path / "base"), write_jsonl(tmp_path / "data.jsonl", articles(8))
     done = trained(tmp_path / "out", base, data, max_steps=1, card_rows=2)
     assert set(outcomes(done.folder).values()) == {"well"}
     tokenizer = characters()
     tokenizer.add_tokens(["storm"])
     tokenizer.save_pretrained(base)
-    assert "base's tokenizer" in differing(done.folder)
+    assert "base's tokenizer" in find_differences(done.folder)
     shutil.rmtree(base)
     model_folder(base, "qwen2")
-    assert "base" in differing(done.folder)
+    assert "base" in find_differences(done.folder)
     (base / "model.safetensors").unlink()
-    assert "base" in differing(done.folder)
+    assert "base" in find_differences(done.folder)
 
 
-def test_a_base_that_is_gone_is_reported_as_not_checked(copy: Path, place: Path, other: Path) -> None:
-    moved = place / "elsewhere"
-    (place / "base").rename(moved)
+def test_missing_base_is_reported_as_not_checked(copy: Path, root: Path, other_run: Path) -> None:
+    moved = root / "elsewhere"
+    (root / "base").rename(moved)
     try:
-        status, checks = verified(copy)
+        status, checks = run_verify(copy)
         assert status == 0
         assert checks["base"]["outcome"] == "not checked"
         assert "--base_model" in checks["base"]["about"]
         assert "base's tokenizer" not in checks
         assert command(copy, "verify", str(copy)).out.endswith("nothing differs; 1 check could not run\n")
-        assert outcomes(copy, "--base_model", str(moved)) == WELL
-        assert "base" in differing(copy, "--base_model", str(place / "other-base"))
-        done = command(copy, "verify", str(copy), "--base_model", str(place / "nowhere"))
+        assert outcomes(copy, "--base_model", str(moved)) == ALL_WELL
+        assert "base" in find_differences(copy, "--base_model", str(root / "other-base"))
+        done = command(copy, "verify", str(copy), "--base_model", str(root / "nowhere"))
         assert done.status == 2
         assert "no such model folder" in done.err
     finally:
-        moved.rename(place / "base")
+        moved.rename(root / "base")
 
 
 # The data
 
 
-def test_other_data_is_recognised(whole: Path, place: Path, tmp_path: Path) -> None:
-    copied = shutil.copy(place / "data.jsonl", tmp_path / "same.jsonl")
-    assert outcomes(whole, "--data_path", str(copied))["data"] == "well"
-    with Path(copied).open("a") as file:
+def test_changed_data_is_reported(finished_run: Path, root: Path, tmp_path: Path) -> None:
+    copied_data = shutil.copy(root / "data.jsonl", tmp_path / "same.jsonl")
+    assert outcomes(finished_run, "--data_path", str(copied_data))["data"] == "well"
+    with Path(copied_data).open("a") as file:
         file.write("\n")
-    assert "was not trained on this data" in differing(whole, "--data_path", str(copied))["data"]
-    done = command(whole, "verify", str(whole), "--data_path", str(tmp_path / "none.jsonl"))
+    assert (
+        "was not trained on this data"
+        in find_differences(finished_run, "--data_path", str(copied_data))["data"]
+    )
+    done = command(finished_run, "verify", str(finished_run), "--data_path", str(tmp_path / "none.jsonl"))
     assert done.status == 2
 
 
 # Folders that are not a finished run
 
 
-def test_a_copied_adapter_is_checked_by_itself(copy: Path) -> None:
+def test_adapter_copied_without_run_records_is_checked(copy: Path) -> None:
     for name in RUN_RECORDS:
         if name != "manifest.json":
             (copy / name).unlink()
     for checkpoint in copy.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    alone = {name: outcome for name, outcome in WELL.items() if not name.startswith(("run", "checkpoint-"))}
-    status, checks = verified(copy)
+    expected = {
+        name: outcome for name, outcome in ALL_WELL.items() if not name.startswith(("run", "checkpoint-"))
+    }
+    status, checks = run_verify(copy)
     assert status == 0
-    assert {name: finding["outcome"] for name, finding in checks.items()} == alone
+    assert {name: finding["outcome"] for name, finding in checks.items()} == expected
     assert "not in this copy: README.md" in checks["files"]["about"]
     (copy / "tokenizer_config.json").write_text("{}")
-    assert "tokenizer_config.json" in differing(copy)["files"]
+    assert "tokenizer_config.json" in find_differences(copy)["files"]
     (copy / "manifest.json").unlink()
     (copy / "samples.json").unlink()
-    status, checks = verified(copy)
+    status, checks = run_verify(copy)
     assert checks["files"]["outcome"] == checks["sample rows"]["outcome"] == "not checked"
 
 
@@ -455,9 +462,9 @@ def test_a_folder_of_an_earlier_version_has_no_differences(copy: Path) -> None:
     for checkpoint in copy.glob("checkpoint-*"):
         rewrite(checkpoint / "manifest.json", lambda content: content["sha256"].pop("samples.json"))
         rehash(checkpoint)
-    assert not differing(copy)
-    own_outcomes = outcomes(copy)
-    assert {name for name, outcome in own_outcomes.items() if outcome == "not checked"} == {
+    assert not find_differences(copy)
+    run_outcomes = outcomes(copy)
+    assert {name for name, outcome in run_outcomes.items() if outcome == "not checked"} == {
         "files",
         "tokenizer",
         "sample rows",
@@ -468,60 +475,62 @@ def test_a_folder_of_an_earlier_version_has_no_differences(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "model"])
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, place: Path, whole: Path, name: str) -> None:
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, root: Path, finished_run: Path, name: str
+) -> None:
     (tmp_path / "empty").mkdir()
-    folder = place / "base" if name == "model" else tmp_path / name
+    folder = root / "base" if name == "model" else tmp_path / name
     done = command(folder, "verify", str(folder))
     assert done.status == 2
     assert "; give the output folder of a run" in done.err
 
 
-def stopped(output: Path, place: Path, name: str, owner: Any = run_module, **settings: Any) -> Done:
-    """The run of `whole`, interrupted just before it calls one of the last functions of a run."""
+def interrupted_run(output: Path, root: Path, name: str, owner: Any = run_module, **settings: Any) -> Done:
+    """Repeats `finished_run` and interrupts it just before it calls one of the last functions of a run."""
 
-    def interrupted(*arguments: Any, **keywords: Any) -> None:
+    def interrupt(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
+        patch.setattr(owner, name, interrupt)
         run_settings = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
-        done = sft(output, place / "base", place / "data.jsonl", **run_settings)
+        done = sft(output, root / "base", root / "data.jsonl", **run_settings)
     assert done.status == 130
     return done
 
 
 @pytest.mark.parametrize("name", ["install", "seal", "write_run_json"])
-@pytest.mark.parametrize("anew", [True, False])
-def test_an_unfinished_run_is_reported_as_such_and_its_checkpoints_are_checked(
-    copy: Path, place: Path, whole: Path, name: str, anew: bool
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_unfinished_run_is_reported_and_its_checkpoints_are_checked(
+    copy: Path, root: Path, finished_run: Path, name: str, overwrite: bool
 ) -> None:
-    """Even if the folder held a finished run before, whose checksums must not count for the new run's files."""
-    settings = {"overwrite": True} if anew else {"resume_from_checkpoint": copy / "checkpoint-2"}
-    if name == "write_run_json":  # its second call: the first begins the run
+    """Also if the folder held a finished run before: its checksums must not be used for the new run's files."""
+    settings = {"overwrite": True} if overwrite else {"resume_from_checkpoint": copy / "checkpoint-2"}
+    if name == "write_run_json":  # its second call; the first one starts the run
         write_run_json = run_module.folder.write_run_json
 
-        def interrupted(*arguments: Any, finished: bool) -> None:
+        def interrupt(*arguments: Any, finished: bool) -> None:
             if finished:
                 raise KeyboardInterrupt
             write_run_json(*arguments, finished=finished)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module.folder, "write_run_json", interrupted)
-            keywords = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
-            assert sft(copy, place / "base", place / "data.jsonl", **keywords).status == 130
+            patch.setattr(run_module.folder, "write_run_json", interrupt)
+            run_settings = {"val_set_size": 5, "card_rows": 3, "save_steps": 2, **settings}
+            assert sft(copy, root / "base", root / "data.jsonl", **run_settings).status == 130
     else:
-        stopped(copy, place, name, run_module.folder, **settings)
+        interrupted_run(copy, root, name, run_module.folder, **settings)
         assert not (copy / "manifest.json").exists()
-    status, checks = verified(copy)
+    status, checks = run_verify(copy)
     assert status == 0
     assert checks["files"]["outcome"] == "not checked"
     assert checks["checkpoint-4"]["outcome"] == checks["run"]["outcome"] == "well"
     assert checks["sample rows"]["outcome"] == "well"
     assert "a run that is not finished" in command(copy, "verify", str(copy)).out
     damage(copy / "checkpoint-4" / "tokenizer.json", "flipped")
-    assert "checkpoint-4" in differing(copy)
-    trained(copy, place / "base", place / "data.jsonl", val_set_size=5, card_rows=3, save_steps=2)
-    assert outcomes(copy) == WELL
+    assert "checkpoint-4" in find_differences(copy)
+    trained(copy, root / "base", root / "data.jsonl", val_set_size=5, card_rows=3, save_steps=2)
+    assert outcomes(copy) == ALL_WELL
 
 
 def test_a_running_run_is_reported_as_under_way(copy: Path) -> None:

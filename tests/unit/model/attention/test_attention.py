@@ -26,7 +26,7 @@ HEADS, WIDTH = 4, 8
 
 
 def example_forest() -> Forest:
-    """A frame over an article over two answers, a third row under the frame, and a row alone: seven segments."""
+    """Seven segments: four rows share a frame, three of them also an article, and one row shares nothing."""
     frame, article = np.arange(MIN_SHARED_TOKENS), np.arange(30, 30 + MIN_SHARED_TOKENS + 2)
     ends = [[*article, 1, 2, 3], [*article, 4], [5, 6], [*article, 1, 2, 9]]
     examples = [np.concatenate([frame, end]).astype(np.int32) for end in ends] + [
@@ -38,7 +38,7 @@ def example_forest() -> Forest:
 
 
 def states(key_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     length = len(example_forest().token_ids_T)
     shapes = [
         (1, HEADS, length, WIDTH),
@@ -47,7 +47,7 @@ def states(key_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Ten
         (HEADS,),
     ]
     return [
-        (2 * torch.randn(s, generator=draw, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes
+        (2 * torch.randn(s, generator=rng, dtype=torch.float64)).to(dtype).requires_grad_() for s in shapes
     ]
 
 
@@ -92,12 +92,12 @@ def chosen(
     sinks: bool = False,
     **options: Any,
 ) -> str:
-    """The backend of a layer on a GPU, which need not exist."""
+    """The name of the backend chosen for a layer on a GPU; no GPU is needed."""
     shape = forest_shape(example_forest(), CPU, capability, "cuda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "has_flex", lambda: has_flex)
         patch.setattr(varlen, "varlen_attention", lambda: object() if has_varlen else None)
-        # what FlexAttention needs makes its tensors later
+        # FlexAttention creates its tensors later, so this layout needs no GPU
         layouts = {
             backend.name: backend.lay_out(
                 replace(shape, device=torch.device("cuda")) if backend is FLEX else shape
@@ -113,8 +113,8 @@ def chosen(
     ).name
 
 
-def test_a_new_backend_is_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module with a record like this one is all that a backend needs."""
+def test_backend_added_to_the_list_computes_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend needs only a module with a record like this one."""
 
     def lay_out(shape: ForestShape) -> int | None:
         return len(shape.lengths) if shape.computed_on == "cpu" else None
@@ -167,7 +167,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
+def test_values_and_gradients_match_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
     forest = example_forest()
     results = []
     for attend in (
@@ -185,13 +185,13 @@ def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict,
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
         results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
-        # sinks: the softmax is taken in float32, as the model's own attention does
+        # with softcap or sinks the softmax is in float32, as in the model's own attention
         torch.testing.assert_close(
             ours, theirs, rtol=0, atol=1e-5 if {"softcap", "s_aux"} & {*options} else 1e-12
         )
 
 
-def test_bfloat16_is_close_with_and_without_plain_operations() -> None:
+def test_bfloat16_attention_is_close_to_a_dense_softmax() -> None:
     forest = example_forest()
     for arguments in ({}, {"softcap": 5.0}):
         query, key, value, _ = states(2, torch.bfloat16)
@@ -212,7 +212,7 @@ def test_the_reference_mask_of_a_small_forest() -> None:
     assert visible[16:, 16:].tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
-def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
+def test_segment_paths_list_ancestors_from_the_root() -> None:
     frame, article = range(MIN_SHARED_TOKENS), range(30, 30 + MIN_SHARED_TOKENS)
     examples = [
         np.array([*frame, *end], dtype=np.int32) for end in ([*article, 50, 51], [60], [*article, 70])
@@ -222,14 +222,14 @@ def test_a_path_lists_the_ancestors_from_the_root_down() -> None:
     assert shape.paths == ((0,), (0, 1), (0, 2), (0, 1, 3), (0, 1, 4))
 
 
-def test_a_mask_that_the_model_made_is_refused() -> None:
+def test_attention_mask_from_the_model_is_refused() -> None:
     query, key, value, _ = states(2)
     mask = torch.zeros(1, 1, query.shape[2], query.shape[2])
     with pytest.raises(ValueError, match="its own attention mask"):
         forest_attention(torch.nn.Module(), query, key, value, mask, forest=layout(example_forest()))
 
 
-def test_dropout_drops_what_it_is_told_to() -> None:
+def test_dropout_changes_the_attention_output() -> None:
     query, key, value, _ = states(2)
     one_segment = lay_out_for_backends(ForestShape((query.shape[2],), ((0,),), CPU, "cpu", None))
     for arguments in ({}, {"softcap": 1e6}):

@@ -26,7 +26,7 @@ from yeonma.model.attention.dispatch import (
 )
 
 
-def branching(seed: int, examples: int, longest: int) -> Forest:
+def branching_forest(seed: int, examples: int, longest: int) -> Forest:
     """A forest, perhaps several levels deep, of examples that share prefixes."""
     random = np.random.default_rng(seed)
     sequences: list[np.ndarray] = []
@@ -45,10 +45,10 @@ def branching(seed: int, examples: int, longest: int) -> Forest:
 def states(
     forest: Forest, heads: int, key_heads: int, dtype: torch.dtype = torch.float64
 ) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     tokens = len(forest.token_ids_T)
     shapes = [(1, tokens, count, WIDTH) for count in (heads, key_heads, key_heads, heads)]
-    *inputs, upstream = (2 * torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
+    *inputs, upstream = (2 * torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     as_in_models = [tensor.to(dtype).transpose(1, 2).requires_grad_() for tensor in inputs]
     return [*as_in_models, upstream.to(dtype)]
 
@@ -61,7 +61,7 @@ def cascade_layout_of(forest: Forest, chunk: int = CHUNK) -> CascadeLayout:
 
 
 FORESTS = [
-    branching(seed, examples, longest)
+    branching_forest(seed, examples, longest)
     for seed, (examples, longest) in enumerate([(6, 40), (9, 25), (4, 500)])
 ]
 
@@ -69,7 +69,7 @@ FORESTS = [
 @pytest.mark.parametrize("heads, key_heads", [(6, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize("chunk", [16, 40, CHUNK])
 @pytest.mark.parametrize("forest", FORESTS, ids=["wide", "deep", "long"])
-def test_values_and_gradients_are_those_of_one_masked_softmax(
+def test_values_and_gradients_equal_a_dense_masked_softmax(
     forest: Forest, chunk: int, heads: int, key_heads: int
 ) -> None:
     *inputs, upstream = states(forest, heads, key_heads)
@@ -81,16 +81,16 @@ def test_values_and_gradients_are_those_of_one_masked_softmax(
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-11)
 
 
-def test_the_forests_of_these_tests_have_segments_of_several_chunks_and_depths() -> None:
+def test_example_forests_have_several_depths_and_chunks() -> None:
     depths = {len(path) for forest in FORESTS for path in forest_shape(forest).paths}
     assert {1, 2, 3, 4} <= depths
     assert any(len(keys.chunks) > 2 for keys in cascade_layout_of(FORESTS[2]).segments)
 
 
 @pytest.mark.parametrize("forest", FORESTS, ids=["wide", "deep", "long"])
-def test_its_calls_meet_every_query_and_key_that_see_each_other_once(forest: Forest) -> None:
-    """And the mask of a chunk hides everything else."""
-    met = np.zeros(reference_mask(forest).shape, dtype=int)
+def test_calls_cover_every_visible_query_and_key_pair_once(forest: Forest) -> None:
+    """The mask of a chunk hides all other pairs."""
+    covered = np.zeros(reference_mask(forest).shape, dtype=int)
     cascade = cascade_layout_of(forest, 16)
     for keys in cascade.segments:
         assert [keys.own.start, *(chunk.stop for chunk in keys.chunks)][-1] == keys.own.stop
@@ -98,30 +98,30 @@ def test_its_calls_meet_every_query_and_key_that_see_each_other_once(forest: For
         for rows in keys.chunks:
             height, width = rows.stop - rows.start, rows.stop - keys.own.start
             corner = cascade.mask[len(cascade.mask) - height :, cascade.mask.shape[1] - width :]
-            met[rows, keys.own.start : rows.stop] += (corner == 0).numpy()
+            covered[rows, keys.own.start : rows.stop] += (corner == 0).numpy()
         if keys.below is not None:
-            met[keys.below, keys.own] += 1
-    assert (met == reference_mask(forest).numpy()).all()
+            covered[keys.below, keys.own] += 1
+    assert (covered == reference_mask(forest).numpy()).all()
 
 
-def test_the_model_attends_by_it_and_keeps_nothing_twice() -> None:
-    """Saved for backward: queries, keys, values, the output, and one number per head and token."""
+def test_forest_attention_saves_no_tensor_twice_for_backward() -> None:
+    """It saves queries, keys, values, the output, and one number per head and token."""
     forest = FORESTS[1]
     *inputs, _ = states(forest, 6, 2, torch.float32)
     saved: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         output, _ = forest_attention(torch.nn.Module(), *inputs, None, forest=layout(forest))
     tokens = len(forest.token_ids_T)
     assert sum(saved.values()) == 4 * tokens * (WIDTH * (6 + 2 + 2 + 6) + 6)
     torch.testing.assert_close(output, dense(forest, *inputs), rtol=0, atol=1e-5)
 
 
-def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
+def test_gradients_with_strided_inputs_and_an_expanded_upstream() -> None:
     forest = FORESTS[0]
     *inputs, _ = states(forest, 6, 2)
     strided = [torch.stack([tensor, tensor], -1)[..., 0].detach().requires_grad_() for tensor in inputs]
@@ -143,7 +143,7 @@ def test_numbers_in_any_layout_and_an_upstream_of_one_number() -> None:
         (torch.bfloat16, WIDTH, 0.0, None, False),
     ],
 )
-def test_what_it_leaves_to_calls_segment_by_segment(
+def test_backend_refuses_layers_it_cannot_compute(
     dtype: torch.dtype, value_width: int, dropout: float, window: str | None, supported: bool
 ) -> None:
     cascade = cascade_layout_of(FORESTS[1])
@@ -157,7 +157,7 @@ def test_what_it_leaves_to_calls_segment_by_segment(
     assert not CPU_CASCADE.supports(replace(call, sinks=torch.ones(2)), cascade)
 
 
-def test_a_forest_whose_branches_lie_apart_goes_segment_by_segment() -> None:
+def test_forest_with_scattered_branches_is_computed_segment_by_segment() -> None:
     lengths, paths = (3, 4, 2, 5), ((0,), (0, 1), (2,), (0, 3))
     assert cascade_layout(lengths, paths, CPU) is None
     layouts = lay_out_for_backends(ForestShape(lengths, paths, CPU, "cpu", None))

@@ -1,5 +1,5 @@
-"""Attention over a forest in one call on CUDA. Its kernel needs a GPU, so these tests use its documented semantics in
-plain operations on the CPU. All other code is the real one."""
+"""Attention over a forest in one varlen call on CUDA. The kernel needs a GPU, so most tests replace it on the CPU with
+plain operations that follow its documentation. All other code is the real one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import ForestSupport, trained_logprobs
 
 H100 = (9, 0)
-RAGGED = "ragged_on_the_cpu"
+VARLEN_ON_CPU = "ragged_on_the_cpu"
 
 
 def documented_varlen(
@@ -47,8 +47,8 @@ def documented_varlen(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` as its documentation and FlashAttention's say: a query at row i of t sees
-    key j of k where i + k - t - left <= j <= i + k - t + right."""
+    """`torch.nn.attention.varlen.varlen_attn` as documented there and by FlashAttention: query row i of t sees key j of
+    k if i + k - t - left <= j <= i + k - t + right."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert int(cu_seq_q[-1]) == len(query) and int(cu_seq_k[-1]) == len(key) == len(value)
     assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -61,16 +61,18 @@ def documented_varlen(
             states[cu_seq_k[n] : cu_seq_k[n + 1]].transpose(0, 1).repeat_interleave(groups, 0)
             for states in (key, value)
         )
-        at = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
-        of = torch.arange(k.shape[1])[None, :]
-        visible = (of <= at + right) & ((left == -1) | (of >= at - left))
+        query_position = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        key_position = torch.arange(k.shape[1])[None, :]
+        visible = (key_position <= query_position + right) & (
+            (left == -1) | (key_position >= query_position - left)
+        )
         scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         outputs.append((weights @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def in_one_call(forest: Forest) -> VarlenLayout:
+def varlen_layout(forest: Forest) -> VarlenLayout:
     return layout(forest, CPU, H100).by_backend["varlen"]
 
 
@@ -78,7 +80,7 @@ def attend(
     forest: Forest, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any
 ) -> torch.Tensor:
     arguments = {"scaling": None, "sliding_window": None, **arguments}
-    return varlen_forest_attention(q, k, v, in_one_call(forest), kernel=documented_varlen, **arguments)
+    return varlen_forest_attention(q, k, v, varlen_layout(forest), kernel=documented_varlen, **arguments)
 
 
 OPTIONS = {
@@ -94,12 +96,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
+def test_values_and_gradients_match_a_dense_masked_softmax(options: dict, key_heads: int) -> None:
     forest, results = example_forest(), []
-    assert in_one_call(forest).max_keys == 37
-    for way in (attend, dense):
+    assert varlen_layout(forest).max_keys == 37
+    for attention in (attend, dense):
         inputs = states(key_heads)[:3]
-        output = way(forest, *inputs, **options)
+        output = attention(forest, *inputs, **options)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
         results.append([output, *torch.autograd.grad((output * weight).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
@@ -108,7 +110,7 @@ def test_values_and_gradients_are_those_of_a_dense_masked_softmax(options: dict,
 
 @st.composite
 def forests(draw: st.DrawFn) -> Forest:
-    """Rows of two letters, in units, with shared prefixes from the first token on, nested or not."""
+    """Rows over two tokens, with shared prefixes, nested or not, from the first token on."""
     count = draw(st.integers(1, 7))
     rows = [
         np.array([9, *draw(st.lists(st.integers(0, 1), min_size=1, max_size=7))], dtype=np.int32)
@@ -122,12 +124,12 @@ def forests(draw: st.DrawFn) -> Forest:
 
 @settings(max_examples=60)
 @given(forest=forests(), window=st.one_of(st.none(), st.integers(1, 9)))
-def test_any_forest_has_the_values_and_gradients_of_its_segments_one_by_one(
+def test_varlen_matches_segment_by_segment_attention_for_any_forest(
     forest: Forest, window: int | None
 ) -> None:
-    draw = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     shape = (1, 2, len(forest.token_ids_T), WIDTH)
-    tensors = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
+    tensors = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(4)]
     *inputs, weight = tensors
     results = []
     for one_by_one in (False, True):
@@ -144,17 +146,19 @@ def test_any_forest_has_the_values_and_gradients_of_its_segments_one_by_one(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_copies_find_back_to_their_tokens_and_are_summed_in_float32() -> None:
+def test_copies_map_to_their_tokens_and_gradients_sum_in_float32() -> None:
     forest = example_forest()
-    copies = in_one_call(forest).copies
+    copies = varlen_layout(forest).copies
     assert copies is not None
-    times = torch.bincount(copies.token_K, minlength=len(forest.token_ids_T))
+    copy_counts = torch.bincount(copies.token_K, minlength=len(forest.token_ids_T))
     assert torch.equal(copies.token_K[copies.own_T], torch.arange(len(forest.token_ids_T)))
-    assert torch.equal(copies.shared_S, times.argsort(descending=True, stable=True)[: int((times > 1).sum())])
-    for places in copies.rounds:
-        assert torch.equal(copies.token_K[places], copies.shared_S[: len(places)])
+    assert torch.equal(
+        copies.shared_S, copy_counts.argsort(descending=True, stable=True)[: int((copy_counts > 1).sum())]
+    )
+    for indices in copies.rounds:
+        assert torch.equal(copies.token_K[indices], copies.shared_S[: len(indices)])
     copied = torch.cat([copies.own_T, *copies.rounds]).sort().values
-    assert torch.equal(copied, torch.arange(len(copies.token_K)))  # each copy once
+    assert torch.equal(copied, torch.arange(len(copies.token_K)))  # each copy occurs once
 
     rows = [np.array([5, 6, 7 + n], dtype=np.int32) for n in range(9)]
     forest = lay_out(rows, [np.ones(3, dtype=bool)] * 9, units=[0] * 9)
@@ -167,27 +171,27 @@ def test_copies_find_back_to_their_tokens_and_are_summed_in_float32() -> None:
         return k
 
     arguments = {"scaling": None, "sliding_window": None, "kernel": kernel}
-    varlen_forest_attention(states, states, states, in_one_call(forest), **arguments)
+    varlen_forest_attention(states, states, states, varlen_layout(forest), **arguments)
     upstream = torch.full_like(copied[0], 2**-9)
-    upstream[0:2] = 1  # the first copy of the two shared tokens
+    upstream[0:2] = 1  # the first copies of the two shared tokens
     (gradient,) = torch.autograd.grad(copied[0], states, upstream)
-    exact = 1 + 9 * 2**-9  # bfloat16 would lose every one of the nine
+    exact = 1 + 9 * 2**-9  # a sum in bfloat16 would lose all nine small terms
     assert gradient[0, 0, 0, 0] == torch.tensor(exact).bfloat16() != 1
 
 
-def test_without_parents_nothing_is_gathered() -> None:
+def test_forest_without_shared_segments_needs_no_copies() -> None:
     rows = [np.arange(5, dtype=np.int32), np.arange(10, 13, dtype=np.int32)]
-    varlen = in_one_call(lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows]))
+    varlen = varlen_layout(lay_out(rows, [np.ones(len(row), dtype=bool) for row in rows]))
     assert varlen.copies is None and varlen.query_ends.tolist() == varlen.key_ends.tolist() == [0, 5, 8]
     assert varlen.pairs == 15 + 6
-    assert in_one_call(example_forest()).pairs == int(reference_mask(example_forest()).sum())
+    assert varlen_layout(example_forest()).pairs == int(reference_mask(example_forest()).sum())
 
 
 # Models
 
 
-def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
-    """`forest_attention` as on an H100, with float32 treated as bfloat16."""
+def varlen_if_supported(*args: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
+    """`forest_attention` as on an H100, treating float32 as bfloat16."""
     _, query, key, value, mask = args
     assert mask is None
     call = LayerCall(
@@ -197,7 +201,7 @@ def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tens
         sinks=keywords.get("s_aux"),
     )
     backend = choose(call, keywords["forest"]).name
-    TAKEN.append(backend)
+    BACKENDS_USED.append(backend)
     if backend != "varlen":
         return forest_attention(*args, **keywords)
     arguments = {name: keywords.get(name) for name in ("scaling", "sliding_window")}
@@ -205,42 +209,40 @@ def in_one_call_where_it_may_be(*args: Any, **keywords: Any) -> tuple[torch.Tens
     return varlen_forest_attention(query, key, value, varlen, kernel=documented_varlen, **arguments), None
 
 
-TAKEN: list[str] = []
-AttentionInterface.register(RAGGED, in_one_call_where_it_may_be)
-AttentionMaskInterface.register(RAGGED, no_mask)
+BACKENDS_USED: list[str] = []
+AttentionInterface.register(VARLEN_ON_CPU, varlen_if_supported)
+AttentionMaskInterface.register(VARLEN_ON_CPU, no_mask)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FOREST_FAMILIES)
-def test_a_model_has_the_logprobs_and_lora_gradients_of_its_sequences(
-    family: str, checkpointing: bool
-) -> None:
+def test_model_logprobs_and_lora_gradients_match_separate_sequences(family: str, checkpointing: bool) -> None:
     model = with_lora(tiny_model(family))
-    model.set_attn_implementation(RAGGED)
+    model.set_attn_implementation(VARLEN_ON_CPU)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    TAKEN.clear()
-    # float32 through `forest_attention` itself takes the way of the CPU: the layout alone is the GPU's
+    BACKENDS_USED.clear()
+    # only the layout is that of a GPU; `forest_attention` itself would compute float32 as on the CPU
     logprob = trained_logprobs(model, small_forest()[0], head_of(model, "plain"), H100)
     assert_as_expected(family, model, logprob)
-    assert set(TAKEN) == {"plain" if family in ("gemma2", "gpt_oss") else "varlen"}
-    assert len(TAKEN) == (4 if checkpointing else 2)
+    assert set(BACKENDS_USED) == {"plain" if family in ("gemma2", "gpt_oss") else "varlen"}
+    assert len(BACKENDS_USED) == (4 if checkpointing else 2)
 
 
-# The choice
+# Choice of the backend
 
 
-def test_what_each_layer_is_computed_by() -> None:
-    usual: dict[str, Any] = {
+def test_backend_choice_depends_on_gpu_dtype_and_layer_options() -> None:
+    supported: dict[str, Any] = {
         "capability": H100,
         "dtype": torch.bfloat16,
         "query_width": 128,
         "value_width": 128,
     }
-    assert chosen(**usual) == "varlen"
-    assert chosen(**{**usual, "dtype": torch.float16}) == "varlen"
-    assert chosen(**{**usual, "capability": (8, 0)}) == "varlen"
+    assert chosen(**supported) == "varlen"
+    assert chosen(**{**supported, "dtype": torch.float16}) == "varlen"
+    assert chosen(**{**supported, "capability": (8, 0)}) == "varlen"
     for changed in (
         {"capability": None},  # the CPU, and torch without the function
         {"capability": (7, 5)},
@@ -250,22 +252,22 @@ def test_what_each_layer_is_computed_by() -> None:
         {"query_width": 100, "value_width": 100},
         {"query_width": 512, "value_width": 512},
     ):
-        assert chosen(**{**usual, **changed}) == "sdpa", changed
+        assert chosen(**{**supported, **changed}) == "sdpa", changed
     for capability, expected in (((8, 0), "varlen"), ((9, 0), "varlen"), ((8, 9), "sdpa"), ((12, 0), "sdpa")):
         wide = {"capability": capability, "query_width": 256, "value_width": 256}
-        assert chosen(**{**usual, **wide}) == expected
+        assert chosen(**{**supported, **wide}) == expected
     for changed in ({"softcap": 30.0}, {"sinks": True}):
-        assert chosen(**{**usual, **changed}) == "plain"
-        assert chosen(**{**usual, **changed, "capability": None}) == "plain"
+        assert chosen(**{**supported, **changed}) == "plain"
+        assert chosen(**{**supported, **changed, "capability": None}) == "plain"
 
 
-def test_on_the_cpu_nothing_is_laid_out_for_it() -> None:
+def test_cpu_layout_has_no_varlen_entry() -> None:
     assert "varlen" not in layout(example_forest()).by_backend
     model = tiny_model("llama").bfloat16()
     assert check_forest_support(model).capability is None
 
 
-def test_this_torch_has_the_function_with_all_that_it_is_given() -> None:
+def test_installed_torch_varlen_attention_has_scale_and_window() -> None:
     assert varlen_attention() is not None
 
 
@@ -273,7 +275,7 @@ def test_this_torch_has_the_function_with_all_that_it_is_given() -> None:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
-    """Compares norms: single numbers in half precision may be far off, and zeros are not exact."""
+    """Compares norms, because single numbers in half precision can be far off and zeros are not exact."""
     ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
     assert float((ours - theirs).norm()) <= share * float(theirs.norm()) + 0.01 * theirs.numel() ** 0.5
 
@@ -282,24 +284,26 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
-def test_the_kernel_does_what_its_documentation_says(options: dict, key_heads: int, dtype: Any) -> None:
+def test_gpu_kernel_matches_its_documented_semantics(options: dict, key_heads: int, dtype: Any) -> None:
     forest, results = example_forest(), []
     gpu = torch.device("cuda")
     arguments = {"scaling": None, "sliding_window": None, **options}
     for device, kernel in ((gpu, None), (CPU, documented_varlen)):
         inputs = [tensor.detach().to(device, dtype).requires_grad_() for tensor in states(key_heads)[:3]]
-        exact = inputs if kernel is None else [tensor.detach().double().requires_grad_() for tensor in inputs]
+        kernel_inputs = (
+            inputs if kernel is None else [tensor.detach().double().requires_grad_() for tensor in inputs]
+        )
         varlen = layout(forest, device, torch.cuda.get_device_capability()).by_backend["varlen"]
-        output = varlen_forest_attention(*exact, varlen, kernel=kernel, **arguments)
+        output = varlen_forest_attention(*kernel_inputs, varlen, kernel=kernel, **arguments)
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(output)
-        results.append([output, *torch.autograd.grad((output * weight).sum(), exact)])
+        results.append([output, *torch.autograd.grad((output * weight).sum(), kernel_inputs)])
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs, 0.03)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2"])
-def test_a_model_on_a_gpu_takes_the_kernel_and_trains_as_segment_by_segment(family: str) -> None:
+def test_gpu_model_matches_segment_by_segment_attention(family: str) -> None:
     model = with_lora(tiny_model(family)).to("cuda", torch.bfloat16)
     base = model.get_base_model()
     support: ForestSupport = check_forest_support(base)

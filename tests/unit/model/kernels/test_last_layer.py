@@ -1,4 +1,4 @@
-"""The last layer after its attention: only positions that are read, with the same numbers and gradients."""
+"""The trimmed last layer computes only positions that are read, with the same log-probabilities and gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import READ_POSITIONS, ForestSupport, trained_logprobs
 
-SPARED = [
-    family for family in FOREST_FAMILIES if family != "gpt2"
-]  # whose decoder names its layers otherwise
+# the decoder of gpt2 has another name for its layers
+TRIMMABLE = [family for family in FOREST_FAMILIES if family != "gpt2"]
 
 
-def adapted(family: str, short: bool = True) -> tuple[Any, ForestSupport]:
+def adapted(family: str, patched: bool = True) -> tuple[Any, ForestSupport]:
     model = with_lora(tiny_model(family))
     support = check_forest_support(model.get_base_model())
-    if short:
+    if patched:
         patch_kernels(model)
     return model, support
 
@@ -31,8 +30,8 @@ def adapted(family: str, short: bool = True) -> tuple[Any, ForestSupport]:
 def forest() -> Forest:
     """Long prompts, short answers, and two answers to one prompt: one position is read for both."""
     random = np.random.default_rng(3)
-    frame = random.integers(3, VOCABULARY, 20)
-    ids = [np.concatenate([frame, random.integers(3, VOCABULARY, n)]).astype(np.int32) for n in (4, 3, 5)]
+    prefix = random.integers(3, VOCABULARY, 20)
+    ids = [np.concatenate([prefix, random.integers(3, VOCABULARY, n)]).astype(np.int32) for n in (4, 3, 5)]
     return lay_out(ids, [np.arange(len(sequence)) >= 20 for sequence in ids])
 
 
@@ -41,20 +40,20 @@ def logprobs_and_gradients(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     result = trained_logprobs(model.get_base_model(), forest(), support.head, support.capability, **keywords)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients_ = torch.autograd.grad(result.sum(), weights, allow_unused=True)
-    return result.detach(), [gradient for gradient in gradients_ if gradient is not None]
+    gradients = torch.autograd.grad(result.sum(), weights, allow_unused=True)
+    return result.detach(), [gradient for gradient in gradients if gradient is not None]
 
 
-@pytest.mark.parametrize("short", [False, True])
-@pytest.mark.parametrize("family", SPARED)
-def test_logprobs_and_gradients_are_those_of_the_whole_layer(family: str, short: bool) -> None:
-    model, support = adapted(family, short)
-    expected, gradients = logprobs_and_gradients(model, support)
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("family", TRIMMABLE)
+def test_trimmed_layer_gives_the_same_logprobs_and_gradients(family: str, patched: bool) -> None:
+    model, support = adapted(family, patched)
+    expected_logprobs, expected_gradients = logprobs_and_gradients(model, support)
     assert trim_where_equal(model.get_base_model(), support)
-    gradients_, gradients_after = logprobs_and_gradients(model, support)
-    torch.testing.assert_close(gradients_, expected, atol=1e-5, rtol=1e-5)
-    largest = max(float(gradient.abs().max()) for gradient in gradients)
-    for ours, theirs in zip(gradients_after, gradients, strict=True):
+    logprobs, gradients = logprobs_and_gradients(model, support)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-5, rtol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in expected_gradients)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5 * largest, rtol=1e-4)
 
 
@@ -70,8 +69,8 @@ def rows_through_mlps(model: Any, support: ForestSupport, **keywords: Any) -> li
     return rows
 
 
-def test_only_what_is_read_goes_through_the_last_mlp() -> None:
-    model, support = adapted("llama", short=False)
+def test_only_read_positions_pass_through_the_last_mlp() -> None:
+    model, support = adapted("llama", patched=False)
     tree = forest()
     trim_last_layer(model.get_base_model())
     read = len(np.unique(tree.source_U))
@@ -80,18 +79,18 @@ def test_only_what_is_read_goes_through_the_last_mlp() -> None:
     assert rows_through_mlps(model, support, **{READ_POSITIONS: None}) == [len(tree.token_ids_T)] * 2
 
 
-def test_gradient_checkpointing_leaves_the_same_out() -> None:
+def test_trimmed_layer_gives_identical_results_with_gradient_checkpointing() -> None:
     model, support = adapted("llama")
     trim_last_layer(model.get_base_model())
-    expected, gradients = logprobs_and_gradients(model, support)
+    expected_logprobs, expected_gradients = logprobs_and_gradients(model, support)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    gradients_, gradients_after = logprobs_and_gradients(model, support)
-    assert torch.equal(gradients_, expected)
-    assert all(torch.equal(a, b) for a, b in zip(gradients_after, gradients, strict=True))
+    logprobs, gradients = logprobs_and_gradients(model, support)
+    assert torch.equal(logprobs, expected_logprobs)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
 
 
-def test_other_passes_through_the_model_are_whole() -> None:
+def test_other_forward_passes_are_not_trimmed() -> None:
     model, support = adapted("llama")
     base = model.get_base_model()
     ids = torch.arange(3, 27).unsqueeze(0)
@@ -104,12 +103,12 @@ def test_other_passes_through_the_model_are_whole() -> None:
     assert torch.equal(base(ids).logits, expected)
 
 
-def test_a_model_whose_last_mlp_mixes_tokens_keeps_it_whole() -> None:
+def test_last_mlp_that_mixes_tokens_is_not_trimmed() -> None:
     model, support = adapted("llama")
     base = model.get_base_model()
     mlp = base.model.layers[-1].mlp
-    before = mlp.forward
-    mlp.forward = lambda x: before(x - x.mean(1, keepdim=True))
+    original_forward = mlp.forward
+    mlp.forward = lambda x: original_forward(x - x.mean(1, keepdim=True))
     expected, _ = logprobs_and_gradients(model, support)
     assert not trim_where_equal(base, support)
     assert torch.equal(logprobs_and_gradients(model, support)[0], expected)
@@ -117,18 +116,18 @@ def test_a_model_whose_last_mlp_mixes_tokens_keeps_it_whole() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_too(dtype: torch.dtype) -> None:
+def test_trimming_check_works_in_half_precision(dtype: torch.dtype) -> None:
     base = tiny_model("llama").to(dtype)
     support = check_forest_support(base)
     assert trim_where_equal(base, support)
     mixing = tiny_model("llama").to(dtype)
     mlp = mixing.model.layers[-1].mlp
-    before = mlp.forward
-    mlp.forward = lambda x: before(x - x.mean(1, keepdim=True))
+    original_forward = mlp.forward
+    mlp.forward = lambda x: original_forward(x - x.mean(1, keepdim=True))
     assert not trim_where_equal(mixing, support)
 
 
-def test_layers_of_other_names_and_a_second_time_change_nothing() -> None:
+def test_unknown_layer_names_and_repeated_trimming_change_nothing() -> None:
     assert not trim_last_layer(tiny_model("gpt2"))
     model = tiny_model("llama")
     assert trim_last_layer(model)

@@ -28,7 +28,7 @@ class Net(nn.Module):
         return self.third(self.second(torch.tanh(self.first(x))))
 
 
-def pair(dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
+def model_pair(dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
     """Two equal models: one with PEFT's forward, one to patch."""
     torch.manual_seed(0)
     net = Net().to(dtype)
@@ -44,69 +44,69 @@ def pair(dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
     return model, copy.deepcopy(model)
 
 
-def run(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def outputs_and_gradients(model: Any, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """The output, and the gradients of the input and of A and B of both layers, with dropout from a fixed seed."""
-    draw = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 15, 12, generator=draw).to(dtype).requires_grad_()
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 15, 12, generator=rng).to(dtype).requires_grad_()
     torch.manual_seed(7)
     output = model(x)
-    upstream = torch.randn(output.shape, generator=draw).to(dtype)
+    upstream = torch.randn(output.shape, generator=rng).to(dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad((output * upstream).sum(), [x, *trained], allow_unused=True)
     return [output.detach(), *(g if g is not None else torch.zeros(()) for g in gradients)]
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-6) -> None:
-    """Up to `tolerance` times the largest number of a tensor, because sums over rows are rounded."""
-    for ours_, theirs_ in zip(ours, theirs, strict=True):
-        assert ours_.dtype == theirs_.dtype
-        limit = tolerance * max(1.0, float(theirs_.abs().max()))
-        torch.testing.assert_close(ours_, theirs_, rtol=0, atol=limit)
+    """Compare up to `tolerance` times the largest number of a tensor, because sums over rows are rounded."""
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.dtype == expected.dtype
+        limit = tolerance * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize(
     "config", [{}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=["plain", "rslora", "dropout"]
 )
-def test_outputs_and_gradients_are_pefts_own(config: dict) -> None:
-    peft, ours = pair(**config)
+def test_outputs_and_gradients_equal_pefts(config: dict) -> None:
+    peft, ours = model_pair(**config)
     assert patch_linear(ours)["LoRA"] == 2
-    theirs = run(peft)
+    theirs = outputs_and_gradients(peft)
     assert len(theirs) == 6 and all(float(tensor.abs().max()) > 0.1 for tensor in theirs)
-    assert_same(run(ours), theirs)
+    assert_same(outputs_and_gradients(ours), theirs)
 
 
 def test_dropout_is_off_in_eval_mode() -> None:
-    peft, ours = pair(lora_dropout=0.5)
+    peft, ours = model_pair(lora_dropout=0.5)
     patch_linear(ours)
-    trained = run(ours)
+    trained = outputs_and_gradients(ours)
     ours.eval()
-    assert not torch.allclose(run(ours)[0], trained[0])
-    assert_same(run(ours), run(peft.eval()))
+    assert not torch.allclose(outputs_and_gradients(ours)[0], trained[0])
+    assert_same(outputs_and_gradients(ours), outputs_and_gradients(peft.eval()))
 
 
 @pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.5}], ids=["plain", "dropout"])
-def test_a_bfloat16_base_gives_what_peft_gives_up_to_bfloat16_and_float32_gradients(config: dict) -> None:
-    peft, ours = pair(torch.bfloat16, **config)
+def test_bfloat16_base_matches_peft_with_float32_adapter_gradients(config: dict) -> None:
+    peft, ours = model_pair(torch.bfloat16, **config)
     patch_linear(ours)
-    theirs = run(peft, torch.bfloat16)
+    theirs = outputs_and_gradients(peft, torch.bfloat16)
     assert [tensor.dtype for tensor in theirs] == [torch.bfloat16] * 2 + [torch.float32] * 4
-    assert_same(run(ours, torch.bfloat16), theirs, tolerance=0.02)
+    assert_same(outputs_and_gradients(ours, torch.bfloat16), theirs, tolerance=0.02)
 
 
-def test_an_input_that_needs_no_gradient_is_taken() -> None:
-    peft, ours = pair()
+def test_input_without_gradient_gives_pefts_adapter_gradients() -> None:
+    peft, ours = model_pair()
     patch_linear(ours)
     x = torch.ones(3, 12)
     for model in (peft, ours):
         model(x).sum().backward()
-    for ours_, theirs_ in zip(ours.parameters(), peft.parameters(), strict=True):
-        assert (ours_.grad is None) == (theirs_.grad is None)
-        if ours_.grad is not None:
-            torch.testing.assert_close(ours_.grad, theirs_.grad, **CLOSE)
+    for actual, expected in zip(ours.parameters(), peft.parameters(), strict=True):
+        assert (actual.grad is None) == (expected.grad is None)
+        if actual.grad is not None:
+            torch.testing.assert_close(actual.grad, expected.grad, **CLOSE)
 
 
 def test_outputs_may_be_changed_in_place() -> None:
-    _, model = pair()
+    _, model = model_pair()
     patch_linear(model)
     gradients = []
     for in_place in (True, False):
@@ -120,8 +120,8 @@ def test_outputs_may_be_changed_in_place() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_without_gradients_nothing_is_recorded() -> None:
-    peft, ours = pair()
+def test_no_grad_output_equals_pefts_and_has_no_graph() -> None:
+    peft, ours = model_pair()
     patch_linear(ours)
     with torch.no_grad():
         output = ours(torch.ones(3, 12))
@@ -129,14 +129,14 @@ def test_without_gradients_nothing_is_recorded() -> None:
     assert output.grad_fn is None
 
 
-def test_names_and_weights_stay_pefts() -> None:
-    peft, ours = pair()
+def test_state_dict_names_stay_pefts() -> None:
+    peft, ours = model_pair()
     patch_linear(ours)
     assert list(ours.state_dict()) == list(peft.state_dict())
 
 
 def test_a_disabled_adapter_gives_the_base_alone() -> None:
-    peft, ours = pair()
+    peft, ours = model_pair()
     patch_linear(ours)
     x = torch.ones(3, 12)
     with ours.disable_adapter(), peft.disable_adapter():
@@ -146,7 +146,7 @@ def test_a_disabled_adapter_gives_the_base_alone() -> None:
 
 
 def test_a_merged_adapter_is_not_added_twice() -> None:
-    _, ours = pair()
+    _, ours = model_pair()
     patch_linear(ours)
     before = ours(torch.ones(3, 12))
     ours.merge_adapter()
@@ -156,12 +156,12 @@ def test_a_merged_adapter_is_not_added_twice() -> None:
 
 
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "lora bias"])
-def test_layers_that_are_not_plain_keep_pefts_forward(config: dict) -> None:
-    if config.get("lora_bias"):  # wants a base layer with a bias
+def test_dora_and_lora_bias_layers_keep_pefts_forward(config: dict) -> None:
+    if config.get("lora_bias"):  # needs a base layer with a bias
         config = {**config, "target_modules": ["first"]}
-    peft, ours = pair(**config)
+    peft, ours = model_pair(**config)
     assert patch_linear(ours)["LoRA"] == 0
-    assert_same(run(ours), run(peft))
+    assert_same(outputs_and_gradients(ours), outputs_and_gradients(peft))
 
 
 def test_conv1d_layers_keep_pefts_forward() -> None:
@@ -170,16 +170,16 @@ def test_conv1d_layers_keep_pefts_forward() -> None:
     assert patch_linear(model)["LoRA"] == 0
 
 
-def test_a_base_layer_that_is_trained_itself_keeps_pefts_forward() -> None:
-    peft, ours = pair()
+def test_layer_with_a_trainable_base_keeps_pefts_forward() -> None:
+    peft, ours = model_pair()
     for model in (peft, ours):
         model.base_model.model.first.base_layer.weight.requires_grad_(True)
     assert patch_linear(ours)["LoRA"] == 1
-    assert_same(run(ours), run(peft))
+    assert_same(outputs_and_gradients(ours), outputs_and_gradients(peft))
 
 
-def test_adapters_that_come_later_get_what_peft_gives_them() -> None:
-    peft, ours = pair()
+def test_adapters_added_after_patching_match_peft() -> None:
+    peft, ours = model_pair()
     patch_linear(ours)
     for model in (peft, ours):
         torch.manual_seed(3)
@@ -193,11 +193,11 @@ def test_adapters_that_come_later_get_what_peft_gives_them() -> None:
         if choice == []:
             torch.testing.assert_close(ours(torch.ones(1, 12)), peft(torch.ones(1, 12)), **CLOSE)
         else:
-            assert_same(run(ours), run(peft))
+            assert_same(outputs_and_gradients(ours), outputs_and_gradients(peft))
 
 
-def test_an_adapter_named_in_the_call_is_pefts_business() -> None:
-    peft, ours = pair()
+def test_adapter_names_in_the_call_give_pefts_output() -> None:
+    peft, ours = model_pair()
     patch_linear(ours)
     peft.eval(), ours.eval()
     x = torch.ones(2, 12)
@@ -207,8 +207,8 @@ def test_an_adapter_named_in_the_call_is_pefts_business() -> None:
     torch.testing.assert_close(ours(x, adapter_names=names), peft(x, adapter_names=names), **CLOSE)
 
 
-def test_speeding_up_twice_changes_nothing() -> None:
-    peft, ours = pair()
+def test_patching_twice_changes_nothing() -> None:
+    peft, ours = model_pair()
     patch_linear(ours)
     patch_linear(ours)
-    assert_same(run(ours), run(peft))
+    assert_same(outputs_and_gradients(ours), outputs_and_gradients(peft))

@@ -1,4 +1,4 @@
-"""The report of what was patched: a class or attribute that the next transformers renames shows as a lower count."""
+"""The report of patched modules. If a new version of transformers renames a class or attribute, a count is lower."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORTS = {
     "qwen3_moe": "RMSNorm 9/9, rotary 2/2, LoRA 8/14, last layer 1/1, attention cpu_cascade",
     # its MLPs are GeGLU, its attention has soft-capping
     "gemma2": "RMSNorm 9/9, SwiGLU 0/2, rotary 2/2, LoRA 14/14, last layer 1/1, attention plain",
-    # its positions are rotated by another function
+    # another function rotates its positions
     "gpt_oss": "RMSNorm 5/5, rotary 0/2, LoRA 8/8, last layer 1/1, attention plain",
     # gate and up are one layer
     "phi3": "RMSNorm 5/5, SwiGLU 0/2, rotary 2/2, LoRA 8/8, last layer 1/1, attention sdpa",
@@ -30,7 +30,7 @@ REPORTS = {
 
 @pytest.fixture(autouse=True)
 def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same counts on every machine."""
+    """Gives the same counts on every machine."""
     monkeypatch.setattr(lora, "has_onednn", lambda: False)
 
 
@@ -40,11 +40,11 @@ def report_of(model: Any) -> str:
 
 
 @pytest.mark.parametrize("family", REPORTS)
-def test_what_was_patched_of_each_kind_out_of_how_many(family: str) -> None:
+def test_report_counts_patched_modules_and_candidates_of_each_kind(family: str) -> None:
     assert report_of(with_lora(tiny_model(family))) == REPORTS[family]
 
 
-def test_an_attribute_of_another_name_shows() -> None:
+def test_norm_with_an_unknown_epsilon_name_is_counted_but_not_patched() -> None:
     class TinyRMSNorm(nn.Module):
         def __init__(self, epsilon_name: str) -> None:
             super().__init__()
@@ -59,7 +59,7 @@ def test_an_attribute_of_another_name_shows() -> None:
     assert str(patch_kernels(model)) == "RMSNorm 1/2"
 
 
-def test_a_class_and_layers_of_other_names_show() -> None:
+def test_mlp_with_unknown_layer_names_is_counted_but_not_patched() -> None:
     class DenseFeedForward(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -71,13 +71,15 @@ def test_a_class_and_layers_of_other_names_show() -> None:
     assert str(patch_kernels(DenseFeedForward())) == "SwiGLU 0/1"
 
 
-def test_on_the_cpu_oneDNN_and_without_a_forward_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_has_onednn_layers_on_the_cpu_and_no_attention_without_support(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(lora, "has_onednn", lambda: True)
     report = patch_kernels(tiny_model("llama"))
     assert str(report) == "RMSNorm 5/5, SwiGLU 2/2, rotary 2/2, oneDNN 15/15"
 
 
-def test_layers_of_several_backends_are_counted_and_compiled_kernels_are_named() -> None:
+def test_report_counts_layers_per_attention_backend_and_names_compilation() -> None:
     counts = (KernelCount("RMSNorm", 3, 4),)
     report = KernelReport(counts, ("varlen", "flex", "varlen"), is_compiled=True)
     assert str(report) == "RMSNorm 3/4, attention varlen 2/3, attention flex 1/3, compiled by PyTorch"

@@ -82,16 +82,16 @@ def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder:
     if options.add and options.output.exists():
         result = joined(json.loads(options.output.read_text("utf-8")), json.loads(json.dumps(result)))
 
-    def speed(found: Mapping[str, Any]) -> float:
-        return pairs_per_second(found, result["workloads"][found["workload"]])
+    def speed(measured: Mapping[str, Any]) -> float:
+        return pairs_per_second(measured, result["workloads"][measured["workload"]])
 
     def measure(key: dict[str, Any]) -> None:
-        found = measure_contender(result, key, "dpo_contenders.py", {"folder": folder, "model": model})
-        if found is not None:
-            numbers = f"{speed(found):.3f} pairs/s  reference {found['reference_seconds']:.1f} s"
-            numbers += f"  {found['peak_memory_bytes'] / 1e9:.2f} GB"
-            numbers += f"  losses {', '.join(f'{loss:.5f}' for loss in found['losses'])}"
-            print_run(found, key, numbers)
+        measured = measure_contender(result, key, "dpo_contenders.py", {"folder": folder, "model": model})
+        if measured is not None:
+            numbers = f"{speed(measured):.3f} pairs/s  reference {measured['reference_seconds']:.1f} s"
+            numbers += f"  {measured['peak_memory_bytes'] / 1e9:.2f} GB"
+            numbers += f"  losses {', '.join(f'{loss:.5f}' for loss in measured['losses'])}"
+            print_run(measured, key, numbers)
 
     measure_rounds(result, options, options.contenders, TRL, speed, measure, options.first_round)
     return result
@@ -115,15 +115,15 @@ def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    asked = options(given)
-    if asked.table_only:
-        result = json.loads(asked.output.read_text("utf-8"))
+    arguments = options(given)
+    if arguments.table_only:
+        result = json.loads(arguments.output.read_text("utf-8"))
     else:
-        model = model_to_use(asked.model)
+        model = model_to_use(arguments.model)
         with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as folder:
-            result = run(asked, new_result("dpo.py", given, TRAINERS), model, folder)
-    if any(found["contender"] == result["ours"] for found in result["runs"]):
-        publish("dpo", result, dpo_section(result), write_docs=asked.write_docs, steps=True)
+            result = run(arguments, new_result("dpo.py", given, TRAINERS), model, folder)
+    if any(measured["contender"] == result["ours"] for measured in result["runs"]):
+        publish("dpo", result, dpo_section(result), write_docs=arguments.write_docs, steps=True)
     return 1 if result["failures"] else 0
 
 

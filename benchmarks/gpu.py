@@ -52,37 +52,37 @@ def options(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16; tiny: float32")
     parser.add_argument("--steps", type=int, default=6, help="of each measurement; the first is not timed")
     parser.set_defaults(rounds=2)
-    asked = parser.parse_args(given)
-    asked.tiny = asked.tiny == "true"
-    for python in own_pythons(asked).values():
+    arguments = parser.parse_args(given)
+    arguments.tiny = arguments.tiny == "true"
+    for python in own_pythons(arguments).values():
         if shutil.which(python) is None:
             parser.error(f"{python} is not a Python that can be run")
-    if asked.steps < 2:
+    if arguments.steps < 2:
         parser.error("--steps: at least 2, since the first is not timed")
-    return asked
+    return arguments
 
 
-def own_pythons(asked: argparse.Namespace) -> dict[str, str]:
+def own_pythons(arguments: argparse.Namespace) -> dict[str, str]:
     """The Pythons of peers that have environments of their own, by the peer."""
-    named = {UNSLOTH: asked.unsloth_python, FACTORY: asked.factory_python}
+    named = {UNSLOTH: arguments.unsloth_python, FACTORY: arguments.factory_python}
     return {library: python for library, python in named.items() if python}
 
 
-def run(asked: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
-    device = "cpu" if asked.tiny else "cuda"
-    dtype = asked.dtype or ("float32" if asked.tiny else "bfloat16")
+def run(arguments: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
+    device = "cpu" if arguments.tiny else "cuda"
+    dtype = arguments.dtype or ("float32" if arguments.tiny else "bfloat16")
     result: dict[str, Any] = {
         **new_result("gpu.py", given, (*TRAINERS, *MORE_PACKAGES)),
-        "gpu": None if asked.tiny else gpu(),
+        "gpu": None if arguments.tiny else gpu(),
         "own_versions": {
             library: versions_of(python, (*TRAINERS[1:], *MORE_PACKAGES))
-            for library, python in own_pythons(asked).items()
+            for library, python in own_pythons(arguments).items()
         },
-        "settings": {"dtype": dtype, "lora_r": LORA_R, "seed": SEED, "steps": asked.steps},
+        "settings": {"dtype": dtype, "lora_r": LORA_R, "seed": SEED, "steps": arguments.steps},
         "ours": OURS,
         "contenders": {
             f"{workload}/{name}": contender.label
-            for workload in asked.workloads
+            for workload in arguments.workloads
             for name, contender in contenders(WORKLOADS[workload].pairs).items()
         },
         "shapes": {},
@@ -90,34 +90,36 @@ def run(asked: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any
         "failures": [],
         "left_out": [],
     }
-    for shape in ["tiny"] if asked.tiny else asked.shapes:
+    for shape in ["tiny"] if arguments.tiny else arguments.shapes:
         with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as folder:
             job = {
                 "folder": folder,
                 "shape": shape,
                 "dtype": dtype,
-                "steps": asked.steps,
-                "workloads": asked.workloads,
+                "steps": arguments.steps,
+                "workloads": arguments.workloads,
             }
             result["shapes"][shape] = run_script("gpu_shapes.py", job, output="prepared.json")
-            for number in range(1, asked.rounds + 1):
-                measure_all(asked, result, shape, number, Path(folder), {"device": device, "dtype": dtype})
+            for number in range(1, arguments.rounds + 1):
+                measure_all(
+                    arguments, result, shape, number, Path(folder), {"device": device, "dtype": dtype}
+                )
     return result
 
 
 def measure_all(
-    asked: argparse.Namespace,
+    arguments: argparse.Namespace,
     result: dict[str, Any],
     shape: str,
     number: int,
     folder: Path,
     where: dict[str, str],
 ) -> None:
-    pythons = own_pythons(asked)
+    pythons = own_pythons(arguments)
     for workload, about in result["shapes"][shape]["workloads"].items():
         known = contenders(about["pairs"])
-        for quantization in asked.quantizations:
-            for name in [name for name in asked.contenders if name in known]:
+        for quantization in arguments.quantizations:
+            for name in [name for name in arguments.contenders if name in known]:
                 key = {"shape": shape, "workload": workload, "quantization": quantization, "contender": name}
                 python = pythons.get(known[name].library)
                 if why := lacking(known[name], quantization, about, python):
@@ -125,7 +127,7 @@ def measure_all(
                         result["left_out"].append({**key, "why": why})
                     continue
                 measure(result, {**key, "round": number}, folder, {**where, "about": about}, python)
-                save(asked.output, result)
+                save(arguments.output, result)
 
 
 def measure(
@@ -133,28 +135,28 @@ def measure(
 ) -> None:
     """Add one contender's steps to the runs, or to the failures."""
     shutil.rmtree(folder / "output", ignore_errors=True)
-    found = measure_contender(result, key, "gpu_measure.py", {"folder": str(folder), **job}, python)
-    if found is None:
+    measured = measure_contender(result, key, "gpu_measure.py", {"folder": str(folder), **job}, python)
+    if measured is None:
         return
-    rate = sum(found["matrix_rates"]) / 2e12
+    rate = sum(measured["matrix_rates"]) / 2e12
     print(
-        f"{shown_key(key)} {tokens_per_second(found):9.1f} tokens/s  {found['peak_memory_bytes'] / 1e9:.2f} GB  "
-        f"losses {', '.join(f'{loss:.5f}' for loss in found['losses'])}  matrix rate {rate:.2f} TFLOP/s",
+        f"{shown_key(key)} {tokens_per_second(measured):9.1f} tokens/s  {measured['peak_memory_bytes'] / 1e9:.2f} GB  "
+        f"losses {', '.join(f'{loss:.5f}' for loss in measured['losses'])}  matrix rate {rate:.2f} TFLOP/s",
         flush=True,
     )
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    asked = options(given)
-    if asked.table_only:
-        result = json.loads(asked.output.read_text("utf-8"))
+    arguments = options(given)
+    if arguments.table_only:
+        result = json.loads(arguments.output.read_text("utf-8"))
     else:
-        if not asked.tiny and gpu() is None:
+        if not arguments.tiny and gpu() is None:
             print("no CUDA device; --tiny true proves the harness on the CPU", file=sys.stderr)
             return 2
-        result = run(asked, given)
-        save(asked.output, result)
-    if any(found["contender"] == result["ours"] for found in result["runs"]):
+        result = run(arguments, given)
+        save(arguments.output, result)
+    if any(measured["contender"] == result["ours"] for measured in result["runs"]):
         print(f"\n{gpu_section(result)}")
     return 1 if result["failures"] else 0
 

@@ -74,15 +74,15 @@ def installed(package: str, python: str | None) -> bool:
     """Whether this Python, or the one at the path given, finds the package."""
     if python is None:
         return find_spec(package) is not None
-    asked = "import sys, importlib.util as u; sys.exit(u.find_spec(sys.argv[1]) is None)"
-    return subprocess.run([python, "-c", asked, package], check=False).returncode == 0
+    script = "import sys, importlib.util as u; sys.exit(u.find_spec(sys.argv[1]) is None)"
+    return subprocess.run([python, "-c", script, package], check=False).returncode == 0
 
 
 def versions_of(python: str, packages: Sequence[str]) -> dict[str, str | None]:
     """As machine.versions has them, in the environment of the Python at the path given."""
-    asked = "import json, sys, machine; print(json.dumps(machine.versions(sys.argv[1:])))"
+    script = "import json, sys, machine; print(json.dumps(machine.versions(sys.argv[1:])))"
     done = subprocess.run(
-        [python, "-c", asked, *packages], cwd=HERE, capture_output=True, text=True, check=True
+        [python, "-c", script, *packages], cwd=HERE, capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

@@ -106,15 +106,15 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(Job) if field.name != "folder"]
     job = Job(Path(given["folder"]), **{name: given[name] for name in names})
     contender = contenders(job.about["pairs"])[given["contender"]]
-    found = measure(contender, job)
-    counts = {len(numbers) for numbers in (found.seconds, found.tokens, found.losses)}
-    if counts != {len(found.seconds)}:
+    measured = measure(contender, job)
+    counts = {len(numbers) for numbers in (measured.seconds, measured.tokens, measured.losses)}
+    if counts != {len(measured.seconds)}:
         raise SystemExit(f"{contender.label}: steps, tokens and losses do not match: {sorted(counts)}")
-    if len(found.seconds) < 2:
+    if len(measured.seconds) < 2:
         raise SystemExit(f"{contender.label}: one step, and the first is not timed")
-    if any(math.isnan(loss) for loss in found.losses):
+    if any(math.isnan(loss) for loss in measured.losses):
         raise SystemExit(f"{contender.label}: a loss is not a number")
-    return asdict(found)
+    return asdict(measured)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def operations_per_token(model: Mapping[str, Any], steps: list[Mapping[str, int]
 def lines(result: Mapping[str, Any]) -> list[Line]:
     """In the order in which they were first measured; those that were never measured beside ours are left out."""
     rate = matrix_rate(result)
-    found = []
+    result_lines = []
     for *where, contender in dict.fromkeys(
         (*(run[name] for name in KEY), run["contender"]) for run in result["runs"]
     ):
@@ -58,7 +58,7 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
         prepared = result["shapes"][shape]
         operations = operations_per_token(prepared["model"], prepared["workloads"][workload]["steps"])
         speed = median(tokens_per_second(theirs) for theirs, _ in both)
-        found.append(
+        result_lines.append(
             Line(
                 shape=shape,
                 workload=workload,
@@ -72,7 +72,7 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
                 loss_gap=largest_gap(both),
             )
         )
-    return found
+    return result_lines
 
 
 def gpu_section(result: Mapping[str, Any]) -> str:

@@ -38,9 +38,9 @@ def gpu() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     about = torch.cuda.get_device_properties(0)
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         driver = "unknown"
     return {
@@ -54,13 +54,13 @@ def gpu() -> dict[str, Any] | None:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def own_bytes(field: str) -> int:

@@ -90,27 +90,29 @@ def run(options: argparse.Namespace, result: dict[str, Any], model: str, folder:
 
     def measure(key: dict[str, Any]) -> None:
         steps = prepared["workloads"][key["workload"]]["steps"]
-        found = measure_contender(
+        measured = measure_contender(
             result, key, "contenders.py", {"folder": folder, "model": model, "steps": steps}
         )
-        if found is not None:
-            numbers = f"{tokens_per_second(found):6.1f} tokens/s  {found['peak_memory_bytes'] / 1e9:.2f} GB"
-            print_run(found, key, f"{numbers}  loss {epoch_loss(found):.5f}")
+        if measured is not None:
+            numbers = (
+                f"{tokens_per_second(measured):6.1f} tokens/s  {measured['peak_memory_bytes'] / 1e9:.2f} GB"
+            )
+            print_run(measured, key, f"{numbers}  loss {epoch_loss(measured):.5f}")
 
     measure_rounds(result, options, names, TRL, tokens_per_second, measure)
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    asked = options(given)
-    if asked.table_only:
-        result = json.loads(asked.output.read_text("utf-8"))
+    arguments = options(given)
+    if arguments.table_only:
+        result = json.loads(arguments.output.read_text("utf-8"))
     else:
         result = new_result("sft.py", given, TRAINERS)
-        model = model_to_use(asked.model)
+        model = model_to_use(arguments.model)
         with tempfile.TemporaryDirectory(prefix="yeonma-benchmark-") as folder:
-            run(asked, result, model, folder)
+            run(arguments, result, model, folder)
     if result["runs"]:
-        publish("sft", result, sft_section(result), write_docs=asked.write_docs, steps=True)
+        publish("sft", result, sft_section(result), write_docs=arguments.write_docs, steps=True)
     return 1 if result["failures"] else 0
 
 

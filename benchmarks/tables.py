@@ -105,14 +105,14 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
     operations = (
         4 * result["model"]["non_embedding_parameters"]
     )  # a token: forward, and backward to the inputs
-    found = []
+    result_lines = []
     for workload in result["workloads"]:
         for contender in result["contenders"]:
             both = beside_ours(result, contender, workload=workload)
             if not both:
                 continue
             speed = median(tokens_per_second(theirs) for theirs, _ in both)
-            found.append(
+            result_lines.append(
                 Line(
                     workload=workload,
                     contender=contender,
@@ -125,7 +125,7 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
                     loss_gap=largest_gap(both),
                 )
             )
-    return found
+    return result_lines
 
 
 def label_of(contender: str, rounds: int, of_rounds: int, result: Mapping[str, Any]) -> str:
@@ -145,8 +145,8 @@ def failures_of(result: Mapping[str, Any]) -> list[str]:
 
 def sft_section(result: Mapping[str, Any]) -> str:
     """The words and tables about training speed."""
-    found, ours = lines(result), result["ours"]
-    rounds = max((line.rounds for line in found), default=0)
+    result_lines, ours = lines(result), result["ours"]
+    rounds = max((line.rounds for line in result_lines), default=0)
     columns = dict.fromkeys(["workload", "contender"], "---")
     columns |= dict.fromkeys(["tokens/s", "Yeonma is", "of matrix rate", "peak memory", "loss"], "---:")
     rows = [
@@ -159,13 +159,13 @@ def sft_section(result: Mapping[str, Any]) -> str:
             gigabytes(line.peak_memory_bytes),
             f"{line.loss:.4f}" + ("" if line.loss_gap is not None else " *"),
         )
-        for line in found
+        for line in result_lines
     ]
-    gaps = [line.loss_gap for line in found if line.loss_gap is not None and line.contender != ours]
+    gaps = [line.loss_gap for line in result_lines if line.loss_gap is not None and line.contender != ours]
     after = []
     if gaps:
         after.append(f"The loss of every step is the same for all contenders to {max(gaps):.0e}.")
-    if any(line.loss_gap is None for line in found):
+    if any(line.loss_gap is None for line in result_lines):
         after.append("\\* packing puts other rows into a step, so this loss is of other updates.")
     after += failures_of(result)
     blocks = [
@@ -180,11 +180,11 @@ def sft_section(result: Mapping[str, Any]) -> str:
 
 def best(result: Mapping[str, Any]) -> list[str]:
     """A line a workload: ours against the fastest setting of every other library."""
-    found, contenders = lines(result), result["contenders"]
+    result_lines, contenders = lines(result), result["contenders"]
     library = {name: about["library"] for name, about in contenders.items()}
     written = []
     for workload in result["workloads"]:
-        here = [line for line in found if line.workload == workload]
+        here = [line for line in result_lines if line.workload == workload]
         parts = []
         for other in dict.fromkeys(library.values()):
             if other == library[result["ours"]]:
@@ -306,7 +306,7 @@ def pairs_per_second(run: Run, work: Mapping[str, Any]) -> float:
 
 def pair_lines(result: Mapping[str, Any]) -> list[PairLine]:
     """In the order of the workloads and contenders; those never measured in a round that has ours are left out."""
-    found = []
+    result_lines = []
     for workload, work in result["workloads"].items():
         speed = partial(pairs_per_second, work=work)
         for contender in result["contenders"]:
@@ -314,7 +314,7 @@ def pair_lines(result: Mapping[str, Any]) -> list[PairLine]:
             if not both:
                 continue
             theirs = [run for run, _ in both]
-            found.append(
+            result_lines.append(
                 PairLine(
                     workload=workload,
                     contender=contender,
@@ -332,14 +332,14 @@ def pair_lines(result: Mapping[str, Any]) -> list[PairLine]:
                     ),
                 )
             )
-    return found
+    return result_lines
 
 
 def dpo_section(result: Mapping[str, Any]) -> str:
     """The words and tables about preference tuning."""
-    found, ours = pair_lines(result), result["ours"]
+    result_lines, ours = pair_lines(result), result["ours"]
     model, settings = result["model"], result["settings"]
-    rounds = max((line.rounds for line in found), default=0)
+    rounds = max((line.rounds for line in result_lines), default=0)
     about = (
         f"Model: {model['name']} ({model['type']}, {model['parameters'] / 1e6:.1f}M parameters), LoRA "
         f"r={settings['lora_r']} on {', '.join(settings['targets'])}, float32, DPO with beta {settings['beta']}, batch "
@@ -366,10 +366,10 @@ def dpo_section(result: Mapping[str, Any]) -> str:
             gigabytes(line.peak_memory_bytes),
             f"{line.loss:.4f}",
         )
-        for line in found
+        for line in result_lines
     ]
     after = [
-        f"The loss of every step is the same for all contenders to {max(line.loss_gap for line in found):.0e}."
+        f"The loss of every step is the same for all contenders to {max(line.loss_gap for line in result_lines):.0e}."
     ]
     after += failures_of(result)
     best_lines = [*pairs_best(result), *memory_shares(result)]
@@ -397,7 +397,7 @@ def memory_shares(result: Mapping[str, Any]) -> list[str]:
     for workload in result["workloads"]:
         here = [line for line in pair_lines(result) if line.workload == workload]
         shares = []
-        for size in sorted({each["micro_batch"] for each in result["contenders"].values()}):
+        for size in sorted({contender["micro_batch"] for contender in result["contenders"].values()}):
             same = [line for line in here if result["contenders"][line.contender]["micro_batch"] == size]
             mine = [line.peak_memory_bytes for line in same if _is_ours(result, line)]
             theirs = [line.peak_memory_bytes for line in same if not _is_ours(result, line)]
@@ -449,14 +449,14 @@ def saving_section(result: Mapping[str, Any]) -> str:
     """The words about what saving costs."""
     settings, saves, steps = result["settings"], result["save_seconds"], result["step_seconds"]
     share = sum(saves) / (sum(saves) + sum(steps))
-    each = ", ".join(f"{seconds:.2f}" for seconds in saves)
+    durations = ", ".join(f"{seconds:.2f}" for seconds in saves)
     return "\n\n".join(
         [
             about_machine(result),
             f"{result['model']}, LoRA r={settings['lora_r']} on all linear layers, batch {settings['batch_size']}, "
             f"{settings['max_steps']} steps, save_steps {settings['save_steps']}. Data: {result['data']['name']}. "
             f"A checkpoint has {megabytes(result['checkpoint_bytes'])}.",
-            f"Saves: {each} s. Steps: {sum(steps):.0f} s, {median(steps):.2f} each in the middle. "
+            f"Saves: {durations} s. Steps: {sum(steps):.0f} s, {median(steps):.2f} each in the middle. "
             f"**Saving took {share:.2%} of the run.**",
         ]
     )
@@ -473,9 +473,9 @@ def megabytes(size_bytes: float) -> str:
 def put(page: str, name: str, section: str) -> str:
     """The page with the section between its two comments. Raises ValueError where they are missing."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, rest = page.partition(begin)
+    before, opened, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
-    if not (found and closed):
+    if not (opened and closed):
         raise ValueError(f"the comments {begin} and {end} are missing")
     return f"{before}{begin}\n\n{section}\n\n{end}{after}"
 
@@ -484,7 +484,6 @@ SECTIONS = {
     "sft": sft_section,
     "tokenize_rows": tokenize_section,
     "dpo": dpo_section,
-    "dpo_after": dpo_section,
     "generate": generate_section,
     "saving": saving_section,
 }

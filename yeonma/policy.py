@@ -25,6 +25,7 @@ from yeonma.config.parse import config_from_keywords
 from yeonma.config.settings import (
     AnswerSettings,
     Checkpointing,
+    GenerateSettings,
     Quantization,
     QuantizationOrAuto,
     TorchCompile,
@@ -115,7 +116,7 @@ class Policy:
         tokenizer: Any,
         sampling: SamplingParams,
         *,
-        batch_size: int = 32,
+        batch_size: int = GenerateSettings.batch_size,
         on_answer: Callable[[int, Answer], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
@@ -151,7 +152,7 @@ class Policy:
         row: Mapping[str, object] | Sequence[Mapping[str, object]],
         *,
         columns: Columns = None,
-        batch_size: int = 32,
+        batch_size: int = GenerateSettings.batch_size,
         **options: Any,
     ) -> str | list[str]:
         """Generates the answer to one row, or a list of answers to several: `policy.generate({"document": "..."})`.
@@ -193,7 +194,7 @@ class Policy:
         prompts: Sequence[Prompt],
         settings: AnswerSettings,
         *,
-        batch_size: int = 32,
+        batch_size: int = GenerateSettings.batch_size,
         on_answer: Callable[[int, str], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:

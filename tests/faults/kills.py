@@ -97,7 +97,8 @@ class Process:
 
 
 def warm() -> None:
-    """Imports what a run imports without using it, because a fork must find no threads."""
+    """Imports what a run imports without using it, because a fork must find no threads. Its runs have short sample
+    answers, as those of tests/conftest.py."""
     import peft  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 

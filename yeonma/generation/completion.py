@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from yeonma.config.settings import GenerateSettings
 from yeonma.errors import UserError
 from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
@@ -46,7 +47,7 @@ def generate(
     sampling: SamplingParams,
     *,
     by_forest: bool,
-    batch_size: int = 32,
+    batch_size: int = GenerateSettings.batch_size,
     on_answer: Callable[[int, Answer], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:

@@ -47,21 +47,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", articles(24))
 
 
-@pytest.fixture(autouse=True)
-def _cached_blueprints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cache blueprints by model and options, because a test tries many amounts of free memory."""
-    cache: dict[tuple[object, ...], Any] = {}
-
-    def cached_blueprint(config: Any, *arguments: Any, **options: Any) -> Any:
-        key = (id(config), repr(arguments), repr(sorted(options.items())))
-        if key not in cache:
-            # The entry keeps the config alive, so that its id stays unique.
-            cache[key] = config, blueprint(config, *arguments, **options)
-        return cache[key][1]
-
-    monkeypatch.setattr(budget, "blueprint", cached_blueprint)
-
-
 class Case:
     """Prepared settings, the memory that they need, and the choices for an amount of free memory."""
 
@@ -82,7 +67,7 @@ class Case:
     def required_bytes(self, level: Any, bounds: MicroBatchBounds) -> float:
         """The free memory in bytes that these micro-batches need."""
         lora = lora_shape(self.config.lora)
-        model = budget.blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=level)
+        model = blueprint(self.prepared.config, torch.float32, lora, gradient_checkpointing=level)
         batches = survey_micro_batches(self.prepared.plan, self.prepared.dataset.train.store, bounds, 1)
         peak = trace(model, batches.heaviest, has_gradients=batches.several).peak
         return (peak + model.weight_bytes + 3 * model.trained_bytes) / MEMORY_SHARE["cpu"]

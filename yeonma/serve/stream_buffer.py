@@ -33,11 +33,17 @@ class StreamBuffer:
         position = self.stop_position(text)
         return self.prompt.answer(text if position is None else text[:position])
 
+    def is_stopped(self, text: str) -> bool:
+        """Whether a stop text ends the answer, whatever may follow `text`. A stop text within what may still become
+        the template's text before the answer does not."""
+        return not _may_be_frame(self.prompt, text) and self.stop_position(text) is not None
+
     def stop_position(self, text: str) -> int | None:
-        """The position of the first stop text, or None."""
+        """The start of the stop text that ends first, or None, when `text` is all that the model has generated. So the
+        answer is the same whether it grows by characters or by tokens."""
         start = len(text) - len(_without_frame_before(self.prompt, text))
-        positions = [position for stop in self.stops if (position := text.find(stop, start)) >= 0]
-        return min(positions, default=None)
+        ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop, start)) >= 0]
+        return min(ends)[1] if ends else None
 
     def _unsent(self, text: str) -> str:
         if not text.startswith(self.sent):  # the tokenizer decodes the longer answer differently
@@ -52,12 +58,17 @@ def _without_frame_before(prompt: Prompt, text: str) -> str:
     return text.removeprefix(prompt.frame[0])
 
 
+def _may_be_frame(prompt: Prompt, text: str) -> bool:
+    """Whether the text may still become the template's text before the answer."""
+    start = text.lstrip() if prompt.is_turn else text
+    return len(start) < len(prompt.frame[0]) and prompt.frame[0].startswith(start)
+
+
 def _stable_text(prompt: Prompt, stops: Sequence[str], text: str) -> str:
     """The part of an unfinished answer that no continuation can change."""
     text = text.rstrip("\ufffd")  # the first bytes of a character
-    before, after = prompt.frame[0], prompt.frame[1].rstrip()
-    start = text.lstrip() if prompt.is_turn else text
-    if len(start) < len(before) and before.startswith(start):
+    after = prompt.frame[1].rstrip()
+    if _may_be_frame(prompt, text):
         return ""
     body = _without_frame_before(prompt, text)
     possible_stops = (i for i in range(len(body)) if any(stop.startswith(body[i:]) for stop in stops))

@@ -210,7 +210,7 @@ class _RequestBatch:
         if not job.streams and not job.stops:
             return False
         text = self._text(job, ids)
-        if buffer.stop_position(text) is not None:
+        if buffer.is_stopped(text):
             return True
         if job.streams and (new := buffer.new_text(text)):
             job.notify(new)

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from yeonma.adapter.prompt_builder import Prompt
@@ -26,12 +26,14 @@ def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
     """What is sent after every part, and at the end."""
     sent = []
     for text in accumulate(parts):
-        if buffer.stop_position(text) is not None:
+        if buffer.is_stopped(text):
             return [*sent, buffer.remaining_text(text)]
         sent.append(buffer.new_text(text))
     return [*sent, buffer.remaining_text("".join(parts))]
 
 
+@example(parts=["b", "b", "a"], before="bb", after="", stops=["b"], is_turn=False)
+@example(parts=["a#", "b"], before="", after="", stops=["#", "a#b"], is_turn=False)
 @given(st.lists(TEXT, max_size=6), FRAME, FRAME, STOPS, st.booleans())
 def test_streamed_pieces_join_to_the_answer(
     parts: list[str], before: str, after: str, stops: list[str], is_turn: bool

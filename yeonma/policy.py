@@ -45,6 +45,7 @@ from yeonma.model.memory_trace import Blueprint
 from yeonma.model.quantized import quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
+from yeonma.tokenization.reasoning import AnswerParts
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,13 +166,13 @@ class Policy:
         settings = _answer_settings(options)
         rows = _rows([row] if isinstance(row, Mapping) else row)
         prompts = self._builder().prompts(rows, columns, max_new_tokens=settings.max_new_tokens)
-        answers = self.answers(prompts, settings, batch_size=batch_size)
+        answers = [answer.content for answer in self.answers(prompts, settings, batch_size=batch_size)]
         return answers[0] if isinstance(row, Mapping) else answers
 
     def complete(self, text: str, **options: Any) -> str:
         """Continues a plain text, without the template. Options as for `generate`."""
         settings = _answer_settings(options)
-        return self.answers([self.text_prompt(text, settings.max_new_tokens)], settings)[0]
+        return self.answers([self.text_prompt(text, settings.max_new_tokens)], settings)[0].content
 
     def prompt_ids(
         self, row: Mapping[str, object], *, columns: Columns = None, max_new_tokens: int = 128
@@ -195,29 +196,32 @@ class Policy:
         settings: AnswerSettings,
         *,
         batch_size: int = GenerateSettings.batch_size,
-        on_answer: Callable[[int, str], None] | None = None,
+        on_answer: Callable[[int], None] | None = None,
         on_text: Callable[[str], None] | None = None,
-    ) -> list[str]:
+    ) -> list[AnswerParts]:
         """Generates answers as text, in the order of the prompts, without the template's text around them.
 
-        `on_answer` is called with the prompt's index and the answer as soon as an answer is complete. `on_text`, for a
-        single prompt, is called with each new piece of text, which may include the template's text after the answer.
+        `on_answer` is called with the prompt's index as soon as its answer is complete. `on_text`, for a single prompt,
+        is called with each new piece of the generated text, with all that the template puts around the answer.
         """
         builder = self._builder()
 
         def call_on_answer(index: int, answer: Answer) -> None:
             if on_answer is not None:
-                on_answer(index, prompts[index].answer(answer.text))
+                on_answer(index)
 
         answers = self.generate_from_ids(
             [prompt.token_ids for prompt in prompts],
             builder.tokenizer,
-            SamplingParams.of(settings, builder.stop_ids),
+            SamplingParams.of(settings, builder.stop_ids, builder.shown_ids),
             batch_size=batch_size,
             on_answer=call_on_answer,
             on_text=on_text,
         )
-        return [prompt.answer(answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [
+            AnswerParts(prompt.reasoning(answer.text), prompt.answer(answer.text))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def with_adapters(self, folders: Sequence[str]) -> Policy:
         """Replaces the adapters by those in `folders`, which may be empty, and keeps the base in memory. Do not use the

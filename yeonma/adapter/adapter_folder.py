@@ -36,6 +36,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
 """Key of yeonma.json that is true for a merged model."""
 FORMAT = 1
+_NEWER_RULES = {"thinking": "auto", "train_on": "all", "chat_template_kwargs": None}
+"""Rules that earlier versions did not write, with the values that they had in effect."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,9 @@ def check_continued(path: str, base: BaseIdentity | None) -> None:
 
 
 def _check_types(details: Any) -> None:
-    """Raises TypeError, ValueError or KeyError for a value that `describe` would not write."""
+    """Raises TypeError, ValueError or KeyError for a value that `describe` would not write. Adds rules that folders of
+    earlier versions lack."""
+    details["rules"] = {**_NEWER_RULES, **details["rules"]}
     base, rules, columns, text = details["base"], details["rules"], details["columns"], (str, NoneType)
     types = (
         (base, "name", str),
@@ -243,13 +247,14 @@ def _check_types(details: Any) -> None:
         (rules, "shrink", text),
         (rules, "train_on_inputs", bool),
         (rules, "add_eos_token", bool),
+        (rules, "chat_template_kwargs", (dict, NoneType)),
     )
     for group, name, kind in types:
         if not isinstance(group[name], kind):
             raise TypeError(f"{name} is {group[name]!r:.100}")
     if details.get("quantization", "none") not in get_args(Quantization):
         raise ValueError(f"quantization is {details['quantization']!r:.100}")
-    for name in ("shrink_side", "over_limit"):
+    for name in ("shrink_side", "over_limit", "thinking", "train_on"):
         if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
             raise ValueError(f"{name} is {rules[name]!r:.100}")
     if columns is not None and not all(isinstance(text, str) for pair in columns.items() for text in pair):

@@ -14,16 +14,20 @@ from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
 from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
-from yeonma.data.template import Placeholder, Rendered, Variant
+from yeonma.data.template import Rendered
+from yeonma.data.template_syntax import Placeholder, Variant
 from yeonma.data.turns import turns_of
 from yeonma.errors import Problem, UserError
-from yeonma.model.load import load_tokenizer
+from yeonma.model.load import generation_eos, load_tokenizer
 from yeonma.model.source import BaseSource, find_base
-from yeonma.tokenization.example import stop_ids
+from yeonma.tokenization.example import AnswerTokens, answer_tokens
 from yeonma.tokenization.example_encoder import encode_prompts
+from yeonma.tokenization.reasoning import PLAIN, AnswerParts, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
 
 NO_LIMIT = 2**40  # tokens
+PROMPT_END = 32
+"""As many tokens at a prompt's end show whether it opens a block of reasoning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +42,28 @@ class Prompt:
     template."""
     frame: tuple[str, str] = ("", "")
     """The template's text before and after the answer field."""
+    shape: AnswerShape = PLAIN
+    """What the chat template makes the model write around reasoning and answer."""
+    opens_reasoning: bool = False
+    """Whether the prompt ends within a block of reasoning."""
+
+    def parts(self, text: str, *, growing: bool = False) -> AnswerParts:
+        """Reasoning and content in the generated `text`, to which more may be added if `growing`."""
+        return self.shape.parts(text, is_open=self.opens_reasoning, growing=growing)
 
     def answer(self, text: str) -> str:
-        """The answer, without white space and frame, in the generated `text`."""
+        """The answer in the generated `text`: without reasoning, white space and frame."""
+        return self.unframed(self.parts(text).content)
+
+    def unframed(self, text: str) -> str:
+        """The content without white space and frame."""
         text = text.strip() if self.is_turn else text.rstrip()
         return text.removeprefix(self.frame[0]).removesuffix(self.frame[1].rstrip()).rstrip()
+
+    def reasoning(self, text: str) -> str | None:
+        """The reasoning in the generated `text`, or None."""
+        reasoning = self.parts(text).reasoning
+        return reasoning.strip() or None if reasoning is not None else None
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,15 @@ class PromptBuilder:
     adapter: AdapterFolder
     source: BaseSource
     tokenizer: Any
-    stop_ids: tuple[int, ...]
+    tokens: AnswerTokens
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.tokens.stop_ids
+
+    @property
+    def shown_ids(self) -> tuple[int, ...]:
+        return self.tokens.shown_ids
 
     def prompts(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
         """The prompts of the rows. `columns` maps fields to columns, by default those of training. If a row does not
@@ -72,11 +101,17 @@ class PromptBuilder:
         if problems:
             raise UserError(problems)
         return [
-            Prompt(ids, shortened, text.answer_role is not None, self.frame(text.variant))
+            self._prompt(text, ids, shortened)
             for text, (ids, shortened) in zip(
                 rendered, self._token_ids(rendered, rows, max_new_tokens), strict=True
             )
         ]
+
+    def _prompt(self, text: Rendered, ids: NDArray[np.int32], shortened: bool) -> Prompt:
+        is_turn = text.answer_role is not None
+        shape = self.tokens.shape if is_turn else PLAIN
+        is_open = shape.opens(self.tokenizer.decode(ids[-PROMPT_END:].tolist()))
+        return Prompt(ids, shortened, is_turn, self.frame(text.variant), shape, is_open)
 
     def text_prompt(self, text: str, place: str = "prompt") -> Prompt:
         """A prompt of plain text for the model to continue. Special tokens in it stay special. Raises UserError if it
@@ -156,7 +191,8 @@ def open_prompt_builder(
     tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
     template = adapter.template
     turns = template.is_chat or any(variant.answer_role is not None for variant in template.variants)
-    return PromptBuilder(adapter, source, tokenizer, stop_ids(tokenizer, chat=turns))
+    tokens = answer_tokens(tokenizer, adapter.rules if turns else None, generation_eos(source))
+    return PromptBuilder(adapter, source, tokenizer, tokens)
 
 
 def quantization_for(setting: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
+from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder
 from yeonma.config.settings import AnswerSettings, ChatConfig
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
@@ -104,10 +104,10 @@ class _ChatSession:
             if prompt.shortened:
                 cutoff_len = self.builder.adapter.rules.cutoff_len
                 print(f"yeonma: shortened to fit cutoff_len {cutoff_len}", file=sys.stderr, flush=True)
-            on_text = _WithoutLeadingBlanks(_write, lstrip=prompt.is_turn)
-            (answer,) = self.policy.answers([prompt], self.settings, on_text=on_text)
-            _write("\n")
-            return answer
+            shown = _AnswerText(prompt, on_terminal=self.on_terminal)
+            (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
+            shown.finish(answer.content)
+            return answer.content
         except UserError as error:
             if not self.on_terminal:
                 raise
@@ -171,17 +171,40 @@ def _read_line(label: str, *, command: bool) -> str:
 
 
 @dataclass
-class _WithoutLeadingBlanks:
-    """Passes text to `write`; with `lstrip`, without leading white space."""
+class _AnswerText:
+    """Writes an answer as it grows: reasoning dimmed and only on a terminal, then the answer alone."""
 
-    write: Callable[[str], None]
-    lstrip: bool
+    prompt: Prompt
+    on_terminal: bool
+    text: str = ""
+    reasoning: str = ""
+    content: str = ""
 
-    def __call__(self, text: str) -> None:
-        text = text.lstrip() if self.lstrip else text
-        if text:
-            self.lstrip = False
-            self.write(text)
+    def __call__(self, piece: str) -> None:
+        self.text += piece
+        parts = self.prompt.parts(self.text, growing=True)
+        if self.on_terminal and len(parts.reasoning or "") > len(self.reasoning):
+            _write(_dimmed((parts.reasoning or "")[len(self.reasoning) :]))
+            self.reasoning = parts.reasoning or ""
+        content = parts.content.lstrip() if self.prompt.is_turn else parts.content
+        self._show(content)
+
+    def finish(self, answer: str) -> None:
+        """Ends the answer, which is complete."""
+        self._show(answer)
+        _write("\n")
+
+    def _show(self, content: str) -> None:
+        if not content.startswith(self.content) or content == self.content:
+            return
+        if self.reasoning and not self.content:
+            _write("\n\n")
+        _write(content[len(self.content) :])
+        self.content = content
+
+
+def _dimmed(text: str) -> str:
+    return f"\x1b[2m{text}\x1b[0m"
 
 
 def _write(text: str) -> None:

@@ -17,6 +17,7 @@ from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import output_file, user_path
 from yeonma.policy import Policy, load_policy
+from yeonma.tokenization.reasoning import AnswerParts
 
 BATCHES_A_CHUNK = 4
 """Rows are read, answered (the longest first) and written in chunks of so many batches."""
@@ -134,7 +135,7 @@ def _answer_rows(
     for chunk in _chunks(rows, source.limit, source.batch_size):
         prompts = builder.prompts(chunk, source.columns, max_new_tokens=settings.max_new_tokens)
         answers = policy.answers(
-            prompts, settings, batch_size=source.batch_size, on_answer=lambda *_: answered()
+            prompts, settings, batch_size=source.batch_size, on_answer=lambda _: answered()
         )
         for row, answer in zip(chunk, answers, strict=True):
             write(_line(row.number, answer, builder.reference(row, source.columns)))
@@ -145,11 +146,13 @@ def _answer_one(
 ) -> None:
     (answer,) = policy.answers([prompt], settings)
     with _writer(output) as write:
-        write(answer + "\n" if output is None else _line(1, answer, reference))
+        write(answer.content + "\n" if output is None else _line(1, answer, reference))
 
 
-def _line(row: int, answer: str, reference: str | None) -> str:
-    line = {"row": row, "answer": answer, **({} if reference is None else {"reference": reference})}
+def _line(row: int, answer: AnswerParts, reference: str | None) -> str:
+    line: dict[str, object] = {"row": row, "answer": answer.content}
+    line |= {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
+    line |= {} if reference is None else {"reference": reference}
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 

@@ -106,6 +106,12 @@ class TokenSettings:
     """Train on the prompt as well as the answer."""
     add_eos_token: bool = True
     """End every answer with the tokenizer's end-of-sequence token and train on it."""
+    train_on: Literal["all", "last", "marked"] = "all"
+    """Which assistant turns of a conversation are trained. all: every turn that is not marked with weight 0 (`weight`, `loss` or `train`). last: only the last one. marked: only turns marked with a weight above 0."""
+    thinking: Literal["auto", "keep", "drop", "empty"] = "auto"
+    """Reasoning in assistant turns (`reasoning_content`, `thinking`, or a <think> block). auto: trained where a row has it; elsewhere what the model's chat template writes. keep: as auto, but rows without reasoning get no empty think block. drop: never trained. empty: rows without reasoning get an empty think block."""
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    """Arguments of the model's chat template, such as `{enable_thinking: false}`. A column of this name overrides them row by row."""
     cache_dir: str | None = None
     """Folder for cached tokenised data. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
 

@@ -13,6 +13,12 @@ from yeonma.errors import Problem, UserError, did_you_mean
 Columns = Mapping[str, str] | None
 """`--columns`: field of the template -> column of the data, if their names differ."""
 
+SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOL_COLUMNS = ("tools", "functions")
+KWARGS_COLUMN = "chat_template_kwargs"
+SIDE_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, KWARGS_COLUMN)
+"""Columns that are part of the prompt of a turn list without standing in the template."""
+
 
 @dataclass(frozen=True)
 class Recognised:

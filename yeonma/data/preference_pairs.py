@@ -14,14 +14,8 @@ from itertools import islice
 from yeonma.data.columns import FORMS, Columns, Form, Recognised, column_of, field_text, recognise
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
-from yeonma.data.template import (
-    Rendered,
-    Template,
-    answer_text,
-    as_rendered_turns,
-    joined,
-    missing_column,
-)
+from yeonma.data.template import Rendered, Template, answer_text, as_rendered_turns, missing_column
+from yeonma.data.template_syntax import joined
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
 from yeonma.data.turns import ROLES, Role, Turn, turn_of, turns_of
 from yeonma.errors import Problem, UserError

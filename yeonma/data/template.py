@@ -1,88 +1,60 @@
-"""Templates: text with `{fields}`. Parsing, filling with a row, shortening.
+"""Templates: filling them with a row, and shortening. `template_syntax.py` reads their text.
 
-The last field is the answer; all before it is the prompt. Variants are separated by `---` lines; `[user]` and
-`[assistant]` lines begin turns, which the model's chat template writes; `[turns]` names a column that holds a whole
-conversation. Fields do not span lines. The built-in templates are files in `templates/`.
+The built-in templates are files in `templates/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
-from yeonma.data.columns import Columns, column_of, field_text
+from yeonma.data.columns import (
+    KWARGS_COLUMN,
+    SIDE_COLUMNS,
+    SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
+    Columns,
+    column_of,
+    field_text,
+)
 from yeonma.data.rows import Row
-from yeonma.data.turns import Turn, turns_of
+from yeonma.data.template_syntax import (
+    TURN_LIST,
+    Piece,
+    Placeholder,
+    TemplatePart,
+    Variant,
+    joined,
+    normalised,
+    placeholders,
+    read_variants,
+    visible,
+)
+from yeonma.data.turns import Turn, is_turn_list, object_of, tools_of, turn_list, with_system
 from yeonma.errors import Problem, UserError, did_you_mean
 
 BUILT_IN = ("title", "alpaca", "orca", "chat", "prompt-completion")
 _BUILT_IN_FOLDER = Path(__file__).parent / "templates"
 _ANSWER_NAMES = ("answer", "chosen", "rejected", "label")
 """Names that `--columns` accepts besides the template's own fields: the answer, or its two sides, or its label."""
-_ROLES = ("system", "user", "assistant")
-_PROBLEMS_SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of text: of the frame (`field` is None) or, once rendered, of a field."""
-
-    text: str
-    field: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Placeholder:
-    """A field to be filled. `place` (`file:line:column`) is only for messages."""
-
-    field: str
-    place: str = dataclasses.field(compare=False)
-
-
-TemplatePart = Piece | Placeholder
-
-
-@dataclass(frozen=True, slots=True)
-class FrameTurn:
-    """A turn of the template. With `role` None it is plain text, the only turn of its variant."""
-
-    role: str | None
-    parts: tuple[TemplatePart, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A variant of the template. For a turn list `turns` is empty: its one placeholder names the list's column."""
-
-    turns: tuple[FrameTurn, ...]
-    answer: tuple[TemplatePart, ...]
-    answer_role: str | None
-    prompt_fields: tuple[str, ...]
-    """The distinct fields before the answer, in order."""
-
-    @property
-    def is_turn_list(self) -> bool:
-        return not self.turns
-
-    @property
-    def prompt_placeholders(self) -> list[Placeholder]:
-        return placeholders(part for turn in self.turns for part in turn.parts)
-
-    @property
-    def answer_placeholder(self) -> Placeholder:
-        return placeholders(self.answer)[0]
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedTurn:
-    """A turn of a conversation. With `role` None it is plain text, to which no chat template applies."""
+    """A turn of a conversation. With `role` None it is plain text, to which no chat template applies.
+
+    `turn`: the turn of a turn list that it comes from, with its reasoning, tool calls, weight and other keys.
+    """
 
     role: str | None
     pieces: tuple[Piece, ...]
+    turn: Turn | None = None
 
     @property
     def text(self) -> str:
@@ -95,7 +67,7 @@ class Rendered:
 
     A plain template gives one turn, the prompt, with role None. A template with `[user]` lines gives its turns before
     the answer. Both have the answer in `answer`, which is empty when only the prompt is rendered. A turn list gives all
-    its turns and no `answer`: every assistant turn is an answer.
+    its turns and no `answer`: every assistant turn from the index `first_answer` on is an answer.
     """
 
     turns: tuple[RenderedTurn, ...]
@@ -104,6 +76,13 @@ class Rendered:
     """Index of the variant that was filled."""
     answer_role: str | None
     """`assistant` if the model's chat template writes the turns, None for plain text."""
+    first_answer: int = 0
+    answer_turn: Turn | None = None
+    """The turn that `answer` comes from, with its reasoning and tool calls, if a turn list gave it."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of the tools that the row offers, for the chat template."""
+    chat_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The row's arguments of the chat template, such as `enable_thinking`."""
 
     @property
     def prompt_pieces(self) -> list[Piece]:
@@ -131,25 +110,25 @@ class Template:
     def parse(text: str, name: str = "template") -> Template:
         """Parse a template's text; messages call it `name`.
 
-        Raises UserError, with line and column, as `_read_variants` and for variants with different answers.
+        Raises UserError, with line and column, as `read_variants` and for variants with different answers.
         """
-        text = _normalised(text, name)
-        variants = _read_variants(text, name)
+        text = normalised(text, name)
+        variants = read_variants(text, name)
         first = variants[0].answer_placeholder.field
         is_chat = variants[0].is_turn_list
         for variant in variants:
             answer = variant.answer_placeholder
             if variant.is_turn_list != is_chat:
-                problem = "some variants are turn lists and others are not"
-                raise UserError(problem, place=answer.place, cure="make all of them turn lists, or none")
+                problem = "the answer is [turns] in some variants and not in others"
+                raise UserError(problem, place=answer.place, cure="end all of them with [turns], or none")
             if answer.field != first and not is_chat:
                 raise UserError(
                     f'this variant ends with the field "{answer.field}", the first one with "{first}"',
                     place=answer.place,
                     cure="use the same answer field in all variants",
                 )
-        fields = {name for variant in variants for name in variant.prompt_fields}
-        fields.update(variant.answer_placeholder.field for variant in variants)
+        fields = {name for variant in variants for name in (*variant.prompt_fields, *variant.turn_fields)}
+        fields.update(name for variant in variants for name in variant.answer_fields)
         return Template(text, name, variants, first, frozenset(fields), is_chat)
 
     def render(self, row: Row, columns: Columns = None, *, with_answer: bool = True) -> Rendered:
@@ -165,15 +144,23 @@ class Template:
         if self.is_chat:
             return self._render_turn_list(row, columns, with_answer)
         texts: dict[str, str] = {}
-        fits = (self._read_fields(variant.prompt_fields, row, columns, texts) for variant in self.variants)
-        number = next((number for number, fit in enumerate(fits) if fit), None)
-        answer_fields = (self.answer_field,) if with_answer else ()
+        number = self._variant_of(row, columns, texts)
+        answer_fields = self.variants[number or 0].answer_fields if with_answer else ()
         if number is None or not self._read_fields(answer_fields, row, columns, texts):
             raise self._missing_fields(row, columns, with_answer)
         variant = self.variants[number]
-        turns = tuple([RenderedTurn(turn.role, _fill(turn.parts, texts)) for turn in variant.turns])
+        if variant.turn_fields:
+            turns = self._prompt_turns(variant, row, columns, texts)
+        else:
+            turns = tuple([RenderedTurn(turn.role, _fill(turn.parts, texts)) for turn in variant.turns])
         answer = _fill(variant.answer, texts) if with_answer else ()
         return Rendered(turns, answer, number, variant.answer_role)
+
+    @property
+    def reads_side_columns(self) -> bool:
+        """Whether a row's columns `system`, `tools` and `chat_template_kwargs` are part of its prompt without standing
+        in the template: for templates that end with `[turns]`."""
+        return self.is_chat
 
     def missing_columns(self, names: Sequence[str], columns: Columns) -> list[Problem]:
         """Problems for the fields that no column (`names`) of the data fills; none if some variant can be filled.
@@ -186,12 +173,12 @@ class Template:
         def missing(placeholders: Sequence[Placeholder]) -> list[Placeholder]:
             return [part for part in placeholders if self._column(part.field, columns) not in names]
 
-        answers = [variant.answer_placeholder for variant in self.variants]
-        if self.is_chat:
-            unfilled = answers[:1] if len(missing(answers)) == len(answers) else []
-        else:
-            by_variant = [missing(variant.prompt_placeholders) for variant in self.variants]
-            unfilled = [*min(reversed(by_variant), key=len), *missing(answers[:1])]
+        def missing_in(variant: Variant) -> list[Placeholder]:
+            answers = [part for part in variant.answer if isinstance(part, Placeholder)]
+            return missing([*variant.prompt_placeholders, *answers])
+
+        by_variant = [missing_in(variant) for variant in self.variants]
+        unfilled = min(by_variant if self.is_chat else reversed(by_variant), key=len)
         first: dict[str, Placeholder] = {}
         for placeholder in unfilled:
             first.setdefault(placeholder.field, placeholder)
@@ -203,13 +190,97 @@ class Template:
         return missing_column(column, names, placeholder.place, field)
 
     def _render_turn_list(self, row: Row, columns: Columns, with_answer: bool) -> Rendered:
-        fields = [variant.answer_placeholder.field for variant in self.variants]
-        names = [self._column(name, columns) for name in fields]
-        number = next((number for number, name in enumerate(names) if row.values.get(name) is not None), None)
+        texts: dict[str, str] = {}
+        number = self._variant_of(row, columns, texts)
         if number is None:
-            raise UserError([_missing_field(row, fields[0], names[0], " or ".join(fields))])
-        turns = _turns_to_render(turns_of(row, names[number]), f'"{names[number]}"', row.place, with_answer)
-        return Rendered(as_rendered_turns(turns), (), number, "assistant")
+            raise self._missing_turns(row, columns)
+        variant = self.variants[number]
+        before = self._prompt_turns(variant, row, columns, texts)
+        name = self._column(variant.answer_placeholder.field, columns)
+        after: tuple[Turn, ...] = ()
+        if row.values.get(name) is not None:
+            after = _turns_in(row, name, "assistant" if variant.turn_fields else None)
+        elif with_answer or not before:
+            raise UserError([_missing_field(row, variant.answer_placeholder.field, name, name)])
+        after = _turns_to_render(after, f'"{name}"', row.place, with_answer, bool(before))
+        turns = (*before, *as_rendered_turns(after, len(before)))
+        rendered = Rendered(turns, (), number, "assistant", len(before))
+        return self._with_side_columns(rendered, variant, row, columns)
+
+    def _variant_of(self, row: Row, columns: Columns, texts: dict[str, str]) -> int | None:
+        """The first variant whose prompt the row can fill; the texts of its fields are added to `texts`."""
+        for number, variant in enumerate(self.variants):
+            lists = variant.turn_fields
+            if variant.is_turn_list and not lists:
+                lists = (variant.answer_placeholder.field,)
+            if all(_is_filled(row.values.get(self._column(name, columns))) for name in lists):
+                if self._read_fields(variant.prompt_fields, row, columns, texts):
+                    return number
+        return None
+
+    def _prompt_turns(
+        self, variant: Variant, row: Row, columns: Columns, texts: Mapping[str, str]
+    ) -> tuple[RenderedTurn, ...]:
+        turns: list[RenderedTurn] = []
+        for turn in variant.turns:
+            if turn.role == TURN_LIST:
+                column = self._column(placeholders(turn.parts)[0].field, columns)
+                turns += as_rendered_turns(_turns_in(row, column, "user"), len(turns))
+            else:
+                turns.append(RenderedTurn(turn.role, _fill(turn.parts, texts)))
+        return tuple(turns)
+
+    def _with_side_columns(
+        self, rendered: Rendered, variant: Variant, row: Row, columns: Columns
+    ) -> Rendered:
+        """The row with its columns for system prompt, tools and arguments of the chat template."""
+        values = {
+            name: (column, row.values[column])
+            for name in SIDE_COLUMNS
+            if name not in self.fields
+            and _is_filled(row.values.get(column := (columns or {}).get(name, name)))
+        }
+        if not values:
+            return rendered
+        systems = [values[name] for name in SYSTEM_COLUMNS if name in values]
+        if systems:
+            column, _ = systems[0]
+            text = field_text(row, column) or ""
+            if len(systems) > 1 and systems[0][1] != systems[1][1]:
+                problem = f'the columns "{systems[0][0]}" and "{systems[1][0]}" have different texts'
+                raise UserError(problem, place=row.place, cure="keep one of them")
+            first = rendered.turns[0] if rendered.turns else None
+            before = (Turn("system", first.text),) if first is not None and first.role == "system" else ()
+            if with_system(before, text, column, row.place) != before:
+                system = RenderedTurn("system", (Piece(text, column),))
+                rendered = replace(
+                    rendered, turns=(system, *rendered.turns), first_answer=rendered.first_answer + 1
+                )
+        tools = [
+            tools_of(value, column, row.place)
+            for name in TOOL_COLUMNS
+            if name in values
+            for column, value in [values[name]]
+        ]
+        if KWARGS_COLUMN in values:
+            column, value = values[KWARGS_COLUMN]
+            rendered = replace(rendered, chat_kwargs=object_of(value, column, row.place))
+        return replace(rendered, tools=tools[0]) if tools else rendered
+
+    def _missing_turns(self, row: Row, columns: Columns) -> UserError:
+        fields = [
+            name
+            for variant in self.variants
+            for name in (*variant.prompt_fields, *variant.turn_fields, variant.answer_placeholder.field)
+        ]
+        lists = [variant.answer_placeholder.field for variant in self.variants]
+        names = list(dict.fromkeys(fields))
+        missing = next(
+            (name for name in names if not _is_filled(row.values.get(self._column(name, columns)))), lists[0]
+        )
+        return UserError(
+            [_missing_field(row, missing, self._column(missing, columns), " or ".join(dict.fromkeys(lists)))]
+        )
 
     def _read_fields(self, fields: Sequence[str], row: Row, columns: Columns, texts: dict[str, str]) -> bool:
         """Add the fields' texts to `texts`; return False at the first field without text."""
@@ -226,8 +297,9 @@ class Template:
 
     def check_columns(self, columns: Mapping[str, str]) -> None:
         """Raises UserError for unknown fields, and for a prompt field that shows the answer's column."""
+        side = SIDE_COLUMNS if self.reads_side_columns else ()
         for name in columns:
-            if name not in self.fields and name not in _ANSWER_NAMES:
+            if name not in self.fields and name not in _ANSWER_NAMES and name not in side:
                 cure = did_you_mean(name, self.fields) or f"it has {', '.join(sorted(self.fields))}"
                 raise UserError(f'the template has no field "{name}"', place="--columns", cure=cure)
         answer = self._column(self.answer_field, columns)
@@ -238,14 +310,18 @@ class Template:
 
     def _missing_fields(self, row: Row, columns: Columns, with_answer: bool) -> UserError:
         """The error for the variant with the fewest missing fields; of several such variants, the last."""
-        answer = (self.answer_field,)
 
         def missing(variant: Variant) -> list[str]:
-            fields = variant.prompt_fields + (answer if with_answer else ())
-            return [name for name in fields if field_text(row, self._column(name, columns)) is None]
+            lists = [
+                name
+                for name in variant.turn_fields
+                if not _is_filled(row.values.get(self._column(name, columns)))
+            ]
+            fields = variant.prompt_fields + (variant.answer_fields if with_answer else ())
+            return lists + [name for name in fields if field_text(row, self._column(name, columns)) is None]
 
         variant = min(reversed(self.variants), key=lambda variant: len(missing(variant)))
-        used = ", ".join(variant.prompt_fields + answer)
+        used = ", ".join((*variant.turn_fields, *variant.prompt_fields, *variant.answer_fields))
         return UserError(
             [_missing_field(row, name, self._column(name, columns), used) for name in missing(variant)]
         )
@@ -289,16 +365,12 @@ def answer_text(rendered: Rendered) -> str:
     return joined(rendered.answer)
 
 
-def joined(pieces: Iterable[Piece]) -> str:
-    return "".join([piece.text for piece in pieces])
-
-
-def as_rendered_turns(turns: Sequence[Turn]) -> tuple[RenderedTurn, ...]:
-    """Turns as text. The field of a turn is named by its number: `turn 1`."""
+def as_rendered_turns(turns: Sequence[Turn], before: int = 0) -> tuple[RenderedTurn, ...]:
+    """Turns as text. The field of a turn is named by its number, counted after `before` turns: `turn 1`."""
     return tuple(
         [
-            RenderedTurn(turn.role, (Piece(turn.text, f"turn {number}"),))
-            for number, turn in enumerate(turns, start=1)
+            RenderedTurn(turn.role, (Piece(turn.text, f"turn {number}"),), None if turn.is_plain else turn)
+            for number, turn in enumerate(turns, start=before + 1)
         ]
     )
 
@@ -308,11 +380,6 @@ def missing_column(column: str, names: Sequence[str], place: str, field: str = "
     listed = f"it has {', '.join(map(visible, names))}"
     cure = visible(did_you_mean(column, names)) or listed
     return Problem(f'the data has no column "{column}"{field}', place, cure)
-
-
-def visible(text: str) -> str:
-    """`text` with invisible characters (zero-width, control, unusual spaces) written as U+200B."""
-    return "".join([char if char.isprintable() else f"U+{ord(char):04X}" for char in text])
 
 
 def field_lengths(rendered: Rendered) -> dict[str, int]:
@@ -353,18 +420,51 @@ def _fill(parts: tuple[TemplatePart, ...], texts: Mapping[str, str]) -> tuple[Pi
     )
 
 
-def _turns_to_render(turns: tuple[Turn, ...], column: str, place: str, with_answer: bool) -> tuple[Turn, ...]:
-    """All turns for training; for a prompt, without the final assistant turn. `column` is its quoted name."""
+def _is_filled(value: object) -> bool:
+    """Whether a column holds something: not null, and neither an empty list or object nor blank text."""
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _turns_in(row: Row, column: str, role: str | None) -> tuple[Turn, ...]:
+    """The turns in a column of turns. It may hold them as JSON text or hold a single turn. If it holds other text, that
+    is one turn of this role; with `role` None, text is an error."""
+    value = row.values.get(column)
+    if isinstance(value, str):
+        turns = _list_in_text(value)
+        if turns is None and role is not None and (text := field_text(row, column)) is not None:
+            turns = [{"role": role, "content": text}]
+        value = value if turns is None else turns
+    return turn_list([value] if isinstance(value, Mapping) else value, column, row.place)
+
+
+def _list_in_text(text: str) -> object:
+    """The turn list that a text holds as JSON; None if it holds none."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if is_turn_list(value) else None
+
+
+def _turns_to_render(
+    turns: tuple[Turn, ...], column: str, place: str, with_answer: bool, has_prompt: bool
+) -> tuple[Turn, ...]:
+    """All turns for training; for a prompt, without the final assistant turn. `column` is its quoted name.
+
+    `has_prompt`: other turns of the row stand before them.
+    """
     last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if with_answer and last < 0:
         problem = f"{column} has no assistant turn: there is nothing to train"
         raise UserError(problem, place=place, cure="add the answer, or remove the row")
     ends_with_answer = last == len(turns) - 1
-    prompt = turns[:last] if with_answer or ends_with_answer else turns
-    if not prompt:
+    prompt = turns[:last] if with_answer or (turns and ends_with_answer) else turns
+    if not prompt and not has_prompt:
         problem = f"{column} has no turn before the answer"
         raise UserError(problem, place=place, cure="add the question, or remove the row")
-    if not with_answer and not ends_with_answer and prompt[-1].role == "system":
+    if not with_answer and not ends_with_answer and prompt and prompt[-1].role == "system":
         problem = f"{column} ends with a system turn: there is nothing to answer"
         raise UserError(problem, place=place, cure="add a user turn")
     return turns if with_answer else prompt
@@ -416,214 +516,6 @@ def _jamo(char: str) -> str:
     if "\u1160" <= char <= "\u11a7" or "\ud7b0" <= char <= "\ud7c6":
         return "V"
     return "T" if "\u11a8" <= char <= "\u11ff" or "\ud7cb" <= char <= "\ud7fb" else ""
-
-
-# Parsing
-
-
-def _normalised(text: str, name: str) -> str:
-    """The text with LF line ends, no byte order mark and one final newline. Raises UserError for NUL and surrogates."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n") + "\n"
-    for number, line in enumerate(text.split("\n"), start=1):
-        for column, character in enumerate(line, start=1):
-            if character == "\0" or "\ud800" <= character <= "\udfff":
-                problem = f"U+{ord(character):04X} is not a text character"
-                raise UserError(problem, place=f"{name}:{number}:{column}", cure="remove it")
-    return text
-
-
-def _read_variants(text: str, name: str) -> tuple[Variant, ...]:
-    """The variants of a normalised text, which messages call `name`.
-
-    Raises UserError, with line and column, for unbalanced braces, for fields that are not plain column names, for a
-    variant without a field or without a prompt, and for a prompt that shows the answer.
-    """
-    return tuple([_variant(lines, name) for lines in _sections(_scan(text, name))])
-
-
-def placeholders(parts: Iterable[TemplatePart]) -> list[Placeholder]:
-    """The placeholders among `parts`, in order."""
-    return [part for part in parts if isinstance(part, Placeholder)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    text: str
-    place: str
-    parts: tuple[TemplatePart, ...]
-
-
-def _scan(text: str, name: str) -> list[_Line]:
-    lines: list[_Line] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"{name}:{number}"
-        parts = list(_scan_line(line, place))
-        problems += [part for part in parts if isinstance(part, Problem)]
-        lines.append(_Line(line, place, tuple([part for part in parts if not isinstance(part, Problem)])))
-    if len(problems) > _PROBLEMS_SHOWN:
-        more = Problem(f"{len(problems) - _PROBLEMS_SHOWN} more such problems", name)
-        problems = [*problems[:_PROBLEMS_SHOWN], more]
-    if problems:
-        raise UserError(problems)
-    return lines
-
-
-def _scan_line(line: str, place: str) -> Iterator[TemplatePart | Problem]:
-    at = 0
-    while at < len(line):
-        column_place = f"{place}:{at + 1}"
-        end, opening = line.find("}", at), line.find("{", at + 1)
-        if line.startswith(("{{", "}}"), at):
-            yield Piece(line[at], None)
-            at += 2
-        elif line[at] == "}":
-            yield Problem('"}" without an opening "{"', column_place, 'write "}}" for a literal brace')
-            at += 1
-        elif line[at] != "{":
-            borders = [border for border in (opening, end, len(line)) if border >= 0]
-            yield Piece(line[at : min(borders)], None)
-            at = min(borders)
-        elif end < 0 or at < opening < end:
-            yield Problem('"{" is not closed', column_place, 'write "{{" for a literal brace')
-            at += 1
-        else:
-            yield _placeholder(line[at + 1 : end], column_place)
-            at = end + 1
-
-
-def _placeholder(name: str, place: str) -> Placeholder | Problem:
-    shown, inside = visible(name), name.strip()
-    if shown != name:
-        return Problem(f'the field name "{shown}" contains an invisible character', place, "delete it")
-    if inside and inside != name:
-        return Problem(f'"{{{name}}}" begins or ends with a space', place, f'write "{{{inside}}}"')
-    if not inside or name.isdigit() or not all(_allowed_in_name(char) for char in name):
-        rule = "a field is just a column's name (letters, digits, _, - and spaces)"
-        cure = 'write "{{" and "}}" for literal braces'
-        return Problem(f'"{{{name}}}" is not a field: {rule}', place, cure)
-    return Placeholder(name, place)
-
-
-def _allowed_in_name(char: str) -> bool:
-    return char.isalnum() or char in "_- " or category(char).startswith("M")
-
-
-def _sections(lines: Sequence[_Line]) -> list[list[_Line]]:
-    """Lists of lines, one per variant, without the separators."""
-    sections: list[list[_Line]] = [[]]
-    for line in lines:
-        if line.text.rstrip() == "---":
-            sections.append([])
-        else:
-            sections[-1].append(line)
-    return sections
-
-
-def _variant(lines: Sequence[_Line], name: str) -> Variant:
-    place = lines[0].place if lines else name
-    if not placeholders(part for line in lines for part in line.parts):
-        doubled = any("{{" in line.text for line in lines)
-        cure = 'write "{document}", with single braces' if doubled else 'name a column, such as "{document}"'
-        raise UserError("the template has no field", place=place, cure=cure)
-    first = next(line for line in lines if line.text.strip())
-    if first.text.rstrip() == "[turns]":
-        return _turn_list(lines, first)
-    markers = [index for index, line in enumerate(lines) if _role(line)]
-    return _with_roles(lines, markers) if markers else _plain(lines, place)
-
-
-def _plain(lines: Sequence[_Line], place: str) -> Variant:
-    parts = _parts_of(lines)
-    last = max(index for index, part in enumerate(parts) if isinstance(part, Placeholder))
-    prompt, answer = parts[:last], parts[last:]
-    if all(isinstance(part, Piece) and not part.text.strip() for part in prompt):
-        problem = "the template has an answer but no prompt"
-        raise UserError(problem, place=place, cure="write the prompt before the answer")
-    return _checked((FrameTurn(None, prompt),), answer, None)
-
-
-def _with_roles(lines: Sequence[_Line], markers: Sequence[int]) -> Variant:
-    for number, line in enumerate(lines):
-        word = line.text.strip().strip("[]").lower()
-        if line.text.strip() and number < markers[0]:
-            raise UserError("text before the first turn", place=line.place, cure="move it into a turn")
-        if word in _ROLES and number not in markers and line.text.strip().startswith("["):
-            raise UserError(
-                f'"{line.text}" does not begin a turn', place=line.place, cure=f'write "[{word}]"'
-            )
-    ends = [*markers[1:], len(lines)]
-    turns = [
-        _frame_turn(lines[start], lines[start + 1 : end]) for start, end in zip(markers, ends, strict=True)
-    ]
-    *prompt, answer = turns
-    place = lines[markers[-1]].place
-    if answer.role != "assistant":
-        cure = "end with [assistant] and the answer"
-        raise UserError(f"the last turn is [{answer.role}]", place=place, cure=cure)
-    if len(placeholders(answer.parts)) != 1:
-        cure = "move the other fields to earlier turns"
-        raise UserError("the last turn must have exactly one field, the answer", place=place, cure=cure)
-    if not prompt:
-        cure = "add a [user] turn before it"
-        raise UserError("the template has an answer but no prompt", place=place, cure=cure)
-    return _checked(tuple(prompt), answer.parts, "assistant")
-
-
-def _frame_turn(marker: _Line, lines: Sequence[_Line]) -> FrameTurn:
-    start = next((index for index, line in enumerate(lines) if line.text), len(lines))
-    turn = FrameTurn(_role(marker), _parts_of(lines[start:]))
-    if not turn.parts:
-        cure = "write its text, or remove the turn"
-        raise UserError(f"the [{turn.role}] turn is empty", place=marker.place, cure=cure)
-    return turn
-
-
-def _turn_list(lines: Sequence[_Line], first: _Line) -> Variant:
-    """`[turns]` and one field below it: the column that holds a whole conversation."""
-    parts = [part for line in lines if line is not first for part in line.parts]
-    parts = [part for part in parts if isinstance(part, Placeholder) or part.text.strip()]
-    if len(parts) != 1:
-        cure = "the model's chat template writes the rest"
-        raise UserError("[turns] takes exactly one field and no other text", place=first.place, cure=cure)
-    return Variant((), tuple(parts), "assistant", ())
-
-
-def _checked(turns: tuple[FrameTurn, ...], answer: tuple[TemplatePart, ...], role: str | None) -> Variant:
-    """The variant. Raises UserError if its prompt shows the answer."""
-    answer_field = placeholders(answer)[0].field
-    before = placeholders(part for turn in turns for part in turn.parts)
-    for placeholder in before:
-        if placeholder.field == answer_field:
-            problem = f'the prompt shows "{answer_field}", which is the answer (the last field)'
-            cure = "remove it from the prompt, or the model learns to copy it"
-            raise UserError(problem, place=placeholder.place, cure=cure)
-    return Variant(turns, answer, role, tuple(dict.fromkeys(placeholder.field for placeholder in before)))
-
-
-def _role(line: _Line) -> str:
-    text = line.text.rstrip()
-    return text[1:-1] if text in [f"[{role}]" for role in _ROLES] else ""
-
-
-def _parts_of(lines: Sequence[_Line]) -> tuple[TemplatePart, ...]:
-    """The parts of some lines as one text. Empty lines at its end are dropped: editors add them."""
-    end = len(lines)
-    while end > 0 and not lines[end - 1].text:
-        end -= 1
-    parts: list[TemplatePart] = []
-    literal = ""
-    for number, line in enumerate(lines[:end]):
-        literal += "\n" if number else ""
-        for part in line.parts:
-            if isinstance(part, Piece):
-                literal += part.text
-                continue
-            if literal:
-                parts.append(Piece(literal, None))
-            parts.append(part)
-            literal = ""
-    return (*parts, Piece(literal, None)) if literal else tuple(parts)
 
 
 def _read_file(path: Path) -> str:

@@ -246,7 +246,7 @@ def _complete(
     policy.generate_from_ids(
         [inputs.prompts[row].token_ids for row in rows],
         builder.tokenizer,
-        SamplingParams.of(options, builder.stop_ids),
+        SamplingParams.of(options, builder.stop_ids, builder.shown_ids),
         batch_size=settings.batch_size,
         on_answer=add_answer,
     )

@@ -29,10 +29,10 @@ from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
-from yeonma.model.load import check_vocabulary, load_config, load_tokenizer, outline
+from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
 from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
-from yeonma.tokenization.example import TokenRules, stop_ids
+from yeonma.tokenization.example import TokenRules, answer_tokens
 
 CUTOFF_LEN = 2048
 FORMAT = 1
@@ -203,7 +203,8 @@ def _template_in(folder: Path) -> tuple[Template | None, dict[str, str] | None, 
     template = load_template(str(folder / TEMPLATE))
     try:
         details = json.loads((folder / MANIFEST).read_text("utf-8"))
-        rules = TokenRules(**{field.name: details["rules"][field.name] for field in fields(TokenRules)})
+        known = {field.name for field in fields(TokenRules)}
+        rules = TokenRules(**{name: value for name, value in details["rules"].items() if name in known})
         return template, details["columns"], rules
     except (OSError, ValueError, KeyError, TypeError):
         return template, None, None
@@ -240,7 +241,8 @@ def _with_template(
         details={},
     )
     turns = template.is_chat or any(variant.answer_role is not None for variant in template.variants)
-    builder = PromptBuilder(folder, model.source, model.tokenizer, stop_ids(model.tokenizer, chat=turns))
+    tokens = answer_tokens(model.tokenizer, rules if turns else None, generation_eos(model.source))
+    builder = PromptBuilder(folder, model.source, model.tokenizer, tokens)
     return Candidate(name, builder, model.source.adapter, False, template_of)
 
 

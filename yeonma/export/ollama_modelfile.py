@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from yeonma.data.template import Placeholder, Template, TemplatePart, Variant
+from yeonma.data.template import Template
+from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import Chat, chat_of
+from yeonma.tokenization.chat_template import Chat, Conversation, chat_of
 from yeonma.tokenization.text_encoder import TextEncoder
 
 PROMPT, SYSTEM = ".Prompt", ".System"
@@ -98,7 +99,7 @@ def _turns(variant: Variant, names: Mapping[str, str], encoder: TextEncoder, cha
         }
         for turn in variant.turns
     ]
-    text = chat.prompt(messages, "TEMPLATE")
+    text = chat.prompt(Conversation(messages), "TEMPLATE")
     start = "".join(encoder.special_text.get(number, "") for number in encoder.start_ids)
     text = _literal(text.removeprefix(start))  # Ollama adds it
     for field, probe in probes.items():

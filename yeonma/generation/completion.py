@@ -69,7 +69,7 @@ def generate(
     token_ids = [[int(number) for number in prompt] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
-    stream = None if on_text is None else _TextStream(tokenizer, token_ids[0], on_text)
+    stream = None if on_text is None else _TextStream(tokenizer, token_ids[0], sampling.shown_ids, on_text)
 
     def token(index: int, ids: list[int]) -> bool:
         if stream is not None:
@@ -203,12 +203,14 @@ class _Sampler:
         return torch.full_like(scores, float("-inf")).scatter(1, ids_B.unsqueeze(1), 0.0)
 
 
-def continued_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to the text of `before`, without special tokens.
+def continued_text(
+    tokenizer: Any, before: Sequence[int], ids: Sequence[int], shown_ids: Sequence[int] = ()
+) -> str:
+    """The text that `ids` add to the text of `before`, without special tokens other than `shown_ids`.
 
     Decoded on their own, SentencePiece ids would lose a leading space.
     """
-    special = special_ids(tokenizer)
+    special = special_ids(tokenizer).difference(shown_ids)
     before, ids = list(before[-CONTEXT:]), [number for number in ids if number not in special]
     prefix, text = _decoded(tokenizer, before), _decoded(tokenizer, [*before, *ids])
     return text[len(prefix) :] if text.startswith(prefix) else _decoded(tokenizer, ids)
@@ -226,7 +228,8 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 def _answer(tokenizer: Any, prompt: list[int], generated: list[int], sampling: SamplingParams) -> Answer:
     end = next((at for at, number in enumerate(generated) if number in sampling.stop_ids), None)
     ids = generated[: end if end is not None else sampling.max_new_tokens]
-    return Answer(continued_text(tokenizer, prompt, ids).rstrip(), tuple(ids), end is not None)
+    text = continued_text(tokenizer, prompt, ids, sampling.shown_ids)
+    return Answer(text.rstrip(), tuple(ids), end is not None)
 
 
 @dataclass
@@ -236,12 +239,14 @@ class _TextStream:
 
     tokenizer: Any
     prompt: Sequence[int]
+    shown_ids: Sequence[int]
     on_text: Callable[[str], None]
     shown: str = ""
 
     def add(self, ids: Sequence[int]) -> None:
         """`ids`: the answer so far."""
-        self.show(continued_text(self.tokenizer, self.prompt, ids).rstrip("\ufffd").rstrip())
+        text = continued_text(self.tokenizer, self.prompt, ids, self.shown_ids)
+        self.show(text.rstrip("\ufffd").rstrip())
 
     def show(self, text: str) -> None:
         if len(text) > len(self.shown) and text.startswith(self.shown):

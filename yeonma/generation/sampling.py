@@ -30,12 +30,18 @@ class SamplingParams:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 42
+    shown_ids: tuple[int, ...] = ()
+    """Special tokens that stay in an answer's text, such as those around reasoning."""
 
     @classmethod
-    def of(cls, settings: AnswerSettings, stop_ids: Sequence[int]) -> SamplingParams:
-        """The parameters of the user's settings and of the tokens that end an answer of this model."""
+    def of(
+        cls, settings: AnswerSettings, stop_ids: Sequence[int], shown_ids: Sequence[int] = ()
+    ) -> SamplingParams:
+        """The parameters of the user's settings, and the tokens that end an answer of this model or stay in its
+        text."""
         return cls(
             stop_ids=tuple(stop_ids),
+            shown_ids=tuple(shown_ids),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,

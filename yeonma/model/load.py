@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -52,6 +52,16 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
+
+
+def generation_eos(source: BaseSource) -> tuple[int, ...]:
+    """The tokens that end an answer by the model's generation config; none if it has no such config."""
+    try:
+        config = GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
+        eos = config.eos_token_id
+    except (OSError, ValueError):
+        return ()
+    return tuple([eos] if isinstance(eos, int) else eos or ())
 
 
 def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:

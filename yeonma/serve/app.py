@@ -25,6 +25,7 @@ from yeonma.config.settings import AnswerSettings
 from yeonma.errors import UserError
 from yeonma.serve.openai_api import (
     ChatRequest,
+    ReasoningText,
     Reply,
     RequestError,
     ResponseWriter,
@@ -70,7 +71,8 @@ class Models:
 
 
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
-Events = asyncio.Queue[tuple[int, str | Reply | Exception]]
+Event = str | ReasoningText | Reply | Exception
+Events = asyncio.Queue[tuple[int, Event]]
 """Index of a prompt in a request, and what the worker reports about it."""
 
 
@@ -184,8 +186,8 @@ async def _complete(
     )
     events: Events = asyncio.Queue()
 
-    def notifier(index: int) -> Callable[[str | Reply | Exception], None]:
-        def notify(event: str | Reply | Exception) -> None:
+    def notifier(index: int) -> Callable[[Event], None]:
+        def notify(event: Event) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
@@ -305,8 +307,10 @@ async def _streamed(
                 yield _event(writer.stream_end(event, index))
                 tokens += len(event.token_ids)
                 running -= 1
-            else:
+            elif isinstance(event, str):
                 yield _event(writer.stream_text(event, index))
+            elif writer.is_chat:
+                yield _event(writer.stream_reasoning(event, index))
         for chunk in writer.stream_usage(prompt_tokens, tokens):
             yield _event(chunk)
         yield "data: [DONE]\n\n"

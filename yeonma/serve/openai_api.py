@@ -290,6 +290,13 @@ def row_of_messages(template: Template, messages: Sequence[Message]) -> Row:
 
 
 @dataclass(frozen=True)
+class ReasoningText:
+    """A piece of the reasoning before an answer, for a stream."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Reply:
     """The text of an answer, and how it ended."""
 
@@ -298,6 +305,8 @@ class Reply:
     """Without the stop token."""
     stopped: bool
     """Whether a stop token or a stop text ended it, rather than its length."""
+    reasoning: str | None = None
+    """The reasoning before the answer, if the model wrote some."""
 
     @property
     def finish_reason(self) -> str:
@@ -327,7 +336,8 @@ class ResponseWriter:
         for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
             choice: dict[str, Any] = {"index": index}
             if self.is_chat:
-                choice["message"] = {"role": "assistant", "content": reply.text}
+                reasoning = {} if reply.reasoning is None else {"reasoning_content": reply.reasoning}
+                choice["message"] = {"role": "assistant", "content": reply.text, **reasoning}
             else:
                 choice["text"] = reply.text
             if self.request.return_token_ids:
@@ -345,6 +355,10 @@ class ResponseWriter:
 
     def stream_text(self, text: str, index: int = 0) -> dict[str, Any]:
         return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text}, index)
+
+    def stream_reasoning(self, piece: ReasoningText, index: int = 0) -> dict[str, Any]:
+        """A chunk with reasoning, under the key that vLLM, SGLang and DeepSeek's API use."""
+        return self._chunk({"delta": {"reasoning_content": piece.text}}, index)
 
     def stream_end(self, reply: Reply, index: int = 0) -> dict[str, Any]:
         return self._chunk({"delta": {}} if self.is_chat else {"text": ""}, index, reply.finish_reason)

@@ -142,7 +142,7 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
 
 def _served(policy: Policy, builder: PromptBuilder) -> ServedModel:
     model, by_forest = policy.transformers_model, policy.support.forest
-    return ServedModel(model, builder.tokenizer, builder.stop_ids, by_forest, policy.active)
+    return ServedModel(model, builder.tokenizer, builder.tokens, by_forest, policy.active)
 
 
 def run_server(

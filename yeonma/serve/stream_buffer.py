@@ -19,10 +19,20 @@ class StreamBuffer:
     prompt: Prompt
     stops: Sequence[str] = ()
     sent: str = ""
+    reasoning_sent: str = ""
 
     def new_text(self, text: str) -> str:
         """The new text to send, after the model has generated `text` so far."""
-        return self._unsent(_stable_text(self.prompt, self.stops, text))
+        content = self.prompt.parts(text, growing=True).content
+        return self._unsent(_stable_text(self.prompt, self.stops, content))
+
+    def new_reasoning(self, text: str, *, growing: bool = True) -> str:
+        """The new text of the reasoning to send. `growing`: more text may follow."""
+        reasoning = (self.prompt.parts(text, growing=growing).reasoning or "").strip()
+        if not reasoning.startswith(self.reasoning_sent):
+            return ""
+        new, self.reasoning_sent = reasoning[len(self.reasoning_sent) :], reasoning
+        return new
 
     def remaining_text(self, text: str) -> str:
         """The text that remains to be sent, when `text` is all that the model has generated."""
@@ -30,17 +40,21 @@ class StreamBuffer:
 
     def answer(self, text: str) -> str:
         """The answer, when `text` is all that the model has generated."""
-        position = self.stop_position(text)
-        return self.prompt.answer(text if position is None else text[:position])
+        content = self.prompt.parts(text).content
+        position = self._stop_position(content)
+        return self.prompt.unframed(content if position is None else content[:position])
 
-    def is_stopped(self, text: str) -> bool:
-        """Whether a stop text ends the answer, whatever may follow `text`. A stop text within what may still become
-        the template's text before the answer does not."""
-        return not _may_be_frame(self.prompt, text) and self.stop_position(text) is not None
+    def is_stopped(self, text: str, *, growing: bool = True) -> bool:
+        """Whether a stop text ends the answer. `growing`: more text may follow, so that a stop text within what may
+        become the template's text before the answer does not end it yet. Reasoning has no stop texts."""
+        content = self.prompt.parts(text, growing=growing).content
+        if growing and _may_be_frame(self.prompt, content):
+            return False
+        return self._stop_position(content) is not None
 
-    def stop_position(self, text: str) -> int | None:
-        """The start of the stop text that ends first, or None, when `text` is all that the model has generated. So the
-        answer is the same whether it grows by characters or by tokens."""
+    def _stop_position(self, text: str) -> int | None:
+        """The start of the stop text in the content that ends first, or None. So the answer is the same whether it
+        grows by characters or by tokens."""
         start = len(text) - len(_without_frame_before(self.prompt, text))
         ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop, start)) >= 0]
         return min(ends)[1] if ends else None

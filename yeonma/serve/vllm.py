@@ -16,6 +16,7 @@ from typing import Any
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.adapter.prompt_builder import PromptBuilder, quantization_for
 from yeonma.config.settings import QuantizationOrAuto
+from yeonma.model.load import generation_eos
 from yeonma.tokenization.chat_template_export import why_not_exported
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -125,13 +126,5 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
 
 def _vllm_stop_ids(prompt_builder: PromptBuilder) -> set[int]:
     """The ids that end an answer in vLLM: the tokenizer's EOS and the EOS tokens of the base's generation config."""
-    from transformers import GenerationConfig
-
-    source = prompt_builder.source
-    try:
-        config = GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
-        eos = config.eos_token_id
-    except (OSError, ValueError):
-        eos = None
-    ids = eos if isinstance(eos, list) else [eos]
-    return {number for number in [*ids, prompt_builder.tokenizer.eos_token_id] if number is not None}
+    ids = (*generation_eos(prompt_builder.source), prompt_builder.tokenizer.eos_token_id)
+    return {number for number in ids if number is not None}

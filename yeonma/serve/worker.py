@@ -22,8 +22,9 @@ from yeonma.config.settings import AnswerSettings
 from yeonma.generation.completion import answer_alone, continued_text, generation_mode
 from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.sampling import SamplingParams
-from yeonma.serve.openai_api import Reply
+from yeonma.serve.openai_api import ReasoningText, Reply
 from yeonma.serve.stream_buffer import StreamBuffer
+from yeonma.tokenization.example import AnswerTokens
 
 log = logging.getLogger("yeonma.serve")
 
@@ -43,7 +44,7 @@ class ServedModel:
     model: Any
     """The base model, without PEFT's wrapper."""
     tokenizer: Any
-    stop_ids: tuple[int, ...]
+    tokens: AnswerTokens
     by_forest: bool
     active: Callable[[], AbstractContextManager[object]]
 
@@ -58,7 +59,7 @@ class Job:
     settings: AnswerSettings
     stops: tuple[str, ...]
     streams: bool
-    notify: Callable[[str | Reply | Exception], None]
+    notify: Callable[[str | ReasoningText | Reply | Exception], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when nobody is waiting for the answer any more."""
 
@@ -196,9 +197,9 @@ class _RequestBatch:
     def add(self, jobs: Sequence[Job]) -> list[DecodeRequest]:
         self._jobs += jobs
         self._buffers += [StreamBuffer(job.prompt, job.stops) for job in jobs]
-        stop_ids = self._served.stop_ids
+        stop_ids, shown_ids = self._served.tokens.stop_ids, self._served.tokens.shown_ids
         return [
-            DecodeRequest(job.prompt.token_ids.tolist(), SamplingParams.of(job.settings, stop_ids))
+            DecodeRequest(job.prompt.token_ids.tolist(), SamplingParams.of(job.settings, stop_ids, shown_ids))
             for job in jobs
         ]
 
@@ -212,6 +213,8 @@ class _RequestBatch:
         text = self._text(job, ids)
         if buffer.is_stopped(text):
             return True
+        if job.streams and (reasoning := buffer.new_reasoning(text)):
+            job.notify(ReasoningText(reasoning))
         if job.streams and (new := buffer.new_text(text)):
             job.notify(new)
         return False
@@ -219,16 +222,20 @@ class _RequestBatch:
     def on_done(self, index: int, ids: list[int]) -> None:
         job, buffer = self._jobs[index], self._buffers[index]
         self._answered.add(index)
-        ended_by_token = ids[-1] in self._served.stop_ids
+        ended_by_token = ids[-1] in self._served.tokens.stop_ids
         answer_ids = ids[:-1] if ended_by_token else ids
         text = self._text(job, answer_ids)
-        ended = ended_by_token or buffer.stop_position(text) is not None
+        ended = ended_by_token or buffer.is_stopped(text, growing=False)
         if self._is_stopping() and not ended and len(ids) < job.settings.max_new_tokens:
             job.notify(Busy("the server is shutting down"))
             return
+        if job.streams and (rest := buffer.new_reasoning(text, growing=False)):
+            job.notify(ReasoningText(rest))
         if job.streams and (remaining := buffer.remaining_text(text)):
             job.notify(remaining)
-        job.notify(Reply(buffer.answer(text), tuple(answer_ids), ended))
+        reasoning = job.prompt.reasoning(text)
+        job.notify(Reply(buffer.answer(text), tuple(answer_ids), ended, reasoning))
 
     def _text(self, job: Job, ids: list[int]) -> str:
-        return continued_text(self._served.tokenizer, job.prompt.token_ids.tolist(), ids)
+        shown_ids = self._served.tokens.shown_ids
+        return continued_text(self._served.tokenizer, job.prompt.token_ids.tolist(), ids, shown_ids)

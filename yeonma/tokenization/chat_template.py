@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from time import monotonic
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from yeonma.data.template import RenderedTurn
-from yeonma.errors import UserError
+from yeonma.data.template import Rendered, RenderedTurn
+from yeonma.data.turns import REASONING_KEYS, ToolCall
+from yeonma.errors import UserError, did_you_mean
+from yeonma.tokenization.chat_habits import Habits, habits_in
+from yeonma.tokenization.deadline import Deadline, TooSlow, deadline
+from yeonma.tokenization.reasoning import DEFAULT_TAGS, AnswerShape, ThinkTags, tags_between
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
-ChatMessage = dict[str, str]
-"""`role` and `content`, as chat templates take them."""
+ChatMessage = dict[str, Any]
+"""A message as chat templates take it: `role` and `content`, and perhaps reasoning, `tool_calls` and other keys."""
+
+Thinking = Literal["auto", "keep", "drop", "empty"]
+"""How reasoning is trained: see the setting `thinking`."""
 
 RENDER_SECONDS = 10.0
 """The time limit for rendering one conversation."""
@@ -43,8 +48,42 @@ _PROBE = "Zq{number}qZ"
 _PROBES = re.compile(r"Zq\d+qZ")
 
 
-def as_messages(turns: Sequence[RenderedTurn]) -> list[ChatMessage]:
-    return [{"role": str(turn.role), "content": turn.text} for turn in turns]
+def as_messages(turns: Sequence[RenderedTurn], reasoning_key: str = REASONING_KEYS[0]) -> list[ChatMessage]:
+    """The turns as chat templates take them. Reasoning goes under `reasoning_key`."""
+    messages: list[ChatMessage] = []
+    for turn in turns:
+        message: ChatMessage = {"role": str(turn.role), "content": turn.text}
+        if (source := turn.turn) is not None:
+            message |= source.other_keys
+            if not source.has_content:
+                message["content"] = None
+            if source.reasoning is not None:
+                message[reasoning_key] = source.reasoning
+            if source.tool_calls:
+                message["tool_calls"] = [_call_message(call) for call in source.tool_calls]
+        messages.append(message)
+    return messages
+
+
+def _call_message(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"type": "function", "function": function, **({} if call.id is None else {"id": call.id})}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template renders: messages, tools and its other arguments."""
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[dict[str, Any]] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def before_last(self) -> Conversation:
+        return replace(self, messages=self.messages[:-1])
+
+    def with_last(self, message: ChatMessage) -> Conversation:
+        return replace(self, messages=[*self.messages[:-1], message])
 
 
 @dataclass(frozen=True)
@@ -56,68 +95,327 @@ class ChatAnswer:
     """The span of the message's content in `text`."""
     ended: bool
     """Whether the text ends with a special token of the chat template."""
+    reasoning: Span = (0, 0)
+    """The span of the reasoning in `text`; empty without reasoning."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer's chat template. `trailer`: the text after an assistant's content, if known."""
+    """A tokenizer's chat template, and the settings for it."""
 
     encoder: TextEncoder
     deadline: Deadline
-    trailer: str | None = None
+    habits: Habits
+    thinking: Thinking = "auto"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def prompt(self, messages: Sequence[ChatMessage], place: str) -> str:
+    @property
+    def tags(self) -> ThinkTags | None:
+        """The tags around reasoning; the usual ones where a setting asks for them and the template has none."""
+        return self.habits.tags or (
+            None if self.thinking == "auto" or self.habits.reasoning_key else DEFAULT_TAGS
+        )
+
+    def conversation(self, rendered: Rendered, place: str, *, with_answer: bool = False) -> Conversation:
+        """The row's turns as the chat template takes them. `with_answer` adds the answer that is not a turn.
+
+        Raises UserError with `place` for tools and arguments that the chat template does not read.
+        """
+        turns = rendered.turns
+        if with_answer and rendered.answer:
+            turns = (*turns, RenderedTurn("assistant", rendered.answer, rendered.answer_turn))
+        kwargs = {**self.kwargs, **rendered.chat_kwargs}
+        self._check_arguments(rendered, kwargs, place)
+        messages = as_messages(turns, self.habits.reasoning_key or REASONING_KEYS[0])
+        return Conversation([self._message(message) for message in messages], rendered.tools, kwargs)
+
+    def prompt(self, conversation: Conversation, place: str) -> str:
         """The text up to the next assistant turn, from which generation starts. Raises UserError with `place`."""
-        return self._render(messages, place, generate=True)
+        return self._render(conversation, place, generate=True)
 
-    def answer(self, messages: Sequence[ChatMessage], prompt: str, place: str) -> ChatAnswer:
+    def answer(self, conversation: Conversation, prompt: str, place: str) -> ChatAnswer:
         """The last message, an assistant's, as a continuation of `prompt`. Raises UserError with `place`.
 
-        If the rendered conversation does not begin with the prompt (templates that drop or open a thinking part), the
-        answer is the content and the text after it.
+        It is what the chat template writes after the prompt. Where the template does not write the message so that it
+        continues the prompt (it drops reasoning, or the prompt opens a think block), the block is written here.
         """
-        conversation = self._render(messages, place)
-        content = messages[-1]["content"]
-        trailer, body = self._split(messages, conversation, content, place)
+        message = conversation.messages[-1]
+        reasoning, content = self._parts(message, prompt)
+        thinking = self.thinking
+        if reasoning == "" or (reasoning and thinking == "drop"):
+            conversation = conversation.with_last(self._without_reasoning(message, content))
+            thinking = thinking if thinking == "drop" else "empty"  # an empty block is what the row says
+            reasoning = None
+        if reasoning or message.get("tool_calls"):
+            return self._full_answer(conversation, prompt, reasoning, content, place)
+        return self._with_thinking(self._plain_answer(conversation, prompt, place), prompt, thinking)
+
+    def _plain_answer(self, conversation: Conversation, prompt: str, place: str) -> ChatAnswer:
+        """An answer without reasoning and tool calls."""
+        whole = self._render(conversation, place)
+        content = conversation.messages[-1]["content"]
+        trailer, body = self._split(conversation, whole, content, place)
         end = self._end_of(trailer)
-        if conversation.startswith(prompt):
+        if whole.startswith(prompt):
             start, data_start = len(prompt), body.rfind(content.strip(), len(prompt))
         else:
             start = data_start = body.rfind(content.strip())
         if start < 0:  # the template rewrites the content: use the original and the template's end
-            return ChatAnswer(content.strip() + trailer[:end], (0, len(content.strip())), end > 0)
-        text = body[start:] + (trailer[:end] if end else "")
-        text = text if end else text.rstrip()
-        return ChatAnswer(text, (max(data_start - start, 0), len(body) - start), end > 0)
+            text = content.strip() + trailer[:end]
+            answer = ChatAnswer(text, (0, len(content.strip())), end > 0)
+        else:
+            text = body[start:] + (trailer[:end] if end else "")
+            text = text if end else text.rstrip()
+            answer = ChatAnswer(text, (max(data_start - start, 0), len(body) - start), end > 0)
+        tags = self.tags
+        if tags is not None and tags.is_open(prompt) and tags.close not in answer.text[: answer.content[0]]:
+            return _after(tags.closing_after(prompt), answer)
+        return answer
 
-    def content_spans(self, messages: Sequence[ChatMessage], prompt: str, place: str) -> list[Span]:
-        """The spans of the messages' contents in the text of their prompt."""
-        frames = self._frames(messages, place)
-        contents = [message["content"] for message in messages]
-        spans = frames and _between(frames, contents, prompt)
-        return spans or _in_order(contents, prompt, self.encoder)
+    def _with_thinking(self, answer: ChatAnswer, prompt: str, thinking: Thinking) -> ChatAnswer:
+        """The answer, which has no reasoning, without or with an empty think block, as `thinking` says."""
+        tags = self.tags
+        if tags is None or tags.is_open(prompt):
+            return answer
+        start = answer.content[0]
+        written = tags.split(answer.text[:start])[0] is not None
+        if thinking == "keep" and written:
+            content = (0, answer.content[1] - start)
+            return replace(answer, text=answer.text[start:], content=content)
+        is_closed = prompt.rstrip().endswith(tags.close)
+        if thinking == "empty" and not written and not is_closed:
+            return _after(tags.empty_block, answer)
+        return answer
+
+    def _full_answer(
+        self, conversation: Conversation, prompt: str, reasoning: str | None, content: str, place: str
+    ) -> ChatAnswer:
+        """An answer with reasoning, tool calls or both."""
+        message = conversation.messages[-1]
+        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        tags = self.tags
+        whole = self._render(conversation, place)
+        if whole.startswith(prompt):
+            answer = self._located(whole[len(prompt) :], reasoning, content, calls)
+            if answer is not None:
+                return answer
+        if reasoning and tags is None:
+            raise UserError(
+                "a turn has reasoning, and the model's chat template does not write it",
+                place=place,
+                cure="--thinking drop leaves reasoning out; --thinking keep writes it as <think>...</think>",
+            )
+        if reasoning and tags is not None and prompt.rstrip().endswith(tags.close):
+            raise UserError(
+                "a turn has reasoning, and the model's chat template closes the think block in the prompt",
+                place=place,
+                cure="remove enable_thinking false (or its like), or leave reasoning out with --thinking drop",
+            )
+        header = prompt if tags is None else tags.header(prompt)
+        without = conversation.with_last(self._without_reasoning(message, content))
+        whole = self._render(without, place)
+        if whole.startswith(header):
+            written = whole[len(header) :]
+            written = written if tags is None else tags.without_block(written)
+        elif not calls:
+            trailer, _ = self._split(without, whole, content, place)
+            written = content + trailer
+        else:
+            written = ""
+        block = ""
+        if tags is not None and tags.is_open(prompt):
+            block = (reasoning or "") + tags.closing_after(prompt)
+        elif tags is not None and reasoning:
+            block = tags.open + tags.after_open + reasoning + tags.closing
+        answer = self._located(block + written, reasoning, content, calls)
+        if answer is None:
+            what = "tool calls" if calls else "the text of a turn with reasoning"
+            raise UserError(
+                f"the model's chat template does not write {what}",
+                place=place,
+                cure="use a model whose chat template does, or write it as the turn's text",
+            )
+        return answer
+
+    def _located(
+        self, text: str, reasoning: str | None, content: str, calls: Sequence[str]
+    ) -> ChatAnswer | None:
+        """The answer in what follows a prompt; None unless it has reasoning, content and calls, in this order."""
+        position, spans = 0, []
+        for part in ((reasoning or "").strip(), content.strip()):
+            start = text.find(part, position)
+            if start < 0:
+                return None
+            position = start + len(part)
+            spans.append((start, position))
+        if any(text.find(name, position) < 0 for name in calls):
+            return None
+        if self.tags is not None and reasoning and self.tags.open in text[spans[0][1] : spans[1][0]]:
+            return None
+        end = position + self._end_of(text[position:])
+        ended = end > position and not text[end:].strip()
+        text = text[:end] if ended else text.rstrip()
+        return ChatAnswer(text, spans[1], ended, spans[0])
+
+    def _parts(self, message: ChatMessage, prompt: str) -> tuple[str | None, str]:
+        """(reasoning, content) of an assistant's message: from its own key, or from a block in its content."""
+        content = message["content"] or ""
+        key = self.habits.reasoning_key or REASONING_KEYS[0]
+        if message.get(key):
+            return message[key].strip("\n"), content
+        if self.tags is None:
+            return None, content
+        reasoning, rest = self.tags.split(content, is_open=self.tags.is_open(prompt))
+        return (reasoning, rest) if reasoning is not None else (None, content)
+
+    def _without_reasoning(self, message: ChatMessage, content: str) -> ChatMessage:
+        key = self.habits.reasoning_key or REASONING_KEYS[0]
+        rest = {name: value for name, value in message.items() if name != key}
+        return {**rest, "content": None if message["content"] is None else content}
+
+    def _message(self, message: ChatMessage) -> ChatMessage:
+        """The message with reasoning that stands in its content moved to a key of its own, unless the chat template
+        writes contents verbatim; without reasoning if `thinking` is "drop"."""
+        if message["role"] != "assistant" or not isinstance(message["content"], str):
+            if message["role"] == "assistant" and self.thinking == "drop":
+                return self._without_reasoning(message, "")
+            return message
+        tags = self.tags
+        reasoning, content = (None, message["content"]) if tags is None else tags.split(message["content"])
+        if self.thinking == "drop":
+            return self._without_reasoning(message, content)
+        key = self.habits.reasoning_key or REASONING_KEYS[0]
+        if self.habits.keeps_block or reasoning is None or message.get(key):
+            return message
+        return {**message, "content": content, **({key: reasoning} if reasoning else {})}
+
+    def _check_arguments(self, rendered: Rendered, kwargs: Mapping[str, Any], place: str) -> None:
+        if self.encoder.tokenizer.chat_template is None:  # rendering reports it
+            return
+        if rendered.tools and "tools" not in self.habits.variables:
+            raise UserError(
+                "the row offers tools, and the model's chat template does not write them",
+                place=place,
+                cure="use a model whose chat template does, or describe them in a system turn",
+            )
+        for name in kwargs:
+            if name not in self.habits.variables:
+                cure = did_you_mean(name, self.habits.variables) or (
+                    f"it reads {', '.join(sorted(self.habits.variables))}"
+                )
+                problem = f'the model\'s chat template has no argument "{name}"'
+                raise UserError(problem, place="chat_template_kwargs", cure=cure)
+
+    def content_spans(self, conversation: Conversation, prompt: str, place: str) -> list[Span | None]:
+        """The span of each message's content in the text of their prompt; None where it is not found."""
+        frames = self._frames(conversation, place)
+        contents = [message["content"] or "" for message in conversation.messages]
+        spans = frames and _between(frames, [text for text in contents if text], prompt)
+        if spans:
+            found = iter(spans)
+            return [next(found) if text else None for text in contents]
+        return _in_order(contents, prompt)
+
+    def data_spans(self, conversation: Conversation, prompt: str, place: str) -> list[Span]:
+        """The spans of the prompt's data: contents, and reasoning that the chat template keeps. Of contents that it
+        changes, the lines with special-token text."""
+        contents = self.content_spans(conversation, prompt, place)
+        spans: list[Span] = []
+        position = 0
+        for message, span in zip(conversation.messages, contents, strict=True):
+            limit = len(prompt) if span is None else span[0]
+            reasoning = str(message.get(self.habits.reasoning_key or REASONING_KEYS[0]) or "").strip()
+            start = prompt.find(reasoning, position, limit) if reasoning else -1
+            if start >= 0:
+                spans += self.without_marks(prompt, (start, start + len(reasoning)))
+            if span is not None:
+                is_answer = message["role"] == "assistant"
+                spans += self.without_marks(prompt, span) if is_answer else [span]
+                position = span[1]
+        changed = [
+            message["content"] or ""
+            for message, span in zip(conversation.messages, contents, strict=True)
+            if span is None or span[1] - span[0] < len((message["content"] or "").strip())
+        ]
+        for span in _special_lines(changed, prompt, self.encoder):
+            spans += self.without_marks(prompt, span)
+        return sorted(spans)
+
+    def without_marks(self, text: str, span: Span) -> list[Span]:
+        """The parts of an assistant's `span` between texts that the chat template itself writes there as special
+        tokens: those stay these tokens."""
+        if not self.habits.marks:
+            return [span]
+        pattern = "|".join(map(re.escape, sorted(self.habits.marks, key=len, reverse=True)))
+        spans, start = [], span[0]
+        for mark in re.finditer(pattern, text[span[0] : span[1]]):
+            spans.append((start, span[0] + mark.start()))
+            start = span[0] + mark.end()
+        return [part for part in (*spans, (start, span[1])) if part[0] < part[1]]
+
+    def has_special(self, conversation: Conversation, place: str) -> bool:
+        """Whether data of the conversation contains a special token's text. Raises UserError with `place` if it stands
+        in tools or tool calls, where it cannot be told from the chat template's own."""
+        for message in conversation.messages:
+            calls = message.get("tool_calls")
+            if calls and self.encoder.has_special(json.dumps(calls, ensure_ascii=False)):
+                raise UserError("a tool call contains special-token text", place=place, cure="remove it")
+        if conversation.tools and self.encoder.has_special(
+            json.dumps(conversation.tools, ensure_ascii=False)
+        ):
+            raise UserError("a tool's description contains special-token text", place=place, cure="remove it")
+        key = self.habits.reasoning_key or REASONING_KEYS[0]
+        return any(
+            self.encoder.has_special(text)
+            for message in conversation.messages
+            for text in (message["content"], message.get(key))
+            if isinstance(text, str)
+        )
+
+    def answer_shape(self) -> AnswerShape:
+        """What the chat template makes a model write around reasoning and content."""
+        shape = AnswerShape(self.tags)
+        content, reasoning = _PROBE.format(number=1), _PROBE.format(number=2)
+        user = {"role": "user", "content": "x"}
+        plain = Conversation([user, {"role": "assistant", "content": content}], kwargs=self.kwargs)
+        if shape.tags is not None or self.habits.trailer is None:
+            return shape
+        try:
+            prompt = self.prompt(plain.before_last, "chat template")
+            text = self._render(plain, "chat template")
+            if text.startswith(prompt):
+                shape = replace(shape, lead=text[len(prompt) : text.find(content)].lstrip())
+            if (key := self.habits.reasoning_key) is not None:
+                message = {"role": "assistant", "content": content, key: reasoning}
+                text = self._render(plain.with_last(message), "chat template")
+                start, end = text.find(reasoning), text.find(content)
+                if text.startswith(prompt) and 0 <= start < end:
+                    lead = text[len(prompt) : start].lstrip()
+                    shape = replace(shape, reasoning_lead=lead, between=text[start + len(reasoning) : end])
+        except UserError:
+            return shape
+        return shape
 
     def end_id(self) -> int | None:
         """The token with which the chat template ends an assistant turn, or None."""
-        if self.trailer is None or self.encoder.control is None:
+        if self.habits.trailer is None or self.encoder.control is None:
             return None
-        tokens = self.encoder.control.findall(self.trailer)
+        tokens = self.encoder.control.findall(self.habits.trailer)
         return self.encoder.token_id(tokens[-1]) if tokens else None
 
-    def _split(
-        self, messages: Sequence[ChatMessage], conversation: str, content: str, place: str
-    ) -> tuple[str, str]:
-        """(trailer, text before it) of a conversation. The text ends with the content if the template keeps it."""
-        trailer = self.trailer
-        if trailer is None or not conversation.removesuffix(trailer).rstrip().endswith(content.strip()):
-            trailer = self.probe_trailer(messages, place)
-        if not conversation.endswith(trailer):
+    def _split(self, conversation: Conversation, whole: str, content: str, place: str) -> tuple[str, str]:
+        """(trailer, text before it) of a rendered conversation. The text ends with the content if the template keeps
+        it."""
+        trailer = self.habits.trailer
+        if trailer is None or not whole.removesuffix(trailer).rstrip().endswith(content.strip()):
+            trailer = self.probe_trailer(conversation, place)
+        if not whole.endswith(trailer):
             raise UserError(
                 "the model's chat template does not write the assistant's text at the end",
                 place=place,
                 cure="use a template without turns, or a model with another chat template",
             )
-        return trailer, conversation[: len(conversation) - len(trailer)]
+        return trailer, whole[: len(whole) - len(trailer)]
 
     def _end_of(self, trailer: str) -> int:
         """The position after the last special token in `trailer`, or 0."""
@@ -125,10 +423,10 @@ class Chat:
             return 0
         return max((mark.end() for mark in self.encoder.control.finditer(trailer)), default=0)
 
-    def probe_trailer(self, messages: Sequence[ChatMessage], place: str) -> str:
+    def probe_trailer(self, conversation: Conversation, place: str) -> str:
         """The text that the chat template writes after the content of the last message, an assistant's."""
         probe = _PROBE.format(number=0)
-        text = self._render([*messages[:-1], {**messages[-1], "content": probe}], place)
+        text = self._render(conversation.with_last({"role": "assistant", "content": probe}), place)
         if probe not in text:
             raise UserError(
                 "the model's chat template does not write the assistant's text",
@@ -137,14 +435,20 @@ class Chat:
             )
         return text.rpartition(probe)[2]
 
-    def _frames(self, messages: Sequence[ChatMessage], place: str) -> list[str] | None:
-        """The prompt's text before, between and after the contents; None if the template changes contents."""
-        probes = [_PROBE.format(number=number) for number in range(len(messages))]
-        probing = [{**message, "content": probe} for message, probe in zip(messages, probes, strict=True)]
-        text = self._render(probing, place, generate=True)
+    def _frames(self, conversation: Conversation, place: str) -> list[str] | None:
+        """The prompt's text before, between and after the contents that are not empty; None if the template changes
+        contents."""
+        probes: list[str] = []
+        probing: list[ChatMessage] = []
+        for number, message in enumerate(conversation.messages):
+            if message["content"]:
+                probes.append(_PROBE.format(number=number))
+                message = {**message, "content": probes[-1]}
+            probing.append(message)
+        text = self._render(replace(conversation, messages=probing), place, generate=True)
         return _PROBES.split(text) if _PROBES.findall(text) == probes else None
 
-    def _render(self, messages: Sequence[ChatMessage], place: str, *, generate: bool = False) -> str:
+    def _render(self, conversation: Conversation, place: str, *, generate: bool = False) -> str:
         tokenizer = self.encoder.tokenizer
         if tokenizer.chat_template is None:
             raise UserError(
@@ -153,7 +457,7 @@ class Chat:
                 cure="use a template without turns, or the model's instruction-tuned version",
             )
         try:
-            return self.deadline.call(lambda: _apply(tokenizer, messages, generate))
+            return self.deadline.call(lambda: _apply(tokenizer, conversation, generate))
         except TooSlow:  # stop the whole batch: the next row would take as long
             raise TooSlow(place) from None
         except Exception as error:  # the model's template may raise anything
@@ -163,36 +467,99 @@ class Chat:
 
 
 @contextmanager
-def chat_of(encoder: TextEncoder) -> Iterator[Chat]:
-    """The tokenizer's chat template, for use within the block, in this thread.
+def chat_of(
+    encoder: TextEncoder, thinking: Thinking = "auto", kwargs: Mapping[str, Any] | None = None
+) -> Iterator[Chat]:
+    """The tokenizer's chat template, for use within the block, in this thread. `kwargs`: its arguments for all rows.
 
     Raises UserError, with the place of the row, if rendering it takes longer than RENDER_SECONDS.
     """
     with deadline(RENDER_SECONDS) as limit:
         try:
-            yield _with_trailer(Chat(encoder, limit))
+            yield _with_habits(Chat(encoder, limit, habits_in(encoder.tokenizer), thinking, kwargs or {}))
         except TooSlow as slow:
             problem = f"the model's chat template did not end within {limit.seconds:g} seconds"
             raise UserError(problem, place=str(slow), cure="use a template without turns") from None
 
 
-def _with_trailer(chat: Chat) -> Chat:
-    """`chat` with the trailer of a short conversation. A template that refuses it is probed row by row instead."""
+def _with_habits(chat: Chat) -> Chat:
+    """`chat` with the habits that short conversations show. A template that refuses them is probed row by row."""
     if chat.encoder.tokenizer.chat_template is None:
         return chat
-    messages = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    place = "chat template"
+    user = {"role": "user", "content": "x"}
+    short = Conversation([user, {"role": "assistant", "content": "x"}], kwargs=chat.kwargs)
+    habits = chat.habits
     try:
-        return replace(chat, trailer=chat.probe_trailer(messages, place="chat template"))
+        habits = replace(habits, trailer=chat.probe_trailer(short, place))
     except UserError:
         return chat
+    reasoning, content = _PROBE.format(number=1), _PROBE.format(number=2)
+    for key in REASONING_KEYS:
+        if key not in habits.names:
+            continue
+        message = {"role": "assistant", "content": content, key: reasoning}
+        try:
+            text = chat._render(short.with_last(message), place)
+        except UserError:
+            continue
+        if reasoning in text and content in text[text.find(reasoning) :]:
+            tags = habits.tags and tags_between(text, habits.tags, reasoning, content)
+            habits = replace(habits, reasoning_key=key, tags=tags, keeps_block=False)
+            break
+    if habits.tags is not None and habits.keeps_block:
+        block = habits.tags.open + reasoning + habits.tags.closing + content
+        try:
+            text = chat._render(short.with_last({"role": "assistant", "content": block}), place)
+            habits = replace(habits, keeps_block=reasoning in text)
+        except UserError:
+            pass
+    return replace(chat, habits=replace(habits, marks=_marks(replace(chat, habits=habits), short)))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], generate: bool) -> str:
-    template = tokenizer.get_chat_template()
+def _marks(chat: Chat, short: Conversation) -> frozenset[str]:
+    """Special tokens that the chat template writes within an assistant's turn with reasoning and a tool call."""
+    tags, special = chat.habits.tags, chat.encoder.special
+    if special is None:
+        return frozenset()
+    marks = (
+        {text for text in (tags.open, tags.close) if special.fullmatch(text)} if tags is not None else set()
+    )
+    call = _call_message(ToolCall("name", '{"argument": 1}'))
+    message = {"role": "assistant", "content": "x", "tool_calls": [call]}
+    if "tool_calls" in chat.habits.names:
+        try:
+            prompt = chat.prompt(short.before_last, "chat template")
+            text = chat._render(short.with_last(message), "chat template")
+        except UserError:
+            return frozenset(marks)
+        if text.startswith(prompt):
+            found = special.findall(text[len(prompt) :])
+            marks |= {
+                mark for mark in found if mark not in (chat.habits.trailer or "") and mark not in prompt
+            }
+    return frozenset(marks)
+
+
+def _after(text: str, answer: ChatAnswer) -> ChatAnswer:
+    """The answer after some text."""
+    size = len(text)
+    start, end = answer.content
+    return replace(answer, text=text + answer.text, content=(start + size, end + size))
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, generate: bool) -> str:
+    tools = list(conversation.tools) or None
+    template = tokenizer.get_chat_template(tools=tools)
     template = FIXED_DATE + template if "strftime_now" in template else template
     return str(
         tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate
+            list(conversation.messages),
+            tools=tools,  # type: ignore[arg-type]  # a list is not a list of a wider type to mypy
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **conversation.kwargs,
         )
     )
 
@@ -212,8 +579,27 @@ def _between(frames: Sequence[str], contents: Sequence[str], text: str) -> list[
     return spans if position == len(text) else None
 
 
-def _in_order(contents: Sequence[str], text: str, encoder: TextEncoder) -> list[Span]:
-    """The spans of lines with special-token text, by search: for templates that change contents."""
+def _in_order(contents: Sequence[str], text: str) -> list[Span | None]:
+    """The spans of the contents in `text`, by search: for templates that change contents.
+
+    A content that is not found whole, say because the template drops its beginning, is searched from its last line on
+    backwards. None if not even its last line is found.
+    """
+    spans: list[Span | None] = []
+    position = 0
+    for content in contents:
+        lines = content.strip().split("\n")
+        forms = ("\n".join(lines[first:]).strip() for first in range(len(lines)))
+        found = next(
+            ((start, form) for form in forms if form and (start := text.find(form, position)) >= 0), None
+        )
+        spans.append(None if found is None else (found[0], found[0] + len(found[1])))
+        position = position if found is None else found[0] + len(found[1])
+    return spans
+
+
+def _special_lines(contents: Sequence[str], text: str, encoder: TextEncoder) -> list[Span]:
+    """The spans of lines with special-token text, by search."""
     spans, position = [], 0
     for line in [line.strip() for content in contents for line in content.split("\n")]:
         start = text.find(line, position) if line and encoder.has_special(line) else -1
@@ -221,60 +607,3 @@ def _in_order(contents: Sequence[str], text: str, encoder: TextEncoder) -> list[
             position = start + len(line)
             spans.append((start, position))
     return spans
-
-
-Result = TypeVar("Result")
-
-
-class TooSlow(BaseException):
-    """Raised inside a call that exceeds its deadline. Not an Exception, so that the called code does not catch it."""
-
-
-class Deadline:
-    """Limits calls in this thread to `seconds`; a second thread watches the time.
-
-    It needs no signals. It cannot interrupt a long operation inside C code.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._thread = threading.get_ident()
-        self._lock = threading.Lock()
-        self._started_at: float | None = None
-
-    def call(self, function: Callable[[], Result]) -> Result:
-        """Call `function` and return its result. Raises TooSlow when its time is up."""
-        with self._lock:
-            self._started_at = monotonic()
-        try:
-            return function()
-        finally:
-            with self._lock:
-                self._started_at = None
-
-    def interrupt_if_late(self) -> None:
-        """Called by the watching thread. The lock ensures that the exception does not reach a call that has ended."""
-        with self._lock:
-            if self._started_at is not None and monotonic() - self._started_at > self.seconds:
-                self._started_at = None
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._thread), ctypes.py_object(TooSlow)
-                )
-
-
-@contextmanager
-def deadline(seconds: float) -> Iterator[Deadline]:
-    """A `Deadline` for calls in this thread within the block."""
-    limit, done = Deadline(seconds), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(seconds / 4):
-            limit.interrupt_if_late()
-
-    watcher = threading.Thread(target=watch, name="deadline", daemon=True)
-    watcher.start()
-    try:
-        yield limit
-    finally:
-        done.set()
-        watcher.join()

@@ -14,7 +14,8 @@ from typing import Any
 
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
-from yeonma.data.template import Placeholder, Rendered, Template, TemplatePart, Variant
+from yeonma.data.template import Rendered, Template
+from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
 from yeonma.tokenization.chat_template import FIXED_DATE, ChatMessage, as_messages
 from yeonma.tokenization.example import TokenRules

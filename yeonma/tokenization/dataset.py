@@ -18,7 +18,7 @@ from yeonma.data.text_checks import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example import NOT_TRAINED, TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
@@ -85,6 +85,9 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
         over_limit=tokens.over_limit,
         train_on_inputs=tokens.train_on_inputs,
         add_eos_token=tokens.add_eos_token,
+        thinking=tokens.thinking,
+        train_on=tokens.train_on,
+        chat_template_kwargs=tokens.chat_template_kwargs,
     )
 
 
@@ -159,11 +162,12 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     if counts.shortened:
         log(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
     left_out = store.left_out if counts.left_out else []
-    for reason in NOTHING_TO_CHOOSE:
+    reasons = (*NOTHING_TO_CHOOSE, NOT_TRAINED)
+    for reason in reasons:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
             log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
-    numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
+    numbers = [left.row for left in left_out if left.reason not in reasons]
     if numbers:
         log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
     for warning in data_warnings(store, np.arange(len(store))):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.tokenization.chat_template import chat_of
+from yeonma.tokenization.reasoning import PLAIN, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
 
 
@@ -55,10 +57,14 @@ class Unit:
     members: tuple[tuple[AnswerRole, Example], ...]
 
 
+NOT_TRAINED = "no assistant turn is trained (train_on, weight 0)"
+"""The reason for which a turn list is left out whatever `over_limit` is."""
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """A row, or an answer of a turn list, that exceeds the limit even with its prompt field cut to one character; or a
-    pair with equal answers."""
+    pair with equal answers; or a turn list without a trained turn."""
 
     row: int
     place: str
@@ -75,6 +81,9 @@ class TokenRules:
     over_limit: Literal["drop", "error"] = "drop"
     train_on_inputs: bool = False
     add_eos_token: bool = True
+    thinking: Literal["auto", "keep", "drop", "empty"] = "auto"
+    train_on: Literal["all", "last", "marked"] = "all"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 def check_rules(template: Template, rules: TokenRules) -> None:
@@ -99,10 +108,34 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> No
         )
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[int, ...]:
-    """The ids that end an answer: EOS and, with `chat`, the end token of the chat template's assistant turns."""
-    ids = {tokenizer.eos_token_id}
-    if chat:
-        with chat_of(TextEncoder.of(tokenizer)) as template:
-            ids.add(template.end_id())
+@dataclass(frozen=True)
+class AnswerTokens:
+    """What a model's answers consist of, as tokens and as text."""
+
+    stop_ids: tuple[int, ...]
+    """The tokens that end an answer."""
+    shown_ids: tuple[int, ...] = ()
+    """Special tokens within answers: those around reasoning."""
+    shape: AnswerShape = PLAIN
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, rules: TokenRules | None, generation_eos: Sequence[int] = ()
+) -> AnswerTokens:
+    """The tokens that end an answer: EOS, those of the model's generation config (`generation_eos`) and, with the
+    `rules` of training with turns, the end token of the chat template's assistant turns. `rules` None: plain text."""
+    ids = {tokenizer.eos_token_id, *generation_eos}
+    if rules is None:
+        return AnswerTokens(_sorted(ids))
+    encoder = TextEncoder.of(tokenizer)
+    with chat_of(encoder, rules.thinking, rules.chat_template_kwargs) as chat:
+        ids.add(chat.end_id())
+        shape = chat.answer_shape()
+    special = encoder.special
+    texts = {mark for text in shape.texts for mark in (special.findall(text) if special else ())}
+    shown = {encoder.token_id(text) for text in texts} - ids
+    return AnswerTokens(_sorted(ids), _sorted(shown), shape)
+
+
+def _sorted(ids: set[int | None]) -> tuple[int, ...]:
     return tuple(sorted(token_id for token_id in ids if token_id is not None))

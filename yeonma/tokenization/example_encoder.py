@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.rows import Row
-from yeonma.data.template import Piece, Rendered, answer_text, field_lengths, joined, shorten
+from yeonma.data.template import Rendered, field_lengths, shorten
+from yeonma.data.template_syntax import Piece, joined
+from yeonma.data.turns import Turn
 from yeonma.errors import Problem, UserError
-from yeonma.tokenization.chat_template import Chat, as_messages, chat_of
-from yeonma.tokenization.example import Example, LeftOut, TokenRules, check_tokenizer
+from yeonma.tokenization.chat_template import Chat, chat_of
+from yeonma.tokenization.example import NOT_TRAINED, Example, LeftOut, TokenRules, check_tokenizer
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
 MAX_FITS = 8
@@ -74,7 +76,7 @@ def encoder_for(
     """An encoder for these rows, for use within the block, in this thread. Raises UserError as `chat_of`."""
     encoder = TextEncoder.of(tokenizer)
     if any(text.answer_role is not None for text in rendered):
-        with chat_of(encoder) as chat:
+        with chat_of(encoder, rules.thinking, rules.chat_template_kwargs) as chat:
             yield ExampleEncoder(encoder, chat, rules)
     else:
         yield ExampleEncoder(encoder, None, rules)
@@ -157,10 +159,13 @@ class ExampleEncoder:
     def encode(self, rendered: Sequence[Rendered], rows: Sequence[Row]) -> list[EncodeResult]:
         """Raises UserError with a problem for every faulty row, as the function `encode`."""
         texts: list[ExampleText] = []
+        untrained: list[EncodeResult] = []
         problems: list[Problem] = []
         for row_text, row in zip(rendered, rows, strict=True):
             try:
-                texts += self.texts(row_text, row)
+                row_texts = self.texts(row_text, row)
+                texts += row_texts
+                untrained += [] if row_texts else [self._untrained(row_text, row)]
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -173,6 +178,8 @@ class ExampleEncoder:
                 problems += error.problems
         if self.rules.over_limit == "error":
             problems += over_limit_problems([result.outcome for result in results])
+        if untrained:
+            results = sorted([*results, *untrained], key=lambda result: result.outcome.row)
         if problems:
             raise UserError(problems)
         return results
@@ -198,13 +205,23 @@ class ExampleEncoder:
         return prompts
 
     def texts(self, rendered: Rendered, row: Row) -> list[ExampleText]:
-        """The row's examples as text. Raises UserError with the row's place if there are none."""
-        texts = example_texts(rendered, row, self.encoder, self.chat, end_needed=self.rules.add_eos_token)
+        """The row's examples as text; none if no turn is trained. Raises UserError with the row's place if there is no
+        turn to train."""
+        texts = example_texts(rendered, row, self.encoder, self.chat, self.rules)
+        if not texts and any(turn.role == "assistant" for turn in rendered.turns[1:]):
+            return []
         if not texts:
             raise UserError("the turn list has no assistant turn after another turn", place=row.place)
         for text in texts:
             self._check_special_text(text.data, row)
         return texts
+
+    def _untrained(self, rendered: Rendered, row: Row) -> EncodeResult:
+        """The result of a row of which no turn is trained."""
+        last = max(index for index, turn in enumerate(rendered.turns) if turn.role == "assistant")
+        whole = replace(rendered, turns=rendered.turns[: last + 1])
+        text = _text_of_last_answer(whole, row, self.encoder, self.chat)
+        return EncodeResult(text, LeftOut(row.number, row.place, NOT_TRAINED))
 
     def ids_of(self, texts: Sequence[ExampleText]) -> list[TokenIds | None]:
         """The ids of the texts; None for a turn list whose answers do not begin and end at borders of tokens."""
@@ -221,7 +238,8 @@ class ExampleEncoder:
     def results_of(self, text: ExampleText, ids: TokenIds | None) -> list[EncodeResult]:
         """The text's example, shortened if it is too long. If `ids` is None, one example per answer."""
         if ids is None:
-            parts = [self.texts(part, text.row)[-1].last_answer for part in split_turns(text.rendered)]
+            split = split_turns(text.rendered, self.rules.train_on)
+            parts = [self.texts(part, text.row)[-1].last_answer for part in split]
             pairs = zip(parts, self.ids_of(parts), strict=True)
             return [result for part, part_ids in pairs for result in self.results_of(part, part_ids)]
         if len(ids.ids) <= self.rules.cutoff_len:
@@ -359,39 +377,57 @@ def prompt_of(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | N
     if rendered.answer_role is None:
         return _plain_text(rendered.prompt_pieces, encoder)
     assert chat is not None
-    messages = as_messages(rendered.turns)
-    if not rendered.answer and messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    text = chat.prompt(messages, row.place)
-    has_special = any(encoder.has_special(message["content"]) for message in messages)
-    return PromptText(text, tuple(chat.content_spans(messages, text, row.place)) if has_special else None)
+    conversation = chat.conversation(_prompt_part(rendered), row.place)
+    text = chat.prompt(conversation, row.place)
+    has_special = chat.has_special(conversation, row.place)
+    return PromptText(text, tuple(chat.data_spans(conversation, text, row.place)) if has_special else None)
+
+
+def _prompt_part(rendered: Rendered) -> Rendered:
+    """The row without the answer to generate: a final assistant turn of a turn list."""
+    turns = rendered.turns
+    if not rendered.answer and turns and turns[-1].role == "assistant" and len(turns) > rendered.first_answer:
+        turns = turns[:-1]
+    return replace(rendered, turns=turns, answer=(), answer_turn=None)
 
 
 def example_texts(
-    rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None, *, end_needed: bool
+    rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None, rules: TokenRules
 ) -> list[ExampleText]:
     """The row's examples: one, or one per answer of a turn list if the chat template rewrites earlier turns.
 
-    `end_needed`: every answer must end with a token of its own. Raises UserError with the row's place if the model's
-    chat template refuses the row.
+    Where an answer needs an EOS of its own, one per answer, too. None if no turn of the list is trained. Raises
+    UserError with the row's place if the model's chat template refuses the row.
     """
     if rendered.answer_role is None or rendered.answer:
         return [_text_of_last_answer(rendered, row, encoder, chat)]
-    texts = [_text_of_last_answer(part, row, encoder, chat) for part in split_turns(rendered)]
+    parts = split_turns(rendered, rules.train_on)
+    texts = [_text_of_last_answer(part, row, encoder, chat) for part in parts]
     merged = _merged(texts) if len(texts) > 1 else None
-    if merged is not None and not (end_needed and not all(text.ended for text in texts)):
+    if merged is not None and not (rules.add_eos_token and not all(text.ended for text in texts)):
         return [merged]
     return texts
 
 
-def split_turns(rendered: Rendered) -> list[Rendered]:
-    """The turn list cut after each of its assistant turns, except one at its start."""
-    roles = [turn.role for turn in rendered.turns]
+def split_turns(rendered: Rendered, train_on: str) -> list[Rendered]:
+    """The turn list cut after each of its assistant turns that are trained, never one at its start."""
+    last = len(rendered.turns) - 1
+    while last >= 0 and rendered.turns[last].role != "assistant":
+        last -= 1
     return [
         replace(rendered, turns=rendered.turns[: number + 1])
-        for number, role in enumerate(roles)
-        if role == "assistant" and number > 0
+        for number, turn in enumerate(rendered.turns)
+        if turn.role == "assistant"
+        and number >= max(rendered.first_answer, 1)
+        and _is_trained(turn.turn, train_on, number == last)
     ]
+
+
+def _is_trained(turn: Turn | None, train_on: str, is_last: bool) -> bool:
+    weight = None if turn is None else turn.weight
+    if weight == 0 or (train_on == "marked" and weight is None):
+        return False
+    return is_last or train_on != "last"
 
 
 def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str]]:
@@ -399,20 +435,18 @@ def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str
 
     Turns whose content the chat template changes, except for white space at the edges, are left out.
     """
-    turns = text.rendered.turns
     if text.rendered.answer_role is None:
         return _spans_of(text.rendered.prompt_pieces, 0, text.answers[0][0], text.text)
     assert chat is not None
-    if not text.rendered.answer:
-        turns = turns[:-1]
+    prompt_part = _prompt_part(text.rendered)
     prompt = text.text[: text.answers[-1][0]]
-    contents = chat.content_spans(as_messages(turns), prompt, text.row.place)
-    if len(contents) != len(turns):
-        return []
+    conversation = chat.conversation(prompt_part, text.row.place)
+    contents = chat.content_spans(conversation, prompt, text.row.place)
     return [
-        span
-        for turn, (start, end) in zip(turns, contents, strict=True)
-        for span in _spans_of(turn.pieces, start, end, text.text)
+        piece
+        for turn, span in zip(prompt_part.turns, contents, strict=True)
+        if span is not None
+        for piece in _spans_of(turn.pieces, *span, text.text)
     ]
 
 
@@ -425,15 +459,15 @@ def _text_of_last_answer(
         plain = _plain_text([*rendered.prompt_pieces, *rendered.answer], encoder)
         return ExampleText(rendered, row, plain.text, ((start, len(plain.text)),), False, plain.data)
     assert chat is not None
-    messages = as_messages(rendered.turns)
-    if rendered.answer:
-        messages.append({"role": "assistant", "content": answer_text(rendered)})
-    answer = chat.answer(messages, prompt.text, row.place)
+    conversation = chat.conversation(rendered, row.place, with_answer=True)
+    answer = chat.answer(conversation, prompt.text, row.place)
     text = prompt.text + answer.text
     data = prompt.data
-    if data is not None or encoder.has_special(messages[-1]["content"]):
-        data = data if data is not None else tuple(chat.content_spans(messages[:-1], prompt.text, row.place))
-        data = (*data, (start + answer.content[0], start + answer.content[1]))
+    if data is not None or chat.has_special(conversation, row.place):
+        before = conversation.before_last
+        data = data if data is not None else tuple(chat.data_spans(before, prompt.text, row.place))
+        for left, right in (answer.reasoning, answer.content):
+            data = (*data, *chat.without_marks(text, (start + left, start + right)))
     return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.adapter.adapter_folder import read_adapter_folder
+from yeonma.adapter.prompt_builder import PROMPT_END
 from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.sampling import SamplingParams
@@ -16,7 +17,7 @@ from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.tokenization.dataset import Dataset, DatasetPart
-from yeonma.tokenization.example import stop_ids
+from yeonma.tokenization.example import AnswerTokens, answer_tokens
 
 MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
@@ -64,8 +65,14 @@ def sample_answers(
     rendered = [task.preferred(task.render(dataset.template, row, dataset.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    is_turn = rendered[0].answer_role is not None
+    eos = getattr(policy.model.generation_config, "eos_token_id", None)
+    tokens = answer_tokens(
+        tokenizer, dataset.rules if is_turn else None, [eos] if isinstance(eos, int) else eos or ()
+    )
     sampling = SamplingParams(
-        stop_ids=tuple(stop_ids(tokenizer, chat=rendered[0].answer_role is not None)),
+        stop_ids=tokens.stop_ids,
+        shown_ids=tokens.shown_ids,
         max_new_tokens=int(max(1, min(MAX_NEW_TOKENS, positions - max(map(len, prompts))))),
     )
     adapter_answers, base_answers = (
@@ -76,14 +83,23 @@ def sample_answers(
         Sample(
             row.number,
             tokenizer.decode(prompt, skip_special_tokens=False),
-            _reference(text),
-            base.text,
-            adapter.text,
+            tokens.shape.parts(_reference(text)).content,
+            _alone(base.text, prompt.tolist(), tokens, tokenizer),
+            _alone(adapter.text, prompt.tolist(), tokens, tokenizer),
         )
         for row, prompt, text, base, adapter in zip(
             rows, prompts, rendered, base_answers, adapter_answers, strict=True
         )
     ]
+
+
+def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any) -> str:
+    """The answer without what the chat template makes the model write around it; reasoning only if nothing follows."""
+    is_open = tokens.shape.opens(tokenizer.decode(prompt[-PROMPT_END:]))
+    parts = tokens.shape.parts(text, is_open=is_open)
+    if parts.reasoning and not parts.content.strip():
+        return f"(reasoning without an answer: {parts.reasoning})"
+    return parts.content
 
 
 def _reference(rendered: Rendered) -> str:

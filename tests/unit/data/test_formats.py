@@ -209,7 +209,10 @@ USER = {"role": "user", "content": "q"}
         ({"role": "user", "content": ""}, "messages[2].content is empty"),
         ({"role": "assistant", "content": 3}, "messages[2].content is a number (3), not text"),
         ({"role": "user", "content": "\udc00"}, "messages[2].content contains half a character"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[2].tool_calls: tool calls"),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{}]},
+            "messages[2].tool_calls[0] has no name of a function",
+        ),
         ({"role": "user", "content": [{"type": "image_url"}]}, 'messages[2].content[0] is of type "image_url"'),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[2].content[0] is not a text part"),
         ({"role": "user", "content": ["a"]}, "messages[2].content[0] is not a text part"),

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from yeonma.data.rows import Row
 from yeonma.data.template import (
     BUILT_IN,
-    Piece,
     Rendered,
     RenderedTurn,
     Template,
@@ -19,6 +18,7 @@ from yeonma.data.template import (
     prompt_text,
     shorten,
 )
+from yeonma.data.template_syntax import Piece
 from yeonma.errors import UserError
 
 SIMPLE = "### Article:\n{document}\n\n### Title:\n{title}\n"
@@ -251,8 +251,9 @@ def test_turn_template_allows_earlier_turns_and_text_around_the_answer() -> None
     [
         ("Hi\n[user]\n{q}\n[assistant]\n{a}", "t.txt:1: text before the first turn"),
         ("[user]\n{q}\n[assistant]\nx {a}\n[user]\n{b}", "t.txt:5: the last turn is [user]"),
-        ("[user]\n{q}\n[assistant]\n{why} {a}", "t.txt:3: the last turn must have exactly one field"),
-        ("[user]\n{q}\n[assistant]\nYes.", "t.txt:3: the last turn must have exactly one field"),
+        ("[user]\n{q}\n[assistant]\nYes.", "t.txt:3: the last turn has no field, the answer"),
+        ("[turns]\n{a} {b}", "t.txt:1: [turns] takes exactly one field and no other text"),
+        ("[turns]\n{a}\n[user]\nx", "t.txt:3: the last turn is [user]"),
         ("[system]\n\n[user]\n{q}\n[assistant]\n{a}", "t.txt:1: the [system] turn is empty"),
         (
             "[system]\nx\n[User]\n{q}\n[assistant]\n{a}",

@@ -21,6 +21,7 @@ from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
 from yeonma.serve.openai_api import Reply
 from yeonma.serve.worker import Busy, Job, PromptTooLarge, ServedModel, Worker
+from yeonma.tokenization.example import AnswerTokens
 
 LENGTHS = (30, 3, 17, 9, 1, 12)
 PATIENCE_SECONDS = 60
@@ -59,7 +60,9 @@ def job(ids: np.ndarray, model: str = "a", streams: bool = False, **settings: An
 
 
 def as_served(model: Any) -> ServedModel:
-    return ServedModel(model, characters(), (2,), check_forest_support(model).forest, nullcontext)
+    return ServedModel(
+        model, characters(), AnswerTokens((2,)), check_forest_support(model).forest, nullcontext
+    )
 
 
 @contextmanager

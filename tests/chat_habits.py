@@ -1,0 +1,224 @@
+"""Small chat templates with the habits of published ones, written for these tests, and what each makes a model write.
+
+`Habit.written` is worked out by hand: the text that a model generates after the generation prompt, end token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from tests.tokenizers import byte_level
+
+_CHATML_TURN = "{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}"
+
+_TOOLS = (
+    "{%- if tools %}{{ '<|im_start|>system\n' }}"
+    "{%- if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{%- endif %}"
+    "{{ '# Tools\n' }}{%- for tool in tools %}{{ tool | tojson }}{{ '\n' }}{%- endfor %}{{ '<|im_end|>\n' }}"
+    "{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{%- endif %}"
+)
+_CALLS = (
+    "{%- for call in m.tool_calls or [] %}"
+    '{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{%- endfor %}"
+)
+_SPLIT = (
+    "{%- set content = m.content or '' %}{%- set thought = '' %}"
+    "{%- if m.reasoning_content is string %}{%- set thought = m.reasoning_content %}"
+    "{%- elif '</think>' in content %}"
+    "{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+)
+
+
+def _thinking(opening: str) -> str:
+    """Drops earlier reasoning, writes a block in the last turn; `opening` is what the generation prompt adds."""
+    return (
+        _TOOLS + "{%- set ns = namespace(last=-1) %}"
+        "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+        "{%- for m in messages %}"
+        "{%- if m.role == 'user' %}" + _CHATML_TURN + "{%- elif m.role == 'tool' %}"
+        "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+        "{%- elif m.role == 'assistant' %}" + _SPLIT + "{{ '<|im_start|>assistant\n' }}"
+        "{%- if loop.index0 > ns.last %}{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{%- endif %}"
+        "{{ content.lstrip('\n') }}" + _CALLS + "{{ '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n" + opening + "' }}"
+        "{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"
+        "{%- endif %}"
+    )
+
+
+@dataclass(frozen=True)
+class Habit:
+    """A chat template and what it makes a model write."""
+
+    name: str
+    template: str
+    written: Callable[[str | None, str], str]
+    """(reasoning or None, content) -> the text after the generation prompt."""
+    reasoning: bool = True
+    """Whether reasoning can be trained with it."""
+    system: bool = True
+    tools: bool = False
+    specials: tuple[str, ...] = ()
+    """Texts that are special tokens of its tokenizer besides those of ChatML."""
+    added: tuple[str, ...] = ()
+    """Texts that are tokens, but not special ones."""
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        tokenizer = byte_level(self.template)
+        tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in self.added])
+        tokenizer.add_tokens(
+            [AddedToken(text, special=True, normalized=False) for text in self.specials], special_tokens=True
+        )
+        return tokenizer
+
+
+def _plain(end: str = "<|im_end|>") -> Callable[[str | None, str], str]:
+    return lambda _, content: content + end
+
+
+def _block(reasoning: str | None, content: str) -> str:
+    return f"<think>\n{reasoning or ''}\n</think>\n\n{content}<|im_end|>"
+
+
+def _opened(reasoning: str | None, content: str) -> str:
+    return f"{reasoning or ''}\n</think>\n\n{content}<|im_end|>"
+
+
+def _harmony(reasoning: str | None, content: str) -> str:
+    thought = f"<|channel|>analysis<|message|>{reasoning}<|end|><|start|>assistant" if reasoning else ""
+    return f"{thought}<|channel|>final<|message|>{content}<|return|>"
+
+
+HABITS = (
+    Habit(
+        "chatml",
+        "{% for m in messages %}"
+        + _CHATML_TURN
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        _plain(),
+        reasoning=False,
+    ),
+    Habit(
+        "system of its own",
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}"
+        + _CHATML_TURN
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        _plain(),
+        reasoning=False,
+    ),
+    Habit(
+        "brackets",
+        "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% elif m.role == 'system' %}{{ '<<SYS>>' + m.content + '<</SYS>>' }}"
+        "{% else %}{{ ' ' + m.content.strip() + '</s>' }}{% endif %}{% endfor %}",
+        lambda _, content: " " + content + "</s>",
+        reasoning=False,
+        specials=("<s>", "</s>"),
+    ),
+    Habit(
+        "headers and trimmed contents",
+        "{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' + m.content | trim + '<|eot|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}",
+        _plain("<|eot|>"),
+        reasoning=False,
+        specials=("<|header|>", "<|/header|>", "<|eot|>"),
+    ),
+    Habit(
+        "no system, strict turns",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+        "{{ m.content | trim + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}",
+        _plain(),
+        reasoning=False,
+        system=False,
+    ),
+    Habit(
+        "block in the last turn",
+        _thinking(""),
+        _block,
+        tools=True,
+        added=("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    ),
+    Habit(
+        "block of special tokens",
+        _thinking(""),
+        _block,
+        tools=True,
+        specials=("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    ),
+    Habit(
+        "prompt opens the block, last turn keeps it",
+        _thinking("<think>\n"),
+        _opened,
+        tools=True,
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "prompt opens the block, every turn loses it",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
+        "{% set content = m.content.split('</think>')[-1] %}{{ '<|Assistant|>' + content + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
+        _opened,
+        specials=("<|User|>", "<|Assistant|>"),
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "prompt opens the block without a line break, every turn closes it",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
+        "{{ '<|Assistant|></think>' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>' }}{% endif %}",
+        lambda reasoning, content: f"{reasoning or ''}</think>{content}<|im_end|>",
+        specials=("<|User|>", "<|Assistant|>"),
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "block without line breaks in every turn",
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ '<|im_start|>assistant\n<think>' + (m.reasoning_content or '') + '</think>' + m.content + '<|im_end|>\n' }}"
+        "{% else %}" + _CHATML_TURN + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        lambda reasoning, content: f"<think>{reasoning or ''}</think>{content}<|im_end|>",
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "channels",
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% if m.thinking and loop.last %}"
+        "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+        "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+        "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        _harmony,
+        specials=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+    ),
+    Habit(
+        "brackets around reasoning, contents verbatim",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+        "{% elif m.role == 'system' %}{{ '[SYS]' + m.content + '[/SYS]' }}"
+        "{% else %}{% if m.reasoning_content %}{{ '[THINK]' + m.reasoning_content + '[/THINK]' }}{% endif %}"
+        "{{ m.content + '</s>' }}{% endif %}{% endfor %}",
+        lambda reasoning, content: (f"[THINK]{reasoning}[/THINK]" if reasoning else "") + content + "</s>",
+        specials=("[INST]", "[/INST]", "[SYS]", "[/SYS]", "[THINK]", "[/THINK]", "</s>"),
+    ),
+)
+
+NAMES = [habit.name for habit in HABITS]
+
+
+def rendered(habit: Habit, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+    """The text by transformers alone."""
+    return str(habit.tokenizer().apply_chat_template(messages, tokenize=False, **kwargs))

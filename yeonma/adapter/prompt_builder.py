@@ -15,15 +15,16 @@ from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
-from yeonma.data.template_syntax import Placeholder, Variant
-from yeonma.data.turns import turns_of
+from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import Problem, UserError
 from yeonma.model.load import generation_eos, load_tokenizer
 from yeonma.model.source import BaseSource, find_base
+from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.example import AnswerTokens, answer_tokens
 from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.reasoning import PLAIN, AnswerParts, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
+from yeonma.tokenization.tool_calls import FindCalls, call_finder
 
 NO_LIMIT = 2**40  # tokens
 PROMPT_END = 32
@@ -83,6 +84,11 @@ class PromptBuilder:
     def shown_ids(self) -> tuple[int, ...]:
         return self.tokens.shown_ids
 
+    @property
+    def find_calls(self) -> FindCalls | None:
+        """The function that finds tool calls in an answer; None if the chat template's format is not known."""
+        return call_finder(base_chat_template(self.tokenizer))
+
     def prompts(self, rows: Sequence[Row], columns: Columns = None, *, max_new_tokens: int) -> list[Prompt]:
         """The prompts of the rows. `columns` maps fields to columns, by default those of training. If a row does not
         have the column, it is read by the field's name.
@@ -123,15 +129,19 @@ class PromptBuilder:
     def reference(self, row: Row, columns: Columns = None) -> str | None:
         """The row's own answer, if it has one."""
         template = self.adapter.template
-        column = column_of(template.answer_field, self.columns(row, columns), template.answer_field)
+        named = self.columns(row, columns)
         try:
-            if not template.is_chat:
-                return field_text(row, column)
-            names = [variant.answer_placeholder.field for variant in template.variants]
-            turns = turns_of(row, next((name for name in names if row.values.get(name) is not None), column))
-            return turns[-1].text if turns[-1].role == "assistant" else None
+            if not any(variant.answer_role for variant in template.variants):
+                return field_text(row, column_of(template.answer_field, named, template.answer_field))
+            rendered = template.render(row, named)
         except UserError:  # a reference is optional
             return None
+        last = rendered.turns[-1]
+        if not rendered.answer and last.role != "assistant":
+            return None
+        texts = [piece.text for piece in rendered.answer if piece.field is not None]
+        answer = texts[0] if len(texts) == 1 else joined(rendered.answer) if texts else last.text
+        return self.tokens.shape.parts(answer).content
 
     def columns(self, row: Row, columns: Columns) -> dict[str, str]:
         """Field -> column for this row: the columns of training, updated by `columns`, without those that the row
@@ -201,11 +211,12 @@ def quantization_for(setting: QuantizationOrAuto, adapter: AdapterFolder) -> Qua
 
 
 def _around_answer(variant: Variant) -> tuple[str, str]:
-    """The frame's text before and after the answer field."""
-    sides, side = ["", ""], 0
-    for part in variant.answer:
-        if isinstance(part, Placeholder):
-            side = 1
-        else:
-            sides[side] += part.text
-    return sides[0], sides[1]
+    """The frame's text before and after the answer's fields."""
+    fields = [index for index, part in enumerate(variant.answer) if isinstance(part, Placeholder)]
+    before, after = variant.answer[: fields[0]], variant.answer[fields[-1] + 1 :]
+    if len(fields) > 1 and variant.answer_role is not None:
+        before = ()  # a tag before reasoning, which is split off with it
+    before_text, after_text = (
+        "".join(part.text for part in parts if isinstance(part, Piece)) for parts in (before, after)
+    )
+    return before_text, after_text

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.data.columns import column_of
 from yeonma.data.rows import Row
-from yeonma.data.task import TASKS, Task
+from yeonma.data.task import TASKS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.errors import UserError
 from yeonma.tokenization.dataset import DatasetPart
@@ -130,4 +129,4 @@ def _examples(outcomes: Iterable[Example | Unit | LeftOut]) -> Iterable[Example]
 
 
 def _columns_read(task: Task, template: Template, columns: Mapping[str, str] | None) -> list[str]:
-    return sorted({column_of(name, columns, template.answer_field) for name in task.fields(template)})
+    return sorted(columns_used(task, template, columns))

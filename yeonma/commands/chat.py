@@ -51,7 +51,7 @@ def run(config: ChatConfig) -> int:
     chat = _ChatSession(policy, builder, answer, on_terminal)
     chat.print_on_terminal(_welcome(builder))
     try:
-        chat.converse() if builder.adapter.template.is_chat else chat.ask_fields()
+        chat.converse() if builder.adapter.template.takes_turns else chat.ask_fields()
     except (_Quit, EOFError):
         chat.print_on_terminal("")
     except UnicodeDecodeError as error:
@@ -79,7 +79,7 @@ class _ChatSession:
 
     def converse(self) -> None:
         """A conversation: answers every message together with the turns before it."""
-        column = self.builder.adapter.template.answer_field
+        template = self.builder.adapter.template
         turns: list[ChatTurn] = []
         while True:
             try:
@@ -90,7 +90,7 @@ class _ChatSession:
             if not text.strip():
                 continue
             with_question = [*turns, {"role": "user", "content": text}]
-            answer = self.answer({column: with_question})
+            answer = self.answer(template.row_of_turns(with_question))
             if answer:
                 turns = [*with_question, {"role": "assistant", "content": answer}]
 
@@ -214,5 +214,5 @@ def _write(text: str) -> None:
 
 def _welcome(builder: PromptBuilder) -> str:
     adapter = builder.adapter
-    entering = "" if adapter.template.is_chat else " An empty line ends a field."
+    entering = "" if adapter.template.takes_turns else " An empty line ends a field."
     return f"{adapter.path} on {adapter.base.name}.{entering} /new starts over, /quit or Ctrl-D ends."

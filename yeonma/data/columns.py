@@ -16,6 +16,10 @@ Columns = Mapping[str, str] | None
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
 KWARGS_COLUMN = "chat_template_kwargs"
+HISTORY = "history"
+"""Alpaca's column of earlier turns."""
+PROMPT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY, "context")
+"""Columns that usually belong to the prompt: a built-in template that does not use them is no fit."""
 SIDE_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, KWARGS_COLUMN)
 """Columns that are part of the prompt of a turn list without standing in the template."""
 
@@ -52,10 +56,20 @@ FORMS = (
 )
 
 
-def recognise(names: Sequence[str], columns: Columns = None, forms: Sequence[Form] = FORMS) -> Recognised:
+WITH_TURNS = {"alpaca": "alpaca-turns", "prompt-completion": "prompt-completion-turns"}
+"""Built-in text templates -> their counterparts that the model's chat template writes."""
+
+
+def recognise(
+    names: Sequence[str],
+    columns: Columns = None,
+    forms: Sequence[Form] = FORMS,
+    with_turns: Mapping[str, str] = WITH_TURNS,
+) -> Recognised:
     """The built-in template whose fields a data set's columns (`names`) fill, given `--columns`.
 
-    Raises:
+    `names` are the columns that hold something. With a system prompt, earlier turns or tools, a text template gives way
+    to the one in `with_turns`, which has a place for them. Raises:
         UserError: `--columns` names a column that does not exist, or no template fits, or several do.
     """
     columns = columns or {}
@@ -69,6 +83,15 @@ def recognise(names: Sequence[str], columns: Columns = None, forms: Sequence[For
     fitting = {form.template: used for form in forms if (used := _columns_used(form, names, columns))}
     if len(fitting) == 1:
         ((template, used),) = fitting.items()
+        beside = [
+            name
+            for name in (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY)
+            if column_of(name, columns, "") in names
+        ]
+        if beside and template in with_turns:
+            shown = ", ".join((*used.values(), *beside))
+            reason = f"template {with_turns[template]}, because the columns are {shown}"
+            return Recognised(with_turns[template], reason)
         shown = ", ".join(used[column] for column in names if column in used)
         return Recognised(template, f"template {template}, because the columns are {shown}")
     listed = ", ".join(names) or "none"
@@ -91,6 +114,11 @@ def column_of(field: str, columns: Columns, answer_field: str) -> str:
         if field == answer_field and "answer" in columns:
             return columns["answer"]
     return field
+
+
+def is_filled(value: object) -> bool:
+    """Whether a column holds something: not null, and neither an empty list or object nor blank text."""
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def field_text(row: Row, column: str) -> str | None:

@@ -6,12 +6,22 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, get_args
 
 from yeonma.config.settings import LabelLossName
-from yeonma.data.columns import Columns, Recognised, recognise
+from yeonma.data.columns import (
+    PROMPT_COLUMNS,
+    WITH_TURNS,
+    Columns,
+    Recognised,
+    column_of,
+    is_filled,
+    recognise,
+)
 from yeonma.data.preference_pairs import (
     fields_of_pair,
     missing_label_columns,
@@ -23,10 +33,13 @@ from yeonma.data.preference_pairs import (
     render_pair,
 )
 from yeonma.data.rows import Row, Rows
-from yeonma.data.template import Rendered, Template, load_template
+from yeonma.data.template import BUILT_IN, Rendered, Template, load_template
+from yeonma.data.template_syntax import Piece, visible
 from yeonma.data.text_checks import Notes, notes_of
-from yeonma.errors import Problem
+from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
+
+ROWS_INSPECTED = 100
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Task:
 ANSWERS = Task(
     name="answers",
     units="examples",
-    recognise=lambda rows, columns: recognise(rows.columns, columns),
+    recognise=lambda rows, columns: _recognise_answers(rows, columns),
     fields=lambda template: template.fields,
     missing_columns=Template.missing_columns,
     render=Template.render,
@@ -97,11 +110,20 @@ def task_for_loss(loss: str | None) -> Task:
 
 @dataclass(frozen=True)
 class Choice:
-    """A template, the columns that fill it, and the reason if it was chosen by the columns or the adapter."""
+    """A template, the columns that fill it, the reason if it was chosen by the columns or the adapter, and the columns
+    of the data that it does not use."""
 
     template: Template
     columns: dict[str, str] | None
     reason: str = ""
+    unused: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines to print."""
+        unused = f"columns not used: {', '.join(map(visible, self.unused))}" if self.unused else ""
+        fields = "" if self.reason else _fields_note(self.template)
+        return [line for line in (self.reason, fields, unused) if line]
 
 
 def choose_template(
@@ -119,15 +141,82 @@ def choose_template(
     Raises UserError as `load_template`, and if none or several built-in templates fit.
     """
     if setting is not None:
-        return Choice(load_template(setting), columns)
+        choice = _with_unused(task, Choice(load_template(setting), columns), rows)
+        if "completion" in choice.unused and choice.template.is_chat and "prompt" in (columns or {}).values():
+            cure = f"use --template {WITH_TURNS['prompt-completion']}"
+            raise UserError('the column "completion" would be lost', place="--template", cure=cure)
+        return choice
     if adapter is not None and task.continues_template:
         path = user_path(adapter) / "template.txt"
         template = load_template(str(path)) if path.is_file() else None
         if template and not template.is_chat and not task.missing_columns(template, rows.columns, columns):
-            return Choice(template, columns, f"template {path}, from the adapter to continue")
+            reason = f"template {path}, from the adapter to continue"
+            return _with_unused(task, Choice(template, columns, reason), rows)
     recognised = task.recognise(rows, columns)
-    return Choice(
+    choice = Choice(
         template=load_template(recognised.template),
         columns={**dict(recognised.columns), **(columns or {})} or None,
         reason=recognised.reason,
     )
+    choice = _with_unused(task, choice, rows)
+    lost = [name for name in choice.unused if name in PROMPT_COLUMNS and name in filled_columns(rows)]
+    if lost:
+        raise UserError(
+            f"the built-in template {recognised.template} does not use the column{'s' * (len(lost) > 1)} "
+            f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt",
+            place="--template",
+            cure=f"write a template that has {{{lost[0]}}}; or give --template {recognised.template} to train without",
+        )
+    return choice
+
+
+def _fields_note(template: Template) -> str:
+    """Which fields of a template of the user's own are trained, if a closing tag stands just before the answer: the
+    field before it may be reasoning, which should be trained as well."""
+    variant = template.variants[0]
+    if variant.answer_role is not None or not variant.prompt_fields or template.name in BUILT_IN:
+        return ""
+    prompt, answer = (
+        " and ".join(f"{{{name}}}" for name in fields)
+        for fields in (variant.prompt_fields, variant.answer_fields)
+    )
+    parts = [part for turn in variant.turns for part in turn.parts]
+    border = parts[-1].text if isinstance(parts[-1], Piece) else ""
+    if re.search(r"</\w+>|\[/\w+\]", border) is None:
+        return ""
+    last = variant.prompt_fields[-1]
+    return f"{answer} is the answer, {prompt} the prompt; a line [answer] above {{{last}}} makes it part of the answer"
+
+
+def _with_unused(task: Task, choice: Choice, rows: Rows) -> Choice:
+    used = columns_used(task, choice.template, choice.columns)
+    return replace(choice, unused=tuple([name for name in rows.columns if name not in used]))
+
+
+def columns_used(task: Task, template: Template, columns: Columns) -> set[str]:
+    """The columns of the data that a task reads with this template."""
+    named = {column_of(name, columns, template.answer_field) for name in task.fields(template)}
+    return named | {(columns or {}).get(name, name) for name in template.side_columns}
+
+
+def filled_columns(rows: Rows) -> list[str]:
+    """The columns that hold something in one of the first rows."""
+    filled: dict[str, None] = {}
+    for row in islice(rows, ROWS_INSPECTED):
+        filled |= dict.fromkeys(name for name, value in row.values.items() if is_filled(value))
+    return [name for name in rows.columns if name in filled]
+
+
+def _recognise_answers(rows: Rows, columns: Columns) -> Recognised:
+    """The built-in template for rows with one answer. `prompt` and `completion` may hold turns."""
+    empty = {*PROMPT_COLUMNS}.difference(filled_columns(rows))
+    recognised = recognise([name for name in rows.columns if name not in empty], columns)
+    text, turns = "prompt-completion", WITH_TURNS["prompt-completion"]
+    if recognised.template != text:
+        return recognised
+    first = next(iter(rows)).values
+    names = (column_of(name, columns, "completion") for name in ("prompt", "completion"))
+    if not any(isinstance(first.get(name), (list, Mapping)) for name in names):
+        return recognised
+    reason = recognised.reason.replace(f"template {text}", f"template {turns}")
+    return replace(recognised, template=turns, reason=f"{reason}, and they hold turns")

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -22,6 +23,7 @@ from yeonma.data.columns import (
     Columns,
     column_of,
     field_text,
+    is_filled,
 )
 from yeonma.data.rows import Row
 from yeonma.data.template_syntax import (
@@ -39,7 +41,15 @@ from yeonma.data.template_syntax import (
 from yeonma.data.turns import Turn, is_turn_list, object_of, tools_of, turn_list, with_system
 from yeonma.errors import Problem, UserError, did_you_mean
 
-BUILT_IN = ("title", "alpaca", "orca", "chat", "prompt-completion")
+BUILT_IN = (
+    "title",
+    "alpaca",
+    "alpaca-turns",
+    "orca",
+    "chat",
+    "prompt-completion",
+    "prompt-completion-turns",
+)
 _BUILT_IN_FOLDER = Path(__file__).parent / "templates"
 _ANSWER_NAMES = ("answer", "chosen", "rejected", "label")
 """Names that `--columns` accepts besides the template's own fields: the answer, or its two sides, or its label."""
@@ -154,13 +164,64 @@ class Template:
         else:
             turns = tuple([RenderedTurn(turn.role, _fill(turn.parts, texts)) for turn in variant.turns])
         answer = _fill(variant.answer, texts) if with_answer else ()
-        return Rendered(turns, answer, number, variant.answer_role)
+        rendered = Rendered(turns, answer, number, variant.answer_role)
+        return self._with_side_columns(rendered, row, columns)
+
+    @cached_property
+    def side_columns(self) -> tuple[str, ...]:
+        """The columns that are part of a prompt without standing in the template: for templates with `[turns]`, those
+        for system prompt (unless the template has a `[system]` turn), tools and arguments of the chat template."""
+        if not any(variant.is_turn_list or variant.turn_fields for variant in self.variants):
+            return ()
+        has_system = any(variant.has_system for variant in self.variants)
+        names = (*TOOL_COLUMNS, KWARGS_COLUMN) if has_system else SIDE_COLUMNS
+        return tuple([name for name in names if name not in self.fields])
+
+    def columns_read(self, columns: Columns) -> set[str]:
+        """The columns that rendering reads."""
+        side = {(columns or {}).get(name, name) for name in self.side_columns}
+        return side | {self._column(name, columns) for name in self.fields}
+
+    @cached_property
+    def takes_turns(self) -> bool:
+        """Whether a conversation can be asked as it is: the template adds no text of its own, but perhaps a system
+        turn."""
+        return self.is_chat or self._last_user_field is not None
+
+    @cached_property
+    def _last_user_field(self) -> str | None:
+        """The field of the last user turn, for a template with `[turns]` before turns that hold nothing but fields."""
+        if not any(variant.turn_fields for variant in self.variants):
+            return None
+        turns = [
+            turn for variant in self.variants for turn in variant.turns if turn.role in ("user", "assistant")
+        ]
+        has_text = any(isinstance(part, Piece) and part.text.strip() for turn in turns for part in turn.parts)
+        lasts = [variant.turns[-1] for variant in self.variants]
+        if has_text or any(len(variant.answer) > 1 for variant in self.variants):
+            return None
+        fields = [placeholders(last.parts)[0].field for last in lasts if last.role == "user"]
+        return fields[0] if len(fields) == len(lasts) else None
 
     @property
-    def reads_side_columns(self) -> bool:
-        """Whether a row's columns `system`, `tools` and `chat_template_kwargs` are part of its prompt without standing
-        in the template: for templates that end with `[turns]`."""
-        return self.is_chat
+    def _system_field(self) -> str | None:
+        """The field or column of the system prompt."""
+        turns = [turn for variant in self.variants for turn in variant.turns if turn.role == "system"]
+        fields = [placeholder.field for turn in turns for placeholder in placeholders(turn.parts)]
+        return fields[0] if fields else "system" if "system" in self.side_columns else None
+
+    def row_of_turns(self, turns: Sequence[Mapping[str, object]]) -> dict[str, object]:
+        """The row whose prompt is this conversation, which ends with the turn to answer. For `takes_turns`."""
+        *before, last = turns
+        row: dict[str, object] = {}
+        if before and before[0].get("role") in ("system", "developer") and (name := self._system_field):
+            row[name] = before[0].get("content")
+            before = before[1:]
+        lists = self.variants[0].turn_fields
+        if self.is_chat:
+            return {**row, (lists[0] if lists else self.answer_field): [*before, last]}
+        history: dict[str, object] = {lists[0]: before} if before else {}
+        return {**row, **history, self._last_user_field or "": last.get("content")}
 
     def missing_columns(self, names: Sequence[str], columns: Columns) -> list[Problem]:
         """Problems for the fields that no column (`names`) of the data fills; none if some variant can be filled.
@@ -205,7 +266,7 @@ class Template:
         after = _turns_to_render(after, f'"{name}"', row.place, with_answer, bool(before))
         turns = (*before, *as_rendered_turns(after, len(before)))
         rendered = Rendered(turns, (), number, "assistant", len(before))
-        return self._with_side_columns(rendered, variant, row, columns)
+        return self._with_side_columns(rendered, row, columns)
 
     def _variant_of(self, row: Row, columns: Columns, texts: dict[str, str]) -> int | None:
         """The first variant whose prompt the row can fill; the texts of its fields are added to `texts`."""
@@ -213,7 +274,7 @@ class Template:
             lists = variant.turn_fields
             if variant.is_turn_list and not lists:
                 lists = (variant.answer_placeholder.field,)
-            if all(_is_filled(row.values.get(self._column(name, columns))) for name in lists):
+            if all(is_filled(row.values.get(self._column(name, columns))) for name in lists):
                 if self._read_fields(variant.prompt_fields, row, columns, texts):
                     return number
         return None
@@ -230,15 +291,12 @@ class Template:
                 turns.append(RenderedTurn(turn.role, _fill(turn.parts, texts)))
         return tuple(turns)
 
-    def _with_side_columns(
-        self, rendered: Rendered, variant: Variant, row: Row, columns: Columns
-    ) -> Rendered:
+    def _with_side_columns(self, rendered: Rendered, row: Row, columns: Columns) -> Rendered:
         """The row with its columns for system prompt, tools and arguments of the chat template."""
         values = {
             name: (column, row.values[column])
-            for name in SIDE_COLUMNS
-            if name not in self.fields
-            and _is_filled(row.values.get(column := (columns or {}).get(name, name)))
+            for name in self.side_columns
+            if is_filled(row.values.get(column := (columns or {}).get(name, name)))
         }
         if not values:
             return rendered
@@ -256,12 +314,11 @@ class Template:
                 rendered = replace(
                     rendered, turns=(system, *rendered.turns), first_answer=rendered.first_answer + 1
                 )
-        tools = [
-            tools_of(value, column, row.place)
-            for name in TOOL_COLUMNS
-            if name in values
-            for column, value in [values[name]]
-        ]
+        columns_of_tools = [values[name] for name in TOOL_COLUMNS if name in values]
+        tools = [tools_of(value, column, row.place) for column, value in columns_of_tools]
+        if len(tools) > 1 and tools[0] != tools[1]:
+            problem = f"the columns {' and '.join(TOOL_COLUMNS)} have different tools"
+            raise UserError(problem, place=row.place, cure="keep one of them")
         if KWARGS_COLUMN in values:
             column, value = values[KWARGS_COLUMN]
             rendered = replace(rendered, chat_kwargs=object_of(value, column, row.place))
@@ -276,7 +333,7 @@ class Template:
         lists = [variant.answer_placeholder.field for variant in self.variants]
         names = list(dict.fromkeys(fields))
         missing = next(
-            (name for name in names if not _is_filled(row.values.get(self._column(name, columns)))), lists[0]
+            (name for name in names if not is_filled(row.values.get(self._column(name, columns)))), lists[0]
         )
         return UserError(
             [_missing_field(row, missing, self._column(missing, columns), " or ".join(dict.fromkeys(lists)))]
@@ -297,9 +354,8 @@ class Template:
 
     def check_columns(self, columns: Mapping[str, str]) -> None:
         """Raises UserError for unknown fields, and for a prompt field that shows the answer's column."""
-        side = SIDE_COLUMNS if self.reads_side_columns else ()
         for name in columns:
-            if name not in self.fields and name not in _ANSWER_NAMES and name not in side:
+            if name not in self.fields and name not in _ANSWER_NAMES and name not in self.side_columns:
                 cure = did_you_mean(name, self.fields) or f"it has {', '.join(sorted(self.fields))}"
                 raise UserError(f'the template has no field "{name}"', place="--columns", cure=cure)
         answer = self._column(self.answer_field, columns)
@@ -315,7 +371,7 @@ class Template:
             lists = [
                 name
                 for name in variant.turn_fields
-                if not _is_filled(row.values.get(self._column(name, columns)))
+                if not is_filled(row.values.get(self._column(name, columns)))
             ]
             fields = variant.prompt_fields + (variant.answer_fields if with_answer else ())
             return lists + [name for name in fields if field_text(row, self._column(name, columns)) is None]
@@ -418,11 +474,6 @@ def _fill(parts: tuple[TemplatePart, ...], texts: Mapping[str, str]) -> tuple[Pi
     return tuple(
         [Piece(texts[part.field], part.field) if isinstance(part, Placeholder) else part for part in parts]
     )
-
-
-def _is_filled(value: object) -> bool:
-    """Whether a column holds something: not null, and neither an empty list or object nor blank text."""
-    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _turns_in(row: Row, column: str, role: str | None) -> tuple[Turn, ...]:

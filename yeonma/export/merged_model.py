@@ -219,7 +219,7 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
 def _write_other_files(prompt_builder: PromptBuilder, folder: Path) -> None:
     """Writes tokenizer, template, yeonma.json, sample rows and card, so that prompts are those of training."""
     adapter = prompt_builder.adapter
-    exported = export_chat_template(adapter.template, prompt_builder.tokenizer)
+    exported = export_chat_template(adapter.template, prompt_builder.tokenizer, adapter.rules)
     save_tokenizer(prompt_builder.tokenizer, exported, folder)
     for name in (TEMPLATE, SAMPLES):
         if (adapter.path / name).is_file():

@@ -46,7 +46,7 @@ def _escaped(text: str) -> str:
 
 
 def _go_template(template: Template, encoder: TextEncoder) -> tuple[str | None, list[str]]:
-    if template.is_chat:
+    if template.takes_turns:
         return None, ["no TEMPLATE: Ollama uses the chat template in the GGUF file, if it recognises it"]
     filled = [(variant, _names(variant.prompt_fields)) for variant in template.variants]
     usable = [(variant, names) for variant, names in filled if names is not None]

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +36,7 @@ from yeonma.serve.openai_api import (
     row_of_messages,
 )
 from yeonma.serve.worker import Busy, Job, PromptTooLarge, Worker
+from yeonma.tokenization.tool_calls import FindCalls
 
 MAX_BODY_BYTES = 1_000_000
 MAX_READ_BYTES = 64_000_000
@@ -201,14 +202,27 @@ async def _complete(
         models.worker.submit(jobs)
     except Busy as error:
         raise RequestError(429, f"{error}: try again later", code="rate_limit_exceeded") from None
+    find_calls = prompt_builder.find_calls if _offers_tools(request) else None
     writer, prompt_ids = ResponseWriter.of(request), [prompt.token_ids.tolist() for prompt in prompts]
     # prompts are never shortened silently
     headers = {"Yeonma-Shortened": "true"} if any(prompt.shortened for prompt in prompts) else None
     if request.stream:
-        chunks = _streamed(writer, jobs, events, sum(map(len, prompt_ids)))
+        chunks = _streamed(writer, jobs, events, sum(map(len, prompt_ids)), find_calls)
         return StreamingResponse(chunks, headers=headers, media_type="text/event-stream")
-    replies = await _replies(http_request, jobs, events)
+    replies = [_with_calls(reply, find_calls) for reply in await _replies(http_request, jobs, events)]
     return JSONResponse(writer.complete(replies, prompt_ids), headers=headers)
+
+
+def _offers_tools(request: ChatRequest | TextRequest) -> bool:
+    return isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
+
+
+def _with_calls(reply: Reply, find_calls: FindCalls | None) -> Reply:
+    """The reply with the tool calls in its text apart."""
+    if find_calls is None:
+        return reply
+    text, calls = find_calls(reply.text)
+    return replace(reply, text=text, tool_calls=calls)
 
 
 async def _body(request: Request) -> bytes:
@@ -242,7 +256,7 @@ def _prompts(
     """The request's prompts as token ids. Raises RequestError if they do not fit the template or the model."""
     try:
         if isinstance(request, ChatRequest):
-            row = row_of_messages(prompt_builder.adapter.template, request.messages)
+            row = row_of_messages(prompt_builder.adapter.template, request.messages, request)
             prompts = prompt_builder.prompts([row], max_new_tokens=max_new_tokens)
         else:
             prompts = [prompt_builder.text_prompt(text) for text in request.prompt]
@@ -291,9 +305,14 @@ def _cancel(jobs: Sequence[Job]) -> None:
 
 
 async def _streamed(
-    writer: ResponseWriter, jobs: Sequence[Job], events: Events, prompt_tokens: int
+    writer: ResponseWriter,
+    jobs: Sequence[Job],
+    events: Events,
+    prompt_tokens: int,
+    find_calls: FindCalls | None,
 ) -> AsyncIterator[str]:
-    """The answers as server-sent events, with text as it is generated."""
+    """The answers as server-sent events, with text as it is generated. An answer that may contain tool calls is sent
+    when it is complete."""
     tokens, running = 0, len(jobs)
     try:
         for chunk in writer.stream_start():
@@ -304,12 +323,15 @@ async def _streamed(
                 yield _event(_worker_error(event).body)
                 return
             if isinstance(event, Reply):
+                event = _with_calls(event, find_calls)
+                if find_calls is not None and event.text:
+                    yield _event(writer.stream_text(event.text, index))
                 yield _event(writer.stream_end(event, index))
                 tokens += len(event.token_ids)
                 running -= 1
-            elif isinstance(event, str):
+            elif isinstance(event, str) and find_calls is None:
                 yield _event(writer.stream_text(event, index))
-            elif writer.is_chat:
+            elif isinstance(event, ReasoningText) and writer.is_chat:
                 yield _event(writer.stream_reasoning(event, index))
         for chunk in writer.stream_usage(prompt_tokens, tokens):
             yield _event(chunk)

@@ -18,8 +18,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from yeonma.config.parse import describe, settings_of
 from yeonma.config.settings import AnswerSettings
+from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
+from yeonma.data.turns import ToolCall
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 """Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
@@ -28,6 +30,7 @@ MAX_STOPS = 4
 """OpenAI's own limit."""
 MAX_PROMPTS = 64
 """Maximum number of prompts in one completion request."""
+NO_TOOLS = "tools are not supported: this model was trained with its own prompt template, which has no place for them"
 TOKEN_COUNT = "a whole number of at least 1"
 UNSUPPORTED = "unsupported_parameter"
 
@@ -95,13 +98,35 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A message of a conversation. Its content may be split into parts."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
     role: str = Field(description="a string")
-    content: str | list[TextPart] = Field(description="a string, or a list of parts of type text")
+    content: str | list[TextPart] | None = Field(
+        default=None, description="a string, or a list of parts of type text"
+    )
+    reasoning_content: str | None = Field(default=None, description="a string")
+    reasoning: str | None = Field(default=None, description="a string")
+    tool_calls: list[dict[str, Any]] | None = Field(default=None, description="a list of objects")
+    tool_call_id: str | None = Field(default=None, description="a string")
+    name: str | None = Field(default=None, description="a string")
+    refusal: Annotated[Any, _only(None)] = None
+    audio: Annotated[Any, _only(None)] = None
+    function_call: Annotated[Any, _only(None)] = None
 
     @property
     def text(self) -> str:
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The turn of a turn list."""
+        content = None if self.content is None else self.text
+        turn = {"role": self.role, "content": content}
+        for name in ("reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name"):
+            if (value := getattr(self, name)) is not None:
+                turn[name] = value
+        return {**(self.model_extra or {}), **turn}
 
 
 class StreamOptions(BaseModel):
@@ -157,7 +182,6 @@ class CompletionParameters(BaseModel):
     top_logprobs: Annotated[Any, _only(0)] = None
     logit_bias: Annotated[Any, _only({})] = None
     response_format: Annotated[Any, _only({"type": "text"})] = None
-    tools: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     functions: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
@@ -169,11 +193,17 @@ class ChatRequest(CompletionParameters):
 
     messages: list[Message] = Field(min_length=1, description="a list of messages, at least one")
     max_completion_tokens: int | None = Field(default=None, ge=1, description=TOKEN_COUNT)
+    tools: list[dict[str, Any]] = Field(default=[], description="a list of objects")
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description="an object")
+    """vLLM's extension: arguments of the model's chat template, such as `enable_thinking`."""
+    reasoning_effort: str | None = Field(default=None, description="a string")
+    """An argument of the chat templates that know it, such as that of gpt-oss."""
 
 
 class TextRequest(CompletionParameters):
     """The body of POST /v1/completions: texts to continue."""
 
+    tools: Annotated[Any, _only([])] = None
     prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(
         min_length=1,
         max_length=MAX_PROMPTS,
@@ -250,20 +280,20 @@ def answer_settings(
     return replace(defaults, **values)
 
 
-def row_of_messages(template: Template, messages: Sequence[Message]) -> Row:
+def row_of_messages(
+    template: Template, messages: Sequence[Message], request: ChatRequest | None = None
+) -> Row:
     """The row for a conversation. Its prompt is the one that training would make of this row.
 
-    A template of turn lists takes the messages as they are. Any other template has its own frame and takes one user
-    message: the text of its field. If rows may have several fields, the message is a JSON object with one text per
-    field, or plain text if a variant of the template has a single field. Raises RequestError for any other
-    conversation.
+    A template of turns takes messages, tools and arguments of the chat template as they are. Any other template has its
+    own frame and takes one user message: the text of its field. If rows may have several fields, the message is a JSON
+    object with one text per field, or plain text if a variant of the template has a single field. Raises RequestError
+    for any other conversation.
     """
-    if template.is_chat:
-        if messages[-1].role == "assistant":
-            problem = "the last message is the assistant's: there is nothing to answer"
-            raise RequestError(400, problem, param="messages")
-        turns = [{"role": message.role, "content": message.text} for message in messages]
-        return Row(1, {template.answer_field: turns}, "messages")
+    if template.takes_turns:
+        return _row_of_turns(template, messages, request)
+    if request is not None and request.tools:
+        raise RequestError(400, NO_TOOLS, param="tools", code=UNSUPPORTED)
     if len(messages) != 1 or messages[0].role != "user":
         problem = "this model was trained with its own prompt template and takes exactly one message, with role user"
         raise RequestError(400, problem, param="messages")
@@ -289,6 +319,23 @@ def row_of_messages(template: Template, messages: Sequence[Message]) -> Row:
     return Row(1, values, "messages")
 
 
+def _row_of_turns(template: Template, messages: Sequence[Message], request: ChatRequest | None) -> Row:
+    """The row of a conversation. Raises RequestError if there is nothing to answer."""
+    if messages[-1].role == "assistant":
+        problem = "the last message is the assistant's: there is nothing to answer"
+        raise RequestError(400, problem, param="messages")
+    row = template.row_of_turns([message.turn for message in messages])
+    if request is not None:
+        kwargs = dict(request.chat_template_kwargs)
+        if request.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+        if kwargs:
+            row[KWARGS_COLUMN] = kwargs
+        if request.tools and request.tool_choice != "none":
+            row[TOOL_COLUMNS[0]] = request.tools
+    return Row(1, row, "messages")
+
+
 @dataclass(frozen=True)
 class ReasoningText:
     """A piece of the reasoning before an answer, for a stream."""
@@ -307,10 +354,38 @@ class Reply:
     """Whether a stop token or a stop text ended it, rather than its length."""
     reasoning: str | None = None
     """The reasoning before the answer, if the model wrote some."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The tool calls of the answer, which are not part of its text."""
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self.stopped else "length"
+        return "tool_calls" if self.tool_calls else "stop" if self.stopped else "length"
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message."""
+        reasoning = {} if self.reasoning is None else {"reasoning_content": self.reasoning}
+        if not self.tool_calls:
+            return {"role": "assistant", "content": self.text, **reasoning}
+        return {"role": "assistant", "content": self.text or None, **reasoning, "tool_calls": self._calls}
+
+    @property
+    def _calls(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": call.id or f"call_{uuid.uuid4().hex}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in self.tool_calls
+        ]
+
+    @property
+    def last_delta(self) -> dict[str, Any]:
+        """The last piece of a streamed message."""
+        if not self.tool_calls:
+            return {}
+        return {"tool_calls": [{"index": index, **call} for index, call in enumerate(self._calls)]}
 
 
 @dataclass(frozen=True)
@@ -336,8 +411,7 @@ class ResponseWriter:
         for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
             choice: dict[str, Any] = {"index": index}
             if self.is_chat:
-                reasoning = {} if reply.reasoning is None else {"reasoning_content": reply.reasoning}
-                choice["message"] = {"role": "assistant", "content": reply.text, **reasoning}
+                choice["message"] = reply.message
             else:
                 choice["text"] = reply.text
             if self.request.return_token_ids:
@@ -361,7 +435,8 @@ class ResponseWriter:
         return self._chunk({"delta": {"reasoning_content": piece.text}}, index)
 
     def stream_end(self, reply: Reply, index: int = 0) -> dict[str, Any]:
-        return self._chunk({"delta": {}} if self.is_chat else {"text": ""}, index, reply.finish_reason)
+        last = {"delta": reply.last_delta} if self.is_chat else {"text": ""}
+        return self._chunk(last, index, reply.finish_reason)
 
     def stream_usage(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
         """The chunks at the end of a stream: the usage, if the request asked for it."""

@@ -119,7 +119,7 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
     template = prompt_builder.adapter.template
     if any(prompt_builder.frame(variant) != ("", "") for variant in range(len(template.variants))):
         return f"the template of {path} has text around the answer, which it would not remove"
-    if why_not_exported(template, prompt_builder.tokenizer, chat_template):
+    if why_not_exported(template, prompt_builder.tokenizer, chat_template, prompt_builder.adapter.rules):
         return f"the chat template in {path} does not give the trained tokens"
     return ""
 

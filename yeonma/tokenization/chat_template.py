@@ -374,7 +374,7 @@ class Chat:
 
     def answer_shape(self) -> AnswerShape:
         """What the chat template makes a model write around reasoning and content."""
-        shape = AnswerShape(self.tags)
+        shape = AnswerShape(self.tags, marks=tuple(sorted(self.habits.marks)))
         content, reasoning = _PROBE.format(number=1), _PROBE.format(number=2)
         user = {"role": "user", "content": "x"}
         plain = Conversation([user, {"role": "assistant", "content": content}], kwargs=self.kwargs)

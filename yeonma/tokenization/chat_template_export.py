@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from yeonma.data.columns import Columns, column_of, field_text
@@ -17,9 +17,9 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template
 from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import FIXED_DATE, ChatMessage, as_messages
-from yeonma.tokenization.example import TokenRules
-from yeonma.tokenization.example_encoder import encode_prompts
+from yeonma.tokenization.chat_template import FIXED_DATE, ChatMessage, Conversation, chat_of
+from yeonma.tokenization.example import DEFAULT_RULES, TokenRules
+from yeonma.tokenization.example_encoder import encode_prompts, prompt_part
 from yeonma.tokenization.text_encoder import TextEncoder
 
 BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
@@ -29,7 +29,7 @@ MARK = f"{{#- A training template, for messages; the base model's own chat templ
 
 _LEAD_PROBES = ("x", "가", "\n", "###", "x  y")
 _TRIAL_TEXTS = ("x", "서울의 아침, -3 °C.", '  A storm\n\nclosed "it" {x} {{y}}\n', "\n\\ é 😀\tend ")
-_UNLIMITED = TokenRules(2**40)
+_UNLIMITED = 2**40
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,29 @@ class ExportedChatTemplate:
     why: str = ""
 
 
-def export_chat_template(template: Template, tokenizer: Any) -> ExportedChatTemplate:
+def export_chat_template(
+    template: Template, tokenizer: Any, rules: TokenRules = DEFAULT_RULES
+) -> ExportedChatTemplate:
     """The chat template for `template`, tried on a few texts. `tokenizer` has the base's own chat template."""
-    text = chat_template_for(template, tokenizer)
+    text = chat_template_for(template, tokenizer, rules)
     if text is None:
         return ExportedChatTemplate(None, "the base model has no chat template to write turns with")
-    reason = why_not_exported(template, tokenizer, text)
+    reason = why_not_exported(template, tokenizer, text, rules)
     return ExportedChatTemplate(None if reason else text, reason)
 
 
-def why_not_exported(template: Template, tokenizer: Any, text: str) -> str:
+def why_not_exported(template: Template, tokenizer: Any, text: str, rules: TokenRules = DEFAULT_RULES) -> str:
     """Why the chat template `text` does not give the tokens of training in a trial; empty if it does."""
     trials = 0
     for row in _trial_rows(template):
-        rendered = template.render(row, None, with_answer=False)
         try:
-            ids = full_prompt_ids(rendered, row, tokenizer)
-        except UserError:  # a conversation that the base's chat template refuses
+            rendered = template.render(row, None, with_answer=False)
+            ids = full_prompt_ids(rendered, row, tokenizer, rules)
+        except UserError:  # a conversation that the template or the base's chat template refuses
             continue
         try:
-            exported_ids = chat_ids(tokenizer, messages_of(template, row, None, rendered), text)
+            conversation = conversation_of(template, row, None, rendered, tokenizer, rules)
+            exported_ids = chat_ids(tokenizer, conversation, text)
         except Exception as error:  # Jinja may raise anything
             return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
         if exported_ids != ids:
@@ -68,28 +71,35 @@ def why_not_exported(template: Template, tokenizer: Any, text: str) -> str:
     return "" if trials else "the base model's chat template refuses every trial"
 
 
-def full_prompt_ids(rendered: Rendered, row: Row, tokenizer: Any) -> list[int]:
+def full_prompt_ids(
+    rendered: Rendered, row: Row, tokenizer: Any, rules: TokenRules = DEFAULT_RULES
+) -> list[int]:
     """The ids of the row's prompt as trained, but without a length limit. Raises UserError as `encode_prompts`."""
-    return encode_prompts([rendered], [row], tokenizer, _UNLIMITED, 1)[0].tolist()
+    unlimited = replace(rules, cutoff_len=_UNLIMITED)
+    return encode_prompts([rendered], [row], tokenizer, unlimited, 1)[0].tolist()
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[ChatMessage], chat_template: str | None = None) -> list[int]:
-    """The prompt ids that other tools use: those of `messages` by transformers' `apply_chat_template`."""
+def chat_ids(tokenizer: Any, conversation: Conversation, chat_template: str | None = None) -> list[int]:
+    """The prompt ids that other tools use: those by transformers' `apply_chat_template`."""
     encoded = tokenizer.apply_chat_template(
-        list(messages), chat_template=chat_template, add_generation_prompt=True
+        list(conversation.messages),
+        tools=list(conversation.tools) or None,
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        **conversation.kwargs,
     )
     return list(encoded["input_ids"])
 
 
 def _trial_rows(template: Template) -> Iterator[Row]:
     """Rows for every variant, with texts that test token borders, JSON and Jinja."""
-    if template.is_chat:
-        column = template.answer_field
+    if template.takes_turns:
         for first, last in zip(_TRIAL_TEXTS, reversed(_TRIAL_TEXTS), strict=True):
             question, answer = ({"role": role, "content": first} for role in ("user", "assistant"))
             for turns in ([question], [question, answer, {"role": "user", "content": last}]):
-                yield Row(1, {column: turns}, "trial")
-                yield Row(1, {column: [{"role": "system", "content": last}, *turns]}, "trial")
+                yield Row(1, template.row_of_turns(turns), "trial")
+                with_system = [{"role": "system", "content": last}, *turns]
+                yield Row(1, template.row_of_turns(with_system), "trial")
         return
     for variant in template.variants:
         for number in range(len(_TRIAL_TEXTS)):
@@ -98,18 +108,21 @@ def _trial_rows(template: Template) -> Iterator[Row]:
             yield Row(1, {name: texts[index % len(texts)] for index, name in fields}, "trial")
 
 
-def chat_template_for(template: Template, tokenizer: Any) -> str | None:
+def chat_template_for(template: Template, tokenizer: Any, rules: TokenRules = DEFAULT_RULES) -> str | None:
     """Jinja that renders messages as the template's prompts. `tokenizer` has the base's own chat template.
 
-    Returns None if turns need the base's chat template and there is none.
+    The arguments that the base's chat template was trained with are its defaults. Returns None if turns need the base's
+    chat template and there is none.
     """
     encoder = TextEncoder.of(tokenizer)
     base = base_chat_template(tokenizer)
     has_turns = any(variant.answer_role is not None for variant in template.variants)
     if has_turns and not base:
         return None
-    if template.is_chat:
-        return _with_fixed_date(base, _lead_of_turns(tokenizer, encoder) + base)
+    base = _defaults(rules) + base
+    if template.takes_turns:
+        system = _system_turn(template)
+        return _with_fixed_date(base, system + _lead_of_turns(tokenizer, encoder) + base)
     fields = prompt_fields(template)
     head = _read_message(fields, template)
     branches = [
@@ -149,12 +162,50 @@ def base_chat_template(tokenizer: Any) -> str:
     return str((chat_template.get("default") if isinstance(chat_template, dict) else chat_template) or "")
 
 
-def messages_of(template: Template, row: Row, columns: Columns, rendered: Rendered) -> list[ChatMessage]:
-    """The row as messages for other tools: one user message, or a turn list without its final answer."""
-    if template.is_chat:
-        turns = rendered.turns
-        turns = turns[:-1] if turns[-1].role == "assistant" and not rendered.answer else turns
-        return as_messages(turns)
+def _defaults(rules: TokenRules) -> str:
+    """Jinja that sets the arguments of training where the caller gives none."""
+    return "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_jinja(value)} -%}}{{%- endif -%}}\n"
+        for name, value in (rules.chat_template_kwargs or {}).items()
+    )
+
+
+def _jinja(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+
+
+def _system_turn(template: Template) -> str:
+    """Jinja that puts the template's own system turn before the messages, or nothing."""
+    first = template.variants[0].turns[:1]
+    if not first or first[0].role != "system":
+        return ""
+    text = "".join(part.text for part in first[0].parts if not isinstance(part, Placeholder))
+    if any(isinstance(part, Placeholder) for part in first[0].parts):
+        return ""
+    message = f"{{'role': 'system', 'content': {_quoted(text)}}}"
+    return f"{{%- set messages = [{message}] + messages -%}}\n"
+
+
+def conversation_of(
+    template: Template,
+    row: Row,
+    columns: Columns,
+    rendered: Rendered,
+    tokenizer: Any,
+    rules: TokenRules = DEFAULT_RULES,
+) -> Conversation:
+    """The row for other tools: its turns, without the final answer and the template's own system turn; or one user
+    message. Raises UserError as `Chat.conversation`."""
+    if not template.takes_turns:
+        return Conversation(_user_message(template, row, columns))
+    encoder = TextEncoder.of(tokenizer)
+    with chat_of(encoder, rules.thinking, rules.chat_template_kwargs) as chat:
+        conversation = chat.conversation(prompt_part(rendered), row.place)
+    own = bool(_system_turn(template))
+    return replace(conversation, messages=list(conversation.messages)[own:])
+
+
+def _user_message(template: Template, row: Row, columns: Columns) -> list[ChatMessage]:
     fields = prompt_fields(template)
     texts = {name: field_text(row, column_of(name, columns, template.answer_field)) for name in fields}
     if len(fields) == 1:

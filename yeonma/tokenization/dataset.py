@@ -121,8 +121,8 @@ def prepare_dataset(
     choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
-    if choice.reason:
-        log(choice.reason)
+    for note in choice.notes:
+        log(note)
     cache = cache_folder(tokens)
 
     def part(rows: Rows) -> DatasetPart:

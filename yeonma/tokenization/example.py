@@ -86,6 +86,9 @@ class TokenRules:
     chat_template_kwargs: Mapping[str, Any] | None = None
 
 
+DEFAULT_RULES = TokenRules(2048)
+
+
 def check_rules(template: Template, rules: TokenRules) -> None:
     """Raises UserError if `shrink` is not a prompt field of the template."""
     prompt_fields = sorted(template.fields - {template.answer_field})

@@ -377,13 +377,13 @@ def prompt_of(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | N
     if rendered.answer_role is None:
         return _plain_text(rendered.prompt_pieces, encoder)
     assert chat is not None
-    conversation = chat.conversation(_prompt_part(rendered), row.place)
+    conversation = chat.conversation(prompt_part(rendered), row.place)
     text = chat.prompt(conversation, row.place)
     has_special = chat.has_special(conversation, row.place)
     return PromptText(text, tuple(chat.data_spans(conversation, text, row.place)) if has_special else None)
 
 
-def _prompt_part(rendered: Rendered) -> Rendered:
+def prompt_part(rendered: Rendered) -> Rendered:
     """The row without the answer to generate: a final assistant turn of a turn list."""
     turns = rendered.turns
     if not rendered.answer and turns and turns[-1].role == "assistant" and len(turns) > rendered.first_answer:
@@ -438,13 +438,13 @@ def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str
     if text.rendered.answer_role is None:
         return _spans_of(text.rendered.prompt_pieces, 0, text.answers[0][0], text.text)
     assert chat is not None
-    prompt_part = _prompt_part(text.rendered)
+    before = prompt_part(text.rendered)
     prompt = text.text[: text.answers[-1][0]]
-    conversation = chat.conversation(prompt_part, text.row.place)
+    conversation = chat.conversation(before, text.row.place)
     contents = chat.content_spans(conversation, prompt, text.row.place)
     return [
         piece
-        for turn, span in zip(prompt_part.turns, contents, strict=True)
+        for turn, span in zip(before.turns, contents, strict=True)
         if span is not None
         for piece in _spans_of(turn.pieces, *span, text.text)
     ]

@@ -112,12 +112,14 @@ class AnswerShape:
     """The text before reasoning, if it is not a tag."""
     between: str = ""
     """The text between reasoning and content, if it is not a tag."""
+    marks: tuple[str, ...] = ()
+    """Special tokens within an answer, such as those around tool calls."""
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The texts in which special tokens must stay visible, so that the parts are found."""
         tags = () if self.tags is None else (self.tags.open, self.tags.close)
-        return (*tags, self.lead, self.reasoning_lead, self.between)
+        return (*tags, self.lead, self.reasoning_lead, self.between, *self.marks)
 
     def opens(self, prompt: str) -> bool:
         """Whether a prompt ends within a block of reasoning."""

@@ -189,7 +189,7 @@ def _train(
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
     exported = (
-        export_chat_template(dataset.template, prepared.tokenizer)
+        export_chat_template(dataset.template, prepared.tokenizer, dataset.rules)
         if group.first
         else ExportedChatTemplate(None)
     )

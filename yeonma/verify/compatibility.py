@@ -27,8 +27,8 @@ from yeonma.tokenization.chat_template_export import (
     MARK,
     base_chat_template,
     chat_ids,
+    conversation_of,
     full_prompt_ids,
-    messages_of,
 )
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.file_checks import Finding, checked, not_checked
@@ -209,7 +209,7 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
     """
     check, place = "chat template", str(adapter.path / CHAT_TEMPLATE)
     template = adapter.template
-    if not (template.is_chat or base_chat_template(tokenizer).startswith(MARK)):
+    if not (template.takes_turns or base_chat_template(tokenizer).startswith(MARK)):
         return not_checked(check, "it does not contain the training template: other tools send other tokens")
     if samples is None or not samples.rows:
         return not_checked(check, "there are no sample rows to try it with")
@@ -218,14 +218,14 @@ def check_chat_template(adapter: AdapterFolder, samples: Samples | None, tokeniz
         row = Row(sample.row_number, sample.row, f"{SAMPLES}, row {sample.row_number}")
         try:
             rendered = samples.task.preferred(samples.task.render(template, row, adapter.columns))
-            messages = messages_of(template, row, adapter.columns, rendered)
-            if any(encoder.has_special(message["content"]) for message in messages):
+            conversation = conversation_of(template, row, adapter.columns, rendered, own, adapter.rules)
+            if any(encoder.has_special(message["content"] or "") for message in conversation.messages):
                 continue
-            ids = full_prompt_ids(rendered, row, own)
+            ids = full_prompt_ids(rendered, row, own, adapter.rules)
         except UserError as error:
             return checked(check, error.problems, "")
         try:
-            message_ids = chat_ids(tokenizer, messages)
+            message_ids = chat_ids(tokenizer, conversation)
         except Exception as error:  # whatever Jinja raises
             return checked(check, [Problem(f"it fails on a row ({error!s:.200})", place, REPLACE)], "")
         same += message_ids == ids

@@ -42,6 +42,10 @@ def turns_error(*turns: object) -> str:
         ("prompt prompt_id messages", "chat", "messages"),
         ("id conversations", "chat", "conversations"),
         ("prompt completion", "prompt-completion", "prompt, completion"),
+        ("instruction output system", "alpaca-turns", "instruction, output, system"),
+        ("history instruction input output", "alpaca-turns", "instruction, input, output, history"),
+        ("system_prompt prompt completion", "prompt-completion-turns", "prompt, completion, system_prompt"),
+        ("prompt completion tools", "prompt-completion-turns", "prompt, completion, tools"),
     ],
 )
 def test_the_columns_choose_the_template(columns: str, template: str, named: str) -> None:
@@ -60,6 +64,8 @@ def test_every_built_in_template_can_be_recognised() -> None:
             "question response",
             "messages",
             "prompt completion",
+            "instruction output history",
+            "prompt completion system",
         )
     }
     assert recognised == {path.stem for path in folder.glob("*.txt")}

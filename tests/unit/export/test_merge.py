@@ -27,6 +27,7 @@ from yeonma.export import merge_weights, merged_model
 from yeonma.export.merged_model import GreedyAnswers, measure_agreement
 from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
 from yeonma.model.source import find_base
+from yeonma.tokenization.chat_template import Conversation
 from yeonma.tokenization.chat_template_export import chat_ids
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +73,7 @@ def test_merged_model_gives_the_adapters_answers_in_transformers(run: Path, tmp_
     peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run))
     samples = json.loads((run / "samples.json").read_text())["samples"]
     for sample in samples:
-        ids = chat_ids(tokenizer, [{"role": "user", "content": sample["row"]["document"]}])
+        ids = chat_ids(tokenizer, Conversation([{"role": "user", "content": sample["row"]["document"]}]))
         assert ids == sample["prompt_ids"]
         merged_logits, peft_logits = model(torch.tensor([ids])).logits, peft_model(torch.tensor([ids])).logits
         torch.testing.assert_close(merged_logits, peft_logits, atol=1e-4, rtol=1e-4)

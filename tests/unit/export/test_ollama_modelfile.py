@@ -12,7 +12,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.tokenization.chat_template_export import full_prompt_ids
-from yeonma.tokenization.example import stop_ids
+from yeonma.tokenization.example import TokenRules, answer_tokens
 from yeonma.tokenization.text_encoder import TextEncoder
 
 ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
@@ -78,7 +78,7 @@ def test_modelfile_omits_the_start_token() -> None:
 
 def test_modelfile_sets_stop_tokens_and_parameters() -> None:
     tokenizer = byte_level()
-    stops = stop_ids(tokenizer, chat=True)
+    stops = answer_tokens(tokenizer, TokenRules(512)).stop_ids
     text = modelfile(load_template("title"), TextEncoder.of(tokenizer), "m.gguf", stops, 512).text
     assert text.startswith("FROM ./m.gguf\n")
     assert 'PARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n' in text

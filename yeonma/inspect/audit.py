@@ -89,9 +89,10 @@ class PartAudit:
     tokens: int
     trained_tokens: int
     shortened: int
-    """Examples with a shortened prompt field."""
+    """Examples with a shortened prompt field, or without old turns."""
     shortened_rows: tuple[int, ...]
     cut_characters: int
+    dropped_turns: int
     prompt_tokens: Lengths
     answer_tokens: Lengths
     variants: tuple[int, ...]
@@ -237,7 +238,8 @@ def _part_audit(part: DatasetPart, dataset: Dataset, unknown_id: int | None) -> 
     if not dataset.rules.train_on_inputs:  # a turn list may have several answers
         answers = store.trained_counts[positions]
     rows = used_rows(store, positions)
-    shortened = np.unique(store.row_numbers[positions][cut > 0])
+    dropped = store.dropped_turns[positions]
+    shortened = np.unique(store.row_numbers[positions][(cut > 0) | (dropped > 0)])
     unknown = _rows_with(store, positions, unknown_id) if unknown_id is not None else rows[:0]
     unknown_warning = rows_warning("unknown", unknown, "rows with text that the tokenizer has no tokens for")
     return PartAudit(
@@ -247,9 +249,10 @@ def _part_audit(part: DatasetPart, dataset: Dataset, unknown_id: int | None) -> 
         examples=len(positions),
         tokens=int(lengths.sum()),
         trained_tokens=part.trained_tokens,
-        shortened=int(np.count_nonzero(cut)),
+        shortened=int(np.count_nonzero((cut > 0) | (dropped > 0))),
         shortened_rows=tuple(shortened[:LISTED_ROWS].tolist()),
         cut_characters=int(cut.sum()),
+        dropped_turns=int(dropped.sum()),
         prompt_tokens=lengths_of(lengths - answers),
         answer_tokens=lengths_of(answers),
         variants=tuple(

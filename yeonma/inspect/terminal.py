@@ -101,6 +101,8 @@ def heading_of(view: View, held_out: bool) -> str:
     if view.cut_characters:
         fields = sorted({part.field or "" for part in view.text_spans if part.kind == "cut"})
         parts.append(f"{view.cut_characters:,} characters cut from {', '.join(fields)}")
+    if view.dropped_turns:
+        parts.append(f"{view.dropped_turns} old turns dropped")
     if view.straddles:
         parts.append("answer tokenised separately: its first token would merge with the prompt")
     if view.special_text:
@@ -174,7 +176,9 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
     line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
     console.print(Text.assemble((f"{label}: ", "bold"), line))
     if part.shortened:
-        summary = f"{part.shortened:,} shortened, by {part.cut_characters:,} characters in total"
+        cuts = [f"by {part.cut_characters:,} characters in total"] if part.cut_characters else []
+        cuts += [f"by {part.dropped_turns:,} old turns of conversations"] if part.dropped_turns else []
+        summary = f"{part.shortened:,} shortened, {' and '.join(cuts)}"
         console.print(Text(f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
     else:
         console.print("  none shortened")

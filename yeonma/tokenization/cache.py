@@ -33,7 +33,7 @@ from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit, chec
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
-FORMAT = 3
+FORMAT = 4
 """Increased whenever the same rows would give different tokens or files."""
 
 ROWS_A_CHUNK = 2000

@@ -160,7 +160,12 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
     line = f"{name}: {counts.rows:,} rows, {counts.units:,} {task.units}, {counts.tokens:,} tokens"
     log(f"{line}, {counts.trained_tokens:,} of them trained")
     if counts.shortened:
-        log(f"{name}: {counts.shortened:,} examples shortened by {counts.cut_characters:,} characters to fit")
+        cuts = [f"by {counts.cut_characters:,} characters"] if counts.cut_characters else []
+        cuts += [f"by {counts.dropped_turns:,} old turns of conversations"] if counts.dropped_turns else []
+        log(f"{name}: {counts.shortened:,} examples shortened {' and '.join(cuts)} to fit")
+    if counts.dropped_turns:
+        numbers = np.unique(store.row_numbers[store.dropped_turns > 0]).tolist()
+        log(f"{name}: conversations without their oldest turns: {format_rows(numbers)}")
     left_out = store.left_out if counts.left_out else []
     reasons = (*NOTHING_TO_CHOOSE, NOT_TRAINED)
     for reason in reasons:

@@ -48,6 +48,8 @@ class Example:
     """Whether a token would straddle the border of prompt and answer, so the answer was encoded as a continuation."""
     special_text: int
     """Special-token texts in the data that were encoded as ordinary text."""
+    dropped_turns: int = 0
+    """Old turns of a conversation that were dropped to fit into `cutoff_len`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,6 +146,7 @@ class FittedPrompt:
     rendered: Rendered
     cut_characters: int
     ids: list[int]
+    dropped_turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -243,13 +244,41 @@ class ExampleEncoder:
             pairs = zip(parts, self.ids_of(parts), strict=True)
             return [result for part, part_ids in pairs for result in self.results_of(part, part_ids)]
         if len(ids.ids) <= self.rules.cutoff_len:
-            return [EncodeResult(text, self.example(text, ids, 0))]
+            return [EncodeResult(text, self.example(text, ids))]
         return self._shortened(text, ids)
 
     def fit_prompt(self, rendered: Rendered, row: Row, budget: int, ids: list[int]) -> FittedPrompt | LeftOut:
-        """The prompt, whose full ids are `ids`, with one field shortened to fit into `budget` tokens."""
+        """The prompt, whose full ids are `ids`, made to fit into `budget` tokens: a conversation loses as few old
+        exchanges as are needed; if that is not enough, one field is shortened."""
         if len(ids) <= budget:
             return FittedPrompt(rendered, 0, ids)
+        if exchanges := old_exchanges(rendered):
+            fitted = self._without_exchanges(rendered, row, budget, exchanges)
+            if len(fitted.ids) <= budget:
+                return fitted
+            shortened = self._with_shorter_field(fitted.rendered, row, budget, fitted.ids)
+            if isinstance(shortened, LeftOut):
+                return shortened
+            return replace(shortened, dropped_turns=fitted.dropped_turns)
+        return self._with_shorter_field(rendered, row, budget, ids)
+
+    def _without_exchanges(
+        self, rendered: Rendered, row: Row, budget: int, exchanges: Sequence[int]
+    ) -> FittedPrompt:
+        """The prompt without its oldest exchanges: as few as fit into the budget, or all but the last."""
+        low, high = 0, len(exchanges)  # dropping `low` of them is too few
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = len(self.prompt_ids(drop_exchanges(rendered, exchanges[middle - 1]), row)) <= budget
+            low, high = (low, middle) if fits else (middle, high)
+        short = drop_exchanges(rendered, exchanges[high - 1])
+        dropped = len(rendered.turns) - len(short.turns)
+        return FittedPrompt(short, 0, self.prompt_ids(short, row), dropped)
+
+    def _with_shorter_field(
+        self, rendered: Rendered, row: Row, budget: int, ids: list[int]
+    ) -> FittedPrompt | LeftOut:
+        """The prompt, whose full ids are `ids`, with one field shortened to fit into `budget` tokens."""
         field, side = field_to_shorten(rendered, self.rules.shrink), self.rules.shrink_side
         if field is None:
             name = f'field "{self.rules.shrink}"' if self.rules.shrink else "prompt field"
@@ -273,7 +302,9 @@ class ExampleEncoder:
             return self.encoder.batch([prompt.text])[0]
         return self.encoder.with_data(prompt.text, prompt.data)[0]
 
-    def example(self, text: ExampleText, ids: TokenIds, cut_characters: int) -> Example:
+    def example(
+        self, text: ExampleText, ids: TokenIds, cut_characters: int = 0, dropped_turns: int = 0
+    ) -> Example:
         trained = np.full(len(ids.ids), self.rules.train_on_inputs, dtype=np.bool_)
         for start, end in ids.answers:
             trained[start:end] = True
@@ -285,6 +316,7 @@ class ExampleEncoder:
             row=text.row.number,
             variant=text.rendered.variant,
             cut_characters=cut_characters,
+            dropped_turns=dropped_turns,
             straddles=ids.straddles,
             special_text=ids.special_text,
         )
@@ -350,7 +382,8 @@ class ExampleEncoder:
             if short is None or short_ids is None:
                 return self.results_of(text, None)
             if len(short_ids.ids) <= cutoff_len:
-                best = EncodeResult(short, self.example(short, short_ids, fitted.cut_characters))
+                example = self.example(short, short_ids, fitted.cut_characters, fitted.dropped_turns)
+                best = EncodeResult(short, example)
             budget = cutoff_len - short_ids.answer_length
         reason = f"{len(ids.ids)} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
         return [best or EncodeResult(text, LeftOut(text.row.number, text.row.place, reason))]
@@ -508,6 +541,31 @@ def _spans_of(pieces: Sequence[Piece], start: int, end: int, text: str) -> list[
 
 
 # Fitting
+
+
+def old_exchanges(rendered: Rendered) -> list[int]:
+    """The turns at which a conversation may begin instead, ascending: those at which an exchange begins, without the
+    first one. An exchange begins with a user's turn after another role's."""
+    if rendered.answer_role is None:
+        return []
+    roles = [turn.role for turn in rendered.turns]
+    starts = [
+        index
+        for index, role in enumerate(roles)
+        if role == "user" and (index == 0 or roles[index - 1] != "user")
+    ]
+    return starts[1:]
+
+
+def drop_exchanges(rendered: Rendered, start: int) -> Rendered:
+    """The conversation from the turn `start` on, with the system turns at its beginning."""
+    system = next((i for i, turn in enumerate(rendered.turns) if turn.role != "system"), 0)
+    first_answer = max(rendered.first_answer - (start - system), 0)
+    return replace(
+        rendered,
+        turns=(*rendered.turns[:system], *rendered.turns[start:]),
+        first_answer=min(rendered.first_answer, max(first_answer, system)),
+    )
 
 
 def field_to_shorten(rendered: Rendered, shrink: str | None) -> str | None:

@@ -7,7 +7,7 @@ tokenizer does not reproduce that text (because it normalises, say), only prompt
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -75,6 +75,7 @@ class View:
     straddles: bool
     special_text: int
     left_out: str | None
+    dropped_turns: int = 0
 
 
 def explain(
@@ -150,12 +151,28 @@ def _cuts(
     spans: Sequence[tuple[int, int, str]], shortened: Rendered, original: Rendered, side: str
 ) -> list[Cut]:
     full_texts, short_texts = _texts_of_fields(original), _texts_of_fields(shortened)
-    cuts = []
+    cuts = _dropped_turns(spans, full_texts, short_texts)
     for start, end, field in spans:
         full, short = full_texts.get(field, ""), short_texts.get(field, "")
         if len(short) < len(full):
             before = {"end": len(short), "start": 0}.get(side, _common_length(full, short))
             cuts.append((min(start + before, end), field, full[before : len(full) - (len(short) - before)]))
+    return cuts
+
+
+def _dropped_turns(
+    spans: Sequence[tuple[int, int, str]], full: Mapping[str, str], short: Mapping[str, str]
+) -> list[Cut]:
+    """The old turns that a conversation lost, at the place of the first turn after them."""
+    names = list(full)
+    kept = [names.index(field) for _, _, field in spans if field in full]
+    last = max(kept, default=-1)
+    cuts = []
+    for index, name in enumerate(names):
+        if name not in short and index < last:
+            following = min(number for number in kept if number > index)
+            at = next(start for start, _, field in spans if field == names[following])
+            cuts.append((at, name, full[name]))
     return cuts
 
 
@@ -199,6 +216,7 @@ def _view(result: EncodeResult, role: str | None) -> View:
         cut_characters=outcome.cut_characters,
         straddles=outcome.straddles,
         special_text=outcome.special_text,
+        dropped_turns=outcome.dropped_turns,
     )
 
 
@@ -289,7 +307,7 @@ def _text_spans(
 ) -> list[TextSpan]:
     text_spans: list[TextSpan] = []
     start = 0
-    for border, cut_field, lost in [*sorted(cuts), (len(text), "", "")]:
+    for border, cut_field, lost in [*sorted(cuts, key=lambda cut: cut[0]), (len(text), "", "")]:
         for (kind, field, trained), run in groupby(range(start, border), key=lambda index: kinds[index]):
             indices = list(run)
             text_spans.append(TextSpan(text[indices[0] : indices[-1] + 1], kind, field, trained))

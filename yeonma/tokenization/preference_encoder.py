@@ -20,6 +20,7 @@ from yeonma.tokenization.example_encoder import (
     MAX_FITS,
     ExampleEncoder,
     ExampleText,
+    FittedPrompt,
     TokenIds,
     encode,
     encoder_for,
@@ -164,7 +165,7 @@ def _pair_result(
         return _left_out(encoder, pair, row, _REWRITTEN)
     longest = max(len(chosen.ids), len(rejected.ids))
     if longest <= cutoff_len:
-        return _unit(encoder, row, texts, (chosen, rejected), 0)
+        return _unit(encoder, row, texts, (chosen, rejected), FittedPrompt(pair.chosen, 0, []))
     prompt = replace(pair.chosen, turns=pair.chosen.turns[: pair.prompt_turns], answer=())
     prompt_ids = chosen.ids[: chosen.prompt_length]
     tried = set[int]()
@@ -180,14 +181,15 @@ def _pair_result(
             replace(side, turns=(*fitted.rendered.turns, *side.turns[pair.prompt_turns :]))
             for side in (pair.chosen, pair.rejected)
         )
-        short = _pair_texts(encoder, short_chosen, short_rejected, pair.prompt_turns, row)
+        prompt_turns = len(fitted.rendered.turns)
+        short = _pair_texts(encoder, short_chosen, short_rejected, prompt_turns, row)
         if short is None:
             return _left_out(encoder, pair, row, _REWRITTEN)
         chosen_ids, rejected_ids = encoder.ids_of(short)
         if chosen_ids is None or rejected_ids is None:
             return _left_out(encoder, pair, row, _REWRITTEN)
         if max(len(chosen_ids.ids), len(rejected_ids.ids)) <= cutoff_len:
-            best = _unit(encoder, row, short, (chosen_ids, rejected_ids), fitted.cut_characters)
+            best = _unit(encoder, row, short, (chosen_ids, rejected_ids), fitted)
         budget = cutoff_len - _longer_answer(chosen_ids, rejected_ids)
     reason = f"{longest} tokens, and no shorter prompt fits; cutoff_len is {cutoff_len}"
     return best or _left_out(encoder, pair, row, reason)
@@ -203,12 +205,15 @@ def _unit(
     row: Row,
     texts: tuple[ExampleText, ExampleText],
     both_ids: tuple[TokenIds, TokenIds],
-    cut_characters: int,
+    fitted: FittedPrompt,
 ) -> PairResult:
     if both_ids[0].ids == both_ids[1].ids:
         return PairResult(texts, LeftOut(row.number, row.place, EQUAL_AS_TOKENS))
     chosen, rejected = (
-        replace(encoder.example(text, ids, cut_characters), prompt_length=ids.prompt_length)
+        replace(
+            encoder.example(text, ids, fitted.cut_characters, fitted.dropped_turns),
+            prompt_length=ids.prompt_length,
+        )
         for text, ids in zip(texts, both_ids, strict=True)
     )
     return PairResult(texts, Unit(((AnswerRole.CHOSEN, chosen), (AnswerRole.REJECTED, rejected))))

@@ -29,6 +29,7 @@ _EXAMPLE_ARRAYS: dict[str, str] = {
     "row_numbers": "<i8",
     "variants": "<i4",
     "cut_characters": "<i8",
+    "dropped_turns": "<i4",
     "straddles": "?",
     "special_text": "<i4",
     "units": "<i8",
@@ -58,8 +59,10 @@ class Counts:
     trained_tokens: int = 0
     """Like `tokens`, without mismatched answers."""
     shortened: int = 0
-    """Examples with a shortened prompt field."""
+    """Examples with a shortened prompt field, or without old turns."""
     cut_characters: int = 0
+    dropped_turns: int = 0
+    """Old turns of conversations that were dropped."""
     left_out: int = 0
     straddles: int = 0
     special_text: int = 0
@@ -87,6 +90,7 @@ class TokenStore:
     row_numbers: NDArray[np.int64]
     variants: NDArray[np.int32]
     cut_characters: NDArray[np.int64]
+    dropped_turns: NDArray[np.int32]
     straddles: NDArray[np.bool_]
     special_text: NDArray[np.int32]
     units: NDArray[np.int64]
@@ -118,6 +122,7 @@ class TokenStore:
             row=int(self.row_numbers[index]),
             variant=int(self.variants[index]),
             cut_characters=int(self.cut_characters[index]),
+            dropped_turns=int(self.dropped_turns[index]),
             straddles=bool(self.straddles[index]),
             special_text=int(self.special_text[index]),
         )
@@ -258,6 +263,7 @@ def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]
         "row_numbers": column(lambda example: example.row),
         "variants": column(lambda example: example.variant),
         "cut_characters": column(lambda example: example.cut_characters),
+        "dropped_turns": column(lambda example: example.dropped_turns),
         "straddles": column(lambda example: example.straddles),
         "special_text": column(lambda example: example.special_text),
     }
@@ -282,8 +288,10 @@ def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any
         units=counts.units + units,
         tokens=counts.tokens + int(columns["lengths"][trained].sum()),
         trained_tokens=counts.trained_tokens + int(columns["trained_counts"][trained].sum()),
-        shortened=counts.shortened + int(np.count_nonzero(columns["cut_characters"])),
+        shortened=counts.shortened
+        + int(np.count_nonzero(columns["cut_characters"] + columns["dropped_turns"])),
         cut_characters=counts.cut_characters + int(columns["cut_characters"].sum()),
+        dropped_turns=counts.dropped_turns + int(columns["dropped_turns"].sum()),
         left_out=counts.left_out + left_out,
         straddles=counts.straddles + int(columns["straddles"].sum()),
         special_text=counts.special_text + int(columns["special_text"].sum()),

@@ -10,8 +10,12 @@ import copy
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from yeonma.tokenization.example import Example
 
 VOCABULARY = 97
 WINDOW = 5
@@ -112,3 +116,10 @@ def with_lora(model: Any, **config: Any) -> Any:
     torch.manual_seed(1)
     options = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
     return get_peft_model(model, LoraConfig(**options))
+
+
+def plain_logprobs(model: torch.nn.Module, example: Example) -> Tensor:
+    """Log-probabilities of one sequence, computed with transformers alone."""
+    ids = torch.from_numpy(example.token_ids.astype(np.int64))
+    logprobs = torch.log_softmax(model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float(), -1)
+    return logprobs.gather(1, ids[1:, None])[torch.from_numpy(example.trained[1:]), 0]

@@ -18,6 +18,8 @@ from yeonma.tokenization.store import TokenStore
 
 Extras = Mapping[str, NDArray[np.float64]]
 """Name -> numbers that a loss reads."""
+TOKEN_WEIGHT = "weight"
+"""Token extra: the weight of a trained token in the supervised loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ class Batch:
         if store.counts.units != len(store):
             sizes = store.unit_starts[units + 1] - store.unit_starts[units]
         rows = store.row_numbers[examples]
+        weights = store.weights_of(examples)
         return Batch(
             flat_token_ids=store.token_ids,
             flat_trained=store.trained,
@@ -77,6 +80,7 @@ class Batch:
             unit_lengths_U=store.unit_lengths[units].astype(np.int64),
             unit_rows_U=rows[np.cumsum(sizes) - sizes],
             example_extras={name: values[examples] for name, values in (example_extras or {}).items()},
+            token_extras={} if weights is None else {TOKEN_WEIGHT: weights},
         )
 
     @staticmethod
@@ -108,6 +112,8 @@ class Batch:
         prompt_lengths = np.array([example.prompt_length for example in examples], dtype=np.int64)
         trained_counts = np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int32)
         rows = np.array([example.row for example in examples], dtype=np.int64)
+        weights = _weights_of(examples)
+        token_extras = {**({} if weights is None else {TOKEN_WEIGHT: weights}), **(token_extras or {})}
         roles_E = np.full(count, AnswerRole.ANSWER, np.uint8) if roles is None else np.array(roles, np.uint8)
         return Batch(
             flat_token_ids=np.concatenate([example.token_ids for example in examples]),
@@ -139,6 +145,12 @@ class Batch:
     def trained_tokens(self) -> int:
         """The number of trained tokens, N."""
         return int(self.trained_counts_E.sum())
+
+    @property
+    def trained_weight(self) -> float:
+        """The sum of the trained tokens' weights; N if all weigh 1."""
+        weights = self.token_extras.get(TOKEN_WEIGHT)
+        return self.trained_tokens if weights is None else float(weights.sum())
 
     @property
     def token_ids(self) -> list[NDArray[np.int32]]:
@@ -212,6 +224,19 @@ class Batch:
             example_extras={name: values[examples] for name, values in self.example_extras.items()},
             token_extras=token_extras,
         )
+
+
+def _weights_of(examples: Sequence[Example]) -> NDArray[np.float64] | None:
+    """The weights of the trained tokens, shape (N,); None if all are 1."""
+    if all(example.weights is None for example in examples):
+        return None
+    parts = [
+        np.ones(np.count_nonzero(example.trained))
+        if example.weights is None
+        else example.weights[example.trained]
+        for example in examples
+    ]
+    return np.concatenate(parts).astype(np.float64)
 
 
 def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:

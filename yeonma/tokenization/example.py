@@ -50,6 +50,8 @@ class Example:
     """Special-token texts in the data that were encoded as ordinary text."""
     dropped_turns: int = 0
     """Old turns of a conversation that were dropped to fit into `cutoff_len`."""
+    weights: NDArray[np.float32] | None = None
+    """Shape (tokens,): the weight of each token in the loss, from 0 to 1; None if all weigh 1."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,11 +104,13 @@ class ExampleText:
     answers: tuple[Span, ...]
     ended: bool
     data: tuple[Span, ...] | None
+    weights: tuple[float, ...] = ()
+    """The weights of the answers in the loss; empty if all are 1."""
 
     @property
     def last_answer(self) -> ExampleText:
         """The same text with only its last answer trained."""
-        return replace(self, answers=self.answers[-1:])
+        return replace(self, answers=self.answers[-1:], weights=self.weights[-1:])
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,13 @@ class ExampleEncoder:
     def texts(self, rendered: Rendered, row: Row) -> list[ExampleText]:
         """The row's examples as text; none if no turn is trained. Raises UserError with the row's place if there is no
         turn to train."""
+        if self.rules.train_on_inputs and any(
+            turn.turn and turn.turn.weight is not None for turn in rendered.turns
+        ):
+            cure = "remove the weights, or leave --train_on_inputs out"
+            raise UserError(
+                "turns have weights, and --train_on_inputs trains every token", place=row.place, cure=cure
+            )
         texts = example_texts(rendered, row, self.encoder, self.chat, self.rules)
         if not texts and any(turn.role == "assistant" for turn in rendered.turns[1:]):
             return []
@@ -309,6 +318,11 @@ class ExampleEncoder:
         for start, end in ids.answers:
             trained[start:end] = True
         trained[:1] = False
+        weights = None
+        if text.weights:
+            weights = np.ones(len(ids.ids), dtype=np.float32)
+            for (start, end), weight in zip(ids.answers, text.weights, strict=True):
+                weights[start:end] = weight
         return Example(
             token_ids=np.array(ids.ids, dtype=np.int32),
             trained=trained,
@@ -319,6 +333,7 @@ class ExampleEncoder:
             dropped_turns=dropped_turns,
             straddles=ids.straddles,
             special_text=ids.special_text,
+            weights=weights,
         )
 
     def _check_special_text(self, data: Sequence[Span] | None, row: Row) -> None:
@@ -501,7 +516,9 @@ def _text_of_last_answer(
         data = data if data is not None else tuple(chat.data_spans(before, prompt.text, row.place))
         for left, right in (answer.reasoning, answer.content):
             data = (*data, *chat.without_marks(text, (start + left, start + right)))
-    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data)
+    turn = rendered.answer_turn if rendered.answer else rendered.turns[-1].turn
+    weights = () if turn is None or turn.weight in (None, 0, 1) else (turn.weight or 0.0,)
+    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights)
 
 
 def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
@@ -512,7 +529,12 @@ def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
     prompts = [text.text[: text.answers[0][0]] for text in texts]
     if not all(later.startswith(earlier.text) for later, earlier in zip(prompts[1:], texts, strict=False)):
         return None
-    return replace(last, answers=tuple(text.answers[0] for text in texts))
+    weights = [text.weights[0] if text.weights else 1.0 for text in texts]
+    return replace(
+        last,
+        answers=tuple(text.answers[0] for text in texts),
+        weights=tuple(weights) if any(weight != 1 for weight in weights) else (),
+    )
 
 
 def _plain_text(pieces: Sequence[Piece], encoder: TextEncoder) -> PromptText:

@@ -224,4 +224,4 @@ def _mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
     prompt, answer = example.token_ids[: example.prompt_length], other.token_ids[other.prompt_length :]
     token_ids = np.concatenate([prompt, answer])[:cutoff_len]
     trained = np.arange(len(token_ids)) >= max(example.prompt_length, 1)
-    return replace(example, token_ids=token_ids, trained=trained)
+    return replace(example, token_ids=token_ids, trained=trained, weights=None)

@@ -18,6 +18,8 @@ from yeonma.data.text_checks import Notes
 from yeonma.files import sync
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, Unit
 
+# One value per trained token of the examples that have weights.
+_WEIGHT_ARRAYS: dict[str, str] = {"weights": "<f4"}
 # One value per token.
 _TOKEN_ARRAYS: dict[str, str] = {"token_ids": "<i4", "trained": "?"}
 # One value per example.
@@ -32,6 +34,7 @@ _EXAMPLE_ARRAYS: dict[str, str] = {
     "dropped_turns": "<i4",
     "straddles": "?",
     "special_text": "<i4",
+    "weight_starts": "<i8",
     "units": "<i8",
     "roles": "|u1",
 }
@@ -42,7 +45,7 @@ _ROW_ARRAYS: dict[str, str] = {
     "row_digests": "<u8",
     "prompt_digests": "<u8",
 }
-_ARRAYS = {**_TOKEN_ARRAYS, **_EXAMPLE_ARRAYS, **_ROW_ARRAYS}
+_ARRAYS = {**_WEIGHT_ARRAYS, **_TOKEN_ARRAYS, **_EXAMPLE_ARRAYS, **_ROW_ARRAYS}
 _LEFT_OUT, _META = "left_out.jsonl", "meta.json"
 _BYTES_PER_READ = 1 << 20
 
@@ -93,6 +96,10 @@ class TokenStore:
     dropped_turns: NDArray[np.int32]
     straddles: NDArray[np.bool_]
     special_text: NDArray[np.int32]
+    weight_starts: NDArray[np.int64]
+    """Where an example's weights begin in `weights`; -1 if all its tokens weigh 1."""
+    weights: NDArray[np.float32]
+    """Shape (trained tokens of the examples with weights,)."""
     units: NDArray[np.int64]
     """The unit of an example, from 0; the examples of a unit are adjacent."""
     roles: NDArray[np.uint8]
@@ -123,9 +130,31 @@ class TokenStore:
             variant=int(self.variants[index]),
             cut_characters=int(self.cut_characters[index]),
             dropped_turns=int(self.dropped_turns[index]),
+            weights=self._weights_of(index, start, end),
             straddles=bool(self.straddles[index]),
             special_text=int(self.special_text[index]),
         )
+
+    def _weights_of(self, index: int, start: int, end: int) -> NDArray[np.float32] | None:
+        first = int(self.weight_starts[index])
+        if first < 0:
+            return None
+        weights = np.ones(end - start, dtype=np.float32)
+        trained = self.trained[start:end]
+        weights[trained] = self.weights[first : first + int(self.trained_counts[index])]
+        return weights
+
+    def weights_of(self, examples: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """The weights of these examples' trained tokens, example by example, shape (N,); None if all are 1."""
+        firsts = self.weight_starts[examples]
+        if not (firsts >= 0).any():
+            return None
+        counts = self.trained_counts[examples]
+        parts = [
+            np.ones(count) if first < 0 else self.weights[first : first + count]
+            for first, count in zip(firsts.tolist(), counts.tolist(), strict=True)
+        ]
+        return np.concatenate(parts).astype(np.float64)
 
     @cached_property
     def unit_starts(self) -> NDArray[np.int64]:
@@ -200,7 +229,9 @@ class StoreWriter:
             if not isinstance(outcome, LeftOut)
         ]
         left_out = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
-        columns = _columns([example for unit in units for _, example in unit], self.counts.tokens)
+        examples = [example for unit in units for _, example in unit]
+        written = self.files["weights.bin"].tell() // 4
+        columns = {**_columns(examples, self.counts.tokens), **_weight_columns(examples, written)}
         numbers = np.arange(self.counts.units, self.counts.units + len(units))
         columns["units"] = np.repeat(numbers, [len(unit) for unit in units])
         columns["roles"] = np.array([role for unit in units for role, _ in unit], dtype=np.uint8)
@@ -267,6 +298,16 @@ def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]
         "straddles": column(lambda example: example.straddles),
         "special_text": column(lambda example: example.special_text),
     }
+
+
+def _weight_columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]:
+    starts, parts = [], [np.empty(0, np.float32)]
+    for example in examples:
+        starts.append(-1 if example.weights is None else start)
+        if example.weights is not None:
+            parts.append(example.weights[example.trained])
+            start += len(parts[-1])
+    return {"weight_starts": np.array(starts, dtype=np.int64), "weights": np.concatenate(parts)}
 
 
 def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from yeonma.batch.batch import Batch
+from yeonma.batch.batch import TOKEN_WEIGHT, Batch
 from yeonma.data.task import LABELLED, PAIRS, Task
 from yeonma.errors import UserError
 from yeonma.tokenization.example import AnswerRole
@@ -42,7 +42,8 @@ class Objective:
 
     name: str
     per_token: bool
-    """Whether the step divides by its trained tokens, or by its units."""
+    """Whether the step divides by the weights of its trained tokens (their number, if none has a weight), or by its
+    units."""
     sums: Callable[[Tensor, Batch], Sums]
     """(logprob_N of a micro-batch, the micro-batch) -> sums of the loss and of M metrics."""
     metrics: tuple[str, ...] = ()
@@ -54,13 +55,16 @@ class Objective:
     needs a mean over the whole step: every micro-batch gets it as the extra MEASURED_MEAN."""
 
 
-def sft_loss(logprob_N: Tensor) -> Tensor:
-    """Negative log-likelihood summed over the trained tokens, a float32 scalar; to be divided by their count."""
-    return -logprob_N.sum()
+def sft_loss(logprob_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood summed over the trained tokens, times their weights if given: a scalar, to be divided by
+    the number of tokens or the sum of weights."""
+    return -logprob_N.sum() if weight_N is None else -(logprob_N * weight_N).sum()
 
 
 def _sft_sums(logprob_N: Tensor, batch: Batch) -> Sums:
-    return sft_loss(logprob_N), logprob_N.new_zeros(0)
+    weights = batch.token_extras.get(TOKEN_WEIGHT)
+    weight_N = None if weights is None else torch.as_tensor(weights).to(logprob_N)
+    return sft_loss(logprob_N, weight_N), logprob_N.new_zeros(0)
 
 
 SFT = Objective("sft", per_token=True, sums=_sft_sums)

@@ -72,7 +72,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     Raises UserError, before the update, if the loss or the gradient is not finite.
     """
     objective, trained_tokens = state.objective, batch.trained_part.trained_tokens
-    count = trained_tokens if objective.per_token else batch.unit_count
+    count = batch.trained_part.trained_weight if objective.per_token else batch.unit_count
     batch = _with_measured_mean(state, batch)
 
     def add_gradients() -> torch.Tensor:
@@ -134,7 +134,7 @@ def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> Evalua
         totals, abandoned = state.limit.fit(add_losses, batch)
     state.model.train()
     trained_tokens = batch.trained_part.trained_tokens
-    count = trained_tokens if objective.per_token else batch.unit_count
+    count = batch.trained_part.trained_weight if objective.per_token else batch.unit_count
     totals = torch.cat([totals, totals.new_tensor([float(abandoned), *state.stop.requests()])])
     sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
     state.stop.agree(sums[-len(REASONS) :])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import VOCABULARY, tiny_model
+from tests.models import VOCABULARY, plain_logprobs, tiny_model
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.model import load
@@ -47,13 +47,6 @@ def sampled(random: np.random.Generator) -> list[Example]:
             trained = np.arange(len(tokens)) >= len(prompt_ids)
             examples.append(Example(tokens, trained, len(prompt_ids), prompt + 1, 0, 0, False, 0))
     return examples
-
-
-def plain_logprobs(model: torch.nn.Module, example: Example) -> Tensor:
-    """Log-probabilities of one sequence, computed with transformers alone."""
-    ids = torch.from_numpy(example.token_ids.astype(np.int64))
-    logprobs = torch.log_softmax(model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].float(), -1)
-    return logprobs.gather(1, ids[1:, None])[torch.from_numpy(example.trained[1:]), 0]
 
 
 @pytest.mark.parametrize("most_examples", [1, 5, 12])

@@ -1,0 +1,171 @@
+"""Weights of turns: fractions of the loss of their tokens, from the row to the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import plain_logprobs, tiny_model
+from tests.tokenizers import byte_level
+from yeonma.batch.batch import TOKEN_WEIGHT, Batch
+from yeonma.batch.plan import MicroBatchBounds
+from yeonma.data.rows import Row, Rows
+from yeonma.data.template import load_template
+from yeonma.errors import UserError
+from yeonma.model import load
+from yeonma.model.forest_support import check_forest_support
+from yeonma.tokenization.cache import build_store
+from yeonma.tokenization.example import Example, TokenRules
+from yeonma.tokenization.example_encoder import encode
+from yeonma.train.distributed import Processes
+from yeonma.train.losses import SFT
+from yeonma.train.oom_retry import MicroBatchLimit
+from yeonma.train.step import TrainState, evaluate, train_step
+
+CHAT = load_template("chat")
+WEIGHTS = [(None, None), (0.25, 1), (0.5, 0.75), (0, 0.125), (1, None)]
+
+
+def rows_with(weights: list[tuple[Any, Any]]) -> list[Row]:
+    rows = []
+    for number, (first, second) in enumerate(weights, start=1):
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": f"What is {number}?"},
+            {"role": "assistant", "content": "a" * number, "weight": first},
+            {"role": "user", "content": "And then?"},
+            {"role": "assistant", "content": "b b" * number, "weight": second},
+        ]
+        rows.append(Row(number, {"messages": turns}, f"data:{number}"))
+    return rows
+
+
+def examples_with(weights: list[tuple[Any, Any]]) -> list[Example]:
+    rows = rows_with(weights)
+    results = encode([CHAT.render(row) for row in rows], rows, byte_level(), TokenRules(4096))
+    assert all(isinstance(result, Example) for result in results)
+    return [result for result in results if isinstance(result, Example)]
+
+
+def in_vocabulary(examples: list[Example]) -> list[Example]:
+    """The examples with ids that the tiny model knows."""
+    return [replace(example, token_ids=example.token_ids % 97) for example in examples]
+
+
+def token_weights(example: Example) -> np.ndarray:
+    weights = np.ones(len(example.token_ids)) if example.weights is None else example.weights
+    return np.asarray(weights, dtype=np.float64)
+
+
+def test_tokens_of_a_turn_have_its_weight() -> None:
+    tokenizer = byte_level()
+    examples = examples_with(WEIGHTS)
+    assert [example.weights is None for example in examples] == [True, False, False, False, True]
+    for example, (first, second) in zip(examples, WEIGHTS, strict=True):
+        trained = example.token_ids[example.trained]
+        weights = token_weights(example)[example.trained]
+        for part, weight in (("a", first), ("b", second)):
+            of_turn = [part in tokenizer.decode([token]) for token in trained]
+            expected = 1.0 if weight is None else weight
+            assert set(weights[of_turn].tolist()) == ({expected} if expected else set())
+
+
+def test_weights_survive_the_store(tmp_path: Path) -> None:
+    rows = rows_with(WEIGHTS)
+    source = Rows("data", "weights", ("messages",), lambda: iter(rows))
+    store = build_store(source, CHAT, None, byte_level(), TokenRules(4096), tmp_path)
+    examples = examples_with(WEIGHTS)
+    for index, example in enumerate(examples):
+        stored = store.example(index).weights
+        assert (stored is None) == (example.weights is None)
+        if stored is not None:
+            assert stored[example.trained].tolist() == token_weights(example)[example.trained].tolist()
+    units = np.array([3, 0, 1])
+    from_store, in_memory = Batch.from_store(store, units), Batch.of([examples[unit] for unit in units])
+    expected = np.concatenate([token_weights(examples[u])[examples[u].trained] for u in units])
+    for batch in (from_store, in_memory):
+        assert batch.token_extras[TOKEN_WEIGHT].tolist() == expected.tolist()
+        assert batch.trained_weight == pytest.approx(expected.sum())
+    assert Batch.from_store(store, np.array([0, 4])).token_extras == {}
+
+
+def weighted_mean(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
+    """The loss, computed sequence by sequence with transformers alone."""
+    logprob_N = torch.cat([plain_logprobs(model, example) for example in examples])
+    weights = [token_weights(example)[example.trained] for example in examples]
+    weight_N = torch.from_numpy(np.concatenate(weights))
+    return -(logprob_N * weight_N).sum() / weight_N.sum()
+
+
+def model_with_lora() -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    model = tiny_model("llama")
+    peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), 0)
+    parameters = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    for weight in parameters.values():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    return model, parameters
+
+
+def state_of(
+    model: Any, parameters: dict[str, torch.nn.Parameter], most_examples: int
+) -> tuple[TrainState, dict[str, torch.Tensor]]:
+    """A state, and the gradients of its next step."""
+    optimizer = torch.optim.SGD(list(parameters.values()), lr=1e-3)
+    gradients: dict[str, torch.Tensor] = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({name: weight.grad.clone() for name, weight in parameters.items()})  # type: ignore[union-attr, func-returns-value]
+    )
+    limit = MicroBatchLimit(MicroBatchBounds(most_examples, None, share_prefix=True), torch.device("cpu"))
+    state = TrainState(
+        model=model,
+        support=check_forest_support(model),
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        by_metric=False,
+        max_grad_norm=0.0,
+        limit=limit,
+        objective=SFT,
+        group=Processes(0, 1),
+    )
+    return state, gradients
+
+
+@pytest.mark.parametrize("most_examples", [1, 2, 5])
+def test_step_is_the_weighted_mean_over_tokens_for_any_micro_batch(most_examples: int) -> None:
+    examples = in_vocabulary(examples_with(WEIGHTS))
+    model, parameters = model_with_lora()
+    loss = weighted_mean(model, examples)
+    expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    state, gradients = state_of(model, parameters, most_examples)
+    batch = Batch.of(examples)
+    evaluation = evaluate(state, batch, step=0, epoch=0.0)
+    state.model.train()
+    result = train_step(state, batch)
+    assert evaluation is not None
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert evaluation.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+def test_equal_weights_are_no_weights() -> None:
+    losses = []
+    for weights in ([(None, None)] * 3, [(0.5, 0.5)] * 3):
+        state, _ = state_of(*model_with_lora(), 2)
+        losses.append(train_step(state, Batch.of(in_vocabulary(examples_with(weights)))).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_weights_and_training_on_inputs_contradict() -> None:
+    rows = rows_with([(0.5, 1)])
+    rules = TokenRules(4096, train_on_inputs=True)
+    with pytest.raises(
+        UserError, match="data:1: turns have weights, and --train_on_inputs trains every token"
+    ):
+        encode([CHAT.render(row) for row in rows], rows, byte_level(), rules)

@@ -36,7 +36,12 @@ CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
 """Key of yeonma.json that is true for a merged model."""
 FORMAT = 1
-_NEWER_RULES = {"thinking": "auto", "train_on": "all", "chat_template_kwargs": None}
+_NEWER_RULES = {
+    "thinking": "auto",
+    "train_on": "all",
+    "chat_template_kwargs": None,
+    "parse_special_tokens": False,
+}
 """Rules that earlier versions did not write, with the values that they had in effect."""
 
 
@@ -248,6 +253,7 @@ def _check_types(details: Any) -> None:
         (rules, "train_on_inputs", bool),
         (rules, "add_eos_token", bool),
         (rules, "chat_template_kwargs", (dict, NoneType)),
+        (rules, "parse_special_tokens", bool),
     )
     for group, name, kind in types:
         if not isinstance(group[name], kind):

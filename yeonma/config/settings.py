@@ -112,6 +112,8 @@ class TokenSettings:
     """Reasoning in assistant turns (`reasoning_content`, `thinking`, or a <think> block). auto: trained where a row has it; elsewhere what the model's chat template writes. keep: as auto, but rows without reasoning get no empty think block. drop: never trained. empty: rows without reasoning get an empty think block."""
     chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     """Arguments of the model's chat template, such as `{enable_thinking: false}`. A column of this name overrides them row by row."""
+    parse_special_tokens: bool = False
+    """Turn special-token text in the data, such as <|im_end|>, into these tokens: for text that was formatted with them. By default it is encoded as ordinary text, and counted."""
     cache_dir: str | None = None
     """Folder for cached tokenised data. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
 

@@ -16,6 +16,11 @@ Columns = Mapping[str, str] | None
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
 KWARGS_COLUMN = "chat_template_kwargs"
+ABOUT_A_TEXT = (
+    *("id", "url", "link", "source", "meta", "metadata", "license", "date", "timestamp", "added", "created"),
+    *("language", "lang", "language_score", "dump", "file_path", "token_count"),
+)
+"""Columns that may stand beside whole texts. Beside any other, `text` is taken for a field of a template."""
 HISTORY = "history"
 """Alpaca's column of earlier turns."""
 PROMPT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY, "context")
@@ -53,6 +58,7 @@ FORMS = (
     Form("orca", (("question",), ("response",)), "response", ("system", "system_prompt")),
     Form("chat", (("messages", "conversations"),), ""),  # the answers are turns, not a column
     Form("prompt-completion", (("prompt",), ("completion",)), "completion"),
+    Form("text", (("text",),), "text"),
 )
 
 
@@ -73,6 +79,9 @@ def recognise(
         UserError: `--columns` names a column that does not exist, or no template fits, or several do.
     """
     columns = columns or {}
+    text = column_of("text", columns, "text")
+    if any(name != text and name.lower() not in ABOUT_A_TEXT for name in names):
+        forms = [form for form in forms if form.template != "text"]
     problems = [
         Problem(f'the data has no column "{column}"', "--columns", _suggestion(column, names))
         for column in columns.values()
@@ -89,7 +98,7 @@ def recognise(
             if column_of(name, columns, "") in names
         ]
         if beside and template in with_turns:
-            shown = ", ".join((*used.values(), *beside))
+            shown = ", ".join((*(used[column] for column in names if column in used), *beside))
             reason = f"template {with_turns[template]}, because the columns are {shown}"
             return Recognised(with_turns[template], reason)
         shown = ", ".join(used[column] for column in names if column in used)

@@ -142,6 +142,9 @@ def choose_template(
     """
     if setting is not None:
         choice = _with_unused(task, Choice(load_template(setting), columns), rows)
+        if choice.template.is_text and task is not ANSWERS:
+            cure = "use a template with a prompt and an answer"
+            raise UserError("whole texts have no answers to prefer", place="--template", cure=cure)
         if "completion" in choice.unused and choice.template.is_chat and "prompt" in (columns or {}).values():
             cure = f"use --template {WITH_TURNS['prompt-completion']}"
             raise UserError('the column "completion" would be lost', place="--template", cure=cure)

@@ -49,6 +49,7 @@ BUILT_IN = (
     "chat",
     "prompt-completion",
     "prompt-completion-turns",
+    "text",
 )
 _BUILT_IN_FOLDER = Path(__file__).parent / "templates"
 _ANSWER_NAMES = ("answer", "chosen", "rejected", "label")
@@ -86,6 +87,8 @@ class Rendered:
     """Index of the variant that was filled."""
     answer_role: str | None
     """`assistant` if the model's chat template writes the turns, None for plain text."""
+    is_text: bool = False
+    """Whether `answer` is a whole text, without a prompt."""
     first_answer: int = 0
     answer_turn: Turn | None = None
     """The turn that `answer` comes from, with its reasoning and tool calls, if a turn list gave it."""
@@ -128,6 +131,8 @@ class Template:
         is_chat = variants[0].is_turn_list
         for variant in variants:
             answer = variant.answer_placeholder
+            if variant.is_text and len(variants) > 1:
+                raise UserError("[text] has no variants", place=answer.place, cure="remove the others")
             if variant.is_turn_list != is_chat:
                 problem = "the answer is [turns] in some variants and not in others"
                 raise UserError(problem, place=answer.place, cure="end all of them with [turns], or none")
@@ -164,7 +169,12 @@ class Template:
         else:
             turns = tuple([RenderedTurn(turn.role, _fill(turn.parts, texts)) for turn in variant.turns])
         answer = _fill(variant.answer, texts) if with_answer else ()
-        rendered = Rendered(turns, answer, number, variant.answer_role)
+        if variant.is_text and not with_answer:
+            cure = "give a text to continue with --prompt"
+            raise UserError(
+                "the template trains whole texts: there is no prompt to ask", place=row.place, cure=cure
+            )
+        rendered = Rendered(turns, answer, number, variant.answer_role, variant.is_text)
         return self._with_side_columns(rendered, row, columns)
 
     @cached_property
@@ -181,6 +191,11 @@ class Template:
         """The columns that rendering reads."""
         side = {(columns or {}).get(name, name) for name in self.side_columns}
         return side | {self._column(name, columns) for name in self.fields}
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are whole texts: all of them is trained, and there is no prompt."""
+        return self.variants[0].is_text
 
     @cached_property
     def takes_turns(self) -> bool:
@@ -265,7 +280,7 @@ class Template:
             raise UserError([_missing_field(row, variant.answer_placeholder.field, name, name)])
         after = _turns_to_render(after, f'"{name}"', row.place, with_answer, bool(before))
         turns = (*before, *as_rendered_turns(after, len(before)))
-        rendered = Rendered(turns, (), number, "assistant", len(before))
+        rendered = Rendered(turns, (), number, "assistant", first_answer=len(before))
         return self._with_side_columns(rendered, row, columns)
 
     def _variant_of(self, row: Row, columns: Columns, texts: dict[str, str]) -> int | None:

@@ -1,9 +1,9 @@
 """The syntax of templates: text with `{fields}` -> variants, which are turns and an answer.
 
 The last field is the answer; all before it is the prompt. Variants are separated by `---` lines; `[system]`, `[user]`
-and `[assistant]` lines begin turns, which the model's chat template writes; `[turns]` names a column that holds turns.
-An `[answer]` line in plain text, and the last `[assistant]` line, begin an answer that may have several fields. Fields
-do not span lines.
+and `[assistant]` lines begin turns, which the model's chat template writes; `[turns]` names a column that holds turns,
+`[text]` one of whole texts. An `[answer]` line in plain text, and the last `[assistant]` line, begin an answer that may
+have several fields. Fields do not span lines.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Variant:
     answer_role: str | None
     prompt_fields: tuple[str, ...]
     """The distinct fields before the answer, in order, without columns of turns."""
+    is_text: bool = False
+    """Whether the field is a whole text, all of which is trained: there is no prompt."""
     is_turn_list: bool = False
     """Whether the answer is `[turns]`: its one placeholder names the column of a turn list."""
 
@@ -199,8 +201,21 @@ def _variant(lines: Sequence[_Line], name: str) -> Variant:
         doubled = any("{{" in line.text for line in lines)
         cure = 'write "{document}", with single braces' if doubled else 'name a column, such as "{document}"'
         raise UserError("the template has no field", place=place, cure=cure)
+    first = next(line for line in lines if line.text.strip())
+    if first.text.rstrip() == "[text]":
+        return _whole_text(lines, first)
     markers = [index for index, line in enumerate(lines) if _role(line)]
     return _with_roles(lines, markers) if markers else _plain(lines, place)
+
+
+def _whole_text(lines: Sequence[_Line], first: _Line) -> Variant:
+    """`[text]` and one field below it: a column of whole texts."""
+    parts = [part for line in lines if line is not first for part in line.parts]
+    fields = [part for part in parts if isinstance(part, Placeholder)]
+    if len(fields) != 1 or any(isinstance(part, Piece) and part.text.strip() for part in parts):
+        problem = "[text] takes exactly one field and no other text"
+        raise UserError(problem, place=first.place, cure="whole texts are trained without a frame")
+    return Variant((), tuple(fields), None, (), is_text=True)
 
 
 def _plain(lines: Sequence[_Line], place: str) -> Variant:
@@ -287,7 +302,7 @@ def _checked(
             raise UserError(problem, place=placeholder.place, cure=cure)
     texts = placeholders(part for turn in turns if turn.role != TURN_LIST for part in turn.parts)
     fields = tuple(dict.fromkeys(placeholder.field for placeholder in texts))
-    return Variant(turns, answer, role, fields, is_turn_list)
+    return Variant(turns, answer, role, fields, is_turn_list=is_turn_list)
 
 
 def _role(line: _Line) -> str:

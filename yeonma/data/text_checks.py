@@ -73,7 +73,7 @@ def notes_of(rendered: Rendered) -> Notes:
         flags=_flags(texts),
         scripts=_scripts(answers),
         digest=digest_of(texts),
-        prompt_digest=digest_of(prompt),
+        prompt_digest=digest_of(texts if rendered.is_text else prompt),
     )
 
 

@@ -290,6 +290,9 @@ def row_of_messages(
     object with one text per field, or plain text if a variant of the template has a single field. Raises RequestError
     for any other conversation.
     """
+    if template.is_text:
+        problem = "this model was trained on whole texts: use /v1/completions"
+        raise RequestError(400, problem, param="messages")
     if template.takes_turns:
         return _row_of_turns(template, messages, request)
     if request is not None and request.tools:

@@ -44,6 +44,8 @@ def export_chat_template(
     template: Template, tokenizer: Any, rules: TokenRules = DEFAULT_RULES
 ) -> ExportedChatTemplate:
     """The chat template for `template`, tried on a few texts. `tokenizer` has the base's own chat template."""
+    if template.is_text:
+        return ExportedChatTemplate(None, "it was trained on whole texts, without prompts")
     text = chat_template_for(template, tokenizer, rules)
     if text is None:
         return ExportedChatTemplate(None, "the base model has no chat template to write turns with")

@@ -88,6 +88,7 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
         thinking=tokens.thinking,
         train_on=tokens.train_on,
         chat_template_kwargs=tokens.chat_template_kwargs,
+        parse_special_tokens=tokens.parse_special_tokens,
     )
 
 

@@ -88,6 +88,7 @@ class TokenRules:
     thinking: Literal["auto", "keep", "drop", "empty"] = "auto"
     train_on: Literal["all", "last", "marked"] = "all"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    parse_special_tokens: bool = False
 
 
 DEFAULT_RULES = TokenRules(2048)

@@ -222,6 +222,8 @@ class ExampleEncoder:
             return []
         if not texts:
             raise UserError("the turn list has no assistant turn after another turn", place=row.place)
+        if self.rules.parse_special_tokens:
+            return [replace(text, data=None) for text in texts]
         for text in texts:
             self._check_special_text(text.data, row)
         return texts
@@ -252,9 +254,28 @@ class ExampleEncoder:
             parts = [self.texts(part, text.row)[-1].last_answer for part in split]
             pairs = zip(parts, self.ids_of(parts), strict=True)
             return [result for part, part_ids in pairs for result in self.results_of(part, part_ids)]
+        if text.rendered.is_text:
+            return self._pieces(text, ids)
         if len(ids.ids) <= self.rules.cutoff_len:
             return [EncodeResult(text, self.example(text, ids))]
         return self._shortened(text, ids)
+
+    def _pieces(self, text: ExampleText, ids: TokenIds) -> list[EncodeResult]:
+        """A whole text in pieces of at most `cutoff_len` tokens, in order. A piece begins with the last token of the
+        one before it, so that each of the text's tokens but the first is trained once."""
+        step = max(self.rules.cutoff_len - 1, 1)
+        starts = range(0, max(len(ids.ids) - 1, 1), step)
+        if len(starts) == 1:
+            whole = self.example(text, replace(ids, answers=[(0, len(ids.ids))]))
+            return [EncodeResult(text, whole)]
+        results = []
+        for start in starts:
+            piece_ids = ids.ids[start : start + step + 1]
+            piece = TokenIds(piece_ids, [(0, len(piece_ids))])
+            decoded = self.encoder.decode(piece_ids)
+            piece_text = replace(text, text=decoded, answers=((0, len(decoded)),), data=None)
+            results.append(EncodeResult(piece_text, self.example(piece_text, piece)))
+        return results
 
     def fit_prompt(self, rendered: Rendered, row: Row, budget: int, ids: list[int]) -> FittedPrompt | LeftOut:
         """The prompt, whose full ids are `ids`, made to fit into `budget` tokens: a conversation loses as few old
@@ -306,6 +327,8 @@ class ExampleEncoder:
 
     def prompt_ids(self, rendered: Rendered, row: Row) -> list[int]:
         prompt = prompt_of(rendered, row, self.encoder, self.chat)
+        if self.rules.parse_special_tokens:
+            prompt = replace(prompt, data=None)
         self._check_special_text(prompt.data, row)
         if prompt.data is None:
             return self.encoder.batch([prompt.text])[0]

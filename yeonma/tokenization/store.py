@@ -271,11 +271,14 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
         counts = Counts(**{**meta["counts"], "variants": tuple(meta["counts"]["variants"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    arrays: dict[str, Any] = {
-        name: np.asarray(np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r"))
-        for name, dtype in _ARRAYS.items()
-    }
+    arrays: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
     return TokenStore(folder, key, counts, **arrays)
+
+
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def _columns(examples: Sequence[Example], start: int) -> dict[str, NDArray[Any]]:

@@ -49,7 +49,8 @@ def write_card(
 
     `adapter_step`: the step whose adapter is in the folder. `command`: how to repeat the run.
     """
-    samples = sample_answers(policy, tokenizer, dataset, part, rows) if rows else []
+    has_prompts = rows and not dataset.template.is_text
+    samples = sample_answers(policy, tokenizer, dataset, part, rows) if has_prompts else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(output, samples, metrics, command, adapter_step, dataset.task.units)
     write_text_atomically(output / "README.md", text)

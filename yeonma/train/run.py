@@ -249,7 +249,9 @@ def _train(
         return message, stop.agreed
     stop.check()
     if not group.first:
-        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
+        if (
+            state.sharded and evaluation.card_rows and not dataset.template.is_text
+        ):  # every forward pass needs all processes
             broadcast_trained(state.model)
             part = dataset.validation or dataset.train
             sample_answers(policy, prepared.tokenizer, dataset, part, evaluation.card_rows)

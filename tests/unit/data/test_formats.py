@@ -46,6 +46,8 @@ def turns_error(*turns: object) -> str:
         ("history instruction input output", "alpaca-turns", "instruction, input, output, history"),
         ("system_prompt prompt completion", "prompt-completion-turns", "prompt, completion, system_prompt"),
         ("prompt completion tools", "prompt-completion-turns", "prompt, completion, tools"),
+        ("text", "text", "text"),
+        ("id text url", "text", "text"),
     ],
 )
 def test_the_columns_choose_the_template(columns: str, template: str, named: str) -> None:
@@ -66,6 +68,7 @@ def test_every_built_in_template_can_be_recognised() -> None:
             "prompt completion",
             "instruction output history",
             "prompt completion system",
+            "text",
         )
     }
     assert recognised == {path.stem for path in folder.glob("*.txt")}

@@ -76,9 +76,9 @@ def test_every_built_in_template_can_be_recognised() -> None:
 
 def test_unrecognised_columns_error_lists_the_columns_of_each_template() -> None:
     with pytest.raises(UserError) as caught:
-        recognise(["id", "text"])
+        recognise(["id", "body"])
     message = str(caught.value)
-    assert message.startswith("--template: the columns (id, text) fit no built-in template; ")
+    assert message.startswith("--template: the columns (id, body) fit no built-in template; ")
     for words in (
         "--template",
         "--columns",

@@ -42,6 +42,8 @@ class Task:
     """Chooses the built-in template that fits the columns."""
     fields: Callable[[Template], frozenset[str]]
     """The fields read from a row."""
+    text_fields: Callable[[Template], frozenset[str]]
+    """Those of them that are texts; none for turn lists."""
     missing_columns: Callable[[Template, Sequence[str], Columns], list[Problem]]
     """The fields that no column fills."""
     render: Callable[[Template, Row, Columns], Any]
@@ -53,11 +55,16 @@ class Task:
     """Whether, without `--template`, the template of the adapter to continue takes precedence over a built-in one."""
 
 
+def _texts(fields: Callable[[Template], frozenset[str]]) -> Callable[[Template], frozenset[str]]:
+    return lambda template: frozenset() if template.is_chat else fields(template)
+
+
 ANSWERS = Task(
     name="answers",
     units="examples",
     recognise=lambda rows, columns: recognise(rows.columns, columns),
     fields=lambda template: template.fields,
+    text_fields=_texts(lambda template: template.fields),
     missing_columns=Template.missing_columns,
     render=Template.render,
     notes=notes_of,
@@ -68,6 +75,7 @@ PAIRS = Task(
     units="pairs",
     recognise=recognise_pairs,
     fields=fields_of_pair,
+    text_fields=_texts(fields_of_pair),
     missing_columns=missing_pair_columns,
     render=render_pair,
     notes=notes_of_pair,
@@ -79,6 +87,7 @@ LABELLED = Task(
     units="labelled answers",
     recognise=recognise_labelled,
     fields=lambda template: template.fields | {"label"},
+    text_fields=_texts(lambda template: template.fields),
     missing_columns=missing_label_columns,
     render=render_label,
     notes=lambda label: notes_of(label.rendered),

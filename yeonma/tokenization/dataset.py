@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.config.settings import DataSettings, TokenSettings
+from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.task import ANSWERS, Task, choose_template
 from yeonma.data.template import Template
@@ -112,8 +113,9 @@ def prepare_dataset(
             place="val_set_size",
             cure="give only one of them",
         )
-    rows = open_rows(
-        data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
+    rows = with_paths(
+        open_rows(data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding),
+        data.columns,
     )
     choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
@@ -122,8 +124,15 @@ def prepare_dataset(
         log(choice.reason)
     cache = cache_folder(tokens)
 
+    told: set[str] = set()
+
     def part(rows: Rows) -> DatasetPart:
+        rows = with_paths(rows, columns)
         store = build_store(rows, template, columns, tokenizer, rules, cache, progress, task)
+        for line in (f"column {name} holds {kind}, written as text" for name, kind in store.number_columns):
+            if line not in told:
+                log(line)
+            told.add(line)
         return DatasetPart(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -137,8 +146,8 @@ def prepare_dataset(
         numbers = used_rows(train.store, train.positions)
         _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
-        validation = DatasetPart(rows, train.store, np.flatnonzero(held_out))
-        train = DatasetPart(rows, train.store, np.flatnonzero(~held_out))
+        validation = replace(train, positions=np.flatnonzero(held_out))
+        train = replace(train, positions=np.flatnonzero(~held_out))
     return Dataset(task, template, columns, rules, train, validation)
 
 

@@ -143,6 +143,17 @@ def test_dpo_that_continues_an_adapter_passes(tmp_path: Path, finished_run: Path
     assert not find_differences(done.folder, "--data_path", str(data))
 
 
+@pytest.mark.usefixtures("finished_run")
+def test_a_run_on_values_within_columns_passes(tmp_path: Path, root: Path) -> None:
+    rows = [{"news": {"body": [f"{n}"]}, "made": {"title": n}, "unused": "x" * 99} for n in range(8)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    columns = {"document": "news.body", "title": "json(made)"}
+    done = trained(tmp_path / "out", root / "base", data, columns=columns, max_steps=1, card_rows=2)
+    assert set(outcomes(done.folder).values()) == {"well"}
+    samples = json.loads((done.folder / "samples.json").read_text("utf-8"))["samples"]
+    assert samples[1]["row"] == {"news.body": "1", "json(made)": '{"title":1}'}
+
+
 @pytest.mark.parametrize("lora_settings", [{"use_dora": True}, {"use_rslora": True, "lora_r": 3}])
 def test_dora_and_rslora_runs_pass(
     tmp_path: Path, root: Path, finished_run: Path, lora_settings: Any

@@ -1,7 +1,8 @@
 """Preference data as text: a prompt with a chosen and a rejected answer, or with one answer and a label.
 
 A template is filled as for supervised training, once per answer. Turns come as `messages` or `conversations` plus the
-two answers, or as two whole dialogues, whose shared beginning is the prompt.
+two answers, or as two whole dialogues, whose shared beginning is the prompt, or as one dialogue and the other answer.
+OpenAI's and ms-swift's columns are such turns under other names.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from yeonma.data.column_paths import value_in, with_paths
 from yeonma.data.columns import FORMS, Columns, Form, Recognised, column_of, field_text, recognise
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
@@ -20,6 +22,7 @@ from yeonma.data.template import (
     answer_text,
     as_rendered_turns,
     joined,
+    load_template,
     missing_column,
 )
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
@@ -27,6 +30,9 @@ from yeonma.data.turns import ROLES, Role, Turn, turn_of, turns_of
 from yeonma.errors import Problem, UserError
 
 SIDES = ("chosen", "rejected")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns beside turns whose text is the system turn of the prompt."""
+_TURN_COLUMNS = ("messages", "conversations")
 _ROWS_INSPECTED = 100
 
 _PAIR_FORMS = tuple(
@@ -61,21 +67,26 @@ class RenderedLabel:
     desirable: bool
 
 
-def render_pair(template: Template, row: Row, columns: Columns = None) -> RenderedPair:
+def render_pairs(template: Template, row: Row, columns: Columns = None) -> tuple[RenderedPair, ...]:
     """Fill the template with both answers of a row. `columns` may also map `chosen` and `rejected`.
 
-    Raises UserError with the row's place as `Template.render`, for an answer that is missing or empty, and for
-    dialogues whose prompts differ.
+    A list of several rejected answers, as texts or as turn lists, gives a pair for each.
+    Raises UserError with the row's place as `Template.render`, for an answer that is missing or empty, for dialogues
+    whose prompts differ, and beside turns for tools and for a second system text.
     """
     answers, prompt_columns = _split_columns(template, columns)
-    _check_answers(row, answers)
+    row, rejected = _each_answer(row, answers["rejected"])
+    _check_answers(row, answers, rejected)
     if template.is_chat:
         template.check_columns(prompt_columns)
-        return _turn_pair(template, row, prompt_columns, answers)
-    chosen, rejected = (
-        template.render(row, {**prompt_columns, template.answer_field: answers[side]}) for side in SIDES
+        return tuple(
+            [_turn_pair(template, row, prompt_columns, answers["chosen"], column) for column in rejected]
+        )
+    chosen, *others = (
+        template.render(row, {**prompt_columns, template.answer_field: column})
+        for column in (answers["chosen"], *rejected)
     )
-    return RenderedPair(chosen, rejected, len(chosen.turns))
+    return tuple([RenderedPair(chosen, other, len(chosen.turns)) for other in others])
 
 
 def render_label(template: Template, row: Row, columns: Columns = None) -> RenderedLabel:
@@ -95,39 +106,96 @@ def render_label(template: Template, row: Row, columns: Columns = None) -> Rende
     return RenderedLabel(rendered, desirable)
 
 
-def notes_of_pair(pair: RenderedPair) -> Notes:
-    """The notes of both answers together."""
-    chosen, rejected = notes_of(pair.chosen), notes_of(pair.rejected)
-    first, second = _whole_text(pair.chosen), _whole_text(pair.rejected)
-    differ_in_space = first != second and "".join(first.split()) == "".join(second.split())
+def notes_of_pairs(pairs: Sequence[RenderedPair]) -> Notes:
+    """The notes of all answers of a row together. Its pairs have one chosen answer."""
+    chosen, *others = (notes_of(side) for side in (pairs[0].chosen, *(pair.rejected for pair in pairs)))
+    text = _whole_text(pairs[0].chosen)
+    differ_in_space = any(_differ_in_space(text, _whole_text(pair.rejected)) for pair in pairs)
+    flags, scripts = (SPACED_APART if differ_in_space else 0) | chosen.flags, chosen.scripts
+    for notes in others:
+        flags, scripts = flags | notes.flags, scripts | notes.scripts
     return Notes(
-        flags=chosen.flags | rejected.flags | (SPACED_APART if differ_in_space else 0),
-        scripts=chosen.scripts | rejected.scripts,
-        digest=digest_of([f"{chosen.digest:x}", f"{rejected.digest:x}"]),
+        flags=flags,
+        scripts=scripts,
+        digest=digest_of([f"{notes.digest:x}" for notes in (chosen, *others)]),
         prompt_digest=chosen.prompt_digest,
     )
+
+
+def pair_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
+    """What `--columns` would say about turns in OpenAI's form or in ms-swift's; nothing about other rows.
+
+    OpenAI: `input.messages`, `preferred_output`, `non_preferred_output`. ms-swift: `messages`, whose last turn is the
+    chosen answer, with `rejected_response` or `rejected_messages`. `columns` is what the user mapped already.
+    """
+    named, names = columns or {}, rows.columns
+    if any(side in named or side in names for side in SIDES):
+        return {}
+    if "preferred_output" in names and "non_preferred_output" in names:
+        shape = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+        nested = "messages" not in named and isinstance(_first_value(rows, "input"), Mapping)
+        return {**({"messages": "input.messages"} if nested else {}), **shape}
+    rejected = next((name for name in ("rejected_messages", "rejected_response") if name in names), None)
+    dialogue = next(
+        (name for field in _TURN_COLUMNS if (name := column_of(field, columns, "")) in names), None
+    )
+    return {"chosen": dialogue, "rejected": rejected} if rejected and dialogue else {}
 
 
 def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
     """Choose the built-in template as `recognise` does, with columns `chosen` and `rejected` in place of the answer.
 
-    Answers that are turns need the template chat; the result then says which column holds the prompt's turns.
+    Answers that are turns need the template chat; the result then says which columns hold the turns.
+    Raises UserError as `recognise`, and if the template of texts does not show a column with system prompts.
     """
+    shape = pair_shape(rows, columns)
+    columns = {**shape, **(columns or {})}
+    rows = with_paths(rows, columns)
+    recognised = _recognise_pairs(rows, columns)
+    return replace(recognised, columns=(*shape.items(), *recognised.columns))
+
+
+def _recognise_pairs(rows: Rows, columns: Mapping[str, str]) -> Recognised:
     chosen = _first_value(rows, column_of("chosen", columns, ""))
     dialogue = _is_dialogue(chosen)
-    if isinstance(chosen, str) and not (dialogue and not _has_prompt(rows.columns, columns)):
-        return recognise(rows.columns, columns, _PAIR_FORMS)
-    turn_lists = [
-        field for field in ("messages", "conversations") if column_of(field, columns, "") in rows.columns
-    ]
+    is_turns = chosen is None or isinstance(chosen, (Mapping, list, tuple))
+    if not is_turns and not (dialogue and not _has_prompt(rows.columns, columns)):
+        return _showing_system(recognise(rows.columns, columns, _PAIR_FORMS), rows, columns)
+    turn_lists = [field for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns]
     needs = tuple((side,) for side in SIDES)
     if turn_lists:
-        return recognise(rows.columns, columns, [Form("chat", ((turn_lists[0],), *needs), "")])
-    recognised = recognise(rows.columns, columns, [Form("chat", needs, "", ("prompt",))])
-    prompt = None if columns and "messages" in columns else _first_value(rows, "prompt")
+        form = Form("chat", ((turn_lists[0],), *needs), "")
+        return _with_system_turns(recognise(rows.columns, columns, [form]), rows)
+    form = Form("chat", needs, "", ("prompt",))
+    recognised = _with_system_turns(recognise(rows.columns, columns, [form]), rows)
+    prompt = None if "messages" in columns else _first_value(rows, "prompt")
     if prompt is None or (isinstance(prompt, str) and dialogue):
         return recognised
     return replace(recognised, columns=(("messages", "prompt"),))
+
+
+def _showing_system(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) -> Recognised:
+    """The same. Raises UserError if the template of texts does not show a column with system prompts."""
+    template = recognised.template
+    used = load_template(template).fields | {*columns.values()}
+    for name in SYSTEM_COLUMNS:
+        if name in used or name not in rows.columns:
+            continue
+        values = (row.values.get(name) for row in islice(rows, _ROWS_INSPECTED))
+        if any(value is not None and str(value).strip() for value in values):
+            orca = f"--template orca with --columns '{{question: {column_of('prompt', columns, '')}}}'"
+            shown = orca if template == "prompt-completion" else f"one of your own with {{{name}}}"
+            problem = f'the template {template} does not show the column "{name}"'
+            cure = f"give a template that does, {shown}; or --template {template} to leave the column out"
+            raise UserError(problem, place="--template", cure=cure)
+    return recognised
+
+
+def _with_system_turns(recognised: Recognised, rows: Rows) -> Recognised:
+    """The same, with a reason that names the columns of system prompts."""
+    names = [name for name in SYSTEM_COLUMNS if name in rows.columns]
+    reason = f"{recognised.reason}; system turns are in {' or '.join(names)}"
+    return replace(recognised, reason=reason) if names else recognised
 
 
 def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
@@ -136,9 +204,10 @@ def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
 
 
 def fields_of_pair(template: Template) -> frozenset[str]:
-    """The fields that `render_pair` reads: those of the prompt, and both answers."""
-    prompt = template.fields if template.is_chat else template.fields - {template.answer_field}
-    return prompt | {*SIDES}
+    """The fields that `render_pairs` reads: those of the prompt, and both answers."""
+    if template.is_chat:
+        return template.fields | {*SIDES, *SYSTEM_COLUMNS}
+    return (template.fields - {template.answer_field}) | {*SIDES}
 
 
 def missing_pair_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
@@ -171,10 +240,22 @@ def _split_columns(template: Template, columns: Columns) -> tuple[dict[str, str]
     return {side: columns.pop(side, side) for side in SIDES}, columns
 
 
-def _check_answers(row: Row, answers: Mapping[str, str]) -> None:
-    """Raises UserError unless both answers have a value; `answers`: side -> column."""
+def _each_answer(row: Row, column: str) -> tuple[Row, list[str]]:
+    """A row with a column for each of several answers in a list, and the names of these columns; else the row itself.
+
+    A list of turns is one answer.
+    """
+    value = row.values.get(column)
+    if not isinstance(value, (list, tuple)) or not value or any(isinstance(part, Mapping) for part in value):
+        return row, [column]
+    named = {f"{column}[{number}]": part for number, part in enumerate(value)}
+    return replace(row, values={**row.values, **named}), list(named)
+
+
+def _check_answers(row: Row, answers: Mapping[str, str], rejected: Sequence[str]) -> None:
+    """Raises UserError unless all answers have a value. `answers`: side -> column; `rejected`: the columns of each."""
     problems = []
-    for name in answers.values():
+    for name in (answers["chosen"], *rejected):
         value = row.values.get(name)
         if value is None or value in ([], {}) or (isinstance(value, str) and not value.strip()):
             state = "missing" if name not in row.values else "null" if value is None else "empty"
@@ -200,24 +281,33 @@ def _label(row: Row, column: str) -> bool:
 
 
 def _turn_pair(
-    template: Template, row: Row, columns: Mapping[str, str], answer_columns: Mapping[str, str]
+    template: Template, row: Row, columns: Mapping[str, str], chosen_column: str, rejected_column: str
 ) -> RenderedPair:
     prompt_columns = [
         column_of(variant.answer_placeholder.field, columns, "") for variant in template.variants
     ]
     variant = next((i for i, name in enumerate(prompt_columns) if row.values.get(name) is not None), 0)
     prompt_column = prompt_columns[variant]
-    answers = {side: _answer_turns(row, answer_columns[side]) for side in SIDES}
-    dialogues = all(turns[0].role != "assistant" for turns in answers.values())
-    before = () if dialogues else _prompt_turns(row, prompt_column)
-    no_prompt = not before and row.values.get(prompt_column) is None
-    if no_prompt and not dialogues and len(answers["chosen"]) < 2:
-        raise UserError(
-            f'field "{prompt_columns[0]}" is missing, and the answers are not whole dialogues',
-            place=row.place,
-            cure=f"give the turns before the answers in {' or '.join(prompt_columns)}",
-        )
-    chosen, rejected = ((*before, *answers[side]) for side in SIDES)
+    _refuse_tools(row, prompt_column)
+    by_side = {"chosen": chosen_column, "rejected": rejected_column}
+    sides = {side: _answer_turns(row, column) for side, column in by_side.items()}
+    whole = [
+        side
+        for side, turns in sides.items()
+        if turns[0].role != "assistant" or by_side[side] in prompt_columns
+    ]
+    if len(whole) == 1:
+        sides = _with_dialogue(sides, whole[0], row.place)
+    elif not whole:
+        before = _prompt_turns(row, prompt_column)
+        if not before and row.values.get(prompt_column) is None and len(sides["chosen"]) < 2:
+            raise UserError(
+                f'field "{prompt_columns[0]}" is missing, and the answers are not whole dialogues',
+                place=row.place,
+                cure=f"give the turns before the answers in {' or '.join(prompt_columns)}",
+            )
+        sides = {side: (*before, *turns) for side, turns in sides.items()}
+    chosen, rejected = (_with_system(row, turns) for turns in sides.values())
     count = _shared_turns(chosen, rejected, row.place)
     _check_sides({"chosen": chosen, "rejected": rejected}, count, row.place)
     single = len(chosen) == len(rejected) == count + 1
@@ -226,6 +316,44 @@ def _turn_pair(
         rejected=_rendered(rejected, count, variant, single),
         prompt_turns=count,
     )
+
+
+def _with_dialogue(
+    sides: Mapping[str, tuple[Turn, ...]], whole: str, place: str
+) -> dict[str, tuple[Turn, ...]]:
+    """Both sides as dialogues. `whole` is one, and its last turn is the answer; the other may be only an answer."""
+    *prompt, last = sides[whole]
+    if last.role != "assistant":
+        raise UserError([_wrong_end(whole, last, place)])
+    return {
+        side: turns if side == whole or list(turns[: len(prompt)]) == prompt else (*prompt, *turns)
+        for side, turns in sides.items()
+    }
+
+
+def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns, after the system prompt that a column beside them holds. Raises UserError for two that differ."""
+    texts = {name: text for name in SYSTEM_COLUMNS if (text := field_text(row, name)) is not None}
+    if not texts:
+        return turns
+    own = {f"a turn of {turns[0].role}": turns[0].text} if turns[0].role == "system" else {}
+    (first, text), *others = (own | texts).items()
+    for other, other_text in others:
+        if other_text.strip() != text.strip():
+            where = "the turns begin with another system turn" if own else f'field "{first}" says another'
+            problem = f'field "{other}" is a system prompt, but {where}'
+            raise UserError(problem, place=row.place, cure="keep one of them")
+    return turns if own else (Turn("system", text), *turns)
+
+
+def _refuse_tools(row: Row, prompt_column: str) -> None:
+    """Raises UserError for tools beside the turns, which no prompt shows."""
+    parent = prompt_column.rpartition(".")[0]
+    for path in ("tools", "rejected_tools", *([f"{parent}.tools"] if parent else [])):
+        value = value_in(row, path)
+        if value and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
+            cure = "write the tools into the system turn, or remove them"
+            raise UserError(f'field "{path}": tools cannot be trained', place=row.place, cure=cure)
 
 
 def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bool) -> Rendered:
@@ -255,9 +383,7 @@ def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) 
 
 def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) -> None:
     problems = [
-        Problem(f"{side} ends with a {turns[-1].role} turn", place, "end it with an assistant turn")
-        for side, turns in sides.items()
-        if turns[-1].role != "assistant"
+        _wrong_end(side, turns[-1], place) for side, turns in sides.items() if turns[-1].role != "assistant"
     ]
     role = sides["chosen"][count - 1].role
     if role in ("assistant", "system"):
@@ -266,6 +392,10 @@ def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) ->
         problems.append(Problem(problem, place, "end it with the turn to answer"))
     if problems:
         raise UserError(problems)
+
+
+def _wrong_end(side: str, last: Turn, place: str) -> Problem:
+    return Problem(f"{side} ends with a {last.role} turn", place, "end it with an assistant turn")
 
 
 def _prompt_turns(row: Row, column: str) -> tuple[Turn, ...]:
@@ -319,6 +449,10 @@ def _is_dialogue(value: object) -> bool:
 def _has_prompt(names: Sequence[str], columns: Columns) -> bool:
     fields = {name for form in _PAIR_FORMS for group in form.needs for name in group} - set(SIDES)
     return any(column_of(field, columns, "") in names for field in fields)
+
+
+def _differ_in_space(first: str, second: str) -> bool:
+    return first != second and "".join(first.split()) == "".join(second.split())
 
 
 def _whole_text(rendered: Rendered) -> str:

@@ -16,11 +16,12 @@ from yeonma.data.preference_pairs import (
     fields_of_pair,
     missing_label_columns,
     missing_pair_columns,
-    notes_of_pair,
+    notes_of_pairs,
+    pair_shape,
     recognise_labelled,
     recognise_pairs,
     render_label,
-    render_pair,
+    render_pairs,
 )
 from yeonma.data.rows import Row, Rows
 from yeonma.data.template import Rendered, Template, load_template
@@ -51,6 +52,8 @@ class Task:
     notes: Callable[[Any], Notes]
     preferred: Callable[[Any], Rendered]
     """The row with the answer that the model should give; with no answer if its only one is undesirable."""
+    shape: Callable[[Rows, Columns], dict[str, str]] = lambda rows, columns: {}
+    """What `--columns` would say about turns in forms that have other names for their columns."""
     continues_template: bool = False
     """Whether, without `--template`, the template of the adapter to continue takes precedence over a built-in one."""
 
@@ -77,9 +80,10 @@ PAIRS = Task(
     fields=fields_of_pair,
     text_fields=_texts(fields_of_pair),
     missing_columns=missing_pair_columns,
-    render=render_pair,
-    notes=notes_of_pair,
-    preferred=lambda pair: pair.chosen,
+    render=render_pairs,
+    notes=notes_of_pairs,
+    preferred=lambda pairs: pairs[0].chosen,
+    shape=pair_shape,
     continues_template=True,
 )
 LABELLED = Task(
@@ -128,7 +132,9 @@ def choose_template(
     Raises UserError as `load_template`, and if none or several built-in templates fit.
     """
     if setting is not None:
-        return Choice(load_template(setting), columns)
+        given = load_template(setting)
+        shape = task.shape(rows, columns) if given.is_chat else {}
+        return Choice(given, {**shape, **(columns or {})} or None)
     if adapter is not None and task.continues_template:
         path = user_path(adapter) / "template.txt"
         template = load_template(str(path)) if path.is_file() else None

@@ -19,7 +19,7 @@ from yeonma.data.text_checks import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example import AnswerRole, TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
@@ -208,6 +208,8 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
     rows = used_rows(store, positions)
     flags = store.row_flags[rows - 1]
     repeats = repeated_rows(store, rows)
+    chosen = positions[store.roles[positions] == AnswerRole.CHOSEN]
+    paired, pairs = np.unique(store.row_numbers[chosen], return_counts=True)
     special = np.unique(store.row_numbers[positions][store.special_text[positions] > 0])
     straddling = np.unique(store.row_numbers[positions][store.straddles[positions]])
     return [
@@ -223,6 +225,11 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
                 "spaced_apart",
                 rows[flags & SPACED_APART > 0],
                 "pairs whose chosen and rejected answers differ only in white space",
+            ),
+            rows_warning(
+                "several_rejected",
+                paired[pairs > 1],
+                "rows with several rejected answers, each in a pair of its own",
             ),
             rows_warning("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
             rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),

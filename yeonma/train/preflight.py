@@ -96,8 +96,9 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
             rows_by_path[path] = with_paths(rows, data.columns)
 
     gather(read_template, partial(read_rows, data.data_path), partial(read_rows, data.val_data_path))
-    if not choices and data.data_path in rows_by_path:
-        choices = [choose_template(task, None, rows_by_path[data.data_path], data.columns, continued)]
+    if data.data_path in rows_by_path:
+        rows = rows_by_path[data.data_path]
+        choices = [choose_template(task, data.template, rows, data.columns, continued)]
     if choices:
         gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_by_path.values()))
 

@@ -8,7 +8,7 @@ OpenAI's and ms-swift's columns are such turns under other names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -27,11 +27,17 @@ from yeonma.data.template import (
 )
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
 from yeonma.data.turns import ROLES, Role, Turn, turn_of, turns_of
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, brief
 
 SIDES = ("chosen", "rejected")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """Columns beside turns whose text is the system turn of the prompt."""
+LABEL_COLUMNS = ("label", "kto_tag")
+LABEL_WORDS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "good", "chosen", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable"), False),
+}
+"""Labels, in any case, and whether they say that the answer is desirable."""
 _TURN_COLUMNS = ("messages", "conversations")
 _ROWS_INSPECTED = 100
 
@@ -39,7 +45,7 @@ _PAIR_FORMS = tuple(
     replace(form, needs=(*(group for group in form.needs if form.answer not in group), *((side,) for side in SIDES)))
     for form in FORMS
 )  # fmt: skip
-_LABELLED_FORMS = tuple(replace(form, needs=(*form.needs, ("label",))) for form in FORMS)
+_LABELLED_FORMS = tuple(replace(form, needs=(*form.needs, LABEL_COLUMNS)) for form in FORMS)
 
 # Dialogues as one text, as in Anthropic's hh-rlhf.
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -90,20 +96,18 @@ def render_pairs(template: Template, row: Row, columns: Columns = None) -> tuple
 
 
 def render_label(template: Template, row: Row, columns: Columns = None) -> RenderedLabel:
-    """Fill the template as for supervised training; the column `label` says whether the answer is desirable.
+    """Fill the template as for supervised training; `label` or `kto_tag` says whether the answer is desirable.
 
-    The last turn of a turn list is the answer. Raises UserError as `Template.render`, and for a label that is not true
-    or false.
+    The last turn of a turn list is the answer. With turns, `columns` may map `answer` to a column of its own, whose
+    turns follow those of the prompt. Raises UserError as `Template.render` and `render_pairs`, and for a label that
+    is none of LABEL_WORDS.
     """
     columns = dict(columns or {})
-    desirable = _label(row, columns.pop("label", "label"))
-    rendered = template.render(row, columns)
+    desirable = _label(row, _label_column(row.values, columns))
+    columns.pop("label", None)
     if template.is_chat:
-        *prompt, last = rendered.turns
-        if last.role != "assistant":
-            raise UserError("the turn list does not end with an assistant turn", place=row.place)
-        rendered = replace(rendered, turns=tuple(prompt), answer=last.pieces)
-    return RenderedLabel(rendered, desirable)
+        return RenderedLabel(_labelled_turns(template, row, columns), desirable)
+    return RenderedLabel(template.render(row, columns), desirable)
 
 
 def notes_of_pairs(pairs: Sequence[RenderedPair]) -> Notes:
@@ -160,7 +164,8 @@ def _recognise_pairs(rows: Rows, columns: Mapping[str, str]) -> Recognised:
     dialogue = _is_dialogue(chosen)
     is_turns = chosen is None or isinstance(chosen, (Mapping, list, tuple))
     if not is_turns and not (dialogue and not _has_prompt(rows.columns, columns)):
-        return _showing_system(recognise(rows.columns, columns, _PAIR_FORMS), rows, columns)
+        recognised = recognise(rows.columns, columns, _PAIR_FORMS)
+        return _showing_system(recognised, rows, columns, {"question": "prompt"})
     turn_lists = [field for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns]
     needs = tuple((side,) for side in SIDES)
     if turn_lists:
@@ -174,8 +179,13 @@ def _recognise_pairs(rows: Rows, columns: Mapping[str, str]) -> Recognised:
     return replace(recognised, columns=(("messages", "prompt"),))
 
 
-def _showing_system(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) -> Recognised:
-    """The same. Raises UserError if the template of texts does not show a column with system prompts."""
+def _showing_system(
+    recognised: Recognised, rows: Rows, columns: Mapping[str, str], orca: Mapping[str, str]
+) -> Recognised:
+    """The same. Raises UserError if the template of texts does not show a column with system prompts.
+
+    `orca`: the fields of that template, which does, and those of prompt-completion.
+    """
     template = recognised.template
     used = load_template(template).fields | {*columns.values()}
     for name in SYSTEM_COLUMNS:
@@ -183,8 +193,10 @@ def _showing_system(recognised: Recognised, rows: Rows, columns: Mapping[str, st
             continue
         values = (row.values.get(name) for row in islice(rows, _ROWS_INSPECTED))
         if any(value is not None and str(value).strip() for value in values):
-            orca = f"--template orca with --columns '{{question: {column_of('prompt', columns, '')}}}'"
-            shown = orca if template == "prompt-completion" else f"one of your own with {{{name}}}"
+            mapped = ", ".join(f"{field}: {column_of(other, columns, '')}" for field, other in orca.items())
+            shown = f"one of your own with {{{name}}}"
+            if template == "prompt-completion":
+                shown = f"--template orca with --columns '{{{mapped}}}'"
             problem = f'the template {template} does not show the column "{name}"'
             cure = f"give a template that does, {shown}; or --template {template} to leave the column out"
             raise UserError(problem, place="--template", cure=cure)
@@ -198,9 +210,35 @@ def _with_system_turns(recognised: Recognised, rows: Rows) -> Recognised:
     return replace(recognised, reason=reason) if names else recognised
 
 
+def labelled_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
+    """What `--columns` would say about `prompt` and `completion` that hold turns; nothing about other rows."""
+    named, names = columns or {}, {*rows.columns}
+    other_turns = {column_of(field, columns, "") for field in _TURN_COLUMNS} - {"prompt"}
+    if "answer" in named or names & other_turns or not names >= {"prompt", "completion"}:
+        return {}
+    values = (_first_value(rows, name) for name in ("prompt", "completion"))
+    in_turns = any(isinstance(value, (list, tuple, Mapping)) for value in values)
+    return {"messages": "prompt", "answer": "completion"} if in_turns else {}
+
+
 def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
-    """Choose the built-in template as `recognise` does, with a column `label` in addition."""
-    return recognise(rows.columns, columns, _LABELLED_FORMS)
+    """Choose the built-in template as `recognise` does, with a column `label` or `kto_tag` in addition.
+
+    Raises UserError as `recognise_pairs`.
+    """
+    shape = labelled_shape(rows, columns)
+    columns = {**shape, **(columns or {})}
+    if shape:
+        form = Form("chat", (("messages",), ("answer",), LABEL_COLUMNS), "")
+        recognised = recognise(rows.columns, columns, [form])
+    else:
+        recognised = recognise(rows.columns, columns, _LABELLED_FORMS)
+    if recognised.template == "chat":
+        recognised = _with_system_turns(recognised, rows)
+    else:
+        orca = {"question": "prompt", "response": "completion"}
+        recognised = _showing_system(recognised, rows, columns, orca)
+    return replace(recognised, columns=(*shape.items(), *recognised.columns))
 
 
 def fields_of_pair(template: Template) -> frozenset[str]:
@@ -208,6 +246,11 @@ def fields_of_pair(template: Template) -> frozenset[str]:
     if template.is_chat:
         return template.fields | {*SIDES, *SYSTEM_COLUMNS}
     return (template.fields - {template.answer_field}) | {*SIDES}
+
+
+def fields_of_label(template: Template) -> frozenset[str]:
+    """The fields that `render_label` reads. `answer` is a column of its own only with turns."""
+    return template.fields | {*LABEL_COLUMNS, *((*SYSTEM_COLUMNS, "answer") if template.is_chat else ())}
 
 
 def missing_pair_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
@@ -226,8 +269,11 @@ def missing_pair_columns(template: Template, names: Sequence[str], columns: Colu
 def missing_label_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
     """Like `Template.missing_columns`, with the label's column."""
     columns = dict(columns or {})
-    label = columns.pop("label", "label")
-    missing = [] if label in names else [missing_column(label, names, "--columns")]
+    needed = [_label_column(names, columns)]
+    columns.pop("label", None)
+    if template.is_chat and "messages" in columns and "answer" in columns:
+        needed.insert(0, columns["answer"])
+    missing = [missing_column(name, names, "--columns") for name in needed if name not in names]
     return [*template.missing_columns(names, columns), *missing]
 
 
@@ -254,27 +300,66 @@ def _each_answer(row: Row, column: str) -> tuple[Row, list[str]]:
 
 def _check_answers(row: Row, answers: Mapping[str, str], rejected: Sequence[str]) -> None:
     """Raises UserError unless all answers have a value. `answers`: side -> column; `rejected`: the columns of each."""
+    cure = f"a pair needs both answers ({' and '.join(answers.values())}); fill it or remove the row"
+    if problems := _without_value(row, (answers["chosen"], *rejected), cure):
+        raise UserError(problems)
+
+
+def _without_value(row: Row, columns: Sequence[str], cure: str) -> list[Problem]:
+    """A problem for each of the columns that has no value or an empty one."""
     problems = []
-    for name in (answers["chosen"], *rejected):
+    for name in columns:
         value = row.values.get(name)
         if value is None or value in ([], {}) or (isinstance(value, str) and not value.strip()):
             state = "missing" if name not in row.values else "null" if value is None else "empty"
-            cure = f"a pair needs both answers ({' and '.join(answers.values())}); fill it or remove the row"
             problems.append(Problem(f'field "{name}" is {state}', row.place, cure))
-    if problems:
-        raise UserError(problems)
+    return problems
+
+
+def _label_column(names: Container[str], columns: Mapping[str, str]) -> str:
+    """The column of the label, of those that `names` has."""
+    first = LABEL_COLUMNS[0]
+    return columns.get(first) or next((name for name in LABEL_COLUMNS if name in names), first)
 
 
 def _label(row: Row, column: str) -> bool:
     value = row.values.get(column)
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "false": False, "1": True, "0": False}
-    if value is not None and not isinstance(value, float) and str(value).strip().lower() in words:
-        return words[str(value).strip().lower()]
-    state = described(value) if column in row.values else "missing"
-    cure = "give true or false: whether the answer is desirable"
-    raise UserError(f'field "{column}" is {state}', place=row.place, cure=cure)
+    if isinstance(value, (str, int, float)) and (word := str(value).strip().lower()) in LABEL_WORDS:
+        return LABEL_WORDS[word]
+    state = f'"{brief(value)}"' if isinstance(value, str) else described(value)
+    good, bad = (
+        ", ".join(word for word, is_good in LABEL_WORDS.items() if is_good == side) for side in (True, False)
+    )
+    raise UserError(
+        f'field "{column}" is {state if column in row.values else "missing"}',
+        place=row.place,
+        cure=f"say whether the answer is desirable: {good}; or not: {bad}",
+    )
+
+
+def _labelled_turns(template: Template, row: Row, columns: dict[str, str]) -> Rendered:
+    """A turn list with its last turn as the answer, or the turns of a prompt and of an answer from two columns."""
+    names = [
+        column_of(variant.answer_placeholder.field, columns, template.answer_field)
+        for variant in template.variants
+    ]
+    column = next((name for name in names if row.values.get(name) is not None), names[0])
+    _refuse_tools(row, column)
+    apart = columns.get("answer") if "messages" in columns else None
+    if apart is None:
+        rendered = template.render(_with_system_entry(row, column), columns)
+    else:
+        template.check_columns(columns)
+        cure = f"a labelled answer needs both {column} and {apart}; fill it or remove the row"
+        if problems := _without_value(row, (column, apart), cure):
+            raise UserError(problems)
+        turns = _with_system(row, (*_prompt_turns(row, column), *_answer_turns(row, apart)))
+        rendered = Rendered(as_rendered_turns(turns), (), names.index(column), "assistant")
+    *prompt, last = rendered.turns
+    if last.role != "assistant":
+        what = "the turn list does not end" if apart is None else f'field "{apart}" does not end'
+        raise UserError(f"{what} with an assistant turn", place=row.place, cure="end it with the answer")
+    return replace(rendered, turns=tuple(prompt), answer=last.pieces)
 
 
 # Turns
@@ -344,6 +429,17 @@ def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
             problem = f'field "{other}" is a system prompt, but {where}'
             raise UserError(problem, place=row.place, cure="keep one of them")
     return turns if own else (Turn("system", text), *turns)
+
+
+def _with_system_entry(row: Row, column: str) -> Row:
+    """The row whose turn list begins with the system prompt that a column beside it holds."""
+    if not any(row.values.get(name) for name in SYSTEM_COLUMNS):
+        return row
+    value, turns = row.values.get(column), turns_of(row, column)
+    first, *_ = with_system = _with_system(row, turns)
+    if len(with_system) == len(turns) or not isinstance(value, Sequence):
+        return row
+    return replace(row, values={**row.values, column: [{"role": "system", "content": first.text}, *value]})
 
 
 def _refuse_tools(row: Row, prompt_column: str) -> None:

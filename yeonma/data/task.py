@@ -13,7 +13,9 @@ from typing import Any, get_args
 from yeonma.config.settings import LabelLossName
 from yeonma.data.columns import Columns, Recognised, recognise
 from yeonma.data.preference_pairs import (
+    fields_of_label,
     fields_of_pair,
+    labelled_shape,
     missing_label_columns,
     missing_pair_columns,
     notes_of_pairs,
@@ -90,11 +92,12 @@ LABELLED = Task(
     name="labelled answers",
     units="labelled answers",
     recognise=recognise_labelled,
-    fields=lambda template: template.fields | {"label"},
+    fields=fields_of_label,
     text_fields=_texts(lambda template: template.fields),
     missing_columns=missing_label_columns,
     render=render_label,
     notes=lambda label: notes_of(label.rendered),
+    shape=labelled_shape,
     preferred=lambda label: label.rendered if label.desirable else replace(label.rendered, answer=()),
     continues_template=True,
 )

@@ -502,7 +502,12 @@ def test_notes_of_several_pairs_cover_every_rejected_answer() -> None:
 
 @pytest.mark.parametrize(
     ("label", "desirable"),
-    [(True, True), (False, False), ("true", True), ("False", False), (1, True), ("0", False)],
+    [
+        *((label, True) for label in (True, "true", 1, 1.0, "1", "1.0", np.float64(1), "Yes", " GOOD ")),
+        *((label, True) for label in ("chosen", "Desirable")),
+        *((label, False) for label in (False, "False", 0, 0.0, -1, -1.0, "0", "-1", "0.0", "no", "Bad")),
+        *((label, False) for label in ("rejected", "undesirable\n")),
+    ],
 )
 def test_label_values_are_read_as_desirable_or_not(label: object, desirable: bool) -> None:
     values = {"prompt": "p", "completion": "c", "label": label}
@@ -511,10 +516,137 @@ def test_label_values_are_read_as_desirable_or_not(label: object, desirable: boo
     assert (answer_text(actual.rendered), actual.desirable) == ("c", desirable)
 
 
-@pytest.mark.parametrize("label", [None, "good", 2, 1.0, [True]])
-def test_invalid_label_is_refused(label: object) -> None:
-    with pytest.raises(UserError, match=r'train.jsonl:41: field "label" is .*true or false'):
+@pytest.mark.parametrize(
+    ("label", "state"),
+    [
+        (None, "null"),
+        ("maybe", '"maybe"'),
+        ("", '""'),
+        ("not good", '"not good"'),
+        (2, "a number (2)"),
+        (0.5, "a number (0.5)"),
+        (float("nan"), "a number (nan)"),
+        ([True], "a list"),
+    ],
+)
+def test_other_labels_are_refused_with_a_list_of_those_accepted(label: object, state: str) -> None:
+    with pytest.raises(UserError) as caught:
         render_label(load_template("prompt-completion"), row(prompt="p", completion="c", label=label))
+    assert str(caught.value) == (
+        f'train.jsonl:41: field "label" is {state}; say whether the answer is desirable: '
+        "true, 1, 1.0, yes, good, chosen, desirable; or not: "
+        "false, 0, 0.0, -1, -1.0, no, bad, rejected, undesirable"
+    )
+
+
+def test_the_label_is_in_kto_tag_if_there_is_no_column_label() -> None:
+    values: dict[str, object] = {"instruction": "i", "output": "o", "kto_tag": False}
+    rows = table([values, {**values, "kto_tag": True}])
+    assert recognise_labelled(rows).reason == (
+        "template alpaca, because the columns are instruction, output, kto_tag"
+    )
+    template = load_template("alpaca")
+    assert [render_label(template, row).desirable for row in rows] == [False, True]
+    assert LABELLED.missing_columns(template, rows.columns, None) == []
+    assert render_label(template, row(**values, label=True)).desirable
+    assert not render_label(template, row(**values, label="a class"), {"label": "kto_tag"}).desirable
+    (problem,) = LABELLED.missing_columns(template, ["instruction", "output"], None)
+    assert problem.what == 'the data has no column "label"'
+
+
+CONVERSATION = {
+    "prompt": [{"role": "system", "content": "s"}, user("a"), answer("b"), user("c")],
+    "completion": [answer("good")],
+    "label": True,
+}
+
+
+@pytest.mark.parametrize("template", [None, "chat"])
+@pytest.mark.parametrize(
+    "completion",
+    [[answer("good")], answer("good"), "good", [gpt("good")]],
+)
+def test_a_completion_of_turns_is_the_answer_and_the_prompts_turns_come_before_it(
+    completion: object, template: str | None
+) -> None:
+    values = {**CONVERSATION, "completion": completion}
+    choice = choose_template(LABELLED, template, table([values]), None)
+    assert choice.columns == {"messages": "prompt", "answer": "completion"}
+    assert LABELLED.missing_columns(choice.template, list(values), choice.columns) == []
+    actual = render_label(choice.template, row(**values), choice.columns).rendered
+    whole = render_label(CHAT, row(messages=[*CONVERSATION["prompt"], answer("good")], label=True)).rendered  # type: ignore[misc]
+    assert actual == whole
+    assert [turn.role for turn in actual.turns] == ["system", "user", "assistant", "user"]
+    assert answer_text(actual) == "good"
+
+
+def test_earlier_turns_of_a_completion_are_the_prompt() -> None:
+    completion = [answer("tool?"), user("3"), answer("good")]
+    columns = {"messages": "prompt", "answer": "completion"}
+    actual = render_label(CHAT, row(prompt="q", completion=completion, label=1), columns).rendered
+    assert [(turn.role, turn.text) for turn in actual.turns] == [
+        ("user", "q"),
+        ("assistant", "tool?"),
+        ("user", "3"),
+    ]
+    assert answer_text(actual) == "good"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"completion": [user("q")]}, 'field "completion" does not end with an assistant turn; end it'),
+        (
+            {"completion": []},
+            'field "completion" is empty; a labelled answer needs both prompt and completion',
+        ),
+        ({"prompt": None}, 'field "prompt" is null; a labelled answer needs both prompt and completion'),
+        ({"prompt": [{"role": "robot", "content": "q"}]}, "prompt[0].role: unknown role"),
+        ({"tools": [{"name": "f"}]}, 'field "tools": tools cannot be trained'),
+        ({"system": "other"}, 'field "system" is a system prompt, but the turns begin with another'),
+    ],
+)
+def test_faulty_prompts_and_completions_of_turns_are_refused(
+    changes: dict[str, object], problem: str
+) -> None:
+    columns = {"messages": "prompt", "answer": "completion"}
+    with pytest.raises(UserError) as caught:
+        render_label(CHAT, row(**{**CONVERSATION, **changes}), columns)
+    assert str(caught.value).startswith(f"train.jsonl:41: {problem}")
+
+
+def test_a_missing_column_of_completions_is_named() -> None:
+    columns = {"messages": "prompt", "answer": "completion"}
+    (problem,) = LABELLED.missing_columns(CHAT, ["prompt", "label"], columns)
+    assert problem.what == 'the data has no column "completion"'
+
+
+def test_a_system_column_beside_labelled_turns_is_their_system_turn() -> None:
+    turns = [user("q"), answer("a")]
+    system = {"role": "system", "content": "Be true."}
+    expected = render_label(CHAT, row(messages=[system, *turns], label=True))
+    for column in ("system", "system_prompt"):
+        assert render_label(CHAT, row(messages=turns, label=True, **{column: "Be true."})) == expected
+    assert render_label(CHAT, row(messages=[system, *turns], label=True, system="Be true.")) == expected
+    shares = [human("q"), gpt("a")]
+    assert render_label(CHAT, row(conversations=shares, label=True, system="Be true.")).rendered.turns == (
+        expected.rendered.turns
+    )
+    with pytest.raises(UserError, match=r'field "system" is a system prompt, but the turns begin'):
+        render_label(CHAT, row(messages=[system, *turns], label=True, system="Be brief."))
+    with pytest.raises(UserError, match=r'field "tools": tools cannot be trained'):
+        render_label(CHAT, row(messages=turns, label=True, tools=[{"name": "f"}]))
+
+
+def test_a_system_column_that_labelled_texts_would_drop_is_refused_with_a_cure_that_works() -> None:
+    values = {"prompt": "p", "completion": "c", "label": True, "system": "s"}
+    columns = {"question": "prompt", "response": "completion"}
+    with pytest.raises(UserError) as caught:
+        recognise_labelled(table([values]))
+    assert "--template orca with --columns '{question: prompt, response: completion}'" in str(caught.value)
+    cured = render_label(load_template("orca"), row(**values), columns).rendered
+    assert prompt_text(cured) == "### System:\ns\n\n### User:\np\n\n### Assistant:\n"
+    assert answer_text(cured) == "c"
 
 
 def test_last_turn_of_a_labelled_turn_list_is_the_answer() -> None:

@@ -36,13 +36,13 @@ def location(kind: str, row: int) -> str:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_fault_11_a_number_where_text_is_expected(
-    write: Write, refused: Refused, accepted: Accepted, kind: str
+def test_fault_11_a_number_where_text_is_expected_is_written_as_text(
+    write: Write, accepted: Accepted, kind: str
 ) -> None:
     rows = [{"document": "a", "title": 3}, {"document": "b", "title": 4}]
-    cure = "a template's field takes text"
-    assert refused(write_as(write, kind, rows), template=TEMPLATE) == [
-        f'{location(kind, row)}: field "title" is a number ({row + 2}), not text; {cure}' for row in (1, 2)
+    assert accepted(write_as(write, kind, rows), template=TEMPLATE).texts == [
+        ("a\n", f"3{END}"),
+        ("b\n", f"4{END}"),
     ]
     unused_numbers = write_as(write, kind, [{"document": "a", "title": "b", "id": 7, "score": 0.5}])
     assert accepted(unused_numbers, template=TEMPLATE).texts == [("a\n", f"b{END}")]
@@ -53,8 +53,10 @@ def test_fault_11_a_list_or_object_where_text_is_expected(
 ) -> None:
     rows: Rows = [{"document": ["a"], "title": "b"}, {"document": {"a": "b"}, "title": True}]
     assert refused(write_as(write, "jsonl", rows), template=TEMPLATE) == [
-        'a.jsonl:1: field "document" is a list, not text; a template\'s field takes text',
-        'a.jsonl:2: field "document" is an object, not text; a template\'s field takes text',
+        'a.jsonl:1: field "document" is a list, not text; '
+        'map the field to "document[0]" or "json(document)" with --columns, in these quotes',
+        'a.jsonl:2: field "document" is an object, not text; '
+        'map the field to "document.a" or "json(document)" with --columns, in these quotes',
     ]
     assert accepted(write("a.csv", "document,title\n1,2\n"), template=TEMPLATE).texts == [("1\n", f"2{END}")]
 

@@ -210,6 +210,19 @@ def test_rows_may_use_trained_column_names_or_field_names(tmp_path: Path) -> Non
         loaded.prompt_ids({"bodi": "서울"})
 
 
+def test_rows_may_hold_the_fields_within_a_column_as_in_training(tmp_path: Path) -> None:
+    columns = {"document": "input.body", "answer": "json(made)"}
+    loaded = load_policy(tiny_adapter(tmp_path, byte_level(), columns=columns).adapter)
+    expected = loaded.prompt_ids({"document": "서울"}).tolist()
+    assert loaded.prompt_ids({"input": {"body": ["서울"]}}).tolist() == expected
+    assert loaded.prompt_ids({"input.body": "서울"}).tolist() == expected
+    assert (
+        loaded.prompt_ids({"texts": ["부산", "서울"]}, columns={"document": "texts[1]"}).tolist() == expected
+    )
+    row = Row(1, {"input": {"body": "서울"}, "made": {"title": "제목"}}, "row 1")
+    assert loaded.prompt_builder.reference(row) == '{"title":"제목"}'
+
+
 def test_turn_list_prompt_ends_before_its_last_answer(tmp_path: Path) -> None:
     tokenizer = byte_level()
     loaded = load_policy(tiny_adapter(tmp_path, tokenizer, template="chat").adapter)
@@ -225,7 +238,7 @@ def test_turn_list_prompt_ends_before_its_last_answer(tmp_path: Path) -> None:
 
 def test_wrong_rows_are_reported_together_and_wrong_options_refused(loaded: Policy) -> None:
     with pytest.raises(UserError) as caught:
-        loaded.generate([{"document": "x"}, {"documant": "x"}, {"document": 3}])
+        loaded.generate([{"document": "x"}, {"documant": "x"}, {"document": ["x"]}])
     assert [problem.place for problem in caught.value.problems] == ["row 2", "row 3"]
     with pytest.raises(UserError, match="max_new_token: unknown setting; did you mean"):
         loaded.generate(DOCUMENT, max_new_token=3)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
 from yeonma.config.settings import Quantization, QuantizationOrAuto
+from yeonma.data.column_paths import row_with_paths
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
@@ -100,8 +101,9 @@ class PromptBuilder:
         problems: list[Problem] = []
         for row in rows:
             try:
-                row_columns = self.columns(row, columns)
-                rendered.append(self.adapter.template.render(row, row_columns, with_answer=False))
+                full = self.with_paths(row, columns)
+                row_columns = self.columns(full, columns)
+                rendered.append(self.adapter.template.render(full, row_columns, with_answer=False))
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -129,8 +131,9 @@ class PromptBuilder:
     def reference(self, row: Row, columns: Columns = None) -> str | None:
         """The row's own answer, if it has one."""
         template = self.adapter.template
-        named = self.columns(row, columns)
         try:
+            row = self.with_paths(row, columns)
+            named = self.columns(row, columns)
             if not any(variant.answer_role for variant in template.variants):
                 return field_text(row, column_of(template.answer_field, named, template.answer_field))
             rendered = template.render(row, named)
@@ -142,6 +145,11 @@ class PromptBuilder:
         texts = [piece.text for piece in rendered.answer if piece.field is not None]
         answer = texts[0] if len(texts) == 1 else joined(rendered.answer) if texts else last.text
         return self.tokens.shape.parts(answer).content
+
+    def with_paths(self, row: Row, columns: Columns) -> Row:
+        """The row with the values within its columns that training or `columns` name, such as `answers.text`."""
+        named = {**(self.adapter.columns or {}), **(columns or {})}
+        return row_with_paths(row, named.values())
 
     def columns(self, row: Row, columns: Columns) -> dict[str, str]:
         """Field -> column for this row: the columns of training, updated by `columns`, without those that the row

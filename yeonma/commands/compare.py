@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings
+from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import open_rows
 from yeonma.errors import Log, UserError
 from yeonma.evaluate.answer_cache import open_answer_cache
@@ -37,14 +38,17 @@ def run(config: CompareConfig) -> int:
 def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Path:
     """Write the report, print its table and return its folder. `log` gets progress messages. Raises UserError."""
     output = _output(settings)
-    source = open_rows(
+    opened = open_rows(
         settings.data_path,
         split=settings.data_split,
         revision=settings.data_revision,
         encoding=settings.encoding,
     )
+    source = with_paths(opened, settings.columns)
     rows = read_rows(source, settings.rows)
     candidates = open_candidates(settings, source)
+    for candidate in candidates:
+        rows = [candidate.prompt_builder.with_paths(row, settings.columns) for row in rows]
     inputs = candidate_inputs(candidates, rows, settings, options)
     references = reference_answers(candidates, rows, settings)
     if any(text is not None for text in references) and not has_sacrebleu():

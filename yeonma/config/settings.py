@@ -81,7 +81,7 @@ class DataSettings:
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
     columns: dict[str, str] | None = None
-    """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
+    """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`. `answers.text` is a value within a column, `json(output)` a value written as JSON."""
     template: str | None = None
     """Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)

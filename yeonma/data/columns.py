@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from yeonma.data.rows import Row
+from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
 from yeonma.data.turns import check_characters, is_turn_list
 from yeonma.errors import Problem, UserError, did_you_mean
@@ -13,6 +15,7 @@ from yeonma.errors import Problem, UserError, did_you_mean
 Columns = Mapping[str, str] | None
 """`--columns`: field of the template -> column of the data, if their names differ."""
 
+ROWS_INSPECTED = 100
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
 KWARGS_COLUMN = "chat_template_kwargs"
@@ -130,23 +133,88 @@ def is_filled(value: object) -> bool:
     return bool(value.strip() if isinstance(value, str) else value)
 
 
+def filled_columns(rows: Rows) -> list[str]:
+    """The columns, without those that usually belong to the prompt and hold nothing in the first rows."""
+    filled = {
+        name
+        for row in islice(rows, ROWS_INSPECTED)
+        for name, value in row.values.items()
+        if name in PROMPT_COLUMNS and is_filled(value)
+    }
+    return [name for name in rows.columns if name not in PROMPT_COLUMNS or name in filled]
+
+
 def field_text(row: Row, column: str) -> str | None:
     """The text in a column, verbatim; None if it is missing, null, empty or only white space.
 
+    A number or a boolean is the text of `number_text`.
+
     Raises:
-        UserError: it is not text, or contains a NUL or half a surrogate pair.
+        UserError: it is neither, or contains a NUL or half a surrogate pair.
     """
     value = row.values.get(column)
     if value is None:
         return None
     if not isinstance(value, str):
-        problem = f'field "{column}" is {described(value)}, not text'
-        cure = "turn lists need --template chat" if is_turn_list(value) else "a template's field takes text"
-        raise UserError(problem, place=row.place, cure=cure)
+        text = number_text(value)
+        if text is None:
+            raise _not_text(value, column, row.place)
+        return text
     if not value or value.isspace():
         return None
     check_characters(value, f'field "{column}"', row.place)
     return value
+
+
+def number_text(value: object) -> str | None:
+    """A number or boolean as text: `3`, `1.0`, `true`; None for other values, infinities and NaN.
+
+    A float has the fewest digits that give the same number: 0.1, 1.0, 1e+16.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float.__repr__(value)
+    return None
+
+
+def kinds_of_numbers(row: Row, columns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(column, `numbers` or `booleans`) for those of the columns whose value is a number or a boolean."""
+    for column in columns:
+        value = row.values.get(column)
+        if value is not None and not isinstance(value, str) and isinstance(value, (int, float)):
+            yield column, "booleans" if isinstance(value, bool) else "numbers"
+
+
+def _not_text(value: object, column: str, place: str) -> UserError:
+    """The error for a value that a template's field cannot show, with a way to show it if there is one."""
+    problem, cure = f'field "{column}" is {described(value)}, not text', "a template's field takes text"
+    if isinstance(value, float) or value == []:
+        problem = f'field "{column}" is an empty list' if value == [] else problem
+        cure = "fill it or remove the row"
+    elif is_turn_list(value):
+        cure = "turn lists need --template chat"
+    elif isinstance(value, (Mapping, list, tuple)):
+        paths = " or ".join(f'"{path}"' for path in (*_path_to_text(value, column), f"json({column})"))
+        cure = f"map the field to {paths} with --columns, in these quotes"
+    return UserError(problem, place=place, cure=cure)
+
+
+def _path_to_text(value: Mapping[str, object] | Sequence[object], column: str) -> list[str]:
+    """The path of a text or number within the value of a column; none if there is none at the next level."""
+    if not isinstance(value, Mapping):
+        return [f"{column}[0]"] if _is_plain(value[0]) else []
+    named = {
+        name: part[0] if isinstance(part, (list, tuple)) and len(part) == 1 else part
+        for name, part in value.items()
+    }
+    return [f"{column}.{name}" for name, part in named.items() if _is_plain(part)][:1]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) or number_text(value) is not None
 
 
 def _columns_used(form: Form, names: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:

@@ -1,33 +1,62 @@
 """Preference data as text: a prompt with a chosen and a rejected answer, or with one answer and a label.
 
 A template is filled as for supervised training, once per answer. Turns come as `messages` or `conversations` plus the
-two answers, or as two whole dialogues, whose shared beginning is the prompt.
+two answers, or as two whole dialogues, whose shared beginning is the prompt, or as one dialogue and the other answer.
+OpenAI's and ms-swift's columns are such turns under other names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from yeonma.data.columns import FORMS, Columns, Form, Recognised, column_of, field_text, recognise
+from yeonma.data.column_paths import value_in, with_paths
+from yeonma.data.columns import (
+    FORMS,
+    SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
+    Columns,
+    Form,
+    Recognised,
+    column_of,
+    field_text,
+    filled_columns,
+    is_filled,
+    recognise,
+)
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
-from yeonma.data.template import Rendered, Template, answer_text, as_rendered_turns, missing_column
+from yeonma.data.template import (
+    Rendered,
+    Template,
+    answer_text,
+    as_rendered_turns,
+    missing_column,
+)
 from yeonma.data.template_syntax import joined
 from yeonma.data.text_checks import SPACED_APART, Notes, digest_of, notes_of
-from yeonma.data.turns import ROLES, Role, Turn, turn_of, turns_of
-from yeonma.errors import Problem, UserError
+from yeonma.data.turns import ROLES, Role, Turn, tools_of, turn_of, turns_of
+from yeonma.errors import Problem, UserError, brief
 
 SIDES = ("chosen", "rejected")
+LABEL_COLUMNS = ("label", "kto_tag")
+LABEL_WORDS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "good", "chosen", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable"), False),
+}
+"""Labels, in any case, and whether they say that the answer is desirable."""
+_TURN_COLUMNS = ("messages", "conversations")
 _ROWS_INSPECTED = 100
+_TEXT_WITH_TURNS = {"alpaca": "alpaca-turns"}
+"""Templates that give way beside a system prompt; prompt and completion become turns of the template chat."""
 
 _PAIR_FORMS = tuple(
     replace(form, needs=(*(group for group in form.needs if form.answer not in group), *((side,) for side in SIDES)))
     for form in FORMS
 )  # fmt: skip
-_LABELLED_FORMS = tuple(replace(form, needs=(*form.needs, ("label",))) for form in FORMS)
+_LABELLED_FORMS = tuple(replace(form, needs=(*form.needs, LABEL_COLUMNS)) for form in FORMS)
 
 # Dialogues as one text, as in Anthropic's hh-rlhf.
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -55,84 +84,173 @@ class RenderedLabel:
     desirable: bool
 
 
-def render_pair(template: Template, row: Row, columns: Columns = None) -> RenderedPair:
+def render_pairs(template: Template, row: Row, columns: Columns = None) -> tuple[RenderedPair, ...]:
     """Fill the template with both answers of a row. `columns` may also map `chosen` and `rejected`.
 
-    Raises UserError with the row's place as `Template.render`, for an answer that is missing or empty, and for
-    dialogues whose prompts differ.
+    A list of several rejected answers, as texts or as turn lists, gives a pair for each.
+    Raises UserError with the row's place as `Template.render`, for an answer that is missing or empty, for dialogues
+    whose prompts differ, and beside turns for tools and for a second system text.
     """
     answers, prompt_columns = _split_columns(template, columns)
-    _check_answers(row, answers)
+    row, rejected = _each_answer(row, answers["rejected"])
+    _check_answers(row, answers, rejected)
     if template.is_chat:
         template.check_columns(prompt_columns)
-        return _turn_pair(template, row, prompt_columns, answers)
-    chosen, rejected = (
-        template.render(row, {**prompt_columns, template.answer_field: answers[side]}) for side in SIDES
+        return tuple(
+            [_turn_pair(template, row, prompt_columns, answers["chosen"], column) for column in rejected]
+        )
+    chosen, *others = (
+        template.render(row, {**prompt_columns, template.answer_field: column})
+        for column in (answers["chosen"], *rejected)
     )
-    return RenderedPair(chosen, rejected, len(chosen.turns))
+    return tuple([RenderedPair(chosen, other, len(chosen.turns)) for other in others])
 
 
 def render_label(template: Template, row: Row, columns: Columns = None) -> RenderedLabel:
-    """Fill the template as for supervised training; the column `label` says whether the answer is desirable.
+    """Fill the template as for supervised training; `label` or `kto_tag` says whether the answer is desirable.
 
-    The last turn of a turn list is the answer. Raises UserError as `Template.render`, and for a label that is not true
-    or false.
+    The last turn of a turn list is the answer. With turns, `columns` may map `answer` to a column of its own, whose
+    turns follow those of the prompt. Raises UserError as `Template.render` and `render_pairs`, and for a label that
+    is none of LABEL_WORDS.
     """
     columns = dict(columns or {})
-    desirable = _label(row, columns.pop("label", "label"))
-    rendered = template.render(row, columns)
+    desirable = _label(row, _label_column(row.values, columns))
+    columns.pop("label", None)
     if template.is_chat:
-        *prompt, last = rendered.turns
-        if last.role != "assistant":
-            raise UserError("the turn list does not end with an assistant turn", place=row.place)
-        rendered = replace(rendered, turns=tuple(prompt), answer=last.pieces)
-    return RenderedLabel(rendered, desirable)
+        return RenderedLabel(_labelled_turns(template, row, columns), desirable)
+    return RenderedLabel(template.render(row, columns), desirable)
 
 
-def notes_of_pair(pair: RenderedPair) -> Notes:
-    """The notes of both answers together."""
-    chosen, rejected = notes_of(pair.chosen), notes_of(pair.rejected)
-    first, second = _whole_text(pair.chosen), _whole_text(pair.rejected)
-    differ_in_space = first != second and "".join(first.split()) == "".join(second.split())
+def notes_of_pairs(pairs: Sequence[RenderedPair]) -> Notes:
+    """The notes of all answers of a row together. Its pairs have one chosen answer."""
+    chosen, *others = (notes_of(side) for side in (pairs[0].chosen, *(pair.rejected for pair in pairs)))
+    text = _whole_text(pairs[0].chosen)
+    differ_in_space = any(_differ_in_space(text, _whole_text(pair.rejected)) for pair in pairs)
+    flags, scripts = (SPACED_APART if differ_in_space else 0) | chosen.flags, chosen.scripts
+    for notes in others:
+        flags, scripts = flags | notes.flags, scripts | notes.scripts
     return Notes(
-        flags=chosen.flags | rejected.flags | (SPACED_APART if differ_in_space else 0),
-        scripts=chosen.scripts | rejected.scripts,
-        digest=digest_of([f"{chosen.digest:x}", f"{rejected.digest:x}"]),
+        flags=flags,
+        scripts=scripts,
+        digest=digest_of([f"{notes.digest:x}" for notes in (chosen, *others)]),
         prompt_digest=chosen.prompt_digest,
     )
+
+
+def pair_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
+    """What `--columns` would say about turns in OpenAI's form or in ms-swift's; nothing about other rows.
+
+    OpenAI: `input.messages`, `preferred_output`, `non_preferred_output`. ms-swift: `messages`, whose last turn is the
+    chosen answer, with `rejected_response` or `rejected_messages`. `columns` is what the user mapped already.
+    """
+    named, names = columns or {}, rows.columns
+    if any(side in named or side in names for side in SIDES):
+        return {}
+    if "preferred_output" in names and "non_preferred_output" in names:
+        shape = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+        nested = "messages" not in named and isinstance(_first_value(rows, "input"), Mapping)
+        return {**({"messages": "input.messages"} if nested else {}), **shape}
+    rejected = next((name for name in ("rejected_messages", "rejected_response") if name in names), None)
+    dialogue = next(
+        (name for field in _TURN_COLUMNS if (name := column_of(field, columns, "")) in names), None
+    )
+    return {"chosen": dialogue, "rejected": rejected} if rejected and dialogue else {}
 
 
 def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
     """Choose the built-in template as `recognise` does, with columns `chosen` and `rejected` in place of the answer.
 
-    Answers that are turns need the template chat; the result then says which column holds the prompt's turns.
+    Answers that are turns need the template chat; the result then says which columns hold the turns.
+    Raises UserError as `recognise`, and if the template of texts does not show a column with system prompts.
     """
+    shape = pair_shape(rows, columns)
+    columns = {**shape, **(columns or {})}
+    rows = with_paths(rows, columns)
+    recognised = _recognise_pairs(rows, columns)
+    return replace(recognised, columns=(*shape.items(), *recognised.columns))
+
+
+def _recognise_pairs(rows: Rows, columns: Mapping[str, str]) -> Recognised:
     chosen = _first_value(rows, column_of("chosen", columns, ""))
     dialogue = _is_dialogue(chosen)
-    if isinstance(chosen, str) and not (dialogue and not _has_prompt(rows.columns, columns)):
-        return recognise(rows.columns, columns, _PAIR_FORMS)
-    turn_lists = [
-        field for field in ("messages", "conversations") if column_of(field, columns, "") in rows.columns
-    ]
+    is_turns = chosen is None or isinstance(chosen, (Mapping, list, tuple))
+    if not is_turns and not (dialogue and not _has_prompt(rows.columns, columns)):
+        recognised = recognise(filled_columns(rows), columns, _PAIR_FORMS, _TEXT_WITH_TURNS)
+        return _as_turns(recognised, rows, {"messages": column_of("prompt", columns, "")})
+    turn_lists = [field for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns]
     needs = tuple((side,) for side in SIDES)
     if turn_lists:
-        return recognise(rows.columns, columns, [Form("chat", ((turn_lists[0],), *needs), "")])
-    recognised = recognise(rows.columns, columns, [Form("chat", needs, "", ("prompt",))])
-    prompt = None if columns and "messages" in columns else _first_value(rows, "prompt")
+        form = Form("chat", ((turn_lists[0],), *needs), "")
+        return _with_system_turns(recognise(rows.columns, columns, [form]), rows)
+    form = Form("chat", needs, "", ("prompt",))
+    recognised = _with_system_turns(recognise(rows.columns, columns, [form]), rows)
+    prompt = None if "messages" in columns else _first_value(rows, "prompt")
     if prompt is None or (isinstance(prompt, str) and dialogue):
         return recognised
     return replace(recognised, columns=(("messages", "prompt"),))
 
 
+def _as_turns(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) -> Recognised:
+    """A prompt and its answers as turns if a system prompt or tools stand beside them; `columns` are those of the
+    template chat."""
+    beside = [name for name in (*SYSTEM_COLUMNS, *TOOL_COLUMNS) if name in filled_columns(rows)]
+    if recognised.template != "prompt-completion" or not beside:
+        return recognised
+    reason = recognised.reason.replace("template prompt-completion", "template chat")
+    reason = f"{reason}, {', '.join(beside)}"
+    return replace(recognised, template="chat", reason=reason, columns=tuple(columns.items()))
+
+
+def _with_system_turns(recognised: Recognised, rows: Rows) -> Recognised:
+    """The same, with a reason that names the columns of system prompts."""
+    names = [name for name in SYSTEM_COLUMNS if name in rows.columns]
+    reason = f"{recognised.reason}; system turns are in {' or '.join(names)}"
+    return replace(recognised, reason=reason) if names else recognised
+
+
+def labelled_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
+    """What `--columns` would say about `prompt` and `completion` that hold turns; nothing about other rows."""
+    named, names = columns or {}, {*rows.columns}
+    other_turns = {column_of(field, columns, "") for field in _TURN_COLUMNS} - {"prompt"}
+    if "answer" in named or names & other_turns or not names >= {"prompt", "completion"}:
+        return {}
+    values = (_first_value(rows, name) for name in ("prompt", "completion"))
+    in_turns = any(isinstance(value, (list, tuple, Mapping)) for value in values)
+    return {"messages": "prompt", "answer": "completion"} if in_turns else {}
+
+
 def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
-    """Choose the built-in template as `recognise` does, with a column `label` in addition."""
-    return recognise(rows.columns, columns, _LABELLED_FORMS)
+    """Choose the built-in template as `recognise` does, with a column `label` or `kto_tag` in addition.
+
+    Raises UserError as `recognise_pairs`.
+    """
+    shape = labelled_shape(rows, columns)
+    columns = {**shape, **(columns or {})}
+    if shape:
+        form = Form("chat", (("messages",), ("answer",), LABEL_COLUMNS), "")
+        recognised = recognise(rows.columns, columns, [form])
+    else:
+        recognised = recognise(filled_columns(rows), columns, _LABELLED_FORMS, _TEXT_WITH_TURNS)
+        names = {
+            "messages": column_of("prompt", columns, ""),
+            "answer": column_of("completion", columns, "completion"),
+        }
+        recognised = _as_turns(recognised, rows, names)
+    if recognised.template == "chat":
+        recognised = _with_system_turns(recognised, rows)
+    return replace(recognised, columns=(*shape.items(), *recognised.columns))
 
 
 def fields_of_pair(template: Template) -> frozenset[str]:
-    """The fields that `render_pair` reads: those of the prompt, and both answers."""
-    prompt = template.fields if template.is_chat else template.fields - {template.answer_field}
-    return prompt | {*SIDES}
+    """The fields that `render_pairs` reads: those of the prompt, and both answers."""
+    if template.is_chat:
+        return template.fields | {*SIDES, *SYSTEM_COLUMNS}
+    return (template.fields - {template.answer_field}) | {*SIDES}
+
+
+def fields_of_label(template: Template) -> frozenset[str]:
+    """The fields that `render_label` reads. `answer` is a column of its own only with turns."""
+    return template.fields | {*LABEL_COLUMNS, *((*SYSTEM_COLUMNS, "answer") if template.is_chat else ())}
 
 
 def missing_pair_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
@@ -151,8 +269,11 @@ def missing_pair_columns(template: Template, names: Sequence[str], columns: Colu
 def missing_label_columns(template: Template, names: Sequence[str], columns: Columns = None) -> list[Problem]:
     """Like `Template.missing_columns`, with the label's column."""
     columns = dict(columns or {})
-    label = columns.pop("label", "label")
-    missing = [] if label in names else [missing_column(label, names, "--columns")]
+    needed = [_label_column(names, columns)]
+    columns.pop("label", None)
+    if template.is_chat and "messages" in columns and "answer" in columns:
+        needed.insert(0, columns["answer"])
+    missing = [missing_column(name, names, "--columns") for name in needed if name not in names]
     return [*template.missing_columns(names, columns), *missing]
 
 
@@ -165,68 +286,181 @@ def _split_columns(template: Template, columns: Columns) -> tuple[dict[str, str]
     return {side: columns.pop(side, side) for side in SIDES}, columns
 
 
-def _check_answers(row: Row, answers: Mapping[str, str]) -> None:
-    """Raises UserError unless both answers have a value; `answers`: side -> column."""
+def _each_answer(row: Row, column: str) -> tuple[Row, list[str]]:
+    """A row with a column for each of several answers in a list, and the names of these columns; else the row itself.
+
+    A list of turns is one answer.
+    """
+    value = row.values.get(column)
+    if not isinstance(value, (list, tuple)) or not value or any(isinstance(part, Mapping) for part in value):
+        return row, [column]
+    named = {f"{column}[{number}]": part for number, part in enumerate(value)}
+    return replace(row, values={**row.values, **named}), list(named)
+
+
+def _check_answers(row: Row, answers: Mapping[str, str], rejected: Sequence[str]) -> None:
+    """Raises UserError unless all answers have a value. `answers`: side -> column; `rejected`: the columns of each."""
+    cure = f"a pair needs both answers ({' and '.join(answers.values())}); fill it or remove the row"
+    if problems := _without_value(row, (answers["chosen"], *rejected), cure):
+        raise UserError(problems)
+
+
+def _without_value(row: Row, columns: Sequence[str], cure: str) -> list[Problem]:
+    """A problem for each of the columns that has no value or an empty one."""
     problems = []
-    for name in answers.values():
+    for name in columns:
         value = row.values.get(name)
         if value is None or value in ([], {}) or (isinstance(value, str) and not value.strip()):
             state = "missing" if name not in row.values else "null" if value is None else "empty"
-            cure = f"a pair needs both answers ({' and '.join(answers.values())}); fill it or remove the row"
             problems.append(Problem(f'field "{name}" is {state}', row.place, cure))
-    if problems:
-        raise UserError(problems)
+    return problems
+
+
+def _label_column(names: Container[str], columns: Mapping[str, str]) -> str:
+    """The column of the label, of those that `names` has."""
+    first = LABEL_COLUMNS[0]
+    return columns.get(first) or next((name for name in LABEL_COLUMNS if name in names), first)
 
 
 def _label(row: Row, column: str) -> bool:
     value = row.values.get(column)
-    if isinstance(value, bool):
-        return value
-    words = {"true": True, "false": False, "1": True, "0": False}
-    if value is not None and not isinstance(value, float) and str(value).strip().lower() in words:
-        return words[str(value).strip().lower()]
-    state = described(value) if column in row.values else "missing"
-    cure = "give true or false: whether the answer is desirable"
-    raise UserError(f'field "{column}" is {state}', place=row.place, cure=cure)
+    if isinstance(value, (str, int, float)) and (word := str(value).strip().lower()) in LABEL_WORDS:
+        return LABEL_WORDS[word]
+    state = f'"{brief(value)}"' if isinstance(value, str) else described(value)
+    good, bad = (
+        ", ".join(word for word, is_good in LABEL_WORDS.items() if is_good == side) for side in (True, False)
+    )
+    raise UserError(
+        f'field "{column}" is {state if column in row.values else "missing"}',
+        place=row.place,
+        cure=f"say whether the answer is desirable: {good}; or not: {bad}",
+    )
+
+
+def _labelled_turns(template: Template, row: Row, columns: dict[str, str]) -> Rendered:
+    """A turn list with its last turn as the answer, or the turns of a prompt and of an answer from two columns."""
+    names = [
+        column_of(variant.answer_placeholder.field, columns, template.answer_field)
+        for variant in template.variants
+    ]
+    column = next((name for name in names if row.values.get(name) is not None), names[0])
+    apart = columns.get("answer") if "messages" in columns else None
+    if apart is None:
+        rendered = template.render(row, columns)
+    else:
+        template.check_columns(columns)
+        cure = f"a labelled answer needs both {column} and {apart}; fill it or remove the row"
+        if problems := _without_value(row, (column, apart), cure):
+            raise UserError(problems)
+        turns = _with_system(row, (*_prompt_turns(row, column), *_answer_turns(row, apart)))
+        rendered = Rendered(as_rendered_turns(turns), (), names.index(column), "assistant")
+    *prompt, last = rendered.turns
+    if last.role != "assistant":
+        what = "the turn list does not end" if apart is None else f'field "{apart}" does not end'
+        raise UserError(f"{what} with an assistant turn", place=row.place, cure="end it with the answer")
+    _refuse_weights([last.turn], row.place)
+    rendered = replace(rendered, turns=tuple(prompt), answer=last.pieces, answer_turn=last.turn)
+    return _with_tools(template, row, columns, column, rendered)
 
 
 # Turns
 
 
 def _turn_pair(
-    template: Template, row: Row, columns: Mapping[str, str], answer_columns: Mapping[str, str]
+    template: Template, row: Row, columns: Mapping[str, str], chosen_column: str, rejected_column: str
 ) -> RenderedPair:
     prompt_columns = [
         column_of(variant.answer_placeholder.field, columns, "") for variant in template.variants
     ]
     variant = next((i for i, name in enumerate(prompt_columns) if row.values.get(name) is not None), 0)
     prompt_column = prompt_columns[variant]
-    answers = {side: _answer_turns(row, answer_columns[side]) for side in SIDES}
-    dialogues = all(turns[0].role != "assistant" for turns in answers.values())
-    before = () if dialogues else _prompt_turns(row, prompt_column)
-    no_prompt = not before and row.values.get(prompt_column) is None
-    if no_prompt and not dialogues and len(answers["chosen"]) < 2:
-        raise UserError(
-            f'field "{prompt_columns[0]}" is missing, and the answers are not whole dialogues',
-            place=row.place,
-            cure=f"give the turns before the answers in {' or '.join(prompt_columns)}",
-        )
-    chosen, rejected = ((*before, *answers[side]) for side in SIDES)
+    by_side = {"chosen": chosen_column, "rejected": rejected_column}
+    sides = {side: _answer_turns(row, column) for side, column in by_side.items()}
+    whole = [
+        side
+        for side, turns in sides.items()
+        if turns[0].role != "assistant" or by_side[side] in prompt_columns
+    ]
+    if len(whole) == 1:
+        sides = _with_dialogue(sides, whole[0], row.place)
+    elif not whole:
+        before = _prompt_turns(row, prompt_column)
+        if not before and row.values.get(prompt_column) is None and len(sides["chosen"]) < 2:
+            raise UserError(
+                f'field "{prompt_columns[0]}" is missing, and the answers are not whole dialogues',
+                place=row.place,
+                cure=f"give the turns before the answers in {' or '.join(prompt_columns)}",
+            )
+        sides = {side: (*before, *turns) for side, turns in sides.items()}
+    chosen, rejected = (_with_system(row, turns) for turns in sides.values())
     count = _shared_turns(chosen, rejected, row.place)
     _check_sides({"chosen": chosen, "rejected": rejected}, count, row.place)
+    _refuse_weights([*chosen[count:], *rejected[count:]], row.place)
     single = len(chosen) == len(rejected) == count + 1
-    return RenderedPair(
-        chosen=_rendered(chosen, count, variant, single),
-        rejected=_rendered(rejected, count, variant, single),
-        prompt_turns=count,
+    both = (
+        _with_tools(template, row, columns, prompt_column, _rendered(turns, count, variant, single))
+        for turns in (chosen, rejected)
     )
+    return RenderedPair(*both, prompt_turns=count)
+
+
+def _with_dialogue(
+    sides: Mapping[str, tuple[Turn, ...]], whole: str, place: str
+) -> dict[str, tuple[Turn, ...]]:
+    """Both sides as dialogues. `whole` is one, and its last turn is the answer; the other may be only an answer."""
+    *prompt, last = sides[whole]
+    if last.role != "assistant":
+        raise UserError([_wrong_end(whole, last, place)])
+    return {
+        side: turns if side == whole or list(turns[: len(prompt)]) == prompt else (*prompt, *turns)
+        for side, turns in sides.items()
+    }
+
+
+def _with_system(row: Row, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns, after the system prompt that a column beside them holds. Raises UserError for two that differ."""
+    texts = {name: text for name in SYSTEM_COLUMNS if (text := field_text(row, name)) is not None}
+    if not texts:
+        return turns
+    own = {f"a turn of {turns[0].role}": turns[0].text} if turns[0].role == "system" else {}
+    (first, text), *others = (own | texts).items()
+    for other, other_text in others:
+        if other_text.strip() != text.strip():
+            where = "the turns begin with another system turn" if own else f'field "{first}" says another'
+            problem = f'field "{other}" is a system prompt, but {where}'
+            raise UserError(problem, place=row.place, cure="keep one of them")
+    return turns if own else (Turn("system", text), *turns)
+
+
+def _with_tools(
+    template: Template, row: Row, columns: Columns, prompt_column: str, rendered: Rendered
+) -> Rendered:
+    """The row with the tools beside its turns, in columns of their own or in OpenAI's `input`. Raises UserError for
+    tools of the rejected answer alone: both answers have one prompt."""
+    if is_filled(value_in(row, "rejected_tools")):
+        problem = 'field "rejected_tools": both answers of a pair have the same tools'
+        raise UserError(problem, place=row.place, cure="remove it")
+    rendered = template.with_arguments(rendered, row, columns)
+    parent = prompt_column.rpartition(".")[0]
+    if rendered.tools or not parent:
+        return rendered
+    path = f"{parent}.tools"
+    return replace(rendered, tools=tools_of(value_in(row, path), path, row.place))
+
+
+def _refuse_weights(turns: Iterable[Turn | None], place: str) -> None:
+    """Raises UserError for weights of answers: a preference loss has none."""
+    if any(turn is not None and turn.weight not in (None, 1) for turn in turns):
+        problem = "an answer has a weight, which preference data does not use"
+        raise UserError(problem, place=place, cure="remove the weight, or the row")
 
 
 def _rendered(turns: Sequence[Turn], prompt_turns: int, variant: int, single: bool) -> Rendered:
     """Turns as text. With `single`, the only turn after the prompt becomes `answer`."""
     rendered = as_rendered_turns(turns)
     if single:
-        return Rendered(rendered[:prompt_turns], rendered[prompt_turns].pieces, variant, "assistant")
+        answer = rendered[prompt_turns]
+        return Rendered(rendered[:prompt_turns], answer.pieces, variant, "assistant", answer_turn=answer.turn)
     return Rendered(rendered, (), variant, "assistant")
 
 
@@ -249,9 +483,7 @@ def _shared_turns(chosen: Sequence[Turn], rejected: Sequence[Turn], place: str) 
 
 def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) -> None:
     problems = [
-        Problem(f"{side} ends with a {turns[-1].role} turn", place, "end it with an assistant turn")
-        for side, turns in sides.items()
-        if turns[-1].role != "assistant"
+        _wrong_end(side, turns[-1], place) for side, turns in sides.items() if turns[-1].role != "assistant"
     ]
     role = sides["chosen"][count - 1].role
     if role in ("assistant", "system"):
@@ -260,6 +492,10 @@ def _check_sides(sides: Mapping[str, Sequence[Turn]], count: int, place: str) ->
         problems.append(Problem(problem, place, "end it with the turn to answer"))
     if problems:
         raise UserError(problems)
+
+
+def _wrong_end(side: str, last: Turn, place: str) -> Problem:
+    return Problem(f"{side} ends with a {last.role} turn", place, "end it with an assistant turn")
 
 
 def _prompt_turns(row: Row, column: str) -> tuple[Turn, ...]:
@@ -313,6 +549,10 @@ def _is_dialogue(value: object) -> bool:
 def _has_prompt(names: Sequence[str], columns: Columns) -> bool:
     fields = {name for form in _PAIR_FORMS for group in form.needs for name in group} - set(SIDES)
     return any(column_of(field, columns, "") in names for field in fields)
+
+
+def _differ_in_space(first: str, second: str) -> bool:
+    return first != second and "".join(first.split()) == "".join(second.split())
 
 
 def _whole_text(rendered: Rendered) -> str:

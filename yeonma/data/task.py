@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, get_args
 
 from yeonma.config.settings import LabelLossName
@@ -19,18 +18,21 @@ from yeonma.data.columns import (
     Columns,
     Recognised,
     column_of,
-    is_filled,
+    filled_columns,
     recognise,
 )
 from yeonma.data.preference_pairs import (
+    fields_of_label,
     fields_of_pair,
+    labelled_shape,
     missing_label_columns,
     missing_pair_columns,
-    notes_of_pair,
+    notes_of_pairs,
+    pair_shape,
     recognise_labelled,
     recognise_pairs,
     render_label,
-    render_pair,
+    render_pairs,
 )
 from yeonma.data.rows import Row, Rows
 from yeonma.data.template import BUILT_IN, Rendered, Template, load_template
@@ -38,8 +40,6 @@ from yeonma.data.template_syntax import Piece, visible
 from yeonma.data.text_checks import Notes, notes_of
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
-
-ROWS_INSPECTED = 100
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Task:
     """Chooses the built-in template that fits the columns."""
     fields: Callable[[Template], frozenset[str]]
     """The fields read from a row."""
+    text_fields: Callable[[Template], frozenset[str]]
+    """Those of them that are texts; none for turn lists."""
     missing_columns: Callable[[Template, Sequence[str], Columns], list[Problem]]
     """The fields that no column fills."""
     render: Callable[[Template, Row, Columns], Any]
@@ -62,8 +64,14 @@ class Task:
     notes: Callable[[Any], Notes]
     preferred: Callable[[Any], Rendered]
     """The row with the answer that the model should give; with no answer if its only one is undesirable."""
+    shape: Callable[[Rows, Columns], dict[str, str]] = lambda rows, columns: {}
+    """What `--columns` would say about turns in forms that have other names for their columns."""
     continues_template: bool = False
     """Whether, without `--template`, the template of the adapter to continue takes precedence over a built-in one."""
+
+
+def _texts(fields: Callable[[Template], frozenset[str]]) -> Callable[[Template], frozenset[str]]:
+    return lambda template: frozenset() if template.is_chat else fields(template)
 
 
 ANSWERS = Task(
@@ -71,6 +79,7 @@ ANSWERS = Task(
     units="examples",
     recognise=lambda rows, columns: _recognise_answers(rows, columns),
     fields=lambda template: template.fields,
+    text_fields=_texts(lambda template: template.fields),
     missing_columns=Template.missing_columns,
     render=Template.render,
     notes=notes_of,
@@ -81,20 +90,24 @@ PAIRS = Task(
     units="pairs",
     recognise=recognise_pairs,
     fields=fields_of_pair,
+    text_fields=_texts(fields_of_pair),
     missing_columns=missing_pair_columns,
-    render=render_pair,
-    notes=notes_of_pair,
-    preferred=lambda pair: pair.chosen,
+    render=render_pairs,
+    notes=notes_of_pairs,
+    preferred=lambda pairs: pairs[0].chosen,
+    shape=pair_shape,
     continues_template=True,
 )
 LABELLED = Task(
     name="labelled answers",
     units="labelled answers",
     recognise=recognise_labelled,
-    fields=lambda template: template.fields | {"label"},
+    fields=fields_of_label,
+    text_fields=_texts(lambda template: template.fields),
     missing_columns=missing_label_columns,
     render=render_label,
     notes=lambda label: notes_of(label.rendered),
+    shape=labelled_shape,
     preferred=lambda label: label.rendered if label.desirable else replace(label.rendered, answer=()),
     continues_template=True,
 )
@@ -141,7 +154,9 @@ def choose_template(
     Raises UserError as `load_template`, and if none or several built-in templates fit.
     """
     if setting is not None:
-        choice = _with_unused(task, Choice(load_template(setting), columns), rows)
+        given = load_template(setting)
+        shape = task.shape(rows, columns) if given.is_chat else {}
+        choice = _with_unused(task, Choice(given, {**shape, **(columns or {})} or None), rows)
         if choice.template.is_text and task is not ANSWERS:
             cure = "use a template with a prompt and an answer"
             raise UserError("whole texts have no answers to prefer", place="--template", cure=cure)
@@ -202,18 +217,9 @@ def columns_used(task: Task, template: Template, columns: Columns) -> set[str]:
     return named | {(columns or {}).get(name, name) for name in template.side_columns}
 
 
-def filled_columns(rows: Rows) -> list[str]:
-    """The columns that hold something in one of the first rows."""
-    filled: dict[str, None] = {}
-    for row in islice(rows, ROWS_INSPECTED):
-        filled |= dict.fromkeys(name for name, value in row.values.items() if is_filled(value))
-    return [name for name in rows.columns if name in filled]
-
-
 def _recognise_answers(rows: Rows, columns: Columns) -> Recognised:
     """The built-in template for rows with one answer. `prompt` and `completion` may hold turns."""
-    empty = {*PROMPT_COLUMNS}.difference(filled_columns(rows))
-    recognised = recognise([name for name in rows.columns if name not in empty], columns)
+    recognised = recognise(filled_columns(rows), columns)
     text, turns = "prompt-completion", WITH_TURNS["prompt-completion"]
     if recognised.template != text:
         return recognised

@@ -313,8 +313,7 @@ class Template:
             for name in self.side_columns
             if is_filled(row.values.get(column := (columns or {}).get(name, name)))
         }
-        if not values:
-            return rendered
+        rendered = self.with_arguments(rendered, row, columns)
         systems = [values[name] for name in SYSTEM_COLUMNS if name in values]
         if systems:
             column, _ = systems[0]
@@ -329,6 +328,15 @@ class Template:
                 rendered = replace(
                     rendered, turns=(system, *rendered.turns), first_answer=rendered.first_answer + 1
                 )
+        return rendered
+
+    def with_arguments(self, rendered: Rendered, row: Row, columns: Columns) -> Rendered:
+        """The row with what its columns say about tools and other arguments of the chat template."""
+        values = {
+            name: (column, row.values[column])
+            for name in self.side_columns
+            if is_filled(row.values.get(column := (columns or {}).get(name, name)))
+        }
         columns_of_tools = [values[name] for name in TOOL_COLUMNS if name in values]
         tools = [tools_of(value, column, row.place) for column, value in columns_of_tools]
         if len(tools) > 1 and tools[0] != tools[1]:

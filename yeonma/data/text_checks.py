@@ -10,6 +10,7 @@ from hashlib import blake2b
 from unicodedata import name, normalize
 
 from yeonma.data.template import Rendered
+from yeonma.data.turns import Turn
 
 LARGE_BYTES = 10_000_000
 
@@ -66,8 +67,10 @@ def notes_of(rendered: Rendered) -> Notes:
     prompt = [piece.text for piece in rendered.prompt_pieces if piece.field is not None]
     answers = [piece.text for piece in rendered.answer if piece.field is not None]
     if not rendered.answer:  # a turn list
-        answers = [turn.text for turn in rendered.turns if turn.role == "assistant"]
-        prompt = [turn.text for turn in rendered.turns[:-1]]
+        answers = [_said(turn.text, turn.turn) for turn in rendered.turns if turn.role == "assistant"]
+        prompt = [_said(turn.text, turn.turn) for turn in rendered.turns[:-1]]
+    elif rendered.answer_turn is not None:
+        answers = [_said("".join(answers), rendered.answer_turn)]
     texts = [*prompt, *answers]
     return Notes(
         flags=_flags(texts),
@@ -75,6 +78,14 @@ def notes_of(rendered: Rendered) -> Notes:
         digest=digest_of(texts),
         prompt_digest=digest_of(texts if rendered.is_text else prompt),
     )
+
+
+def _said(text: str, turn: Turn | None) -> str:
+    """All that a turn says: reasoning and tool calls before its text."""
+    if turn is None:
+        return text
+    calls = [f"{call.name} {call.arguments}" for call in turn.tool_calls]
+    return "\n".join([*([turn.reasoning] if turn.reasoning else []), *calls, text])
 
 
 def digest_of(texts: Iterable[str]) -> int:

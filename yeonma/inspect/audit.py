@@ -14,6 +14,7 @@ import numpy as np
 
 from yeonma.batch.micro_batches import forest_of
 from yeonma.batch.plan import Plan, micro_batches
+from yeonma.config.settings import PreferenceSettings
 from yeonma.data.text_checks import script_names
 from yeonma.tokenization.dataset import (
     LISTED_ROWS,
@@ -28,6 +29,7 @@ from yeonma.tokenization.dataset import (
 from yeonma.tokenization.example import AnswerRole, LeftOut
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
+from yeonma.train.label_balance import LabelBalance, label_balance
 
 MAX_BINS = 10
 MEASURED_STEPS = 50
@@ -101,6 +103,8 @@ class PartAudit:
     """The most frequent first."""
     bias: Bias | None
     """Only for pairs."""
+    labels: LabelBalance | None
+    """Only for labelled answers."""
     remarks: tuple[DataWarning, ...]
 
 
@@ -158,16 +162,17 @@ def audit_of(
     micro_batch_tokens: int | None,
     share_prefix: bool,
     unknown_id: int | None,
+    preference: PreferenceSettings | None = None,
 ) -> Audit:
     """The audit of a run's data. `unknown_id`: the unknown token, if the tokenizer uses it for nothing else."""
-    train = _part_audit(dataset.train, dataset, unknown_id)
+    train = _part_audit(dataset.train, dataset, unknown_id, preference)
     held_out = dataset.validation
     return Audit(
         sources=tuple(_source(part) for part in dataset.sources),
         template=dataset.template.name,
         kind=dataset.task.name,
         train=train,
-        validation=None if held_out is None else _part_audit(held_out, dataset, unknown_id),
+        validation=None if held_out is None else _part_audit(held_out, dataset, unknown_id, preference),
         overlap=None if held_out is None else overlap_of(dataset.train.examples, held_out.examples),
         steps_per_epoch=plan.steps_per_epoch,
         steps=plan.total_steps,
@@ -231,7 +236,9 @@ def _source(part: DatasetPart) -> AuditedSource:
     )
 
 
-def _part_audit(part: DatasetPart, dataset: Dataset, unknown_id: int | None) -> PartAudit:
+def _part_audit(
+    part: DatasetPart, dataset: Dataset, unknown_id: int | None, preference: PreferenceSettings | None
+) -> PartAudit:
     store, positions = part.store, part.store.trained_of(part.units)
     lengths, cut = store.lengths[positions], store.cut_characters[positions]
     answers = lengths - store.prompt_lengths[positions]
@@ -259,6 +266,7 @@ def _part_audit(part: DatasetPart, dataset: Dataset, unknown_id: int | None) -> 
             np.bincount(store.variants[positions], minlength=len(dataset.template.variants)).tolist()
         ),
         bias=_bias(store, positions, answers),
+        labels=label_balance(part, preference),
         scripts=_scripts(store.row_scripts[rows - 1], rows),
         remarks=(*data_warnings(store, positions), *([unknown_warning] if unknown_warning else [])),
     )

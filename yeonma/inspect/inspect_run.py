@@ -80,6 +80,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
         micro_batch_tokens=micro.most_tokens,
         share_prefix=micro.share_prefix,
         unknown_id=unknown,
+        preference=config.preference,
     )
 
 

@@ -190,6 +190,8 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         console.print(
             Text(f"  {_bias(part.bias, part.units)}", "yellow" if _leans(part.bias, part.units) else "")
         )
+    if part.labels is not None:
+        console.print(Text(f"  {part.labels}", "yellow" if part.labels.warning else ""))
     for warning in part.remarks:
         console.print(Text(f"  ! {warning}", "yellow"))
     for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from yeonma.data.columns import Columns
+from yeonma.data.columns import Columns, column_of, kinds_of_numbers
 from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, Task
 from yeonma.data.template import Template
@@ -110,7 +110,8 @@ def build_store(
             with _write_errors_as_user_errors(cache_dir):
                 _remove(temporary)
                 writer = StoreWriter.open(temporary)
-            for notes, outcomes in _chunks(rows, template, columns, tokenizer, rules, progress, task):
+            read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
+            for notes, outcomes in _chunks(read, template, columns, tokenizer, rules, progress, task):
                 with _write_errors_as_user_errors(cache_dir):
                     writer.add(notes, outcomes)
             _check_some_left(writer.counts, rows, rules, task)
@@ -125,6 +126,23 @@ def build_store(
         problem = "the tokens just written cannot be read back"
         raise UserError(problem, place=str(folder), cure="check the disk")
     return store
+
+
+def _text_columns(template: Template, columns: Columns, task: Task) -> list[str]:
+    """The columns whose text a template of texts shows."""
+    names = sorted(task.text_fields(template))
+    return [column_of(name, columns, template.answer_field) for name in names]
+
+
+def _noting_numbers(rows: Rows, columns: Sequence[str], noted: set[tuple[str, str]]) -> Rows:
+    """The same rows. While they are read, adds to `noted` which of the columns hold numbers or booleans."""
+
+    def read() -> Iterator[Row]:
+        for row in rows:
+            noted.update(kinds_of_numbers(row, columns))
+            yield row
+
+    return replace(rows, read=read) if columns else rows
 
 
 def _chunks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from yeonma.config.settings import DataSettings, TokenSettings
+from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.task import ANSWERS, Task, choose_template
 from yeonma.data.template import Template
@@ -18,7 +19,7 @@ from yeonma.data.text_checks import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.example import NOT_TRAINED, TokenRules
+from yeonma.tokenization.example import NOT_TRAINED, AnswerRole, TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
@@ -116,8 +117,9 @@ def prepare_dataset(
             place="val_set_size",
             cure="give only one of them",
         )
-    rows = open_rows(
-        data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
+    rows = with_paths(
+        open_rows(data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding),
+        data.columns,
     )
     choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
@@ -126,8 +128,15 @@ def prepare_dataset(
         log(note)
     cache = cache_folder(tokens)
 
+    told: set[str] = set()
+
     def part(rows: Rows) -> DatasetPart:
+        rows = with_paths(rows, columns)
         store = build_store(rows, template, columns, tokenizer, rules, cache, progress, task)
+        for line in (f"column {name} holds {kind}, written as text" for name, kind in store.number_columns):
+            if line not in told:
+                log(line)
+            told.add(line)
         return DatasetPart(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -141,8 +150,8 @@ def prepare_dataset(
         numbers = used_rows(train.store, train.positions)
         _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
-        validation = DatasetPart(rows, train.store, np.flatnonzero(held_out))
-        train = DatasetPart(rows, train.store, np.flatnonzero(~held_out))
+        validation = replace(train, positions=np.flatnonzero(held_out))
+        train = replace(train, positions=np.flatnonzero(~held_out))
     return Dataset(task, template, columns, rules, train, validation)
 
 
@@ -209,6 +218,8 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
     rows = used_rows(store, positions)
     flags = store.row_flags[rows - 1]
     repeats = repeated_rows(store, rows)
+    chosen = positions[store.roles[positions] == AnswerRole.CHOSEN]
+    paired, pairs = np.unique(store.row_numbers[chosen], return_counts=True)
     special = np.unique(store.row_numbers[positions][store.special_text[positions] > 0])
     straddling = np.unique(store.row_numbers[positions][store.straddles[positions]])
     return [
@@ -224,6 +235,11 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
                 "spaced_apart",
                 rows[flags & SPACED_APART > 0],
                 "pairs whose chosen and rejected answers differ only in white space",
+            ),
+            rows_warning(
+                "several_rejected",
+                paired[pairs > 1],
+                "rows with several rejected answers, each in a pair of its own",
             ),
             rows_warning("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
             rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),

@@ -44,28 +44,30 @@ class PairResult:
 
 
 def encode_pairs(
-    pairs: Sequence[RenderedPair],
+    pairs: Sequence[Sequence[RenderedPair]],
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
 ) -> list[Unit | LeftOut]:
-    """One unit per pair, or why it is left out. Prompt ids are those of generation.
+    """One unit per pair of every row, or why it is left out. Prompt ids are those of generation.
 
     Raises UserError with a problem for every row that the model's chat template refuses or, with `over_limit` "error",
     that is over the limit; and as `check_tokenizer`.
     """
     check_tokenizer(tokenizer, rules)
-    with encoder_for(tokenizer, rules, [pair.chosen for pair in pairs]) as encoder:
+    with encoder_for(tokenizer, rules, [of_row[0].chosen for of_row in pairs]) as encoder:
         return [result.outcome for result in encode_pair_results(encoder, pairs, rows)]
 
 
 def encode_pair_results(
-    encoder: ExampleEncoder, pairs: Sequence[RenderedPair], rows: Sequence[Row]
+    encoder: ExampleEncoder, pairs: Sequence[Sequence[RenderedPair]], rows: Sequence[Row]
 ) -> list[PairResult]:
-    """Like `encode_pairs`, with the texts in addition to the tokens."""
+    """Like `encode_pairs`, with the texts in addition to the tokens. All turns of the answers are trained."""
+    encoder = replace(encoder, rules=replace(encoder.rules, train_on="all"))
+    placed = [(pair, row) for of_row, row in zip(pairs, rows, strict=True) for pair in of_row]
     all_texts: list[tuple[ExampleText, ExampleText] | None] = []
     problems: list[Problem] = []
-    for pair, row in zip(pairs, rows, strict=True):
+    for pair, row in placed:
         try:
             all_texts.append(_pair_texts(encoder, pair.chosen, pair.rejected, pair.prompt_turns, row))
         except UserError as error:
@@ -74,7 +76,7 @@ def encode_pair_results(
         raise UserError(problems)
     ids = iter(encoder.ids_of([text for texts in all_texts if texts is not None for text in texts]))
     results: list[PairResult] = []
-    for pair, row, texts in zip(pairs, rows, all_texts, strict=True):
+    for (pair, row), texts in zip(placed, all_texts, strict=True):
         try:
             if texts is None:
                 results.append(_left_out(encoder, pair, row, _REWRITTEN))

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,6 +81,8 @@ class TokenStore:
     folder: Path
     key: str
     counts: Counts
+    number_columns: tuple[tuple[str, str], ...]
+    """(column, `numbers` or `booleans`) for the columns of texts that hold such values, written as text."""
     token_ids: NDArray[np.int32]
     """Shape (tokens of all examples,); example i begins at `starts[i]`."""
     trained: NDArray[np.bool_]
@@ -205,6 +207,8 @@ class TokenStore:
 class StoreWriter:
     """Appends examples to the files of a folder; `finish` makes the folder a store.
 
+    `number_columns`: as in TokenStore, without an order; add to it.
+
     Raises OSError if it cannot write.
     """
 
@@ -212,6 +216,7 @@ class StoreWriter:
     files: dict[str, BinaryIO]
     sums: dict[str, int]
     counts: Counts
+    number_columns: set[tuple[str, str]] = field(default_factory=set)
 
     @staticmethod
     def open(folder: Path) -> StoreWriter:
@@ -244,7 +249,8 @@ class StoreWriter:
     def finish(self, description: dict[str, Any]) -> None:
         """Write the description, flush everything to disk and close the files."""
         files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
-        meta = {**description, "counts": asdict(self.counts), "files": files}
+        numbers = sorted(self.number_columns)
+        meta = {**description, "counts": asdict(self.counts), "number_columns": numbers, "files": files}
         with open(self.folder / _META, "w", encoding="utf-8") as file:
             file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
             _flush(file)
@@ -269,10 +275,11 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
         ):
             return None
         counts = Counts(**{**meta["counts"], "variants": tuple(meta["counts"]["variants"])})
+        number_columns = tuple((str(column), str(kind)) for column, kind in meta["number_columns"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     arrays: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
-    return TokenStore(folder, key, counts, **arrays)
+    return TokenStore(folder, key, counts, number_columns, **arrays)
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:

@@ -52,9 +52,10 @@ def _answers(
 
 
 def _pairs(
-    encoder: ExampleEncoder, pairs: Sequence[RenderedPair], rows: Sequence[Row]
+    encoder: ExampleEncoder, pairs: Sequence[Sequence[RenderedPair]], rows: Sequence[Row]
 ) -> Iterator[EncodedAnswer]:
-    for pair, result in zip(pairs, encode_pair_results(encoder, pairs, rows), strict=True):
+    flat = (pair for of_row in pairs for pair in of_row)
+    for pair, result in zip(flat, encode_pair_results(encoder, pairs, rows), strict=True):
         sides = ((pair.chosen, "chosen"), (pair.rejected, "rejected"))
         for index, (rendered, role) in enumerate(sides):
             unit = result.outcome

@@ -13,6 +13,7 @@ from yeonma.config.settings import (
     RunConfig,
     RunSettings,
 )
+from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Rows, glance
 from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
@@ -92,11 +93,12 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
     def read_rows(path: str | None) -> None:
         rows = glance(path, encoding=data.encoding) if path is not None else None
         if path is not None and rows is not None:
-            rows_by_path[path] = rows
+            rows_by_path[path] = with_paths(rows, data.columns)
 
     gather(read_template, partial(read_rows, data.data_path), partial(read_rows, data.val_data_path))
-    if not choices and data.data_path in rows_by_path:
-        choices = [choose_template(task, None, rows_by_path[data.data_path], data.columns, continued)]
+    if data.data_path in rows_by_path:
+        rows = rows_by_path[data.data_path]
+        choices = [choose_template(task, data.template, rows, data.columns, continued)]
     if choices:
         gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_by_path.values()))
 
@@ -128,6 +130,7 @@ def _adapter_folder(model: ModelSettings) -> str | None:
 
 def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
     template, columns = choice.template, choice.columns
+    rows = with_paths(rows, columns)
     if missing := task.missing_columns(template, rows.columns, columns):
         raise UserError(missing)
     problems: list[Problem] = []

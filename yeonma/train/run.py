@@ -46,6 +46,7 @@ from yeonma.train.build import (
 )
 from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
+from yeonma.train.label_balance import label_balance
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
 from yeonma.train.model_card import sample_answers, write_card
@@ -111,6 +112,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         log = partial(console.out, highlight=False)
         prepared = prepare(config, source, continued, log)
         describe(prepared.dataset, log)
+        if (balance := label_balance(prepared.dataset.train, config.preference)) is not None:
+            log(str(balance))
         group = contexts.enter_context(process_group(processes, device))
         check_same_content(group, _shared_content(config, prepared))
         if group.first:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from yeonma.data.columns import column_of, field_text, recognise
@@ -141,18 +144,50 @@ def test_blank_text_is_none(value: object) -> None:
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (3, "a number (3)"),
-        (0.5, "a number (0.5)"),
-        (False, "true or false (False)"),
-        (["a"], "a list"),
-        ({"a": 1}, "an object"),
-        (b"a", "a bytes"),
+        (
+            ["a"],
+            'a list, not text; map the field to "title[0]" or "json(title)" with --columns, in these quotes',
+        ),
+        ([["a"]], 'a list, not text; map the field to "json(title)" with --columns, in these quotes'),
+        (
+            {"id": ["a", "b"], "one": ["a"], "two": "b"},
+            'an object, not text; map the field to "title.one" or "json(title)" with --columns, in these quotes',
+        ),
+        ([], "an empty list; fill it or remove the row"),
+        (math.nan, "a number (nan), not text; fill it or remove the row"),
+        (-math.inf, "a number (-inf), not text; fill it or remove the row"),
+        (b"a", "a bytes, not text; a template's field takes text"),
     ],
 )
-def test_non_text_field_is_an_error(value: object, kind: str) -> None:
-    assert field_error(value) == (
-        f'train.jsonl:41: field "title" is {kind}, not text; a template\'s field takes text'
-    )
+def test_non_text_field_is_an_error_with_a_cure(value: object, kind: str) -> None:
+    assert field_error(value) == f'train.jsonl:41: field "title" is {kind}'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (-12, "-12"),
+        (10**30, "1" + "0" * 30),
+        (0.1, "0.1"),
+        (1.0, "1.0"),
+        (1e16, "1e+16"),
+        (np.float64(2.5), "2.5"),
+        (True, "true"),
+        (False, "false"),
+    ],
+)
+def test_numbers_and_booleans_are_written_as_text(value: object, text: str) -> None:
+    assert field_text(row(title=value), "title") == text
+
+
+@pytest.mark.parametrize(
+    "number", ["1", "1.0", "0.10", "-0.0", "1e2", "12345678901234567890", "true", "null"]
+)
+def test_a_number_of_a_json_file_is_the_number_again_when_its_text_is_read(number: str) -> None:
+    value = json.loads(number)
+    text = field_text(row(title=value), "title")
+    assert repr(json.loads(text or "null")) == repr(value)
 
 
 def test_turn_list_in_a_text_field_suggests_the_chat_template() -> None:

@@ -11,20 +11,24 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.tokenizers import CHATML, LLAMA2_CHAT, byte_level, sentencepiece_bpe, unigram
+from yeonma.data.column_paths import with_paths
+from yeonma.data.columns import Columns
 from yeonma.data.preference_pairs import (
     RenderedPair,
-    notes_of_pair,
+    notes_of_pairs,
+    pair_shape,
     recognise_labelled,
     recognise_pairs,
     render_label,
-    render_pair,
+    render_pairs,
 )
 from yeonma.data.rows import Row, Rows
-from yeonma.data.task import LABELLED, PAIRS
-from yeonma.data.template import answer_text, load_template, prompt_text
+from yeonma.data.task import LABELLED, PAIRS, choose_template
+from yeonma.data.template import Template, answer_text, load_template, prompt_text
 from yeonma.data.text_checks import SPACED_APART
 from yeonma.errors import UserError
 from yeonma.tokenization.cache import build_store
+from yeonma.tokenization.dataset import data_warnings
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import encode_prompt
 from yeonma.tokenization.preference_encoder import encode_labelled, encode_pairs
@@ -59,6 +63,20 @@ def human(text: str) -> dict[str, str]:
 
 def gpt(text: str) -> dict[str, str]:
     return {"from": "gpt", "value": text}
+
+
+def render_pair(template: Template, row: Row, columns: Columns = None) -> RenderedPair:
+    (pair,) = render_pairs(template, row, columns)
+    return pair
+
+
+def recognised_pair(values: Mapping[str, object]) -> RenderedPair:
+    """The pair of a data set of this row, whose columns choose the template."""
+    rows = table([values])
+    recognised = recognise_pairs(rows)
+    columns = dict(recognised.columns)
+    (first,) = with_paths(rows, columns)
+    return render_pair(load_template(recognised.template), first, columns)
 
 
 def prompt_and_answers(pair: RenderedPair) -> tuple[list[tuple[str | None, str]], list[str], list[str]]:
@@ -257,7 +275,7 @@ def test_pair_notes_cover_the_prompt_and_both_answers() -> None:
     template = load_template("prompt-completion")
 
     def notes(prompt: str, chosen: str, rejected: str) -> object:
-        return notes_of_pair(render_pair(template, row(prompt=prompt, chosen=chosen, rejected=rejected)))
+        return notes_of_pairs(render_pairs(template, row(prompt=prompt, chosen=chosen, rejected=rejected)))
 
     first = notes("p", "a b", "a  b")
     assert first.flags == SPACED_APART  # type: ignore[attr-defined]
@@ -267,12 +285,229 @@ def test_pair_notes_cover_the_prompt_and_both_answers() -> None:
     assert len({notes("p", *answers).prompt_digest for answers in ("ab", "cd")}) == 1  # type: ignore[attr-defined]
 
 
+# Other names, system prompts, tools, several rejected answers
+
+SYSTEM = {"role": "system", "content": "Be true."}
+OTHER_NAMES: dict[str, dict[str, object]] = {
+    "OpenAI's": {
+        "input": {"messages": [user("q")], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [answer("good")],
+        "non_preferred_output": [answer("bad")],
+    },
+    "ms-swift's with a text": {"messages": [user("q"), answer("good")], "rejected_response": "bad"},
+    "ms-swift's with a turn": {"messages": [user("q"), answer("good")], "rejected_response": [answer("bad")]},
+    "ms-swift's with a dialogue": {
+        "messages": [user("q"), answer("good")],
+        "rejected_messages": [user("q"), answer("bad")],
+    },
+    "ms-swift's in sharegpt": {"conversations": [human("q"), gpt("good")], "rejected_response": "bad"},
+    "LLaMA-Factory's": {
+        "conversations": [human("q")],
+        "chosen": gpt("good"),
+        "rejected": gpt("bad"),
+        "system": "",
+        "tools": "[]",
+    },
+    "ultrafeedback's": {
+        "prompt": "q",
+        "prompt_id": "a1",
+        "messages": [user("q"), answer("good")],
+        "chosen": [user("q"), answer("good")],
+        "rejected": [user("q"), answer("bad")],
+        "score_chosen": 8.5,
+        "score_rejected": 2,
+    },
+    "one dialogue and the other answer": {"chosen": [user("q"), answer("good")], "rejected": "bad"},
+    "the other answer and one dialogue": {"chosen": answer("good"), "rejected": [user("q"), answer("bad")]},
+}
+
+
+@pytest.mark.parametrize("form", OTHER_NAMES)
+def test_turns_under_other_names_give_the_same_pair(form: str) -> None:
+    pair = recognised_pair(OTHER_NAMES[form])
+    assert prompt_and_answers(pair) == ([("user", "q")], ["good"], ["bad"])
+
+
+@pytest.mark.parametrize("form", OTHER_NAMES)
+def test_the_template_chat_reads_the_same_columns_as_without_a_template(form: str) -> None:
+    rows = table([OTHER_NAMES[form]])
+    given, chosen = (choose_template(PAIRS, template, rows, None) for template in ("chat", None))
+    first, second = (
+        [render_pairs(CHAT, row, choice.columns) for row in with_paths(rows, choice.columns)]
+        for choice in (given, chosen)
+    )
+    assert first == second
+    named = with_paths(rows, given.columns).columns
+    assert PAIRS.missing_columns(given.template, named, given.columns) == []
+
+
+def test_the_last_turn_of_messages_is_the_chosen_answer_and_earlier_answers_are_the_prompt() -> None:
+    turns = [user("a"), answer("b"), user("c"), answer("good")]
+    prompt = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    for rejected in ("bad", answer("bad"), [*turns[:-1], answer("bad")]):
+        pair = recognised_pair({"messages": turns, "rejected_response": rejected})
+        assert prompt_and_answers(pair) == (prompt, ["good"], ["bad"])
+
+
+def test_messages_may_begin_with_a_greeting_of_the_assistant() -> None:
+    turns = [answer("Hello"), user("q"), answer("good")]
+    prompt = [("assistant", "Hello"), ("user", "q")]
+    for rejected in ("bad", [*turns[:-1], answer("bad")]):
+        pair = recognised_pair({"messages": turns, "rejected_messages": rejected})
+        assert prompt_and_answers(pair) == (prompt, ["good"], ["bad"])
+    openai = {**OTHER_NAMES["OpenAI's"], "input": {"messages": turns[:-1]}}
+    assert prompt_and_answers(recognised_pair(openai)) == (prompt, ["good"], ["bad"])
+
+
+def test_the_users_own_mapping_comes_before_known_shapes() -> None:
+    swift = table([OTHER_NAMES["ms-swift's with a text"]])
+    assert pair_shape(swift) == {"chosen": "messages", "rejected": "rejected_response"}
+    assert pair_shape(swift, {"chosen": "a", "rejected": "b"}) == {}
+    both = {**OTHER_NAMES["ms-swift's with a text"], "chosen": "good", "rejected": "worse"}
+    assert pair_shape(table([both])) == {}
+    assert pair_shape(table([{"prompt": "p", "chosen": "a", "rejected": "b"}])) == {}
+
+
+@pytest.mark.parametrize(
+    ("form", "values"),
+    [
+        ("a list", {"messages": [user("q")], "chosen": answer("good"), "rejected": answer("bad")}),
+        ("sharegpt", {"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")}),
+        ("prompt", {"prompt": [user("q")], "chosen": [answer("good")], "rejected": [answer("bad")]}),
+        ("dialogues", TURN_FORMATS["whole dialogues"]),
+        ("texts", TURN_FORMATS["dialogues as texts"]),
+        ("OpenAI's", OTHER_NAMES["OpenAI's"]),
+        ("ms-swift's", OTHER_NAMES["ms-swift's with a text"]),
+    ],
+)
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_beside_turns_is_the_system_turn_of_the_prompt(
+    form: str, values: dict[str, object], column: str
+) -> None:
+    prompt = [("system", "Be true."), ("user", "q")]
+    pair = recognised_pair({**values, column: "Be true."})
+    assert prompt_and_answers(pair) == (prompt, ["good"], ["bad"]), form
+    for blank in ("", " \n", None):
+        assert prompt_and_answers(recognised_pair({**values, column: blank}))[0] == prompt[1:]
+    assert column in recognise_pairs(table([{**values, column: "Be true."}])).reason
+
+
+def test_a_system_turn_equal_to_the_system_column_stands_once() -> None:
+    values = {**OPENAI, "messages": [SYSTEM, user("q")], "system": "Be true.\n"}
+    assert prompt_and_answers(recognised_pair(values))[0] == [("system", "Be true."), ("user", "q")]
+    both = {**OPENAI, "system": "Be true.", "system_prompt": "Be true."}
+    assert prompt_and_answers(recognised_pair(both))[0] == [("system", "Be true."), ("user", "q")]
+
+
+def test_two_system_prompts_that_differ_are_refused() -> None:
+    assert error_of(**{**OPENAI, "messages": [SYSTEM, user("q")], "system": "Be brief."}) == (
+        'train.jsonl:41: field "system" is a system prompt, but the turns begin with another system turn; '
+        "keep one of them"
+    )
+    assert error_of(**OPENAI, system="Be true.", system_prompt="Be brief.") == (
+        'train.jsonl:41: field "system_prompt" is a system prompt, but field "system" says another; keep one of them'
+    )
+
+
+def test_a_system_column_that_a_template_of_texts_would_drop_is_refused() -> None:
+    values = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match=r"prompt-completion does not show the column .system") as caught:
+        recognise_pairs(table([values, {**values, "system": "Be true."}]))
+    assert "--template orca with --columns '{question: prompt}'; or --template prompt-completion" in str(
+        caught.value
+    )
+    rows = table([{**values, "system": "Be true."}])
+    cured = choose_template(PAIRS, "orca", rows, {"question": "prompt"})
+    (pair,) = render_pairs(cured.template, next(iter(rows)), cured.columns)
+    assert prompt_text(pair.chosen) == "### System:\nBe true.\n\n### User:\np\n\n### Assistant:\n"
+    assert recognise_pairs(table([{**values, "system": " "}])).template == "prompt-completion"
+    for form in ({"instruction": "p"}, {"document": "p"}):
+        with pytest.raises(UserError, match=r"one of your own with \{system_prompt\}; or --template"):
+            recognise_pairs(table([{**form, "chosen": "a", "rejected": "b", "system_prompt": "s"}]))
+
+
+@pytest.mark.parametrize("tools", [[{"type": "function"}], '[{"type": "function"}]', {"name": "f"}])
+def test_tools_beside_the_turns_are_refused_by_name(tools: object) -> None:
+    assert error_of(**OPENAI, tools=tools) == (
+        'train.jsonl:41: field "tools": tools cannot be trained; write the tools into the system turn, or remove them'
+    )
+    assert 'field "rejected_tools": tools' in error_of(**OPENAI, rejected_tools=tools)
+    nested = {**OTHER_NAMES["OpenAI's"], "input": {"messages": [user("q")], "tools": tools}}
+    with pytest.raises(UserError, match=r'train.jsonl:1: field "input.tools": tools cannot be trained'):
+        recognised_pair(nested)
+
+
+@pytest.mark.parametrize("empty", [None, [], {}, "", "[]", " {} ", "null"])
+def test_empty_tools_are_no_tools(empty: object) -> None:
+    pair = render_pair(CHAT, row(**OPENAI, tools=empty))
+    assert prompt_and_answers(pair) == ([("user", "q")], ["good"], ["bad"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": ["bad", "worse"]},
+        {"messages": [user("q")], "chosen": answer("good"), "rejected": [[answer("bad")], [answer("worse")]]},
+        {"messages": [user("q")], "chosen": answer("good"), "rejected": ["bad", [answer("worse")]]},
+        {
+            "chosen": [user("q"), answer("good")],
+            "rejected": [[user("q"), answer("bad")], [user("q"), answer("worse")]],
+        },
+        {"messages": [user("q"), answer("good")], "rejected_response": ["bad", "worse"]},
+    ],
+)
+def test_every_one_of_several_rejected_answers_is_a_pair(values: dict[str, object]) -> None:
+    rows = table([values])
+    recognised = recognise_pairs(rows)
+    columns, template = dict(recognised.columns), load_template(recognised.template)
+    (first,) = with_paths(rows, columns)
+    pairs = render_pairs(template, first, columns)
+    singles = [prompt_and_answers(pair)[1:] for pair in pairs]
+    assert singles == [(["good"], ["bad"]), (["good"], ["worse"])]
+    assert pairs[0].chosen == pairs[1].chosen
+    assert pairs[0].prompt_turns == pairs[1].prompt_turns == 1
+
+
+def test_a_list_of_one_rejected_text_is_that_text() -> None:
+    template = load_template("prompt-completion")
+    (listed,) = render_pairs(template, row(prompt="p", chosen="a", rejected=["b"]))
+    assert listed == render_pair(template, row(prompt="p", chosen="a", rejected="b"))
+
+
+def test_an_empty_one_of_several_rejected_answers_is_named() -> None:
+    template = load_template("prompt-completion")
+    with pytest.raises(UserError) as caught:
+        render_pairs(template, row(prompt="p", chosen="a", rejected=["b", " ", None]))
+    cure = "a pair needs both answers (chosen and rejected); fill it or remove the row"
+    assert str(caught.value).splitlines() == [
+        f'train.jsonl:41: field "rejected[1]" is empty; {cure}',
+        f'train.jsonl:41: field "rejected[2]" is null; {cure}',
+    ]
+    assert 'field "rejected[1]" is an object, not text' not in error_of(**{**OPENAI, "rejected": ["b", []]})
+
+
+def test_notes_of_several_pairs_cover_every_rejected_answer() -> None:
+    template = load_template("prompt-completion")
+
+    def notes(*rejected: str) -> object:
+        return notes_of_pairs(render_pairs(template, row(prompt="p", chosen="a b", rejected=list(rejected))))
+
+    assert notes("c", "a  b").flags == SPACED_APART  # type: ignore[attr-defined]
+    assert notes("c", "d").flags == 0  # type: ignore[attr-defined]
+    assert len({notes(*texts).digest for texts in (("c", "d"), ("d", "c"), ("c",), ("c", "e"))}) == 4  # type: ignore[attr-defined]
+
+
 # Labels
 
 
 @pytest.mark.parametrize(
     ("label", "desirable"),
-    [(True, True), (False, False), ("true", True), ("False", False), (1, True), ("0", False)],
+    [
+        *((label, True) for label in (True, "true", 1, 1.0, "1", "1.0", np.float64(1), "Yes", " GOOD ")),
+        *((label, True) for label in ("chosen", "Desirable")),
+        *((label, False) for label in (False, "False", 0, 0.0, -1, -1.0, "0", "-1", "0.0", "no", "Bad")),
+        *((label, False) for label in ("rejected", "undesirable\n")),
+    ],
 )
 def test_label_values_are_read_as_desirable_or_not(label: object, desirable: bool) -> None:
     values = {"prompt": "p", "completion": "c", "label": label}
@@ -281,10 +516,137 @@ def test_label_values_are_read_as_desirable_or_not(label: object, desirable: boo
     assert (answer_text(actual.rendered), actual.desirable) == ("c", desirable)
 
 
-@pytest.mark.parametrize("label", [None, "good", 2, 1.0, [True]])
-def test_invalid_label_is_refused(label: object) -> None:
-    with pytest.raises(UserError, match=r'train.jsonl:41: field "label" is .*true or false'):
+@pytest.mark.parametrize(
+    ("label", "state"),
+    [
+        (None, "null"),
+        ("maybe", '"maybe"'),
+        ("", '""'),
+        ("not good", '"not good"'),
+        (2, "a number (2)"),
+        (0.5, "a number (0.5)"),
+        (float("nan"), "a number (nan)"),
+        ([True], "a list"),
+    ],
+)
+def test_other_labels_are_refused_with_a_list_of_those_accepted(label: object, state: str) -> None:
+    with pytest.raises(UserError) as caught:
         render_label(load_template("prompt-completion"), row(prompt="p", completion="c", label=label))
+    assert str(caught.value) == (
+        f'train.jsonl:41: field "label" is {state}; say whether the answer is desirable: '
+        "true, 1, 1.0, yes, good, chosen, desirable; or not: "
+        "false, 0, 0.0, -1, -1.0, no, bad, rejected, undesirable"
+    )
+
+
+def test_the_label_is_in_kto_tag_if_there_is_no_column_label() -> None:
+    values: dict[str, object] = {"instruction": "i", "output": "o", "kto_tag": False}
+    rows = table([values, {**values, "kto_tag": True}])
+    assert recognise_labelled(rows).reason == (
+        "template alpaca, because the columns are instruction, output, kto_tag"
+    )
+    template = load_template("alpaca")
+    assert [render_label(template, row).desirable for row in rows] == [False, True]
+    assert LABELLED.missing_columns(template, rows.columns, None) == []
+    assert render_label(template, row(**values, label=True)).desirable
+    assert not render_label(template, row(**values, label="a class"), {"label": "kto_tag"}).desirable
+    (problem,) = LABELLED.missing_columns(template, ["instruction", "output"], None)
+    assert problem.what == 'the data has no column "label"'
+
+
+CONVERSATION = {
+    "prompt": [{"role": "system", "content": "s"}, user("a"), answer("b"), user("c")],
+    "completion": [answer("good")],
+    "label": True,
+}
+
+
+@pytest.mark.parametrize("template", [None, "chat"])
+@pytest.mark.parametrize(
+    "completion",
+    [[answer("good")], answer("good"), "good", [gpt("good")]],
+)
+def test_a_completion_of_turns_is_the_answer_and_the_prompts_turns_come_before_it(
+    completion: object, template: str | None
+) -> None:
+    values = {**CONVERSATION, "completion": completion}
+    choice = choose_template(LABELLED, template, table([values]), None)
+    assert choice.columns == {"messages": "prompt", "answer": "completion"}
+    assert LABELLED.missing_columns(choice.template, list(values), choice.columns) == []
+    actual = render_label(choice.template, row(**values), choice.columns).rendered
+    whole = render_label(CHAT, row(messages=[*CONVERSATION["prompt"], answer("good")], label=True)).rendered  # type: ignore[misc]
+    assert actual == whole
+    assert [turn.role for turn in actual.turns] == ["system", "user", "assistant", "user"]
+    assert answer_text(actual) == "good"
+
+
+def test_earlier_turns_of_a_completion_are_the_prompt() -> None:
+    completion = [answer("tool?"), user("3"), answer("good")]
+    columns = {"messages": "prompt", "answer": "completion"}
+    actual = render_label(CHAT, row(prompt="q", completion=completion, label=1), columns).rendered
+    assert [(turn.role, turn.text) for turn in actual.turns] == [
+        ("user", "q"),
+        ("assistant", "tool?"),
+        ("user", "3"),
+    ]
+    assert answer_text(actual) == "good"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"completion": [user("q")]}, 'field "completion" does not end with an assistant turn; end it'),
+        (
+            {"completion": []},
+            'field "completion" is empty; a labelled answer needs both prompt and completion',
+        ),
+        ({"prompt": None}, 'field "prompt" is null; a labelled answer needs both prompt and completion'),
+        ({"prompt": [{"role": "robot", "content": "q"}]}, "prompt[0].role: unknown role"),
+        ({"tools": [{"name": "f"}]}, 'field "tools": tools cannot be trained'),
+        ({"system": "other"}, 'field "system" is a system prompt, but the turns begin with another'),
+    ],
+)
+def test_faulty_prompts_and_completions_of_turns_are_refused(
+    changes: dict[str, object], problem: str
+) -> None:
+    columns = {"messages": "prompt", "answer": "completion"}
+    with pytest.raises(UserError) as caught:
+        render_label(CHAT, row(**{**CONVERSATION, **changes}), columns)
+    assert str(caught.value).startswith(f"train.jsonl:41: {problem}")
+
+
+def test_a_missing_column_of_completions_is_named() -> None:
+    columns = {"messages": "prompt", "answer": "completion"}
+    (problem,) = LABELLED.missing_columns(CHAT, ["prompt", "label"], columns)
+    assert problem.what == 'the data has no column "completion"'
+
+
+def test_a_system_column_beside_labelled_turns_is_their_system_turn() -> None:
+    turns = [user("q"), answer("a")]
+    system = {"role": "system", "content": "Be true."}
+    expected = render_label(CHAT, row(messages=[system, *turns], label=True))
+    for column in ("system", "system_prompt"):
+        assert render_label(CHAT, row(messages=turns, label=True, **{column: "Be true."})) == expected
+    assert render_label(CHAT, row(messages=[system, *turns], label=True, system="Be true.")) == expected
+    shares = [human("q"), gpt("a")]
+    assert render_label(CHAT, row(conversations=shares, label=True, system="Be true.")).rendered.turns == (
+        expected.rendered.turns
+    )
+    with pytest.raises(UserError, match=r'field "system" is a system prompt, but the turns begin'):
+        render_label(CHAT, row(messages=[system, *turns], label=True, system="Be brief."))
+    with pytest.raises(UserError, match=r'field "tools": tools cannot be trained'):
+        render_label(CHAT, row(messages=turns, label=True, tools=[{"name": "f"}]))
+
+
+def test_a_system_column_that_labelled_texts_would_drop_is_refused_with_a_cure_that_works() -> None:
+    values = {"prompt": "p", "completion": "c", "label": True, "system": "s"}
+    columns = {"question": "prompt", "response": "completion"}
+    with pytest.raises(UserError) as caught:
+        recognise_labelled(table([values]))
+    assert "--template orca with --columns '{question: prompt, response: completion}'" in str(caught.value)
+    cured = render_label(load_template("orca"), row(**values), columns).rendered
+    assert prompt_text(cured) == "### System:\ns\n\n### User:\np\n\n### Assistant:\n"
+    assert answer_text(cured) == "c"
 
 
 def test_last_turn_of_a_labelled_turn_list_is_the_answer() -> None:
@@ -303,7 +665,7 @@ def units_of(
     template: str = "prompt-completion",
 ) -> list[Unit | LeftOut]:
     rows = list(table(pairs))
-    return encode_pairs([render_pair(load_template(template), row) for row in rows], rows, tokenizer, rules)
+    return encode_pairs([render_pairs(load_template(template), row) for row in rows], rows, tokenizer, rules)
 
 
 def sides(unit: Unit | LeftOut) -> tuple[Example, Example]:
@@ -436,6 +798,24 @@ def test_store_has_the_unit_and_role_of_each_pair_answer(tmp_path: Path) -> None
     )
     assert plain_store.key != store.key
     assert plain_store.unit_lengths is plain_store.lengths
+
+
+def test_the_pairs_of_a_row_are_units_with_its_number(tmp_path: Path) -> None:
+    several = {"prompt": "p ", "chosen": "a", "rejected": ["b", "a", "cc"]}
+    rows = table([{"prompt": "o ", "chosen": "a", "rejected": "b"}, several, {**several, "rejected": "b"}])
+    store = build_store(
+        rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=PAIRS
+    )
+    assert (store.counts.rows, store.counts.units, store.counts.left_out) == (3, 4, 1)
+    assert store.row_numbers.tolist() == [1, 1, 2, 2, 2, 2, 3, 3]
+    assert [(left.row, left.reason) for left in store.left_out] == [(2, "chosen equals rejected")]
+    assert store.rows_of(np.arange(4)) == [1, 2, 2, 3]
+    by_hand = units_of([{**several, "rejected": text} for text in ("b", "cc")], byte_level())
+    for unit, alone in zip((1, 2), by_hand, strict=True):
+        both = [store[int(i)].token_ids.tolist() for i in store.examples_of(np.array([unit]))]
+        assert both == [example.token_ids.tolist() for example in sides(alone)]
+    (told,) = (w for w in data_warnings(store, np.arange(8)) if w.kind == "several_rejected")
+    assert str(told) == "rows with several rejected answers, each in a pair of its own: 1 (row 2)"
 
 
 def test_labelled_row_is_measured_with_the_answer_of_the_next_row(tmp_path: Path) -> None:

@@ -357,8 +357,10 @@ def test_all_missing_fields_of_a_row_are_reported_together() -> None:
     assert len(row_error(Template.parse(SIMPLE), {"x": "y"}, with_answer=False).splitlines()) == 1
 
 
-def test_number_as_a_field_value_is_an_error() -> None:
-    assert "train.jsonl:41" in row_error(Template.parse(SIMPLE), {"document": 3, "title": "t"})
+def test_a_number_fills_a_field_like_the_same_text() -> None:
+    template = Template.parse(SIMPLE)
+    number, text = (template.render(row_of({"document": 0, "title": title})) for title in (1.0, "1.0"))
+    assert number == text == template.render(row_of({"document": "0", "title": "1.0"}))
 
 
 names = st.text(st.characters(categories=["Lu", "Ll", "Lo"]), min_size=1, max_size=8)

@@ -243,6 +243,20 @@ def test_reference_answer_of_preference_data_is_the_chosen_one(folders: Folders,
     assert values(report) == values(plain)
 
 
+def test_values_within_columns_are_compared_like_columns(folders: Folders, tmp_path: Path) -> None:
+    rows = [{"news": {"body": row["document"]}, "titles": [row["title"], "other"]} for row in ROWS]
+    nested = write_jsonl(tmp_path / "nested.jsonl", rows)
+    plain = write_jsonl(tmp_path / "plain.jsonl", ROWS)
+    columns = {"document": "news.body", "answer": "titles[0]"}
+    flat = report_of(compare(tmp_path / "a", folders.adapter, data_path=plain))
+    report = report_of(compare(tmp_path / "b", folders.adapter, data_path=nested, columns=columns))
+    assert values(report) == values(flat)
+    trained_on_paths = tiny_adapter(tmp_path, byte_level(), template=TEMPLATE, columns=columns).adapter
+    own = report_of(compare(tmp_path / "c", trained_on_paths, data_path=nested))
+    assert [row["wanted"] for row in own["rows"]] == [row["title"] for row in ROWS]
+    assert values(own) == values(flat)
+
+
 def test_row_over_cutoff_len_has_no_loss_and_is_reported(tmp_path: Path) -> None:
     small = tiny_adapter(tmp_path, byte_level(), template=TEMPLATE, cutoff_len=90)
     rows = [*ROWS[:1], {"document": "short", "title": "long " * 40}]

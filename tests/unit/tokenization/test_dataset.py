@@ -34,6 +34,52 @@ def prepare(
     return dataset
 
 
+def test_columns_with_numbers_are_named_once_also_if_the_tokens_are_cached(tmp_path: Path) -> None:
+    rows = [{"document": "a b", "score": 1.5, "title": "x", "unused": 3}] * 3
+    rows += [
+        {"document": 7, "score": None, "title": True, "unused": 3},
+        {"document": 8, "score": 2, "title": 0},
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    more = write_jsonl(tmp_path / "more.jsonl", rows[3:])
+    template = "{document} {score}\n{title}\n---\n{document}\n{title}"
+    for _ in range(2):
+        lines: list[str] = []
+        tokens = TokenSettings(cache_dir=str(tmp_path / "cache"))
+        dataset = prepare(data, lines, tokens=tokens, template=template, val_data_path=str(more))
+        told = [line for line in lines if "written as text" in line]
+        assert told == [
+            "column document holds numbers, written as text",
+            "column score holds numbers, written as text",
+            "column title holds booleans, written as text",
+            "column title holds numbers, written as text",
+        ]
+        decoded = characters().decode(dataset.train.store[3].token_ids)
+        assert decoded == "7\ntrue</s>"
+
+
+def test_rows_of_texts_tell_nothing_about_numbers(data: Path) -> None:
+    lines: list[str] = []
+    prepare(data, lines)
+    assert not [line for line in lines if "written as text" in line]
+
+
+def test_a_path_of_the_columns_setting_is_read_in_training_and_validation_rows(tmp_path: Path) -> None:
+    nested = [{"document": row["document"], "made": {"title": [row["title"]]}} for row in articles(20)]
+    data = write_jsonl(tmp_path / "nested.jsonl", nested)
+    flat = prepare(write_jsonl(tmp_path / "flat.jsonl", articles(20)), val_set_size=4)
+    columns = {"answer": "made.title"}
+    drawn = prepare(data, columns=columns, val_set_size=4)
+    given = prepare(data, columns=columns, val_data_path=str(data))
+    assert given.validation is not None
+    assert rows_of(drawn.train) == rows_of(flat.train)
+    for dataset in (drawn, given):
+        for part in dataset.sources:
+            assert part.store.token_ids.tolist() == flat.train.store.token_ids.tolist()
+            (first,) = part.first_rows(1)
+            assert first.values["made.title"] == articles(20)[first.number - 1]["title"]
+
+
 def rows_of(part: Any) -> list[int]:
     return part.store.row_numbers[part.positions].tolist()
 

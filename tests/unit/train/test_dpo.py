@@ -494,6 +494,18 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "dialogues": [
         {side: [*row["conversations"], row[side]] for side in ("chosen", "rejected")} for row in DIALOGUES
     ],
+    "OpenAI's": [
+        {
+            "input": {"messages": row["conversations"], "tools": []},
+            "preferred_output": [row["chosen"]],
+            "non_preferred_output": [row["rejected"]],
+        }
+        for row in DIALOGUES
+    ],
+    "ms-swift's": [
+        {"messages": [*row["conversations"], row["chosen"]], "rejected_response": [row["rejected"]]}
+        for row in DIALOGUES
+    ],
 }
 
 

@@ -99,6 +99,10 @@ def rehash(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"sha256": hashes}))
 
 
+def turns_of(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "yes"}]
+
+
 # Folders that pass
 
 
@@ -143,6 +147,32 @@ def test_dpo_that_continues_an_adapter_passes(tmp_path: Path, finished_run: Path
     assert not find_differences(done.folder, "--data_path", str(data))
 
 
+def test_dpo_on_turns_with_system_prompts_and_several_rejected_answers_passes(tmp_path: Path) -> None:
+    rows = [
+        {"messages": turns_of(n), "system": f"rule {n}", "rejected_response": ["no", "never"], "id": n}
+        for n in range(6)
+    ]
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    done = tuned(tmp_path / "out", chat_folder(tmp_path / "base"), data, card_rows=2, max_steps=1)
+    run_outcomes = outcomes(done.folder)
+    assert set(run_outcomes.values()) == {"well"}
+    samples = json.loads((done.folder / "samples.json").read_text("utf-8"))["samples"]
+    assert set(samples[0]["row"]) == {"messages", "system", "rejected_response"}
+    assert f"{data}: 6 rows, 12 pairs, " in done.out
+    assert "rows with several rejected answers, each in a pair of its own: 6 (rows 1, 2" in done.out
+
+
+@pytest.mark.usefixtures("finished_run")
+def test_a_run_on_values_within_columns_passes(tmp_path: Path, root: Path) -> None:
+    rows = [{"news": {"body": [f"{n}"]}, "made": {"title": n}, "unused": "x" * 99} for n in range(8)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    columns = {"document": "news.body", "title": "json(made)"}
+    done = trained(tmp_path / "out", root / "base", data, columns=columns, max_steps=1, card_rows=2)
+    assert set(outcomes(done.folder).values()) == {"well"}
+    samples = json.loads((done.folder / "samples.json").read_text("utf-8"))["samples"]
+    assert samples[1]["row"] == {"news.body": "1", "json(made)": '{"title":1}'}
+
+
 @pytest.mark.parametrize("lora_settings", [{"use_dora": True}, {"use_rslora": True, "lora_r": 3}])
 def test_dora_and_rslora_runs_pass(
     tmp_path: Path, root: Path, finished_run: Path, lora_settings: Any
@@ -155,16 +185,7 @@ def test_dora_and_rslora_runs_pass(
 
 def test_chat_run_differs_after_the_chat_template_changes(tmp_path: Path) -> None:
     base = chat_folder(tmp_path / "base")
-    turns = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{n}?"},
-                {"role": "assistant", "content": "yes"},
-            ]
-        }
-        for n in range(8)
-    ]
-    data = write_jsonl(tmp_path / "data.jsonl", turns)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": turns_of(n)} for n in range(8)])
     done = trained(tmp_path / "out", base, data, template=None, max_steps=1, card_rows=2)
     assert set(outcomes(done.folder).values()) == {"well"}
     tokenizer = AutoTokenizer.from_pretrained(base)

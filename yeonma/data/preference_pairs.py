@@ -397,11 +397,11 @@ def _turn_pair(
     _check_sides({"chosen": chosen, "rejected": rejected}, count, row.place)
     _refuse_weights([*chosen[count:], *rejected[count:]], row.place)
     single = len(chosen) == len(rejected) == count + 1
-    both = (
+    chosen_text, rejected_text = (
         _with_tools(template, row, columns, prompt_column, _rendered(turns, count, variant, single))
         for turns in (chosen, rejected)
     )
-    return RenderedPair(*both, prompt_turns=count)
+    return RenderedPair(chosen_text, rejected_text, count)
 
 
 def _with_dialogue(

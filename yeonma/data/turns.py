@@ -183,7 +183,7 @@ def tools_of(value: object, column: str, place: str) -> tuple[dict[str, Any], ..
             value = json.loads(value)
         except ValueError:
             raise UserError(f'field "{column}" is text, but not JSON', place=place, cure=cure) from None
-    if value is None:
+    if value is None or value == {}:
         return ()
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -278,11 +278,18 @@ class ExampleEncoder:
         return results
 
     def fit_prompt(self, rendered: Rendered, row: Row, budget: int, ids: list[int]) -> FittedPrompt | LeftOut:
-        """The prompt, whose full ids are `ids`, made to fit into `budget` tokens: a conversation loses as few old
-        exchanges as are needed; if that is not enough, one field is shortened."""
+        """The prompt, whose full ids are `ids`, made to fit into `budget` tokens by shortening one field.
+
+        If half of a turn would not be enough, a conversation loses its oldest exchanges, as few as are needed, and only
+        the last one is shortened further.
+        """
         if len(ids) <= budget:
             return FittedPrompt(rendered, 0, ids)
         if exchanges := old_exchanges(rendered):
+            shorter = self._with_shorter_field(rendered, row, budget, ids)
+            length = max(field_lengths(rendered).values(), default=0)
+            if isinstance(shorter, FittedPrompt) and 2 * shorter.cut_characters <= length:
+                return shorter
             fitted = self._without_exchanges(rendered, row, budget, exchanges)
             if len(fitted.ids) <= budget:
                 return fitted

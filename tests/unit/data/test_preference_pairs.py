@@ -409,32 +409,52 @@ def test_two_system_prompts_that_differ_are_refused() -> None:
     )
 
 
-def test_a_system_column_that_a_template_of_texts_would_drop_is_refused() -> None:
-    values = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    with pytest.raises(UserError, match=r"prompt-completion does not show the column .system") as caught:
-        recognise_pairs(table([values, {**values, "system": "Be true."}]))
-    assert "--template orca with --columns '{question: prompt}'; or --template prompt-completion" in str(
-        caught.value
+def test_a_system_column_beside_texts_makes_them_turns() -> None:
+    values = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "Be true."}
+    pair = recognised_pair(values)
+    assert prompt_and_answers(pair) == ([("system", "Be true."), ("user", "p")], ["a"], ["b"])
+    assert recognise_pairs(table([values])).reason == (
+        "template chat, because the columns are prompt, chosen, rejected, system; system turns are in system"
     )
-    rows = table([{**values, "system": "Be true."}])
-    cured = choose_template(PAIRS, "orca", rows, {"question": "prompt"})
-    (pair,) = render_pairs(cured.template, next(iter(rows)), cured.columns)
-    assert prompt_text(pair.chosen) == "### System:\nBe true.\n\n### User:\np\n\n### Assistant:\n"
     assert recognise_pairs(table([{**values, "system": " "}])).template == "prompt-completion"
-    for form in ({"instruction": "p"}, {"document": "p"}):
-        with pytest.raises(UserError, match=r"one of your own with \{system_prompt\}; or --template"):
-            recognise_pairs(table([{**form, "chosen": "a", "rejected": "b", "system_prompt": "s"}]))
+    alpaca = {"instruction": "p", "chosen": "a", "rejected": "b", "system_prompt": "Be true."}
+    pair = recognised_pair(alpaca)
+    assert prompt_and_answers(pair) == ([("system", "Be true."), ("user", "p")], ["a"], ["b"])
+    with pytest.raises(UserError, match="does not use the column system_prompt"):
+        choose_template(
+            PAIRS,
+            None,
+            table([{"document": "p", "chosen": "a", "rejected": "b", "system_prompt": "s"}]),
+            None,
+        )
 
 
-@pytest.mark.parametrize("tools", [[{"type": "function"}], '[{"type": "function"}]', {"name": "f"}])
-def test_tools_beside_the_turns_are_refused_by_name(tools: object) -> None:
-    assert error_of(**OPENAI, tools=tools) == (
-        'train.jsonl:41: field "tools": tools cannot be trained; write the tools into the system turn, or remove them'
-    )
-    assert 'field "rejected_tools": tools' in error_of(**OPENAI, rejected_tools=tools)
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], '[{"name": "f", "parameters": {"type": "object"}}]', TOOL])
+def test_tools_beside_the_turns_are_those_of_both_answers(tools: object) -> None:
     nested = {**OTHER_NAMES["OpenAI's"], "input": {"messages": [user("q")], "tools": tools}}
-    with pytest.raises(UserError, match=r'train.jsonl:1: field "input.tools": tools cannot be trained'):
-        recognised_pair(nested)
+    for pair in (render_pair(CHAT, row(**OPENAI, tools=tools)), recognised_pair(nested)):
+        assert pair.chosen.tools == pair.rejected.tools == (TOOL,)
+    labelled = render_label(CHAT, row(messages=[user("q"), answer("a")], label=True, tools=tools))
+    assert labelled.rendered.tools == (TOOL,)
+    assert 'field "rejected_tools": both answers' in error_of(**OPENAI, rejected_tools=tools)
+    assert "tools[0] is not the description of a tool" in error_of(**OPENAI, tools=[{"type": "function"}])
+
+
+def test_reasoning_and_tool_calls_of_answers_are_kept() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    chosen = {**answer("4"), "reasoning_content": "Two and two."}
+    rejected = {"role": "assistant", "content": None, "tool_calls": [call]}
+    pair = render_pair(CHAT, row(messages=[user("q")], chosen=chosen, rejected=rejected))
+    assert pair.chosen.answer_turn is not None and pair.chosen.answer_turn.reasoning == "Two and two."
+    assert pair.rejected.answer_turn is not None and pair.rejected.answer_turn.tool_calls[0].name == "f"
+    label = render_label(CHAT, row(messages=[user("q"), chosen], label=True))
+    assert label.rendered.answer_turn == pair.chosen.answer_turn
+    assert "an answer has a weight" in error_of(
+        messages=[user("q")], chosen={**chosen, "weight": 0.5}, rejected=rejected
+    )
 
 
 @pytest.mark.parametrize("empty", [None, [], {}, "", "[]", " {} ", "null"])
@@ -602,7 +622,7 @@ def test_earlier_turns_of_a_completion_are_the_prompt() -> None:
         ),
         ({"prompt": None}, 'field "prompt" is null; a labelled answer needs both prompt and completion'),
         ({"prompt": [{"role": "robot", "content": "q"}]}, "prompt[0].role: unknown role"),
-        ({"tools": [{"name": "f"}]}, 'field "tools": tools cannot be trained'),
+        ({"tools": ["f"]}, "tools[0] is not the description of a tool"),
         ({"system": "other"}, 'field "system" is a system prompt, but the turns begin with another'),
     ],
 )
@@ -624,29 +644,28 @@ def test_a_missing_column_of_completions_is_named() -> None:
 def test_a_system_column_beside_labelled_turns_is_their_system_turn() -> None:
     turns = [user("q"), answer("a")]
     system = {"role": "system", "content": "Be true."}
-    expected = render_label(CHAT, row(messages=[system, *turns], label=True))
+
+    def said(**values: object) -> tuple[list[tuple[str | None, str]], str]:
+        rendered = render_label(CHAT, row(label=True, **values)).rendered
+        return [(turn.role, turn.text) for turn in rendered.turns], answer_text(rendered)
+
+    expected = said(messages=[system, *turns])
+    assert expected == ([("system", "Be true."), ("user", "q")], "a")
     for column in ("system", "system_prompt"):
-        assert render_label(CHAT, row(messages=turns, label=True, **{column: "Be true."})) == expected
-    assert render_label(CHAT, row(messages=[system, *turns], label=True, system="Be true.")) == expected
-    shares = [human("q"), gpt("a")]
-    assert render_label(CHAT, row(conversations=shares, label=True, system="Be true.")).rendered.turns == (
-        expected.rendered.turns
-    )
-    with pytest.raises(UserError, match=r'field "system" is a system prompt, but the turns begin'):
+        assert said(messages=turns, **{column: "Be true."}) == expected
+    assert said(messages=[system, *turns], system="Be true.") == expected
+    assert said(conversations=[human("q"), gpt("a")], system="Be true.") == expected
+    with pytest.raises(UserError, match='the column "system" has another system prompt'):
         render_label(CHAT, row(messages=[system, *turns], label=True, system="Be brief."))
-    with pytest.raises(UserError, match=r'field "tools": tools cannot be trained'):
-        render_label(CHAT, row(messages=turns, label=True, tools=[{"name": "f"}]))
 
 
-def test_a_system_column_that_labelled_texts_would_drop_is_refused_with_a_cure_that_works() -> None:
+def test_a_system_column_beside_labelled_texts_makes_them_turns() -> None:
     values = {"prompt": "p", "completion": "c", "label": True, "system": "s"}
-    columns = {"question": "prompt", "response": "completion"}
-    with pytest.raises(UserError) as caught:
-        recognise_labelled(table([values]))
-    assert "--template orca with --columns '{question: prompt, response: completion}'" in str(caught.value)
-    cured = render_label(load_template("orca"), row(**values), columns).rendered
-    assert prompt_text(cured) == "### System:\ns\n\n### User:\np\n\n### Assistant:\n"
-    assert answer_text(cured) == "c"
+    recognised = recognise_labelled(table([values]))
+    template = load_template(recognised.template)
+    rendered = render_label(template, row(**values), dict(recognised.columns)).rendered
+    assert [(turn.role, turn.text) for turn in rendered.turns] == [("system", "s"), ("user", "p")]
+    assert answer_text(rendered) == "c"
 
 
 def test_last_turn_of_a_labelled_turn_list_is_the_answer() -> None:

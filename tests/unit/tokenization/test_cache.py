@@ -229,7 +229,7 @@ def test_store_with_any_damaged_file_is_rebuilt(tmp_path: Path, encoded_row_coun
         for example in stored
     ]
     names = [path.name for path in files_of(build(tmp_path, rows))]
-    assert len(names) == 18
+    assert len(names) == 20
     for name in names:
         path = build(tmp_path, rows).folder / name
         content = path.read_bytes()

@@ -19,7 +19,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
-from yeonma.tokenization.chat_template_export import export_chat_template, messages_of
+from yeonma.tokenization.chat_template_export import conversation_of, export_chat_template
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.example_encoder import encode_prompts
 
@@ -99,7 +99,8 @@ def test_messages_become_the_trained_tokens(kind: str, name: str, tmp_path: Path
     rows = rows_for(template)
     assert len(rows) >= 5
     for row, ids in zip(rows, trained_prompts(template, rows, tokenizer), strict=True):
-        messages = messages_of(template, row, None, template.render(row, None, with_answer=False))
+        rendered = template.render(row, None, with_answer=False)
+        messages = list(conversation_of(template, row, None, rendered, tokenizer).messages)
         assert chat_ids(exported, messages) == ids, row
         if not template.is_chat:  # OpenAI's content parts, escaped to ASCII
             text = messages[0]["content"]

@@ -14,7 +14,7 @@ from tests.tokenizers import CHATML, CORPUS, byte_level, sentencepiece_bpe, unig
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, answer_text, load_template, prompt_text
 from yeonma.errors import UserError
-from yeonma.tokenization.example import Example, LeftOut, TokenRules, check_rules, stop_ids
+from yeonma.tokenization.example import Example, LeftOut, TokenRules, answer_tokens, check_rules
 from yeonma.tokenization.example_encoder import encode, encode_prompt, encode_prompts, largest_keep
 from yeonma.tokenization.text_encoder import TextEncoder
 
@@ -153,7 +153,7 @@ def test_every_answer_ends_with_one_trained_end_token(make: Make) -> None:
     tokenizer, rows = make(), rows_of(*TEXTS)
     for template in (PLAIN, STRADDLING, TURNS):
         for example in examples(template, rows, tokenizer):
-            end_ids = set(stop_ids(tokenizer, chat=template is TURNS))
+            end_ids = set(answer_tokens(tokenizer, RULES if template is TURNS else None).stop_ids)
             assert example.trained[-1]
             assert [int(number) in end_ids for number in example.token_ids[example.trained]].count(True) == 1
             assert int(example.token_ids[-1]) in end_ids
@@ -681,7 +681,8 @@ def test_start_tokens_other_than_bos_are_added_once() -> None:
 
 
 def test_stop_ids_are_eos_and_the_end_of_a_turn() -> None:
-    assert stop_ids(byte_level(), chat=False) == (0,)
-    assert stop_ids(byte_level(), chat=True) == (0, 2)
-    assert stop_ids(sentencepiece_bpe(), chat=True) == (2,)
-    assert stop_ids(unigram(), chat=True) == (1,)
+    assert answer_tokens(byte_level(), None, [7, 0]).stop_ids == (0, 7)
+    assert answer_tokens(byte_level(), None).stop_ids == (0,)
+    assert answer_tokens(byte_level(), RULES).stop_ids == (0, 2)
+    assert answer_tokens(sentencepiece_bpe(), RULES).stop_ids == (2,)
+    assert answer_tokens(unigram(), RULES).stop_ids == (1,)

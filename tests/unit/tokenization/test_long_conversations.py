@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tokenizers import byte_level
-from yeonma.data.preference_pairs import render_pair
+from yeonma.data.preference_pairs import render_pairs
 from yeonma.data.rows import Row
 from yeonma.data.template import load_template
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
@@ -73,6 +73,20 @@ def test_last_exchange_is_shortened_when_it_is_too_long_alone() -> None:
     assert isinstance(left_out, LeftOut)
 
 
+def test_long_turn_loses_text_before_an_exchange_is_dropped() -> None:
+    question = {"role": "user", "content": "word " * 60}
+    turns = [question, {"role": "assistant", "content": "ok"}, *exchange(1)]
+    whole = encoded(turns, 10_000)
+    assert isinstance(whole, Example)
+    a_little, much = encoded(turns, len(whole.token_ids) - 10), encoded(turns, len(whole.token_ids) - 90)
+    assert isinstance(a_little, Example) and isinstance(much, Example)
+    assert (a_little.dropped_turns, a_little.cut_characters > 0) == (0, True)
+    assert (much.dropped_turns, much.cut_characters) == (2, 0)
+    last = encoded([SYSTEM, *exchange(1)][1:], 10_000)
+    assert isinstance(last, Example)
+    assert much.token_ids.tolist() == last.token_ids.tolist()
+
+
 def test_generation_drops_the_same_exchanges() -> None:
     turns = turns_of(0, 20)
     trained = encoded(turns, 100)
@@ -91,8 +105,7 @@ def test_pairs_lose_the_same_exchanges_on_both_sides() -> None:
 
     def unit(prompt: list[dict[str, Any]], cutoff_len: int) -> Unit | LeftOut:
         row = Row(1, {"messages": prompt, "chosen": [chosen], "rejected": [rejected]}, "data:1")
-        pair = render_pair(CHAT, row)
-        (result,) = encode_pairs([pair], [row], TOKENIZER, TokenRules(cutoff_len))
+        (result,) = encode_pairs([render_pairs(CHAT, row)], [row], TOKENIZER, TokenRules(cutoff_len))
         return result
 
     expected = unit(short, 10_000)

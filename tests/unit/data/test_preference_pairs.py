@@ -123,7 +123,8 @@ def test_text_columns_choose_the_template_and_fill_both_answers(
     values = {**values, "chosen": "good", "rejected": "bad"}
     recognised = recognise_pairs(table([values]))
     assert (recognised.template, recognised.columns) == (template, ())
-    assert recognised.reason == f"template {template}, because the columns are {', '.join(values)}"
+    named = ", ".join(name for name, value in values.items() if value or name != "system")
+    assert recognised.reason == f"template {template}, because the columns are {named}"
     pair = render_pair(load_template(template), row(**values))
     assert (answer_text(pair.chosen), answer_text(pair.rejected)) == ("good", "bad")
     assert pair.chosen.turns == pair.rejected.turns
@@ -414,7 +415,7 @@ def test_a_system_column_beside_texts_makes_them_turns() -> None:
     pair = recognised_pair(values)
     assert prompt_and_answers(pair) == ([("system", "Be true."), ("user", "p")], ["a"], ["b"])
     assert recognise_pairs(table([values])).reason == (
-        "template chat, because the columns are prompt, chosen, rejected, system; system turns are in system"
+        "template chat, because the columns are prompt, chosen, rejected, system"
     )
     assert recognise_pairs(table([{**values, "system": " "}])).template == "prompt-completion"
     alpaca = {"instruction": "p", "chosen": "a", "rejected": "b", "system_prompt": "Be true."}
@@ -452,9 +453,8 @@ def test_reasoning_and_tool_calls_of_answers_are_kept() -> None:
     assert pair.rejected.answer_turn is not None and pair.rejected.answer_turn.tool_calls[0].name == "f"
     label = render_label(CHAT, row(messages=[user("q"), chosen], label=True))
     assert label.rendered.answer_turn == pair.chosen.answer_turn
-    assert "an answer has a weight" in error_of(
-        messages=[user("q")], chosen={**chosen, "weight": 0.5}, rejected=rejected
-    )
+    weighed = {**chosen, "weight": 0.5}
+    assert "an answer has a weight" in error_of(messages=[user("q")], chosen=weighed, rejected=rejected)
 
 
 @pytest.mark.parametrize("empty", [None, [], {}, "", "[]", " {} ", "null"])

@@ -78,7 +78,7 @@ def test_long_turn_loses_text_before_an_exchange_is_dropped() -> None:
     turns = [question, {"role": "assistant", "content": "ok"}, *exchange(1)]
     whole = encoded(turns, 10_000)
     assert isinstance(whole, Example)
-    a_little, much = encoded(turns, len(whole.token_ids) - 10), encoded(turns, len(whole.token_ids) - 90)
+    a_little, much = encoded(turns, len(whole.token_ids) - 10), encoded(turns, len(whole.token_ids) - 110)
     assert isinstance(a_little, Example) and isinstance(much, Example)
     assert (a_little.dropped_turns, a_little.cut_characters > 0) == (0, True)
     assert (much.dropped_turns, much.cut_characters) == (2, 0)

@@ -127,23 +127,31 @@ def notes_of_pairs(pairs: Sequence[RenderedPair]) -> Notes:
 
 
 def pair_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
-    """What `--columns` would say about turns in OpenAI's form or in ms-swift's; nothing about other rows.
+    """What `--columns` would say about turns under other names than `messages`, `chosen` and `rejected`.
 
-    OpenAI: `input.messages`, `preferred_output`, `non_preferred_output`. ms-swift: `messages`, whose last turn is the
-    chosen answer, with `rejected_response` or `rejected_messages`. `columns` is what the user mapped already.
+    OpenAI's: `input.messages`, `preferred_output`, `non_preferred_output`. ms-swift's: `messages`, whose last turn is
+    the chosen answer, with `rejected_response` or `rejected_messages`. TRL's: the turns before the answers in `prompt`.
+    Empty for other rows. `columns` is what the user mapped already.
     """
     named, names = columns or {}, rows.columns
+    turns = next((name for field in _TURN_COLUMNS if (name := column_of(field, columns, "")) in names), None)
     if any(side in named or side in names for side in SIDES):
-        return {}
+        in_prompt = turns is None and "messages" not in named and _has_prompt_of_turns(rows, columns)
+        return {"messages": "prompt"} if in_prompt else {}
     if "preferred_output" in names and "non_preferred_output" in names:
-        shape = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
         nested = "messages" not in named and isinstance(_first_value(rows, "input"), Mapping)
-        return {**({"messages": "input.messages"} if nested else {}), **shape}
+        answers = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+        return {"messages": "input.messages", **answers} if nested else answers
     rejected = next((name for name in ("rejected_messages", "rejected_response") if name in names), None)
-    dialogue = next(
-        (name for field in _TURN_COLUMNS if (name := column_of(field, columns, "")) in names), None
-    )
-    return {"chosen": dialogue, "rejected": rejected} if rejected and dialogue else {}
+    return {"chosen": turns, "rejected": rejected} if rejected and turns else {}
+
+
+def _has_prompt_of_turns(rows: Rows, columns: Columns) -> bool:
+    """Whether `prompt` comes before answers that are turns, and is not the beginning of whole dialogues as text."""
+    chosen, prompt = _first_value(rows, column_of("chosen", columns, "")), _first_value(rows, "prompt")
+    if prompt is None or chosen is None or not (_is_turns(chosen) or _is_dialogue(chosen)):
+        return False
+    return not (isinstance(prompt, str) and _is_dialogue(chosen))
 
 
 def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
@@ -161,32 +169,27 @@ def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
 
 def _recognise_pairs(rows: Rows, columns: Mapping[str, str]) -> Recognised:
     chosen = _first_value(rows, column_of("chosen", columns, ""))
-    dialogue = _is_dialogue(chosen)
-    is_turns = chosen is None or isinstance(chosen, (Mapping, list, tuple))
-    if not is_turns and not (dialogue and not _has_prompt(rows.columns, columns)):
+    whole_texts = isinstance(chosen, str) and _is_dialogue(chosen) and not _has_prompt(rows.columns, columns)
+    if chosen is not None and not _is_turns(chosen) and not whole_texts:
         recognised = recognise(rows.columns, columns, _PAIR_FORMS)
-        return _showing_system(recognised, rows, columns, {"question": "prompt"})
-    turn_lists = [field for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns]
-    needs = tuple((side,) for side in SIDES)
-    if turn_lists:
-        form = Form("chat", ((turn_lists[0],), *needs), "")
-        return _with_system_turns(recognise(rows.columns, columns, [form]), rows)
-    form = Form("chat", needs, "", ("prompt",))
-    recognised = _with_system_turns(recognise(rows.columns, columns, [form]), rows)
-    prompt = None if "messages" in columns else _first_value(rows, "prompt")
-    if prompt is None or (isinstance(prompt, str) and dialogue):
-        return recognised
-    return replace(recognised, columns=(("messages", "prompt"),))
+        return _keeping_system(recognised, rows, columns, {"question": "prompt"})
+    turn_list = [(field,) for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns][:1]
+    needs = (*turn_list, *((side,) for side in SIDES))
+    form = Form("chat", needs, "", () if turn_list else ("prompt",))
+    return _with_system_turns(recognise(rows.columns, columns, [form]), rows)
 
 
-def _showing_system(
+def _keeping_system(
     recognised: Recognised, rows: Rows, columns: Mapping[str, str], orca: Mapping[str, str]
 ) -> Recognised:
-    """The same. Raises UserError if the template of texts does not show a column with system prompts.
+    """The same; with turns, the reason also names the columns of system prompts.
 
-    `orca`: the fields of that template, which does, and those of prompt-completion.
+    Raises UserError if a template of texts does not show such a column. `orca`: the fields of that template, which
+    does, and those of prompt-completion.
     """
     template = recognised.template
+    if template == "chat":
+        return _with_system_turns(recognised, rows)
     used = load_template(template).fields | {*columns.values()}
     for name in SYSTEM_COLUMNS:
         if name in used or name not in rows.columns:
@@ -216,8 +219,7 @@ def labelled_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
     other_turns = {column_of(field, columns, "") for field in _TURN_COLUMNS} - {"prompt"}
     if "answer" in named or names & other_turns or not names >= {"prompt", "completion"}:
         return {}
-    values = (_first_value(rows, name) for name in ("prompt", "completion"))
-    in_turns = any(isinstance(value, (list, tuple, Mapping)) for value in values)
+    in_turns = any(_is_turns(_first_value(rows, name)) for name in ("prompt", "completion"))
     return {"messages": "prompt", "answer": "completion"} if in_turns else {}
 
 
@@ -233,11 +235,8 @@ def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
         recognised = recognise(rows.columns, columns, [form])
     else:
         recognised = recognise(rows.columns, columns, _LABELLED_FORMS)
-    if recognised.template == "chat":
-        recognised = _with_system_turns(recognised, rows)
-    else:
-        orca = {"question": "prompt", "response": "completion"}
-        recognised = _showing_system(recognised, rows, columns, orca)
+    orca = {"question": "prompt", "response": "completion"}
+    recognised = _keeping_system(recognised, rows, columns, orca)
     return replace(recognised, columns=(*shape.items(), *recognised.columns))
 
 
@@ -532,6 +531,11 @@ def _first_value(rows: Rows, column: str) -> object:
     """The first value of a column that is not null; None if there is none in the first rows."""
     values = (row.values.get(column) for row in islice(rows, _ROWS_INSPECTED))
     return next((value for value in values if value is not None), None)
+
+
+def _is_turns(value: object) -> bool:
+    """Whether a value may be a turn or a list of turns, not a text."""
+    return isinstance(value, (Mapping, list, tuple))
 
 
 def _is_dialogue(value: object) -> bool:

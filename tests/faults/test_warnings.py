@@ -41,6 +41,10 @@ PHRASES = (
     "over 10 MB",
     "decomposed",
     "zero-width",
+    "carriage returns",
+    "no-break space",
+    "word for nothing",
+    "whole number with .0",
     "special-token text",
     "repeat an earlier row",
     "validation rows that are also training rows",
@@ -83,6 +87,30 @@ def test_fault_25_zero_width_characters(write: Write, accepted: Accepted, hidden
         taken = accepted(write("a.jsonl", text), template=TEMPLATE)
         assert_one_line(taken.done.out, "zero-width", 2, [3, 17])
         assert len(taken.texts) == 20
+
+
+def test_fault_83_line_ends_of_windows_and_no_break_spaces(write: Write, accepted: Accepted) -> None:
+    table = rows(20, r3={"document": "a\r\nb"}, r9={"title": "a\u00a0"}, r17={"title": "c\rd"})
+    lines = [json.dumps(row) for row in table]
+    for name, text in (
+        ("a.jsonl", "".join(f"{line}\n" for line in lines)),
+        ("b.jsonl", "".join(f"{line}\r\n" for line in lines)),  # of the file, not of a text
+    ):
+        taken = accepted(write(name, text), template=TEMPLATE)
+        assert_one_line(taken.done.out, "carriage returns", 2, [3, 17])
+        assert_one_line(taken.done.out, "no-break space", 1, [9])
+        assert taken.texts[2][0] == "a\r\nb\n"
+
+
+def test_fault_118_words_for_nothing_and_gaps_of_pandas(write: Write, accepted: Accepted) -> None:
+    cells = [f"article {n},{title}" for n, title in enumerate(("1", "2.0", "nan", "4.0", "N/A", "6"))]
+    path = write("a.csv", "document,title\n" + "\n".join(cells) + "\n")
+    out = accepted(path, template=TEMPLATE).done.out
+    assert "a.csv: rows whose answer is a word for nothing, such as NaN, None or null: 2 (rows 3, 5)" in out
+    assert (
+        "a.csv: rows whose answer is a whole number with .0, where no answer is a fraction: 2 (rows 2, 4)"
+        in out
+    )
 
 
 def test_fault_26_special_token_text_in_the_data(tmp_path: Path, accepted: Accepted) -> None:

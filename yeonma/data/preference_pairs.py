@@ -138,23 +138,31 @@ def notes_of_pairs(pairs: Sequence[RenderedPair]) -> Notes:
 
 
 def pair_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
-    """What `--columns` would say about turns in OpenAI's form or in ms-swift's; nothing about other rows.
+    """What `--columns` would say about turns under other names than `messages`, `chosen` and `rejected`.
 
-    OpenAI: `input.messages`, `preferred_output`, `non_preferred_output`. ms-swift: `messages`, whose last turn is the
-    chosen answer, with `rejected_response` or `rejected_messages`. `columns` is what the user mapped already.
+    OpenAI's: `input.messages`, `preferred_output`, `non_preferred_output`. ms-swift's: `messages`, whose last turn is
+    the chosen answer, with `rejected_response` or `rejected_messages`. TRL's: the turns before the answers in `prompt`.
+    Empty for other rows. `columns` is what the user mapped already.
     """
     named, names = columns or {}, rows.columns
+    turns = next((name for field in _TURN_COLUMNS if (name := column_of(field, columns, "")) in names), None)
     if any(side in named or side in names for side in SIDES):
-        return {}
+        in_prompt = turns is None and "messages" not in named and _has_prompt_of_turns(rows, columns)
+        return {"messages": "prompt"} if in_prompt else {}
     if "preferred_output" in names and "non_preferred_output" in names:
-        shape = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
         nested = "messages" not in named and isinstance(_first_value(rows, "input"), Mapping)
-        return {**({"messages": "input.messages"} if nested else {}), **shape}
+        answers = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+        return {"messages": "input.messages", **answers} if nested else answers
     rejected = next((name for name in ("rejected_messages", "rejected_response") if name in names), None)
-    dialogue = next(
-        (name for field in _TURN_COLUMNS if (name := column_of(field, columns, "")) in names), None
-    )
-    return {"chosen": dialogue, "rejected": rejected} if rejected and dialogue else {}
+    return {"chosen": turns, "rejected": rejected} if rejected and turns else {}
+
+
+def _has_prompt_of_turns(rows: Rows, columns: Columns) -> bool:
+    """Whether `prompt` comes before answers that are turns, and is not the beginning of whole dialogues as text."""
+    chosen, prompt = _first_value(rows, column_of("chosen", columns, "")), _first_value(rows, "prompt")
+    if prompt is None or chosen is None or not (_is_turns(chosen) or _is_dialogue(chosen)):
+        return False
+    return not (isinstance(prompt, str) and _is_dialogue(chosen))
 
 
 def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
@@ -172,27 +180,21 @@ def recognise_pairs(rows: Rows, columns: Columns = None) -> Recognised:
 
 def _recognise_pairs(rows: Rows, columns: Mapping[str, str]) -> Recognised:
     chosen = _first_value(rows, column_of("chosen", columns, ""))
-    dialogue = _is_dialogue(chosen)
-    is_turns = chosen is None or isinstance(chosen, (Mapping, list, tuple))
-    if not is_turns and not (dialogue and not _has_prompt(rows.columns, columns)):
+    whole_texts = isinstance(chosen, str) and _is_dialogue(chosen) and not _has_prompt(rows.columns, columns)
+    if chosen is not None and not _is_turns(chosen) and not whole_texts:
         recognised = recognise(filled_columns(rows), columns, _PAIR_FORMS, _TEXT_WITH_TURNS)
         return _as_turns(recognised, rows, {"messages": column_of("prompt", columns, "")})
-    turn_lists = [field for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns]
-    needs = tuple((side,) for side in SIDES)
-    if turn_lists:
-        form = Form("chat", ((turn_lists[0],), *needs), "")
-        return _with_system_turns(recognise(rows.columns, columns, [form]), rows)
-    form = Form("chat", needs, "", ("prompt",))
-    recognised = _with_system_turns(recognise(rows.columns, columns, [form]), rows)
-    prompt = None if "messages" in columns else _first_value(rows, "prompt")
-    if prompt is None or (isinstance(prompt, str) and dialogue):
-        return recognised
-    return replace(recognised, columns=(("messages", "prompt"),))
+    turn_list = [(field,) for field in _TURN_COLUMNS if column_of(field, columns, "") in rows.columns][:1]
+    needs = (*turn_list, *((side,) for side in SIDES))
+    form = Form("chat", needs, "", () if turn_list else ("prompt",))
+    return _with_system_turns(recognise(rows.columns, columns, [form]), rows)
 
 
 def _as_turns(recognised: Recognised, rows: Rows, columns: Mapping[str, str]) -> Recognised:
     """A prompt and its answers as turns if a system prompt or tools stand beside them; `columns` are those of the
-    template chat."""
+    template chat. With turns, the reason names the columns of system prompts."""
+    if recognised.template == "chat":
+        return _with_system_turns(recognised, rows)
     beside = [name for name in (*SYSTEM_COLUMNS, *TOOL_COLUMNS) if name in filled_columns(rows)]
     if recognised.template != "prompt-completion" or not beside:
         return recognised
@@ -214,8 +216,7 @@ def labelled_shape(rows: Rows, columns: Columns = None) -> dict[str, str]:
     other_turns = {column_of(field, columns, "") for field in _TURN_COLUMNS} - {"prompt"}
     if "answer" in named or names & other_turns or not names >= {"prompt", "completion"}:
         return {}
-    values = (_first_value(rows, name) for name in ("prompt", "completion"))
-    in_turns = any(isinstance(value, (list, tuple, Mapping)) for value in values)
+    in_turns = any(_is_turns(_first_value(rows, name)) for name in ("prompt", "completion"))
     return {"messages": "prompt", "answer": "completion"} if in_turns else {}
 
 
@@ -228,7 +229,7 @@ def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
     columns = {**shape, **(columns or {})}
     if shape:
         form = Form("chat", (("messages",), ("answer",), LABEL_COLUMNS), "")
-        recognised = recognise(rows.columns, columns, [form])
+        recognised = _with_system_turns(recognise(rows.columns, columns, [form]), rows)
     else:
         recognised = recognise(filled_columns(rows), columns, _LABELLED_FORMS, _TEXT_WITH_TURNS)
         names = {
@@ -236,8 +237,6 @@ def recognise_labelled(rows: Rows, columns: Columns = None) -> Recognised:
             "answer": column_of("completion", columns, "completion"),
         }
         recognised = _as_turns(recognised, rows, names)
-    if recognised.template == "chat":
-        recognised = _with_system_turns(recognised, rows)
     return replace(recognised, columns=(*shape.items(), *recognised.columns))
 
 
@@ -536,6 +535,11 @@ def _first_value(rows: Rows, column: str) -> object:
     """The first value of a column that is not null; None if there is none in the first rows."""
     values = (row.values.get(column) for row in islice(rows, _ROWS_INSPECTED))
     return next((value for value in values if value is not None), None)
+
+
+def _is_turns(value: object) -> bool:
+    """Whether a value may be a turn or a list of turns, not a text."""
+    return isinstance(value, (Mapping, list, tuple))
 
 
 def _is_dialogue(value: object) -> bool:

@@ -1,4 +1,5 @@
-"""Checks for what is easily overlooked in a row: invisible characters, size, scripts, repeated texts."""
+"""Checks for what is easily overlooked in a row: invisible characters, size, scripts, repeated texts, answers that
+programs write for a missing value."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ from yeonma.data.turns import Turn
 LARGE_BYTES = 10_000_000
 
 DECOMPOSED, ZERO_WIDTH, LARGE, SPACED_APART = 1, 2, 4, 8
-"""Bits of `Notes.flags`. SPACED_APART: a pair whose two answers differ only in white space."""
+CARRIAGE_RETURN, NO_BREAK_EDGE, NOTHING, WHOLE_FRACTION, INTEGER = 16, 32, 64, 128, 256
+"""Bits of `Notes.flags`. SPACED_APART: a pair whose two answers differ only in white space. NO_BREAK_EDGE: a text that
+begins or ends with a no-break space. The last three are of whole answers: a word for nothing, such as `NaN`; a whole
+number written as a fraction, such as `1.0`; a whole number."""
 
 SCRIPTS = (
     "Latin",
@@ -39,6 +43,15 @@ _JOINED = "[\\x00-\u024f\uac00-\ud7a3]"
 _ZERO_WIDTH = re.compile(
     f"[\u200b\u2060\ufeff\u180e]|(?<={_JOINED})[\u200c\u200d]|[\u200c\u200d](?={_JOINED})"
 )
+_NO_BREAK = "\u00a0\u2007\u202f"
+# White space, and zero-width characters that hide it.
+_AT_EDGES = " \t\r\n\f\v\u3000\u200b\u200c\u200d\u2060\ufeff" + _NO_BREAK
+# What pandas, Python, JSON and spreadsheets write where there is no value.
+_WORDS_FOR_NOTHING = frozenset(
+    ("NaN", "nan", "NAN", "NaT", "None", "null", "NULL", "N/A", "n/a", "#N/A", "<NA>")
+)
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.0)?")
+_LONGEST_NUMBER = 40  # characters
 # First words of Unicode's letter names that are not the script's name.
 _SCRIPT_OF_WORD = {
     "FULLWIDTH": "Latin",
@@ -73,7 +86,7 @@ def notes_of(rendered: Rendered) -> Notes:
         answers = [_said("".join(answers), rendered.answer_turn)]
     texts = [*prompt, *answers]
     return Notes(
-        flags=_flags(texts),
+        flags=_flags(texts) | _answer_flags(answers),
         scripts=_scripts(answers),
         digest=digest_of(texts),
         prompt_digest=digest_of(texts if rendered.is_text else prompt),
@@ -106,13 +119,35 @@ def script_names(bits: int) -> tuple[str, ...]:
 def _flags(texts: Iterable[str]) -> int:
     flags = size = 0
     for text in texts:
+        if "\r" in text:
+            flags |= CARRIAGE_RETURN
         if text.isascii():
             size += len(text)
             continue
         size += len(text.encode())
         flags |= DECOMPOSED if _JAMO.search(text) else 0
         flags |= ZERO_WIDTH if _ZERO_WIDTH.search(text) else 0
+        if _NO_BREAK[0] in text or _NO_BREAK[1] in text or _NO_BREAK[2] in text:
+            flags |= NO_BREAK_EDGE if _has_no_break_edge(text) else 0
     return flags | (LARGE if size >= LARGE_BYTES else 0)
+
+
+def _has_no_break_edge(text: str) -> bool:
+    without = text.strip(_AT_EDGES)
+    start = text.find(without)
+    return any(space in text[:start] or space in text[start + len(without) :] for space in _NO_BREAK)
+
+
+def _answer_flags(answers: Iterable[str]) -> int:
+    flags = 0
+    for answer in answers:
+        if len(answer) <= _LONGEST_NUMBER:
+            plain = answer.strip()
+            if plain in _WORDS_FOR_NOTHING:
+                flags |= NOTHING
+            elif number := _NUMBER.fullmatch(plain):
+                flags |= WHOLE_FRACTION if number[1] else INTEGER
+    return flags
 
 
 def _scripts(texts: Iterable[str]) -> int:

@@ -15,7 +15,17 @@ from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.task import ANSWERS, Task, choose_template
 from yeonma.data.template import Template
-from yeonma.data.text_checks import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
+from yeonma.data.text_checks import (
+    CARRIAGE_RETURN,
+    DECOMPOSED,
+    INTEGER,
+    LARGE,
+    NO_BREAK_EDGE,
+    NOTHING,
+    SPACED_APART,
+    WHOLE_FRACTION,
+    ZERO_WIDTH,
+)
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
@@ -227,6 +237,16 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
         for warning in (
             rows_warning("large", rows[flags & LARGE > 0], "rows over 10 MB"),
             rows_warning(
+                "nothing",
+                rows[flags & NOTHING > 0],
+                "rows whose answer is a word for nothing, such as NaN, None or null",
+            ),
+            rows_warning(
+                "whole_fraction",
+                _whole_fractions(rows, flags),
+                "rows whose answer is a whole number with .0, where no answer is a fraction",
+            ),
+            rows_warning(
                 "decomposed",
                 rows[flags & DECOMPOSED > 0],
                 "rows with decomposed Hangul (NFD)",
@@ -242,6 +262,16 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
                 "rows with several rejected answers, each in a pair of its own",
             ),
             rows_warning("zero_width", rows[flags & ZERO_WIDTH > 0], "rows with zero-width characters"),
+            rows_warning(
+                "carriage_return",
+                rows[flags & CARRIAGE_RETURN > 0],
+                "rows with carriage returns (line ends of Windows)",
+            ),
+            rows_warning(
+                "no_break_edge",
+                rows[flags & NO_BREAK_EDGE > 0],
+                "rows with a text that begins or ends with a no-break space",
+            ),
             rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),
             rows_warning("repeated", repeats.rows, "rows that repeat an earlier row"),
             rows_warning(
@@ -255,6 +285,15 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
         )
         if warning is not None
     ]
+
+
+def _whole_fractions(rows: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """The rows whose answer is like `1.0`, if all other answers are whole numbers or words for nothing.
+
+    pandas writes whole numbers so in a column with a gap.
+    """
+    others = flags & (WHOLE_FRACTION | INTEGER | NOTHING) == 0
+    return rows[:0] if others.any() else rows[flags & WHOLE_FRACTION > 0]
 
 
 def overlap_of(

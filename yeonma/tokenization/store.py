@@ -40,7 +40,7 @@ _EXAMPLE_ARRAYS: dict[str, str] = {
 }
 # One value per row read, left out or not.
 _ROW_ARRAYS: dict[str, str] = {
-    "row_flags": "|u1",
+    "row_flags": "<u2",
     "row_scripts": "<u4",
     "row_digests": "<u8",
     "prompt_digests": "<u8",
@@ -106,7 +106,7 @@ class TokenStore:
     """The unit of an example, from 0; the examples of a unit are adjacent."""
     roles: NDArray[np.uint8]
     """Values of `AnswerRole`."""
-    row_flags: NDArray[np.uint8]
+    row_flags: NDArray[np.uint16]
     """Shape (rows read,), like the arrays below; row n is at index n - 1. Bits: see `yeonma.data.text_checks`."""
     row_scripts: NDArray[np.uint32]
     row_digests: NDArray[np.uint64]
@@ -322,7 +322,7 @@ def _weight_columns(examples: Sequence[Example], start: int) -> dict[str, NDArra
 
 def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
     return {
-        "row_flags": np.array([row.flags for row in notes], dtype="|u1"),
+        "row_flags": np.array([row.flags for row in notes], dtype="<u2"),
         "row_scripts": np.array([row.scripts for row in notes], dtype="<u4"),
         "row_digests": np.array([row.digest for row in notes], dtype="<u8"),
         "prompt_digests": np.array([row.prompt_digest for row in notes], dtype="<u8"),

@@ -10,10 +10,15 @@ import pytest
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.data.text_checks import (
+    CARRIAGE_RETURN,
     DECOMPOSED,
+    INTEGER,
     LARGE,
     LARGE_BYTES,
+    NO_BREAK_EDGE,
+    NOTHING,
     SCRIPTS,
+    WHOLE_FRACTION,
     ZERO_WIDTH,
     Notes,
     digest_of,
@@ -40,11 +45,49 @@ def notes_for(document: str = "An article.", title: str = "A title") -> Notes:
         ("word\u2060joiner", ZERO_WIDTH),
         ("👩\u200d👩\u200d👧 and ❤️\u200d🔥 and क्\u200dष", 0),
         (normalize("NFD", "서울") + "\ufeff", DECOMPOSED | ZERO_WIDTH),
+        ("one\r\ntwo", CARRIAGE_RETURN),
+        ("one\rtwo", CARRIAGE_RETURN),
+        ("하나\r\n둘", CARRIAGE_RETURN),
+        ("one\ntwo", 0),
+        ("\u00a0one", NO_BREAK_EDGE),
+        ("one\u00a0", NO_BREAK_EDGE),
+        ("one. \u202f\n", NO_BREAK_EDGE),
+        ("one\u00a0\u200b", NO_BREAK_EDGE | ZERO_WIDTH),
+        ("\u2007 하나", NO_BREAK_EDGE),
+        ("10\u00a0km", 0),
+        ("\u2003em spaces\u2003", 0),
     ],
 )
-def test_flags_report_decomposed_and_zero_width_characters(text: str, flags: int) -> None:
+def test_flags_report_invisible_characters(text: str, flags: int) -> None:
     assert notes_for(document=text).flags == flags
     assert notes_for(title=text).flags == flags
+
+
+def test_a_long_run_of_no_break_spaces_takes_no_longer_than_reading_it() -> None:
+    spaces = "\u00a0" * 1_000_000
+    assert notes_for(f"a{spaces}b").flags == 0
+    assert notes_for(f"a{spaces}").flags == NO_BREAK_EDGE
+
+
+@pytest.mark.parametrize(
+    ("answer", "flags"),
+    [
+        *(
+            (word, NOTHING)
+            for word in ("NaN", "nan", "None", "null", "NULL", "N/A", "#N/A", "<NA>", " NaN\n")
+        ),
+        *((word, 0) for word in ("none", "Nan", "NaN.", "null and void", "No", "-", "NA", "")),
+        *((number, WHOLE_FRACTION) for number in ("1.0", "0.0", "-12.0", "1975.0\n")),
+        *((number, INTEGER) for number in ("1", "-12", "007", " 3 ")),
+        *((number, 0) for number in ("1.5", "1.00", "1,0", "v1.0", "1.0.0", "1e3", "٣", "1" * 41)),
+    ],
+)
+def test_flags_report_answers_that_are_words_for_nothing_or_numbers(answer: str, flags: int) -> None:
+    assert notes_for(title=answer or "x").flags == flags
+    assert notes_for(document=answer or "x").flags == 0
+    turns = [{"role": "user", "content": "nan"}, {"role": "assistant", "content": answer or "x"}]
+    chat = load_template("chat").render(Row(1, {"messages": turns}, "rows:1"))
+    assert notes_of(chat).flags == flags
 
 
 def test_row_is_flagged_large_from_ten_million_bytes_of_text() -> None:

@@ -329,9 +329,9 @@ def test_turns_under_other_names_give_the_same_pair(form: str) -> None:
     assert prompt_and_answers(pair) == ([("user", "q")], ["good"], ["bad"])
 
 
-@pytest.mark.parametrize("form", OTHER_NAMES)
+@pytest.mark.parametrize("form", [*OTHER_NAMES, *TURN_FORMATS])
 def test_the_template_chat_reads_the_same_columns_as_without_a_template(form: str) -> None:
-    rows = table([OTHER_NAMES[form]])
+    rows = table([{**OTHER_NAMES, **TURN_FORMATS}[form]])
     given, chosen = (choose_template(PAIRS, template, rows, None) for template in ("chat", None))
     first, second = (
         [render_pairs(CHAT, row, choice.columns) for row in with_paths(rows, choice.columns)]
@@ -360,6 +360,18 @@ def test_messages_may_begin_with_a_greeting_of_the_assistant() -> None:
     assert prompt_and_answers(recognised_pair(openai)) == (prompt, ["good"], ["bad"])
 
 
+def test_the_reason_names_the_columns_that_are_used() -> None:
+    reasons = {form: recognise_pairs(table([values])).reason for form, values in OTHER_NAMES.items()}
+    start = "template chat, because the columns are "
+    assert reasons["OpenAI's"] == (
+        f"{start}preferred_output (as chosen), non_preferred_output (as rejected), input.messages (as messages)"
+    )
+    assert (
+        reasons["ms-swift's with a text"] == f"{start}messages (as chosen), rejected_response (as rejected)"
+    )
+    assert reasons["ultrafeedback's"] == f"{start}messages, chosen, rejected"
+
+
 def test_the_users_own_mapping_comes_before_known_shapes() -> None:
     swift = table([OTHER_NAMES["ms-swift's with a text"]])
     assert pair_shape(swift) == {"chosen": "messages", "rejected": "rejected_response"}
@@ -374,6 +386,7 @@ def test_the_users_own_mapping_comes_before_known_shapes() -> None:
     [
         ("a list", {"messages": [user("q")], "chosen": answer("good"), "rejected": answer("bad")}),
         ("sharegpt", {"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")}),
+        ("turns and texts", {"messages": [user("q")], "chosen": "good", "rejected": "bad"}),
         ("prompt", {"prompt": [user("q")], "chosen": [answer("good")], "rejected": [answer("bad")]}),
         ("dialogues", TURN_FORMATS["whole dialogues"]),
         ("texts", TURN_FORMATS["dialogues as texts"]),
@@ -642,6 +655,8 @@ def test_a_missing_column_of_completions_is_named() -> None:
 
 
 def test_a_system_column_beside_labelled_turns_is_their_system_turn() -> None:
+    labelled = {"messages": [user("q"), answer("a")], "label": True, "system": "Be true."}
+    assert recognise_labelled(table([labelled])).reason.endswith("label; system turns are in system")
     turns = [user("q"), answer("a")]
     system = {"role": "system", "content": "Be true."}
 

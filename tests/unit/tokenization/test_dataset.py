@@ -210,21 +210,54 @@ def test_every_kind_of_warning_lists_its_rows(tmp_path: Path) -> None:
     rows[1]["document"] = normalize("NFD", "서울의 아침")
     rows[3]["title"] = "a\u200btitle"
     rows[4]["title"] = "\u2060a title"
-    rows[5]["document"] += "</s>"
+    rows[2]["title"] = "NaN"
+    rows[5]["document"] += "</s>\r\n"
+    rows[6]["document"] += "\u00a0"
     rows[7] = {key: f" {text.upper()}" for key, text in rows[0].items()}
     rows[9] = {**rows[2], "title": "another answer"}
     rows[10] = dict(rows[2])
     dataset, lines = prepare_with_lines(tmp_path, rows)
     warnings = {warning.kind: warning.rows for warning in data_warnings(*dataset.train.examples)}
     assert warnings == {
+        "nothing": (3, 11),
         "decomposed": (2,),
         "zero_width": (4, 5),
+        "carriage_return": (6,),
+        "no_break_edge": (7,),
         "special_text": (6,),
         "repeated": (8, 11),
         "asked_again": (10,),
     }
     assert any(line.endswith("rows that repeat an earlier row: 2 (rows 8, 11)") for line in lines)
     assert any(line.endswith("rows with decomposed Hangul (NFD): 1 (row 2)") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("titles", "warned"),
+    [
+        (["1", "2.0", "nan", "0.0"], (2, 4)),
+        (["1.0", "0.0", "2.0", "5.0"], (1, 2, 3, 4)),
+        (["1.0", "0.5", "2.0", "3.0"], ()),
+        (["1.0", "0.0", "2.0", "unknown"], ()),
+        (["1", "2", "3", "nan"], ()),
+    ],
+)
+def test_whole_numbers_with_a_fraction_are_reported_if_no_answer_is_one(
+    tmp_path: Path, titles: list[str], warned: tuple[int, ...]
+) -> None:
+    rows = [{**row, "title": title} for row, title in zip(articles(4), titles, strict=True)]
+    dataset, _ = prepare_with_lines(tmp_path, rows)
+    warnings = {warning.kind: warning.rows for warning in data_warnings(*dataset.train.examples)}
+    assert warnings.get("whole_fraction", ()) == warned
+    assert warnings.get("nothing", ()) == tuple(n for n, title in enumerate(titles, 1) if title == "nan")
+
+
+def test_numbers_of_json_are_seen_like_their_texts(tmp_path: Path) -> None:
+    rows = [{"document": f"{n}. a", "title": title} for n, title in enumerate((1, 2.0, 3, 4.0))]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = prepare(data, template="{document}\n{title}")
+    (warning,) = data_warnings(*dataset.train.examples)
+    assert (warning.kind, warning.rows) == ("whole_fraction", (2, 4))
 
 
 def test_warnings_cover_only_rows_at_the_given_positions(tmp_path: Path) -> None:

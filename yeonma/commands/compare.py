@@ -43,6 +43,8 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
         revision=settings.data_revision,
         encoding=settings.encoding,
     )
+    for note in source.notes:
+        log(note)
     rows = read_rows(source, settings.rows)
     candidates = open_candidates(settings, source)
     inputs = candidate_inputs(candidates, rows, settings, options)

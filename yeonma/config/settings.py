@@ -73,13 +73,15 @@ class DataSettings:
     """Where the rows come from and how they become text."""
 
     data_path: str
-    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
+    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
     data_split: str = "train"
     """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
+    delimiter: str | None = None
+    """The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header."""
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`."""
     template: str | None = None

@@ -113,8 +113,14 @@ def prepare_dataset(
             cure="give only one of them",
         )
     rows = open_rows(
-        data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding
+        data.data_path,
+        split=data.data_split,
+        revision=data.data_revision,
+        encoding=data.encoding,
+        delimiter=data.delimiter,
     )
+    for note in rows.notes:
+        log(note)
     choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
@@ -130,9 +136,16 @@ def prepare_dataset(
     validation = None
     if data.val_data_path is not None:
         revision = data.data_revision if data.val_data_path == data.data_path else None
-        validation = part(
-            open_rows(data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding)
+        held_out_rows = open_rows(
+            data.val_data_path,
+            split=data.data_split,
+            revision=revision,
+            encoding=data.encoding,
+            delimiter=data.delimiter,
         )
+        for note in held_out_rows.notes:
+            log(note)
+        validation = part(held_out_rows)
     elif data.val_set_size:
         numbers = used_rows(train.store, train.positions)
         _, drawn = draw_validation(len(numbers), data.val_set_size, seed)

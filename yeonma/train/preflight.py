@@ -90,7 +90,7 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
             choices.append(Choice(load_template(data.template), data.columns))
 
     def read_rows(path: str | None) -> None:
-        rows = glance(path, encoding=data.encoding) if path is not None else None
+        rows = None if path is None else glance(path, encoding=data.encoding, delimiter=data.delimiter)
         if path is not None and rows is not None:
             rows_by_path[path] = rows
 

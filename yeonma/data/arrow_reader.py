@@ -1,0 +1,135 @@
+"""Rows of Parquet files and of Arrow tables, as they are stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from yeonma.data.records import FileOptions, Record, Source, no_rows
+from yeonma.data.text_file import WRITE_AGAIN
+from yeonma.errors import UserError, brief
+
+ROWS_A_BATCH = 256
+_ARROW_FILE = b"ARROW1"
+"""The first bytes of Arrow's file format. Its stream format has none of its own."""
+
+
+def open_parquet(path: Path, name: str, options: FileOptions) -> Source:
+    return Source(partial(_parquet_rows, path, name))
+
+
+def open_arrow(path: Path, name: str, options: FileOptions) -> Source:
+    """An Arrow file, in the file format or the stream format of Arrow IPC."""
+    return Source(partial(_arrow_rows, path, name))
+
+
+def open_table(table: Any, name: str) -> Source:
+    """A `datasets.Dataset`, as it is stored, without decoding. Raises UserError if it is empty."""
+    if table.num_rows == 0:
+        raise no_rows(name)
+    return Source(partial(_table_rows, table, name))
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            expected, read = file.metadata.num_rows, 0
+            if expected == 0:
+                raise no_rows(name)
+            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name):
+                read += 1
+                yield row
+            if read != expected:
+                problem = f"only {read} of the {expected} rows in its metadata can be read"
+                raise UserError(problem, place=name, cure=WRITE_AGAIN)
+    except (pa.ArrowException, OSError) as error:
+        problem = f"not a readable Parquet file: {one_line(error)}"
+        raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
+
+
+def _arrow_rows(path: Path, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            file.seek(0)
+            if is_file_format:
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                batches = iter(pa.ipc.open_stream(file))
+            pieces = (
+                batch.slice(start, ROWS_A_BATCH)
+                for batch in _valid(batches)
+                for start in range(0, batch.num_rows, ROWS_A_BATCH)
+            )
+            empty = True
+            for row in _batch_rows(pieces, name):
+                empty = False
+                yield row
+            if empty:
+                raise no_rows(name)
+    except (pa.ArrowException, OSError) as error:
+        problem = f"not a readable Arrow file: {one_line(error)}"
+        raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
+
+
+def _table_rows(table: Any, name: str) -> Iterator[Record]:
+    import pyarrow as pa
+
+    try:
+        yield from _batch_rows(_valid(table.with_format("arrow").iter(ROWS_A_BATCH)), name)
+    except pa.ArrowException as error:
+        problem = f"the data set cannot be read: {one_line(error)}"
+        raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
+
+
+def _valid(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, each checked: Arrow takes files into memory as they are, and a damaged offset ends the process."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
+
+
+def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Record]:
+    """Rows of Arrow tables or record batches, numbered from 1."""
+    number = 0
+    for batch in batches:
+        duplicates = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
+        if duplicates:
+            problem = f'two columns are named "{brief(duplicates[0])}"'
+            raise UserError(problem, place=name, cure="give each column a unique name")
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError):
+            place = f"{name} rows {number + 1}-{number + batch.num_rows}"
+            raise _unreadable_column(batch, place) from None
+        for values in rows:
+            number += 1
+            yield f"{name} row {number}", values
+
+
+def _unreadable_column(batch: Any, place: str) -> UserError:
+    """The error for the first column with values that Python cannot represent, such as a date after the year 9999."""
+    for column in batch.schema.names:
+        try:
+            batch.column(column).to_pylist()
+        except UnicodeDecodeError as error:
+            problem = f'text that is not UTF-8 in column "{column}" ({error.reason})'
+            return UserError(problem, place=place, cure="write the file again with UTF-8 text")
+        except (ValueError, OverflowError) as error:
+            cure = "store them as text, or leave the column out"
+            problem = f'unreadable values in column "{column}" ({one_line(error)})'
+            return UserError(problem, place=place, cure=cure)
+    raise AssertionError("every column can be read")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

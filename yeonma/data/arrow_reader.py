@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from yeonma.data.class_labels import Naming, named, namings_of, notes_of_classes
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN
 from yeonma.errors import UserError, brief
@@ -18,19 +20,33 @@ _ARROW_FILE = b"ARROW1"
 
 
 def open_parquet(path: Path, name: str, options: FileOptions) -> Source:
-    return Source(partial(_parquet_rows, path, name))
+    """A Parquet file. Raises UserError if its end, where its columns are listed, is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable("Parquet", error, name) from None
+    return Source(partial(_parquet_rows, path, name), notes_of_classes(metadata, name))
 
 
 def open_arrow(path: Path, name: str, options: FileOptions) -> Source:
-    """An Arrow file, in the file format or the stream format of Arrow IPC."""
-    return Source(partial(_arrow_rows, path, name))
+    """An Arrow file, in the file format or the stream format of Arrow IPC. Raises UserError if its head is damaged."""
+    import pyarrow as pa
+
+    try:
+        with _arrow_batches(path) as (schema, _):
+            return Source(partial(_arrow_rows, path, name), notes_of_classes(schema.metadata, name))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable("Arrow", error, name) from None
 
 
 def open_table(table: Any, name: str) -> Source:
     """A `datasets.Dataset`, as it is stored, without decoding. Raises UserError if it is empty."""
     if table.num_rows == 0:
         raise no_rows(name)
-    return Source(partial(_table_rows, table, name))
+    return Source(partial(_table_rows, table, name), notes_of_classes(table.data.schema.metadata, name))
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
@@ -49,36 +65,47 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
                 problem = f"only {read} of the {expected} rows in its metadata can be read"
                 raise UserError(problem, place=name, cure=WRITE_AGAIN)
     except (pa.ArrowException, OSError) as error:
-        problem = f"not a readable Parquet file: {one_line(error)}"
-        raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
+        raise _unreadable("Parquet", error, name) from None
 
 
 def _arrow_rows(path: Path, name: str) -> Iterator[Record]:
     import pyarrow as pa
 
+    empty = True
     try:
-        with pa.memory_map(str(path)) as file:
-            is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-            file.seek(0)
-            if is_file_format:
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            else:
-                batches = iter(pa.ipc.open_stream(file))
+        with _arrow_batches(path) as (_, batches):
             pieces = (
                 batch.slice(start, ROWS_A_BATCH)
                 for batch in _valid(batches)
                 for start in range(0, batch.num_rows, ROWS_A_BATCH)
             )
-            empty = True
             for row in _batch_rows(pieces, name):
                 empty = False
                 yield row
-            if empty:
-                raise no_rows(name)
     except (pa.ArrowException, OSError) as error:
-        problem = f"not a readable Arrow file: {one_line(error)}"
-        raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
+        raise _unreadable("Arrow", error, name) from None
+    if empty:
+        raise no_rows(name)
+
+
+@contextmanager
+def _arrow_batches(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema and the record batches of a file. Raises Arrow's exceptions."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        if is_file_format:
+            reader = pa.ipc.open_file(file)
+            yield reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            stream = pa.ipc.open_stream(file)
+            yield stream.schema, iter(stream)
+
+
+def _unreadable(what: str, error: Exception, name: str) -> UserError:
+    return UserError(f"not a readable {what} file: {one_line(error)}", place=name, cure=WRITE_AGAIN)
 
 
 def _table_rows(table: Any, name: str) -> Iterator[Record]:
@@ -99,9 +126,12 @@ def _valid(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Record]:
-    """Rows of Arrow tables or record batches, numbered from 1."""
+    """Rows of Arrow tables or record batches, numbered from 1, with names in place of class numbers."""
     number = 0
+    namings: dict[str, Naming] | None = None
     for batch in batches:
+        if namings is None:
+            namings = namings_of(batch.schema.metadata, name)
         duplicates = sorted(column for column, times in Counter(batch.schema.names).items() if times > 1)
         if duplicates:
             problem = f'two columns are named "{brief(duplicates[0])}"'
@@ -113,7 +143,8 @@ def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Record]:
             raise _unreadable_column(batch, place) from None
         for values in rows:
             number += 1
-            yield f"{name} row {number}", values
+            place = f"{name} row {number}"
+            yield place, named(values, namings, place) if namings else values
 
 
 def _unreadable_column(batch: Any, place: str) -> UserError:

@@ -75,7 +75,7 @@ class DataSettings:
     data_path: str
     """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
     data_split: str = "train"
-    """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
+    """Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
@@ -89,7 +89,9 @@ class DataSettings:
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
     """Rows to hold out for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which."""
     val_data_path: str | None = None
-    """Separate validation rows, in any format that `data_path` accepts."""
+    """Separate validation rows, in any format that `data_path` accepts. Slices in `data_split` do not apply to them."""
+    max_rows: int | None = field(default=None, metadata=COUNT)
+    """Read only this many training rows, from the first on. Rows for `val_set_size` are drawn among them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,11 @@ def open_parquet(path: Path, name: str, options: FileOptions) -> Source:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_schema(path).metadata
+        with pq.ParquetFile(path) as file:
+            metadata, count = file.schema_arrow.metadata, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable("Parquet", error, name) from None
-    return Source(partial(_parquet_rows, path, name), notes_of_classes(metadata, name))
+    return Source(partial(_parquet_rows, path, name), notes_of_classes(metadata, name), count)
 
 
 def open_arrow(path: Path, name: str, options: FileOptions) -> Source:
@@ -42,11 +43,10 @@ def open_arrow(path: Path, name: str, options: FileOptions) -> Source:
         raise _unreadable("Arrow", error, name) from None
 
 
-def open_table(table: Any, name: str) -> Source:
-    """A `datasets.Dataset`, as it is stored, without decoding. Raises UserError if it is empty."""
-    if table.num_rows == 0:
-        raise no_rows(name)
-    return Source(partial(_table_rows, table, name), notes_of_classes(table.data.schema.metadata, name))
+def open_table(table: Any, name: str, rows_before: int = 0) -> Source:
+    """A `datasets.Dataset`, as it is stored, without decoding. Its places begin behind `rows_before`."""
+    notes = notes_of_classes(table.data.schema.metadata, name)
+    return Source(partial(_table_rows, table, name, rows_before), notes, table.num_rows)
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
@@ -108,11 +108,11 @@ def _unreadable(what: str, error: Exception, name: str) -> UserError:
     return UserError(f"not a readable {what} file: {one_line(error)}", place=name, cure=WRITE_AGAIN)
 
 
-def _table_rows(table: Any, name: str) -> Iterator[Record]:
+def _table_rows(table: Any, name: str, rows_before: int) -> Iterator[Record]:
     import pyarrow as pa
 
     try:
-        yield from _batch_rows(_valid(table.with_format("arrow").iter(ROWS_A_BATCH)), name)
+        yield from _batch_rows(_valid(table.with_format("arrow").iter(ROWS_A_BATCH)), name, rows_before)
     except pa.ArrowException as error:
         problem = f"the data set cannot be read: {one_line(error)}"
         raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
@@ -125,9 +125,9 @@ def _valid(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _batch_rows(batches: Iterator[Any], name: str) -> Iterator[Record]:
-    """Rows of Arrow tables or record batches, numbered from 1, with names in place of class numbers."""
-    number = 0
+def _batch_rows(batches: Iterator[Any], name: str, rows_before: int = 0) -> Iterator[Record]:
+    """Rows of Arrow tables or record batches, numbered from `rows_before` + 1, with names in place of class numbers."""
+    number = rows_before
     namings: dict[str, Naming] | None = None
     for batch in batches:
         if namings is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from yeonma.data.arrow_reader import one_line, open_table
 from yeonma.data.readers import KNOWN_FILES
 from yeonma.data.records import DataSet
-from yeonma.errors import UserError, did_you_mean
+from yeonma.data.splits import SplitSlice, parse_split
+from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.files import file_hash
 
 
@@ -20,27 +23,65 @@ def is_saved(path: Path) -> bool:
 
 
 def saved_set(name: str, folder: Path, split: str) -> DataSet:
-    """One split of a folder that `save_to_disk` wrote. Raises UserError if it is damaged or lacks the split."""
-    listing = folder / "dataset_dict.json"
+    """Splits, or slices of them, of a folder that `save_to_disk` wrote.
+
+    Raises UserError if it is damaged or lacks a split.
+    """
     try:
-        if listing.exists():
-            splits = json.loads(listing.read_text("utf-8"))["splits"]
-            if split not in splits:
-                cure = did_you_mean(split, splits) or "choose one with --data_split"
-                raise UserError(f'no split "{split}"; it has {", ".join(splits)}', place=name, cure=cure)
-            folder = folder / split
-        files = [
-            folder / part["filename"]
-            for part in json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
-        ]
-        identity = _hash("save_to_disk", *(file_hash(file) for file in files))
+        parts = _parts(name, folder, split)
+        hashes = [_hash_of(folder / part.name if part.name else folder) for part in parts]
         import datasets
 
-        table = datasets.load_from_disk(str(folder), keep_in_memory=False)
+        tables = [
+            datasets.load_from_disk(str(folder / part.name if part.name else folder), keep_in_memory=False)
+            for part in parts
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"the saved data set cannot be read: {one_line(error)}"
         raise UserError(problem, place=name, cure="save it again with save_to_disk") from None
-    return DataSet(name, identity, (open_table(table, name),))
+    sources = []
+    for table, part in zip(tables, parts, strict=True):
+        start, stop = part.bounds(table.num_rows)
+        if start < stop:
+            rows = table if part.is_whole else table.select(range(start, stop))
+            sources.append(open_table(rows, name, start))
+    if len(parts) == 1 and parts[0].is_whole:
+        return DataSet(name, hashes[0], tuple(sources))
+    return DataSet(name, _hash("slices", *hashes, *map(repr, parts)), tuple(sources))
+
+
+def _parts(name: str, folder: Path, split: str) -> tuple[SplitSlice, ...]:
+    """The parts to read. Their names are those of folders; a data set without splits has empty ones."""
+    listing = folder / "dataset_dict.json"
+    if not listing.exists():
+        parts = parse_split(split)
+        if len(parts) > 1:
+            raise no_splits(name)
+        return (replace(parts[0], name=""),)
+    splits = json.loads(listing.read_text("utf-8"))["splits"]
+    if split in splits:
+        return (SplitSlice(split),)
+    parts = parse_split(split)
+    for part in parts:
+        if part.name not in splits:
+            raise unknown_split(name, part.name, splits)
+    return parts
+
+
+def _hash_of(folder: Path) -> str:
+    state = json.loads((folder / "state.json").read_text("utf-8"))
+    return _hash("save_to_disk", *(file_hash(folder / part["filename"]) for part in state["_data_files"]))
+
+
+def unknown_split(name: str, split: str, splits: Sequence[str]) -> UserError:
+    cure = did_you_mean(split, splits) or "choose one with --data_split"
+    shown = ", ".join(brief(other) for other in splits[:20])
+    return UserError(f'no split "{brief(split)}"; it has {shown}', place=name, cure=cure)
+
+
+def no_splits(name: str) -> UserError:
+    cure = "give one slice with --data_split, such as train[:1000]"
+    return UserError("it has no splits that could be joined", place=name, cure=cure)
 
 
 def hub_set(data_path: str, split: str, revision: str | None) -> DataSet:

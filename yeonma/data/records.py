@@ -31,6 +31,8 @@ class Source:
     """Raises UserError, with a place, at the first record that cannot be read."""
     notes: tuple[str, ...] = ()
     """Lines for the user about how it is read."""
+    count: int | None = None
+    """The number of records, where it is known without reading them."""
 
 
 @dataclass(frozen=True)

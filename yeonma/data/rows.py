@@ -12,17 +12,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
 from yeonma.data.arrow_reader import one_line
 from yeonma.data.data_folder import DataFile, files_of
-from yeonma.data.library_sets import hub_set, is_saved, saved_set
+from yeonma.data.library_sets import hub_set, is_saved, no_splits, saved_set
 from yeonma.data.readers import ENDINGS, ending_of, is_text, open_file
-from yeonma.data.records import DataSet, FileOptions
+from yeonma.data.records import DataSet, FileOptions, Source
+from yeonma.data.splits import SplitSlice, parse_split, sliced
 from yeonma.errors import UserError, brief, did_you_mean
 from yeonma.files import file_hash, user_path
 
@@ -71,12 +72,14 @@ def open_rows(
     revision: str | None = None,
     encoding: str = "utf-8",
     delimiter: str | None = None,
+    max_rows: int | None = None,
 ) -> Rows:
     """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`).
 
     An existing path is local; a name that looks like a path but does not exist is an error; any other name is looked up
-    on the hub. A local path may be followed by `:` and the part to read. `split` and `revision` apply to saved and hub
-    data sets, `encoding` to text files, `delimiter` to CSV and TSV files.
+    on the hub. A local path may be followed by `:` and the part to read. `split` may be sliced, also where there are no
+    splits. `revision` applies to hub data sets, `encoding` to text files, `delimiter` to CSV and TSV files. At most
+    `max_rows` rows are read, from the first on.
 
     Raises:
         UserError: nothing is there, or the file, its encoding or one of its first rows is faulty.
@@ -84,26 +87,35 @@ def open_rows(
     path, part = _local_path(data_path)
     options = _options(encoding, part, delimiter)
     if path is None:
-        return _rows(hub_set(data_path, split, revision))
+        return _rows(hub_set(data_path, split, revision), max_rows)
     with _read_errors_as_user_errors(data_path):
         if is_saved(path):
-            return _rows(saved_set(data_path, path, split))
-        files = files_of(_without_part(data_path, part), path)
-        return _rows(_file_set(data_path, files, options, _identity_of(files, options)))
+            return _rows(saved_set(data_path, path, split), max_rows)
+        return _rows(_file_set(data_path, path, parse_split(split), options), max_rows)
 
 
-def glance(data_path: str, *, encoding: str = "utf-8", delimiter: str | None = None) -> Rows | None:
+def glance(
+    data_path: str,
+    *,
+    split: str = "train",
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+    max_rows: int | None = None,
+) -> Rows | None:
     """Like `open_rows` for a file or a folder of files, but without `identity`, which takes reading all of the data.
 
-    Returns None for data that the library `datasets` reads. Raises UserError as `open_rows`.
+    Returns None for data that the library `datasets` reads, and for slices that depend on the number of rows. Raises
+    UserError as `open_rows`.
     """
     path, part = _local_path(data_path)
     options = _options(encoding, part, delimiter)
     if path is None or is_saved(path):
         return None
+    parts = parse_split(split)
+    if any(part.needs_count for part in parts):
+        return None
     with _read_errors_as_user_errors(data_path):
-        files = files_of(_without_part(data_path, part), path)
-        return _rows(_file_set(data_path, files, options, identity=""))
+        return _rows(_file_set(data_path, path, parts, options, identified=False), max_rows)
 
 
 @contextmanager
@@ -173,10 +185,6 @@ def _existing(written: str) -> Path | None:
     return path
 
 
-def _without_part(data_path: str, part: str | None) -> str:
-    return data_path if part is None else data_path.removesuffix(f":{part}")
-
-
 def _looks_like_a_path(data_path: str) -> bool:
     has_file_ending = data_path.partition(":")[0].lower().endswith((*ENDINGS, *_OTHER_ENDINGS))
     repository = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?(:.+)?", data_path)
@@ -192,22 +200,21 @@ def _no_such_file(name: str, path: Path) -> UserError:
 # Sources -> rows
 
 
-def _rows(data: DataSet) -> Rows:
+def _rows(data: DataSet, max_rows: int | None) -> Rows:
     sources = data.sources
 
     def read() -> Iterator[Row]:
-        number = 0
-        for source in sources:
-            for place, values in source.read():
-                number += 1
-                yield Row(number, values, place)
+        records = islice(chain.from_iterable(source.read() for source in sources), max_rows)
+        for number, (place, values) in enumerate(records, 1):
+            yield Row(number, values, place)
 
+    most = min(ROWS_FOR_COLUMNS, max_rows or ROWS_FOR_COLUMNS)
     columns: dict[str, None] = {}
     rows_read = 0
     for source in sources:
         rows_of_source = 0
         try:
-            for _, values in islice(source.read(), max(ROWS_FOR_COLUMNS - rows_read, 1)):
+            for _, values in islice(source.read(), max(most - rows_read, 1)):
                 columns.update(dict.fromkeys(values))
                 rows_of_source += 1
         except UserError:
@@ -215,14 +222,42 @@ def _rows(data: DataSet) -> Rows:
                 raise
             # Reported when the rows are read, with the faults of the rows before it.
         rows_read += rows_of_source
+    if rows_read == 0:
+        raise UserError("no rows", place=data.name, cure="give data, or a slice of it, that has rows")
     notes = [*data.notes, *(note for source in sources for note in source.notes)]
     if len(notes) > MOST_NOTES:
         notes = [*notes[:MOST_NOTES], f"{data.name}: and {len(notes) - MOST_NOTES} more such lines"]
-    return Rows(data.name, data.identity, tuple(columns), read, tuple(notes))
+    identity = data.identity
+    if identity and max_rows is not None:
+        identity = _hash("first rows", str(max_rows), identity)
+    return Rows(data.name, identity, tuple(columns), read, tuple(notes))
 
 
-def _file_set(name: str, files: Sequence[DataFile], options: FileOptions, identity: str) -> DataSet:
-    return DataSet(name, identity, tuple(open_file(file.path, file.name, options) for file in files))
+def _file_set(
+    data_path: str, path: Path, parts: Sequence[SplitSlice], options: FileOptions, *, identified: bool = True
+) -> DataSet:
+    """The files at a path; of a folder, those of the splits that `parts` name. Not `identified`: without identity."""
+    name = data_path if options.part is None else data_path.removesuffix(f":{options.part}")
+    config = None
+    if path.is_dir():
+        config, options = options.part, replace(options, part=None)
+    elif len(parts) > 1:
+        raise no_splits(name)
+    sources: list[Source] = []
+    notes: list[str] = []
+    hashes: list[str] = []
+    for part in parts:
+        found = files_of(name, path, part.name, config)
+        opened = [open_file(file.path, file.name, options) for file in found.files]
+        sources += opened if part.is_whole else [sliced(opened, part)]
+        notes += found.notes
+        if identified:
+            hashes.append(_identity_of(found.files, options))
+    if len(parts) == 1 and parts[0].is_whole:
+        return DataSet(data_path, "".join(hashes), tuple(sources), tuple(notes))
+    bounds = [repr(replace(part, name="")) for part in parts]
+    identity = _hash("slices", *hashes, *bounds) if identified else ""
+    return DataSet(data_path, identity, tuple(sources), tuple(dict.fromkeys(notes)))
 
 
 def _identity_of(files: Sequence[DataFile], options: FileOptions) -> str:

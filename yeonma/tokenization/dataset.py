@@ -12,6 +12,7 @@ import numpy as np
 
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
+from yeonma.data.splits import without_slices
 from yeonma.data.task import ANSWERS, Task, choose_template
 from yeonma.data.template import Template
 from yeonma.data.text_checks import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
@@ -118,6 +119,7 @@ def prepare_dataset(
         revision=data.data_revision,
         encoding=data.encoding,
         delimiter=data.delimiter,
+        max_rows=data.max_rows,
     )
     for note in rows.notes:
         log(note)
@@ -138,7 +140,7 @@ def prepare_dataset(
         revision = data.data_revision if data.val_data_path == data.data_path else None
         held_out_rows = open_rows(
             data.val_data_path,
-            split=data.data_split,
+            split=without_slices(data.data_split),
             revision=revision,
             encoding=data.encoding,
             delimiter=data.delimiter,

@@ -102,7 +102,8 @@ def load_model(
         log(
             f"weights sharded over {group.count} processes: {local_weight_bytes(base) / 1e6:,.1f} MB in this process"
         )
-    dataset = prepared.dataset
+    dataset, data = prepared.dataset, config.data
+    reading = {"max_rows": data.max_rows, "delimiter": data.delimiter}
     details = adapters.describe(
         policy.base,
         dataset.template,
@@ -114,6 +115,7 @@ def load_model(
         trained_on={
             "data": dataset.train.rows.name,
             "data_sha256": dataset.train.rows.identity,
+            **{name: value for name, value in reading.items() if value is not None},
             "examples": len(dataset.train.units),
             "trained_tokens": dataset.train.trained_tokens,
             "left_out": dataset.train.store.counts.left_out,

@@ -14,6 +14,7 @@ from yeonma.config.settings import (
     RunSettings,
 )
 from yeonma.data.rows import Rows, glance
+from yeonma.data.splits import without_slices
 from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.errors import Problem, UserError, gather
@@ -83,22 +84,28 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
     `continued`: the folder of the adapter to continue. Rows are rendered, but not tokenised.
     """
     choices: list[Choice] = []
-    rows_by_path: dict[str, Rows] = {}
+    rows_of_setting: dict[str, Rows] = {}
 
     def read_template() -> None:
         if data.template is not None:
             choices.append(Choice(load_template(data.template), data.columns))
 
-    def read_rows(path: str | None) -> None:
-        rows = None if path is None else glance(path, encoding=data.encoding, delimiter=data.delimiter)
-        if path is not None and rows is not None:
-            rows_by_path[path] = rows
+    def read_rows(setting: str, path: str | None, split: str, max_rows: int | None) -> None:
+        if path is None:
+            return
+        rows = glance(path, split=split, encoding=data.encoding, delimiter=data.delimiter, max_rows=max_rows)
+        if rows is not None:
+            rows_of_setting[setting] = rows
 
-    gather(read_template, partial(read_rows, data.data_path), partial(read_rows, data.val_data_path))
-    if not choices and data.data_path in rows_by_path:
-        choices = [choose_template(task, None, rows_by_path[data.data_path], data.columns, continued)]
+    gather(
+        read_template,
+        partial(read_rows, "data_path", data.data_path, data.data_split, data.max_rows),
+        partial(read_rows, "val_data_path", data.val_data_path, without_slices(data.data_split), None),
+    )
+    if not choices and "data_path" in rows_of_setting:
+        choices = [choose_template(task, None, rows_of_setting["data_path"], data.columns, continued)]
     if choices:
-        gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_by_path.values()))
+        gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_of_setting.values()))
 
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:

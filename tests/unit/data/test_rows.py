@@ -206,7 +206,9 @@ def test_a_folder_without_usable_data_is_an_error(write: Write, tmp_path: Path) 
     assert error_of(str(tmp_path / "mixed")).startswith("mixed: files of several formats: .csv, .jsonl")
     write("split/train-0.jsonl", jsonl(TABLE))
     write("split/test.jsonl", jsonl(TABLE))
-    assert error_of(str(tmp_path / "split")).startswith("split: files of several splits: test, train")
+    assert error_of(str(tmp_path / "split"), split="dev").startswith(
+        'split: no split "dev"; it has test, train'
+    )
     assert "give the folder inside it: mixed, split" in error_of(str(tmp_path))
 
 

@@ -92,6 +92,8 @@ class DataSettings:
     """Separate validation rows, in any format that `data_path` accepts. Slices in `data_split` do not apply to them."""
     max_rows: int | None = field(default=None, metadata=COUNT)
     """Read only this many training rows, from the first on. Rows for `val_set_size` are drawn among them."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

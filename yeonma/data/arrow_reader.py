@@ -12,7 +12,7 @@ from typing import Any
 from yeonma.data.class_labels import Naming, named, namings_of, notes_of_classes
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.text_file import WRITE_AGAIN
-from yeonma.errors import UserError, brief
+from yeonma.errors import Problem, UserError, brief
 
 ROWS_A_BATCH = 256
 _ARROW_FILE = b"ARROW1"
@@ -29,7 +29,8 @@ def open_parquet(path: Path, name: str, options: FileOptions) -> Source:
             metadata, count = file.schema_arrow.metadata, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable("Parquet", error, name) from None
-    return Source(partial(_parquet_rows, path, name), notes_of_classes(metadata, name), count)
+    read = partial(_parquet_rows, path, name, options.skip_bad)
+    return Source(read, notes_of_classes(metadata, name), count)
 
 
 def open_arrow(path: Path, name: str, options: FileOptions) -> Source:
@@ -38,18 +39,19 @@ def open_arrow(path: Path, name: str, options: FileOptions) -> Source:
 
     try:
         with _arrow_batches(path) as (schema, _):
-            return Source(partial(_arrow_rows, path, name), notes_of_classes(schema.metadata, name))
+            read = partial(_arrow_rows, path, name, options.skip_bad)
+            return Source(read, notes_of_classes(schema.metadata, name))
     except (pa.ArrowException, OSError) as error:
         raise _unreadable("Arrow", error, name) from None
 
 
-def open_table(table: Any, name: str, rows_before: int = 0) -> Source:
+def open_table(table: Any, name: str, *, rows_before: int = 0, skip_bad: bool = False) -> Source:
     """A `datasets.Dataset`, as it is stored, without decoding. Its places begin behind `rows_before`."""
     notes = notes_of_classes(table.data.schema.metadata, name)
-    return Source(partial(_table_rows, table, name, rows_before), notes, table.num_rows)
+    return Source(partial(_table_rows, table, name, rows_before, skip_bad), notes, table.num_rows)
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
+def _parquet_rows(path: Path, name: str, skip_bad: bool) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -58,7 +60,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
             expected, read = file.metadata.num_rows, 0
             if expected == 0:
                 raise no_rows(name)
-            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name):
+            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name, skip_bad):
                 read += 1
                 yield row
             if read != expected:
@@ -68,7 +70,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Record]:
         raise _unreadable("Parquet", error, name) from None
 
 
-def _arrow_rows(path: Path, name: str) -> Iterator[Record]:
+def _arrow_rows(path: Path, name: str, skip_bad: bool) -> Iterator[Record]:
     import pyarrow as pa
 
     empty = True
@@ -79,7 +81,7 @@ def _arrow_rows(path: Path, name: str) -> Iterator[Record]:
                 for batch in _valid(batches)
                 for start in range(0, batch.num_rows, ROWS_A_BATCH)
             )
-            for row in _batch_rows(pieces, name):
+            for row in _batch_rows(pieces, name, skip_bad):
                 empty = False
                 yield row
     except (pa.ArrowException, OSError) as error:
@@ -108,11 +110,12 @@ def _unreadable(what: str, error: Exception, name: str) -> UserError:
     return UserError(f"not a readable {what} file: {one_line(error)}", place=name, cure=WRITE_AGAIN)
 
 
-def _table_rows(table: Any, name: str, rows_before: int) -> Iterator[Record]:
+def _table_rows(table: Any, name: str, rows_before: int, skip_bad: bool) -> Iterator[Record]:
     import pyarrow as pa
 
     try:
-        yield from _batch_rows(_valid(table.with_format("arrow").iter(ROWS_A_BATCH)), name, rows_before)
+        batches = _valid(table.with_format("arrow").iter(ROWS_A_BATCH))
+        yield from _batch_rows(batches, name, skip_bad, rows_before)
     except pa.ArrowException as error:
         problem = f"the data set cannot be read: {one_line(error)}"
         raise UserError(problem, place=name, cure=WRITE_AGAIN) from None
@@ -125,7 +128,7 @@ def _valid(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _batch_rows(batches: Iterator[Any], name: str, rows_before: int = 0) -> Iterator[Record]:
+def _batch_rows(batches: Iterator[Any], name: str, skip_bad: bool, rows_before: int = 0) -> Iterator[Record]:
     """Rows of Arrow tables or record batches, numbered from `rows_before` + 1, with names in place of class numbers."""
     number = rows_before
     namings: dict[str, Naming] | None = None
@@ -144,7 +147,13 @@ def _batch_rows(batches: Iterator[Any], name: str, rows_before: int = 0) -> Iter
         for values in rows:
             number += 1
             place = f"{name} row {number}"
-            yield place, named(values, namings, place) if namings else values
+            if not namings:
+                yield place, values
+                continue
+            record = named(values, namings, place)
+            if isinstance(record, Problem) and not skip_bad:
+                raise UserError([record])
+            yield place, record
 
 
 def _unreadable_column(batch: Any, place: str) -> UserError:

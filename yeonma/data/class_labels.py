@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from yeonma.errors import UserError, brief
+from yeonma.errors import Problem, UserError, brief
 
 METADATA_KEY = b"huggingface"
 MOST_NAMES = 5
@@ -36,14 +36,16 @@ def namings_of(metadata: Mapping[bytes, bytes] | None, name: str) -> dict[str, N
     return {column: naming for column, naming in namings.items() if naming is not None}
 
 
-def named(values: dict[str, object], namings: Mapping[str, Naming], place: str) -> dict[str, object]:
-    """A row with names in place of class numbers. Raises UserError at `place` for a number without a name."""
+def named(
+    values: dict[str, object], namings: Mapping[str, Naming], place: str
+) -> dict[str, object] | Problem:
+    """A row with names in place of class numbers, or the problem, at `place`, of a number without a name."""
     for column, naming in namings.items():
         try:
             values[column] = naming(values.get(column))
         except NamelessLabel as fault:
             cure = "write null where there is no label, or the text itself"
-            raise UserError(f'column "{brief(column)}": {fault}', place=place, cure=cure) from None
+            return Problem(f'column "{brief(column)}": {fault}', place, cure)
     return values
 
 

@@ -71,7 +71,7 @@ def open_csv(file: TextFile, options: FileOptions, delimiter: str = ",") -> Sour
     header = header_of(cells, file.name, f"{file.name}:{line}")
     layout = _Layout(delimiter, lines_before, header)
     notes += [*header.notes, *_unnamed(file, layout)]
-    return Source(partial(_rows, file, layout), tuple(notes))
+    return Source(partial(_rows, file, layout, options.skip_bad), tuple(notes))
 
 
 def header_of(cells: Sequence[str], name: str, place: str) -> Header:
@@ -152,8 +152,8 @@ def _divides(head: Sequence[str], delimiter: str) -> bool:
         return False
 
 
-def _rows(file: TextFile, layout: _Layout) -> Iterator[Record]:
-    """Empty rows are skipped. The UserError of wrong rows lists up to ten of them."""
+def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
+    """Empty rows are skipped. The UserError of wrong rows lists up to ten of them; `skip_bad`: see `FileOptions`."""
     name, header = file.name, layout.header
     columns = len(header.names)
     problems: list[Problem] = []
@@ -167,7 +167,11 @@ def _rows(file: TextFile, layout: _Layout) -> Iterator[Record]:
             if fitted is None:
                 problem = f"{len(cells)} cells; the header has {columns}"
                 cure = "put cells with commas or line breaks in quotes"
-                problems.append(Problem(problem, f"{name}:{line}", cure))
+                wrong = Problem(problem, f"{name}:{line}", cure)
+                if skip_bad:
+                    yield wrong.place, wrong
+                    continue
+                problems.append(wrong)
                 if len(problems) == MAX_PROBLEMS:
                     break
                 continue

@@ -11,7 +11,7 @@ from functools import partial
 
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
-from yeonma.data.text_file import CHUNK, WRITE_AGAIN, TextFile, place_after
+from yeonma.data.text_file import CHUNK, WRITE_AGAIN, TextFile, is_stray, place_after
 from yeonma.errors import Problem, UserError, brief, did_you_mean
 
 MAX_PROBLEMS = 10
@@ -42,7 +42,7 @@ def open_json(file: TextFile, options: FileOptions) -> Source:
         raise window.error("a .json file must hold a list of objects: [{...}, ...]", cure="write such a list")
     if options.part is not None:
         raise _no_parts(file.name, options.part, "a list")
-    return Source(partial(_list_rows, file))
+    return Source(partial(_list_rows, file, options))
 
 
 # Objects
@@ -63,22 +63,21 @@ class _List:
 
     start: _Position
     length: int
-    first: object
+    first_object: dict[str, object] | None
 
     @property
     def holds_objects(self) -> bool:
-        return isinstance(self.first, dict)
+        return self.first_object is not None
 
     @property
     def holds_turns(self) -> bool:
-        return isinstance(self.first, dict) and any(
-            keys <= self.first.keys() for keys in ({"role", "content"}, {"from", "value"})
-        )
+        keys = self.first_object or {}
+        return any(turn <= keys.keys() for turn in ({"role", "content"}, {"from", "value"}))
 
 
 def _begins_with_a_long_object(file: TextFile) -> bool:
     """Whether the first object has several lines; False too if it is faulty, so that its line is reported."""
-    line = next((line for line in file.lines() if line and not line.isspace()), "")
+    line = next((line for line in file.raw_lines() if line and not line.isspace()), "")
     if not line.lstrip(SPACE).startswith("{") or not line.endswith(("\n", "\r")):
         return False
     try:
@@ -110,28 +109,31 @@ def _open_objects(file: TextFile, options: FileOptions) -> Source:
         return _open_lines(file, options)
     if following and options.part is not None:
         raise _no_parts(file.name, options.part, "several objects")
-    return Source(partial(_object_rows, file)) if following else _open_one_object(file, lists, options.part)
+    return Source(partial(_object_rows, file)) if following else _open_one_object(file, lists, options)
 
 
-def _open_one_object(file: TextFile, by_key: dict[str, _List | None], part: str | None) -> Source:
-    name = file.name
+def _open_one_object(file: TextFile, by_key: dict[str, _List | None], options: FileOptions) -> Source:
+    name, part = file.name, options.part
     lists = {key: entry for key, entry in by_key.items() if entry is not None}
     tables = {key: entry for key, entry in lists.items() if entry.holds_objects}
     if part is not None:
         if part not in lists:
             cure = did_you_mean(part, lists) or f"its lists are {_shown(lists) or 'none'}"
             raise UserError(f'no list under the key "{brief(part)}"', place=name, cure=cure)
-        return Source(partial(_list_rows, file, lists[part].start))
+        return Source(partial(_list_rows, file, options, lists[part].start))
     if any(entry.holds_turns for entry in lists.values()):
         return Source(partial(_object_rows, file))
+    all_lists, lengths = len(lists) == len(by_key), {entry.length for entry in lists.values()}
+    if all_lists and len(lengths) == 1 and len(tables) < len(lists):  # cells may be objects
+        return _open_columns(file, lists)
     if len(tables) > 1:
         cure = f"name the one to read: {name}:{next(iter(tables))}"
         raise UserError(f"several keys hold lists of objects: {_shown(tables)}", place=name, cure=cure)
     if tables:
         ((key, entry),) = tables.items()
         note = f'{name}: the rows are the list under the key "{brief(key)}"'
-        return Source(partial(_list_rows, file, entry.start), (note,))
-    if not lists or len(lists) < len(by_key):
+        return Source(partial(_list_rows, file, options, entry.start), (note,))
+    if not lists or not all_lists:
         return Source(partial(_object_rows, file))
     return _open_columns(file, lists)
 
@@ -166,7 +168,7 @@ def _no_parts(name: str, part: str, what: str) -> UserError:
 def _open_lines(file: TextFile, options: FileOptions) -> Source:
     if options.part is not None:
         raise _no_parts(file.name, options.part, "one object a line")
-    return Source(partial(_rows_of_lines, file))
+    return Source(partial(_rows_of_lines_without_stop if options.skip_bad else _rows_of_lines, file))
 
 
 def _rows_of_lines(file: TextFile) -> Iterator[Record]:
@@ -181,9 +183,8 @@ def _rows_of_lines(file: TextFile) -> Iterator[Record]:
         for number, line in enumerate(file.lines(), 1):
             if line.isspace() or not line:
                 continue
-            if empty and line.lstrip(SPACE).startswith("["):
-                cure = "name the file .json, or write one object a line"
-                raise UserError("a JSON list in a .jsonl file", place=f"{name}:{number}", cure=cure)
+            if empty:
+                _check_is_no_list(line, name, number)
             empty = False
             try:
                 row = _row_of_line(line)
@@ -202,16 +203,47 @@ def _rows_of_lines(file: TextFile) -> Iterator[Record]:
         raise no_rows(name)
 
 
-def _list_rows(file: TextFile, start: _Position | None = None) -> Iterator[Record]:
+def _rows_of_lines_without_stop(file: TextFile) -> Iterator[Record]:
+    """Like `_rows_of_lines`, with the problem of every faulty line in its place."""
+    name, empty = file.name, True
+    for number, line in enumerate(file.raw_lines(), 1):
+        if line.isspace() or not line:
+            continue
+        if empty:
+            _check_is_no_list(line, name, number)
+        empty = False
+        place = f"{name}:{number}"
+        if is_stray(line):
+            yield place, file.stray_character(line, number, 1)
+            continue
+        try:
+            yield place, _row_of_line(line)
+        except Fault as fault:
+            yield place, _line_problem(fault, name, number, complete=line.endswith(("\n", "\r")))
+    if empty:
+        raise no_rows(name)
+
+
+def _check_is_no_list(line: str, name: str, number: int) -> None:
+    if line.lstrip(SPACE).startswith("["):
+        cure = "name the file .json, or write one object a line"
+        raise UserError("a JSON list in a .jsonl file", place=f"{name}:{number}", cure=cure)
+
+
+def _list_rows(file: TextFile, options: FileOptions, start: _Position | None = None) -> Iterator[Record]:
     """The objects of the list at `start`; without it, of the list that is the whole file."""
     window, name, empty = _Window(file, start or _Position()), file.name, True
     window.next_character()
     for line, value in _entries(window):
         empty = False
-        if not isinstance(value, dict):
-            problem = f"a row must be an object, not {kind_of(value)}"
-            raise UserError(problem, place=f"{name}:{line}", cure=OBJECT)
-        yield f"{name}:{line}", value
+        place = f"{name}:{line}"
+        if isinstance(value, dict):
+            yield place, value
+            continue
+        problem = Problem(f"a row must be an object, not {kind_of(value)}", place, OBJECT)
+        if not options.skip_bad:
+            raise UserError([problem])
+        yield place, problem
     if empty:
         raise no_rows(name)
     if start is None and window.next_character():
@@ -377,11 +409,12 @@ def _lists_by_key(window: _Window) -> dict[str, _List | None]:
 
 
 def _list_at(window: _Window) -> _List:
-    start, length, first = window.position, 0, None
+    start, length, first_object = window.position, 0, None
     for _, value in _entries(window):
-        first = value if length == 0 else first
+        if first_object is None and isinstance(value, dict):
+            first_object = value
         length += 1
-    return _List(start, length, first)
+    return _List(start, length, first_object)
 
 
 def _numbered_values_at(window: _Window) -> _List | None:

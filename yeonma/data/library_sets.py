@@ -22,7 +22,7 @@ def is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def saved_set(name: str, folder: Path, split: str) -> DataSet:
+def saved_set(name: str, folder: Path, split: str, *, skip_bad: bool = False) -> DataSet:
     """Splits, or slices of them, of a folder that `save_to_disk` wrote.
 
     Raises UserError if it is damaged or lacks a split.
@@ -44,7 +44,7 @@ def saved_set(name: str, folder: Path, split: str) -> DataSet:
         start, stop = part.bounds(table.num_rows)
         if start < stop:
             rows = table if part.is_whole else table.select(range(start, stop))
-            sources.append(open_table(rows, name, start))
+            sources.append(open_table(rows, name, rows_before=start, skip_bad=skip_bad))
     if len(parts) == 1 and parts[0].is_whole:
         return DataSet(name, hashes[0], tuple(sources))
     return DataSet(name, _hash("slices", *hashes, *map(repr, parts)), tuple(sources))
@@ -84,7 +84,7 @@ def no_splits(name: str) -> UserError:
     return UserError("it has no splits that could be joined", place=name, cure=cure)
 
 
-def hub_set(data_path: str, split: str, revision: str | None) -> DataSet:
+def hub_set(data_path: str, split: str, revision: str | None, *, skip_bad: bool = False) -> DataSet:
     """A data set on the hub, `name` or `name:config`. Raises UserError if it cannot be loaded."""
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -101,7 +101,7 @@ def hub_set(data_path: str, split: str, revision: str | None) -> DataSet:
             raise
         raise user_error from None
     identity = _hash("hub", name, config, table._fingerprint)
-    return DataSet(data_path, identity, (open_table(table, data_path),))
+    return DataSet(data_path, identity, (open_table(table, data_path, skip_bad=skip_bad),))
 
 
 def needs_code(name: str, script: str) -> UserError:

@@ -24,7 +24,7 @@ from yeonma.data.library_sets import hub_set, is_saved, no_splits, saved_set
 from yeonma.data.readers import ENDINGS, ending_of, is_text, open_file
 from yeonma.data.records import DataSet, FileOptions, Source
 from yeonma.data.splits import SplitSlice, parse_split, sliced
-from yeonma.errors import UserError, brief, did_you_mean
+from yeonma.errors import Problem, UserError, brief, did_you_mean
 from yeonma.files import file_hash, user_path
 
 ROWS_FOR_COLUMNS = 1000
@@ -43,6 +43,8 @@ class Row:
     values: Mapping[str, object]
     place: str
     """`train.jsonl:41` (the line on which the row begins) for text files, `train.parquet row 41` for others."""
+    fault: Problem | None = None
+    """Why the record cannot be read; then it has no values. Only where bad rows are skipped."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,26 @@ def open_rows(
     encoding: str = "utf-8",
     delimiter: str | None = None,
     max_rows: int | None = None,
+    skip_bad: bool = False,
 ) -> Rows:
     """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`).
 
     An existing path is local; a name that looks like a path but does not exist is an error; any other name is looked up
     on the hub. A local path may be followed by `:` and the part to read. `split` may be sliced, also where there are no
     splits. `revision` applies to hub data sets, `encoding` to text files, `delimiter` to CSV and TSV files. At most
-    `max_rows` rows are read, from the first on.
+    `max_rows` rows are read, from the first on. With `skip_bad`, a faulty record behind which reading can go on is a
+    row with a `fault`.
 
     Raises:
         UserError: nothing is there, or the file, its encoding or one of its first rows is faulty.
     """
     path, part = _local_path(data_path)
-    options = _options(encoding, part, delimiter)
+    options = _options(encoding, part, delimiter, skip_bad)
     if path is None:
-        return _rows(hub_set(data_path, split, revision), max_rows)
+        return _rows(hub_set(data_path, split, revision, skip_bad=skip_bad), max_rows)
     with _read_errors_as_user_errors(data_path):
         if is_saved(path):
-            return _rows(saved_set(data_path, path, split), max_rows)
+            return _rows(saved_set(data_path, path, split, skip_bad=skip_bad), max_rows)
         return _rows(_file_set(data_path, path, parse_split(split), options), max_rows)
 
 
@@ -101,6 +105,7 @@ def glance(
     encoding: str = "utf-8",
     delimiter: str | None = None,
     max_rows: int | None = None,
+    skip_bad: bool = False,
 ) -> Rows | None:
     """Like `open_rows` for a file or a folder of files, but without `identity`, which takes reading all of the data.
 
@@ -108,7 +113,7 @@ def glance(
     UserError as `open_rows`.
     """
     path, part = _local_path(data_path)
-    options = _options(encoding, part, delimiter)
+    options = _options(encoding, part, delimiter, skip_bad)
     if path is None or is_saved(path):
         return None
     parts = parse_split(split)
@@ -206,7 +211,9 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
     def read() -> Iterator[Row]:
         records = islice(chain.from_iterable(source.read() for source in sources), max_rows)
         for number, (place, values) in enumerate(records, 1):
-            yield Row(number, values, place)
+            yield (
+                Row(number, {}, place, values) if isinstance(values, Problem) else Row(number, values, place)
+            )
 
     most = min(ROWS_FOR_COLUMNS, max_rows or ROWS_FOR_COLUMNS)
     columns: dict[str, None] = {}
@@ -215,7 +222,7 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
         rows_of_source = 0
         try:
             for _, values in islice(source.read(), max(most - rows_read, 1)):
-                columns.update(dict.fromkeys(values))
+                columns.update(dict.fromkeys(() if isinstance(values, Problem) else values))
                 rows_of_source += 1
         except UserError:
             if rows_of_source == 0:
@@ -268,9 +275,9 @@ def _identity_of(files: Sequence[DataFile], options: FileOptions) -> str:
     return _hash(ending, encoding, *choices, *[file_hash(file.path) for file in files])
 
 
-def _options(encoding: str, part: str | None, delimiter: str | None) -> FileOptions:
+def _options(encoding: str, part: str | None, delimiter: str | None, skip_bad: bool) -> FileOptions:
     known = None if delimiter is None else _known_delimiter(delimiter)
-    return FileOptions(encoding=_known_encoding(encoding), part=part, delimiter=known)
+    return FileOptions(encoding=_known_encoding(encoding), part=part, delimiter=known, skip_bad=skip_bad)
 
 
 def _known_delimiter(written: str) -> str:

@@ -19,12 +19,14 @@ from yeonma.data.text_checks import DECOMPOSED, LARGE, SPACED_APART, ZERO_WIDTH
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example import LeftOut, TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
 LISTED_ROWS = 10
 """Row numbers that a warning lists."""
+LISTED_FAULTS = 10
+"""Faults of bad rows that are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def prepare_dataset(
         encoding=data.encoding,
         delimiter=data.delimiter,
         max_rows=data.max_rows,
+        skip_bad=data.bad_rows == "skip",
     )
     for note in rows.notes:
         log(note)
@@ -131,7 +134,9 @@ def prepare_dataset(
     cache = cache_folder(tokens)
 
     def part(rows: Rows) -> DatasetPart:
-        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, task)
+        store = build_store(
+            rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=data.bad_rows == "skip"
+        )
         return DatasetPart(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -144,6 +149,7 @@ def prepare_dataset(
             revision=revision,
             encoding=data.encoding,
             delimiter=data.delimiter,
+            skip_bad=data.bad_rows == "skip",
         )
         for note in held_out_rows.notes:
             log(note)
@@ -178,9 +184,11 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
             log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
-    numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE]
+    numbers = [left.row for left in left_out if left.reason not in NOTHING_TO_CHOOSE and not left.fault]
     if numbers:
         log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
+    for fault in faults_of(left_out):
+        log(f"{name}: bad rows left out, {fault}")
     for warning in data_warnings(store, np.arange(len(store))):
         log(f"{name}: {warning}")
 
@@ -244,6 +252,19 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
         )
         if warning is not None
     ]
+
+
+def faults_of(left_out: Sequence[LeftOut]) -> list[DataWarning]:
+    """The faults of the bad rows among those left out, with their rows: the most frequent first, rare ones together."""
+    rows_of_fault: dict[str, list[int]] = {}
+    for left in left_out:
+        if left.fault:
+            rows_of_fault.setdefault(left.fault, []).append(left.row)
+    faults = sorted(rows_of_fault.items(), key=lambda entry: -len(entry[1]))
+    if len(faults) > LISTED_FAULTS:
+        rare = sorted(row for _, rows in faults[LISTED_FAULTS:] for row in rows)
+        faults = [*faults[:LISTED_FAULTS], (f"{len(faults) - LISTED_FAULTS:,} other faults", rare)]
+    return [DataWarning("bad_row", len(rows), tuple(rows[:LISTED_ROWS]), fault) for fault, rows in faults]
 
 
 def overlap_of(

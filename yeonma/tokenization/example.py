@@ -58,11 +58,13 @@ class Unit:
 @dataclass(frozen=True)
 class LeftOut:
     """A row, or an answer of a turn list, that exceeds the limit even with its prompt field cut to one character; or a
-    pair with equal answers."""
+    pair with equal answers; or a bad row."""
 
     row: int
     place: str
     reason: str
+    fault: str = ""
+    """What is wrong with a bad row, in words that are the same for all rows with that fault; else empty."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.policy import Policy, build_policy
-from yeonma.tokenization.dataset import cache_folder
+from yeonma.tokenization.dataset import cache_folder, faults_of
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
@@ -104,6 +104,9 @@ def load_model(
         )
     dataset, data = prepared.dataset, config.data
     reading = {"max_rows": data.max_rows, "delimiter": data.delimiter}
+    store = dataset.train.store
+    left_out = store.left_out if store.counts.left_out else []
+    faults = {fault.what: fault.count for fault in faults_of(left_out)}
     details = adapters.describe(
         policy.base,
         dataset.template,
@@ -119,6 +122,7 @@ def load_model(
             "examples": len(dataset.train.units),
             "trained_tokens": dataset.train.trained_tokens,
             "left_out": dataset.train.store.counts.left_out,
+            **({"bad_rows": faults} if faults else {}),
             "shortened": dataset.train.store.counts.shortened,
         },
     )

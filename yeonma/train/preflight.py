@@ -93,7 +93,14 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
     def read_rows(setting: str, path: str | None, split: str, max_rows: int | None) -> None:
         if path is None:
             return
-        rows = glance(path, split=split, encoding=data.encoding, delimiter=data.delimiter, max_rows=max_rows)
+        rows = glance(
+            path,
+            split=split,
+            encoding=data.encoding,
+            delimiter=data.delimiter,
+            max_rows=max_rows,
+            skip_bad=data.bad_rows == "skip",
+        )
         if rows is not None:
             rows_of_setting[setting] = rows
 
@@ -105,7 +112,8 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
     if not choices and "data_path" in rows_of_setting:
         choices = [choose_template(task, None, rows_of_setting["data_path"], data.columns, continued)]
     if choices:
-        gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_of_setting.values()))
+        skip_bad = data.bad_rows == "skip"
+        gather(*(partial(_check_rows, rows, choices[0], task, skip_bad) for rows in rows_of_setting.values()))
 
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:
@@ -133,7 +141,7 @@ def _adapter_folder(model: ModelSettings) -> str | None:
     return named if (user_path(named) / "adapter_config.json").is_file() else None
 
 
-def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
+def _check_rows(rows: Rows, choice: Choice, task: Task, skip_bad: bool) -> None:
     template, columns = choice.template, choice.columns
     if missing := task.missing_columns(template, rows.columns, columns):
         raise UserError(missing)
@@ -141,9 +149,12 @@ def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
     try:
         for row in islice(rows, CHECKED_ROWS):
             try:
-                task.render(template, row, columns)
+                if row.fault is None:
+                    task.render(template, row, columns)
             except UserError as error:
-                problems += error.problems
+                problems += [
+                    problem for problem in error.problems if not skip_bad or problem.place != row.place
+                ]
             if len(problems) > MAX_PROBLEMS:
                 break
     except UserError as error:  # from the reader, which cannot read on

@@ -155,6 +155,7 @@ def test_a_key_that_holds_no_list_is_an_error(write: Write) -> None:
     ("text", "message"),
     [
         ('{"data": [{"a": 1}, 2]}', "a.json:1: a row must be an object, not a number"),
+        ('{"data": [2, {"a": 1}]}', "a.json:1: a row must be an object, not a number"),
         ('{"data": [{"a": 1} {"a": 2}]}', 'a.json:1:20: not JSON: expecting "," or "]" after a row'),
         (
             '{"data": [{"a": 1}]',
@@ -209,6 +210,14 @@ def test_turn_lists_in_a_column_are_rows(write: Write) -> None:
     turns = [[{"role": "user", "content": str(number)}] for number in range(3)]
     rows = open_rows(write("a.json", json.dumps({"id": [1, 2, 3], "messages": turns})))
     assert values(rows) == [{"id": number + 1, "messages": turns[number]} for number in range(3)]
+
+
+def test_objects_in_a_column_are_cells(write: Write) -> None:
+    table = {"question": ["a", "b"], "answers": [{"text": "x"}, {"text": "y"}]}
+    assert values(open_rows(write("a.json", json.dumps(table)))) == [
+        {"question": "a", "answers": {"text": "x"}},
+        {"question": "b", "answers": {"text": "y"}},
+    ]
 
 
 def test_columns_of_different_lengths_are_an_error(write: Write) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,8 +32,17 @@ def jsonl(table: Iterable[dict[str, object]], *, ascii_only: bool = False) -> st
 
 
 def table_as(kind: str, table: list[dict[str, str]]) -> bytes:
-    if kind == "jsonl":
+    """The content of a file with the ending `kind`, such as `csv` or `csv.gz`."""
+    if kind.endswith(".gz"):
+        return gzip.compress(table_as(kind.removesuffix(".gz"), table), mtime=0)
+    if kind.endswith(".zst"):
+        return pa.compress(table_as(kind.removesuffix(".zst"), table), codec="zstd", asbytes=True)
+    if kind in ("jsonl", "ndjson"):
         return jsonl(table).encode()
+    if kind == "xlsx":
+        return workbook({"Sheet1": [list(table[0]), *(list(row.values()) for row in table)]})
+    if kind == "arrow":
+        return arrow_bytes(pa.Table.from_pylist(table), pa.ipc.new_stream)
     if kind == "json":
         return json.dumps(table, indent=2).encode()
     if kind == "parquet":
@@ -43,6 +54,33 @@ def table_as(kind: str, table: list[dict[str, str]]) -> bytes:
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue().encode()
+
+
+def arrow_bytes(table: pa.Table, form: Callable[..., Any], batch_rows: int | None = None) -> bytes:
+    """A table in Arrow's stream format (`pa.ipc.new_stream`) or file format (`pa.ipc.new_file`)."""
+    sink = io.BytesIO()
+    with form(sink, table.schema) as writer:
+        writer.write_table(table, batch_rows)
+    return sink.getvalue()
+
+
+def workbook(sheets: dict[str, list[list[Any]]]) -> bytes:
+    """An .xlsx file. `sheets`: the rows of each sheet; a cell is a value, or a value with its number format."""
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title, rows in sheets.items():
+        sheet = book.create_sheet(title)
+        for number, row in enumerate(rows, 1):
+            for column, cell in enumerate(row, 1):
+                value, number_format = cell if isinstance(cell, tuple) else (cell, None)
+                written = sheet.cell(number, column, value)
+                if number_format is not None:
+                    written.number_format = number_format
+    sink = io.BytesIO()
+    book.save(sink)
+    return sink.getvalue()
 
 
 def values(rows: Rows) -> list[dict[str, object]]:

@@ -57,8 +57,17 @@ def brief(text: str, limit: int = 100) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean "title"?`, or an empty string if nothing known resembles `word`."""
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """`did you mean "title"?`, or an empty string if nothing known resembles `word`.
+
+    What differs only in capitals and blanks comes first.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(text.split()).casefold()
+
+    names = list(known)
+    same = [name for name in names if plain(name) == plain(word)]
+    close = same or get_close_matches(word, names, n=1, cutoff=0.6)
     return f'did you mean "{close[0]}"?' if close else ""
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+from collections.abc import Callable
 from datetime import date, datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +76,11 @@ NAMES = (
 # fmt: on
 FLAT = [name for name, rows in TABLES.items() if not {"messages", "conversations"} & set(rows[0])]
 
-KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
+KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "ndjson", "arrow", "xlsx")
 # fmt: off
 CSV_TOKENS = (
-    ",", '"', '""', "\n", "\r", "\r\n", "\t", ";", "'", '","', '"\n"', "document", "title", "\ufeff", "\0",
-    "\\",
+    ",", '"', '""', "\n", "\r", "\r\n", "\t", ";", "|", "sep=;\n", "'", '","', '"\n"', "document", "title",
+    "\ufeff", "\0", "\\",
 )
 # fmt: on
 
@@ -86,19 +89,59 @@ CSV_TOKENS = (
 def data_files(draw: Draw, max_byte_edits: int = 4) -> tuple[str, bytes]:
     """Name and content of one data file, damaged in its values, its tokens or its bytes."""
     kind = draw(st.sampled_from(KINDS))
-    name = draw(st.sampled_from(FLAT if kind in ("csv", "tsv") else sorted(TABLES)))
+    name = draw(st.sampled_from(FLAT if kind in ("csv", "tsv", "xlsx", "arrow") else sorted(TABLES)))
     rows = draw(st.lists(st.sampled_from(TABLES[name]), min_size=1, max_size=4))
-    if kind == "jsonl":
-        content = b"\n".join([draw(damaged_json(row, NAMES)) for row in rows]) + b"\n"
+    if kind in ("jsonl", "ndjson"):
+        indent = draw(st.sampled_from((None, None, 1)))
+        content = b"\n".join([draw(damaged_json(row, NAMES, indent=indent)) for row in rows]) + b"\n"
     elif kind == "json":
-        content = draw(damaged_json(rows, NAMES, indent=draw(st.sampled_from((None, 1)))))
+        shape = draw(st.sampled_from(JSON_SHAPES))(rows)
+        content = draw(damaged_json(shape, NAMES, indent=draw(st.sampled_from((None, 1)))))
     elif kind == "parquet":
         content = draw(parquet_files(rows))
+    elif kind in ("arrow", "xlsx"):
+        content = _content_of(kind, json.dumps(rows))
     else:
         content = file_bytes(draw(damaged_text(table_as(kind, rows).decode(), CSV_TOKENS)))
     if draw(st.booleans()):
-        content = draw(damaged_bytes(content, [table_as(kind, TABLES[FLAT[0]])], max_byte_edits))
+        content = draw(
+            damaged_bytes(content, [_content_of(kind, json.dumps(TABLES[FLAT[0]]))], max_byte_edits)
+        )
+    packed = draw(st.sampled_from(("", "", "", ".gz", ".zst")))
+    if packed and kind not in ("parquet", "arrow", "xlsx"):
+        kind += packed
+        content = (
+            gzip.compress(content, mtime=0)
+            if packed == ".gz"
+            else pa.compress(content, codec="zstd", asbytes=True)
+        )
+        if draw(st.integers(0, 3)) == 0:
+            content = draw(
+                damaged_bytes(content, [_content_of(kind, json.dumps(TABLES[FLAT[0]]))], max_byte_edits)
+            )
     return f"rows.{kind}", content
+
+
+@cache
+def _content_of(kind: str, rows: str) -> bytes:
+    """`table_as` of rows as JSON. A workbook contains the time at which it was made, so each is made once."""
+    return table_as(kind, json.loads(rows))
+
+
+def _columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+
+JSON_SHAPES: tuple[Callable[[list[dict[str, Any]]], Any], ...] = (
+    lambda rows: rows,
+    lambda rows: {"version": "1", "data": rows},
+    lambda rows: {"train": rows, "test": rows[:1]},
+    _columns_of,
+    lambda rows: {
+        name: {str(at): cell for at, cell in enumerate(cells)} for name, cells in _columns_of(rows).items()
+    },
+)
+"""Rows -> what a .json file may hold."""
 
 
 @st.composite

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.columns import recognise
-from yeonma.data.rows import Row, open_rows
+from yeonma.data.rows import Row, glance, open_rows
 from yeonma.data.strict_json import kind_of
 from yeonma.data.template import Template, field_lengths, load_template, shorten
 from yeonma.errors import UserError
@@ -51,6 +53,8 @@ class DataCase:
     files: Mapping[str, bytes]
     data_path: str
     encoding: str = "utf-8"
+    options: Mapping[str, Any] = dataclass_field(default_factory=dict)
+    """Further options of `open_rows`."""
 
 
 # fmt: off
@@ -62,29 +66,55 @@ CODECS = (
 # fmt: on
 
 
+# fmt: off
+OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "skip_bad": (True,),
+    "delimiter": (";", "tab", "\\t", "|", "", "ab", '"', "\n", "\0", "한"),
+    "max_rows": (1, 2, 1000),
+    "split": ("test", "train[:1]", "train[1:]", "train[-1:]", "train[:50%]", "train+test", "dev[:", "", "train[1:1]"),
+}
+PARTS = ("data", "train", "Sheet1", "x", "")
+CARDS = ("", "---\nconfigs:\n- config_name: a\n  data_files: '*'\n---\n", "---\nconfigs: [{}]\n---\n")
+# fmt: on
+
+
 @st.composite
 def data_cases(draw: Draw) -> DataCase:
     name, content = draw(data_files())
     encoding = draw(st.sampled_from(CODECS)) if draw(st.integers(0, 4)) == 0 else "utf-8"
+    chosen = draw(st.lists(st.sampled_from(sorted(OPTIONS)), unique=True, max_size=2))
+    options = {option: draw(st.sampled_from(OPTIONS[option])) for option in chosen}
     if draw(st.integers(0, 9)) > 0:
-        return DataCase({name: content}, name, encoding)
+        part = f":{draw(st.sampled_from(PARTS))}" if draw(st.integers(0, 9)) == 0 else ""
+        return DataCase({name: content}, f"{name}{part}", encoding, options)
     other, more = draw(data_files())
     second = draw(
         st.sampled_from(("b.jsonl", "train.csv", "test.csv", ".hidden", "d.py", "dataset_info.json", other))
     )
     files = {f"d/{name}": content, f"d/{second}": more}
-    return DataCase(files, draw(st.sampled_from(("d", "d/", "./d", *files))), encoding)
+    if draw(st.booleans()):
+        files["d/README.md"] = draw(st.sampled_from(CARDS)).encode()
+    return DataCase(files, draw(st.sampled_from(("d", "d/", "./d", "d:a", *files))), encoding, options)
 
 
 def read_data(case: DataCase, sandbox: Sandbox) -> None:
     """Reads the rows twice; then writes those of text files as JSON lines and reads these."""
-    rows = open_rows(case.data_path, encoding=case.encoding)
+    rows = open_rows(case.data_path, encoding=case.encoding, **case.options)
     rows_read = list(rows)
     assert [repr(row) for row in rows] == [repr(row) for row in rows_read], "read twice, the rows differ"
     assert rows_read, "no rows, and no error"
     assert [row.number for row in rows_read] == list(range(1, len(rows_read) + 1))
-    again = open_rows(case.data_path, encoding=case.encoding)
-    assert (again.identity, again.columns) == (rows.identity, rows.columns)
+    again = open_rows(case.data_path, encoding=case.encoding, **case.options)
+    assert (again.identity, again.columns, again.notes) == (rows.identity, rows.columns, rows.notes)
+    if glanced := glance(case.data_path, encoding=case.encoding, **case.options):
+        assert list(map(repr, glanced)) == list(map(repr, rows_read)), "a glance shows other rows"
+    if any(row.fault is not None for row in rows_read):
+        assert case.options["skip_bad"]
+        with suppress(UserError):
+            strict = {option: value for option, value in case.options.items() if option != "skip_bad"}
+            list(open_rows(case.data_path, encoding=case.encoding, **strict))
+            raise AssertionError("a faulty row, and no error")
+        return
     if case.data_path.endswith((".jsonl", ".json", ".csv", ".tsv")):
         copy = sandbox.cache / "again.jsonl"
         copy.parent.mkdir(exist_ok=True)

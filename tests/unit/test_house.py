@@ -420,6 +420,7 @@ def test_requirements_pin_torch_first_and_all_packages_in_declared_ranges() -> N
     extras = project["optional-dependencies"]
     installed = [
         *project["dependencies"],
+        *extras["xlsx"],
         *extras["demo"],
         *extras["compare"],
         *extras["serve"],

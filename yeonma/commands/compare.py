@@ -44,6 +44,8 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
         revision=settings.data_revision,
         encoding=settings.encoding,
     )
+    for note in opened.notes:
+        log(note)
     source = with_paths(opened, settings.columns)
     rows = read_rows(source, settings.rows)
     candidates = open_candidates(settings, source)

@@ -48,6 +48,8 @@ def run(config: GenerateConfig) -> int:
         rows = open_rows(
             source.data_path, split=source.data_split, revision=source.data_revision, encoding=source.encoding
         )
+        for note in rows.notes:
+            _log(note)
         count = _check_rows(builder, rows, source, answer, _log)
         policy = load()
         with _writer(source.output) as write, _progress(count, source.output) as answered:

@@ -73,13 +73,15 @@ class DataSettings:
     """Where the rows come from and how they become text."""
 
     data_path: str
-    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
+    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
     data_split: str = "train"
-    """Split to read from a hub data set, or from a `save_to_disk` folder with several splits."""
+    """Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data."""
     data_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
+    delimiter: str | None = None
+    """The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header."""
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. `answer` is the template's last field; preference data also has `chosen`, `rejected` and `label`. `answers.text` is a value within a column, `json(output)` a value written as JSON."""
     template: str | None = None
@@ -87,7 +89,11 @@ class DataSettings:
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
     """Rows to hold out for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which."""
     val_data_path: str | None = None
-    """Separate validation rows, in any format that `data_path` accepts."""
+    """Separate validation rows, in any format that `data_path` accepts. Slices in `data_split` do not apply to them."""
+    max_rows: int | None = field(default=None, metadata=COUNT)
+    """Read only this many training rows, from the first on. Rows for `val_set_size` are drawn among them."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,8 @@ def _fields_note(template: Template) -> str:
 
 def _with_unused(task: Task, choice: Choice, rows: Rows) -> Choice:
     used = columns_used(task, choice.template, choice.columns)
-    return replace(choice, unused=tuple([name for name in rows.columns if name not in used]))
+    holders = {re.split(r"[.\[]", name.removeprefix("json(").removesuffix(")"))[0] for name in used}
+    return replace(choice, unused=tuple([name for name in rows.columns if name not in used | holders]))
 
 
 def columns_used(task: Task, template: Template, columns: Columns) -> set[str]:

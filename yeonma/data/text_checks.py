@@ -75,6 +75,10 @@ class Notes:
     """The same digest of the prompt alone."""
 
 
+NO_NOTES = Notes(flags=0, scripts=0, digest=0, prompt_digest=0)
+"""Of a row that has no text."""
+
+
 def notes_of(rendered: Rendered) -> Notes:
     """The notes of a rendered row, without the template's frame."""
     prompt = [piece.text for piece in rendered.prompt_pieces if piece.field is not None]

@@ -22,6 +22,7 @@ from yeonma.tokenization.dataset import (
     DatasetPart,
     DataWarning,
     data_warnings,
+    faults_of,
     overlap_of,
     rows_warning,
     used_rows,
@@ -135,6 +136,8 @@ class AuditedSource:
     identical: int
     """Pairs among them with equal answers, as text or as tokens."""
     left_out_rows: tuple[LeftOut, ...]
+    bad_rows: tuple[DataWarning, ...]
+    """The faults of the bad rows among them."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,7 @@ def _source(part: DatasetPart) -> AuditedSource:
         left_out=counts.left_out,
         identical=sum(row.reason in NOTHING_TO_CHOOSE for row in left_out),
         left_out_rows=tuple(left_out[:LISTED_ROWS]),
+        bad_rows=tuple(faults_of(left_out)),
     )
 
 

@@ -13,7 +13,7 @@ from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.inspect.audit import Audit
 from yeonma.tokenization.dataset import Dataset
-from yeonma.tokenization.explain import View, explain
+from yeonma.tokenization.explain import View, bad_row_view, explain
 
 FIRST_ROWS = 3
 VIEW_CHUNK_ROWS = 64
@@ -61,10 +61,15 @@ def views_of(
 
     `in_full` as in `explain`.
     """
+    store = dataset.train.store
+    bad = {left.row: left for left in (store.left_out if store.counts.left_out else []) if left.fault}
     selected = (row for row in _until(dataset.train.rows, selection) if row.number in selection)
     while chunk := list(islice(selected, VIEW_CHUNK_ROWS)):
-        texts = [dataset.task.render(dataset.template, row, dataset.columns) for row in chunk]
-        yield from explain(texts, chunk, tokenizer, dataset.rules, dataset.task, in_full=in_full)
+        good = [row for row in chunk if row.number not in bad]
+        texts = [dataset.task.render(dataset.template, row, dataset.columns) for row in good]
+        views = explain(texts, good, tokenizer, dataset.rules, dataset.task, in_full=in_full) if good else []
+        views += [bad_row_view(bad[row.number]) for row in chunk if row.number in bad]
+        yield from sorted(views, key=lambda view: view.row)
 
 
 def _until(rows: Rows, selection: RowSelection) -> Iterator[Row]:

@@ -163,6 +163,8 @@ def _source_lines(source: AuditedSource, audit: Audit) -> Iterator[Text]:
     left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
     left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
     yield Text(f"{source.name}: {source.rows:,} rows read{left_out}; template {audit.template}")
+    for fault in source.bad_rows:
+        yield Text(f"  bad rows, {fault}", "red")
     for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
         yield Text(f"  {row.place}: {row.reason}", "red")
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)

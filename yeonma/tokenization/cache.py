@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -29,7 +30,8 @@ from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
 from yeonma.files import sync, user_path
-from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit, check_rules, check_tokenizer
+from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
+from yeonma.tokenization.example import LeftOut, TokenRules, check_rules, check_tokenizer
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
@@ -38,8 +40,9 @@ FORMAT = 4
 
 ROWS_A_CHUNK = 2000
 MAX_PROBLEMS = 20
+MOST_FAULTS = 5
 
-Chunk = tuple[list[Notes], Sequence[Example | Unit | LeftOut]]
+Chunk = tuple[list[Notes], Outcomes]
 """The notes of some rows, and the outcomes of encoding them."""
 
 
@@ -71,10 +74,12 @@ def store_key(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     task: Task = ANSWERS,
+    *,
+    skip_bad: bool = False,
 ) -> str:
     """SHA-256 of everything that determines the tokens, including the versions of the libraries."""
     versions = [FORMAT, task.name, tokenizers.__version__, transformers.__version__]
-    data = [rows.identity, template.text, dict(columns or {})]
+    data = [rows.identity, template.text, dict(columns or {}), *(["skip"] if skip_bad else [])]
     return sha256(
         _canonical([versions, data, tokenizer_identity(tokenizer), asdict(rules)]).encode()
     ).hexdigest()
@@ -89,16 +94,18 @@ def build_store(
     cache_dir: Path,
     progress: Callable[[int], None] | None = None,
     task: Task = ANSWERS,
+    *,
+    skip_bad: bool = False,
 ) -> TokenStore:
     """The rows' examples, from the cache or newly tokenised. Memory does not grow with the number of rows.
 
     While rows are tokenised, `progress` is called with the number of rows read so far. A damaged store is built again.
-    Raises UserError with up to 20 problems of the rows; if all rows are left out; if `cache_dir` cannot be written; and
-    as `check_rules` and `check_tokenizer`.
+    With `skip_bad`, bad rows are left out; else UserError is raised with up to 20 of their problems. It is also raised
+    if all rows are left out; if `cache_dir` cannot be written; and as `check_rules` and `check_tokenizer`.
     """
     check_rules(template, rules)
     check_tokenizer(tokenizer, rules)
-    key = store_key(rows, template, columns, tokenizer, rules, task)
+    key = store_key(rows, template, columns, tokenizer, rules, task, skip_bad=skip_bad)
     folder = cache_dir / key
     if (store := open_store(folder, key)) is not None:
         return store
@@ -111,10 +118,13 @@ def build_store(
                 _remove(temporary)
                 writer = StoreWriter.open(temporary)
             read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
-            for notes, outcomes in _chunks(read, template, columns, tokenizer, rules, progress, task):
+            chunks = _chunks_of_good_rows if skip_bad else _chunks
+            faults: Counter[str] = Counter()
+            for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, task):
+                faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
                 with _write_errors_as_user_errors(cache_dir):
                     writer.add(notes, outcomes)
-            _check_some_left(writer.counts, rows, rules, task)
+            _check_some_left(writer.counts, rows, rules, task, faults)
             with _write_errors_as_user_errors(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
@@ -173,6 +183,24 @@ def _chunks(
         raise UserError([*problems[:MAX_PROBLEMS], *more])
 
 
+def _chunks_of_good_rows(
+    rows: Rows,
+    template: Template,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    progress: Callable[[int], None] | None,
+    task: Task,
+) -> Iterator[Chunk]:
+    """Like `_chunks`, with bad rows left out."""
+    source, done = iter(rows), 0
+    while chunk := list(islice(source, ROWS_A_CHUNK)):
+        yield encode_good_rows(chunk, template, columns, tokenizer, rules, task)
+        done += len(chunk)
+        if progress is not None:
+            progress(done)
+
+
 def _next_rows(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
     """The next rows. If one cannot be read, adds its problem to `problems` and returns the rows before it."""
     chunk: list[Row] = []
@@ -192,13 +220,24 @@ def _rendered(row: Row, template: Template, columns: Columns, task: Task, proble
         return None
 
 
-def _check_some_left(counts: Counts, rows: Rows, rules: TokenRules, task: Task) -> None:
+def _check_some_left(
+    counts: Counts, rows: Rows, rules: TokenRules, task: Task, faults: Mapping[str, int]
+) -> None:
+    """`faults`: how many bad rows have which fault."""
     if counts.rows == 0:
         raise UserError("there are no rows", place=rows.name)
-    if counts.examples == 0:
-        reason = TASK_ENCODERS[task.name].left_out
-        problem = f"no row is left of {counts.rows}: each {reason.format(cutoff_len=rules.cutoff_len)}"
-        raise UserError(problem, place=rows.name, cure="raise --cutoff_len, or shorten the template")
+    if counts.examples:
+        return
+    reason = TASK_ENCODERS[task.name].left_out.format(cutoff_len=rules.cutoff_len)
+    problem = f"no row is left of {counts.rows}: each {reason}"
+    cure = "raise --cutoff_len, or shorten the template"
+    if faults:
+        commonest = sorted(faults.items(), key=lambda fault: -fault[1])[:MOST_FAULTS]
+        shown = "; ".join(f"{fault} ({count:,})" for fault, count in commonest)
+        each = "is bad" if sum(faults.values()) == counts.rows else f"{reason} or is bad"
+        problem = f"no row is left of {counts.rows}: each {each}: {shown}"
+        cure = "give a --template and --columns that fit the rows, or mend them"
+    raise UserError(problem, place=rows.name, cure=cure)
 
 
 @contextmanager

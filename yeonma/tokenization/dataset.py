@@ -13,6 +13,7 @@ import numpy as np
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
+from yeonma.data.splits import without_slices
 from yeonma.data.task import ANSWERS, Task, choose_template
 from yeonma.data.template import Template
 from yeonma.data.text_checks import (
@@ -29,12 +30,14 @@ from yeonma.data.text_checks import (
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.example import NOT_TRAINED, AnswerRole, TokenRules
+from yeonma.tokenization.example import NOT_TRAINED, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.store import TokenStore
 
 LISTED_ROWS = 10
 """Row numbers that a warning lists."""
+LISTED_FAULTS = 10
+"""Faults of bad rows that are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,18 @@ def prepare_dataset(
             place="val_set_size",
             cure="give only one of them",
         )
-    rows = with_paths(
-        open_rows(data.data_path, split=data.data_split, revision=data.data_revision, encoding=data.encoding),
-        data.columns,
+    opened = open_rows(
+        data.data_path,
+        split=data.data_split,
+        revision=data.data_revision,
+        encoding=data.encoding,
+        delimiter=data.delimiter,
+        max_rows=data.max_rows,
+        skip_bad=data.bad_rows == "skip",
     )
+    for note in opened.notes:
+        log(note)
+    rows = with_paths(opened, data.columns)
     choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
     template, columns = choice.template, choice.columns
@@ -142,7 +153,9 @@ def prepare_dataset(
 
     def part(rows: Rows) -> DatasetPart:
         rows = with_paths(rows, columns)
-        store = build_store(rows, template, columns, tokenizer, rules, cache, progress, task)
+        store = build_store(
+            rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=data.bad_rows == "skip"
+        )
         for line in (f"column {name} holds {kind}, written as text" for name, kind in store.number_columns):
             if line not in told:
                 log(line)
@@ -153,9 +166,17 @@ def prepare_dataset(
     validation = None
     if data.val_data_path is not None:
         revision = data.data_revision if data.val_data_path == data.data_path else None
-        validation = part(
-            open_rows(data.val_data_path, split=data.data_split, revision=revision, encoding=data.encoding)
+        held_out_rows = open_rows(
+            data.val_data_path,
+            split=without_slices(data.data_split),
+            revision=revision,
+            encoding=data.encoding,
+            delimiter=data.delimiter,
+            skip_bad=data.bad_rows == "skip",
         )
+        for note in held_out_rows.notes:
+            log(note)
+        validation = part(held_out_rows)
     elif data.val_set_size:
         numbers = used_rows(train.store, train.positions)
         _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
@@ -192,9 +213,11 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
             log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
-    numbers = [left.row for left in left_out if left.reason not in reasons]
+    numbers = [left.row for left in left_out if left.reason not in reasons and not left.fault]
     if numbers:
         log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
+    for fault in faults_of(left_out):
+        log(f"{name}: bad rows left out, {fault}")
     for warning in data_warnings(store, np.arange(len(store))):
         log(f"{name}: {warning}")
 
@@ -294,6 +317,19 @@ def _whole_fractions(rows: np.ndarray, flags: np.ndarray) -> np.ndarray:
     """
     others = flags & (WHOLE_FRACTION | INTEGER | NOTHING) == 0
     return rows[:0] if others.any() else rows[flags & WHOLE_FRACTION > 0]
+
+
+def faults_of(left_out: Sequence[LeftOut]) -> list[DataWarning]:
+    """The faults of the bad rows among those left out, with their rows: the most frequent first, rare ones together."""
+    rows_of_fault: dict[str, list[int]] = {}
+    for left in left_out:
+        if left.fault:
+            rows_of_fault.setdefault(left.fault, []).append(left.row)
+    faults = sorted(rows_of_fault.items(), key=lambda entry: -len(entry[1]))
+    if len(faults) > LISTED_FAULTS:
+        rare = sorted(row for _, rows in faults[LISTED_FAULTS:] for row in rows)
+        faults = [*faults[:LISTED_FAULTS], (f"{len(faults) - LISTED_FAULTS:,} other faults", rare)]
+    return [DataWarning("bad_row", len(rows), tuple(rows[:LISTED_ROWS]), fault) for fault, rows in faults]
 
 
 def overlap_of(

@@ -68,11 +68,13 @@ NOT_TRAINED = "no assistant turn is trained (train_on, weight 0)"
 @dataclass(frozen=True)
 class LeftOut:
     """A row, or an answer of a turn list, that exceeds the limit even with its prompt field cut to one character; or a
-    pair with equal answers; or a turn list without a trained turn."""
+    pair with equal answers; or a turn list without a trained turn; or a bad row."""
 
     row: int
     place: str
     reason: str
+    fault: str = ""
+    """What is wrong with a bad row, in words that are the same for all rows with that fault; else empty."""
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,27 @@ def explain(
     return views
 
 
+def bad_row_view(row: LeftOut) -> View:
+    """The view of a bad row: nothing but why it is left out."""
+    return View(
+        row=row.row,
+        place=row.place,
+        role=None,
+        prompt="",
+        answer="",
+        token_ids=(),
+        trained=(),
+        text_spans=(),
+        tokens=(),
+        prompt_length=0,
+        cut_characters=0,
+        variant=0,
+        straddles=False,
+        special_text=0,
+        left_out=row.reason,
+    )
+
+
 def token_texts(ids: Sequence[int], encoder: TextEncoder) -> list[str]:
     """What each token adds to the decoded text. A character of several tokens comes with the last of them."""
     texts: list[str] = []

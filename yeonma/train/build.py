@@ -19,7 +19,7 @@ from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.policy import Policy, build_policy
-from yeonma.tokenization.dataset import cache_folder
+from yeonma.tokenization.dataset import cache_folder, faults_of
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
@@ -102,7 +102,11 @@ def load_model(
         log(
             f"weights sharded over {group.count} processes: {local_weight_bytes(base) / 1e6:,.1f} MB in this process"
         )
-    dataset = prepared.dataset
+    dataset, data = prepared.dataset, config.data
+    reading = {"max_rows": data.max_rows, "delimiter": data.delimiter}
+    store = dataset.train.store
+    left_out = store.left_out if store.counts.left_out else []
+    faults = {fault.what: fault.count for fault in faults_of(left_out)}
     details = adapters.describe(
         policy.base,
         dataset.template,
@@ -114,9 +118,11 @@ def load_model(
         trained_on={
             "data": dataset.train.rows.name,
             "data_sha256": dataset.train.rows.identity,
+            **{name: value for name, value in reading.items() if value is not None},
             "examples": len(dataset.train.units),
             "trained_tokens": dataset.train.trained_tokens,
             "left_out": dataset.train.store.counts.left_out,
+            **({"bad_rows": faults} if faults else {}),
             "shortened": dataset.train.store.counts.shortened,
         },
     )

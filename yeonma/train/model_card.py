@@ -137,6 +137,9 @@ def card_text(
         f"steps. {trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
         "",
     ]
+    if faults := trained_on.get("bad_rows"):
+        listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
+        lines += ["Bad rows among those left out:", "", *listed, ""]
     if evaluations:
         last = next(record for record in evaluations if record["step"] == adapter_step)
         lines += _validation(evaluations[0], last, units)

@@ -15,6 +15,7 @@ from yeonma.config.settings import (
 )
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Rows, glance
+from yeonma.data.splits import without_slices
 from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.errors import Problem, UserError, gather
@@ -84,23 +85,37 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
     `continued`: the folder of the adapter to continue. Rows are rendered, but not tokenised.
     """
     choices: list[Choice] = []
-    rows_by_path: dict[str, Rows] = {}
+    rows_of_setting: dict[str, Rows] = {}
 
     def read_template() -> None:
         if data.template is not None:
             choices.append(Choice(load_template(data.template), data.columns))
 
-    def read_rows(path: str | None) -> None:
-        rows = glance(path, encoding=data.encoding) if path is not None else None
-        if path is not None and rows is not None:
-            rows_by_path[path] = with_paths(rows, data.columns)
+    def read_rows(setting: str, path: str | None, split: str, max_rows: int | None) -> None:
+        if path is None:
+            return
+        rows = glance(
+            path,
+            split=split,
+            encoding=data.encoding,
+            delimiter=data.delimiter,
+            max_rows=max_rows,
+            skip_bad=data.bad_rows == "skip",
+        )
+        if rows is not None:
+            rows_of_setting[setting] = with_paths(rows, data.columns)
 
-    gather(read_template, partial(read_rows, data.data_path), partial(read_rows, data.val_data_path))
-    if data.data_path in rows_by_path:
-        rows = rows_by_path[data.data_path]
+    gather(
+        read_template,
+        partial(read_rows, "data_path", data.data_path, data.data_split, data.max_rows),
+        partial(read_rows, "val_data_path", data.val_data_path, without_slices(data.data_split), None),
+    )
+    if "data_path" in rows_of_setting:
+        rows = rows_of_setting["data_path"]
         choices = [choose_template(task, data.template, rows, data.columns, continued)]
     if choices:
-        gather(*(partial(_check_rows, rows, choices[0], task) for rows in rows_by_path.values()))
+        skip_bad = data.bad_rows == "skip"
+        gather(*(partial(_check_rows, rows, choices[0], task, skip_bad) for rows in rows_of_setting.values()))
 
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:
@@ -128,7 +143,7 @@ def _adapter_folder(model: ModelSettings) -> str | None:
     return named if (user_path(named) / "adapter_config.json").is_file() else None
 
 
-def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
+def _check_rows(rows: Rows, choice: Choice, task: Task, skip_bad: bool) -> None:
     template, columns = choice.template, choice.columns
     rows = with_paths(rows, columns)
     if missing := task.missing_columns(template, rows.columns, columns):
@@ -137,9 +152,12 @@ def _check_rows(rows: Rows, choice: Choice, task: Task) -> None:
     try:
         for row in islice(rows, CHECKED_ROWS):
             try:
-                task.render(template, row, columns)
+                if row.fault is None:
+                    task.render(template, row, columns)
             except UserError as error:
-                problems += error.problems
+                problems += [
+                    problem for problem in error.problems if not skip_bad or problem.place != row.place
+                ]
             if len(problems) > MAX_PROBLEMS:
                 break
     except UserError as error:  # from the reader, which cannot read on

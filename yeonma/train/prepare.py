@@ -264,6 +264,7 @@ def _identity(
         if weights
         else None,
         "columns": dataset.columns,
+        "max_rows": config.data.max_rows,
         "val_set_size": config.data.val_set_size,
         "steps": plan.total_steps,
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},

@@ -210,11 +210,19 @@ def _adapter_config(folder: Path) -> tuple[dict[str, Any] | None, tuple[Problem,
 
 def _check_data(adapter: AdapterFolder, data_path: str, settings: VerifySettings) -> Finding:
     """Checks that the adapter was trained on this data. Raises UserError as `open_rows`."""
-    recorded = adapter.details.get("trained_on", {}).get("data_sha256")
+    trained_on = adapter.details.get("trained_on", {})
+    recorded, max_rows, delimiter = (
+        trained_on.get(name) for name in ("data_sha256", "max_rows", "delimiter")
+    )
     if recorded is None:
         return not_checked("data", f"{MANIFEST} does not say what the adapter was trained on")
     rows = open_rows(
-        data_path, split=settings.data_split, revision=settings.data_revision, encoding=settings.encoding
+        data_path,
+        split=settings.data_split,
+        revision=settings.data_revision,
+        encoding=settings.encoding,
+        delimiter=delimiter if isinstance(delimiter, str) else None,
+        max_rows=max_rows if type(max_rows) is int and max_rows > 0 else None,
     )
     if rows.identity == recorded:
         return checked("data", [], f"the adapter was trained on {data_path}")

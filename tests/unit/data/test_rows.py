@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tables import TABLE, Write, error_of, jsonl, table_as, values
-from yeonma.data.rows import _hub_error, draw_validation, glance, open_rows
+from yeonma.data.library_sets import hub_error
+from yeonma.data.rows import draw_validation, glance, open_rows
 from yeonma.errors import UserError
 
 
@@ -31,8 +32,13 @@ def write(tmp_path: Path) -> Write:
 
 # Formats
 
+FORMATS = [
+    *("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow", "xlsx"),
+    *("jsonl.gz", "json.gz", "csv.gz", "jsonl.zst", "tsv.zst"),
+]
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_every_file_format_gives_the_same_rows_on_every_read(write: Write, kind: str) -> None:
     rows = open_rows(write(f"a.{kind}", table_as(kind, TABLE)))
     assert values(rows) == values(rows) == TABLE
@@ -139,7 +145,7 @@ def test_identity_depends_on_content_encoding_and_format_but_not_on_the_name(wri
     assert len(others | {first}) == 7
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz", "csv.zst"])
 def test_memory_does_not_grow_with_the_number_of_rows(write: Write, kind: str) -> None:
     peaks = []
     for count in (2_000, 16_000):
@@ -181,7 +187,12 @@ def test_a_missing_file_is_an_error_with_a_suggestion(
 def test_path_that_is_not_a_data_file_is_an_error(write: Write, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert error_of(str(tmp_path / "pipe.jsonl")).startswith("pipe.jsonl: not a regular file")
-    assert error_of(write("a.xlsx", "x")).startswith("a.xlsx: .xlsx files cannot be read")
+    assert error_of(write("a.xls", "x")) == "a.xls: .xls files cannot be read; save it as .xlsx"
+    assert error_of(write("a.tar.gz", "x")).startswith("a.tar.gz: .gz files cannot be read; unpack it")
+    assert error_of(write("a.parquet.gz", "x")).startswith("a.parquet.gz: .gz files cannot be read")
+    assert error_of(write("a.csv", "a\n1\n") + ":b").startswith(
+        'a.csv: a .csv file has no part "b"; only a key'
+    )
     assert error_of(write("a.parquet", "PAR1 no")).startswith("a.parquet: not a readable Parquet file")
     assert "cannot be opened" in error_of(write("a.jsonl", jsonl(TABLE)) + "/b.jsonl")
     assert error_of(" ").startswith("--data_path: no data given")
@@ -195,7 +206,9 @@ def test_a_folder_without_usable_data_is_an_error(write: Write, tmp_path: Path) 
     assert error_of(str(tmp_path / "mixed")).startswith("mixed: files of several formats: .csv, .jsonl")
     write("split/train-0.jsonl", jsonl(TABLE))
     write("split/test.jsonl", jsonl(TABLE))
-    assert error_of(str(tmp_path / "split")).startswith("split: files of several splits: test, train")
+    assert error_of(str(tmp_path / "split"), split="dev").startswith(
+        'split: no split "dev"; it has test, train'
+    )
     assert "give the folder inside it: mixed, split" in error_of(str(tmp_path))
 
 
@@ -206,7 +219,7 @@ def test_data_set_with_its_own_python_code_is_an_error(write: Write, tmp_path: P
     for path in (str(tmp_path / "news"), str(tmp_path / "other"), script):
         assert "the data set needs its own Python code" in error_of(path)
     text = "Dataset scripts are no longer supported, but found news.py"
-    assert str(_hub_error("a/news", RuntimeError(text))).startswith(
+    assert str(hub_error("a/news", RuntimeError(text))).startswith(
         "a/news: the data set needs its own Python code (news.py), which Yeonma never runs; give its data files"
     )
 
@@ -267,11 +280,11 @@ def test_hub_exceptions_become_user_errors_with_a_fix() -> None:
             "cannot be loaded: An error occurred",
         ),
     ]:
-        message = str(_hub_error("a/b", error))
+        message = str(hub_error("a/b", error))
         assert message.startswith("a/b: ")
         assert expected in message
         assert "\n" not in message
-    assert _hub_error("a/b", RuntimeError("a bug")) is None
+    assert hub_error("a/b", RuntimeError("a bug")) is None
 
 
 def test_unreachable_hub_is_an_error_with_a_fix() -> None:

@@ -88,6 +88,44 @@ def test_audit_counts_match_training(base: Path, data: Path, tmp_path: Path) -> 
     assert details["shortened"] == shortened == sum(row["cut_characters"] > 0 for row in rows)
 
 
+def test_bad_rows_are_shown_and_counted_as_in_training(base: Path, tmp_path: Path) -> None:
+    rows = articles(20)
+    rows[1]["title"], rows[4]["document"], rows[12]["title"] = "", " ", ""
+    data = write_jsonl(tmp_path / "dirty.jsonl", rows)
+    with data.open("a") as file:
+        file.write("no json\n")
+    assert inspect(base, data).status == 2
+    *views, last = json_lines(inspect(base, data, json=True, rows="all", bad_rows="skip"))
+    assert [view["row"] for view in views] == list(range(1, 22))
+    empty, cannot = 'field "title" is empty', "not JSON: expecting value"
+    reasons = {2: empty, 5: 'field "document" is empty', 13: empty, 21: cannot}
+    assert {view["row"]: view["left_out"] for view in views if view["left_out"] is not None} == reasons
+    assert all(not view["token_ids"] and not view["prompt"] for view in views if view["row"] in reasons)
+    (source,) = last["audit"]["sources"]
+    assert (source["rows"], source["left_out"]) == (21, 4)
+    assert [(fault["what"], fault["count"], fault["rows"]) for fault in source["bad_rows"]] == [
+        (empty, 2, [2, 13]),
+        ('field "document" is empty', 1, [5]),
+        (cannot, 1, [21]),
+    ]
+    shown = inspect(base, data, bad_rows="skip", rows="13").out
+    assert f"row 13 · {data}:13 · left out: {empty}" in shown
+    assert f"bad rows, {empty}: 2 (rows 2, 13)" in shown
+    done = trained(tmp_path / "out", base, data, bad_rows="skip")
+    details = read_adapter_folder(done.folder).details["trained_on"]
+    assert (details["examples"], details["left_out"]) == (17, 4)
+    assert details["bad_rows"] == {fault["what"]: fault["count"] for fault in source["bad_rows"]}
+    card = (done.folder / "README.md").read_text()
+    assert f"Bad rows among those left out:\n\n- `{empty}`: 2\n- `field" in card
+    assert f"{data}: bad rows left out, {empty}: 2 (rows 2, 13)" in done.out
+    trained_rows = [
+        row
+        for line in (done.folder / "trained_rows.jsonl").read_text().splitlines()
+        for row in json.loads(line)["rows"]
+    ]
+    assert set(trained_rows) == set(range(1, 22)) - set(reasons)
+
+
 def test_nothing_is_written_and_no_weights_are_read(base: Path, data: Path, tmp_path: Path) -> None:
     nan_base = tmp_path / "blind"
     nan_base.mkdir()

@@ -109,6 +109,41 @@ def test_seed_determines_the_validation_rows(data: Path) -> None:
     assert validation_rows[0] == validation_rows[1] != validation_rows[2]
 
 
+def test_max_rows_limits_the_training_rows_and_those_drawn_from_them(tmp_path: Path, data: Path) -> None:
+    dataset = prepare(data, max_rows=12, val_set_size=3)
+    assert dataset.validation is not None
+    assert sorted(rows_of(dataset.validation) + rows_of(dataset.train)) == list(range(1, 13))
+    assert dataset.train.store.key != prepare(data).train.store.key
+    assert prepare(data, max_rows=12).train.store.key == dataset.train.store.key
+    separate = prepare(data, max_rows=2, val_data_path=str(write_jsonl(tmp_path / "more.jsonl", articles(4))))
+    assert separate.validation is not None
+    assert (len(separate.train.positions), len(separate.validation.positions)) == (2, 4)
+
+
+def test_a_slice_applies_to_the_training_rows_alone(tmp_path: Path, data: Path) -> None:
+    more = write_jsonl(tmp_path / "more.jsonl", articles(4, seed=9))
+    dataset = prepare(data, data_split="train[15:]", val_data_path=str(more))
+    assert dataset.validation is not None
+    assert (rows_of(dataset.train), rows_of(dataset.validation)) == ([1, 2, 3, 4, 5], [1, 2, 3, 4])
+    assert next(iter(dataset.train.rows)).place == f"{data}:16"
+
+
+def test_how_the_data_is_read_is_told_first(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        rows = [f"{row['document']};{row['title']}\n" for row in articles(count)]
+        (folder / f"{split}.csv").write_text("document;title\n" + "".join(rows))
+    lines: list[str] = []
+    dataset = prepare(folder, lines, val_data_path=str(folder / "test.csv"))
+    assert rows_of(dataset.train) == [1, 2, 3]
+    assert lines[:3] == [
+        f'{folder}: the split "train" is read (1 file); not test',
+        f"{folder}/train.csv: columns are separated by ;",
+        f"{folder}/test.csv: columns are separated by ;",
+    ]
+
+
 def test_rows_over_the_limit_are_not_drawn_for_validation(tmp_path: Path) -> None:
     rows = articles(20)
     for number in range(0, 20, 2):

@@ -451,6 +451,17 @@ def test_changed_data_is_reported(finished_run: Path, root: Path, tmp_path: Path
     assert done.status == 2
 
 
+def test_data_is_compared_as_the_run_read_it(finished_run: Path, root: Path) -> None:
+    rows = "".join(f"{row['document']}|{row['title']}\n" for row in articles(20))
+    data = root / "rows.csv"
+    data.write_text(f"document|title\n{rows}")
+    settings = {"val_set_size": 2, "card_rows": 0, "max_steps": 1}
+    folder = trained(root / "first", root / "base", data, max_rows=8, delimiter="|", **settings).folder
+    assert outcomes(folder, "--data_path", str(data))["data"] == "well"
+    data.write_text(f"document|title\n{rows[:-2]}\n")
+    assert "data" in find_differences(folder, "--data_path", str(data))
+
+
 # Folders that are not a finished run
 
 

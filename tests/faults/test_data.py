@@ -91,7 +91,7 @@ def test_fault_05_malformed_json(write: Write, refused: Refused) -> None:
         f"a.json:3:11: not JSON: expecting value; {value}"
     ]
     (line,) = refused(write("b.json", f"[{LINE}\n{LINE}]"))
-    assert line.startswith("b.json:2:1: not JSON: expecting") and "put a comma between two rows" in line
+    assert line.startswith("b.json:2:1: not JSON: expecting") and "put a comma between two of them" in line
 
 
 def test_fault_06_truncated_last_line(write: Write, refused: Refused) -> None:
@@ -213,7 +213,7 @@ def test_fault_28_missing_empty_or_irregular_data_path(
     assert refused(tmp_path / "nowhere/a.csv") == ["nowhere/a.csv: no such file or folder; check its name"]
     (tmp_path / "empty").mkdir()
     (line,) = refused(tmp_path / "empty")
-    assert line.startswith("empty: a folder without data files; give a .jsonl, .json, ")
+    assert line.startswith("empty: a folder without data files; give a .jsonl, .ndjson, .json, ")
     pipes = ("pipe.jsonl", "pipe", "in/pipe.csv", "saved/state.json", "splits/dataset_dict.json")
     for pipe in pipes:
         (tmp_path / pipe).parent.mkdir(exist_ok=True)
@@ -270,7 +270,7 @@ def test_errors_of_a_file_are_reported_together_up_to_twenty(write: Write, refus
     rows = [
         '{"document": null, "title": "a"}',
         LINE,
-        '{"document": "a", "title": 3}',
+        '{"document": "a", "title": {"a": 3}}',
         '{"document": NaN}',
         "x",
     ]

@@ -47,10 +47,13 @@ CHANGES: dict[str, Change] = dict(
         accepted("data_split", "test"),  # has no effect on a local file
         accepted("data_revision", "x"),
         refused("encoding", "ascii", "the content of data_path has changed"),
+        refused("delimiter", ";", "the content of data_path has changed"),
         refused("columns", OTHER),
         refused("template", OTHER, "the content of the template has changed"),
         refused("val_set_size", 4),
         refused("val_data_path", OTHER, "the content of the validation rows has changed", val_set_size=0),
+        refused("max_rows", 30, "the content of data_path has changed"),
+        accepted("bad_rows", "skip"),  # there are none
         # TokenSettings
         refused("cutoff_len", 300),
         refused("shrink", OTHER),
@@ -58,6 +61,10 @@ CHANGES: dict[str, Change] = dict(
         refused("over_limit", "error"),
         refused("train_on_inputs", True, "train_on_inputs"),
         refused("add_eos_token", False),
+        refused("train_on", "last"),
+        refused("thinking", "drop"),
+        refused("chat_template_kwargs", {"enable_thinking": False}),
+        refused("parse_special_tokens", True),
         accepted("cache_dir", OTHER),
         # ModelSettings
         refused("base_model", OTHER),

@@ -286,10 +286,14 @@ class Template:
     def _variant_of(self, row: Row, columns: Columns, texts: dict[str, str]) -> int | None:
         """The first variant whose prompt the row can fill; the texts of its fields are added to `texts`."""
         for number, variant in enumerate(self.variants):
-            lists = variant.turn_fields
-            if variant.is_turn_list and not lists:
-                lists = (variant.answer_placeholder.field,)
-            if all(is_filled(row.values.get(self._column(name, columns))) for name in lists):
+            lists = [row.values.get(self._column(name, columns)) for name in variant.turn_fields]
+            if variant.is_turn_list and not lists:  # an empty list is a fault of its own
+                has_turns = (
+                    row.values.get(self._column(variant.answer_placeholder.field, columns)) is not None
+                )
+            else:
+                has_turns = all(map(is_filled, lists))
+            if has_turns:
                 if self._read_fields(variant.prompt_fields, row, columns, texts):
                     return number
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from yeonma.data.rows import Row
@@ -71,7 +71,7 @@ class Turn:
     reasoning: str | None = None
     """The assistant's reasoning before its text, if it stands in a key of its own."""
     tool_calls: tuple[ToolCall, ...] = ()
-    weight: float | None = None
+    weight: float | None = field(default=None, compare=False)
     """The weight of the turn's tokens in the loss, from 0 to 1; None if the turn is not marked."""
     has_content: bool = True
     """False for a tool call whose content is null."""
@@ -81,7 +81,7 @@ class Turn:
     @property
     def is_plain(self) -> bool:
         """Whether the turn is role and text alone."""
-        return self == Turn(self.role, self.text)
+        return self.weight is None and self == Turn(self.role, self.text)
 
     @property
     def other_keys(self) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def test_an_oversize_request_is_refused(client: OpenAI, size: int) -> None:
         ({"seed": 2**32}, "seed must be a whole number"),
         ({"n": 2}, "n is not supported with this value"),
         ({"logprobs": True}, "logprobs is not supported with this value"),
-        ({"tools": [{"type": "function"}]}, "tools is not supported with this value"),
+        ({"tools": [{"type": "function"}]}, "tools are not supported: this model was trained"),
         ({"stop": ["a"] * 5}, "a list of at most 4 strings"),
         ({"stop": ""}, "stop must be a string"),
         ({"extra_body": {"min_p": 0.1}}, "min_p is not supported"),

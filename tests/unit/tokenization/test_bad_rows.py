@@ -31,7 +31,7 @@ ROWS: list[dict[str, Any]] = [
     {"document": "two", "title": ""},
     {"document": "three", "title": "3"},
     {"document": "four"},
-    {"document": 5, "title": "5"},
+    {"document": {"five": 5}, "title": "5"},
     {"document": "six", "title": "6"},
     {"document": "seven", "title": None},
     {"document": ["eight"], "title": "8"},
@@ -117,7 +117,7 @@ def test_every_bad_row_is_listed_with_place_reason_and_fault(write: Write, tmp_p
     ] == [
         (2, ":2", 'field "title" is empty', 'field "title" is empty'),
         (4, ":4", 'field "title" is missing', 'field "title" is missing'),
-        (5, ":5", 'field "document" is a number (5), not text', 'field "document" is a number (N), not text'),
+        (5, ":5", 'field "document" is an object, not text', 'field "document" is an object, not text'),
         (7, ":7", 'field "title" is null', 'field "title" is null'),
         (8, ":8", *['field "document" is a list, not text'] * 2),
     ]

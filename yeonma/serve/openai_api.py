@@ -229,8 +229,8 @@ def read_request(content: bytes, kind: type[Request]) -> Request:
         )
     except ValidationError as error:
         raise _request_error(kind, error) from None
-    for index, message in enumerate(request.messages if isinstance(request, ChatRequest) else ()):
-        if message.content is None and not message.tool_calls:
+    for index, turn in enumerate(request.messages if isinstance(request, ChatRequest) else ()):
+        if turn.content is None and not turn.tool_calls:
             raise RequestError(400, f"messages[{index}].content is missing", param="messages")
     if request.stream and request.return_token_ids:
         message = "a stream contains no token ids: leave out stream or return_token_ids"

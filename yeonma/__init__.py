@@ -31,6 +31,9 @@ def sft(**settings: Any) -> Path:
     """Fine-tune on the answers in a table of examples. Keywords are the settings of `yeonma sft`. Returns the adapter
     folder.
 
+    `data_path` and `val_data_path` may also be the rows themselves: a list of dicts, a pandas or polars DataFrame, or a
+    `datasets.Dataset`.
+
     Raises UserError for every mistake that `yeonma sft` reports, and RuntimeError if one of several processes (`nproc`)
     failed. Ctrl-C and `time_limit` save a checkpoint and raise Stopped, a KeyboardInterrupt; the same call resumes the
     run. A second Ctrl-C ends it at once.
@@ -51,13 +54,15 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     from yeonma.cli import VERBS
     from yeonma.config.parse import config_from_keywords
     from yeonma.config.settings import RunConfig
+    from yeonma.data.python_rows import given
 
     verb = VERBS[name]
-    reading = config_from_keywords(RunConfig, keywords, groups=verb.groups, defaults=verb.defaults)
-    for warning in reading.warnings:
-        warnings.warn(warning, stacklevel=3)
-    module, function = verb.run.split(":")
-    status = getattr(import_module(module), function)(reading.config, as_command=False)
+    with given(keywords) as settings:
+        reading = config_from_keywords(RunConfig, settings, groups=verb.groups, defaults=verb.defaults)
+        for warning in reading.warnings:
+            warnings.warn(warning, stacklevel=3)
+        module, function = verb.run.split(":")
+        status = getattr(import_module(module), function)(reading.config, as_command=False)
     if status:
         raise RuntimeError(f"training ended with status {status}")
     return Path(reading.config.run.output_dir).expanduser()

@@ -1,4 +1,4 @@
-"""Rows of files, folders, saved data sets and hub data sets; the validation split.
+"""Rows of files, folders, saved data sets, hub data sets and Python calls; the validation split.
 
 Rows are streamed and can be read any number of times.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from yeonma.data.arrow_reader import one_line
 from yeonma.data.data_folder import DataFile, files_of
 from yeonma.data.library_sets import hub_set, is_saved, no_splits, saved_set
+from yeonma.data.python_rows import given_set
 from yeonma.data.readers import ENDINGS, ending_of, is_text, open_file
 from yeonma.data.records import DataSet, FileOptions, Source
 from yeonma.data.splits import SplitSlice, parse_split, sliced
@@ -77,7 +78,8 @@ def open_rows(
     max_rows: int | None = None,
     skip_bad: bool = False,
 ) -> Rows:
-    """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`).
+    """The rows of a file, a folder of files, a `save_to_disk` folder or a hub data set (`name`, `name:config`), or
+    those that were given in Python.
 
     An existing path is local; a name that looks like a path but does not exist is an error; any other name is looked up
     on the hub. A local path may be followed by `:` and the part to read. `split` may be sliced, also where there are no
@@ -88,6 +90,8 @@ def open_rows(
     Raises:
         UserError: nothing is there, or the file, its encoding or one of its first rows is faulty.
     """
+    if (data := given_set(data_path)) is not None:
+        return _rows(_slice_of(data, split), max_rows)
     path, part = _local_path(data_path)
     options = _options(encoding, part, delimiter, skip_bad)
     if path is None:
@@ -112,6 +116,8 @@ def glance(
     Returns None for data that the library `datasets` reads, and for slices that depend on the number of rows. Raises
     UserError as `open_rows`.
     """
+    if (data := given_set(data_path)) is not None:
+        return _rows(_slice_of(data, split), max_rows)
     path, part = _local_path(data_path)
     options = _options(encoding, part, delimiter, skip_bad)
     if path is None or is_saved(path):
@@ -238,6 +244,17 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
     if identity and max_rows is not None:
         identity = _hash("first rows", str(max_rows), identity)
     return Rows(data.name, identity, tuple(columns), read, tuple(notes))
+
+
+def _slice_of(data: DataSet, split: str) -> DataSet:
+    """The slice of a data set without splits."""
+    parts = parse_split(split)
+    if len(parts) > 1:
+        raise no_splits(data.name)
+    if parts[0].is_whole:
+        return data
+    identity = _hash("slices", data.identity, repr(replace(parts[0], name="")))
+    return replace(data, identity=identity, sources=(sliced(data.sources, parts[0]),))
 
 
 def _file_set(

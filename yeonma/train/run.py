@@ -22,6 +22,7 @@ from yeonma.config.parse import settings_dict, to_yaml
 from yeonma.config.settings import (
     RunConfig,
 )
+from yeonma.data.python_rows import is_label
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.sharding import broadcast_trained
@@ -273,7 +274,7 @@ def _train(
         broadcast_trained(state.model)
     loss_unit = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
     plot_loss(output / "metrics.jsonl", output / "loss.svg", loss_unit)
-    repeat_command = f"yeonma {state.objective.name} --config settings.yaml   # the settings below\n\n"
+    repeat_command = _repeat_command(config, state.objective.name)
     repeat_command += to_yaml(config)
     write_card(
         output,
@@ -292,6 +293,16 @@ def _train(
     if exported.text is None:
         log(f"chat_template.jinja does not contain the training template: {exported.why}")
     return None
+
+
+def _repeat_command(config: RunConfig, verb: str) -> str:
+    """How to repeat a run from its settings.yaml, which stand below."""
+    data = {"data_path": config.data.data_path, "val_data_path": config.data.val_data_path or ""}
+    given = [f"{setting}=..." for setting, path in data.items() if is_label(path)]
+    if given:
+        call = f'yeonma.{verb}(config="settings.yaml", {", ".join(given)})'
+        return f"{call}   # in Python, with the same data; the settings are below\n\n"
+    return f"yeonma {verb} --config settings.yaml   # the settings below\n\n"
 
 
 def _size_in_checkpoint(progress: RunProgress, state: TrainState) -> int | None:

@@ -1,0 +1,246 @@
+"""Rows that a Python call gives instead of a path: a list of dicts, a DataFrame, a `datasets.Dataset`.
+
+For the time of the call they lie in a temporary file, one JSON object a line, so that all processes of the call can
+read them any number of times. Their identity is the SHA-256 of that file. pandas and polars are not imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from yeonma.data.arrow_reader import open_table
+from yeonma.data.records import DataSet, Record, Source
+from yeonma.data.strict_json import kind_of
+from yeonma.errors import Problem, UserError, brief
+
+SETTINGS = ("data_path", "val_data_path")
+"""The settings that take rows."""
+FOLDER_VARIABLE = "YEONMA_GIVEN_ROWS"
+"""The environment variable with the folder of the files, for the processes that a call starts."""
+ROWS_A_PIECE = 1000
+_LABEL = re.compile(r"<[^<>]+ of \d+ rows?, SHA-256 ([0-9a-f]{12})>")
+_WHAT = "give a path, a list of dicts, a pandas or polars DataFrame, or a datasets.Dataset"
+
+
+class NotData(Exception):
+    """A value that JSON has no form for. The message says what it is."""
+
+
+@contextmanager
+def given(keywords: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The keywords of a call, with a label in place of rows. `given_set` opens it within the block.
+
+    Raises UserError for what is neither a path nor rows, and for rows that are no data.
+    """
+    settings = [
+        name for name in SETTINGS if not isinstance(keywords.get(name), (str, os.PathLike, type(None)))
+    ]
+    if not settings:
+        yield dict(keywords)
+        return
+    folder, before = tempfile.mkdtemp(prefix="yeonma-"), os.environ.get(FOLDER_VARIABLE)
+    try:
+        labels = {name: _write(keywords[name], name, Path(folder)) for name in settings}
+        os.environ[FOLDER_VARIABLE] = folder
+        yield {**keywords, **labels}
+    finally:
+        if before is None:
+            os.environ.pop(FOLDER_VARIABLE, None)
+        else:
+            os.environ[FOLDER_VARIABLE] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_label(data_path: str) -> bool:
+    """Whether this stands for rows that were given in Python, such as `<list of 120 rows, SHA-256 1f0e9d2c3b4a>`."""
+    return _LABEL.fullmatch(data_path) is not None
+
+
+def given_set(data_path: str) -> DataSet | None:
+    """The rows for which a label stands; None for what is no label. Raises UserError if their call has ended."""
+    match = _LABEL.fullmatch(data_path)
+    if match is None:
+        return None
+    folder = os.environ.get(FOLDER_VARIABLE)
+    paths = sorted(Path(folder).glob(f"*-{match[1]}*.jsonl")) if folder else []
+    if not paths:
+        cure = "call yeonma.sft or yeonma.dpo again with the same data, or write it to a file"
+        raise UserError("this data was given in Python, and lies in no file", place=data_path, cure=cure)
+    setting, _, digest = paths[0].stem.partition("-")
+    return DataSet(data_path, digest, (Source(partial(_read, paths[0], setting)),))
+
+
+def _read(path: Path, setting: str) -> Iterator[Record]:
+    with path.open(encoding="ascii") as lines:
+        for number, line in enumerate(lines, 1):
+            yield f"{setting} row {number}", json.loads(line)
+
+
+def _write(data: Any, setting: str, folder: Path) -> str:
+    """Writes rows into a file in `folder`. Returns the label that stands for them."""
+    kind, rows = _rows_of(data, setting)
+    digest, count = sha256(), 0
+    temporary = folder / setting
+    try:
+        with temporary.open("wb") as file:
+            for count, values in enumerate(rows, 1):
+                line = _line(values, f"{setting} row {count}")
+                digest.update(line)
+                file.write(line)
+        temporary.rename(folder / f"{setting}-{digest.hexdigest()}.jsonl")
+    except OSError as error:
+        problem = f"the rows cannot be written to a temporary file: {error.strerror or error}"
+        raise UserError(problem, place=setting, cure="make room, or choose its folder with TMPDIR") from None
+    if count == 0:
+        raise UserError("no rows", place=setting, cure="give at least one row")
+    return f"<{kind} of {count} row{'s' * (count > 1)}, SHA-256 {digest.hexdigest()[:12]}>"
+
+
+def _line(values: Any, place: str) -> bytes:
+    try:
+        return f"{json.dumps(_row(values, place), sort_keys=True)}\n".encode("ascii")
+    except RecursionError:
+        raise UserError("too deeply nested", place=place, cure="nest it less deeply") from None
+    except ValueError:  # Python writes whole numbers of up to 4300 digits
+        raise UserError("a number with too many digits", place=place, cure="write it as text") from None
+
+
+# Kinds of data
+
+
+def _rows_of(data: Any, setting: str) -> tuple[str, Iterable[Any]]:
+    """What the data is, for the label, and its rows. Raises UserError for anything else."""
+    for base in type(data).__mro__:
+        kind = f"{base.__module__.partition('.')[0]} {base.__name__}"
+        if kind in _READERS:
+            return kind, _READERS[kind](data, setting)
+        if kind in _CURES:
+            raise UserError(f"what is given is a {kind}", place=setting, cure=_CURES[kind])
+    if isinstance(data, (list, tuple)):
+        return "list", data
+    raise UserError(f"what is given is of type {type(data).__name__}", place=setting, cure=_WHAT)
+
+
+def _pandas_rows(frame: Any, setting: str) -> Iterator[dict[str, Any]]:
+    names = _column_names(frame.columns, setting)
+    if any(name is not None for name in frame.index.names):
+        shown = ", ".join(str(name) for name in frame.index.names)
+        cure = "make it columns with .reset_index(), or drop it with .reset_index(drop=True)"
+        raise UserError(f"the index has a name ({brief(shown)}), and is not read", place=setting, cure=cure)
+    for start in range(0, len(frame), ROWS_A_PIECE):
+        piece = frame.iloc[start : start + ROWS_A_PIECE]
+        columns = [piece.iloc[:, at].tolist() for at in range(len(names))]
+        yield from (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True))
+
+
+def _polars_rows(frame: Any, setting: str) -> Iterator[dict[str, Any]]:
+    for piece in frame.iter_slices(ROWS_A_PIECE):
+        yield from piece.to_dicts()
+
+
+def _dataset_rows(table: Any, setting: str) -> Iterator[Mapping[str, object]]:
+    for _, values in open_table(table, setting).read():
+        assert not isinstance(values, Problem)
+        yield values
+
+
+def _column_names(columns: Iterable[Any], setting: str) -> list[str]:
+    names = [str(column) for column in columns]
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        problem = f'two columns are named "{brief(twice[0])}"'
+        raise UserError(problem, place=setting, cure="give each column a unique name")
+    return names
+
+
+_READERS: dict[str, Callable[[Any, str], Iterable[Any]]] = {
+    "pandas DataFrame": _pandas_rows,
+    "polars DataFrame": _polars_rows,
+    "datasets Dataset": _dataset_rows,
+}
+"""Package and class -> its rows."""
+_CURES = {
+    "datasets DatasetDict": 'give one of its splits, such as dataset["train"]',
+    "datasets IterableDataset": "give a list of its rows, or save it to a file",
+    "datasets IterableDatasetDict": "give a list of the rows of one split, or save it to a file",
+    "polars LazyFrame": "give what its .collect() returns",
+    "pandas Series": "give a DataFrame: .to_frame()",
+}
+
+
+# Values
+
+
+def _row(values: Any, place: str) -> dict[str, Any]:
+    """A row as JSON has it. Raises UserError at `place` for anything else."""
+    if not isinstance(values, Mapping):
+        cure = (
+            "give one path, or a folder of files"
+            if isinstance(values, str)
+            else 'write {"column": "value", ...}'
+        )
+        raise UserError(f"a row must be a dict, not {kind_of(values)}", place=place, cure=cure)
+    row = {}
+    for column, value in values.items():
+        if not isinstance(column, str):
+            raise UserError(f"a column must have a text as its name, not {column!r:.100}", place=place)
+        try:
+            row[column] = plain(value)
+        except NotData as fault:
+            problem = f'column "{brief(column)}" holds {fault}, which is no data'
+            raise UserError(
+                problem, place=place, cure="leave the column out, or write text instead"
+            ) from None
+    return row
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: null for NaN, NA and NaT, ISO 8601 for dates and times. Raises NotData."""
+    if value is None or type(value) in (str, bool, int):
+        return value
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise NotData("infinity")
+        return None if math.isnan(value) else float(value)
+    for kinds, convert in _CONVERSIONS:
+        if isinstance(value, kinds):
+            return convert(value)
+    for method in ("tolist", "to_list"):  # of NumPy's arrays and scalars; of polars' Series
+        if callable(getattr(value, method, None)):
+            return plain(getattr(value, method)())
+    raise NotData(f"a value of type {type(value).__name__}")
+
+
+def _plain_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
+    if not all(isinstance(key, str) for key in value):
+        raise NotData("a dict with keys that are no text")
+    return {str(key): plain(entry) for key, entry in value.items()}
+
+
+_CONVERSIONS: tuple[tuple[tuple[type, ...], Callable[[Any], Any]], ...] = (
+    ((str,), str),
+    ((int,), int),
+    ((Mapping,), _plain_mapping),
+    ((list, tuple), lambda value: [plain(entry) for entry in value]),
+    ((date, time), lambda value: value.isoformat()),
+    ((timedelta, Decimal, UUID), str),
+    ((bytes, bytearray), lambda value: {"bytes": b64encode(value).decode("ascii")}),
+)

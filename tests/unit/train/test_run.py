@@ -95,6 +95,10 @@ def test_yeonma_json_records_base_template_rules_and_training_data(
         "over_limit": "drop",
         "train_on_inputs": False,
         "add_eos_token": True,
+        "thinking": "auto",
+        "train_on": "all",
+        "chat_template_kwargs": None,
+        "parse_special_tokens": False,
     }
     steps = done.steps[:3]
     assert details["trained_on"] == {

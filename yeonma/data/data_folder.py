@@ -19,7 +19,7 @@ from yeonma.data.readers import KNOWN_FILES, ending_of
 from yeonma.errors import UserError, brief, did_you_mean
 
 # Files about the data, often next to it.
-_SIDE_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json", "state.json")
+_SIDE_FILES = ("dataset_info.json", "dataset_infos.json", "config.json")
 _CARD = "README.md"
 _CARD_CHARACTERS = 1_000_000
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)

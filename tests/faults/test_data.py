@@ -213,7 +213,7 @@ def test_fault_28_missing_empty_or_irregular_data_path(
     assert refused(tmp_path / "nowhere/a.csv") == ["nowhere/a.csv: no such file or folder; check its name"]
     (tmp_path / "empty").mkdir()
     (line,) = refused(tmp_path / "empty")
-    assert line.startswith("empty: a folder without data files; give a .jsonl, .ndjson, .json, ")
+    assert line.startswith("empty: a folder without data files; give a .jsonl, .ndjson, ")
     pipes = ("pipe.jsonl", "pipe", "in/pipe.csv", "saved/state.json", "splits/dataset_dict.json")
     for pipe in pipes:
         (tmp_path / pipe).parent.mkdir(exist_ok=True)

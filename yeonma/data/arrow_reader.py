@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -60,9 +60,14 @@ def _parquet_rows(path: Path, name: str, skip_bad: bool) -> Iterator[Record]:
             expected, read = file.metadata.num_rows, 0
             if expected == 0:
                 raise no_rows(name)
-            for row in _batch_rows(file.iter_batches(ROWS_A_BATCH), name, skip_bad):
-                read += 1
-                yield row
+
+            def counted() -> Iterator[Any]:
+                nonlocal read
+                for batch in file.iter_batches(ROWS_A_BATCH):
+                    read += batch.num_rows
+                    yield batch
+
+            yield from _batch_rows(counted(), name, skip_bad)
             if read != expected:
                 problem = f"only {read} of the {expected} rows in its metadata can be read"
                 raise UserError(problem, place=name, cure=WRITE_AGAIN)
@@ -144,16 +149,23 @@ def _batch_rows(batches: Iterator[Any], name: str, skip_bad: bool, rows_before: 
         except (ValueError, OverflowError):
             place = f"{name} rows {number + 1}-{number + batch.num_rows}"
             raise _unreadable_column(batch, place) from None
-        for values in rows:
-            number += 1
-            place = f"{name} row {number}"
-            if not namings:
-                yield place, values
-                continue
-            record = named(values, namings, place)
-            if isinstance(record, Problem) and not skip_bad:
-                raise UserError([record])
-            yield place, record
+        if namings:
+            yield from _named_rows(rows, namings, name, number, skip_bad)
+        else:
+            for at, values in enumerate(rows, number + 1):
+                yield f"{name} row {at}", values
+        number += len(rows)
+
+
+def _named_rows(
+    rows: Sequence[dict[str, object]], namings: dict[str, Naming], name: str, rows_before: int, skip_bad: bool
+) -> Iterator[Record]:
+    for number, values in enumerate(rows, rows_before + 1):
+        place = f"{name} row {number}"
+        record = named(values, namings, place)
+        if isinstance(record, Problem) and not skip_bad:
+            raise UserError([record])
+        yield place, record
 
 
 def _unreadable_column(batch: Any, place: str) -> UserError:

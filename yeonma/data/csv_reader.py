@@ -41,9 +41,6 @@ class Header:
             return None
         return [*cells[:columns], *[""] * (columns - len(cells))]
 
-    def values(self, cells: Iterable[str]) -> dict[str, object]:
-        return {column: cell for column, cell in zip(self.names, cells, strict=True) if column}
-
 
 @dataclass(frozen=True)
 class _Layout:
@@ -155,11 +152,11 @@ def _divides(head: Sequence[str], delimiter: str) -> bool:
 def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
     """Empty rows are skipped. The UserError of wrong rows lists up to ten of them; `skip_bad`: see `FileOptions`."""
     name, header = file.name, layout.header
-    columns = len(header.names)
+    names, columns, all_named = header.names, len(header.names), all(header.names)
     problems: list[Problem] = []
     empty = True
     for line, cells in islice(_records(file, layout.delimiter, layout.lines_before), 1, None):
-        if not (cells[0].strip() or any(map(str.strip, cells))):
+        if not cells[0].strip() and not any(map(str.strip, cells)):
             continue
         empty = False
         if len(cells) != columns:
@@ -176,8 +173,15 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
                     break
                 continue
             cells = fitted
-        if not problems:
-            yield f"{name}:{line}", header.values(cells)
+        if problems:
+            continue
+        if all_named:
+            yield f"{name}:{line}", dict(zip(names, cells, strict=True))
+        else:
+            yield (
+                f"{name}:{line}",
+                {column: cell for column, cell in zip(names, cells, strict=True) if column},
+            )
     if problems:
         raise UserError(problems)
     if empty:

@@ -390,7 +390,7 @@ def _entries(window: _Window) -> Iterator[tuple[int, object]]:
             _take_key(window, ())
         window.next_character()
         yield window.line, window.take_value()
-        separator = _separator(window, closing, "a row")
+        separator = _separator(window, closing, "row")
 
 
 def _lists_by_key(window: _Window) -> dict[str, _List | None]:
@@ -404,7 +404,7 @@ def _lists_by_key(window: _Window) -> dict[str, _List | None]:
     while separator == ",":
         key = _take_key(window, by_key)
         by_key[key] = _list_at(window) if window.next_character() == "[" else _numbered_values_at(window)
-        separator = _separator(window, "}", "a value")
+        separator = _separator(window, "}", "value")
     return by_key
 
 
@@ -445,8 +445,8 @@ def _separator(window: _Window, closing: str, what: str) -> str:
     """The comma or the closing bracket after an entry; the window moves behind it."""
     separator = window.next_character()
     if separator not in (",", closing):
-        cure = f"put a comma between two of them, and {closing} after the last one"
-        raise _cut_or(window, f'not JSON: expecting "," or "{closing}" after {what}', cure)
+        cure = f"put a comma between two {what}s, and {closing} after the last one"
+        raise _cut_or(window, f'not JSON: expecting "," or "{closing}" after a {what}', cure)
     window.move(window.at + 1)
     return separator
 

@@ -28,7 +28,7 @@ _BINARY: dict[str, Callable[[Path, str, FileOptions], Source]] = {
 }
 ENDINGS = (*_TEXT, *_BINARY, *(f"{text}{packed}" for text in _TEXT for packed in COMPRESSIONS))
 KNOWN_FILES = (
-    f"a {', '.join(_TEXT)} (each also with {' or '.join(COMPRESSIONS)}) or {', '.join(_BINARY)} file"
+    "a .jsonl, .ndjson, .json, .csv or .tsv file (also with .gz or .zst), or a .parquet, .arrow or .xlsx file"
 )
 """What can be read, for messages."""
 _WITH_PARTS = (".jsonl", ".ndjson", ".json", ".xlsx")

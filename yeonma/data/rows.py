@@ -217,9 +217,10 @@ def _rows(data: DataSet, max_rows: int | None) -> Rows:
     def read() -> Iterator[Row]:
         records = islice(chain.from_iterable(source.read() for source in sources), max_rows)
         for number, (place, values) in enumerate(records, 1):
-            yield (
-                Row(number, {}, place, values) if isinstance(values, Problem) else Row(number, values, place)
-            )
+            if isinstance(values, Problem):
+                yield Row(number, {}, place, values)
+            else:
+                yield Row(number, values, place)
 
     most = min(ROWS_FOR_COLUMNS, max_rows or ROWS_FOR_COLUMNS)
     columns: dict[str, None] = {}

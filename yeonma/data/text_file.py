@@ -38,10 +38,13 @@ class TextFile:
 
         Raises UserError for bytes that are not text, a NUL, a later byte order mark, and damaged compression.
         """
-        for number, line in enumerate(self.raw_lines(), 1):
-            if is_stray(line):
-                raise UserError([self.stray_character(line, number, 1)])
-            yield line
+        with self._opened() as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(BOM)
+                if NUL in line or (not line.isascii() and line[0] == BOM):
+                    raise UserError([self.stray_character(line, number, 1)])
+                yield line
 
     def raw_lines(self) -> Iterator[str]:
         """Like `lines`, without the search for NUL and byte order marks."""
@@ -60,7 +63,7 @@ class TextFile:
 
     def check(self, text: str, line: int, column: int) -> None:
         """Raises UserError for a NUL or a byte order mark in `text`, which begins at `line` and `column`."""
-        if _STRAY.search(text):
+        if (NUL in text or BOM in text) and _STRAY.search(text):
             raise UserError([self.stray_character(text, line, column)])
 
     def stray_character(self, text: str, line: int, column: int) -> Problem:

@@ -91,7 +91,7 @@ def test_fault_05_malformed_json(write: Write, refused: Refused) -> None:
         f"a.json:3:11: not JSON: expecting value; {value}"
     ]
     (line,) = refused(write("b.json", f"[{LINE}\n{LINE}]"))
-    assert line.startswith("b.json:2:1: not JSON: expecting") and "put a comma between two of them" in line
+    assert line.startswith("b.json:2:1: not JSON: expecting") and "put a comma between two rows" in line
 
 
 def test_fault_06_truncated_last_line(write: Write, refused: Refused) -> None:

@@ -111,3 +111,69 @@ def _check_serve(habit: Habit, out: Path, errors: Path) -> None:
             assert "".join(delta.content or "" for delta in deltas) == answer
             streamed = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
             assert streamed == (reasoning or "")
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+ASK = {"role": "user", "content": "Cold in Seoul?"}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "서울"}'},
+}
+RESULT = {"role": "tool", "tool_call_id": "call00001", "content": "-3"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["block in the last turn", "block of special tokens"])
+def test_trained_tool_calls_come_back_as_tool_calls(name: str, tmp_path: Path) -> None:
+    habit = next(habit for habit in HABITS if habit.name == name)
+    base, data, out = (
+        tiny_base(tmp_path / "base", habit.tokenizer()),
+        tmp_path / "rows.jsonl",
+        tmp_path / "out",
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    turns = [ASK, call, RESULT, {"role": "assistant", "content": "Yes, -3."}]
+    data.write_text(json.dumps({"messages": turns, "tools": [TOOL]}))
+    sft(
+        base_model=str(base),
+        data_path=str(data),
+        output_dir=str(out),
+        max_steps=120,
+        batch_size=1,
+        learning_rate=1e-2,
+        lora_r=32,
+        lora_alpha=64,
+        lr_scheduler="constant",
+        card_rows=0,
+    )
+    with serving(tmp_path / "errors", out, "--max_new_tokens", "64") as server, server.client() as client:
+
+        def ask(messages: list[Any], **options: Any) -> Any:
+            return client.chat.completions.create(
+                model=out.name,
+                messages=messages,
+                tools=[TOOL],
+                **options,  # type: ignore[list-item]
+            )
+
+        choice = ask([ASK]).choices[0]
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None
+        (answered,) = choice.message.tool_calls
+        assert answered.function.name == "weather"
+        assert json.loads(answered.function.arguments) == {"city": "서울"}
+        last = list(ask([ASK], stream=True))[-1].choices[0]
+        assert last.finish_reason == "tool_calls"
+        assert last.delta.tool_calls[0].function.name == "weather"
+        # the message goes back as clients send it, with the result of the call
+        answer = ask(
+            [ASK, choice.message.model_dump(exclude_none=True), {**RESULT, "tool_call_id": answered.id}]
+        )
+        assert answer.choices[0].message.content == "Yes, -3."
+        assert answer.choices[0].finish_reason == "stop"

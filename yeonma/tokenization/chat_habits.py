@@ -21,6 +21,8 @@ class Habits:
     """The arguments that it reads, such as `tools` and `enable_thinking`."""
     names: frozenset[str]
     """The names of keys and attributes that it reads, such as `tool_calls`."""
+    assigned: frozenset[str] = frozenset()
+    """The variables that it also sets itself, often only those."""
     trailer: str | None = None
     """The text after an assistant's content, if known."""
     tags: ThinkTags | None = None
@@ -29,6 +31,8 @@ class Habits:
     """The key of a message whose text it writes as reasoning in the last turn, or None."""
     keeps_block: bool = True
     """Whether it writes an assistant's content verbatim, with a block of reasoning at its beginning."""
+    takes_null: bool = True
+    """Whether it takes a tool call whose content is null. Others get an empty text."""
     marks: frozenset[str] = frozenset()
     """Special tokens that it writes within an assistant's turn, such as `<think>`."""
 
@@ -54,7 +58,8 @@ def _habits_of(source: str) -> Habits:
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, str):
             names.add(constant.value)
-    return Habits(frozenset(variables), frozenset(names), tags=tags_in(source))
+    assigned = frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "store")
+    return Habits(frozenset(variables), frozenset(names), assigned, tags=tags_in(source))
 
 
 def _without_generation(source: str) -> str:

@@ -44,6 +44,17 @@ _TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
 _FIXED_DATE_FILTERS = "".join(f"|replace('{code}','{text}')" for code, text in {**_DATE, **_TIME}.items())
 FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FIXED_DATE_FILTERS} }}}}{{%- endmacro %}}\n"
 
+_GIVEN = {
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "raise_exception",
+    "strftime_now",
+}
+"""What a chat template reads besides arguments of its own."""
+
 _PROBE = "Zq{number}qZ"
 _PROBES = re.compile(r"Zq\d+qZ")
 
@@ -276,10 +287,11 @@ class Chat:
     def _message(self, message: ChatMessage) -> ChatMessage:
         """The message with reasoning that stands in its content moved to a key of its own, unless the chat template
         writes contents verbatim; without reasoning if `thinking` is "drop"."""
-        if message["role"] != "assistant" or not isinstance(message["content"], str):
-            if message["role"] == "assistant" and self.thinking == "drop":
-                return self._without_reasoning(message, "")
+        if message["role"] != "assistant":
             return message
+        if message["content"] is None:
+            message = message if self.habits.takes_null else {**message, "content": ""}
+            return self._without_reasoning(message, "") if self.thinking == "drop" else message
         tags = self.tags
         reasoning, content = (None, message["content"]) if tags is None else tags.split(message["content"])
         if self.thinking == "drop":
@@ -300,9 +312,9 @@ class Chat:
             )
         for name in kwargs:
             if name not in self.habits.variables:
-                cure = did_you_mean(name, self.habits.variables) or (
-                    f"it reads {', '.join(sorted(self.habits.variables))}"
-                )
+                arguments = self.habits.variables - self.habits.assigned - _GIVEN
+                listed = ", ".join(sorted(arguments)) or "none"
+                cure = did_you_mean(name, arguments) or f"its arguments: {listed}"
                 problem = f'the model\'s chat template has no argument "{name}"'
                 raise UserError(problem, place="chat_template_kwargs", cure=cure)
 
@@ -476,10 +488,28 @@ def chat_of(
     """
     with deadline(RENDER_SECONDS) as limit:
         try:
-            yield _with_habits(Chat(encoder, limit, habits_in(encoder.tokenizer), thinking, kwargs or {}))
+            yield _with_known_habits(
+                Chat(encoder, limit, habits_in(encoder.tokenizer), thinking, kwargs or {})
+            )
         except TooSlow as slow:
             problem = f"the model's chat template did not end within {limit.seconds:g} seconds"
             raise UserError(problem, place=str(slow), cure="use a template without turns") from None
+
+
+_KNOWN: dict[tuple[str, str, str], Habits] = {}
+_MOST_KNOWN = 32
+
+
+def _with_known_habits(chat: Chat) -> Chat:
+    """`chat` with its habits, which are found once for a chat template, its arguments and the special tokens."""
+    tokenizer = chat.encoder.tokenizer
+    special = chat.encoder.special.pattern if chat.encoder.special is not None else ""
+    key = (repr(tokenizer.chat_template), json.dumps(chat.kwargs, sort_keys=True, default=str), special)
+    if key not in _KNOWN:
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = _with_habits(chat).habits
+    return replace(chat, habits=_KNOWN[key])
 
 
 def _with_habits(chat: Chat) -> Chat:
@@ -514,7 +544,24 @@ def _with_habits(chat: Chat) -> Chat:
             habits = replace(habits, keeps_block=reasoning in text)
         except UserError:
             pass
+    habits = replace(habits, takes_null=_takes_null(replace(chat, habits=habits), short))
     return replace(chat, habits=replace(habits, marks=_marks(replace(chat, habits=habits), short)))
+
+
+def _takes_null(chat: Chat, short: Conversation) -> bool:
+    """Whether the chat template takes a tool call whose content is null, at the end and before other turns."""
+    if "tool_calls" not in chat.habits.names:
+        return True
+    call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "content": "x", "name": "name", "tool_call_id": "call00001"}
+    messages = [short.messages[0], message, result]
+    try:
+        chat._render(replace(short, messages=messages[:2]), "chat template")
+        chat.prompt(replace(short, messages=messages), "chat template")
+    except UserError:
+        return False
+    return True
 
 
 def _marks(chat: Chat, short: Conversation) -> frozenset[str]:

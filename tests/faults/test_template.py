@@ -238,7 +238,8 @@ def test_fault_41_no_variant_fits_a_row(write: Write, refused: Refused, accepted
 def test_unreadable_template_is_reported_with_its_name(
     tmp_path: Path, write: Write, refused: Refused, data: Path
 ) -> None:
-    cure = "the built-in templates are title, alpaca, orca, chat, prompt-completion"
+    cure = "the built-in templates are title, alpaca, alpaca-turns, orca, chat, prompt-completion, "
+    cure += "prompt-completion-turns, text"
     write("title.txt", "{document}\n{title}")
     missing = tmp_path / "titel.txt"
     (line,) = refused(data, template=missing)

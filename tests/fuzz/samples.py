@@ -53,6 +53,10 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "messages": [
         {"messages": [*_PROMPT, {"role": "assistant", "content": "Yes."}]},
         {"messages": [*_PROMPT[1:], {"role": "assistant", "content": [{"type": "text", "text": "No."}]}] * 2},
+        {
+            "messages": [*_PROMPT[1:], {"role": "assistant", "content": "4", "weight": 0.5}],
+            "system": "Be true.",
+        },
     ],
     "conversations": [{"conversations": [*_SHAREGPT, {"from": "gpt", "value": "응"}], "id": 7}],
     "alpaca": [
@@ -64,6 +68,21 @@ TABLES: dict[str, list[dict[str, Any]]] = {
         {"prompt": "Once upon a", "completion": " time"},
         {"prompt": "b", "completion": "c"},
     ],
+    "alpaca-turns": [
+        {
+            "instruction": "And a pear?",
+            "input": "",
+            "output": "배",
+            "system": "Be kind.",
+            "history": [["a", "b"]],
+        },
+        {"instruction": "Say hello.", "output": "hello", "history": []},
+    ],
+    "prompt-completion-turns": [
+        {"prompt": _PROMPT, "completion": [{"role": "assistant", "content": "Yes.", "train": True}]},
+        {"prompt": "And now?", "completion": {"role": "assistant", "content": "No."}},
+    ],
+    "text": [{"text": "한 줄의 글.\nAnother line."}, {"text": "x", "url": "y"}],
 }
 """Name -> a few rows. All but the first four are also the name of a built-in template or one of its columns."""
 
@@ -72,9 +91,14 @@ NAMES = (
    
     *("document", "title", "messages", "conversations", "role", "content", "from", "value", "instruction", "input"),
     *("output", "question", "response", "system", "system_prompt", "prompt", "completion", "type", "text", "answer"),
+    *("history", "tools", "tool_calls", "reasoning_content", "weight", "name", "function", "arguments"),
 )
 # fmt: on
-FLAT = [name for name, rows in TABLES.items() if not {"messages", "conversations"} & set(rows[0])]
+FLAT = [
+    name
+    for name, rows in TABLES.items()
+    if all(isinstance(value, (str, int)) for row in rows for value in row.values())
+]
 
 KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "ndjson", "arrow", "xlsx")
 # fmt: off

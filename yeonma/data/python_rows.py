@@ -199,7 +199,8 @@ def _row(values: Any, place: str) -> dict[str, Any]:
     row = {}
     for column, value in values.items():
         if not isinstance(column, str):
-            raise UserError(f"a column must have a text as its name, not {column!r:.100}", place=place)
+            problem = f"a column must have a text as its name, not {brief(repr(column))}"
+            raise UserError(problem, place=place, cure="name the columns with texts")
         try:
             row[column] = plain(value)
         except NotData as fault:

@@ -197,7 +197,10 @@ def _existing(written: str) -> Path | None:
 
 
 def _looks_like_a_path(data_path: str) -> bool:
-    has_file_ending = data_path.partition(":")[0].lower().endswith((*ENDINGS, *_OTHER_ENDINGS))
+    before_part = data_path.partition(":")[0]
+    has_file_ending = any(
+        name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS)) for name in (data_path, before_part)
+    )
     repository = re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?(:.+)?", data_path)
     return has_file_ending or data_path.startswith((".", "/", "~")) or not repository
 

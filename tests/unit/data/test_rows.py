@@ -176,6 +176,8 @@ def test_a_missing_file_is_an_error_with_a_suggestion(
         "../data",
         "a/b/c",
         "no.csv",
+        "no.csv:part",
+        "s3://bucket/rows.jsonl",
         "/nowhere/at/all",
         "~/nothing-there",
         "two words",

@@ -78,7 +78,7 @@ def test_all_invalid_models_are_reported_together(folders: Folders, data: Path, 
 @pytest.mark.usefixtures("no_weights")
 def test_invalid_rows_are_each_reported_once_with_their_line(folders: Folders, tmp_path: Path) -> None:
     data = write_jsonl(
-        tmp_path / "odd.jsonl", [ROWS[0], {"title": "no article"}, {"document": 7, "title": "x"}]
+        tmp_path / "odd.jsonl", [ROWS[0], {"title": "no article"}, {"document": {"a": 7}, "title": "x"}]
     )
     done = compare(tmp_path / "report", folders.base, folders.adapter, data_path=data)
     assert done.status == 2

@@ -110,9 +110,21 @@ def recognise(
     if fitting:
         problem = f"the columns ({listed}) fit several templates: {', '.join(fitting)}"
         raise UserError(problem, place="--template", cure="choose one of them")
+    if mapped := _with_other_capitals(names, columns, forms):
+        cure = f"give --columns '{{{mapped}}}', or rename the columns"
+        raise UserError(f"the columns ({listed}) fit no built-in template", place="--template", cure=cure)
     needs = "; ".join(map(str, forms))
     cure = f"give a template, or map its fields to your columns with --columns ({needs})"
     raise UserError(f"the columns ({listed}) fit no built-in template", place="--template", cure=cure)
+
+
+def _with_other_capitals(names: Sequence[str], columns: Mapping[str, str], forms: Sequence[Form]) -> str:
+    """What `--columns` must say if one template fits but for capitals and blanks in the columns' names; else empty."""
+    plain = {name.strip().lower(): name for name in names}
+    fitting = [used for form in forms if (used := _columns_used(form, list(plain), columns))]
+    if len(plain) != len(names) or len(fitting) != 1:
+        return ""
+    return ", ".join(f"{name}: {plain[name]}" for name in fitting[0] if plain[name] != name)
 
 
 def column_of(field: str, columns: Columns, answer_field: str) -> str:

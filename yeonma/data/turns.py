@@ -81,7 +81,8 @@ class Turn:
     @property
     def is_plain(self) -> bool:
         """Whether the turn is role and text alone."""
-        return self.weight is None and self == Turn(self.role, self.text)
+        keys = self.reasoning or self.tool_calls or self.other
+        return self.weight is None and self.has_content and not keys
 
     @property
     def other_keys(self) -> dict[str, Any]:
@@ -134,8 +135,17 @@ def turn_of(entry: object, where: str, place: str) -> Turn | None:
         raise UserError(problem, place=place, cure='write {"role": "user", "content": "..."}')
     role_key, text_key = ("from", "value") if entry.get("from") is not None else ("role", "content")
     role = _role(entry.get(role_key), f"{where}.{role_key}", place)
-    calls = _tool_calls(entry, role, where, place)
     content = entry.get(text_key)
+    if (
+        isinstance(content, str)
+        and content.strip()
+        and len(entry) == 2
+        and entry.get(role_key) not in CALL_ROLES
+    ):
+        return Turn(
+            role, _content(content, f"{where}.{text_key}", place)
+        )  # the usual turn: nothing else to read
+    calls = _tool_calls(entry, role, where, place)
     if entry.get(role_key) in CALL_ROLES and not calls:
         calls, content = _calls_in_text(content, f"{where}.{text_key}", place), None
     has_content = content is not None or not calls

@@ -91,6 +91,15 @@ def test_unrecognised_columns_error_lists_the_columns_of_each_template() -> None
         assert words in message
 
 
+def test_columns_that_fit_but_for_capitals_get_a_cure_that_works() -> None:
+    with pytest.raises(UserError, match=r"give --columns '\{instruction: Instruction, output: OUTPUT\}'"):
+        recognise(["Instruction", "OUTPUT"])
+    assert (
+        recognise(["Instruction", "OUTPUT"], {"instruction": "Instruction", "output": "OUTPUT"}).template
+        == "alpaca"
+    )
+
+
 def test_columns_that_fit_several_templates_list_the_candidates() -> None:
     with pytest.raises(UserError) as caught:
         recognise(["messages", "prompt", "completion"])

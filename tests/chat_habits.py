@@ -54,6 +54,18 @@ def _thinking(opening: str) -> str:
     )
 
 
+def _stripping(opening: str, closed: str) -> str:
+    """Drops the reasoning of every turn. `opening` ends the generation prompt; `closed` stands before contents."""
+    return (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
+        "{{ '<|Assistant|>"
+        + closed
+        + "' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|Assistant|>" + opening + "' }}{% endif %}"
+    )
+
+
 @dataclass(frozen=True)
 class Habit:
     """A chat template and what it makes a model write."""
@@ -167,20 +179,14 @@ HABITS = (
     ),
     Habit(
         "prompt opens the block, every turn loses it",
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
-        "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
-        "{% set content = m.content.split('</think>')[-1] %}{{ '<|Assistant|>' + content + '<|im_end|>' }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}",
+        _stripping(opening="<think>\n", closed=""),
         _opened,
         specials=("<|User|>", "<|Assistant|>"),
         added=("<think>", "</think>"),
     ),
     Habit(
         "prompt opens the block without a line break, every turn closes it",
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
-        "{% elif m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}"
-        "{{ '<|Assistant|></think>' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>' }}{% endif %}",
+        _stripping(opening="<think>", closed="</think>"),
         lambda reasoning, content: f"{reasoning or ''}</think>{content}<|im_end|>",
         specials=("<|User|>", "<|Assistant|>"),
         added=("<think>", "</think>"),

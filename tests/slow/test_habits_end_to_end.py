@@ -47,6 +47,21 @@ def rows_for(habit: Habit) -> list[dict[str, Any]]:
     return rows
 
 
+def overfit(base: Path, data: Path, out: Path, **settings: Any) -> None:
+    """Trains until the model knows its few rows."""
+    sft(
+        base_model=str(base),
+        data_path=str(data),
+        output_dir=str(out),
+        max_steps=120,
+        learning_rate=1e-2,
+        lora_r=32,
+        lora_alpha=64,
+        lr_scheduler="constant",
+        **settings,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_answers_are_exactly_the_trained_answers(
@@ -61,18 +76,7 @@ def test_answers_are_exactly_the_trained_answers(
     )
     rows = rows_for(habit)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sft(
-        base_model=str(base),
-        data_path=str(data),
-        output_dir=str(out),
-        max_steps=120,
-        batch_size=3,
-        learning_rate=1e-2,
-        lora_r=32,
-        lora_alpha=64,
-        lr_scheduler="constant",
-        card_rows=3,
-    )
+    overfit(base, data, out, batch_size=3, card_rows=3)
     policy = load(out)
     prompts = [{"messages": row["messages"][:1]} for row in rows]
     wanted = [answer for _, answer in QUESTIONS.values()]
@@ -141,18 +145,7 @@ def test_trained_tool_calls_come_back_as_tool_calls(name: str, tmp_path: Path) -
     call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     turns = [ASK, call, RESULT, {"role": "assistant", "content": "Yes, -3."}]
     data.write_text(json.dumps({"messages": turns, "tools": [TOOL]}))
-    sft(
-        base_model=str(base),
-        data_path=str(data),
-        output_dir=str(out),
-        max_steps=120,
-        batch_size=1,
-        learning_rate=1e-2,
-        lora_r=32,
-        lora_alpha=64,
-        lr_scheduler="constant",
-        card_rows=0,
-    )
+    overfit(base, data, out, batch_size=1, card_rows=0)
     with serving(tmp_path / "errors", out, "--max_new_tokens", "64") as server, server.client() as client:
 
         def ask(messages: list[Any], **options: Any) -> Any:

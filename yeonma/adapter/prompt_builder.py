@@ -21,15 +21,13 @@ from yeonma.errors import Problem, UserError
 from yeonma.model.load import generation_eos, load_tokenizer
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import base_chat_template
-from yeonma.tokenization.example import AnswerTokens, answer_tokens
+from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.reasoning import PLAIN, AnswerParts, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.tool_calls import FindCalls, call_finder
 
 NO_LIMIT = 2**40  # tokens
-PROMPT_END = 32
-"""As many tokens at a prompt's end show whether it opens a block of reasoning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +116,7 @@ class PromptBuilder:
     def _prompt(self, text: Rendered, ids: NDArray[np.int32], shortened: bool) -> Prompt:
         is_turn = text.answer_role is not None
         shape = self.tokens.shape if is_turn else PLAIN
-        is_open = shape.opens(self.tokenizer.decode(ids[-PROMPT_END:].tolist()))
+        is_open = shape.opens(end_of_prompt(ids.tolist(), self.tokenizer))
         return Prompt(ids, shortened, is_turn, self.frame(text.variant), shape, is_open)
 
     def text_prompt(self, text: str, place: str = "prompt") -> Prompt:
@@ -134,7 +132,7 @@ class PromptBuilder:
         try:
             row = self.with_paths(row, columns)
             named = self.columns(row, columns)
-            if not any(variant.answer_role for variant in template.variants):
+            if not template.has_turns:
                 return field_text(row, column_of(template.answer_field, named, template.answer_field))
             rendered = template.render(row, named)
         except UserError:  # a reference is optional
@@ -207,9 +205,8 @@ def open_prompt_builder(
     name, revision = (base_model, None) if base_model else (adapter.base.name, adapter.base.revision)
     source = find_base(name, revision, trust_remote_code)
     tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
-    template = adapter.template
-    turns = template.is_chat or any(variant.answer_role is not None for variant in template.variants)
-    tokens = answer_tokens(tokenizer, adapter.rules if turns else None, generation_eos(source))
+    rules = adapter.rules if adapter.template.has_turns else None
+    tokens = answer_tokens(tokenizer, rules, generation_eos(source))
     return PromptBuilder(adapter, source, tokenizer, tokens)
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from yeonma.data.column_paths import value_in, with_paths
 from yeonma.data.columns import (
     FORMS,
+    ROWS_INSPECTED,
     SYSTEM_COLUMNS,
     TOOL_COLUMNS,
     Columns,
@@ -48,7 +49,6 @@ LABEL_WORDS = {
 }
 """Labels, in any case, and whether they say that the answer is desirable."""
 _TURN_COLUMNS = ("messages", "conversations")
-_ROWS_INSPECTED = 100
 _TEXT_WITH_TURNS = {"alpaca": "alpaca-turns"}
 """Templates that give way beside a system prompt; prompt and completion become turns of the template chat."""
 
@@ -533,7 +533,7 @@ def _split_dialogue(text: str) -> Iterator[Turn]:
 
 def _first_value(rows: Rows, column: str) -> object:
     """The first value of a column that is not null; None if there is none in the first rows."""
-    values = (row.values.get(column) for row in islice(rows, _ROWS_INSPECTED))
+    values = (row.values.get(column) for row in islice(rows, ROWS_INSPECTED))
     return next((value for value in values if value is not None), None)
 
 

@@ -193,6 +193,11 @@ class Template:
         return side | {self._column(name, columns) for name in self.fields}
 
     @property
+    def has_turns(self) -> bool:
+        """Whether the model's chat template writes the prompts of some rows."""
+        return any(variant.answer_role is not None for variant in self.variants)
+
+    @property
     def is_text(self) -> bool:
         """Whether rows are whole texts: all of them is trained, and there is no prompt."""
         return self.variants[0].is_text
@@ -312,42 +317,36 @@ class Template:
 
     def _with_side_columns(self, rendered: Rendered, row: Row, columns: Columns) -> Rendered:
         """The row with its columns for system prompt, tools and arguments of the chat template."""
-        values = {
-            name: (column, row.values[column])
-            for name in self.side_columns
-            if is_filled(row.values.get(column := (columns or {}).get(name, name)))
-        }
         rendered = self.with_arguments(rendered, row, columns)
-        systems = [values[name] for name in SYSTEM_COLUMNS if name in values]
-        if systems:
-            column, _ = systems[0]
-            text = field_text(row, column) or ""
-            if len(systems) > 1 and systems[0][1] != systems[1][1]:
-                problem = f'the columns "{systems[0][0]}" and "{systems[1][0]}" have different texts'
+        systems = self._side_values(SYSTEM_COLUMNS, row, columns)
+        if not systems:
+            return rendered
+        column, value = systems[0]
+        text = field_text(row, column) or ""
+        for other, other_value in systems[1:]:
+            if other_value != value:
+                problem = f'the columns "{column}" and "{other}" have different texts'
                 raise UserError(problem, place=row.place, cure="keep one of them")
-            first = rendered.turns[0] if rendered.turns else None
-            before = (Turn("system", first.text),) if first is not None and first.role == "system" else ()
-            if with_system(before, text, column, row.place) != before:
-                system = RenderedTurn("system", (Piece(text, column),))
-                rendered = replace(
-                    rendered, turns=(system, *rendered.turns), first_answer=rendered.first_answer + 1
-                )
-        return rendered
+        first = rendered.turns[0] if rendered.turns else None
+        before = (Turn("system", first.text),) if first is not None and first.role == "system" else ()
+        if with_system(before, text, column, row.place) == before:
+            return rendered
+        system = RenderedTurn("system", (Piece(text, column),))
+        return replace(rendered, turns=(system, *rendered.turns), first_answer=rendered.first_answer + 1)
+
+    def _side_values(self, names: Sequence[str], row: Row, columns: Columns) -> list[tuple[str, object]]:
+        """(column, value) of those of the side columns `names` that hold something in the row."""
+        named = [(columns or {}).get(name, name) for name in names if name in self.side_columns]
+        return [(column, row.values[column]) for column in named if is_filled(row.values.get(column))]
 
     def with_arguments(self, rendered: Rendered, row: Row, columns: Columns) -> Rendered:
         """The row with what its columns say about tools and other arguments of the chat template."""
-        values = {
-            name: (column, row.values[column])
-            for name in self.side_columns
-            if is_filled(row.values.get(column := (columns or {}).get(name, name)))
-        }
-        columns_of_tools = [values[name] for name in TOOL_COLUMNS if name in values]
-        tools = [tools_of(value, column, row.place) for column, value in columns_of_tools]
+        offered = self._side_values(TOOL_COLUMNS, row, columns)
+        tools = [tools_of(value, column, row.place) for column, value in offered]
         if len(tools) > 1 and tools[0] != tools[1]:
             problem = f"the columns {' and '.join(TOOL_COLUMNS)} have different tools"
             raise UserError(problem, place=row.place, cure="keep one of them")
-        if KWARGS_COLUMN in values:
-            column, value = values[KWARGS_COLUMN]
+        for column, value in self._side_values((KWARGS_COLUMN,), row, columns):
             rendered = replace(rendered, chat_kwargs=object_of(value, column, row.place))
         return replace(rendered, tools=tools[0]) if tools else rendered
 

@@ -136,17 +136,11 @@ def turn_of(entry: object, where: str, place: str) -> Turn | None:
     role_key, text_key = ("from", "value") if entry.get("from") is not None else ("role", "content")
     role = _role(entry.get(role_key), f"{where}.{role_key}", place)
     content = entry.get(text_key)
-    if (
-        isinstance(content, str)
-        and content.strip()
-        and len(entry) == 2
-        and entry.get(role_key) not in CALL_ROLES
-    ):
-        return Turn(
-            role, _content(content, f"{where}.{text_key}", place)
-        )  # the usual turn: nothing else to read
+    is_call = entry.get(role_key) in CALL_ROLES
+    if len(entry) == 2 and isinstance(content, str) and content.strip() and not is_call:
+        return Turn(role, _content(content, f"{where}.{text_key}", place))  # the usual turn, read fast
     calls = _tool_calls(entry, role, where, place)
-    if entry.get(role_key) in CALL_ROLES and not calls:
+    if is_call and not calls:
         calls, content = _calls_in_text(content, f"{where}.{text_key}", place), None
     has_content = content is not None or not calls
     turn = Turn(

@@ -240,8 +240,9 @@ def _with_template(
         rules=replace(rules, cutoff_len=min(rules.cutoff_len, model.max_tokens)),
         details={},
     )
-    turns = template.is_chat or any(variant.answer_role is not None for variant in template.variants)
-    tokens = answer_tokens(model.tokenizer, rules if turns else None, generation_eos(model.source))
+    tokens = answer_tokens(
+        model.tokenizer, rules if template.has_turns else None, generation_eos(model.source)
+    )
     builder = PromptBuilder(folder, model.source, model.tokenizer, tokens)
     return Candidate(name, builder, model.source.adapter, False, template_of)
 

@@ -27,8 +27,7 @@ from yeonma.tokenization.dataset import (
     rows_warning,
     used_rows,
 )
-from yeonma.tokenization.example import AnswerRole, LeftOut
-from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
+from yeonma.tokenization.example import NOTHING_TO_CHOOSE, AnswerRole, LeftOut
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.label_balance import LabelBalance, label_balance
 

@@ -57,10 +57,14 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
 def generation_eos(source: BaseSource) -> tuple[int, ...]:
     """The tokens that end an answer by the model's generation config; none if it has no such config."""
     try:
-        config = GenerationConfig.from_pretrained(source.name, revision=source.revision or "main")
-        eos = config.eos_token_id
+        return eos_tokens(GenerationConfig.from_pretrained(source.name, revision=source.revision or "main"))
     except (OSError, ValueError):
         return ()
+
+
+def eos_tokens(config: Any) -> tuple[int, ...]:
+    """The EOS tokens of a generation config, which may be one, several or none."""
+    eos = getattr(config, "eos_token_id", None)
     return tuple([eos] if isinstance(eos, int) else eos or ())
 
 

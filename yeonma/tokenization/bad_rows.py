@@ -19,7 +19,6 @@ from yeonma.data.text_checks import NO_NOTES, Notes
 from yeonma.errors import Problem, UserError, brief
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems
-from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
 Outcomes = Sequence[Example | Unit | LeftOut]
@@ -61,9 +60,8 @@ def encode_good_rows(
         except UserError as error:
             bad |= _refused(error, good, texts, tokenizer, rules, task)
     if rules.over_limit == "error":
-        over = [row for row in outcomes if isinstance(row, LeftOut) and row.reason not in NOTHING_TO_CHOOSE]
-        if over:
-            raise UserError(over_limit_problems(over))
+        if problems := over_limit_problems(outcomes):
+            raise UserError(problems)
     notes = [NO_NOTES if row.number in bad else task.notes(texts[row.number]) for row in rows]
     return notes, sorted([*outcomes, *bad.values()], key=_row_of)
 

@@ -118,8 +118,7 @@ def chat_template_for(template: Template, tokenizer: Any, rules: TokenRules = DE
     """
     encoder = TextEncoder.of(tokenizer)
     base = base_chat_template(tokenizer)
-    has_turns = any(variant.answer_role is not None for variant in template.variants)
-    if has_turns and not base:
+    if template.has_turns and not base:
         return None
     base = _defaults(rules) + base
     if template.takes_turns:
@@ -143,7 +142,7 @@ def chat_template_for(template: Template, tokenizer: Any, rules: TokenRules = DE
         else "{{- raise_exception(" + _quoted(f"the message lacks a field: {_needs(fields)}") + ") -}}\n"
     )
     selection = "".join(branches) + "{%- else -%}\n" + fallback + "{%- endif -%}\n" if branches else fallback
-    if not has_turns:
+    if not template.has_turns:
         return head + "{%- set own = namespace(text='', turns=none) -%}\n" + selection + _write(encoder)
     return _with_fixed_date(
         base,

@@ -30,8 +30,7 @@ from yeonma.data.text_checks import (
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir
-from yeonma.tokenization.example import NOT_TRAINED, AnswerRole, LeftOut, TokenRules
-from yeonma.tokenization.preference_encoder import NOTHING_TO_CHOOSE
+from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore
 
 LISTED_ROWS = 10
@@ -208,12 +207,11 @@ def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:
         numbers = np.unique(store.row_numbers[store.dropped_turns > 0]).tolist()
         log(f"{name}: conversations without their oldest turns: {format_rows(numbers)}")
     left_out = store.left_out if counts.left_out else []
-    reasons = (*NOTHING_TO_CHOOSE, NOT_TRAINED)
-    for reason in reasons:
+    for reason in WITHIN_LIMIT:
         numbers = [left.row for left in left_out if left.reason == reason]
         if numbers:
             log(f"{name}: {reason}: {len(numbers):,} left out ({format_rows(numbers)})")
-    numbers = [left.row for left in left_out if left.reason not in reasons and not left.fault]
+    numbers = [left.row for left in left_out if left.reason not in WITHIN_LIMIT and not left.fault]
     if numbers:
         log(f"{name}: {len(numbers):,} left out: {format_rows(numbers)}")
     for fault in faults_of(left_out):

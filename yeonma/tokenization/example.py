@@ -62,7 +62,11 @@ class Unit:
 
 
 NOT_TRAINED = "no assistant turn is trained (train_on, weight 0)"
-"""The reason for which a turn list is left out whatever `over_limit` is."""
+EQUAL = "chosen equals rejected"
+EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
+NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
+WITHIN_LIMIT = (*NOTHING_TO_CHOOSE, NOT_TRAINED)
+"""Reasons for which rows are left out whatever `over_limit` is."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class TokenRules:
 
 
 DEFAULT_RULES = TokenRules(2048)
+_PROMPT_END = 32  # tokens
 
 
 def check_rules(template: Template, rules: TokenRules) -> None:
@@ -145,6 +150,11 @@ def answer_tokens(
     texts = {mark for text in shape.texts for mark in (special.findall(text) if special else ())}
     shown = {encoder.token_id(text) for text in texts} - ids
     return AnswerTokens(_sorted(ids), _sorted(shown), shape)
+
+
+def end_of_prompt(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a prompt's last tokens, which show whether it opens a block of reasoning."""
+    return str(tokenizer.decode(list(ids[-_PROMPT_END:])))
 
 
 def _sorted(ids: set[int | None]) -> tuple[int, ...]:

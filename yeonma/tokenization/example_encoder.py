@@ -20,7 +20,14 @@ from yeonma.data.template_syntax import Piece, joined
 from yeonma.data.turns import Turn
 from yeonma.errors import Problem, UserError
 from yeonma.tokenization.chat_template import Chat, chat_of
-from yeonma.tokenization.example import NOT_TRAINED, Example, LeftOut, TokenRules, check_tokenizer
+from yeonma.tokenization.example import (
+    NOT_TRAINED,
+    WITHIN_LIMIT,
+    Example,
+    LeftOut,
+    TokenRules,
+    check_tokenizer,
+)
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
 MAX_FITS = 8
@@ -442,9 +449,13 @@ class ExampleEncoder:
 
 
 def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:
-    """A problem for every row that is left out, when `over_limit` is "error"."""
+    """A problem for every row that is left out for its length, when `over_limit` is "error"."""
     cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
-    return [Problem(row.reason, row.place, cure) for row in outcomes if isinstance(row, LeftOut)]
+    return [
+        Problem(row.reason, row.place, cure)
+        for row in outcomes
+        if isinstance(row, LeftOut) and row.reason not in WITHIN_LIMIT
+    ]
 
 
 # Text

@@ -15,7 +15,16 @@ from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.errors import Problem, UserError
-from yeonma.tokenization.example import AnswerRole, Example, LeftOut, TokenRules, Unit, check_tokenizer
+from yeonma.tokenization.example import (
+    EQUAL,
+    EQUAL_AS_TOKENS,
+    AnswerRole,
+    Example,
+    LeftOut,
+    TokenRules,
+    Unit,
+    check_tokenizer,
+)
 from yeonma.tokenization.example_encoder import (
     MAX_FITS,
     ExampleEncoder,
@@ -26,11 +35,6 @@ from yeonma.tokenization.example_encoder import (
     encoder_for,
     over_limit_problems,
 )
-
-EQUAL = "chosen equals rejected"
-EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
-NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
-"""Reasons for which pairs are left out whatever `over_limit` is."""
 
 _REWRITTEN = "the model's chat template rewrites earlier turns: answers of several turns are not one text"
 
@@ -89,8 +93,7 @@ def encode_pair_results(
         except UserError as error:
             problems += error.problems
     if encoder.rules.over_limit == "error":
-        left_out = [result.outcome for result in results if isinstance(result.outcome, LeftOut)]
-        problems += over_limit_problems([row for row in left_out if row.reason not in NOTHING_TO_CHOOSE])
+        problems += over_limit_problems([result.outcome for result in results])
     if problems:
         raise UserError(problems)
     return results

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.adapter.adapter_folder import read_adapter_folder
-from yeonma.adapter.prompt_builder import PROMPT_END
 from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.sampling import SamplingParams
+from yeonma.model.load import eos_tokens
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.tokenization.dataset import Dataset, DatasetPart
-from yeonma.tokenization.example import AnswerTokens, answer_tokens
+from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
 
 MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
@@ -67,10 +67,8 @@ def sample_answers(
     prompts = prompts_of(part.store, [row.number for row in rows])
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     is_turn = rendered[0].answer_role is not None
-    eos = getattr(policy.model.generation_config, "eos_token_id", None)
-    tokens = answer_tokens(
-        tokenizer, dataset.rules if is_turn else None, [eos] if isinstance(eos, int) else eos or ()
-    )
+    eos = eos_tokens(policy.model.generation_config)
+    tokens = answer_tokens(tokenizer, dataset.rules if is_turn else None, eos)
     sampling = SamplingParams(
         stop_ids=tokens.stop_ids,
         shown_ids=tokens.shown_ids,
@@ -96,8 +94,7 @@ def sample_answers(
 
 def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any) -> str:
     """The answer without what the chat template makes the model write around it; reasoning only if nothing follows."""
-    is_open = tokens.shape.opens(tokenizer.decode(prompt[-PROMPT_END:]))
-    parts = tokens.shape.parts(text, is_open=is_open)
+    parts = tokens.shape.parts(text, is_open=tokens.shape.opens(end_of_prompt(prompt, tokenizer)))
     if parts.reasoning and not parts.content.strip():
         return f"(reasoning without an answer: {parts.reasoning})"
     return parts.content

@@ -169,13 +169,13 @@ def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: s
     recorded = adapter.details.get("tokenizer")
     if not isinstance(recorded, Mapping):
         return not_checked(check, f"{MANIFEST} does not record it: the run is of an earlier version")
-    key = "with_chat_template_sha256" if is_turns(adapter) else "sha256"
+    key = "with_chat_template_sha256" if adapter.template.has_turns else "sha256"
     now = identity_of_tokenizer(tokenizer)
     if now[key] == recorded.get(key):
-        about = "the vocabulary and rules" + (" and chat template" if is_turns(adapter) else "")
+        about = "the vocabulary and rules" + (" and chat template" if adapter.template.has_turns else "")
         return checked(check, [], f"{about} are those of training")
     what = "this is not the tokenizer of training"
-    if is_turns(adapter) and now["sha256"] == recorded.get("sha256"):
+    if adapter.template.has_turns and now["sha256"] == recorded.get("sha256"):
         what = "its chat template is not that of training"
     return checked(check, [Problem(what, place, "restore a copy of the run's tokenizer")], "")
 
@@ -247,12 +247,6 @@ def _difference(before: list[int], now: list[int] | None) -> str:
         min(len(before), len(now)),
     )
     return f"from token {at + 1} on ({len(before)} tokens in training, {len(now)} now)"
-
-
-def is_turns(adapter: AdapterFolder) -> bool:
-    """Whether the prompts are written by a chat template."""
-    template = adapter.template
-    return template.is_chat or any(variant.answer_role is not None for variant in template.variants)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -14,17 +14,6 @@ import pytest
 from tests.tables import TABLE, Write, arrow_bytes, error_of, values
 from yeonma.data.rows import open_rows
 
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 FORMATS = {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}
 
 

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
 
 import pytest
 
 from tests.tables import TABLE, Write, error_of, values
 from yeonma.data.rows import glance, open_rows
 from yeonma.errors import did_you_mean
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
 
 
 def table_with(delimiter: str) -> str:

@@ -18,16 +18,6 @@ COLUMNS = {"text": ["a", "b", "c"], "label": [0, 1, 1]}
 LONG = [{"document": f'{number} \\ "한' * (number % 700), "title": number} for number in range(3000)]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 def lines_of(path: str) -> list[str]:
     """The places of the rows, without the path."""
     return [row.place.removeprefix(path) for row in open_rows(path)]

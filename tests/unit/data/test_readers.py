@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from tests.tables import TABLE, Write, error_of, jsonl, table_as, values
 from yeonma.data.rows import Row, open_rows
 from yeonma.data.text_file import CHUNK
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
 
 # Encodings
 

@@ -18,18 +18,6 @@ from yeonma.data.library_sets import hub_error
 from yeonma.data.rows import draw_validation, glance, open_rows
 from yeonma.errors import UserError
 
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 # Formats
 
 FORMATS = [

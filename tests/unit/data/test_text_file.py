@@ -20,16 +20,6 @@ def zstd(content: bytes) -> bytes:
 PACKED: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 @pytest.mark.parametrize("packing", PACKED)
 def test_compressed_parts_after_one_another_are_one_text(write: Write, packing: str) -> None:
     pack = PACKED[packing]

@@ -18,16 +18,6 @@ from yeonma.data.workbook_reader import INSTALL_OPENPYXL
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 SEEN: list[tuple[Any, str | None]] = [
     ("text  ", "text  "),
     ("두\n줄", "두\n줄"),

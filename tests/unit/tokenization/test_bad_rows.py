@@ -44,16 +44,6 @@ STRICT_CHAT = (
 )
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> str:
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 def build(
     rows: Rows,
     folder: Path,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chat_habits import HABITS, NAMES, Habit
-from yeonma.data.rows import Row
+from yeonma.data.rows import Row, Rows
 from yeonma.data.template import load_template
 from yeonma.errors import UserError
+from yeonma.tokenization.cache import build_store
 from yeonma.tokenization.example import NOT_TRAINED, Example, LeftOut, TokenRules, answer_tokens
 from yeonma.tokenization.example_encoder import encode, encode_prompt
 
@@ -270,6 +272,19 @@ def test_turn_with_weight_zero_is_not_trained(habit: Habit, key: str) -> None:
     turns[3][key] = False
     (left_out,) = examples_of(habit, turns)
     assert isinstance(left_out, LeftOut) and left_out.reason == NOT_TRAINED
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_row_without_a_trained_turn_is_not_over_the_limit(skip_bad: bool, tmp_path: Path) -> None:
+    """`over_limit` "error" is about lengths: such a row is left out and counted."""
+    turns = [[user("a"), assistant("no", weight=0)], [user("b"), assistant("yes")]]
+    rows = [Row(number, {"messages": row}, f"data:{number}") for number, row in enumerate(turns, start=1)]
+    source = Rows("data", "weights", ("messages",), lambda: iter(rows))
+    rules = TokenRules(cutoff_len=4096, over_limit="error")
+    tokenizer = HABITS[0].tokenizer()
+    store = build_store(source, CHAT, None, tokenizer, rules, tmp_path, skip_bad=skip_bad)
+    assert [(row.row, row.reason) for row in store.left_out] == [(1, NOT_TRAINED)]
+    assert store.counts.examples == 1
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import VOCABULARY, plain_logprobs, tiny_model
+from tests.models import VOCABULARY, plain_logprobs
+from tests.steps import llama_with_lora, step_state
 from yeonma.batch.batch import Batch
-from yeonma.batch.plan import MicroBatchBounds
-from yeonma.model import load
-from yeonma.model.forest_support import check_forest_support
 from yeonma.tokenization.example import Example
-from yeonma.train.distributed import Processes
 from yeonma.train.losses import Objective, Sums
-from yeonma.train.oom_retry import MicroBatchLimit
-from yeonma.train.step import TrainState, evaluate, train_step
+from yeonma.train.step import evaluate, train_step
 
 PROMPTS, ANSWERS = 3, 4
 CLIP = 0.2
@@ -53,12 +49,7 @@ def sampled(random: np.random.Generator) -> list[Example]:
 def test_policy_gradient_step_equals_sequences_computed_one_by_one(most_examples: int) -> None:
     random = np.random.default_rng(0)
     examples = sampled(random)
-    model = tiny_model("llama")
-    peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), 0)
-    parameters = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
-    generator = torch.Generator().manual_seed(1)
-    for weight in parameters.values():
-        weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    model, parameters = llama_with_lora()
     with torch.no_grad():
         sampled_logprobs = (
             torch.cat([plain_logprobs(model, example) for example in examples]).double().numpy()
@@ -82,23 +73,7 @@ def test_policy_gradient_step_equals_sequences_computed_one_by_one(most_examples
     clipped_share = float(((ratio_N - 1).abs() > CLIP).float().mean())
     assert 0.2 < clipped_share < 0.8
 
-    optimizer = torch.optim.SGD(list(parameters.values()), lr=1e-3)
-    gradients: dict[str, Tensor] = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: weight.grad.clone() for name, weight in parameters.items()})  # type: ignore[union-attr, func-returns-value]
-    )
-    state = TrainState(
-        model=model,
-        support=check_forest_support(model),
-        parameters=parameters,
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-        by_metric=False,
-        max_grad_norm=0.0,
-        limit=MicroBatchLimit(MicroBatchBounds(most_examples, None, share_prefix=True), torch.device("cpu")),
-        objective=OBJECTIVE,
-        group=Processes(0, 1),
-    )
+    state, gradients = step_state(model, parameters, OBJECTIVE, most_examples)
     before = evaluate(state, batch, step=0, epoch=0.0)
     model.train()
     result = train_step(state, batch)

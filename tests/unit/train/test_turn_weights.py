@@ -10,22 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import plain_logprobs, tiny_model
+from tests.models import plain_logprobs
+from tests.steps import llama_with_lora, step_state
 from tests.tokenizers import byte_level
 from yeonma.batch.batch import TOKEN_WEIGHT, Batch
-from yeonma.batch.plan import MicroBatchBounds
 from yeonma.data.rows import Row, Rows
 from yeonma.data.template import load_template
 from yeonma.errors import UserError
-from yeonma.model import load
-from yeonma.model.forest_support import check_forest_support
 from yeonma.tokenization.cache import build_store
 from yeonma.tokenization.example import Example, TokenRules
 from yeonma.tokenization.example_encoder import encode
-from yeonma.train.distributed import Processes
 from yeonma.train.losses import SFT
-from yeonma.train.oom_retry import MicroBatchLimit
-from yeonma.train.step import TrainState, evaluate, train_step
+from yeonma.train.step import evaluate, train_step
 
 CHAT = load_template("chat")
 WEIGHTS = [(None, None), (0.25, 1), (0.5, 0.75), (0, 0.125), (1, None)]
@@ -101,48 +97,13 @@ def weighted_mean(model: torch.nn.Module, examples: list[Example]) -> torch.Tens
     return -(logprob_N * weight_N).sum() / weight_N.sum()
 
 
-def model_with_lora() -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    model = tiny_model("llama")
-    peft_model = load.add_lora(model, load.LoraShape(4, 8, 0.0, "all-linear"), 0)
-    parameters = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
-    generator = torch.Generator().manual_seed(1)
-    for weight in parameters.values():
-        weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-    return model, parameters
-
-
-def state_of(
-    model: Any, parameters: dict[str, torch.nn.Parameter], most_examples: int
-) -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """A state, and the gradients of its next step."""
-    optimizer = torch.optim.SGD(list(parameters.values()), lr=1e-3)
-    gradients: dict[str, torch.Tensor] = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: weight.grad.clone() for name, weight in parameters.items()})  # type: ignore[union-attr, func-returns-value]
-    )
-    limit = MicroBatchLimit(MicroBatchBounds(most_examples, None, share_prefix=True), torch.device("cpu"))
-    state = TrainState(
-        model=model,
-        support=check_forest_support(model),
-        parameters=parameters,
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-        by_metric=False,
-        max_grad_norm=0.0,
-        limit=limit,
-        objective=SFT,
-        group=Processes(0, 1),
-    )
-    return state, gradients
-
-
 @pytest.mark.parametrize("most_examples", [1, 2, 5])
 def test_step_is_the_weighted_mean_over_tokens_for_any_micro_batch(most_examples: int) -> None:
     examples = in_vocabulary(examples_with(WEIGHTS))
-    model, parameters = model_with_lora()
+    model, parameters = llama_with_lora()
     loss = weighted_mean(model, examples)
     expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-    state, gradients = state_of(model, parameters, most_examples)
+    state, gradients = step_state(model, parameters, SFT, most_examples)
     batch = Batch.of(examples)
     evaluation = evaluate(state, batch, step=0, epoch=0.0)
     state.model.train()
@@ -157,7 +118,7 @@ def test_step_is_the_weighted_mean_over_tokens_for_any_micro_batch(most_examples
 def test_equal_weights_are_no_weights() -> None:
     losses = []
     for weights in ([(None, None)] * 3, [(0.5, 0.5)] * 3):
-        state, _ = state_of(*model_with_lora(), 2)
+        state, _ = step_state(*llama_with_lora(), SFT, 2)
         losses.append(train_step(state, Batch.of(in_vocabulary(examples_with(weights)))).loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

@@ -35,7 +35,7 @@ from yeonma.tokenization.example import LeftOut, TokenRules, check_rules, check_
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
-FORMAT = 4
+FORMAT = 5
 """Increased whenever the same rows would give different tokens or files."""
 
 ROWS_A_CHUNK = 2000

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +48,7 @@ _ROW_ARRAYS: dict[str, str] = {
 _ARRAYS = {**_WEIGHT_ARRAYS, **_TOKEN_ARRAYS, **_EXAMPLE_ARRAYS, **_ROW_ARRAYS}
 _LEFT_OUT, _META = "left_out.jsonl", "meta.json"
 _BYTES_PER_READ = 1 << 20
+_VALUES_PER_WRITE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -235,16 +236,37 @@ class StoreWriter:
         ]
         left_out = [outcome for outcome in outcomes if isinstance(outcome, LeftOut)]
         examples = [example for unit in units for _, example in unit]
-        written = self.files["weights.bin"].tell() // 4
-        columns = {**_columns(examples, self.counts.tokens), **_weight_columns(examples, written)}
+        columns = {
+            **_columns(examples, self._written("token_ids")),
+            **_weight_columns(examples, self._written("weights")),
+        }
         numbers = np.arange(self.counts.units, self.counts.units + len(units))
         columns["units"] = np.repeat(numbers, [len(unit) for unit in units])
         columns["roles"] = np.array([role for unit in units for role, _ in unit], dtype=np.uint8)
         for name, values in {**columns, **_row_columns(notes)}.items():
             self._append(f"{name}.bin", values.astype(_ARRAYS[name]).tobytes())
-        lines = "".join([json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in left_out])
-        self._append(_LEFT_OUT, lines.encode())
+        self._add_left_out(left_out)
         self.counts = _added(self.counts, len(notes), len(units), columns, len(left_out))
+
+    def add_store(self, store: TokenStore) -> None:
+        """Append all examples and rows of a store. The numbers of its rows, from 1, go on after the rows before."""
+        shift: dict[str, int] = {
+            "starts": self._written("token_ids"),
+            "row_numbers": self.counts.rows,
+            "units": self.counts.units,
+            "weight_starts": self._written("weights"),
+        }
+        for name, dtype in _ARRAYS.items():
+            values = getattr(store, name)
+            for start in range(0, len(values), _VALUES_PER_WRITE):
+                part = values[start : start + _VALUES_PER_WRITE]
+                if name in shift:  # a weight's start of -1 means that there are no weights
+                    part = np.where(part < 0, part, part + shift[name])
+                self._append(f"{name}.bin", part.astype(dtype).tobytes())
+        left_out = [replace(row, row=row.row + self.counts.rows) for row in store.left_out]
+        self._add_left_out(left_out)
+        self.number_columns.update(store.number_columns)
+        self.counts = _sum_of(self.counts, store.counts)
 
     def finish(self, description: dict[str, Any]) -> None:
         """Write the description, flush everything to disk and close the files."""
@@ -258,6 +280,14 @@ class StoreWriter:
             _flush(data)
             data.close()
         sync(self.folder)
+
+    def _written(self, name: str) -> int:
+        """The number of values in the file of this array."""
+        return self.files[f"{name}.bin"].tell() // np.dtype(_ARRAYS[name]).itemsize
+
+    def _add_left_out(self, rows: Sequence[LeftOut]) -> None:
+        lines = "".join([json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows])
+        self._append(_LEFT_OUT, lines.encode())
 
     def _append(self, name: str, content: bytes) -> None:
         self.files[name].write(content)
@@ -348,6 +378,12 @@ def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any
         special_text=counts.special_text + int(columns["special_text"].sum()),
         variants=tuple(int(count) for count in variants),
     )
+
+
+def _sum_of(counts: Counts, more: Counts) -> Counts:
+    """The sums of the counts; variants of different templates are not added."""
+    sums = {name: value + getattr(more, name) for name, value in asdict(counts).items() if name != "variants"}
+    return Counts(**sums)
 
 
 def _size_and_crc32(path: Path) -> tuple[int, int]:

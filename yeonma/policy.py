@@ -327,18 +327,22 @@ def load_policy(
     adapter_weights: bool = True,
     base_model: str | None = None,
     trust_remote_code: bool = False,
+    data_set: str | None = None,
 ) -> Policy:
     """Loads an adapter and its base model for generation, in eval mode.
 
-    `adapter`: an adapter folder or a checkpoint, or the result of `open_prompt_builder`, in which case `base_model` and
-    `trust_remote_code` are ignored. `quantization`: auto uses that of training. `adapter_weights`: False loads the base
+    `adapter`: an adapter folder or a checkpoint, or the result of `open_prompt_builder`, in which case `base_model`,
+    `trust_remote_code` and `data_set` are ignored. `data_set`: the one of several data sets whose template asks, by
+    default the first. `quantization`: auto uses that of training. `adapter_weights`: False loads the base
     alone. `base_model`: where the base is now, if it has moved since training.
 
     Raises UserError if the folder is not an adapter folder, or if the base is missing or another model.
     """
     builder = adapter
     if not isinstance(builder, PromptBuilder):
-        builder = open_prompt_builder(builder, base_model=base_model, trust_remote_code=trust_remote_code)
+        builder = open_prompt_builder(
+            builder, base_model=base_model, trust_remote_code=trust_remote_code, data_set=data_set
+        )
     source, target = builder.source, load.pick_device(device)
     try:
         base = load.load_base(

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from yeonma.adapter.samples import SAMPLES, Samples
 from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
-from yeonma.errors import UserError
+from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
 from yeonma.model.quantized import numbers_of
 from yeonma.model.source import BaseSource
@@ -82,6 +82,29 @@ class AdapterFolder:
     @property
     def source(self) -> BaseSource:
         return BaseSource(self.base.name, self.base.revision, self.trust_remote_code)
+
+
+def data_set_names(adapter: AdapterFolder) -> list[str]:
+    """The data sets of the mixture that the adapter was trained on; none if it was a single one."""
+    return [str(one["name"]) for one in adapter.details.get("trained_on", {}).get("data_sets", ())]
+
+
+def asked_as(adapter: AdapterFolder, name: str) -> AdapterFolder:
+    """The adapter with template and columns of one of the data sets that it was trained on.
+
+    Raises UserError if there is none of this name.
+    """
+    names = data_set_names(adapter)
+    if not names:
+        problem = f"{adapter.path} was trained on a single data set"
+        raise UserError(problem, place="--data_set", cure="leave it out")
+    if name not in names:
+        problem = f'{adapter.path} was trained on no data set "{name}"'
+        cure = did_you_mean(name, names) or f"they are {', '.join(names)}"
+        raise UserError(problem, place="--data_set", cure=cure)
+    one = adapter.details["trained_on"]["data_sets"][names.index(name)]
+    template = Template.parse(one["template"]["text"], one["template"]["name"])
+    return replace(adapter, template=template, columns=one["columns"])
 
 
 def stored_parameters(folder: Path) -> int:
@@ -263,6 +286,15 @@ def _check_types(details: Any) -> None:
     for name in ("shrink_side", "over_limit", "thinking", "train_on"):
         if rules[name] not in get_args(get_type_hints(TokenRules)[name]):
             raise ValueError(f"{name} is {rules[name]!r:.100}")
+    for one in details.get("trained_on", {}).get("data_sets", ()):
+        texts = (one["name"], one["template"]["name"], one["template"]["text"])
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a data set is not described by text")
+        _check_columns(one["columns"])
+    _check_columns(columns)
+
+
+def _check_columns(columns: Any) -> None:
     if columns is not None and not all(isinstance(text, str) for pair in columns.items() for text in pair):
         raise TypeError("columns are not names")
 

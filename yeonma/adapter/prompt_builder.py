@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yeonma.adapter.adapter_folder import AdapterFolder, read_adapter_folder
+from yeonma.adapter.adapter_folder import AdapterFolder, asked_as, read_adapter_folder
 from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.column_paths import row_with_paths
 from yeonma.data.columns import Columns, column_of, field_text
@@ -189,11 +189,18 @@ class PromptBuilder:
 
 
 def open_prompt_builder(
-    adapter_dir: str | Path, *, base_model: str | None = None, trust_remote_code: bool = False
+    adapter_dir: str | Path,
+    *,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+    data_set: str | None = None,
 ) -> PromptBuilder:
     """Opens an adapter folder or a merged model. Needs no weights, so that rows can be checked before they are loaded.
-    Raises UserError as `yeonma.policy.load_policy`."""
+    `data_set`: the one of several data sets whose template is used, by default the first. Raises UserError as
+    `yeonma.policy.load_policy`."""
     adapter = read_adapter_folder(adapter_dir)
+    if data_set is not None:
+        adapter = asked_as(adapter, data_set)
     if adapter.is_merged:
         if base_model is not None:
             cure = "leave base_model out"

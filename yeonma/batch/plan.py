@@ -1,7 +1,8 @@
 """The units of every step, of a process's share of it, and of a micro-batch: pure functions of lengths and seed.
 
-The units of a step depend on (seed, epoch, batch_size) alone: they are the same for any number of processes and any
-micro-batch size. Every process computes the whole plan, so there is no communication.
+The units of a step depend on (seed, epoch, batch_size) and, in a mixture, on the shares of its data sets: they are the
+same for any number of processes and any micro-batch size. Every process computes the whole plan, so there is no
+communication.
 """
 
 from __future__ import annotations
@@ -17,6 +18,67 @@ GROUPED_STEPS = 50  # group_by_length sorts the shuffled examples of this many s
 
 
 @dataclass(frozen=True)
+class Shares:
+    """A mixture in which each data set has a share of every step, to rounding."""
+
+    sets: tuple[np.ndarray, ...]
+    """The units of each data set: indices into `Plan.positions`."""
+    weights: tuple[int, ...]
+    """Their shares, relative to the sum of the weights."""
+
+    def counts(self, batch_size: int, steps: int) -> Iterator[list[int]]:
+        """How many units of each data set are in each of the steps.
+
+        In a step, a data set has its exact share rounded down or up. Those that are furthest behind are rounded up, so
+        that over many steps each comes to its share.
+        """
+        total = sum(self.weights)
+        exact = [weight * batch_size for weight in self.weights]  # in units of 1 / total, as below
+        rounded_down = [share // total for share in exact]
+        can_round_up = [number for number, share in enumerate(exact) if share % total]
+        missing = batch_size - sum(rounded_down)
+        behind = [0] * len(exact)
+        for _ in range(steps):
+            behind = [before + share for before, share in zip(behind, exact, strict=True)]
+            counts = list(rounded_down)
+            for number in sorted(can_round_up, key=lambda one: counts[one] * total - behind[one])[:missing]:
+                counts[number] += 1
+            behind = [due - count * total for due, count in zip(behind, counts, strict=True)]
+            yield counts
+
+    def steps(self, seed: int, batch_size: int, start: int, end: int) -> Iterator[np.ndarray]:
+        """The units of the steps from `start` to before `end`. Each data set is passed through again and again, each
+        time in another order."""
+        taken = [0] * len(self.sets)
+        orders: dict[tuple[int, int], np.ndarray] = {}
+        for step, counts in enumerate(self.counts(batch_size, end)):
+            if step >= start:
+                yield np.concatenate(
+                    [
+                        self._take(number, taken[number], count, seed, orders)
+                        for number, count in enumerate(counts)
+                    ]
+                )
+            taken = [before + count for before, count in zip(taken, counts, strict=True)]
+
+    def _take(
+        self, number: int, first: int, count: int, seed: int, orders: dict[tuple[int, int], np.ndarray]
+    ) -> np.ndarray:
+        """The next `count` units of a data set of which `first` were taken. `orders` has the orders of its passes."""
+        units, parts = self.sets[number], [np.zeros(0, dtype=np.int64)]
+        while count:
+            turn, within = divmod(first, len(units))
+            if (number, turn) not in orders:
+                orders.pop((number, turn - 1), None)
+                random = np.random.Generator(np.random.PCG64([seed, turn, number]))
+                orders[number, turn] = random.permutation(len(units))
+            part = orders[number, turn][within : within + count]
+            parts.append(units[part])
+            first, count = first + len(part), count - len(part)
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The steps of a run over `positions`, the units (examples or pairs) to train on."""
 
@@ -26,6 +88,8 @@ class Plan:
     seed: int
     total_steps: int
     group_by_length: bool = False
+    shares: Shares | None = None
+    """None: an epoch has every position once."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -34,8 +98,12 @@ class Plan:
     def steps(self, start: int = 0) -> Iterator[np.ndarray]:
         """The units of every step from `start` on, as positions in the token store.
 
-        The last step of an epoch may be smaller than the others.
+        The last step of an epoch may be smaller than the others, but not in a mixture with shares.
         """
+        if self.shares is not None:
+            steps = self.shares.steps(self.seed, self.batch_size, start, self.total_steps)
+            yield from (self.positions[indices] for indices in steps)
+            return
         order, order_epoch = np.zeros(0, dtype=np.int64), -1
         for step in range(start, self.total_steps):
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -46,10 +114,20 @@ class Plan:
             yield self.positions[order[within * self.batch_size : (within + 1) * self.batch_size]]
 
     def used(self) -> np.ndarray:
-        """The units that the run trains on, ascending: all of them, unless the run ends within the first epoch."""
-        if self.total_steps >= self.steps_per_epoch:
-            return np.sort(self.positions)
-        return np.sort(np.concatenate(list(self.steps())))
+        """The distinct units that the run trains on, ascending: all of them, unless the run ends before."""
+        if self.shares is None and self.total_steps >= self.steps_per_epoch:
+            return np.unique(self.positions)
+        if self.shares is not None and min(self.passes()) >= 1:
+            return np.unique(self.positions)
+        return np.unique(np.concatenate(list(self.steps())))
+
+    def passes(self) -> list[float]:
+        """With shares: how often the run passes through each data set."""
+        assert self.shares is not None
+        counts = np.zeros(len(self.shares.sets), dtype=np.int64)
+        for step in self.shares.counts(self.batch_size, self.total_steps):
+            counts += step
+        return [int(count) / len(units) for count, units in zip(counts, self.shares.sets, strict=True)]
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data after `step` steps."""
@@ -74,10 +152,11 @@ def make_plan(
     num_epochs: float,
     max_steps: int | None,
     group_by_length: bool = False,
+    shares: Shares | None = None,
 ) -> Plan:
-    """`max_steps` takes precedence over `num_epochs`."""
+    """`max_steps` takes precedence over `num_epochs`. An epoch has as many units as `positions`."""
     steps = max_steps or max(1, ceil(num_epochs * ceil(len(positions) / batch_size)))
-    return Plan(positions, lengths, batch_size, seed, steps, group_by_length)
+    return Plan(positions, lengths, batch_size, seed, steps, group_by_length, shares)
 
 
 def epoch_order(

@@ -33,7 +33,10 @@ def run(config: ChatConfig) -> int:
     """
     adapter, answer = config.adapter, config.answer
     builder = open_prompt_builder(
-        adapter.adapter_dir, base_model=adapter.base_model, trust_remote_code=adapter.trust_remote_code
+        adapter.adapter_dir,
+        base_model=adapter.base_model,
+        trust_remote_code=adapter.trust_remote_code,
+        data_set=adapter.data_set,
     )
     builder = builder.by_field_names()
     builder.prompts([], max_new_tokens=answer.max_new_tokens)

@@ -32,7 +32,10 @@ def run(config: GenerateConfig) -> int:
     adapter, source, answer = config.adapter, config.generate, config.answer
     _check(source)
     builder = open_prompt_builder(
-        adapter.adapter_dir, base_model=adapter.base_model, trust_remote_code=adapter.trust_remote_code
+        adapter.adapter_dir,
+        base_model=adapter.base_model,
+        trust_remote_code=adapter.trust_remote_code,
+        data_set=adapter.data_set,
     )
 
     def load() -> Policy:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from yeonma.config.data_sets import data_sets
 from yeonma.config.settings import InspectConfig
 from yeonma.files import output_file
 from yeonma.train.preflight import preflight
@@ -16,7 +17,8 @@ def run(config: InspectConfig) -> int:
     """Run the command. Raises UserError for everything that training refuses before it loads weights, and as early."""
     options, training = config.inspect, config.training
     if options.html is not None:
-        output_file(options.html, "--html", training.data.data_path)
+        for one in data_sets(training.data):
+            output_file(options.html, "--html", one.path)
     if options.objective == "sft":
         training = replace(training, preference=None)
     preflight(training)

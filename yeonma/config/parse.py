@@ -161,12 +161,18 @@ def _with_further_words(setting: Setting | None, text: str, remaining: list[str]
 
     These words are removed from `remaining`.
     """
-    if setting is None or setting.hint != list[str] or text.startswith("["):
+    of_paths = setting is not None and takes_paths(setting)
+    if setting is None or not (setting.hint == list[str] or of_paths) or text.startswith("["):
         return text
     words = [text]
     while remaining and not _looks_like_option(remaining[0]):
         words.append(remaining.pop(0))
-    return words
+    return text if of_paths and len(words) == 1 else words
+
+
+def takes_paths(setting: Setting) -> bool:
+    """Whether the setting is a path, or a list of paths and entries."""
+    return list[Any] in setting.members
 
 
 def _looks_like_option(argument: str) -> bool:
@@ -273,6 +279,15 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
                 raise InvalidValue("is empty")
             _check_utf8(value)
             return value  # Never parsed as YAML: a template may look like it.
+        if (
+            isinstance(value, str)
+            and takes_paths(setting)
+            and not (value.startswith("[") and _is_list(value))
+        ):
+            if not value:
+                raise InvalidValue("is empty")
+            _check_utf8(value)
+            return value
         if isinstance(value, str) and {get_origin(member) for member in setting.members} & {list, dict}:
             value = _list_or_mapping(value, setting)
         if isinstance(value, list) and list[str] in setting.members:
@@ -294,6 +309,11 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
         return parsed
 
     return parse_value
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text in brackets is a list, and not the name of a file or folder."""
+    return not os.path.lexists(os.path.expanduser(text))
 
 
 def _list_or_mapping(text: str, setting: Setting) -> object:

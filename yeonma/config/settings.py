@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 LrScheduler = Literal[
     "linear",
@@ -72,8 +72,8 @@ PORT = {"range": Range(at_least=0, at_most=65535)}
 class DataSettings:
     """Where the rows come from and how they become text."""
 
-    data_path: str
-    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`)."""
+    data_path: str | list[Any]
+    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .xlsx, .parquet or .arrow file (text files also as .gz or .zst), a folder of them, a `save_to_disk` folder, or a data set on the hub (`name` or `name:config`). A list of them is a mixture; an entry `{path: chats.jsonl, weight: 2}` has settings of its own."""
     data_split: str = "train"
     """Split to read from a hub data set or from a folder with several splits. A slice such as `train[:1000]` or `train[10%:20%]` works for every kind of data."""
     data_revision: str | None = None
@@ -87,11 +87,13 @@ class DataSettings:
     template: str | None = None
     """Name of a built-in template, a template file, or the template text itself. By default, the built-in template whose fields match the columns."""
     val_set_size: float = field(default=0, metadata=NOT_NEGATIVE)
-    """Rows to hold out for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which."""
-    val_data_path: str | None = None
-    """Separate validation rows, in any format that `data_path` accepts. Slices in `data_split` do not apply to them."""
+    """Rows to hold out of each data set for validation, as a count (1 or more) or a fraction (below 1). `seed` decides which."""
+    val_data_path: str | list[Any] | None = None
+    """Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them."""
+    val_split: str | None = None
+    """Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`."""
     max_rows: int | None = field(default=None, metadata=COUNT)
-    """Read only this many training rows, from the first on. Rows for `val_set_size` are drawn among them."""
+    """Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers."""
 
@@ -331,6 +333,8 @@ class AdapterSettings:
     """Output folder of a run, or one of its checkpoints. It records the base model, template and tokenizer."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training."""
+    data_set: str | None = None
+    """Ask with the template of this data set, if the adapter was trained on several. By default, the first one's."""
     adapter_weights: bool = True
     """Apply the adapter. When off, the base model answers the same prompts without it."""
     trust_remote_code: bool = False
@@ -415,6 +419,8 @@ class CompareSettings:
     """Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there."""
     base_model: str | None = None
     """Name or folder of the adapters' base model, if it has moved since training."""
+    data_set: str | None = None
+    """Ask the adapters with the template of this data set, if they were trained on several. By default, the first one's."""
     batch_size: int = field(default=32, metadata=COUNT)
     """Prompts to answer at once. Affects memory and speed, not the answers."""
     trust_remote_code: bool = False

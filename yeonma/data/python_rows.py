@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from yeonma.config.data_sets import is_entry
 from yeonma.data.arrow_reader import open_table
 from yeonma.data.records import DataSet, Record, Source
 from yeonma.data.strict_json import kind_of
@@ -38,6 +39,9 @@ _LABEL = re.compile(r"<[^<>]+ of \d+ rows?, SHA-256 ([0-9a-f]{12})>")
 _WHAT = "give a path, a list of dicts, a pandas or polars DataFrame, or a datasets.Dataset"
 
 
+_PATHS = (str, os.PathLike, type(None))
+
+
 class NotData(Exception):
     """A value that JSON has no form for. The message says what it is."""
 
@@ -46,17 +50,16 @@ class NotData(Exception):
 def given(keywords: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The keywords of a call, with a label in place of rows. `given_set` opens it within the block.
 
-    Raises UserError for what is neither a path nor rows, and for rows that are no data.
+    A list of paths, of entries (`{"path": ..., "weight": 2}`) and of rows in other forms than a list is a mixture of
+    data sets. Raises UserError for what is neither a path nor rows, and for rows that are no data.
     """
-    settings = [
-        name for name in SETTINGS if not isinstance(keywords.get(name), (str, os.PathLike, type(None)))
-    ]
+    settings = [name for name in SETTINGS if not isinstance(keywords.get(name), _PATHS)]
     if not settings:
         yield dict(keywords)
         return
     folder, before = tempfile.mkdtemp(prefix="yeonma-"), os.environ.get(FOLDER_VARIABLE)
     try:
-        labels = {name: _write(keywords[name], name, Path(folder)) for name in settings}
+        labels = {name: _with_labels(keywords[name], name, Path(folder)) for name in settings}
         os.environ[FOLDER_VARIABLE] = folder
         yield {**keywords, **labels}
     finally:
@@ -65,6 +68,28 @@ def given(keywords: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         else:
             os.environ[FOLDER_VARIABLE] = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_labels(value: Any, setting: str, folder: Path) -> Any:
+    """The value of a setting with labels in place of rows."""
+    if not isinstance(value, (list, tuple)) or not value or not all(map(_is_data_set, value)):
+        return _write(value, setting, folder)
+    sets: list[Any] = []
+    for number, item in enumerate(value, 1):
+        path = item["path"] if isinstance(item, Mapping) else item
+        if isinstance(path, os.PathLike):
+            path = os.fspath(path)
+        elif not isinstance(path, _PATHS):
+            path = _write(path, f"{setting}[{number}]", folder)
+        sets.append({**item, "path": path} if isinstance(item, Mapping) else path)
+    return sets
+
+
+def _is_data_set(item: object) -> bool:
+    """Whether an item of a list is a data set, and not a row."""
+    if isinstance(item, Mapping):
+        return is_entry(item)
+    return isinstance(item, _PATHS) or _kind_of(item) is not None
 
 
 def is_label(data_path: str) -> bool:
@@ -126,15 +151,19 @@ def _line(values: Any, place: str) -> bytes:
 
 def _rows_of(data: Any, setting: str) -> tuple[str, Iterable[Any]]:
     """What the data is, for the label, and its rows. Raises UserError for anything else."""
-    for base in type(data).__mro__:
-        kind = f"{base.__module__.partition('.')[0]} {base.__name__}"
-        if kind in _READERS:
-            return kind, _READERS[kind](data, setting)
+    if (kind := _kind_of(data)) is not None:
         if kind in _CURES:
             raise UserError(f"what is given is a {kind}", place=setting, cure=_CURES[kind])
+        return kind, _READERS[kind](data, setting)
     if isinstance(data, (list, tuple)):
         return "list", data
     raise UserError(f"what is given is of type {type(data).__name__}", place=setting, cure=_WHAT)
+
+
+def _kind_of(data: object) -> str | None:
+    """The kind of table, by the name of its class; None for anything else."""
+    kinds = (f"{base.__module__.partition('.')[0]} {base.__name__}" for base in type(data).__mro__)
+    return next((kind for kind in kinds if kind in _READERS or kind in _CURES), None)
 
 
 def _pandas_rows(frame: Any, setting: str) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from yeonma.adapter.adapter_folder import (
     BaseIdentity,
     base_identity,
     check_base,
+    data_set_names,
 )
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import CompareSettings, Quantization, QuantizationOrAuto
@@ -91,13 +92,19 @@ def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
             opened.append(_open(spec, settings))
         except UserError as error:
             problems += error.problems
+    runs = [model for model in opened if isinstance(model, PromptBuilder)]
+    if settings.data_set is not None and not any(data_set_names(run.adapter) for run in runs):
+        problem = "no adapter was trained on several data sets"
+        problems += [] if problems else [Problem(problem, "--data_set", "leave it out")]
     if problems:
         raise UserError(problems)
     first_run = next((model for model in opened if isinstance(model, PromptBuilder)), None)
     candidates = []
     for spec, name, model in zip(specs, short_names(specs), opened, strict=True):
         if isinstance(model, PromptBuilder):
-            candidates.append(Candidate(name, model, str(model.adapter.path), True, "its own"))
+            is_chosen = settings.data_set is not None and data_set_names(model.adapter)
+            template_of = f"that of its data set {settings.data_set}" if is_chosen else "its own"
+            candidates.append(Candidate(name, model, str(model.adapter.path), True, template_of))
         else:
             candidates.append(_with_template(spec, name, model, first_run, settings, rows))
     _check_outlines(candidates)
@@ -177,8 +184,16 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
     if (folder / "adapter_config.json").is_file() and (folder / MANIFEST).is_file():
-        return open_prompt_builder(
+        builder = open_prompt_builder(
             folder, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
+        )
+        if settings.data_set is None or not data_set_names(builder.adapter):
+            return builder
+        return open_prompt_builder(
+            folder,
+            base_model=settings.base_model,
+            trust_remote_code=settings.trust_remote_code,
+            data_set=settings.data_set,
         )
     source = find_base(spec, trust_remote_code=settings.trust_remote_code)
     if source.adapter is not None and settings.base_model is not None:

@@ -6,7 +6,7 @@ All of it comes from the token store and the plan: no row is read again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from math import ceil
 
@@ -15,6 +15,7 @@ import numpy as np
 from yeonma.batch.micro_batches import forest_of
 from yeonma.batch.plan import Plan, micro_batches
 from yeonma.config.settings import PreferenceSettings
+from yeonma.data.template import Template
 from yeonma.data.text_checks import script_names
 from yeonma.tokenization.dataset import (
     LISTED_ROWS,
@@ -23,13 +24,14 @@ from yeonma.tokenization.dataset import (
     DataWarning,
     data_warnings,
     faults_of,
-    overlap_of,
+    overlaps_of,
     rows_warning,
     used_rows,
 )
 from yeonma.tokenization.example import NOTHING_TO_CHOOSE, AnswerRole, LeftOut
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.label_balance import LabelBalance, label_balance
+from yeonma.train.prepare import mixture_lines
 
 MAX_BINS = 10
 MEASURED_STEPS = 50
@@ -129,6 +131,7 @@ class AuditedSource:
     """A data set, and its rows that did not become examples."""
 
     name: str
+    template: str
     rows: int
     left_out: int
     """Number of rows, or of answers of turn lists."""
@@ -140,14 +143,33 @@ class AuditedSource:
 
 
 @dataclass(frozen=True)
+class SetAudit:
+    """One of several data sets."""
+
+    name: str
+    part: str
+    """Its part in the mixture."""
+    train: PartAudit
+    validation: PartAudit | None
+    overlaps: tuple[DataWarning, ...]
+    """Rows that other parts of the data have as well."""
+
+
+@dataclass(frozen=True)
 class Audit:
     sources: tuple[AuditedSource, ...]
     template: str
+    """The template with which the adapter is asked."""
     kind: str
     """`answers`, `pairs` or `labelled answers`."""
+    sets: tuple[SetAudit, ...]
+    """Empty for a single data set."""
     train: PartAudit
+    """With several data sets, all of them together, without the numbers of rows."""
     validation: PartAudit | None
+    """None for several data sets."""
     overlap: DataWarning | None
+    """None for several data sets."""
     steps_per_epoch: int
     steps: int
     """Steps of the whole run."""
@@ -167,21 +189,76 @@ def audit_of(
     preference: PreferenceSettings | None = None,
 ) -> Audit:
     """The audit of a run's data. `unknown_id`: the unknown token, if the tokenizer uses it for nothing else."""
-    train = _part_audit(dataset.train, dataset, unknown_id, preference)
-    held_out = dataset.validation
+    sources = [_source(name, part, one.template.name) for one in dataset.sets for name, part in one.sources]
+    is_mixture = len(dataset.sets) > 1
+    sets = _sets(dataset, plan, unknown_id, preference) if is_mixture else ()
+    if is_mixture:
+        train, validation, overlap = _mixture(dataset, preference), None, None
+    else:
+        (one,) = dataset.sets
+        train, held_out = (
+            _part_audit(one.train, dataset, one.template, unknown_id, preference),
+            one.validation,
+        )
+        validation = None
+        if held_out is not None:
+            validation = _part_audit(held_out, dataset, one.template, unknown_id, preference)
+        overlap = next((warning for _, warning in overlaps_of(dataset)), None)
+    tokens, trained_tokens = _tokens_per_epoch(dataset, plan)
     return Audit(
-        sources=tuple(_source(part) for part in dataset.sources),
+        sources=tuple(sources),
         template=dataset.template.name,
         kind=dataset.task.name,
+        sets=sets,
         train=train,
-        validation=None if held_out is None else _part_audit(held_out, dataset, unknown_id, preference),
-        overlap=None if held_out is None else overlap_of(dataset.train.examples, held_out.examples),
+        validation=validation,
+        overlap=overlap,
         steps_per_epoch=plan.steps_per_epoch,
         steps=plan.total_steps,
-        tokens_per_epoch=train.tokens,
-        trained_tokens_per_epoch=train.trained_tokens,
+        tokens_per_epoch=tokens,
+        trained_tokens_per_epoch=trained_tokens,
         work=work_of(dataset.train.store, plan, micro_batch_size, micro_batch_tokens, share_prefix),
     )
+
+
+def _sets(
+    dataset: Dataset, plan: Plan, unknown_id: int | None, preference: PreferenceSettings | None
+) -> tuple[SetAudit, ...]:
+    overlaps = overlaps_of(dataset)
+    lines = mixture_lines(dataset, plan)
+    return tuple(
+        SetAudit(
+            name=one.name,
+            part=line.removeprefix(f"{one.name}: "),
+            train=_part_audit(one.train, dataset, one.template, unknown_id, preference),
+            validation=None
+            if one.validation is None
+            else _part_audit(one.validation, dataset, one.template, unknown_id, preference),
+            overlaps=tuple(warning for name, warning in overlaps if name == one.name),
+        )
+        for one, line in zip(dataset.sets, lines, strict=True)
+    )
+
+
+def _mixture(dataset: Dataset, preference: PreferenceSettings | None) -> PartAudit:
+    """All training rows together. Warnings and numbers of rows stand with each data set."""
+    audit = _part_audit(dataset.train, dataset, None, None, preference)
+    scripts = tuple(replace(entry, rows=()) for entry in audit.scripts)
+    return replace(audit, shortened_rows=(), scripts=scripts, remarks=())
+
+
+def _tokens_per_epoch(dataset: Dataset, plan: Plan) -> tuple[int, int]:
+    """Tokens and trained tokens of an epoch; with weights, on average."""
+    tokens = trained = 0.0
+    weights = plan.shares.weights if plan.shares is not None else ()
+    for index, one in enumerate(dataset.sets):
+        times: float = one.settings.repeats
+        if weights:
+            times = len(plan.positions) * weights[index] / sum(weights) / len(one.train.units)
+        positions = one.train.store.trained_of(one.train.units)
+        tokens += times * int(one.train.store.lengths[positions].sum())
+        trained += times * one.train.trained_tokens
+    return round(tokens), round(trained)
 
 
 def work_of(
@@ -226,11 +303,12 @@ def _round_up(width: int) -> int:
     return next(step for step in steps if step >= width)
 
 
-def _source(part: DatasetPart) -> AuditedSource:
+def _source(name: str, part: DatasetPart, template: str) -> AuditedSource:
     counts = part.store.counts
     left_out = part.store.left_out if counts.left_out else []
     return AuditedSource(
-        name=part.rows.name,
+        name=name,
+        template=template,
         rows=counts.rows,
         left_out=counts.left_out,
         identical=sum(row.reason in NOTHING_TO_CHOOSE for row in left_out),
@@ -240,8 +318,13 @@ def _source(part: DatasetPart) -> AuditedSource:
 
 
 def _part_audit(
-    part: DatasetPart, dataset: Dataset, unknown_id: int | None, preference: PreferenceSettings | None
+    part: DatasetPart,
+    dataset: Dataset,
+    template: Template | None,
+    unknown_id: int | None,
+    preference: PreferenceSettings | None,
 ) -> PartAudit:
+    """Without a `template`, variants are not counted."""
     store, positions = part.store, part.store.trained_of(part.units)
     lengths, cut = store.lengths[positions], store.cut_characters[positions]
     answers = lengths - store.prompt_lengths[positions]
@@ -265,9 +348,9 @@ def _part_audit(
         dropped_turns=int(dropped.sum()),
         prompt_tokens=lengths_of(lengths - answers),
         answer_tokens=lengths_of(answers),
-        variants=tuple(
-            np.bincount(store.variants[positions], minlength=len(dataset.template.variants)).tolist()
-        ),
+        variants=()
+        if template is None
+        else tuple(np.bincount(store.variants[positions], minlength=len(template.variants)).tolist()),
         bias=_bias(store, positions, answers),
         labels=label_balance(part, preference),
         scripts=_scripts(store.row_scripts[rows - 1], rows),

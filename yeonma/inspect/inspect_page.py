@@ -46,15 +46,13 @@ document.getElementById("borders").addEventListener("change", event =>
 def page(
     title: str,
     views: Sequence[View],
-    held_out: Sequence[int],
     audit: Audit,
     forecast: Sequence[tuple[str, str]],
 ) -> str:
     """The page as HTML. Hovering over a token shows its id; a checkbox shows token borders.
 
-    `held_out` as in `print_views`; `forecast`: (name, text) lines.
+    `forecast`: (name, text) lines.
     """
-    validation = set(held_out)
     lines = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -68,10 +66,13 @@ def page(
     ]
     for view in views:
         kind = ' class="left-out"' if view.left_out is not None else ""
-        lines.append(f"<h2{kind}>{escape(heading_of(view, view.row in validation))}</h2>")
+        lines.append(f"<h2{kind}>{escape(heading_of(view))}</h2>")
         lines.append(f"<pre>{''.join(_spans(view))}</pre>")
     lines += ["<h1>The data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
-    for name, part in (("trained", audit.train), ("validation", audit.validation)):
+    parts = [("trained", audit.train), ("validation", audit.validation)]
+    for one in audit.sets:
+        parts += [(f"{one.name}, trained", one.train), (f"{one.name}, validation", one.validation)]
+    for name, part in parts:
         if part is not None:
             lines += _histograms(name, part)
     if forecast:
@@ -120,7 +121,7 @@ def _audit_text(audit: Audit) -> str:
 
 def _histograms(name: str, part: PartAudit) -> Iterator[str]:
     for label, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
-        yield f"<table><caption>{name}: {label} tokens, examples</caption>{_bars(lengths)}</table>"
+        yield f"<table><caption>{escape(name)}: {label} tokens, examples</caption>{_bars(lengths)}</table>"
 
 
 def _bars(lengths: Lengths) -> str:

@@ -19,7 +19,7 @@ from yeonma.inspect.forecast import Forecast, forecast_dict, forecast_lines, tim
 from yeonma.inspect.forecast_cache import forecast_key, read_forecast, write_forecast
 from yeonma.inspect.inspect_page import page
 from yeonma.inspect.probe import measure_rate
-from yeonma.inspect.row_views import audit_json, held_out_rows, select_rows, view_json, views_of
+from yeonma.inspect.row_views import audit_json, select_rows, view_json, views_of
 from yeonma.inspect.terminal import print_audit, print_forecast, print_views
 from yeonma.model import load
 from yeonma.run_folder.checkpoint import write_text_atomically
@@ -45,25 +45,24 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     processes = config.run.nproc
     config = resolve_auto(config, source, prepared, group, _log, processes=processes)
     dataset = prepared.dataset
-    selection = select_rows(options.rows, dataset.train.store.counts.rows)
+    selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
     audit = _audit(config, prepared)
     forecast = _forecast(options, config, source, prepared)
     lines = forecast_lines(forecast, dataset.task.units) if forecast is not None else []
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
     )
-    held_out = held_out_rows(dataset)
     if options.html is not None:
         views = list(views)
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
-        write_text_atomically(user_path(options.html), page(title, views, held_out, audit, lines))
+        write_text_atomically(user_path(options.html), page(title, views, audit, lines))
     if options.json:
         for view in views:
             sys.stdout.write(view_json(view))
         sys.stdout.write(audit_json(audit, {"forecast": forecast and forecast_dict(forecast)}))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-    print_views(console, views, held_out, tokens=options.tokens)
+    print_views(console, views, tokens=options.tokens)
     print_audit(console, audit)
     print_forecast(console, lines)
 

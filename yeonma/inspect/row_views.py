@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.inspect.audit import Audit
-from yeonma.tokenization.dataset import Dataset
+from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.explain import View, bad_row_view, explain
 
 FIRST_ROWS = 3
@@ -57,16 +57,26 @@ def select_rows(rows: str | None, count: int) -> RowSelection:
 def views_of(
     dataset: Dataset, tokenizer: Any, selection: RowSelection, *, in_full: bool = True
 ) -> Iterator[View]:
-    """Views of the selected rows of the training data, held out or not. Does not read past the last of them.
+    """Views of the selected rows of each data set, held out or not. Does not read past the last of them.
 
     `in_full` as in `explain`.
     """
-    store = dataset.train.store
+    for one in dataset.sets:
+        held_out = held_out_rows(one)
+        name = one.name if len(dataset.sets) > 1 else ""
+        for view in _views_of_set(one, dataset, tokenizer, selection, in_full=in_full):
+            yield replace(view, data_set=name, is_held_out=view.row in held_out)
+
+
+def _views_of_set(
+    one: PreparedSet, dataset: Dataset, tokenizer: Any, selection: RowSelection, *, in_full: bool
+) -> Iterator[View]:
+    store = one.train.store
     bad = {left.row: left for left in (store.left_out if store.counts.left_out else []) if left.fault}
-    selected = (row for row in _until(dataset.train.rows, selection) if row.number in selection)
+    selected = (row for row in _until(one.train.rows, selection) if row.number in selection)
     while chunk := list(islice(selected, VIEW_CHUNK_ROWS)):
         good = [row for row in chunk if row.number not in bad]
-        texts = [dataset.task.render(dataset.template, row, dataset.columns) for row in good]
+        texts = [dataset.task.render(one.template, row, one.columns) for row in good]
         views = explain(texts, good, tokenizer, dataset.rules, dataset.task, in_full=in_full) if good else []
         views += [bad_row_view(bad[row.number]) for row in chunk if row.number in bad]
         yield from sorted(views, key=lambda view: view.row)
@@ -82,10 +92,11 @@ def _until(rows: Rows, selection: RowSelection) -> Iterator[Row]:
 def view_json(view: View) -> str:
     """An example as a line of JSON. `trained` has 0 or 1 per token. A row that is left out has no tokens.
 
-    In preference data, it also has the `role` of the answer.
+    In preference data, it also has the `role` of the answer; with several data sets, its `data_set`.
     """
     return _line(
         {
+            **({"data_set": view.data_set} if view.data_set else {}),
             "row": view.row,
             **({} if view.role is None else {"role": view.role}),
             "token_ids": list(view.token_ids),
@@ -106,12 +117,12 @@ def audit_json(audit: Audit, extra: dict[str, Any]) -> str:
     )
 
 
-def held_out_rows(dataset: Dataset) -> Sequence[int]:
-    """Numbers of the rows of the training data that are held out for validation."""
-    held_out = dataset.validation
-    if held_out is None or held_out.rows is not dataset.train.rows:
-        return ()
-    return held_out.store.row_numbers[held_out.positions].tolist()
+def held_out_rows(one: PreparedSet) -> frozenset[int]:
+    """Numbers of the rows of a data set's training data that are held out for validation."""
+    held_out = one.validation
+    if held_out is None or held_out.store.key != one.train.store.key:
+        return frozenset()
+    return frozenset(held_out.store.row_numbers[held_out.positions].tolist())
 
 
 def _line(value: dict[str, Any]) -> str:

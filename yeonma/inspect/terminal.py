@@ -36,16 +36,15 @@ CUT_SHOWN = 120
 ROWS_LEFT_OUT_SHOWN = 3
 
 
-def print_views(console: Console, views: Iterable[View], held_out: Sequence[int], *, tokens: bool) -> None:
-    """Print rows with coloured parts or, with `tokens`, token by token. `held_out`: the validation rows."""
-    validation = set(held_out)
+def print_views(console: Console, views: Iterable[View], *, tokens: bool) -> None:
+    """Print rows with coloured parts or, with `tokens`, token by token."""
     has_legend = False
     for view in views:
         if not has_legend:
             console.print(_legend(console), end="\n\n")
             has_legend = True
         style = "bold red" if view.left_out is not None else "bold"
-        console.print(Text(f"── {heading_of(view, view.row in validation)} ──", style))
+        console.print(Text(f"── {heading_of(view)} ──", style))
         if tokens and view.tokens:
             console.print(_token_table(view))
         else:
@@ -61,11 +60,21 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     if bars:
         console.print(Text("── the data set ──", "bold"))
     for source in audit.sources:
-        for line in _source_lines(source, audit):
+        for line in _source_lines(source):
             console.print(line)
-    for part in (audit.train, audit.validation):
-        if part is not None:
-            _print_part(console, part, "trained" if part is audit.train else "validation")
+    for one in audit.sets:
+        console.print(Text.assemble((f"{one.name}", "bold"), f": {one.part}"))
+        for part in (one.train, one.validation):
+            if part is not None:
+                _print_part(console, part, "trained" if part is one.train else "validation")
+        for warning in one.overlaps:
+            console.print(Text(f"  ! {warning}", "yellow"))
+    if audit.sets:
+        _print_mixture(console, audit)
+    else:
+        for part in (audit.train, audit.validation):
+            if part is not None:
+                _print_part(console, part, "trained" if part is audit.train else "validation")
     if bars:
         console.print(_histograms(audit.train))
     if audit.overlap is not None:
@@ -90,10 +99,11 @@ def _legend(console: Console) -> Text:
     return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
 
 
-def heading_of(view: View, held_out: bool) -> str:
-    """A line about a view. `held_out`: whether its row is a validation row."""
+def heading_of(view: View) -> str:
+    """A line about a view."""
     trained = sum(view.trained)
-    parts = [f"row {view.row}", view.place, *([view.role] if view.role is not None else [])]
+    row = f"{view.data_set} row {view.row}" if view.data_set else f"row {view.row}"
+    parts = [row, view.place, *([view.role] if view.role is not None else [])]
     if view.left_out is not None:
         parts.append(f"left out: {view.left_out}")
     else:
@@ -107,7 +117,7 @@ def heading_of(view: View, held_out: bool) -> str:
         parts.append("answer tokenised separately: its first token would merge with the prompt")
     if view.special_text:
         parts.append(f"{view.special_text} special-token texts encoded as ordinary text")
-    if held_out:
+    if view.is_held_out:
         parts.append("validation")
     return " · ".join(parts)
 
@@ -159,10 +169,10 @@ def _one_line(text: str) -> str:
     return printable(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
-def _source_lines(source: AuditedSource, audit: Audit) -> Iterator[Text]:
+def _source_lines(source: AuditedSource) -> Iterator[Text]:
     left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
     left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
-    yield Text(f"{source.name}: {source.rows:,} rows read{left_out}; template {audit.template}")
+    yield Text(f"{source.name}: {source.rows:,} rows read{left_out}; template {source.template}")
     for fault in source.bad_rows:
         yield Text(f"  bad rows, {fault}", "red")
     for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
@@ -171,6 +181,19 @@ def _source_lines(source: AuditedSource, audit: Audit) -> Iterator[Text]:
     if more:
         rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
         yield Text(f"  and {more:,} more: {format_rows(rows, more)}", "red")
+
+
+def _print_mixture(console: Console, audit: Audit) -> None:
+    part = audit.train
+    line = f"{part.rows:,} rows, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
+    console.print(Text.assemble(("all data sets: ", "bold"), line))
+    _print_lengths(console, part)
+
+
+def _print_lengths(console: Console, part: PartAudit) -> None:
+    for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
+        spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
+        console.print(f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
@@ -196,9 +219,7 @@ def _print_part(console: Console, part: PartAudit, label: str) -> None:
         console.print(Text(f"  {part.labels}", "yellow" if part.labels.warning else ""))
     for warning in part.remarks:
         console.print(Text(f"  ! {warning}", "yellow"))
-    for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
-        spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
-        console.print(f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
+    _print_lengths(console, part)
 
 
 def _bias(bias: Bias, pairs: int) -> str:

@@ -43,6 +43,7 @@ class EvaluationRecord:
     """One evaluation on the validation rows after `step` steps, as a line that begins with `"evaluation": true`.
 
     `perplexity` is None and not written if the loss is not a mean over tokens. `metrics` is as in `StepRecord`.
+    `losses` has the loss of each data set by its name, if there are several, and is else not written.
     """
 
     step: int
@@ -53,6 +54,7 @@ class EvaluationRecord:
     trained_tokens: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 class Progress:
@@ -92,6 +94,8 @@ class Progress:
             f"  validation loss {record.loss:.4f}{metrics}"
             f"  {record.examples} {units} in {_duration(record.seconds)}"
         )
+        for name, loss in record.losses.items():
+            self.print_line(f"  {name}  validation loss {loss:.4f}")
 
     def print_line(self, text: str) -> None:
         """Prints `text` unchanged, without markup or wrapping."""

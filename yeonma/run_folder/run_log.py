@@ -1,5 +1,6 @@
 """The logs of a run: metrics.jsonl has one object per step and evaluation, trained_rows.jsonl the rows of every step,
-such as `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages.
+such as `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages, or by data set in a mixture:
+`{"step": 12, "rows": {"titles.jsonl": [17, 4], "chats.jsonl": [99]}}`.
 
 A run appends to both. A resumed run first removes the lines after its checkpoint. The rows of a step do not depend on
 the number of processes.
@@ -63,7 +64,7 @@ class MetricsFile(LogFile):
 class TrainedRows(LogFile):
     """trained_rows.jsonl, opened by `open_trained_rows`."""
 
-    def write(self, step: int, rows: list[int]) -> None:
+    def write(self, step: int, rows: list[int] | dict[str, list[int]]) -> None:
         self.append((json.dumps({"step": step, "rows": rows}) + "\n").encode(), "a step's rows")
 
 
@@ -102,9 +103,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def numbers_of(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
-    """A record's numbers, then its metrics. A perplexity of None is left out."""
+    """A record's numbers, then its metrics. A perplexity of None is left out, and so are the data sets' losses."""
     values = asdict(record)
     metrics = values.pop("metrics")
+    values.pop("losses", None)
     if values.get("perplexity", 0.0) is None:
         del values["perplexity"]
     return {**values, **metrics}
@@ -112,10 +114,11 @@ def numbers_of(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
 
 def _metrics_line(record: StepRecord | EvaluationRecord) -> bytes:
     values = numbers_of(record)
-    if isinstance(record, EvaluationRecord):
-        values = {"evaluation": True, **values}
     # JSON has no NaN and no infinity
     finite = {key: None if _is_not_finite(value) else value for key, value in values.items()}
+    if isinstance(record, EvaluationRecord):
+        losses = {name: None if _is_not_finite(loss) else loss for name, loss in record.losses.items()}
+        finite = {"evaluation": True, **finite, **({"losses": losses} if losses else {})}
     return (json.dumps(finite, allow_nan=False) + "\n").encode()
 
 

@@ -142,6 +142,9 @@ def tracked(record: StepRecord | EvaluationRecord) -> dict[str, float]:
     values: dict[str, float] = {
         f"{group}/{key}": value for key, value in numbers_of(record).items() if key != "step"
     }
+    if isinstance(record, EvaluationRecord):
+        for name, loss in record.losses.items():
+            values[f"validation/loss/{re.sub(r'[^-./ A-Za-z0-9_]+', '_', name)}"] = loss
     if isinstance(record, StepRecord) and record.seconds > 0:
         values["train/tokens_per_second"] = record.tokens / record.seconds
     return values

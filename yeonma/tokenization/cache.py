@@ -106,6 +106,40 @@ def build_store(
     check_rules(template, rules)
     check_tokenizer(tokenizer, rules)
     key = store_key(rows, template, columns, tokenizer, rules, task, skip_bad=skip_bad)
+
+    def write(writer: StoreWriter) -> dict[str, Any]:
+        read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
+        chunks = _chunks_of_good_rows if skip_bad else _chunks
+        faults: Counter[str] = Counter()
+        for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, task):
+            faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
+            with _write_errors_as_user_errors(cache_dir):
+                writer.add(notes, outcomes)
+        _check_some_left(writer.counts, rows, rules, task, faults)
+        return {"data": rows.name, "template": template.name}
+
+    return _cached(cache_dir, key, write)
+
+
+def join_stores(stores: Sequence[TokenStore], cache_dir: Path) -> TokenStore:
+    """One store with the examples of several, in this order, from the cache or newly written. Rows and units are
+    numbered on from store to store.
+
+    Raises UserError if `cache_dir` cannot be written.
+    """
+    key = sha256(_canonical([FORMAT, "joined", *[store.key for store in stores]]).encode()).hexdigest()
+
+    def write(writer: StoreWriter) -> dict[str, Any]:
+        for store in stores:
+            with _write_errors_as_user_errors(cache_dir):
+                writer.add_store(store)
+        return {"stores": [store.key for store in stores]}
+
+    return _cached(cache_dir, key, write)
+
+
+def _cached(cache_dir: Path, key: str, write: Callable[[StoreWriter], dict[str, Any]]) -> TokenStore:
+    """The store with this key, from the cache or written by `write`, which returns its description."""
     folder = cache_dir / key
     if (store := open_store(folder, key)) is not None:
         return store
@@ -117,16 +151,9 @@ def build_store(
             with _write_errors_as_user_errors(cache_dir):
                 _remove(temporary)
                 writer = StoreWriter.open(temporary)
-            read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
-            chunks = _chunks_of_good_rows if skip_bad else _chunks
-            faults: Counter[str] = Counter()
-            for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, task):
-                faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
-                with _write_errors_as_user_errors(cache_dir):
-                    writer.add(notes, outcomes)
-            _check_some_left(writer.counts, rows, rules, task, faults)
+            description = write(writer)
             with _write_errors_as_user_errors(cache_dir):
-                writer.finish({"key": key, "data": rows.name, "template": template.name})
+                writer.finish({"key": key, **description})
                 _remove(folder)
                 os.rename(temporary, folder)
                 sync(cache_dir)

@@ -1,17 +1,26 @@
-"""Settings -> the examples of a run: choose the template, tokenise the rows, draw validation rows, warn."""
+"""Settings -> the examples of a run: choose templates, tokenise the rows, draw validation rows, warn.
+
+A run may have several data sets, each with a template and validation rows of its own. Their training examples lie in
+one joined store.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from yeonma.config.data_sets import DataSetSettings, data_sets, problem_of_set
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.column_paths import with_paths
+from yeonma.data.columns import Columns
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.splits import without_slices
 from yeonma.data.task import ANSWERS, Task, choose_template
@@ -29,7 +38,7 @@ from yeonma.data.text_checks import (
 )
 from yeonma.errors import Log, UserError
 from yeonma.files import user_path
-from yeonma.tokenization.cache import build_store, default_cache_dir
+from yeonma.tokenization.cache import build_store, default_cache_dir, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
 from yeonma.tokenization.store import TokenStore
 
@@ -73,21 +82,68 @@ class DatasetPart:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    task: Task
+class PreparedSet:
+    """One data set of a run. Its parts have a store of their own, in which its rows count from 1."""
+
+    name: str
     template: Template
     columns: dict[str, str] | None
-    rules: TokenRules
     train: DatasetPart
     validation: DatasetPart | None
+    settings: DataSetSettings
 
     @property
-    def sources(self) -> list[DatasetPart]:
-        """One part per data set: only one if validation rows were drawn from the training rows."""
-        parts = {self.train.store.key: self.train}
-        if self.validation is not None:
-            parts.setdefault(self.validation.store.key, self.validation)
-        return list(parts.values())
+    def sources(self) -> list[tuple[str, DatasetPart]]:
+        """(name, part) for each store: only one if validation rows were drawn from the training rows."""
+        parts = [(self.name, self.train)]
+        if self.validation is not None and self.validation.store.key != self.train.store.key:
+            parts.append((self.validation.rows.name, self.validation))
+        return parts
+
+
+@dataclass(frozen=True)
+class Dataset:
+    task: Task
+    rules: TokenRules
+    sets: tuple[PreparedSet, ...]
+    train: DatasetPart
+    """The training examples of all sets, in a joined store if there are several. Rows and units are then numbered on
+    from set to set."""
+
+    @property
+    def template(self) -> Template:
+        """The template of the first data set, with which the adapter is asked."""
+        return self.sets[0].template
+
+    @property
+    def columns(self) -> dict[str, str] | None:
+        return self.sets[0].columns
+
+    @property
+    def validation(self) -> dict[str, DatasetPart]:
+        """The validation rows of each data set that has some, by its name."""
+        return {one.name: one.validation for one in self.sets if one.validation is not None}
+
+    def units_of_sets(self) -> list[np.ndarray]:
+        """The training units of each data set, as units of the joined store."""
+        before = np.cumsum([0, *(one.train.store.counts.units for one in self.sets)])
+        return [one.train.units + start for one, start in zip(self.sets, before.tolist(), strict=False)]
+
+    def rows_by_set(self, numbers: Sequence[int]) -> dict[str, list[int]]:
+        """Numbers of training rows, counted within each data set, by its name."""
+        by_set: dict[str, list[int]] = {}
+        starts = np.cumsum([0, *(one.train.store.counts.rows for one in self.sets)])
+        for number in numbers:
+            index = int(np.searchsorted(starts, number, side="left")) - 1
+            by_set.setdefault(self.sets[index].name, []).append(number - int(starts[index]))
+        return by_set
+
+    def name_rows(self, numbers: Sequence[int]) -> str:
+        """Training rows for a message: `rows 3, 5`, or in a mixture `a.jsonl rows 3, 5, b.csv row 1`."""
+        if len(self.sets) == 1:
+            return f"rows {', '.join(map(str, numbers))}"
+        rows = self.rows_by_set(numbers)
+        return ", ".join(f"{name} {format_rows(rows[name], most=len(numbers))}" for name in rows)
 
 
 def token_rules(tokens: TokenSettings) -> TokenRules:
@@ -121,40 +177,68 @@ def prepare_dataset(
 ) -> Dataset:
     """Read the rows, tokenise them or load their tokens from the cache, and draw validation rows.
 
-    `continued` is the adapter folder to continue. Raises UserError for faults in data, template or settings.
+    `continued` is the adapter folder to continue. Raises UserError for faults in data, templates or settings.
     """
-    if data.val_data_path is not None and data.val_set_size:
-        raise UserError(
-            "val_set_size and val_data_path are both given",
-            place="val_set_size",
-            cure="give only one of them",
+    settings, rules = data_sets(data), token_rules(tokens)
+    skip_bad, cache = data.bad_rows == "skip", cache_folder(tokens)
+
+    def prepared(one: DataSetSettings) -> PreparedSet:
+        def log_of_set(line: str) -> None:
+            log(f"{one.name}: {line}" if len(settings) > 1 else line)
+
+        def store_of(rows: Rows, template: Template, columns: Columns) -> TokenStore:
+            return build_store(
+                rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=skip_bad
+            )
+
+        with _problems_of_set(one.name if len(settings) > 1 else ""):
+            return _prepare_set(one, store_of, seed, log_of_set, task, continued, skip_bad=skip_bad)
+
+    sets = tuple([prepared(one) for one in settings])
+    if len(sets) == 1:
+        return Dataset(task, rules, sets, sets[0].train)
+    stores = [one.train.store for one in sets]
+    before = np.cumsum([0, *map(len, stores)]).tolist()
+    positions = [one.train.positions + start for one, start in zip(sets, before, strict=False)]
+    rows = _joined_rows([one.train.rows for one in sets])
+    train = DatasetPart(rows, join_stores(stores, cache), np.concatenate(positions))
+    return Dataset(task, rules, sets, train)
+
+
+def _prepare_set(
+    one: DataSetSettings,
+    store_of: Callable[[Rows, Template, Columns], TokenStore],
+    seed: int,
+    log: Log,
+    task: Task,
+    continued: str | None,
+    *,
+    skip_bad: bool,
+) -> PreparedSet:
+    def opened(path: str, split: str, revision: str | None, limit: int | None = None) -> Rows:
+        rows = open_rows(
+            path,
+            split=split,
+            revision=revision,
+            encoding=one.encoding,
+            delimiter=one.delimiter,
+            max_rows=limit,
+            skip_bad=skip_bad,
         )
-    opened = open_rows(
-        data.data_path,
-        split=data.data_split,
-        revision=data.data_revision,
-        encoding=data.encoding,
-        delimiter=data.delimiter,
-        max_rows=data.max_rows,
-        skip_bad=data.bad_rows == "skip",
-    )
-    for note in opened.notes:
-        log(note)
-    rows = with_paths(opened, data.columns)
-    choice = choose_template(task, data.template, rows, data.columns, continued)
-    rules = token_rules(tokens)
+        for note in rows.notes:
+            log(note)
+        return rows
+
+    rows = with_paths(opened(one.path, one.split, one.revision, one.limit), one.columns)
+    choice = choose_template(task, one.template, rows, one.columns, continued)
     template, columns = choice.template, choice.columns
     for note in choice.notes:
         log(note)
-    cache = cache_folder(tokens)
-
     told: set[str] = set()
 
     def part(rows: Rows) -> DatasetPart:
         rows = with_paths(rows, columns)
-        store = build_store(
-            rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=data.bad_rows == "skip"
-        )
+        store = store_of(rows, template, columns)
         for line in (f"column {name} holds {kind}, written as text" for name, kind in store.number_columns):
             if line not in told:
                 log(line)
@@ -163,36 +247,73 @@ def prepare_dataset(
 
     train = part(rows)
     validation = None
-    if data.val_data_path is not None:
-        revision = data.data_revision if data.val_data_path == data.data_path else None
-        held_out_rows = open_rows(
-            data.val_data_path,
-            split=without_slices(data.data_split),
-            revision=revision,
-            encoding=data.encoding,
-            delimiter=data.delimiter,
-            skip_bad=data.bad_rows == "skip",
-        )
-        for note in held_out_rows.notes:
-            log(note)
-        validation = part(held_out_rows)
-    elif data.val_set_size:
+    if one.val_path is not None:
+        revision = one.revision if one.val_path == one.path else None
+        validation = part(opened(one.val_path, without_slices(one.split), revision))
+    elif one.val_split is not None:
+        held_out_rows = opened(one.path, one.val_split, one.revision)
+        validation = part(replace(held_out_rows, name=f"{one.name} {one.val_split}"))
+    elif one.val_set_size:
         numbers = used_rows(train.store, train.positions)
-        _, drawn = draw_validation(len(numbers), data.val_set_size, seed)
+        _, drawn = draw_validation(len(numbers), one.val_set_size, seed)
         held_out = np.isin(train.store.row_numbers, numbers[drawn])
         validation = replace(train, positions=np.flatnonzero(held_out))
         train = replace(train, positions=np.flatnonzero(~held_out))
-    return Dataset(task, template, columns, rules, train, validation)
+    return PreparedSet(one.name, template, columns, train, validation, one)
+
+
+@contextmanager
+def _problems_of_set(name: str) -> Iterator[None]:
+    """Names the data set, if it has a name, in problems whose place is a setting."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([problem_of_set(problem, name) for problem in error.problems]) from error
+
+
+def _joined_rows(parts: Sequence[Rows]) -> Rows:
+    """The rows of several data sets, numbered on from set to set."""
+
+    def read() -> Iterator[Row]:
+        for number, row in enumerate(chain.from_iterable(parts), 1):
+            yield replace(row, number=number)
+
+    columns = dict.fromkeys(column for rows in parts for column in rows.columns)
+    identity = sha256("\0".join(rows.identity for rows in parts).encode()).hexdigest()
+    return Rows(", ".join(rows.name for rows in parts), identity, tuple(columns), read)
 
 
 def describe(dataset: Dataset, log: Log) -> None:
     """Log the counts, what was shortened or left out, and warnings."""
-    for part in dataset.sources:
-        _describe(part.rows.name, part.store, dataset.task, log)
-    if dataset.validation is not None:
-        overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
-        if overlap is not None:
-            log(f"{dataset.validation.rows.name}: {overlap}")
+    for one in dataset.sets:
+        for name, part in one.sources:
+            _describe(name, part.store, dataset.task, log)
+    for name, warning in overlaps_of(dataset):
+        log(f"{name}: {warning}")
+
+
+def overlaps_of(dataset: Dataset) -> list[tuple[str, DataWarning]]:
+    """Warnings, with the names of data sets, about validation rows that are also training rows, and about training rows
+    that an earlier data set has too."""
+    found: list[tuple[str, DataWarning | None]] = []
+    for name, part in dataset.validation.items():
+        found.append(
+            (
+                part.rows.name if len(dataset.sets) == 1 else name,
+                overlap_of(dataset.train.examples, part.examples),
+            )
+        )
+    for index, one in enumerate(dataset.sets):
+        for earlier in dataset.sets[:index]:
+            found.append((one.name, _also_in(earlier, one)))
+    return [(name, warning) for name, warning in found if warning is not None]
+
+
+def _also_in(earlier: PreparedSet, one: PreparedSet) -> DataWarning | None:
+    digests = earlier.train.store.row_digests[used_rows(*earlier.train.examples) - 1]
+    rows = used_rows(*one.train.examples)
+    repeated = rows[np.isin(one.train.store.row_digests[rows - 1], digests)]
+    return rows_warning("also_in", repeated, f"training rows that {earlier.name} has as well")
 
 
 def _describe(name: str, store: TokenStore, task: Task, log: Log) -> None:

@@ -76,6 +76,10 @@ class View:
     special_text: int
     left_out: str | None
     dropped_turns: int = 0
+    data_set: str = ""
+    """The name of its data set, if there are several."""
+    is_held_out: bool = False
+    """Whether its row is a validation row."""
 
 
 def explain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.policy import Policy, build_policy
-from yeonma.tokenization.dataset import cache_folder, faults_of
+from yeonma.tokenization.dataset import Dataset, DatasetPart, PreparedSet, cache_folder, faults_of
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
@@ -102,11 +102,7 @@ def load_model(
         log(
             f"weights sharded over {group.count} processes: {local_weight_bytes(base) / 1e6:,.1f} MB in this process"
         )
-    dataset, data = prepared.dataset, config.data
-    reading = {"max_rows": data.max_rows, "delimiter": data.delimiter}
-    store = dataset.train.store
-    left_out = store.left_out if store.counts.left_out else []
-    faults = {fault.what: fault.count for fault in faults_of(left_out)}
+    dataset = prepared.dataset
     details = adapters.describe(
         policy.base,
         dataset.template,
@@ -115,28 +111,65 @@ def load_model(
         tokenizer=prepared.tokenizer,
         trust_remote_code=source.trust_remote_code,
         quantization=quantization,
-        trained_on={
-            "data": dataset.train.rows.name,
-            "data_sha256": dataset.train.rows.identity,
-            **{name: value for name, value in reading.items() if value is not None},
-            "examples": len(dataset.train.units),
-            "trained_tokens": dataset.train.trained_tokens,
-            "left_out": dataset.train.store.counts.left_out,
-            **({"bad_rows": faults} if faults else {}),
-            "shortened": dataset.train.store.counts.shortened,
-        },
+        trained_on=_trained_on(dataset),
     )
     return LoadedModel(policy, details)
 
 
+def _trained_on(dataset: Dataset) -> dict[str, Any]:
+    """What yeonma.json says of the data."""
+    parts = [
+        {**_trained_on_part(one.train), **_reading(one), **_faults(one.train.store)} for one in dataset.sets
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    sets = [
+        {
+            "name": one.name,
+            **part,
+            "template": {"name": one.template.name, "text": one.template.text},
+            "columns": one.columns,
+        }
+        for one, part in zip(dataset.sets, parts, strict=True)
+    ]
+    return {**_trained_on_part(dataset.train), **_faults(dataset.train.store), "data_sets": sets}
+
+
+def _trained_on_part(part: DatasetPart) -> dict[str, Any]:
+    return {
+        "data": part.rows.name,
+        "data_sha256": part.rows.identity,
+        "examples": len(part.units),
+        "trained_tokens": part.trained_tokens,
+        "left_out": part.store.counts.left_out,
+        "shortened": part.store.counts.shortened,
+    }
+
+
+def _reading(one: PreparedSet) -> dict[str, Any]:
+    """How the data set was read and mixed, where that is not as by default."""
+    settings = one.settings
+    reading = {
+        "max_rows": settings.limit,
+        "delimiter": settings.delimiter,
+        "weight": None if settings.weight is None else float(settings.weight),
+        "repeats": None if settings.repeats == 1 else settings.repeats,
+    }
+    return {name: value for name, value in reading.items() if value is not None}
+
+
+def _faults(store: TokenStore) -> dict[str, Any]:
+    faults = {fault.what: fault.count for fault in faults_of(store.left_out if store.counts.left_out else [])}
+    return {"bad_rows": faults} if faults else {}
+
+
 def units_to_reference(prepared: Prepared) -> StoreUnits:
     """All units that the run trains on or evaluates, by their store."""
-    train, validation = prepared.dataset.train, prepared.dataset.validation
+    train = prepared.dataset.train
     units = {train.store.key: (train.store, prepared.plan.used())}
-    if validation is not None:
-        store = validation.store
-        _, trained = units.get(store.key, (store, validation.units[:0]))
-        units[store.key] = store, np.union1d(trained, validation.units)
+    for part in prepared.dataset.validation.values():
+        _, before = units.get(part.store.key, (part.store, part.units[:0]))
+        units[part.store.key] = part.store, np.union1d(before, part.units)
     return units
 
 
@@ -202,8 +235,10 @@ def build_train_state(
     stop: Stop | None = None,
     *,
     by_tokens: bool = False,
+    name_rows: Callable[[Sequence[int]], str] | None = None,
 ) -> TrainState:
-    """The state of the first step. `by_tokens`: if memory runs out, halve the token budget instead of the units."""
+    """The state of the first step. `by_tokens`: if memory runs out, halve the token budget instead of the units.
+    `name_rows` as in TrainState."""
     step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
     parameters = {name: p for name, p in loaded.policy.model.named_parameters() if p.requires_grad}
@@ -228,4 +263,5 @@ def build_train_state(
         group=group,
         stop=stop or Stop(),
         sharded=sharded,
+        **({} if name_rows is None else {"name_rows": name_rows}),
     )

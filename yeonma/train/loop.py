@@ -49,7 +49,7 @@ def run_steps(
     state: TrainState,
     plan: Plan,
     batch_of: Callable[[np.ndarray], Batch],
-    validation: Batch | None,
+    validation: Mapping[str, Batch],
     schedule: EvalSaveSchedule,
     progress: RunProgress,
     output: Path,
@@ -58,7 +58,8 @@ def run_steps(
 ) -> RunProgress:
     """Train from `progress` until the end of the plan, early stopping, or a step after which the ranks agreed to stop.
 
-    `batch_of` makes a batch from a step's units. Returns the progress, which the last checkpoint contains.
+    `batch_of` makes a batch from a step's units; `validation` has the validation rows of each data set. Returns the
+    progress, which the last checkpoint contains.
     """
     stop = state.stop
 
@@ -76,7 +77,7 @@ def run_steps(
         stop.record_seconds(save=time.perf_counter() - started)
 
     def run_evaluation(progress: RunProgress) -> RunProgress:
-        if validation is None:
+        if not validation:
             return progress
         record = evaluate(state, validation, progress.step, plan.epoch_at(progress.step))
         progress = replace(progress, evaluation_due=record is None)

@@ -16,7 +16,7 @@ from yeonma.model.load import eos_tokens
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
-from yeonma.tokenization.dataset import Dataset, DatasetPart
+from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
 
 MAX_NEW_TOKENS = 128
@@ -29,6 +29,8 @@ class Sample:
     """A row's prompt and reference answer, and the answers of the base model and of the adapter."""
 
     row: int
+    data_set: str
+    """Its data set, if there are several; else empty."""
     prompt: str
     reference: str
     base: str
@@ -40,30 +42,41 @@ def write_card(
     policy: Policy,
     tokenizer: Any,
     dataset: Dataset,
-    part: DatasetPart,
     command: str,
     adapter_step: int,
     rows: int,
 ) -> None:
-    """Writes the card, with greedy answers of the base model and the adapter to the first `rows` rows of `part`.
+    """Writes the card, with greedy answers of the base model and the adapter to `rows` rows.
 
     `adapter_step`: the step whose adapter is in the folder. `command`: how to repeat the run.
     """
-    has_prompts = rows and not dataset.template.is_text
-    samples = sample_answers(policy, tokenizer, dataset, part, rows) if has_prompts else []
+    samples = sample_answers(policy, tokenizer, dataset, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
     text = card_text(output, samples, metrics, command, adapter_step, dataset.task.units)
     write_text_atomically(output / "README.md", text)
 
 
-def sample_answers(
-    policy: Policy, tokenizer: Any, dataset: Dataset, part: DatasetPart, count: int
+def sample_answers(policy: Policy, tokenizer: Any, dataset: Dataset, count: int) -> list[Sample]:
+    """Answers the first rows of each data set, `count` in all but at least one of each, with the base model and with
+    the adapter. They are validation rows where there are some. Whole texts have no prompts to answer."""
+    asked = [one for one in dataset.sets if not one.template.is_text]
+    shares = [len(range(number, count, len(asked))) for number in range(len(asked))]
+    return [
+        sample
+        for one, share in zip(asked, shares, strict=True)
+        for sample in _answers_of_set(policy, tokenizer, dataset, one, max(share, 1))
+    ]
+
+
+def _answers_of_set(
+    policy: Policy, tokenizer: Any, dataset: Dataset, one: PreparedSet, count: int
 ) -> list[Sample]:
-    """Answers the first `count` rows of `part` with the base model and with the adapter, from the prompt ids of
-    training. The model stays in training mode."""
+    """Answers the first `count` rows of a data set, from the prompt ids of training. The model stays in training
+    mode."""
+    part = one.validation or one.train
     rows = part.first_rows(count)
     task = dataset.task
-    rendered = [task.preferred(task.render(dataset.template, row, dataset.columns)) for row in rows]
+    rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     is_turn = rendered[0].answer_role is not None
@@ -81,6 +94,7 @@ def sample_answers(
     return [
         Sample(
             row.number,
+            one.name if len(dataset.sets) > 1 else "",
             tokenizer.decode(prompt, skip_special_tokens=False),
             tokens.shape.parts(_reference(text)).content,
             _alone(base.text, prompt.tolist(), tokens, tokenizer),
@@ -137,14 +151,20 @@ def card_text(
     if faults := trained_on.get("bad_rows"):
         listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
         lines += ["Bad rows among those left out:", "", *listed, ""]
+    lines += _data_sets(trained_on.get("data_sets", ()), units)
     if evaluations:
         last = next(record for record in evaluations if record["step"] == adapter_step)
         lines += _validation(evaluations[0], last, units)
+        lines += _losses(evaluations[0].get("losses", {}), last.get("losses", {}))
     lines += ["![loss](loss.svg)", "", "## Template", "", *_fenced(adapter.template.text), ""]
+    for one in trained_on.get("data_sets", ()):
+        if one["template"]["text"] != adapter.template.text:
+            lines += [f"Template of `{one['name']}`:", "", *_fenced(one["template"]["text"]), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:
-        lines += [f"### Row {sample.row}", "", *_fenced(_short(sample.prompt)), ""]
+        of_set = f" of {sample.data_set}" if sample.data_set else ""
+        lines += [f"### Row {sample.row}{of_set}", "", *_fenced(_short(sample.prompt)), ""]
         if sample.reference:
             lines += ["reference:", "", *_fenced(_short(sample.reference)), ""]
         for name, text in (("base model", sample.base), ("with the adapter", sample.adapter)):
@@ -206,6 +226,38 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
         ),
         "",
         about,
+        "",
+    ]
+
+
+def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
+    """A table of a mixture's data sets."""
+    if not sets:
+        return []
+    total = sum(one.get("weight", 0) for one in sets)
+    lines = [
+        f"| data set | {units} | trained tokens | part of the mixture |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in sets:
+        times = one.get("repeats", 1)
+        part = (
+            f"{one['weight'] / total:.1%} of each step"
+            if total
+            else f"{times} time{'s' * (times > 1)} an epoch"
+        )
+        lines.append(f"| `{one['name']}` | {one['examples']:,} | {one['trained_tokens']:,} | {part} |")
+    return [*lines, ""]
+
+
+def _losses(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> list[str]:
+    """A table of the validation losses of a mixture's data sets."""
+    if not after:
+        return []
+    return [
+        "| validation loss of | before | after |",
+        "| --- | --- | --- |",
+        *(f"| `{name}` | {_number(before.get(name))} | {_number(after[name])} |" for name in after),
         "",
     ]
 

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from yeonma.config.data_sets import DataSetSettings, data_sets, problem_of_set
 from yeonma.config.settings import (
     DataSettings,
     ModelSettings,
@@ -80,42 +81,61 @@ def continued_adapter(model: ModelSettings, source: BaseSource) -> str | None:
 
 
 def check_data(data: DataSettings, task: Task, continued: str | None = None) -> None:
-    """Raises UserError if the template is invalid or does not fit the first rows of local files.
+    """Raises UserError if a template is invalid or does not fit the first rows of local files.
 
     `continued`: the folder of the adapter to continue. Rows are rendered, but not tokenised.
     """
+    sets, skip_bad = data_sets(data), data.bad_rows == "skip"
+    names = [one.name if len(sets) > 1 else "" for one in sets]
+    gather(
+        *(
+            partial(_check_set, one, name, task, continued, skip_bad)
+            for one, name in zip(sets, names, strict=True)
+        )
+    )
+
+
+def _check_set(one: DataSetSettings, name: str, task: Task, continued: str | None, skip_bad: bool) -> None:
+    """Checks one data set. `name` is in the place of problems with settings, if there are several data sets."""
+    try:
+        _check_rows_of(one, task, continued, skip_bad)
+    except UserError as error:
+        raise UserError([problem_of_set(problem, name) for problem in error.problems]) from error
+
+
+def _check_rows_of(one: DataSetSettings, task: Task, continued: str | None, skip_bad: bool) -> None:
     choices: list[Choice] = []
-    rows_of_setting: dict[str, Rows] = {}
+    training: list[Rows] = []
+    validation: list[Rows] = []
 
     def read_template() -> None:
-        if data.template is not None:
-            choices.append(Choice(load_template(data.template), data.columns))
+        if one.template is not None:
+            choices.append(Choice(load_template(one.template), one.columns))
 
-    def read_rows(setting: str, path: str | None, split: str, max_rows: int | None) -> None:
-        if path is None:
-            return
+    def read_rows(found: list[Rows], path: str, split: str, limit: int | None) -> None:
         rows = glance(
             path,
             split=split,
-            encoding=data.encoding,
-            delimiter=data.delimiter,
-            max_rows=max_rows,
-            skip_bad=data.bad_rows == "skip",
+            encoding=one.encoding,
+            delimiter=one.delimiter,
+            max_rows=limit,
+            skip_bad=skip_bad,
         )
         if rows is not None:
-            rows_of_setting[setting] = with_paths(rows, data.columns)
+            found.append(with_paths(rows, one.columns))
 
+    val_path, val_split = one.val_path, without_slices(one.split)
+    if one.val_split is not None:
+        val_path, val_split = one.path, one.val_split
     gather(
         read_template,
-        partial(read_rows, "data_path", data.data_path, data.data_split, data.max_rows),
-        partial(read_rows, "val_data_path", data.val_data_path, without_slices(data.data_split), None),
+        partial(read_rows, training, one.path, one.split, one.limit),
+        *([] if val_path is None else [partial(read_rows, validation, val_path, val_split, None)]),
     )
-    if "data_path" in rows_of_setting:
-        rows = rows_of_setting["data_path"]
-        choices = [choose_template(task, data.template, rows, data.columns, continued)]
+    if training:
+        choices = [choose_template(task, one.template, training[0], one.columns, continued)]
     if choices:
-        skip_bad = data.bad_rows == "skip"
-        gather(*(partial(_check_rows, rows, choices[0], task, skip_bad) for rows in rows_of_setting.values()))
+        gather(*(partial(_check_rows, rows, choices[0], task, skip_bad) for rows in training + validation))
 
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:

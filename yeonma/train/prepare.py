@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from yeonma.adapter import adapter_folder as adapters
-from yeonma.batch.plan import Plan, make_plan
+from yeonma.batch.plan import Plan, Shares, make_plan
+from yeonma.config.data_sets import of_data_set
 from yeonma.config.settings import (
+    DataSettings,
     LoraSettings,
     Optimizer,
     PreferenceSettings,
@@ -25,7 +29,7 @@ from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.quantized import check_layers
 from yeonma.tokenization.cache import tokenizer_identity
-from yeonma.tokenization.dataset import Dataset, prepare_dataset
+from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.train.losses import PreferenceOptions, preference_loss
 from yeonma.train.preflight import task_of
 
@@ -95,12 +99,38 @@ def prepare(
         "early_stopping_patience": evaluation.early_stopping_patience is not None,
     }
     for name, needed in needs_validation.items():
-        if needed and dataset.validation is None:
-            raise UserError(
-                "it follows the validation loss", place=name, cure="give val_set_size or val_data_path"
-            )
-    units = dataset.train.units
-    plan = make_plan(
+        if needed and not dataset.validation:
+            cure = "give val_set_size, val_split or val_data_path"
+            raise UserError("it follows the validation loss", place=name, cure=cure)
+    plan = plan_of(dataset, step)
+    _check_positions(model_config, dataset)
+    identity = _identity(config, source, tokenizer, dataset, plan, continued)
+    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained)
+
+
+def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
+    """The steps of a run. An epoch has every training unit once, or as often as its data set's repeats say; with
+    weights, as many units, of which each data set has its share.
+
+    Raises UserError for settings that do not go with weights.
+    """
+    weights, of_sets = [one.settings.weight for one in dataset.sets], dataset.units_of_sets()
+    shares = None
+    if len(of_sets) > 1 and None not in weights:
+        if step.group_by_length:
+            problem = "steps of similar lengths cannot keep the shares of the data sets' weights"
+            cure = "leave it out, or give repeats instead of weights"
+            raise UserError(problem, place="group_by_length", cure=cure)
+        exact = [Fraction(weight) for weight in weights if weight is not None]
+        denominator = math.lcm(*(weight.denominator for weight in exact))
+        ends = np.cumsum([len(units) for units in of_sets])
+        ranges = [np.arange(end - len(units), end) for units, end in zip(of_sets, ends, strict=True)]
+        shares = Shares(tuple(ranges), tuple(int(weight * denominator) for weight in exact))
+    else:
+        repeats = [one.settings.repeats for one in dataset.sets]
+        of_sets = [np.tile(units, times) for units, times in zip(of_sets, repeats, strict=True)]
+    units = np.concatenate(of_sets)
+    return make_plan(
         units,
         dataset.train.store.unit_lengths[units],
         batch_size=step.batch_size,
@@ -108,10 +138,28 @@ def prepare(
         num_epochs=step.num_epochs,
         max_steps=step.max_steps,
         group_by_length=step.group_by_length,
+        shares=shares,
     )
-    _check_positions(model_config, dataset)
-    identity = _identity(config, source, tokenizer, dataset, plan, continued)
-    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained)
+
+
+def mixture_lines(dataset: Dataset, plan: Plan) -> list[str]:
+    """What a run takes of each data set, one line each; none for a single data set without repeats."""
+    if len(dataset.sets) == 1 and dataset.sets[0].settings.repeats == 1:
+        return []
+    units, lines = dataset.task.units, []
+    counts = [len(one.train.units) for one in dataset.sets]
+    if plan.shares is not None:
+        total = sum(plan.shares.weights)
+        for one, weight, passes in zip(dataset.sets, plan.shares.weights, plan.passes(), strict=True):
+            line = f"{weight / total:.1%} of each step's {units}, {passes:,.2f} passes in the whole run"
+            lines.append(f"{one.name}: {line}")
+        return lines
+    total = sum(count * one.settings.repeats for count, one in zip(counts, dataset.sets, strict=True))
+    for one, count in zip(dataset.sets, counts, strict=True):
+        times = one.settings.repeats
+        line = f"{count * times / total:.1%} of the {units}, {times} time{'s' * (times > 1)} an epoch"
+        lines.append(f"{one.name}: {line}")
+    return lines
 
 
 def preference_options(preference: PreferenceSettings) -> PreferenceOptions:
@@ -197,7 +245,7 @@ def _check_not_quantised(config: Any, quantization: Quantization, name: str) -> 
 def _check_positions(config: Any, dataset: Dataset) -> None:
     """Raises UserError if an example is longer than the model's context."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    parts = [part for part in (dataset.train, dataset.validation) if part is not None]
+    parts = [dataset.train, *dataset.validation.values()]
     longest = max(int(part.store.lengths.max()) for part in parts)
     if limit is not None and longest > limit:
         what = f"the longest example has {longest} tokens, but the model only {limit} positions"
@@ -247,7 +295,6 @@ def _identity(
     model, step = config.model, config.step
     tokens, evaluation = config.tokens, config.evaluation
     left_out = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
-    held_out = dataset.validation.rows if dataset.validation else None
     weights = Path(continued) / adapters.WEIGHTS if continued else None
     preference = config.preference
     return {
@@ -256,20 +303,42 @@ def _identity(
         "model_revision": source.revision,
         "dtype": model.dtype,
         "quantization": model.quantization,
-        "content of data_path": dataset.train.rows.identity,
-        "content of the validation rows": held_out.identity if held_out else None,
-        "content of the template": hashlib.sha256(dataset.template.text.encode()).hexdigest(),
+        **_identity_of_data(config.data, dataset),
         "content of the tokenizer": tokenizer_identity(tokenizer),
         "content of the adapter continued": hashlib.sha256(weights.read_bytes()).hexdigest()
         if weights
         else None,
-        "columns": dataset.columns,
-        "max_rows": config.data.max_rows,
-        "val_set_size": config.data.val_set_size,
         "steps": plan.total_steps,
         **{name: value for name, value in asdict(tokens).items() if name != "cache_dir"},
         **asdict(config.lora),
         **(asdict(preference) if preference else {}),
         **{name: value for name, value in asdict(step).items() if name not in left_out},
         **{name: value for name, value in asdict(evaluation).items() if name != "card_rows"},
+    }
+
+
+def _identity_of_data(data: DataSettings, dataset: Dataset) -> dict[str, Any]:
+    """Rows, templates, and what else decides which examples a run has. Of a list of data sets, also that of each."""
+    identity = {**_identity_of_set(dataset.sets[0]), "content of data_path": dataset.train.rows.identity}
+    identity |= {"max_rows": data.max_rows, "val_set_size": data.val_set_size}
+    if isinstance(data.data_path, list):
+        for number, one in enumerate(dataset.sets, 1):
+            mixed = {
+                "weight": one.settings.weight and str(one.settings.weight),
+                "repeats": one.settings.repeats,
+            }
+            values = {**_identity_of_set(one), **mixed}
+            identity |= {of_data_set(name, number): value for name, value in values.items()}
+    return identity
+
+
+def _identity_of_set(one: PreparedSet) -> dict[str, Any]:
+    held_out = one.validation.rows.identity if one.validation is not None else None
+    return {
+        "content of data_path": one.train.rows.identity,
+        "content of the validation rows": held_out,
+        "content of the template": hashlib.sha256(one.template.text.encode()).hexdigest(),
+        "columns": one.columns,
+        "max_rows": one.settings.limit,
+        "val_set_size": one.settings.val_set_size,
     }

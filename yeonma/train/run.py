@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from rich.console import Console
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.adapter.samples import Samples, take_samples
 from yeonma.batch.batch import Batch
+from yeonma.config.data_sets import data_sets
 from yeonma.config.parse import settings_dict, to_yaml
 from yeonma.config.settings import (
     RunConfig,
@@ -53,7 +54,7 @@ from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try
 from yeonma.train.model_card import sample_answers, write_card
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
-from yeonma.train.prepare import Prepared, prepare
+from yeonma.train.prepare import Prepared, mixture_lines, prepare
 from yeonma.train.step import TrainState
 
 
@@ -64,8 +65,10 @@ def run_with_callbacks(
     total_steps: int,
     start: RunProgress,
     output: Path,
+    rows_by_set: Callable[[Sequence[int]], dict[str, list[int]]] | None = None,
 ) -> RunProgress:
-    """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers."""
+    """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `rows_by_set`: what
+    trained_rows.jsonl has of a step's rows, in a mixture of data sets."""
     run = config.run
     with (
         open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
@@ -76,7 +79,7 @@ def run_with_callbacks(
 
         def step(record: StepRecord, rows: list[int]) -> None:
             metrics.write(record)
-            trained_rows.write(record.step, rows)
+            trained_rows.write(record.step, rows if rows_by_set is None else rows_by_set(rows))
             progress.step(record)
             if record.step % run.logging_steps == 0:
                 trackers.log(record.step, tracked(record))
@@ -113,6 +116,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         log = partial(console.out, highlight=False)
         prepared = prepare(config, source, continued, log)
         describe(prepared.dataset, log)
+        for line in mixture_lines(prepared.dataset, prepared.plan):
+            log(line)
         if (balance := label_balance(prepared.dataset.train, config.preference)) is not None:
             log(str(balance))
         group = contexts.enter_context(process_group(processes, device))
@@ -139,7 +144,10 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         stop.check()
         by_tokens = by_tokens and loaded.policy.support.forest
         plan, objective = prepared.plan, build_objective(resolved)
-        state = build_train_state(resolved, loaded, plan, objective, group, stop, by_tokens=by_tokens)
+        name_rows = prepared.dataset.name_rows
+        state = build_train_state(
+            resolved, loaded, plan, objective, group, stop, by_tokens=by_tokens, name_rows=name_rows
+        )
         if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
             try_heaviest(state, plan, prepared.dataset.train.store)
         extras = reference_extras(resolved, loaded, prepared, units_to_reference(prepared), group, log)
@@ -172,7 +180,7 @@ def _shared_content(config: RunConfig, prepared: Prepared) -> str:
 
 def _checkpoint_schedule(config: RunConfig, prepared: Prepared) -> folder.CheckpointSchedule:
     run, plan = config.run, prepared.plan
-    save_steps, keeps_best = run.save_steps or plan.steps_per_epoch, prepared.dataset.validation is not None
+    save_steps, keeps_best = run.save_steps or plan.steps_per_epoch, bool(prepared.dataset.validation)
     return folder.CheckpointSchedule(plan.total_steps, save_steps, run.save_total_limit, keeps_best)
 
 
@@ -236,14 +244,16 @@ def _train(
     def batch_of(units: np.ndarray, store: TokenStore = dataset.train.store) -> Batch:
         return Batch.from_store(store, units, extras.get(store.key))
 
-    held_out = dataset.validation
-    validation = None if held_out is None else batch_of(held_out.units, held_out.store)
+    validation = {name: batch_of(part.units, part.store) for name, part in dataset.validation.items()}
+    rows_by_set = dataset.rows_by_set if len(dataset.sets) > 1 else None
     steps = partial(run_steps, state, plan, batch_of, validation, schedule, progress, output, adapter)
     stop = state.stop
     stop.record_seconds(save=trained * SAVE_SECONDS_PER_WEIGHT)
     with stop.between_steps():
         if group.first:
-            progress = run_with_callbacks(config, steps, console, plan.total_steps, progress, output)
+            progress = run_with_callbacks(
+                config, steps, console, plan.total_steps, progress, output, rows_by_set
+            )
         else:
             progress = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
     if stop.agreed:
@@ -253,12 +263,9 @@ def _train(
         return message, stop.agreed
     stop.check()
     if not group.first:
-        if (
-            state.sharded and evaluation.card_rows and not dataset.template.is_text
-        ):  # every forward pass needs all processes
+        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
             broadcast_trained(state.model)
-            part = dataset.validation or dataset.train
-            sample_answers(policy, prepared.tokenizer, dataset, part, evaluation.card_rows)
+            sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows)
         return None
     best_step = (
         progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
@@ -281,7 +288,6 @@ def _train(
         policy,
         prepared.tokenizer,
         dataset,
-        dataset.validation or dataset.train,
         repeat_command,
         best_step,
         evaluation.card_rows,
@@ -297,8 +303,9 @@ def _train(
 
 def _repeat_command(config: RunConfig, verb: str) -> str:
     """How to repeat a run from its settings.yaml, which stand below."""
-    data = {"data_path": config.data.data_path, "val_data_path": config.data.val_data_path or ""}
-    given = [f"{setting}=..." for setting, path in data.items() if is_label(path)]
+    sets = data_sets(config.data)
+    data = {"data_path": [one.path for one in sets], "val_data_path": [one.val_path or "" for one in sets]}
+    given = [f"{setting}=..." for setting, paths in data.items() if any(map(is_label, paths))]
     if given:
         call = f'yeonma.{verb}(config="settings.yaml", {", ".join(given)})'
         return f"{call}   # in Python, with the same data; the settings are below\n\n"
@@ -328,9 +335,10 @@ def _stopped_after(status: int, step: int, total_steps: int, output: Path) -> st
 
 
 def _samples(dataset: Dataset, count: int) -> Samples:
-    """The rows of the model card, for samples.json."""
-    part = dataset.validation or dataset.train
-    return take_samples(part, dataset.task, dataset.template, dataset.columns, count)
+    """The rows of the model card, for samples.json: those of the first data set, whose template the adapter has."""
+    first = dataset.sets[0]
+    part = first.validation or first.train
+    return take_samples(part, dataset.task, first.template, first.columns, count)
 
 
 def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:

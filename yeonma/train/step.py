@@ -53,6 +53,8 @@ class TrainState:
     stop: Stop = field(default_factory=Stop)
     sharded: bool = False
     """Whether frozen weights are sharded over the ranks."""
+    name_rows: Callable[[Sequence[int]], str] = lambda numbers: _rows(numbers)
+    """Row numbers of a batch, for a message."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     totals = torch.cat([totals, totals.new_tensor(state.stop.requests())])
     totals = sum_gradients(state.group, state.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
-    _check_finite(totals[0], grad_norm, batch.trained_part)
+    _check_finite(totals[0], grad_norm, batch.trained_part, state.name_rows)
     learning_rate = state.optimizer.param_groups[0]["lr"]
     state.optimizer.step()
     if not state.by_metric:
@@ -106,12 +108,45 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     )
 
 
-def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> EvaluationRecord | None:
-    """The mean loss per trained token or per unit, without dropout. Every rank evaluates its share.
+def evaluate(
+    state: TrainState, validation: Mapping[str, Batch], step: int, epoch: float
+) -> EvaluationRecord | None:
+    """The mean loss per trained token or per unit, without dropout, of each data set's validation rows and of all of
+    them. Every rank evaluates its share.
 
     None if a rank abandoned the evaluation because the run is about to stop.
     """
     started = time.perf_counter()
+    objective = state.objective
+    sums_by_set: dict[str, list[float]] = {}
+    for name, batch in validation.items():
+        sums = _sums_of_set(state, batch)
+        if sums is None:
+            return None
+        sums_by_set[name] = sums
+    counts = [
+        batch.trained_part.trained_weight if objective.per_token else batch.unit_count
+        for batch in validation.values()
+    ]
+    totals = [sum(column) for column in zip(*sums_by_set.values(), strict=True)]
+    loss, *means = (total / sum(counts) for total in totals)
+    losses = {name: sums[0] / count for (name, sums), count in zip(sums_by_set.items(), counts, strict=True)}
+    perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
+    return EvaluationRecord(
+        step=step,
+        epoch=epoch,
+        loss=loss,
+        perplexity=perplexity,
+        examples=sum(batch.unit_count for batch in validation.values()),
+        trained_tokens=sum(batch.trained_part.trained_tokens for batch in validation.values()),
+        seconds=time.perf_counter() - started,
+        metrics=objective.report(dict(zip(objective.metrics, means, strict=True))),
+        losses=losses if len(losses) > 1 else {},
+    )
+
+
+def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
+    """The sums of loss and metrics over a batch and all ranks; None if a rank abandoned the evaluation."""
     objective = state.objective
 
     def abandon() -> bool:
@@ -133,18 +168,10 @@ def evaluate(state: TrainState, batch: Batch, step: int, epoch: float) -> Evalua
     with torch.no_grad():
         totals, abandoned = state.limit.fit(add_losses, batch)
     state.model.train()
-    trained_tokens = batch.trained_part.trained_tokens
-    count = batch.trained_part.trained_weight if objective.per_token else batch.unit_count
     totals = torch.cat([totals, totals.new_tensor([float(abandoned), *state.stop.requests()])])
     sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
     state.stop.agree(sums[-len(REASONS) :])
-    if sums[-1 - len(REASONS)]:
-        return None
-    loss, *means = (total / count for total in sums[: -1 - len(REASONS)])
-    perplexity = (math.exp(loss) if loss < 700 else math.inf) if objective.per_token else None
-    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
-    seconds = time.perf_counter() - started
-    return EvaluationRecord(step, epoch, loss, perplexity, batch.unit_count, trained_tokens, seconds, metrics)
+    return None if sums[-1 - len(REASONS)] else sums[: -1 - len(REASONS)]
 
 
 def _with_measured_mean(
@@ -276,13 +303,18 @@ def _no_gradient_from_idle(
         weight.grad = None
 
 
-def _check_finite(loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch) -> None:
+def _rows(numbers: Sequence[int]) -> str:
+    return f"rows {', '.join(map(str, numbers))}"
+
+
+def _check_finite(
+    loss: torch.Tensor, grad_norm: torch.Tensor, batch: Batch, name_rows: Callable[[Sequence[int]], str]
+) -> None:
     if bool(torch.isfinite(loss).all()) and bool(torch.isfinite(grad_norm)):
         return
-    rows = ", ".join(map(str, sorted(set(batch.rows_E.tolist()))))
     raise UserError(
         f"the loss is {float(loss)} and the gradient norm {float(grad_norm)}; the weights are as before this step",
-        place=f"rows {rows}",
+        place=name_rows(sorted(set(batch.rows_E.tolist()))),
         cure="check these rows, lower learning_rate, or use --dtype float32",
     )
 

@@ -9,9 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
@@ -246,6 +248,16 @@ def _details_problems(
         "columns": (details["columns"], identity.get("columns")),
         **{name: (value, identity.get(name)) for name, value in details["rules"].items()},
     }
+    for number, one in enumerate(details["trained_on"].get("data_sets", ()), 1):
+        own = {
+            "content of the template": sha256(one["template"]["text"].encode()).hexdigest(),
+            "content of data_path": one["data_sha256"],
+            "columns": one["columns"],
+        }
+        values |= {
+            key: (value, identity.get(key))
+            for key, value in ((of_data_set(name, number), value) for name, value in own.items())
+        }
     if tokenizer:
         values["content of the tokenizer"] = (
             tokenizer.get("with_chat_template_sha256"),

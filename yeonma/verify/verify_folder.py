@@ -211,21 +211,24 @@ def _adapter_config(folder: Path) -> tuple[dict[str, Any] | None, tuple[Problem,
 def _check_data(adapter: AdapterFolder, data_path: str, settings: VerifySettings) -> Finding:
     """Checks that the adapter was trained on this data. Raises UserError as `open_rows`."""
     trained_on = adapter.details.get("trained_on", {})
-    recorded, max_rows, delimiter = (
-        trained_on.get(name) for name in ("data_sha256", "max_rows", "delimiter")
-    )
-    if recorded is None:
+    records = trained_on.get("data_sets") or [trained_on]
+    if any(record.get("data_sha256") is None for record in records):
         return not_checked("data", f"{MANIFEST} does not say what the adapter was trained on")
-    rows = open_rows(
-        data_path,
-        split=settings.data_split,
-        revision=settings.data_revision,
-        encoding=settings.encoding,
-        delimiter=delimiter if isinstance(delimiter, str) else None,
-        max_rows=max_rows if type(max_rows) is int and max_rows > 0 else None,
-    )
-    if rows.identity == recorded:
-        return checked("data", [], f"the adapter was trained on {data_path}")
-    hashes = f"its SHA-256 is {rows.identity}, that of the run's data {recorded}"
+    identities = []
+    for record in records:
+        max_rows, delimiter = record.get("max_rows"), record.get("delimiter")
+        rows = open_rows(
+            data_path,
+            split=settings.data_split,
+            revision=settings.data_revision,
+            encoding=settings.encoding,
+            delimiter=delimiter if isinstance(delimiter, str) else None,
+            max_rows=max_rows if type(max_rows) is int and max_rows > 0 else None,
+        )
+        if rows.identity == record["data_sha256"]:
+            return checked("data", [], f"the adapter was trained on {data_path}")
+        identities.append(rows.identity)
+    recorded = " or ".join(record["data_sha256"] for record in records)
+    hashes = f"its SHA-256 is {identities[0]}, that of the run's data {recorded}"
     what = f"the adapter was not trained on this data: {hashes}"
     return checked("data", [Problem(what, data_path, "give the data file of the run")], "")

@@ -92,7 +92,7 @@ def test_samples_keep_only_read_columns_and_reproduce_the_prompts(
     )
     tokens = TokenSettings(cutoff_len=settings.get("cutoff_len", 512), cache_dir=str(tmp_path / "cache"))
     dataset = prepare_dataset(data, tokens, tokenizer, 0, print, lambda _: None, task)
-    for part in (dataset.train, dataset.validation):
+    for part in (dataset.train, dataset.sets[0].validation):
         assert part is not None
         samples = take_samples(part, task, dataset.template, dataset.columns, 3)
         assert len(samples.rows) == (3 if part is dataset.train else 2)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from itertools import chain, islice
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yeonma.batch.plan import GROUPED_STEPS, Plan, epoch_order, make_plan, micro_batches, shares
+from yeonma.batch.plan import GROUPED_STEPS, Plan, Shares, epoch_order, make_plan, micro_batches, shares
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -168,3 +170,84 @@ def test_plan_used_returns_the_examples_of_its_steps(steps: int, count: int) -> 
     plan = plan_of(10, 4, max_steps=steps)
     assert plan.used().tolist() == sorted(set(chain(*plan.steps())))
     assert len(plan.used()) == count
+
+
+def mixture(
+    sizes: list[int], weights: list[int], batch_size: int, **overrides: object
+) -> tuple[Plan, list[range]]:
+    """A plan of data sets of these sizes, and the units of each."""
+    ends = np.cumsum(sizes).tolist()
+    ranges = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    mixed = Shares(tuple(np.array(units) for units in ranges), tuple(weights))
+    plan = plan_of(sum(sizes), batch_size, shares=mixed, **overrides)
+    return plan, [range(1000 + units.start, 1000 + units.stop) for units in ranges]
+
+
+SETS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 1000)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets=SETS, batch_size=st.integers(1, 40), seed=st.integers(0, 2**31))
+def test_each_step_has_every_data_sets_share_rounded_down_or_up(
+    sets: list[tuple[int, int]], batch_size: int, seed: int
+) -> None:
+    sizes, weights = [size for size, _ in sets], [weight for _, weight in sets]
+    plan, units = mixture(sizes, weights, batch_size, seed=seed, num_epochs=None, max_steps=30)
+    taken = np.zeros(len(sets))
+    for number, step in enumerate(plan.steps(), 1):
+        assert len(step) == batch_size
+        counts = np.array([sum(unit in of_set for unit in step) for of_set in units])
+        exact = Fraction(batch_size, sum(weights))
+        for count, weight in zip(counts.tolist(), weights, strict=True):
+            assert math.floor(exact * weight) <= count <= math.ceil(exact * weight)
+        taken += counts
+        due = np.array(weights) / sum(weights) * batch_size * number
+        assert np.abs(taken - due).max() < len(sets)  # what was rounded off comes later
+
+
+@settings(max_examples=30, deadline=None)
+@given(sets=SETS, batch_size=st.integers(1, 20))
+def test_a_data_set_is_passed_through_whole_before_a_row_comes_again(
+    sets: list[tuple[int, int]], batch_size: int
+) -> None:
+    sizes, weights = [size for size, _ in sets], [weight for _, weight in sets]
+    plan, units = mixture(sizes, weights, batch_size, num_epochs=None, max_steps=25)
+    order = list(chain(*plan.steps()))
+    for of_set, passes in zip(units, plan.passes(), strict=True):
+        of_this = [unit for unit in order if unit in of_set]
+        for start in range(0, len(of_this), len(of_set)):
+            one_pass = of_this[start : start + len(of_set)]
+            assert len(set(one_pass)) == len(one_pass)
+        assert passes == len(of_this) / len(of_set)
+
+
+def test_mixture_steps_from_a_later_start_match_those_of_a_whole_run() -> None:
+    plan, _ = mixture([5, 13, 2], [3, 1, 2], 4, num_epochs=6)
+    all_steps = [step.tolist() for step in plan.steps()]
+    assert len(all_steps) == plan.total_steps == 30
+    for start in (0, 1, 7, 29, 30):
+        assert [step.tolist() for step in plan.steps(start)] == all_steps[start:]
+
+
+def test_the_order_of_a_mixture_is_stable_across_versions() -> None:
+    """Resuming from a checkpoint depends on this order, so it must not change between versions."""
+    plan, _ = mixture([4, 6], [1, 2], 3, num_epochs=None, max_steps=4)
+    assert [step.tolist() for step in plan.steps()] == [
+        [1000, 1006, 1007],
+        [1002, 1008, 1005],
+        [1001, 1004, 1009],
+        [1003, 1008, 1005],
+    ]
+
+
+def test_units_used_are_those_of_the_steps() -> None:
+    for steps in (1, 4, 20):
+        plan, _ = mixture([4, 30], [1, 1], 5, num_epochs=None, max_steps=steps)
+        assert plan.used().tolist() == sorted(set(chain(*(step.tolist() for step in plan.steps()))))
+
+
+def test_repeated_units_are_used_once() -> None:
+    positions = np.array([7, 8, 7, 8, 9])
+    plan = make_plan(positions, np.ones(5), batch_size=2, seed=1, num_epochs=1, max_steps=None)
+    assert sorted(chain(*(step.tolist() for step in plan.steps()))) == [7, 7, 8, 8, 9]
+    assert plan.used().tolist() == [7, 8, 9]

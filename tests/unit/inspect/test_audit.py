@@ -53,7 +53,7 @@ def test_counts_equal_those_of_the_examples(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, rows, val_set_size=5)
     audit = audited(dataset)
     assert audit.validation is not None
-    for part, part_audit in ((dataset.train, audit.train), (dataset.validation, audit.validation)):
+    for part, part_audit in ((dataset.train, audit.train), (dataset.sets[0].validation, audit.validation)):
         assert part is not None
         examples = [part.store.example(int(position)) for position in part.positions]
         assert part_audit.rows == len({example.row for example in examples})

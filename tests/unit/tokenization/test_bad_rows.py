@@ -357,12 +357,12 @@ def test_validation_rows_are_drawn_among_good_rows_and_given_ones_are_checked(
 ) -> None:
     path = write("dirty.jsonl", jsonl(ROWS))
     dataset, _ = lines_of(path, tmp_path, bad_rows="skip", val_set_size=1)
-    drawn = dataset.validation.store.row_numbers[dataset.validation.positions].tolist()
+    drawn = dataset.sets[0].validation.store.row_numbers[dataset.sets[0].validation.positions].tolist()
     trained = dataset.train.store.row_numbers[dataset.train.positions].tolist()
     assert sorted(drawn + trained) == GOOD
     more = write("more.jsonl", jsonl(ROWS[:2]))
     dataset, lines = lines_of(path, tmp_path, bad_rows="skip", val_data_path=more)
-    assert len(dataset.validation.positions) == 1
+    assert len(dataset.sets[0].validation.positions) == 1
     assert f'{more}: bad rows left out, field "title" is empty: 1 (row 2)' in lines
     with pytest.raises(UserError):
         lines_of(path, tmp_path)

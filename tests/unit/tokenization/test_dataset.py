@@ -71,10 +71,10 @@ def test_a_path_of_the_columns_setting_is_read_in_training_and_validation_rows(t
     columns = {"answer": "made.title"}
     drawn = prepare(data, columns=columns, val_set_size=4)
     given = prepare(data, columns=columns, val_data_path=str(data))
-    assert given.validation is not None
+    assert given.sets[0].validation is not None
     assert rows_of(drawn.train) == rows_of(flat.train)
     for dataset in (drawn, given):
-        for part in dataset.sources:
+        for _, part in dataset.sets[0].sources:
             assert part.store.token_ids.tolist() == flat.train.store.token_ids.tolist()
             (first,) = part.first_rows(1)
             assert first.values["made.title"] == articles(20)[first.number - 1]["title"]
@@ -92,39 +92,41 @@ def data(tmp_path: Path) -> Path:
 def test_without_validation_every_row_is_trained(data: Path) -> None:
     dataset = prepare(data)
     assert rows_of(dataset.train) == list(range(1, 21))
-    assert dataset.validation is None
+    assert dataset.sets[0].validation is None
 
 
 @pytest.mark.parametrize(("size", "count"), [(3, 3), (0.25, 5), (1, 1), (0.001, 1)])
 def test_held_out_rows_are_not_trained(data: Path, size: float, count: int) -> None:
     dataset = prepare(data, val_set_size=size)
-    assert dataset.validation is not None
-    held_out = rows_of(dataset.validation)
+    assert dataset.sets[0].validation is not None
+    held_out = rows_of(dataset.sets[0].validation)
     assert len(held_out) == count
     assert sorted(held_out + rows_of(dataset.train)) == list(range(1, 21))
 
 
 def test_seed_determines_the_validation_rows(data: Path) -> None:
-    validation_rows = [rows_of(prepare(data, val_set_size=5, seed=seed).validation) for seed in (1, 1, 2)]
+    validation_rows = [
+        rows_of(prepare(data, val_set_size=5, seed=seed).sets[0].validation) for seed in (1, 1, 2)
+    ]
     assert validation_rows[0] == validation_rows[1] != validation_rows[2]
 
 
 def test_max_rows_limits_the_training_rows_and_those_drawn_from_them(tmp_path: Path, data: Path) -> None:
     dataset = prepare(data, max_rows=12, val_set_size=3)
-    assert dataset.validation is not None
-    assert sorted(rows_of(dataset.validation) + rows_of(dataset.train)) == list(range(1, 13))
+    assert dataset.sets[0].validation is not None
+    assert sorted(rows_of(dataset.sets[0].validation) + rows_of(dataset.train)) == list(range(1, 13))
     assert dataset.train.store.key != prepare(data).train.store.key
     assert prepare(data, max_rows=12).train.store.key == dataset.train.store.key
     separate = prepare(data, max_rows=2, val_data_path=str(write_jsonl(tmp_path / "more.jsonl", articles(4))))
-    assert separate.validation is not None
-    assert (len(separate.train.positions), len(separate.validation.positions)) == (2, 4)
+    assert separate.sets[0].validation is not None
+    assert (len(separate.train.positions), len(separate.sets[0].validation.positions)) == (2, 4)
 
 
 def test_a_slice_applies_to_the_training_rows_alone(tmp_path: Path, data: Path) -> None:
     more = write_jsonl(tmp_path / "more.jsonl", articles(4, seed=9))
     dataset = prepare(data, data_split="train[15:]", val_data_path=str(more))
-    assert dataset.validation is not None
-    assert (rows_of(dataset.train), rows_of(dataset.validation)) == ([1, 2, 3, 4, 5], [1, 2, 3, 4])
+    assert dataset.sets[0].validation is not None
+    assert (rows_of(dataset.train), rows_of(dataset.sets[0].validation)) == ([1, 2, 3, 4, 5], [1, 2, 3, 4])
     assert next(iter(dataset.train.rows)).place == f"{data}:16"
 
 
@@ -151,9 +153,9 @@ def test_rows_over_the_limit_are_not_drawn_for_validation(tmp_path: Path) -> Non
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     lines: list[str] = []
     dataset = prepare(data, lines, val_set_size=4, tokens=TokenSettings(cutoff_len=150))
-    assert dataset.validation is not None
-    assert len(rows_of(dataset.validation)) == 4
-    assert sorted(rows_of(dataset.validation) + rows_of(dataset.train)) == list(range(2, 21, 2))
+    assert dataset.sets[0].validation is not None
+    assert len(rows_of(dataset.sets[0].validation)) == 4
+    assert sorted(rows_of(dataset.sets[0].validation) + rows_of(dataset.train)) == list(range(2, 21, 2))
     assert f"{data}: 10 left out: rows 1, 3, 5, 7, 9, 11, 13, 15, 17, 19" in lines
 
 
@@ -161,8 +163,8 @@ def test_val_data_path_supplies_the_validation_rows(tmp_path: Path, data: Path) 
     validation_data = write_jsonl(tmp_path / "more.jsonl", articles(4, seed=9))
     lines: list[str] = []
     dataset = prepare(data, lines, val_data_path=str(validation_data))
-    assert dataset.validation is not None
-    assert rows_of(dataset.validation) == [1, 2, 3, 4]
+    assert dataset.sets[0].validation is not None
+    assert rows_of(dataset.sets[0].validation) == [1, 2, 3, 4]
     assert rows_of(dataset.train) == list(range(1, 21))
     assert [line.partition(": ")[0] for line in lines] == [str(data), str(validation_data)]
 
@@ -209,17 +211,17 @@ def test_special_token_text_in_the_data_is_reported(tmp_path: Path) -> None:
 
 def test_first_rows_returns_only_rows_of_its_part(data: Path) -> None:
     dataset = prepare(data, val_set_size=6)
-    assert dataset.validation is not None
-    first = dataset.validation.first_rows(3)
-    assert [row.number for row in first] == sorted(rows_of(dataset.validation))[:3]
+    assert dataset.sets[0].validation is not None
+    first = dataset.sets[0].validation.first_rows(3)
+    assert [row.number for row in first] == sorted(rows_of(dataset.sets[0].validation))[:3]
     documents = [row["document"] for row in articles(20)]
     assert [row.values["document"] for row in first] == [documents[row.number - 1] for row in first]
-    assert len(dataset.validation.first_rows(100)) == 6
+    assert len(dataset.sets[0].validation.first_rows(100)) == 6
 
 
 def test_train_and_validation_positions_cover_the_store(data: Path) -> None:
     dataset = prepare(data, val_set_size=6)
-    positions = np.concatenate([dataset.train.positions, dataset.validation.positions])  # type: ignore[union-attr]
+    positions = np.concatenate([dataset.train.positions, dataset.sets[0].validation.positions])  # type: ignore[union-attr]
     assert sorted(positions.tolist()) == list(range(20))
 
 
@@ -308,19 +310,19 @@ def test_validation_rows_that_are_also_trained_are_reported(tmp_path: Path) -> N
     rows = articles(8)
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [*articles(3, seed=5), rows[6], rows[2]])
     dataset, lines = prepare_with_lines(tmp_path, rows, val_data_path=str(held_out))
-    assert dataset.validation is not None
-    overlap = overlap_of(dataset.train.examples, dataset.validation.examples)
+    assert dataset.sets[0].validation is not None
+    overlap = overlap_of(dataset.train.examples, dataset.sets[0].validation.examples)
     assert overlap is not None
     assert overlap.rows == (4, 5)
     assert f"{held_out}: validation rows that are also training rows: 2 (rows 4, 5)" in lines
-    assert overlap_of(dataset.train.examples, (dataset.validation.store, np.arange(3))) is None
+    assert overlap_of(dataset.train.examples, (dataset.sets[0].validation.store, np.arange(3))) is None
 
 
 def test_drawn_validation_rows_with_trained_duplicates_are_reported(tmp_path: Path) -> None:
     rows = articles(10)
     dataset, lines = prepare_with_lines(tmp_path, rows + rows, val_set_size=5)
-    assert dataset.validation is not None
-    held_out = dataset.validation.store.row_numbers[dataset.validation.positions].tolist()
+    assert dataset.sets[0].validation is not None
+    held_out = dataset.sets[0].validation.store.row_numbers[dataset.sets[0].validation.positions].tolist()
     trained_twins = [row for row in held_out if (row + 10 if row <= 10 else row - 10) not in held_out]
     assert trained_twins
     assert any(

@@ -74,7 +74,7 @@ def test_policy_gradient_step_equals_sequences_computed_one_by_one(most_examples
     assert 0.2 < clipped_share < 0.8
 
     state, gradients = step_state(model, parameters, OBJECTIVE, most_examples)
-    before = evaluate(state, batch, step=0, epoch=0.0)
+    before = evaluate(state, {"rows": batch}, step=0, epoch=0.0)
     model.train()
     result = train_step(state, batch)
     assert result.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -82,7 +82,7 @@ def test_policy_gradient_step_equals_sequences_computed_one_by_one(most_examples
     assert (result.units, result.trained_tokens) == (len(examples), len(logprob_N))
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-    after = evaluate(state, batch, step=1, epoch=1.0)
+    after = evaluate(state, {"rows": batch}, step=1, epoch=1.0)
     assert before is not None
     assert after is not None
     assert before.loss == pytest.approx(loss.item(), rel=1e-5)

@@ -105,7 +105,7 @@ def test_step_is_the_weighted_mean_over_tokens_for_any_micro_batch(most_examples
     expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
     state, gradients = step_state(model, parameters, SFT, most_examples)
     batch = Batch.of(examples)
-    evaluation = evaluate(state, batch, step=0, epoch=0.0)
+    evaluation = evaluate(state, {"rows": batch}, step=0, epoch=0.0)
     state.model.train()
     result = train_step(state, batch)
     assert evaluation is not None

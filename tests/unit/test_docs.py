@@ -34,10 +34,12 @@ TRANSLATED: tuple[str, ...] = (
     "docs/extending",
     "docs/hardware",
     "docs/preferences",
+    "docs/reasoning",
     "docs/reliability",
     "docs/scale",
     "docs/serve-and-export",
     "docs/settings",
+    "docs/tools",
     "docs/tutorial",
 )
 OTHER_OPTIONS = {  # of pip, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/

@@ -52,6 +52,7 @@ CHANGES: dict[str, Change] = dict(
         refused("template", OTHER, "the content of the template has changed"),
         refused("val_set_size", 4),
         refused("val_data_path", OTHER, "the content of the validation rows has changed", val_set_size=0),
+        refused("val_split", "train[:5]", "the content of the validation rows has changed", val_set_size=0),
         refused("max_rows", 30, "the content of data_path has changed"),
         accepted("bad_rows", "skip"),  # there are none
         # TokenSettings

@@ -33,6 +33,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/evaluate",
     "docs/extending",
     "docs/hardware",
+    "docs/mixtures",
     "docs/preferences",
     "docs/reasoning",
     "docs/reliability",
@@ -182,7 +183,12 @@ def test_a_broken_link_is_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_in_the_docs_use_valid_settings(page: Path) -> None:
+def test_commands_in_the_docs_use_valid_settings(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)```", text_of(page), re.DOTALL):
+        (tmp_path / name).write_text(content, encoding="utf-8")
     for _, verb, *words in commands(text_of(page)):
         known = VERBS[verb]
         assert set(option_names(words)) <= settings_named(known)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -202,11 +203,26 @@ def _with_unique_names(sets: Sequence[DataSetSettings]) -> list[DataSetSettings]
     return numbered
 
 
-def problem_of_set(problem: Problem, name: str) -> Problem:
-    """The problem with the data set in its place, if that is a setting and the data set has a name."""
-    if not name or not problem.place.startswith("--"):
-        return problem
-    return replace(problem, place=f"{name}: {problem.place.removeprefix('--')}")
+@contextmanager
+def problems_of_set(one: DataSetSettings, *, is_named: bool) -> Iterator[None]:
+    """Names the data set in problems whose place does not name it, such as a setting or a line of a template.
+
+    `is_named`: whether there are several data sets, so that a name is needed.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not is_named:
+            raise
+        starts = (one.name, one.path, one.path.replace("\\", "/").rpartition("/")[2])
+        raise UserError(
+            [
+                problem
+                if problem.place.startswith(starts)
+                else replace(problem, place=f"{one.name}: {problem.place.removeprefix('--')}".rstrip(": "))
+                for problem in error.problems
+            ]
+        ) from error
 
 
 def of_data_set(name: str, number: int) -> str:

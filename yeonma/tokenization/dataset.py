@@ -7,7 +7,6 @@ one joined store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from yeonma.config.data_sets import DataSetSettings, data_sets, problem_of_set
+from yeonma.config.data_sets import DataSetSettings, data_sets, problems_of_set
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.column_paths import with_paths
 from yeonma.data.columns import Columns
@@ -36,7 +35,7 @@ from yeonma.data.text_checks import (
     WHOLE_FRACTION,
     ZERO_WIDTH,
 )
-from yeonma.errors import Log, UserError
+from yeonma.errors import Log
 from yeonma.files import user_path
 from yeonma.tokenization.cache import build_store, default_cache_dir, join_stores
 from yeonma.tokenization.example import WITHIN_LIMIT, AnswerRole, LeftOut, TokenRules
@@ -191,7 +190,7 @@ def prepare_dataset(
                 rows, template, columns, tokenizer, rules, cache, progress, task, skip_bad=skip_bad
             )
 
-        with _problems_of_set(one.name if len(settings) > 1 else ""):
+        with problems_of_set(one, is_named=len(settings) > 1):
             return _prepare_set(one, store_of, seed, log_of_set, task, continued, skip_bad=skip_bad)
 
     sets = tuple([prepared(one) for one in settings])
@@ -260,15 +259,6 @@ def _prepare_set(
         validation = replace(train, positions=np.flatnonzero(held_out))
         train = replace(train, positions=np.flatnonzero(~held_out))
     return PreparedSet(one.name, template, columns, train, validation, one)
-
-
-@contextmanager
-def _problems_of_set(name: str) -> Iterator[None]:
-    """Names the data set, if it has a name, in problems whose place is a setting."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError([problem_of_set(problem, name) for problem in error.problems]) from error
 
 
 def _joined_rows(parts: Sequence[Rows]) -> Rows:

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from yeonma.config.data_sets import DataSetSettings, data_sets, problem_of_set
+from yeonma.config.data_sets import DataSetSettings, data_sets, problems_of_set
 from yeonma.config.settings import (
     DataSettings,
     ModelSettings,
@@ -86,24 +86,15 @@ def check_data(data: DataSettings, task: Task, continued: str | None = None) -> 
     `continued`: the folder of the adapter to continue. Rows are rendered, but not tokenised.
     """
     sets, skip_bad = data_sets(data), data.bad_rows == "skip"
-    names = [one.name if len(sets) > 1 else "" for one in sets]
-    gather(
-        *(
-            partial(_check_set, one, name, task, continued, skip_bad)
-            for one, name in zip(sets, names, strict=True)
-        )
-    )
+
+    def check(one: DataSetSettings) -> None:
+        with problems_of_set(one, is_named=len(sets) > 1):
+            _check_set(one, task, continued, skip_bad)
+
+    gather(*(partial(check, one) for one in sets))
 
 
-def _check_set(one: DataSetSettings, name: str, task: Task, continued: str | None, skip_bad: bool) -> None:
-    """Checks one data set. `name` is in the place of problems with settings, if there are several data sets."""
-    try:
-        _check_rows_of(one, task, continued, skip_bad)
-    except UserError as error:
-        raise UserError([problem_of_set(problem, name) for problem in error.problems]) from error
-
-
-def _check_rows_of(one: DataSetSettings, task: Task, continued: str | None, skip_bad: bool) -> None:
+def _check_set(one: DataSetSettings, task: Task, continued: str | None, skip_bad: bool) -> None:
     choices: list[Choice] = []
     training: list[Rows] = []
     validation: list[Rows] = []

@@ -150,3 +150,32 @@ def news(number: int) -> dict[str, str]:
         "link": f"https://news.example/{number}",
         "summary": "도서관이 한 해 더 열린다.",
     }
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_mixture_has_the_same_rows_in_any_number_of_processes(
+    processes: int, tmp_path: Path, base: Path, data: Path
+) -> None:
+    more = write_jsonl(tmp_path / "more.jsonl", articles(5, seed=3))
+    last = write_jsonl(tmp_path / "last.jsonl", articles(9, seed=4))
+    data_path = [
+        {"path": str(data), "weight": 4},
+        {"path": str(more), "weight": 2},
+        {"path": str(last), "weight": 1},
+    ]
+    settings: dict[str, object] = {"batch_size": 5, "max_steps": 6, "val_set_size": 2, "eval_steps": 3}
+    one = trained(tmp_path / "one", base, data_path, **settings)  # type: ignore[arg-type]
+    several = run_command(
+        YEONMA,
+        tmp_path / "several",
+        base,
+        data_path,
+        **settings,
+        num_epochs=None,
+        nproc=processes,  # type: ignore[arg-type]
+    )
+    assert_same_run(several, one)
+    rows = [(done.folder / "trained_rows.jsonl").read_text("utf-8") for done in (one, several)]
+    assert rows[0] == rows[1]
+    for looks in zip(one.looks, several.looks, strict=True):
+        assert looks[1]["losses"] == pytest.approx(looks[0]["losses"], abs=1e-5)

@@ -261,7 +261,7 @@ def test_validation_loss_schedule_without_validation_rows_is_refused(
     done = sft(tmp_path / "out", base, data, lr_scheduler=name)
     assert (done.status, done.err) == (
         2,
-        "yeonma: lr_scheduler: it follows the validation loss; give val_set_size or val_data_path\n",
+        "yeonma: lr_scheduler: it follows the validation loss; give val_set_size, val_split or val_data_path\n",
     )
     assert not done.folder.exists()
 

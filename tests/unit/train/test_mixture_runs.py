@@ -217,3 +217,41 @@ def test_inspect_shows_and_audits_each_data_set(base: Path, data_path: list[Any]
     ]
     assert audit["train"]["tokens"] == sum(one["train"]["tokens"] for one in audit["sets"])
     assert [source["template"] for source in audit["sources"]][2] == "prompt-completion"
+
+
+def test_rows_and_paths_mix_in_python(base: Path, data_path: list[Any], tmp_path: Path) -> None:
+    import yeonma
+
+    settings: dict[str, Any] = {
+        "base_model": str(base),
+        "batch_size": 3,
+        "max_steps": 2,
+        "card_rows": 0,
+        "lora_r": 4,
+    }
+    rows = [{"text": f"boats {number}", "label": "b"} for number in range(4)]
+    sets = [Path(data_path[0]["path"]), {"path": rows, "template": TEMPLATES["classes.jsonl"], "weight": 2}]
+    output = yeonma.sft(
+        data_path=sets, output_dir=str(tmp_path / "out"), template=TEMPLATES["titles.jsonl"], **settings
+    )
+    names = list(json.loads((output / "trained_rows.jsonl").read_text("utf-8").splitlines()[0])["rows"])
+    assert names[0] == "titles.jsonl"
+    assert names[1].startswith("<list of 4 rows, SHA-256 ")
+    loaded = yeonma.load(output, data_set=names[1], device="cpu")
+    assert isinstance(loaded.generate({"text": "boats 1"}, max_new_tokens=2), str)
+
+
+def test_a_list_of_paths_in_python_is_a_mixture(base: Path, tmp_path: Path) -> None:
+    import yeonma
+
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", articles(4, seed)) for seed, name in enumerate("ab")]
+    output = yeonma.sft(
+        base_model=str(base), data_path=paths, template=TEMPLATES["titles.jsonl"], output_dir=str(tmp_path / "out"),
+        batch_size=8, max_steps=1, card_rows=0,
+    )  # fmt: skip
+    (line,) = (output / "trained_rows.jsonl").read_text("utf-8").splitlines()
+    rows = json.loads(line)["rows"]
+    assert {name: sorted(numbers) for name, numbers in rows.items()} == {
+        "a.jsonl": [1, 2, 3, 4],
+        "b.jsonl": [1, 2, 3, 4],
+    }

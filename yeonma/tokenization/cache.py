@@ -31,11 +31,12 @@ from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
 from yeonma.files import sync, user_path
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
+from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import LeftOut, TokenRules, check_rules, check_tokenizer
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
-FORMAT = 4
+FORMAT = 5
 """Increased whenever the same rows would give different tokens or files."""
 
 ROWS_A_CHUNK = 2000
@@ -120,11 +121,13 @@ def build_store(
             read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
             chunks = _chunks_of_good_rows if skip_bad else _chunks
             faults: Counter[str] = Counter()
-            for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, task):
+            watch = ChatWatch(task, tokenizer, rules)
+            for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, watch):
                 faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
                 with _write_errors_as_user_errors(cache_dir):
                     writer.add(notes, outcomes)
             _check_some_left(writer.counts, rows, rules, task, faults)
+            writer.remarks = watch.remarks()
             with _write_errors_as_user_errors(cache_dir):
                 writer.finish({"key": key, "data": rows.name, "template": template.name})
                 _remove(folder)
@@ -162,17 +165,17 @@ def _chunks(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
-    task: Task,
+    watch: ChatWatch,
 ) -> Iterator[Chunk]:
     """The encoded rows, in chunks. After the first problem, rows are only checked for more problems."""
     problems: list[Problem] = []
     source, done = iter(rows), 0
     while len(problems) <= MAX_PROBLEMS and (chunk := _next_rows(source, problems)):
-        rendered = [_rendered(row, template, columns, task, problems) for row in chunk]
+        rendered = [_rendered(row, template, columns, watch.task, problems) for row in chunk]
         if not problems:
             try:
-                outcomes = TASK_ENCODERS[task.name].encode(rendered, chunk, tokenizer, rules)
-                yield [task.notes(text) for text in rendered], outcomes
+                outcomes = TASK_ENCODERS[watch.task.name].encode(rendered, chunk, tokenizer, rules)
+                yield watch.notes(rendered, chunk), outcomes
             except UserError as error:
                 problems += error.problems
         done += len(chunk)
@@ -190,12 +193,12 @@ def _chunks_of_good_rows(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
-    task: Task,
+    watch: ChatWatch,
 ) -> Iterator[Chunk]:
     """Like `_chunks`, with bad rows left out."""
     source, done = iter(rows), 0
     while chunk := list(islice(source, ROWS_A_CHUNK)):
-        yield encode_good_rows(chunk, template, columns, tokenizer, rules, task)
+        yield encode_good_rows(chunk, template, columns, tokenizer, rules, watch)
         done += len(chunk)
         if progress is not None:
             progress(done)

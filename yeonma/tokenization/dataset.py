@@ -293,6 +293,7 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
                 rows[flags & NO_BREAK_EDGE > 0],
                 "rows with a text that begins or ends with a no-break space",
             ),
+            *(rows_warning(kind, rows[flags & bit > 0], what) for kind, bit, what in store.remarks.by_bit),
             rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),
             rows_warning("repeated", repeats.rows, "rows that repeat an earlier row"),
             rows_warning(

@@ -109,6 +109,8 @@ class ChatAnswer:
     """Whether the text ends with a special token of the chat template."""
     reasoning: Span = (0, 0)
     """The span of the reasoning in `text`; empty without reasoning."""
+    calls: Span = (0, 0)
+    """The span of the tool calls in `text`, with the marks around them; empty without calls."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,18 @@ class Chat:
         end = position + self._end_of(text[position:])
         ended = end > position and not text[end:].strip()
         text = text[:end] if ended else text.rstrip()
-        return ChatAnswer(text, spans[1], ended, spans[0])
+        return ChatAnswer(
+            text, spans[1], ended, spans[0], self._calls_span(text, position) if calls else (0, 0)
+        )
+
+    def _calls_span(self, text: str, start: int) -> Span:
+        """The span of the tool calls in an answer, somewhere after `start`."""
+        written = text[start:].removesuffix((self.habits.trailer or "").rstrip()).rstrip()
+        close = "" if self.tags is None else self.tags.close
+        if close and written.lstrip().startswith(close):  # reasoning, and no content
+            start, written = start + written.find(close) + len(close), written.partition(close)[2]
+        blank = len(written) - len(written.lstrip())
+        return start + blank, start + len(written)
 
     def parts(self, message: ChatMessage, prompt: str) -> tuple[str | None, str]:
         """(reasoning, content) of an assistant's message: from its own key, or from a block in its content."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +114,8 @@ class ExampleText:
     data: tuple[Span, ...] | None
     weights: tuple[float, ...] = ()
     """The weights of the answers in the loss; empty if all are 1."""
+    parts: tuple[tuple[int, int, Literal["reasoning", "call"]], ...] = ()
+    """The spans within answers that are reasoning or tool calls."""
 
     @property
     def last_answer(self) -> ExampleText:
@@ -559,7 +562,12 @@ def _text_of_last_answer(
             data = (*data, *chat.without_marks(text, (start + left, start + right)))
     turn = rendered.answer_turn if rendered.answer else rendered.turns[-1].turn
     weights = () if turn is None or turn.weight in (None, 0, 1) else (turn.weight or 0.0,)
-    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights)
+    spans: tuple[tuple[Span, Literal["reasoning", "call"]], ...] = (
+        (answer.reasoning, "reasoning"),
+        (answer.calls, "call"),
+    )
+    parts = tuple((start + left, start + right, kind) for (left, right), kind in spans if left < right)
+    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights, parts)
 
 
 def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
@@ -575,6 +583,7 @@ def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
         last,
         answers=tuple(text.answers[0] for text in texts),
         weights=tuple(weights) if any(weight != 1 for weight in weights) else (),
+        parts=tuple(part for text in texts for part in text.parts),
     )
 
 

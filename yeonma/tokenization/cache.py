@@ -24,7 +24,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.columns import Columns, column_of, kinds_of_numbers
-from yeonma.data.rows import Row, Rows
+from yeonma.data.rows import Row, Rows, of_rows
 from yeonma.data.task import ANSWERS, Task
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
@@ -33,6 +33,7 @@ from yeonma.files import sync, user_path
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import LeftOut, TokenRules, check_rules, check_tokenizer
+from yeonma.tokenization.example_encoder import OVER_LIMIT_CURE
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
@@ -178,6 +179,7 @@ def _chunks(
                 yield watch.notes(rendered, chunk), outcomes
             except UserError as error:
                 problems += error.problems
+        problems = _marked(problems, chunk)
         done += len(chunk)
         if progress is not None:
             progress(done)
@@ -202,6 +204,14 @@ def _chunks_of_good_rows(
         done += len(chunk)
         if progress is not None:
             progress(done)
+
+
+def _marked(problems: Sequence[Problem], chunk: Sequence[Row]) -> list[Problem]:
+    """The problems; those of the chunk's rows are marked as such, unless all rows are bad."""
+    bad = {problem.place for problem in problems if problem.cure != OVER_LIMIT_CURE}
+    bad &= {row.place for row in chunk}
+    marked = of_rows(problems, bad if len(bad) < len(chunk) else ())
+    return [replace(new, of_row=new.of_row or old.of_row) for new, old in zip(marked, problems, strict=True)]
 
 
 def _next_rows(source: Iterator[Row], problems: list[Problem]) -> list[Row]:

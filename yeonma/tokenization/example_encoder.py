@@ -451,11 +451,13 @@ class ExampleEncoder:
         return texts[0] if len(texts) == 1 else None
 
 
+OVER_LIMIT_CURE = "raise --cutoff_len, or leave such rows out with --over_limit drop"
+
+
 def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:
     """A problem for every row that is left out for its length, when `over_limit` is "error"."""
-    cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
     return [
-        Problem(row.reason, row.place, cure)
+        Problem(row.reason, row.place, OVER_LIMIT_CURE)
         for row in outcomes
         if isinstance(row, LeftOut) and row.reason not in WITHIN_LIMIT
     ]

@@ -21,6 +21,7 @@ from yeonma.config.settings import (
     StepSettings,
     TokenSettings,
 )
+from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.quantized import check_layers
@@ -89,7 +90,10 @@ def prepare(
         log(f"tokenised {rows:,} rows")
 
     data, tokens = config.data, config.tokens
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, log, log_rows, task_of(config), continued)
+    with naming_skip(data.bad_rows):
+        dataset = prepare_dataset(
+            data, tokens, tokenizer, step.seed, log, log_rows, task_of(config), continued
+        )
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in METRIC_SCHEDULES,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,

@@ -376,6 +376,7 @@ def test_the_first_rows_count_bad_ones(write: Write, tmp_path: Path) -> None:
     assert [row.number for row in dataset.train.first_rows(9)] == [1, 3]
 
 
+LONG_LINE = json.dumps({"document": "a", "title": "b" * 40})
 GOOD_LINE = '{"document": "a b", "title": "c"}'
 WAY_OUT = "bad_rows: bad rows stop the run; --bad_rows skip leaves them out and counts them"
 
@@ -389,7 +390,7 @@ WAY_OUT = "bad_rows: bad rows stop the run; --bad_rows skip leaves them out and 
         ("a.json", f"[{GOOD_LINE}, 7]", {}, True),
         ("a.jsonl", '{"document": "a"}\n{"document": "b"}\n', {}, False),  # then no row is left
         ("a.json", f"[{GOOD_LINE}, {{]", {}, False),  # the file cannot be read on
-        ("a.jsonl", f"{GOOD_LINE}\n{GOOD_LINE}\n", {"cutoff_len": 4, "over_limit": "error"}, False),
+        ("a.jsonl", f"{GOOD_LINE}\n{LONG_LINE}\n", {"cutoff_len": 12, "over_limit": "error"}, False),
         ("a.jsonl", f"{GOOD_LINE}\n{GOOD_LINE}\n", {"template": "{documents}\n{title}"}, False),
     ],
 )

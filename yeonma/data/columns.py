@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from yeonma.data.rows import Row, Rows
@@ -30,6 +30,26 @@ PROMPT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY, "context")
 """Columns that usually belong to the prompt: a built-in template that does not use them is no fit."""
 SIDE_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, KWARGS_COLUMN)
 """Columns that are part of the prompt of a turn list without standing in the template."""
+
+
+ROWS_NAMED = 10
+
+
+@dataclass
+class UnusedColumn:
+    """A column that usually belongs to the prompt, and that the template does not use.
+
+    `count` rows have something in it; `rows` are the first of their numbers.
+    """
+
+    name: str
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    def note(self, row: Row) -> None:
+        if is_filled(row.values[self.name]):
+            self.count += 1
+            self.rows += [row.number] if len(self.rows) < ROWS_NAMED else []
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ on them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -179,13 +179,29 @@ def choose_template(
     choice = _with_unused(task, choice, rows)
     lost = [name for name in choice.unused if name in PROMPT_COLUMNS and name in filled_columns(rows)]
     if lost:
-        raise UserError(
-            f"the built-in template {recognised.template} does not use the column{'s' * (len(lost) > 1)} "
-            f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt",
-            place="--template",
-            cure=f"write a template that has {{{lost[0]}}}; or give --template {recognised.template} to train without",
-        )
+        raise lost_columns(recognised.template, lost)
     return choice
+
+
+def lost_columns(template: str, lost: Sequence[str], rows: str = "", better: str | None = None) -> UserError:
+    """The error for columns of the prompt that a built-in template, chosen by the columns, does not use.
+
+    `rows`: those that fill them, if the first rows do not. `better`: a built-in template that uses them.
+    """
+    held = f", and {'is' if len(lost) == 1 else 'are'} filled in {rows}" if rows else ""
+    cure = f"give --template {better}" if better else f"write a template that has {{{lost[0]}}}"
+    return UserError(
+        f"the built-in template {template} does not use the column{'s' * (len(lost) > 1)} "
+        f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt{held}",
+        place="--template",
+        cure=f"{cure}; or give --template {template} to train without",
+    )
+
+
+def using(task: Task, template: str, names: Iterable[str], columns: Columns) -> str | None:
+    """The built-in template that has what `template` has and uses these columns as well, or None."""
+    other = WITH_TURNS.get(template)
+    return other if other and columns_used(task, load_template(other), columns).issuperset(names) else None
 
 
 def _fields_note(template: Template) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -23,9 +23,9 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from yeonma.data.columns import Columns, column_of, kinds_of_numbers
+from yeonma.data.columns import PROMPT_COLUMNS, Columns, UnusedColumn, column_of, kinds_of_numbers
 from yeonma.data.rows import Row, Rows, of_rows
-from yeonma.data.task import ANSWERS, Task
+from yeonma.data.task import ANSWERS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
@@ -120,6 +120,7 @@ def build_store(
                 _remove(temporary)
                 writer = StoreWriter.open(temporary)
             read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
+            read = _noting_unused(read, columns_used(task, template, columns), writer.unused)
             chunks = _chunks_of_good_rows if skip_bad else _chunks
             faults: Counter[str] = Counter()
             watch = ChatWatch(task, tokenizer, rules)
@@ -157,6 +158,19 @@ def _noting_numbers(rows: Rows, columns: Sequence[str], noted: set[tuple[str, st
             yield row
 
     return replace(rows, read=read) if columns else rows
+
+
+def _noting_unused(rows: Rows, used: Container[str], noted: dict[str, UnusedColumn]) -> Rows:
+    """The same rows. While they are read, adds to `noted` the columns of prompts that are not used but filled."""
+    names = frozenset(name for name in PROMPT_COLUMNS if name not in used)
+
+    def read() -> Iterator[Row]:
+        for row in rows:
+            for name in row.values.keys() & names:
+                noted.setdefault(name, UnusedColumn(name)).note(row)
+            yield row
+
+    return replace(rows, read=read)
 
 
 def _chunks(

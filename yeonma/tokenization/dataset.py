@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,8 @@ from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.data.column_paths import with_paths
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.splits import without_slices
-from yeonma.data.task import ANSWERS, Task, choose_template
-from yeonma.data.template import Template
+from yeonma.data.task import ANSWERS, Task, choose_template, lost_columns, using
+from yeonma.data.template import BUILT_IN, Template
 from yeonma.data.text_checks import (
     CARRIAGE_RETURN,
     DECOMPOSED,
@@ -159,6 +159,7 @@ def prepare_dataset(
             if line not in told:
                 log(line)
             told.add(line)
+        _check_unused(store, template, columns, task, log, chosen=data.template is None)
         return DatasetPart(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -183,6 +184,27 @@ def prepare_dataset(
         validation = replace(train, positions=np.flatnonzero(held_out))
         train = replace(train, positions=np.flatnonzero(~held_out))
     return Dataset(task, template, columns, rules, train, validation)
+
+
+def _check_unused(
+    store: TokenStore,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    task: Task,
+    log: Log,
+    *,
+    chosen: bool,
+) -> None:
+    """Names columns of prompts that some rows fill and the template does not use. Raises UserError instead if the
+    template is a built-in one that the columns have `chosen`."""
+    if chosen and template.name in BUILT_IN and store.unused:
+        names = [column.name for column in store.unused]
+        first = store.unused[0]
+        better = using(task, template.name, names, columns)
+        raise lost_columns(template.name, names, format_rows(first.rows, first.count), better)
+    for column in store.unused:
+        what = "which usually belongs to the prompt, is not used; rows that hold something in it"
+        log(f"column {column.name}, {what}: {column.count:,} ({format_rows(column.rows, column.count)})")
 
 
 def describe(dataset: Dataset, log: Log) -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.data.columns import UnusedColumn
 from yeonma.data.text_checks import Notes
 from yeonma.files import sync
 from yeonma.tokenization.chat_remarks import ChatRemarks
@@ -86,6 +87,8 @@ class TokenStore:
     """(column, `numbers` or `booleans`) for the columns of texts that hold such values, written as text."""
     remarks: ChatRemarks
     """What the chat template adds and ignores."""
+    unused: tuple[UnusedColumn, ...]
+    """The columns of prompts that the template does not use, and that some rows fill."""
     token_ids: NDArray[np.int32]
     """Shape (tokens of all examples,); example i begins at `starts[i]`."""
     trained: NDArray[np.bool_]
@@ -211,6 +214,7 @@ class StoreWriter:
     """Appends examples to the files of a folder; `finish` makes the folder a store.
 
     `number_columns`: as in TokenStore, without an order; add to it. `remarks`: as in TokenStore; set it.
+    `unused`: by their names; add to it, also columns that turn out to be empty.
 
     Raises OSError if it cannot write.
     """
@@ -221,6 +225,7 @@ class StoreWriter:
     counts: Counts
     number_columns: set[tuple[str, str]] = field(default_factory=set)
     remarks: ChatRemarks = field(default_factory=ChatRemarks)
+    unused: dict[str, UnusedColumn] = field(default_factory=dict)
 
     @staticmethod
     def open(folder: Path) -> StoreWriter:
@@ -254,7 +259,8 @@ class StoreWriter:
         """Write the description, flush everything to disk and close the files."""
         files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
         numbers = sorted(self.number_columns)
-        facts = {"number_columns": numbers, "remarks": asdict(self.remarks)}
+        unused = [asdict(column) for _, column in sorted(self.unused.items()) if column.count]
+        facts = {"number_columns": numbers, "remarks": asdict(self.remarks), "unused": unused}
         meta = {**description, "counts": asdict(self.counts), **facts, "files": files}
         with open(self.folder / _META, "w", encoding="utf-8") as file:
             file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
@@ -283,10 +289,11 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
         number_columns = tuple((str(column), str(kind)) for column, kind in meta["number_columns"])
         ignored = tuple((int(bit), str(what)) for bit, what in meta["remarks"]["ignored"])
         remarks = ChatRemarks(**{**meta["remarks"], "ignored": ignored})
+        unused = tuple(UnusedColumn(**column) for column in meta["unused"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     arrays: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
-    return TokenStore(folder, key, counts, number_columns, remarks, **arrays)
+    return TokenStore(folder, key, counts, number_columns, remarks, unused, **arrays)
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:

@@ -32,7 +32,14 @@ from yeonma.errors import Problem, UserError
 from yeonma.files import sync, user_path
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
-from yeonma.tokenization.example import LeftOut, TokenRules, check_rules, check_tokenizer
+from yeonma.tokenization.example import (
+    NOT_TRAINED,
+    WEIGHTLESS,
+    LeftOut,
+    TokenRules,
+    check_rules,
+    check_tokenizer,
+)
 from yeonma.tokenization.example_encoder import OVER_LIMIT_CURE
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
@@ -122,12 +129,14 @@ def build_store(
             read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
             read = _noting_unused(read, columns_used(task, template, columns), writer.unused)
             chunks = _chunks_of_good_rows if skip_bad else _chunks
-            faults: Counter[str] = Counter()
+            faults, untrained = Counter[str](), Counter[str]()
             watch = ChatWatch(task, tokenizer, rules)
             for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, watch):
                 faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
+                untrained.update([row.reason for row in outcomes if isinstance(row, LeftOut)])
                 with _write_errors_as_user_errors(cache_dir):
                     writer.add(notes, outcomes)
+            _check_some_trained(writer.counts, rows, untrained)
             _check_some_left(writer.counts, rows, rules, task, faults)
             writer.remarks = watch.remarks()
             with _write_errors_as_user_errors(cache_dir):
@@ -245,6 +254,14 @@ def _rendered(row: Row, template: Template, columns: Columns, task: Task, proble
     except UserError as error:
         problems += error.problems
         return None
+
+
+def _check_some_trained(counts: Counts, rows: Rows, reasons: Mapping[str, int]) -> None:
+    """Raises UserError if all rows were left out because nothing of them is trained. `reasons`: of how many rows."""
+    found = [reason for reason in (NOT_TRAINED, WEIGHTLESS) if reasons.get(reason)]
+    if counts.rows and sum(reasons.get(reason, 0) for reason in found) == counts.rows:
+        problem = f"no row is left of {counts.rows}: {'; '.join(found)}"
+        raise UserError(problem, place=rows.name, cure="give weights above 0, or another --train_on")
 
 
 def _check_some_left(

@@ -100,6 +100,7 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
         add_eos_token=tokens.add_eos_token,
         thinking=tokens.thinking,
         train_on=tokens.train_on,
+        row_weights=tokens.row_weights,
         chat_template_kwargs=tokens.chat_template_kwargs,
         parse_special_tokens=tokens.parse_special_tokens,
     )
@@ -143,6 +144,7 @@ def prepare_dataset(
     rows = with_paths(opened, data.columns)
     choice = choose_template(task, data.template, rows, data.columns, continued)
     rules = token_rules(tokens)
+    choice = choice.without_unused(rows, tokens.row_weights)
     template, columns = choice.template, choice.columns
     for note in choice.notes:
         log(note)

@@ -143,6 +143,8 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> 
     if tokens.train_on_inputs:
         what = "a prompt is the same for both answers: there is nothing to prefer in it"
         problems.append(Problem(what, "train_on_inputs", "leave it out"))
+    if tokens.row_weights is not None:
+        problems.append(Problem("preference losses have no weights of rows", "row_weights", "leave it out"))
     if problems:
         raise UserError(problems)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 Log = Callable[[str], None]
@@ -17,6 +17,8 @@ class Problem:
     what: str
     place: str = ""
     cure: str = ""
+    of_row: bool = field(default=False, compare=False)
+    """Whether it is the fault of one row among good ones, so that a run could leave that row out."""
 
     def __str__(self) -> str:
         text = f"{self.place}: {self.what}" if self.place else self.what

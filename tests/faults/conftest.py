@@ -21,6 +21,9 @@ from yeonma.train.prepare import Prepared
 # The end of a long list, and the differences between two runs, whose cure is told once.
 WITHOUT_CURE = re.compile(r"there are more such problems\Z| was .* and is now ")
 
+WAY_OUT = "bad_rows: bad rows stop the run; --bad_rows skip leaves them out and counts them"
+"""The line about bad rows among good ones. `refused` checks that it stands once, and does not return it."""
+
 Write = Callable[[str, "str | bytes"], Path]
 Refused = Callable[..., list[str]]
 Accepted = Callable[..., "Taken"]
@@ -104,7 +107,9 @@ def refused(tmp_path: Path, base: Path, loaded: list[str]) -> Refused:
         for line in lines:
             assert line.startswith("yeonma: ")
             assert "; " in line or WITHOUT_CURE.search(line), line
-        return [line.removeprefix("yeonma: ") for line in lines]
+        shown = [line.removeprefix("yeonma: ") for line in lines]
+        assert shown.count(WAY_OUT) <= 1 and shown != [WAY_OUT]
+        return [line for line in shown if line != WAY_OUT]
 
     return run_it
 

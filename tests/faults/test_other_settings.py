@@ -63,6 +63,7 @@ CHANGES: dict[str, Change] = dict(
         refused("train_on_inputs", True, "train_on_inputs"),
         refused("add_eos_token", False),
         refused("train_on", "last"),
+        refused("row_weights", "short", "row_weights"),
         refused("thinking", "drop"),
         refused("chat_template_kwargs", {"enable_thinking": False}),
         refused("parse_special_tokens", True),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.conftest import WAY_OUT
 from tests.pairs import chat_folder, dpo, pairs, tuned
 from tests.runs import write_jsonl
 
@@ -81,7 +82,8 @@ def test_fault_67_missing_or_empty_answer_is_refused(
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**prompt_columns, "chosen": "a", **values}, good])
     done = dpo(tmp_path / "out", base, data)
     cure = "a pair needs both answers (chosen and rejected); fill it or remove the row"
-    assert (done.status, done.err) == (2, f'yeonma: {data}:2: field "rejected" is {state}; {cure}\n')
+    problem = f'yeonma: {data}:2: field "rejected" is {state}; {cure}\n'
+    assert (done.status, done.err) == (2, f"{problem}yeonma: {WAY_OUT}\n")
     assert not done.folder.exists()
 
 
@@ -90,9 +92,11 @@ def test_fault_67_empty_answers_are_reported_by_their_column_names(tmp_path: Pat
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**good, "better": "", "worse": None}])
     done = dpo(tmp_path / "out", base, data, columns={"chosen": "better", "rejected": "worse"})
     cure = "a pair needs both answers (better and worse); fill it or remove the row"
-    assert done.err == (
-        f'yeonma: {data}:2: field "better" is empty; {cure}\nyeonma: {data}:2: field "worse" is null; {cure}\n'
-    )
+    assert done.err.splitlines() == [
+        f'yeonma: {data}:2: field "better" is empty; {cure}',
+        f'yeonma: {data}:2: field "worse" is null; {cure}',
+        f"yeonma: {WAY_OUT}",
+    ]
 
 
 @pytest.mark.parametrize("empty", [{"role": "assistant", "content": " "}, [answer("")], [QUESTION]])

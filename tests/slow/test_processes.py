@@ -96,7 +96,7 @@ def test_a_parameter_keeps_a_gradient_if_any_process_has_one(tmp_path: Path) -> 
 
 def test_several_processes_report_an_error_once(tmp_path: Path, base: Path, data: Path) -> None:
     done = run_command(YEONMA, tmp_path / "out", base, data, early_stopping_patience=2, nproc=2)
-    cure = "give val_set_size or val_data_path"
+    cure = "give val_set_size, val_split or val_data_path"
     message = f"yeonma: early_stopping_patience: it follows the validation loss; {cure}\n"
     assert (done.status, done.err) == (2, message)
     assert not done.folder.exists()

@@ -39,6 +39,7 @@ FORMAT = 1
 _NEWER_RULES = {
     "thinking": "auto",
     "train_on": "all",
+    "row_weights": None,
     "chat_template_kwargs": None,
     "parse_special_tokens": False,
 }
@@ -273,6 +274,7 @@ def _check_types(details: Any) -> None:
         (details["template"], "name", str),
         (rules, "cutoff_len", int),
         (rules, "shrink", text),
+        (rules, "row_weights", text),
         (rules, "train_on_inputs", bool),
         (rules, "add_eos_token", bool),
         (rules, "chat_template_kwargs", (dict, NoneType)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def prompts_now(
         return []
     task = samples.task
     rendered = [task.render(template, row, columns) for row in rows]
+    rules = replace(rules, row_weights=None)  # samples have only the columns that make the text
     outcomes = TASK_ENCODERS[task.name].encode(rendered, rows, tokenizer, rules)
     last_prompts: dict[int, list[int]] = {}
     for example in _examples(outcomes):

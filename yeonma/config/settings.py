@@ -118,6 +118,8 @@ class TokenSettings:
     """Which assistant turns of a conversation are trained. all: every turn that is not marked with weight 0 (`weight`, `loss` or `train`). last: only the last one. marked: only turns marked with a weight above 0."""
     thinking: Literal["auto", "keep", "drop", "empty"] = "auto"
     """Reasoning in assistant turns (`reasoning_content`, `thinking`, or a <think> block). auto: trained where a row has it; elsewhere what the model's chat template writes. keep: as auto, but rows without reasoning get no empty think block. drop: never trained. empty: rows without reasoning get an empty think block."""
+    row_weights: str | None = None
+    """The column with each row's weight in the loss: a number from 0 up, which multiplies the weights of its turns. Rows with weight 0 are left out. By default, all rows weigh 1."""
     chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     """Arguments of the model's chat template, such as `{enable_thinking: false}`. A column of this name overrides them row by row."""
     parse_special_tokens: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _named_rows(
         place = f"{name} row {number}"
         record = named(values, namings, place)
         if isinstance(record, Problem) and not skip_bad:
-            raise UserError([record])
+            raise UserError([replace(record, of_row=number > rows_before + 1)])
         yield place, record
 
 

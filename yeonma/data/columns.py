@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from yeonma.data.rows import Row, Rows
 from yeonma.data.strict_json import described
 from yeonma.data.turns import check_characters, is_turn_list
-from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.errors import Problem, UserError, brief, did_you_mean
 
 Columns = Mapping[str, str] | None
 """`--columns`: field of the template -> column of the data, if their names differ."""
@@ -30,6 +30,26 @@ PROMPT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY, "context")
 """Columns that usually belong to the prompt: a built-in template that does not use them is no fit."""
 SIDE_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, KWARGS_COLUMN)
 """Columns that are part of the prompt of a turn list without standing in the template."""
+
+
+ROWS_NAMED = 10
+
+
+@dataclass
+class UnusedColumn:
+    """A column that usually belongs to the prompt, and that the template does not use.
+
+    `count` rows have something in it; `rows` are the first of their numbers.
+    """
+
+    name: str
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    def note(self, row: Row) -> None:
+        if is_filled(row.values[self.name]):
+            self.count += 1
+            self.rows += [row.number] if len(self.rows) < ROWS_NAMED else []
 
 
 @dataclass(frozen=True)
@@ -190,6 +210,29 @@ def number_text(value: object) -> str | None:
     if isinstance(value, float) and math.isfinite(value):
         return float.__repr__(value)
     return None
+
+
+WEIGHT_COLUMNS = ("weight", "loss_weight")
+"""Columns that probably hold the weights of rows."""
+
+
+def row_weight(row: Row, column: str | None) -> float:
+    """The row's weight in the loss, from a column with numbers, also as text; 1 without a column.
+
+    Raises UserError for what is not a finite number from 0 up.
+    """
+    if column is None:
+        return 1.0
+    value = row.values.get(column)
+    try:
+        weight = float(value) if isinstance(value, (str, int, float)) else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if not math.isfinite(weight) or weight < 0:
+        shown = f'"{brief(value)}"' if isinstance(value, str) else described(value)
+        problem = f'field "{column}" is {shown}, not a weight'
+        raise UserError(problem, place=row.place, cure="write a number from 0 up")
+    return weight
 
 
 def kinds_of_numbers(row: Row, columns: Iterable[str]) -> Iterator[tuple[str, str]]:

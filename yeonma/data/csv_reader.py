@@ -9,7 +9,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -154,7 +154,7 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
     name, header = file.name, layout.header
     names, columns, all_named = header.names, len(header.names), all(header.names)
     problems: list[Problem] = []
-    empty = True
+    empty, has_good = True, False
     for line, cells in islice(_records(file, layout.delimiter, layout.lines_before), 1, None):
         if not cells[0].strip() and not any(map(str.strip, cells)):
             continue
@@ -173,6 +173,7 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
                     break
                 continue
             cells = fitted
+        has_good = True
         if problems:
             continue
         if all_named:
@@ -183,7 +184,7 @@ def _rows(file: TextFile, layout: _Layout, skip_bad: bool) -> Iterator[Record]:
                 {column: cell for column, cell in zip(names, cells, strict=True) if column},
             )
     if problems:
-        raise UserError(problems)
+        raise UserError([replace(problem, of_row=has_good) for problem in problems])
     if empty:
         raise UserError("a header but no rows", place=name, cure="give a file with at least one row")
 

@@ -6,7 +6,7 @@ Line and column of every fault count from 1; columns count characters.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from yeonma.data.records import FileOptions, Record, Source, no_rows
@@ -178,7 +178,7 @@ def _rows_of_lines(file: TextFile) -> Iterator[Record]:
     """
     name = file.name
     problems: list[Problem] = []
-    empty = True
+    empty, has_good = True, False
     try:
         for number, line in enumerate(file.lines(), 1):
             if line.isspace() or not line:
@@ -193,12 +193,14 @@ def _rows_of_lines(file: TextFile) -> Iterator[Record]:
                 if fault.cut or len(problems) == MAX_PROBLEMS:
                     break
                 continue
+            has_good = True
             if not problems:
                 yield f"{name}:{number}", row
     except UserError as error:
         problems += error.problems
+        has_good = False  # the file cannot be read on
     if problems:
-        raise UserError(problems)
+        raise UserError([replace(problem, of_row=has_good) for problem in problems])
     if empty:
         raise no_rows(name)
 
@@ -240,7 +242,7 @@ def _list_rows(file: TextFile, options: FileOptions, start: _Position | None = N
         if isinstance(value, dict):
             yield place, value
             continue
-        problem = Problem(f"a row must be an object, not {kind_of(value)}", place, OBJECT)
+        problem = Problem(f"a row must be an object, not {kind_of(value)}", place, OBJECT, of_row=True)
         if not options.skip_bad:
             raise UserError([problem])
         yield place, problem

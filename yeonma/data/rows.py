@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -127,6 +127,25 @@ def glance(
         return None
     with _read_errors_as_user_errors(data_path):
         return _rows(_file_set(data_path, path, parts, options, identified=False), max_rows)
+
+
+@contextmanager
+def naming_skip(bad_rows: str) -> Iterator[None]:
+    """Adds the way out to a UserError about bad rows among good ones: once, at its end. `bad_rows`: the setting."""
+    try:
+        yield
+    except UserError as error:
+        if bad_rows == "skip" or not any(problem.of_row for problem in error.problems):
+            raise
+        way_out = Problem(
+            "bad rows stop the run", "bad_rows", "--bad_rows skip leaves them out and counts them"
+        )
+        raise UserError([*error.problems, way_out]) from error.__cause__
+
+
+def of_rows(problems: Iterable[Problem], places: Container[str]) -> list[Problem]:
+    """The problems. Those at the places of rows are marked as `of_row`."""
+    return [replace(problem, of_row=problem.place in places) for problem in problems]
 
 
 @contextmanager

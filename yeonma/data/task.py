@@ -7,13 +7,14 @@ on them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from yeonma.config.settings import LabelLossName
 from yeonma.data.columns import (
     PROMPT_COLUMNS,
+    WEIGHT_COLUMNS,
     WITH_TURNS,
     Columns,
     Recognised,
@@ -38,7 +39,7 @@ from yeonma.data.rows import Row, Rows
 from yeonma.data.template import BUILT_IN, Rendered, Template, load_template
 from yeonma.data.template_syntax import Piece, visible
 from yeonma.data.text_checks import Notes, notes_of
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import user_path
 
 
@@ -130,12 +131,26 @@ class Choice:
     columns: dict[str, str] | None
     reason: str = ""
     unused: tuple[str, ...] = ()
+    weighs_rows: bool = False
+    """Whether rows of this task may have weights."""
+
+    def without_unused(self, rows: Rows, row_weights: str | None) -> Choice:
+        """The choice, whose unused columns do not include the one with the rows' weights. Raises UserError if the data
+        has no such column."""
+        if row_weights is not None and row_weights not in rows.columns:
+            cure = did_you_mean(row_weights, rows.columns) or f"it has {', '.join(rows.columns)}"
+            raise UserError(f'the data has no column "{row_weights}"', place="row_weights", cure=cure)
+        return replace(self, unused=tuple([name for name in self.unused if name != row_weights]))
 
     @property
     def notes(self) -> list[str]:
         """Lines to print."""
         unused = f"columns not used: {', '.join(map(visible, self.unused))}" if self.unused else ""
         fields = "" if self.reason else _fields_note(self.template)
+        weights = [name for name in self.unused if self.weighs_rows and name in WEIGHT_COLUMNS]
+        unused += (
+            f" (--row_weights {weights[0]} makes it the weight of the rows in the loss)" if weights else ""
+        )
         return [line for line in (self.reason, fields, unused) if line]
 
 
@@ -179,13 +194,29 @@ def choose_template(
     choice = _with_unused(task, choice, rows)
     lost = [name for name in choice.unused if name in PROMPT_COLUMNS and name in filled_columns(rows)]
     if lost:
-        raise UserError(
-            f"the built-in template {recognised.template} does not use the column{'s' * (len(lost) > 1)} "
-            f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt",
-            place="--template",
-            cure=f"write a template that has {{{lost[0]}}}; or give --template {recognised.template} to train without",
-        )
+        raise lost_columns(recognised.template, lost)
     return choice
+
+
+def lost_columns(template: str, lost: Sequence[str], rows: str = "", better: str | None = None) -> UserError:
+    """The error for columns of the prompt that a built-in template, chosen by the columns, does not use.
+
+    `rows`: those that fill them, if the first rows do not. `better`: a built-in template that uses them.
+    """
+    held = f", and {'is' if len(lost) == 1 else 'are'} filled in {rows}" if rows else ""
+    cure = f"give --template {better}" if better else f"write a template that has {{{lost[0]}}}"
+    return UserError(
+        f"the built-in template {template} does not use the column{'s' * (len(lost) > 1)} "
+        f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt{held}",
+        place="--template",
+        cure=f"{cure}; or give --template {template} to train without",
+    )
+
+
+def using(task: Task, template: str, names: Iterable[str], columns: Columns) -> str | None:
+    """The built-in template that has what `template` has and uses these columns as well, or None."""
+    other = WITH_TURNS.get(template)
+    return other if other and columns_used(task, load_template(other), columns).issuperset(names) else None
 
 
 def _fields_note(template: Template) -> str:
@@ -209,7 +240,8 @@ def _fields_note(template: Template) -> str:
 def _with_unused(task: Task, choice: Choice, rows: Rows) -> Choice:
     used = columns_used(task, choice.template, choice.columns)
     holders = {re.split(r"[.\[]", name.removeprefix("json(").removesuffix(")"))[0] for name in used}
-    return replace(choice, unused=tuple([name for name in rows.columns if name not in used | holders]))
+    unused = tuple([name for name in rows.columns if name not in used | holders])
+    return replace(choice, unused=unused, weighs_rows=task is ANSWERS)
 
 
 def columns_used(task: Task, template: Template, columns: Columns) -> set[str]:

@@ -9,14 +9,23 @@ from io import StringIO
 from rich.console import Console
 
 from yeonma.inspect.audit import Audit, Lengths, PartAudit
-from yeonma.inspect.terminal import heading_of, print_audit, printable
-from yeonma.tokenization.explain import View
+from yeonma.inspect.terminal import (
+    SHOWN_IN_LEGEND,
+    WORDS,
+    heading_of,
+    print_audit,
+    printable,
+    weight_text,
+)
+from yeonma.tokenization.explain import TextSpan, View
 
 COLOURS = """
 :root { color-scheme: light dark; --text: #1d2126; --dim: #6b7280; --line: #d7dbe0; --page: #fff; --field: #0b6e8f;
-  --answer: #0d5f2c; --on-answer: #d9f2e1; --cut: #b3261e; --note: #8a5a00; --bar: #7fb2c9; }
+  --answer: #0d5f2c; --on-answer: #d9f2e1; --cut: #b3261e; --note: #8a5a00; --bar: #7fb2c9;
+  --tools: #874600; --reasoning: #5a2ca0; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --dim: #9aa3ad; --line: #3a4149; --page: #14171a;
-  --field: #6cc7e6; --answer: #b5f0c8; --on-answer: #1d3d2a; --cut: #ff8a80; --note: #f0c674; --bar: #3f7489; } }
+  --field: #6cc7e6; --answer: #b5f0c8; --on-answer: #1d3d2a; --cut: #ff8a80; --note: #f0c674; --bar: #3f7489;
+  --tools: #ffbe7d; --reasoning: #d6bcff; } }
 """
 STYLE = (
     COLOURS
@@ -28,7 +37,10 @@ pre { font: 14px/1.55 ui-monospace, monospace; white-space: pre-wrap; overflow-w
   padding: .6rem; border: 1px solid var(--line); border-radius: 6px; }
 .frame, .start { color: var(--dim); } .field, .prompt { color: var(--field); }
 .answer, .end { color: var(--answer); background: var(--on-answer); } .end { font-weight: bold; }
-.trained { text-decoration: underline; }
+.tools, .call { color: var(--tools); } .reasoning { color: var(--reasoning); } .untrained { color: var(--answer); }
+.reasoning.trained, .call.trained { background: var(--on-answer); } .untrained { font-style: italic; }
+.weight { font: bold .75em system-ui, sans-serif; vertical-align: super; }
+.trained:not(.reasoning, .call) { text-decoration: underline; }
 .cut { color: var(--cut); text-decoration: line-through; } .legend span { margin-right: 1rem; }
 .tokens .t { outline: 1px solid var(--line); } .t:hover { outline: 2px solid var(--field); }
 table { border-collapse: collapse; display: inline-table; margin: .5rem 2rem .5rem 0; vertical-align: top; }
@@ -59,9 +71,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        '<p class="legend"><span class="frame">frame</span><span class="field">field</span>'
-        '<span class="answer">trained answer</span><span class="end">trained end token</span>'
-        '<span class="cut">cut</span>'
+        f'<p class="legend">{"".join(_legend())}'
         '<label><input type="checkbox" id="borders"> token borders; hover over a token for its id</label></p>',
     ]
     for view in views:
@@ -89,8 +99,12 @@ def _spans(view: View) -> Iterator[str]:
     """The spans, split at token borders, so that every token has its id."""
     tokens = iter([(token, len(token.text)) for token in view.tokens if token.text])
     token, left = next(tokens, (None, 0))
+    weight = 1.0
     for span in view.text_spans:
-        trained = " trained" if span.trained and span.kind not in ("answer", "end") else ""
+        trained = _trained_class(span)
+        if span.weight not in (weight, 1):
+            yield f'<span class="weight">{weight_text(span.weight)}</span>'
+        weight = span.weight
         if span.kind == "cut":
             yield f'<span class="cut" title="cut: {len(span.text):,} characters">{_escaped(span.text)}</span>'
             continue
@@ -105,6 +119,16 @@ def _spans(view: View) -> Iterator[str]:
             start, left = start + size, left - size
             if left == 0:
                 token, left = next(tokens, (None, 0))
+
+
+def _trained_class(span: TextSpan) -> str:
+    return " trained" if span.trained and span.kind not in ("answer", "end") else ""
+
+
+def _legend() -> Iterator[str]:
+    for kind in SHOWN_IN_LEGEND:
+        yield f'<span class="{kind}">{WORDS[kind]}</span>'
+    yield '<span><span class="weight">×0.5</span>weight in the loss</span>'
 
 
 def _escaped(text: str) -> str:

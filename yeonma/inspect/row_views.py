@@ -92,7 +92,8 @@ def _until(rows: Rows, selection: RowSelection) -> Iterator[Row]:
 def view_json(view: View) -> str:
     """An example as a line of JSON. `trained` has 0 or 1 per token. A row that is left out has no tokens.
 
-    In preference data, it also has the `role` of the answer; with several data sets, its `data_set`.
+    In preference data, it also has the `role` of the answer; with several data sets, its `data_set`; where not all
+    tokens weigh the same, their `weights`.
     """
     return _line(
         {
@@ -101,6 +102,7 @@ def view_json(view: View) -> str:
             **({} if view.role is None else {"role": view.role}),
             "token_ids": list(view.token_ids),
             "trained": [int(trained) for trained in view.trained],
+            **({} if view.weights is None else {"weights": list(view.weights)}),
             "prompt": view.prompt,
             "answer": view.answer,
             "cut_characters": view.cut_characters,

@@ -21,6 +21,10 @@ STYLES: dict[SpanKind, str] = {
     "answer": "bold green",
     "end": "black on green",
     "cut": "red strike",
+    "tools": "yellow",
+    "reasoning": "blue",
+    "call": "yellow",
+    "untrained": "green",
 }
 WORDS: dict[SpanKind, str] = {
     "start": "start token",
@@ -30,7 +34,19 @@ WORDS: dict[SpanKind, str] = {
     "answer": "trained answer",
     "end": "trained end token",
     "cut": "cut",
+    "tools": "tools",
+    "reasoning": "reasoning",
+    "call": "tool call",
+    "untrained": "untrained answer",
 }
+SHOWN_IN_LEGEND: tuple[SpanKind, ...] = (
+    *("frame", "field", "answer", "end", "cut"),
+    *("tools", "reasoning", "call", "untrained"),
+)
+WITHIN_ANSWERS: tuple[SpanKind, ...] = ("answer", "end", "reasoning", "call")
+"""The kinds that are trained in an ordinary answer."""
+NAMED_BY_MARKS: tuple[SpanKind, ...] = ("tools", "reasoning", "call", "untrained")
+WEIGHT_STYLE = "reverse"
 BAR = 16
 CUT_SHOWN = 120
 ROWS_LEFT_OUT_SHOWN = 3
@@ -50,7 +66,7 @@ def print_views(console: Console, views: Iterable[View], *, tokens: bool) -> Non
         else:
             spans = view.text_spans
             if view.role == "rejected":  # the prompt is shown with the chosen answer
-                spans = tuple(dropwhile(lambda part: part.kind not in ("answer", "end"), spans))
+                spans = tuple(dropwhile(lambda part: not part.trained and part.kind != "answer", spans))
             console.print(_coloured(spans, marks=console.color_system is None))
         console.print()
 
@@ -94,9 +110,10 @@ def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 
 def _legend(console: Console) -> Text:
     if console.color_system is None:
-        return Text("«trained answer and end token»  ⟨cut text⟩")
-    kinds: tuple[SpanKind, ...] = ("frame", "field", "answer", "end", "cut")
-    return Text("  ").join([Text(WORDS[kind], STYLES[kind]) for kind in kinds])
+        named = ", ".join(WORDS[kind] for kind in NAMED_BY_MARKS)
+        return Text(f"«trained answer and end token»  ⟨cut text⟩  ⟦name: {named}⟧  ×0.5 weight in the loss")
+    kinds = [Text(WORDS[kind], STYLES[kind]) for kind in SHOWN_IN_LEGEND]
+    return Text("  ").join([*kinds, Text.assemble(("×0.5", WEIGHT_STYLE), " weight in the loss")])
 
 
 def heading_of(view: View) -> str:
@@ -124,11 +141,14 @@ def heading_of(view: View) -> str:
 
 def _coloured(spans: Sequence[TextSpan], *, marks: bool) -> Text:
     text = Text()
-    trained = False
+    trained, weight = False, 1.0
     for span in spans:
         if marks and span.trained != trained:
             text.append("«" if span.trained else "»")
             trained = span.trained
+        if span.weight not in (weight, 1):
+            text.append(weight_text(span.weight), WEIGHT_STYLE if not marks else "")
+        weight = span.weight
         content = printable(span.text)
         if span.kind == "cut":
             if len(content) > CUT_SHOWN:
@@ -137,11 +157,23 @@ def _coloured(spans: Sequence[TextSpan], *, marks: bool) -> Text:
             text.append(content, STYLES["cut"])
             text.append("⟩", "red")
         else:
-            underline = " underline" if span.trained and span.kind not in ("answer", "end") else ""
-            text.append(content, STYLES[span.kind] + underline)
+            named = marks and span.kind in NAMED_BY_MARKS
+            style = style_of(span.kind, trained=span.trained)
+            text.append(f"⟦{WORDS[span.kind]}: {content}⟧" if named else content, style)
     if trained:
         text.append("»")
     return text
+
+
+def style_of(kind: SpanKind, *, trained: bool) -> str:
+    """The style of a span. What is trained is bold in an answer, and underlined elsewhere."""
+    extra = " bold" if kind in WITHIN_ANSWERS else " underline"
+    return STYLES[kind] + (extra if trained and kind not in ("answer", "end") else "")
+
+
+def weight_text(weight: float) -> str:
+    """A weight as shown before the text that has it: `×0.5`."""
+    return f"×{weight:.3g} "
 
 
 def printable(text: str) -> str:
@@ -159,8 +191,9 @@ def _token_table(view: View) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for position, token in enumerate(view.tokens):
         text = _one_line(token.text) if token.text else f"({token.name})"
-        style = STYLES[token.kind]
+        style = style_of(token.kind, trained=token.trained)
         words = "trained" if token.trained else ""
+        words += f" {weight_text(token.weight).strip()}" if token.weight != 1 else ""
         table.add_row(str(position), str(token.id), Text(text, style), Text(WORDS[token.kind], "dim"), words)
     return table
 

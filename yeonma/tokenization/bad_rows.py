@@ -17,6 +17,7 @@ from yeonma.data.template import Template
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import NO_NOTES, Notes
 from yeonma.errors import Problem, UserError, brief
+from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import over_limit_problems
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
@@ -34,12 +35,13 @@ def encode_good_rows(
     columns: Columns,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
-    task: Task,
+    watch: ChatWatch,
 ) -> tuple[list[Notes], Outcomes]:
     """The notes of all rows, and the outcomes of encoding them in their order, with a LeftOut for every bad row.
 
     Raises UserError for problems that are not those of a row and, with `over_limit` "error", for rows over the limit.
     """
+    task = watch.task
     bad: dict[int, LeftOut] = {}
     texts: dict[int, Any] = {}
     for row in rows:
@@ -62,7 +64,9 @@ def encode_good_rows(
     if rules.over_limit == "error":
         if problems := over_limit_problems(outcomes):
             raise UserError(problems)
-    notes = [NO_NOTES if row.number in bad else task.notes(texts[row.number]) for row in rows]
+    good = [row for row in rows if row.number not in bad]
+    found = iter(watch.notes([texts[row.number] for row in good], good))
+    notes = [NO_NOTES if row.number in bad else next(found) for row in rows]
     return notes, sorted([*outcomes, *bad.values()], key=_row_of)
 
 

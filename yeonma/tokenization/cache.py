@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -23,15 +23,24 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from yeonma.data.columns import Columns, column_of, kinds_of_numbers
-from yeonma.data.rows import Row, Rows
-from yeonma.data.task import ANSWERS, Task
+from yeonma.data.columns import PROMPT_COLUMNS, Columns, UnusedColumn, column_of, kinds_of_numbers
+from yeonma.data.rows import Row, Rows, of_rows
+from yeonma.data.task import ANSWERS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
 from yeonma.files import sync, user_path
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
-from yeonma.tokenization.example import LeftOut, TokenRules, check_rules, check_tokenizer
+from yeonma.tokenization.chat_remarks import ChatWatch
+from yeonma.tokenization.example import (
+    NOT_TRAINED,
+    WEIGHTLESS,
+    LeftOut,
+    TokenRules,
+    check_rules,
+    check_tokenizer,
+)
+from yeonma.tokenization.example_encoder import OVER_LIMIT_CURE
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
@@ -109,13 +118,18 @@ def build_store(
 
     def write(writer: StoreWriter) -> dict[str, Any]:
         read = _noting_numbers(rows, _text_columns(template, columns, task), writer.number_columns)
+        read = _noting_unused(read, columns_used(task, template, columns), writer.unused)
         chunks = _chunks_of_good_rows if skip_bad else _chunks
-        faults: Counter[str] = Counter()
-        for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, task):
+        faults, untrained = Counter[str](), Counter[str]()
+        watch = ChatWatch(task, tokenizer, rules)
+        for notes, outcomes in chunks(read, template, columns, tokenizer, rules, progress, watch):
             faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
+            untrained.update([row.reason for row in outcomes if isinstance(row, LeftOut)])
             with _write_errors_as_user_errors(cache_dir):
                 writer.add(notes, outcomes)
+        _check_some_trained(writer.counts, rows, untrained)
         _check_some_left(writer.counts, rows, rules, task, faults)
+        writer.remarks = watch.remarks()
         return {"data": rows.name, "template": template.name}
 
     return _cached(cache_dir, key, write)
@@ -182,6 +196,19 @@ def _noting_numbers(rows: Rows, columns: Sequence[str], noted: set[tuple[str, st
     return replace(rows, read=read) if columns else rows
 
 
+def _noting_unused(rows: Rows, used: Container[str], noted: dict[str, UnusedColumn]) -> Rows:
+    """The same rows. While they are read, adds to `noted` the columns of prompts that are not used but filled."""
+    names = frozenset(name for name in PROMPT_COLUMNS if name not in used)
+
+    def read() -> Iterator[Row]:
+        for row in rows:
+            for name in row.values.keys() & names:
+                noted.setdefault(name, UnusedColumn(name)).note(row)
+            yield row
+
+    return replace(rows, read=read)
+
+
 def _chunks(
     rows: Rows,
     template: Template,
@@ -189,19 +216,20 @@ def _chunks(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
-    task: Task,
+    watch: ChatWatch,
 ) -> Iterator[Chunk]:
     """The encoded rows, in chunks. After the first problem, rows are only checked for more problems."""
     problems: list[Problem] = []
     source, done = iter(rows), 0
     while len(problems) <= MAX_PROBLEMS and (chunk := _next_rows(source, problems)):
-        rendered = [_rendered(row, template, columns, task, problems) for row in chunk]
+        rendered = [_rendered(row, template, columns, watch.task, problems) for row in chunk]
         if not problems:
             try:
-                outcomes = TASK_ENCODERS[task.name].encode(rendered, chunk, tokenizer, rules)
-                yield [task.notes(text) for text in rendered], outcomes
+                outcomes = TASK_ENCODERS[watch.task.name].encode(rendered, chunk, tokenizer, rules)
+                yield watch.notes(rendered, chunk), outcomes
             except UserError as error:
                 problems += error.problems
+        problems = _marked(problems, chunk)
         done += len(chunk)
         if progress is not None:
             progress(done)
@@ -217,15 +245,23 @@ def _chunks_of_good_rows(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     progress: Callable[[int], None] | None,
-    task: Task,
+    watch: ChatWatch,
 ) -> Iterator[Chunk]:
     """Like `_chunks`, with bad rows left out."""
     source, done = iter(rows), 0
     while chunk := list(islice(source, ROWS_A_CHUNK)):
-        yield encode_good_rows(chunk, template, columns, tokenizer, rules, task)
+        yield encode_good_rows(chunk, template, columns, tokenizer, rules, watch)
         done += len(chunk)
         if progress is not None:
             progress(done)
+
+
+def _marked(problems: Sequence[Problem], chunk: Sequence[Row]) -> list[Problem]:
+    """The problems; those of the chunk's rows are marked as such, unless all rows are bad."""
+    bad = {problem.place for problem in problems if problem.cure != OVER_LIMIT_CURE}
+    bad &= {row.place for row in chunk}
+    marked = of_rows(problems, bad if len(bad) < len(chunk) else ())
+    return [replace(new, of_row=new.of_row or old.of_row) for new, old in zip(marked, problems, strict=True)]
 
 
 def _next_rows(source: Iterator[Row], problems: list[Problem]) -> list[Row]:
@@ -245,6 +281,14 @@ def _rendered(row: Row, template: Template, columns: Columns, task: Task, proble
     except UserError as error:
         problems += error.problems
         return None
+
+
+def _check_some_trained(counts: Counts, rows: Rows, reasons: Mapping[str, int]) -> None:
+    """Raises UserError if all rows were left out because nothing of them is trained. `reasons`: of how many rows."""
+    found = [reason for reason in (NOT_TRAINED, WEIGHTLESS) if reasons.get(reason)]
+    if counts.rows and sum(reasons.get(reason, 0) for reason in found) == counts.rows:
+        problem = f"no row is left of {counts.rows}: {'; '.join(found)}"
+        raise UserError(problem, place=rows.name, cure="give weights above 0, or another --train_on")
 
 
 def _check_some_left(

@@ -55,7 +55,8 @@ _GIVEN = {
 }
 """What a chat template reads besides arguments of its own."""
 
-_PROBE = "Zq{number}qZ"
+PROBE = "Zq{number}qZ"
+"""Text that no chat template writes by itself."""
 _PROBES = re.compile(r"Zq\d+qZ")
 
 
@@ -108,6 +109,8 @@ class ChatAnswer:
     """Whether the text ends with a special token of the chat template."""
     reasoning: Span = (0, 0)
     """The span of the reasoning in `text`; empty without reasoning."""
+    calls: Span = (0, 0)
+    """The span of the tool calls in `text`, with the marks around them; empty without calls."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Chat:
 
     def prompt(self, conversation: Conversation, place: str) -> str:
         """The text up to the next assistant turn, from which generation starts. Raises UserError with `place`."""
-        return self._render(conversation, place, generate=True)
+        return self.render(conversation, place, generate=True)
 
     def answer(self, conversation: Conversation, prompt: str, place: str) -> ChatAnswer:
         """The last message, an assistant's, as a continuation of `prompt`. Raises UserError with `place`.
@@ -151,7 +154,7 @@ class Chat:
         continues the prompt (it drops reasoning, or the prompt opens a think block), the block is written here.
         """
         message = conversation.messages[-1]
-        reasoning, content = self._parts(message, prompt)
+        reasoning, content = self.parts(message, prompt)
         thinking = self.thinking
         if reasoning == "" or (reasoning and thinking == "drop"):
             conversation = conversation.with_last(self._without_reasoning(message, content))
@@ -163,7 +166,7 @@ class Chat:
 
     def _plain_answer(self, conversation: Conversation, prompt: str, place: str) -> ChatAnswer:
         """An answer without reasoning and tool calls."""
-        whole = self._render(conversation, place)
+        whole = self.render(conversation, place)
         content = conversation.messages[-1]["content"]
         trailer, body = self._split(conversation, whole, content, place)
         end = self._end_of(trailer)
@@ -205,7 +208,7 @@ class Chat:
         message = conversation.messages[-1]
         calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
         tags = self.tags
-        whole = self._render(conversation, place)
+        whole = self.render(conversation, place)
         if whole.startswith(prompt):
             answer = self._located(whole[len(prompt) :], reasoning, content, calls)
             if answer is not None:
@@ -224,7 +227,7 @@ class Chat:
             )
         header = prompt if tags is None else tags.header(prompt)
         without = conversation.with_last(self._without_reasoning(message, content))
-        whole = self._render(without, place)
+        whole = self.render(without, place)
         if whole.startswith(header):
             written = whole[len(header) :]
             written = written if tags is None else tags.without_block(written)
@@ -266,9 +269,20 @@ class Chat:
         end = position + self._end_of(text[position:])
         ended = end > position and not text[end:].strip()
         text = text[:end] if ended else text.rstrip()
-        return ChatAnswer(text, spans[1], ended, spans[0])
+        return ChatAnswer(
+            text, spans[1], ended, spans[0], self._calls_span(text, position) if calls else (0, 0)
+        )
 
-    def _parts(self, message: ChatMessage, prompt: str) -> tuple[str | None, str]:
+    def _calls_span(self, text: str, start: int) -> Span:
+        """The span of the tool calls in an answer, somewhere after `start`."""
+        written = text[start:].removesuffix((self.habits.trailer or "").rstrip()).rstrip()
+        close = "" if self.tags is None else self.tags.close
+        if close and written.lstrip().startswith(close):  # reasoning, and no content
+            start, written = start + written.find(close) + len(close), written.partition(close)[2]
+        blank = len(written) - len(written.lstrip())
+        return start + blank, start + len(written)
+
+    def parts(self, message: ChatMessage, prompt: str) -> tuple[str | None, str]:
         """(reasoning, content) of an assistant's message: from its own key, or from a block in its content."""
         content = message["content"] or ""
         key = self.habits.reasoning_key or REASONING_KEYS[0]
@@ -387,19 +401,19 @@ class Chat:
     def answer_shape(self) -> AnswerShape:
         """What the chat template makes a model write around reasoning and content."""
         shape = AnswerShape(self.tags, marks=tuple(sorted(self.habits.marks)))
-        content, reasoning = _PROBE.format(number=1), _PROBE.format(number=2)
+        content, reasoning = PROBE.format(number=1), PROBE.format(number=2)
         user = {"role": "user", "content": "x"}
         plain = Conversation([user, {"role": "assistant", "content": content}], kwargs=self.kwargs)
         if shape.tags is not None or self.habits.trailer is None:
             return shape
         try:
             prompt = self.prompt(plain.before_last, "chat template")
-            text = self._render(plain, "chat template")
+            text = self.render(plain, "chat template")
             if text.startswith(prompt):
                 shape = replace(shape, lead=text[len(prompt) : text.find(content)].lstrip())
             if (key := self.habits.reasoning_key) is not None:
                 message = {"role": "assistant", "content": content, key: reasoning}
-                text = self._render(plain.with_last(message), "chat template")
+                text = self.render(plain.with_last(message), "chat template")
                 start, end = text.find(reasoning), text.find(content)
                 if text.startswith(prompt) and 0 <= start < end:
                     lead = text[len(prompt) : start].lstrip()
@@ -437,8 +451,8 @@ class Chat:
 
     def probe_trailer(self, conversation: Conversation, place: str) -> str:
         """The text that the chat template writes after the content of the last message, an assistant's."""
-        probe = _PROBE.format(number=0)
-        text = self._render(conversation.with_last({"role": "assistant", "content": probe}), place)
+        probe = PROBE.format(number=0)
+        text = self.render(conversation.with_last({"role": "assistant", "content": probe}), place)
         if probe not in text:
             raise UserError(
                 "the model's chat template does not write the assistant's text",
@@ -454,13 +468,14 @@ class Chat:
         probing: list[ChatMessage] = []
         for number, message in enumerate(conversation.messages):
             if message["content"]:
-                probes.append(_PROBE.format(number=number))
+                probes.append(PROBE.format(number=number))
                 message = {**message, "content": probes[-1]}
             probing.append(message)
-        text = self._render(replace(conversation, messages=probing), place, generate=True)
+        text = self.render(replace(conversation, messages=probing), place, generate=True)
         return _PROBES.split(text) if _PROBES.findall(text) == probes else None
 
-    def _render(self, conversation: Conversation, place: str, *, generate: bool = False) -> str:
+    def render(self, conversation: Conversation, place: str, *, generate: bool = False) -> str:
+        """The conversation as the chat template writes it. Raises UserError with `place`."""
         tokenizer = self.encoder.tokenizer
         if tokenizer.chat_template is None:
             raise UserError(
@@ -524,13 +539,13 @@ def _with_habits(chat: Chat) -> Chat:
         habits = replace(habits, trailer=chat.probe_trailer(short, place))
     except UserError:
         return chat
-    reasoning, content = _PROBE.format(number=1), _PROBE.format(number=2)
+    reasoning, content = PROBE.format(number=1), PROBE.format(number=2)
     for key in REASONING_KEYS:
         if key not in habits.names:
             continue
         message = {"role": "assistant", "content": content, key: reasoning}
         try:
-            text = chat._render(short.with_last(message), place)
+            text = chat.render(short.with_last(message), place)
         except UserError:
             continue
         if reasoning in text and content in text[text.find(reasoning) :]:
@@ -540,7 +555,7 @@ def _with_habits(chat: Chat) -> Chat:
     if habits.tags is not None and habits.keeps_block:
         block = habits.tags.open + reasoning + habits.tags.closing + content
         try:
-            text = chat._render(short.with_last({"role": "assistant", "content": block}), place)
+            text = chat.render(short.with_last({"role": "assistant", "content": block}), place)
             habits = replace(habits, keeps_block=reasoning in text)
         except UserError:
             pass
@@ -550,14 +565,14 @@ def _with_habits(chat: Chat) -> Chat:
 
 def _takes_null(chat: Chat, short: Conversation) -> bool:
     """Whether the chat template takes a tool call whose content is null, at the end and before other turns."""
-    if "tool_calls" not in chat.habits.names:
-        return True
+    if "tool_calls" not in chat.habits.names:  # it would write the null as a text
+        return False
     call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "content": "x", "name": "name", "tool_call_id": "call00001"}
     messages = [short.messages[0], message, result]
     try:
-        chat._render(replace(short, messages=messages[:2]), "chat template")
+        chat.render(replace(short, messages=messages[:2]), "chat template")
         chat.prompt(replace(short, messages=messages), "chat template")
     except UserError:
         return False
@@ -577,7 +592,7 @@ def _marks(chat: Chat, short: Conversation) -> frozenset[str]:
     if "tool_calls" in chat.habits.names:
         try:
             prompt = chat.prompt(short.before_last, "chat template")
-            text = chat._render(short.with_last(message), "chat template")
+            text = chat.render(short.with_last(message), "chat template")
         except UserError:
             return frozenset(marks)
         if text.startswith(prompt):

@@ -6,7 +6,7 @@ one joined store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -22,8 +22,8 @@ from yeonma.data.column_paths import with_paths
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row, Rows, draw_validation, open_rows
 from yeonma.data.splits import without_slices
-from yeonma.data.task import ANSWERS, Task, choose_template
-from yeonma.data.template import Template
+from yeonma.data.task import ANSWERS, Task, choose_template, lost_columns, using
+from yeonma.data.template import BUILT_IN, Template
 from yeonma.data.text_checks import (
     CARRIAGE_RETURN,
     DECOMPOSED,
@@ -155,6 +155,7 @@ def token_rules(tokens: TokenSettings) -> TokenRules:
         add_eos_token=tokens.add_eos_token,
         thinking=tokens.thinking,
         train_on=tokens.train_on,
+        row_weights=tokens.row_weights,
         chat_template_kwargs=tokens.chat_template_kwargs,
         parse_special_tokens=tokens.parse_special_tokens,
     )
@@ -191,7 +192,16 @@ def prepare_dataset(
             )
 
         with problems_of_set(one, is_named=len(settings) > 1):
-            return _prepare_set(one, store_of, seed, log_of_set, task, continued, skip_bad=skip_bad)
+            return _prepare_set(
+                one,
+                store_of,
+                seed,
+                log_of_set,
+                task,
+                continued,
+                skip_bad=skip_bad,
+                row_weights=rules.row_weights,
+            )
 
     sets = tuple([prepared(one) for one in settings])
     if len(sets) == 1:
@@ -213,6 +223,7 @@ def _prepare_set(
     continued: str | None,
     *,
     skip_bad: bool,
+    row_weights: str | None,
 ) -> PreparedSet:
     def opened(path: str, split: str, revision: str | None, limit: int | None = None) -> Rows:
         rows = open_rows(
@@ -230,6 +241,7 @@ def _prepare_set(
 
     rows = with_paths(opened(one.path, one.split, one.revision, one.limit), one.columns)
     choice = choose_template(task, one.template, rows, one.columns, continued)
+    choice = choice.without_unused(rows, row_weights)
     template, columns = choice.template, choice.columns
     for note in choice.notes:
         log(note)
@@ -242,6 +254,7 @@ def _prepare_set(
             if line not in told:
                 log(line)
             told.add(line)
+        _check_unused(store, template, columns, task, log, chosen=one.template is None)
         return DatasetPart(rows, store, np.arange(len(store)))
 
     train = part(rows)
@@ -271,6 +284,27 @@ def _joined_rows(parts: Sequence[Rows]) -> Rows:
     columns = dict.fromkeys(column for rows in parts for column in rows.columns)
     identity = sha256("\0".join(rows.identity for rows in parts).encode()).hexdigest()
     return Rows(", ".join(rows.name for rows in parts), identity, tuple(columns), read)
+
+
+def _check_unused(
+    store: TokenStore,
+    template: Template,
+    columns: Mapping[str, str] | None,
+    task: Task,
+    log: Log,
+    *,
+    chosen: bool,
+) -> None:
+    """Names columns of prompts that some rows fill and the template does not use. Raises UserError instead if the
+    template is a built-in one that the columns have `chosen`."""
+    if chosen and template.name in BUILT_IN and store.unused:
+        names = [column.name for column in store.unused]
+        first = store.unused[0]
+        better = using(task, template.name, names, columns)
+        raise lost_columns(template.name, names, format_rows(first.rows, first.count), better)
+    for column in store.unused:
+        what = "which usually belongs to the prompt, is not used; rows that hold something in it"
+        log(f"column {column.name}, {what}: {column.count:,} ({format_rows(column.rows, column.count)})")
 
 
 def describe(dataset: Dataset, log: Log) -> None:
@@ -404,6 +438,7 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
                 rows[flags & NO_BREAK_EDGE > 0],
                 "rows with a text that begins or ends with a no-break space",
             ),
+            *(rows_warning(kind, rows[flags & bit > 0], what) for kind, bit, what in store.remarks.by_bit),
             rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),
             rows_warning("repeated", repeats.rows, "rows that repeat an earlier row"),
             rows_warning(

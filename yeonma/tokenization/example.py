@@ -51,7 +51,7 @@ class Example:
     dropped_turns: int = 0
     """Old turns of a conversation that were dropped to fit into `cutoff_len`."""
     weights: NDArray[np.float32] | None = None
-    """Shape (tokens,): the weight of each token in the loss, from 0 to 1; None if all weigh 1."""
+    """Shape (tokens,): the weight of each token in the loss, at least 0; None if all weigh 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +64,16 @@ class Unit:
 NOT_TRAINED = "no assistant turn is trained (train_on, weight 0)"
 EQUAL = "chosen equals rejected"
 EQUAL_AS_TOKENS = "chosen and rejected are equal as tokens, after the prompt was fitted"
+WEIGHTLESS = "weight 0 in the column that --row_weights names"
 NOTHING_TO_CHOOSE = (EQUAL, EQUAL_AS_TOKENS)
-WITHIN_LIMIT = (*NOTHING_TO_CHOOSE, NOT_TRAINED)
+WITHIN_LIMIT = (*NOTHING_TO_CHOOSE, NOT_TRAINED, WEIGHTLESS)
 """Reasons for which rows are left out whatever `over_limit` is."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """A row, or an answer of a turn list, that exceeds the limit even with its prompt field cut to one character; or a
-    pair with equal answers; or a turn list without a trained turn; or a bad row."""
+    pair with equal answers; or a turn list without a trained turn; or a row with weight 0; or a bad row."""
 
     row: int
     place: str
@@ -93,6 +94,7 @@ class TokenRules:
     add_eos_token: bool = True
     thinking: Literal["auto", "keep", "drop", "empty"] = "auto"
     train_on: Literal["all", "last", "marked"] = "all"
+    row_weights: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     parse_special_tokens: bool = False
 

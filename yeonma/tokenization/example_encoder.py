@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.data.columns import row_weight
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
@@ -22,6 +24,7 @@ from yeonma.errors import Problem, UserError
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.example import (
     NOT_TRAINED,
+    WEIGHTLESS,
     WITHIN_LIMIT,
     Example,
     LeftOut,
@@ -113,6 +116,8 @@ class ExampleText:
     data: tuple[Span, ...] | None
     weights: tuple[float, ...] = ()
     """The weights of the answers in the loss; empty if all are 1."""
+    parts: tuple[tuple[int, int, Literal["reasoning", "call"]], ...] = ()
+    """The spans within answers that are reasoning or tool calls."""
 
     @property
     def last_answer(self) -> ExampleText:
@@ -174,8 +179,11 @@ class ExampleEncoder:
         for row_text, row in zip(rendered, rows, strict=True):
             try:
                 row_texts = self.texts(row_text, row)
+                if row_weight(row, self.rules.row_weights) == 0:
+                    untrained.append(self._untrained(row_text, row, WEIGHTLESS))
+                    continue
                 texts += row_texts
-                untrained += [] if row_texts else [self._untrained(row_text, row)]
+                untrained += [] if row_texts else [self._untrained(row_text, row, NOT_TRAINED)]
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -235,12 +243,14 @@ class ExampleEncoder:
             self._check_special_text(text.data, row)
         return texts
 
-    def _untrained(self, rendered: Rendered, row: Row) -> EncodeResult:
-        """The result of a row of which no turn is trained."""
-        last = max(index for index, turn in enumerate(rendered.turns) if turn.role == "assistant")
-        whole = replace(rendered, turns=rendered.turns[: last + 1])
+    def _untrained(self, rendered: Rendered, row: Row, reason: str) -> EncodeResult:
+        """The result of a row of which nothing is trained."""
+        whole = rendered
+        if rendered.answer_role is not None and not rendered.answer:
+            last = max(index for index, turn in enumerate(rendered.turns) if turn.role == "assistant")
+            whole = replace(rendered, turns=rendered.turns[: last + 1])
         text = _text_of_last_answer(whole, row, self.encoder, self.chat)
-        return EncodeResult(text, LeftOut(row.number, row.place, NOT_TRAINED))
+        return EncodeResult(text, LeftOut(row.number, row.place, reason))
 
     def ids_of(self, texts: Sequence[ExampleText]) -> list[TokenIds | None]:
         """The ids of the texts; None for a turn list whose answers do not begin and end at borders of tokens."""
@@ -356,10 +366,12 @@ class ExampleEncoder:
             trained[start:end] = True
         trained[:1] = False
         weights = None
-        if text.weights:
-            weights = np.ones(len(ids.ids), dtype=np.float32)
-            for (start, end), weight in zip(ids.answers, text.weights, strict=True):
-                weights[start:end] = weight
+        of_row = row_weight(text.row, self.rules.row_weights)
+        if text.weights or of_row != 1:
+            weights = np.full(len(ids.ids), of_row if self.rules.train_on_inputs else 1.0, dtype=np.float32)
+            of_answers = text.weights or (1.0,) * len(ids.answers)
+            for (start, end), weight in zip(ids.answers, of_answers, strict=True):
+                weights[start:end] = weight * of_row
         return Example(
             token_ids=np.array(ids.ids, dtype=np.int32),
             trained=trained,
@@ -448,11 +460,13 @@ class ExampleEncoder:
         return texts[0] if len(texts) == 1 else None
 
 
+OVER_LIMIT_CURE = "raise --cutoff_len, or leave such rows out with --over_limit drop"
+
+
 def over_limit_problems(outcomes: Sequence[object]) -> list[Problem]:
     """A problem for every row that is left out for its length, when `over_limit` is "error"."""
-    cure = "raise --cutoff_len, or leave such rows out with --over_limit drop"
     return [
-        Problem(row.reason, row.place, cure)
+        Problem(row.reason, row.place, OVER_LIMIT_CURE)
         for row in outcomes
         if isinstance(row, LeftOut) and row.reason not in WITHIN_LIMIT
     ]
@@ -559,7 +573,12 @@ def _text_of_last_answer(
             data = (*data, *chat.without_marks(text, (start + left, start + right)))
     turn = rendered.answer_turn if rendered.answer else rendered.turns[-1].turn
     weights = () if turn is None or turn.weight in (None, 0, 1) else (turn.weight or 0.0,)
-    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights)
+    spans: tuple[tuple[Span, Literal["reasoning", "call"]], ...] = (
+        (answer.reasoning, "reasoning"),
+        (answer.calls, "call"),
+    )
+    parts = tuple((start + left, start + right, kind) for (left, right), kind in spans if left < right)
+    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights, parts)
 
 
 def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
@@ -575,6 +594,7 @@ def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
         last,
         answers=tuple(text.answers[0] for text in texts),
         weights=tuple(weights) if any(weight != 1 for weight in weights) else (),
+        parts=tuple(part for text in texts for part in text.parts),
     )
 
 

@@ -7,7 +7,7 @@ tokenizer does not reproduce that text (because it normalises, say), only prompt
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -17,14 +17,28 @@ from transformers import PreTrainedTokenizerBase
 from yeonma.data.rows import Row
 from yeonma.data.task import ANSWERS, Task
 from yeonma.data.template import Rendered
+from yeonma.errors import UserError
+from yeonma.tokenization.chat_template import Chat
 from yeonma.tokenization.example import Example, LeftOut, TokenRules
-from yeonma.tokenization.example_encoder import EncodeResult, ExampleText, data_spans, encoder_for
+from yeonma.tokenization.example_encoder import (
+    EncodeResult,
+    ExampleEncoder,
+    ExampleText,
+    data_spans,
+    encoder_for,
+    example_texts,
+    prompt_part,
+)
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 from yeonma.tokenization.text_encoder import TextEncoder
 
-SpanKind = Literal["start", "frame", "field", "prompt", "answer", "end", "cut"]
+SpanKind = Literal[
+    "start", "frame", "field", "prompt", "answer", "end", "cut", "tools", "reasoning", "call", "untrained"
+]
 """`start`: the tokenizer's start tokens. `prompt`: frame or field, if they cannot be distinguished. `end`: the special
-tokens that end an answer. `cut`: text of the row that is not in the example."""
+tokens that end an answer. `cut`: text of the row that is not in the example. `tools`: what the chat template writes
+about tools. `reasoning` and `call`: of an assistant's turn, trained or not. `untrained`: the text of an assistant's
+turn that is not trained."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class TextSpan:
     kind: SpanKind
     field: str | None
     trained: bool
+    weight: float = 1.0
+    """The weight of its tokens in the loss."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +62,15 @@ class TokenView:
     name: str
     kind: SpanKind
     trained: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class View:
     """An example to read. One that is left out has no tokens.
 
-    `role`: the role of the answer in preference data, such as `chosen`; None elsewhere. `token_ids` and `trained` are
-    the example's; `tokens` and `text_spans` describe them in detail, or both are empty.
+    `role`: the role of the answer in preference data, such as `chosen`; None elsewhere. `token_ids`, `trained` and
+    `weights` (None if all are 1) are the example's; `tokens` and `text_spans` describe them in detail, or are empty.
 
     `prompt` and `answer` are the texts that were tokenised; for a turn list, its last answer and the text before it.
     They do not include an EOS that is appended as a token.
@@ -76,6 +93,7 @@ class View:
     special_text: int
     left_out: str | None
     dropped_turns: int = 0
+    weights: tuple[float, ...] | None = None
     data_set: str = ""
     """The name of its data set, if there are several."""
     is_held_out: bool = False
@@ -104,7 +122,8 @@ def explain(
             if in_full:
                 spans = data_spans(text, encoder.chat)
                 cuts = _cuts(spans, text.rendered, answer.rendered, rules.shrink_side)
-                view = _with_texts(view, answer.result, _marks(text, spans), cuts, encoder.encoder)
+                marks = _marks(text, spans, encoder)
+                view = _with_texts(view, answer.result, marks, cuts, encoder.encoder)
             views.append(view)
     return views
 
@@ -147,6 +166,8 @@ def token_texts(ids: Sequence[int], encoder: TextEncoder) -> list[str]:
 
 Mark = tuple[SpanKind, "str | None"]
 """Kind and field of a character."""
+CharacterKind = tuple[SpanKind, "str | None", bool, float]
+"""Kind and field of a character, whether it is trained, and its weight in the loss."""
 
 _START: Mark = ("start", None)
 _PROMPT: Mark = ("prompt", None)
@@ -163,13 +184,64 @@ Cut = tuple[int, str, str]
 """Position in the source text at which text is missing, its field, and the missing text."""
 
 
-def _marks(text: ExampleText, spans: Sequence[tuple[int, int, str]]) -> list[Mark]:
+def _marks(text: ExampleText, spans: Sequence[tuple[int, int, str]], encoder: ExampleEncoder) -> list[Mark]:
     marks: list[Mark] = [("frame", None)] * len(text.text)
+    if text.rendered.tools and encoder.chat is not None:
+        start, end = _tools_span(text, encoder.chat)
+        marks[start:end] = [("tools", None)] * (end - start)
+    of_assistant = {
+        piece.field
+        for turn in text.rendered.turns
+        for piece in turn.pieces
+        if turn.role == "assistant" and piece.field is not None
+    }
     for start, end, field in spans:
-        marks[start:end] = [("field", field)] * (end - start)
+        marks[start:end] = [("untrained" if field in of_assistant else "field", field)] * (end - start)
+    for start, end, kind in _untrained_parts(text, encoder):
+        marks[start:end] = [(kind, None)] * (end - start)
     for start, end in text.answers:
         marks[start:end] = [_ANSWER] * (end - start)
+    for start, end, kind in text.parts:
+        marks[start:end] = [(kind, None)] * (end - start)
     return marks
+
+
+def _tools_span(text: ExampleText, chat: Chat) -> tuple[int, int]:
+    """The span of what the chat template writes about tools: what it does not write without them."""
+    conversation = chat.conversation(prompt_part(text.rendered), text.row.place)
+    without = chat.prompt(replace(conversation, tools=()), text.row.place)
+    prompt = text.text[: text.answers[-1][0]]
+    start = _common_length(prompt, without)
+    same_end = _common_length(prompt[start:][::-1], without[start:][::-1])
+    return start, len(prompt) - same_end
+
+
+def _untrained_parts(text: ExampleText, encoder: ExampleEncoder) -> Iterator[tuple[int, int, SpanKind]]:
+    """The spans of reasoning and tool calls in assistant turns that are not trained."""
+    if encoder.chat is None:
+        return
+    trained, position = {start for start, _ in text.answers}, 0
+    rules = replace(encoder.rules, train_on="last", add_eos_token=False)
+    for index, turn in enumerate(text.rendered.turns):
+        source = turn.turn
+        if turn.role != "assistant" or source is None or not (source.reasoning or source.tool_calls):
+            continue
+        marked = replace(turn, turn=replace(source, weight=None))
+        turns = (*text.rendered.turns[:index], marked)
+        until = replace(text.rendered, turns=turns, answer=(), answer_turn=None, first_answer=0)
+        try:
+            alone = example_texts(until, text.row, encoder.encoder, encoder.chat, rules)[-1]
+        except UserError:  # it is not trained, so that the chat template need not write it
+            continue
+        if text.text.startswith(alone.text):
+            yield from alone.parts if alone.answers[-1][0] not in trained else ()
+            position = len(alone.text)
+            continue
+        for start, end, kind in alone.parts:  # it is written in another way than at the end
+            at = text.text.find(alone.text[start:end], position, text.answers[-1][0])
+            if at >= 0:
+                position = at + end - start
+                yield at, position, kind
 
 
 def _cuts(
@@ -242,6 +314,7 @@ def _view(result: EncodeResult, role: str | None) -> View:
         straddles=outcome.straddles,
         special_text=outcome.special_text,
         dropped_turns=outcome.dropped_turns,
+        weights=None if outcome.weights is None else tuple(outcome.weights.tolist()),
     )
 
 
@@ -249,7 +322,7 @@ def _with_texts(
     view: View, result: EncodeResult, marks: list[Mark], cuts: list[Cut], encoder: TextEncoder
 ) -> View:
     if isinstance(result.outcome, LeftOut):
-        kinds = [(kind, field, False) for kind, field in marks]
+        kinds = [(kind, field, False, 1.0) for kind, field in marks]
         return replace(view, text_spans=tuple(_text_spans(result.text.text, kinds, cuts)))
     tokens, text_spans = _decoded(result.outcome, result.text.text, marks, cuts, encoder)
     return replace(view, tokens=tokens, text_spans=text_spans)
@@ -260,6 +333,7 @@ def _decoded(
 ) -> tuple[tuple[TokenView, ...], tuple[TextSpan, ...]]:
     """Tokens and text spans of the decoded ids, with the marks of the `source` text that was tokenised."""
     ids, trained = example.token_ids.tolist(), example.trained.tolist()
+    weights = [1.0] * len(ids) if example.weights is None else example.weights.tolist()
     texts = token_texts(ids, encoder)
     text, ends = "".join(texts), _ends(ids, trained, encoder)
     border = sum(map(len, texts[: example.prompt_length]))
@@ -273,16 +347,16 @@ def _decoded(
         marks += [_END] * (len(text) - len(positions))
         cuts = [(bisect_left(positions, position, lo=start), field, lost) for position, field, lost in cuts]
     tokens: list[TokenView] = []
-    kinds: list[tuple[SpanKind, str | None, bool]] = []
+    kinds: list[CharacterKind] = []
     for index, token_id in enumerate(ids):
         length = len(texts[index])
         token_marks = marks[len(kinds) : len(kinds) + length] or marks[len(kinds) : len(kinds) + 1]
-        if ends[index]:
+        if ends[index] and [kind for kind, _ in token_marks[:1]] != ["call"]:
             token_marks = [_END] * len(token_marks)
-        kinds += [(kind, field, trained[index]) for kind, field in token_marks[:length]]
+        kinds += [(kind, field, trained[index], weights[index]) for kind, field in token_marks[:length]]
         name = str(encoder.tokenizer.convert_ids_to_tokens(token_id))
         kind = token_marks[0][0] if token_marks else "end"
-        tokens.append(TokenView(token_id, texts[index], name, kind, trained[index]))
+        tokens.append(TokenView(token_id, texts[index], name, kind, trained[index], weights[index]))
     return tuple(tokens), tuple(_text_spans(text, kinds, cuts))
 
 
@@ -327,15 +401,13 @@ def _aligned(text: str, source: str, i: int, j: int) -> bool:
     return not following or text.startswith(following, i)  # text past the source's end is not part of it
 
 
-def _text_spans(
-    text: str, kinds: Sequence[tuple[SpanKind, str | None, bool]], cuts: Sequence[Cut]
-) -> list[TextSpan]:
+def _text_spans(text: str, kinds: Sequence[CharacterKind], cuts: Sequence[Cut]) -> list[TextSpan]:
     text_spans: list[TextSpan] = []
     start = 0
     for border, cut_field, lost in [*sorted(cuts, key=lambda cut: cut[0]), (len(text), "", "")]:
-        for (kind, field, trained), run in groupby(range(start, border), key=lambda index: kinds[index]):
+        for kind, run in groupby(range(start, border), key=lambda index: kinds[index]):
             indices = list(run)
-            text_spans.append(TextSpan(text[indices[0] : indices[-1] + 1], kind, field, trained))
+            text_spans.append(TextSpan(text[indices[0] : indices[-1] + 1], *kind))
         if lost:
             text_spans.append(TextSpan(lost, "cut", cut_field, False))
         start = border

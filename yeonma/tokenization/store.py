@@ -14,8 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from yeonma.data.columns import UnusedColumn
 from yeonma.data.text_checks import Notes
 from yeonma.files import sync
+from yeonma.tokenization.chat_remarks import ChatRemarks
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, Unit
 
 # One value per trained token of the examples that have weights.
@@ -40,7 +42,7 @@ _EXAMPLE_ARRAYS: dict[str, str] = {
 }
 # One value per row read, left out or not.
 _ROW_ARRAYS: dict[str, str] = {
-    "row_flags": "<u2",
+    "row_flags": "<u4",
     "row_scripts": "<u4",
     "row_digests": "<u8",
     "prompt_digests": "<u8",
@@ -84,6 +86,10 @@ class TokenStore:
     counts: Counts
     number_columns: tuple[tuple[str, str], ...]
     """(column, `numbers` or `booleans`) for the columns of texts that hold such values, written as text."""
+    remarks: ChatRemarks
+    """What the chat template adds and ignores."""
+    unused: tuple[UnusedColumn, ...]
+    """The columns of prompts that the template does not use, and that some rows fill."""
     token_ids: NDArray[np.int32]
     """Shape (tokens of all examples,); example i begins at `starts[i]`."""
     trained: NDArray[np.bool_]
@@ -107,7 +113,7 @@ class TokenStore:
     """The unit of an example, from 0; the examples of a unit are adjacent."""
     roles: NDArray[np.uint8]
     """Values of `AnswerRole`."""
-    row_flags: NDArray[np.uint16]
+    row_flags: NDArray[np.uint32]
     """Shape (rows read,), like the arrays below; row n is at index n - 1. Bits: see `yeonma.data.text_checks`."""
     row_scripts: NDArray[np.uint32]
     row_digests: NDArray[np.uint64]
@@ -208,7 +214,8 @@ class TokenStore:
 class StoreWriter:
     """Appends examples to the files of a folder; `finish` makes the folder a store.
 
-    `number_columns`: as in TokenStore, without an order; add to it.
+    `number_columns`: as in TokenStore, without an order; add to it. `remarks`: as in TokenStore; set it.
+    `unused`: by their names; add to it, also columns that turn out to be empty.
 
     Raises OSError if it cannot write.
     """
@@ -218,6 +225,8 @@ class StoreWriter:
     sums: dict[str, int]
     counts: Counts
     number_columns: set[tuple[str, str]] = field(default_factory=set)
+    remarks: ChatRemarks = field(default_factory=ChatRemarks)
+    unused: dict[str, UnusedColumn] = field(default_factory=dict)
 
     @staticmethod
     def open(folder: Path) -> StoreWriter:
@@ -272,7 +281,9 @@ class StoreWriter:
         """Write the description, flush everything to disk and close the files."""
         files = {name: {"bytes": file.tell(), "crc32": self.sums[name]} for name, file in self.files.items()}
         numbers = sorted(self.number_columns)
-        meta = {**description, "counts": asdict(self.counts), "number_columns": numbers, "files": files}
+        unused = [asdict(column) for _, column in sorted(self.unused.items()) if column.count]
+        facts = {"number_columns": numbers, "remarks": asdict(self.remarks), "unused": unused}
+        meta = {**description, "counts": asdict(self.counts), **facts, "files": files}
         with open(self.folder / _META, "w", encoding="utf-8") as file:
             file.write(_canonical({"meta": meta, "crc32": zlib.crc32(_canonical(meta).encode())}))
             _flush(file)
@@ -306,10 +317,13 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
             return None
         counts = Counts(**{**meta["counts"], "variants": tuple(meta["counts"]["variants"])})
         number_columns = tuple((str(column), str(kind)) for column, kind in meta["number_columns"])
+        ignored = tuple((int(bit), str(what)) for bit, what in meta["remarks"]["ignored"])
+        remarks = ChatRemarks(**{**meta["remarks"], "ignored": ignored})
+        unused = tuple(UnusedColumn(**column) for column in meta["unused"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     arrays: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
-    return TokenStore(folder, key, counts, number_columns, **arrays)
+    return TokenStore(folder, key, counts, number_columns, remarks, unused, **arrays)
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:
@@ -352,7 +366,7 @@ def _weight_columns(examples: Sequence[Example], start: int) -> dict[str, NDArra
 
 def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
     return {
-        "row_flags": np.array([row.flags for row in notes], dtype="<u2"),
+        "row_flags": np.array([row.flags for row in notes], dtype="<u4"),
         "row_scripts": np.array([row.scripts for row in notes], dtype="<u4"),
         "row_digests": np.array([row.digest for row in notes], dtype="<u8"),
         "prompt_digests": np.array([row.prompt_digest for row in notes], dtype="<u8"),

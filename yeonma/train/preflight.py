@@ -15,7 +15,7 @@ from yeonma.config.settings import (
     RunSettings,
 )
 from yeonma.data.column_paths import with_paths
-from yeonma.data.rows import Rows, glance
+from yeonma.data.rows import Rows, glance, naming_skip, of_rows
 from yeonma.data.splits import without_slices
 from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
@@ -43,8 +43,13 @@ def preflight(config: RunConfig) -> None:
         partial(check_optimizer, config.step.optimizer),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
-        partial(check_data, config.data, task_of(config), _adapter_folder(model)),
+        partial(_check_data_of, config),
     )
+
+
+def _check_data_of(config: RunConfig) -> None:
+    with naming_skip(config.data.bad_rows):
+        check_data(config.data, task_of(config), _adapter_folder(config.model))
 
 
 def task_of(config: RunConfig) -> Task:
@@ -160,19 +165,23 @@ def _check_rows(rows: Rows, choice: Choice, task: Task, skip_bad: bool) -> None:
     if missing := task.missing_columns(template, rows.columns, columns):
         raise UserError(missing)
     problems: list[Problem] = []
+    good, bad = 0, set[str]()
     try:
         for row in islice(rows, CHECKED_ROWS):
             try:
                 if row.fault is None:
                     task.render(template, row, columns)
+                good += 1
             except UserError as error:
+                bad.add(row.place)
                 problems += [
                     problem for problem in error.problems if not skip_bad or problem.place != row.place
                 ]
             if len(problems) > MAX_PROBLEMS:
                 break
+        problems = of_rows(problems, bad if good else ())
     except UserError as error:  # from the reader, which cannot read on
-        problems += error.problems
+        problems = [*of_rows(problems, bad if good else ()), *error.problems]
     if problems:
         more = [Problem("there are more such problems", rows.name)] if len(problems) > MAX_PROBLEMS else []
         raise UserError([*problems[:MAX_PROBLEMS], *more])

@@ -25,6 +25,7 @@ from yeonma.config.settings import (
     StepSettings,
     TokenSettings,
 )
+from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.quantized import check_layers
@@ -93,7 +94,10 @@ def prepare(
         log(f"tokenised {rows:,} rows")
 
     data, tokens = config.data, config.tokens
-    dataset = prepare_dataset(data, tokens, tokenizer, step.seed, log, log_rows, task_of(config), continued)
+    with naming_skip(data.bad_rows):
+        dataset = prepare_dataset(
+            data, tokens, tokenizer, step.seed, log, log_rows, task_of(config), continued
+        )
     needs_validation = {
         "lr_scheduler": step.lr_scheduler in METRIC_SCHEDULES,
         "early_stopping_patience": evaluation.early_stopping_patience is not None,
@@ -187,6 +191,8 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> 
     if tokens.train_on_inputs:
         what = "a prompt is the same for both answers: there is nothing to prefer in it"
         problems.append(Problem(what, "train_on_inputs", "leave it out"))
+    if tokens.row_weights is not None:
+        problems.append(Problem("preference losses have no weights of rows", "row_weights", "leave it out"))
     if problems:
         raise UserError(problems)
 

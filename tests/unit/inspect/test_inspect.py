@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.chat_habits import HABITS
 from tests.chromium import browser, contrast, in_chromium
+from tests.models import tiny_model
 from tests.runs import (
     SETTINGS,
     Done,
@@ -239,6 +241,47 @@ def test_html_page_matches_json_and_fetches_nothing(base: Path, tmp_path: Path) 
         second_page.read_text(encoding="utf-8").partition("<h1>Forecast")[0]
         == text.partition("<h1>Forecast")[0]
     )
+
+
+CHATML_WITH_TOOLS = next(habit for habit in HABITS if habit.name == "block of special tokens")
+
+
+def test_reasoning_tools_and_weights_are_marked_in_every_output(tmp_path: Path) -> None:
+    base, tokenizer, model = tmp_path / "base", CHATML_WITH_TOOLS.tokenizer(), tiny_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "q", "name": "kim"},
+        {"role": "assistant", "content": "first", "weight": 0},
+        {"role": "user", "content": "again"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "why",
+            "tool_calls": [call],
+            "weight": 0.5,
+        },
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "tools": [tool]}] * 3)
+    page = tmp_path / "page.html"
+    settings = {"template": "chat", "rows": "1", "cutoff_len": 512}
+    shown = inspect(base, data, html=page, **settings)
+    assert shown.status == 0, shown.err
+    assert "«×0.5 <think>\n⟦reasoning: why⟧\n</think>" in shown.out
+    assert '⟦tool call: <tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>⟧<|im_end|>»' in shown.out
+    assert "⟦untrained answer: first⟧" in shown.out and "⟦tools: " in shown.out
+    assert 'ignores the key "name" of user turns: 3 (rows 1, 2, 3)' in shown.out
+    text = page.read_text(encoding="utf-8")
+    for kind in ("tools", "untrained", "reasoning trained", "call trained"):
+        assert f'<span class="t {kind}"' in text
+    assert text.count('<span class="weight">×0.5 </span>') == 1
+    (row, _) = json_lines(inspect(base, data, json=True, **settings))
+    halves = [weight for weight, trained in zip(row["weights"], row["trained"], strict=True) if trained]
+    assert set(halves) == {0.5} and len(row["weights"]) == len(row["token_ids"])
 
 
 def test_unwritable_html_page_is_reported_before_any_output(base: Path, data: Path, tmp_path: Path) -> None:

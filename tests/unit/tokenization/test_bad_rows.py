@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 
 import yeonma.tokenization.cache
-from tests.runs import characters
+from tests.chat_habits import HABITS
+from tests.runs import characters, model_folder, sft, write_jsonl
 from tests.tables import Write, arrow_bytes, jsonl
 from tests.tokenizers import byte_level
 from yeonma.config.settings import DataSettings, TokenSettings
-from yeonma.data.rows import Rows, glance, open_rows
+from yeonma.data.rows import Rows, glance, naming_skip, open_rows
 from yeonma.data.task import ANSWERS, LABELLED, PAIRS, Task
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Problem, UserError
@@ -373,3 +374,47 @@ def test_the_first_rows_count_bad_ones(write: Write, tmp_path: Path) -> None:
     assert dataset.train.store.row_numbers.tolist() == [1, 3]
     assert dataset.train.store.counts.rows == 5
     assert [row.number for row in dataset.train.first_rows(9)] == [1, 3]
+
+
+LONG_LINE = json.dumps({"document": "a", "title": "b" * 40})
+GOOD_LINE = '{"document": "a b", "title": "c"}'
+WAY_OUT = "bad_rows: bad rows stop the run; --bad_rows skip leaves them out and counts them"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "settings", "told"),
+    [
+        ("a.jsonl", f'{GOOD_LINE}\n{{"document": "a"}}\n{{"title": "b"}}\n', {}, True),
+        ("a.jsonl", f"{GOOD_LINE}\n{{\n{GOOD_LINE}\n", {}, True),
+        ("a.csv", "document,title\na,b\na,b,c,d\n", {}, True),
+        ("a.json", f"[{GOOD_LINE}, 7]", {}, True),
+        ("a.jsonl", '{"document": "a"}\n{"document": "b"}\n', {}, False),  # then no row is left
+        ("a.json", f"[{GOOD_LINE}, {{]", {}, False),  # the file cannot be read on
+        ("a.jsonl", f"{GOOD_LINE}\n{LONG_LINE}\n", {"cutoff_len": 12, "over_limit": "error"}, False),
+        ("a.jsonl", f"{GOOD_LINE}\n{GOOD_LINE}\n", {"template": "{documents}\n{title}"}, False),
+    ],
+)
+def test_errors_of_bad_rows_name_the_way_out_once_where_it_works(
+    tmp_path: Path, name: str, text: str, settings: dict[str, Any], told: bool
+) -> None:
+    base, data = model_folder(tmp_path / "base"), tmp_path / name
+    data.write_text(text)
+    options = {"template": "{document}\n{title}", "max_steps": 1, **settings}
+    done = sft(tmp_path / "out", base, data, **options)
+    assert done.status == 2
+    assert done.err.count(WAY_OUT) == told
+    assert done.err.rstrip().endswith(WAY_OUT) == told
+    if told:
+        assert sft(tmp_path / "out", base, data, bad_rows="skip", **options).status == 0
+
+
+def test_rows_that_the_chat_template_refuses_name_the_way_out(tmp_path: Path) -> None:
+    twice = [{"role": "user", "content": "q"}] * 2 + [{"role": "assistant", "content": "a"}]
+    rows = [{"messages": twice[1:]}, {"messages": twice}]
+    tokenizer = next(habit for habit in HABITS if habit.name == "no system, strict turns").tokenizer()
+    data = DataSettings(data_path=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    settings = TokenSettings(cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError) as caught, naming_skip("error"):
+        prepare_dataset(data, settings, tokenizer, 0, print, lambda rows: None)
+    assert [problem.of_row for problem in caught.value.problems] == [True, False]
+    assert str(caught.value.problems[-1]) == WAY_OUT

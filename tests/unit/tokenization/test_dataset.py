@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.runs import TEMPLATE, articles, characters, write_jsonl
+from tests.tokenizers import byte_level
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.errors import UserError
 from yeonma.tokenization.dataset import (
@@ -223,6 +224,45 @@ def test_train_and_validation_positions_cover_the_store(data: Path) -> None:
     dataset = prepare(data, val_set_size=6)
     positions = np.concatenate([dataset.train.positions, dataset.sets[0].validation.positions])  # type: ignore[union-attr]
     assert sorted(positions.tolist()) == list(range(20))
+
+
+def late_system(folder: Path, filled: dict[int, str]) -> Path:
+    """200 rows of instruction and output, of which some, by their numbers, have a system prompt."""
+    rows = [
+        {"instruction": f"do {n}", "output": f"done {n}", "system": filled.get(n, "" if n < 120 else None)}
+        for n in range(1, 201)
+    ]
+    return write_jsonl(folder / "rows.jsonl", rows)
+
+
+def test_a_prompt_column_that_only_late_rows_fill_is_refused_with_a_cure_that_works(tmp_path: Path) -> None:
+    data = late_system(tmp_path, {150: "Be kind.", 190: "Be brief."})
+    tokens = TokenSettings(cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):  # whether the tokens are cached or not
+        lines: list[str] = []
+        prepare(data, lines, tokens=tokens, template="alpaca")
+        (told,) = (line for line in lines if line.startswith("column system"))
+        assert told.endswith("rows that hold something in it: 2 (rows 150, 190)")
+        with pytest.raises(UserError) as caught:
+            prepare(data, tokens=tokens, template=None)
+        assert ", and is filled in rows 150, 190; give --template alpaca-turns" in str(caught.value)
+    lines = []
+    data_settings = DataSettings(data_path=str(data), template="alpaca-turns")
+    prepare_dataset(data_settings, tokens, byte_level(), 42, lines.append, lambda _: None)
+    assert not any("is not used" in line for line in lines)
+
+
+def test_a_prompt_column_that_no_row_fills_is_only_named(tmp_path: Path) -> None:
+    lines: list[str] = []
+    prepare(late_system(tmp_path, {}), lines, template=None)
+    assert "columns not used: system" in lines and not any("is not used" in line for line in lines)
+
+
+def test_a_prompt_column_that_no_first_row_has_is_found(tmp_path: Path) -> None:
+    rows = [{"document": "a", "title": f"b{n}"} for n in range(1100)]
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[0], "context": "c"}])
+    with pytest.raises(UserError, match=r"column context, .* filled in row 1101; write a template"):
+        prepare(data, template=None)
 
 
 # Warnings

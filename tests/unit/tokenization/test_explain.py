@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from tests.chat_habits import HABITS, Habit
 from tests.tokenizers import byte_level, sentencepiece_bpe, unigram
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template, load_template
@@ -184,3 +186,78 @@ def test_train_on_inputs_marks_prompt_tokens_as_trained() -> None:
         "answer",
         "end",
     }
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+WITH_CALLS = [habit for habit in HABITS if habit.tools]
+
+
+def spans_of(
+    habit: Habit, turns: list[dict[str, Any]], **columns: object
+) -> list[list[tuple[str, str, bool]]]:
+    """(kind, text, trained) of the spans of each of a conversation's examples, without frame."""
+    row = Row(1, {"messages": turns, **columns}, "rows.jsonl:1")
+    views = explain([load_template("chat").render(row)], [row], habit.tokenizer(), TokenRules(4096))
+    return [
+        [(span.kind, span.text, span.trained) for span in view.text_spans if span.kind != "frame"]
+        for view in views
+    ]
+
+
+@pytest.mark.parametrize("habit", WITH_CALLS, ids=lambda habit: habit.name)
+def test_tools_reasoning_and_calls_are_kinds_of_their_own(habit: Habit) -> None:
+    call = {"role": "assistant", "content": None, "reasoning_content": "I must look.", "tool_calls": [CALL]}
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "It is seen."}
+    turns = [
+        {"role": "user", "content": "q"},
+        {**call, "weight": 0},
+        {"role": "tool", "content": "r"},
+        answer,
+    ]
+    (spans,) = spans_of(habit, turns, tools=[TOOL])
+    (tools,) = [span for span in spans if span[0] == "tools"]
+    assert "# Tools" in tools[1] and '"name": "look"' in tools[1] and not tools[2]
+    assert [span for span in spans if span[0] == "reasoning"] == [
+        ("reasoning", "I must look.", False),
+        ("reasoning", "It is seen.", True),
+    ]
+    written = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>'
+    assert [span for span in spans if span[0] == "call"] == [("call", written, False)]
+    (trained,) = spans_of(habit, [turns[0], call, *turns[2:]], tools=[TOOL])
+    assert [span for span in trained if span[0] == "call"] == [("call", written, True)]
+    assert [span[2] for span in trained if span[0] == "reasoning"] == [True, True]
+
+
+def test_calls_of_an_earlier_exchange_are_found_where_their_reasoning_is_dropped() -> None:
+    call = {"role": "assistant", "content": None, "reasoning_content": "I must look.", "tool_calls": [CALL]}
+    asked = {"role": "user", "content": "q"}
+    (spans,) = spans_of(WITH_CALLS[0], [asked, {**call, "weight": 0}, asked, {**call, "tool_calls": [CALL]}])
+    assert [trained for kind, _, trained in spans if kind == "call"] == [False, True]
+    assert [trained for kind, _, trained in spans if kind == "reasoning"] == [True]
+
+
+def test_assistant_turns_that_are_not_trained_are_a_kind_of_their_own() -> None:
+    asked = {"role": "user", "content": "q"}
+    first, last = ({"role": "assistant", "content": text} for text in ("first", "last"))
+    (spans,) = spans_of(HABITS[0], [asked, {**first, "weight": 0}, asked, last])
+    assert ("untrained", "first", False) in spans and ("answer", "last", True) in spans
+    (spans,) = spans_of(HABITS[0], [asked, first, asked, last])
+    assert {kind for kind, _, _ in spans} == {"field", "answer", "end"}
+
+
+def test_spans_and_tokens_have_the_weights_of_the_example() -> None:
+    asked = {"role": "user", "content": "q"}
+    half, whole = ({"role": "assistant", "content": text} for text in ("half", "whole"))
+    row = Row(1, {"messages": [asked, {**half, "weight": 0.5}, asked, whole]}, "rows.jsonl:1")
+    rendered = [load_template("chat").render(row)]
+    (view,) = explain(rendered, [row], HABITS[0].tokenizer(), TokenRules(4096))
+    (example,) = encode(rendered, [row], HABITS[0].tokenizer(), TokenRules(4096))
+    assert isinstance(example, Example) and example.weights is not None
+    assert view.weights == tuple(example.weights.tolist()) == tuple(token.weight for token in view.tokens)
+    assert [(span.text, span.weight) for span in view.text_spans if span.kind == "answer"] == [
+        ("half", 0.5),
+        ("whole", 1.0),
+    ]
+    (plain,) = explain([load_template("chat").render(ROW)], [ROW], byte_level(), TokenRules(4096))
+    assert plain.weights is None

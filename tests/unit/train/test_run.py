@@ -97,6 +97,7 @@ def test_yeonma_json_records_base_template_rules_and_training_data(
         "add_eos_token": True,
         "thinking": "auto",
         "train_on": "all",
+        "row_weights": None,
         "chat_template_kwargs": None,
         "parse_special_tokens": False,
     }

@@ -130,6 +130,17 @@ def test_a_finished_run_passes_every_check(finished_run: Path) -> None:
     assert "trained on 15 examples" in done.out
 
 
+def test_a_run_with_weights_of_rows_passes_every_check_and_compares_rows_without_them(tmp_path: Path) -> None:
+    rows = [{**row, "w": number % 3} for number, row in enumerate(articles(9), 1)]
+    base, data = model_folder(tmp_path / "base"), write_jsonl(tmp_path / "data.jsonl", rows)
+    folder = trained(tmp_path / "run", base, data, row_weights="w", val_set_size=2, card_rows=3).folder
+    found = outcomes(folder)
+    assert found["sample rows"] == "well" and set(found.values()) <= {"well", "not checked"}
+    plain = write_jsonl(tmp_path / "plain.jsonl", articles(3))
+    words = ["--models", str(folder), "--data_path", str(plain), "--max_new_tokens", "4"]
+    assert command(tmp_path, "compare", *words, "--output_dir", str(tmp_path / "report")).status == 0
+
+
 def test_manifest_has_checksums_of_all_top_level_files(finished_run: Path) -> None:
     sums = json.loads((finished_run / "manifest.json").read_text())["sha256"]
     files = {path.name for path in finished_run.iterdir() if path.is_file()}

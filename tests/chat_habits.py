@@ -201,6 +201,53 @@ HABITS = (
         added=("<think>", "</think>"),
     ),
     Habit(
+        "block in every turn, reasoning only before calls",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n<think>' }}"
+        "{% if m.tool_calls %}{{ m.reasoning_content or '' }}{% endif %}"
+        "{{ '</think>' + m.content + '<|im_end|>\n' }}"
+        "{% else %}" + _CHATML_TURN + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        lambda reasoning, content: f"<think>{reasoning or ''}</think>{content}<|im_end|>",
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "prompt opens the block, last turn opens it and never closes it",
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
+        "{{ '<|im_start|>assistant\n<think>\n' + m.content + '<|im_end|>\n' }}"
+        "{% elif m.role == 'assistant' %}"
+        "{{ '<|im_start|>assistant\n' + m.content.split('</think>')[-1].strip() + '<|im_end|>\n' }}"
+        "{% else %}" + _CHATML_TURN + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+        _opened,
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "prompt closes the block, no turn has one",
+        _TOOLS
+        + "{%- for m in messages %}{%- if m.role == 'user' %}"
+        + _CHATML_TURN
+        + "{%- elif m.role == 'tool' %}"
+        "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+        "{%- elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + (m.content or '') }}"
+        + _CALLS
+        + "{{ '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{%- if not enable_thinking %}{{ '<think>\n</think>\n' }}{%- endif %}{%- endif %}",
+        _plain(),
+        reasoning=False,
+        tools=True,
+        added=("<think>", "</think>", "<tool_call>", "</tool_call>"),
+    ),
+    Habit(
+        "prompt closes a channel of thought, no turn has one",
+        "{%- for m in messages %}{{ '<|turn>' + m.role + '\n' + m.content + '<turn|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|turn>assistant\n' }}"
+        "{%- if not thinking %}{{ '<|channel>thought\n<channel|>' }}{%- endif %}{%- endif %}",
+        _plain("<turn|>"),
+        reasoning=False,
+        specials=("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+    ),
+    Habit(
         "channels",
         "{% for m in messages %}{% if m.role == 'assistant' %}"
         "{% if m.thinking and loop.last %}"

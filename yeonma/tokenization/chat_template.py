@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from yeonma.data.turns import REASONING_KEYS, ToolCall
 from yeonma.errors import UserError, did_you_mean
 from yeonma.tokenization.chat_habits import Habits, habits_in
 from yeonma.tokenization.deadline import Deadline, TooSlow, deadline
-from yeonma.tokenization.reasoning import DEFAULT_TAGS, AnswerShape, ThinkTags, tags_between
+from yeonma.tokenization.reasoning import DEFAULT_TAGS, AnswerShape, ThinkTags, tags_between, tags_of_empty
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
 ChatMessage = dict[str, Any]
@@ -54,6 +54,9 @@ _GIVEN = {
     "strftime_now",
 }
 """What a chat template reads besides arguments of its own."""
+
+_THINKING_ARGUMENTS = ("enable_thinking", "thinking")
+"""Arguments with which published chat templates switch reasoning on and off."""
 
 PROBE = "Zq{number}qZ"
 """Text that no chat template writes by itself."""
@@ -196,8 +199,7 @@ class Chat:
         if thinking == "keep" and written:
             content = (0, answer.content[1] - start)
             return replace(answer, text=answer.text[start:], content=content)
-        is_closed = prompt.rstrip().endswith(tags.close)
-        if thinking == "empty" and not written and not is_closed:
+        if thinking == "empty" and not written and not tags.is_closed(prompt):
             return _after(tags.empty_block, answer)
         return answer
 
@@ -219,11 +221,11 @@ class Chat:
                 place=place,
                 cure="--thinking drop leaves reasoning out; --thinking keep writes it as <think>...</think>",
             )
-        if reasoning and tags is not None and prompt.rstrip().endswith(tags.close):
+        if reasoning and tags is not None and tags.is_closed(prompt):
             raise UserError(
                 "a turn has reasoning, and the model's chat template closes the think block in the prompt",
                 place=place,
-                cure="remove enable_thinking false (or its like), or leave reasoning out with --thinking drop",
+                cure=f"{self._cure_of_closed(conversation, tags)}, or leave reasoning out with --thinking drop",
             )
         header = prompt if tags is None else tags.header(prompt)
         without = conversation.with_last(self._without_reasoning(message, content))
@@ -250,6 +252,16 @@ class Chat:
                 cure="use a model whose chat template does, or write it as the turn's text",
             )
         return answer
+
+    def _cure_of_closed(self, conversation: Conversation, tags: ThinkTags) -> str:
+        """How the chat template leaves the think block open in the prompt, by trial of the usual arguments."""
+        before = conversation.before_last
+        for name in (name for name in _THINKING_ARGUMENTS if name in self.habits.variables):
+            kwargs = {**before.kwargs, name: True}
+            with suppress(UserError):
+                if not tags.is_closed(self.prompt(replace(before, kwargs=kwargs), "chat template")):
+                    return f"switch thinking on with --chat_template_kwargs '{{{name}: true}}'"
+        return "use a model whose chat template has a place for it"
 
     def _located(
         self, text: str, reasoning: str | None, content: str, calls: Sequence[str]
@@ -553,12 +565,17 @@ def _with_habits(chat: Chat) -> Chat:
             habits = replace(habits, reasoning_key=key, tags=tags, keeps_block=False)
             break
     if habits.tags is not None and habits.keeps_block:
-        block = habits.tags.open + reasoning + habits.tags.closing + content
+        tags = habits.tags
+        block = tags.open + reasoning + tags.closing + content
         try:
             text = chat.render(short.with_last({"role": "assistant", "content": block}), place)
-            habits = replace(habits, keeps_block=reasoning in text)
+            bare = chat.render(short.with_last({"role": "assistant", "content": content}), place)
         except UserError:
             pass
+        else:  # a block of the template's own stands before the content: two would be one too many
+            has_own = tags.open in bare.rpartition(content)[0][-len(block) :]
+            habits = replace(habits, keeps_block=reasoning in text and not has_own)
+            habits = replace(habits, tags=tags_of_empty(bare, tags, content))
     habits = replace(habits, takes_null=_takes_null(replace(chat, habits=habits), short))
     return replace(chat, habits=replace(habits, marks=_marks(replace(chat, habits=habits), short)))
 

@@ -11,6 +11,7 @@ _KNOWN = (
     ("<seed:think>", "</seed:think>"),
     ("<thinking>", "</thinking>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
 )
 """The pairs of tags that published chat templates use, the most common first."""
 
@@ -40,8 +41,15 @@ class ThinkTags:
         """Whether a prompt ends within a block: reasoning comes next."""
         return prompt.rstrip().endswith(self.open)
 
+    def is_closed(self, prompt: str) -> bool:
+        """Whether a prompt ends with a closed block: an answer without reasoning comes next."""
+        return prompt.rstrip().endswith(self.close)
+
     def header(self, prompt: str) -> str:
-        """The prompt without the tag that opens a block at its end."""
+        """The prompt without a block at its end, open or closed."""
+        if self.is_closed(prompt):
+            inner = prompt.rstrip().removesuffix(self.close).rstrip()
+            return inner.removesuffix(self.open)
         return prompt.rstrip().removesuffix(self.open) if self.is_open(prompt) else prompt
 
     def closing_after(self, prompt: str) -> str:
@@ -65,10 +73,13 @@ class ThinkTags:
         return reasoning.strip("\n"), content.lstrip("\n")
 
     def without_block(self, text: str) -> str:
-        """The text without a block at its beginning, or without the end of one that the prompt opened."""
+        """The text without a block at its beginning, or without the end of one that the prompt opened, or without the
+        tag of one that the chat template opens and never closes."""
         start = text.lstrip()
         if start.startswith(self.close):
             return start[len(self.close) :].lstrip("\n")
+        if start.startswith(self.open) and self.close not in start:
+            return start[len(self.open) :].lstrip("\n")
         return self.split(text)[1]
 
 
@@ -91,6 +102,13 @@ def tags_between(text: str, tags: ThinkTags, reasoning: str, content: str) -> Th
     if found is None:
         return tags
     return ThinkTags(tags.open, tags.close, *found.groups())
+
+
+def tags_of_empty(text: str, tags: ThinkTags, content: str) -> ThinkTags:
+    """The tags with the white space of an empty block that a chat template writes before the content in `text`, if it
+    writes none within the block: then it writes none around reasoning."""
+    found = re.search(re.escape(tags.open + tags.close) + r"(\s*)" + re.escape(content), text)
+    return tags if found is None else ThinkTags(tags.open, tags.close, "", "", found[1])
 
 
 @dataclass(frozen=True)

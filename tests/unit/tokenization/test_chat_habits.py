@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +246,11 @@ def test_tools_and_tool_calls_are_those_of_transformers(habit: Habit, as_text: b
     answers = trained_answers(habit, examples_of(habit, turns, tools=[TOOL]))
     asked = prompt_text(habit, as_object[:1], tools=[TOOL])
     whole = str(tokenizer.apply_chat_template(as_object[:2], tools=[TOOL], tokenize=False))
-    assert "<tool_call>" in whole and whole.startswith(asked)
+    header = asked.removesuffix("<think>\n</think>\n")  # a closed block, which the turn itself does not have
+    assert "<tool_call>" in whole and whole.startswith(header)
     last = prompt_text(habit, as_object[:3], tools=[TOOL])
     assert answers == [
-        (tokenizer(asked, add_special_tokens=False)["input_ids"], whole[len(asked) :].removesuffix("\n")),
+        (tokenizer(asked, add_special_tokens=False)["input_ids"], whole[len(header) :].removesuffix("\n")),
         (tokenizer(last, add_special_tokens=False)["input_ids"], habit.written(None, "영하 3도.")),
     ]
 
@@ -355,3 +357,33 @@ def test_generated_text_is_split_into_reasoning_and_answer(habit: Habit) -> None
             growing = tokens.shape.parts(text[:size], is_open=is_open, growing=True)
             assert content.startswith(growing.content)
             assert (reasoning or "").startswith(growing.reasoning or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "block"),
+    [
+        ("prompt closes the block, no turn has one", "enable_thinking", ("<think>", "</think>")),
+        (
+            "prompt closes a channel of thought, no turn has one",
+            "thinking",
+            ("<|channel>thought", "<channel|>"),
+        ),
+    ],
+)
+def test_the_cure_of_a_closed_block_switches_thinking_on(
+    name: str, argument: str, block: tuple[str, str]
+) -> None:
+    (habit,) = [habit for habit in HABITS if habit.name == name]
+    turns = [user("2+2?"), assistant("4", reasoning_content=REASONING)]
+    with pytest.raises(UserError) as error:
+        examples_of(habit, turns)
+    (problem,) = error.value.problems
+    assert f"switch thinking on with --chat_template_kwargs '{{{argument}: true}}'" in problem.cure
+    (example,) = examples_of(habit, turns, replace(RULES, chat_template_kwargs={argument: True}))
+    assert isinstance(example, Example)
+    written = habit.tokenizer().decode(example.token_ids[example.trained])
+    end = habit.written(None, "")
+    assert written == f"{block[0]}\n{REASONING}\n{block[1]}\n\n4{end}"
+    prompt = prompt_text(habit, turns[:1], **{argument: True})
+    ids = habit.tokenizer()(prompt, add_special_tokens=False)["input_ids"]
+    assert example.token_ids[: example.prompt_length].tolist() == ids

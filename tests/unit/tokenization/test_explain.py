@@ -190,7 +190,7 @@ def test_train_on_inputs_marks_prompt_tokens_as_trained() -> None:
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
-WITH_CALLS = [habit for habit in HABITS if habit.tools]
+WITH_CALLS = [habit for habit in HABITS if habit.tools and habit.reasoning]
 
 
 def spans_of(

@@ -88,7 +88,7 @@ def store_key(
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """The garbage collector looks only at newer objects: those of the libraries are many, and cost a tenth of the time."""
+    """The garbage collector looks only at newer objects. Those of the libraries are many, and took a tenth of it."""
     if gc.get_freeze_count():  # the caller decides about them
         yield
         return

@@ -88,11 +88,16 @@ def describe_data(path: Path) -> dict[str, str]:
 
 
 def run_script(
-    script: str, job: dict[str, Any], output: str = "measured.json", python: str | None = None
+    script: str,
+    job: dict[str, Any],
+    output: str = "measured.json",
+    python: str | None = None,
+    checkout: Path | None = None,
 ) -> Any:
     """Run a script of this folder with a job, in a process of its own; returns what it wrote into `job["folder"]`.
 
-    `python` is the path of another environment's Python: it finds Yeonma's modules, and its own packages.
+    `python` is the path of another environment's Python: it finds Yeonma's modules, and its own packages. `checkout` is
+    a folder with another Yeonma, whose modules the script then imports.
     Raises RuntimeError with the last line that the script printed.
     """
     folder = Path(job["folder"])
@@ -105,9 +110,9 @@ def run_script(
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
-    if python is not None:
+    if python is not None or checkout is not None:
         own = os.environ.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *([own] if own else [])])
+        environment["PYTHONPATH"] = os.pathsep.join([str(checkout or HERE.parent), *([own] if own else [])])
     with open(log, "wb") as file:
         command = [python or sys.executable, str(HERE / script), str(job_file)]
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode

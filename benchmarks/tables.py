@@ -259,6 +259,50 @@ def tokenize_section(result: Mapping[str, Any]) -> str:
     )
 
 
+def tokenize_rate_section(result: Mapping[str, Any]) -> str:
+    """The words and table about the rate of tokenising before and now."""
+    columns = {
+        "form": "---",
+        "rows/s before": "---:",
+        "rows/s now": "---:",
+        "of the rate before": "---:",
+        "lowest and highest": "---:",
+    }
+    rows = []
+    for form in result["tokens"]:
+        seconds = {
+            name: [measured[name][form]["cpu_seconds"] for measured in result["rounds"]]
+            for name in ("before", "now")
+        }
+        ratios = [before / now for before, now in zip(seconds["before"], seconds["now"], strict=True)]
+        before, now = (f"{result['rows'] / median(seconds[name]):,.0f}" for name in ("before", "now"))
+        rows.append((form, before, now, f"{median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"))
+    commits = result["commits"]
+    return "\n\n".join(
+        [
+            about_machine(result),
+            f"{result['rows']:,} rows of each form, tokenizer of {result['model']}, {len(result['rounds'])} rounds; "
+            f"before: {commits['before']}, now: {commits['now']}. The rates are of CPU seconds of all threads.",
+            table(columns, rows),
+        ]
+    )
+
+
+def tokenize_forms_section(result: Mapping[str, Any]) -> str:
+    """The words and table about the memory that rows of each form take."""
+    by_form: dict[str, list[Run]] = {}
+    for run in result["runs"]:
+        by_form.setdefault(run["form"], []).append(run)
+    first, *_ = by_form.values()
+    counts = [run["rows"] for run in first]
+    columns = {"form": "---", **dict.fromkeys([f"{count:,} rows" for count in counts], "---:")}
+    rows = []
+    for form, runs in by_form.items():
+        grown = [megabytes(run["peak_bytes"] - run["start_bytes"]) for run in runs]
+        rows.append((form, *grown))
+    return "\n\n".join([about_machine(result), f"Tokenizer of {result['model']}.", table(columns, rows)])
+
+
 def inspection_table(inspections: Sequence[Mapping[str, Any]]) -> str:
     columns = {"rows": "---:", "cache": "---", "seconds": "---:", "own memory at most": "---:"}
     rows = [
@@ -483,6 +527,8 @@ def put(page: str, name: str, section: str) -> str:
 SECTIONS = {
     "sft": sft_section,
     "tokenize_rows": tokenize_section,
+    "tokenize_forms": tokenize_forms_section,
+    "tokenize_rate": tokenize_rate_section,
     "dpo": dpo_section,
     "generate": generate_section,
     "saving": saving_section,

@@ -267,6 +267,48 @@ HABITS = (
         lambda reasoning, content: (f"[THINK]{reasoning}[/THINK]" if reasoning else "") + content + "</s>",
         specials=("[INST]", "[/INST]", "[SYS]", "[/SYS]", "[THINK]", "[/THINK]", "</s>"),
     ),
+    Habit(
+        "tools before the last question, calls in a list",
+        "{%- set ns = namespace(last=-1) %}"
+        "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+        "{%- for m in messages %}"
+        "{%- if m.role == 'user' %}{%- if tools and loop.index0 == ns.last %}"
+        "{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}"
+        "{{ '[INST] ' + m.content + '[/INST]' }}"
+        "{%- elif m.role == 'system' %}{{ '[SYS]' + m.content + '[/SYS]' }}"
+        "{%- elif m.role == 'tool' %}"
+        "{{ '[TOOL_RESULTS] {\"content\": ' + m.content }}"
+        "{{ ', \"call_id\": \"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+        "{%- elif m.tool_calls %}{{ '[TOOL_CALLS] [' }}{%- for call in m.tool_calls %}"
+        "{%- if call.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{%- endif %}"
+        '{{ \'{"name": "\' + call.function.name + \'", "arguments": \' + (call.function.arguments | tojson) }}'
+        "{{ ', \"id\": \"' + call.id + '\"}' + (']' if loop.last else ', ') }}{%- endfor %}{{ '</s>' }}"
+        "{%- else %}{{ ' ' + m.content + '</s>' }}{%- endif %}{%- endfor %}",
+        lambda _, content: " " + content + "</s>",
+        reasoning=False,
+        tools=True,
+        specials=(
+            *("[INST]", "[/INST]", "[SYS]", "[/SYS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+            *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "</s>"),
+        ),
+    ),
+    Habit(
+        "tools in the first question, calls as bare JSON",
+        "{%- set ns = namespace(shown=false) %}{%- for m in messages %}"
+        "{{ '<|header|>' + ('ipython' if m.role == 'tool' else m.role) + '<|/header|>\n\n' }}"
+        "{%- if m.role == 'user' and tools and not ns.shown %}{%- set ns.shown = true %}"
+        '{{ \'Answer with {"name": function, "parameters": {}} or in words.\n\' }}'
+        "{%- for tool in tools %}{{ (tool | tojson) + '\n' }}{%- endfor %}{%- endif %}"
+        "{%- if m.tool_calls %}{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}"
+        "{%- endif %}{%- set call = m.tool_calls[0].function %}"
+        "{{ '{\"name\": \"' + call.name + '\", \"parameters\": ' + (call.arguments | tojson) + '}' }}"
+        "{%- else %}{{ m.content | trim }}{%- endif %}{{ '<|eot|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{%- endif %}",
+        _plain("<|eot|>"),
+        reasoning=False,
+        tools=True,
+        specials=("<|header|>", "<|/header|>", "<|eot|>"),
+    ),
 )
 
 NAMES = [habit.name for habit in HABITS]

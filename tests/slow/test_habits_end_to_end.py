@@ -134,7 +134,15 @@ RESULT = {"role": "tool", "tool_call_id": "call00001", "content": "-3"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["block in the last turn", "block of special tokens"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block in the last turn",
+        "block of special tokens",
+        "tools before the last question, calls in a list",
+        "tools in the first question, calls as bare JSON",
+    ],
+)
 def test_trained_tool_calls_come_back_as_tool_calls(name: str, tmp_path: Path) -> None:
     habit = next(habit for habit in HABITS if habit.name == name)
     base, data, out = (

@@ -43,6 +43,7 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
         split=settings.data_split,
         revision=settings.data_revision,
         encoding=settings.encoding,
+        delimiter=settings.delimiter,
     )
     for note in opened.notes:
         log(note)

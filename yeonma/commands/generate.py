@@ -49,7 +49,11 @@ def run(config: GenerateConfig) -> int:
 
     if source.data_path is not None:
         rows = open_rows(
-            source.data_path, split=source.data_split, revision=source.data_revision, encoding=source.encoding
+            source.data_path,
+            split=source.data_split,
+            revision=source.data_revision,
+            encoding=source.encoding,
+            delimiter=source.delimiter,
         )
         for note in rows.notes:
             _log(note)

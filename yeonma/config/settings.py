@@ -383,6 +383,8 @@ class GenerateSettings:
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
+    delimiter: str | None = None
+    """The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header."""
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body}`. By default, as in training."""
     limit: int | None = field(default=None, metadata=COUNT)
@@ -411,6 +413,8 @@ class CompareSettings:
     """Branch, tag or commit of a hub data set."""
     encoding: str = "utf-8"
     """Character encoding of text files. It is never guessed."""
+    delimiter: str | None = None
+    """The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header."""
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None

@@ -6,6 +6,7 @@ a temporary name and renamed. A lock file lets one process of the machine build 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -94,6 +95,20 @@ def store_key(
     ).hexdigest()
 
 
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """The garbage collector looks only at newer objects. Those of the libraries are many, and took a tenth of it."""
+    if gc.get_freeze_count():  # the caller decides about them
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_old_objects_left_alone()
 def build_store(
     rows: Rows,
     template: Template,

@@ -604,7 +604,7 @@ def _marks(chat: Chat, short: Conversation) -> frozenset[str]:
     marks = (
         {text for text in (tags.open, tags.close) if special.fullmatch(text)} if tags is not None else set()
     )
-    call = _call_message(ToolCall("name", '{"argument": 1}'))
+    call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
     message = {"role": "assistant", "content": "x", "tool_calls": [call]}
     if "tool_calls" in chat.habits.names:
         try:

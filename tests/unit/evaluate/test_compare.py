@@ -18,7 +18,7 @@ import pytest
 
 from tests.adapters import Folders, tiny_adapter, tiny_base
 from tests.comparing import ROWS, TEMPLATE, compare
-from tests.runs import Done, articles, model_folder, trained, write_jsonl
+from tests.runs import Done, articles, command, model_folder, trained, write_jsonl
 from tests.tokenizers import byte_level, sentencepiece_bpe
 from yeonma import load
 from yeonma.evaluate import answers as compare_module
@@ -255,6 +255,21 @@ def test_values_within_columns_are_compared_like_columns(folders: Folders, tmp_p
     own = report_of(compare(tmp_path / "c", trained_on_paths, data_path=nested))
     assert [row["wanted"] for row in own["rows"]] == [row["title"] for row in ROWS]
     assert values(own) == values(flat)
+
+
+def test_the_delimiter_is_followed_as_in_training(folders: Folders, tmp_path: Path) -> None:
+    """A comma in the header hides that the columns are separated by semicolons."""
+    lines_of_file = ["document;title;a,b", *(f"{row['document']};{row['title']};x" for row in ROWS)]
+    separated = tmp_path / "rows.csv"
+    separated.write_text("\n".join(lines_of_file), encoding="utf-8")
+    report = report_of(compare(tmp_path / "report", folders.adapter, data_path=separated, delimiter=";"))
+    assert [row["wanted"] for row in report["rows"]] == [row["title"] for row in ROWS]
+    given = ("--data_path", str(separated), "--max_new_tokens", "1", "--limit", "2")
+    assert command(tmp_path, "generate", str(folders.adapter), *given).status == 2
+    done = command(tmp_path, "generate", str(folders.adapter), *given, "--delimiter", ";")
+    assert done.status == 0, done.err
+    answered = [json.loads(line)["reference"] for line in done.out.splitlines()]
+    assert answered == [row["title"] for row in ROWS[:2]]
 
 
 def test_row_over_cutoff_len_has_no_loss_and_is_reported(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -130,6 +131,36 @@ def test_rows_are_read_a_chunk_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # Once for each key
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_while_rows_are_tokenised_the_garbage_collector_leaves_old_objects_alone(
+    fails: bool, tmp_path: Path
+) -> None:
+    frozen: list[int] = []
+
+    def rows() -> Iterator[Row]:
+        frozen.append(gc.get_freeze_count())
+        yield from data(3)
+        if fails:
+            raise UserError("no more", place="train.jsonl:4")
+
+    if fails:
+        with pytest.raises(UserError):
+            build(tmp_path, data(read=rows))
+    else:
+        build(tmp_path, data(read=rows))
+    assert frozen and min(frozen) > 1000
+    assert gc.get_freeze_count() == 0
+
+
+def test_objects_that_the_caller_froze_stay_frozen(tmp_path: Path) -> None:
+    gc.freeze()
+    try:
+        build(tmp_path, data(3))
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_second_build_with_the_same_key_tokenizes_nothing(

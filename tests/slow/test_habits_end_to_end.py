@@ -11,24 +11,13 @@ import pytest
 
 import yeonma.train.model_card
 from tests.adapters import tiny_base
-from tests.chat_habits import HABITS, Habit
+from tests.chat_habits import HABITS, NAMES, Habit
 from tests.servers import serving
 from yeonma import load, sft
 from yeonma.cli import main
 from yeonma.commands.compare import compare
 from yeonma.config.settings import AnswerSettings, CompareSettings
 
-TRIED = (
-    "chatml",
-    "no system, strict turns",
-    "block in the last turn",
-    "block of special tokens",
-    "prompt opens the block, last turn keeps it",
-    "prompt opens the block, every turn loses it",
-    "block without line breaks in every turn",
-    "channels",
-    "brackets around reasoning, contents verbatim",
-)
 SERVED = ("block of special tokens", "prompt opens the block, every turn loses it", "channels")
 QUESTIONS = {
     "2+2?": ("Two and two.", "4"),
@@ -63,7 +52,7 @@ def overfit(base: Path, data: Path, out: Path, **settings: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize("name", NAMES)
 def test_answers_are_exactly_the_trained_answers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +143,14 @@ def test_trained_tool_calls_come_back_as_tool_calls(name: str, tmp_path: Path) -
     turns = [ASK, call, RESULT, {"role": "assistant", "content": "Yes, -3."}]
     data.write_text(json.dumps({"messages": turns, "tools": [TOOL]}))
     overfit(base, data, out, batch_size=1, card_rows=0)
+    asking = tmp_path / "asking.jsonl"  # a call as the last turn is a reference like any answer
+    asking.write_text(json.dumps({"messages": turns[:2], "tools": [TOOL]}))
+    settings = CompareSettings(models=[str(out)], data_path=str(asking), output_dir=str(tmp_path / "report"))
+    compare(settings, AnswerSettings(max_new_tokens=64), lambda _: None)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    exact = next(metric for metric in report["metrics"] if metric["key"] == "exact")
+    assert exact["values"] == [100.0]
+    assert "weather" in report["rows"][0]["wanted"]
     with serving(tmp_path / "errors", out, "--max_new_tokens", "64") as server, server.client() as client:
 
         def ask(messages: list[Any], **options: Any) -> Any:

@@ -22,7 +22,7 @@ from yeonma.model.load import generation_eos, load_tokenizer
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
-from yeonma.tokenization.example_encoder import encode_prompts
+from yeonma.tokenization.example_encoder import encode_prompts, encoder_for
 from yeonma.tokenization.reasoning import PLAIN, AnswerParts, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.tool_calls import FindCalls, call_finder
@@ -140,9 +140,26 @@ class PromptBuilder:
         last = rendered.turns[-1]
         if not rendered.answer and last.role != "assistant":
             return None
+        if not rendered.answer and last.turn is not None and last.turn.tool_calls:
+            return self._reference_with_calls(rendered, row.place)
         texts = [piece.text for piece in rendered.answer if piece.field is not None]
         answer = texts[0] if len(texts) == 1 else joined(rendered.answer) if texts else last.text
         return self.tokens.shape.parts(answer).content
+
+    def _reference_with_calls(self, rendered: Rendered, place: str) -> str | None:
+        """The content and the tool calls of the last turn, as the chat template writes them."""
+        try:
+            with encoder_for(self.tokenizer, self.adapter.rules, [rendered]) as encoder:
+                chat = encoder.chat
+                assert chat is not None  # the template has turns
+                conversation = chat.conversation(rendered, place)
+                prompt = chat.prompt(conversation.before_last, place)
+                answer = chat.answer(conversation, prompt, place)
+        except UserError:
+            return None
+        end = max(answer.content[1], answer.calls[1])
+        is_open = self.tokens.shape.opens(prompt)
+        return self.tokens.shape.parts(answer.text[:end], is_open=is_open).content.strip()
 
     def with_paths(self, row: Row, columns: Columns) -> Row:
         """The row with the values within its columns that training or `columns` name, such as `answers.text`."""

@@ -288,9 +288,9 @@ class Chat:
     def _calls_span(self, text: str, start: int) -> Span:
         """The span of the tool calls in an answer, somewhere after `start`."""
         written = text[start:].removesuffix((self.habits.trailer or "").rstrip()).rstrip()
-        close = "" if self.tags is None else self.tags.close
-        if close and written.lstrip().startswith(close):  # reasoning, and no content
-            start, written = start + written.find(close) + len(close), written.partition(close)[2]
+        if self.tags is not None:  # the block of an answer without content
+            rest = self.tags.without_block(written)
+            start, written = start + len(written) - len(rest), rest
         blank = len(written) - len(written.lstrip())
         return start + blank, start + len(written)
 

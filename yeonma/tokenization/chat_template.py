@@ -158,6 +158,10 @@ class Chat:
         """
         message = conversation.messages[-1]
         reasoning, content = self.parts(message, prompt)
+        if self.tags is not None and reasoning is None and self.tags.is_unclosed(content):
+            problem = f"an assistant's turn begins with {self.tags.open} and has no {self.tags.close}"
+            cure = "close the block, or take the tag out of the text"
+            raise UserError(problem, place=place, cure=cure)
         thinking = self.thinking
         if reasoning == "" or (reasoning and thinking == "drop"):
             conversation = conversation.with_last(self._without_reasoning(message, content))
@@ -173,13 +177,12 @@ class Chat:
         content = conversation.messages[-1]["content"]
         trailer, body = self._split(conversation, whole, content, place)
         end = self._end_of(trailer)
-        if whole.startswith(prompt):
-            start, data_start = len(prompt), body.rfind(content.strip(), len(prompt))
-        else:
-            start = data_start = body.rfind(content.strip())
-        if start < 0:  # the template rewrites the content: use the original and the template's end
-            text = content.strip() + trailer[:end]
-            answer = ChatAnswer(text, (0, len(content.strip())), end > 0)
+        data_start = body.rfind(content.strip(), len(prompt) if whole.startswith(prompt) else 0)
+        start = len(prompt) if whole.startswith(prompt) else data_start
+        if data_start < 0:  # the template rewrites the content: use the original and the template's end
+            lead = self._lead(conversation, prompt, place)
+            text = lead + content.strip() + trailer[:end]
+            answer = ChatAnswer(text, (len(lead), len(lead) + len(content.strip())), end > 0)
         else:
             text = body[start:] + (trailer[:end] if end else "")
             text = text if end else text.rstrip()
@@ -188,6 +191,12 @@ class Chat:
         if tags is not None and tags.is_open(prompt) and tags.close not in answer.text[: answer.content[0]]:
             return _after(tags.closing_after(prompt), answer)
         return answer
+
+    def _lead(self, conversation: Conversation, prompt: str, place: str) -> str:
+        """What the chat template writes between a prompt and the content of the last message."""
+        probe = PROBE.format(number=0)
+        text = self.render(conversation.with_last({"role": "assistant", "content": probe}), place)
+        return text[len(prompt) : text.rfind(probe)] if text.startswith(prompt) else ""
 
     def _with_thinking(self, answer: ChatAnswer, prompt: str, thinking: Thinking) -> ChatAnswer:
         """The answer, which has no reasoning, without or with an empty think block, as `thinking` says."""

@@ -45,6 +45,10 @@ class ThinkTags:
         """Whether a prompt ends with a closed block: an answer without reasoning comes next."""
         return prompt.rstrip().endswith(self.close)
 
+    def is_unclosed(self, text: str) -> bool:
+        """Whether a text begins with a block that it never closes."""
+        return text.lstrip().startswith(self.open) and self.close not in text
+
     def header(self, prompt: str) -> str:
         """The prompt without a block at its end, open or closed."""
         if self.is_closed(prompt):
@@ -63,12 +67,13 @@ class ThinkTags:
         Reasoning is None without a block, and empty for an empty one. Line breaks beside the tags belong to the block.
         """
         start = text.lstrip()
-        if start.startswith(self.open):
+        has_open = start.startswith(self.open)
+        if has_open:
             start = start[len(self.open) :]
         elif not is_open:
             return None, text
         reasoning, close, content = start.partition(self.close)
-        if not close:
+        if not close or (self.open in reasoning and not has_open):
             return None, text
         return reasoning.strip("\n"), content.lstrip("\n")
 

@@ -136,7 +136,8 @@ def _check_set(one: DataSetSettings, task: Task, continued: str | None, skip_bad
 
 def _check_not_input(output: Path, base: str, continued: str | None) -> None:
     for owner, path in (("base model", base), ("adapter to continue", continued)):
-        if path is not None and Path(path).is_dir() and output.resolve() == Path(path).resolve():
+        folder = None if path is None else user_path(path)
+        if folder is not None and folder.is_dir() and output.resolve() == folder.resolve():
             what = f"it is the folder of the {owner}"
             raise UserError(what, place=f"output_dir {output}", cure="give another folder")
 

@@ -387,3 +387,21 @@ def test_the_cure_of_a_closed_block_switches_thinking_on(
     prompt = prompt_text(habit, turns[:1], **{argument: True})
     ids = habit.tokenizer()(prompt, add_special_tokens=False)["input_ids"]
     assert example.token_ids[: example.prompt_length].tolist() == ids
+
+
+@thinking_habit
+def test_a_block_in_the_middle_of_an_answer_loses_nothing(habit: Habit) -> None:
+    """Templates that split at the closing tag would drop what stands before it."""
+    content = "Well. <think>hm</think> B."
+    (example,) = examples_of(habit, [user("A or B?"), assistant(content)])
+    assert isinstance(example, Example)
+    written = habit.tokenizer().decode(example.token_ids[example.trained])
+    assert written == habit.written(None, content)
+
+
+@thinking_habit
+def test_a_block_that_is_never_closed_is_an_error(habit: Habit) -> None:
+    if "</think>" not in habit.template:
+        pytest.skip("the template does not know this block")
+    with pytest.raises(UserError, match=r"data:1: .* begins with <think> and has no </think>"):
+        examples_of(habit, [user("A or B?"), assistant("<think>hm, B.")])

@@ -113,7 +113,9 @@ def test_a_faulty_row_has_its_number_and_writes_nothing(base: Path, tmp_path: Pa
     rows[16]["title"] = None  # type: ignore[assignment]
     with pytest.raises(yeonma.UserError) as caught:
         sft(tmp_path / "out", base, rows)
-    assert str(caught.value) == ('data_path row 17: field "title" is null; the template uses document, title')
+    problem, way_out = map(str, caught.value.problems)
+    assert problem == 'data_path row 17: field "title" is null; the template uses document, title'
+    assert way_out == "bad_rows: bad rows stop the run; --bad_rows skip leaves them out and counts them"
     assert not (tmp_path / "out").exists()
     skipped = sft(tmp_path / "out", base, rows, bad_rows="skip", num_epochs=1, val_set_size=0)
     details = json.loads((skipped / "yeonma.json").read_text())["trained_on"]

@@ -14,7 +14,7 @@ from yeonma.model.load import pick_device, pick_dtype
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 
-FORMAT = 4
+FORMAT = 5
 """Increased whenever a change of the code changes the numbers or the notes of the same run."""
 
 
@@ -33,7 +33,7 @@ def forecast_key(config: RunConfig, prepared: Prepared, processes: int) -> str:
         asdict(config.lora),
         asdict(config.step),
         prepared.dataset.train.store.key,
-        [plan.total_steps, sha256(plan.positions.tobytes()).hexdigest()],
+        [plan.total_steps, sha256(plan.positions.tobytes()).hexdigest(), plan.shares and plan.shares.weights],
     ]
     return sha256(json.dumps(content).encode()).hexdigest()
 

@@ -139,6 +139,8 @@ def card_text(
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
     evaluations = [record for record in metrics if record.get("evaluation")]
+    sets = trained_on.get("data_sets", ())
+    names = ", ".join(f"`{one['name']}`" for one in sets) or f"`{trained_on['data']}`"
     lines = [
         "---",
         f"base_model: {adapter.base.name}",
@@ -150,20 +152,21 @@ def card_text(
         f"# {output.resolve().name}",
         "",
         f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {units} "
-        f"({trained_on['trained_tokens']:,} trained tokens an epoch) of `{trained_on['data']}` in {adapter_step:,} "
-        f"steps. {trained_on['shortened']:,} examples were shortened and {trained_on['left_out']:,} left out.",
+        f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of {names} in "
+        f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
+        f"{trained_on['left_out']:,} left out.",
         "",
     ]
     if faults := trained_on.get("bad_rows"):
         listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
         lines += ["Bad rows among those left out:", "", *listed, ""]
-    lines += _data_sets(trained_on.get("data_sets", ()), units)
+    lines += _data_sets(sets, units)
     if evaluations:
         last = next(record for record in evaluations if record["step"] == adapter_step)
         lines += _validation(evaluations[0], last, units)
         lines += _losses(evaluations[0].get("losses", {}), last.get("losses", {}))
     lines += ["![loss](loss.svg)", "", "## Template", "", *_fenced(adapter.template.text), ""]
-    for one in trained_on.get("data_sets", ()):
+    for one in sets:
         if one["template"]["text"] != adapter.template.text:
             lines += [f"Template of `{one['name']}`:", "", *_fenced(one["template"]["text"]), ""]
     if samples:

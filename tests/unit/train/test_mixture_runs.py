@@ -85,6 +85,7 @@ def test_the_losses_of_the_data_sets_add_up_to_the_loss(done: Done) -> None:
     for name, loss in done.looks[-1]["losses"].items():
         assert f"  {name}  validation loss {loss:.4f}" in done.out
         assert f"| `{name}` | {done.looks[0]['losses'][name]:.4f} | {loss:.4f} |" in card
+    assert " of `titles.jsonl`, `classes.jsonl`, `talk.jsonl` in 7 steps." in card
     for name, template in TEMPLATES.items():
         assert card.count(f" of {name}\n") == 1
         assert template in card

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +50,7 @@ _ROW_ARRAYS: dict[str, str] = {
 _ARRAYS = {**_WEIGHT_ARRAYS, **_TOKEN_ARRAYS, **_EXAMPLE_ARRAYS, **_ROW_ARRAYS}
 _LEFT_OUT, _META = "left_out.jsonl", "meta.json"
 _BYTES_PER_READ = 1 << 20
-_VALUES_PER_WRITE = 1 << 20
+_VALUES_PER_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -266,9 +266,7 @@ class StoreWriter:
             "weight_starts": self._written("weights"),
         }
         for name, dtype in _ARRAYS.items():
-            values = getattr(store, name)
-            for start in range(0, len(values), _VALUES_PER_WRITE):
-                part = values[start : start + _VALUES_PER_WRITE]
+            for part in _pieces(store.folder / f"{name}.bin", dtype):
                 if name in shift:  # a weight's start of -1 means that there are no weights
                     part = np.where(part < 0, part, part + shift[name])
                 self._append(f"{name}.bin", part.astype(dtype).tobytes())
@@ -324,6 +322,13 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
         return None
     arrays: dict[str, Any] = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
     return TokenStore(folder, key, counts, number_columns, remarks, unused, **arrays)
+
+
+def _pieces(path: Path, dtype: str) -> Iterator[NDArray[Any]]:
+    """The values in a file, piece by piece. They are read and not mapped, so that no pages of the file add up."""
+    with open(path, "rb") as file:
+        while (part := np.fromfile(file, dtype=dtype, count=_VALUES_PER_PIECE)).size:
+            yield part
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:

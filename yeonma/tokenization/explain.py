@@ -212,8 +212,10 @@ def _tools_span(text: ExampleText, chat: Chat) -> tuple[int, int]:
     without = chat.prompt(replace(conversation, tools=()), text.row.place)
     prompt = text.text[: text.answers[-1][0]]
     start = _common_length(prompt, without)
-    same_end = _common_length(prompt[start:][::-1], without[start:][::-1])
-    return start, len(prompt) - same_end
+    end = len(prompt) - _common_length(prompt[start:][::-1], without[start:][::-1])
+    while 0 < start < end and prompt[start - 1] == prompt[end - 1]:  # begin with the turn's own header
+        start, end = start - 1, end - 1
+    return start, end
 
 
 def _untrained_parts(text: ExampleText, encoder: ExampleEncoder) -> Iterator[tuple[int, int, SpanKind]]:

@@ -57,6 +57,8 @@ OTHER_OPTIONS = {  # of pip, Slurm, torchrun, make's targets, and scripts in ben
         "workloads",
         "add",
         "tiny",
+        "before",
+        "rows",
     ),
     *("kills", "cases"),
 }

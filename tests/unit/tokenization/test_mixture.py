@@ -243,3 +243,15 @@ def test_a_damaged_joined_store_is_written_again(paths: list[str], tmp_path: Pat
     (first.store.folder / "trained.bin").write_bytes(b"")
     assert tokens_of_part(prepared()) == wanted
     assert len(list(cache.glob("*/meta.json"))) == stores == 4
+
+
+def test_another_split_of_a_folder_validates(tmp_path: Path) -> None:
+    rows = articles(10)
+    write_jsonl(tmp_path / "train.jsonl", rows[:7])
+    alone = write_jsonl(tmp_path / "validation.jsonl", rows[7:])
+    dataset = prepare(str(tmp_path), template=TEMPLATE, val_split="validation")
+    (held_out,) = dataset.validation.values()
+    assert len(dataset.train.positions) == 7
+    assert tokens_of_part(held_out) == tokens_of_part(prepare(str(alone), template=TEMPLATE).train)
+    with pytest.raises(UserError, match='did you mean "validation"'):
+        prepare(str(tmp_path), template=TEMPLATE, val_split="validatoin")

@@ -62,7 +62,11 @@ class VerifyReport:
         return all(finding.outcome != "differs" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "is_well": self.is_well}
+        content = {**asdict(self), "is_well": self.is_well}
+        for finding in content["findings"]:
+            for problem in finding["problems"]:
+                del problem["of_row"]  # which tells our own messages apart
+        return content
 
 
 def verify(settings: VerifySettings) -> VerifyReport:

@@ -22,6 +22,7 @@ from yeonma.adapter.adapter_folder import (
     base_identity,
     check_base,
     data_set_names,
+    read_adapter_folder,
 )
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import CompareSettings, Quantization, QuantizationOrAuto
@@ -98,7 +99,7 @@ def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
         problems += [] if problems else [Problem(problem, "--data_set", "leave it out")]
     if problems:
         raise UserError(problems)
-    first_run = next((model for model in opened if isinstance(model, PromptBuilder)), None)
+    first_run = runs[0] if runs else None
     candidates = []
     for spec, name, model in zip(specs, short_names(specs), opened, strict=True):
         if isinstance(model, PromptBuilder):
@@ -184,16 +185,11 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError("the folder is empty", place=spec, cure="give a model's or an adapter's folder")
     if (folder / "adapter_config.json").is_file() and (folder / MANIFEST).is_file():
-        builder = open_prompt_builder(
-            folder, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
-        )
-        if settings.data_set is None or not data_set_names(builder.adapter):
-            return builder
         return open_prompt_builder(
             folder,
             base_model=settings.base_model,
             trust_remote_code=settings.trust_remote_code,
-            data_set=settings.data_set,
+            data_set=settings.data_set if data_set_names(read_adapter_folder(folder)) else None,
         )
     source = find_base(spec, trust_remote_code=settings.trust_remote_code)
     if source.adapter is not None and settings.base_model is not None:

@@ -22,6 +22,7 @@ from yeonma.tokenization.dataset import (
     Dataset,
     DatasetPart,
     DataWarning,
+    PreparedSet,
     data_warnings,
     faults_of,
     overlaps_of,
@@ -31,7 +32,7 @@ from yeonma.tokenization.dataset import (
 from yeonma.tokenization.example import NOTHING_TO_CHOOSE, AnswerRole, LeftOut
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.label_balance import LabelBalance, label_balance
-from yeonma.train.prepare import mixture_lines
+from yeonma.train.prepare import mixture_parts
 
 MAX_BINS = 10
 MEASURED_STEPS = 50
@@ -190,20 +191,15 @@ def audit_of(
 ) -> Audit:
     """The audit of a run's data. `unknown_id`: the unknown token, if the tokenizer uses it for nothing else."""
     sources = [_source(name, part, one.template.name) for one in dataset.sets for name, part in one.sources]
-    is_mixture = len(dataset.sets) > 1
-    sets = _sets(dataset, plan, unknown_id, preference) if is_mixture else ()
-    if is_mixture:
-        train, validation, overlap = _mixture(dataset, preference), None, None
+    overlaps = overlaps_of(dataset)
+    sets = _sets(dataset, plan, overlaps, unknown_id, preference)
+    if len(sets) == 1:
+        (only,) = sets
+        train, validation = only.train, only.validation
+        overlap = next((warning for _, warning in overlaps), None)
+        sets = ()
     else:
-        (one,) = dataset.sets
-        train, held_out = (
-            _part_audit(one.train, dataset, one.template, unknown_id, preference),
-            one.validation,
-        )
-        validation = None
-        if held_out is not None:
-            validation = _part_audit(held_out, dataset, one.template, unknown_id, preference)
-        overlap = next((warning for _, warning in overlaps_of(dataset)), None)
+        train, validation, overlap = _mixture(dataset, preference), None, None
     tokens, trained_tokens = _tokens_per_epoch(dataset, plan)
     return Audit(
         sources=tuple(sources),
@@ -222,21 +218,24 @@ def audit_of(
 
 
 def _sets(
-    dataset: Dataset, plan: Plan, unknown_id: int | None, preference: PreferenceSettings | None
+    dataset: Dataset,
+    plan: Plan,
+    overlaps: Sequence[tuple[str, DataWarning]],
+    unknown_id: int | None,
+    preference: PreferenceSettings | None,
 ) -> tuple[SetAudit, ...]:
-    overlaps = overlaps_of(dataset)
-    lines = mixture_lines(dataset, plan)
+    def audit(one: PreparedSet, part: DatasetPart) -> PartAudit:
+        return _part_audit(part, dataset, one.template, unknown_id, preference)
+
     return tuple(
         SetAudit(
             name=one.name,
-            part=line.removeprefix(f"{one.name}: "),
-            train=_part_audit(one.train, dataset, one.template, unknown_id, preference),
-            validation=None
-            if one.validation is None
-            else _part_audit(one.validation, dataset, one.template, unknown_id, preference),
+            part=part,
+            train=audit(one, one.train),
+            validation=None if one.validation is None else audit(one, one.validation),
             overlaps=tuple(warning for name, warning in overlaps if name == one.name),
         )
-        for one, line in zip(dataset.sets, lines, strict=True)
+        for one, part in zip(dataset.sets, mixture_parts(dataset, plan), strict=True)
     )
 
 

@@ -194,9 +194,8 @@ class Chat:
 
     def _lead(self, conversation: Conversation, prompt: str, place: str) -> str:
         """What the chat template writes between a prompt and the content of the last message."""
-        probe = PROBE.format(number=0)
-        text = self.render(conversation.with_last({"role": "assistant", "content": probe}), place)
-        return text[len(prompt) : text.rfind(probe)] if text.startswith(prompt) else ""
+        before, _ = self.around_last(conversation, place)
+        return before[len(prompt) :] if before.startswith(prompt) else ""
 
     def _with_thinking(self, answer: ChatAnswer, prompt: str, thinking: Thinking) -> ChatAnswer:
         """The answer, which has no reasoning, without or with an empty think block, as `thinking` says."""
@@ -455,7 +454,7 @@ class Chat:
         it."""
         trailer = self.habits.trailer
         if trailer is None or not whole.removesuffix(trailer).rstrip().endswith(content.strip()):
-            trailer = self.probe_trailer(conversation, place)
+            trailer = self.around_last(conversation, place)[1]
         if not whole.endswith(trailer):
             raise UserError(
                 "the model's chat template does not write the assistant's text at the end",
@@ -470,8 +469,8 @@ class Chat:
             return 0
         return max((mark.end() for mark in self.encoder.control.finditer(trailer)), default=0)
 
-    def probe_trailer(self, conversation: Conversation, place: str) -> str:
-        """The text that the chat template writes after the content of the last message, an assistant's."""
+    def around_last(self, conversation: Conversation, place: str) -> tuple[str, str]:
+        """The text that the chat template writes before and after the content of the last message, an assistant's."""
         probe = PROBE.format(number=0)
         text = self.render(conversation.with_last({"role": "assistant", "content": probe}), place)
         if probe not in text:
@@ -480,7 +479,8 @@ class Chat:
                 place=place,
                 cure="use a template without turns, or a model with another chat template",
             )
-        return text.rpartition(probe)[2]
+        before, _, after = text.rpartition(probe)
+        return before, after
 
     def _frames(self, conversation: Conversation, place: str) -> list[str] | None:
         """The prompt's text before, between and after the contents that are not empty; None if the template changes
@@ -557,7 +557,7 @@ def _with_habits(chat: Chat) -> Chat:
     short = Conversation([user, {"role": "assistant", "content": "x"}], kwargs=chat.kwargs)
     habits = chat.habits
     try:
-        habits = replace(habits, trailer=chat.probe_trailer(short, place))
+        habits = replace(habits, trailer=chat.around_last(short, place)[1])
     except UserError:
         return chat
     reasoning, content = PROBE.format(number=1), PROBE.format(number=2)

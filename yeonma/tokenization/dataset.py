@@ -140,7 +140,7 @@ class Dataset:
     def name_rows(self, numbers: Sequence[int]) -> str:
         """Training rows for a message: `rows 3, 5`, or in a mixture `a.jsonl rows 3, 5, b.csv row 1`."""
         if len(self.sets) == 1:
-            return f"rows {', '.join(map(str, numbers))}"
+            return numbered_rows(numbers)
         rows = self.rows_by_set(numbers)
         return ", ".join(f"{name} {format_rows(rows[name], most=len(numbers))}" for name in rows)
 
@@ -494,6 +494,11 @@ def repeated_rows(store: TokenStore, rows: np.ndarray) -> Repeats:
     repeated = _is_repeat(store.row_digests[rows - 1])
     repeated_prompt = _is_repeat(store.prompt_digests[rows - 1]) & ~repeated
     return Repeats(rows[repeated], rows[repeated_prompt])
+
+
+def numbered_rows(numbers: Sequence[int]) -> str:
+    """All of these row numbers: `rows 3, 17`."""
+    return f"rows {', '.join(map(str, numbers))}"
 
 
 def format_rows(numbers: Sequence[int], count: int | None = None, most: int = LISTED_ROWS) -> str:

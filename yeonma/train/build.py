@@ -19,7 +19,14 @@ from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.policy import Policy, build_policy
-from yeonma.tokenization.dataset import Dataset, DatasetPart, PreparedSet, cache_folder, faults_of
+from yeonma.tokenization.dataset import (
+    Dataset,
+    DatasetPart,
+    PreparedSet,
+    cache_folder,
+    faults_of,
+    numbered_rows,
+)
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
@@ -235,7 +242,7 @@ def build_train_state(
     stop: Stop | None = None,
     *,
     by_tokens: bool = False,
-    name_rows: Callable[[Sequence[int]], str] | None = None,
+    name_rows: Callable[[Sequence[int]], str] = numbered_rows,
 ) -> TrainState:
     """The state of the first step. `by_tokens`: if memory runs out, halve the token budget instead of the units.
     `name_rows` as in TrainState."""
@@ -263,5 +270,5 @@ def build_train_state(
         group=group,
         stop=stop or Stop(),
         sharded=sharded,
-        **({} if name_rows is None else {"name_rows": name_rows}),
+        name_rows=name_rows,
     )

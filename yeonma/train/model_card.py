@@ -97,13 +97,8 @@ def _answers_of_set(
             one.name if len(dataset.sets) > 1 else "",
             tokenizer.decode(prompt, skip_special_tokens=False),
             tokens.shape.parts(_reference(text)).content,
-            *(
-                answer.strip() if is_turn else answer
-                for answer in (
-                    _alone(base.text, prompt.tolist(), tokens, tokenizer),
-                    _alone(adapter.text, prompt.tolist(), tokens, tokenizer),
-                )
-            ),
+            _alone(base.text, prompt.tolist(), tokens, tokenizer, is_turn=is_turn),
+            _alone(adapter.text, prompt.tolist(), tokens, tokenizer, is_turn=is_turn),
         )
         for row, prompt, text, base, adapter in zip(
             rows, prompts, rendered, base_answers, adapter_answers, strict=True
@@ -111,13 +106,13 @@ def _answers_of_set(
     ]
 
 
-def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any) -> str:
+def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any, *, is_turn: bool) -> str:
     """The answer without what the chat template makes the model write around it; reasoning only if nothing follows.
-    White space around the answer to a turn belongs to the template."""
+    White space around it belongs to the chat template if it `is_turn`."""
     parts = tokens.shape.parts(text, is_open=tokens.shape.opens(end_of_prompt(prompt, tokenizer)))
     if parts.reasoning and not parts.content.strip():
         return f"(reasoning without an answer: {parts.reasoning})"
-    return parts.content
+    return parts.content.strip() if is_turn else parts.content
 
 
 def _reference(rendered: Rendered) -> str:

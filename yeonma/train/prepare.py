@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +117,18 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
 
     Raises UserError for settings that do not go with weights.
     """
-    weights, of_sets = [one.settings.weight for one in dataset.sets], dataset.units_of_sets()
+    of_sets = dataset.units_of_sets()
+    weights = [one.settings.weight for one in dataset.sets if one.settings.weight is not None]
     shares = None
-    if len(of_sets) > 1 and None not in weights:
+    if 1 < len(of_sets) == len(weights):
         if step.group_by_length:
             problem = "steps of similar lengths cannot keep the shares of the data sets' weights"
             cure = "leave it out, or give repeats instead of weights"
             raise UserError(problem, place="group_by_length", cure=cure)
-        exact = [Fraction(weight) for weight in weights if weight is not None]
-        denominator = math.lcm(*(weight.denominator for weight in exact))
+        denominator = math.lcm(*(weight.denominator for weight in weights))
         ends = np.cumsum([len(units) for units in of_sets])
         ranges = [np.arange(end - len(units), end) for units, end in zip(of_sets, ends, strict=True)]
-        shares = Shares(tuple(ranges), tuple(int(weight * denominator) for weight in exact))
+        shares = Shares(tuple(ranges), tuple(int(weight * denominator) for weight in weights))
     else:
         repeats = [one.settings.repeats for one in dataset.sets]
         of_sets = [np.tile(units, times) for units, times in zip(of_sets, repeats, strict=True)]
@@ -150,20 +149,25 @@ def mixture_lines(dataset: Dataset, plan: Plan) -> list[str]:
     """What a run takes of each data set, one line each; none for a single data set without repeats."""
     if len(dataset.sets) == 1 and dataset.sets[0].settings.repeats == 1:
         return []
-    units, lines = dataset.task.units, []
-    counts = [len(one.train.units) for one in dataset.sets]
+    parts = zip(dataset.sets, mixture_parts(dataset, plan), strict=True)
+    return [f"{one.name}: {part}" for one, part in parts]
+
+
+def mixture_parts(dataset: Dataset, plan: Plan) -> list[str]:
+    """The part of each data set in a run, in words."""
+    units = dataset.task.units
     if plan.shares is not None:
         total = sum(plan.shares.weights)
-        for one, weight, passes in zip(dataset.sets, plan.shares.weights, plan.passes(), strict=True):
-            line = f"{weight / total:.1%} of each step's {units}, {passes:,.2f} passes in the whole run"
-            lines.append(f"{one.name}: {line}")
-        return lines
-    total = sum(count * one.settings.repeats for count, one in zip(counts, dataset.sets, strict=True))
-    for one, count in zip(dataset.sets, counts, strict=True):
-        times = one.settings.repeats
-        line = f"{count * times / total:.1%} of the {units}, {times} time{'s' * (times > 1)} an epoch"
-        lines.append(f"{one.name}: {line}")
-    return lines
+        return [
+            f"{weight / total:.1%} of each step's {units}, {passes:,.2f} passes in the whole run"
+            for weight, passes in zip(plan.shares.weights, plan.passes(), strict=True)
+        ]
+    repeats = [one.settings.repeats for one in dataset.sets]
+    counts = [len(one.train.units) * times for one, times in zip(dataset.sets, repeats, strict=True)]
+    return [
+        f"{count / sum(counts):.1%} of the {units}, {times} time{'s' * (times > 1)} an epoch"
+        for count, times in zip(counts, repeats, strict=True)
+    ]
 
 
 def preference_options(preference: PreferenceSettings) -> PreferenceOptions:

@@ -25,6 +25,7 @@ from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
 from yeonma.run_folder.progress import EvaluationRecord
+from yeonma.tokenization.dataset import numbered_rows
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.interrupt import REASONS, Stop
 from yeonma.train.losses import MEASURED_MEAN, Objective, Sums
@@ -53,7 +54,7 @@ class TrainState:
     stop: Stop = field(default_factory=Stop)
     sharded: bool = False
     """Whether frozen weights are sharded over the ranks."""
-    name_rows: Callable[[Sequence[int]], str] = lambda numbers: _rows(numbers)
+    name_rows: Callable[[Sequence[int]], str] = numbered_rows
     """Row numbers of a batch, for a message."""
 
 
@@ -301,10 +302,6 @@ def _no_gradient_from_idle(
     yield
     for weight in no_gradient:
         weight.grad = None
-
-
-def _rows(numbers: Sequence[int]) -> str:
-    return f"rows {', '.join(map(str, numbers))}"
 
 
 def _check_finite(

@@ -254,10 +254,8 @@ def _details_problems(
             "content of data_path": one["data_sha256"],
             "columns": one["columns"],
         }
-        values |= {
-            key: (value, identity.get(key))
-            for key, value in ((of_data_set(name, number), value) for name, value in own.items())
-        }
+        named = {of_data_set(name, number): value for name, value in own.items()}
+        values |= {name: (value, identity.get(name)) for name, value in named.items()}
     if tokenizer:
         values["content of the tokenizer"] = (
             tokenizer.get("with_chat_template_sha256"),

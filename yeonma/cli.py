@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit status.
 
     0: success. 2: a user error. 69: another process of the run was lost. 75: the time limit of training was reached.
-    130: interrupted. 141: the reader of the output is gone. 143: training was stopped by SIGTERM.
+    129: training was stopped by SIGHUP. 130: interrupted. 141: the reader of the output is gone. 143: training was
+    stopped by SIGTERM.
     YEONMA_DEBUG=1 also prints the traceback of a user error. Any other exception is a bug and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

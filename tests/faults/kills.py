@@ -38,7 +38,7 @@ MOST_KILLS_A_RUN = 6
 PLAIN_EVERY = 10
 LOOK_SECONDS = 0.0005
 IN_SAVE_SECONDS = 0.02  # about what a save takes; the kill comes at a random moment of it
-STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 SETTINGS: Mapping[str, object] = {
     "output_dir": "out",
     "template": "below is an article.\n\n{document}\n\ntitle: {title}",
@@ -109,6 +109,12 @@ def warm() -> None:
     model_card.MAX_NEW_TOKENS = SAMPLE_TOKENS
 
 
+def hear_signals() -> None:
+    """As in a terminal, even if the tests themselves run in the background or under nohup."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def forked(
     words: Sequence[str], place: Path, cache: Path, before: Callable[[], object] = lambda: None
 ) -> Process:
@@ -124,7 +130,7 @@ def forked(
             sys.stderr = os.fdopen(2, "w", closefd=False)
             os.chdir(place)
             os.environ["YEONMA_CACHE"] = str(cache)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            hear_signals()
             from yeonma.cli import main
 
             before()
@@ -153,7 +159,7 @@ def started(words: Sequence[str], place: Path, cache: Path) -> Process:
             env=environment,
             stdout=log,
             stderr=log,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=hear_signals,
         )
     return Process(child.pid, lambda block: child.wait() if block else child.poll())
 

@@ -1,18 +1,21 @@
-"""Runs that are stopped by kill -9, SIGTERM, Ctrl-C or their time limit, and continued."""
+"""Runs that are stopped by kill -9, SIGTERM, Ctrl-C, a closed terminal or their time limit, and continued."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.kills import ROOT, in_save, left_behind, prepare
+from tests.faults.kills import ROOT, hear_signals, in_save, left_behind, prepare
 from tests.faults.zygote import Zygote
 from tests.runs import sft
 from yeonma.train.interrupt import seconds_of
@@ -63,8 +66,8 @@ EVALUATING = "yeonma.train.loop:evaluate", 3
 SAVING = "yeonma.train.loop:write_checkpoint", 2
 INSTALLING = "yeonma.run_folder.output_folder:install", 1
 BEFORE_THE_FIRST_STEP = (LOADING, REFERENCE, FIRST_EVALUATION)
-EXIT_STATUS = {"SIGTERM": 143, "SIGINT": 130}
-NAMES = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}
+EXIT_STATUS = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+NAMES = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C", "SIGHUP": "SIGHUP"}
 
 
 @pytest.mark.parametrize("verb", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
@@ -149,31 +152,89 @@ def test_invalid_time_limit_is_refused_before_the_run_starts(tmp_path: Path, tex
     assert not done.folder.exists()
 
 
-@pytest.mark.slow
-def test_two_processes_stop_after_the_same_step(
-    zygotes: Zygote, commands: dict[str, list[str]], tmp_path: Path
+def test_closed_terminal_leaves_a_checkpoint_and_the_run_continues_to_the_same_result(
+    commands: dict[str, list[str]], uninterrupted: dict[str, dict[str, Any]], zygotes: Zygote, tmp_path: Path
 ) -> None:
-    """The signal goes only to the process that was started, as from a job queue; that process passes it on."""
-    arguments = [*commands["sft"], "--nproc", "2", "--num_epochs", "12", "--early_stopping_patience", "50"]
-    environment = {**os.environ, "YEONMA_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    """The kernel sends SIGHUP, and all that the run prints afterwards fails."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    terminal, inside = os.openpty()
 
+    def in_terminal() -> None:
+        hear_signals()
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+
+    run = begun(commands["sft"], folder, in_terminal, stdout=inside)
+    os.close(inside)
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        text = b""
+        while b"step 3/" not in text:
+            text += screen.read(4096)
+    assert run.wait(timeout=60) == 129
+    assert sorted((folder / "out").glob("checkpoint-*"))
+    assert zygotes.run(commands["sft"], folder) == 0
+    assert "continuing after step" in (folder / "log.txt").read_text()
+    assert left_behind(folder / "out", checkpoints=False) == uninterrupted["sft"]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_run_under_nohup_outlives_its_terminal(
+    commands: dict[str, list[str]], tmp_path: Path, processes: int
+) -> None:
+    """SIGHUP to all processes of the run, as when the shell that started them ends."""
+    arguments = [*commands["sft"], "--nproc", str(processes)]
+    run = begun(arguments, tmp_path, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert run.stdout is not None
+    lines = []
+    for line in run.stdout:
+        lines.append(line.decode())
+        if line.startswith(b"step 3/"):
+            os.killpg(run.pid, signal.SIGHUP)
+    assert run.wait() == 0, "".join(lines)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def begun(
+    arguments: Sequence[str],
+    folder: Path,
+    before: Callable[[], object] = hear_signals,
+    stdout: int = subprocess.PIPE,
+) -> subprocess.Popen[bytes]:
+    """`yeonma` with these words in a session of its own, and with standard output and error in one."""
+    environment = {**os.environ, "YEONMA_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "yeonma", *arguments],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stdout if stdout != subprocess.PIPE else subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=before,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "to_all"), [("SIGTERM", False), ("SIGINT", True), ("SIGHUP", True)])
+def test_two_processes_stop_after_the_same_step(
+    zygotes: Zygote, commands: dict[str, list[str]], tmp_path: Path, name: str, to_all: bool
+) -> None:
+    """SIGTERM goes only to the process that was started, as from a job queue; that process passes it on. A terminal
+    sends its signals to all processes."""
+    arguments = [*commands["sft"], "--nproc", "2", "--num_epochs", "12", "--early_stopping_patience", "50"]
     folder = tmp_path / "stopped"
     folder.mkdir()
-    command = [sys.executable, "-m", "yeonma", *arguments]
-    stopped = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    stopped = begun(arguments, folder)
     assert stopped.stdout is not None
     lines = []
     for line in stopped.stdout:
-        lines.append(line)
-        if line.startswith("step 3/"):
-            stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait() == 143, "".join(lines)
-    assert sum("stopped by SIGTERM after step" in line for line in lines) == 1
+        lines.append(line.decode())
+        if line.startswith(b"step 3/"):
+            (os.killpg if to_all else os.kill)(stopped.pid, signal.Signals[name])
+    assert stopped.wait() == EXIT_STATUS[name], "".join(lines)
+    assert sum(f"stopped by {NAMES[name]} after step" in line for line in lines) == 1
     assert not any("Traceback" in line for line in lines)
     assert zygotes.run_together(arguments, tmp_path / "untouched") == 0
-    assert (tmp_path / "untouched" / "log.txt").read_text()
     assert zygotes.run_together(arguments, folder) == 0
     assert "continuing after step" in (folder / "log.txt").read_text()
     results = left_behind(folder / "out", checkpoints=False)

@@ -16,7 +16,7 @@ from yeonma.config.parse import to_yaml
 from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
 from yeonma.run_folder.lock import check_unlocked
-from yeonma.train.interrupt import REASONS, START_TIME, Stopped, stoppable
+from yeonma.train.interrupt import REASONS, START_TIME, Stopped, heeded_signals, stoppable
 from yeonma.train.preflight import preflight
 
 ENVIRONMENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
@@ -69,7 +69,8 @@ def _start_processes(processes: int, command: list[str]) -> int:
         with _inherited(
             OMP_NUM_THREADS=_cores_per_process(processes), **ENVIRONMENT, **{START_TIME: str(time.time())}
         ):
-            run(parse_args(["--standalone", f"--nproc_per_node={processes}", *command]))
+            options = [f"--nproc_per_node={processes}", f"--signals_to_handle={heeded_signals()}"]
+            run(parse_args(["--standalone", *options, *command]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode in (2, LOST):  # that process has printed the reason

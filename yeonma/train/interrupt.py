@@ -1,4 +1,5 @@
-"""Stops a run early with a checkpoint: on SIGTERM, on Ctrl-C, or when its time limit is reached.
+"""Stops a run early with a checkpoint: on SIGTERM, on Ctrl-C, when its terminal closes (SIGHUP), or when its time limit
+is reached.
 
 Before the first step and after the last there is nothing to save, and a signal raises `Stopped` at once. During the
 steps a signal is a request: every process adds its requests to the step's all-reduce, so that all stop after the same
@@ -11,18 +12,22 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from yeonma.errors import UserError
 
 TIME_OVER = 75
 """Exit status of a run that `time_limit` stopped: EX_TEMPFAIL of sysexits.h, "try again"."""
-REASONS = {143: "SIGTERM", 130: "Ctrl-C", TIME_OVER: "time_limit"}
+HUNG_UP = 129
+"""Exit status of a run whose terminal was closed: 128 + SIGHUP."""
+REASONS = {143: "SIGTERM", 130: "Ctrl-C", HUNG_UP: "SIGHUP", TIME_OVER: "time_limit"}
 """Reasons to stop, by their exit status. If there are several, the first one counts."""
 SPARE_SECONDS = 1.0
 """Safety margin of the time limit, on top of the slowest step and save so far."""
@@ -37,7 +42,9 @@ FIRST_SIGNAL = (
     "a second signal kills the run at once and leaves the last checkpoint intact"
 )
 
-_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": HUNG_UP}
+_SIGNALS = {getattr(signal, name): status for name, status in _STATUS.items() if hasattr(signal, name)}
+"""Signals that stop a run -> its exit status. Windows has no SIGHUP."""
 _RESTORED_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
 ]
@@ -45,7 +52,7 @@ _RESTORED_SIGNALS = [
 
 
 class Stopped(KeyboardInterrupt):
-    """A run stopped before it was finished. `status` is the exit status of the command: 143, 130 or 75 (see REASONS).
+    """A run stopped before it was finished. `status` is the exit status of the command, one of REASONS.
     `printed`: the message has already been printed."""
 
     def __init__(self, message: str, status: int, printed: bool = False) -> None:
@@ -155,19 +162,54 @@ class _SignalThread:
         if self.first_signal is None:
             if os.environ.get("RANK", "0") == "0":
                 name = REASONS[_SIGNALS[signal.Signals(number)]]
-                os.write(2, f"yeonma: {name}: {FIRST_SIGNAL}\n".encode())
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"yeonma: {name}: {FIRST_SIGNAL}\n".encode())
             self.first_signal = now
         elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self.first_signal > DUPLICATE_SECONDS:
             os._exit(_SIGNALS[signal.Signals(number)])
 
 
+@dataclass(frozen=True)
+class _Unheard:
+    """Standard output or error. What can no longer be written, because the terminal or the reader of a pipe is gone, is
+    passed over: the run goes on to its checkpoint."""
+
+    stream: Any
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _outlive(streams: Sequence[str]) -> None:
+    """Go on when nobody hears `stdout` or `stderr` any more."""
+    for name in streams:
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Unheard):
+            setattr(sys, name, _Unheard(stream))
+
+
+def _is_terminal(name: str) -> bool:
+    stream = getattr(sys, name)
+    return stream is not None and not stream.closed and bool(stream.isatty())
+
+
 @contextmanager
 def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
-    """Handles SIGTERM and SIGINT within the block, and restores the earlier handlers after it.
+    """Handles SIGTERM, SIGINT and SIGHUP within the block, and restores the earlier handlers after it.
 
-    `as_command`: a second signal ends the process. Otherwise, as in a notebook, a second signal raises
-    KeyboardInterrupt, and a SIGTERM is sent again to the earlier handler once the run has stopped. Outside the main
-    thread no handlers can be set, and only the time limit works. Ignored signals, as under nohup, stay ignored.
+    `as_command`: a second signal ends the process, and a terminal that is closed no longer stops the run by itself.
+    Otherwise, as in a notebook, a second signal raises KeyboardInterrupt, and a SIGTERM or SIGHUP is sent again to the
+    earlier handler once the run has stopped. Outside the main thread no handlers can be set, and only the time limit
+    works. Ignored signals, as SIGHUP under nohup, stay ignored.
     """
     elapsed = time.time() - float(os.environ.get(START_TIME, time.time()))
     limit = seconds_of(time_limit) if time_limit is not None else float("inf")
@@ -179,6 +221,8 @@ def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         signals.append(number)
+        if as_command and _SIGNALS[signal.Signals(number)] == HUNG_UP:
+            _outlive(("stdout", "stderr"))
         if len(signals) > 1 and not as_command:
             raise KeyboardInterrupt
         if len(signals) == 1:
@@ -189,6 +233,8 @@ def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
         if earlier_handlers[number] not in (signal.SIG_IGN, None):
             signal.signal(number, handle)
     signal_thread = _SignalThread() if as_command else None
+    if as_command:
+        _outlive([name for name in ("stdout", "stderr") if _is_terminal(name)])
     try:
         yield stop
     finally:
@@ -197,8 +243,15 @@ def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
                 signal.signal(number, handler)
         if signal_thread is not None:
             signal_thread.close()
-        if signals[:1] == [signal.SIGTERM] and not as_command:
-            signal.raise_signal(signal.SIGTERM)
+        if signals and signals[0] != signal.SIGINT and not as_command:
+            signal.raise_signal(signal.Signals(signals[0]))
+
+
+def heeded_signals() -> str:
+    """The signals that torchrun may handle in the process that starts the others, as its option `signals_to_handle`
+    lists them: all but those that are ignored, as SIGHUP is under nohup."""
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    return ",".join(name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
 
 
 _PARTS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")

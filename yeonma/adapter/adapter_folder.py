@@ -28,6 +28,7 @@ from yeonma.tokenization.chat_template_export import (
     base_chat_template,
 )
 from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 
 MANIFEST = "yeonma.json"
 TEMPLATE = "template.txt"
@@ -201,7 +202,7 @@ def _no_card(folder: str) -> None:
 def save_tokenizer(tokenizer: Any, exported: ExportedChatTemplate, folder: Path) -> None:
     """Writes the tokenizer, with the exported chat template if there is one. The base's own chat template is then a
     separate file, from which `load_tokenizer` reads it."""
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer_files(tokenizer, folder)
     base_template = base_chat_template(tokenizer)
     if exported.text is not None and exported.text != base_template:
         (folder / BASE_CHAT_TEMPLATE).write_bytes(base_template.encode())

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError
+from yeonma.model.config_keys import CONFIG, add_older_keys
 from yeonma.model.load import hide_loading_noise, load_config, outline
 from yeonma.model.source import BaseSource
 
@@ -199,6 +200,12 @@ class _ShardWriter:
         total = sum(size for _, size in self.written)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2)
         (self.folder / INDEX).write_text(text + "\n", "utf-8")
+
+
+def keep_config_keys(source: BaseSource, folder: Path) -> None:
+    """Adds to the config.json written what the base's file had and readers of the older form need."""
+    own = _file_of(source, CONFIG)
+    add_older_keys(folder, load_config(source), {} if own is None else json.loads(own.read_text("utf-8")))
 
 
 def write_generation_config(source: BaseSource, folder: Path, stop_ids: Sequence[int]) -> None:

@@ -35,6 +35,7 @@ from yeonma.export.merge_weights import (
     NeedsWholeModel,
     copy_code,
     dtype_of,
+    keep_config_keys,
     merge_by_shard,
     merge_in_memory,
     weight_files,
@@ -211,6 +212,7 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
         merge_in_memory(model, folder, plan.max_shard_bytes)
         del base, model
         gc.collect()
+    keep_config_keys(source, folder)
     write_generation_config(source, folder, stop_ids)
     copy_code(source, folder)
     _write_other_files(plan.prompt_builder, folder)

@@ -16,7 +16,13 @@ import torch
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -30,6 +36,7 @@ from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
+from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
 
 
 def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
@@ -41,6 +48,7 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        tokenizer = _as_published(tokenizer, source)
         if not keep_exported and base_chat_template(tokenizer).startswith(MARK):
             _restore_chat_template(tokenizer, source)
         ordinary_tokens = len(tokenizer) - len(set(tokenizer.all_special_ids))
@@ -52,6 +60,16 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
+
+
+def _as_published(tokenizer: Any, source: BaseSource) -> Any:
+    """The tokenizer of tokenizer.json, should transformers' class for it split text in a way of its own."""
+    path = cached_file(
+        source.name, TOKENIZER, revision=source.revision, _raise_exceptions_for_missing_entries=False
+    )
+    if path is None or not splits_otherwise(tokenizer, Path(path)):
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(source.name, revision=source.revision or "main")
 
 
 def generation_eos(source: BaseSource) -> tuple[int, ...]:

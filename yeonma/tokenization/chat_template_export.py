@@ -129,7 +129,9 @@ def chat_template_for(template: Template, tokenizer: Any, rules: TokenRules = DE
     branches = [
         "{%- "
         + ("if " if number == 0 else "elif ")
-        + " and ".join(f"(fields[{_quoted(name)}] or '')|trim" for name in variant.prompt_fields or ())
+        + " and ".join(
+            f"without_blanks(fields[{_quoted(name)}] or '')" for name in variant.prompt_fields or ()
+        )
         + " -%}\n"
         + (_turns(variant) if variant.answer_role else _plain(variant, tokenizer))
         for number, variant in enumerate(template.variants)
@@ -172,7 +174,13 @@ def _defaults(rules: TokenRules) -> str:
 
 
 def _jinja(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else json.dumps(value, ensure_ascii=False)
+    return (
+        str(value).lower()
+        if isinstance(value, bool)
+        else _quoted(value)
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _system_turn(template: Template) -> str:
@@ -226,7 +234,10 @@ def _with_fixed_date(base: str, text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """A text as a literal of Jinja; llama.cpp knows none of JSON's escapes by number."""
+    for character, escaped in {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}.items():
+        text = text.replace(character, escaped)
+    return f'"{text}"'
 
 
 def _needs(fields: Sequence[str]) -> str:
@@ -276,7 +287,7 @@ def _write(encoder: TextEncoder) -> str:
     before_space, lead = (_lead(encoder, [start + text for text in _LEAD_PROBES]) for start in (" ", ""))
     if before_space == lead:
         return "{{- " + _quoted(lead) + " ~ own.text -}}\n"
-    condition = _quoted(before_space) + " if own.text[:1] == ' ' else " + _quoted(lead)
+    condition = _quoted(before_space) + " if own.text.startswith(' ') else " + _quoted(lead)
     return "{{- (" + condition + ") ~ own.text -}}\n"
 
 
@@ -307,22 +318,57 @@ def _lead_of_turns(tokenizer: Any, encoder: TextEncoder) -> str:
 def _read_message(fields: Sequence[str], template: Template) -> str:
     """Jinja that sets `fields`, the texts by name, and `answer`, the assistant's text or none."""
     needs = _quoted(f"this model takes {_needs(fields)}")
-    head = _MESSAGE.replace("@NEEDS@", needs)
+    head = _WITHOUT_BLANKS + _MESSAGE.replace("@NEEDS@", needs)
     if len(fields) == 1:
         return head + f"{{%- set fields = {{{_quoted(fields[0])}: said.content}} -%}}\n"
-    empty = "{" + ", ".join(f"{_quoted(name)}: none" for name in fields) + "}"
     single = next((v.prompt_fields[0] for v in template.variants if len(v.prompt_fields) == 1), None)
     plain = (
-        "{%- set json.fields = dict(json.fields, **{" + _quoted(single) + ": said.content}) -%}"
+        f"{{%- set given.f{fields.index(single)} = said.content -%}}"
         if single
-        else "{{- raise_exception(" + needs + ") -}}"
+        else _AT_START
+        + "".join(f"{{%- set given.f{number} = said.content -%}}" for number in range(len(fields)))
+        + "{%- else -%}{{- raise_exception(@NEEDS@) -}}{%- endif -%}"
     )
-    return head + _JSON.replace("@EMPTY@", empty).replace("@PLAIN@", plain).replace("@NEEDS@", needs)
+    keep = "".join(
+        f"{{%- {'elif' if number else 'if'} json.name == {_quoted(name)} -%}}"
+        f"{{%- set given.f{number} = json.text -%}}\n"
+        for number, name in enumerate(fields)
+    )
+    text = _CHARACTER + _JSON
+    for word, jinja in {
+        "@EMPTY@": ", ".join(f"f{number}=none" for number in range(len(fields))),
+        "@PLAIN@": plain,
+        "@KEEP@": keep + "{%- endif -%}",
+        "@FIELDS@": ", ".join(f"{_quoted(name)}: given.f{number}" for number, name in enumerate(fields)),
+        "@NEEDS@": needs,
+    }.items():
+        text = text.replace(word, jinja)
+    return head + text
 
+
+# What follows is in the Jinja that transformers, llama.cpp and minja share. llama.cpp and minja count a text's bytes,
+# and have no `**`, no `%c`, no loop over a text and no text[n]; their `trim` knows ASCII alone.
+
+BLANKS = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680"
+    + "".join(map(chr, range(0x2000, 0x200B)))
+    + "\u2028\u2029\u202f\u205f\u3000"
+)
+"""The characters that Python's str.isspace takes for blank."""
+
+_WITHOUT_BLANKS = f"""\
+{{%- macro without_blanks(text) -%}}
+{{%- set left = namespace(text=text) -%}}
+{{%- for blank in [{", ".join(map(_quoted, BLANKS))}] -%}}
+{{%- set left.text = left.text.replace(blank, '') -%}}
+{{%- endfor -%}}
+{{{{- left.text -}}}}
+{{%- endmacro -%}}
+"""
 
 _MESSAGE = """\
 {%- set said = namespace(content='', answer=none) -%}
-{%- if messages|length not in (1, 2) or messages[0]['role'] != 'user'
+{%- if (messages|length != 1 and messages|length != 2) or messages[0]['role'] != 'user'
        or (messages|length == 2 and messages[1]['role'] != 'assistant') -%}
 {{- raise_exception(@NEEDS@) -}}
 {%- endif -%}
@@ -338,68 +384,88 @@ _MESSAGE = """\
 {%- set answer = said.answer -%}
 """
 
-# Reads {"name": "text", ...} character by character. `at`: what is expected next. Text between two escapes is copied in
-# one piece.
+# llama.cpp's server renders this one message when it starts, and stops if that fails. It alone counts bytes.
+_AT_START = "{%- if said.content == 'test' and '가'|length > 1 -%}"
+
+# A character by its number. Where a text is bytes, they are cut out of other characters: `others` has the last bytes
+# 128 to 191, and first_of_N the first bytes of characters of N bytes.
+_CHARACTER = f"""\
+{{%- set ascii = {_quoted("?" + "".join(map(chr, range(1, 128))))} -%}}
+{{%- set first_of_2 = {_quoted("".join(chr(0xBF + 0x40 * number) for number in range(30)))} -%}}
+{{%- set first_of_3 = {_quoted("".join(map(chr, (0x915, *range(0x1100, 0xF101, 0x1000)))))} -%}}
+{{%- set first_of_4 = {_quoted("".join(map(chr, (0x1F600, *range(0x40000, 0x110000, 0x40000)))))} -%}}
+{{%- set others = {_quoted("".join(chr(0xAC00 + number) for number in range(64)))} -%}}
+{{%- macro other(number) -%}}{{{{- others[3 * number + 2:3 * number + 3] -}}}}{{%- endmacro -%}}
+{{%- macro character(code) -%}}
+{{%- set c = (code / 64)|int -%}}
+{{%- set b = (code / 4096)|int -%}}
+{{%- set a = (code / 262144)|int -%}}
+{{%- if code < 128 -%}}{{{{- ascii[code:code + 1] -}}}}
+{{%- elif others|length == 64 -%}}{{{{- '%c'|format(code) -}}}}
+{{%- elif code < 2048 -%}}{{{{- first_of_2[2 * c - 4:2 * c - 3] ~ other(code % 64) -}}}}
+{{%- elif code < 65536 -%}}{{{{- first_of_3[3 * b:3 * b + 1] ~ other(c % 64) ~ other(code % 64) -}}}}
+{{%- else -%}}{{{{- first_of_4[4 * a:4 * a + 1] ~ other(b % 64) ~ other(c % 64) ~ other(code % 64) -}}}}
+{{%- endif -%}}
+{{%- endmacro -%}}
+"""
+
+# Reads {"name": "text", ...}. With escaped backslashes and quotes out of the way, every quote is a border: what stands
+# between two of them is by turns a gap and a text. `at`: what is expected next.
 _JSON = """\
-{%- set json = namespace(fields=@EMPTY@, at='open', name='', text='', start=0, escape='', hex='', high=0, ok=true) -%}
-{%- if said.content|trim and (said.content|trim)[0] != '{' -%}
+{%- set given = namespace(@EMPTY@) -%}
+{%- set bare = without_blanks(said.content) -%}
+{%- if bare and not bare.startswith('{') -%}
 @PLAIN@
 {%- else -%}
-{%- set shorts = {'n': '\\n', 't': '\\t', 'r': '\\r', 'b': '\\b', 'f': '\\f', '"': '"', '/': '/', '\\\\': '\\\\'} -%}
-{%- for c in said.content -%}
-{%- if json.at in ('in name', 'in text') -%}
-{%- if json.escape == 'u' -%}
-{%- set json.hex = json.hex ~ c -%}
-{%- if c not in '0123456789abcdefABCDEF' -%}{%- set json.ok = false -%}{%- endif -%}
-{%- if json.hex|length == 4 -%}
-{%- set code = json.hex|int(0, 16) -%}
-{%- set json.escape = '' -%}{%- set json.start = loop.index -%}
+{%- set json = namespace(at='open', inside=false, name='', text='', high=0, ok=true) -%}
+{%- set hex = '0123456789abcdefABCDEF' -%}
+{%- for part in said.content.replace('\\\\\\\\', '\\\\u005c').replace('\\\\"', '\\\\u0022').split('"') -%}
+{%- if json.inside -%}
+{%- set json.text = '' -%}
+{%- for piece in part.replace('\\\\/', '/').replace('\\\\n', '\\n').replace('\\\\t', '\\t').replace('\\\\r', '\\r')
+        .replace('\\\\b', '\\b').replace('\\\\f', '\\f').split('\\\\u') -%}
+{%- if '\\\\' in piece -%}{%- set json.ok = false -%}{%- endif -%}
+{%- if loop.first -%}{%- set json.text = piece -%}
+{%- elif piece|length > 3 and piece[0:1] in hex and piece[1:2] in hex and piece[2:3] in hex and piece[3:4] in hex -%}
+{%- set code = piece[0:4]|int(0, 16) -%}
+{%- set rest = piece[4:piece|length] -%}
 {%- if json.high -%}
 {%- if code < 56320 or code > 57343 -%}{%- set json.ok = false -%}
 {%- else -%}
-{%- set json.text = json.text ~ '%c'|format(65536 + (json.high - 55296) * 1024 + code - 56320) -%}
+{%- set json.text = json.text ~ character(65536 + (json.high - 55296) * 1024 + code - 56320) ~ rest -%}
 {%- endif -%}
 {%- set json.high = 0 -%}
-{%- elif code >= 55296 and code <= 56319 -%}{%- set json.high = code -%}
+{%- elif code >= 55296 and code < 56320 -%}
+{%- set json.high = code -%}
+{%- if rest -%}{%- set json.ok = false -%}{%- endif -%}
 {%- elif code == 0 or (code >= 56320 and code <= 57343) -%}{%- set json.ok = false -%}
-{%- else -%}{%- set json.text = json.text ~ '%c'|format(code) -%}
+{%- else -%}{%- set json.text = json.text ~ character(code) ~ rest -%}
 {%- endif -%}
-{%- endif -%}
-{%- elif json.escape -%}
-{%- if c == 'u' -%}{%- set json.escape = 'u' -%}{%- set json.hex = '' -%}
-{%- elif c in shorts and not json.high -%}
-{%- set json.text = json.text ~ shorts[c] -%}{%- set json.escape = '' -%}{%- set json.start = loop.index -%}
-{%- else -%}{%- set json.ok = false -%}{%- set json.escape = '' -%}
-{%- endif -%}
-{%- elif c == '\\\\' -%}
-{%- if json.high and loop.index0 != json.start -%}{%- set json.ok = false -%}{%- endif -%}
-{%- set json.text = json.text ~ said.content[json.start:loop.index0] -%}{%- set json.escape = 'any' -%}
-{%- elif json.high -%}{%- set json.ok = false -%}
-{%- elif c == '"' -%}
-{%- set json.text = json.text ~ said.content[json.start:loop.index0] -%}
-{%- if json.at == 'in name' -%}{%- set json.name = json.text -%}{%- set json.at = 'colon' -%}
-{%- else -%}{%- set json.fields = dict(json.fields, **{json.name: json.text}) -%}{%- set json.at = 'comma' -%}
-{%- endif -%}
-{%- endif -%}
-{%- elif json.at == 'null' -%}
-{%- set json.text = json.text ~ c -%}
-{%- if json.text == 'null' -%}
-{%- set json.fields = dict(json.fields, **{json.name: none}) -%}{%- set json.at = 'comma' -%}
-{%- elif json.text not in ('nu', 'nul') -%}{%- set json.ok = false -%}
-{%- endif -%}
-{%- elif c in ' \\t\\r\\n' -%}
-{%- elif json.at == 'open' and c == '{' -%}{%- set json.at = 'first' -%}
-{%- elif json.at in ('first', 'name', 'value') and c == '"' -%}
-{%- set json.at = 'in text' if json.at == 'value' else 'in name' -%}
-{%- set json.text = '' -%}{%- set json.start = loop.index -%}
-{%- elif json.at == 'value' and c == 'n' -%}{%- set json.text = 'n' -%}{%- set json.at = 'null' -%}
-{%- elif json.at == 'colon' and c == ':' -%}{%- set json.at = 'value' -%}
-{%- elif json.at == 'comma' and c == ',' -%}{%- set json.at = 'name' -%}
-{%- elif json.at in ('first', 'comma') and c == '}' -%}{%- set json.at = 'end' -%}
 {%- else -%}{%- set json.ok = false -%}
 {%- endif -%}
 {%- endfor -%}
+{%- if json.high -%}{%- set json.ok = false -%}{%- endif -%}
+{%- if json.at == 'name' -%}{%- set json.name = json.text -%}{%- set json.at = 'colon' -%}
+{%- elif json.at == 'text' -%}{%- set json.at = 'comma' -%}
+@KEEP@
+{%- else -%}{%- set json.ok = false -%}
+{%- endif -%}
+{%- else -%}
+{%- set gap = part.replace(' ', '').replace('\\t', '').replace('\\n', '').replace('\\r', '') -%}
+{%- if json.at == 'open' and gap == '{' -%}{%- set json.at = 'name' -%}
+{%- elif json.at == 'open' and gap == '{}' -%}{%- set json.at = 'end' -%}
+{%- elif json.at == 'colon' and gap == ':' -%}{%- set json.at = 'text' -%}
+{%- elif json.at == 'colon' and (gap == ':null,' or gap == ':null}') and 'null' in part -%}
+{%- set json.text = none -%}{%- set json.at = 'name' if gap == ':null,' else 'end' -%}
+@KEEP@
+{%- elif json.at == 'comma' and gap == ',' -%}{%- set json.at = 'name' -%}
+{%- elif json.at == 'comma' and gap == '}' -%}{%- set json.at = 'end' -%}
+{%- else -%}{%- set json.ok = false -%}
+{%- endif -%}
+{%- endif -%}
+{%- set json.inside = not json.inside -%}
+{%- endfor -%}
 {%- if json.at != 'end' or not json.ok -%}{{- raise_exception(@NEEDS@) -}}{%- endif -%}
 {%- endif -%}
-{%- set fields = json.fields -%}
+{%- set fields = {@FIELDS@} -%}
 """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from tests.runs import model_folder
+from tests.tokenizers import byte_level
 from yeonma.errors import UserError
-from yeonma.model.smollm2 import _unpack, fetch
+from yeonma.model.smollm2 import FORMAT, _unpack, fetch
 
 
 @pytest.fixture
@@ -19,11 +23,35 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cached_model_is_used_without_a_download(cache: Path) -> None:
-    cached = cache / "models" / "SmolLM2-135M-Instruct"
+    cached = cache / "models" / f"SmolLM2-135M-Instruct-{FORMAT}"
     cached.mkdir(parents=True)
     lines: list[str] = []
     assert fetch(lines.append) == str(cached)
     assert lines == [f"SmolLM2-135M-Instruct was fetched before: {cached}"]
+
+
+def test_model_of_the_first_format_gets_a_tokenizer_that_splits_digits(cache: Path) -> None:
+    older = model_folder(cache / "models" / "SmolLM2-135M-Instruct")
+    byte_level().save_pretrained(older)
+    lines: list[str] = []
+    renewed = Path(fetch(lines.append))
+    assert renewed == cache / "models" / f"SmolLM2-135M-Instruct-{FORMAT}"
+    assert "renewing the tokenizer" in lines[0]
+    splits = [
+        [
+            piece
+            for piece, _ in AutoTokenizer.from_pretrained(
+                folder
+            ).backend_tokenizer.pre_tokenizer.pre_tokenize_str(" 1½2²")
+        ]
+        for folder in (renewed, older)
+    ]
+    assert splits[0] == ["Ġ", "1", "Â½", "2", "Â²"]  # the pieces of the published tokenizer and of llama.cpp
+    assert splits[1] != splits[0]
+    assert (renewed / "model.safetensors").samefile(older / "model.safetensors")
+    config = json.loads((renewed / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert [path.name for path in sorted((cache / "models").iterdir())] == [older.name, renewed.name]
 
 
 def test_error_without_hub_and_index_suggests_a_local_folder(

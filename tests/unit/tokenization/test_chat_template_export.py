@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import Environment, nodes
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,7 +22,11 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Template, load_template
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
-from yeonma.tokenization.chat_template_export import conversation_of, export_chat_template
+from yeonma.tokenization.chat_template_export import (
+    chat_template_for,
+    conversation_of,
+    export_chat_template,
+)
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.example_encoder import encode_prompts
 
@@ -109,6 +116,59 @@ def test_messages_become_the_trained_tokens(kind: str, name: str, tmp_path: Path
             middle = len(text) // 2
             parts = [{"type": "text", "text": text[:middle]}, {"type": "text", "text": text[middle:]}]
             assert chat_ids(exported, [{"role": "user", "content": parts}]) == ids, row
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_keeps_to_the_jinja_of_other_engines(name: str) -> None:
+    """llama.cpp's engine and minja have no `**`, loop over a text, index into one, `|list` or `%c`."""
+    template, tokenizer = Template.parse(TEMPLATES[name]), byte_level("{{ messages[0]['content'] }}")
+    text = chat_template_for(template, tokenizer)
+    assert text is not None
+    tree = Environment().parse(text)
+    assert not list(tree.find_all((nodes.Pow, nodes.FloorDiv)))
+    called = {node.name for node in tree.find_all(nodes.Filter)}
+    assert called <= {"length", "int", "format"}
+    # one place for engines that count characters alone
+    assert text.count("format(") == text.count("{%- elif others|length == 64 -%}{{- '%c'|format(code) -}}")
+    looped = {compiled(loop.iter) for loop in tree.find_all(nodes.For)}
+    assert looped <= {"messages", "message['content']", "[...]", "split()"}
+    indexed = [node for node in tree.find_all(nodes.Getitem) if not isinstance(node.arg, nodes.Slice)]
+    assert {compiled(node.node) for node in indexed} <= {
+        "messages",
+        "messages[0]",
+        "messages[1]",
+        "message",
+        "part",
+        "fields",
+    }
+    for literal in re.findall(r'"(?:[^"\\]|\\.)*"', text):
+        assert set(re.findall(r"\\(.)", literal)) <= set('ntrbf"\\u')
+
+
+def compiled(node: Any) -> str:
+    """An expression in short."""
+    if isinstance(node, nodes.Name):
+        return str(node.name)
+    if isinstance(node, nodes.Getitem):
+        return f"{compiled(node.node)}[{node.arg.value!r}]"
+    if isinstance(node, nodes.List):
+        return "[...]"
+    return f"{node.node.attr}()" if isinstance(node, nodes.Call) else type(node).__name__
+
+
+@pytest.mark.parametrize("ensure_ascii", [False, True])
+def test_every_character_survives_the_json_of_several_fields(ensure_ascii: bool) -> None:
+    template, tokenizer = Template.parse(TEMPLATES["twice"]), byte_level()
+    text = chat_template_for(template, tokenizer)
+    draw = random.Random(0)
+    for _ in range(20):
+        codes = [
+            draw.choice((draw.randrange(1, 0xD800), draw.randrange(0xE000, 0x110000))) for _ in range(40)
+        ]
+        fields = {"a": "".join(map(chr, codes)) + '"\\/ \\n\n\\u0041', "b": "\\" * draw.randrange(1, 4)}
+        message = {"role": "user", "content": json.dumps(fields, ensure_ascii=ensure_ascii)}
+        prompt = tokenizer.apply_chat_template([message], chat_template=text, tokenize=False)
+        assert prompt.startswith(fields["a"] + " and " + fields["b"] + ", " + fields["a"])
 
 
 def test_load_tokenizer_restores_the_bases_chat_template(tmp_path: Path) -> None:

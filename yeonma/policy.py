@@ -38,11 +38,13 @@ from yeonma.generation.sampling import SamplingParams
 from yeonma.model import load
 from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.forest_support import attention, check_forest_support
+from yeonma.model.gradient_check import check_input_gradients
 from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
 from yeonma.model.memory_trace import Blueprint
-from yeonma.model.quantized import quantise_on_meta, quantised_layers
+from yeonma.model.published import published_in
+from yeonma.model.quantized import pack_on_meta, quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.tokenization.reasoning import AnswerParts
@@ -260,11 +262,13 @@ def build_policy(
     `dropout`: its LoRA dropout, by default the one in its config. `checkpointing`, `torch_compile` and `shard` are as
     in the settings; `log` gets warnings about kernels.
 
-    Raises UserError if the base cannot be loaded, if an adapter belongs to another base, if target modules do not
-    exist, and if kernels cannot be compiled.
+    Raises UserError if the base cannot be loaded, if a trainable base gives no gradients or wrong ones, if an adapter
+    belongs to another base, if target modules do not exist, and if kernels cannot be compiled.
     """
     kernels = pick_kernels(torch_compile, device, dtype, log)
     base = load.load_base(source, None if shard else device, dtype, quantization)
+    if trainable:
+        check_input_gradients(base, source.name)
     return _assemble(
         base,
         source,
@@ -393,13 +397,18 @@ def blueprint(
     """
     load.hide_loading_noise()
     config = deepcopy(config)  # building a model writes its dtype and attention into the config
+    published = published_in(config.to_dict(), "base_model")
+    load.remove_quantization(config)
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         base.requires_grad_(False)
+        base.published = published
         frozen = sum(parameter.numel() for parameter in base.parameters())
         dense = sum(layer.weight.numel() for layer in quantised_layers(base, "int8"))
-        if quantization != "none":
+        if published is not None and published.stays_packed:
+            pack_on_meta(base, published)
+        elif quantization != "none":
             quantise_on_meta(base, quantization, by_device)
         if isinstance(lora, load.LoraShape):
             load.add_lora(base, lora, seed=0)

@@ -18,6 +18,7 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.quantized import numbers_of
 from yeonma.model.source import BaseSource
 from yeonma.tokenization.cache import tokenizer_identity
@@ -36,6 +37,8 @@ WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
 """Key of yeonma.json that is true for a merged model."""
+PUBLISHED = "published_weights"
+"""Key of yeonma.json that says how the base's own files are quantised, if they are."""
 FORMAT = 1
 _NEWER_RULES = {
     "thinking": "auto",
@@ -122,13 +125,20 @@ def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
         parameters=sum(numbers_of(parameter) for parameter in model.parameters()),
-        config_sha256=config_hash(model.config),
+        config_sha256=config_hash(model.config, getattr(model, "published", None)),
     )
 
 
-def config_hash(config: Any) -> str:
-    """SHA-256 of a model's config without paths and versions."""
+def config_hash(config: Any, published: Published | None = None) -> str:
+    """SHA-256 of a model's config without paths and versions. `published`: how the base's files are quantised, if the
+    config of the model in memory no longer says so."""
     content = config.to_diff_dict()
+    quantised = quantization_of(content) if published is None else published.config
+    for part in (content, content.get("text_config")):
+        for key in QUANTIZATION_KEYS if isinstance(part, dict) and quantised else ():
+            part.pop(key, None)
+    if quantised:
+        content["quantization_config"] = dict(quantised)
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
     text = json.dumps(
         {key: content[key] for key in sorted(content) if key not in volatile}, sort_keys=True, default=str
@@ -146,8 +156,9 @@ def describe(
     trust_remote_code: bool,
     trained_on: Mapping[str, Any],
     quantization: Quantization = "none",
+    published: Published | None = None,
 ) -> dict[str, Any]:
-    """The contents of yeonma.json."""
+    """The contents of yeonma.json. `published`: how the base's own files are quantised."""
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
     return {
         "format": FORMAT,
@@ -155,6 +166,7 @@ def describe(
         "tokenizer": identity_of_tokenizer(tokenizer),
         "trust_remote_code": trust_remote_code,
         "quantization": quantization,
+        **({} if published is None else {PUBLISHED: published.record()}),
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),

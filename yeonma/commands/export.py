@@ -7,11 +7,11 @@ from pathlib import Path
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.export.gguf_converter import convert, install_converter
-from yeonma.export.merge_weights import weight_files
 from yeonma.export.merged_model import check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.load import load_config
+from yeonma.model.weight_files import weight_files
 from yeonma.tokenization.text_encoder import TextEncoder
 
 

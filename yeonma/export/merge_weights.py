@@ -4,63 +4,43 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
-from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError
 from yeonma.model.config_keys import CONFIG, add_older_keys
-from yeonma.model.load import hide_loading_noise, load_config, outline
+from yeonma.model.load import (
+    hide_loading_noise,
+    load_config,
+    outline,
+    remove_quantization,
+    transposed_weights,
+)
+from yeonma.model.published import Published
 from yeonma.model.source import BaseSource
+from yeonma.model.weight_files import INDEX, WEIGHTS, file_of, stored_tensors
+from yeonma.model.whole_weights import whole_tensors
 
-WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+GENERATION = "generation_config.json"
+FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class NeedsWholeModel(Exception):
     """The base's files name or arrange weights differently from the model, as the message says."""
 
 
-def weight_files(source: BaseSource) -> list[Path]:
-    """The base's safetensors files, downloaded if they are on the hub. Raises UserError if there are none."""
-    if (whole := _file_of(source, WEIGHTS)) is not None:
-        return [whole]
-    index = _file_of(source, INDEX)
-    if index is None:
-        raise UserError("no safetensors weights", place=source.name, cure="give a base model that has them")
-    names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    paths = [_file_of(source, name) for name in names]
-    if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
-        raise UserError(
-            f"missing shards: {', '.join(missing)}", place=source.name, cure="download them again"
-        )
-    return [path for path in paths if path is not None]
-
-
-def _file_of(source: BaseSource, name: str) -> Path | None:
-    try:
-        path = cached_file(
-            source.name, name, revision=source.revision, _raise_exceptions_for_missing_entries=False
-        )
-    except OSError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot download {name} ({first})", place=source.name, cure="check your network"
-        ) from error
-    return None if path is None else Path(path)
-
-
 def dtype_of(config: Any, files: Sequence[Path]) -> torch.dtype:
     """The base's number format: from its config, else that of its first weights."""
     if isinstance(dtype := config.get_text_config().dtype, torch.dtype):
         return dtype
-    return next(tensor.dtype for _, tensor in _tensors(files) if tensor.is_floating_point())
+    stored = (tensor.dtype for tensor in stored_tensors(files).values())
+    return next((FORMATS[name] for name in stored if name in FORMATS), torch.bfloat16)
 
 
 def merge_in_memory(peft_model: Any, folder: Path, max_shard_bytes: int) -> None:
@@ -91,10 +71,18 @@ def _untie(peft_model: Any) -> None:
 
 
 def merge_by_shard(
-    source: BaseSource, files: Sequence[Path], adapter: str, folder: Path, max_shard_bytes: int
+    source: BaseSource,
+    files: Sequence[Path],
+    adapter: str,
+    folder: Path,
+    max_shard_bytes: int,
+    published: Published | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Merges without the whole base in memory: reads its files tensor by tensor, and merges each layer with PEFT when
     its weight comes. Memory holds no more than one shard of `max_shard_bytes`.
+
+    `published`: how the files are quantised. What is dequantised is merged in float32 and rounded to `dtype` once.
 
     Raises NeedsWholeModel, possibly with some shards written, and UserError if a merged weight is not finite.
     """
@@ -111,15 +99,18 @@ def merge_by_shard(
     }
     writer = _ShardWriter(folder, max_shard_bytes)
     merged = set()
-    for name, tensor in _tensors(files):
+    stored = stored_tensors(files)
+    for name, lazy in whole_tensors(files, published, transposed_weights(model)).items():
+        tensor, is_whole = lazy[...], published is None or (name in stored and stored[name].dtype in FORMATS)
         layer = layers.get(name)
         if layer is not None:
             tensor = _merged(layer, tensor, name, source)
             merged.add(name)
-        writer.add(name, tensor)
+        writer.add(name, tensor if is_whole else tensor.to(dtype))
     if missing := sorted(layers.keys() - merged):
         raise NeedsWholeModel(f"its files have no {missing[0]}")
     writer.finish()
+    remove_quantization(config)
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(str(folder))
 
@@ -150,14 +141,6 @@ def _merged(layer: Any, tensor: torch.Tensor, name: str, source: BaseSource) -> 
     if not result.isfinite().all():
         raise UserError(f"NaN or infinity in {name} after merging the adapter", place=source.name)
     return result
-
-
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the files, read lazily."""
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
 
 
 class _ShardWriter:
@@ -204,13 +187,13 @@ class _ShardWriter:
 
 def keep_config_keys(source: BaseSource, folder: Path) -> None:
     """Adds to the config.json written what the base's file had and readers of the older form need."""
-    own = _file_of(source, CONFIG)
+    own = file_of(source, CONFIG)
     add_older_keys(folder, load_config(source), {} if own is None else json.loads(own.read_text("utf-8")))
 
 
 def write_generation_config(source: BaseSource, folder: Path, stop_ids: Sequence[int]) -> None:
     """Writes the base's generation config, if it has one, with the stop tokens of training added to its EOS tokens."""
-    path, own = folder / GENERATION, _file_of(source, GENERATION)
+    path, own = folder / GENERATION, file_of(source, GENERATION)
     content = {} if own is None else json.loads(own.read_text("utf-8"))
     ends = content.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

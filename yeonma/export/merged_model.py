@@ -20,6 +20,7 @@ import torch
 from yeonma.adapter.adapter_folder import (
     MANIFEST,
     MERGED,
+    PUBLISHED,
     TEMPLATE,
     AdapterFolder,
     base_identity,
@@ -38,7 +39,6 @@ from yeonma.export.merge_weights import (
     keep_config_keys,
     merge_by_shard,
     merge_in_memory,
-    weight_files,
     write_generation_config,
 )
 from yeonma.files import files_in, move_into_place, staging_folder, user_path
@@ -52,8 +52,12 @@ from yeonma.model.load import (
     outline,
     pick_device,
     pick_dtype,
+    published_weights,
+    remove_quantization,
 )
+from yeonma.model.published import Published, quantization_of
 from yeonma.model.source import BaseSource, find_base
+from yeonma.model.weight_files import weight_files
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.train.memory_budget import free_memory
@@ -84,6 +88,10 @@ class MergePlan:
     weights_dtype: torch.dtype
     compute_dtype: torch.dtype
     """In which both models answer the prompts."""
+    size_bytes: int
+    """Of the merged weights."""
+    published: Published | None
+    """How the base's files are quantised."""
 
 
 def check_output(path: str) -> Path:
@@ -105,15 +113,16 @@ def prepare_merge(settings: MergeSettings) -> MergePlan:
         cure = "give the adapter's folder"
         raise UserError("it is merged already", place=settings.adapter_dir, cure=cure)
     config = load_config(source)
-    if getattr(config, "quantization_config", None) is not None:
-        cure = "give the unquantised model with --base_model"
-        raise UserError("the base's weights are quantised", place=source.name, cure=cure)
+    published = published_weights(config, source)
     model = outline(config, source)
     if model is not None:
         check_unquantised(prompt_builder.adapter, model, source)
     samples = read_samples(prompt_builder.adapter.path)
     files = weight_files(source)
     device, base_dtype = pick_device(settings.device), dtype_of(config, files)
+    size = sum(path.stat().st_size for path in files)
+    if published is not None:  # the files are smaller than what they stand for
+        size = prompt_builder.adapter.base.parameters * base_dtype.itemsize
     return MergePlan(
         prompt_builder=prompt_builder,
         files=files,
@@ -122,18 +131,20 @@ def prepare_merge(settings: MergeSettings) -> MergePlan:
         max_shard_bytes=settings.max_shard_bytes,
         device=device,
         weights_dtype=base_dtype,
-        compute_dtype=pick_compute_dtype(settings.dtype, base_dtype, files, device),
+        compute_dtype=pick_compute_dtype(settings.dtype, base_dtype, size, device),
+        size_bytes=size,
+        published=published,
     )
 
 
 def pick_compute_dtype(
-    dtype: str, base_dtype: torch.dtype, files: Sequence[Path], device: torch.device
+    dtype: str, base_dtype: torch.dtype, size_bytes: int, device: torch.device
 ) -> torch.dtype:
     """Resolves `auto`: float32, whose arithmetic adds no noise, if it fits into the device's memory; else the base's
-    format, in which the CPU can map the weights from their files."""
+    format, in which the CPU can map the weights from their files. `size_bytes`: of the weights in that format."""
     if dtype != "auto":
         return pick_dtype(dtype, device)
-    needed = sum(path.stat().st_size for path in files) * torch.float32.itemsize // base_dtype.itemsize
+    needed = size_bytes * torch.float32.itemsize // base_dtype.itemsize
     free = free_memory(device)
     return torch.float32 if free is None or needed <= MEMORY_SHARE * free else base_dtype
 
@@ -154,12 +165,10 @@ def _unquantised_hash(adapter: AdapterFolder) -> str | None:
         config = load_config(find_base(adapter.base.name, adapter.base.revision, adapter.trust_remote_code))
     except UserError:
         return None
-    if (
-        getattr(config, "quantization_config", None) is None
-        or config_hash(config) != adapter.base.config_sha256
-    ):
+    is_quantised = quantization_of(config.to_dict()) is not None
+    if not is_quantised or config_hash(config) != adapter.base.config_sha256:
         return None
-    del config.quantization_config
+    remove_quantization(config)
     return config_hash(config)
 
 
@@ -175,7 +184,7 @@ def merge(plan: MergePlan, output: Path, log: Log) -> Agreement:
 
     Raises UserError if the disk or the memory is full or the disk fails. Nothing incomplete stays in any case.
     """
-    needed = sum(path.stat().st_size for path in plan.files) + ALLOWANCE_BYTES
+    needed = plan.size_bytes + ALLOWANCE_BYTES
     with staging_folder(output, "the merged model", needed, needed_bytes=needed) as folder:
         unmerged, base_logits = _answers_unmerged(plan)
         _write_model(plan, folder, log)
@@ -202,12 +211,20 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
     adapter = str(plan.prompt_builder.adapter.path)
     gc.collect()  # the unmerged model
     try:
-        merge_by_shard(source, plan.files, adapter, folder, plan.max_shard_bytes)
+        merge_by_shard(
+            source,
+            plan.files,
+            adapter,
+            folder,
+            plan.max_shard_bytes,
+            plan.published,
+            plan.weights_dtype,
+        )
     except NeedsWholeModel as reason:
         log(f"loading the whole base into memory: {reason}")
         for path in files_in(folder):
             path.unlink()
-        base = load_base(source, torch.device("cpu"), plan.weights_dtype)
+        base = load_base(source, torch.device("cpu"), plan.weights_dtype, whole=True)
         model = load_adapter(base, adapter, trainable=False)
         merge_in_memory(model, folder, plan.max_shard_bytes)
         del base, model
@@ -215,11 +232,12 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
     keep_config_keys(source, folder)
     write_generation_config(source, folder, stop_ids)
     copy_code(source, folder)
-    _write_other_files(plan.prompt_builder, folder)
+    _write_other_files(plan, folder)
 
 
-def _write_other_files(prompt_builder: PromptBuilder, folder: Path) -> None:
+def _write_other_files(plan: MergePlan, folder: Path) -> None:
     """Writes tokenizer, template, yeonma.json, sample rows and card, so that prompts are those of training."""
+    prompt_builder = plan.prompt_builder
     adapter = prompt_builder.adapter
     exported = export_chat_template(adapter.template, prompt_builder.tokenizer, adapter.rules)
     save_tokenizer(prompt_builder.tokenizer, exported, folder)
@@ -227,11 +245,20 @@ def _write_other_files(prompt_builder: PromptBuilder, folder: Path) -> None:
         if (adapter.path / name).is_file():
             shutil.copyfile(adapter.path / name, folder / name)
     details = {**adapter.details, MERGED: True}
+    details.pop(PUBLISHED, None)  # the merged weights are whole
     (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(_card(adapter), encoding="utf-8")
+    (folder / CARD).write_text(_card(adapter, _dequantised_from(plan)), encoding="utf-8")
 
 
-def _card(adapter: AdapterFolder) -> str:
+def _dequantised_from(plan: MergePlan) -> str:
+    """A sentence about a base whose files are quantised; empty for others."""
+    if plan.published is None:
+        return ""
+    name, dtype = plan.prompt_builder.source.name, str(plan.weights_dtype).removeprefix("torch.")
+    return f" `{name}` is published as {plan.published}; its weights were dequantised and are {dtype} here."
+
+
+def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
     trained_on = adapter.details.get("trained_on", {})
     about = ""
     if trained_on.get("data"):
@@ -245,7 +272,7 @@ def _card(adapter: AdapterFolder) -> str:
         "tags: [yeonma]",
         "---",
         "",
-        f"`{adapter.base.name}` with a LoRA adapter merged into it{about}.",
+        f"`{adapter.base.name}` with a LoRA adapter merged into it{about}.{dequantised_from}",
         "",
         "## Template",
         "",

@@ -28,6 +28,7 @@ from yeonma.inspect.forecast import Alternative, Forecast, Memory
 from yeonma.model import load
 from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.memory_trace import Blueprint, Trace, trace
+from yeonma.model.published import published_in
 from yeonma.model.quantization import BLOCK, MIN_8_BIT_NUMEL
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.policy import blueprint
@@ -93,7 +94,14 @@ def estimate(
         alternatives=_alternatives(setup, prepared, batches, process) if with_alternatives else (),
         time=None,
         price=None,
+        published=_published_in_words(setup),
     )
+
+
+def _published_in_words(setup: _Setup) -> str:
+    published = published_in(setup.config.to_dict(), "base_model")
+    held = published and published.held(setup.quantization, str(setup.dtype).removeprefix("torch."))
+    return f"published as {published}: {held}" if held else ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,12 @@ def _memory(
         loading = weights + gathered if setup.device == "cuda" else loading + weights
     stored = getattr(setup.config, "dtype", None) or setup.dtype
     # pages of the file and converted weights at the same time
-    if setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
+    published = published_in(setup.config.to_dict(), "base_model")
+    if setup.device == "cpu" and published is not None:
+        if setup.quantization == "fp8":  # which transformers does not do while it reads
+            loading = process + max(weights, model_blueprint.frozen * setup.dtype.itemsize)
+        loading += model_blueprint.frozen * published.bits // 8
+    elif setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
         loading += model_blueprint.frozen * stored.itemsize
     routines = 0
     if setup.device == "cpu" and setup.dtype == torch.float32 and has_onednn():
@@ -223,7 +236,9 @@ def _alternatives(
     if setup.dtype == torch.float32:
         slow = ", slow on most CPUs" if setup.device == "cpu" else ""
         add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
-    if setup.quantization == "none" and not setup.sharded:
+    published = published_in(setup.config.to_dict(), "base_model")
+    is_packed = published is not None and published.stays_packed
+    if setup.quantization == "none" and not setup.sharded and not is_packed:
         add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
         add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")
         if setup.has_fp8:

@@ -103,6 +103,8 @@ class Forecast:
     alternatives: tuple[Alternative, ...]
     time: Time | None
     price: Price | None
+    published: str = ""
+    """How the base's files are quantised and how its weights are held, in words; empty if they are not."""
 
 
 def timed_by_rate(forecast: Forecast, flops_per_second: float, price: float | None = None) -> Forecast:
@@ -153,6 +155,7 @@ def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[st
     """(name, value) lines for display. `units`: what a step consists of, such as `pairs`."""
     lines = [
         ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
+        *([("base weights", forecast.published)] if forecast.published else []),
         ("steps", f"{forecast.steps:,} ({forecast.epochs:.2f} epochs, {forecast.tokens:,} tokens)"),
         (
             "heaviest micro-batch",

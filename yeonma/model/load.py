@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,21 @@ from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.published import (
+    QUANTIZATION_KEYS,
+    Published,
+    check_not_packed,
+    check_package,
+    published_in,
+    published_in_folder,
+)
 from yeonma.model.quantization import check_installed
 from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers, packed_layers, to_fp8
 from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
+from yeonma.model.weight_files import weight_files
+from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
 
@@ -155,29 +165,40 @@ def load_base(
     device: torch.device | None,
     dtype: torch.dtype,
     quantization: Quantization = "none",
+    *,
+    whole: bool = False,
 ) -> Any:
-    """The frozen base model, in eval mode.
+    """The frozen base model, in eval mode. Its attribute `published` says how its files are quantised, or is None.
 
-    Without a `device` it stays on the CPU as transformers loads it, unchecked for NaN: for sharding, which does not
-    support quantised weights. Raises UserError for weights that are truncated, unreachable, missing, of another shape
-    or not finite, and if the package that quantises them is not installed.
+    Weights that bitsandbytes packed stay packed, unless `whole`; those of other kinds are dequantised as they are read.
+    Without a `device` the model stays on the CPU as transformers loads it, unchecked for NaN: for sharding, which does
+    not support quantised weights. Raises UserError for weights that are truncated, unreachable, missing, of another
+    shape or not finite, for weights to quantise that are packed already, and if a package is not installed.
     """
     check_installed(quantization)
     hide_loading_noise()
-    config = bitsandbytes_config(quantization, dtype)
-    # bitsandbytes quantises on the device, weight by weight
-    options = {} if config is None else {"quantization_config": config, "device_map": {"": device}}
+    model_config = load_config(source)
+    published = published_weights(model_config, source)
+    packed = published is not None and published.stays_packed and not whole
+    check_not_packed(published if packed else None, quantization, source.name)
+    bnb_config = bitsandbytes_config(quantization, dtype)
+    options: dict[str, Any] = {
+        "trust_remote_code": source.trust_remote_code,
+        "dtype": dtype,
+        "ignore_mismatched_sizes": True,  # reported below
+        "output_loading_info": True,
+    }
+    if packed or bnb_config is not None:  # bitsandbytes quantises on the device, weight by weight
+        options["device_map"] = {"": device}
+    if bnb_config is not None:
+        options["quantization_config"] = bnb_config
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below
-            output_loading_info=True,
-            **options,
-        )
+        if published is None or packed:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.name, revision=source.revision, use_safetensors=True, **options
+            )
+        else:
+            loaded = _load_dequantised(source, model_config, published, options)
     except SafetensorError as error:
         raise UserError(
             f"the weights cannot be read ({error})", place=source.name, cure="download them again"
@@ -188,15 +209,76 @@ def load_base(
     _check_complete(loading_info, source.name)
     model.requires_grad_(False)
     model.eval()
-    if config is not None:
-        del model.config.quantization_config  # the model's config should not say how its weights are stored
-        pack_bitsandbytes_layers(model)
+    model.published = published
+    if packed or bnb_config is not None:
+        remove_quantization(model.config)  # the model's config should not say how its weights are stored
+        pack_bitsandbytes_layers(model, dtype)
+        _cast_whole_weights(model, dtype)
     elif quantization == "fp8":
         to_fp8(model, device or torch.device("cpu"), source.name)
     if device is not None:
-        model = model if config is not None else model.to(device)
+        model = model if packed or bnb_config is not None else model.to(device)
         check_finite(model, source.name)
     return model
+
+
+def _cast_whole_weights(model: Any, dtype: torch.dtype) -> None:
+    """Casts the weights that are not packed, which transformers leaves in the format of such files."""
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, weight in model.named_parameters():
+        is_packed = hasattr(weight, "quant_state") or not weight.is_floating_point()
+        if not is_packed and weight.dtype != dtype and not any(part in name for part in kept):
+            weight.data = weight.data.to(dtype)
+
+
+def _load_dequantised(
+    source: BaseSource, config: Any, published: Published, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Loads a model from the whole weights that its files stand for, each as it is needed, and quantises them again if
+    `options` say so."""
+    empty = outline(config, source)
+    if empty is None:
+        what = f"its weights are {published}, and it cannot be built without them"
+        raise UserError(what, place=source.name, cure="give the unquantised model")
+    tensors = whole_tensors(weight_files(source), published, transposed_weights(empty))
+    plain = deepcopy(config)
+    remove_quantization(plain)
+    loaded: tuple[Any, Any] = type(empty).from_pretrained(None, config=plain, state_dict=tensors, **options)
+    model = loaded[0]
+    model.name_or_path = model.config.name_or_path = source.name
+    with suppress(OSError, ValueError):
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.name, revision=source.revision or "main"
+        )
+    return loaded
+
+
+def transposed_weights(model: Any) -> set[str]:
+    """The names, in files, of the weights that the model's layers hold as (inputs, outputs)."""
+    names = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, Conv1D)]
+    return {*names, *(name.removeprefix(f"{model.base_model_prefix}.") for name in names)}
+
+
+def published_weights(config: Any, source: BaseSource) -> Published | None:
+    """How the base's weights are quantised in its files; None if they are not.
+
+    Raises UserError for a kind that Yeonma does not read, and if the package that reads it is not installed.
+    """
+    folder = Path(source.name)
+    if folder.is_dir():
+        return published_in_folder(folder)  # also reads its model card
+    found = published_in(config.to_dict(), source.name, getattr(config, "_name_or_path", None) or None)
+    if found is not None:
+        check_package(found, source.name)
+    return found
+
+
+def remove_quantization(config: Any) -> None:
+    """Removes what a config says about quantised weights."""
+    for part in (config, config.get_text_config()):
+        for key in QUANTIZATION_KEYS:
+            if hasattr(part, key):
+                delattr(part, key)
 
 
 def _check_complete(loading_info: Mapping[str, Any], name: str) -> None:
@@ -217,7 +299,11 @@ def check_finite(model: nn.Module, name: str) -> None:
 
     Sums of the weights show it, in one pass. Of a sharded model, every process checks its own shards.
     """
-    frozen = {key: weight.detach() for key, weight in model.named_parameters() if not weight.requires_grad}
+    frozen = {
+        key: weight.detach()
+        for key, weight in model.named_parameters()
+        if not weight.requires_grad and not hasattr(weight, "quant_state")  # bits, whatever their type says
+    }
     frozen |= {key: weight.scale for key, weight in packed_layers(model)}
     flags = any_process(model, [_is_not_finite(local_shard(weight)) for weight in frozen.values()])
     not_finite = [key for key, flag in zip(frozen, flags, strict=True) if flag]

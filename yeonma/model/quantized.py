@@ -22,7 +22,7 @@ Shapes: N tokens, K inputs, M outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -30,10 +30,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
 from yeonma.model.kernels.linear import Weight, frozen_linear, product
+from yeonma.model.published import Published
 
 NF4_BLOCK, NF4_BLOCKS = 64, 256  # numbers per scale; scales per scale of scales
 NF4_TABLES = 4 * (16 + 256 + 1)  # bytes of a layer's two code books and a mean
@@ -113,8 +116,8 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     return None
 
 
-def pack_bitsandbytes_layers(model: nn.Module) -> None:
-    """Replace the products of bitsandbytes' layers by ours."""
+def pack_bitsandbytes_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the products of bitsandbytes' layers by ours. `dtype`: what 4-bit weights are rounded to once."""
     import bitsandbytes as bnb
 
     for layer in model.modules():
@@ -123,15 +126,16 @@ def pack_bitsandbytes_layers(model: nn.Module) -> None:
             pack(layer, DequantisedWeight(partial(_dequantise_int8, bits, scale), scale))
         elif isinstance(layer, bnb.nn.Linear4bit):
             state = layer.weight.quant_state
-            dequantise = partial(_dequantise_nf4, bnb.functional.dequantize_4bit, layer.weight.data, state)
-            pack(layer, DequantisedWeight(dequantise, state.offset))
+            state.dtype = dtype  # files have that of their weights before quantisation
+            dequantise = partial(_dequantise_4bit, bnb.functional.dequantize_4bit, layer.weight.data, state)
+            pack(layer, DequantisedWeight(dequantise, state.offset if state.nested else state.absmax))
 
 
 def _dequantise_int8(bits: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bits.to(dtype).mul_(scale.unsqueeze(1))  # in place: no float32 copy
 
 
-def _dequantise_nf4(
+def _dequantise_4bit(
     dequantise_4bit: Callable[..., torch.Tensor], bits: torch.Tensor, state: Any, dtype: torch.dtype
 ) -> torch.Tensor:
     return dequantise_4bit(bits, state).to(dtype)
@@ -168,13 +172,34 @@ def quantise_on_meta(model: Any, quantization: Quantization, by_device: bool) ->
 
     `by_device` as for `Fp8Weight`.
     """
-    names = {module: name for name, module in model.named_modules()}
-    for layer in quantised_layers(model, quantization):
-        if quantization == "fp8":
+    layers = quantised_layers(model, quantization)
+    if quantization == "fp8":
+        for layer in layers:
             _pack_fp8(layer, layer.weight.data, by_device)
-            continue
+        return
+    _pack_on_meta(model, layers, partial(quantised_bytes, quantization))
+
+
+def pack_on_meta(model: Any, published: Published) -> None:
+    """Pack the layers of a model on the meta device that bitsandbytes packed in its files."""
+    patterns = HfQuantizer.get_modules_to_not_convert(
+        model, published.config.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
+    )
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and should_convert_module(name, patterns)
+    ]
+    double = bool(published.config.get("bnb_4bit_use_double_quant"))
+    kind: Quantization = "int8" if published.bits == 8 else "nf4"
+    _pack_on_meta(model, layers, partial(quantised_bytes, kind, double=double))
+
+
+def _pack_on_meta(model: Any, layers: Sequence[Any], bytes_of: Callable[[int, int], int]) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    for layer in layers:
         rows, columns = layer.weight.shape[:: -1 if isinstance(layer, Conv1D) else 1]
-        bits = torch.empty(quantised_bytes(quantization, rows, columns), dtype=torch.uint8, device="meta")
+        bits = torch.empty(bytes_of(rows, columns), dtype=torch.uint8, device="meta")
         dense = nn.Linear(columns, rows, bias=False, device="meta")
         dense.bias, dense.weight = layer.bias, nn.Parameter(bits, requires_grad=False)
         parent, _, name = names[layer].rpartition(".")
@@ -186,10 +211,13 @@ def _empty_on_meta(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(rows, columns, dtype=dtype, device="meta")
 
 
-def quantised_bytes(quantization: Quantization, rows: int, columns: int) -> int:
-    """Bytes of a weight (rows, columns) in int8 or nf4 with its scales, as bitsandbytes stores it."""
+def quantised_bytes(quantization: Quantization, rows: int, columns: int, *, double: bool = True) -> int:
+    """Bytes of a weight (rows, columns) in int8 or nf4 with its scales, as bitsandbytes stores it. `double`: whether
+    the scales of nf4 are quantised, too."""
     numbers = rows * columns
     if quantization == "nf4":
+        if not double:
+            return (numbers + 1) // 2 + 4 * (math.ceil(numbers / NF4_BLOCK) + 16)
         scales = math.ceil(numbers / NF4_BLOCK)
         return (numbers + 1) // 2 + scales + 4 * math.ceil(scales / NF4_BLOCKS) + NF4_TABLES
     return numbers + 4 * rows

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from yeonma.errors import UserError, gather
 from yeonma.files import user_path
+from yeonma.model.published import published_in_folder
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     """Check a local folder before anything is loaded. Any other name is a name on the hub.
 
     Raises UserError, with all faults, for a folder without config or weights, with untrusted code, with only pickled
-    weights, with missing or truncated shards, and for an adapter whose base is not named or is an adapter itself.
+    weights, with missing or truncated shards, with weights quantised in a way that is not read, and for an adapter
+    whose base is not named or is an adapter itself.
     """
     folder = user_path(base_model)
     if not folder.is_dir():
@@ -47,6 +49,7 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
         partial(_check_code, folder / "config.json", trust_remote_code),
         partial(_check_code, folder / "tokenizer_config.json", trust_remote_code),
         partial(_check_weights, folder),
+        partial(published_in_folder, folder),
     )
     return BaseSource(str(folder), revision, trust_remote_code)
 

@@ -99,6 +99,9 @@ def load_model(
     frozen = policy.base.parameters
     log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
     log(f"kernels: {policy.kernels}")
+    if base.published is not None:
+        size = f"{local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights"
+        log(f"weights published as {base.published}: {base.published.held(quantization, str(dtype))}, {size}")
     if quantization != "none":
         emulated = quantization == "fp8" and not multiplies_fp8(device)
         slow = "; this device has no fp8 products, so they are emulated and no faster" if emulated else ""
@@ -118,6 +121,7 @@ def load_model(
         tokenizer=prepared.tokenizer,
         trust_remote_code=source.trust_remote_code,
         quantization=quantization,
+        published=base.published,
         trained_on=_trained_on(dataset),
     )
     return LoadedModel(policy, details)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yeonma.adapter.adapter_folder import read_adapter_folder
+from yeonma.adapter.adapter_folder import PUBLISHED, AdapterFolder, read_adapter_folder
 from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.sampling import SamplingParams
@@ -151,6 +151,7 @@ def card_text(
         f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
         f"{trained_on['left_out']:,} left out.",
         "",
+        *_published(adapter),
     ]
     if faults := trained_on.get("bad_rows"):
         listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
@@ -232,6 +233,15 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
         about,
         "",
     ]
+
+
+def _published(adapter: AdapterFolder) -> list[str]:
+    """What the base's own files hold, if they are quantised."""
+    published = adapter.details.get(PUBLISHED)
+    if not published:
+        return []
+    kind = f"{published['method']}, {published['kind']} in {published['bits']} bits"
+    return [f"The base's weights are published as {kind}, and the adapter was trained on these.", ""]
 
 
 def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:

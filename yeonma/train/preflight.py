@@ -21,6 +21,7 @@ from yeonma.data.task import Choice, Task, choose_template, task_for_loss
 from yeonma.data.template import load_template
 from yeonma.errors import Problem, UserError, gather
 from yeonma.files import user_path
+from yeonma.model.published import check_settings, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, find_base
 from yeonma.run_folder.trackers import check_trackers
@@ -68,6 +69,8 @@ def check_folders(model: ModelSettings, run: RunSettings) -> tuple[BaseSource, s
 
     def find_model() -> None:
         source = find_base(model.base_model, model.model_revision, model.trust_remote_code)
+        published = published_in_folder(Path(source.name))
+        check_settings(published, model.quantization, source.name, shard=model.shard)
         results.append((source, continued_adapter(model, source)))
 
     gather(find_model, *([partial(_check_writable, output)] if output is not None else []))

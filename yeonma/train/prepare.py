@@ -27,6 +27,7 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.published import check_settings
 from yeonma.model.quantized import check_layers
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
@@ -76,7 +77,8 @@ def prepare(
     load.pick_dtype(model.dtype, device)
     _check_optimizer(step.optimizer, device)
     model_config, tokenizer = load.load_config(source), load.load_tokenizer(source)
-    _check_not_quantised(model_config, model.quantization, source.name)
+    published = load.published_weights(model_config, source)
+    check_settings(published, model.quantization, source.name, shard=model.shard)
     load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
     trained = None
     if try_adapter:
@@ -242,14 +244,6 @@ def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
     if optimizer != "adamw" and device.type != "cuda":
         what = f"it needs a CUDA device, and the device is {device.type}"
         raise UserError(what, place=f"optimizer {optimizer}", cure="use --optimizer adamw")
-
-
-def _check_not_quantised(config: Any, quantization: Quantization, name: str) -> None:
-    if quantization != "none" and getattr(config, "quantization_config", None) is not None:
-        what = f"{name} is quantised already"
-        raise UserError(
-            what, place=f"quantization {quantization}", cure="leave it out, or give the unquantised model"
-        )
 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:

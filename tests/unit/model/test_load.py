@@ -100,7 +100,7 @@ def test_missing_hub_model_is_an_error_that_names_it() -> None:
     for part, load_part in (
         ("config", load_config),
         ("tokenizer", load_tokenizer),
-        ("weights", lambda base: load_base(base, CPU, torch.float32)),
+        ("config", lambda base: load_base(base, CPU, torch.float32)),
     ):
         assert message_of(lambda load_part=load_part: load_part(source)).startswith(
             f"somebody/nothing: cannot load the model's {part}"

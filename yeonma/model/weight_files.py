@@ -1,0 +1,81 @@
+"""The safetensors files of a base model, whose tensors are read when they are needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils.hub import cached_file
+
+from yeonma.errors import UserError
+from yeonma.model.source import BaseSource
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(source: BaseSource) -> list[Path]:
+    """The base's safetensors files, downloaded if they are on the hub. Raises UserError if there are none."""
+    if (whole := file_of(source, WEIGHTS)) is not None:
+        return [whole]
+    index = file_of(source, INDEX)
+    if index is None:
+        raise UserError("no safetensors weights", place=source.name, cure="give a base model that has them")
+    names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    paths = [file_of(source, name) for name in names]
+    if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
+        raise UserError(
+            f"missing shards: {', '.join(missing)}", place=source.name, cure="download them again"
+        )
+    return [path for path in paths if path is not None]
+
+
+def file_of(source: BaseSource, name: str) -> Path | None:
+    """A file of the base, downloaded if it is on the hub; None if it has no such file."""
+    try:
+        path = cached_file(
+            source.name, name, revision=source.revision, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot download {name} ({first})", place=source.name, cure="check your network"
+        ) from error
+    return None if path is None else Path(path)
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor that is read when it is indexed, as transformers indexes the slices of a safetensors file."""
+
+    read: Callable[[], torch.Tensor]
+    dtype: str
+    """As safetensors names it: F32, BF16, F8_E4M3, U8 ..."""
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, LazyTensor]:
+    """Every tensor of the files by its name, in their order."""
+    tensors: dict[str, LazyTensor] = {}
+    for path in files:
+        file = safe_open(path, "pt")  # mapped into memory as long as one of its tensors is referred to
+        for name in file.keys():  # noqa: SIM118
+            tensors[name] = LazyTensor(_reader(file, name), str(file.get_slice(name).get_dtype()))
+    return tensors
+
+
+def _reader(file: Any, name: str) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    return read

@@ -89,7 +89,7 @@ def _prepare(folder: Path, tokenizer: Any, name: str, work: Workload, steps: int
     (folder / f"{name}.json").write_text(json.dumps(examples), "utf-8")
     described = []
     for step in plan.steps():
-        examples = store.trained_of(step)
+        examples = store.examples_of(step)
         lengths = store.lengths[examples].astype(int)
         described.append(
             {

@@ -94,6 +94,7 @@ CHANGES: dict[str, Change] = dict(
         refused("num_epochs", 2, "steps was "),
         refused("max_steps", 2, "steps was "),
         refused("learning_rate", 1e-3),
+        refused("token_loss", "dft", "token_loss"),
         refused("optimizer", "adamw_8bit", "optimizer adamw_8bit: "),  # it needs CUDA; see the last test
         refused("lr_scheduler", "linear"),
         refused("lr_scheduler_kwargs", {"num_cycles": 2}),
@@ -111,6 +112,10 @@ CHANGES: dict[str, Change] = dict(
         refused("beta", 0.2),
         refused("label_smoothing", 0.1),
         refused("sft_weight", 0.5),
+        refused("f_divergence", "js"),
+        ("f_alpha", Change({"f_divergence": "alpha", "f_alpha": 0.7}, "f_alpha was ")),
+        refused("wpo_weights", True),
+        ("discopop_tau", Change({"discopop_tau": 0.5}, "discopop_tau was ", "discopop")),
         ("simpo_gamma", Change({"simpo_gamma": 0.7}, "simpo_gamma was ", "simpo")),
         ("kto_desirable_weight", Change({"kto_desirable_weight": 1.5}, "kto_desirable_weight was ", "kto")),
         (
@@ -156,7 +161,13 @@ class FinishedRuns:
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, model_folder(folder / "model")
         self.finished: dict[str, Done] = {}
-        rows = {"sft": articles(17), "sigmoid": pairs(17), "simpo": pairs(17), "kto": labelled(17)}
+        rows = {
+            "sft": articles(17),
+            "sigmoid": pairs(17),
+            "simpo": pairs(17),
+            "discopop": pairs(17),
+            "kto": labelled(17),
+        }
         self.rows = {
             name: write_jsonl(
                 folder / f"{name}.jsonl", [{**row, "short": f"{i}"} for i, row in enumerate(values)]

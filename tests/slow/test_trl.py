@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from tests.runs import WORDS, Done, arguments, articles, command, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
@@ -189,26 +190,62 @@ def check_steps(done: Done, trl_steps: list[dict[str, float]], *, skip: Collecti
             )
             assert values == pytest.approx(trl_values, abs=1e-4, rel=1e-5 if "logprob" in name else 0), name
     for step, trl_step in zip(done.steps, trl_steps, strict=True):
-        if step["reward_margin"] != pytest.approx(
-            0.0, abs=1e-5
-        ):  # at zero the policy equals its reference: ties
+        if step["reward_margin"] != 0:  # at zero the policy is its reference: ties, where TRL has rounding
             assert step["reward_accuracy"] == pytest.approx(trl_step["rewards/accuracies"])
 
 
-DPO_LOSSES: Mapping[str, dict[str, float]] = {
-    "sigmoid": {},
-    "hinge": {},
-    "ipo": {},
-    "robust": {"label_smoothing": 0.1},
-    "apo_zero": {},
-    "apo_down": {},
+@dataclass(frozen=True)
+class SameLoss:
+    """The settings of one loss here and in TRL."""
+
+    ours: Mapping[str, Any]
+    theirs: Mapping[str, Any]
+
+
+def same(loss: str, **options: Any) -> SameLoss:
+    """A loss with the same name and the same options in both."""
+    return SameLoss({"loss": loss, **options}, {"loss_type": [loss], **options})
+
+
+def divergence(ours: str, theirs: str) -> SameLoss:
+    return SameLoss({"f_divergence": ours}, {"loss_type": ["sigmoid"], "f_divergence_type": theirs})
+
+
+SAME_NAMES = (
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "apo_zero", "apo_down", "nca_pair", "bco_pair"),
+    *("sppo_hard", "discopop", "aot", "aot_unpaired"),
+)
+DPO_LOSSES: Mapping[str, SameLoss] = {
+    **{loss: same(loss) for loss in SAME_NAMES},
+    "robust": same("robust", label_smoothing=0.1),
+    "exo_pair": same("exo_pair", label_smoothing=0.01),
+    "aot_smoothed": same("aot", label_smoothing=0.1),
+    "sum": SameLoss(
+        {"loss": "sigmoid:1,bco_pair:0.5"}, {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.5]}
+    ),
+    "wpo": SameLoss({"wpo_weights": True}, {"loss_type": ["sigmoid"], "use_weighting": True}),
+    "js": divergence("js", "js_divergence"),
+    "forward_kl": divergence("forward_kl", "forward_kl"),
+    "alpha": SameLoss(
+        {"f_divergence": "alpha", "f_alpha": 0.3},
+        {
+            "loss_type": ["sigmoid"],
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.3,
+        },
+    ),
 }
+
+
+def micro_batch(loss: str) -> int:
+    """TRL sorts the pairs of a micro-batch, so that there a micro-batch must be the step."""
+    return BATCH_SIZE if loss.startswith("aot") else 2
 
 
 @pytest.mark.parametrize("loss", DPO_LOSSES)
 def test_10_dpo_steps_match_trl(tmp_path: Path, base: Path, data: Path, loss: str) -> None:
-    done = run_yeonma(tmp_path / "ours", base, data, loss=loss, **DPO_LOSSES[loss])
-    trainer = dpo_trainer(tmp_path / "theirs", base, loss_type=[loss], **DPO_LOSSES[loss])
+    done = run_yeonma(tmp_path / "ours", base, data, **DPO_LOSSES[loss].ours)
+    trainer = dpo_trainer(tmp_path / "theirs", base, micro_batch=micro_batch(loss), **DPO_LOSSES[loss].theirs)
     trainer.train()
     check_steps(done, logged_steps(trainer))
     assert abs(done.losses[0] - done.losses[-1]) > 1e-2  # the loss changed
@@ -219,15 +256,15 @@ def test_first_dpo_gradient_matches_trl(
     tmp_path: Path, base: Path, data: Path, adapter: Path, loss: str
 ) -> None:
     """The run continues an adapter, so both of its matrices have gradients; the adapter is also the reference."""
-    gradients = first_gradients(base, data, tmp_path / "ours", adapter=adapter, loss=loss, **DPO_LOSSES[loss])
+    gradients = first_gradients(base, data, tmp_path / "ours", adapter=adapter, **DPO_LOSSES[loss].ours)
     trainer = dpo_trainer(
         tmp_path / "theirs",
         base,
         adapter,
-        loss_type=[loss],
+        micro_batch=micro_batch(loss),
         max_grad_norm=0.0,
         max_steps=1,
-        **DPO_LOSSES[loss],
+        **DPO_LOSSES[loss].theirs,
     )
     callback = FirstGradients()
     trainer.add_callback(callback)
@@ -392,13 +429,74 @@ def test_kto_paper_formula_matches_10_trl_steps(tmp_path: Path, base: Path) -> N
     assert losses == pytest.approx([step["loss"] for step in trl_steps], abs=1e-4)
 
 
-def test_10_kto_steps_match_the_paper_formula(tmp_path: Path, base: Path) -> None:
-    """Yeonma takes the mismatched answer from the next row of the data, so it is the same in every epoch."""
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_10_labelled_steps_match_trl(tmp_path: Path, base: Path, loss: str) -> None:
+    """Both take KTO's mismatched answer from the row before in the step. In TRL a micro-batch must be the step."""
     data = write_jsonl(tmp_path / "rows.jsonl", LABELLED)
-    weights = {f"kto_{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
-    done = run_yeonma(tmp_path / "ours", base, data, loss="kto", **weights)
-    next_rows = dict(zip(map(str, LABELLED), [*LABELLED[1:], LABELLED[0]], strict=True))
-    losses = torch_losses(
-        base, LABELLED, lambda logprobs, rows: kto_loss(logprobs, rows, [next_rows[str(row)] for row in rows])
+    ours = {f"kto_{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
+    theirs = {f"{name}_weight": weight for name, weight in KTO_WEIGHTS.items()}
+    done = run_yeonma(tmp_path / "ours", base, data, loss=loss, **ours)
+    trainer = KTOTrainer(
+        model=lora_start(base),
+        args=KTOConfig(**trl_settings(tmp_path / "theirs", micro_batch=BATCH_SIZE, loss_type=loss, **theirs)),
+        train_dataset=in_training_order(LABELLED),
+        processing_class=AutoTokenizer.from_pretrained(base),
     )
+    trainer.train()
+    steps = logged_steps(trainer)
+    assert done.losses == pytest.approx([step["loss"] for step in steps], abs=1e-4)
+    points = [step["reference_point"] for step in done.steps]
+    assert points == pytest.approx([step["kl"] for step in steps], abs=1e-4)
+    assert (max(points) > 0.01) == (loss == "kto")
+
+
+def test_10_bco_steps_match_the_paper_formula(tmp_path: Path, base: Path) -> None:
+    """TRL 1.16 has no trainer for it. The shift is the mean of all rewards of the steps before."""
+    rewards: list[float] = []
+
+    def bco_loss(answer_logprobs: Callable[..., torch.Tensor], rows: list[dict[str, Any]]) -> torch.Tensor:
+        shift, losses = sum(rewards) / max(1, len(rewards)), []
+        for row in rows:
+            with torch.no_grad():
+                reference = answer_logprobs(row["prompt"], row["completion"], reference=True).sum()
+            reward = BETA * (answer_logprobs(row["prompt"], row["completion"]).sum() - reference)
+            rewards.append(reward.item())
+            logit = reward - shift if row["label"] else shift - reward
+            losses.append(-torch.nn.functional.logsigmoid(logit))
+        return torch.stack(losses).mean()
+
+    data = write_jsonl(tmp_path / "rows.jsonl", LABELLED)
+    done = run_yeonma(tmp_path / "ours", base, data, loss="bco")
+    losses = torch_losses(base, LABELLED, bco_loss)
     assert done.losses == pytest.approx(losses, abs=1e-4)
+    points = [BETA * step["reference_point"] for step in done.steps]
+    assert points[0] == 0
+    assert points[-1] != 0
+    assert points[-1] == pytest.approx(sum(rewards[:-BATCH_SIZE]) / (len(rewards) - BATCH_SIZE), abs=1e-4)
+
+
+# Supervised
+
+
+@pytest.mark.parametrize("token_loss", ["nll", "dft"])
+def test_10_supervised_steps_match_trl(tmp_path: Path, base: Path, token_loss: str) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings = {
+        **{"base_model": base, "data_path": data, "output_dir": tmp_path / "ours", "seed": SEED},
+        **{"batch_size": BATCH_SIZE, "micro_batch_size": 2, "num_epochs": 1, "card_rows": 0},
+        **{"learning_rate": LEARNING_RATE, "lora_r": 4, "lora_alpha": 8, "token_loss": token_loss},
+    }
+    done = command(tmp_path / "ours", "sft", *arguments(settings))
+    assert done.status == 0, done.err
+    options = trl_settings(tmp_path / "theirs", loss_type=token_loss)
+    del options["beta"]
+    trainer = SFTTrainer(
+        model=lora_start(base),
+        args=SFTConfig(**options),
+        train_dataset=in_training_order(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.train()
+    assert done.losses == pytest.approx([step["loss"] for step in logged_steps(trainer)], abs=1e-4)
+    assert abs(done.losses[0] - done.losses[-1]) > 1e-2

@@ -35,6 +35,8 @@ class Batch:
     """Whether the token is a training target. The first token of an example never is."""
     starts_E: NDArray[np.int64]
     lengths_E: NDArray[np.int32]
+    prompt_lengths_E: NDArray[np.int32]
+    """Tokens before the answer."""
     trained_counts_E: NDArray[np.int32]
     index_E: NDArray[np.int64]
     """The position of the example in the store, or in the list of `Batch.of`."""
@@ -45,7 +47,7 @@ class Batch:
     rows_E: NDArray[np.int64]
     """Row numbers, from 1."""
     unit_lengths_U: NDArray[np.int64]
-    """Tokens of the unit's examples, with their common prompt counted once. Unchanged in `trained_part`."""
+    """Tokens of the unit's examples, with their common prompt counted once."""
     unit_rows_U: NDArray[np.int64]
     """The row number of the unit."""
     example_extras: Extras = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Batch:
             flat_trained=store.trained,
             starts_E=store.starts[examples],
             lengths_E=store.lengths[examples],
+            prompt_lengths_E=store.prompt_lengths[examples],
             trained_counts_E=store.trained_counts[examples],
             index_E=examples,
             units_E=np.repeat(np.arange(len(units)), sizes),
@@ -109,7 +112,7 @@ class Batch:
         if any(example.trained[:1].any() for example in examples):
             raise ValueError("the first token of an example cannot be trained: no token precedes it")
         lengths = np.array([len(example.token_ids) for example in examples], dtype=np.int32)
-        prompt_lengths = np.array([example.prompt_length for example in examples], dtype=np.int64)
+        prompt_lengths = np.array([example.prompt_length for example in examples], dtype=np.int32)
         trained_counts = np.array([np.count_nonzero(example.trained) for example in examples], dtype=np.int32)
         rows = np.array([example.row for example in examples], dtype=np.int64)
         weights = _weights_of(examples)
@@ -120,12 +123,15 @@ class Batch:
             flat_trained=_flat([example.trained for example in examples], lengths),
             starts_E=np.cumsum(lengths, dtype=np.int64) - lengths,
             lengths_E=lengths,
+            prompt_lengths_E=prompt_lengths,
             trained_counts_E=trained_counts,
             index_E=np.arange(count),
             units_E=np.cumsum(begins_unit) - 1,
             roles_E=_check_shape(roles_E, count, "roles"),
             rows_E=rows,
-            unit_lengths_U=np.add.reduceat(lengths - prompt_lengths, firsts) + prompt_lengths[firsts],
+            unit_lengths_U=(
+                np.add.reduceat(lengths - prompt_lengths, firsts) + prompt_lengths[firsts]
+            ).astype(np.int64),
             unit_rows_U=rows[firsts],
             example_extras=_numbers(example_extras, count),
             token_extras=_numbers(token_extras, int(trained_counts.sum())),
@@ -165,16 +171,6 @@ class Batch:
     def input_keys(self) -> list[NDArray[np.int64]] | None:
         return None if self.flat_input_keys is None else self._by_example(self.flat_input_keys)
 
-    @property
-    def trained_part(self) -> Batch:
-        """The batch without mismatched answers, which are only measured. Units stay, even if they become empty."""
-        return self._with_roles(self.roles_E != AnswerRole.MISMATCHED)
-
-    @property
-    def mismatched_part(self) -> Batch:
-        """The mismatched answers alone."""
-        return self._with_roles(self.roles_E == AnswerRole.MISMATCHED)
-
     def select_units(self, units: Sequence[int] | NDArray[np.int64]) -> Batch:
         """A batch of the given units, which are indices into U."""
         indices = np.asarray(units, dtype=np.int64)
@@ -190,6 +186,54 @@ class Batch:
         """The batch with more extras."""
         return replace(self, example_extras={**self.example_extras, **extras})
 
+    def with_token_extras(self, extras: Extras) -> Batch:
+        return replace(self, token_extras={**self.token_extras, **extras})
+
+    def with_answers_of(self, others: NDArray[np.int64], most_tokens: int) -> Batch:
+        """Examples in memory, each a unit of its own: the prompt of example i with the answer of example `others[i]`,
+        cut to `most_tokens`, one answer token at least. Roles, rows and example extras are those of the prompts'
+        examples."""
+        prompts = np.arange(len(others))
+        keys = self.flat_input_keys
+        token_ids, trained, input_keys = list[Any](), list[Any](), list[Any]()
+        for prompt, other in zip(prompts.tolist(), others.tolist(), strict=True):
+            start, other_start = int(self.starts_E[prompt]), int(self.starts_E[other])
+            split, other_split = int(self.prompt_lengths_E[prompt]), int(self.prompt_lengths_E[other])
+            other_end = other_start + int(self.lengths_E[other])
+            most = max(most_tokens, split + 1)
+
+            def joined(
+                flat: NDArray[Any],
+                prompt: slice = slice(start, start + split),
+                answer: slice = slice(other_start + other_split, other_end),
+                most: int = most,
+            ) -> NDArray[Any]:
+                return np.concatenate([flat[prompt], flat[answer]])[:most]
+
+            token_ids.append(joined(self.flat_token_ids))
+            trained.append(joined(self.flat_trained))
+            trained[-1][: max(split, 1)] = False
+            input_keys += [] if keys is None else [joined(keys)]
+        lengths = np.array([len(ids) for ids in token_ids], dtype=np.int32)
+        empty = np.zeros(0, dtype=np.int32)
+        rows = self.rows_E[prompts]
+        return Batch(
+            flat_token_ids=np.concatenate([empty, *token_ids]),
+            flat_trained=np.concatenate([empty.astype(np.bool_), *trained]),
+            starts_E=np.cumsum(lengths, dtype=np.int64) - lengths,
+            lengths_E=lengths,
+            prompt_lengths_E=self.prompt_lengths_E[prompts],
+            trained_counts_E=np.array([mask.sum() for mask in trained], dtype=np.int32),
+            index_E=prompts,
+            units_E=prompts,
+            roles_E=self.roles_E[prompts],
+            rows_E=rows,
+            unit_lengths_U=lengths.astype(np.int64),
+            unit_rows_U=rows,
+            example_extras={name: values[prompts] for name, values in self.example_extras.items()},
+            flat_input_keys=None if keys is None else np.concatenate([np.zeros(0, np.int64), *input_keys]),
+        )
+
     def forest(self, *, share_prefix: bool) -> Forest:
         return lay_out(
             self.token_ids,
@@ -203,9 +247,6 @@ class Batch:
         ends = self.starts_E + self.lengths_E
         return [flat[start:end] for start, end in zip(self.starts_E.tolist(), ends.tolist(), strict=True)]
 
-    def _with_roles(self, mask_E: NDArray[np.bool_]) -> Batch:
-        return self if mask_E.all() else self._select(np.flatnonzero(mask_E))
-
     def _select(self, examples: NDArray[np.int64]) -> Batch:
         token_extras: Extras = {}
         if self.token_extras:
@@ -216,6 +257,7 @@ class Batch:
             self,
             starts_E=self.starts_E[examples],
             lengths_E=self.lengths_E[examples],
+            prompt_lengths_E=self.prompt_lengths_E[examples],
             trained_counts_E=self.trained_counts_E[examples],
             index_E=self.index_E[examples],
             units_E=self.units_E[examples],

@@ -89,4 +89,4 @@ def _micro_batches_of(
 
 def forest_of(store: TokenStore, units: np.ndarray, share_prefix: bool) -> Forest:
     """The forest of these units, as in the training step."""
-    return Batch.from_store(store, units).trained_part.forest(share_prefix=share_prefix)
+    return Batch.from_store(store, units).forest(share_prefix=share_prefix)

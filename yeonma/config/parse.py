@@ -15,6 +15,7 @@ from datetime import date
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.settings import Range, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
@@ -37,6 +38,10 @@ class Setting:
     required: bool
     default: object
     range: Range | None
+    check: Callable[[str], object] | None = None
+    """Raises InvalidLoss for a text that the setting does not accept."""
+    also: str = ""
+    """What the setting accepts besides its choices; stands for `text` in its description."""
 
     @property
     def optional(self) -> bool:
@@ -60,7 +65,11 @@ class ParsedConfig(Generic[Config]):
 
 
 class InvalidValue(Exception):
-    """The reason why a value is not valid for its setting, such as `is out of range`."""
+    """The reason why a value is not valid for its setting, such as `is out of range`, and perhaps a cure."""
+
+    def __init__(self, reason: str, cure: str = "") -> None:
+        super().__init__(reason)
+        self.cure = cure
 
 
 # -------------------------------------------------------------------------------- the three sources
@@ -245,7 +254,7 @@ def _parse(
         try:
             values[name] = parse_value(settings[name], raw.value)
         except InvalidValue as error:
-            problems.append(_value_problem(settings[name], raw, str(error)))
+            problems.append(_value_problem(settings[name], raw, str(error), error.cure))
     held_out = values.get("val_set_size", 0)
     if held_out > 1 and not float(held_out).is_integer():
         cure = "give a count, such as 100, or a fraction below 1"
@@ -303,12 +312,23 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
         except (ArgumentError, ValueError, OverflowError, RecursionError):  # the last two: huge values
             raise InvalidValue("is not valid") from None
         _check_utf8(parsed)
+        if setting.check is not None:
+            _check_text(setting.check, str(parsed))
         for number in _numbers(parsed):
             if number not in (setting.range or Range()):
                 raise InvalidValue("is out of range")
         return parsed
 
     return parse_value
+
+
+def _check_text(check: Callable[[str], object], text: str) -> None:
+    try:
+        check(text)
+    except InvalidLoss as error:
+        if "," in text or ":" in text:
+            raise InvalidValue(f"is no sum of losses: {error}", error.cure) from None
+        raise InvalidValue("is not valid") from None
 
 
 def _is_list(text: str) -> bool:
@@ -348,8 +368,10 @@ def _numbers(value: object) -> Iterator[float]:
             yield item
 
 
-def _value_problem(setting: Setting, raw: RawValue, reason: str) -> Problem:
+def _value_problem(setting: Setting, raw: RawValue, reason: str, cure: str = "") -> Problem:
     value = raw.value
+    if cure:
+        return Problem(f"{_format_value(value)} {reason}", raw.place, cure)
     if str in setting.members and isinstance(value, (bool, int, float, date)):
         return Problem(f"{_format_value(value)} is not text", raw.place, "put it in quotes")
     cure = f"give {describe(setting)}"
@@ -403,6 +425,8 @@ def settings_of(
                 required=required,
                 default=defaults.get(field.name, default),
                 range=field.metadata.get("range"),
+                check=field.metadata.get("check"),
+                also=field.metadata.get("also", ""),
             )
     return settings
 
@@ -420,7 +444,7 @@ def describe(setting: Setting) -> str:
             number = "a whole number" if member is int else "a number"
             kinds.append(f"{number} {setting.range}" if setting.range else number)
         elif member is str:
-            kinds.append("text")
+            kinds += [] if setting.also else ["text"]
         elif get_origin(member) is list:
             item = get_args(member)[0]
             examples = get_args(item) if get_origin(item) is Literal else ("a", "b")
@@ -430,6 +454,8 @@ def describe(setting: Setting) -> str:
             kinds.append(f"a mapping such as {{a: {example}}}, with a space after each colon")
     if choices:
         kinds.append(f"one of {', '.join(choices)}")
+    if setting.also:
+        kinds.append(setting.also)
     return " or ".join(kinds)
 
 

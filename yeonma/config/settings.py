@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from yeonma.config.loss_sum import SUM_EXAMPLE, LossName, weighted_losses
+
 LrScheduler = Literal[
     "linear",
     "cosine",
@@ -19,9 +21,6 @@ LrScheduler = Literal[
     "warmup_stable_decay",
     "greedy",
 ]
-PairLossName = Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "cpo", "orpo"]
-LabelLossName = Literal["kto"]  # learns from labelled answers instead of pairs
-LossName = Literal[PairLossName, LabelLossName]
 Checkpointing = bool | Literal["selective"]
 CheckpointingOrAuto = bool | Literal["selective", "auto"]
 TorchCompile = bool | Literal["auto"]
@@ -29,6 +28,8 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Quantization = Literal["none", "int8", "nf4", "fp8"]
 QuantizationOrAuto = Literal["auto", "none", "int8", "nf4", "fp8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+TokenLoss = Literal["nll", "dft"]
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,8 @@ class StepSettings:
     """Steps until the learning rate reaches its peak. Overrides `warmup_ratio`."""
     warmup_ratio: float = field(default=0.0, metadata=FRACTION)
     """Warm-up as a fraction of all steps."""
+    token_loss: TokenLoss = "nll"
+    """Loss of a token in supervised fine-tuning. nll: its negative log-likelihood. dft: that times the token's own probability, without gradient (Dynamic Fine-Tuning, Wu et al. 2025, arXiv:2508.05629). Evaluations always use nll."""
     optimizer: Optimizer = "adamw"
     """adamw, adamw_8bit (both moments in 8 bits; Dettmers et al. 2021, arXiv:2110.02861), or paged_adamw_8bit, whose state the GPU can page out. The 8-bit optimizers need bitsandbytes and a GPU."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
@@ -220,18 +223,26 @@ class StepSettings:
 class PreferenceSettings:
     """Training on preferences. Options that the chosen `loss` does not use are refused."""
 
-    loss: LossName = "sigmoid"
-    """Loss function. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290). simpo, cpo and orpo need no reference model. kto takes single answers with a `label` of true or false instead of pairs."""
+    loss: LossName | str = field(default="sigmoid", metadata={"check": weighted_losses, "also": SUM_EXAMPLE})
+    """Loss function, or a weighted sum such as `sigmoid:1,sft:0.5`. sigmoid is DPO (Rafailov et al. 2023, arXiv:2305.18290). simpo, cpo, orpo and sft need no reference model. kto, apo_zero_unpaired and bco take single answers with a `label` of true or false instead of pairs."""
     beta: float = field(default=0.1, metadata=POSITIVE)
     """Scale of the rewards. Higher values keep the model closer to the reference."""
     label_smoothing: float = field(default=0.0, metadata={"range": Range(at_least=0, below=0.5)})
-    """Assumed fraction of pairs whose labels are flipped, for sigmoid (conservative DPO), robust, cpo and simpo."""
+    """Assumed fraction of pairs whose labels are flipped, for sigmoid (conservative DPO), sigmoid_norm, robust, aot, aot_unpaired, cpo and simpo. exo_pair needs a value above 0; its paper uses 0.001."""
     sft_weight: float | None = field(default=None, metadata=NOT_NEGATIVE)
     """Weight of the chosen answer's negative log-likelihood per token, added to the loss. By default, 1 for cpo and orpo, otherwise 0."""
     simpo_gamma: float = field(default=0.5, metadata=NOT_NEGATIVE)
     """Target reward margin of simpo (Meng et al. 2024, arXiv:2405.14734)."""
+    discopop_tau: float = field(default=0.05, metadata=POSITIVE)
+    """Temperature of discopop: over what range of margins it changes from the exponential to the logistic loss (Lu et al. 2024, arXiv:2406.08414)."""
+    f_divergence: Divergence = "reverse_kl"
+    """Divergence from the reference that the rewards stand for (f-DPO, Wang et al. 2023, arXiv:2309.16240), for sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair and discopop. reverse_kl is DPO's own."""
+    f_alpha: float = field(default=0.5, metadata=POSITIVE)
+    """The alpha of `f_divergence` alpha: near 0 like forward_kl, 1 is reverse_kl."""
+    wpo_weights: bool = False
+    """Weight each pair by how likely the model itself would write its answers (WPO, Zhou et al. 2024, arXiv:2406.11827). Not for aot and aot_unpaired."""
     kto_desirable_weight: float = field(default=1.0, metadata=POSITIVE)
-    """Weight of answers labelled true in kto (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+    """Weight of answers labelled true in kto, apo_zero_unpaired and bco (Ethayarajh et al. 2024, arXiv:2402.01306)."""
     kto_undesirable_weight: float = field(default=1.0, metadata=POSITIVE)
     """Weight of answers labelled false. Lower it when there are many of them."""
 

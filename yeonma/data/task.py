@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
-from yeonma.config.settings import LabelLossName
+from yeonma.config.loss_sum import LABEL_LOSSES, weighted_losses
 from yeonma.data.columns import (
     PROMPT_COLUMNS,
     WEIGHT_COLUMNS,
@@ -116,10 +116,10 @@ TASKS = {task.name: task for task in (ANSWERS, PAIRS, LABELLED)}
 
 
 def task_for_loss(loss: str | None) -> Task:
-    """The task of a preference loss; of supervised training if `loss` is None."""
+    """The task of a preference loss or a sum of several; of supervised training if `loss` is None."""
     if loss is None:
         return ANSWERS
-    return LABELLED if loss in get_args(LabelLossName) else PAIRS
+    return LABELLED if weighted_losses(loss)[0][0] in LABEL_LOSSES else PAIRS
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _tokens_per_epoch(dataset: Dataset, plan: Plan) -> tuple[int, int]:
         times: float = one.settings.repeats
         if weights:
             times = len(plan.positions) * weights[index] / sum(weights) / len(one.train.units)
-        positions = one.train.store.trained_of(one.train.units)
+        positions = one.train.store.examples_of(one.train.units)
         tokens += times * int(one.train.store.lengths[positions].sum())
         trained += times * one.train.trained_tokens
     return round(tokens), round(trained)
@@ -272,7 +272,7 @@ def work_of(
     for units in islice(plan.steps(), min(MEASURED_STEPS, plan.steps_per_epoch)):
         steps += 1
         for start in range(0, len(units), micro_batch_size):
-            lengths = store.lengths[store.trained_of(units[start : start + micro_batch_size])]
+            lengths = store.lengths[store.examples_of(units[start : start + micro_batch_size])]
             padded += len(lengths) * int(lengths.max())
             unpadded += int(lengths.sum())
         for members in micro_batches(
@@ -324,7 +324,7 @@ def _part_audit(
     preference: PreferenceSettings | None,
 ) -> PartAudit:
     """Without a `template`, variants are not counted."""
-    store, positions = part.store, part.store.trained_of(part.units)
+    store, positions = part.store, part.store.examples_of(part.units)
     lengths, cut = store.lengths[positions], store.cut_characters[positions]
     answers = lengths - store.prompt_lengths[positions]
     if not dataset.rules.train_on_inputs:  # a turn list may have several answers

@@ -75,9 +75,13 @@ def plain_head(model: Any) -> Head | None:
 
 
 def batch_logprobs(
-    model: Any, support: ForestSupport, batch: Batch, *, share_prefix: bool = True
+    model: Any, support: ForestSupport, batch: Batch, *, share_prefix: bool = True, squares: bool = False
 ) -> torch.Tensor:
-    """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient."""
+    """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient.
+
+    With `squares`, shape (2, N): below it, without gradient, the log of the sum of the squares of all tokens'
+    probabilities at the same place.
+    """
     return example_logprobs(
         model,
         support,
@@ -86,6 +90,7 @@ def batch_logprobs(
         share_prefix=share_prefix,
         units=batch.units_E,
         input_keys=batch.input_keys,
+        squares=squares,
     )
 
 
@@ -98,17 +103,19 @@ def example_logprobs(
     share_prefix: bool,
     units: Sequence[int] | np.ndarray | None = None,
     input_keys: Sequence[np.ndarray] | None = None,
+    squares: bool = False,
 ) -> torch.Tensor:
     """logprob_N of the examples' trained tokens, example by example: over one forest if `support` allows it, otherwise
-    sequence by sequence. `units` and `input_keys` as in `lay_out`."""
+    sequence by sequence. `units` and `input_keys` as in `lay_out`, `squares` as in `batch_logprobs`."""
     if support.forest:
         forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units, input_keys=input_keys)
-        return trained_logprobs(model, forest, support.head, support.capability)
+        return trained_logprobs(model, forest, support.head, support.capability, squares=squares)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
         on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
-        sequences.append(sequence_logprobs(model, on_device, torch.from_numpy(mask.copy()).to(model.device)))
-    return torch.cat(sequences)
+        on_device_mask = torch.from_numpy(mask.copy()).to(model.device)
+        sequences.append(sequence_logprobs(model, on_device, on_device_mask, squares=squares))
+    return torch.cat(sequences, dim=-1)
 
 
 def trained_logprobs(
@@ -117,9 +124,12 @@ def trained_logprobs(
     head: Head | None,
     capability: Capability | None = None,
     attention_layout: ForestLayout | None = None,
+    *,
+    squares: bool = False,
     **keywords: Any,
 ) -> torch.Tensor:
-    """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient.
+    """logprob_N: the log-probability of every trained token of the forest, in float32, with its gradient; `squares` as
+    in `batch_logprobs`.
 
     With a `head`, only a chunk of logits is in memory at a time. Without it, the model's own head runs at the source
     positions (`logits_to_keep`) and returns U x V logits. `attention_layout` replaces the one for the model's device.
@@ -141,27 +151,38 @@ def trained_logprobs(
     target_U = torch.from_numpy(forest.target_U).to(device)
     if head is None:
         logits = model(**batch, logits_to_keep=source_U).logits[0]
-        logprob_U = _gather_logprobs(logits, target_U)
+        logprob_U = _gather_logprobs(logits, target_U, squares=squares)
     else:
-        logprob_U = run_as_forward(model, partial(_logprobs_by_head, model, batch, source_U, target_U, head))
-    return logprob_U[torch.from_numpy(forest.pair_N).to(device)]
+        by_head = partial(_logprobs_by_head, model, batch, source_U, target_U, head, squares=squares)
+        logprob_U = run_as_forward(model, by_head)
+    return logprob_U[..., torch.from_numpy(forest.pair_N).to(device)]
 
 
 def _logprobs_by_head(
-    model: Any, batch: dict[str, Any], source_U: torch.Tensor, target_U: torch.Tensor, head: Head
+    model: Any,
+    batch: dict[str, Any],
+    source_U: torch.Tensor,
+    target_U: torch.Tensor,
+    head: Head,
+    *,
+    squares: bool,
 ) -> torch.Tensor:
     hidden = model.get_decoder()(**batch).last_hidden_state[0].index_select(0, source_U)
     if not is_sharded(model):
-        return head_logprobs(hidden, target_U, head)
+        return head_logprobs(hidden, target_U, head, squares=squares)
     layer = model.get_output_embeddings()
     with gathered(layer):  # gathering creates new tensors, other than those in `head`
-        return head_logprobs(hidden, target_U, replace(head, weight_VH=layer.weight, bias_V=layer.bias))
+        own_head = replace(head, weight_VH=layer.weight, bias_V=layer.bias)
+        return head_logprobs(hidden, target_U, own_head, squares=squares)
 
 
-def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+def sequence_logprobs(
+    model: Any, token_ids: torch.Tensor, trained: torch.Tensor, *, squares: bool = False
+) -> torch.Tensor:
     """Log-probabilities for one sequence, by the model's own causal forward, for models without forest support.
 
-    token_ids (T,), trained (T,) bool -> log-probabilities of the trained tokens, in order.
+    token_ids (T,), trained (T,) bool -> log-probabilities of the trained tokens, in order; `squares` as in
+    `batch_logprobs`.
     """
     predicted = torch.nonzero(trained[1:]).squeeze(1) + 1
     mask = torch.ones_like(token_ids).unsqueeze(0)
@@ -170,16 +191,21 @@ def sequence_logprobs(model: Any, token_ids: torch.Tensor, trained: torch.Tensor
     ).logits[0]
     if len(logits) != len(predicted):  # a few models ignore `logits_to_keep`
         logits = logits[predicted - 1]
-    return _gather_logprobs(logits, token_ids[predicted])
+    return _gather_logprobs(logits, token_ids[predicted], squares=squares)
 
 
-def _gather_logprobs(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(logits.float(), dim=-1).gather(1, target.unsqueeze(1)).squeeze(1)
+def _gather_logprobs(logits: torch.Tensor, target: torch.Tensor, *, squares: bool) -> torch.Tensor:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, target.unsqueeze(1)).squeeze(1)
+    return torch.stack([chosen, (2 * logprobs.detach()).logsumexp(dim=1)]) if squares else chosen
 
 
-def head_logprobs(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
-    """logprob_U of the targets, without U x V numbers in memory and without recomputation."""
-    return _HeadLogprobs.apply(hidden_UH, target_U, head)
+def head_logprobs(
+    hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, *, squares: bool = False
+) -> torch.Tensor:
+    """logprob_U of the targets, without U x V numbers in memory and without recomputation; `squares` as in
+    `batch_logprobs`."""
+    return _HeadLogprobs.apply(hidden_UH, target_U, head, squares)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -187,10 +213,13 @@ class _HeadLogprobs(torch.autograd.Function):
     well, and the backward pass only scales it. This works for any loss. Each pass reads the head once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, squares: bool
+    ) -> torch.Tensor:
         needs_gradient = hidden_UH.requires_grad
         rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
         logprob = torch.empty(len(target_U), dtype=torch.float32, device=hidden_UH.device)
+        log_square = torch.empty_like(logprob) if squares else None
         gradient = torch.empty_like(hidden_UH) if needs_gradient else None
         for start in range(0, len(target_U), rows):
             chunk = slice(start, start + rows)
@@ -200,15 +229,17 @@ class _HeadLogprobs(torch.autograd.Function):
                 head,
                 logprob[chunk],
                 None if gradient is None else gradient[chunk],
+                None if log_square is None else log_square[chunk],
             )
         if needs_gradient:
             ctx.save_for_backward(gradient)
-        return logprob
+        return logprob if log_square is None else torch.stack([logprob, log_square])
 
     @staticmethod
-    def backward(ctx: Any, upstream_U: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream_U.unsqueeze(1)).to(gradient.dtype), None, None
+        upstream_U = upstream if upstream.ndim == 1 else upstream[0]
+        return (gradient * upstream_U.unsqueeze(1)).to(gradient.dtype), None, None, None
 
 
 def _head_chunk(
@@ -217,8 +248,10 @@ def _head_chunk(
     head: Head,
     logprob: torch.Tensor,
     gradient: torch.Tensor | None,
+    log_square: torch.Tensor | None,
 ) -> None:
-    """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight."""
+    """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight, and
+    `log_square` = the log of the sum of the squared softmax."""
     logits = float32_product(hidden, head.weight_VH, head.bias_V)
     if head.scale != 1.0:
         logits *= head.scale
@@ -232,6 +265,8 @@ def _head_chunk(
     logits.sub_(highest).exp_()
     total = logits.sum(dim=1, keepdim=True)
     torch.sub(chosen, (highest + total.log()).squeeze(1), out=logprob)
+    if log_square is not None:
+        log_square.copy_(torch.log(logits.square().sum(dim=1)) - 2 * total.log().squeeze(1))
     if gradient is None:
         return
     logits.div_(-total)

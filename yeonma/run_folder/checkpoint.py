@@ -86,6 +86,8 @@ class RunProgress:
     """The token budget of each process; empty unless `micro_batch_tokens` is auto."""
     evaluation_due: bool = False
     """Whether the run stopped before the evaluation that follows this step."""
+    carried: dict[str, float] = field(default_factory=dict)
+    """The numbers that the objective carries from step to step."""
 
     def to_json(self) -> str:
         return json.dumps({JSON_KEYS.get(key, key): value for key, value in asdict(self).items()}, indent=2)

@@ -41,7 +41,15 @@ from yeonma.run_folder.checkpoint import (
 )
 
 RUN = "run.json"
-EARLIER_DEFAULTS = {"quantization": "none", "optimizer": "adamw"}
+EARLIER_DEFAULTS = {
+    "quantization": "none",
+    "optimizer": "adamw",
+    "token_loss": "nll",
+    "discopop_tau": 0.05,
+    "f_divergence": "reverse_kl",
+    "f_alpha": 0.5,
+    "wpo_weights": False,
+}
 """Settings that runs of earlier versions had, but did not record."""
 SEAL = "manifest.json"
 FORMER_PLOT = "loss.png"

@@ -45,7 +45,7 @@ from yeonma.tokenization.example_encoder import OVER_LIMIT_CURE
 from yeonma.tokenization.store import Counts, StoreWriter, TokenStore, open_store
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 
-FORMAT = 5
+FORMAT = 6
 """Increased whenever the same rows would give different tokens or files."""
 
 ROWS_A_CHUNK = 2000

@@ -66,7 +66,7 @@ class DatasetPart:
 
     @property
     def trained_tokens(self) -> int:
-        return int(self.store.trained_counts[self.store.trained_of(self.units)].sum())
+        return int(self.store.trained_counts[self.store.examples_of(self.units)].sum())
 
     def first_rows(self, count: int) -> list[Row]:
         """The first `count` rows of this part. Does not read past the last of them."""

@@ -26,8 +26,6 @@ class AnswerRole(IntEnum):
     REJECTED = 2
     DESIRABLE = 3
     UNDESIRABLE = 4
-    MISMATCHED = 5
-    """The answer of another row: never trained, only measured."""
 
 
 @dataclass(frozen=True, eq=False)

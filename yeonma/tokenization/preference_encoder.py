@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.preference_pairs import RenderedLabel, RenderedPair
@@ -19,7 +18,6 @@ from yeonma.tokenization.example import (
     EQUAL,
     EQUAL_AS_TOKENS,
     AnswerRole,
-    Example,
     LeftOut,
     TokenRules,
     Unit,
@@ -105,24 +103,15 @@ def encode_labelled(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
 ) -> list[Unit | LeftOut]:
-    """One unit per row, or why it is left out, tokenised as for supervised training. Raises UserError as `encode`.
-
-    A unit also has a mismatched answer: that of the next row that is not left out, and for the last row that of the
-    first. With only one row there is none.
-    """
+    """One unit per row, or why it is left out, tokenised as for supervised training. Raises UserError as `encode`."""
     outcomes = encode([label.rendered for label in labelled], rows, tokenizer, rules)
-    examples = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Example)]
-    following = dict(zip(examples, [*examples[1:], *examples[:1]], strict=True))
     units: list[Unit | LeftOut] = []
-    for number, (label, outcome) in enumerate(zip(labelled, outcomes, strict=True)):
+    for label, outcome in zip(labelled, outcomes, strict=True):
         if isinstance(outcome, LeftOut):
             units.append(outcome)
-            continue
-        members = [(AnswerRole.DESIRABLE if label.desirable else AnswerRole.UNDESIRABLE, outcome)]
-        other = outcomes[following[number]]
-        if isinstance(other, Example) and other is not outcome:
-            members.append((AnswerRole.MISMATCHED, _mismatched(outcome, other, rules.cutoff_len)))
-        units.append(Unit(tuple(members)))
+        else:
+            role = AnswerRole.DESIRABLE if label.desirable else AnswerRole.UNDESIRABLE
+            units.append(Unit(((role, outcome),)))
     return units
 
 
@@ -222,11 +211,3 @@ def _unit(
         for text, ids in zip(texts, both_ids, strict=True)
     )
     return PairResult(texts, Unit(((AnswerRole.CHOSEN, chosen), (AnswerRole.REJECTED, rejected))))
-
-
-def _mismatched(example: Example, other: Example, cutoff_len: int) -> Example:
-    """The prompt of one example with the answer of another. It is only measured, so its end may be cut to fit."""
-    prompt, answer = example.token_ids[: example.prompt_length], other.token_ids[other.prompt_length :]
-    token_ids = np.concatenate([prompt, answer])[:cutoff_len]
-    trained = np.arange(len(token_ids)) >= max(example.prompt_length, 1)
-    return replace(example, token_ids=token_ids, trained=trained, weights=None)

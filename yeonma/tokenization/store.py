@@ -63,7 +63,6 @@ class Counts:
     """What a step counts: examples or, in preference data, pairs or labelled answers."""
     tokens: int = 0
     trained_tokens: int = 0
-    """Like `tokens`, without mismatched answers."""
     shortened: int = 0
     """Examples with a shortened prompt field, or without old turns."""
     cut_characters: int = 0
@@ -185,18 +184,6 @@ class TokenStore:
         starts = self.unit_starts
         members = [np.arange(starts[unit], starts[unit + 1]) for unit in units]
         return np.concatenate([np.empty(0, np.int64), *members])
-
-    def trained_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Like `examples_of`, without mismatched answers, which are only measured."""
-        examples = self.examples_of(units)
-        if self.counts.units == len(self):
-            return examples
-        return examples[self.roles[examples] != AnswerRole.MISMATCHED]
-
-    def measured_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Like `examples_of`, only the mismatched answers."""
-        examples = self.examples_of(units)
-        return examples[self.roles[examples] == AnswerRole.MISMATCHED]
 
     def rows_of(self, units: NDArray[np.int64]) -> list[int]:
         """The row numbers of these units. A row may have several units: a turn list may have one per answer."""
@@ -379,15 +366,14 @@ def _row_columns(notes: Sequence[Notes]) -> dict[str, NDArray[Any]]:
 
 
 def _added(counts: Counts, rows: int, units: int, columns: dict[str, NDArray[Any]], left_out: int) -> Counts:
-    trained = columns["roles"] != AnswerRole.MISMATCHED
     variants = np.bincount(columns["variants"], minlength=len(counts.variants))
     variants[: len(counts.variants)] += np.array(counts.variants, dtype=np.int64)
     return Counts(
         rows=counts.rows + rows,
         examples=counts.examples + len(columns["lengths"]),
         units=counts.units + units,
-        tokens=counts.tokens + int(columns["lengths"][trained].sum()),
-        trained_tokens=counts.trained_tokens + int(columns["trained_counts"][trained].sum()),
+        tokens=counts.tokens + int(columns["lengths"].sum()),
+        trained_tokens=counts.trained_tokens + int(columns["trained_counts"].sum()),
         shortened=counts.shortened
         + int(np.count_nonzero(columns["cut_characters"] + columns["dropped_turns"])),
         cut_characters=counts.cut_characters + int(columns["cut_characters"].sum()),

@@ -30,10 +30,11 @@ from yeonma.tokenization.dataset import (
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes
 from yeonma.train.interrupt import Stop
-from yeonma.train.losses import REFERENCE_LOGPROB, SFT, Objective, preference_loss, preference_objective
+from yeonma.train.losses import REFERENCE_LOGPROB, TOKEN_LOSSES, Objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.optimizers import make_optimizer
+from yeonma.train.preference_losses import preference_loss, preference_objective
 from yeonma.train.prepare import (
     METRIC_SCHEDULES,
     Prepared,
@@ -187,8 +188,9 @@ def units_to_reference(prepared: Prepared) -> StoreUnits:
 def build_objective(config: RunConfig) -> Objective:
     preference = config.preference
     if preference is None:
-        return SFT
-    return preference_objective(preference_loss(preference.loss), preference_options(preference))
+        return TOKEN_LOSSES[config.step.token_loss]
+    loss, options = preference_loss(preference.loss), preference_options(preference)
+    return preference_objective(loss, options, config.tokens.cutoff_len)
 
 
 def reference_extras(
@@ -246,13 +248,18 @@ def build_train_state(
     stop: Stop | None = None,
     *,
     by_tokens: bool = False,
+    continued: bool = False,
     name_rows: Callable[[Sequence[int]], str] = numbered_rows,
 ) -> TrainState:
     """The state of the first step. `by_tokens`: if memory runs out, halve the token budget instead of the units.
-    `name_rows` as in TrainState."""
+    `continued`: whether the adapter is not a new one. `name_rows` as in TrainState."""
     step, base = config.step, loaded.policy.transformers_model
     sharded = is_sharded(base)
     parameters = {name: p for name, p in loaded.policy.model.named_parameters() if p.requires_grad}
+    measures_reference = any(measure.with_reference for measure in objective.measures)
+    start = (
+        {name: weight.detach().clone() for name, weight in parameters.items()} if measures_reference else {}
+    )
     optimizer = make_optimizer(
         step.optimizer,
         list(parameters.values()),
@@ -275,4 +282,6 @@ def build_train_state(
         stop=stop or Stop(),
         sharded=sharded,
         name_rows=name_rows,
+        start=start,
+        starts_exactly=not continued or config.lora.lora_dropout == 0,
     )

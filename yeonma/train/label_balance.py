@@ -35,7 +35,7 @@ class LabelBalance:
 
 def label_balance(part: DatasetPart, preference: PreferenceSettings | None) -> LabelBalance | None:
     """The balance of some examples, given the weights of the loss; None if they have no labels."""
-    roles = part.store.roles[part.store.trained_of(part.units)]
+    roles = part.store.roles[part.store.examples_of(part.units)]
     desirable, undesirable = (
         int((roles == role).sum()) for role in (AnswerRole.DESIRABLE, AnswerRole.UNDESIRABLE)
     )

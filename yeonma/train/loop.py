@@ -17,6 +17,7 @@ from yeonma.errors import Log
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.train.distributed import Processes, gather_bytes
+from yeonma.train.losses import untrained
 from yeonma.train.optimizers import optimizer_tensors
 from yeonma.train.step import TrainState, evaluate, micro_batch_limits, train_step
 
@@ -79,7 +80,10 @@ def run_steps(
     def run_evaluation(progress: RunProgress) -> RunProgress:
         if not validation:
             return progress
-        record = evaluate(state, validation, progress.step, plan.epoch_at(progress.step))
+        batches = validation
+        if progress.step == 0:
+            batches = {name: untrained(batch) for name, batch in validation.items()}
+        record = evaluate(state, batches, progress.step, plan.epoch_at(progress.step))
         progress = replace(progress, evaluation_due=record is None)
         if record is None:
             return progress
@@ -110,10 +114,11 @@ def run_steps(
             break
         started = time.perf_counter()
         batch = batch_of(units)
-        result = train_step(state, batch)
+        result = train_step(state, untrained(batch) if progress.step == 0 and state.starts_exactly else batch)
         seconds = time.perf_counter() - started
         stop.record_seconds(step=seconds)
         progress = replace(progress, step=progress.step + 1, schedule=state.scheduler.state_dict())
+        progress = replace(progress, carried=dict(state.carried))
         callbacks.step(
             StepRecord(
                 step=progress.step,

@@ -206,20 +206,15 @@ REWARDS = {
 """Metrics of an evaluation -> their names on the card."""
 
 
-ZERO_REWARD = 0.02
-"""Rewards closer to 0 than this are rounding: the model is still equal to the reference."""
-
-
 def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str) -> list[str]:
     """A table of the validation metrics before training and of the adapter in the folder."""
     about = "Both are per trained token; `after` is the adapter in this folder."
     names = PERPLEXITY
     if "reward_accuracy" in before:
         names = {key: name for key, name in REWARDS.items() if key in before}
-        before, remark = _without_rounding(before, names)
         about = (
             f"Means over {before['examples']:,} held-out {units}; `after` is the adapter in this folder. Reward "
-            f"accuracy is the fraction of {units} {ACCURACY[units]}.{remark}"
+            f"accuracy is the fraction of {units} {ACCURACY[units]}.{_remark(before, names)}"
         )
     columns = {"loss": "loss", **names}
     return [
@@ -276,17 +271,15 @@ def _losses(before: Mapping[str, float | None], after: Mapping[str, float | None
     ]
 
 
-def _without_rounding(before: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Mapping[str, Any], str]:
-    """The evaluation before training, and a remark on it. If the model is then equal to the reference, every reward is
-    0 and the measured accuracy is only rounding."""
-    rewards = [key for key in names if key != "reward_accuracy"]
-    if any(abs(before[key] or 0.0) > ZERO_REWARD for key in rewards):
-        return before, ""
-    remark = (
+def _remark(before: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """A remark on an evaluation before training in which the model is its own reference."""
+    if any(before[key] for key in names):
+        return ""
+    return (
         " A reward measures how much more likely an answer has become compared with the reference, the model before "
-        "training. So before training every reward is 0, and an accuracy of 0.5 is chance."
+        "training. So before training every reward is 0, every comparison a tie and the accuracy 0; by chance it "
+        "would be 0.5."
     )
-    return {**before, **dict.fromkeys(rewards, 0.0), "reward_accuracy": 0.5}, remark
 
 
 def _fenced(text: str) -> list[str]:

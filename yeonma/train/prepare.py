@@ -22,6 +22,7 @@ from yeonma.config.settings import (
     Quantization,
     RunConfig,
     StepSettings,
+    TokenLoss,
     TokenSettings,
 )
 from yeonma.data.rows import naming_skip
@@ -31,7 +32,8 @@ from yeonma.model.published import check_settings
 from yeonma.model.quantized import check_layers
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
-from yeonma.train.losses import PreferenceOptions, preference_loss
+from yeonma.train.pair_losses import PreferenceOptions
+from yeonma.train.preference_losses import preference_loss
 from yeonma.train.preflight import task_of
 
 TRIAL_STEPS = 40
@@ -89,7 +91,7 @@ def prepare(
     _check_schedule(step, log)
     preference = config.preference
     if preference is not None:
-        _check_preference(preference, config.tokens)
+        _check_preference(preference, config.tokens, step.token_loss)
 
     def log_rows(rows: int) -> None:
         log(f"tokenised {rows:,} rows")
@@ -178,12 +180,16 @@ def preference_options(preference: PreferenceSettings) -> PreferenceOptions:
         label_smoothing=preference.label_smoothing,
         sft_weight=preference.sft_weight,
         simpo_gamma=preference.simpo_gamma,
+        discopop_tau=preference.discopop_tau,
+        f_divergence=preference.f_divergence,
+        f_alpha=preference.f_alpha,
+        wpo_weights=preference.wpo_weights,
         kto_desirable_weight=preference.kto_desirable_weight,
         kto_undesirable_weight=preference.kto_undesirable_weight,
     )
 
 
-def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> None:
+def _check_preference(preference: PreferenceSettings, tokens: TokenSettings, token_loss: TokenLoss) -> None:
     """Raises UserError for settings that have no effect in preference training, or none on the chosen loss."""
     options, defaults = asdict(preference_options(preference)), asdict(PreferenceOptions())
     loss = preference_loss(preference.loss)
@@ -194,6 +200,19 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings) -> 
         for name, value in options.items()
         if value != defaults[name] and name not in loss.options
     ]
+    problems += [
+        Problem(f"{loss.name} needs a value above 0", name, f"give --{name} {value}, as in the paper")
+        for name, value in loss.above_zero.items()
+        if not options[name]
+    ]
+    if preference.f_alpha != defaults["f_alpha"] and preference.f_divergence != "alpha":
+        problems.append(
+            Problem(
+                "only the divergence alpha reads it", "f_alpha", "leave it out, or give --f_divergence alpha"
+            )
+        )
+    if token_loss != "nll":
+        problems.append(Problem("preference losses do not read it", "token_loss", "leave it out"))
     if tokens.train_on_inputs:
         what = "a prompt is the same for both answers: there is nothing to prefer in it"
         problems.append(Problem(what, "train_on_inputs", "leave it out"))

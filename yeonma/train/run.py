@@ -146,7 +146,15 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         plan, objective = prepared.plan, build_objective(resolved)
         name_rows = prepared.dataset.name_rows
         state = build_train_state(
-            resolved, loaded, plan, objective, group, stop, by_tokens=by_tokens, name_rows=name_rows
+            resolved,
+            loaded,
+            plan,
+            objective,
+            group,
+            stop,
+            by_tokens=by_tokens,
+            continued=prepared.adapter is not None,
+            name_rows=name_rows,
         )
         if by_tokens and earlier_tokens is None:  # before the reference, which may take hours
             try_heaviest(state, plan, prepared.dataset.train.store)
@@ -348,6 +356,7 @@ def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: Run
     state.scheduler.load_state_dict(progress.schedule)
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
+    state.carried.update(progress.carried)
     restore_random(random, state.group, state.model.device)
 
 

@@ -12,14 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 
-from yeonma.batch.batch import Batch
+from yeonma.batch.batch import Batch, Extras
 from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
@@ -28,7 +28,16 @@ from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.tokenization.dataset import numbered_rows
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
 from yeonma.train.interrupt import REASONS, Stop
-from yeonma.train.losses import MEASURED_MEAN, Objective, Sums
+from yeonma.train.losses import (
+    LOG_SQUARE,
+    REFERENCE_LOGPROB,
+    UNTRAINED,
+    Carried,
+    Objective,
+    StepMeasure,
+    Sums,
+    answer_logprobs,
+)
 from yeonma.train.oom_retry import MicroBatchLimit
 
 IDLE_TOKENS = 2
@@ -56,6 +65,14 @@ class TrainState:
     """Whether frozen weights are sharded over the ranks."""
     name_rows: Callable[[Sequence[int]], str] = numbered_rows
     """Row numbers of a batch, for a message."""
+    start: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The trained parameters as they were at the start, by name: the reference, for objectives that measure it. Empty
+    for others."""
+    starts_exactly: bool = True
+    """Whether the model equals its reference in the first step: a new adapter does, and a continued one without
+    dropout."""
+    carried: dict[str, float] = field(default_factory=dict)
+    """The numbers that the objective carries from step to step."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +91,14 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     Raises UserError, before the update, if the loss or the gradient is not finite.
     """
-    objective, trained_tokens = state.objective, batch.trained_part.trained_tokens
-    count = batch.trained_part.trained_weight if objective.per_token else batch.unit_count
-    batch = _with_measured_mean(state, batch)
+    objective = state.objective
+    count = batch.trained_weight if objective.per_token else batch.unit_count
+    batch = _with_step_extras(state, batch)
 
     def add_gradients() -> torch.Tensor:
         totals = torch.zeros(1 + len(objective.metrics), device=state.model.device)
-        for micro_pass in _passes(state, batch.trained_part):
-            loss_sum, metric_sums = _sums(state, micro_pass, _logprobs(state, micro_pass))
+        for micro_pass in _passes(state, batch):
+            loss_sum, metric_sums = _sums(state, objective.sums, micro_pass)
             with _no_gradient_from_idle(micro_pass, state.parameters.values()):
                 (loss_sum / count).backward()
             totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
@@ -92,7 +109,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     totals = torch.cat([totals, totals.new_tensor(state.stop.requests())])
     totals = sum_gradients(state.group, state.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
-    _check_finite(totals[0], grad_norm, batch.trained_part, state.name_rows)
+    _check_finite(totals[0], grad_norm, batch, state.name_rows)
     learning_rate = state.optimizer.param_groups[0]["lr"]
     state.optimizer.step()
     if not state.by_metric:
@@ -102,10 +119,18 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     sums: list[float] = totals.tolist()  # in one transfer: every read waits for the GPU
     loss, *means = sums[: -len(REASONS)]
     state.stop.agree(sums[-len(REASONS) :])
-    metrics = objective.report(dict(zip(objective.metrics, means, strict=True)))
-    tokens = int(batch.unit_lengths_U.sum())
+    means_by_name = dict(zip(objective.metrics, means, strict=True))
+    if objective.carry is not None:
+        carried: Carried = {**objective.start, **state.carried}
+        state.carried.update(objective.carry(carried, means_by_name, batch.unit_count))
     return StepResult(
-        loss, float(grad_norm), learning_rate, batch.unit_count, tokens, trained_tokens, metrics
+        loss=loss,
+        grad_norm=float(grad_norm),
+        learning_rate=learning_rate,
+        units=batch.unit_count,
+        tokens=int(batch.unit_lengths_U.sum()),
+        trained_tokens=batch.trained_tokens,
+        metrics=objective.report(means_by_name),
     )
 
 
@@ -126,8 +151,7 @@ def evaluate(
             return None
         sums_by_set[name] = sums
     counts = [
-        batch.trained_part.trained_weight if objective.per_token else batch.unit_count
-        for batch in validation.values()
+        batch.trained_weight if objective.per_token else batch.unit_count for batch in validation.values()
     ]
     totals = [sum(column) for column in zip(*sums_by_set.values(), strict=True)]
     loss, *means = (total / sum(counts) for total in totals)
@@ -139,7 +163,7 @@ def evaluate(
         loss=loss,
         perplexity=perplexity,
         examples=sum(batch.unit_count for batch in validation.values()),
-        trained_tokens=sum(batch.trained_part.trained_tokens for batch in validation.values()),
+        trained_tokens=sum(batch.trained_tokens for batch in validation.values()),
         seconds=time.perf_counter() - started,
         metrics=objective.report(dict(zip(objective.metrics, means, strict=True))),
         losses=losses if len(losses) > 1 else {},
@@ -153,15 +177,15 @@ def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
     def abandon() -> bool:
         return not state.sharded and state.stop.is_urgent()  # with sharded weights, no rank can leave alone
 
-    batch = _with_measured_mean(state, batch, abandon)
+    batch = _with_step_extras(state, batch, abandon)
+    sums_of = objective.evaluation or objective.sums
 
     def add_losses() -> tuple[torch.Tensor, bool]:
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64)
-        for micro_pass in _passes(state, batch.trained_part):
+        for micro_pass in _passes(state, batch):
             if abandon():
                 return totals, True
-            logprob_N = _logprobs(state, micro_pass).double()
-            loss_sum, metric_sums = _sums(state, micro_pass, logprob_N)
+            loss_sum, metric_sums = _sums(state, sums_of, micro_pass)
             totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
         return totals, False
 
@@ -175,29 +199,64 @@ def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
     return None if sums[-1 - len(REASONS)] else sums[: -1 - len(REASONS)]
 
 
-def _with_measured_mean(
-    state: TrainState, batch: Batch, abandon: Callable[[], bool] = lambda: False
-) -> Batch:
-    """The batch with the extra MEASURED_MEAN, computed without dropout, if the objective has a `measure`. If `abandon`
-    returns true on a rank, the mean must not be used."""
-    measure = state.objective.measure
-    if measure is None:
-        return batch
+def _with_step_extras(state: TrainState, batch: Batch, abandon: Callable[[], bool] = lambda: False) -> Batch:
+    """The batch with the extras that the objective carries or measures, so that every micro-batch has them. If
+    `abandon` returns true on a rank, they must not be used."""
+    carried: Carried = {**state.objective.start, **state.carried}
+    extras = {name: np.full(len(batch), number) for name, number in carried.items()}
+    for measure in state.objective.measures:
+        extras.update(_measured_extras(state, measure, batch, abandon))
+    return batch.with_example_extras(extras) if extras else batch
 
-    def add_measures() -> torch.Tensor:
-        total = torch.zeros(1, dtype=torch.float64, device=state.model.device)
-        for micro_pass in _passes(state, batch.mismatched_part):
+
+def _measured_extras(
+    state: TrainState, measure: StepMeasure, batch: Batch, abandon: Callable[[], bool]
+) -> Extras:
+    """What follows from the answers that the step measures before its micro-batches. The model is its own reference if
+    it is untrained."""
+    answers = measure.examples(batch)
+    logprob_E = _measured_logprobs(state, answers, abandon)
+    if UNTRAINED in answers.example_extras:
+        reference_E = logprob_E
+    elif measure.with_reference:
+        with _start_weights(state):
+            reference_E = _measured_logprobs(state, answers, abandon)
+    else:
+        reference_E = answers.example_extras[REFERENCE_LOGPROB]
+    return measure.extras(batch, logprob_E, reference_E)
+
+
+def _measured_logprobs(state: TrainState, answers: Batch, abandon: Callable[[], bool]) -> np.ndarray:
+    """logprob_E of the answers, without gradient and dropout, on every rank: float64. Every rank measures its share."""
+    answers = replace(answers, index_E=np.arange(len(answers)))
+
+    def measure_share() -> torch.Tensor:
+        logprob_E = torch.zeros(len(answers), dtype=torch.float64, device=state.model.device)
+        for micro_pass in _passes(state, answers):
             if abandon():
                 break
             logprob_N = _logprobs(state, micro_pass)
             if len(micro_pass.batch):
-                total += measure(logprob_N.double(), micro_pass.batch)
-        return total
+                examples = torch.from_numpy(micro_pass.batch.index_E).to(logprob_E.device)
+                logprob_E[examples] = answer_logprobs(logprob_N, micro_pass.batch.trained_counts_E)
+        return logprob_E
 
     with torch.no_grad(), in_eval_mode(state.model):
-        total = state.limit.fit(add_measures, batch)
-    mean = float(sum_over(state.group, total)[0]) / max(1, len(batch.mismatched_part))
-    return batch.with_example_extras({MEASURED_MEAN: np.full(len(batch), mean)})
+        share_E = state.limit.fit(measure_share, answers)
+    return sum_over(state.group, share_E).cpu().numpy()
+
+
+@contextmanager
+def _start_weights(state: TrainState) -> Iterator[None]:
+    """The trained parameters as they were at the start: the reference of the run."""
+    now = {name: weight.data for name, weight in state.parameters.items()}
+    try:
+        for name, weight in state.parameters.items():
+            weight.data = state.start[name]
+        yield
+    finally:
+        for name, weight in state.parameters.items():
+            weight.data = now[name]
 
 
 @dataclass(frozen=True)
@@ -261,20 +320,29 @@ def idle_passes(passes: Sequence[Sequence[int]], rank: int) -> list[int]:
 
 
 def pass_logprobs(
-    model: Any, support: ForestSupport, micro_pass: MicroBatchPass, share_prefix: bool
+    model: Any,
+    support: ForestSupport,
+    micro_pass: MicroBatchPass,
+    share_prefix: bool,
+    squares: bool = False,
 ) -> torch.Tensor:
-    """logprob_N of the micro-batch's trained tokens, example by example. For an empty micro-batch, an empty tensor that
-    is connected to the idle passes' graph."""
+    """logprob_N of the micro-batch's trained tokens, example by example; `squares` as in `batch_logprobs`. For an empty
+    micro-batch, an empty tensor that is connected to the idle passes' graph."""
     batch, parts = micro_pass.batch, []
     if len(batch):
-        parts.append(batch_logprobs(model, support, batch, share_prefix=share_prefix))
+        parts.append(batch_logprobs(model, support, batch, share_prefix=share_prefix, squares=squares))
     token_ids = micro_pass.idle_token_ids
     for _ in range(micro_pass.idle_passes):
         idle = example_logprobs(
-            model, support, [token_ids], [np.arange(len(token_ids)) > 0], share_prefix=False
+            model,
+            support,
+            [token_ids],
+            [np.arange(len(token_ids)) > 0],
+            share_prefix=False,
+            squares=squares,
         )
-        parts.append(idle[:0])
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts.append(idle[..., :0])
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def _passes(state: TrainState, batch: Batch) -> Iterator[MicroBatchPass]:
@@ -286,9 +354,20 @@ def _logprobs(state: TrainState, micro_pass: MicroBatchPass) -> torch.Tensor:
     return pass_logprobs(state.model, state.support, micro_pass, state.limit.bounds.share_prefix)
 
 
-def _sums(state: TrainState, micro_pass: MicroBatchPass, logprob_N: torch.Tensor) -> Sums:
-    if len(micro_pass.batch):
-        return state.objective.sums(logprob_N, micro_pass.batch)
+def _sums(
+    state: TrainState, sums_of: Callable[[torch.Tensor, Batch], Sums], micro_pass: MicroBatchPass
+) -> Sums:
+    """The sums of a micro-batch; in evaluations they are computed in float64."""
+    batch, reads_squares = micro_pass.batch, state.objective.reads_squares
+    share_prefix = state.limit.bounds.share_prefix
+    logprob_N = pass_logprobs(state.model, state.support, micro_pass, share_prefix, reads_squares)
+    if not torch.is_grad_enabled():
+        logprob_N = logprob_N.double()
+    if reads_squares:
+        logprob_N, log_square_N = logprob_N
+        batch = batch.with_token_extras({LOG_SQUARE: log_square_N.detach().double().cpu().numpy()})
+    if len(batch):
+        return sums_of(logprob_N, batch)
     return logprob_N.sum(), logprob_N.new_zeros(len(state.objective.metrics))
 
 

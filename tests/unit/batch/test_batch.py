@@ -13,7 +13,7 @@ from yeonma.tokenization.example import AnswerRole, Example, Unit
 from yeonma.tokenization.store import StoreWriter, TokenStore, open_store
 
 PROMPT = (5, 6, 7)
-CHOSEN, REJECTED, MISMATCHED = AnswerRole.CHOSEN, AnswerRole.REJECTED, AnswerRole.MISMATCHED
+CHOSEN, REJECTED = AnswerRole.CHOSEN, AnswerRole.REJECTED
 
 
 def example(answer: tuple[int, ...], row: int, prompt: tuple[int, ...] = PROMPT) -> Example:
@@ -23,7 +23,7 @@ def example(answer: tuple[int, ...], row: int, prompt: tuple[int, ...] = PROMPT)
 
 UNITS = [
     [(CHOSEN, example((8, 9), 1)), (REJECTED, example((10,), 1))],
-    [(CHOSEN, example((11,), 2)), (REJECTED, example((12, 13, 14), 2)), (MISMATCHED, example((15, 16), 2))],
+    [(CHOSEN, example((11,), 2)), (REJECTED, example((12, 13, 14), 2)), (REJECTED, example((15, 16), 2))],
     [(CHOSEN, example((17, 18), 4)), (REJECTED, example((19, 20), 4))],
 ]
 FIRST_EXAMPLE = [0, 2, 5]
@@ -60,7 +60,7 @@ def content(batch: Batch) -> dict[str, object]:
         "reference": batch.example_extras["reference"].tolist(),
         **{
             name: getattr(batch, name).tolist()
-            for name in ("lengths_E", "trained_counts_E", "units_E", "roles_E", "rows_E")
+            for name in ("lengths_E", "prompt_lengths_E", "trained_counts_E", "units_E", "roles_E", "rows_E")
         },
         "unit_lengths_U": batch.unit_lengths_U.tolist(),
         "unit_rows_U": batch.unit_rows_U.tolist(),
@@ -86,16 +86,35 @@ def test_select_units_keeps_their_examples_and_extras(tmp_path: Path) -> None:
     assert len(batch.select_units([])) == batch.select_units([]).unit_count == 0
 
 
-def test_mismatched_answers_form_their_own_part_and_unit_lengths_stay() -> None:
-    batch = in_memory([0, 1, 2])
-    trained, mismatched = batch.trained_part, batch.mismatched_part
-    assert mismatched.index_E.tolist() == [4]
-    assert trained.index_E.tolist() == [0, 1, 2, 3, 5, 6]
-    assert (trained.unit_lengths_U == batch.unit_lengths_U).all()
-    assert mismatched.unit_count == 3
-    assert len(mismatched.select_units([0, 2])) == 0
-    assert mismatched.select_units([1]).example_extras["reference"].tolist() == [4.0]
-    assert trained.trained_tokens == batch.trained_tokens - 2
+def test_prompts_with_other_answers_are_units_of_their_own_with_the_extras_of_the_prompt(
+    tmp_path: Path,
+) -> None:
+    batch = Batch.from_store(written_store(tmp_path, UNITS), np.array([2, 0]), {"reference": REFERENCE})
+    mixed = batch.with_answers_of(np.array([3, 2, 0, 1]), most_tokens=4)
+    for number, other in enumerate([3, 2, 0, 1]):
+        prompt = batch.token_ids[number][: batch.prompt_lengths_E[number]].tolist()
+        answer = batch.token_ids[other][batch.prompt_lengths_E[other] :].tolist()
+        expected = [*prompt, *answer][:4]
+        assert mixed.token_ids[number].tolist() == expected
+        assert mixed.trained[number].tolist() == [False] * len(prompt) + [True] * (
+            len(expected) - len(prompt)
+        )
+    assert mixed.units_E.tolist() == [0, 1, 2, 3]
+    assert mixed.unit_lengths_U.tolist() == mixed.lengths_E.tolist()
+    assert mixed.example_extras["reference"].tolist() == batch.example_extras["reference"].tolist()
+    assert mixed.trained_tokens == sum(int(mask.sum()) for mask in mixed.trained)
+
+
+def test_other_answers_keep_the_input_keys_of_their_tokens() -> None:
+    examples = [example((8, 9), 1), example((10,), 2)]
+    keys = [np.arange(len(one.token_ids)) + 100 * (number + 1) for number, one in enumerate(examples)]
+    mixed = Batch.of(examples, input_keys=keys).with_answers_of(np.array([1, 0]), most_tokens=9)
+    assert mixed.input_keys is not None
+    split = examples[0].prompt_length
+    assert [own.tolist() for own in mixed.input_keys] == [
+        [*keys[0][:split].tolist(), *keys[1][split:].tolist()],
+        [*keys[1][:split].tolist(), *keys[0][split:].tolist()],
+    ]
 
 
 def test_token_and_example_extras_follow_the_selected_units() -> None:

@@ -15,14 +15,9 @@ from yeonma.batch.forest import lay_out
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import ForestSupport, example_logprobs
-from yeonma.train.losses import (
-    LOSSES,
-    PairLogprobs,
-    PreferenceOptions,
-    ReferenceLogprobs,
-    answer_logprobs,
-    pair_losses,
-)
+from yeonma.train.losses import answer_logprobs
+from yeonma.train.pair_losses import PairLogprobs, PreferenceOptions, ReferenceLogprobs
+from yeonma.train.preference_losses import LOSSES, pair_losses
 
 EXACT = {"rtol": 2e-5, "atol": 1e-5}  # an answer's log-probability is a sum, far below -1
 OPTIONS = PreferenceOptions(beta=0.5)

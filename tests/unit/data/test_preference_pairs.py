@@ -31,7 +31,7 @@ from yeonma.tokenization.cache import build_store
 from yeonma.tokenization.dataset import data_warnings
 from yeonma.tokenization.example import AnswerRole, Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.example_encoder import encode_prompt
-from yeonma.tokenization.preference_encoder import encode_labelled, encode_pairs
+from yeonma.tokenization.preference_encoder import encode_pairs
 
 CHAT = load_template("chat")
 RULES = TokenRules(cutoff_len=512)
@@ -852,42 +852,11 @@ def test_the_pairs_of_a_row_are_units_with_its_number(tmp_path: Path) -> None:
     assert str(told) == "rows with several rejected answers, each in a pair of its own: 1 (row 2)"
 
 
-def test_labelled_row_is_measured_with_the_answer_of_the_next_row(tmp_path: Path) -> None:
+def test_a_labelled_row_is_one_example_with_the_role_of_its_label(tmp_path: Path) -> None:
     rows = table({"prompt": f"{i} p ", "completion": f"{'x' * i}!", "label": i % 2 == 0} for i in range(1, 5))
     store = build_store(
         rows, load_template("prompt-completion"), None, byte_level(), RULES, tmp_path, task=LABELLED
     )
-    own, measured = store.trained_of(np.arange(4)), store.measured_of(np.arange(4))
-    assert [AnswerRole(role) for role in store.roles[own]] == [
-        AnswerRole.UNDESIRABLE,
-        AnswerRole.DESIRABLE,
-    ] * 2
-    for unit in range(4):
-        example, other, mixed = (store[int(i)] for i in (own[unit], own[(unit + 1) % 4], measured[unit]))
-        answers = other.token_ids[other.prompt_length :].tolist()
-        assert mixed.token_ids.tolist() == [*example.token_ids[: example.prompt_length].tolist(), *answers]
-        assert int(mixed.trained.sum()) == len(answers)
-    assert store.counts.tokens == int(store.lengths[own].sum())
-    assert store.counts.trained_tokens == int(store.trained_counts[own].sum())
-
-
-def test_single_labelled_row_has_no_mismatched_answer() -> None:
-    rows = list(table([{"prompt": "p", "completion": "c", "label": True}]))
-    labelled = [render_label(load_template("prompt-completion"), rows[0])]
-    (unit,) = encode_labelled(labelled, rows, byte_level(), RULES)
-    assert isinstance(unit, Unit)
-    assert [role for role, _ in unit.members] == [AnswerRole.DESIRABLE]
-
-
-def test_a_mismatched_answer_is_cut_to_fit() -> None:
-    values = [
-        {"prompt": "a long prompt for an answer", "completion": "a", "label": True},
-        {"prompt": "a", "completion": "a long answer to it", "label": False},
-    ]
-    rows = list(table(values))
-    labelled = [render_label(load_template("prompt-completion"), row) for row in rows]
-    rules = TokenRules(cutoff_len=24)
-    for unit in encode_labelled(labelled, rows, byte_level(), rules):
-        assert isinstance(unit, Unit)
-        assert all(len(example.token_ids) <= 24 for _, example in unit.members)
-        assert all(example.trained.any() for _, example in unit.members)
+    assert (store.counts.units, len(store)) == (4, 4)
+    assert [AnswerRole(role) for role in store.roles] == [AnswerRole.UNDESIRABLE, AnswerRole.DESIRABLE] * 2
+    assert store.counts.trained_tokens == int(store.trained_counts.sum())

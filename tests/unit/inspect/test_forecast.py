@@ -240,7 +240,7 @@ def test_surveyed_micro_batches_equal_those_of_training_steps(
                 MicroBatchLimit(micro, torch.device("cpu")),
             )
             state = TrainState(unused, support, {}, unused, unused, False, 1.0, limit, SFT, group)
-            step_batch = Batch.from_store(store, positions).trained_part
+            step_batch = Batch.from_store(store, positions)
             batches = [micro_pass.batch.index_E for micro_pass in _passes(state, step_batch)]
             expected += [(step, units.tolist(), len(batches) > 1) for units in batches]
     surveyed = list(batches_module._micro_batches_of(prepared.plan, store, micro, processes))

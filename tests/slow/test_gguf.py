@@ -1,7 +1,7 @@
-"""A GGUF file gives the answers of the merged model: SmolLM2, a short run, llama.cpp through llama-cpp-python.
+"""llama.cpp reads an exported GGUF file as Yeonma reads the merged model: prompts, their ids, greedy answers.
 
-llama-cpp-python must be compiled, which takes a while, so it is not in the project's environment: `make llama`
-installs it in .venv-llama, or $YEONMA_LLAMA_PYTHON names a Python that has it. The converter is fetched from PyPI.
+`make llama` installs xllamacpp, a wheel with llama.cpp's server, in .venv-llama; or $YEONMA_LLAMA_PYTHON names a Python
+that has it. The converter is fetched from PyPI, SmolLM2 from the hub or from there.
 """
 
 from __future__ import annotations
@@ -15,48 +15,117 @@ from typing import Any
 import pytest
 
 from tests.runs import command
+from tests.slow.engines import KINDS, NEW_TOKENS, adapters, asked, engine_base
 from yeonma import load
 from yeonma.commands.demo import SAMPLES
 from yeonma.errors import UserError
-from yeonma.export.gguf_converter import install_converter
+from yeonma.export.gguf_converter import convert, install_converter
+from yeonma.model.load import load_tokenizer
 from yeonma.model.smollm2 import fetch
+from yeonma.model.source import find_base
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_NEW_TOKENS = 24
+PUBLISHED_IDS = {
+    "½": [16738],
+    "  ½": [256, 16738],
+    " ²³ x² ₂": [216, 19133, 39050, 1792, 19133, 216, 44059],
+    "٢٣٤ عام ٢٠٢٤": [
+        164,
+        112,
+        164,
+        113,
+        164,
+        114,
+        45704,
+        10805,
+        21706,
+        216,
+        164,
+        112,
+        164,
+        250,
+        164,
+        112,
+        164,
+        114,
+    ],
+    "123abc456 7 8  9": [33, 34, 35, 25276, 36, 37, 38, 216, 39, 216, 40, 256, 41],
+    "가격은 12,300원": [181, 125, 218, 181, 127, 119, 26638, 218, 216, 33, 34, 28, 35, 32, 32, 183, 245, 234],
+    "😀1😀 2": [10813, 242, 218, 33, 10813, 242, 218, 216, 34],
+    "  12  ": [256, 33, 34, 256],
+    "it's 5'll 6're": [269, 506, 216, 37, 3060, 216, 38, 2316],
+}
 
 
 @pytest.fixture(scope="module")
 def llama_python() -> str:
     python = os.environ.get("YEONMA_LLAMA_PYTHON", str(ROOT / ".venv-llama" / "bin" / "python"))
     if not Path(python).is_file():
-        pytest.skip("no llama-cpp-python: `make llama`")
+        pytest.skip("no llama.cpp: `make llama`")
     return python
 
 
 @pytest.fixture(scope="module")
-def exported(llama_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on SmolLM2, merged, and the merged model as GGUF."""
-    folder = tmp_path_factory.mktemp("smollm2")
+def smollm2(llama_python: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("YEONMA_CACHE")  # the default cache may hold the model and the converter
         try:
-            base = fetch(print)
             install_converter()
+            return fetch(print)
         except UserError as error:
             pytest.skip(f"not to be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def tiny(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An adapter for each kind of template on a tiny base."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return adapters(engine_base(folder / "base", smollm2), folder)
+
+
+@pytest.fixture(scope="module")
+def exported(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on SmolLM2, merged, and the merged model as GGUF."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("YEONMA_CACHE")
         options = ["--data_path", str(SAMPLES / "news_en.jsonl"), "--template", str(SAMPLES / "title_en.txt")]
         options += ["--max_steps", "6", "--learning_rate", "1e-3", "--batch_size", "8", "--card_rows", "3"]
         options += ["--val_data_path", str(SAMPLES / "news_en_validation.jsonl"), "--eval_steps", "100"]
         for verb in (
-            ["sft", "--base_model", base, "--output_dir", str(folder / "OUT"), *options],
+            ["sft", "--base_model", smollm2, "--output_dir", str(folder / "OUT"), *options],
             ["merge", str(folder / "OUT"), "--output_dir", str(folder / "M")],
             ["export", str(folder / "M"), "--output_dir", str(folder / "G"), "--format", "ollama"],
         ):
             done = command(folder, *verb)
             assert done.status == 0, done.out + done.err
     return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gives_the_prompts_ids_and_answers_of_yeonma(
+    tiny: dict[str, Path], kind: str, llama_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("YEONMA_CACHE")
+    rows = asked(tiny[kind], kind)
+    assert len(rows) == 16
+    assert command(tmp_path, "merge", str(tiny[kind]), "--output_dir", str(tmp_path / "M")).status == 0
+    convert(tmp_path / "M", tmp_path / "model.gguf", "f32", "tiny")
+    request = {
+        "gguf": str(tmp_path / "model.gguf"),
+        "context": 1024,
+        "new_tokens": NEW_TOKENS,
+        "ignore_eos": True,
+        "messages": [row.messages for row in rows],
+        "texts": [row.prompt for row in rows],
+    }
+    response = answers(llama_python, request)
+    assert response["prompts"] == [row.prompt for row in rows]
+    assert response["ids"] == [row.prompt_ids for row in rows]
+    assert response["answers"] == [row.answer_ids for row in rows]
 
 
 def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_python: str) -> None:
@@ -66,25 +135,29 @@ def test_llama_cpp_answers_with_the_merged_models_text(exported: Path, llama_pyt
     ids = [merged.prompt_ids(row).tolist() for row in rows]
     assert ids == [sample["prompt_ids"] for sample in samples]
     expected = [merged.generate(row, max_new_tokens=MAX_NEW_TOKENS) for row in rows]
-    prompts = [
-        {"ids": prompt_ids, "text": merged.prompt_builder.tokenizer.decode(prompt_ids)} for prompt_ids in ids
-    ]
     request = {
         "gguf": str(exported / "G" / "G-f16.gguf"),
         "context": 1024,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "prompts": prompts,
+        "new_tokens": MAX_NEW_TOKENS,
         "messages": [[{"role": "user", "content": row["document"]}] for row in rows],
+        "texts": [merged.prompt_builder.tokenizer.decode(prompt_ids) for prompt_ids in ids],
+        "chats": True,
     }
     response = answers(llama_python, request)
     assert response["ids"] == ids
-    assert [text.rstrip() for text in response["completions"]] == expected
-    assert [text.rstrip() for text in response["chats"]] == expected  # through the chat template in the file
+    assert [text.rstrip() for text in response["chats"]] == [text.rstrip() for text in expected]
+
+
+def test_the_demos_tokenizer_is_the_published_one(smollm2: str) -> None:
+    """The ids are llama.cpp's for the published GGUF file."""
+    tokenizer = load_tokenizer(find_base(smollm2))
+    ids = {text: tokenizer(text, add_special_tokens=False).input_ids for text in PUBLISHED_IDS}
+    assert ids == PUBLISHED_IDS
 
 
 def answers(python: str, request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [python, str(ROOT / "tests" / "slow" / "llama_answers.py")],
+        [python, str(ROOT / "tests" / "slow" / "llama_server.py")],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ from pathlib import Path
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.export.gguf_converter import convert, install_converter
+from yeonma.export.llama_cpp_check import check_prompts, is_installed
 from yeonma.export.merged_model import check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
@@ -30,7 +31,9 @@ def run(settings: ExportSettings) -> int:
         model = _merged_model(settings, prompt_builder, folder)
         if model is None:
             return 1
-        _write(settings, prompt_builder, model, folder, output.absolute().name)
+        gguf = _write(settings, prompt_builder, model, folder, output.absolute().name)
+        if is_installed():
+            check_prompts(gguf, prompt_builder, _print)
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
         _print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
@@ -60,7 +63,8 @@ def _merged_model(settings: ExportSettings, prompt_builder: PromptBuilder, folde
 
 def _write(
     settings: ExportSettings, prompt_builder: PromptBuilder, model: Path, folder: Path, name: str
-) -> None:
+) -> Path:
+    """Returns the path of the GGUF file."""
     gguf = f"{name}-{settings.outtype}.gguf"
     try:
         convert(model, folder / gguf, settings.outtype, name)
@@ -77,6 +81,7 @@ def _write(
         (folder / "Modelfile").write_text(written.text, encoding="utf-8")
         for remark in written.remarks:
             _print(remark)
+    return folder / gguf
 
 
 def _print(text: str) -> None:

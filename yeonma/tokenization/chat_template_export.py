@@ -55,22 +55,28 @@ def export_chat_template(
 
 def why_not_exported(template: Template, tokenizer: Any, text: str, rules: TokenRules = DEFAULT_RULES) -> str:
     """Why the chat template `text` does not give the tokens of training in a trial; empty if it does."""
-    trials = 0
+    tried = 0
+    try:
+        for conversation, ids in trials(template, tokenizer, rules):
+            if chat_ids(tokenizer, conversation, text) != ids:
+                return "a chat template cannot reproduce the tokens of training with this tokenizer"
+            tried += 1
+    except Exception as error:  # Jinja may raise anything
+        return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
+    return "" if tried else "the base model's chat template refuses every trial"
+
+
+def trials(
+    template: Template, tokenizer: Any, rules: TokenRules = DEFAULT_RULES
+) -> Iterator[tuple[Conversation, list[int]]]:
+    """A few rows for other tools, and the prompt ids of training."""
     for row in _trial_rows(template):
         try:
             rendered = template.render(row, None, with_answer=False)
             ids = full_prompt_ids(rendered, row, tokenizer, rules)
         except UserError:  # a conversation that the template or the base's chat template refuses
             continue
-        try:
-            conversation = conversation_of(template, row, None, rendered, tokenizer, rules)
-            exported_ids = chat_ids(tokenizer, conversation, text)
-        except Exception as error:  # Jinja may raise anything
-            return f"it cannot be written as a chat template ({str(error).splitlines()[0]:.200})"
-        if exported_ids != ids:
-            return "a chat template cannot reproduce the tokens of training with this tokenizer"
-        trials += 1
-    return "" if trials else "the base model's chat template refuses every trial"
+        yield conversation_of(template, row, None, rendered, tokenizer, rules), ids
 
 
 def full_prompt_ids(

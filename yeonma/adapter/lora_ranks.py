@@ -1,0 +1,27 @@
+"""The ranks of an adapter, and the limit that vLLM is started with for them. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's `--max-lora-rank`, without 1, which not every version accepts."""
+
+
+def lora_config(folder: Path) -> dict[str, Any]:
+    """PEFT's own config in the folder."""
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return config
+
+
+def highest_rank(folder: Path) -> int:
+    """The highest rank among the adapter's layers."""
+    config = lora_config(folder)
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The least limit of vLLM that takes this rank, or None if it takes none so high."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)

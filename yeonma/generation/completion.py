@@ -20,7 +20,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from yeonma.config.settings import GenerateSettings
 from yeonma.errors import UserError
 from yeonma.generation.forest_decode import DecodeRequest, decode
+from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
+from yeonma.generation.token_scores import ScoreLog
 from yeonma.model.sharding import is_sharded
 
 CONTEXT = 32  # tokens before an answer that may affect how its first token is decoded
@@ -133,26 +135,35 @@ def _out_of_memory(tokens: int) -> UserError:
 
 
 def answer_alone(
-    model: Any, prompt: Sequence[int], sampling: SamplingParams, on_token: Callable[[list[int]], bool]
+    model: Any,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    on_token: Callable[[list[int]], bool],
+    *,
+    mask: TokenMask | None = None,
+    scores: ScoreLog | None = None,
 ) -> list[int]:
     """The answer to one prompt from transformers' generation loop: its ids, including the stop token if there is one.
 
     For models without forest support. `model` is not a PeftModel, but its layers may contain an adapter. After every
     token that does not end the answer, `on_token` is called with the ids so far; it returns True to end the answer.
+    `mask` and `scores` as in `DecodeRequest`.
     """
     ids = [int(number) for number in prompt]
+    rules = LogitRules.of(sampling, ids, mask)
 
-    def stop(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+    def stop(input_ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
         answer = input_ids[0, len(ids) :].tolist()
-        return torch.tensor(
-            [answer[-1] not in sampling.stop_ids and on_token(answer)], device=input_ids.device
-        )
+        is_over = rules is not None and rules.is_over
+        ended = answer[-1] not in sampling.stop_ids and (is_over or on_token(answer))
+        return torch.tensor([ended], device=input_ids.device)
 
     input_ids = torch.tensor([ids], device=model.device)
     processors = LogitsProcessorList()
-    if sampling.temperature > 0:
+    if sampling.temperature > 0 or rules is not None or scores is not None:
         uniform = uniforms(ids, sampling.seed, sampling.max_new_tokens + 1)
-        processors.append(_Sampler(torch.from_numpy(uniform).to(model.device), len(ids), sampling))
+        uniform_S = torch.from_numpy(uniform).to(model.device)
+        processors.append(_Sampler(uniform_S, len(ids), sampling, rules, scores))
     with generation_mode(model):
         sequences = model.generate(
             input_ids,
@@ -160,7 +171,6 @@ def answer_alone(
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
                 do_sample=False,  # _Sampler samples
-                repetition_penalty=sampling.repetition_penalty,
                 eos_token_id=list(sampling.stop_ids) or None,
                 pad_token_id=sampling.stop_ids[0]
                 if sampling.stop_ids
@@ -189,17 +199,29 @@ def generation_mode(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Sampler:
-    """A logits processor that samples: only the token drawn with the step's random number stays possible."""
+    """A logits processor that chooses the token, by the step's random number unless decoding is greedy: only this token
+    stays possible."""
 
     uniform_S: torch.Tensor
     prompt_length: int
     sampling: SamplingParams
+    rules: LogitRules | None
+    log: ScoreLog | None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = min(input_ids.shape[1] - self.prompt_length, len(self.uniform_S) - 1)
         sampling = self.sampling
-        uniform_B = self.uniform_S[step : step + 1]
-        ids_B = sample(scores, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k)
+        logits_BV = scores if self.rules is None else self.rules.apply(scores[0]).unsqueeze(0)
+        if sampling.temperature == 0:
+            ids_B = logits_BV.argmax(dim=1)
+        else:
+            uniform_B = self.uniform_S[step : step + 1]
+            min_p = sampling.changes.min_p
+            ids_B = sample(logits_BV, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k, min_p)
+        if self.log is not None:
+            self.log.add(scores[0], int(ids_B))
+        if self.rules is not None:
+            self.rules.accept(int(ids_B))
         return torch.full_like(scores, float("-inf")).scatter(1, ids_B.unsqueeze(1), 0.0)
 
 

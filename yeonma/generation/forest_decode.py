@@ -18,7 +18,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS
-from yeonma.generation.sampling import SamplingParams, apply_repetition_penalty, sample, uniforms
+from yeonma.generation.logit_rules import LogitRules, TokenMask
+from yeonma.generation.sampling import SamplingParams, sample, uniforms
+from yeonma.generation.token_scores import ScoreLog
 from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
@@ -74,6 +76,14 @@ class ForestCache:
     """The largest number of own tokens of a row after this forward pass."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     """Sliding window -> mask, computed once per forward pass."""
+
+    def copy_rows(self, source: torch.Tensor, start: int) -> None:
+        """Give the rows from `start` on the keys and values of the rows `source`."""
+        for layer in self.layers.values():
+            assert layer.own_key is not None and layer.own_value is not None
+            layer.reserve(start + len(source), self.slots, layer.own_key, layer.own_value)
+            for tensor in (layer.own_key, layer.own_value):
+                tensor[start : start + len(source), :, : self.slots] = tensor[source, :, : self.slots]
 
 
 def decoding_attention(
@@ -181,6 +191,10 @@ class DecodeRequest:
 
     prompt: Sequence[int]
     sampling: SamplingParams
+    mask: TokenMask | None = None
+    """The tokens that a grammar allows. It follows one answer, so every request needs its own."""
+    scores: ScoreLog | None = None
+    """Gets the log-probability of every token of the answer, the stop token included, before `on_token` is called."""
 
 
 @dataclass(eq=False)
@@ -191,9 +205,9 @@ class _LiveRow:
     prompt: list[int]
     sampling: SamplingParams
     uniform: Any  # random numbers in [0, 1), one per token; None for greedy decoding
+    rules: LogitRules | None = None
+    scores: ScoreLog | None = None
     generated: list[int] = field(default_factory=list)
-    seen_V: torch.Tensor | None = None
-    """Whether a token occurs in prompt or answer; only for a repetition penalty."""
 
 
 def decode(
@@ -208,7 +222,8 @@ def decode(
     """Answer the requests in order, at most `max_rows` at once. The next one starts as soon as a row has ended.
 
     `model` is a transformers model in eval mode that passed `check_forest_support`. Its layers may contain an adapter,
-    but it is not a PeftModel. The common prefix of all prompts, without anyone's last token, is computed once.
+    but it is not a PeftModel. The common prefix of all prompts, without anyone's last token, is computed once, and so
+    is a prompt of several rows that start together.
 
     on_done: called with a request's index and the ids of its answer, including the stop token if there is one.
     on_token: called with a request's index and the ids of its answer so far, after every token that does not end it. It
@@ -231,17 +246,24 @@ def decode(
                 return
             continuing, budget = len(live), MAX_PROMPT_TOKENS
             while waiting and len(live) < max_rows:
-                budget -= len(waiting[-1][1].prompt) - shared
+                row = _new_row(*waiting[-1])
+                if not any(row.prompt == other.prompt for other in live[continuing:]):
+                    budget -= len(row.prompt) - shared
                 if budget < 0 and len(live) > continuing:
                     break
-                live.append(_new_row(*waiting.pop()))
-            ids = _next_tokens(_step(model, cache, live, continuing), live).tolist()
+                live.append(row)
+                waiting.pop()
+            logits_BV = _step(model, cache, live, continuing)
+            ids = _next_tokens(logits_BV, live).tolist()
             ended = []
             for row_index, (row, number) in enumerate(zip(live, ids, strict=True)):
                 row.generated.append(number)
-                if row.seen_V is not None:
-                    row.seen_V[number] = True
+                if row.scores is not None:
+                    row.scores.add(logits_BV[row_index], number)
+                if row.rules is not None:
+                    row.rules.accept(number)
                 stopped = number in row.sampling.stop_ids or len(row.generated) == row.sampling.max_new_tokens
+                stopped = stopped or (row.rules is not None and row.rules.is_over)
                 if stopped or (on_token is not None and on_token(row.index, row.generated)):
                     ended.append(row_index)
             done = sorted((live[row_index] for row_index in ended), key=lambda row: row.index)
@@ -255,7 +277,8 @@ def _new_row(index: int, request: DecodeRequest) -> _LiveRow:
     sampling, prompt = request.sampling, [int(number) for number in request.prompt]
     greedy = sampling.temperature == 0
     uniform = None if greedy else uniforms(prompt, sampling.seed, sampling.max_new_tokens)
-    return _LiveRow(index, prompt, sampling, uniform)
+    rules = LogitRules.of(sampling, prompt, request.mask)
+    return _LiveRow(index, prompt, sampling, uniform, rules, request.scores)
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
@@ -270,11 +293,19 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def _step(model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int) -> torch.Tensor:
-    """logits_BV of the next tokens. The rows from index `continuing` on start with this step."""
+    """logits_BV of the next tokens. The rows from index `continuing` on start with this step; those whose prompt
+    another one has are moved to the end, and get its numbers."""
+    first_of: dict[tuple[int, ...], int] = {}
+    twins = [
+        row for row in live[continuing:] if first_of.setdefault(tuple(row.prompt), row.index) != row.index
+    ]
+    if twins:
+        live[continuing:] = [row for row in live[continuing:] if row not in twins] + twins
+    computed = len(live) - len(twins)
     tokens: list[int] = []
     positions: list[int] = []
     ends, lengths, own = list[int](), list[int](), list[int]()
-    for row_index, row in enumerate(live):
+    for row_index, row in enumerate(live[:computed]):
         starts = row_index >= continuing
         new = row.prompt[cache.shared :] if starts else row.generated[-1:]
         before = cache.shared if starts else len(row.prompt) + len(row.generated) - 1
@@ -286,7 +317,13 @@ def _step(model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int)
     cache.lengths, cache.continuing, cache.masks = tuple(lengths), continuing, {}
     cache.own_B = torch.tensor(own[:continuing], dtype=torch.long, device=model.device)
     cache.slots = max(before + new for before, new in zip(own, lengths, strict=True))
-    return _forward(model, cache, tokens, positions, ends)
+    logits_BV = _forward(model, cache, tokens, positions, ends)
+    if not twins:
+        return logits_BV
+    row_of = {row.index: row_index for row_index, row in enumerate(live)}
+    source = torch.tensor([row_of[first_of[tuple(row.prompt)]] for row in twins], device=logits_BV.device)
+    cache.copy_rows(source, computed)
+    return torch.cat([logits_BV, logits_BV[source]])
 
 
 def _forward(
@@ -305,11 +342,20 @@ def _forward(
 
 
 def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_LiveRow]) -> torch.Tensor:
-    """ids_B, with one call per group of rows with equal sampling parameters."""
+    """ids_B, with one call per group of rows with equal sampling parameters. `logits_BV` stays as it is."""
+    changed = {
+        row_index: row.rules.apply(logits_BV[row_index])
+        for row_index, row in enumerate(live)
+        if row.rules is not None
+    }
+    if changed:
+        logits_BV = logits_BV.clone()
+        for row_index, logits_V in changed.items():
+            logits_BV[row_index] = logits_V
     groups: dict[tuple[float, float, int, float], list[int]] = {}
     for row_index, row in enumerate(live):
         sampling = row.sampling
-        key = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty)
+        key = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.changes.min_p)
         groups.setdefault(key, []).append(row_index)
     if len(groups) == 1:
         return _next_tokens_of_group(logits_BV, live)
@@ -322,22 +368,13 @@ def _next_tokens(logits_BV: torch.Tensor, live: Sequence[_LiveRow]) -> torch.Ten
 
 def _next_tokens_of_group(logits_BV: torch.Tensor, rows: Sequence[_LiveRow]) -> torch.Tensor:
     sampling = rows[0].sampling
-    if sampling.repetition_penalty != 1.0:
-        seen_BV = torch.stack([_seen_tokens(row, logits_BV) for row in rows])
-        logits_BV = apply_repetition_penalty(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
     uniform = [float(row.uniform[len(row.generated)]) for row in rows]
     uniform_B = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
-    return sample(logits_BV, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k)
-
-
-def _seen_tokens(row: _LiveRow, like_BV: torch.Tensor) -> torch.Tensor:
-    """(V,): whether a token has occurred in the row; at first, in its prompt."""
-    if row.seen_V is None:
-        row.seen_V = torch.zeros(like_BV.shape[1], dtype=torch.bool, device=like_BV.device)
-        row.seen_V[torch.tensor(row.prompt, device=like_BV.device)] = True
-    return row.seen_V
+    return sample(
+        logits_BV, uniform_B, sampling.temperature, sampling.top_p, sampling.top_k, sampling.changes.min_p
+    )
 
 
 def _remove(cache: ForestCache, live: list[_LiveRow], row_index: int) -> None:

@@ -16,6 +16,23 @@ from yeonma.config.settings import AnswerSettings
 
 
 @dataclass(frozen=True)
+class LogitChanges:
+    """What may change a row's logits besides the answer settings, in the words of OpenAI's API and vLLM."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of the tokens that the answer has."""
+    frequency_penalty: float = 0.0
+    """The same, times how often the answer has the token."""
+    min_p: float = 0.0
+    """Sample only from tokens with at least this share of the most likely token's probability."""
+
+
+NO_CHANGES = LogitChanges()
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are sampled and what ends an answer.
 
@@ -32,10 +49,15 @@ class SamplingParams:
     seed: int = 42
     shown_ids: tuple[int, ...] = ()
     """Special tokens that stay in an answer's text, such as those around reasoning."""
+    changes: LogitChanges = NO_CHANGES
 
     @classmethod
     def of(
-        cls, settings: AnswerSettings, stop_ids: Sequence[int], shown_ids: Sequence[int] = ()
+        cls,
+        settings: AnswerSettings,
+        stop_ids: Sequence[int],
+        shown_ids: Sequence[int] = (),
+        changes: LogitChanges = NO_CHANGES,
     ) -> SamplingParams:
         """The parameters of the user's settings, and the tokens that end an answer of this model or stay in its
         text."""
@@ -48,6 +70,7 @@ class SamplingParams:
             top_k=settings.top_k,
             repetition_penalty=settings.repetition_penalty,
             seed=settings.seed,
+            changes=changes,
         )
 
 
@@ -60,16 +83,25 @@ def uniforms(prompt: Sequence[int], seed: int, count: int) -> np.ndarray:
 
 
 def sample(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float, top_k: int
+    logits_BV: torch.Tensor,
+    uniform_B: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float = 0.0,
 ) -> torch.Tensor:
     """Sample ids_B (B,) by inverse transform: the token at which the cumulative probability, from the most likely token
-    on, exceeds the row's number in [0, 1)."""
+    on, exceeds the row's number in [0, 1). `min_p` (Nguyen et al. 2024, arXiv:2407.01082) comes before top_k and top_p,
+    as in vLLM."""
     logits_BV = logits_BV.double()
     highest = logits_BV.amax(
         dim=1, keepdim=True
     )  # subtracted first, so that a low temperature does not overflow
     probability = torch.softmax((logits_BV - highest) / temperature, dim=1)
     descending, order = probability.sort(dim=1, descending=True, stable=True)
+    if min_p:
+        descending = descending.where(descending >= min_p * descending[:, :1], 0.0)
+        descending /= descending.sum(dim=1, keepdim=True)
     if top_k:
         descending[:, top_k:] = 0
         descending /= descending.sum(dim=1, keepdim=True)

@@ -118,6 +118,87 @@ def example_logprobs(
     return torch.cat(sequences, dim=-1)
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """The log-probabilities of tokens, and the K most likely tokens in their places, the most likely first."""
+
+    logprob_N: torch.Tensor
+    top_id_NK: torch.Tensor
+    top_logprob_NK: torch.Tensor
+
+    @staticmethod
+    def of(logits_NV: torch.Tensor, target_N: torch.Tensor, top: int) -> TokenScores:
+        """In float32. A token's own number and that among the most likely ones are the same."""
+        logprob_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+        own = logprob_NV.gather(1, target_N.unsqueeze(1)).squeeze(1)
+        best = logprob_NV.topk(min(top, logprob_NV.shape[1]), dim=1)
+        return TokenScores(own, best.indices, best.values)
+
+    def at(self, index: torch.Tensor | slice) -> TokenScores:
+        """Those of some of the tokens."""
+        return TokenScores(self.logprob_N[index], self.top_id_NK[index], self.top_logprob_NK[index])
+
+
+def example_scores(
+    model: Any, support: ForestSupport, token_ids: Sequence[np.ndarray], top: int
+) -> list[TokenScores]:
+    """The scores of all tokens but the first, for each sequence, without gradients: over one forest if `support` allows
+    it, otherwise sequence by sequence. The log-probabilities are those of training."""
+    with torch.no_grad():
+        if not support.forest:
+            return [_sequence_scores(model, ids, top) for ids in token_ids]
+        trained = [np.arange(len(ids)) > 0 for ids in token_ids]
+        forest = lay_out(token_ids, trained)
+        device = model.device
+        source_U = torch.from_numpy(forest.source_U).to(device)
+        target_U = torch.from_numpy(forest.target_U).to(device)
+        batch = {
+            "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
+            "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
+            "forest": layout(forest, device, support.capability),
+            "use_cache": False,
+        }
+        if support.head is None or is_sharded(model):
+            scores = TokenScores.of(model(**batch, logits_to_keep=source_U).logits[0], target_U, top)
+        else:
+            hidden = model.get_decoder()(**batch).last_hidden_state[0].index_select(0, source_U)
+            scores = _head_scores(hidden, target_U, support.head, top)
+        per_pair = scores.at(torch.from_numpy(forest.pair_N).to(device))
+    ends = np.cumsum([int(mask.sum()) for mask in trained]).tolist()
+    return [per_pair.at(slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _sequence_scores(model: Any, token_ids: np.ndarray, top: int) -> TokenScores:
+    ids = torch.from_numpy(token_ids.astype(np.int64)).to(model.device)
+    mask = torch.ones_like(ids).unsqueeze(0)
+    logits = model(input_ids=ids.unsqueeze(0), attention_mask=mask, use_cache=False).logits[0]
+    return TokenScores.of(logits[:-1], ids[1:], top)
+
+
+def _head_scores(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, top: int) -> TokenScores:
+    rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
+    chunks = [
+        TokenScores.of(
+            _head_logits(hidden_UH[start : start + rows], head), target_U[start : start + rows], top
+        )
+        for start in range(0, max(1, len(target_U)), rows)
+    ]
+    return TokenScores(
+        torch.cat([chunk.logprob_N for chunk in chunks]),
+        torch.cat([chunk.top_id_NK for chunk in chunks]),
+        torch.cat([chunk.top_logprob_NK for chunk in chunks]),
+    )
+
+
+def _head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = float32_product(hidden, head.weight_VH, head.bias_V)
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.cap is not None:
+        logits.div_(head.cap).tanh_().mul_(head.cap)
+    return logits
+
+
 def trained_logprobs(
     model: Any,
     forest: Forest,

@@ -10,10 +10,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,20 +23,31 @@ from starlette.routing import Route
 
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder
 from yeonma.config.settings import AnswerSettings
+from yeonma.data.turns import ToolCall
 from yeonma.errors import UserError
+from yeonma.generation.json_grammar import JsonGrammar, JsonVocabulary
 from yeonma.serve.openai_api import (
+    UNSUPPORTED,
     ChatRequest,
-    ReasoningText,
-    Reply,
     RequestError,
-    ResponseWriter,
     TextRequest,
     answer_settings,
-    model_list,
+    for_template,
     read_request,
     row_of_messages,
+    seed_of_choice,
 )
-from yeonma.serve.worker import Busy, Job, PromptTooLarge, Worker
+from yeonma.serve.openai_responses import (
+    ReasoningText,
+    Reply,
+    ResponseWriter,
+    ScoredPrompt,
+    SentPrompt,
+    model_list,
+)
+from yeonma.serve.token_names import TokenNames
+from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
+from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
 
 MAX_BODY_BYTES = 1_000_000
@@ -69,12 +81,22 @@ class Models:
     worker: Worker
     tokenizing: ThreadPoolExecutor
     """One thread, because not every tokenizer is thread-safe."""
+    vocabularies: dict[str, JsonVocabulary] = field(default_factory=dict)
+    """For answers in JSON, made when the first request asks a model for one. Only the thread above uses it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for, ready for the worker."""
+
+    prompts: Sequence[Prompt]
+    sent: Sequence[SentPrompt]
+    grammar: JsonGrammar | None
 
 
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
-Event = str | ReasoningText | Reply | Exception
 Events = asyncio.Queue[tuple[int, Event]]
-"""Index of a prompt in a request, and what the worker reports about it."""
+"""Index of a choice in a response, and what the worker reports about it."""
 
 
 def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -> Starlette:
@@ -182,8 +204,8 @@ async def _complete(
     settings = answer_settings(request, limits.defaults, limits.max_new_tokens_limit)
     prompt_builder = models.prompt_builders[_known_model(request.model, models.prompt_builders)]
     loop = asyncio.get_running_loop()
-    prompts = await loop.run_in_executor(
-        models.tokenizing, _prompts, request, settings.max_new_tokens, prompt_builder, limits.positions
+    asked = await loop.run_in_executor(
+        models.tokenizing, _asked, request, settings.max_new_tokens, prompt_builder, models, limits.positions
     )
     events: Events = asyncio.Queue()
 
@@ -194,27 +216,53 @@ async def _complete(
 
         return notify
 
+    scored, echoes = request.scored_tokens, isinstance(request, TextRequest) and request.echo
     jobs = [
-        Job(request.model, prompt, settings, tuple(request.stop), request.stream, notifier(index))
-        for index, prompt in enumerate(prompts)
+        Job(
+            request.model,
+            prompt,
+            replace(settings, seed=seed_of_choice(settings.seed, choice)),
+            tuple(request.stop),
+            request.stream,
+            notifier(index * request.n + choice),
+            request.changes,
+            asked.grammar,
+            scored,
+            scores_prompt=echoes and scored is not None and choice == 0,
+        )
+        for index, prompt in enumerate(asked.prompts)
+        for choice in range(request.n)
     ]
     try:
         models.worker.submit(jobs)
     except Busy as error:
         raise RequestError(429, f"{error}: try again later", code="rate_limit_exceeded") from None
-    find_calls = prompt_builder.find_calls if _offers_tools(request) else None
-    writer, prompt_ids = ResponseWriter.of(request), [prompt.token_ids.tolist() for prompt in prompts]
+    find_calls = _call_finder(request, prompt_builder)
+    writer = ResponseWriter.of(request, asked.sent, TokenNames.of(prompt_builder.tokenizer))
     # prompts are never shortened silently
-    headers = {"Yeonma-Shortened": "true"} if any(prompt.shortened for prompt in prompts) else None
+    headers = {"Yeonma-Shortened": "true"} if any(prompt.shortened for prompt in asked.prompts) else None
     if request.stream:
-        chunks = _streamed(writer, jobs, events, sum(map(len, prompt_ids)), find_calls)
+        chunks = _streamed(writer, jobs, events, find_calls)
         return StreamingResponse(chunks, headers=headers, media_type="text/event-stream")
-    replies = [_with_calls(reply, find_calls) for reply in await _replies(http_request, jobs, events)]
-    return JSONResponse(writer.complete(replies, prompt_ids), headers=headers)
+    replies, scored_prompts = await _replies(http_request, jobs, events)
+    replies = [_with_calls(reply, find_calls) for reply in replies]
+    by_prompt = {index // request.n: prompt for index, prompt in scored_prompts.items()}
+    return JSONResponse(writer.complete(replies, by_prompt), headers=headers)
 
 
-def _offers_tools(request: ChatRequest | TextRequest) -> bool:
-    return isinstance(request, ChatRequest) and bool(request.tools) and request.tool_choice != "none"
+def _call_finder(request: ChatRequest | TextRequest, prompt_builder: PromptBuilder) -> FindCalls | None:
+    """The function that finds tool calls in the answers to a request; None if it offers no tools."""
+    if not isinstance(request, ChatRequest) or not request.offers_tools:
+        return None
+    find_calls = prompt_builder.find_calls
+    if find_calls is None or request.parallel_tool_calls:
+        return find_calls
+
+    def find_first(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        rest, calls = find_calls(text)
+        return rest, calls[:1]
+
+    return find_first
 
 
 def _with_calls(reply: Reply, find_calls: FindCalls | None) -> Reply:
@@ -247,6 +295,48 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
+def _asked(
+    request: ChatRequest | TextRequest,
+    max_new_tokens: int,
+    prompt_builder: PromptBuilder,
+    models: Models,
+    positions: int | None,
+) -> Asked:
+    """The request's prompts as token ids, and the grammar of its answers. Raises RequestError if they do not fit the
+    template or the model."""
+    prompts = _prompts(request, max_new_tokens, prompt_builder, positions)
+    vocabulary = len(prompt_builder.tokenizer)
+    if any(token_id >= vocabulary for token_id, _ in request.changes.logit_bias):
+        raise RequestError(400, f"logit_bias: this model has {vocabulary} tokens", param="logit_bias")
+    sent = [SentPrompt("", prompt.token_ids.tolist()) for prompt in prompts]
+    if isinstance(request, TextRequest) and request.echo:
+        names = TokenNames.of(prompt_builder.tokenizer)
+        sent = [
+            replace(prompt, text=given if isinstance(given, str) else names.joined(given))
+            for prompt, given in zip(sent, request.prompt, strict=True)
+        ]
+    return Asked(prompts, sent, _grammar(request, prompt_builder, models.vocabularies))
+
+
+def _grammar(
+    request: ChatRequest | TextRequest,
+    prompt_builder: PromptBuilder,
+    vocabularies: dict[str, JsonVocabulary],
+) -> JsonGrammar | None:
+    """What the answers must follow. Raises RequestError if that is not possible."""
+    schema = request.schema_of_answer
+    if schema is None:
+        return None
+    try:
+        vocabulary = vocabularies.get(request.model)
+        if vocabulary is None:
+            vocabulary = JsonVocabulary.of(prompt_builder.tokenizer, prompt_builder.stop_ids)
+            vocabularies[request.model] = vocabulary
+        return vocabulary.grammar(schema)
+    except UserError as error:
+        raise RequestError(400, str(error), param="response_format", code=UNSUPPORTED) from None
+
+
 def _prompts(
     request: ChatRequest | TextRequest,
     max_new_tokens: int,
@@ -256,10 +346,13 @@ def _prompts(
     """The request's prompts as token ids. Raises RequestError if they do not fit the template or the model."""
     try:
         if isinstance(request, ChatRequest):
-            row = row_of_messages(prompt_builder.adapter.template, request.messages, request)
+            template = prompt_builder.adapter.template
+            chat_template = base_chat_template(prompt_builder.tokenizer) if template.takes_turns else ""
+            request = for_template(request, chat_template)
+            row = row_of_messages(template, request.messages, request)
             prompts = prompt_builder.prompts([row], max_new_tokens=max_new_tokens)
         else:
-            prompts = [prompt_builder.text_prompt(text) for text in request.prompt]
+            prompts = [_text_prompt(prompt_builder, prompt) for prompt in request.prompt]
     except UserError as error:
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         raise RequestError(400, str(error), param=param) from None
@@ -273,9 +366,22 @@ def _prompts(
     return prompts
 
 
-async def _replies(request: Request, jobs: Sequence[Job], events: Events) -> list[Reply]:
-    """The replies to all prompts. If the client disconnects, the jobs are cancelled."""
+def _text_prompt(prompt_builder: PromptBuilder, prompt: str | list[int]) -> Prompt:
+    """A prompt of text, or of token ids, which stay as they are."""
+    if isinstance(prompt, str):
+        return prompt_builder.text_prompt(prompt)
+    size = len(prompt_builder.tokenizer)
+    if max(prompt) >= size:
+        raise RequestError(400, f"prompt: token {max(prompt)}: this model has {size} tokens", param="prompt")
+    return Prompt(np.array(prompt, dtype=np.int32))
+
+
+async def _replies(
+    request: Request, jobs: Sequence[Job], events: Events
+) -> tuple[list[Reply], dict[int, ScoredPrompt]]:
+    """The replies to all jobs, and the scored prompts. If the client disconnects, the jobs are cancelled."""
     replies: dict[int, Reply] = {}
+    prompts: dict[int, ScoredPrompt] = {}
     watcher = asyncio.ensure_future(_cancel_on_disconnect(request, jobs, events))
     try:
         while len(replies) < len(jobs):
@@ -284,12 +390,14 @@ async def _replies(request: Request, jobs: Sequence[Job], events: Events) -> lis
                 raise _worker_error(event)
             if isinstance(event, Reply):
                 replies[index] = event
+            if isinstance(event, ScoredPrompt):
+                prompts[index] = event
     except BaseException:
         _cancel(jobs)
         raise
     finally:
         watcher.cancel()
-    return [replies[index] for index in range(len(jobs))]
+    return [replies[index] for index in range(len(jobs))], prompts
 
 
 async def _cancel_on_disconnect(request: Request, jobs: Sequence[Job], events: Events) -> None:
@@ -308,12 +416,13 @@ async def _streamed(
     writer: ResponseWriter,
     jobs: Sequence[Job],
     events: Events,
-    prompt_tokens: int,
     find_calls: FindCalls | None,
 ) -> AsyncIterator[str]:
     """The answers as server-sent events, with text as it is generated. An answer that may contain tool calls is sent
     when it is complete."""
     tokens, running = 0, len(jobs)
+    scores: dict[int, ScoredTokens] = {}
+    scored_prompts: set[int] = set()
     try:
         for chunk in writer.stream_start():
             yield _event(chunk)
@@ -329,11 +438,17 @@ async def _streamed(
                 yield _event(writer.stream_end(event, index))
                 tokens += len(event.token_ids)
                 running -= 1
+            elif isinstance(event, ScoredPrompt) and index not in scored_prompts:
+                scored_prompts.add(index)  # again after memory ran out
+                for chunk in writer.stream_prompt(index // writer.request.n, event):
+                    yield _event(chunk)
+            elif isinstance(event, tuple):
+                scores[index] = event
             elif isinstance(event, str) and find_calls is None:
-                yield _event(writer.stream_text(event, index))
+                yield _event(writer.stream_text(event, index, scores.pop(index, ())))
             elif isinstance(event, ReasoningText) and writer.is_chat:
                 yield _event(writer.stream_reasoning(event, index))
-        for chunk in writer.stream_usage(prompt_tokens, tokens):
+        for chunk in writer.stream_usage(tokens):
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     finally:
@@ -343,6 +458,8 @@ async def _streamed(
 def _worker_error(error: Exception) -> RequestError:
     if isinstance(error, Busy | PromptTooLarge):
         return RequestError(503, str(error))
+    if isinstance(error, GrammarFailed):
+        return RequestError(500, str(error))
     log.error("an answer failed", exc_info=error)
     return _internal_error()
 

@@ -1,18 +1,18 @@
-"""Requests and responses of OpenAI's completions API, as far as adapters can serve it. No server here.
+"""Requests of OpenAI's completions API, as far as adapters can serve it. No server here.
 
 Pydantic models check the requests. An unsupported parameter that would change the answer is refused by name, never
-ignored. Reference: https://platform.openai.com/docs/api-reference/chat and .../completions.
+ignored. Reference: https://platform.openai.com/docs/api-reference/chat and .../completions; vLLM's extra parameters are
+those of its OpenAI-compatible server.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
-import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -21,17 +21,50 @@ from yeonma.config.settings import AnswerSettings
 from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
-from yeonma.data.turns import ToolCall
+from yeonma.generation.sampling import LogitChanges
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 """Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
+NO_EFFECT = frozenset(
+    (
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prediction", "priority", "request_id", "cache_salt", "cache_prompt", "include_reasoning", "add_special_tokens",
+        "detokenize", "spaces_between_special_tokens",
+    )
+)  # fmt: skip
+"""Parameters that change no answer here, whatever their value."""
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (0,), "modalities": (["text"],),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "verbosity": ("medium",), "reasoning_effort": ("medium",), "parallel_tool_calls": (True, False),
+    "chat_template_kwargs": ({},), "audio": (), "web_search_options": (),
+    # of vLLM
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "length_penalty": (1,),
+    "use_beam_search": (False,), "skip_special_tokens": (True,), "ignore_eos": (False,), "min_tokens": (0,),
+    "include_stop_str_in_output": (False,), "stop_token_ids": ([],), "bad_words": ([],), "documents": ([],),
+    "return_tokens_as_token_ids": (False,), "logits_processors": ([],), "vllm_xargs": ({},),
+    "stream_reasoning": (True,), "truncate_prompt_tokens": (-1,), "separate_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
+    "allowed_token_ids": (), "prompt_logprobs": (), "chat_template": (), "structured_outputs": (), "guided_json": (),
+    "guided_regex": (), "guided_choice": (), "guided_grammar": (), "kv_transfer_params": (),
+    # of llama.cpp and its clients
+    "typical_p": (1,), "mirostat": (0,), "tfs_z": (1,), "top_a": (0,), "dynatemp_range": (0,), "xtc_probability": (0,),
+    "dry_multiplier": (0,),
+}  # fmt: skip
+"""Parameters that are not supported, with the values that ask for what is done anyway. null always does."""
+MAX_TOP_LOGPROBS = {"chat": 20, "completions": 5}
+"""OpenAI's own limits."""
+MAX_BIAS, MAX_PENALTY = 100, 2
 SETTINGS = settings_of((AnswerSettings,))
 MAX_STOPS = 4
 """OpenAI's own limit."""
 MAX_PROMPTS = 64
-"""Maximum number of prompts in one completion request."""
+"""Maximum number of prompts in one completion request, and of answers to one request."""
+TEMPLATE_ARGUMENTS = ("reasoning_effort", "verbosity")
+"""Parameters that are arguments of the chat templates that know them; elsewhere only their default is accepted."""
 NO_TOOLS = "tools are not supported: this model was trained with its own prompt template, which has no place for them"
 TOKEN_COUNT = "a whole number of at least 1"
+PENALTY = f"a number from -{MAX_PENALTY} to {MAX_PENALTY}"
 UNSUPPORTED = "unsupported_parameter"
 
 
@@ -56,11 +89,16 @@ def _without_lone_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def _is_one_of(value: object, values: Sequence[object]) -> bool:
+    """True and False are not 1 and 0 here."""
+    return any(value == valid and isinstance(value, bool) == isinstance(valid, bool) for valid in values)
+
+
 def _only(*values: object) -> AfterValidator:
-    """Accepts only `values`, which ask for what is done anyway. True and False are not 1 and 0 here."""
+    """Accepts only `values`, which ask for what is done anyway."""
 
     def check(value: object) -> object:
-        if not any(value == valid and isinstance(value, bool) == isinstance(valid, bool) for valid in values):
+        if not _is_one_of(value, values):
             raise ValueError("not supported")
         return value
 
@@ -85,6 +123,28 @@ def _sampling(name: str) -> Any:
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _as_prompts(value: object) -> object:
+    """Several prompts; a list of numbers is one prompt."""
+    is_ids = isinstance(value, list) and value and all(isinstance(item, int) for item in value)
+    return [value] if is_ids or isinstance(value, str) else value
+
+
+def _whole(value: object) -> object:
+    """Some clients write whole numbers as 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _none_for(neutral: object) -> BeforeValidator:
+    """The value that turns a parameter off is as good as none."""
+    return BeforeValidator(lambda value: None if _is_one_of(value, (neutral,)) else value)
+
+
+def _token_ids(value: dict[str, float]) -> dict[str, float]:
+    if not all(name.isascii() and name.isdecimal() and abs(bias) <= MAX_BIAS for name, bias in value.items()):
+        raise ValueError("no token ids, or out of range")
+    return value
 
 
 class TextPart(BaseModel):
@@ -132,8 +192,29 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     """The contents of a stream besides text."""
 
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    include_usage: bool | None = Field(default=False, description="true or false")
+    include_obfuscation: Any = None
+    continuous_usage_stats: Annotated[Any, _only(False, None)] = None
+
+
+class JsonSchema(BaseModel):
+    """A schema for the answer. OpenAI's `strict` makes no difference: it is always kept."""
+
     model_config = ConfigDict(strict=True, frozen=True)
-    include_usage: bool = Field(default=False, description="true or false")
+    schema_: dict[str, Any] = Field(default={"type": "object"}, alias="schema", description="an object")
+
+
+class ResponseFormat(BaseModel):
+    """The form of the answer's text."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text, json_object or json_schema"
+    )
+    json_schema: JsonSchema | None = Field(default=None, description="an object")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="an object")
+    """llama.cpp's place for the schema of a json_object."""
 
 
 class CompletionParameters(BaseModel):
@@ -154,38 +235,40 @@ class CompletionParameters(BaseModel):
 
     temperature: Annotated[float, _in_range("temperature")] | None = _sampling("temperature")
     top_p: Annotated[float, _in_range("top_p")] | None = _sampling("top_p")
-    top_k: Annotated[int, _in_range("top_k")] | None = _sampling("top_k")
+    top_k: Annotated[Annotated[int, _in_range("top_k")] | None, _none_for(-1)] = _sampling("top_k")
     repetition_penalty: Annotated[float, _in_range("repetition_penalty")] | None = _sampling(
         "repetition_penalty"
     )
     seed: Annotated[int, _in_range("seed")] | None = _sampling("seed")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="a number from 0 to 1")
+    """vLLM's extension."""
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(allow_inf_nan=False)]], AfterValidator(_token_ids)
+    ] = Field(default={}, description=f"an object of token ids with numbers from -{MAX_BIAS} to {MAX_BIAS}")
+    frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description=PENALTY)
+    presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description=PENALTY)
+    n: Annotated[int, BeforeValidator(_whole)] = Field(
+        default=1, ge=1, le=MAX_PROMPTS, description=f"a whole number from 1 to {MAX_PROMPTS}"
+    )
+    best_of: Annotated[int, BeforeValidator(_whole)] | None = Field(
+        default=None, description="a whole number"
+    )
+    response_format: ResponseFormat | None = Field(default=None, description="an object")
 
-    # parameters that have no effect on answers here
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
-    verbosity: Any = None
+    @property
+    def changes(self) -> LogitChanges:
+        bias = tuple((int(token_id), value) for token_id, value in self.logit_bias.items() if value)
+        return LogitChanges(bias, self.presence_penalty, self.frequency_penalty, self.min_p)
 
-    # parameters that are accepted only with values that have no effect on answers
-    n: Annotated[Any, _only(1)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    echo: Annotated[Any, _only(False)] = None
-    suffix: Annotated[Any, _only("")] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
-    modalities: Annotated[Any, _only(["text"])] = None
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the answer must follow, if it is to be JSON."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_schema" and wanted.json_schema is not None:
+            return wanted.json_schema.schema_
+        return wanted.schema_ or {"type": "object"}
 
 
 class ChatRequest(CompletionParameters):
@@ -193,26 +276,67 @@ class ChatRequest(CompletionParameters):
 
     messages: list[Message] = Field(min_length=1, description="a list of messages, at least one")
     max_completion_tokens: int | None = Field(default=None, ge=1, description=TOKEN_COUNT)
+    logprobs: bool = Field(default=False, description="true or false")
+    top_logprobs: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_TOP_LOGPROBS["chat"],
+        description=f"a whole number from 0 to {MAX_TOP_LOGPROBS['chat']}",
+    )
     tools: list[dict[str, Any]] = Field(default=[], description="a list of objects")
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: bool = Field(default=True, description="true or false")
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="an object")
     """vLLM's extension: arguments of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: str | None = Field(default=None, description="a string")
     """An argument of the chat templates that know it, such as that of gpt-oss."""
+    verbosity: str | None = Field(default=None, description="a string")
+    """The same."""
+
+    @property
+    def offers_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def scored_tokens(self) -> int | None:
+        """How many of the most likely tokens to return with each token; None for no log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
 
 
 class TextRequest(CompletionParameters):
     """The body of POST /v1/completions: texts to continue."""
 
-    tools: Annotated[Any, _only([])] = None
-    prompt: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    prompt: Annotated[
+        list[str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
+        BeforeValidator(_as_prompts),
+    ] = Field(
         min_length=1,
         max_length=MAX_PROMPTS,
-        description=f"a string, or a list of 1 to {MAX_PROMPTS} strings",
+        description=f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these",
     )
+    max_tokens: int | None = Field(default=None, ge=0, description=TOKEN_COUNT)
+    """0 with `echo`: the prompt alone, to score it."""
+    echo: bool = Field(default=False, description="true or false")
+    logprobs: Annotated[int | None, _none_for(False)] = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS["completions"],
+        description=f"a whole number from 0 to {MAX_TOP_LOGPROBS['completions']}",
+    )
+
+    @property
+    def scored_tokens(self) -> int | None:
+        """As that of a ChatRequest."""
+        return self.logprobs
 
 
 Request = TypeVar("Request", bound=CompletionParameters)
-NESTED: Mapping[str, type[BaseModel]] = {"messages": Message, "stream_options": StreamOptions}
+NESTED: Mapping[str, type[BaseModel]] = {
+    "messages": Message,
+    "stream_options": StreamOptions,
+    "response_format": ResponseFormat,
+    "json_schema": JsonSchema,
+}
 
 
 def read_request(content: bytes, kind: type[Request]) -> Request:
@@ -223,10 +347,9 @@ def read_request(content: bytes, kind: type[Request]) -> Request:
         raise RequestError(400, "the body is not JSON") from None
     if not isinstance(body, dict):
         raise RequestError(400, "the body is not a JSON object")
+    given = {_without_lone_surrogates(name): value for name, value in body.items() if value is not None}
     try:
-        request = kind.model_validate(
-            {_without_lone_surrogates(name): value for name, value in body.items() if value is not None}
-        )
+        request = kind.model_validate(_without_neutral(given, kind))
     except ValidationError as error:
         raise _request_error(kind, error) from None
     for index, turn in enumerate(request.messages if isinstance(request, ChatRequest) else ()):
@@ -235,7 +358,66 @@ def read_request(content: bytes, kind: type[Request]) -> Request:
     if request.stream and request.return_token_ids:
         message = "a stream contains no token ids: leave out stream or return_token_ids"
         raise RequestError(400, message, param="return_token_ids")
+    if request.best_of not in (None, request.n):
+        raise _not_supported("best_of")
+    wanted = request.response_format
+    if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
+        raise RequestError(400, "response_format.json_schema is missing", param="response_format")
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
+    if isinstance(request, TextRequest):
+        _check_text(request)
     return request
+
+
+def _without_neutral(given: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """The parameters that may change the answer. Raises RequestError for one that is not supported."""
+    rest = {}
+    for name, value in given.items():
+        if name in kind.model_fields or (name not in NO_EFFECT and name not in NEUTRAL):
+            rest[name] = value
+        elif name in NEUTRAL and not _is_one_of(value, NEUTRAL[name]):
+            raise _not_supported(name)
+    return rest
+
+
+def _not_supported(name: str) -> RequestError:
+    message = f"{name} is not supported with this value: leave it out"
+    return RequestError(400, message, param=name, code=UNSUPPORTED)
+
+
+def for_template(request: ChatRequest, chat_template: str) -> ChatRequest:
+    """The request without the arguments that the chat template does not know. Raises RequestError if one is not the
+    default."""
+    unknown = [
+        name
+        for name in TEMPLATE_ARGUMENTS
+        if getattr(request, name) is not None and name not in chat_template
+    ]
+    for name in unknown:
+        if not _is_one_of(getattr(request, name), NEUTRAL[name]):
+            message = f"{name} is not supported: this model's chat template has no such argument"
+            raise RequestError(400, message, param=name, code=UNSUPPORTED)
+    return request.model_copy(update=dict.fromkeys(unknown))
+
+
+def _check_chat(request: ChatRequest) -> None:
+    """Raises RequestError for parameters that do not fit together."""
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if request.offers_tools and request.schema_of_answer is not None:
+        message = "an answer in JSON cannot call tools: leave out response_format or tools"
+        raise RequestError(400, message, param="response_format", code=UNSUPPORTED)
+
+
+def _check_text(request: TextRequest) -> None:
+    """Raises RequestError for parameters that do not fit together."""
+    if request.max_tokens == 0 and not request.echo:
+        message = f"max_tokens must be {TOKEN_COUNT}, or 0 with echo"
+        raise RequestError(400, message, param="max_tokens")
+    if request.n * len(request.prompt) > MAX_PROMPTS:
+        message = f"{len(request.prompt)} prompts with n {request.n} ask for more than {MAX_PROMPTS} answers"
+        raise RequestError(400, message, param="n")
 
 
 def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestError:
@@ -257,6 +439,9 @@ def _request_error(kind: type[BaseModel], error: ValidationError) -> RequestErro
     if not description:  # a parameter that accepts only values without effect
         message = f"{place} is not supported with this value: leave it out"
         return RequestError(400, message, param=param, code=UNSUPPORTED)
+    if problem["type"] == "extra_forbidden":
+        message = f"{place}.{location[-1]} is not supported: leave it out"
+        return RequestError(400, _without_lone_surrogates(message), param=param, code=UNSUPPORTED)
     is_missing = problem["type"] == "missing" and part == location[-1]
     return RequestError(
         400, f"{place} {'is missing' if is_missing else f'must be {description}'}", param=param
@@ -281,6 +466,14 @@ def answer_settings(
             raise RequestError(400, message, param=name, code="max_tokens_too_large")
         values["max_new_tokens"] = max_new_tokens
     return replace(defaults, **values)
+
+
+def seed_of_choice(seed: int, choice: int) -> int:
+    """The seed of one of several answers to a prompt: the first one's is the request's own."""
+    if choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed} {choice}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
 
 
 def row_of_messages(
@@ -333,142 +526,11 @@ def _row_of_turns(template: Template, messages: Sequence[Message], request: Chat
     row = template.row_of_turns([message.turn for message in messages])
     if request is not None:
         kwargs = dict(request.chat_template_kwargs)
-        if request.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+        for name in TEMPLATE_ARGUMENTS:
+            if (value := getattr(request, name)) is not None:
+                kwargs.setdefault(name, value)
         if kwargs:
             row[KWARGS_COLUMN] = kwargs
-        if request.tools and request.tool_choice != "none":
+        if request.offers_tools:
             row[TOOL_COLUMNS[0]] = request.tools
     return Row(1, row, "messages")
-
-
-@dataclass(frozen=True)
-class ReasoningText:
-    """A piece of the reasoning before an answer, for a stream."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The text of an answer, and how it ended."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    """Without the stop token."""
-    stopped: bool
-    """Whether a stop token or a stop text ended it, rather than its length."""
-    reasoning: str | None = None
-    """The reasoning before the answer, if the model wrote some."""
-    tool_calls: tuple[ToolCall, ...] = ()
-    """The tool calls of the answer, which are not part of its text."""
-
-    @property
-    def finish_reason(self) -> str:
-        return "tool_calls" if self.tool_calls else "stop" if self.stopped else "length"
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The assistant's message."""
-        reasoning = {} if self.reasoning is None else {"reasoning_content": self.reasoning}
-        if not self.tool_calls:
-            return {"role": "assistant", "content": self.text, **reasoning}
-        return {"role": "assistant", "content": self.text or None, **reasoning, "tool_calls": self._calls}
-
-    @property
-    def _calls(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": call.id or f"call_{uuid.uuid4().hex}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in self.tool_calls
-        ]
-
-    @property
-    def last_delta(self) -> dict[str, Any]:
-        """The last piece of a streamed message."""
-        if not self.tool_calls:
-            return {}
-        return {"tool_calls": [{"index": index, **call} for index, call in enumerate(self._calls)]}
-
-
-@dataclass(frozen=True)
-class ResponseWriter:
-    """Writes the responses to one request, with the same id and time."""
-
-    request: ChatRequest | TextRequest
-    id: str
-    created: int
-
-    @staticmethod
-    def of(request: ChatRequest | TextRequest) -> ResponseWriter:
-        prefix = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-        return ResponseWriter(request, f"{prefix}-{uuid.uuid4().hex}", int(time.time()))
-
-    @property
-    def is_chat(self) -> bool:
-        return isinstance(self.request, ChatRequest)
-
-    def complete(self, replies: Sequence[Reply], prompts: Sequence[list[int]]) -> dict[str, Any]:
-        """The complete response. `prompts`: the token ids of the prompts of the replies."""
-        choices = []
-        for index, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
-            choice: dict[str, Any] = {"index": index}
-            if self.is_chat:
-                choice["message"] = reply.message
-            else:
-                choice["text"] = reply.text
-            if self.request.return_token_ids:
-                choice["token_ids"] = list(reply.token_ids)
-                if not self.is_chat:
-                    choice["prompt_token_ids"] = prompt
-            choices.append({**choice, "logprobs": None, "finish_reason": reply.finish_reason})
-        usage = usage_of(sum(map(len, prompts)), sum(len(reply.token_ids) for reply in replies))
-        ids = {"prompt_token_ids": prompts[0]} if self.is_chat and self.request.return_token_ids else {}
-        return {**self._head(""), "choices": choices, "usage": usage, **ids}
-
-    def stream_start(self) -> list[dict[str, Any]]:
-        """The chunks at the start of a stream."""
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.is_chat else []
-
-    def stream_text(self, text: str, index: int = 0) -> dict[str, Any]:
-        return self._chunk({"delta": {"content": text}} if self.is_chat else {"text": text}, index)
-
-    def stream_reasoning(self, piece: ReasoningText, index: int = 0) -> dict[str, Any]:
-        """A chunk with reasoning, under the key that vLLM, SGLang and DeepSeek's API use."""
-        return self._chunk({"delta": {"reasoning_content": piece.text}}, index)
-
-    def stream_end(self, reply: Reply, index: int = 0) -> dict[str, Any]:
-        last = {"delta": reply.last_delta} if self.is_chat else {"text": ""}
-        return self._chunk(last, index, reply.finish_reason)
-
-    def stream_usage(self, prompt_tokens: int, tokens: int) -> list[dict[str, Any]]:
-        """The chunks at the end of a stream: the usage, if the request asked for it."""
-        if not self.request.stream_options.include_usage:
-            return []
-        return [{**self._head(".chunk"), "choices": [], "usage": usage_of(prompt_tokens, tokens)}]
-
-    def _chunk(
-        self, content: dict[str, Any], index: int = 0, finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head(".chunk"), "choices": [choice]}
-
-    def _head(self, chunk: str) -> dict[str, Any]:
-        kind = f"chat.completion{chunk}" if self.is_chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
-
-
-def usage_of(prompt_tokens: int, tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
-    }
-
-
-def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
-    models = [{"id": name, "object": "model", "created": created, "owned_by": "yeonma"} for name in names]
-    return {"object": "list", "data": models}

@@ -141,8 +141,8 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
 
 
 def _served(policy: Policy, builder: PromptBuilder) -> ServedModel:
-    model, by_forest = policy.transformers_model, policy.support.forest
-    return ServedModel(model, builder.tokenizer, builder.tokens, by_forest, policy.active)
+    model = policy.transformers_model
+    return ServedModel(model, builder.tokenizer, builder.tokens, policy.support, policy.active)
 
 
 def run_server(

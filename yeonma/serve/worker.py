@@ -21,8 +21,11 @@ from yeonma.adapter.prompt_builder import Prompt
 from yeonma.config.settings import AnswerSettings
 from yeonma.generation.completion import answer_alone, continued_text, generation_mode
 from yeonma.generation.forest_decode import DecodeRequest, decode
-from yeonma.generation.sampling import SamplingParams
-from yeonma.serve.openai_api import ReasoningText, Reply
+from yeonma.generation.json_grammar import JsonGrammar, JsonMask
+from yeonma.generation.sampling import NO_CHANGES, LogitChanges, SamplingParams
+from yeonma.generation.token_scores import ScoredToken, ScoreLog, score_prompts
+from yeonma.model.logprobs import ForestSupport
+from yeonma.serve.openai_responses import ReasoningText, Reply, ScoredPrompt
 from yeonma.serve.stream_buffer import StreamBuffer
 from yeonma.tokenization.example import AnswerTokens
 
@@ -37,6 +40,10 @@ class PromptTooLarge(Exception):
     """A prompt does not fit into the device's memory, even on its own."""
 
 
+class GrammarFailed(Exception):
+    """The grammar of an answer came to a point from which its library knows no way on."""
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model to serve. Several share the weights of their base; within `active()`, this one is switched on."""
@@ -45,21 +52,37 @@ class ServedModel:
     """The base model, without PEFT's wrapper."""
     tokenizer: Any
     tokens: AnswerTokens
-    by_forest: bool
+    support: ForestSupport
     active: Callable[[], AbstractContextManager[object]]
+
+    @property
+    def by_forest(self) -> bool:
+        return self.support.forest
+
+
+ScoredTokens = tuple[ScoredToken, ...]
+Event = str | ReasoningText | ScoredPrompt | ScoredTokens | Reply | Exception
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """A prompt to a model. The worker's thread calls `notify` with pieces of text if `streams`, and finally with a
-    Reply or an Exception."""
+    Reply or an Exception. `settings.max_new_tokens` may be 0: then the reply is empty."""
 
     model: str
     prompt: Prompt
     settings: AnswerSettings
     stops: tuple[str, ...]
     streams: bool
-    notify: Callable[[str | ReasoningText | Reply | Exception], None]
+    notify: Callable[[Event], None]
+    changes: LogitChanges = NO_CHANGES
+    grammar: JsonGrammar | None = None
+    """What the answer must follow, after any reasoning that the prompt opened."""
+    top_logprobs: int | None = None
+    """How many of the most likely tokens to score beside each token; None: no scores. In a stream, the new ones come
+    before the text to which they belong."""
+    scores_prompt: bool = False
+    """Whether to notify of a ScoredPrompt as well, before anything else."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when nobody is waiting for the answer any more."""
 
@@ -140,8 +163,10 @@ class Worker:
         served = self._models[jobs[0].model]
         batch = _RequestBatch(served, lambda: self._stopping)
         try:
-            requests = batch.add(jobs)
             with served.active(), generation_mode(served.model):
+                requests = batch.add(jobs)
+                if not requests:
+                    return
                 if served.by_forest:
                     decode(
                         served.model,
@@ -154,7 +179,12 @@ class Worker:
                 else:
                     (request,) = requests
                     ids = answer_alone(
-                        served.model, request.prompt, request.sampling, lambda ids: batch.on_token(0, ids)
+                        served.model,
+                        request.prompt,
+                        request.sampling,
+                        lambda ids: batch.on_token(0, ids),
+                        mask=request.mask,
+                        scores=request.scores,
                     )
                     batch.on_done(0, ids)
         except torch.OutOfMemoryError:
@@ -181,31 +211,71 @@ class Worker:
             job.notify(Busy("the server is shutting down"))
 
 
+@dataclass(eq=False)
+class _Running:
+    """A job that is being answered."""
+
+    job: Job
+    buffer: StreamBuffer
+    mask: JsonMask | None
+    log: ScoreLog | None
+    scores_sent: int = 0
+
+    def new_scores(self) -> ScoredTokens:
+        """The scored tokens since the last call."""
+        if self.log is None:
+            return ()
+        new, self.scores_sent = self.log.tokens[self.scores_sent :], len(self.log.tokens)
+        return tuple(new)
+
+
 class _RequestBatch:
     """Jobs that run together. Their indices are those of `decode`."""
 
     def __init__(self, served: ServedModel, is_stopping: Callable[[], bool]) -> None:
         self._served, self._is_stopping = served, is_stopping
-        self._jobs: list[Job] = []
-        self._buffers: list[StreamBuffer] = []
-        self._answered: set[int] = set()
+        self._running: list[_Running] = []
+        self._unanswered: list[Job] = []
 
     @property
     def unanswered(self) -> list[Job]:
-        return [job for index, job in enumerate(self._jobs) if index not in self._answered]
+        return list(self._unanswered)
 
     def add(self, jobs: Sequence[Job]) -> list[DecodeRequest]:
-        self._jobs += jobs
-        self._buffers += [StreamBuffer(job.prompt, job.stops) for job in jobs]
-        stop_ids, shown_ids = self._served.tokens.stop_ids, self._served.tokens.shown_ids
-        return [
-            DecodeRequest(job.prompt.token_ids.tolist(), SamplingParams.of(job.settings, stop_ids, shown_ids))
-            for job in jobs
-        ]
+        """The requests of the jobs that need an answer. Prompts are scored at once."""
+        self._unanswered += jobs
+        self._score_prompts([job for job in jobs if job.scores_prompt])
+        for job in jobs:
+            if job.settings.max_new_tokens == 0:
+                self._notify_end(job, Reply("", (), False))
+        return [self._request(job) for job in jobs if job.settings.max_new_tokens > 0]
+
+    def _score_prompts(self, jobs: Sequence[Job]) -> None:
+        prompts = [job.prompt.token_ids.tolist() for job in jobs]
+        top = max((job.top_logprobs or 0 for job in jobs), default=0)
+        scored = score_prompts(self._served.model, self._served.support, prompts, top)
+        for job, tokens in zip(jobs, scored, strict=True):
+            kept = (ScoredToken(it.token_id, it.logprob, it.top[: job.top_logprobs or 0]) for it in tokens)
+            job.notify(ScoredPrompt(tuple(kept)))
+
+    def _request(self, job: Job) -> DecodeRequest:
+        tags = job.prompt.shape.tags
+        after = tags.close if tags is not None and job.prompt.opens_reasoning else None
+        mask = None if job.grammar is None else job.grammar.mask(after)
+        log = None if job.top_logprobs is None else ScoreLog(job.top_logprobs)
+        self._running.append(_Running(job, StreamBuffer(job.prompt, job.stops), mask, log))
+        tokens = self._served.tokens
+        sampling = SamplingParams.of(job.settings, tokens.stop_ids, tokens.shown_ids, job.changes)
+        return DecodeRequest(job.prompt.token_ids.tolist(), sampling, mask, log)
+
+    def _notify_end(self, job: Job, event: Reply | Exception) -> None:
+        self._unanswered = [other for other in self._unanswered if other is not job]
+        job.notify(event)
 
     def on_token(self, index: int, ids: list[int]) -> bool:
         """Called after every token. Send what can be sent, and return whether to end this answer."""
-        job, buffer = self._jobs[index], self._buffers[index]
+        running = self._running[index]
+        job, buffer = running.job, running.buffer
         if self._is_stopping() or job.cancelled.is_set():
             return True
         if not job.streams and not job.stops:
@@ -216,25 +286,33 @@ class _RequestBatch:
         if job.streams and (reasoning := buffer.new_reasoning(text)):
             job.notify(ReasoningText(reasoning))
         if job.streams and (new := buffer.new_text(text)):
+            if scores := running.new_scores():
+                job.notify(scores)
             job.notify(new)
         return False
 
     def on_done(self, index: int, ids: list[int]) -> None:
-        job, buffer = self._jobs[index], self._buffers[index]
-        self._answered.add(index)
+        running = self._running[index]
+        job, buffer, mask = running.job, running.buffer, running.mask
+        if mask is not None and mask.has_failed:
+            self._notify_end(job, GrammarFailed("the JSON could not be continued with this model's tokens"))
+            return
         ended_by_token = ids[-1] in self._served.tokens.stop_ids
         answer_ids = ids[:-1] if ended_by_token else ids
         text = self._text(job, answer_ids)
         ended = ended_by_token or buffer.is_stopped(text, growing=False)
+        ended = ended or (mask is not None and mask.is_over)
         if self._is_stopping() and not ended and len(ids) < job.settings.max_new_tokens:
-            job.notify(Busy("the server is shutting down"))
+            self._notify_end(job, Busy("the server is shutting down"))
             return
         if job.streams and (rest := buffer.new_reasoning(text, growing=False)):
             job.notify(ReasoningText(rest))
         if job.streams and (remaining := buffer.remaining_text(text)):
             job.notify(remaining)
         reasoning = job.prompt.reasoning(text)
-        job.notify(Reply(buffer.answer(text), tuple(answer_ids), ended, reasoning))
+        scores = () if running.log is None else tuple(running.log.tokens)
+        reply = Reply(buffer.answer(text), tuple(answer_ids), ended, reasoning, scores=scores)
+        self._notify_end(job, reply)
 
     def _text(self, job: Job, ids: list[int]) -> str:
         shown_ids = self._served.tokens.shown_ids

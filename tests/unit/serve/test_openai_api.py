@@ -77,9 +77,9 @@ def test_invalid_conversations_are_refused(messages: Any) -> None:
         ({"temperature": float("nan")}, "temperature must be a number of at least 0", "temperature"),
         ({"top_k": 1.0}, "top_k must be a whole number of at least 0", "top_k"),
         ({"max_tokens": "9"}, "max_tokens must be a whole number of at least 1", "max_tokens"),
-        ({"n": True}, "n is not supported with this value: leave it out", "n"),
+        ({"n": True}, "n must be a whole number from 1 to 64", "n"),
+        ({"n": 65}, "n must be a whole number from 1 to 64", "n"),
         ({"echo": 0}, "echo is not supported with this value: leave it out", "echo"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
         ({"stop": [""]}, "stop must be a string, or a list of at most 4 strings, none of them empty", "stop"),
         ({"stream_options": 1}, "stream_options must be an object", "stream_options"),
         (
@@ -117,8 +117,18 @@ def test_neutral_parameters_are_accepted_and_null_counts_as_absent() -> None:
     assert (request.temperature, request.stop, request.stream) == (None, ["."], False)
 
 
-@pytest.mark.parametrize("prompt", [[], 1, [1], ["a"] * 65, {}])
-def test_prompt_must_be_a_string_or_1_to_64_strings(prompt: Any) -> None:
-    with pytest.raises(RequestError, match="prompt must be a string, or a list of 1 to 64 strings"):
+@pytest.mark.parametrize("prompt", [[], 1, [True], [-1], [1.5], [[]], [["a"]], ["a"] * 65, [[1]] * 65, {}])
+def test_prompt_must_be_text_or_token_ids_or_1_to_64_of_these(prompt: Any) -> None:
+    with pytest.raises(
+        RequestError, match="prompt must be a string, a list of token ids, or a list of 1 to 64 of these"
+    ):
         read_request(json.dumps({"model": "m", "prompt": prompt}).encode(), TextRequest)
-    assert read_request(b'{"model": "m", "prompt": "a"}', TextRequest).prompt == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
+)
+def test_prompts_are_texts_or_token_ids(prompt: Any, prompts: Any) -> None:
+    body = json.dumps({"model": "m", "prompt": prompt}).encode()
+    assert read_request(body, TextRequest).prompt == prompts

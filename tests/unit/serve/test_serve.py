@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.runs import WORDS, characters, command
 from tests.servers import Server, serving
 from yeonma import load
 from yeonma.data.rows import Row
+from yeonma.model.logprobs import example_logprobs
 from yeonma.policy import Policy
 from yeonma.tokenization.example import Example
 from yeonma.tokenization.example_encoder import encode
@@ -274,12 +276,19 @@ def test_an_oversize_request_is_refused(client: OpenAI, size: int) -> None:
         ({"temperature": -1}, "temperature must be a number of at least 0"),
         ({"top_p": 0}, "top_p must be a number above 0 and at most 1"),
         ({"seed": 2**32}, "seed must be a whole number"),
-        ({"n": 2}, "n is not supported with this value"),
-        ({"logprobs": True}, "logprobs is not supported with this value"),
+        ({"n": 0}, "n must be a whole number from 1 to 64"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be a whole number from 0 to 20"),
+        ({"extra_body": {"best_of": 2}}, "best_of is not supported with this value"),
+        ({"presence_penalty": 3}, "presence_penalty must be a number from -2 to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias must be an object of token ids with numbers from -100 to 100"),
+        ({"logit_bias": {"97": 1}}, "logit_bias: this model has"),
+        ({"verbosity": "low"}, "verbosity is not supported: this model's chat template has no such argument"),
         ({"tools": [{"type": "function"}]}, "tools are not supported: this model was trained"),
         ({"stop": ["a"] * 5}, "a list of at most 4 strings"),
         ({"stop": ""}, "stop must be a string"),
-        ({"extra_body": {"min_p": 0.1}}, "min_p is not supported"),
+        ({"extra_body": {"min_p": 1.1}}, "min_p must be a number from 0 to 1"),
+        ({"extra_body": {"ignore_eos": True}}, "ignore_eos is not supported with this value"),
         ({"extra_body": {"stream": 1}}, "stream must be true or false"),
     ],
 )
@@ -440,3 +449,248 @@ def test_folders_that_cannot_be_served_together_are_refused(folders: Folders, tm
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         message = startup_error(folders.one, "--engine", "vllm", "--port", "0")
         assert "vLLM cannot serve this: it is not installed, or there is no GPU" in message
+
+
+def test_tokens_have_their_log_probabilities_of_training(folders: Folders, client: OpenAI) -> None:
+    answer = chat(client, DOCUMENTS[5], logprobs=True, top_logprobs=3, extra_body={"return_token_ids": True})
+    content = answer.choices[0].logprobs.content
+    ids = answer.choices[0].token_ids
+    assert len(content) == len(ids) == answer.usage.completion_tokens
+    shown = [token.token for token in content if token.token not in ("<pad>", "<s>", "<unk>")]
+    assert "".join(shown).strip() == text_of(answer)
+    assert [bytes(token.bytes).decode() for token in content] == [token.token for token in content]
+    expected = training_logprobs(load(folders.one), answer.prompt_token_ids, ids)
+    assert [token.logprob for token in content] == pytest.approx(expected, abs=1e-5)
+    for token in content:
+        tops = [top.logprob for top in token.top_logprobs]
+        assert len(tops) == 3 and tops == sorted(tops, reverse=True)
+        assert (token.token, token.logprob) == (token.top_logprobs[0].token, tops[0])  # greedy
+    sampled = chat(client, DOCUMENTS[5], logprobs=True, temperature=2.0, seed=1, max_tokens=9)
+    raw = [token.logprob for token in sampled.choices[0].logprobs.content]
+    with_ids = chat(
+        client,
+        DOCUMENTS[5],
+        temperature=2.0,
+        seed=1,
+        max_tokens=9,
+        extra_body={"return_token_ids": True},
+    )
+    expected = training_logprobs(load(folders.one), with_ids.prompt_token_ids, with_ids.choices[0].token_ids)
+    assert raw == pytest.approx(expected, abs=1e-5)  # the temperature does not change them
+
+
+def training_logprobs(loaded: Policy, prompt: list[int], answer: list[int]) -> list[float]:
+    """The log-probabilities of an answer's tokens, by the function of training."""
+    ids = np.array([*prompt, *answer])
+    with torch.no_grad(), loaded.active():
+        logprobs = example_logprobs(
+            loaded.transformers_model,
+            loaded.support,
+            [ids],
+            [np.arange(len(ids)) >= len(prompt)],
+            share_prefix=False,
+        )
+    return logprobs.tolist()
+
+
+def test_streamed_log_probabilities_are_those_of_the_whole_answer(client: OpenAI) -> None:
+    options = {"logprobs": True, "top_logprobs": 2, "n": 2, "seed": 3, "temperature": 1.0}
+    whole = chat(client, DOCUMENTS[2], **options)
+    texts, tokens = ["", ""], [[], []]
+    for chunk in chat(client, DOCUMENTS[2], stream=True, **options):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.logprobs:
+                tokens[choice.index] += choice.logprobs.content
+    assert texts == [choice.message.content for choice in whole.choices]
+    for index, choice in enumerate(whole.choices):
+        assert [token.token for token in tokens[index]] == [token.token for token in choice.logprobs.content]
+        numbers = [token.logprob for token in choice.logprobs.content]
+        assert [token.logprob for token in tokens[index]] == pytest.approx(numbers, abs=1e-5)
+
+
+def test_every_choice_has_its_own_seed(client: OpenAI) -> None:
+    options = {"temperature": 1.0, "seed": 11, "max_tokens": 12}
+    answer = chat(client, DOCUMENTS[6], n=4, **options)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert len(set(texts)) == 4
+    assert texts[0] == text_of(chat(client, DOCUMENTS[6], **options))
+    assert texts[:2] == [
+        choice.message.content for choice in chat(client, DOCUMENTS[6], n=2, **options).choices
+    ]
+    one = chat(client, DOCUMENTS[6], **options).usage
+    assert answer.usage.prompt_tokens == one.prompt_tokens
+    with ThreadPoolExecutor(4) as pool:  # in company
+        others = [pool.submit(chat, client, document, max_tokens=9) for document in DOCUMENTS[:3]]
+        again = pool.submit(chat, client, DOCUMENTS[6], n=4, **options).result()
+        assert [choice.message.content for choice in again.choices] == texts
+        assert all(text_of(other.result()) for other in others)
+    two = client.completions.create(model="two", prompt=["storm and", "a"], n=2, **options)
+    alone = client.completions.create(model="two", prompt="a", n=2, **options)
+    assert [choice.text for choice in two.choices[2:]] == [choice.text for choice in alone.choices]
+
+
+def test_an_echoed_prompt_is_scored_as_in_training(folders: Folders, client: OpenAI) -> None:
+    texts = ["a storm and the wind", "a storm and the library of the wind", "a"]
+    loaded = load(folders.two)
+    options: Any = {"model": "two", "echo": True, "logprobs": 2}
+    scored = client.completions.create(prompt=texts, max_tokens=0, **options)
+    assert [choice.text for choice in scored.choices] == texts
+    assert scored.usage is not None and scored.usage.completion_tokens == 0
+    generated = client.completions.create(prompt=texts, max_tokens=3, **options)
+    for choice, longer, text in zip(scored.choices, generated.choices, texts, strict=True):
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.token_logprobs is not None and longer.logprobs is not None
+        ids = loaded.text_prompt(text, 1).token_ids.tolist()
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        expected = training_logprobs(loaded, ids[:1], ids[1:])
+        assert logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-5)
+        tokens = logprobs.tokens
+        assert [
+            text[at : at + len(token)] for at, token in zip(logprobs.text_offset, tokens, strict=True)
+        ] == tokens
+        for token, number, top in zip(
+            tokens[1:], logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True
+        ):
+            assert top[token] == number and len(top) in (2, 3)
+        assert longer.text.startswith(text) and len(longer.text) > len(text)
+        assert longer.logprobs.tokens[: len(ids)] == tokens
+        whole = longer.logprobs.token_logprobs
+        assert whole[1 : len(ids)] == pytest.approx(expected, abs=1e-5)
+        assert len(whole) - len(ids) == 3 or longer.finish_reason == "stop"
+    pieces, numbers = ["", "", ""], [[], [], []]
+    for chunk in client.completions.create(prompt=texts, max_tokens=3, stream=True, **options):
+        for part in chunk.choices:
+            pieces[part.index] += part.text
+            numbers[part.index] += part.logprobs.text_offset if part.logprobs else []
+    assert pieces == [choice.text for choice in generated.choices]
+    assert numbers == [choice.logprobs.text_offset for choice in generated.choices]
+
+
+def test_token_ids_are_a_prompt_as_they_are(folders: Folders, client: OpenAI) -> None:
+    loaded = load(folders.two)
+    texts = ["storm and", "the wind"]
+    ids = [loaded.text_prompt(text, 1).token_ids.tolist() for text in texts]
+    expected = client.completions.create(model="two", prompt=texts, max_tokens=9)
+    given = client.completions.create(
+        model="two", prompt=ids, max_tokens=9, extra_body={"return_token_ids": True}
+    )
+    assert [choice.text for choice in given.choices] == [choice.text for choice in expected.choices]
+    assert [choice.prompt_token_ids for choice in given.choices] == ids
+    alone = client.completions.create(model="two", prompt=ids[0], max_tokens=9, echo=True)
+    assert alone.choices[0].text == texts[0] + expected.choices[0].text
+    message = refusal(
+        openai.BadRequestError, lambda: client.completions.create(model="two", prompt=[10_000], max_tokens=1)
+    )
+    assert message.startswith("prompt: token 10000: this model has")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "number": {"type": "integer", "minimum": 0, "maximum": 99},
+        "kind": {"enum": ["a", "b c"]},
+    },
+    "required": ["name", "number", "kind"],
+    "additionalProperties": False,
+}
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
+
+
+def check_json(text: str) -> None:
+    value = json.loads(text)
+    assert set(value) == {"name", "number", "kind"}
+    assert len(value["name"]) <= 6 and value["number"] in range(100) and value["kind"] in ("a", "b c")
+
+
+def test_an_answer_follows_a_json_schema(client: OpenAI) -> None:
+    options: Any = {"response_format": JSON_FORMAT, "max_tokens": 100}
+    answer = chat(client, DOCUMENTS[0], **options)
+    check_json(text_of(answer))
+    assert answer.choices[0].finish_reason == "stop"
+    sampled = chat(client, DOCUMENTS[0], n=3, temperature=1.5, seed=2, **options)
+    texts = [choice.message.content for choice in sampled.choices]
+    assert len(set(texts)) == 3
+    for text in texts:
+        check_json(text)
+    plain = text_of(chat(client, DOCUMENTS[1]))
+    with ThreadPoolExecutor(3) as pool:  # in company of an answer without a schema, streamed
+        without = pool.submit(chat, client, DOCUMENTS[1])
+        with_schema = pool.submit(stream, client, DOCUMENTS[0], **options)
+        assert "".join(with_schema.result()[0]) == text_of(answer)
+        assert text_of(without.result()) == plain
+    any_object = chat(
+        client, DOCUMENTS[0], temperature=1.0, seed=1, max_tokens=100, response_format={"type": "json_object"}
+    )
+    if any_object.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text_of(any_object)), dict)
+    assert text_of(any_object).lstrip().startswith("{")
+    short = {"type": "object", "properties": {"kind": {"const": "b c"}}, "required": ["kind"]}
+    form = {"type": "json_object", "schema": {**short, "additionalProperties": False}}
+    completion = client.completions.create(
+        model="two", prompt="a", max_tokens=100, extra_body={"response_format": form}
+    )
+    assert json.loads(completion.choices[0].text) == {"kind": "b c"}
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}, "Invalid type: strin"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+            "cannot be followed: Unimplemented keys",
+        ),
+        ({"type": "json_schema"}, "response_format.json_schema is missing"),
+        ({"type": "grammar"}, "response_format.type must be text, json_object or json_schema"),
+        ({"type": "json_object", "x": 1}, "response_format.x is not supported"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(
+    client: OpenAI, form: Any, message: str
+) -> None:
+    answer = refusal(openai.BadRequestError, lambda: chat(client, "x", extra_body={"response_format": form}))
+    assert message in answer and len(answer) < 600
+
+
+def test_bias_and_penalties_change_the_answer(client: OpenAI) -> None:
+    with_ids = {"return_token_ids": True}
+    first = chat(client, DOCUMENTS[3], extra_body=with_ids).choices[0].token_ids
+    banned = chat(client, DOCUMENTS[3], logit_bias={str(first[0]): -100}, extra_body=with_ids).choices[0]
+    assert first[0] not in banned.token_ids
+    only = chat(client, DOCUMENTS[3], logit_bias={str(first[0]): 100}, max_tokens=5, extra_body=with_ids)
+    assert only.choices[0].token_ids == [first[0]] * 5
+    spread = chat(
+        client,
+        DOCUMENTS[3],
+        logit_bias={str(first[0]): 100},
+        presence_penalty=2,
+        frequency_penalty=2,
+        max_tokens=5,
+        extra_body=with_ids,
+    )
+    assert spread.choices[0].token_ids == [first[0]] * 5  # 100 - 2 - 2 * 4 is still above all others
+    certain = chat(client, DOCUMENTS[3], temperature=1.0, seed=4, extra_body={"min_p": 1.0})
+    assert text_of(certain) == text_of(chat(client, DOCUMENTS[3]))
+
+
+def test_neutral_values_of_known_parameters_change_nothing(client: OpenAI) -> None:
+    neutral: dict[str, Any] = {
+        "n": 1, "logprobs": None, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
+        "best_of": 1, "suffix": "", "service_tier": "auto", "store": False, "metadata": {}, "user": "me",
+        "safety_identifier": "x", "prompt_cache_key": "x", "parallel_tool_calls": True, "reasoning_effort": "medium",
+        "verbosity": "medium", "modalities": ["text"], "response_format": {"type": "text"}, "tools": [],
+        "tool_choice": "none", "prediction": None, "audio": None, "web_search_options": None, "stream_options": None,
+        "top_k": -1, "min_p": 0, "repetition_penalty": 1, "length_penalty": 1, "use_beam_search": False,
+        "skip_special_tokens": True, "spaces_between_special_tokens": True, "ignore_eos": False, "min_tokens": 0,
+        "add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {},
+        "include_stop_str_in_output": False, "echo": False, "stop": None, "functions": [], "guided_json": None,
+        "return_token_ids": False, "typical_p": 1.0, "mirostat": 0,
+    }  # fmt: skip
+    assert text_of(chat(client, DOCUMENTS[0], extra_body=neutral)) == text_of(chat(client, DOCUMENTS[0]))
+    plain = client.completions.create(model="two", prompt="storm", max_tokens=9).choices[0].text
+    given = {**neutral, "logprobs": False}
+    answer = client.completions.create(model="two", prompt="storm", max_tokens=9, extra_body=given)
+    assert (answer.choices[0].text, answer.choices[0].logprobs) == (plain, None)

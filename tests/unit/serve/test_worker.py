@@ -19,7 +19,7 @@ from yeonma.config.settings import AnswerSettings
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.forest_support import check_forest_support
-from yeonma.serve.openai_api import Reply
+from yeonma.serve.openai_responses import Reply
 from yeonma.serve.worker import Busy, Job, PromptTooLarge, ServedModel, Worker
 from yeonma.tokenization.example import AnswerTokens
 
@@ -60,9 +60,7 @@ def job(ids: np.ndarray, model: str = "a", streams: bool = False, **settings: An
 
 
 def as_served(model: Any) -> ServedModel:
-    return ServedModel(
-        model, characters(), AnswerTokens((2,)), check_forest_support(model).forest, nullcontext
-    )
+    return ServedModel(model, characters(), AnswerTokens((2,)), check_forest_support(model), nullcontext)
 
 
 @contextmanager

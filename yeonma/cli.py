@@ -28,6 +28,7 @@ from yeonma.config.settings import (
     VerifySettings,
 )
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
+from yeonma.streams import tell
 from yeonma.train.interrupt import Stopped
 
 NON_FIRST_RANK_DELAY_SECONDS = 10
@@ -147,17 +148,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Most errors occur in every process. torchrun ends this one once rank 0 has printed the error and exited.
             time.sleep(NON_FIRST_RANK_DELAY_SECONDS)
         for line in str(error).splitlines():
-            print(f"yeonma: {line}", file=sys.stderr)
+            tell(f"yeonma: {line}")
         return 2
     except Stopped as stopped:
         if not stopped.printed and os.environ.get("RANK", "0") == "0":
-            print(f"yeonma: {stopped}", file=sys.stderr)
+            tell(f"yeonma: {stopped}")
         return stopped.status
     except ProcessLost as lost:
-        print(f"yeonma: {lost}", file=sys.stderr)
+        tell(f"yeonma: {lost}")
         return LOST
     except KeyboardInterrupt:
-        print("yeonma: interrupted", file=sys.stderr)
+        tell("yeonma: interrupted")
         return 130
     except BrokenPipeError:  # the reader is gone: `yeonma generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -208,7 +209,7 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     )
     if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
         for warning in parsed.warnings:
-            print(f"yeonma: warning: {warning}", file=sys.stderr)
+            tell(f"yeonma: warning: {warning}")
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import RawIOBase
@@ -16,6 +17,19 @@ from yeonma.errors import UserError
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE})
 """Errors of the disk, which are no bugs."""
+_CURES = {
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV), "check the disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let this user write there"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let this process open more files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "remove what is in the way"),
+    **dict.fromkeys((errno.ENOENT, errno.EBUSY), "leave the folder alone while it is in use"),
+}
+"""What helps against an error of the system other than a full disk."""
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+"""Errors of a file system that cannot lock files."""
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+"""Opening a pipe then fails, or succeeds at once, instead of waiting for its other end."""
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """safetensors and tokenizers report the system's error number only in the text of their own exceptions."""
 
@@ -101,25 +115,32 @@ def check_free(folder: Path, needed_bytes: int, what: str, cure: str) -> None:
 
 @contextmanager
 def disk_errors_as_user_errors(
-    folder: Path, what: str, needed_bytes: int | None = None, cure: str = "make room"
+    folder: Path, what: str, needed_bytes: int | None = None, cure: str = "make room", then: str = ""
 ) -> Iterator[None]:
-    """Turns the errors of a full or failing disk while `what` is written into `folder` into a UserError. Other errors
-    pass."""
+    """Turns the errors of the system while `what` is written into `folder` into a UserError: a full or failing disk,
+    missing permissions, too many open files, a folder that is gone. Other errors pass.
+
+    `cure`: what helps against a full disk. `then`: what to do after any cure.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         number = _error_number(error)
-        if number not in DISK_ERRORS:
-            raise
         filename = getattr(error, "filename", None)
         is_inside = filename is None or Path(os.fsdecode(filename)).is_relative_to(folder)
+        is_gone = number == errno.ENOENT and filename is None  # of some other file
+        if number not in DISK_ERRORS and (number not in _CURES or not is_inside or is_gone):
+            raise
         place = folder if is_inside else filename
-        free = f"{free_bytes(folder):,}"
-        size = f"{free} bytes" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, and {free}"
-        problem = f"{what} cannot be written: {os.strerror(number)}; {size} are free"
-        raise UserError(problem, place=str(place), cure=cure) from error
+        problem = f"{what} cannot be written: {os.strerror(number)}"
+        if number in DISK_ERRORS:
+            free = f"{free_bytes(folder):,}"
+            size = f"{free} bytes" if needed_bytes is None else f"it needs {needed_bytes:,} bytes, and {free}"
+            problem += f"; {size} are free"
+        cures = (_CURES.get(number, cure), then)
+        raise UserError(problem, place=str(place), cure=", ".join(filter(None, cures))) from error
 
 
 def _error_number(error: Exception) -> int:
@@ -136,11 +157,62 @@ def write_all(file: RawIOBase, content: bytes) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file atomically: written beside it, flushed, renamed. On OSError the old content stays."""
-    beside = hidden_path(path, "partial")
+def kind_of(path: Path) -> str:
+    """What lies there, by itself and not by what it points to: `file`, `folder`, `symbolic link`, `pipe`, `socket`,
+    `device`; empty if nothing does."""
     try:
-        with beside.open("wb", buffering=0) as file:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    kinds = {
+        stat.S_IFREG: "file",
+        stat.S_IFDIR: "folder",
+        stat.S_IFLNK: "symbolic link",
+        stat.S_IFIFO: "pipe",
+        stat.S_IFSOCK: "socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def open_regular(path: str | Path, flags: int) -> int:
+    """Opens a file, and nothing else: no link is followed, and a pipe does not make it wait. Returns the descriptor.
+
+    Fits `opener` of `open`. Raises UserError for anything but a file, and OSError.
+    """
+    try:
+        descriptor = os.open(path, flags | _NO_FOLLOW | _NO_WAIT, 0o666)
+    except OSError:
+        if (kind := kind_of(Path(path))) not in ("", "file"):
+            raise _not_a_file(path, kind) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_a_file(path, kind_of(Path(path)))
+    return descriptor
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file. Raises as `open_regular`."""
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read()
+
+
+def _not_a_file(path: str | Path, kind: str) -> UserError:
+    return UserError(
+        f"it is a {kind or 'special file'} where a file belongs", place=str(path), cure="remove it"
+    )
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replaces a file atomically: written beside it, flushed, renamed. On OSError the old content stays.
+
+    Raises UserError if something other than a file, such as a link, lies beside it under the hidden name.
+    """
+    beside = hidden_path(path, "partial")
+    if kind_of(beside) not in ("", "file"):
+        raise _not_a_file(beside, kind_of(beside))
+    try:
+        with open(beside, "wb", buffering=0, opener=open_regular) as file:
             write_all(file, content)
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -14,6 +14,9 @@ from math import ceil
 
 import numpy as np
 
+COUNTED_STEPS = 200_000
+"""Of a mixture, one by one."""
+COLLECTED_STEPS = 10_000
 GROUPED_STEPS = 50  # group_by_length sorts the shuffled examples of this many steps by length
 
 
@@ -119,11 +122,24 @@ class Plan:
             return np.unique(self.positions)
         if self.shares is not None and min(self.passes()) >= 1:
             return np.unique(self.positions)
-        return np.unique(np.concatenate(list(self.steps())))
+        taken: np.ndarray = np.zeros(0, dtype=np.int64)
+        parts: list[np.ndarray] = []
+        for step in self.steps():
+            parts.append(step)
+            if len(parts) == COLLECTED_STEPS:  # memory does not grow with the number of steps
+                taken, parts = np.unique(np.concatenate([taken, *parts])), []
+        return np.unique(np.concatenate([taken, *parts]))
 
     def passes(self) -> list[float]:
-        """With shares: how often the run passes through each data set."""
+        """With shares: how often the run passes through each data set. Of a run with very many steps at least so often:
+        what is rounded in a step, less than a unit for each data set, is left out."""
         assert self.shares is not None
+        if self.total_steps > COUNTED_STEPS:
+            total, several = sum(self.shares.weights), len(self.shares.sets)
+            return [
+                (self.total_steps * self.batch_size * weight // total - several) / len(units)
+                for weight, units in zip(self.shares.weights, self.shares.sets, strict=True)
+            ]
         counts = np.zeros(len(self.shares.sets), dtype=np.int64)
         for step in self.shares.counts(self.batch_size, self.total_steps):
             counts += step

@@ -16,6 +16,7 @@ from yeonma.config.parse import to_yaml
 from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
 from yeonma.run_folder.lock import check_unlocked
+from yeonma.streams import unfailing_streams
 from yeonma.train.interrupt import REASONS, START_TIME, Stopped, heeded_signals, stoppable
 from yeonma.train.preflight import preflight
 
@@ -42,7 +43,10 @@ def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
     lock_checks = [partial(check_unlocked, run_settings.output_dir)] if first else []
     gather(partial(preflight, config), *lock_checks)
     # torchrun's own handlers forward every signal to the processes that it started
-    with stoppable(run_settings.time_limit, as_command=as_command and not start_processes) as stop:
+    with (
+        unfailing_streams(as_command=as_command),
+        stoppable(run_settings.time_limit, as_command=as_command and not start_processes) as stop,
+    ):
         if start_processes:
             with tempfile.TemporaryDirectory() as folder:
                 settings = Path(folder) / "settings.yaml"

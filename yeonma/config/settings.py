@@ -60,9 +60,17 @@ class Range:
         return " and ".join(f"{words} {number}" for words, number in ends if number is not None)
 
 
-COUNT = {"range": Range(at_least=1)}
-NOT_NEGATIVE = {"range": Range(at_least=0)}
-POSITIVE = {"range": Range(above=0)}
+# Beyond these no run can come: a billion steps of a millisecond take eleven days.
+COUNT = {"range": Range(at_least=1, at_most=10**9)}
+ROWS = {"range": Range(at_least=1, at_most=10**12)}
+BATCH = {"range": Range(at_least=1, at_most=10**6)}
+EPOCHS = {"range": Range(above=0, at_most=10**6)}
+TOKENS = {"range": Range(at_least=1, at_most=10**8)}
+RANK = {"range": Range(at_least=1, at_most=65536)}
+PROCESSES = {"range": Range(at_least=1, at_most=1024)}
+BYTES = {"range": Range(at_least=1, at_most=10**15)}
+NOT_NEGATIVE = {"range": Range(at_least=0, at_most=10**9)}
+POSITIVE = {"range": Range(above=0, at_most=10**9)}
 FRACTION = {"range": Range(at_least=0, at_most=1)}
 DECAY = {"range": Range(at_least=0, below=1)}
 SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
@@ -93,7 +101,7 @@ class DataSettings:
     """Separate validation rows, in any format that `data_path` accepts; a list for a list. Slices in `data_split` do not apply to them."""
     val_split: str | None = None
     """Validation rows from another split of the same data, such as `validation`, or from a slice such as `train[90%:]`."""
-    max_rows: int | None = field(default=None, metadata=COUNT)
+    max_rows: int | None = field(default=None, metadata=ROWS)
     """Read only this many training rows of each data set, from the first on. Rows for `val_set_size` are drawn among them."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read, does not fit the template or is refused by the model's chat template. error: stop the run. skip: leave it out and count it; the other rows keep their numbers."""
@@ -103,7 +111,7 @@ class DataSettings:
 class TokenSettings:
     """How text becomes tokens."""
 
-    cutoff_len: int = field(default=2048, metadata=COUNT)
+    cutoff_len: int = field(default=2048, metadata=TOKENS)
     """Maximum number of tokens in prompt and answer together. Longer rows are shortened in one prompt field, never in the answer."""
     shrink: str | None = None
     """The prompt field to shorten. By default, the longest one in the row."""
@@ -159,7 +167,7 @@ class ModelSettings:
 class LoraSettings:
     """The LoRA adapter (Hu et al. 2021, arXiv:2106.09685), built with PEFT."""
 
-    lora_r: int = field(default=16, metadata=COUNT)
+    lora_r: int = field(default=16, metadata=RANK)
     """Rank of the adapter."""
     lora_alpha: float = field(default=16, metadata=POSITIVE)
     """Scale of the adapter: its output is multiplied by `lora_alpha / lora_r`."""
@@ -177,15 +185,15 @@ class LoraSettings:
 class StepSettings:
     """What one training step computes, and how fast."""
 
-    batch_size: int = field(default=16, metadata=COUNT)
+    batch_size: int = field(default=16, metadata=BATCH)
     """Examples, or pairs, in one step over all processes. Any number works."""
-    micro_batch_size: int = field(default=4, metadata=COUNT)
+    micro_batch_size: int = field(default=4, metadata=BATCH)
     """Maximum number of examples, or pairs, in one forward pass. Affects memory and speed, never the result."""
     micro_batch_tokens: int | Literal["auto"] | None = field(default=None, metadata=COUNT)
     """Maximum number of tokens in one forward pass; a longer example is processed alone. auto: as many as the memory forecast allows, tried out before the first step; `micro_batch_size` is then ignored."""
     share_prefix: bool = True
     """Compute a prefix shared by examples of a micro-batch only once, from 16 tokens on. The prompt of a pair is always shared."""
-    num_epochs: float = field(default=3, metadata=POSITIVE)
+    num_epochs: float = field(default=3, metadata=EPOCHS)
     """Passes over the training rows. Fractions are allowed."""
     max_steps: int | None = field(default=None, metadata=COUNT)
     """Stop after this many steps. Overrides `num_epochs`."""
@@ -285,7 +293,7 @@ class RunSettings:
     """Trackers that also receive the metrics: tensorboard, wandb, trackio, mlflow. Each must be installed."""
     run_name: str | None = None
     """Name of the run in the trackers. By default, the name of `output_dir`."""
-    nproc: int = field(default=1, metadata=COUNT)
+    nproc: int = field(default=1, metadata=PROCESSES)
     """Number of processes to start on this machine. Under torchrun, torchrun decides."""
 
 
@@ -398,7 +406,7 @@ class GenerateSettings:
     """The character between the columns of .csv and .tsv files, such as `;` or `tab`. By default, the one of the ending, or another one if only that divides the header."""
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body}`. By default, as in training."""
-    limit: int | None = field(default=None, metadata=COUNT)
+    limit: int | None = field(default=None, metadata=ROWS)
     """Answer at most this many rows, from the first on."""
     row: str | None = None
     """One row to answer, as JSON: `{"document": "..."}`."""
@@ -406,7 +414,7 @@ class GenerateSettings:
     """Text to continue as it is, without the template."""
     output: str | None = None
     """File for the answers, as JSON lines. By default, standard output."""
-    batch_size: int = field(default=32, metadata=COUNT)
+    batch_size: int = field(default=32, metadata=BATCH)
     """Prompts to answer at once. Affects memory and speed, not the answers."""
 
 
@@ -430,7 +438,7 @@ class CompareSettings:
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None
     """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter, or the one that matches the columns."""
-    rows: int | None = field(default=None, metadata=COUNT)
+    rows: int | None = field(default=None, metadata=ROWS)
     """Compare on at most this many rows, from the first on."""
     output_dir: str = "report"
     """Folder for report.html, report.json and answers.jsonl. The same command continues from the answers already there."""
@@ -438,7 +446,7 @@ class CompareSettings:
     """Name or folder of the adapters' base model, if it has moved since training."""
     data_set: str | None = None
     """Ask the adapters with the template of this data set, if they were trained on several. By default, the first one's."""
-    batch_size: int = field(default=32, metadata=COUNT)
+    batch_size: int = field(default=32, metadata=BATCH)
     """Prompts to answer at once. Affects memory and speed, not the answers."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with a model. When off, such a model is refused."""
@@ -559,7 +567,7 @@ class ServeSettings:
     """Highest number of tokens that a request may ask for."""
     temperature: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """Sampling temperature, unless the request sets it. 0 always takes the most likely token (greedy decoding)."""
-    batch_size: int = field(default=16, metadata=COUNT)
+    batch_size: int = field(default=16, metadata=BATCH)
     """Answers to generate at once. Affects memory and speed, not the answers."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training."""
@@ -583,7 +591,7 @@ class MergeSettings:
     """Folder to create for the merged model."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training or is quantised there."""
-    max_shard_bytes: int = field(default=5_000_000_000, metadata=COUNT)
+    max_shard_bytes: int = field(default=5_000_000_000, metadata=BYTES)
     """Maximum size of one weight file in bytes. Merging needs about this much memory."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""

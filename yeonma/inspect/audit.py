@@ -171,6 +171,8 @@ class Audit:
     """None for several data sets."""
     overlap: DataWarning | None
     """None for several data sets."""
+    warnings: tuple[str, ...]
+    """About the run as a whole, as at its start."""
     steps_per_epoch: int
     steps: int
     """Steps of the whole run."""
@@ -188,8 +190,10 @@ def audit_of(
     share_prefix: bool,
     unknown_id: int | None,
     preference: PreferenceSettings | None = None,
+    warnings: Sequence[str] = (),
 ) -> Audit:
-    """The audit of a run's data. `unknown_id`: the unknown token, if the tokenizer uses it for nothing else."""
+    """The audit of a run's data. `unknown_id`: the unknown token, if the tokenizer uses it for nothing else.
+    `warnings`: about the run as a whole."""
     sources = [_source(name, part, one.template.name) for one in dataset.sets for name, part in one.sources]
     overlaps = overlaps_of(dataset)
     sets = _sets(dataset, plan, overlaps, unknown_id, preference)
@@ -209,6 +213,7 @@ def audit_of(
         train=train,
         validation=validation,
         overlap=overlap,
+        warnings=tuple(warnings),
         steps_per_epoch=plan.steps_per_epoch,
         steps=plan.total_steps,
         tokens_per_epoch=tokens,

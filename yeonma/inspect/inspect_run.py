@@ -29,6 +29,7 @@ from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching, resolve_auto
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, check_adapter, prepare
+from yeonma.train.run_warnings import run_warnings
 
 RATE_SECONDS = 0.25
 """How long the products of the rate are measured that a forecast of time uses."""
@@ -80,6 +81,7 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
         share_prefix=micro.share_prefix,
         unknown_id=unknown,
         preference=config.preference,
+        warnings=run_warnings(config.step, prepared.dataset, prepared.plan),
     )
 
 

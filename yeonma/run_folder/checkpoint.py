@@ -19,13 +19,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from yeonma.errors import Log, UserError
+from yeonma.errors import Log, UserError, brief
 from yeonma.files import (
     check_free,
     delete,
@@ -33,10 +33,20 @@ from yeonma.files import (
     file_hash,
     hashes_of,
     hidden_path,
+    kind_of,
+    read_regular,
     replace_file,
     sync,
     sync_and_verify,
 )
+from yeonma.run_folder.entries import (
+    PARTIAL_FILES,
+    PARTIAL_FINAL,
+    is_checkpoint,
+    is_unfinished,
+    passed_over,
+)
+from yeonma.run_folder.run_log import LogSums
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "state.json",
@@ -47,16 +57,11 @@ STATE, OPTIMIZER, RANDOM, MANIFEST = (
 
 NEEDED = (STATE, OPTIMIZER, RANDOM, "adapter_model.safetensors", "adapter_config.json")
 """Files without which a run cannot resume. A manifest that does not list them all is damaged."""
-LEFTOVERS = (
-    *(f".checkpoint-*.{state}" for state in ("partial", "removed", "former")),
-    ".final.partial",
-    *(f".{name}.partial" for name in ("run.json", "settings.yaml", "README.md", "loss.svg", "loss.png")),
-)
 ALLOWANCE_BYTES = 1 << 20
 """For small files and the file system's overhead."""
 JSON_KEYS = {"environment": "surroundings"}
 """Keys of state.json that differ from the attribute of RunProgress."""
-CONTINUE_CURE = "then run the same command to continue from the last checkpoint"
+THEN_CONTINUE = "then run the same command to continue from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,29 @@ class RunProgress:
     """Whether the run stopped before the evaluation that follows this step."""
     carried: dict[str, float] = field(default_factory=dict)
     """The numbers that the objective carries from step to step."""
+    logs: LogSums = field(default_factory=dict)
+    """Of the lines in the run's logs up to this step. Empty in checkpoints of earlier versions."""
 
     def to_json(self) -> str:
         return json.dumps({JSON_KEYS.get(key, key): value for key, value in asdict(self).items()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> RunProgress:
+        """Raises ValueError, TypeError or AttributeError for anything but the state of a run."""
         names = {key: name for name, key in JSON_KEYS.items()}
-        return cls(**{names.get(key, key): value for key, value in json.loads(text).items()})
+        state = cls(**{names.get(key, key): value for key, value in json.loads(text).items()})
+        for name, value, kinds in (
+            ("step", state.step, (int,)),
+            ("best_step", state.best_step, (int, type(None))),
+            ("best_loss", state.best_loss, (int, float, type(None))),
+            ("evaluations_without_gain", state.evaluations_without_gain, (int,)),
+            ("schedule", state.schedule, (dict,)),
+            ("identity", state.identity, (dict,)),
+            ("logs", state.logs, (dict,)),
+        ):
+            if type(value) not in kinds:
+                raise TypeError(f"{name} is {value!r}")
+        return state
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
@@ -105,7 +125,7 @@ def checkpoint_path(output: Path, step: int) -> Path:
 def checkpoints(output: Path) -> list[Path]:
     """The folder's checkpoints by name, oldest first. Their files are checked when one is read."""
     paths = [
-        path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
+        path for path in output.glob("checkpoint-*") if is_checkpoint(path.name) and kind_of(path) == "folder"
     ]
     return sorted(paths, key=step_of)
 
@@ -130,10 +150,10 @@ def write_checkpoint(
     partial = hidden_path(checkpoint, "partial")
     tensors = sum(tensor.nbytes for tensor in (*optimizer.values(), *random.values()))
     needed, what = adapter.about_bytes + tensors + ALLOWANCE_BYTES, f"the checkpoint of step {state.step}"
-    cure = f"make room or lower --save_total_limit, {CONTINUE_CURE}"
+    cure = "make room or lower --save_total_limit"
     delete(partial)
-    check_free(output, needed, what, cure)
-    with disk_errors_as_user_errors(output, what, needed, cure):
+    check_free(output, needed, what, f"{cure}, {THEN_CONTINUE}")
+    with disk_errors_as_user_errors(output, what, needed, cure, THEN_CONTINUE):
         try:
             partial.mkdir(parents=True)
             adapter.write(partial)
@@ -169,41 +189,54 @@ def recover(output: Path) -> None:
     """Gives checkpoints their names back that an interrupted save was about to replace."""
     for former in output.glob(".checkpoint-*.former"):
         place = output / former.name[1 : -len(".former")]
-        if not place.exists():
+        if is_checkpoint(place.name) and not kind_of(place):
             former.rename(place)
             sync(output)
 
 
 def sweep(output: Path) -> None:
     """Deletes what interrupted saves and removals left behind."""
-    for pattern in LEFTOVERS:
-        for path in output.glob(pattern):
+    for path in output.iterdir():
+        if is_unfinished(path.name) or path.name in (PARTIAL_FINAL, *PARTIAL_FILES):
             delete(path)
 
 
 def read_state(checkpoint: Path) -> RunProgress:
-    """Verifies every file of the manifest and reads the state. Raises UserError that names the first damaged file.
+    """Verifies every file of the manifest and reads the state. Raises UserError that names the first damaged file, or
+    the state if it is of another step than the folder's name says.
 
     Files that the manifest does not list are ignored. They may be the user's.
     """
     name = MANIFEST
     try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["sha256"]
+        hashes = json.loads(read_regular(checkpoint / MANIFEST))["sha256"]
         if missing := sorted({*NEEDED} - hashes.keys()):
             raise UserError(f"it has no SHA-256 of {', '.join(missing)}", place=str(checkpoint / MANIFEST))
         for name, expected in hashes.items():
-            if not (checkpoint / name).is_file():
-                raise UserError("it is missing, but the manifest lists it", place=str(checkpoint / name))
-            if file_hash(checkpoint / name) != expected:
-                raise UserError("its SHA-256 differs from the manifest's", place=str(checkpoint / name))
+            path = checkpoint / name
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise UserError(f"it lists {brief(name)}", place=str(checkpoint / MANIFEST))
+            if (kind := kind_of(path)) != "file":
+                what = f"it is a {kind}, not a file" if kind else "it is missing, but the manifest lists it"
+                raise UserError(what, place=str(path))
+            if file_hash(path) != expected:
+                raise UserError("its SHA-256 differs from the manifest's", place=str(path))
         name = STATE
-        return RunProgress.from_json((checkpoint / STATE).read_text("utf-8"))
+        state = RunProgress.from_json(read_regular(checkpoint / STATE).decode())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"it cannot be read ({error})", place=str(checkpoint / name)) from error
+    if is_checkpoint(checkpoint.name) and state.step != step_of(checkpoint):
+        raise UserError(
+            f"it is the state of step {state.step}: the folder has another checkpoint's name",
+            place=str(checkpoint / STATE),
+        )
+    return state
 
 
 def newest_whole(output: Path, log: Log) -> tuple[Path, RunProgress] | None:
-    """The newest undamaged checkpoint and its state. Logs and skips damaged ones."""
+    """The newest undamaged checkpoint and its state. Logs and skips damaged ones, and names that no run gives."""
+    for name in passed_over(output) if output.is_dir() else ():
+        log(f"passing over {name}: a run names its checkpoints checkpoint-1, checkpoint-2 and so on")
     for checkpoint in reversed(checkpoints(output)):
         try:
             return checkpoint, read_whole(checkpoint)
@@ -230,7 +263,8 @@ def read_tensors(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, t
 def rotate(output: Path, limit: int | None, keep: int | None) -> None:
     """Deletes the oldest checkpoints beyond `limit`, but never the newest, nor that of step `keep` (the best).
 
-    `write_checkpoint` has just verified the newest, so the run can resume without the deleted ones.
+    Part of a save, and of a start: a run that was killed between the two has rotated when it continues. The newest must
+    have been verified, by `write_checkpoint` or by reading it, so that the run can resume without the deleted ones.
     """
     if limit is None:
         return

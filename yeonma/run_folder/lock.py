@@ -2,11 +2,13 @@
 
 The operating system releases the lock when the process that holds it ends, for whatever reason. The file names that
 process. A run deletes the file at its end; a killed run leaves it behind, unlocked, and the next run reuses it.
+
+On a disk that cannot lock files, a file that only one process can create takes its place, OUT/.lock.held. If its
+process has ended on this machine, the next run takes it over; of another machine's process nobody here knows.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -16,14 +18,12 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from filelock import FileLock, Timeout, lock_descriptor
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout, lock_descriptor
 
-from yeonma.errors import Log, UserError
-from yeonma.files import DISK_ERRORS, sync, user_path
+from yeonma.errors import Log, UserError, brief
+from yeonma.files import DISK_ERRORS, NO_LOCKS, kind_of, open_regular, read_regular, sync, user_path
+from yeonma.run_folder.entries import LOCK, SOFT_LOCK, check_entries
 
-LOCK = ".lock"
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
-"""Errors of a file system without locks."""
 WAIT_SECONDS, POLL_SECONDS = 0.2, 0.02
 """`is_locked` itself holds the lock for a moment. Waiting keeps others from mistaking that for a run."""
 
@@ -40,7 +40,11 @@ def check_unlocked(output_dir: str) -> None:
 
 def is_locked(output: Path) -> bool:
     """Whether a run holds the folder now. False if there is no lock file, or if it cannot be opened or locked."""
-    descriptor = _open_existing(output / LOCK)
+    return _is_file_locked(output / LOCK) or _is_name_taken(output / SOFT_LOCK)
+
+
+def _is_file_locked(path: Path) -> bool:
+    descriptor = _open_existing(path)
     if descriptor is None:
         return False
     try:
@@ -56,11 +60,23 @@ def is_locked(output: Path) -> bool:
     return False
 
 
+def _is_name_taken(path: Path) -> bool:
+    if kind_of(path) != "file":
+        return False
+    try:
+        with SoftFileLock(path, timeout=WAIT_SECONDS, poll_interval=POLL_SECONDS):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 def _open_existing(path: Path) -> int | None:
     """Opens for writing if possible, which NFS needs for a lock; else for reading, as in a read-only folder."""
     for access in (os.O_RDWR, os.O_RDONLY):
-        with suppress(OSError):
-            return os.open(path, access | getattr(os, "O_NOFOLLOW", 0))
+        with suppress(OSError, UserError):
+            return open_regular(path, access)
     return None
 
 
@@ -69,10 +85,29 @@ def hold(output: Path, log: Log) -> Iterator[None]:
     """Holds the lock until the block or the process ends. Creates the folder if needed, and deletes it at the end if it
     is still empty.
 
-    Raises UserError if another run holds the lock, or if OUT/.lock is a symbolic link or belongs to another user. On a
-    file system without locks it only warns: two runs there would not notice each other.
+    Raises UserError if another run holds the lock, as `check_entries`, or if OUT/.lock belongs to another user. On a
+    file system without locks it says so, and keeps others out all the same.
     """
+    check_entries(output)
     created = _create(output)
+    lock: BaseFileLock | None = None
+    try:
+        lock = _acquired(output, log)
+        yield
+    finally:
+        if lock is not None:
+            # Deleted while locked: filelock in a waiting process notices, and creates a new file.
+            if Path(lock.lock_file).name == LOCK:
+                with suppress(OSError):
+                    os.unlink(lock.lock_file)
+            lock.release()
+        for folder in created:  # rmdir fails if it is not empty
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _acquired(output: Path, log: Log) -> BaseFileLock:
+    """The lock of the folder, held by this process."""
     lock = FileLock(
         output / LOCK,
         timeout=WAIT_SECONDS,
@@ -83,30 +118,32 @@ def hold(output: Path, log: Log) -> Iterator[None]:
         on_acquired=_write_holder,
     )
     try:
-        try:
-            lock.acquire()
-        except Timeout:
-            raise _locked_error(output) from None
-        except OSError as error:
-            if error.errno in DISK_ERRORS:
-                raise
-            if error.errno not in NO_LOCKS:
-                cure = "remove it, or give another output_dir"
-                what = f"cannot be locked: {error.strerror}"
-                raise UserError(what, place=str(output / LOCK), cure=cure) from error
-            with suppress(OSError):
-                os.unlink(output / LOCK)
-            log(f"warning: {output} cannot be locked ({error.strerror}): do not start a second run there")
-        yield
-    finally:
-        if lock.is_locked:
-            # Deleted while locked: filelock in a waiting process notices, and creates a new file.
-            with suppress(OSError):
-                os.unlink(output / LOCK)
-            lock.release()
-        for folder in created:  # rmdir fails if it is not empty
-            with suppress(OSError):
-                folder.rmdir()
+        if kind_of(output / SOFT_LOCK):  # of a run on a machine for which this disk has no locks
+            with SoftFileLock(output / SOFT_LOCK, timeout=WAIT_SECONDS, poll_interval=POLL_SECONDS):
+                pass
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise _locked_error(output) from None
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+        if error.errno not in NO_LOCKS:
+            cure = "remove it, or give another output_dir"
+            what = f"cannot be locked: {error.strerror}"
+            raise UserError(what, place=str(output / LOCK), cure=cure) from error
+        reason = error.strerror
+    with suppress(OSError):
+        os.unlink(output / LOCK)
+    soft = SoftFileLock(
+        output / SOFT_LOCK, WAIT_SECONDS, 0o644, thread_local=False, poll_interval=POLL_SECONDS
+    )
+    try:
+        soft.acquire()
+    except Timeout:
+        raise _locked_error(output) from None
+    log(f"{output}: the disk cannot lock files ({reason}), so {SOFT_LOCK} keeps other runs out")
+    return soft
 
 
 def _write_holder(descriptor: int) -> None:
@@ -122,14 +159,20 @@ def _write_holder(descriptor: int) -> None:
 
 
 def _locked_error(output: Path) -> UserError:
+    cure = "wait until it ends, or give another output_dir"
+    if kind_of(output / SOFT_LOCK):
+        with suppress(OSError, UserError, ValueError):
+            process, host, *_ = read_regular(output / SOFT_LOCK).decode("utf-8", "replace").splitlines()
+            who = f"process {brief(process)} on {brief(host)}"
+            cure += f"; if that process has ended, delete {output / SOFT_LOCK}"
+            return UserError(f"another run is writing here ({who})", place=f"output_dir {output}", cure=cure)
     try:
-        with (output / LOCK).open("rb", buffering=0) as file:
+        with open(output / LOCK, "rb", buffering=0, opener=open_regular) as file:
             file.seek(1)
             holder = json.loads(file.read(4096))
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # locked a moment ago, not written yet
         who = "its process is not known yet"
-    cure = "wait until it ends, or give another output_dir"
     return UserError(f"another run is writing here ({who})", place=f"output_dir {output}", cure=cure)
 
 

@@ -22,25 +22,30 @@ from yeonma.files import (
     files_in,
     free_bytes,
     hashes_of,
+    kind_of,
+    read_regular,
     sync,
     sync_and_verify,
     user_path,
 )
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
-    CONTINUE_CURE,
+    STATE,
+    THEN_CONTINUE,
     AdapterWriter,
     RunProgress,
     checkpoints,
     newest_whole,
     read_whole,
     remove,
+    rotate,
     step_of,
     sweep,
     write_text_atomically,
 )
+from yeonma.run_folder.entries import OURS, PARTIAL_FINAL, RUN, SEAL, TOKENIZERS, passed_over
+from yeonma.run_folder.run_log import check_logs
 
-RUN = "run.json"
 EARLIER_DEFAULTS = {
     "quantization": "none",
     "optimizer": "adamw",
@@ -51,33 +56,6 @@ EARLIER_DEFAULTS = {
     "wpo_weights": False,
 }
 """Settings that runs of earlier versions had, but did not record."""
-SEAL = "manifest.json"
-FORMER_PLOT = "loss.png"
-"""The plot of earlier versions, now loss.svg."""
-OURS = (
-    "settings.yaml",
-    "metrics.jsonl",
-    "trained_rows.jsonl",
-    "loss.svg",
-    FORMER_PLOT,
-    "README.md",
-    "yeonma.json",
-    "template.txt",
-    "samples.json",
-    "manifest.json",
-    "adapter_*",
-)
-"""Patterns of the files that a run writes beside run.json and its checkpoints."""
-TOKENIZERS = (
-    "tokenizer*",
-    "chat_template.jinja",
-    "base_chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-)
 FLOAT32_BYTES = 4
 OPTIMIZER_STATES = 2
 """Numbers that AdamW keeps for each trained parameter."""
@@ -104,7 +82,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
         _check_explicit(explicit, output, overwrite)
     if overwrite:
         return Start()
-    if not (output / RUN).is_file():
+    if kind_of(output / RUN) != "file":
         foreign = [*_run_files(output), *checkpoints(output), *output.glob("config.json")]
         if foreign:
             names = ", ".join(path.name for path in foreign)
@@ -119,6 +97,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
     if explicit is not None:
         state = read_whole(explicit)
         _check_same(identity, state.identity, str(explicit))
+        check_logs(output, state.logs, state.step, log)
         return Start(explicit, state)
     newest = newest_whole(output, log) if resume == "latest" else None
     if newest is None:
@@ -128,9 +107,20 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
             raise UserError(
                 f"all of its checkpoints are damaged ({names})", place=f"output_dir {output}", cure=cure
             )
+        if resume == "latest" and (other := _other_checkpoints(output)):
+            what = f"none of its checkpoints has a name that a run gives ({', '.join(other)})"
+            cure = "give each its name back, or --resume_from_checkpoint none, which starts over beside them"
+            raise UserError(what, place=f"output_dir {output}", cure=cure)
         return Start()
     _check_same(identity, newest[1].identity, str(newest[0]))
+    check_logs(output, newest[1].logs, newest[1].step, log)
     return Start(*newest)
+
+
+def _other_checkpoints(output: Path) -> list[str]:
+    """Names of folders that hold a checkpoint and have a name that no run gives."""
+    names = passed_over(output) if output.is_dir() else []
+    return [name for name in names if (output / name / STATE).is_file()]
 
 
 def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
@@ -148,7 +138,7 @@ def _check_explicit(checkpoint: Path, output: Path, overwrite: bool) -> None:
 def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
     """The identity in run.json, and whether that run is finished."""
     try:
-        run = json.loads(path.read_text("utf-8"))
+        run = json.loads(read_regular(path))
         return dict(run["identity"]), bool(run["finished"])
     except (ValueError, KeyError, TypeError) as error:
         cure = "give another output_dir, or --overwrite true"
@@ -176,9 +166,14 @@ def _difference(key: str, before: object, now: object) -> str:
     return f"{key} was {before!r} and is now {now!r}"
 
 
-def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: Start) -> None:
+def begin(
+    output: Path, identity: Mapping[str, Any], settings_yaml: str, start: Start, limit: int | None = None
+) -> None:
     """Prepares the folder for this run. Deletes an earlier run's files, or, if the run continues from a checkpoint,
-    only later checkpoints. Other files stay."""
+    only later checkpoints and those beyond `limit`, as if it had come here without a stop. Other files stay.
+
+    Call it when all that the run continues from is loaded.
+    """
     output.mkdir(parents=True, exist_ok=True)
     write_run_json(output, identity, finished=False)
     (output / SEAL).unlink(missing_ok=True)  # before any file that it lists changes
@@ -189,6 +184,8 @@ def begin(output: Path, identity: Mapping[str, Any], settings_yaml: str, start: 
     for checkpoint in folders:
         remove(checkpoint)
     sweep(output)
+    if start.progress is not None:
+        rotate(output, limit, start.progress.best_step)
     write_text_atomically(output / "settings.yaml", settings_yaml)
 
 
@@ -210,7 +207,7 @@ def _obsolete(output: Path, start: Start) -> tuple[list[Path], list[Path]]:
 def _run_files(output: Path) -> list[Path]:
     """The files that a run has written, without run.json and checkpoints."""
     paths = (path for pattern in (*OURS, *TOKENIZERS) for path in output.glob(pattern))
-    return sorted(path for path in paths if path.is_file())
+    return sorted(path for path in paths if kind_of(path) == "file")
 
 
 def write_run_json(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
@@ -238,11 +235,10 @@ def install(output: Path, adapter: AdapterWriter) -> None:
     A concurrent reader may see a mix with files of an earlier adapter; within one run these differ only in weights.
     Raises UserError if the disk is full or fails.
     """
-    staging = output / ".final.partial"
+    staging = output / PARTIAL_FINAL
     delete(staging)
-    cure = f"make room, {CONTINUE_CURE}"
-    check_free(output, adapter.about_bytes, "the adapter", cure)
-    with disk_errors_as_user_errors(output, "the adapter", adapter.about_bytes, cure):
+    check_free(output, adapter.about_bytes, "the adapter", f"make room, {THEN_CONTINUE}")
+    with disk_errors_as_user_errors(output, "the adapter", adapter.about_bytes, then=THEN_CONTINUE):
         try:
             staging.mkdir()
             adapter.write(staging)
@@ -288,7 +284,7 @@ def max_new_checkpoints(schedule: CheckpointSchedule, steps_done: int, existing:
     lower validation loss are not counted, because nobody knows them in advance.
     """
     total, every = schedule.total_steps, schedule.save_steps
-    remaining = len({*range(every, total + 1, every), total})
+    remaining = total // every + (total % every > 0)
     remaining -= steps_done // every + (steps_done == total and steps_done % every > 0)
     if schedule.limit is None:
         return remaining

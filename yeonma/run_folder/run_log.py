@@ -2,8 +2,9 @@
 such as `{"step": 12, "rows": [17, 4, 99]}`, counted from 1 as in messages, or by data set in a mixture:
 `{"step": 12, "rows": {"titles.jsonl": [17, 4], "chats.jsonl": [99]}}`.
 
-A run appends to both. A resumed run first removes the lines after its checkpoint. The rows of a step do not depend on
-the number of processes.
+A run appends to both. A checkpoint records how many lines they have and their SHA-256, so that a resumed run knows
+whether somebody has changed them, and removes exactly the lines after its checkpoint. The rows of a step do not depend
+on the number of processes.
 """
 
 from __future__ import annotations
@@ -11,38 +12,64 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from yeonma.errors import UserError
-from yeonma.files import disk_errors_as_user_errors, sync, write_all
+from yeonma.errors import Log, UserError
+from yeonma.files import disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
-TRAINED_ROWS = "trained_rows.jsonl"
-CURE = "make room, then run the same command to continue from the last checkpoint"
+METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
+THEN = "then run the same command to continue from the last checkpoint"
+VARYING = ("seconds", "peak_memory_bytes")
+"""Numbers of a step that differ from run to run. The sum of a log leaves them out, so that checkpoints are equal."""
+
+LogSums = dict[str, dict[str, Any]]
+"""File name -> `lines` and their `sha256`."""
+
+
+@dataclass
+class LineSum:
+    """The number of lines of a log, and the SHA-256 of what does not vary in them."""
+
+    lines: int = 0
+    digest: Any = field(default_factory=sha256)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        fixed = {name: value for name, value in values.items() if name not in VARYING}
+        self.digest.update(json.dumps(fixed).encode())
+        self.lines += 1
+
+    def as_record(self) -> dict[str, Any]:
+        return {"lines": self.lines, "sha256": self.digest.hexdigest()}
 
 
 @dataclass(frozen=True)
 class LogFile:
-    """A file opened for appending. A context manager."""
+    """A file opened for appending, and the sum of its lines. A context manager."""
 
     file: FileIO
+    sum: LineSum
 
-    def append(self, line: bytes, what: str) -> None:
+    def append(self, values: Mapping[str, Any], what: str) -> None:
         """Passes a line to the operating system, so that a killed process loses none. `what` names it in errors.
 
         Raises UserError if the disk is full or fails. The next run removes an incomplete line.
         """
-        with disk_errors_as_user_errors(Path(self.file.name), what, len(line), CURE):
+        line = (json.dumps(values, allow_nan=False) + "\n").encode()
+        with disk_errors_as_user_errors(Path(self.file.name), what, len(line), then=THEN):
             write_all(self.file, line)
+        self.sum.add(values)
 
     def sync(self) -> None:
         """Syncs the file to disk. Call it before a checkpoint gets its name, so that a power failure leaves no
         checkpoint without the lines of its steps. Raises as `append`."""
-        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", cure=CURE):
+        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", then=THEN):
             os.fsync(self.file.fileno())
 
     def __enter__(self) -> Any:
@@ -57,7 +84,7 @@ class MetricsFile(LogFile):
     """metrics.jsonl, opened by `open_metrics`."""
 
     def write(self, record: StepRecord | EvaluationRecord) -> None:
-        self.append(_metrics_line(record), "a step's line")
+        self.append(_metrics_values(record), "a step's line")
 
 
 @dataclass(frozen=True)
@@ -65,29 +92,54 @@ class TrainedRows(LogFile):
     """trained_rows.jsonl, opened by `open_trained_rows`."""
 
     def write(self, step: int, rows: list[int] | dict[str, list[int]]) -> None:
-        self.append((json.dumps({"step": step, "rows": rows}) + "\n").encode(), "a step's rows")
+        self.append({"step": step, "rows": rows}, "a step's rows")
 
 
-def open_metrics(path: Path, keep_steps: int | None, keep_evaluation: bool = True) -> MetricsFile:
-    """Opens `path` for appending. A new run (`keep_steps` None) starts empty; otherwise the lines up to that step stay,
-    and with `keep_evaluation` also the evaluation after it. Raises UserError for an invalid line.
+def open_metrics(
+    path: Path, keep_steps: int | None, keep_evaluation: bool = True, lines: int | None = None
+) -> MetricsFile:
+    """Opens `path` for appending. A new run (`keep_steps` None) starts empty; otherwise the first `lines` stay or, if
+    the checkpoint does not say how many, the lines up to that step, and with `keep_evaluation` also the evaluation
+    after it. Raises UserError for an invalid line among them.
     """
     last = keep_steps or 0, keep_evaluation
-    keep = keep_steps is not None and path.exists()
 
     def is_kept(record: dict[str, Any]) -> bool:
         return (record["step"], record.get("evaluation", False)) <= last
 
-    return MetricsFile(_open_at(path, _end_of_step(_metrics(path), is_kept) if keep else 0))
+    return MetricsFile(*_opened(path, _metrics(path), is_kept, lines if keep_steps is not None else 0))
 
 
-def open_trained_rows(path: Path, keep_steps: int) -> TrainedRows:
-    """Opens `path` for appending, with the lines up to that step. Raises UserError for an invalid line."""
-    keep = keep_steps and path.exists()
-    lines = _lines(path, "rows", "not the rows of a step")
+def open_trained_rows(path: Path, keep_steps: int, lines: int | None = None) -> TrainedRows:
+    """Opens `path` for appending, with the first `lines`, or else with the lines up to that step. Raises UserError for
+    an invalid line among them."""
     return TrainedRows(
-        _open_at(path, _end_of_step(lines, lambda row: row["step"] <= keep_steps) if keep else 0)
+        *_opened(path, _trained_rows(path), lambda row: row["step"] <= keep_steps, lines if keep_steps else 0)
     )
+
+
+def check_logs(output: Path, sums: Mapping[str, Mapping[str, Any]], step: int, log: Log) -> None:
+    """Whether the logs still begin with the lines that they had when the checkpoint of `step` was saved.
+
+    Raises UserError for each that does not, and logs one that is missing. Changes nothing. `sums` is empty in
+    checkpoints of earlier versions, which can only be checked line by line.
+    """
+    for name, lines_of in ((METRICS, _metrics), (TRAINED_ROWS, _trained_rows)):
+        recorded, path = sums.get(name), output / name
+        if recorded is None or not recorded["lines"]:
+            continue
+        if not kind_of(path):
+            log(f"warning: {path} is missing: it will begin after step {step}")
+            continue
+        present = LineSum()
+        for _, values in islice(lines_of(path), recorded["lines"]):
+            present.add(values)
+        if present.as_record() != recorded:
+            what = f"its first {recorded['lines']:,} lines are not those that the run wrote up to step {step}"
+            cure = (
+                f"restore a copy, or delete the file: the run then continues, and it begins after step {step}"
+            )
+            raise UserError(what, place=str(path), cure=cure)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -112,39 +164,43 @@ def numbers_of(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
     return {**values, **metrics}
 
 
-def _metrics_line(record: StepRecord | EvaluationRecord) -> bytes:
+def _metrics_values(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
     values = numbers_of(record)
     # JSON has no NaN and no infinity
     finite = {key: None if _is_not_finite(value) else value for key, value in values.items()}
     if isinstance(record, EvaluationRecord):
         losses = {name: None if _is_not_finite(loss) else loss for name, loss in record.losses.items()}
         finite = {"evaluation": True, **finite, **({"losses": losses} if losses else {})}
-    return (json.dumps(finite, allow_nan=False) + "\n").encode()
+    return finite
 
 
 def _is_not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _open_at(path: Path, end: int) -> FileIO:
-    """Opens a file for appending and truncates it to `end` bytes. That is one system call, so a killed process leaves
-    either all old lines or exactly the remaining ones."""
-    file = path.open("ab", buffering=0)
+def _opened(
+    path: Path,
+    lines: Iterator[tuple[int, dict[str, Any]]],
+    is_kept: Callable[[dict[str, Any]], bool],
+    count: int | None,
+) -> tuple[FileIO, LineSum]:
+    """A file opened for appending and truncated to the first `count` lines, or to those before the first that is not
+    kept; and the sum of what stays. Truncating is one system call, so a killed process leaves either all old lines or
+    exactly the remaining ones."""
+    end, kept = 0, LineSum()
+    for size, values in islice(lines, count) if kind_of(path) else ():
+        if count is None and not is_kept(values):
+            break
+        end = size
+        kept.add(values)
+    file = open(path, "ab", buffering=0, opener=open_regular)  # noqa: SIM115 (the caller closes it)
     file.truncate(end)
     sync(path.parent)  # the file name; `LogFile.sync` syncs the content
-    return file
+    return file, kept
 
 
-def _end_of_step(
-    lines: Iterator[tuple[int, dict[str, Any]]], is_kept: Callable[[dict[str, Any]], bool]
-) -> int:
-    """The size of the file in bytes, up to the first line that is not kept."""
-    size = 0
-    for end, values in lines:
-        if not is_kept(values):
-            break
-        size = end
-    return size
+def _trained_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    return _lines(path, "rows", "not the rows of a step")
 
 
 def _metrics(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -155,7 +211,7 @@ def _lines(path: Path, key: str, problem: str) -> Iterator[tuple[int, dict[str, 
     """Yields (end in bytes, values) of each complete line. Raises UserError with the text `problem` for a line without
     a step or without `key`."""
     end = 0
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # its caller has seen that it is a file
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return

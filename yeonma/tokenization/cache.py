@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from yeonma.data.task import ANSWERS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.data.text_checks import Notes
 from yeonma.errors import Problem, UserError
-from yeonma.files import sync, user_path
+from yeonma.files import NO_LOCKS, kind_of, sync, user_path
 from yeonma.tokenization.bad_rows import Outcomes, encode_good_rows
 from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import (
@@ -172,10 +173,11 @@ def _cached(cache_dir: Path, key: str, write: Callable[[StoreWriter], dict[str, 
     folder = cache_dir / key
     if (store := open_store(folder, key)) is not None:
         return store
-    with _locked(cache_dir, key):
+    with _locked(cache_dir, key) as alone:
         if (store := open_store(folder, key)) is not None:  # built by another process in the meantime
             return store
-        temporary = cache_dir / f"{key}.tmp"
+        own = f"{key}.tmp" if alone else f"{key}.{socket.gethostname()}-{os.getpid()}.tmp"
+        temporary = cache_dir / own
         try:
             with _write_errors_as_user_errors(cache_dir):
                 _remove(temporary)
@@ -183,6 +185,8 @@ def _cached(cache_dir: Path, key: str, write: Callable[[StoreWriter], dict[str, 
             description = write(writer)
             with _write_errors_as_user_errors(cache_dir):
                 writer.finish({"key": key, **description})
+                if not alone and (store := open_store(folder, key)) is not None:  # another process was faster
+                    return store
                 _remove(folder)
                 os.rename(temporary, folder)
                 sync(cache_dir)
@@ -327,14 +331,26 @@ def _check_some_left(
 
 
 @contextmanager
-def _locked(cache_dir: Path, key: str) -> Iterator[None]:
-    """Lets one process of this machine build the store while the others wait. A process that dies releases the lock."""
-    lock = FileLock(cache_dir / f"{key}.lock", fallback_to_soft=False)
+def _locked(cache_dir: Path, key: str) -> Iterator[bool]:
+    """Lets one process build the store while the others wait. A process that dies releases the lock.
+
+    False on a disk that cannot lock files: several processes may then build the store at once, each in a folder of its
+    own. What a reader finds is whole either way.
+    """
+    place = cache_dir / f"{key}.lock"
+    lock, alone = FileLock(place, fallback_to_soft=False), True
     with _write_errors_as_user_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        if (kind := kind_of(place)) not in ("", "file"):
+            raise UserError(f"it is a {kind} where a file belongs", place=str(place), cure="remove it")
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            alone = False
     try:
-        yield
+        yield alone
     finally:
         lock.release()
 

@@ -16,6 +16,7 @@ from yeonma.batch.plan import Plan
 from yeonma.errors import Log
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
+from yeonma.run_folder.run_log import LogSums
 from yeonma.train.distributed import Processes, gather_bytes
 from yeonma.train.losses import untrained
 from yeonma.train.optimizers import optimizer_tensors
@@ -42,7 +43,8 @@ class RunCallbacks:
     step: Callable[[StepRecord, list[int]], None]
     """Called after each step with its record and row numbers."""
     evaluation: Callable[[EvaluationRecord], None]
-    before_save: Callable[[], None]
+    before_save: Callable[[], LogSums]
+    """Flushes the logs, and returns their sums for the checkpoint."""
     log: Log
 
 
@@ -71,7 +73,7 @@ def run_steps(
         requested = state.limit.requested.most_examples
         progress = replace(progress, micro_batches=[requested, *units], micro_batch_tokens=tokens)
         if state.group.first:
-            callbacks.before_save()
+            progress = replace(progress, logs=callbacks.before_save())
             names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
             write_checkpoint(output, progress, adapter, optimizer_tensors(state.optimizer, names), random)
             rotate(output, schedule.save_total_limit, progress.best_step)

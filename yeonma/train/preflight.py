@@ -24,6 +24,7 @@ from yeonma.files import user_path
 from yeonma.model.published import check_settings, published_in_folder
 from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, find_base
+from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
 from yeonma.train.interrupt import seconds_of
 
@@ -148,6 +149,7 @@ def _check_not_input(output: Path, base: str, continued: str | None) -> None:
 def _check_writable(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
+    check_entries(output)
     existing = (
         output if output.exists() else next(parent for parent in output.absolute().parents if parent.exists())
     )

@@ -37,6 +37,7 @@ from yeonma.train.preference_losses import preference_loss
 from yeonma.train.preflight import task_of
 
 TRIAL_STEPS = 40
+MOST_STEPS = 10**9
 SAFE_SCHEDULES = ("linear", "cosine", "constant")
 """Schedules that cannot fail without arguments."""
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -119,7 +120,7 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
     """The steps of a run. An epoch has every training unit once, or as often as its data set's repeats say; with
     weights, as many units, of which each data set has its share.
 
-    Raises UserError for settings that do not go with weights.
+    Raises UserError for settings that do not go with weights, and for more steps than a run can have.
     """
     of_sets = dataset.units_of_sets()
     weights = [one.settings.weight for one in dataset.sets if one.settings.weight is not None]
@@ -137,6 +138,10 @@ def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
         repeats = [one.settings.repeats for one in dataset.sets]
         of_sets = [np.tile(units, times) for units, times in zip(of_sets, repeats, strict=True)]
     units = np.concatenate(of_sets)
+    steps = step.num_epochs * math.ceil(len(units) / step.batch_size)
+    if step.max_steps is None and steps > MOST_STEPS:
+        problem = f"the run would have {steps:.3g} steps, and {MOST_STEPS:,} are the most"
+        raise UserError(problem, place="num_epochs", cure="lower it, or give max_steps")
     return make_plan(
         units,
         dataset.train.store.unit_lengths[units],
@@ -302,8 +307,12 @@ def _check_schedule(step: StepSettings, log: Log) -> None:
 def make_schedule(step: StepSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     from transformers import get_scheduler  # imports PEFT and more, which takes seconds
 
-    warmup = step.warmup_steps or math.ceil(step.warmup_ratio * total_steps)
+    warmup = warmup_steps(step, total_steps)
     return get_scheduler(step.lr_scheduler, optimizer, warmup, total_steps, step.lr_scheduler_kwargs)
+
+
+def warmup_steps(step: StepSettings, total_steps: int) -> int:
+    return step.warmup_steps or math.ceil(step.warmup_ratio * total_steps)
 
 
 def _identity(

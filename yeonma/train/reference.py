@@ -160,6 +160,7 @@ def write_reference(path: Path, values: np.ndarray) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # a link of that name would be followed
         save_file({"logprobs": values}, partial, {"crc32": str(zlib.crc32(values.tobytes()))})
         sync(partial)
         os.replace(partial, path)

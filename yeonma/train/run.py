@@ -28,11 +28,19 @@ from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
-from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, checkpoint_path, read_tensors, recover
+from yeonma.run_folder.checkpoint import (
+    THEN_CONTINUE,
+    AdapterWriter,
+    RunProgress,
+    checkpoint_path,
+    read_tensors,
+    recover,
+)
+from yeonma.run_folder.entries import FORMER_PLOT
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
-from yeonma.run_folder.run_log import TRAINED_ROWS, open_metrics, open_trained_rows
+from yeonma.run_folder.run_log import METRICS, TRAINED_ROWS, LogSums, open_metrics, open_trained_rows
 from yeonma.run_folder.trackers import check_trackers, open_trackers, plot_loss, tracked
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
 from yeonma.tokenization.dataset import Dataset, describe
@@ -55,6 +63,7 @@ from yeonma.train.model_card import sample_answers, write_card
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
+from yeonma.train.run_warnings import run_warnings
 from yeonma.train.step import TrainState
 
 
@@ -70,9 +79,12 @@ def run_with_callbacks(
     """Run `steps` from `start` with the callbacks of rank 0: logs, progress display and trackers. `rows_by_set`: what
     trained_rows.jsonl has of a step's rows, in a mixture of data sets."""
     run = config.run
+    lines = {name: recorded["lines"] for name, recorded in start.logs.items()}
     with (
-        open_metrics(output / "metrics.jsonl", start.step or None, not start.evaluation_due) as metrics,
-        open_trained_rows(output / TRAINED_ROWS, start.step) as trained_rows,
+        open_metrics(
+            output / METRICS, start.step or None, not start.evaluation_due, lines.get(METRICS)
+        ) as metrics,
+        open_trained_rows(output / TRAINED_ROWS, start.step, lines.get(TRAINED_ROWS)) as trained_rows,
         open_trackers(run.report_to, run.run_name, output, settings_dict(config), start.step) as trackers,
         Progress(total_steps, start.step, run.logging_steps, console) as progress,
     ):
@@ -89,9 +101,10 @@ def run_with_callbacks(
             progress.evaluation(record)
             trackers.log(record.step, tracked(record))
 
-        def before_save() -> None:
+        def before_save() -> LogSums:
             metrics.sync()
             trained_rows.sync()
+            return {METRICS: metrics.sum.as_record(), TRAINED_ROWS: trained_rows.sum.as_record()}
 
         return steps(RunCallbacks(step, evaluation, before_save, progress.print_line))
 
@@ -120,10 +133,12 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             log(line)
         if (balance := label_balance(prepared.dataset.train, config.preference)) is not None:
             log(str(balance))
+        for line in run_warnings(config.step, prepared.dataset, prepared.plan):
+            log(f"warning: {line}")
         group = contexts.enter_context(process_group(processes, device))
         check_same_content(group, _shared_content(config, prepared))
         if group.first:
-            contexts.enter_context(disk_errors_as_user_errors(output, "the run's files"))
+            contexts.enter_context(disk_errors_as_user_errors(output, "the run's files", then=THEN_CONTINUE))
             contexts.enter_context(hold(output, log))
             recover(output)
         wait(group)  # no rank reads the folder before rank 0 has locked it
@@ -160,10 +175,6 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             try_heaviest(state, plan, prepared.dataset.train.store)
         extras = reference_extras(resolved, loaded, prepared, units_to_reference(prepared), group, log)
         stop.check()
-        # rank 0 writes after all ranks have read the folder; from here on no check refuses the run
-        wait(group)
-        if group.first:
-            folder.begin(output, prepared.identity, to_yaml(config), start)
         stopped = _train(config, loaded, state, extras, console, prepared, start, output)
         wait(group)  # torchrun ends all processes when one ends, so all wait until rank 0 has saved
         if stopped is not None:
@@ -249,6 +260,11 @@ def _train(
         threshold=evaluation.early_stopping_threshold,
     )
 
+    # rank 0 writes after all ranks have loaded what they continue from; from here on no check refuses the run
+    wait(group)
+    if group.first:
+        folder.begin(output, prepared.identity, to_yaml(config), start, run.save_total_limit)
+
     def batch_of(units: np.ndarray, store: TokenStore = dataset.train.store) -> Batch:
         return Batch.from_store(store, units, extras.get(store.key))
 
@@ -263,7 +279,7 @@ def _train(
                 config, steps, console, plan.total_steps, progress, output, rows_by_set
             )
         else:
-            progress = steps(RunCallbacks(lambda *_: None, lambda _: None, lambda: None, lambda _: None))
+            progress = steps(RunCallbacks(lambda *_: None, lambda _: None, dict, lambda _: None))
     if stop.agreed:
         message = _stopped_after(stop.agreed, progress.step, plan.total_steps, output)
         log(message)
@@ -288,7 +304,7 @@ def _train(
     if evaluation.card_rows:
         broadcast_trained(state.model)
     loss_unit = "trained token" if state.objective.per_token else dataset.task.units.removesuffix("s")
-    plot_loss(output / "metrics.jsonl", output / "loss.svg", loss_unit)
+    plot_loss(output / METRICS, output / "loss.svg", loss_unit)
     repeat_command = _repeat_command(config, state.objective.name)
     repeat_command += to_yaml(config)
     write_card(
@@ -300,7 +316,7 @@ def _train(
         best_step,
         evaluation.card_rows,
     )
-    (output / folder.FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
+    (output / FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
     log(f"Adapter saved to {output}")

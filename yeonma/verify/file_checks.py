@@ -19,7 +19,7 @@ from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
-from yeonma.run_folder.output_folder import FORMER_PLOT, OURS, RUN, SEAL, TOKENIZERS
+from yeonma.run_folder.entries import FORMER_PLOT, OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.run_log import read_metrics
 
 RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.svg", FORMER_PLOT, "README.md")

@@ -16,8 +16,8 @@ from yeonma.files import user_path
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
+from yeonma.run_folder.entries import RUN
 from yeonma.run_folder.lock import is_locked
-from yeonma.run_folder.output_folder import RUN
 from yeonma.verify.compatibility import (
     REPLACE,
     Shapes,

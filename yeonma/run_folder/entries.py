@@ -1,0 +1,105 @@
+"""The names in an output folder: which are a run's, and what must lie there. Files and folders, never links or pipes.
+
+A link in place of a file would have a run write elsewhere; a pipe would have it wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from yeonma.errors import Problem, UserError
+from yeonma.files import kind_of
+
+RUN = "run.json"
+SEAL = "manifest.json"
+LOCK = ".lock"
+SOFT_LOCK = ".lock.held"
+"""The lock on a disk that cannot lock files: one process can create it."""
+FORMER_PLOT = "loss.png"
+"""The plot of earlier versions, now loss.svg."""
+OURS = (
+    "settings.yaml",
+    "metrics.jsonl",
+    "trained_rows.jsonl",
+    "loss.svg",
+    FORMER_PLOT,
+    "README.md",
+    "yeonma.json",
+    "template.txt",
+    "samples.json",
+    SEAL,
+    "adapter_*",
+)
+"""Patterns of the files that a run writes beside run.json and its checkpoints."""
+CHAT_TEMPLATES = "additional_chat_templates"
+TOKENIZERS = (
+    "tokenizer*",
+    "chat_template.jinja",
+    "base_chat_template.jinja",
+    f"{CHAT_TEMPLATES}/*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+PARTIAL_FINAL = ".final.partial"
+PARTIAL_FILES = tuple(
+    f".{name}.partial" for name in (RUN, SEAL, "settings.yaml", "README.md", "loss.svg", FORMER_PLOT)
+)
+"""Files that are being written, under the hidden names of `replace_file`."""
+_CHECKPOINT = re.compile("checkpoint-[1-9][0-9]{0,17}")
+_UNFINISHED = re.compile(r"\.checkpoint-[1-9][0-9]{0,17}\.(partial|removed|former)")
+_MOST_NAMED = 10
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a run gives a checkpoint this name: the step in plain digits, without zeros before it."""
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether it is the hidden name of a checkpoint that is being written, replaced or deleted."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def check_entries(output: Path) -> None:
+    """Raises UserError with a line for each name of a run that is taken by something else: a link, a pipe, a folder
+    where a file belongs. Changes nothing. An output folder that is missing has nothing wrong in it."""
+    try:
+        names = sorted(os.listdir(output))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror})", place=str(output), cure="give another output_dir"
+        ) from error
+    problems = []
+    for name in names:
+        wanted = _kind_wanted(name)
+        found = kind_of(output / name) if wanted else ""
+        if found and found != wanted:
+            what = f"it is a {found}, and a run has a {wanted} of this name"
+            problems.append(Problem(what, str(output / name), "remove it, or give another output_dir"))
+    if problems:
+        more = len(problems) - _MOST_NAMED
+        rest = [Problem(f"there are {more} more such names", str(output))] if more > 0 else []
+        raise UserError([*problems[:_MOST_NAMED], *rest])
+
+
+def passed_over(output: Path) -> list[str]:
+    """Names that look like those of checkpoints, and that no run gives: `checkpoint-04`, `checkpoint-10.bak`."""
+    return sorted(
+        name for name in os.listdir(output) if name.startswith("checkpoint-") and not is_checkpoint(name)
+    )
+
+
+def _kind_wanted(name: str) -> str:
+    """`file` or `folder` for a name of a run, else empty."""
+    if is_checkpoint(name) or is_unfinished(name) or name in (PARTIAL_FINAL, CHAT_TEMPLATES):
+        return "folder"
+    if name in (RUN, LOCK, SOFT_LOCK, *PARTIAL_FILES):
+        return "file"
+    return "file" if any(fnmatchcase(name, pattern) for pattern in (*OURS, *TOKENIZERS)) else ""

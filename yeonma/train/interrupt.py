@@ -12,14 +12,12 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from yeonma.errors import UserError
 
@@ -169,47 +167,14 @@ class _SignalThread:
             os._exit(_SIGNALS[signal.Signals(number)])
 
 
-@dataclass(frozen=True)
-class _Unheard:
-    """Standard output or error. What can no longer be written, because the terminal or the reader of a pipe is gone, is
-    passed over: the run goes on to its checkpoint."""
-
-    stream: Any
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def _outlive(streams: Sequence[str]) -> None:
-    """Go on when nobody hears `stdout` or `stderr` any more."""
-    for name in streams:
-        stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Unheard):
-            setattr(sys, name, _Unheard(stream))
-
-
-def _is_terminal(name: str) -> bool:
-    stream = getattr(sys, name)
-    return stream is not None and not stream.closed and bool(stream.isatty())
-
-
 @contextmanager
 def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
     """Handles SIGTERM, SIGINT and SIGHUP within the block, and restores the earlier handlers after it.
 
-    `as_command`: a second signal ends the process, and a terminal that is closed no longer stops the run by itself.
-    Otherwise, as in a notebook, a second signal raises KeyboardInterrupt, and a SIGTERM or SIGHUP is sent again to the
-    earlier handler once the run has stopped. Outside the main thread no handlers can be set, and only the time limit
-    works. Ignored signals, as SIGHUP under nohup, stay ignored.
+    `as_command`: a second signal ends the process. Otherwise, as in a notebook, a second signal raises
+    KeyboardInterrupt, and a SIGTERM or SIGHUP is sent again to the earlier handler once the run has stopped. Outside
+    the main thread no handlers can be set, and only the time limit works. Ignored signals, as SIGHUP under nohup, stay
+    ignored.
     """
     elapsed = time.time() - float(os.environ.get(START_TIME, time.time()))
     limit = seconds_of(time_limit) if time_limit is not None else float("inf")
@@ -221,8 +186,6 @@ def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        if as_command and _SIGNALS[signal.Signals(number)] == HUNG_UP:
-            _outlive(("stdout", "stderr"))
         if len(signals) > 1 and not as_command:
             raise KeyboardInterrupt
         if len(signals) == 1:
@@ -233,8 +196,6 @@ def stoppable(time_limit: str | None, *, as_command: bool) -> Iterator[Stop]:
         if earlier_handlers[number] not in (signal.SIG_IGN, None):
             signal.signal(number, handle)
     signal_thread = _SignalThread() if as_command else None
-    if as_command:
-        _outlive([name for name in ("stdout", "stderr") if _is_terminal(name)])
     try:
         yield stop
     finally:

@@ -16,9 +16,12 @@ from torch import nn
 
 from yeonma.batch.batch import Batch
 from yeonma.batch.forest import Forest, lay_out
+from yeonma.errors import UserError
 from yeonma.model.attention.backend import Capability, ForestLayout
 from yeonma.model.attention.dispatch import layout
 from yeonma.model.kernels.linear import float32_product, product
+from yeonma.model.position_limits import length_borders, model_positions
+from yeonma.model.rotary_lengths import position_ids
 from yeonma.model.sharding import gathered, is_sharded, own_class, run_as_forward
 
 HEAD_CHUNK_BYTES = 32 * 2**20
@@ -77,7 +80,14 @@ def plain_head(model: Any) -> Head | None:
 def batch_logprobs(
     model: Any, support: ForestSupport, batch: Batch, *, share_prefix: bool = True
 ) -> torch.Tensor:
-    """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient."""
+    """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient.
+
+    Raises UserError for an example that exceeds the model's positions.
+    """
+    positions, longest = model_positions(model.config), int(batch.lengths_E.max())
+    if positions is not None and longest > positions:
+        what = f"an example has {longest} tokens, but the model only {positions} positions"
+        raise UserError(what, place="cutoff_len", cure=f"shorten it to {positions} tokens")
     return example_logprobs(
         model,
         support,
@@ -102,13 +112,26 @@ def example_logprobs(
     """logprob_N of the examples' trained tokens, example by example: over one forest if `support` allows it, otherwise
     sequence by sequence. `units` and `input_keys` as in `lay_out`."""
     if support.forest:
-        forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units, input_keys=input_keys)
+        forest = lay_out(
+            token_ids,
+            trained,
+            share_prefix=share_prefix,
+            units=units,
+            input_keys=input_keys,
+            rotary_lengths=rotary_lengths(model, token_ids),
+        )
         return trained_logprobs(model, forest, support.head, support.capability)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
         on_device = torch.from_numpy(ids.astype(np.int64)).to(model.device)
         sequences.append(sequence_logprobs(model, on_device, torch.from_numpy(mask.copy()).to(model.device)))
     return torch.cat(sequences)
+
+
+def rotary_lengths(model: Any, token_ids: Sequence[Sequence[int] | np.ndarray]) -> list[int] | None:
+    """For every sequence, a length with its rotary frequencies; None if the model's do not depend on the length."""
+    borders = length_borders(model.config)
+    return [borders.rotary_length(len(ids)) for ids in token_ids] if borders else None
 
 
 def trained_logprobs(
@@ -128,7 +151,7 @@ def trained_logprobs(
     device = model.device
     batch = {
         "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
-        "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
+        "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
         "forest": attention_layout or layout(forest, device, capability),
         "use_cache": False,
         **keywords,

@@ -14,6 +14,7 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import Plan
 from yeonma.errors import Log
+from yeonma.model.train_mode import train_adapter
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.train.distributed import Processes, gather_bytes
@@ -97,7 +98,7 @@ def run_steps(
             progress = replace(progress, best_loss=record.loss, best_step=progress.step)
         return progress
 
-    state.model.train()
+    train_adapter(state.model)
     if progress.step == 0 or progress.evaluation_due:
         progress = run_evaluation(progress)
         if progress.step and not progress.evaluation_due:

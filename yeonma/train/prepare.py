@@ -27,6 +27,7 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.position_limits import model_positions
 from yeonma.model.quantized import check_layers
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
@@ -254,7 +255,7 @@ def _check_not_quantised(config: Any, quantization: Quantization, name: str) -> 
 
 def _check_positions(config: Any, dataset: Dataset) -> None:
     """Raises UserError if an example is longer than the model's context."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = model_positions(config)
     parts = [dataset.train, *dataset.validation.values()]
     longest = max(int(part.store.lengths.max()) for part in parts)
     if limit is not None and longest > limit:

@@ -89,6 +89,77 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": {"sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
+BORDER = 24
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 4.0, 16.0, 40.0],
+    "original_max_position_embeddings": BORDER,
+}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+BORDER_FAMILIES: dict[str, dict[str, Any]] = {
+    "phi3 longrope": {"original_max_position_embeddings": BORDER, "rope_parameters": _LONGROPE},
+    "llama longrope": {"rope_parameters": _LONGROPE},
+    "llama dynamic": {"max_position_embeddings": BORDER, "rope_parameters": _DYNAMIC},
+    "gemma3_text longrope": {
+        **_ONE_OF_EACH,
+        "query_pre_attn_scalar": 8,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": _LONGROPE,
+        },
+    },
+    "phimoe longrope": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4},
+    },
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0],
+    },
+}
+"""Models whose numbers depend on the length of a sequence, with their borders among the lengths of the tests: a model
+type, and what is special about it."""
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "cohere2": _ONE_OF_EACH,
+    "olmo2": {},
+    "olmo3": _ONE_OF_EACH,
+    "glm4": {},
+    "smollm3": {},
+    "starcoder2": {"sliding_window": WINDOW},
+    "ministral": _ONE_OF_EACH,
+    "seed_oss": {},
+    "ernie4_5": {},
+    "phi": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+    "stablelm": {},
+    "mamba": {},
+}
+
 
 def tiny_model(family: str, seed: int = 0) -> Any:
     """A frozen model of one of the families above; each call gives a copy of its own."""
@@ -97,7 +168,9 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
 @lru_cache
 def _built(family: str, seed: int) -> Any:
-    config = AutoConfig.for_model(family, **{**_COMMON, **{**FOREST_FAMILIES, **OTHER_FAMILIES}[family]})
+    families = {**FOREST_FAMILIES, **OTHER_FAMILIES, **BORDER_FAMILIES, **MORE_FAMILIES}
+    options = {**_COMMON, **copy.deepcopy(families[family])}  # a config changes its rope parameters
+    config = AutoConfig.for_model(family.split()[0], **options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -34,6 +34,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/extending",
     "docs/hardware",
     "docs/mixtures",
+    "docs/models",
     "docs/preferences",
     "docs/reasoning",
     "docs/reliability",
@@ -44,7 +45,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/tutorial",
 )
 OTHER_OPTIONS = {  # of pip, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
-    *("no_deps", "ntasks_per_node", "nnodes", "node_rank"),
+    *("no_deps", "ntasks_per_node", "nnodes", "node_rank", "max_model_len"),
     *(
         "write_docs",
         "data",

@@ -18,10 +18,11 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import Problem, UserError
-from yeonma.model.load import generation_eos, load_tokenizer
+from yeonma.model.load import generation_eos, load_config, load_tokenizer
+from yeonma.model.position_limits import model_positions
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import base_chat_template
-from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
+from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
 from yeonma.tokenization.example_encoder import encode_prompts, encoder_for
 from yeonma.tokenization.reasoning import PLAIN, AnswerParts, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -74,6 +75,31 @@ class PromptBuilder:
     source: BaseSource
     tokenizer: Any
     tokens: AnswerTokens
+    positions: int | None = None
+    """The most tokens that the model takes, prompt and answer together; None if its config names no limit."""
+
+    @property
+    def rules(self) -> TokenRules:
+        """The rules of training, with a `cutoff_len` of at most the model's positions."""
+        rules = self.adapter.rules
+        return (
+            rules
+            if self.positions is None
+            else replace(rules, cutoff_len=min(rules.cutoff_len, self.positions))
+        )
+
+    @property
+    def limit(self) -> str:
+        """What limits the length of prompt and answer, for messages."""
+        if self.rules.cutoff_len < self.adapter.rules.cutoff_len:
+            return f"the model's {self.positions} positions"
+        return f"cutoff_len {self.adapter.rules.cutoff_len}"
+
+    def check_room(self, max_new_tokens: int) -> None:
+        """Raises UserError if `max_new_tokens` leave no room for a prompt."""
+        if max_new_tokens >= self.rules.cutoff_len:
+            problem = f"{max_new_tokens} new tokens leave no room for a prompt in {self.limit}"
+            raise UserError(problem, place="--max_new_tokens", cure="lower it")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -95,6 +121,7 @@ class PromptBuilder:
         Raises UserError with a problem for every row that does not fit the template or leaves no room for
         `max_new_tokens`.
         """
+        self.check_room(max_new_tokens)
         rendered: list[Rendered] = []
         problems: list[Problem] = []
         for row in rows:
@@ -181,7 +208,7 @@ class PromptBuilder:
         self, rendered: Sequence[Rendered], rows: Sequence[Row], max_new_tokens: int
     ) -> list[tuple[NDArray[np.int32], bool]]:
         """(token ids, whether the prompt was shortened) for each row."""
-        rules = self.adapter.rules
+        rules = self.rules
         full = encode_prompts(
             rendered, rows, self.tokenizer, replace(rules, cutoff_len=NO_LIMIT), max_new_tokens
         )
@@ -231,7 +258,15 @@ def open_prompt_builder(
     tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
     rules = adapter.rules if adapter.template.has_turns else None
     tokens = answer_tokens(tokenizer, rules, generation_eos(source))
-    return PromptBuilder(adapter, source, tokenizer, tokens)
+    return PromptBuilder(adapter, source, tokenizer, tokens, _positions(source))
+
+
+def _positions(source: BaseSource) -> int | None:
+    """The model's positions; None also if its config cannot be read, which loading its weights will report."""
+    try:
+        return model_positions(load_config(source))
+    except UserError:
+        return None
 
 
 def quantization_for(setting: QuantizationOrAuto, adapter: AdapterFolder) -> Quantization:

@@ -39,6 +39,9 @@ class Forest:
     target_U: np.ndarray  # int64
     pair_N: np.ndarray  # int64, index into U
     answer_N: np.ndarray  # int64, index of the example of the trained token, in the order given
+    rotary_length_T: np.ndarray | None = (
+        None  # int64, a length with the rotary frequencies of the token's sequence
+    )
 
     @property
     def trained_tokens(self) -> int:
@@ -52,6 +55,7 @@ def lay_out(
     share_prefix: bool = True,
     units: Sequence[int] | np.ndarray | None = None,
     input_keys: Sequence[np.ndarray] | None = None,
+    rotary_lengths: Sequence[int] | None = None,
 ) -> Forest:
     """The forest of one micro-batch's examples. Without `share_prefix`, every example is a segment of its own.
 
@@ -61,17 +65,23 @@ def lay_out(
     Prefixes are equal if the model sees the same: equal token ids and, if given, equal `input_keys`, integers that
     stand for whatever else the model sees at a token.
 
+    `rotary_lengths`: for every example, a length with the rotary frequencies of its sequence, for models whose
+    frequencies depend on it. Examples with different frequencies share nothing.
+
     `trained[i][t]` says whether example i is trained to predict its token t. The first token of an example is never
     trained, because no token precedes it.
     """
     inputs = [
         _model_inputs(ids, None if input_keys is None else input_keys[i]) for i, ids in enumerate(token_ids)
     ]
-    order = sorted(range(len(token_ids)), key=lambda i: inputs[i].tobytes())
+    kind_of = [0] * len(token_ids) if rotary_lengths is None else list(rotary_lengths)
+    order = sorted(range(len(token_ids)), key=lambda i: (kind_of[i], inputs[i].tobytes()))
     # The length of the prefix that a sorted example shares with the next one.
     common = np.zeros(len(order), dtype=np.int64)
     if share_prefix:
-        common[:-1] = [_common(inputs[a], inputs[b]) for a, b in pairwise(order)]
+        common[:-1] = [
+            _common(inputs[a], inputs[b]) if kind_of[a] == kind_of[b] else 0 for a, b in pairwise(order)
+        ]
 
     unit_of = list(range(len(order))) if units is None else [int(unit) for unit in units]
     minimum = [1 if unit_of[a] == unit_of[b] else MIN_SHARED_TOKENS for a, b in pairwise(order)]
@@ -81,6 +91,7 @@ def lay_out(
     # Example -> the flat positions of its tokens, segment by segment.
     paths: list[list[np.ndarray]] = [[] for _ in token_ids]
     positions: list[np.ndarray] = []
+    kinds: list[np.ndarray] = []
     pending: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
     while pending:  # sorted examples [low, high) that agree up to `depth`, where `parent` ends
         low, high, depth, parent = pending.pop()
@@ -93,6 +104,7 @@ def lay_out(
             segments.append(Segment(int(flat[0]), stop - depth, parent))
             chunks.append(token_ids[order[first]][depth:stop])
             positions.append(np.arange(depth, stop, dtype=np.int64))
+            kinds.append(np.full(stop - depth, kind_of[order[first]], dtype=np.int64))
             for member in order[first:last]:
                 paths[member].append(flat)
             if not is_alone:
@@ -107,6 +119,7 @@ def lay_out(
         target_U=pairs[1],
         pair_N=pair_N.reshape(-1),
         answer_N=answer,
+        rotary_length_T=None if rotary_lengths is None else np.concatenate(kinds),
     )
 
 

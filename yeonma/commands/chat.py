@@ -105,8 +105,7 @@ class _ChatSession:
                 [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
             )
             if prompt.shortened:
-                cutoff_len = self.builder.adapter.rules.cutoff_len
-                print(f"yeonma: shortened to fit cutoff_len {cutoff_len}", file=sys.stderr, flush=True)
+                print(f"yeonma: shortened to fit {self.builder.limit}", file=sys.stderr, flush=True)
             shown = _AnswerText(prompt, on_terminal=self.on_terminal)
             (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
             shown.finish(answer.content)

@@ -11,7 +11,6 @@ from yeonma.export.llama_cpp_check import check_prompts, is_installed
 from yeonma.export.merged_model import check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
-from yeonma.model.load import load_config
 from yeonma.model.weight_files import weight_files
 from yeonma.tokenization.text_encoder import TextEncoder
 
@@ -72,9 +71,7 @@ def _write(
         if not prompt_builder.adapter.is_merged:
             delete(model)
     if settings.format == "ollama":
-        config = load_config(prompt_builder.source).get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        context_tokens = min(filter(None, (prompt_builder.adapter.rules.cutoff_len, positions)))
+        context_tokens = prompt_builder.rules.cutoff_len
         encoder = TextEncoder.of(prompt_builder.tokenizer)
         template, stop_ids = prompt_builder.adapter.template, prompt_builder.stop_ids
         written = modelfile(template, encoder, gguf, stop_ids, context_tokens)

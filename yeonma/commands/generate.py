@@ -65,7 +65,7 @@ def run(config: GenerateConfig) -> int:
         row = Row(1, row_of(source.row), "--row")
         (prompt,) = builder.prompts([row], source.columns, max_new_tokens=answer.max_new_tokens)
         if prompt.shortened:
-            _log(f"the row was shortened to fit cutoff_len {builder.adapter.rules.cutoff_len}")
+            _log(f"the row was shortened to fit {builder.limit}")
         _answer_one(load(), prompt, answer, source.output, builder.reference(row, source.columns))
     else:
         text = source.prompt or ""
@@ -127,8 +127,7 @@ def _check_rows(
         raise UserError([*problems[:MAX_PROBLEMS], *more])
     if shortened:
         listed = ", ".join(numbers) + (", ..." if shortened > len(numbers) else "")
-        cutoff_len = builder.adapter.rules.cutoff_len
-        log(f"{shortened} of {count} rows are shortened to fit cutoff_len {cutoff_len}: {listed}")
+        log(f"{shortened} of {count} rows are shortened to fit {builder.limit}: {listed}")
     return count
 
 

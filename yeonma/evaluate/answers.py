@@ -148,7 +148,7 @@ def _examples(
 ) -> tuple[list[list[Example]], int]:
     """(The rows' examples, encoded as for training on answers only, number of rows left out)."""
     builder, columns = candidate.prompt_builder, columns_for(candidate, settings.columns)
-    rules = replace(builder.adapter.rules, train_on_inputs=False, over_limit="drop", row_weights=None)
+    rules = replace(builder.rules, train_on_inputs=False, over_limit="drop", row_weights=None)
     with_reference = [row for row in rows if _reference(candidate, row, settings) is not None]
     rendered = [
         builder.adapter.template.render(row, candidate.columns(row, columns)) for row in with_reference

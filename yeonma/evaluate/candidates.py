@@ -32,6 +32,7 @@ from yeonma.data.template import Template, load_template
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
 from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
+from yeonma.model.position_limits import model_positions
 from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.example import TokenRules, answer_tokens
@@ -174,7 +175,7 @@ class _PlainModel:
 
     source: BaseSource
     tokenizer: Any
-    max_tokens: int
+    positions: int | None
     template: Template | None
     columns: dict[str, str] | None
     rules: TokenRules | None
@@ -200,11 +201,11 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         tokenizer_source = replace(source, name=source.adapter, revision=None)
     config = load_config(source)
-    max_tokens = getattr(config.get_text_config(), "max_position_embeddings", None) or CUTOFF_LEN
+    positions = model_positions(config)
     tokenizer = load_tokenizer(tokenizer_source)
     if source.revision is None and getattr(config, "_commit_hash", None):
         source = replace(source, revision=config._commit_hash)
-    return _PlainModel(source, tokenizer, max_tokens, *_template_in(folder))
+    return _PlainModel(source, tokenizer, positions, *_template_in(folder))
 
 
 def _template_in(folder: Path) -> tuple[Template | None, dict[str, str] | None, TokenRules | None]:
@@ -230,7 +231,7 @@ def _with_template(
     rows: Rows,
 ) -> Candidate:
     """The model with a template: its own, that of the settings or the first adapter, or one that fits the columns."""
-    default = TokenRules(min(CUTOFF_LEN, model.max_tokens))
+    default = TokenRules(CUTOFF_LEN)
     if model.template is not None:
         template, columns, rules = model.template, model.columns, model.rules or default
         template_of = "its own"
@@ -248,13 +249,13 @@ def _with_template(
         trust_remote_code=settings.trust_remote_code,
         template=template,
         columns=columns,
-        rules=replace(rules, cutoff_len=min(rules.cutoff_len, model.max_tokens)),
+        rules=rules,
         details={},
     )
     tokens = answer_tokens(
         model.tokenizer, rules if template.has_turns else None, generation_eos(model.source)
     )
-    builder = PromptBuilder(folder, model.source, model.tokenizer, tokens)
+    builder = PromptBuilder(folder, model.source, model.tokenizer, tokens, model.positions)
     return Candidate(name, builder, model.source.adapter, False, template_of)
 
 

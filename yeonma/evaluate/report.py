@@ -134,8 +134,8 @@ def _notes(comparison: Comparison, tokenizer: MetricTokenizer) -> list[str]:
     for inputs in comparison.inputs:
         name = inputs.candidate.name
         if inputs.left_out:
-            cutoff_len = inputs.candidate.prompt_builder.adapter.rules.cutoff_len
-            notes.append(f"{name}: {inputs.left_out} rows are over cutoff_len {cutoff_len} and have no loss.")
+            limit = inputs.candidate.prompt_builder.limit
+            notes.append(f"{name}: {inputs.left_out} rows are over {limit} and have no loss.")
         if shortened := sum(prompt.shortened for prompt in inputs.prompts):
             notes.append(f"{name}: {shortened} prompts were shortened to leave room for the answer.")
     bases = {inputs.candidate.prompt_builder.source.name for inputs in comparison.inputs}

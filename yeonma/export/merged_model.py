@@ -55,6 +55,7 @@ from yeonma.model.load import (
     published_weights,
     remove_quantization,
 )
+from yeonma.model.position_limits import model_positions
 from yeonma.model.published import Published, quantization_of
 from yeonma.model.source import BaseSource, find_base
 from yeonma.model.weight_files import weight_files
@@ -360,7 +361,7 @@ def greedy_answers(
 
     Raises UserError if the device's memory does not hold the model.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = model_positions(model.config) or 2**31
     max_new_tokens = max(1, min(MAX_NEW_TOKENS, positions - max(map(len, prompts))))
     sampling = SamplingParams(tuple(stop_ids), max_new_tokens)
     try:

@@ -23,6 +23,8 @@ from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
+from yeonma.model.forest_support import in_eval_mode
+from yeonma.model.position_limits import model_positions
 from yeonma.model.sharding import is_sharded
 
 CONTEXT = 32  # tokens before an answer that may affect how its first token is decoded
@@ -61,10 +63,12 @@ def generate(
     memory shows early.
 
     `on_answer` is called with a prompt's index and its answer as soon as it has ended; `on_text`, with pieces of the
-    text of a single answer. Raises UserError if a single prompt does not fit into memory.
+    text of a single answer. Raises UserError if a prompt and its answer exceed the model's positions, and if a single
+    prompt does not fit into memory.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty")
+    _check_positions(model, prompts, sampling.max_new_tokens)
     if on_text is not None and len(prompts) != 1:
         raise ValueError("text is streamed for one prompt at a time")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -96,6 +100,13 @@ def generate(
                     raise _out_of_memory(len(token_ids[index])) from error
                 done(index, ids)
     return [answers[index] for index in range(len(prompts))]
+
+
+def _check_positions(model: Any, prompts: Sequence[Ids], max_new_tokens: int) -> None:
+    positions, longest = model_positions(model.config), max(map(len, prompts), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        what = f"{longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions"
+        raise UserError(what, place="prompt", cure="shorten it, or lower max_new_tokens")
 
 
 def _decode_all(
@@ -187,14 +198,13 @@ def answer_alone(
 @contextmanager
 def generation_mode(model: Any) -> Iterator[None]:
     """Eval mode, with an empty generation config instead of the model's own, whose values would be used as defaults."""
-    generation_config, was_training = model.generation_config, model.training
+    generation_config = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         model.generation_config = generation_config
-        model.train(was_training)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,11 @@
 The prefix that all prompts share is computed and stored once. No prompt is padded. When a row has ended, the next
 prompt takes its place, and its tokens go through the model together with the next step of the other rows.
 
+Where rotary frequencies depend on the length, a row has those of its own length so far. Rows with other frequencies
+than the shared prefix keep a copy of it in their own tokens. A row that grows beyond a border of LongRoPE is computed
+again from its first token, as transformers' Phi-3 does, so that an answer's next token is always that of a plain
+forward pass over all tokens before it. With dynamic NTK scaling cached keys stay as they are, as in transformers.
+
 Shapes: B rows answered at once, T tokens of a forward pass, P shared tokens, S slots for a row's own tokens, D head
 width, V vocabulary.
 """
@@ -13,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -25,6 +31,8 @@ from yeonma.model.attention.dispatch import no_mask
 from yeonma.model.attention.sdpa import segment_attention
 from yeonma.model.forest_support import attention
 from yeonma.model.kernels.linear import decoding_products
+from yeonma.model.position_limits import LengthBorders, length_borders
+from yeonma.model.rotary_lengths import position_ids
 
 DECODING = "yeonma_decoding"
 MAX_PROMPT_TOKENS = 2048  # of new prompts in one step; a single longer prompt is not split
@@ -69,6 +77,8 @@ class ForestCache:
     shared: int = 0
     own_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     """Number of own tokens of the continuing rows before this forward pass, on the device."""
+    own_prefix: tuple[bool, ...] = ()
+    """Per row of this forward pass, whether all its tokens are its own, and it does not see the shared prefix."""
     lengths: tuple[int, ...] = ()
     """Tokens per row in this forward pass: 1 for rows that continue."""
     continuing: int = 0
@@ -126,7 +136,7 @@ def decoding_attention(
         part = slice(start, start + length)
         k, v, start = key[:, :, part], value[:, :, part], start + length
         layer.own_key[row, :, :length], layer.own_value[row, :, :length] = k[0], v[0]
-        if layer.shared_key is not None and layer.shared_value is not None:
+        if not cache.own_prefix[row] and layer.shared_key is not None and layer.shared_value is not None:
             k, v = torch.cat([layer.shared_key, k], dim=2), torch.cat([layer.shared_value, v], dim=2)
         outputs.append(segment_attention(query[:, :, part], k, v, **options).transpose(1, 2))  # type: ignore[arg-type]
     return torch.cat(outputs, dim=1), None
@@ -179,6 +189,9 @@ def _visible(cache: ForestCache, rows: int, window: int | None) -> torch.Tensor:
         own_B = cache.own_B[:rows, None]
         position = torch.arange(cache.shared + cache.slots, device=own_B.device) - cache.shared
         visible = position <= own_B
+        if any(cache.own_prefix[:rows]):
+            own_prefix_B = torch.tensor(cache.own_prefix[:rows], device=own_B.device)[:, None]
+            visible &= ~own_prefix_B | (position >= 0)
         if window is not None:
             visible &= position > own_B - window
         cache.masks[window] = visible[:, None, None]
@@ -208,6 +221,17 @@ class _LiveRow:
     rules: LogitRules | None = None
     scores: ScoreLog | None = None
     generated: list[int] = field(default_factory=list)
+    own_prefix: bool = False
+    """Whether the row does not see the shared prefix, because its rotary frequencies differ."""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def start(self) -> tuple[bool, tuple[int, ...]]:
+        """Rows that start with the same are computed once."""
+        return self.own_prefix, (*self.prompt, *self.generated)
 
 
 def decode(
@@ -222,8 +246,9 @@ def decode(
     """Answer the requests in order, at most `max_rows` at once. The next one starts as soon as a row has ended.
 
     `model` is a transformers model in eval mode that passed `check_forest_support`. Its layers may contain an adapter,
-    but it is not a PeftModel. The common prefix of all prompts, without anyone's last token, is computed once, and so
-    is a prompt of several rows that start together.
+    but it is not a PeftModel. The common prefix of all prompts, without anyone's last token, is computed once (where
+    rotary frequencies depend on the length, that of the prompts with the most frequent ones), and so is a prompt of
+    several rows that start together.
 
     on_done: called with a request's index and the ids of its answer, including the stop token if there is one.
     on_token: called with a request's index and the ids of its answer so far, after every token that does not end it. It
@@ -231,29 +256,47 @@ def decode(
     more: called with the number of free rows and the ids of the common prefix, before a step with free rows. It returns
         at most so many requests, whose indices follow on. Their prompts must begin with the prefix and be longer.
     """
-    shared = _shared_length([request.prompt for request in requests])
+    borders = length_borders(model.config)
+    sharing, rotary_length = _sharing(requests, borders)
+    shared = _shared_length([request.prompt for request in sharing])
     cache, live = ForestCache(shared=shared), list[_LiveRow]()
     waiting, count = list(enumerate(requests))[::-1], len(requests)
-    prefix = [int(number) for number in requests[0].prompt[:shared]] if requests else []
+    prefix = [int(number) for number in sharing[0].prompt[:shared]] if sharing else []
+
+    def new_row(index: int, request: DecodeRequest) -> _LiveRow:
+        row = _new_row(index, request)
+        row.own_prefix = bool(borders) and borders.rotary_length(row.length) != rotary_length
+        return row
+
     with torch.no_grad(), attention(model, DECODING), decoding_products(model):
         if shared:
-            _forward(model, cache, prefix, range(shared), [shared - 1])
+            _forward(
+                model,
+                cache,
+                prefix,
+                range(shared),
+                [shared - 1],
+                [rotary_length] * shared if borders else None,
+            )
         while True:
             if more is not None and not waiting and len(live) < max_rows:
                 waiting = list(enumerate(more(max_rows - len(live), prefix), start=count))[::-1]
                 count += len(waiting)
             if not live and not waiting:
                 return
-            continuing, budget = len(live), MAX_PROMPT_TOKENS
+            restarted = _take_out_beyond_border(cache, live, borders)
+            continuing = len(live)
+            live += restarted
+            budget = MAX_PROMPT_TOKENS - sum(row.length for row in restarted)
             while waiting and len(live) < max_rows:
-                row = _new_row(*waiting[-1])
-                if not any(row.prompt == other.prompt for other in live[continuing:]):
-                    budget -= len(row.prompt) - shared
+                row = new_row(*waiting[-1])
+                if not any(row.start == other.start for other in live[continuing:]):
+                    budget -= row.length - (0 if row.own_prefix else shared)
                 if budget < 0 and len(live) > continuing:
                     break
                 live.append(row)
                 waiting.pop()
-            logits_BV = _step(model, cache, live, continuing)
+            logits_BV = _step(model, cache, live, continuing, borders)
             ids = _next_tokens(logits_BV, live).tolist()
             ended = []
             for row_index, (row, number) in enumerate(zip(live, ids, strict=True)):
@@ -292,47 +335,83 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return length if length >= MIN_SHARED_TOKENS else 0
 
 
-def _step(model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int) -> torch.Tensor:
-    """logits_BV of the next tokens. The rows from index `continuing` on start with this step; those whose prompt
-    another one has are moved to the end, and get its numbers."""
-    first_of: dict[tuple[int, ...], int] = {}
-    twins = [
-        row for row in live[continuing:] if first_of.setdefault(tuple(row.prompt), row.index) != row.index
-    ]
+def _sharing(
+    requests: Sequence[DecodeRequest], borders: LengthBorders
+) -> tuple[Sequence[DecodeRequest], int]:
+    """The requests whose prompts may share a prefix, and a length with their rotary frequencies: the most frequent."""
+    if not borders or not requests:
+        return requests, 1
+    lengths = [borders.rotary_length(len(request.prompt)) for request in requests]
+    most = max(sorted(set(lengths)), key=lengths.count)
+    return [request for request, length in zip(requests, lengths, strict=True) if length == most], most
+
+
+def _take_out_beyond_border(
+    cache: ForestCache, live: list[_LiveRow], borders: LengthBorders
+) -> list[_LiveRow]:
+    """Takes out the rows whose last token gave them other rotary frequencies. They start again, with all tokens."""
+    taken = []
+    for row_index in reversed(range(len(live))):
+        row = live[row_index]
+        if borders.switches_between(row.length - 1, row.length):
+            row.own_prefix = True
+            taken.append(row)
+            _remove(cache, live, row_index)
+    return taken
+
+
+def _step(
+    model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int, borders: LengthBorders
+) -> torch.Tensor:
+    """logits_BV of the next tokens. The rows from index `continuing` on start with this step; those that start with the
+    tokens of another one are moved to the end, and get its numbers."""
+    first_of: dict[tuple[bool, tuple[int, ...]], int] = {}
+    twins = [row for row in live[continuing:] if first_of.setdefault(row.start, row.index) != row.index]
     if twins:
         live[continuing:] = [row for row in live[continuing:] if row not in twins] + twins
     computed = len(live) - len(twins)
     tokens: list[int] = []
     positions: list[int] = []
+    rotary_lengths: list[int] = []
     ends, lengths, own = list[int](), list[int](), list[int]()
     for row_index, row in enumerate(live[:computed]):
+        shared = 0 if row.own_prefix else cache.shared
         starts = row_index >= continuing
-        new = row.prompt[cache.shared :] if starts else row.generated[-1:]
-        before = cache.shared if starts else len(row.prompt) + len(row.generated) - 1
+        new = [*row.prompt, *row.generated][shared:] if starts else row.generated[-1:]
+        before = shared if starts else row.length - 1
         tokens += new
         positions += range(before, before + len(new))
+        rotary_lengths += [borders.rotary_length(row.length)] * len(new)
         ends.append(len(tokens) - 1)
         lengths.append(len(new))
-        own.append(before - cache.shared)
+        own.append(before - shared)
     cache.lengths, cache.continuing, cache.masks = tuple(lengths), continuing, {}
+    cache.own_prefix = tuple(row.own_prefix for row in live)
     cache.own_B = torch.tensor(own[:continuing], dtype=torch.long, device=model.device)
     cache.slots = max(before + new for before, new in zip(own, lengths, strict=True))
-    logits_BV = _forward(model, cache, tokens, positions, ends)
+    logits_BV = _forward(model, cache, tokens, positions, ends, rotary_lengths if borders else None)
     if not twins:
         return logits_BV
     row_of = {row.index: row_index for row_index, row in enumerate(live)}
-    source = torch.tensor([row_of[first_of[tuple(row.prompt)]] for row in twins], device=logits_BV.device)
+    source = torch.tensor([row_of[first_of[row.start]] for row in twins], device=logits_BV.device)
     cache.copy_rows(source, computed)
     return torch.cat([logits_BV, logits_BV[source]])
 
 
 def _forward(
-    model: Any, cache: ForestCache, tokens: list[int], positions: Sequence[int], ends: list[int]
+    model: Any,
+    cache: ForestCache,
+    tokens: list[int],
+    positions: Sequence[int],
+    ends: list[int],
+    rotary_lengths: Sequence[int] | None,
 ) -> torch.Tensor:
     device = model.device
     output = model(
         input_ids=torch.tensor([tokens], device=device),
-        position_ids=torch.tensor([list(positions)], device=device),
+        position_ids=position_ids(
+            positions, None if rotary_lengths is None else np.asarray(rotary_lengths), device
+        ),
         use_cache=False,
         logits_to_keep=torch.tensor(ends, device=device),
         forest_cache=cache,

@@ -60,10 +60,11 @@ def page(
     views: Sequence[View],
     audit: Audit,
     forecast: Sequence[tuple[str, str]],
+    remarks: Sequence[str] = (),
 ) -> str:
     """The page as HTML. Hovering over a token shows its id; a checkbox shows token borders.
 
-    `forecast`: (name, text) lines.
+    `forecast`: (name, text) lines. `remarks`: sentences about the base model.
     """
     lines = [
         "<!doctype html>",
@@ -79,6 +80,7 @@ def page(
         lines.append(f"<h2{kind}>{escape(heading_of(view))}</h2>")
         lines.append(f"<pre>{''.join(_spans(view))}</pre>")
     lines += ["<h1>The data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
+    lines += [f"<p>model: {escape(remark)}</p>" for remark in remarks]
     parts = [("trained", audit.train), ("validation", audit.validation)]
     for one in audit.sets:
         parts += [(f"{one.name}, trained", one.train), (f"{one.name}, validation", one.validation)]

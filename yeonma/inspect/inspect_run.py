@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from yeonma.config.settings import (
     InspectSettings,
@@ -27,6 +28,7 @@ from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.explain import View
 from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching, resolve_auto
+from yeonma.train.model_remarks import model_remarks
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, check_adapter, prepare
 from yeonma.train.run_warnings import run_warnings
@@ -50,21 +52,25 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     audit = _audit(config, prepared)
     forecast = _forecast(options, config, source, prepared)
     lines = forecast_lines(forecast, dataset.task.units) if forecast is not None else []
+    remarks = model_remarks(prepared.config, dataset)
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
     )
     if options.html is not None:
         views = list(views)
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
-        write_text_atomically(user_path(options.html), page(title, views, audit, lines))
+        write_text_atomically(user_path(options.html), page(title, views, audit, lines, remarks))
     if options.json:
         for view in views:
             sys.stdout.write(view_json(view))
-        sys.stdout.write(audit_json(audit, {"forecast": forecast and forecast_dict(forecast)}))
+        more = {"forecast": forecast and forecast_dict(forecast)}
+        sys.stdout.write(audit_json(audit, {**more, "model_remarks": remarks} if remarks else more))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     print_views(console, views, tokens=options.tokens)
     print_audit(console, audit)
+    for remark in remarks:
+        console.print(Text.assemble(("model: ", "bold"), remark))
     print_forecast(console, lines)
 
 

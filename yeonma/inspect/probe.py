@@ -15,6 +15,7 @@ from yeonma.config.settings import RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.kernels.linear import product
+from yeonma.model.train_mode import train_adapter
 from yeonma.run_folder.progress import peak_memory_bytes
 from yeonma.train.build import build_objective, build_train_state, load_model, reference_extras
 from yeonma.train.distributed import Processes
@@ -81,7 +82,7 @@ def probe_run(
     loaded = load_model(config, source, device, prepared, log, group)
     extras = reference_extras(config, loaded, prepared, {store.key: (store, units)}, group, log)
     state = build_train_state(config, loaded, plan, build_objective(config), group)
-    state.model.train()
+    train_adapter(state.model)
     torch.manual_seed(step.seed)
     seconds, tokens = 0.0, 0
     for index, units in enumerate(probe_steps):

@@ -2,7 +2,8 @@
 
 A tiny forest and the same sequences one by one go through the model. If the results differ (state-space,
 linear-attention and convolution layers mix neighbouring tokens of different branches; ALiBi makes its own mask),
-training runs one sequence at a time: slower, but still exact.
+training runs one sequence at a time: slower, but still exact. A second trial has sequences on both sides of the borders
+that the config names, sliding windows and lengths at which rotary frequencies change, moved to a few tokens.
 """
 
 from __future__ import annotations
@@ -18,24 +19,39 @@ from yeonma.batch.forest import MIN_SHARED_TOKENS, Forest, lay_out
 from yeonma.errors import first_line
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import FOREST, capability_of
-from yeonma.model.logprobs import ForestSupport, Head, plain_head, sequence_logprobs, trained_logprobs
+from yeonma.model.logprobs import (
+    ForestSupport,
+    Head,
+    plain_head,
+    rotary_lengths,
+    sequence_logprobs,
+    trained_logprobs,
+)
 from yeonma.model.quantized import is_rounded
+from yeonma.model.rotary_lengths import near_borders, split_by_length
 from yeonma.model.sharding import recover
 
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
 CONTEXT_TRIAL_TOKENS = 4
 """Tokens at the end of a sequence that are also computed without context, to measure the effect of context."""
+TRIAL_WINDOW = 12
+"""The sliding window of the trial at the borders."""
 
 
 def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
-    """Try a forest on the model. Sets the attention implementation that the result needs. Draws no random numbers.
+    """Try a forest on the model. Sets the attention implementation that the result needs, and makes rotary modules give
+    every sequence the frequencies of its own length. Draws no random numbers.
 
     The comparison runs without dropout, in the model's own precision. In float32, no log-probability may differ by more
     than 1e-4. In half precision, and if activations are rounded to 8 bits, the mean difference may be up to a tenth of
     the mean effect of context, because rounding may route single tokens to other experts.
     """
     plain = model.config._attn_implementation or "eager"
-    sequences = tiny_sequences(model.config.get_text_config().vocab_size, seed)
+    why_not = split_by_length(model)
+    if why_not:
+        return ForestSupport(False, None, plain, why_not)
+    vocabulary = model.config.get_text_config().vocab_size
+    sequences = tiny_sequences(vocabulary, seed)
     with torch.no_grad(), in_eval_mode(model):
         one_by_one = _one_by_one(model, sequences)
         expected = torch.cat(one_by_one)
@@ -45,20 +61,45 @@ def check_forest_support(model: Any, seed: int = 0) -> ForestSupport:
             with_context = [logprobs[1 - CONTEXT_TRIAL_TOKENS :] for logprobs in one_by_one]
             effect = _mean_difference(torch.cat(with_context), torch.cat(without_context))
             distance, tolerance = _mean_difference, max(1e-4, effect / 10)
-        forest = lay_out(sequences, [np.ones(len(sequence), dtype=bool) for sequence in sequences])
+        border_sequences = [*sequences, longer_sequence(sequences[0], vocabulary, seed)]
+        expected_near_borders = None
+        with near_borders(model, TRIAL_WINDOW) as has_borders:
+            if has_borders:
+                expected_near_borders = torch.cat(_one_by_one(model, border_sequences))
+        forest = _forest_of(model, sequences)
         one_call = capability_of(model.device, model.dtype)
         # if the kernels for one call fail, segment by segment
         for capability in (one_call, None) if one_call else (None,):
             backends: dict[int, str] = {}
             why_not, logprobs = _try_forest(model, forest, capability, backends)
-            if logprobs is not None:
-                difference = distance(logprobs, expected)
-                if difference <= tolerance:  # false for NaN
-                    head = _try_head(model, forest, logprobs, distance, tolerance, capability)
-                    return ForestSupport(True, head, plain, "", capability, tuple(backends.values()))
-                why_not = f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
+            if logprobs is None:
+                continue
+            difference = distance(logprobs, expected)
+            why_not = (
+                f"a forest and the same sequences one by one differ by {difference:.1e} in log-probability"
+            )
+            if not difference <= tolerance:  # true for NaN
+                continue
+            if expected_near_borders is not None:
+                with near_borders(model, TRIAL_WINDOW):
+                    border_forest = _forest_of(model, border_sequences)
+                    logprobs_near_borders = trained_logprobs(model, border_forest, None, capability)
+                difference = distance(logprobs_near_borders, expected_near_borders)
+                why_not = (
+                    f"sequences on both sides of a border of the model differ by {difference:.1e} in log-probability"
+                    " from the same sequences one by one"
+                )
+                if not difference <= tolerance:
+                    continue
+            head = _try_head(model, forest, logprobs, distance, tolerance, capability)
+            return ForestSupport(True, head, plain, "", capability, tuple(backends.values()))
     model.set_attn_implementation(plain)
     return ForestSupport(False, None, plain, why_not)
+
+
+def _forest_of(model: Any, sequences: list[np.ndarray]) -> Forest:
+    trained = [np.ones(len(sequence), dtype=bool) for sequence in sequences]
+    return lay_out(sequences, trained, rotary_lengths=rotary_lengths(model, sequences))
 
 
 def _max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -88,6 +129,13 @@ def tiny_sequences(vocabulary: int, seed: int) -> list[np.ndarray]:
         random.integers(0, vocabulary, count, dtype=np.int32) for count in (MIN_SHARED_TOKENS, 9, 6, 7)
     )
     return [np.concatenate([frame, ends[0]]), np.concatenate([frame, ends[1]]), ends[2]]
+
+
+def longer_sequence(sequence: np.ndarray, vocabulary: int, seed: int) -> np.ndarray:
+    """A sequence that begins like a tiny one and is longer, so that two of them are above TRIAL_BORDER."""
+    random = np.random.default_rng([seed, 1])
+    end = random.integers(0, vocabulary, 12, dtype=np.int32)
+    return np.concatenate([sequence[:MIN_SHARED_TOKENS], end])
 
 
 def _one_by_one(model: Any, sequences: list[np.ndarray]) -> list[torch.Tensor]:

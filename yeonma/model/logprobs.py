@@ -16,9 +16,12 @@ from torch import nn
 
 from yeonma.batch.batch import Batch
 from yeonma.batch.forest import Forest, lay_out
+from yeonma.errors import UserError
 from yeonma.model.attention.backend import Capability, ForestLayout
 from yeonma.model.attention.dispatch import layout
 from yeonma.model.kernels.linear import float32_product, product
+from yeonma.model.position_limits import length_borders, model_positions
+from yeonma.model.rotary_lengths import position_ids
 from yeonma.model.sharding import gathered, is_sharded, own_class, run_as_forward
 
 HEAD_CHUNK_BYTES = 32 * 2**20
@@ -80,8 +83,12 @@ def batch_logprobs(
     """logprob_N of a batch's trained tokens, example by example, in float32 and with its gradient.
 
     With `squares`, shape (2, N): below it, without gradient, the log of the sum of the squares of all tokens'
-    probabilities at the same place.
+    probabilities at the same place. Raises UserError for an example that exceeds the model's positions.
     """
+    positions, longest = model_positions(model.config), int(batch.lengths_E.max())
+    if positions is not None and longest > positions:
+        what = f"an example has {longest} tokens, but the model only {positions} positions"
+        raise UserError(what, place="cutoff_len", cure=f"shorten it to {positions} tokens")
     return example_logprobs(
         model,
         support,
@@ -108,7 +115,14 @@ def example_logprobs(
     """logprob_N of the examples' trained tokens, example by example: over one forest if `support` allows it, otherwise
     sequence by sequence. `units` and `input_keys` as in `lay_out`, `squares` as in `batch_logprobs`."""
     if support.forest:
-        forest = lay_out(token_ids, trained, share_prefix=share_prefix, units=units, input_keys=input_keys)
+        forest = lay_out(
+            token_ids,
+            trained,
+            share_prefix=share_prefix,
+            units=units,
+            input_keys=input_keys,
+            rotary_lengths=rotary_lengths(model, token_ids),
+        )
         return trained_logprobs(model, forest, support.head, support.capability, squares=squares)
     sequences = []
     for ids, mask in zip(token_ids, trained, strict=True):
@@ -148,13 +162,13 @@ def example_scores(
         if not support.forest:
             return [_sequence_scores(model, ids, top) for ids in token_ids]
         trained = [np.arange(len(ids)) > 0 for ids in token_ids]
-        forest = lay_out(token_ids, trained)
+        forest = lay_out(token_ids, trained, rotary_lengths=rotary_lengths(model, token_ids))
         device = model.device
         source_U = torch.from_numpy(forest.source_U).to(device)
         target_U = torch.from_numpy(forest.target_U).to(device)
         batch = {
             "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
-            "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
+            "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
             "forest": layout(forest, device, support.capability),
             "use_cache": False,
         }
@@ -199,6 +213,12 @@ def _head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     return logits
 
 
+def rotary_lengths(model: Any, token_ids: Sequence[Sequence[int] | np.ndarray]) -> list[int] | None:
+    """For every sequence, a length with its rotary frequencies; None if the model's do not depend on the length."""
+    borders = length_borders(model.config)
+    return [borders.rotary_length(len(ids)) for ids in token_ids] if borders else None
+
+
 def trained_logprobs(
     model: Any,
     forest: Forest,
@@ -219,7 +239,7 @@ def trained_logprobs(
     device = model.device
     batch = {
         "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
-        "position_ids": torch.from_numpy(forest.position_T).to(device).unsqueeze(0),
+        "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
         "forest": attention_layout or layout(forest, device, capability),
         "use_cache": False,
         **keywords,

@@ -18,6 +18,7 @@ from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import short_names, source_key
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
+from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy, adapter_names, build_policy
 from yeonma.serve.app import Limits, Models, make_app
 from yeonma.serve.listen import is_local
@@ -59,7 +60,7 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
             if prompt_builder.adapter.is_merged:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("this is a merged model", place=folder, cure=cure)
-            _check_cutoff(prompt_builder, settings.max_new_tokens)
+            _check_room(prompt_builder, settings.max_new_tokens)
             prompt_builders.append(prompt_builder.by_field_names())
         except UserError as error:
             problems += error.problems
@@ -107,11 +108,15 @@ def _quantization_problems(
     return [Problem(problem, str(second), cure)]
 
 
-def _check_cutoff(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
-    cutoff_len = prompt_builder.adapter.rules.cutoff_len
-    if max_new_tokens >= cutoff_len:
-        problem = f"{max_new_tokens} new tokens leave no room for a prompt in its cutoff_len of {cutoff_len}"
-        raise UserError(problem, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens")
+def _check_room(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
+    """Raises UserError, with the adapter's place, if `max_new_tokens` leave no room for a prompt."""
+    try:
+        prompt_builder.check_room(max_new_tokens)
+    except UserError as error:
+        problem = error.problems[0].what
+        raise UserError(
+            problem, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens"
+        ) from None
 
 
 def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: Log) -> dict[str, ServedModel]:
@@ -159,11 +164,11 @@ def run_server(
     """
     worker = Worker(models, settings.batch_size, MAX_WAITING)
     tokenizing = ThreadPoolExecutor(1, "tokens")
-    config = next(iter(models.values())).model.config.get_text_config()
+    config = next(iter(models.values())).model.config
     limits = Limits(
         AnswerSettings(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature),
         settings.max_new_tokens_limit,
-        getattr(config, "max_position_embeddings", None),
+        model_positions(config),
         key,
         is_local(listener),
     )

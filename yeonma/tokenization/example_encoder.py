@@ -67,7 +67,7 @@ def encode_prompts(
     """
     if max_new_tokens >= rules.cutoff_len:
         problem = f"{max_new_tokens} new tokens leave no room for a prompt in cutoff_len {rules.cutoff_len}"
-        raise UserError(problem, place="--max_new_tokens", cure="lower it, or raise --cutoff_len")
+        raise UserError(problem, place="--max_new_tokens", cure="lower it")
     with encoder_for(tokenizer, rules, rendered) as encoder:
         return encoder.prompts(rendered, rows, rules.cutoff_len - max_new_tokens)
 
@@ -212,7 +212,7 @@ class ExampleEncoder:
             try:
                 fitted = self.fit_prompt(text, row, budget, self.prompt_ids(text, row))
                 if isinstance(fitted, LeftOut):
-                    cure = "raise --cutoff_len or lower max_new_tokens"
+                    cure = "shorten the row, or lower max_new_tokens"
                     problems.append(Problem(fitted.reason, row.place, cure))
                 else:
                     prompts.append(np.array(fitted.ids, dtype=np.int32))

@@ -14,6 +14,7 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import Plan
 from yeonma.errors import Log
+from yeonma.model.train_mode import train_adapter
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, rotate, write_checkpoint
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord, peak_memory_bytes
 from yeonma.run_folder.run_log import LogSums
@@ -103,7 +104,7 @@ def run_steps(
             progress = replace(progress, best_loss=record.loss, best_step=progress.step)
         return progress
 
-    state.model.train()
+    train_adapter(state.model)
     if progress.step == 0 or progress.evaluation_due:
         progress = run_evaluation(progress)
         if progress.step and not progress.evaluation_due:

@@ -22,6 +22,7 @@ from yeonma.model import load
 from yeonma.model.logprobs import trained_logprobs
 from yeonma.model.memory_trace import Blueprint, trace
 from yeonma.model.quantized import multiplies_fp8
+from yeonma.model.train_mode import train_adapter
 from yeonma.policy import blueprint
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.distributed import Processes, gather_bytes
@@ -251,7 +252,7 @@ def try_heaviest(state: TrainState, plan: Plan, store: TokenStore) -> None:
         trained_logprobs(state.model, forest, state.support.head, state.support.capability).sum().backward()
         del averages
 
-    state.model.train()
+    train_adapter(state.model)
     state.limit.fit(forward_and_backward, Batch.from_store(store, plan.positions), undo=clear_gradients)
     clear_gradients()
 

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolder, read_adapter_folder
 from yeonma.adapter.lora_ranks import highest_rank, lora_config, vllm_rank
+from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.adapter.samples import prompts_of
+from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, answer_text
+from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.load import eos_tokens
+from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.tokenization.dataset import Dataset, PreparedSet
-from yeonma.tokenization.example import AnswerTokens, answer_tokens, end_of_prompt
+from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
+from yeonma.tokenization.example_encoder import encode_prompt
 
 MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
@@ -48,6 +56,7 @@ def write_card(
     command: str,
     adapter_step: int,
     rows: int,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Writes the card, with greedy answers of the base model and the adapter to `rows` rows.
 
@@ -55,7 +64,7 @@ def write_card(
     """
     samples = sample_answers(policy, tokenizer, dataset, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
-    text = card_text(output, samples, metrics, command, adapter_step, dataset.task.units)
+    text = card_text(output, samples, metrics, command, adapter_step, dataset.task.units, remarks)
     write_text_atomically(output / "README.md", text)
 
 
@@ -81,14 +90,15 @@ def _answers_of_set(
     task = dataset.task
     rendered = [task.preferred(task.render(one.template, row, one.columns)) for row in rows]
     prompts = prompts_of(part.store, [row.number for row in rows])
-    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = model_positions(policy.model.config)
+    prompts = _with_room(prompts, rendered, rows, tokenizer, dataset.rules, positions)
     is_turn = rendered[0].answer_role is not None
     eos = eos_tokens(policy.model.generation_config)
     tokens = answer_tokens(tokenizer, dataset.rules if is_turn else None, eos)
     sampling = SamplingParams(
         stop_ids=tokens.stop_ids,
         shown_ids=tokens.shown_ids,
-        max_new_tokens=int(max(1, min(MAX_NEW_TOKENS, positions - max(map(len, prompts))))),
+        max_new_tokens=max(1, min(MAX_NEW_TOKENS, (positions or NO_LIMIT) - max(map(len, prompts)))),
     )
     adapter_answers, base_answers = (
         model.generate_from_ids(prompts, tokenizer, sampling, batch_size=len(prompts))
@@ -107,6 +117,27 @@ def _answers_of_set(
             rows, prompts, rendered, base_answers, adapter_answers, strict=True
         )
     ]
+
+
+def _with_room(
+    prompts: Sequence[NDArray[np.int32]],
+    rendered: Sequence[Rendered],
+    rows: Sequence[Row],
+    tokenizer: Any,
+    rules: TokenRules,
+    positions: int | None,
+) -> list[NDArray[np.int32]]:
+    """The prompts, shortened as `yeonma generate` does where the model has no positions left for the answer; as they
+    are where nothing can be shortened."""
+    result = list(prompts)
+    for index, prompt in enumerate(prompts):
+        if positions is not None and len(prompt) + MAX_NEW_TOKENS > positions:
+            limited = replace(rules, cutoff_len=min(rules.cutoff_len, positions))
+            with suppress(UserError):
+                result[index] = encode_prompt(
+                    rendered[index], rows[index], tokenizer, limited, MAX_NEW_TOKENS
+                )
+    return result
 
 
 def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any, *, is_turn: bool) -> str:
@@ -133,6 +164,7 @@ def card_text(
     command: str,
     adapter_step: int,
     units: str,
+    remarks: Sequence[str] = (),
 ) -> str:
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
@@ -159,6 +191,8 @@ def card_text(
     if faults := trained_on.get("bad_rows"):
         listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
         lines += ["Bad rows among those left out:", "", *listed, ""]
+    if remarks:
+        lines += [*(f"- {remark}." for remark in remarks), ""]
     lines += _data_sets(sets, units)
     if evaluations:
         last = next(record for record in evaluations if record["step"] == adapter_step)

@@ -28,6 +28,7 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_settings
 from yeonma.model.quantized import check_layers
 from yeonma.tokenization.cache import tokenizer_identity
@@ -272,7 +273,7 @@ def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
 
 def _check_positions(config: Any, dataset: Dataset) -> None:
     """Raises UserError if an example is longer than the model's context."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = model_positions(config)
     parts = [dataset.train, *dataset.validation.values()]
     longest = max(int(part.store.lengths.max()) for part in parts)
     if limit is not None and longest > limit:

@@ -60,6 +60,7 @@ from yeonma.train.label_balance import label_balance
 from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
 from yeonma.train.model_card import sample_answers, write_card
+from yeonma.train.model_remarks import model_remarks
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
@@ -131,6 +132,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         describe(prepared.dataset, log)
         for line in mixture_lines(prepared.dataset, prepared.plan):
             log(line)
+        for remark in model_remarks(prepared.config, prepared.dataset):
+            log(remark)
         if (balance := label_balance(prepared.dataset.train, config.preference)) is not None:
             log(str(balance))
         for line in run_warnings(config.step, prepared.dataset, prepared.plan):
@@ -315,6 +318,7 @@ def _train(
         repeat_command,
         best_step,
         evaluation.card_rows,
+        model_remarks(prepared.config, dataset),
     )
     (output / FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)

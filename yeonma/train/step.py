@@ -189,10 +189,8 @@ def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
             totals += torch.cat([loss_sum.reshape(1), metric_sums]).cpu()
         return totals, False
 
-    state.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(state.model):
         totals, abandoned = state.limit.fit(add_losses, batch)
-    state.model.train()
     totals = torch.cat([totals, totals.new_tensor([float(abandoned), *state.stop.requests()])])
     sums: list[float] = sum_over(state.group, totals.to(state.model.device)).tolist()
     state.stop.agree(sums[-len(REASONS) :])

@@ -208,3 +208,17 @@ def test_long_shared_prefix_is_laid_out_once() -> None:
     examples = [ids(range(400), [500 + i] * (i + 1)) for i in range(8)]
     forest = lay_out(examples, all_trained(examples))
     assert len(forest.token_ids_T) == trie_size(examples) == 400 + 36
+
+
+def test_examples_with_other_rotary_frequencies_share_nothing() -> None:
+    examples = [ids(PREFIX, 1), ids(PREFIX, 2, 3), ids(PREFIX, 2), ids(PREFIX, 4, 5, 6)]
+    lengths = [1, 30, 1, 30]
+    for units in (None, [0, 0, 0, 0]):
+        forest = lay_out(examples, all_trained(examples), units=units, rotary_lengths=lengths)
+        assert [segment.parent for segment in forest.segments] == [None, None, 1, 1, 0, 0]
+        assert forest.rotary_length_T is not None
+        for segment in forest.segments:
+            inside = forest.rotary_length_T[segment.start : segment.start + segment.length]
+            root = segment if segment.parent is None else forest.segments[segment.parent]
+            assert set(inside.tolist()) == {int(forest.rotary_length_T[root.start])}
+    assert lay_out(examples, all_trained(examples)).rotary_length_T is None

@@ -89,8 +89,8 @@ def test_wrong_forest_results_are_detected(monkeypatch: pytest.MonkeyPatch) -> N
     assert "a forest and the same sequences one by one differ by" in support.why_not
 
 
-def _with_positions_from_zero(*arguments: Any) -> Forest:
-    forest = lay_out(*arguments)
+def _with_positions_from_zero(*arguments: Any, **keywords: Any) -> Forest:
+    forest = lay_out(*arguments, **keywords)
     forest.position_T[:] = np.arange(len(forest.position_T))
     return forest
 

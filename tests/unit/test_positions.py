@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
 from yeonma.policy import Policy, load_policy
+from yeonma.serve.app import _prompts
+from yeonma.serve.openai_api import ChatRequest, RequestError, TextRequest, read_request
 from yeonma.tokenization.example import Example
 
 POSITIONS = 120
@@ -81,8 +84,6 @@ def test_a_prompt_is_shortened_as_by_a_cutoff_len_of_the_positions(adapter: Path
 
 
 def same_prompts_with_cutoff(builder: PromptBuilder, rows: list[Row]) -> list[list[int]]:
-    from dataclasses import replace
-
     rules = replace(builder.adapter.rules, cutoff_len=POSITIONS)
     trained = replace(builder, adapter=replace(builder.adapter, rules=rules), positions=None)
     return [prompt.token_ids.tolist() for prompt in trained.prompts(rows, max_new_tokens=NEW_TOKENS)]
@@ -142,3 +143,25 @@ def test_logprobs_beyond_the_positions_are_an_error(policy: Policy) -> None:
     assert len(policy.logprobs(batch(POSITIONS))) == POSITIONS - 1
     with pytest.raises(UserError, match=f"{POSITIONS + 1} tokens, but the model only {POSITIONS} positions"):
         policy.logprobs(batch(POSITIONS + 1))
+
+
+def test_generate_refuses_a_long_text_before_it_loads_weights(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("yeonma.commands.generate.load_policy", lambda *_, **__: pytest.fail("it was loaded"))
+    assert main(["generate", str(adapter), "--prompt", "storm " * 60, "--max_new_tokens", "8"]) == 2
+    assert f"new ones exceed the model's {POSITIONS} positions" in capsys.readouterr().err
+
+
+def test_a_server_shortens_rows_and_refuses_long_texts(adapter: Path) -> None:
+    builder = open_prompt_builder(adapter).by_field_names()
+
+    def prompts(kind: Any, **body: Any) -> Any:
+        request = read_request(json.dumps({"model": "OUT", **body}).encode(), kind)
+        return _prompts(request, NEW_TOKENS, builder, builder.positions)
+
+    messages = [{"role": "user", "content": LONG["document"]}]
+    (prompt,) = prompts(ChatRequest, messages=messages)
+    assert prompt.shortened and len(prompt.token_ids) <= POSITIONS - NEW_TOKENS
+    with pytest.raises(RequestError, match=f"exceed the model's {POSITIONS} positions"):
+        prompts(TextRequest, prompt=LONG["document"])

@@ -43,7 +43,6 @@ from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
 from yeonma.model.memory_trace import Blueprint
-from yeonma.model.position_limits import model_positions
 from yeonma.model.published import published_in
 from yeonma.model.quantized import pack_on_meta, quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
@@ -186,13 +185,8 @@ class Policy:
         return prompt.token_ids
 
     def text_prompt(self, text: str, max_new_tokens: int, place: str = "prompt") -> Prompt:
-        """As `PromptBuilder.text_prompt`. Also raises UserError if prompt and answer exceed the model's context."""
-        prompt = self._builder().text_prompt(text, place)
-        limit = model_positions(self.model.config)
-        if limit is not None and len(prompt.token_ids) + max_new_tokens > limit:
-            what = f"{len(prompt.token_ids)} tokens and {max_new_tokens} new ones exceed the model's {limit} positions"
-            raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
-        return prompt
+        """As `PromptBuilder.text_prompt`."""
+        return self._builder().text_prompt(text, place, max_new_tokens)
 
     def answers(
         self,

@@ -146,12 +146,16 @@ class PromptBuilder:
         is_open = shape.opens(end_of_prompt(ids.tolist(), self.tokenizer))
         return Prompt(ids, shortened, is_turn, self.frame(text.variant), shape, is_open)
 
-    def text_prompt(self, text: str, place: str = "prompt") -> Prompt:
+    def text_prompt(self, text: str, place: str = "prompt", max_new_tokens: int = 0) -> Prompt:
         """A prompt of plain text for the model to continue. Special tokens in it stay special. Raises UserError if it
-        is empty."""
+        is empty, or if it and `max_new_tokens` exceed the model's positions."""
         if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
             raise UserError("it is empty", place=place, cure="give the text to continue")
-        return Prompt(np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32))
+        ids = np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32)
+        if max_new_tokens and self.positions is not None and len(ids) + max_new_tokens > self.positions:
+            what = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.positions} positions"
+            raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
+        return Prompt(ids)
 
     def reference(self, row: Row, columns: Columns = None) -> str | None:
         """The row's own answer, if it has one."""

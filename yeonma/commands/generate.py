@@ -69,7 +69,7 @@ def run(config: GenerateConfig) -> int:
         _answer_one(load(), prompt, answer, source.output, builder.reference(row, source.columns))
     else:
         text = source.prompt or ""
-        builder.text_prompt(text, "--prompt")
+        builder.text_prompt(text, "--prompt", answer.max_new_tokens)
         policy = load()
         prompt = policy.text_prompt(text, answer.max_new_tokens, "--prompt")
         _answer_one(policy, prompt, answer, source.output, None)

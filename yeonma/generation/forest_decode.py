@@ -350,7 +350,9 @@ def _take_out_beyond_border(
     cache: ForestCache, live: list[_LiveRow], borders: LengthBorders
 ) -> list[_LiveRow]:
     """Takes out the rows whose last token gave them other rotary frequencies. They start again, with all tokens."""
-    taken = []
+    taken: list[_LiveRow] = []
+    if not borders.switches:
+        return taken
     for row_index in reversed(range(len(live))):
         row = live[row_index]
         if borders.switches_between(row.length - 1, row.length):
@@ -381,7 +383,8 @@ def _step(
         before = shared if starts else row.length - 1
         tokens += new
         positions += range(before, before + len(new))
-        rotary_lengths += [borders.rotary_length(row.length)] * len(new)
+        if borders:
+            rotary_lengths += [borders.rotary_length(row.length)] * len(new)
         ends.append(len(tokens) - 1)
         lengths.append(len(new))
         own.append(before - shared)

@@ -37,7 +37,7 @@ from yeonma.train.losses import answer_logprobs
 from yeonma.train.oom_retry import MicroBatchLimit
 from yeonma.train.step import RankInfo, micro_batch_passes, pass_logprobs
 
-FORMAT = 1
+FORMAT = 2
 """Increase it when the numbers for the same rows, or the file, change."""
 
 ROUND_TOKENS = 100_000

@@ -24,6 +24,8 @@ from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.native_tokenizers import check_package as check_tokenizer_package
+from yeonma.model.native_tokenizers import native_tokenizer_file, read_native_tokenizer
 from yeonma.model.published import (
     QUANTIZATION_KEYS,
     Published,
@@ -45,18 +47,26 @@ from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, b
 def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     """The tokenizer, with the base's own chat template even if the folder has an exported training template.
 
-    `keep_exported`: keep the exported one. Raises UserError if there is no tokenizer or it cannot be reached.
+    `keep_exported`: keep the exported one. Raises UserError if there is no tokenizer, if it cannot be reached, and if
+    the package that reads its file is not installed.
     """
+    file = native_tokenizer_file(source)
+    if file is not None:
+        check_tokenizer_package(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        if file is not None:
+            tokenizer = read_native_tokenizer(file, tokenizer)
         if not keep_exported and base_chat_template(tokenizer).startswith(MARK):
             _restore_chat_template(tokenizer, source)
         ordinary_tokens = len(tokenizer) - len(set(tokenizer.all_special_ids))
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults in its files show only in use
         # fails for lone surrogates
         json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception; values of a wrong type may raise anything
         raise _cannot_load("tokenizer", source, error) from error
     if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files

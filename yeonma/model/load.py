@@ -26,6 +26,7 @@ from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
 from yeonma.model.native_tokenizers import check_package as check_tokenizer_package
 from yeonma.model.native_tokenizers import native_tokenizer_file, read_native_tokenizer
+from yeonma.model.packed_experts import check_not_adapted, hold_packed_experts, packing_class
 from yeonma.model.published import (
     QUANTIZATION_KEYS,
     Published,
@@ -190,7 +191,9 @@ def load_base(
                 source.name, revision=source.revision, use_safetensors=True, **options
             )
         else:
-            loaded = _load_dequantised(source, model_config, published, options)
+            loaded = _load_dequantised(
+                source, model_config, published, options, pack_experts=quantization != "none"
+            )
     except SafetensorError as error:
         raise UserError(
             f"the weights cannot be read ({error})", place=source.name, cure="download them again"
@@ -224,19 +227,25 @@ def _cast_whole_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def _load_dequantised(
-    source: BaseSource, config: Any, published: Published, options: Mapping[str, Any]
+    source: BaseSource, config: Any, published: Published, options: Mapping[str, Any], *, pack_experts: bool
 ) -> tuple[Any, Any]:
     """Loads a model from the whole weights that its files stand for, each as it is needed, and quantises them again if
-    `options` say so."""
+    `options` say so. `pack_experts`: hold experts in MXFP4 as they are."""
     empty = outline(config, source)
     if empty is None:
         what = f"its weights are {published}, and it cannot be built without them"
         raise UserError(what, place=source.name, cure="give the unquantised model")
-    tensors = whole_tensors(weight_files(source), published, transposed_weights(empty))
+    model_class, files = type(empty), weight_files(source)
+    pack_experts = pack_experts and published.method == "mxfp4"
+    tensors = whole_tensors(files, published, transposed_weights(empty), pack_experts=pack_experts)
     plain = deepcopy(config)
     remove_quantization(plain)
-    loaded: tuple[Any, Any] = type(empty).from_pretrained(None, config=plain, state_dict=tensors, **options)
+    reading_class = packing_class(model_class) if pack_experts else model_class
+    loaded: tuple[Any, Any] = reading_class.from_pretrained(None, config=plain, state_dict=tensors, **options)
     model = loaded[0]
+    if pack_experts:
+        model.__class__ = model_class
+        hold_packed_experts(model)
     model.name_or_path = model.config.name_or_path = source.name
     with suppress(OSError, ValueError):
         model.generation_config = GenerationConfig.from_pretrained(
@@ -384,6 +393,7 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    check_not_adapted(model, targets)
     torch.manual_seed(seed)
     try:
         peft_model: Any = get_peft_model(model, config)

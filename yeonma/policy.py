@@ -43,6 +43,7 @@ from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
 from yeonma.model.memory_trace import Blueprint
+from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.published import published_in
 from yeonma.model.quantized import pack_on_meta, quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
@@ -405,6 +406,8 @@ def blueprint(
         if published is not None and published.stays_packed:
             pack_on_meta(base, published)
         elif quantization != "none":
+            if published is not None and published.method == "mxfp4":
+                pack_experts_on_meta(base)
             quantise_on_meta(base, quantization, by_device)
         if isinstance(lora, load.LoraShape):
             load.add_lora(base, lora, seed=0)

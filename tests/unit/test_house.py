@@ -428,6 +428,9 @@ def test_requirements_pin_torch_first_and_all_packages_in_declared_ranges() -> N
         *extras["demo"],
         *extras["compare"],
         *extras["serve"],
+        *extras["quantization"],
+        *extras["compressed-tensors"],
+        *extras["sentencepiece"],
         *extras["dev"],
     ]
     expected_names = {Requirement(text).name for text in installed}

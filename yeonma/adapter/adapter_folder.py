@@ -37,6 +37,8 @@ WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
 """Key of yeonma.json that is true for a merged model."""
+BASE_FOLDER = "base_folder"
+"""Key of yeonma.json for the folder that the base's name pointed to, if it was a link."""
 PUBLISHED = "published_weights"
 """Key of yeonma.json that says how the base's own files are quantised, if they are."""
 FORMAT = 1
@@ -159,6 +161,7 @@ def describe(
     published: Published | None = None,
 ) -> dict[str, Any]:
     """The contents of yeonma.json. `published`: how the base's own files are quantised."""
+    is_local = Path(base.name).is_dir()
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
     return {
         "format": FORMAT,
@@ -166,6 +169,9 @@ def describe(
         "tokenizer": identity_of_tokenizer(tokenizer),
         "trust_remote_code": trust_remote_code,
         "quantization": quantization,
+        **(
+            {BASE_FOLDER: folder} if (folder := os.path.realpath(base.name)) != base.name and is_local else {}
+        ),
         **({} if published is None else {PUBLISHED: published.record()}),
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
@@ -316,9 +322,18 @@ def _check_columns(columns: Any) -> None:
 
 def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
     """Raises UserError if the adapter was trained on another base. Compares configs, not names."""
-    if adapter.base.config_sha256 != base.config_sha256 or adapter.base.parameters != base.parameters:
-        raise UserError(
-            f"it was trained on {adapter.base.name}, which is not {base.name}",
-            place=str(adapter.path),
-            cure=f"use --base_model {adapter.base.name}",
-        )
+    if adapter.base.config_sha256 == base.config_sha256 and adapter.base.parameters == base.parameters:
+        return
+    name, place = adapter.base.name, str(adapter.path)
+    if name != base.name:
+        what, cure = f"it was trained on {name}, which is not {base.name}", f"use --base_model {name}"
+        raise UserError(what, place=place, cure=cure)
+    now, then = os.path.realpath(name), adapter.details.get(BASE_FOLDER)
+    what = f"it was trained on {name}, where another model is now"
+    if now != name:
+        earlier = f"; it pointed to {then}" if then and then != now else ""
+        what = f"it was trained on {name}, which points to {now} now, another model{earlier}"
+    cure = "give the model that it was trained on with --base_model"
+    if then and then != now and Path(then).is_dir():
+        cure = f"use --base_model {then}"
+    raise UserError(what, place=place, cure=cure)

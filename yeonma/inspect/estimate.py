@@ -155,7 +155,9 @@ def _memory(
     # pages of the file and converted weights at the same time
     published = published_in(setup.config.to_dict(), "base_model")
     if setup.device == "cpu" and published is not None:
-        if setup.quantization == "fp8":  # which transformers does not do while it reads
+        if (
+            setup.quantization == "fp8" and published.method != "mxfp4"
+        ):  # which transformers does not do while it reads
             loading = process + max(weights, model_blueprint.frozen * setup.dtype.itemsize)
         loading += model_blueprint.frozen * published.bits // 8
     elif setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):

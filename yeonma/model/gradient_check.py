@@ -81,11 +81,13 @@ def _inputs(layer: Any) -> int:
 
 
 def _device_and_dtype(layer: nn.Module, model_dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    weight = next(iter(layer.parameters(recurse=False)))
-    is_number = (
-        weight.is_floating_point() and weight.element_size() > 1 and not hasattr(weight, "quant_state")
-    )
-    return weight.device, weight.dtype if is_number else model_dtype or torch.float32
+    weights = list(layer.parameters(recurse=False))
+    numbers = [
+        weight.dtype
+        for weight in weights
+        if weight.is_floating_point() and weight.element_size() > 1 and not hasattr(weight, "quant_state")
+    ]
+    return weights[0].device, numbers[0] if numbers else model_dtype or torch.float32
 
 
 def _problem(layer: Any, draw: torch.Generator) -> str:

@@ -30,6 +30,9 @@ from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import UserError, did_you_mean
+from yeonma.model.native_tokenizers import check_package as check_tokenizer_package
+from yeonma.model.native_tokenizers import native_tokenizer_file, read_native_tokenizer
+from yeonma.model.packed_experts import check_not_adapted, hold_packed_experts, packing_class
 from yeonma.model.published import (
     QUANTIZATION_KEYS,
     Published,
@@ -52,12 +55,18 @@ from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
 def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     """The tokenizer, with the base's own chat template even if the folder has an exported training template.
 
-    `keep_exported`: keep the exported one. Raises UserError if there is no tokenizer or it cannot be reached.
+    `keep_exported`: keep the exported one. Raises UserError if there is no tokenizer, if it cannot be reached, and if
+    the package that reads its file is not installed.
     """
+    file = native_tokenizer_file(source)
+    if file is not None:
+        check_tokenizer_package(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
+        if file is not None:
+            tokenizer = read_native_tokenizer(file, tokenizer)
         tokenizer = _as_published(tokenizer, source)
         if not keep_exported and base_chat_template(tokenizer).startswith(MARK):
             _restore_chat_template(tokenizer, source)
@@ -65,6 +74,8 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
         tokenizer.decode(tokenizer("x")["input_ids"])  # some faults in its files show only in use
         # fails for lone surrogates
         json.dumps(tokenizer.chat_template, ensure_ascii=False, default=str).encode()
+    except UserError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception; values of a wrong type may raise anything
         raise _cannot_load("tokenizer", source, error) from error
     if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files
@@ -198,7 +209,9 @@ def load_base(
                 source.name, revision=source.revision, use_safetensors=True, **options
             )
         else:
-            loaded = _load_dequantised(source, model_config, published, options)
+            loaded = _load_dequantised(
+                source, model_config, published, options, pack_experts=quantization != "none"
+            )
     except SafetensorError as error:
         raise UserError(
             f"the weights cannot be read ({error})", place=source.name, cure="download them again"
@@ -232,19 +245,25 @@ def _cast_whole_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def _load_dequantised(
-    source: BaseSource, config: Any, published: Published, options: Mapping[str, Any]
+    source: BaseSource, config: Any, published: Published, options: Mapping[str, Any], *, pack_experts: bool
 ) -> tuple[Any, Any]:
     """Loads a model from the whole weights that its files stand for, each as it is needed, and quantises them again if
-    `options` say so."""
+    `options` say so. `pack_experts`: hold experts in MXFP4 as they are."""
     empty = outline(config, source)
     if empty is None:
         what = f"its weights are {published}, and it cannot be built without them"
         raise UserError(what, place=source.name, cure="give the unquantised model")
-    tensors = whole_tensors(weight_files(source), published, transposed_weights(empty))
+    model_class, files = type(empty), weight_files(source)
+    pack_experts = pack_experts and published.method == "mxfp4"
+    tensors = whole_tensors(files, published, transposed_weights(empty), pack_experts=pack_experts)
     plain = deepcopy(config)
     remove_quantization(plain)
-    loaded: tuple[Any, Any] = type(empty).from_pretrained(None, config=plain, state_dict=tensors, **options)
+    reading_class = packing_class(model_class) if pack_experts else model_class
+    loaded: tuple[Any, Any] = reading_class.from_pretrained(None, config=plain, state_dict=tensors, **options)
     model = loaded[0]
+    if pack_experts:
+        model.__class__ = model_class
+        hold_packed_experts(model)
     model.name_or_path = model.config.name_or_path = source.name
     with suppress(OSError, ValueError):
         model.generation_config = GenerationConfig.from_pretrained(
@@ -392,6 +411,7 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    check_not_adapted(model, targets)
     torch.manual_seed(seed)
     try:
         peft_model: Any = get_peft_model(model, config)

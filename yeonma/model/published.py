@@ -79,6 +79,8 @@ class Published:
         """How the weights are held in memory, in words."""
         if self.stays_packed:
             return "held in these bits"
+        if self.method == "mxfp4" and quantization != "none":
+            return f"experts held in these bits, dense layers in {quantization}"
         held = f"held in {dtype}" if quantization == "none" else f"dense layers held in {quantization}"
         return f"dequantised as they are read, {held}"
 

@@ -34,11 +34,20 @@ ACTIVATION_SCALES = re.compile(
 """Scales of activations, which are not rounded here."""
 
 
+PACKED_BYTES = 17
+"""Of a block of 32 numbers in MXFP4: 16 for the numbers, one for their exponent."""
+
+
 def whole_tensors(
-    files: Sequence[Path], published: Published | None, transposed: Collection[str] = ()
+    files: Sequence[Path],
+    published: Published | None,
+    transposed: Collection[str] = (),
+    *,
+    pack_experts: bool = False,
 ) -> Tensors:
     """The tensors of the files, dequantised when they are read. `transposed`: names of weights of layers that hold
-    them as (K, M), as GPT-2 does; bitsandbytes stores these as (M, K).
+    them as (K, M), as GPT-2 does; bitsandbytes stores these as (M, K). `pack_experts`: leave MXFP4 as it is, with each
+    block's exponent after its numbers: (E, M, G, PACKED_BYTES).
 
     Raises UserError for tensors that do not fit the published format.
     """
@@ -46,6 +55,8 @@ def whole_tensors(
     if published is None:
         return stored
     place = str(files[0].parent)
+    if pack_experts and published.method == "mxfp4":
+        return _mxfp4(stored, published, place, packed=True)
     whole = _WHOLE[published.method](stored, published, place)
     kept = {name: tensor for name, tensor in whole.items() if not ACTIVATION_SCALES.search(name)}
     if published.method == "bitsandbytes":
@@ -141,7 +152,7 @@ def _expanded(scale: torch.Tensor, shape: torch.Size, block: Sequence[int] | Non
 # mxfp4
 
 
-def _mxfp4(stored: Tensors, published: Published, place: str) -> Tensors:
+def _mxfp4(stored: Tensors, published: Published, place: str, *, packed: bool = False) -> Tensors:
     whole: Tensors = {}
     for name, tensor in stored.items():
         weight = name.removesuffix("_blocks")
@@ -149,17 +160,22 @@ def _mxfp4(stored: Tensors, published: Published, place: str) -> Tensors:
             scales = stored.get(f"{weight}_scales")
             if scales is None:
                 raise _unfit(weight, f"{weight}_scales is missing", place)
-            whole[weight] = LazyTensor(partial(_read_mxfp4, weight, tensor, scales, place), "BF16")
+            read = partial(_read_mxfp4, weight, tensor, scales, place, packed)
+            whole[weight] = LazyTensor(read, "U8" if packed else "BF16")
         elif f"{name.removesuffix('_scales')}_blocks" not in stored:
             whole[name] = tensor
     return whole
 
 
-def _read_mxfp4(name: str, blocks: LazyTensor, scales: LazyTensor, place: str) -> torch.Tensor:
+def _read_mxfp4(
+    name: str, blocks: LazyTensor, scales: LazyTensor, place: str, is_packed: bool
+) -> torch.Tensor:
     packed, exponents = blocks[...], scales[...]
     if packed.ndim != 4 or exponents.shape != packed.shape[:-1] or packed.dtype != torch.uint8:
         why = f"blocks {tuple(packed.shape)} and scales {tuple(exponents.shape)} do not belong together"
         raise _unfit(name, why, place)
+    if is_packed:
+        return torch.cat([packed, exponents.unsqueeze(-1)], dim=-1)
     return unpack_mxfp4(packed, exponents, torch.bfloat16)  # which holds all of their numbers
 
 

@@ -20,6 +20,7 @@ from tests.runs import TEMPLATE, arguments, articles, command, model_folder, tra
 from yeonma.adapter.adapter_folder import base_identity
 from yeonma.errors import UserError
 from yeonma.model import load
+from yeonma.model.gradient_check import check_input_gradients
 from yeonma.model.kernels.linear import frozen_linear
 from yeonma.model.quantized import packed_layers
 from yeonma.model.sharding import local_weight_bytes
@@ -185,6 +186,43 @@ def test_quantization_may_follow(tmp_path: Path, published: str, kind: Any) -> N
     model, plain = loaded(folder, kind), loaded(whole, kind)
     assert len(list(packed_layers(model))) == len(list(packed_layers(plain))) > 3
     assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_mxfp4_stay_packed_where_a_quantization_follows(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    folder, whole = mxfp4_folders(tmp_path)
+    source = load.find_base(str(folder))
+    packed, plain = loaded(folder, "fp8", dtype), loaded(whole, "fp8", dtype)
+    experts = packed.model.layers[0].mlp.experts
+    assert experts.down_proj.shape == (4, 32, 2, 17) and experts.down_proj.dtype == torch.uint8
+    assert local_weight_bytes(packed) < 0.5 * local_weight_bytes(plain)
+    assert type(packed) is type(plain)
+    assert base_identity(packed, source) == base_identity(loaded(folder, "none"), source)
+    gradients = []
+    for model in (packed, plain):
+        x = model.get_input_embeddings()(torch.arange(3, 60)[None]).detach().requires_grad_()
+        model(inputs_embeds=x).logits.float().square().mean().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    drawn = blueprint(load.load_config(source), dtype, SHAPE, quantization="fp8")
+    assert drawn.weight_bytes == pytest.approx(local_weight_bytes(packed), rel=0.05)
+    check_input_gradients(packed, "gpt-oss")
+    with pytest.raises(
+        UserError, match="down_proj is a part of the experts, whose weights are held in 4 bits"
+    ):
+        load.add_lora(packed, load.LoraShape(4, 8, 0.0, ["q_proj", "down_proj"]), seed=1)
+
+
+def test_a_run_on_packed_experts_equals_one_on_whole_ones(tmp_path: Path, data: Path) -> None:
+    folder, whole = mxfp4_folders(tmp_path)
+    settings = {"max_steps": 3, "quantization": "fp8", "lora_target_modules": "[q_proj, v_proj]"}
+    packed, plain = (
+        trained(tmp_path / base.name / "OUT", base, data, **settings) for base in (folder, whole)
+    )
+    assert packed.losses == plain.losses
+    assert "experts held in these bits, dense layers in fp8, " in packed.out
 
 
 def test_fp8_and_mxfp4_equal_what_transformers_dequantises(tmp_path: Path) -> None:

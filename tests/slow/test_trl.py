@@ -271,8 +271,9 @@ def test_first_dpo_gradient_matches_trl(
     trainer.train()
     assert gradients.keys() == callback.gradients.keys()
     for name, gradient in gradients.items():
-        assert float((gradient - callback.gradients[name]).abs().max()) < 1e-5, name
-        assert float(gradient.abs().max()) > 1e-3, name
+        largest = float(gradient.abs().max())
+        assert float((gradient - callback.gradients[name]).abs().max()) < 1e-5 * max(1.0, largest), name
+        assert largest > 1e-3, name
 
 
 # Without a reference
@@ -498,5 +499,7 @@ def test_10_supervised_steps_match_trl(tmp_path: Path, base: Path, token_loss: s
         processing_class=AutoTokenizer.from_pretrained(base),
     )
     trainer.train()
-    assert done.losses == pytest.approx([step["loss"] for step in logged_steps(trainer)], abs=1e-4)
-    assert abs(done.losses[0] - done.losses[-1]) > 1e-2
+    # DFT's losses are about 0.04
+    assert done.losses == pytest.approx([step["loss"] for step in logged_steps(trainer)], rel=1e-4)
+    gradients = [step["grad_norm"] for step in done.steps]
+    assert gradients == pytest.approx([step["grad_norm"] for step in logged_steps(trainer)], rel=1e-3)

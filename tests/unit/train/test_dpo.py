@@ -282,6 +282,16 @@ def test_kto_learns_the_same_for_any_micro_batch_size(tmp_path: Path, base: Path
     assert None in (last["reward_desirable"], last["reward_undesirable"])
 
 
+@pytest.mark.parametrize(("loss", "said"), [("kto", True), ("aot", True), ("sigmoid", False)])
+def test_a_step_of_one_row_is_said_if_the_loss_compares_rows(
+    tmp_path: Path, base: Path, loss: str, said: bool
+) -> None:
+    data = rows_for(tmp_path, {"loss": loss})
+    done = tuned(tmp_path / "out", base, data, loss=loss, batch_size=1, max_steps=2, val_set_size=0)
+    assert ("compares the rows of a step; with --batch_size 1" in done.out) == said
+    assert done.steps[1].get("reference_point", 0) == 0
+
+
 def test_kto_card_shows_a_reference_answer_only_for_desirable_rows(tmp_path: Path, base: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", labelled(12))
     done = tuned(tmp_path / "out", base, data, loss="kto", val_set_size=6, card_rows=6, max_steps=2)

@@ -188,7 +188,10 @@ def check_steps(done: Done, trl_steps: list[dict[str, float]], *, skip: Collecti
                 [step[name] for step in done.steps],
                 [step[trl_name] for step in trl_steps],
             )
-            assert values == pytest.approx(trl_values, abs=1e-4, rel=1e-5 if "logprob" in name else 0), name
+            # losses are 0.005 (WPO) to 7 (SPPO)
+            tolerance = {"rel": 2e-4, "abs": 0.0} if name == "loss" else {"abs": 1e-4}
+            tolerance = {"abs": 1e-4, "rel": 1e-5} if "logprob" in name else tolerance
+            assert values == pytest.approx(trl_values, **tolerance), name
     for step, trl_step in zip(done.steps, trl_steps, strict=True):
         if step["reward_margin"] != 0:  # at zero the policy is its reference: ties, where TRL has rounding
             assert step["reward_accuracy"] == pytest.approx(trl_step["rewards/accuracies"])
@@ -248,7 +251,7 @@ def test_10_dpo_steps_match_trl(tmp_path: Path, base: Path, data: Path, loss: st
     trainer = dpo_trainer(tmp_path / "theirs", base, micro_batch=micro_batch(loss), **DPO_LOSSES[loss].theirs)
     trainer.train()
     check_steps(done, logged_steps(trainer))
-    assert abs(done.losses[0] - done.losses[-1]) > 1e-2  # the loss changed
+    assert done.losses[0] != pytest.approx(done.losses[-1], rel=1e-2)  # the loss changed
 
 
 @pytest.mark.parametrize("loss", DPO_LOSSES)

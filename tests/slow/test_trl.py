@@ -188,7 +188,10 @@ def check_steps(done: Done, trl_steps: list[dict[str, float]], *, skip: Collecti
                 [step[name] for step in done.steps],
                 [step[trl_name] for step in trl_steps],
             )
-            assert values == pytest.approx(trl_values, abs=1e-4, rel=1e-5 if "logprob" in name else 0), name
+            # losses are 0.005 (WPO) to 7 (SPPO)
+            tolerance = {"rel": 2e-4, "abs": 0.0} if name == "loss" else {"abs": 1e-4}
+            tolerance = {"abs": 1e-4, "rel": 1e-5} if "logprob" in name else tolerance
+            assert values == pytest.approx(trl_values, **tolerance), name
     for step, trl_step in zip(done.steps, trl_steps, strict=True):
         if step["reward_margin"] != 0:  # at zero the policy is its reference: ties, where TRL has rounding
             assert step["reward_accuracy"] == pytest.approx(trl_step["rewards/accuracies"])
@@ -248,7 +251,7 @@ def test_10_dpo_steps_match_trl(tmp_path: Path, base: Path, data: Path, loss: st
     trainer = dpo_trainer(tmp_path / "theirs", base, micro_batch=micro_batch(loss), **DPO_LOSSES[loss].theirs)
     trainer.train()
     check_steps(done, logged_steps(trainer))
-    assert abs(done.losses[0] - done.losses[-1]) > 1e-2  # the loss changed
+    assert done.losses[0] != pytest.approx(done.losses[-1], rel=1e-2)  # the loss changed
 
 
 @pytest.mark.parametrize("loss", DPO_LOSSES)
@@ -271,8 +274,9 @@ def test_first_dpo_gradient_matches_trl(
     trainer.train()
     assert gradients.keys() == callback.gradients.keys()
     for name, gradient in gradients.items():
-        assert float((gradient - callback.gradients[name]).abs().max()) < 1e-5, name
-        assert float(gradient.abs().max()) > 1e-3, name
+        largest = float(gradient.abs().max())
+        assert float((gradient - callback.gradients[name]).abs().max()) < 1e-5 * max(1.0, largest), name
+        assert largest > 1e-3, name
 
 
 # Without a reference
@@ -498,5 +502,7 @@ def test_10_supervised_steps_match_trl(tmp_path: Path, base: Path, token_loss: s
         processing_class=AutoTokenizer.from_pretrained(base),
     )
     trainer.train()
-    assert done.losses == pytest.approx([step["loss"] for step in logged_steps(trainer)], abs=1e-4)
-    assert abs(done.losses[0] - done.losses[-1]) > 1e-2
+    # DFT's losses are about 0.04
+    assert done.losses == pytest.approx([step["loss"] for step in logged_steps(trainer)], rel=1e-4)
+    gradients = [step["grad_norm"] for step in done.steps]
+    assert gradients == pytest.approx([step["grad_norm"] for step in logged_steps(trainer)], rel=1e-3)

@@ -51,7 +51,7 @@ def balance_warning(
     """A warning about such numbers of answers, at least one, of which each has that weight; None if they are fine."""
     if not (desirable and undesirable):
         missing = "undesirable" if desirable else "desirable"
-        return f"KTO needs {missing} answers as well; no weight makes up for having none"
+        return f"the loss needs {missing} answers as well; no weight makes up for having none"
     good, bad = desirable * desirable_weight, undesirable * undesirable_weight
     if max(good, bad) <= MOST_UNEQUAL * min(good, bad):
         return None

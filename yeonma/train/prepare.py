@@ -94,6 +94,10 @@ def prepare(
     preference = config.preference
     if preference is not None:
         _check_preference(preference, config.tokens, step.token_loss)
+        if step.batch_size == 1 and preference_loss(preference.loss).measures:
+            log(
+                f"{preference.loss} compares the rows of a step; with --batch_size 1 it has none to compare with"
+            )
 
     def log_rows(rows: int) -> None:
         log(f"tokenised {rows:,} rows")

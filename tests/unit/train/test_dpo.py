@@ -15,16 +15,18 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import yeonma
+from tests.losses import FEATURES, LOSS_SETTINGS, compares, rows_for
 from tests.pairs import PLAIN, chat_folder, dpo, labelled, pairs, tuned
 from tests.runs import Done, command, left_behind, model_folder, trained, write_jsonl
 from yeonma.batch.plan import epoch_order
-from yeonma.data.task import PAIRS, task_for_loss
+from yeonma.data.task import PAIRS
 from yeonma.train import build as setup
 from yeonma.train import loop, reference
 from yeonma.train import step as step_module
-from yeonma.train.preference_losses import LOSSES, preference_loss
+from yeonma.train.preference_losses import LOSSES
 
 ROWS = pairs(21)
+SLOW = pytest.mark.slow
 PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.task is PAIRS]
 
 
@@ -138,30 +140,6 @@ def test_results_without_forest_support_do_not_depend_on_micro_batch_size(
     assert_same(one, other)
 
 
-LOSS_SETTINGS: dict[str, dict[str, object]] = {
-    "robust": {"label_smoothing": 0.1},
-    "exo_pair": {"label_smoothing": 0.001},
-    "cpo": {"sft_weight": 0},
-    "discopop": {"discopop_tau": 1.0},  # with the default it rises with the margin near 0
-}
-FEATURES: dict[str, dict[str, object]] = {
-    **{name: {"loss": name, **LOSS_SETTINGS.get(name, {})} for name in LOSSES},
-    "sum of pairs": {"loss": "sigmoid:1,aot:0.5,aot_unpaired:0.5,sft:0.25"},
-    "sum of labels": {"loss": "kto:1,bco:0.5"},
-    "wpo": {"wpo_weights": True},
-    "js": {"f_divergence": "js"},
-    "forward_kl": {"f_divergence": "forward_kl"},
-    "alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
-}
-"""Every loss, and what changes losses, with settings that it needs."""
-
-
-def rows_for(folder: Path, settings: dict[str, object]) -> Path:
-    """Pairs or labelled answers, as the loss wants them."""
-    task = task_for_loss(str(settings.get("loss", "sigmoid")))
-    return write_jsonl(folder / "rows.jsonl", ROWS if task is PAIRS else labelled(21))
-
-
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_loss_learns_the_same_for_any_micro_batch_size_and_packing(
     tmp_path: Path, base: Path, feature: str
@@ -175,20 +153,24 @@ def test_every_loss_learns_the_same_for_any_micro_batch_size_and_packing(
     }
     data = rows_for(tmp_path, settings)
     alone = tuned(tmp_path / "one", base, data, **settings, micro_batch_size=1, share_prefix=False)
-    packed = tuned(tmp_path / "packed", base, data, **settings, micro_batch_size=8)
+    packed = tuned(tmp_path / "packed", base, data, **settings, micro_batch_size=5, micro_batch_tokens=150)
     assert_same(alone, packed)
-    by_tokens = tuned(tmp_path / "tokens", base, data, **settings, micro_batch_size=3, micro_batch_tokens=90)
-    assert_same(alone, by_tokens)
     assert alone.losses[-1] != alone.losses[0]
-    first, before = alone.steps[0], packed.looks[0]
-    if preference_loss(str(settings.get("loss", "sigmoid"))).needs_reference:
-        for line in (first, before, packed.steps[0], by_tokens.steps[0]):
+    first, before = alone.steps[0], alone.looks[0]
+    if compares(settings):
+        for line in (first, before, packed.steps[0], packed.looks[0]):
             rewards = [line[name] for name in line if name.startswith("reward_")]
             assert all(reward == 0 for reward in rewards), line
             assert line.get("reference_point", 0) == 0
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+WITH_STATE = ("kto", "bco", "aot_unpaired", "wpo", "sum of labels")
+"""What a step reads besides its own pairs, first; the others are slow by their number."""
+
+
+@pytest.mark.parametrize(
+    "feature", [*WITH_STATE, *(pytest.param(name, marks=SLOW) for name in FEATURES if name not in WITH_STATE)]
+)
 def test_every_loss_resumes_to_identical_files(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, feature: str
 ) -> None:
@@ -298,6 +280,16 @@ def test_kto_learns_the_same_for_any_micro_batch_size(tmp_path: Path, base: Path
     (last,) = (step for step in one.steps[:5] if step["examples"] == 1)  # a step with a single row
     assert {last["desirable"], last["undesirable"]} == {0.0, 1.0}
     assert None in (last["reward_desirable"], last["reward_undesirable"])
+
+
+@pytest.mark.parametrize(("loss", "said"), [("kto", True), ("aot", True), ("sigmoid", False)])
+def test_a_step_of_one_row_is_said_if_the_loss_compares_rows(
+    tmp_path: Path, base: Path, loss: str, said: bool
+) -> None:
+    data = rows_for(tmp_path, {"loss": loss})
+    done = tuned(tmp_path / "out", base, data, loss=loss, batch_size=1, max_steps=2, val_set_size=0)
+    assert ("compares the rows of a step; with --batch_size 1" in done.out) == said
+    assert done.steps[1].get("reference_point", 0) == 0
 
 
 def test_kto_card_shows_a_reference_answer_only_for_desirable_rows(tmp_path: Path, base: Path) -> None:

@@ -47,10 +47,10 @@ def test_four_to_one_is_no_reason_for_a_warning() -> None:
 
 def test_no_weight_is_recommended_for_a_label_that_is_missing() -> None:
     assert balance_warning(20, 0, 1, 1) == (
-        "KTO needs undesirable answers as well; no weight makes up for having none"
+        "the loss needs undesirable answers as well; no weight makes up for having none"
     )
     assert balance_warning(0, 3, 5, 1) == (
-        "KTO needs desirable answers as well; no weight makes up for having none"
+        "the loss needs desirable answers as well; no weight makes up for having none"
     )
 
 

@@ -21,7 +21,7 @@ from yeonma.data.rows import Row
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.load import load_adapter, load_base, load_tokenizer
-from yeonma.model.source import find_base
+from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import conversation_of, full_prompt_ids
 
 KINDS = {
@@ -129,7 +129,7 @@ def asked(folder: Path, kind: str, like: Path | None = None) -> list[Asked]:
         model = load_adapter(model, str(folder), trainable=False)
     sampling = SamplingParams((), NEW_TOKENS)
     answers = generate(model.eval(), builder.tokenizer, ids, sampling, by_forest=False)
-    exported = load_tokenizer(find_base(str(like or folder)), keep_exported=True)
+    exported = load_tokenizer(BaseSource(str(like or folder)), keep_exported=True)
     return [
         Asked(
             messages,

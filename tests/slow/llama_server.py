@@ -17,7 +17,7 @@ params = xllamacpp.CommonParams()
 params.model.path = request["gguf"]
 params.n_ctx = request["context"]
 params.n_parallel = 1
-params.cpuparams.n_threads = 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # threads that wait spin
 params.n_gpu_layers = 0
 params.use_jinja = True
 params.warmup = params.fit_params = False

@@ -32,7 +32,7 @@ from yeonma.serve.vllm import VllmPlan, vllm_command
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 300
+START_SECONDS = 900
 CPU = {
     "OMP_NUM_THREADS": "2",
     "VLLM_CPU_KVCACHE_SPACE": "1",

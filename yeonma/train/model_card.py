@@ -218,7 +218,7 @@ def card_text(
         "",
         "The folder is also a plain PEFT adapter: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.",
         "",
-        *_vllm(output, adapter.base.name),
+        *vllm_lines(output, adapter.base.name),
         "## Command",
         "",
         *_fenced(command),
@@ -227,7 +227,7 @@ def card_text(
     return "\n".join(lines)
 
 
-def _vllm(output: Path, base: str) -> list[str]:
+def vllm_lines(output: Path, base: str) -> list[str]:
     """The command that serves the adapter by vLLM with the prompts of training; nothing if vLLM cannot."""
     rank = vllm_rank(highest_rank(output))
     template = output / CHAT_TEMPLATE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -64,6 +65,21 @@ def test_export_of_a_merged_model_keeps_it_and_writes_a_modelfile(stand_in: Path
     assert (tmp_path / "G" / "Modelfile").read_text().startswith("FROM ./G-f16.gguf\nTEMPLATE")
     assert f"ollama create g -f {tmp_path / 'G' / 'Modelfile'}" in done.out
     assert (tmp_path / "M" / "model.safetensors").is_file()
+
+
+def test_llama_cpps_server_is_asked_where_it_is_installed(
+    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of that name that fails on start: what is said then. tests/slow/test_gguf.py asks the real one."""
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "xllamacpp.py").write_text("raise RuntimeError('no server here')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{packages}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(packages)
+    done = command(tmp_path, "export", str(folders.adapter), "--output_dir", str(tmp_path / "G"))
+    assert done.status == 0, done.out + done.err
+    assert "llama.cpp's server does not start with the chat template in this file" in done.out
 
 
 def test_model_unsupported_by_the_converter_leaves_no_files(stand_in: Path, tmp_path: Path) -> None:

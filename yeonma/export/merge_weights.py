@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError
-from yeonma.model.load import hide_loading_noise, load_config, outline
+from yeonma.model.load import add_lora_of, hide_loading_noise, load_config, outline
 from yeonma.model.source import BaseSource
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
@@ -125,9 +125,9 @@ def merge_by_shard(
 
 def _adapter_on(model: Any, adapter: str) -> Any:
     """The adapter with its weights on a base without. PEFT alone would put the adapter on the meta device too."""
-    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights, set_peft_model_state_dict
 
-    peft_model = get_peft_model(model, PeftConfig.from_pretrained(adapter))
+    peft_model = add_lora_of(model, adapter)
     for module in peft_model.modules():
         if hasattr(module, "get_base_layer"):
             for name, child in module.named_children():

@@ -41,7 +41,7 @@ from yeonma.run_folder.checkpoint import (
 )
 
 RUN = "run.json"
-EARLIER_DEFAULTS = {"quantization": "none", "optimizer": "adamw"}
+EARLIER_DEFAULTS = {"quantization": "none", "optimizer": "adamw", "lora_experts": True}
 """Settings that runs of earlier versions had, but did not record."""
 SEAL = "manifest.json"
 FORMER_PLOT = "loss.png"

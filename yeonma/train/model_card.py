@@ -152,6 +152,7 @@ def card_text(
         f"{trained_on['left_out']:,} left out.",
         "",
     ]
+    lines += _lora(adapter.details.get("lora"))
     if faults := trained_on.get("bad_rows"):
         listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
         lines += ["Bad rows among those left out:", "", *listed, ""]
@@ -232,6 +233,15 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
         about,
         "",
     ]
+
+
+def _lora(lora: Mapping[str, Any] | None) -> list[str]:
+    """The adapter's shape, and what of the model has it."""
+    if lora is None:
+        return []
+    kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if lora[key]]
+    shape = ", ".join([f"Rank {lora['r']}", f"alpha {lora['alpha']:g}", *kinds])
+    return [f"{shape}, dropout {lora['dropout']:g}. The adapter is on {lora['on']}.", ""]
 
 
 def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:

@@ -406,7 +406,7 @@ def blueprint(
         if published is not None and published.stays_packed:
             pack_on_meta(base, published)
         elif quantization != "none":
-            if published is not None and published.method == "mxfp4":
+            if published is not None and published.packs_experts(quantization):
                 pack_experts_on_meta(base)
             quantise_on_meta(base, quantization, by_device)
         if isinstance(lora, load.LoraShape):

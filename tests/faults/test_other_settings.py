@@ -84,6 +84,7 @@ CHANGES: dict[str, Change] = dict(
         refused("lora_alpha", 9),
         refused("lora_dropout", 0.1),
         refused("lora_target_modules", ["q_proj"]),
+        refused("lora_experts", False),
         refused("use_rslora", True),
         refused("use_dora", True),
         # StepSettings

@@ -187,8 +187,8 @@ def test_fault_50_lora_dropout_on_fused_experts(tmp_path: Path, refused: Refused
     (line,) = refused(
         data, base_model=base, lora_dropout=0.1, lora_target_modules="[gate_proj, up_proj, down_proj]"
     )
-    assert line.startswith("lora_target_modules: PEFT cannot put LoRA on these layers (")
-    assert line.endswith("; use --lora_dropout 0")
+    assert line.startswith("lora_dropout: PEFT has none for the routed experts")
+    assert line.endswith("; use --lora_dropout 0, or use --lora_experts false")
 
 
 def test_fault_51_bfloat16_on_a_device_without_it_is_refused(

@@ -18,6 +18,7 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.quantized import numbers_of
 from yeonma.model.source import BaseSource
@@ -159,8 +160,10 @@ def describe(
     trained_on: Mapping[str, Any],
     quantization: Quantization = "none",
     published: Published | None = None,
+    lora: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The contents of yeonma.json. `published`: how the base's own files are quantised."""
+    """The contents of yeonma.json. `published`: how the base's own files are quantised. `lora`: the adapter's shape and
+    what it is on, as `shape_of` has it."""
     is_local = Path(base.name).is_dir()
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
     return {
@@ -176,6 +179,7 @@ def describe(
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),
+        **({"lora": dict(lora)} if lora is not None else {}),
         "trained_on": dict(trained_on),
         "versions": {package: version(package) for package in packages},
     }
@@ -204,7 +208,8 @@ def write_adapter(
     if isinstance(config.target_modules, set):  # the order of a set differs between processes
         config.target_modules = sorted(config.target_modules)
     peft_model.create_or_update_model_card = _no_card
-    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    with as_peft_reads(peft_model.get_base_model(), config):
+        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # in case PEFT writes its empty card in another way
     save_tokenizer(tokenizer, exported, folder)
     (folder / TEMPLATE).write_bytes(template.text.encode())

@@ -18,7 +18,7 @@ from yeonma.errors import LOST, gather
 from yeonma.run_folder.lock import check_unlocked
 from yeonma.streams import unfailing_streams
 from yeonma.train.interrupt import REASONS, START_TIME, Stopped, heeded_signals, stoppable
-from yeonma.train.preflight import preflight
+from yeonma.train.preflight import preflight, with_adapters_lora
 
 ENVIRONMENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 """torchrun kills its processes so many seconds after a signal. Its default of 30 may be too short for a step and a
@@ -42,6 +42,7 @@ def train(verb: str, config: RunConfig, *, as_command: bool = True) -> int:
     first = os.environ.get("RANK", "0") == "0"
     lock_checks = [partial(check_unlocked, run_settings.output_dir)] if first else []
     gather(partial(preflight, config), *lock_checks)
+    config = with_adapters_lora(config)
     # torchrun's own handlers forward every signal to the processes that it started
     with (
         unfailing_streams(as_command=as_command),

@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from datetime import date
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma.config.loss_sum import InvalidLoss
-from yeonma.config.settings import Range, StepSettings
+from yeonma.config.settings import Range, RunConfig, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
 
@@ -269,7 +269,10 @@ def _parse(
     if problems:
         raise UserError(problems)
     all_values = {name: setting.default for name, setting in settings.items()} | values
-    return ParsedConfig(_build(kind, all_values), tuple(_warnings(values)))
+    config = _build(kind, all_values)
+    if isinstance(config, RunConfig):
+        config = replace(config, given=frozenset(values))
+    return ParsedConfig(config, tuple(_warnings(values)))
 
 
 def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object], object]:

@@ -146,7 +146,7 @@ class ModelSettings:
     model_revision: str | None = None
     """Branch, tag or commit of the base model on the hub."""
     adapter: str | None = None
-    """Adapter folder to continue training from. Its rank, alpha and target modules are used."""
+    """Adapter folder to continue training from. Its rank, alpha, dropout and target modules are used; of these only `lora_dropout` may be changed."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -174,7 +174,9 @@ class LoraSettings:
     lora_dropout: float = field(default=0.0, metadata=DECAY)
     """Dropout on the adapter's input. Tokens shared by several examples share one mask (see `share_prefix`)."""
     lora_target_modules: list[str] | str = "all-linear"
-    """Names of the layers to adapt, such as `[gate_proj, down_proj, up_proj]`, or `all-linear`."""
+    """Layers to adapt: `all-linear`, or names such as `[gate_proj, down_proj, up_proj]`. A name is the end of a layer's path, a module (`shared_experts`) or a pattern with `*`. all-linear is every linear layer of the language model but routers and the head. Routers, the head, and vision and audio towers need their own name: `gate`, `lm_head`, `vision_tower.*`."""
+    lora_experts: bool = True
+    """Whether `all-linear`, and names that routed experts share with other layers, also adapt the routed experts of a mixture of experts. A name of their own, such as `experts`, reaches them anyway."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -310,6 +312,8 @@ class RunConfig:
     """None for supervised fine-tuning."""
     evaluation: EvaluationSettings
     run: RunSettings
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    """Names of the settings that the user gave; all others have their defaults."""
 
 
 TRAINING = (

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from yeonma.errors import UserError
 from yeonma.model.config_keys import CONFIG, add_older_keys
 from yeonma.model.load import (
+    add_lora_of,
     hide_loading_noise,
     load_config,
     outline,
@@ -117,9 +118,9 @@ def merge_by_shard(
 
 def _adapter_on(model: Any, adapter: str) -> Any:
     """The adapter with its weights on a base without. PEFT alone would put the adapter on the meta device too."""
-    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights, set_peft_model_state_dict
 
-    peft_model = get_peft_model(model, PeftConfig.from_pretrained(adapter))
+    peft_model = add_lora_of(model, adapter)
     for module in peft_model.modules():
         if hasattr(module, "get_base_layer"):
             for name, child in module.named_children():

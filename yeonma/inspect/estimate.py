@@ -31,6 +31,7 @@ from yeonma.model.memory_trace import Blueprint, Trace, trace
 from yeonma.model.published import published_in
 from yeonma.model.quantization import BLOCK, MIN_8_BIT_NUMEL
 from yeonma.model.quantized import multiplies_fp8
+from yeonma.model.targets import coverage
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
@@ -92,6 +93,7 @@ def estimate(
         heaviest_tokens=traced.tokens,
         memory=memory,
         alternatives=_alternatives(setup, prepared, batches, process) if with_alternatives else (),
+        adapter=coverage(model_blueprint.model),
         time=None,
         price=None,
         published=_published_in_words(setup),

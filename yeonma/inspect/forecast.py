@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from yeonma.model.targets import Coverage, PartCoverage
+
 # The fraction of the rate of a large matrix product that a run reaches: lowest, usual, highest. CPU:
 # docs/benchmarks.md, with head, adapter and attention counted as in the trace. GPU: not measured.
 EFFICIENCY = {"cpu": (0.35, 0.5, 0.6), "cuda": (0.15, 0.35, 0.6)}
@@ -101,6 +103,8 @@ class Forecast:
     """Tokens of the heaviest micro-batch. Shared tokens count once."""
     memory: Memory
     alternatives: tuple[Alternative, ...]
+    adapter: Coverage
+    """What of the model has an adapter."""
     time: Time | None
     price: Price | None
     published: str = ""
@@ -147,7 +151,15 @@ def forecast_of(values: Mapping[str, Any]) -> Forecast:
     """The forecast from a `forecast_dict`, without time and price. Raises KeyError or TypeError for other values."""
     memory = {name: value for name, value in values["memory"].items() if name not in ("training", "peak")}
     alternatives = tuple(Alternative(**fields) for fields in values["alternatives"])
+    adapter = Coverage(
+        tuple(
+            PartCoverage(**{**part, "names": tuple(part["names"]), "without": tuple(part["without"])})
+            for part in values["adapter"]["parts"]
+        ),
+        tuple(values["adapter"]["whole"]),
+    )
     parts = {"memory": Memory(**memory), "alternatives": alternatives, "time": None, "price": None}
+    parts |= {"adapter": adapter}
     return Forecast(**{**values, **parts})
 
 
@@ -156,6 +168,7 @@ def forecast_lines(forecast: Forecast, units: str = "examples") -> list[tuple[st
     lines = [
         ("parameters", f"{forecast.parameters_trained:,} trained, {forecast.parameters_frozen:,} frozen"),
         *([("base weights", forecast.published)] if forecast.published else []),
+        ("adapter on", str(forecast.adapter)),
         ("steps", f"{forecast.steps:,} ({forecast.epochs:.2f} epochs, {forecast.tokens:,} tokens)"),
         (
             "heaviest micro-batch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -23,13 +24,15 @@ from yeonma.inspect.probe import measure_rate
 from yeonma.inspect.row_views import audit_json, select_rows, view_json, views_of
 from yeonma.inspect.terminal import print_audit, print_forecast, print_views
 from yeonma.model import load
+from yeonma.model.targets import Coverage
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.explain import View
+from yeonma.train.continued_lora import adapter_lora, check_lora
 from yeonma.train.distributed import Processes
 from yeonma.train.memory_budget import micro_batching, resolve_auto
 from yeonma.train.model_remarks import model_remarks
-from yeonma.train.preflight import check_folders
+from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, check_adapter, prepare
 from yeonma.train.run_warnings import run_warnings
 
@@ -43,6 +46,9 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     Raises UserError for everything that a training run would refuse before it loads weights.
     """
     source, continued = check_folders(config.model, config.run)
+    if continued is not None:
+        check_lora(config, adapter_lora(continued))
+    config = with_adapters_lora(config)
     prepared = prepare(config, source, continued, _log, try_adapter=False)
     group = Processes(0, 1)
     processes = config.run.nproc
@@ -50,8 +56,10 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     dataset = prepared.dataset
     selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
     audit = _audit(config, prepared)
-    forecast = _forecast(options, config, source, prepared)
-    lines = forecast_lines(forecast, dataset.task.units) if forecast is not None else []
+    forecast, adapter = _forecast(options, config, source, prepared)
+    lines = [("adapter on", str(adapter))] if adapter is not None else []
+    if forecast is not None:
+        lines = forecast_lines(forecast, dataset.task.units)
     remarks = model_remarks(prepared.config, dataset)
     views: Iterable[View] = views_of(
         dataset, prepared.tokenizer, selection, in_full=not options.json or options.html is not None
@@ -61,10 +69,11 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
         write_text_atomically(user_path(options.html), page(title, views, audit, lines, remarks))
     if options.json:
+        about = {"forecast": forecast and forecast_dict(forecast), "adapter": adapter and asdict(adapter)}
         for view in views:
             sys.stdout.write(view_json(view))
-        more = {"forecast": forecast and forecast_dict(forecast)}
-        sys.stdout.write(audit_json(audit, {**more, "model_remarks": remarks} if remarks else more))
+        about |= {"model_remarks": remarks} if remarks else {}
+        sys.stdout.write(audit_json(audit, about))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     print_views(console, views, tokens=options.tokens)
@@ -93,8 +102,9 @@ def _audit(config: RunConfig, prepared: Prepared) -> Audit:
 
 def _forecast(
     options: InspectSettings, config: RunConfig, source: load.BaseSource, prepared: Prepared
-) -> Forecast | None:
-    """The forecast; None, after a message, if the model cannot be traced without its weights."""
+) -> tuple[Forecast | None, Coverage | None]:
+    """The forecast; None, after a message, if the model cannot be traced without its weights. And what of the model has
+    an adapter; None if the model cannot be built without its weights."""
     model, processes = config.model, config.run.nproc
     folder = cache_folder(config.tokens)
     key = forecast_key(config, prepared, processes)
@@ -102,23 +112,22 @@ def _forecast(
     if forecast is None:
         from yeonma.inspect.estimate import estimate  # imports PEFT and the model's code, which takes seconds
 
-        lora = config.lora
-        check_adapter(lora, prepared.config, source, prepared.adapter, model.quantization)
+        _, adapter = check_adapter(config, prepared.config, source, prepared.adapter)
         try:
             forecast = estimate(config, source, prepared, processes=processes)
         except UserError as error:
             _log(f"no forecast: {error}")
-            return None
+            return None, adapter
         write_forecast(folder, key, forecast)
     if options.probe:
         from yeonma.inspect.probe import probe_run
 
         probe = probe_run(config, source, prepared, _log)
         _log(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
-        return timed_by_probe(forecast, probe.tokens_per_second, options.price)
+        return timed_by_probe(forecast, probe.tokens_per_second, options.price), forecast.adapter
     device = load.pick_device(model.device)
     rate = measure_rate(device, load.pick_dtype(model.dtype, device), RATE_SECONDS)
-    return timed_by_rate(forecast, rate.flops_per_second, options.price)
+    return timed_by_rate(forecast, rate.flops_per_second, options.price), forecast.adapter
 
 
 def _log(text: str) -> None:

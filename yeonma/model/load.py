@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,11 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
-from yeonma.errors import UserError, did_you_mean
+from yeonma.errors import Problem, UserError, first_line
 from yeonma.model.native_tokenizers import check_package as check_tokenizer_package
 from yeonma.model.native_tokenizers import native_tokenizer_file, read_native_tokenizer
 from yeonma.model.packed_experts import check_not_adapted, hold_packed_experts, packing_class
+from yeonma.model.peft_targets import exact_targets, read_config, target_fields
 from yeonma.model.published import (
     QUANTIZATION_KEYS,
     Published,
@@ -46,6 +47,7 @@ from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers
 from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
+from yeonma.model.targets import Unit, adapted, resolve
 from yeonma.model.weight_files import weight_files
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
@@ -392,64 +394,86 @@ class LoraShape:
     target_modules: Sequence[str] | str
     use_rslora: bool = False
     use_dora: bool = False
+    experts: bool = True
+    """Whether `all-linear`, and names that routed experts share with other layers, reach routed experts."""
 
 
 def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     """A PeftModel with a new adapter in float32, initialised from `seed`. Raises UserError for unknown targets."""
     from peft import LoraConfig, get_peft_model
-    from peft.utils.error import NoMatchingPeftModuleError
 
-    targets = [shape.target_modules] if isinstance(shape.target_modules, str) else list(shape.target_modules)
-    is_all_linear = targets == ["all-linear"]
-    config = LoraConfig(
-        r=shape.r,
-        lora_alpha=shape.alpha,  # type: ignore[arg-type]
-        lora_dropout=shape.dropout,
-        target_modules="all-linear" if is_all_linear else targets,
-        use_rslora=shape.use_rslora,
-        use_dora=shape.use_dora,
-        task_type="CAUSAL_LM",
-    )
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    check_not_adapted(model, targets)
+    names = [shape.target_modules] if isinstance(shape.target_modules, str) else list(shape.target_modules)
+    reached = resolve(model, names, experts=shape.experts)
+    check_not_adapted(model, reached)
+    _check_parameters(reached, shape)
     torch.manual_seed(seed)
     try:
-        peft_model: Any = get_peft_model(model, config)
-    except NoMatchingPeftModuleError:
-        _check_targets(layers, targets)
-        raise
+        config = LoraConfig(
+            r=shape.r,
+            lora_alpha=shape.alpha,  # type: ignore[arg-type]
+            lora_dropout=shape.dropout,
+            use_rslora=shape.use_rslora,
+            use_dora=shape.use_dora,
+            task_type="CAUSAL_LM",
+            **target_fields(model, reached, names, shape.r, shape.alpha),
+        )
+        with exact_targets():
+            peft_model: Any = get_peft_model(model, config)
     except (TypeError, OverflowError, RuntimeError) as error:  # sizes beyond PyTorch's integers
         problem = f"an adapter of rank {shape.r} cannot be created ({str(error).splitlines()[0]:.100})"
         raise UserError(problem, place="lora_r", cure="lower it") from error
-    except (
-        ValueError
-    ) as error:  # fused experts do not support dropout, and gate_proj only together with up_proj
-        problem = f"PEFT cannot put LoRA on these layers ({str(error).splitlines()[0]})"
-        cure = "use --lora_dropout 0" if "lora_dropout" in problem else "name others"
-        raise UserError(problem, place="lora_target_modules", cure=cure) from error
-    if not is_all_linear:  # PEFT has removed the targets that it found in layers of fused experts
-        _check_targets(layers, sorted(peft_model.peft_config["default"].target_modules))
+    except ValueError as error:  # PEFT refuses some layers of some models
+        problem = f"PEFT cannot put LoRA on these layers ({first_line(error)})"
+        raise UserError(problem, place="lora_target_modules", cure="name others") from error
+    planned = {unit.adapted for unit in reached}
+    if adapted(model) != planned:
+        raise RuntimeError(f"PEFT put adapters on other layers: {sorted(adapted(model) ^ planned)[:5]}")
     return peft_model
 
 
-def add_lora_of(model: Any, folder: str) -> Any:
-    """A PeftModel with a new adapter that has the config of the one in `folder`, but not its weights."""
-    from peft import PeftConfig, get_peft_model
-
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    return get_peft_model(model, config)
-
-
-def _check_targets(layers: Sequence[str], targets: Sequence[str]) -> None:
-    names = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(
-                f'no layer of the model is called "{target}"; it has {", ".join(names)}',
-                place="lora_target_modules",
-                cure=did_you_mean(target, names) or "or use all-linear",
+def _check_parameters(reached: Sequence[Unit], shape: LoraShape) -> None:
+    """Raises UserError for options that PEFT does not have for an adapter within a parameter."""
+    within = [unit for unit in reached if unit.kind != "linear"]
+    problems = []
+    for name, is_set, cure in (
+        ("lora_dropout", shape.dropout > 0, "use --lora_dropout 0"),
+        ("use_dora", shape.use_dora, "leave out use_dora"),
+    ):
+        if within and is_set:
+            parts = " and ".join(dict.fromkeys(unit.part for unit in within))
+            what = (
+                f"PEFT has none for the {parts} ({within[0].parameter}), whose adapter is added to the weight"
             )
+            leave = "use --lora_experts false" if shape.experts else "name other layers"
+            problems.append(Problem(what, name, f"{cure}, or {leave}"))
+    if problems:
+        raise UserError(problems)
+
+
+def add_lora_of(model: Any, folder: str, dropout: float | None = None) -> Any:
+    """A PeftModel with a new adapter that has the config of the one in `folder`, but not its weights. `dropout` as for
+    `load_adapter`.
+
+    Raises UserError if the model does not have its layers, and for a dropout that they do not take.
+    """
+    from peft import get_peft_model
+
+    with _shape_errors_as_user_errors(folder, model.name_or_path):
+        config, exact = read_config(model, folder)
+        config.inference_mode = False
+        if dropout is not None:
+            _check_dropout(config, dropout, folder)
+            config.lora_dropout = dropout
+        with exact_targets() if exact else nullcontext():
+            return get_peft_model(model, config)
+
+
+def _check_dropout(config: Any, dropout: float, folder: str) -> None:
+    if dropout > 0 and config.target_parameters:
+        what = (
+            f"PEFT has none for parameters, and the adapter in {folder} is on {config.target_parameters[0]}"
+        )
+        raise UserError(what, place="lora_dropout", cure="use --lora_dropout 0")
 
 
 def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | None = None) -> Any:
@@ -457,29 +481,47 @@ def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | N
 
     Raises UserError if its shapes do not fit the model.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    config = PeftConfig.from_pretrained(folder)
-    if dropout is not None:
-        config.lora_dropout = dropout
-    with _shape_errors_as_user_errors(folder, config.base_model_name_or_path, model.name_or_path):
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
+    with _shape_errors_as_user_errors(folder, model.name_or_path):
+        config, exact = read_config(model, folder)
+        if dropout is not None:
+            _check_dropout(config, dropout, folder)
+            config.lora_dropout = dropout
+        with exact_targets() if exact else nullcontext():
+            return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
 
 
 def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
-    """Load the adapter of a folder in addition, selectable by `name`. Raises UserError as `load_adapter`."""
-    from peft import PeftConfig
+    """Load the adapter of a folder in addition, selectable by `name`. Raises UserError as `load_adapter`, and if PEFT
+    cannot hold both adapters at once."""
+    from peft import load_peft_weights, set_peft_model_state_dict
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    with _shape_errors_as_user_errors(folder, base, peft_model.get_base_model().name_or_path):
-        peft_model.load_adapter(folder, name, is_trainable=False)
+    base = peft_model.get_base_model()
+    with _shape_errors_as_user_errors(folder, base.name_or_path):
+        config, exact = read_config(base, folder)
+        others = [set(one.target_parameters or ()) for one in peft_model.peft_config.values()]
+        own = set(config.target_parameters or ())
+        if own and any(other and other != own for other in others):
+            what = (
+                "its adapters are on other parameters of experts or routers than those of the first adapter"
+            )
+            raise UserError(what, place=folder, cure="load them one by one")
+        config.inference_mode = True
+        with exact_targets() if exact else nullcontext():
+            peft_model.add_adapter(name, config)
+        weights = load_peft_weights(folder, device=str(base.device))
+        set_peft_model_state_dict(peft_model, weights, adapter_name=name)
 
 
 @contextmanager
-def _shape_errors_as_user_errors(folder: str, trained_on: object, base: object) -> Iterator[None]:
+def _shape_errors_as_user_errors(folder: str, base: object) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        from peft import PeftConfig
+
+        trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path
         raise UserError(
             f"the adapter was trained on {trained_on} and does not fit {base}",
             place=folder,

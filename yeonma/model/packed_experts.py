@@ -8,7 +8,7 @@ Shapes: E experts, M outputs, K inputs, G blocks of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from yeonma.errors import UserError
+from yeonma.model.targets import PLACE, ROUTED, Unit
 from yeonma.model.whole_weights import PACKED_BYTES, unpack_mxfp4
 
 NAMES = ("gate_up_proj", "down_proj")
@@ -74,14 +75,16 @@ def hold_packed_experts(model: nn.Module) -> None:
         layer.forward = partial(_forward, layer)
 
 
-def check_not_adapted(model: nn.Module, targets: list[str]) -> None:
+def check_not_adapted(model: nn.Module, reached: Sequence[Unit]) -> None:
     """Raises UserError if packed experts are to have adapters."""
     is_packed = any(hasattr(getattr(layer, NAMES[0]), "quant_state") for layer in _experts(model))
-    named = [name for name in targets if name.rpartition(".")[2] in (*NAMES, "gate_proj", "up_proj")]
-    if is_packed and named:
-        what = f"{named[0]} is a part of the experts, whose weights are held in 4 bits as they are published"
-        cure = "name layers of the attention, or leave out --quantization, which holds the experts whole"
-        raise UserError(what, place="lora_target_modules", cure=cure)
+    path = next((unit.path for unit in reached if unit.part == ROUTED), None)
+    if is_packed and path is not None:
+        what = (
+            f"it reaches {path}, whose weights are held in 4 bits as they are published and take no adapter"
+        )
+        cure = "use --lora_experts false, or leave out --quantization, which holds the experts whole"
+        raise UserError(what, place=PLACE, cure=cure)
 
 
 def _forward(layer: Any, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,10 @@ class Published:
         """Whether the weights are held in memory as they are published."""
         return self.method == "bitsandbytes"
 
+    def packs_experts(self, quantization: Quantization) -> bool:
+        """Whether fused experts stay as they are published, while `quantization` packs the other layers."""
+        return self.method == "mxfp4" and quantization != "none"
+
     def __str__(self) -> str:
         method = f"{self.method} " if self.method != self.kind else ""
         about = f", {self.about}" if self.about else ""

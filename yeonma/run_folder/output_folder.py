@@ -49,6 +49,7 @@ from yeonma.run_folder.run_log import check_logs
 EARLIER_DEFAULTS = {
     "quantization": "none",
     "optimizer": "adamw",
+    "lora_experts": True,
     "token_loss": "nll",
     "discopop_tau": 0.05,
     "f_divergence": "reverse_kl",

@@ -13,11 +13,12 @@ import torch
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
-from yeonma.config.settings import RunConfig
+from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
+from yeonma.model.targets import Coverage, coverage
 from yeonma.policy import Policy, build_policy
 from yeonma.tokenization.dataset import (
     Dataset,
@@ -99,6 +100,8 @@ def load_model(
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     frozen = policy.base.parameters
     log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
+    reached = coverage(base)
+    log(f"adapter on {reached}")
     log(f"kernels: {policy.kernels}")
     if base.published is not None:
         size = f"{local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights"
@@ -124,8 +127,23 @@ def load_model(
         quantization=quantization,
         published=base.published,
         trained_on=_trained_on(dataset),
+        lora=_shape_of(lora, policy.model.peft_config["default"], reached),
     )
     return LoadedModel(policy, details)
+
+
+def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, Any]:
+    """What yeonma.json says of the adapter: its own shape, the settings that led to it, and what it is on."""
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "dropout": lora.lora_dropout,
+        "target_modules": lora.lora_target_modules,
+        "experts": lora.lora_experts,
+        "on": str(reached),
+    }
 
 
 def _trained_on(dataset: Dataset) -> dict[str, Any]:

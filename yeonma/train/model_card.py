@@ -188,6 +188,7 @@ def card_text(
         "",
         *_published(adapter),
     ]
+    lines += _lora(adapter.details.get("lora"))
     if faults := trained_on.get("bad_rows"):
         listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
         lines += ["Bad rows among those left out:", "", *listed, ""]
@@ -295,6 +296,15 @@ def _published(adapter: AdapterFolder) -> list[str]:
         return []
     kind = f"{published['method']}, {published['kind']} in {published['bits']} bits"
     return [f"The base's weights are published as {kind}, and the adapter was trained on these.", ""]
+
+
+def _lora(lora: Mapping[str, Any] | None) -> list[str]:
+    """The adapter's shape, and what of the model has it."""
+    if lora is None:
+        return []
+    kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if lora[key]]
+    shape = ", ".join([f"Rank {lora['r']}", f"alpha {lora['alpha']:g}", *kinds])
+    return [f"{shape}, dropout {lora['dropout']:g}. The adapter is on {lora['on']}.", ""]
 
 
 def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:

@@ -26,6 +26,7 @@ from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, find_base
 from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
+from yeonma.train.continued_lora import adapter_lora, check_lora, follow_adapter
 from yeonma.train.interrupt import seconds_of
 
 CHECKED_ROWS = 1000
@@ -46,7 +47,18 @@ def preflight(config: RunConfig) -> None:
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
         partial(_check_data_of, config),
+        partial(_check_lora_of, config),
     )
+
+
+def _check_lora_of(config: RunConfig) -> None:
+    if (continued := _adapter_folder(config.model)) is not None:
+        check_lora(config, adapter_lora(continued))
+
+
+def with_adapters_lora(config: RunConfig) -> RunConfig:
+    """The config with the LoRA settings of the adapter to continue, if there is one."""
+    return follow_adapter(config, _adapter_folder(config.model))
 
 
 def _check_data_of(config: RunConfig) -> None:

@@ -19,7 +19,6 @@ from yeonma.config.settings import (
     LoraSettings,
     Optimizer,
     PreferenceSettings,
-    Quantization,
     RunConfig,
     StepSettings,
     TokenLoss,
@@ -28,11 +27,14 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
-from yeonma.model.published import check_settings
+from yeonma.model.published import check_settings, published_in
 from yeonma.model.quantized import check_layers
+from yeonma.model.targets import PLACE, Coverage, adapted, coverage, resolve
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
+from yeonma.train.continued_lora import CURE, adapter_lora
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
 from yeonma.train.preflight import task_of
@@ -86,8 +88,7 @@ def prepare(
     load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
     trained = None
     if try_adapter:
-        lora = config.lora
-        trained = check_adapter(lora, model_config, source, continued, model.quantization)
+        trained = check_adapter(config, model_config, source, continued)[0]
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, log)
@@ -241,32 +242,45 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
         lora.lora_target_modules,
         lora.use_rslora,
         lora.use_dora,
+        lora.lora_experts,
     )
 
 
 def check_adapter(
-    lora: LoraSettings,
-    config: Any,
-    source: load.BaseSource,
-    continued: str | None,
-    quantization: Quantization,
-) -> int | None:
-    """Puts the adapter on the model without weights. Returns the number of trained parameters, or None if the model
-    cannot be built without its weights.
+    config: RunConfig, model_config: Any, source: load.BaseSource, continued: str | None
+) -> tuple[int | None, Coverage | None]:
+    """Puts the adapter on the model without weights. Returns the number of trained parameters and what has an adapter,
+    or None for each if the model cannot be built without its weights.
 
-    Raises UserError for target layers that the model does not have, for an adapter of another base, and for a model
-    without layers to quantise.
+    Raises UserError for target layers that the model does not have, for an adapter of another base or with other
+    targets than those given, and for a model without layers to quantise.
     """
-    model = load.outline(config, source)
+    model = load.outline(model_config, source)
+    quantization = config.model.quantization
     if model is not None:
         check_layers(model, quantization, source.name)
     if continued is not None:
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
-        return adapters.stored_parameters(Path(continued))
     if model is None:
-        return None
-    adapted = load.add_lora(model, lora_shape(lora), seed=0)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        return (None if continued is None else adapters.stored_parameters(Path(continued))), None
+    published = published_in(model_config.to_dict(), source.name)
+    if published is not None and published.packs_experts(quantization):
+        pack_experts_on_meta(model)
+    if continued is None:
+        peft_model = load.add_lora(model, lora_shape(config.lora), seed=0)
+        trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
+        return trained, coverage(model)
+    targets, own = config.lora.lora_target_modules, adapter_lora(continued).settings.lora_target_modules
+    asked = None
+    if targets != own:  # other words, which may still mean the same
+        names = [targets] if isinstance(targets, str) else targets
+        asked = {unit.adapted for unit in resolve(model, names, experts=config.lora.lora_experts)}
+    load.add_lora_of(model, continued, config.lora.lora_dropout)
+    reached = coverage(model)
+    if asked is not None and asked != adapted(model):
+        what = f"it reaches other layers than the adapter in {continued} has ({reached})"
+        raise UserError(what, place=PLACE, cure=CURE)
+    return adapters.stored_parameters(Path(continued)), reached
 
 
 def _check_optimizer(optimizer: Optimizer, device: torch.device) -> None:

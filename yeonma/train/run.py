@@ -24,6 +24,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.python_rows import is_label
+from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.sharding import broadcast_trained
@@ -62,7 +63,7 @@ from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try
 from yeonma.train.model_card import sample_answers, write_card
 from yeonma.train.model_remarks import model_remarks
 from yeonma.train.optimizers import restore_optimizer
-from yeonma.train.preflight import check_folders
+from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.step import TrainState
@@ -123,6 +124,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     output = user_path(run.output_dir)
     check_trackers(run.report_to)
     source, continued = check_folders(model_settings, run)
+    config = with_adapters_lora(config)
     device = load.pick_device(model_settings.device)
     with rendezvous() as processes, ExitStack() as contexts:
         stop.several_processes = processes.count > 1
@@ -385,4 +387,9 @@ def load_weights(peft_model: Any, checkpoint: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     weights = load_peft_weights(str(checkpoint), device=str(peft_model.device))
-    set_peft_model_state_dict(peft_model, weights)
+    result = set_peft_model_state_dict(peft_model, weights)
+    lacking = [name for name in result.missing_keys if "lora_" in name]
+    if result.unexpected_keys or lacking:
+        what = f"its adapter is on other layers than this run's (such as {[*result.unexpected_keys, *lacking][0]})"
+        cure = "continue it with the version that began it, or give another --output_dir"
+        raise UserError(what, place=str(checkpoint), cure=cure)

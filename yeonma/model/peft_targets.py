@@ -1,0 +1,108 @@
+"""Targets in PEFT's config: as `targets.resolve` means them, and as plain PEFT reads them again.
+
+Where transformers has fused a model's experts, PEFT moves target modules called `gate_proj` or `gate` to the experts
+and the router, wherever they stand, so that older adapters still load. Our targets are paths in the model as it is, so
+PEFT must leave them alone here (`exact_targets`). In the file, layers that PEFT would move stand among
+`target_parameters`, as the weight that they are: plain PEFT then adds the adapter to the weight and
+gives the same logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+from yeonma.model.targets import Unit, units
+
+
+def target_fields(
+    model: nn.Module, reached: Sequence[Unit], names: Sequence[str], r: int, alpha: float
+) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig for these units. `names`: the setting, which is kept where it says the same.
+
+    A parameter that holds several matrices of the base's files gets as many times the rank, with the same scale.
+    """
+    modules = [unit.path for unit in reached if unit.kind == "linear"]
+    paths = [path for path, _ in model.named_modules()]
+    by_name = [path for path in paths if any(f".{path}".endswith(f".{name}") for name in names)]
+    fused = {unit.leaf: len(unit.in_files) for unit in reached if len(unit.in_files) > 1}
+    linear = {path.rpartition(".")[2] for path in modules}
+    ranks = {rf".*\.{'experts.' * (leaf in linear)}{re.escape(leaf)}": count for leaf, count in fused.items()}
+    parameters = [unit.parameter for unit in reached if unit.kind != "linear"]
+    return {
+        "target_modules": list(names) if modules and sorted(by_name) == sorted(modules) else modules,
+        "target_parameters": _shortest(parameters, [path for path, _ in model.named_parameters()]) or None,
+        "rank_pattern": {key: r * count for key, count in ranks.items()},
+        "alpha_pattern": {key: alpha * count for key, count in ranks.items()},
+    }
+
+
+def _shortest(paths: Sequence[str], every: Sequence[str]) -> list[str]:
+    """The shortest ends of these paths that no other path has."""
+    for length in range(1, max((path.count(".") for path in paths), default=0) + 1):
+        ends = sorted({".".join(path.split(".")[-length:]) for path in paths})
+        if sum(any(f".{path}".endswith(f".{end}") for end in ends) for path in every) == len(paths):
+            return ends
+    return sorted(paths)
+
+
+@contextmanager
+def exact_targets() -> Iterator[None]:
+    """Within the block PEFT takes targets as they are."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    renaming = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = renaming
+
+
+@contextmanager
+def as_peft_reads(model: Any, config: Any) -> Iterator[None]:
+    """Within the block the config of an adapter on `model` has the targets that plain PEFT needs to load it."""
+    own = config.target_modules, config.target_parameters, config.lora_dropout
+    moved = _moved_by_peft(model, config)
+    if moved:
+        linear = [unit.path for unit in units(model) if unit.kind == "linear"]
+        paths = [path for path in linear if any(f".{path}".endswith(f".{name}") for name in moved)]
+        config.target_modules = sorted(set(config.target_modules) - moved)
+        config.target_parameters = [
+            *(config.target_parameters or []),
+            *sorted(f"{path}.weight" for path in paths),
+        ]
+        config.lora_dropout = 0.0  # PEFT has none for parameters; it matters in training only
+    try:
+        yield
+    finally:
+        config.target_modules, config.target_parameters, config.lora_dropout = own
+
+
+def _moved_by_peft(model: Any, config: Any) -> set[str]:
+    """The target modules that PEFT would take for experts or routers."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read = deepcopy(config)
+    convert_peft_config_for_transformers(read, model, None)
+    return set(config.target_modules or ()) - set(read.target_modules or ())
+
+
+def read_config(model: Any, folder: str) -> tuple[Any, bool]:
+    """The config of an adapter's folder for `model`, and whether its targets are exact. Layers that stand among its
+    parameters because of `as_peft_reads` are modules again."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    linear = {unit.parameter: unit.path for unit in units(model) if unit.kind == "linear"}
+    parameters = list(getattr(config, "target_parameters", None) or ())
+    layers = [linear[name] for name in parameters if name in linear]
+    if layers:
+        config.target_modules = sorted({*(config.target_modules or ()), *layers})
+        config.target_parameters = [name for name in parameters if name not in linear] or None
+    return config, bool(layers)

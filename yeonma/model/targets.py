@@ -1,0 +1,397 @@
+"""Which layers a LoRA adapter reaches, by name and by part of the model.
+
+A unit is what LoRA adapts: a linear layer, or one parameter that holds a matrix of every routed expert. Its part
+(attention, dense MLP, routed experts, router, vision tower ...) follows from the names and classes on the way to it.
+`resolve` takes names to units, `coverage` says which units of a model have an adapter.
+
+PEFT alone goes by the last name of a layer. So `q_proj` would reach a vision tower, and in models whose experts
+transformers has fused PEFT moves `gate_proj` to the experts wherever it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from yeonma.errors import Problem, UserError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+PLACE = "lora_target_modules"
+ATTENTION, MLP, DENSE_MLP, RECURRENT = "attention", "MLP", "dense MLP", "recurrent layers"
+SHARED, ROUTED, ROUTER = "shared experts", "routed experts", "router"
+VISION, AUDIO, PROJECTOR, HEAD, OTHER = (
+    "vision tower",
+    "audio tower",
+    "projector",
+    "head",
+    "other layers",
+)
+PARTS = (
+    *(ATTENTION, RECURRENT, MLP, DENSE_MLP, SHARED, ROUTED, ROUTER),
+    *(OTHER, VISION, AUDIO, PROJECTOR, HEAD),
+)
+"""Parts of a model, in the order in which they are named."""
+BY_NAME = {ROUTER, VISION, AUDIO, PROJECTOR, HEAD}
+"""Parts that only their own name reaches."""
+
+_TOWERS = {
+    VISION: re.compile(r"vision|visual|image|(^|_)vit(_|$)", re.I),
+    AUDIO: re.compile(r"audio|speech|sound", re.I),
+    PROJECTOR: re.compile(r"projector|connector|merger|aligner|^mm_", re.I),
+}
+_RECURRENT = re.compile(
+    r"mamba|linear_?attn|linear_?attention|delta|ssm|recurrent|lru|short_?conv|rwkv", re.I
+)
+_ATTENTION = re.compile(r"attn|attention|^[qkvo]_proj$", re.I)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|^fc|^w\d|gate_proj|up_proj|down_proj|dense|moe|mixer", re.I)
+_BOTH = ("gate_proj", "up_proj")
+"""What a fused gate_up_proj holds, as most models call it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A linear layer, or the experts' matrices in one parameter."""
+
+    path: str
+    """Of the module; of `experts`, of the parameter."""
+    part: str
+    kind: Literal["linear", "weight", "experts"]
+    """linear: PEFT adds the adapter to the layer's output. weight: the layer is called otherwise, or is no nn.Linear,
+    so the adapter goes into its weight. experts: a parameter with a matrix for each expert, adapted in the same way."""
+    keys: frozenset[str] = frozenset()
+    """The names on its path by which its part must be named, if it is one of BY_NAME or routed experts."""
+    in_files: tuple[str, ...] = ()
+    """Of experts: what the matrices in this parameter are called in the base's files."""
+
+    @property
+    def leaf(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def block(self) -> str:
+        """The model's layer that it belongs to: the path as far as the first number."""
+        match = re.match(r"(.*?\.\d+)(\.|$)", self.path)
+        return match[1] if match else self.path.rpartition(".")[0]
+
+    @property
+    def adapted(self) -> str:
+        """The path of what gets the adapter: of the module or of the parameter."""
+        return self.path if self.kind == "linear" else self.parameter
+
+    @property
+    def parameter(self) -> str:
+        """The path of what PEFT's `target_parameters` name."""
+        return self.path if self.kind == "experts" else f"{self.path}.weight"
+
+
+def _own(path: str) -> str:
+    """A path in the model with an adapter -> the path in the model without."""
+    return ".".join(part for part in path.split(".") if part not in ("base_layer", "original_module"))
+
+
+def _modules(model: Any) -> dict[str, nn.Module]:
+    """The modules of the model itself by their paths, whether it has adapters or not."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if re.search(r"(^|\.)(lora_|modules_to_save(\.|$))", path):
+            continue
+        found[_own(path)] = module  # the wrapped layer comes after PEFT's layer around it
+    return found
+
+
+def units(model: Any) -> list[Unit]:
+    """All units of a transformers model, with or without adapters, in the order of the model."""
+    modules = _modules(model)
+    head = model.get_output_embeddings()
+    inner = getattr(head, "get_base_layer", lambda: head)()
+    heads = {path for path, module in modules.items() if module is inner or module is head}
+    names_in_files = _names_in_files(model)
+    found = list(_units(modules, heads, names_in_files))
+    if any(unit.part == ROUTED for unit in found):
+        return [replace(unit, part=DENSE_MLP) if unit.part == MLP else unit for unit in found]
+    return found
+
+
+def _units(
+    modules: dict[str, nn.Module], heads: set[str], names_in_files: dict[str, tuple[str, ...]]
+) -> Iterator[Unit]:
+    for path, module in modules.items():
+        part, keys = _part(path, modules, heads)
+        if isinstance(module, nn.Linear | Conv1D):
+            plain = part != ROUTER or type(module) is nn.Linear
+            yield Unit(path, part, "linear" if plain and _is_called_plainly(module) else "weight", keys)
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if part == ROUTER and name == "weight" and weight.ndim == 2:
+                yield Unit(path, part, "weight", keys)
+            elif part == ROUTED and weight.ndim >= 2 and "bias" not in name and "scale" not in name:
+                yield Unit(f"{path}.{name}", part, "experts", keys, names_in_files.get(name, ()))
+
+
+def _part(path: str, modules: dict[str, nn.Module], heads: set[str]) -> tuple[str, frozenset[str]]:
+    """The part of a module, and the names on its path that name this part."""
+    names = path.split(".")
+    if path in heads:
+        return HEAD, frozenset(names[-1:])
+    for part, pattern in _TOWERS.items():
+        if keys := frozenset(name for name in names if pattern.search(name)):
+            return part, keys
+    first = next((index for index, name in enumerate(names) if name.isdigit()), len(names) - 1)
+    paths = [".".join(names[: index + 1]) for index in range(first + 1, len(names))]
+    inner = names[first + 1 :]
+    classes = [type(modules[one]).__name__ if one in modules else "" for one in paths]
+    steps = list(zip(inner, paths, classes, strict=True))
+    if keys := frozenset(name for name, one, kind in steps if _is_router(name, one, kind, modules)):
+        return ROUTER, keys
+    if any("shared" in name for name in inner) and not any(map(_ATTENTION.search, inner)):
+        return SHARED, frozenset()
+    if keys := frozenset(name for name, _, kind in steps if name == "experts" or "Experts" in kind):
+        return ROUTED, keys
+    for part, pattern in ((RECURRENT, _RECURRENT), (ATTENTION, _ATTENTION), (MLP, _MLP)):
+        if any(pattern.search(name) or pattern.search(kind) for name, _, kind in steps):
+            return part, frozenset()
+    return OTHER, frozenset()
+
+
+def _is_router(name: str, path: str, kind: str, modules: dict[str, nn.Module]) -> bool:
+    if "router" in name or "Router" in kind:
+        return True
+    beside_experts = path.rpartition(".")[0] + ".experts" in modules
+    return (name == "gate" and beside_experts) or (name.endswith("_gate") and "expert" in name)
+
+
+def _is_called_plainly(layer: Any) -> bool:
+    """Whether a linear layer takes one tensor and returns one, so that PEFT can add to what it returns. A layer with a
+    forward of its own is tried, without its weights."""
+    if type(layer).forward == nn.Linear.forward or isinstance(layer, Conv1D) or hasattr(layer, "packed"):
+        return True
+    if not layer.weight.is_floating_point():
+        return True  # quantised by another library, whose layers PEFT knows
+    meta = {name: torch.empty_like(weight, device="meta") for name, weight in layer.named_parameters()}
+    x = torch.empty(1, 3, layer.in_features, device="meta", dtype=layer.weight.dtype)
+    try:
+        result = torch.func.functional_call(layer, meta, (x,))
+    except Exception:  # a model's own code may raise anything
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (1, 3, layer.out_features)
+
+
+def _names_in_files(model: Any) -> dict[str, tuple[str, ...]]:
+    """The parameters of fused experts -> what their matrices are called in the base's files."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    for config in (model.config, model.config.get_text_config()):
+        for entry in get_checkpoint_conversion_mapping(config.model_type) or ():
+            sources, targets = (getattr(entry, name, ()) for name in ("source_patterns", "target_patterns"))
+            if not isinstance(sources, list) or not isinstance(targets, list):
+                continue
+            if len(targets) == 1 and all(".experts." in source and "*" in source for source in sources):
+                names = [source.removesuffix(".weight").rpartition(".")[2] for source in sources]
+                found[targets[0].rpartition(".")[2]] = tuple(names)
+    return found
+
+
+# from names to units
+
+
+def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[Unit]:
+    """The units that target names reach. `experts`: whether `all-linear`, and names that routed experts share with
+    other layers, reach routed experts too.
+
+    A name is the last part of a layer's path or several (`q_proj`, `self_attn.q_proj`), a module that contains layers
+    (`shared_experts`, `vision_tower`), or a pattern with `*` and `?`. Routers, towers, projectors and the head need
+    their own name in it. Raises UserError that lists all names which reach nothing.
+    """
+    every = units(model)
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        cure = "use all-linear, or name layers such as [q_proj, v_proj]"
+        raise UserError("it names no layer", place=PLACE, cure=cure)
+    all_linear = any(name.lower() == ALL_LINEAR for name in names)
+    names = [name for name in names if name.lower() != ALL_LINEAR]
+    spellings = {unit: _spellings(unit, every) for unit in every}
+    problems = [
+        _unknown(name, model, every)
+        for name in names
+        if not any(_may_name(name, unit, path) for unit, ways in spellings.items() for path in sum(ways, ()))
+    ]
+    reached, halves = list[Unit](), dict[str, Problem]()
+    for unit, ways in spellings.items():
+        missing = [
+            [path for path in way if not any(_reaches(name, unit, path, every, experts) for name in names)]
+            for way in ways
+        ]
+        if [] in missing or (all_linear and _is_in_all_linear(unit, model, experts)):
+            reached.append(unit)
+        for way, lacking in zip(ways, missing, strict=True):
+            if unit not in reached and 0 < len(lacking) < len(way):
+                half = _half(way, lacking)
+                halves[half.what] = half
+    if problems or halves:
+        raise UserError([*problems, *halves.values()])
+    if not reached:
+        what = f"{', '.join(names)} name routed experts alone, which lora_experts false leaves out"
+        raise UserError(what, place=PLACE, cure="leave out lora_experts, or name other layers")
+    return reached
+
+
+def _spellings(unit: Unit, every: Sequence[Unit]) -> list[tuple[str, ...]]:
+    """The ways to name a unit: by its path, or by all the matrices that a parameter of experts holds."""
+    ways: list[tuple[str, ...]] = [(unit.path,)]
+    if unit.kind == "experts":
+        container = unit.path.rpartition(".")[0]
+        ways.append(tuple(f"{container}.{name}" for name in unit.in_files))
+        leaves = {one.leaf for one in every if one.kind == "linear" and one.part not in BY_NAME}
+        if unit.leaf == "gate_up_proj" and leaves.issuperset(_BOTH):
+            ways.append(tuple(f"{container}.{name}" for name in _BOTH))
+    return [way for way in dict.fromkeys(ways) if way]
+
+
+def _is_in_all_linear(unit: Unit, model: Any, experts: bool) -> bool:
+    if unit.part in BY_NAME or (unit.part == ROUTED and not experts):
+        return False
+    return unit.kind != "weight" and not _is_refused(unit, model)
+
+
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+def _is_refused(unit: Unit, model: Any) -> bool:
+    """Whether PEFT refuses an adapter there: fast kernels of these models read the layer's weight themselves."""
+    return unit.leaf == "out_proj" and getattr(model.config, "model_type", None) in _MAMBA
+
+
+def _may_name(name: str, unit: Unit, path: str) -> bool:
+    """Whether a name reaches the unit by this spelling, except for the experts' setting."""
+    return _matches(name, path) and (unit.part not in BY_NAME or _mentions(name, unit.keys))
+
+
+def _reaches(name: str, unit: Unit, path: str, every: Sequence[Unit], experts: bool) -> bool:
+    if not _may_name(name, unit, path):
+        return False
+    if unit.part != ROUTED or experts or _mentions(name, unit.keys):
+        return True
+    return (
+        path == unit.path
+        and name == unit.leaf
+        and not any(one.leaf == name and one.part not in (ROUTED, *BY_NAME) for one in every)
+    )
+
+
+def _matches(name: str, path: str) -> bool:
+    """Whether a name is the path's end, a module on the way, or a pattern of either."""
+    if any(char in name for char in "*?["):
+        return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
+    return f".{name}." in f".{path}."
+
+
+def _mentions(name: str, keys: frozenset[str]) -> bool:
+    parts = [part for part in name.split(".") if part.strip("*?")]
+    return any(fnmatchcase(key, part) for key in keys for part in parts)
+
+
+def _half(way: Sequence[str], lacking: Sequence[str]) -> Problem:
+    names, without = ([path.rpartition(".")[2] for path in paths] for paths in (way, lacking))
+    what = f"the routed experts hold {' and '.join(names)} in one parameter, and {without[0]} is not named"
+    return Problem(what, PLACE, f"name {without[0]} too, or use --lora_experts false")
+
+
+def _unknown(name: str, model: Any, every: Sequence[Unit]) -> Problem:
+    """The problem of a name that reaches nothing."""
+    for unit in every:
+        if _matches(name, unit.path) and unit.part in BY_NAME:
+            key = next(part for part in unit.path.split(".") if part in unit.keys)
+            what = f'"{name}" is only in the {unit.part}, which an adapter reaches by its own name alone'
+            return Problem(what, PLACE, f"write {key}.*.{unit.leaf}, or {key} for all of it")
+    for path, module in _modules(model).items():
+        if path and _matches(name, path) and not list(module.children()):
+            what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
+            return Problem(what, PLACE, "leave it out")
+    own = [unit for unit in every if unit.part not in (VISION, AUDIO, PROJECTOR)]
+    fused = {unit.leaf: unit.in_files for unit in own if unit.kind == "experts"}
+    leaves = sorted({unit.leaf for unit in own}.union(*fused.values()))
+    what = f'no layer of the model is called "{name}"; it has {", ".join(leaves)}'
+    if fused:
+        listed = [
+            leaf if files in ((), (leaf,)) else f"{leaf} ({' and '.join(files)} in its files)"
+            for leaf, files in fused.items()
+        ]
+        what += f"; its routed experts are {' and '.join(listed)}"
+        if name in _BOTH and "gate_up_proj" in fused:
+            return Problem(what, PLACE, "use gate_up_proj, or all-linear")
+    return Problem(what, PLACE, did_you_mean(name, leaves) or "or use all-linear")
+
+
+# what has an adapter
+
+
+@dataclass(frozen=True)
+class PartCoverage:
+    """How far adapters reach in a part of the model."""
+
+    part: str
+    reached: int
+    """Layers of the model in which something of the part has an adapter."""
+    blocks: int
+    """Layers of the model that have the part."""
+    names: tuple[str, ...]
+    """Names of what has an adapter there."""
+    without: tuple[str, ...]
+    """Names of what has none, at least in one of these layers."""
+
+    def __str__(self) -> str:
+        text = f"{self.part} {self.reached}/{self.blocks}"
+        if self.names and self.without:
+            text += f" ({', '.join(self.names)}; not {', '.join(self.without)})"
+        return text
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a model has an adapter: `attention 32/32, dense MLP 1/1, shared experts 31/31, routed experts 0/31`."""
+
+    parts: tuple[PartCoverage, ...]
+    whole: tuple[str, ...] = ()
+    """Modules that are trained whole, as PEFT's `modules_to_save`."""
+
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.parts))
+        return text + (f"; trained whole: {', '.join(self.whole)}" if self.whole else "")
+
+
+def adapted(model: Any) -> set[str]:
+    """The paths of all layers and parameters of a model that have an adapter."""
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            name = getattr(module, "parameter_name", None)
+            found.add(_own(path) if name is None else f"{_own(path)}.{name}")
+    return found
+
+
+def coverage(model: Any) -> Coverage:
+    """What of a transformers model has an adapter, by part. `model`: without PEFT's outermost wrapper."""
+    every, reached = units(model), adapted(model)
+    has = {unit for unit in every if unit.path in reached or unit.parameter in reached}
+    parts = list[PartCoverage]()
+    for part in PARTS:
+        own = [unit for unit in every if unit.part == part]
+        blocks = {unit.block for unit in own if unit in has}
+        if not own or (part == HEAD and not blocks):
+            continue
+        names = dict.fromkeys(unit.leaf for unit in own if unit in has)
+        without = dict.fromkeys(unit.leaf for unit in own if unit not in has and unit.block in blocks)
+        total = len({unit.block for unit in own})
+        parts.append(PartCoverage(part, len(blocks), total, tuple(names), tuple(without)))
+    whole = [_own(path) for path, module in model.named_modules() if hasattr(module, "modules_to_save")]
+    return Coverage(tuple(parts), tuple(sorted(whole)))

@@ -69,10 +69,13 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
         title = f"{dataset.train.rows.name} for {Path(source.name).name}"
         write_text_atomically(user_path(options.html), page(title, views, audit, lines, remarks))
     if options.json:
-        about = {"forecast": forecast and forecast_dict(forecast), "adapter": adapter and asdict(adapter)}
         for view in views:
             sys.stdout.write(view_json(view))
-        about |= {"model_remarks": remarks} if remarks else {}
+        about: dict[str, Any] = {
+            "forecast": forecast and forecast_dict(forecast),
+            "adapter": adapter and asdict(adapter),
+            **({"model_remarks": remarks} if remarks else {}),
+        }
         sys.stdout.write(audit_json(audit, about))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)

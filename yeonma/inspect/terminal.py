@@ -83,8 +83,8 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         for part in (one.train, one.validation):
             if part is not None:
                 _print_part(console, part, "trained" if part is one.train else "validation")
-        for warning in one.overlaps:
-            console.print(Text(f"  ! {warning}", "yellow"))
+        for line in one.overlaps:
+            console.print(Text(f"  ! {line}", "yellow"))
     if audit.sets:
         _print_mixture(console, audit)
     else:
@@ -95,8 +95,8 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         console.print(_histograms(audit.train))
     if audit.overlap is not None:
         console.print(Text(f"! {audit.overlap}", "yellow"))
-    for warning in audit.warnings:
-        console.print(Text(f"! {warning}", "yellow"))
+    for remark in audit.warnings:
+        console.print(Text(f"! {remark}", "yellow"))
     console.print(Text.assemble(("per epoch: ", "bold"), _epoch(audit)))
     console.print(Text.assemble(("computation: ", "bold"), _saving(audit)))
 

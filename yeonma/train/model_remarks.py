@@ -21,7 +21,7 @@ def _frequencies(config: Any, dataset: Dataset) -> list[str]:
     if not borders:
         return []
     parts = [dataset.train, *dataset.validation.values()]
-    lengths = np.concatenate([part.store.lengths[part.store.trained_of(part.units)] for part in parts])
+    lengths = np.concatenate([part.store.lengths[part.store.examples_of(part.units)] for part in parts])
     lines = [
         f"LongRoPE with original_max_position_embeddings {border}: of this run's {len(lengths):,} examples, "
         f"{int((lengths <= border).sum()):,} have the short frequencies and {int((lengths > border).sum()):,}, which "

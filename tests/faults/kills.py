@@ -1,8 +1,9 @@
 """`python -m tests.faults.kills`: real runs that are killed at random moments end with the bytes of uninterrupted ones.
 
 Each run is the command line of `yeonma sft` or `yeonma dpo` in a process of its own, with dropout, evaluations, early
-stopping, checkpoints within epochs and rotation, half of them with an empty cache. The run gets a signal and is started
-again, up to six times, and then runs to its end. Its folder must then equal that of an uninterrupted run, checkpoints
+stopping, checkpoints within epochs and rotation, half of them with an empty cache. How often it saves and how many
+checkpoints it keeps is drawn at random. The run gets a signal and is started again, up to six times, and then runs to
+its end. Its folder must then equal that of an uninterrupted run: the list of names, and every byte, checkpoints
 included. Most processes are forked from this one, which has imported the libraries and computed nothing. They are as
 real to kill -9 as others, and start at once. Every tenth process starts a new interpreter.
 
@@ -51,8 +52,6 @@ SETTINGS: Mapping[str, object] = {
     "lora_alpha": 8,
     "lora_dropout": 0.1,
     "eval_steps": 4,
-    "save_steps": 2,
-    "save_total_limit": 2,
     "early_stopping_patience": 2,
     "card_rows": 1,
 }
@@ -60,6 +59,11 @@ VERBS: Mapping[str, Mapping[str, object]] = {
     "sft": {"early_stopping_threshold": 0.3},  # stops early, between two checkpoints or at one
     "dpo": {"template": None, "learning_rate": 1e-3},  # goes on to its end
 }
+
+
+SAVE_STEPS, LIMITS = (1, 2, 3, 5), (None, 1, 2, 3)
+"""A run keeps one of these numbers of checkpoints, None all of them, and saves after so many steps, drawn for each
+limit. Each rotation of a verb needs an uninterrupted run to compare with."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +169,13 @@ def started(words: Sequence[str], place: Path, cache: Path) -> Process:
 
 
 def left_behind(output: Path, checkpoints: bool) -> dict[str, Any]:
-    """Every file's bytes; metrics.jsonl as lines, without times and memory, and without its sum."""
+    """Every name, and every file's bytes; metrics.jsonl as lines, without times and memory, and without its sum."""
     from tests.runs import untimed
 
     contents: dict[str, Any] = {
-        str(path.relative_to(output)): path.read_bytes()
+        str(path.relative_to(output)): path.read_bytes() if path.is_file() else "a folder"
         for path in sorted(output.rglob("*"))
-        if path.is_file() and (checkpoints or path.parent == output)
+        if checkpoints or (path.parent == output and path.is_file())
     }
     lines = untimed(contents["metrics.jsonl"])
     sums = json.loads(contents["manifest.json"])
@@ -201,8 +205,8 @@ def phase(output: Path, steps: int) -> str:
     )
 
 
-def prepare(place: Path) -> dict[str, list[str]]:
-    """A tiny base, rows and pairs; the command of each verb."""
+def prepare(place: Path, rotations: Sequence[Mapping[str, object]]) -> dict[str, list[list[str]]]:
+    """A tiny base, rows and pairs; the commands of each verb, one for each rotation."""
     from tests.pairs import pairs
     from tests.runs import arguments, articles, model_folder, write_jsonl
 
@@ -212,7 +216,10 @@ def prepare(place: Path) -> dict[str, list[str]]:
         "dpo": write_jsonl(place / "pairs.jsonl", pairs(42)),
     }
     return {
-        verb: [verb, *arguments({"base_model": base, "data_path": data[verb], **SETTINGS, **own})]
+        verb: [
+            [verb, *arguments({"base_model": base, "data_path": data[verb], **SETTINGS, **own, **rotation})]
+            for rotation in rotations
+        ]
         for verb, own in VERBS.items()
     }
 
@@ -314,14 +321,19 @@ def kill(
 ) -> dict[str, Tally]:
     """Sends the signals to runs of each verb, at least half of them during a save. `place` is an empty folder."""
     warm()
-    commands = in_child(lambda: prepare(place))
+    rotations = [{"save_steps": draw.choice(SAVE_STEPS), "save_total_limit": limit} for limit in LIMITS]
+    print(f"rotations {json.dumps(rotations)}", flush=True)
+    commands = in_child(lambda: prepare(place, rotations))
     tallies: dict[str, Tally] = {}
     for verb in verbs:
-        course = reference(verb, commands[verb], place / f"whole-{verb}", number == signal.SIGKILL)
+        courses = [
+            reference(verb, words, place / f"whole-{verb}-{index}", number == signal.SIGKILL)
+            for index, words in enumerate(commands[verb])
+        ]
         tally = tallies[verb] = Tally()
         while tally.sent < kills or 2 * tally.signals["in a save"] < tally.sent:
             most = max(kills, 2 * (tally.sent - tally.signals["in a save"]))
-            one_run(course, place / f"{verb}-{tally.runs}", tally, number, most, draw)
+            one_run(draw.choice(courses), place / f"{verb}-{tally.runs}", tally, number, most, draw)
             if len(tally.failures) >= 5:
                 break
     return tallies

@@ -44,6 +44,8 @@ from yeonma.run_folder import checkpoint
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import AdapterWriter, RunProgress, newest_whole, recover, write_checkpoint
 from yeonma.run_folder.lock import hold
+from yeonma.run_folder.progress import StepRecord
+from yeonma.run_folder.run_log import METRICS, TRAINED_ROWS, LogSums, open_metrics, open_trained_rows
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.example import TokenRules
 from yeonma.train import loop
@@ -87,9 +89,11 @@ class Saver:
 
         return AdapterWriter(write, 10_000)
 
-    def save(self, output: Path, step: int, value: float, best: int | None = None) -> None:
+    def save(
+        self, output: Path, step: int, value: float, best: int | None = None, logs: LogSums | None = None
+    ) -> None:
         optimizer = {f"{name}/exp_avg": torch.full((8,), value) for name in self.parameters}
-        state = RunProgress(step, {}, None, best, 0, dict(IDENTITY))
+        state = RunProgress(step, {}, None, best, 0, dict(IDENTITY), logs=logs or {})
         write_checkpoint(output, state, self._adapter(value), optimizer, {"cpu/0": torch.get_rng_state()})
 
     def rotate(self, output: Path, limit: int, keep: int | None) -> None:
@@ -115,6 +119,33 @@ class Saver:
         folder.install(output, self._adapter(value))
         folder.seal(output)
         folder.write_run_json(output, IDENTITY, finished=True)
+
+    def run(self, output: Path, steps: int, limit: int | None) -> None:
+        """What a run does with its folder from its start to its end, or what is left of it: the second step is the
+        best, and each is saved."""
+        with hold(output, lambda _: None):
+            recover(output)
+            start = folder.find_start(output, IDENTITY, "latest", False, lambda _: None)
+            if start.finished:
+                return
+            folder.begin(output, IDENTITY, "seed: 1\n", start, limit)
+            done, logs = 0, LogSums()
+            if start.progress is not None:
+                done, logs = start.progress.step, start.progress.logs
+            lines = {name: recorded["lines"] for name, recorded in logs.items()}
+            with (
+                open_metrics(output / METRICS, done or None, lines=lines.get(METRICS)) as metrics,
+                open_trained_rows(output / TRAINED_ROWS, done, lines.get(TRAINED_ROWS)) as rows,
+            ):
+                for step in range(done + 1, steps + 1):
+                    metrics.write(StepRecord(step, step / 2, 1 / step, 1e-3, 1.0, 4, 100, 50, 0.1, 1))
+                    rows.write(step, [step])
+                    metrics.sync()
+                    rows.sync()
+                    logs = {METRICS: metrics.sum.as_record(), TRAINED_ROWS: rows.sum.as_record()}
+                    self.save(output, step, float(step), min(step, 2), logs)
+                    checkpoint.rotate(output, limit, min(step, 2))
+            self.finish(output, 2.0)
 
     def unpickle(self, output: Path) -> None:
         forbid_pickle()

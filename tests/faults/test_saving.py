@@ -35,6 +35,7 @@ from tests.runs import arguments, articles, left_behind, model_folder, write_jso
 from yeonma.files import file_hash, hashes_of
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import newest_whole, read_whole, recover
+from yeonma.run_folder.entries import RUN, SEAL
 from yeonma.run_folder.lock import hold
 
 Calls = Sequence[Sequence[object]]
@@ -116,7 +117,7 @@ class Trial:
 
     def check(self, completed: int, context: object) -> None:
         """Checks the folder after `completed` of the calls, and that the same command then completes."""
-        run = json.loads((self.output / folder.RUN).read_text("utf-8"))
+        run = json.loads((self.output / RUN).read_text("utf-8"))
         if run["finished"]:
             check_finished(self.output)
         with hold(self.output, print):
@@ -145,7 +146,7 @@ class Trial:
         for name in self.scenario.ends_with:
             read_whole(self.output / name)
         if self.scenario.calls[-1][0] == "finish":
-            assert json.loads((self.output / folder.RUN).read_text("utf-8"))["finished"], context
+            assert json.loads((self.output / RUN).read_text("utf-8"))["finished"], context
             check_finished(self.output)
 
 
@@ -169,7 +170,7 @@ def check_weights(path: Path, values: set[float]) -> None:
 
 def check_finished(output: Path) -> None:
     """Checks that a run that is finished according to run.json has all files, with the hashes of its manifest."""
-    hashes = json.loads((output / folder.SEAL).read_text("utf-8"))["sha256"]
+    hashes = json.loads((output / SEAL).read_text("utf-8"))["sha256"]
     assert {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -241,8 +242,8 @@ def test_nothing_is_written_through_memory(trial: Trial, tmp_path: Path) -> None
     assert [call for call in mapped if "PROT_WRITE" in call.text and str(trial.output) in call.text] == []
 
 
-FREE_SPACE = re.compile(r"[\d,]+( bytes)? are free; make room")
-NEEDED_SPACE = re.compile(r"it needs [\d,]+ bytes, and [\d,]+ are free; make room")
+FREE_SPACE = re.compile(r"[\d,]+( bytes)? are free; (make room|check the disk)")
+NEEDED_SPACE = re.compile(r"it needs [\d,]+ bytes, and [\d,]+ are free; (make room|check the disk)")
 ERROR_OF_CALL = {
     **dict.fromkeys((*OPENS, *WRITES, *FOLDERS, *RENAMES), "ENOSPC"),
     **dict.fromkeys((*SYNCS, *REMOVALS), "EIO"),
@@ -268,6 +269,72 @@ def test_failing_call_is_reported_and_keeps_earlier_checkpoints(trial: Trial) ->
     assert reported > len(trial.calls) / 2
 
 
+IN_WORDS = {
+    "EMFILE": "Too many open files; let this process open more files (ulimit -n)",
+    "EACCES": "Permission denied; let this user write there",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", IN_WORDS)
+@pytest.mark.parametrize("trial", ["save and rotate", "finish"], indirect=True)
+def test_fault_91_other_errors_of_the_system_are_said_in_words(trial: Trial, error: str) -> None:
+    """At every call that opens or makes something. Nothing half-written stays, and the same calls then end normally."""
+    reported = 0
+    for call in trial.calls:
+        if call.name not in (*OPENS, *FOLDERS):
+            continue
+        trial.fill()
+        outcome = trial.saver.fail(trial.job, call, error)
+        assert (outcome.status, outcome.bug) == (0, ""), (call, outcome)
+        if outcome.error:
+            reported += 1
+            assert f"cannot be written: {IN_WORDS[error]}" in outcome.error, (call, outcome)
+        assert not {name for name in hidden_in(trial.output) if name.endswith(".partial")}, call
+        trial.check(outcome.done, call)
+    assert reported >= 5
+
+
+# A short run, killed at each of its calls
+
+
+def contents_of(folder: Path) -> dict[str, bytes | None]:
+    """The list of all names, with the bytes of the files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+SHORT_RUN_KILLS = int(os.environ.get("YEONMA_SHORT_RUN_KILLS", "1000000"))
+"""For each limit; by default more than it makes calls, so that it is killed at each of them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_fault_87_a_short_run_killed_at_each_of_its_calls_leaves_the_same_files(
+    saver: Workshop, tmp_path: Path, limit: int | None
+) -> None:
+    """From the lock to the end, rotation included: the list of names and every byte."""
+    output = tmp_path / "out"
+    job = {"output": str(output), "calls": [["run", 3, limit]]}
+    calls = calls_on(output, saver.trace(job, tmp_path / "trace"))
+    whole = contents_of(output)
+    kept = {1: {2, 3}, 2: {2, 3}, None: {1, 2, 3}}[limit]
+    assert {name for name in whole if re.fullmatch(r"\.?checkpoint-[^/]*", name)} == {
+        f"checkpoint-{step}" for step in kept
+    }
+    assert hidden_in(output) == set()
+    assert breaches(calls, output) == []
+    killed = calls[:: max(1, len(calls) // SHORT_RUN_KILLS)]
+    for call in killed:
+        shutil.rmtree(output)
+        saver.kill(job, call)
+        saver.succeed(job)
+        assert contents_of(output) == whole, call
+    print(f"limit {limit}: {len(killed)} kills of {len(calls)} calls")
+
+
 # Whole runs
 
 KILLS_OF_A_RUN = int(os.environ.get("YEONMA_KILLS", "6"))
@@ -275,7 +342,6 @@ KILLS_OF_A_RUN = int(os.environ.get("YEONMA_KILLS", "6"))
 SETTINGS: dict[str, object] = {
     "num_epochs": 2,
     "save_steps": 2,
-    "save_total_limit": 1,
     "eval_steps": 3,
     "val_set_size": 5,
     "lora_dropout": 0.1,
@@ -286,18 +352,19 @@ SETTINGS: dict[str, object] = {
 class Command:
     """`yeonma sft` in its own process, the files that it leaves and its system calls."""
 
-    def __init__(self, saver: Workshop, parent: Path) -> None:
+    def __init__(self, saver: Workshop, parent: Path, limit: int | None) -> None:
         self.saver, self.output = saver, parent / "out"
         self.environment = {"YEONMA_CACHE": str(parent / "cache")}
         base, data = model_folder(parent / "model"), write_jsonl(parent / "rows.jsonl", articles(23))
         paths = {"base_model": base, "data_path": data, "output_dir": self.output}
+        settings = {**paths, **RUN_SETTINGS, **SETTINGS, "save_total_limit": limit}
         self.job = {
-            "command": ["sft", *arguments({**paths, **RUN_SETTINGS, **SETTINGS})],
+            "command": ["sft", *arguments(settings)],
             "environment": self.environment,
             "log": str(parent / "log"),
         }
         saver.succeed(self.job)  # from here on, the tokens are in the cache
-        self.expected = left_behind(self.output)
+        self.expected, self.names = left_behind(self.output), set(contents_of(self.output))
         shutil.rmtree(self.output)
         self.calls = calls_on(self.output, saver.trace(self.job, parent / "trace"))
         assert left_behind(self.output) == self.expected
@@ -308,12 +375,15 @@ class Command:
             self.saver.kill(self.job, call)
             self.saver.succeed(self.job)
             assert left_behind(self.output) == self.expected, call
+            assert set(contents_of(self.output)) == self.names, call
             assert hidden_in(self.output) == set(), call
 
 
-@pytest.fixture(scope="module")
-def command(saver: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    return Command(saver, tmp_path_factory.mktemp("run"))
+@pytest.fixture(scope="module", params=[1, 2, None])
+def command(
+    saver: Workshop, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Command:
+    return Command(saver, tmp_path_factory.mktemp("run"), request.param)
 
 
 def test_no_call_of_a_whole_run_relies_on_unflushed_data(command: Command) -> None:

@@ -40,6 +40,8 @@ class Range:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    limit: int | None = None
+    """What no run can mean: a billion steps of a millisecond take eleven days. Named only where a number is above it."""
 
     def __contains__(self, number: float) -> bool:
         return (
@@ -60,17 +62,16 @@ class Range:
         return " and ".join(f"{words} {number}" for words, number in ends if number is not None)
 
 
-# Beyond these no run can come: a billion steps of a millisecond take eleven days.
-COUNT = {"range": Range(at_least=1, at_most=10**9)}
-ROWS = {"range": Range(at_least=1, at_most=10**12)}
-BATCH = {"range": Range(at_least=1, at_most=10**6)}
-EPOCHS = {"range": Range(above=0, at_most=10**6)}
-TOKENS = {"range": Range(at_least=1, at_most=10**8)}
-RANK = {"range": Range(at_least=1, at_most=65536)}
-PROCESSES = {"range": Range(at_least=1, at_most=1024)}
-BYTES = {"range": Range(at_least=1, at_most=10**15)}
-NOT_NEGATIVE = {"range": Range(at_least=0, at_most=10**9)}
-POSITIVE = {"range": Range(above=0, at_most=10**9)}
+COUNT = {"range": Range(at_least=1, limit=10**9)}
+ROWS = {"range": Range(at_least=1, limit=10**12)}
+BATCH = {"range": Range(at_least=1, limit=10**6)}
+EPOCHS = {"range": Range(above=0, limit=10**6)}
+TOKENS = {"range": Range(at_least=1, limit=10**8)}
+RANK = {"range": Range(at_least=1, limit=65536)}
+PROCESSES = {"range": Range(at_least=1, limit=1024)}
+BYTES = {"range": Range(at_least=1, limit=10**15)}
+NOT_NEGATIVE = {"range": Range(at_least=0, limit=10**9)}
+POSITIVE = {"range": Range(above=0, limit=10**9)}
 FRACTION = {"range": Range(at_least=0, at_most=1)}
 DECAY = {"range": Range(at_least=0, below=1)}
 SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}

@@ -83,8 +83,8 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         for part in (one.train, one.validation):
             if part is not None:
                 _print_part(console, part, "trained" if part is one.train else "validation")
-        for line in one.overlaps:
-            console.print(Text(f"  ! {line}", "yellow"))
+        for warning in one.overlaps:
+            console.print(Text(f"  ! {warning}", "yellow"))
     if audit.sets:
         _print_mixture(console, audit)
     else:

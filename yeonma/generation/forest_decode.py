@@ -209,6 +209,11 @@ class _LiveRow:
     scores: ScoreLog | None = None
     generated: list[int] = field(default_factory=list)
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and answer so far."""
+        return (*self.prompt, *self.generated)
+
 
 def decode(
     model: Any,
@@ -296,9 +301,7 @@ def _step(model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int)
     """logits_BV of the next tokens. The rows from index `continuing` on start with this step; those whose prompt
     another one has are moved to the end, and get its numbers."""
     first_of: dict[tuple[int, ...], int] = {}
-    twins = [
-        row for row in live[continuing:] if first_of.setdefault(tuple(row.prompt), row.index) != row.index
-    ]
+    twins = [row for row in live[continuing:] if first_of.setdefault(row.tokens, row.index) != row.index]
     if twins:
         live[continuing:] = [row for row in live[continuing:] if row not in twins] + twins
     computed = len(live) - len(twins)
@@ -321,7 +324,7 @@ def _step(model: Any, cache: ForestCache, live: list[_LiveRow], continuing: int)
     if not twins:
         return logits_BV
     row_of = {row.index: row_index for row_index, row in enumerate(live)}
-    source = torch.tensor([row_of[first_of[tuple(row.prompt)]] for row in twins], device=logits_BV.device)
+    source = torch.tensor([row_of[first_of[row.tokens]] for row in twins], device=logits_BV.device)
     cache.copy_rows(source, computed)
     return torch.cat([logits_BV, logits_BV[source]])
 

@@ -315,12 +315,9 @@ def _value_parser(settings: Mapping[str, Setting]) -> Callable[[Setting, object]
         except (ArgumentError, ValueError, OverflowError, RecursionError):  # the last two: huge values
             raise InvalidValue("is not valid") from None
         _check_utf8(parsed)
-<<<<<<< HEAD
         if setting.check is not None:
             _check_text(setting.check, str(parsed))
-=======
         accepted = setting.range or Range()
->>>>>>> w8
         for number in _numbers(parsed):
             if number not in accepted:
                 raise InvalidValue("is out of range")

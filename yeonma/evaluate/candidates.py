@@ -37,7 +37,7 @@ from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.example import TokenRules, answer_tokens
 
 CUTOFF_LEN = 2048
-FORMAT = 1
+FORMAT = 2
 """Increased whenever a change of the code changes a model's answer to the same prompt."""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from yeonma.adapter.adapter_folder import AdapterFolder, asked_as, read_adapter_folder
 from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.column_paths import row_with_paths
-from yeonma.data.columns import Columns, column_of, field_text
+from yeonma.data.columns import Columns, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
@@ -21,14 +22,17 @@ from yeonma.errors import Problem, UserError
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import model_positions
 from yeonma.model.source import BaseSource, find_base
+from yeonma.tokenization.answer_shape import frame_of
+from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
-from yeonma.tokenization.example_encoder import encode_prompts, encoder_for
+from yeonma.tokenization.example_encoder import ExampleEncoder, encode_prompts, encoder_for
 from yeonma.tokenization.reasoning import PLAIN, AnswerParts, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.tool_calls import FindCalls, call_finder
 
 NO_LIMIT = 2**40  # tokens
+_NO_IDS = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +42,9 @@ class Prompt:
     token_ids: NDArray[np.int32]
     shortened: bool = False
     """Whether a field was shortened so that the answer fits."""
-    is_turn: bool = False
-    """Whether the model's chat template rendered the prompt. White space around the answer then belongs to the
-    template."""
     frame: tuple[str, str] = ("", "")
-    """The template's text before and after the answer field."""
+    """The template's text before and after the answer field, as it is trained; in a turn, also what the chat template
+    writes after the turn's text."""
     shape: AnswerShape = PLAIN
     """What the chat template makes the model write around reasoning and answer."""
     opens_reasoning: bool = False
@@ -53,18 +55,17 @@ class Prompt:
         return self.shape.parts(text, is_open=self.opens_reasoning, growing=growing)
 
     def answer(self, text: str) -> str:
-        """The answer in the generated `text`: without reasoning, white space and frame."""
+        """The answer in the generated `text`: without reasoning and frame, with all its blanks and line ends."""
         return self.unframed(self.parts(text).content)
 
     def unframed(self, text: str) -> str:
-        """The content without white space and frame."""
-        text = text.strip() if self.is_turn else text.rstrip()
-        return text.removeprefix(self.frame[0]).removesuffix(self.frame[1].rstrip()).rstrip()
+        """The content without the frame."""
+        return text.removeprefix(self.frame[0]).removesuffix(self.frame[1])
 
     def reasoning(self, text: str) -> str | None:
         """The reasoning in the generated `text`, or None."""
         reasoning = self.parts(text).reasoning
-        return reasoning.strip() or None if reasoning is not None else None
+        return reasoning if reasoning and not reasoning.isspace() else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class PromptBuilder:
         is_turn = text.answer_role is not None
         shape = self.tokens.shape if is_turn else PLAIN
         is_open = shape.opens(end_of_prompt(ids.tolist(), self.tokenizer))
-        return Prompt(ids, shortened, is_turn, self.frame(text.variant), shape, is_open)
+        return Prompt(ids, shortened, self._written_frames[text.variant], shape, is_open)
 
     def text_prompt(self, text: str, place: str = "prompt", max_new_tokens: int = 0) -> Prompt:
         """A prompt of plain text for the model to continue. Special tokens in it stay special. Raises UserError if it
@@ -158,39 +159,43 @@ class PromptBuilder:
         return Prompt(ids)
 
     def reference(self, row: Row, columns: Columns = None) -> str | None:
-        """The row's own answer, if it has one."""
-        template = self.adapter.template
+        """The row's own answer as it is trained, if it has one."""
         try:
             row = self.with_paths(row, columns)
-            named = self.columns(row, columns)
-            if not template.has_turns:
-                return field_text(row, column_of(template.answer_field, named, template.answer_field))
-            rendered = template.render(row, named)
         except UserError:  # a reference is optional
             return None
-        last = rendered.turns[-1]
-        if not rendered.answer and last.role != "assistant":
-            return None
-        if not rendered.answer and last.turn is not None and last.turn.tool_calls:
-            return self._reference_with_calls(rendered, row.place)
-        texts = [piece.text for piece in rendered.answer if piece.field is not None]
-        answer = texts[0] if len(texts) == 1 else joined(rendered.answer) if texts else last.text
-        return self.tokens.shape.parts(answer).content
+        return self.reference_in(row, self.columns(row, columns))
 
-    def _reference_with_calls(self, rendered: Rendered, place: str) -> str | None:
-        """The content and the tool calls of the last turn, as the chat template writes them."""
+    def reference_in(self, row: Row, named: Mapping[str, str]) -> str | None:
+        """The same, with the columns that fill the fields."""
         try:
-            with encoder_for(self.tokenizer, self.adapter.rules, [rendered]) as encoder:
-                chat = encoder.chat
-                assert chat is not None  # the template has turns
-                conversation = chat.conversation(rendered, place)
-                prompt = chat.prompt(conversation.before_last, place)
-                answer = chat.answer(conversation, prompt, place)
+            rendered = self.adapter.template.render(row, named)
         except UserError:
             return None
+        frame = self._written_frames[rendered.variant]
+        if rendered.answer_role is None:
+            return Prompt(_NO_IDS, frame=frame).answer(joined(rendered.answer))
+        if not rendered.answer and rendered.turns[-1].role != "assistant":
+            return None
+        try:
+            with encoder_for(self.tokenizer, self.adapter.rules, [rendered]) as encoder:
+                return self._trained_answer(encoder, rendered, row.place, frame)
+        except UserError:
+            return None
+
+    def _trained_answer(
+        self, encoder: ExampleEncoder, rendered: Rendered, place: str, frame: tuple[str, str]
+    ) -> str:
+        """The answer in the text that the chat template writes for the row's last turn."""
+        chat, shape = encoder.chat, self.tokens.shape
+        assert chat is not None  # the row has turns
+        conversation = chat.conversation(rendered, place, with_answer=True)
+        text = chat.prompt(conversation.before_last, place)
+        answer = chat.answer(conversation, text, place)
         end = max(answer.content[1], answer.calls[1])
-        is_open = self.tokens.shape.opens(prompt)
-        return self.tokens.shape.parts(answer.text[:end], is_open=is_open).content.strip()
+        prompt = Prompt(_NO_IDS, frame=(frame[0], ""), shape=shape, opens_reasoning=shape.opens(text))
+        after = frame[1].removesuffix(shape.trail)
+        return prompt.answer(answer.text[:end]).removesuffix(after)
 
     def with_paths(self, row: Row, columns: Columns) -> Row:
         """The row with the values within its columns that training or `columns` name, such as `answers.text`."""
@@ -234,6 +239,24 @@ class PromptBuilder:
     def frame(self, variant: int) -> tuple[str, str]:
         """The text around the answer in a variant of the template."""
         return _around_answer(self.adapter.template.variants[variant])
+
+    @cached_property
+    def _written_frames(self) -> tuple[tuple[str, str], ...]:
+        """The frame of each variant, as it is trained."""
+        variants = self.adapter.template.variants
+        frames = [_around_answer(variant) for variant in variants]
+        rules, trail = self.adapter.rules, self.tokens.shape.trail
+        if not any(
+            variant.answer_role and any(frame) for variant, frame in zip(variants, frames, strict=True)
+        ):
+            return tuple([(before, after + trail) for before, after in frames])
+        with chat_of(TextEncoder.of(self.tokenizer), rules.thinking, rules.chat_template_kwargs) as chat:
+            return tuple(
+                [
+                    frame_of(chat, *frame) if variant.answer_role else frame
+                    for variant, frame in zip(variants, frames, strict=True)
+                ]
+            )
 
 
 def open_prompt_builder(

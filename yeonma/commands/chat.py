@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder
+from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import AnswerSettings, ChatConfig
 from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.policy import Policy, load_policy
+from yeonma.serve.stream_buffer import StreamBuffer
 
 ChatTurn = dict[str, str]
 
@@ -106,9 +107,9 @@ class _ChatSession:
             )
             if prompt.shortened:
                 print(f"yeonma: shortened to fit {self.builder.limit}", file=sys.stderr, flush=True)
-            shown = _AnswerText(prompt, on_terminal=self.on_terminal)
+            shown = _AnswerText(StreamBuffer(prompt), self.on_terminal)
             (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
-            shown.finish(answer.content)
+            shown.finish()
             return answer.content
         except UserError as error:
             if not self.on_terminal:
@@ -176,33 +177,30 @@ def _read_line(label: str, *, command: bool) -> str:
 class _AnswerText:
     """Writes an answer as it grows: reasoning dimmed and only on a terminal, then the answer alone."""
 
-    prompt: Prompt
+    growing: StreamBuffer
     on_terminal: bool
     text: str = ""
-    reasoning: str = ""
-    content: str = ""
+    has_reasoning: bool = False
+    has_content: bool = False
 
     def __call__(self, piece: str) -> None:
         self.text += piece
-        parts = self.prompt.parts(self.text, growing=True)
-        if self.on_terminal and len(parts.reasoning or "") > len(self.reasoning):
-            _write(_dimmed((parts.reasoning or "")[len(self.reasoning) :]))
-            self.reasoning = parts.reasoning or ""
-        content = parts.content.lstrip() if self.prompt.is_turn else parts.content
-        self._show(content)
+        reasoning = self.growing.new_reasoning(self.text)
+        if self.on_terminal and reasoning:
+            _write(_dimmed(reasoning))
+            self.has_reasoning = True
+        self._show(self.growing.new_text(self.text))
 
-    def finish(self, answer: str) -> None:
+    def finish(self) -> None:
         """Ends the answer, which is complete."""
-        self._show(answer)
+        self._show(self.growing.remaining_text(self.text))
         _write("\n")
 
     def _show(self, content: str) -> None:
-        if not content.startswith(self.content) or content == self.content:
-            return
-        if self.reasoning and not self.content:
+        if content and self.has_reasoning and not self.has_content:
             _write("\n\n")
-        _write(content[len(self.content) :])
-        self.content = content
+        self.has_content = self.has_content or bool(content)
+        _write(content)
 
 
 def _dimmed(text: str) -> str:

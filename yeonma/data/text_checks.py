@@ -18,11 +18,14 @@ LARGE_BYTES = 10_000_000
 DECOMPOSED, ZERO_WIDTH, LARGE, SPACED_APART = 1, 2, 4, 8
 CARRIAGE_RETURN, NO_BREAK_EDGE, NOTHING, WHOLE_FRACTION, INTEGER = 16, 32, 64, 128, 256
 WITHOUT_SYSTEM, WITH_SYSTEM = 512, 1024
+TRIMMED, NOT_GIVEN_BACK = 2048, 4096
 FIRST_KEY = 1 << 16
 """Bits of `Notes.flags`. SPACED_APART: a pair whose two answers differ only in white space. NO_BREAK_EDGE: a text that
 begins or ends with a no-break space. NOTHING, WHOLE_FRACTION and INTEGER are of whole answers: a word for nothing, such
 as `NaN`; a whole number written as a fraction, such as `1.0`; a whole number. WITHOUT_SYSTEM and WITH_SYSTEM: a
-conversation without or with a system turn. From FIRST_KEY on, the bits are those of `tokenization/chat_remarks.py`."""
+conversation without or with a system turn. TRIMMED: the chat template removes blanks at an answer's edges.
+NOT_GIVEN_BACK: the token ids do not decode to the row's texts. From FIRST_KEY on, the bits are those of
+`tokenization/chat_remarks.py`."""
 
 SCRIPTS = (
     "Latin",

@@ -19,7 +19,6 @@ import torch
 from yeonma.adapter.prompt_builder import Prompt
 from yeonma.batch.batch import Batch
 from yeonma.config.settings import AnswerSettings, CompareSettings
-from yeonma.data.columns import column_of, field_text
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.answer_cache import AnswerCache
@@ -94,14 +93,12 @@ def reference_answers(
 
 
 def _reference(candidate: Candidate, row: Row, settings: CompareSettings) -> str | None:
-    template, columns = candidate.prompt_builder.adapter.template, columns_for(candidate, settings.columns)
-    if template.is_chat:
-        return candidate.prompt_builder.reference(row, columns)
-    field = template.answer_field
+    builder, columns = candidate.prompt_builder, columns_for(candidate, settings.columns)
     try:
-        return field_text(row, column_of(field, candidate.columns(row, columns), field))
+        row = builder.with_paths(row, columns)
     except UserError:  # the prompt is answered even if the row's own answer is faulty
         return None
+    return builder.reference_in(row, candidate.columns(row, columns))
 
 
 def candidate_inputs(

@@ -172,7 +172,9 @@ def bleu(sums: Array) -> Array:
 LOSS = Metric("loss", "loss", "lower", "per token of the reference answer", mean)
 PERPLEXITY = Metric("perplexity", "perplexity", "lower", "exp of the loss", perplexity, tested=False)
 CHRF = Metric("chrf", "chrF", "higher", "by sacrebleu: chrF2, characters", chrf)
-EXACT = Metric("exact", "exact match", "higher", "% of rows; outer whitespace ignored, NFC", share)
+EXACT = Metric(
+    "exact", "exact match", "higher", "% of rows; every character counts, also blanks and line ends", share
+)
 TOKENS = Metric("tokens", "tokens", "", "mean length of an answer", mean)
 CHARACTERS = Metric("characters", "characters", "", "mean length of an answer", mean)
 REPETITION = Metric(
@@ -198,14 +200,13 @@ def compute_metrics(
     has zeros in their tables.
     """
     scored_rows = [row for row, text in enumerate(references) if text is not None]
-    scored_references = [unicodedata.normalize("NFC", references[row] or "").strip() for row in scored_rows]
+    exact_references = [references[row] for row in scored_rows]
+    scored_references = [unicodedata.normalize("NFC", text or "") for text in exact_references]
     metrics: list[tuple[Metric, list[Array]]] = []
     losses = [_table([_loss(answer) for answer in model]) for model in answers]
     if any(table[:, 1].any() for table in losses):
         metrics += [(LOSS, losses), (PERPLEXITY, losses)]
-    texts = [
-        [unicodedata.normalize("NFC", model[row].text).strip() for row in scored_rows] for model in answers
-    ]
+    texts = [[unicodedata.normalize("NFC", model[row].text) for row in scored_rows] for model in answers]
 
     def over_all_rows(tables: Sequence[Array]) -> list[Array]:
         padded = [np.zeros((len(references), tables[0].shape[1])) for _ in tables]
@@ -227,7 +228,10 @@ def compute_metrics(
         for column, name in enumerate(("ROUGE-1", "ROUGE-2", "ROUGE-L")):
             metric = Metric(f"rouge{name[-1].lower()}", name, "higher", f"F1 by {tokenizer.name}", share)
             metrics.append((metric, over_all_rows([_with_ones(model[:, column]) for model in scores])))
-        exact = [[a == b for a, b in zip(model, scored_references, strict=True)] for model in texts]
+        exact = [
+            [model[row].text == text for row, text in zip(scored_rows, exact_references, strict=True)]
+            for model in answers
+        ]
         tables = [_with_ones(np.array(model, dtype=float)) for model in exact]
         metrics.append((EXACT, over_all_rows(tables)))
     for metric, number in (

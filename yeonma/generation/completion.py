@@ -23,6 +23,7 @@ from yeonma.generation.forest_decode import DecodeRequest, decode
 from yeonma.generation.logit_rules import LogitRules, TokenMask
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
+from yeonma.generation.unfinished import REPLACEMENT, unfinished_bytes
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.position_limits import model_positions
 from yeonma.model.sharding import is_sharded
@@ -37,7 +38,7 @@ class Answer:
     """The answer of a model to a prompt."""
 
     text: str
-    """What the answer's tokens add to the decoded prompt, without white space at the end."""
+    """What the answer's tokens add to the decoded prompt: every blank and line end, but no part of a character."""
     token_ids: tuple[int, ...]
     """Without the stop token."""
     ended: bool
@@ -238,12 +239,23 @@ class _Sampler:
 def continued_text(
     tokenizer: Any, before: Sequence[int], ids: Sequence[int], shown_ids: Sequence[int] = ()
 ) -> str:
-    """The text that `ids` add to the text of `before`, without special tokens other than `shown_ids`.
+    """The text that `ids` add to the text of `before`, without special tokens other than `shown_ids`. If they end
+    within a character, the text ends before it.
 
     Decoded on their own, SentencePiece ids would lose a leading space.
     """
     special = special_ids(tokenizer).difference(shown_ids)
     before, ids = list(before[-CONTEXT:]), [number for number in ids if number not in special]
+    text = _text_after(tokenizer, before, ids)
+    if not text.endswith(REPLACEMENT):
+        return text
+    tokens, characters = unfinished_bytes(tokenizer, ids)
+    if tokens:
+        return _text_after(tokenizer, before, ids[: len(ids) - tokens])
+    return text[: len(text) - characters]
+
+
+def _text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:
     prefix, text = _decoded(tokenizer, before), _decoded(tokenizer, [*before, *ids])
     return text[len(prefix) :] if text.startswith(prefix) else _decoded(tokenizer, ids)
 
@@ -261,13 +273,12 @@ def _answer(tokenizer: Any, prompt: list[int], generated: list[int], sampling: S
     end = next((at for at, number in enumerate(generated) if number in sampling.stop_ids), None)
     ids = generated[: end if end is not None else sampling.max_new_tokens]
     text = continued_text(tokenizer, prompt, ids, sampling.shown_ids)
-    return Answer(text.rstrip(), tuple(ids), end is not None)
+    return Answer(text, tuple(ids), end is not None)
 
 
 @dataclass
 class _TextStream:
-    """Streams an answer's text as it grows, except what may still change: half a character, and white space that may be
-    at the answer's end."""
+    """Streams an answer's text as it grows, without half a character."""
 
     tokenizer: Any
     prompt: Sequence[int]
@@ -278,7 +289,7 @@ class _TextStream:
     def add(self, ids: Sequence[int]) -> None:
         """`ids`: the answer so far."""
         text = continued_text(self.tokenizer, self.prompt, ids, self.shown_ids)
-        self.show(text.rstrip("\ufffd").rstrip())
+        self.show(text)
 
     def show(self, text: str) -> None:
         if len(text) > len(self.shown) and text.startswith(self.shown):

@@ -1,7 +1,7 @@
 """Decides which part of a growing answer can be streamed already: the part that no continuation can change.
 
-When an answer ends, the template's text around it, trailing white space and everything from a stop text on are removed.
-Text that may turn out to be one of these is held back until it is certain.
+When an answer ends, the template's text around it and everything from a stop text on are removed. Text that may turn
+out to be one of these is held back until it is certain. Blanks and line ends are text like any other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class StreamBuffer:
 
     def new_reasoning(self, text: str, *, growing: bool = True) -> str:
         """The new text of the reasoning to send. `growing`: more text may follow."""
-        reasoning = (self.prompt.parts(text, growing=growing).reasoning or "").strip()
-        if not reasoning.startswith(self.reasoning_sent):
+        reasoning = self.prompt.parts(text, growing=growing).reasoning or ""
+        if reasoning.isspace() or not reasoning.startswith(self.reasoning_sent):
             return ""
         new, self.reasoning_sent = reasoning[len(self.reasoning_sent) :], reasoning
         return new
@@ -68,31 +68,25 @@ class StreamBuffer:
 
 def _without_frame_before(prompt: Prompt, text: str) -> str:
     """The text without the template's text before the answer."""
-    text = text.lstrip() if prompt.is_turn else text
     return text.removeprefix(prompt.frame[0])
 
 
 def _may_be_frame(prompt: Prompt, text: str) -> bool:
     """Whether the text may still become the template's text before the answer."""
-    start = text.lstrip() if prompt.is_turn else text
-    return len(start) < len(prompt.frame[0]) and prompt.frame[0].startswith(start)
+    return len(text) < len(prompt.frame[0]) and prompt.frame[0].startswith(text)
 
 
 def _stable_text(prompt: Prompt, stops: Sequence[str], text: str) -> str:
     """The part of an unfinished answer that no continuation can change."""
-    text = text.rstrip("\ufffd")  # the first bytes of a character
-    after = prompt.frame[1].rstrip()
     if _may_be_frame(prompt, text):
         return ""
     body = _without_frame_before(prompt, text)
     possible_stops = (i for i in range(len(body)) if any(stop.startswith(body[i:]) for stop in stops))
     ends = [len(body), *possible_stops]
-    return min((_without_frame_after(body[:end], after) for end in ends), key=len)
+    return min((_without_frame_after(body[:end], prompt.frame[1]) for end in ends), key=len)
 
 
 def _without_frame_after(body: str, after: str) -> str:
     """The text without a possible beginning of `after` (the template's text after the answer) at its end."""
-    if after and body.rstrip().endswith(after):
-        return body.rstrip().removesuffix(after).rstrip()
-    overlap = next((size for size in range(len(after) - 1, 0, -1) if body.endswith(after[:size])), 0)
-    return body[: len(body) - overlap].rstrip()
+    size = next((size for size in range(len(after), 0, -1) if body.endswith(after[:size])), 0)
+    return body[: len(body) - size]

@@ -37,8 +37,10 @@ from yeonma.tokenization.chat_remarks import ChatWatch
 from yeonma.tokenization.example import (
     NOT_TRAINED,
     WEIGHTLESS,
+    Example,
     LeftOut,
     TokenRules,
+    Unit,
     check_rules,
     check_tokenizer,
 )
@@ -142,7 +144,7 @@ def build_store(
             faults.update([row.fault for row in outcomes if isinstance(row, LeftOut) and row.fault])
             untrained.update([row.reason for row in outcomes if isinstance(row, LeftOut)])
             with _write_errors_as_user_errors(cache_dir):
-                writer.add(notes, outcomes)
+                writer.add(with_flags(notes, outcomes, writer.counts.rows + 1), outcomes)
         _check_some_trained(writer.counts, rows, untrained)
         _check_some_left(writer.counts, rows, rules, task, faults)
         writer.remarks = watch.remarks()
@@ -196,6 +198,20 @@ def _cached(cache_dir: Path, key: str, write: Callable[[StoreWriter], dict[str, 
         problem = "the tokens just written cannot be read back"
         raise UserError(problem, place=str(folder), cure="check the disk")
     return store
+
+
+def with_flags(notes: Sequence[Notes], outcomes: Outcomes, first_row: int) -> list[Notes]:
+    """The notes of consecutive rows, with the flags of their examples."""
+    flags: dict[int, int] = {}
+    for outcome in outcomes:
+        examples = [example for _, example in outcome.members] if isinstance(outcome, Unit) else [outcome]
+        for example in examples:
+            if isinstance(example, Example) and example.flags:
+                flags[example.row] = flags.get(example.row, 0) | example.flags
+    return [
+        replace(one, flags=one.flags | flags[number]) if number in flags else one
+        for number, one in enumerate(notes, first_row)
+    ]
 
 
 def _text_columns(template: Template, columns: Columns, task: Task) -> list[str]:

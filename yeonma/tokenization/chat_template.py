@@ -16,7 +16,7 @@ from yeonma.data.turns import REASONING_KEYS, ToolCall
 from yeonma.errors import UserError, did_you_mean
 from yeonma.tokenization.chat_habits import Habits, habits_in
 from yeonma.tokenization.deadline import Deadline, TooSlow, deadline
-from yeonma.tokenization.reasoning import DEFAULT_TAGS, AnswerShape, ThinkTags, tags_between, tags_of_empty
+from yeonma.tokenization.reasoning import DEFAULT_TAGS, ThinkTags, tags_between, tags_of_empty
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
 ChatMessage = dict[str, Any]
@@ -114,6 +114,8 @@ class ChatAnswer:
     """The span of the reasoning in `text`; empty without reasoning."""
     calls: Span = (0, 0)
     """The span of the tool calls in `text`, with the marks around them; empty without calls."""
+    trimmed: bool = False
+    """Whether the template left out blanks or line ends at the edges of the content."""
 
 
 @dataclass(frozen=True)
@@ -177,16 +179,22 @@ class Chat:
         content = conversation.messages[-1]["content"]
         trailer, body = self._split(conversation, whole, content, place)
         end = self._end_of(trailer)
-        data_start = body.rfind(content.strip(), len(prompt) if whole.startswith(prompt) else 0)
-        start = len(prompt) if whole.startswith(prompt) else data_start
+        continues = whole.startswith(prompt)
+        first, trimmed = len(prompt) if continues else 0, False
+        data_start = body.rfind(content.strip(), first)
+        if content != content.strip():
+            before, _ = self.around_last(conversation, place)
+            data_start = len(before) if body.startswith(before) else data_start
+            trimmed = body != before + content
+        start = first if continues else data_start
         if data_start < 0:  # the template rewrites the content: use the original and the template's end
             lead = self._lead(conversation, prompt, place)
-            text = lead + content.strip() + trailer[:end]
-            answer = ChatAnswer(text, (len(lead), len(lead) + len(content.strip())), end > 0)
+            text = lead + content + trailer[:end]
+            answer = ChatAnswer(text, (len(lead), len(lead) + len(content)), end > 0)
         else:
-            text = body[start:] + (trailer[:end] if end else "")
-            text = text if end else text.rstrip()
-            answer = ChatAnswer(text, (max(data_start - start, 0), len(body) - start), end > 0)
+            text = body[start:] + trailer[:end]
+            span = (max(data_start - start, 0), len(body) - start)
+            answer = ChatAnswer(text, span, end > 0, trimmed=trimmed)
         tags = self.tags
         if tags is not None and tags.is_open(prompt) and tags.close not in answer.text[: answer.content[0]]:
             return _after(tags.closing_after(prompt), answer)
@@ -288,9 +296,15 @@ class Chat:
             return None
         end = position + self._end_of(text[position:])
         ended = end > position and not text[end:].strip()
-        text = text[:end] if ended else text.rstrip()
+        trailer = self.habits.trailer
+        text = text[:end] if ended else text.rstrip() if calls or not trailer else text.removesuffix(trailer)
         return ChatAnswer(
-            text, spans[1], ended, spans[0], self._calls_span(text, position) if calls else (0, 0)
+            text,
+            spans[1],
+            ended,
+            spans[0],
+            self._calls_span(text, position) if calls else (0, 0),
+            trimmed=content not in text,
         )
 
     def _calls_span(self, text: str, start: int) -> Span:
@@ -417,30 +431,6 @@ class Chat:
             for text in (message["content"], message.get(key))
             if isinstance(text, str)
         )
-
-    def answer_shape(self) -> AnswerShape:
-        """What the chat template makes a model write around reasoning and content."""
-        shape = AnswerShape(self.tags, marks=tuple(sorted(self.habits.marks)))
-        content, reasoning = PROBE.format(number=1), PROBE.format(number=2)
-        user = {"role": "user", "content": "x"}
-        plain = Conversation([user, {"role": "assistant", "content": content}], kwargs=self.kwargs)
-        if shape.tags is not None or self.habits.trailer is None:
-            return shape
-        try:
-            prompt = self.prompt(plain.before_last, "chat template")
-            text = self.render(plain, "chat template")
-            if text.startswith(prompt):
-                shape = replace(shape, lead=text[len(prompt) : text.find(content)].lstrip())
-            if (key := self.habits.reasoning_key) is not None:
-                message = {"role": "assistant", "content": content, key: reasoning}
-                text = self.render(plain.with_last(message), "chat template")
-                start, end = text.find(reasoning), text.find(content)
-                if text.startswith(prompt) and 0 <= start < end:
-                    lead = text[len(prompt) : start].lstrip()
-                    shape = replace(shape, reasoning_lead=lead, between=text[start + len(reasoning) : end])
-        except UserError:
-            return shape
-        return shape
 
     def end_id(self) -> int | None:
         """The token with which the chat template ends an assistant turn, or None."""

@@ -30,8 +30,10 @@ from yeonma.data.text_checks import (
     INTEGER,
     LARGE,
     NO_BREAK_EDGE,
+    NOT_GIVEN_BACK,
     NOTHING,
     SPACED_APART,
+    TRIMMED,
     WHOLE_FRACTION,
     ZERO_WIDTH,
 )
@@ -437,6 +439,17 @@ def data_warnings(store: TokenStore, positions: np.ndarray) -> list[DataWarning]
                 "no_break_edge",
                 rows[flags & NO_BREAK_EDGE > 0],
                 "rows with a text that begins or ends with a no-break space",
+            ),
+            rows_warning(
+                "trimmed",
+                rows[flags & TRIMMED > 0],
+                "rows whose answer begins or ends with blanks or line ends that the chat template removes: trained "
+                "without them",
+            ),
+            rows_warning(
+                "not_given_back",
+                rows[flags & NOT_GIVEN_BACK > 0],
+                "rows whose tokens do not decode to their text: the tokenizer changes or drops characters of it",
             ),
             *(rows_warning(kind, rows[flags & bit > 0], what) for kind, bit, what in store.remarks.by_bit),
             rows_warning("special_text", special, "rows with special-token text, encoded as ordinary text"),

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
+from yeonma.tokenization.answer_shape import shape_of
 from yeonma.tokenization.chat_template import chat_of
 from yeonma.tokenization.reasoning import PLAIN, AnswerShape
 from yeonma.tokenization.text_encoder import TextEncoder
@@ -50,6 +51,8 @@ class Example:
     """Old turns of a conversation that were dropped to fit into `cutoff_len`."""
     weights: NDArray[np.float32] | None = None
     """Shape (tokens,): the weight of each token in the loss, at least 0; None if all weigh 1."""
+    flags: int = 0
+    """What encoding found out about the row, as bits of `Notes.flags`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +148,7 @@ def answer_tokens(
     encoder = TextEncoder.of(tokenizer)
     with chat_of(encoder, rules.thinking, rules.chat_template_kwargs) as chat:
         ids.add(chat.end_id())
-        shape = chat.answer_shape()
+        shape = shape_of(chat)
     special = encoder.special
     texts = {mark for text in shape.texts for mark in (special.findall(text) if special else ())}
     shown = {encoder.token_id(text) for text in texts} - ids
@@ -154,7 +157,7 @@ def answer_tokens(
 
 def end_of_prompt(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a prompt's last tokens, which show whether it opens a block of reasoning."""
-    return str(tokenizer.decode(list(ids[-_PROMPT_END:])))
+    return str(tokenizer.decode(list(ids[-_PROMPT_END:]), clean_up_tokenization_spaces=False))
 
 
 def _sorted(ids: set[int | None]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from yeonma.data.columns import row_weight
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
+from yeonma.data.text_checks import NOT_GIVEN_BACK, TRIMMED
 from yeonma.data.turns import Turn
 from yeonma.errors import Problem, UserError
 from yeonma.tokenization.chat_template import Chat, chat_of
@@ -31,6 +32,8 @@ from yeonma.tokenization.example import (
     TokenRules,
     check_tokenizer,
 )
+from yeonma.tokenization.lost_turns import check_turns
+from yeonma.tokenization.round_trip import Losses, answer_ids, gives_back, losses_of, parts_of, takes_blanks
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
 MAX_FITS = 8
@@ -118,6 +121,8 @@ class ExampleText:
     """The weights of the answers in the loss; empty if all are 1."""
     parts: tuple[tuple[int, int, Literal["reasoning", "call"]], ...] = ()
     """The spans within answers that are reasoning or tool calls."""
+    flags: int = 0
+    """What the chat template did with the answers, as bits of `Notes.flags`."""
 
     @property
     def last_answer(self) -> ExampleText:
@@ -133,6 +138,8 @@ class TokenIds:
     answers: list[tuple[int, int]]
     straddles: bool = False
     special_text: int = 0
+    flags: int = 0
+    """Bits of `Notes.flags`."""
 
     @property
     def prompt_length(self) -> int:
@@ -170,6 +177,10 @@ class ExampleEncoder:
     encoder: TextEncoder
     chat: Chat | None
     rules: TokenRules
+
+    @property
+    def losses(self) -> Losses:
+        return losses_of(self.encoder)
 
     def encode(self, rendered: Sequence[Rendered], rows: Sequence[Row]) -> list[EncodeResult]:
         """Raises UserError with a problem for every faulty row, as the function `encode`."""
@@ -383,6 +394,7 @@ class ExampleEncoder:
             straddles=ids.straddles,
             special_text=ids.special_text,
             weights=weights,
+            flags=text.flags | ids.flags,
         )
 
     def _check_special_text(self, data: Sequence[Span] | None, row: Row) -> None:
@@ -393,6 +405,13 @@ class ExampleEncoder:
 
     def _token_ids(self, text: ExampleText, encoded: Iterator[list[int]]) -> TokenIds | None:
         """The ids of a text. Without special-token text, `encoded` yields the ids up to each of its borders."""
+        ids = self._encoded(text, encoded)
+        if ids is None or not self.losses.may_change(text.text):
+            return ids
+        is_back = gives_back(self.encoder, text.text, ids.ids, parts_of(text.rendered))
+        return ids if is_back else replace(ids, flags=NOT_GIVEN_BACK)
+
+    def _encoded(self, text: ExampleText, encoded: Iterator[list[int]]) -> TokenIds | None:
         ends = [end for answer in text.answers for end in answer]
         special_text = 0
         if text.data is None:
@@ -403,6 +422,12 @@ class ExampleEncoder:
         full_ids = parts[-1]
         if any(full_ids[: len(part)] != part for part in parts):
             return None if len(text.answers) > 1 else self._continued(text, parts[0], special_text)
+        if text.data is None and any(takes_blanks(self.losses, text.text, answer) for answer in text.answers):
+            if len(text.answers) > 1:
+                return None
+            answer_text = text.text[text.answers[0][0] :]
+            full_ids = [*parts[0], *answer_ids(self.encoder, parts[0], answer_text)]
+            return self._with_eos(text, TokenIds(full_ids, [(len(parts[0]), len(full_ids))]))
         counts = [len(part) for part in parts]
         answers = list(zip(counts[::2], counts[1::2], strict=True))
         return self._with_eos(text, TokenIds(full_ids, answers, False, special_text))
@@ -482,6 +507,7 @@ def prompt_of(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | N
     assert chat is not None
     conversation = chat.conversation(prompt_part(rendered), row.place)
     text = chat.prompt(conversation, row.place)
+    check_turns(chat, conversation, text, row.place)
     has_special = chat.has_special(conversation, row.place)
     return PromptText(text, tuple(chat.data_spans(conversation, text, row.place)) if has_special else None)
 
@@ -533,26 +559,6 @@ def _is_trained(turn: Turn | None, train_on: str, is_last: bool) -> bool:
     return is_last or train_on != "last"
 
 
-def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str]]:
-    """(start, end, field) of the prompt fields' data in the text.
-
-    Turns whose content the chat template changes, except for white space at the edges, are left out.
-    """
-    if text.rendered.answer_role is None:
-        return _spans_of(text.rendered.prompt_pieces, 0, text.answers[0][0], text.text)
-    assert chat is not None
-    before = prompt_part(text.rendered)
-    prompt = text.text[: text.answers[-1][0]]
-    conversation = chat.conversation(before, text.row.place)
-    contents = chat.content_spans(conversation, prompt, text.row.place)
-    return [
-        piece
-        for turn, span in zip(before.turns, contents, strict=True)
-        if span is not None
-        for piece in _spans_of(turn.pieces, *span, text.text)
-    ]
-
-
 def _text_of_last_answer(
     rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None
 ) -> ExampleText:
@@ -578,7 +584,8 @@ def _text_of_last_answer(
         (answer.calls, "call"),
     )
     parts = tuple((start + left, start + right, kind) for (left, right), kind in spans if left < right)
-    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights, parts)
+    flags = TRIMMED if answer.trimmed else 0
+    return ExampleText(rendered, row, text, ((start, len(text)),), answer.ended, data, weights, parts, flags)
 
 
 def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
@@ -595,6 +602,7 @@ def _merged(texts: Sequence[ExampleText]) -> ExampleText | None:
         answers=tuple(text.answers[0] for text in texts),
         weights=tuple(weights) if any(weight != 1 for weight in weights) else (),
         parts=tuple(part for text in texts for part in text.parts),
+        flags=TRIMMED if any(text.flags & TRIMMED for text in texts) else 0,
     )
 
 
@@ -609,18 +617,6 @@ def _plain_text(pieces: Sequence[Piece], encoder: TextEncoder) -> PromptText:
             data.append((position, position + len(piece.text)))
         position += len(piece.text)
     return PromptText(text, tuple(data) if encoder.specials_in(text, data) else None)
-
-
-def _spans_of(pieces: Sequence[Piece], start: int, end: int, text: str) -> list[tuple[int, int, str]]:
-    """The fields' spans in `text`. The pieces are at `start` to `end`, perhaps without white space at the edges."""
-    position = start - joined(pieces).find(text[start:end])
-    spans = []
-    for piece in pieces:
-        left, right = max(position, start), min(position + len(piece.text), end)
-        if piece.field is not None and left < right:
-            spans.append((left, right, piece.field))
-        position += len(piece.text)
-    return spans
 
 
 # Fitting

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from yeonma.data.rows import Row
 from yeonma.data.task import ANSWERS, Task
 from yeonma.data.template import Rendered
+from yeonma.data.template_syntax import Piece, joined
 from yeonma.errors import UserError
 from yeonma.tokenization.chat_template import Chat
 from yeonma.tokenization.example import Example, LeftOut, TokenRules
@@ -24,7 +25,6 @@ from yeonma.tokenization.example_encoder import (
     EncodeResult,
     ExampleEncoder,
     ExampleText,
-    data_spans,
     encoder_for,
     example_texts,
     prompt_part,
@@ -414,3 +414,35 @@ def _text_spans(text: str, kinds: Sequence[CharacterKind], cuts: Sequence[Cut]) 
             text_spans.append(TextSpan(lost, "cut", cut_field, False))
         start = border
     return text_spans
+
+
+def data_spans(text: ExampleText, chat: Chat | None) -> list[tuple[int, int, str]]:
+    """(start, end, field) of the prompt fields' data in the text.
+
+    Turns whose content the chat template changes, except for white space at the edges, are left out.
+    """
+    if text.rendered.answer_role is None:
+        return _spans_of(text.rendered.prompt_pieces, 0, text.answers[0][0], text.text)
+    assert chat is not None
+    before = prompt_part(text.rendered)
+    prompt = text.text[: text.answers[-1][0]]
+    conversation = chat.conversation(before, text.row.place)
+    contents = chat.content_spans(conversation, prompt, text.row.place)
+    return [
+        piece
+        for turn, span in zip(before.turns, contents, strict=True)
+        if span is not None
+        for piece in _spans_of(turn.pieces, *span, text.text)
+    ]
+
+
+def _spans_of(pieces: Sequence[Piece], start: int, end: int, text: str) -> list[tuple[int, int, str]]:
+    """The fields' spans in `text`. The pieces are at `start` to `end`, perhaps without white space at the edges."""
+    position = start - joined(pieces).find(text[start:end])
+    spans = []
+    for piece in pieces:
+        left, right = max(position, start), min(position + len(piece.text), end)
+        if piece.field is not None and left < right:
+            spans.append((left, right, piece.field))
+        position += len(piece.text)
+    return spans

@@ -126,7 +126,8 @@ class AnswerParts:
 
 @dataclass(frozen=True)
 class AnswerShape:
-    """How a chat template surrounds an answer: what the model generates around reasoning and content."""
+    """How a chat template surrounds an answer: what the model generates around reasoning and content. The texts are
+    exact: blanks and line ends beyond them belong to the answer."""
 
     tags: ThinkTags | None = None
     lead: str = ""
@@ -134,7 +135,9 @@ class AnswerShape:
     reasoning_lead: str = ""
     """The text before reasoning, if it is not a tag."""
     between: str = ""
-    """The text between reasoning and content, if it is not a tag."""
+    """The text between reasoning and content."""
+    trail: str = ""
+    """The text after the content, such as a blank before the end token."""
     marks: tuple[str, ...] = ()
     """Special tokens within an answer, such as those around tool calls."""
 
@@ -154,39 +157,55 @@ class AnswerShape:
         `growing`: more text may follow; then both parts leave out what may turn out to be part of a tag or lead.
         """
         if self.tags is not None:
-            return _tagged(text, self.tags, is_open, growing)
+            return self._tagged(text, self.tags, is_open, growing)
         start = text.lstrip()
-        if self.reasoning_lead and start.startswith(self.reasoning_lead):
-            reasoning, border, content = start[len(self.reasoning_lead) :].partition(self.between)
+        if self.reasoning_lead and start.startswith(self.reasoning_lead.lstrip()):
+            inner = start[len(self.reasoning_lead.lstrip()) :]
+            reasoning, border, content = inner.partition(self.between)
             if not border and growing:
                 reasoning = _without_overlap(reasoning, self.between)
             return AnswerParts(reasoning, content)
-        if self.lead and start.startswith(self.lead):
-            return AnswerParts(None, start[len(self.lead) :])
-        leads = [lead for lead in (self.lead, self.reasoning_lead) if lead]
+        leads = [lead.lstrip() for lead in (self.lead, self.reasoning_lead) if lead]
         if growing and any(lead.startswith(start) for lead in leads):
             return AnswerParts(None, "")
-        return AnswerParts(None, text)
+        return AnswerParts(None, _without_lead(text, self.lead))
+
+    def _tagged(self, text: str, tags: ThinkTags, is_open: bool, growing: bool) -> AnswerParts:
+        start = text.lstrip()
+        if start.startswith(tags.open):
+            inner = start[len(tags.open) :]
+        elif growing and tags.open.startswith(start):
+            return AnswerParts(None, "")
+        elif is_open:
+            inner = text
+        else:
+            lead = "" if tags.close in self.lead else self.lead
+            return AnswerParts(None, _without_lead(text, lead))
+        reasoning, close, content = inner.partition(tags.close)
+        if not close and growing:
+            reasoning = _without_overlap(reasoning, tags.close).rstrip("\n")
+        reasoning = reasoning.strip("\n")
+        around = self.between if reasoning else self.lead
+        after = around.partition(tags.close)[2] if tags.close in around else tags.after_close
+        return AnswerParts(reasoning, _without_beginning(content, after))
 
 
 PLAIN = AnswerShape()
 """The shape of answers in plain text."""
 
 
-def _tagged(text: str, tags: ThinkTags, is_open: bool, growing: bool) -> AnswerParts:
-    start = text.lstrip()
-    if start.startswith(tags.open):
-        inner = start[len(tags.open) :]
-    elif growing and tags.open.startswith(start):
-        return AnswerParts(None, "")
-    elif is_open:
-        inner = text
-    else:
-        return AnswerParts(None, text)
-    reasoning, close, content = inner.partition(tags.close)
-    if not close and growing:
-        reasoning = _without_overlap(reasoning, tags.close).rstrip("\n")
-    return AnswerParts(reasoning.strip("\n"), content.lstrip("\n"))
+def _without_lead(text: str, lead: str) -> str:
+    """The text without the lead, before which a model may write other blanks than the chat template does."""
+    if text.startswith(lead):
+        return text[len(lead) :]
+    start, plain = text.lstrip(), lead.lstrip()
+    return start[len(plain) :] if plain and start.startswith(plain) else text
+
+
+def _without_beginning(text: str, blanks: str) -> str:
+    """The text without as much of `blanks` as it begins with."""
+    size = next((size for size in range(len(blanks), 0, -1) if text.startswith(blanks[:size])), 0)
+    return text[size:]
 
 
 def _without_overlap(text: str, following: str) -> str:

@@ -13,6 +13,10 @@ FindCalls = Callable[[str], tuple[str, tuple[ToolCall, ...]]]
 """Generated text -> (the text without calls, the calls)."""
 
 
+_HERMES = re.compile(r"\n?<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+"""A call, with the line end that chat templates write before it."""
+
+
 def call_finder(template: str) -> FindCalls | None:
     """The function that finds calls as this chat template writes them; None if its format is not known.
 
@@ -28,11 +32,11 @@ def call_finder(template: str) -> FindCalls | None:
 
 
 def _of_hermes(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    blocks = list(re.finditer(r"\s*<tool_call>(.*?)(?:</tool_call>|\Z)\s*", text, re.DOTALL))
+    blocks = list(_HERMES.finditer(text))
     calls = [_call(_json(block[1])) for block in blocks]
     if not blocks or None in calls:
         return text, ()
-    return re.sub(r"\s*<tool_call>.*?(?:</tool_call>|\Z)\s*", "", text, flags=re.DOTALL), _found(calls)
+    return _without_blank(_HERMES.sub("", text)), _found(calls)
 
 
 def _of_mistral(text: str) -> tuple[str, tuple[ToolCall, ...]]:
@@ -49,7 +53,7 @@ def _of_mistral(text: str) -> tuple[str, tuple[ToolCall, ...]]:
             calls += [_call(entry) for entry in (listed if isinstance(listed, list) else [listed])]
     if not calls or None in calls:
         return text, ()
-    return content.rstrip(), _found(calls)
+    return _without_blank(content), _found(calls)
 
 
 def _of_llama(text: str) -> tuple[str, tuple[ToolCall, ...]]:
@@ -59,6 +63,11 @@ def _of_llama(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     if not calls or None in calls:
         return text, ()
     return "", _found(calls)
+
+
+def _without_blank(text: str) -> str:
+    """The text beside calls; empty if it is only blanks between them."""
+    return "" if text.isspace() else text
 
 
 def _json_objects(text: str) -> Iterator[Any]:

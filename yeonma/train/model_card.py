@@ -108,10 +108,10 @@ def _answers_of_set(
         Sample(
             row.number,
             one.name if len(dataset.sets) > 1 else "",
-            tokenizer.decode(prompt, skip_special_tokens=False),
+            tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
             tokens.shape.parts(_reference(text)).content,
-            _alone(base.text, prompt.tolist(), tokens, tokenizer, is_turn=is_turn),
-            _alone(adapter.text, prompt.tolist(), tokens, tokenizer, is_turn=is_turn),
+            _alone(base.text, prompt.tolist(), tokens, tokenizer),
+            _alone(adapter.text, prompt.tolist(), tokens, tokenizer),
         )
         for row, prompt, text, base, adapter in zip(
             rows, prompts, rendered, base_answers, adapter_answers, strict=True
@@ -140,13 +140,14 @@ def _with_room(
     return result
 
 
-def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any, *, is_turn: bool) -> str:
-    """The answer without what the chat template makes the model write around it; reasoning only if nothing follows.
-    White space around it belongs to the chat template if it `is_turn`."""
+def _alone(text: str, prompt: Sequence[int], tokens: AnswerTokens, tokenizer: Any) -> str:
+    """The answer without what the chat template makes the model write around it; reasoning only if nothing
+    follows."""
     parts = tokens.shape.parts(text, is_open=tokens.shape.opens(end_of_prompt(prompt, tokenizer)))
-    if parts.reasoning and not parts.content.strip():
+    content = parts.content.removesuffix(tokens.shape.trail)
+    if parts.reasoning and (not content or content.isspace()):
         return f"(reasoning without an answer: {parts.reasoning})"
-    return parts.content.strip() if is_turn else parts.content
+    return content
 
 
 def _reference(rendered: Rendered) -> str:
@@ -355,7 +356,7 @@ def _fenced(text: str) -> list[str]:
     fence = "```"
     while fence in text:
         fence += "`"
-    return [fence + "text", text.rstrip("\n"), fence]
+    return [fence + "text", text, fence]
 
 
 def _short(text: str) -> str:

@@ -139,9 +139,14 @@ def test_decomposed_hangul_counts_as_composed() -> None:
     import unicodedata
 
     text = "도서관 문"
-    results = values([scored_answers(unicodedata.normalize("NFD", text), "다름")], [f" {text}\n", "같음"])
-    assert results["exact"] == [50.0]
+    results = values([scored_answers(unicodedata.normalize("NFD", text), "다름")], [text, "같음"])
     assert results["rouge1"][0] >= 50.0
+
+
+def test_an_exact_match_has_every_blank_and_line_end() -> None:
+    answers = scored_answers("  x\n", "x", "x ", "  x", "한", "x\r\n")
+    references = ["  x\n", "  x\n", "x", "  x\n", "\u1112\u1161\u11ab", "x\n"]
+    assert values([answers], references)["exact"] == [pytest.approx(100 / 6)]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ FRAME = st.text("ab# \n", max_size=4)
 STOPS = st.lists(st.text("ab# \n", min_size=1, max_size=3), max_size=3)
 
 
-def prompt_with(frame: tuple[str, str] = ("", ""), is_turn: bool = False) -> Prompt:
-    return Prompt(np.zeros(1, dtype=np.int32), is_turn=is_turn, frame=frame)
+def prompt_with(frame: tuple[str, str] = ("", "")) -> Prompt:
+    return Prompt(np.zeros(1, dtype=np.int32), frame=frame)
 
 
 def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
@@ -32,13 +32,13 @@ def streamed(buffer: StreamBuffer, parts: Sequence[str]) -> list[str]:
     return [*sent, buffer.remaining_text("".join(parts))]
 
 
-@example(parts=["b", "b", "a"], before="bb", after="", stops=["b"], is_turn=False)
-@example(parts=["a#", "b"], before="", after="", stops=["#", "a#b"], is_turn=False)
-@given(st.lists(TEXT, max_size=6), FRAME, FRAME, STOPS, st.booleans())
+@example(parts=["b", "b", "a"], before="bb", after="", stops=["b"])
+@example(parts=["a#", "b"], before="", after="", stops=["#", "a#b"])
+@given(st.lists(TEXT, max_size=6), FRAME, FRAME, STOPS)
 def test_streamed_pieces_join_to_the_answer(
-    parts: list[str], before: str, after: str, stops: list[str], is_turn: bool
+    parts: list[str], before: str, after: str, stops: list[str]
 ) -> None:
-    prompt = prompt_with((before, after), is_turn)
+    prompt = prompt_with((before, after))
     whole = "".join(parts)
     pieces = streamed(StreamBuffer(prompt, stops), parts)
     assert "".join(pieces) == StreamBuffer(prompt, stops).answer(whole)
@@ -51,9 +51,10 @@ def test_streamed_pieces_join_to_the_answer(
     [
         (["Storm", " closes", " harbour"], ["Storm", " closes", " harbour", ""]),
         (["Storm\n", "#", "## end", " not"], ["Storm", "", "", "\n### end not", ""]),
-        (["Storm\n", "#", "## end"], ["Storm", "", "", ""]),
-        (["Storm \n### end", "\n"], ["Storm", "", ""]),
-        (["St\ufffd", "\ufffd"], ["St", "", "\ufffd\ufffd"]),
+        (["Storm\n", "#", "## end", "\n"], ["Storm", "", "", "", ""]),
+        (["Storm\n", "#", "## end"], ["Storm", "", "", "\n### end"]),
+        (["  Storm  ", "\n\n"], ["  Storm  ", "\n", "\n"]),
+        (["St\ufffd", "\ufffd"], ["St\ufffd", "\ufffd", ""]),
     ],
 )
 def test_only_possible_frame_text_is_held_back(parts: list[str], pieces: list[str]) -> None:
@@ -66,13 +67,13 @@ def test_the_first_stop_text_ends_the_answer() -> None:
     assert streamed(StreamBuffer(prompt, ["xyz"]), ["Title:", " Storm", " xy", "z and"]) == [
         "",
         "Storm",
-        "",
+        " ",
         "",
     ]
     assert streamed(StreamBuffer(prompt, ["xyz"]), ["Title:", " Storm", " xy", "w"]) == [
         "",
         "Storm",
-        "",
-        " xyw",
+        " ",
+        "xyw",
         "",
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.runs import TEMPLATE, articles, characters, write_jsonl
-from tests.tokenizers import byte_level
+from tests.tokenizers import CHATML, byte_level
 from yeonma.config.settings import DataSettings, TokenSettings
 from yeonma.errors import UserError
 from yeonma.tokenization.dataset import (
@@ -24,12 +24,18 @@ from yeonma.tokenization.dataset import (
 
 
 def prepare(
-    data: Path, lines: list[str] | None = None, *, seed: int = 42, tokens: Any = None, **settings: Any
+    data: Path,
+    lines: list[str] | None = None,
+    *,
+    seed: int = 42,
+    tokens: Any = None,
+    tokenizer: Any = None,
+    **settings: Any,
 ) -> Dataset:
     data_settings = DataSettings(data_path=str(data), **{"template": TEMPLATE, **settings})
     print_line = (lines if lines is not None else []).append
     dataset = prepare_dataset(
-        data_settings, tokens or TokenSettings(), characters(), seed, print_line, lambda _: None
+        data_settings, tokens or TokenSettings(), tokenizer or characters(), seed, print_line, lambda _: None
     )
     describe(dataset, print_line)
     return dataset
@@ -301,12 +307,26 @@ def test_every_kind_of_warning_lists_its_rows(tmp_path: Path) -> None:
         "zero_width": (4, 5),
         "carriage_return": (6,),
         "no_break_edge": (7,),
+        "not_given_back": (2, 3, 4, 5, 6, 7, 8, 11),  # this vocabulary lacks some of their characters
         "special_text": (6,),
         "repeated": (8, 11),
         "asked_again": (10,),
     }
     assert any(line.endswith("rows that repeat an earlier row: 2 (rows 8, 11)") for line in lines)
     assert any(line.endswith("rows with decomposed Hangul (NFD): 1 (row 2)") for line in lines)
+
+
+def test_answers_whose_blanks_the_chat_template_removes_are_reported(tmp_path: Path) -> None:
+    answers = ["plain", "    x = 1\n", "in  side", "end "]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]} for a in answers
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    trimming = CHATML.replace("message['content'] +", "message['content'] | trim +")
+    for chat_template, reported in ((trimming, (2, 4)), (CHATML, ())):
+        dataset = prepare(data, tokenizer=byte_level(chat_template), template="chat")
+        warnings = {warning.kind: warning.rows for warning in data_warnings(*dataset.train.examples)}
+        assert warnings.get("trimmed", ()) == reported
 
 
 @pytest.mark.parametrize(

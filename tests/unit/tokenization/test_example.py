@@ -485,7 +485,11 @@ def test_failing_chat_template_error_names_all_rows(chat_template: str) -> None:
 
 def test_a_chat_template_that_drops_the_answer_is_an_error() -> None:
     with pytest.raises(UserError, match="does not write the assistant's text"):
-        encoded(TURNS, rows_of(TEXTS[0]), byte_level("{{ messages[0].content }}"))
+        encoded(
+            TURNS,
+            rows_of(TEXTS[0]),
+            byte_level("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"),
+        )
 
 
 def test_missing_chat_template_is_an_error_only_for_turns() -> None:

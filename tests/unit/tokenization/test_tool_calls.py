@@ -23,6 +23,8 @@ CALL = json.dumps({"name": "weather", "arguments": ARGUMENTS}, ensure_ascii=Fals
             "I look.",
             ["weather", "weather"],
         ),
+        (HERMES, f"  I look.  \n\n<tool_call>{CALL}</tool_call>", "  I look.  \n", ["weather"]),
+        (MISTRAL, f" Now. \n[TOOL_CALLS] [{CALL}]", " Now. \n", ["weather"]),
         (MISTRAL, f"[TOOL_CALLS] [{CALL}, {CALL}]", "", ["weather", "weather"]),
         (MISTRAL, f"Now.[TOOL_CALLS]weather[ARGS]{json.dumps(ARGUMENTS)}", "Now.", ["weather"]),
         (LLAMA, CALL.replace("arguments", "parameters"), "", ["weather"]),

@@ -41,6 +41,8 @@ from yeonma.model.published import (
     check_package,
     published_in,
     published_in_folder,
+    quantization_of,
+    unquantised_base,
 )
 from yeonma.model.quantization import check_installed
 from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers, packed_layers, to_fp8
@@ -48,7 +50,7 @@ from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
 from yeonma.model.targets import Unit, adapted, resolve
-from yeonma.model.weight_files import weight_files
+from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
@@ -288,7 +290,13 @@ def published_weights(config: Any, source: BaseSource) -> Published | None:
     folder = Path(source.name)
     if folder.is_dir():
         return published_in_folder(folder)  # also reads its model card
-    found = published_in(config.to_dict(), source.name, getattr(config, "_name_or_path", None) or None)
+    content = config.to_dict()
+    if quantization_of(content) is None:
+        return None
+    card = None
+    with suppress(UserError):  # a missing card is no fault
+        card = file_of(source, "README.md")
+    found = published_in(content, source.name, unquantised_base(card.parent, {}) if card else None)
     if found is not None:
         check_package(found, source.name)
     return found

@@ -30,8 +30,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
@@ -182,6 +180,9 @@ def quantise_on_meta(model: Any, quantization: Quantization, by_device: bool) ->
 
 def pack_on_meta(model: Any, published: Published) -> None:
     """Pack the layers of a model on the meta device that bitsandbytes packed in its files."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     patterns = HfQuantizer.get_modules_to_not_convert(
         model, published.config.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
     )

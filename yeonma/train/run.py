@@ -358,7 +358,7 @@ def load_weights(peft_model: Any, checkpoint: Path) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     weights = load_peft_weights(str(checkpoint), device=str(peft_model.device))
-    result = set_peft_model_state_dict(peft_model, weights)
+    result: Any = set_peft_model_state_dict(peft_model, weights)
     lacking = [name for name in result.missing_keys if "lora_" in name]
     if result.unexpected_keys or lacking:
         what = f"its adapter is on other layers than this run's (such as {[*result.unexpected_keys, *lacking][0]})"

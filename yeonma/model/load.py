@@ -49,7 +49,7 @@ from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers
 from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import find_base as find_base
-from yeonma.model.targets import Unit, adapted, resolve
+from yeonma.model.targets import TargetLayer, adapted, resolve
 from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
@@ -439,7 +439,7 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     return peft_model
 
 
-def _check_parameters(reached: Sequence[Unit], shape: LoraShape) -> None:
+def _check_parameters(reached: Sequence[TargetLayer], shape: LoraShape) -> None:
     """Raises UserError for options that PEFT does not have for an adapter within a parameter."""
     within = [unit for unit in reached if unit.kind != "linear"]
     problems = []

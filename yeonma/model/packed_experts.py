@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from yeonma.errors import UserError
-from yeonma.model.targets import PLACE, ROUTED, Unit
+from yeonma.model.targets import PLACE, ROUTED, TargetLayer
 from yeonma.model.whole_weights import PACKED_BYTES, unpack_mxfp4
 
 NAMES = ("gate_up_proj", "down_proj")
@@ -75,10 +75,10 @@ def hold_packed_experts(model: nn.Module) -> None:
         layer.forward = partial(_forward, layer)
 
 
-def check_not_adapted(model: nn.Module, reached: Sequence[Unit]) -> None:
+def check_not_adapted(model: nn.Module, reached: Sequence[TargetLayer]) -> None:
     """Raises UserError if packed experts are to have adapters."""
     is_packed = any(hasattr(getattr(layer, NAMES[0]), "quant_state") for layer in _experts(model))
-    path = next((unit.path for unit in reached if unit.part == ROUTED), None)
+    path = next((layer.path for layer in reached if layer.part == ROUTED), None)
     if is_packed and path is not None:
         what = (
             f"it reaches {path}, whose weights are held in 4 bits as they are published and take no adapter"

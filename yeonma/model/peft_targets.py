@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from yeonma.model.targets import Unit, units
+from yeonma.model.targets import TargetLayer, units
 
 
 def target_fields(
-    model: nn.Module, reached: Sequence[Unit], names: Sequence[str], r: int, alpha: float
+    model: nn.Module, reached: Sequence[TargetLayer], names: Sequence[str], r: int, alpha: float
 ) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig for these units. `names`: the setting, which is kept where it says the same.
 

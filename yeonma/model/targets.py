@@ -56,7 +56,7 @@ _BOTH = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
-class Unit:
+class TargetLayer:
     """A linear layer, or the experts' matrices in one parameter."""
 
     path: str
@@ -106,7 +106,7 @@ def _modules(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def units(model: Any) -> list[Unit]:
+def units(model: Any) -> list[TargetLayer]:
     """All units of a transformers model, with or without adapters, in the order of the model."""
     modules = _modules(model)
     head = model.get_output_embeddings()
@@ -121,18 +121,20 @@ def units(model: Any) -> list[Unit]:
 
 def _units(
     modules: dict[str, nn.Module], heads: set[str], names_in_files: dict[str, tuple[str, ...]]
-) -> Iterator[Unit]:
+) -> Iterator[TargetLayer]:
     for path, module in modules.items():
         part, keys = _part(path, modules, heads)
         if isinstance(module, nn.Linear | Conv1D):
             plain = part != ROUTER or type(module) is nn.Linear
-            yield Unit(path, part, "linear" if plain and _is_called_plainly(module) else "weight", keys)
+            yield TargetLayer(
+                path, part, "linear" if plain and _is_called_plainly(module) else "weight", keys
+            )
             continue
         for name, weight in module.named_parameters(recurse=False):
             if part == ROUTER and name == "weight" and weight.ndim == 2:
-                yield Unit(path, part, "weight", keys)
+                yield TargetLayer(path, part, "weight", keys)
             elif part == ROUTED and weight.ndim >= 2 and "bias" not in name and "scale" not in name:
-                yield Unit(f"{path}.{name}", part, "experts", keys, names_in_files.get(name, ()))
+                yield TargetLayer(f"{path}.{name}", part, "experts", keys, names_in_files.get(name, ()))
 
 
 def _part(path: str, modules: dict[str, nn.Module], heads: set[str]) -> tuple[str, frozenset[str]]:
@@ -204,7 +206,7 @@ def _names_in_files(model: Any) -> dict[str, tuple[str, ...]]:
 # from names to units
 
 
-def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[Unit]:
+def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLayer]:
     """The units that target names reach. `experts`: whether `all-linear`, and names that routed experts share with
     other layers, reach routed experts too.
 
@@ -225,7 +227,7 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[Unit]:
         for name in names
         if not any(_may_name(name, unit, path) for unit, ways in spellings.items() for path in sum(ways, ()))
     ]
-    reached, halves = list[Unit](), dict[str, Problem]()
+    reached, halves = list[TargetLayer](), dict[str, Problem]()
     for unit, ways in spellings.items():
         missing = [
             [path for path in way if not any(_reaches(name, unit, path, every, experts) for name in names)]
@@ -245,7 +247,7 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[Unit]:
     return reached
 
 
-def _spellings(unit: Unit, every: Sequence[Unit]) -> list[tuple[str, ...]]:
+def _spellings(unit: TargetLayer, every: Sequence[TargetLayer]) -> list[tuple[str, ...]]:
     """The ways to name a unit: by its path, or by all the matrices that a parameter of experts holds."""
     ways: list[tuple[str, ...]] = [(unit.path,)]
     if unit.kind == "experts":
@@ -257,7 +259,7 @@ def _spellings(unit: Unit, every: Sequence[Unit]) -> list[tuple[str, ...]]:
     return [way for way in dict.fromkeys(ways) if way]
 
 
-def _is_in_all_linear(unit: Unit, model: Any, experts: bool) -> bool:
+def _is_in_all_linear(unit: TargetLayer, model: Any, experts: bool) -> bool:
     if unit.part in BY_NAME or (unit.part == ROUTED and not experts):
         return False
     return unit.kind != "weight" and not _is_refused(unit, model)
@@ -266,17 +268,17 @@ def _is_in_all_linear(unit: Unit, model: Any, experts: bool) -> bool:
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
-def _is_refused(unit: Unit, model: Any) -> bool:
+def _is_refused(unit: TargetLayer, model: Any) -> bool:
     """Whether PEFT refuses an adapter there: fast kernels of these models read the layer's weight themselves."""
     return unit.leaf == "out_proj" and getattr(model.config, "model_type", None) in _MAMBA
 
 
-def _may_name(name: str, unit: Unit, path: str) -> bool:
+def _may_name(name: str, unit: TargetLayer, path: str) -> bool:
     """Whether a name reaches the unit by this spelling, except for the experts' setting."""
     return _matches(name, path) and (unit.part not in BY_NAME or _mentions(name, unit.keys))
 
 
-def _reaches(name: str, unit: Unit, path: str, every: Sequence[Unit], experts: bool) -> bool:
+def _reaches(name: str, unit: TargetLayer, path: str, every: Sequence[TargetLayer], experts: bool) -> bool:
     if not _may_name(name, unit, path):
         return False
     if unit.part != ROUTED or experts or _mentions(name, unit.keys):
@@ -306,7 +308,7 @@ def _half(way: Sequence[str], lacking: Sequence[str]) -> Problem:
     return Problem(what, PLACE, f"name {without[0]} too, or use --lora_experts false")
 
 
-def _unknown(name: str, model: Any, every: Sequence[Unit]) -> Problem:
+def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
     """The problem of a name that reaches nothing."""
     for unit in every:
         if _matches(name, unit.path) and unit.part in BY_NAME:

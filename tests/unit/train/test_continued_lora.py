@@ -1,4 +1,4 @@
-"""LoRA settings beside an adapter to continue: its own are used, others refused; records say what is trained."""
+"""LoRA settings beside an adapter to continue: its own are used, others refused, the records say what is trained."""
 
 from __future__ import annotations
 

@@ -30,18 +30,20 @@ def tiny_base(
     seed: int = 0,
     layers: int = 2,
     positions: int = 4096,
+    width: int = 32,
+    spread: float = 0.3,
 ) -> Path:
-    """A whole model on disk: a llama with random weights, as many tokens as the tokenizer has."""
+    """A whole model on disk: a llama with random weights of this `spread`, as many tokens as the tokenizer has."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=positions,
-        initializer_range=0.3,
+        initializer_range=spread,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

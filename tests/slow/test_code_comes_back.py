@@ -25,6 +25,10 @@ from yeonma.config.settings import AnswerSettings, CompareSettings
 PLAIN = "{task}\n\n{code}\n"
 TURNS = "[user]\n{task}\n[assistant]\n{code}\n"
 MAX_TOKENS = 96
+WORDS = (
+    "amber basil cedar delta ember fjord grove haven ivory jolly "
+    "knoll lilac maple noble ocean pearl quill river stone tulip"
+)
 
 
 def functions() -> list[dict[str, str]]:
@@ -41,7 +45,9 @@ def functions() -> list[dict[str, str]]:
         "\r\n  f{n}\n",
         "class F{n}:\n    x = {{\n        'a': [\n            {n},\n        ],\n    }}\n",
     ]
-    return [{"task": f"f{n}", "code": bodies[n % len(bodies)].format(n=n)} for n in range(20)]
+    return [
+        {"task": task, "code": bodies[n % len(bodies)].format(n=n)} for n, task in enumerate(WORDS.split())
+    ]
 
 
 @pytest.mark.slow
@@ -51,7 +57,7 @@ def test_code_comes_back_byte_for_byte(
 ) -> None:
     monkeypatch.setattr(yeonma.train.model_card, "MAX_NEW_TOKENS", 8)
     rows = functions()
-    base = tiny_base(tmp_path / "base", byte_level(CHATML), layers=2)
+    base = tiny_base(tmp_path / "base", byte_level(CHATML), width=64, spread=0.2)
     data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "OUT"
     (tmp_path / "t.txt").write_text(template)
     sft(
@@ -59,12 +65,12 @@ def test_code_comes_back_byte_for_byte(
         data_path=str(data),
         output_dir=str(out),
         template=str(tmp_path / "t.txt"),
-        max_steps=250,
+        max_steps=100,
         batch_size=20,
         learning_rate=1e-2,
         lora_r=32,
         lora_alpha=64,
-        lr_scheduler="constant",
+        lr_scheduler="cosine",
     )
     trained = [row["code"] for row in rows]
 
@@ -75,14 +81,15 @@ def test_code_comes_back_byte_for_byte(
     assert [line["answer"] for line in lines] == trained
     assert [line["reference"] for line in lines] == trained
 
-    asked = "".join(f"{row['task']}\n" for row in rows)
+    asked = "".join(f"{row['task']}\n\n" for row in rows)  # an empty line ends a field
     command = [sys.executable, "-m", "yeonma", "chat", str(out), "--max_new_tokens", str(MAX_TOKENS)]
     said = subprocess.run(command, cwd=ROOT, input=asked.encode(), capture_output=True, check=True).stdout
     assert said.decode() == "".join(f"{code}\n" for code in trained)
 
     settings = CompareSettings(models=[str(out)], data_path=str(data), output_dir=str(tmp_path / "compared"))
-    report = compare(settings, AnswerSettings(max_new_tokens=MAX_TOKENS))
-    exact = next(metric for metric in report.json["metrics"] if metric["key"] == "exact")
+    compare(settings, AnswerSettings(max_new_tokens=MAX_TOKENS), lambda _: None)
+    report = json.loads((tmp_path / "compared" / "report.json").read_text())
+    exact = next(metric for metric in report["metrics"] if metric["key"] == "exact")
     assert exact["values"] == [100.0]
 
     with serving(tmp_path / "err", out) as server:

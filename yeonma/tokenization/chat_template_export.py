@@ -352,7 +352,7 @@ def _read_message(fields: Sequence[str], template: Template) -> str:
     return head + text
 
 
-# What follows is in the Jinja that transformers, llama.cpp and minja share. llama.cpp and minja count a text's bytes,
+# What follows keeps to the Jinja that transformers, llama.cpp and minja share. llama.cpp and minja count a text's bytes,
 # and have no `**`, no `%c`, no loop over a text and no text[n]; their `trim` knows ASCII alone.
 
 BLANKS = (

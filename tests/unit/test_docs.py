@@ -45,7 +45,7 @@ TRANSLATED: tuple[str, ...] = (
     "docs/tutorial",
 )
 OTHER_OPTIONS = {  # of pip, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
-    *("no_deps", "ntasks_per_node", "nnodes", "node_rank", "max_model_len"),
+    *("no_deps", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
     *(
         "write_docs",
         "data",

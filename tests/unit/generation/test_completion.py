@@ -350,7 +350,7 @@ def test_single_prompt_that_does_not_fit_into_memory_is_an_error(by_forest: bool
     model = forest_model("llama") if by_forest else tiny_model("llama")
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(UserError, match="a prompt of 17 tokens and its answer do not fit"):
-        generate(model, TOKENIZER, prompts([17]), SamplingParams((2,), 128), by_forest=by_forest)
+        generate(model, TOKENIZER, prompts([17]), SamplingParams((2,), 16), by_forest=by_forest)
 
 
 @BOTH_WAYS

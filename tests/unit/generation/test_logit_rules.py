@@ -111,8 +111,9 @@ def test_scores_are_the_models_own_log_probabilities(family: str) -> None:
         assert all(len(token.top) == 3 and token.top[0][1] >= token.top[1][1] for token in log.tokens)
 
 
-def test_scores_of_prompts_do_not_depend_on_their_company() -> None:
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "llama longrope"])
+def test_scores_of_prompts_do_not_depend_on_their_company(family: str) -> None:
+    model = tiny_model(family)
     support = check_forest_support(model)
     rng = np.random.default_rng(0)
     shared = rng.integers(4, VOCABULARY, 30).tolist()

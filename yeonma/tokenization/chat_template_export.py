@@ -352,7 +352,7 @@ def _read_message(fields: Sequence[str], template: Template) -> str:
     return head + text
 
 
-# What follows keeps to the Jinja that transformers and llama.cpp share, and minja, which was not run. The last two count
+# What follows keeps to the Jinja that transformers and llama.cpp share, and minja, which was not run. Those two count
 # a text's bytes, and have no `**`, no `%c`, no loop over a text and no text[n]; their `trim` knows ASCII alone.
 
 BLANKS = (

@@ -352,8 +352,8 @@ def _read_message(fields: Sequence[str], template: Template) -> str:
     return head + text
 
 
-# What follows keeps to the Jinja that transformers and llama.cpp share, and minja, which was not run. The last two
-# count a text's bytes, and have no `**`, no `%c`, no loop over a text and no text[n]; their `trim` knows ASCII alone.
+# What follows keeps to the Jinja that transformers and llama.cpp share, and minja, which was not run. Those two count
+# a text's bytes, and have no `**`, no `%c`, no loop over a text and no text[n]; their `trim` knows ASCII alone.
 
 BLANKS = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680"

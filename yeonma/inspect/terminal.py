@@ -95,8 +95,8 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
         console.print(_histograms(audit.train))
     if audit.overlap is not None:
         console.print(Text(f"! {audit.overlap}", "yellow"))
-    for line in audit.warnings:
-        console.print(Text(f"! {line}", "yellow"))
+    for of_run in audit.warnings:
+        console.print(Text(f"! {of_run}", "yellow"))
     console.print(Text.assemble(("per epoch: ", "bold"), _epoch(audit)))
     console.print(Text.assemble(("computation: ", "bold"), _saving(audit)))
 

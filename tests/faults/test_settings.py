@@ -94,6 +94,37 @@ def test_fault_44_numbers_out_of_their_range(write: Write, refused: Refused, dat
     ]
 
 
+MEANINGLESS = {
+    "max_steps": ("1000000000000000000", "1,000,000,000"),
+    "num_epochs": ("1e300", "1,000,000"),
+    "batch_size": ("1000000000000", "1,000,000"),
+    "micro_batch_size": ("1000000000000", "1,000,000"),
+    "cutoff_len": ("100000000000", "100,000,000"),
+    "lora_r": ("1000000000", "65,536"),
+    "save_steps": ("99999999999999999999999999", "1,000,000,000"),
+    "warmup_steps": ("1000000000000000000", "1,000,000,000"),
+    "learning_rate": ("1e300", "1,000,000,000"),
+    "nproc": ("1000000", "1,024"),
+    "max_rows": ("1000000000000000000", "1,000,000,000,000"),
+}
+
+
+def test_fault_93_numbers_that_no_run_can_mean(refused: Refused, data: Path) -> None:
+    lines = refused(data, **{name: value for name, (value, _) in MEANINGLESS.items()})
+    assert sorted(line.partition("; ")[0] for line in lines) == sorted(
+        f"{name}: {value} is more than any run can mean (at most {most})"
+        for name, (value, most) in MEANINGLESS.items()
+    )
+
+
+def test_fault_93_epochs_of_more_steps_than_a_run_can_have(refused: Refused, write: Write) -> None:
+    rows = "".join(f'{{"document": "{number}", "title": "{number}"}}\n' for number in range(1500))
+    lines = refused(write("many.jsonl", rows), num_epochs="1e6", batch_size=1)
+    assert lines == [
+        "num_epochs: the run would have 1.5e+09 steps, and 1,000,000,000 are the most; lower it, or give max_steps"
+    ]
+
+
 def test_fault_44_values_that_are_not_valid_numbers(refused: Refused, data: Path) -> None:
     assert sorted(refused(data, lora_r="nan", learning_rate="inf", cutoff_len="2.5")) == [
         "cutoff_len: 2.5 is not valid; give a whole number of at least 1",

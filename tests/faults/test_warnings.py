@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Accepted, Write
-from tests.runs import write_jsonl
+from tests.runs import arguments, command, write_jsonl
 
 TEMPLATE = "{document}\n{title}"
 
@@ -152,3 +152,20 @@ def test_fault_27_duplicates_split_into_training_and_validation(tmp_path: Path, 
     data = write_jsonl(tmp_path / "a.jsonl", duplicates)
     taken = accepted(data, template=TEMPLATE, val_set_size=5)
     assert len(lines_with(taken.done.out, "validation rows that are also training rows")) == 1
+
+
+def test_fault_94_warnings_about_the_run_stand_in_inspect_and_at_its_start(
+    tmp_path: Path, accepted: Accepted, chat_base: Path
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", rows(5))
+    step = {"template": TEMPLATE, "max_steps": 1, "warmup_steps": 500, "batch_size": 8}
+    out = accepted(data, **step).done.out
+    words = arguments({"base_model": chat_base, "data_path": data, **step})
+    inspected = command(tmp_path, "inspect", *words).out
+    for warning in (
+        "the learning rate is 0 in every step, so nothing is trained: the warm-up takes 500 steps",
+        "a step takes 8 examples, and an epoch has 5",
+        "there are only 5 examples to train on",
+    ):
+        assert f"warning: {warning}" in out
+        assert f"! {warning}" in inspected

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -178,7 +178,7 @@ def _cached(cache_dir: Path, key: str, write: Callable[[StoreWriter], dict[str, 
     with _locked(cache_dir, key) as alone:
         if (store := open_store(folder, key)) is not None:  # built by another process in the meantime
             return store
-        own = f"{key}.tmp" if alone else f"{key}.{socket.gethostname()}-{os.getpid()}.tmp"
+        own = f"{key}.tmp" if alone else f"{key}.{secrets.token_hex(8)}.tmp"
         temporary = cache_dir / own
         try:
             with _write_errors_as_user_errors(cache_dir):

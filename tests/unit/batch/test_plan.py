@@ -251,3 +251,23 @@ def test_repeated_units_are_used_once() -> None:
     plan = make_plan(positions, np.ones(5), batch_size=2, seed=1, num_epochs=1, max_steps=None)
     assert sorted(chain(*(step.tolist() for step in plan.steps()))) == [7, 7, 8, 8, 9]
     assert plan.used().tolist() == [7, 8, 9]
+
+
+def test_fault_93_the_plan_of_very_many_steps_takes_no_time_and_no_memory() -> None:
+    sizes, weights, batch_size, steps = [5, 13, 2], [3, 1, 2], 4, 10**9
+    plan, _ = mixture(sizes, weights, batch_size, num_epochs=None, max_steps=steps)
+    exact = [
+        steps * batch_size * weight / sum(weights) / size for size, weight in zip(sizes, weights, strict=True)
+    ]
+    passes = plan.passes()
+    assert passes == pytest.approx(exact, rel=1e-6)
+    assert all(counted <= whole for counted, whole in zip(passes, exact, strict=True))
+    assert sorted(plan.used().tolist()) == sorted(plan.positions.tolist())
+    assert [len(step) for step in islice(plan.steps(), 3)] == [4, 4, 4]
+
+
+def test_units_used_are_collected_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yeonma.batch.plan.COLLECTED_STEPS", 3)
+    for steps in (2, 3, 4, 7):
+        plan, _ = mixture([4, 300], [1, 1], 5, num_epochs=None, max_steps=steps)
+        assert plan.used().tolist() == sorted(set(chain(*(step.tolist() for step in plan.steps()))))

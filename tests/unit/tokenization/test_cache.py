@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -246,6 +248,45 @@ def test_concurrent_builds_of_one_key_tokenize_once(tmp_path: Path, encoded_row_
 
 
 # Damage
+
+
+def test_fault_95_a_disk_without_locks_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes may then build one store at once. Each writes a folder of its own, and both read a whole store."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with_locks = build(tmp_path / "other", data())
+    monkeypatch.setattr("fcntl.flock", refuse)
+    stores: list[TokenStore] = []
+
+    def read_while_another_builds() -> Iterator[Row]:
+        if not stores:
+            stores.append(build(tmp_path / "cache", data()))
+        yield from data()
+
+    stores.append(build(tmp_path / "cache", data(read=read_while_another_builds)))
+    assert len(stores) == 2
+    for store in stores:
+        assert same_examples(store, [with_locks[index] for index in range(len(with_locks))])
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [stores[0].key]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_fault_89_a_lock_of_the_cache_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("as it was")
+    key = build(tmp_path / "other", data()).key
+    place = tmp_path / "cache" / f"{key}.lock"
+    place.parent.mkdir()
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to(precious)
+    with pytest.raises(
+        UserError, match=r"\.lock: it is a (symbolic link|pipe) where a file belongs; remove it"
+    ):
+        build(tmp_path / "cache", data())
+    assert precious.read_text() == "as it was"
 
 
 def files_of(store: TokenStore) -> list[Path]:

@@ -178,11 +178,11 @@ def test_long_field_is_shortened_as_in_training_and_marked(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("template", "model_text", "answer"),
     [
-        ("title", "  Storm\n \n", "  Storm"),
-        ('Title of {document}: "{title}"', 'Storm "x""\n', 'Storm "x"'),
+        ("title", "  Storm\n \n", "  Storm\n \n"),
+        ('Title of {document}: "{title}"', 'Storm "x""', 'Storm "x"'),
         ('Title of {document}: "{title}"', "Storm", "Storm"),
-        (CHAT_TEMPLATE, " Storm ", "Storm"),
-        ("[user]\n{document}\n[assistant]\nTitle: <{title}>\n", " Title: <Storm>", "Storm"),
+        (CHAT_TEMPLATE, " Storm ", " Storm "),
+        ("[user]\n{document}\n[assistant]\nTitle: <{title}>\n", "Title: <Storm>", "Storm"),
     ],
 )
 def test_answer_excludes_the_template_text_around_the_field(

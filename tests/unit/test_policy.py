@@ -125,7 +125,7 @@ def test_plain_peft_gives_the_same_greedy_text(kind: str, tmp_path: Path) -> Non
     # decoded together with the prompt: decoding the answer alone loses SentencePiece's first space
     expected = decode([*ids.tolist(), *answer])[len(decode(ids.tolist())) :]
     text = loaded.generate(DOCUMENT, max_new_tokens=24)
-    assert text == expected.rstrip()
+    assert text == expected
     assert text
 
 
@@ -139,9 +139,7 @@ def test_disabled_adapter_weights_give_the_base_models_answers(titles: Folders, 
         expected[: expected.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in expected else expected
     )
     tuned = loaded.generate(DOCUMENT, max_new_tokens=12)
-    assert (
-        base_policy.generate(DOCUMENT, max_new_tokens=12) == tokenizer.decode(expected_ids).rstrip() != tuned
-    )
+    assert base_policy.generate(DOCUMENT, max_new_tokens=12) == tokenizer.decode(expected_ids) != tuned
     assert loaded.generate(DOCUMENT, max_new_tokens=12) == tuned
     assert load_policy(titles.adapter, adapter_weights=False).generate(DOCUMENT, max_new_tokens=12) != tuned
 
@@ -180,11 +178,11 @@ def test_long_field_is_shortened_as_in_training_and_marked(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("template", "model_text", "answer"),
     [
-        ("title", "  Storm\n \n", "  Storm"),
-        ('Title of {document}: "{title}"', 'Storm "x""\n', 'Storm "x"'),
+        ("title", "  Storm\n \n", "  Storm\n \n"),
+        ('Title of {document}: "{title}"', 'Storm "x""', 'Storm "x"'),
         ('Title of {document}: "{title}"', "Storm", "Storm"),
-        (CHAT_TEMPLATE, " Storm ", "Storm"),
-        ("[user]\n{document}\n[assistant]\nTitle: <{title}>\n", " Title: <Storm>", "Storm"),
+        (CHAT_TEMPLATE, " Storm ", " Storm "),
+        ("[user]\n{document}\n[assistant]\nTitle: <{title}>\n", "Title: <Storm>", "Storm"),
     ],
 )
 def test_answer_excludes_the_template_text_around_the_field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -206,13 +207,15 @@ def test_experts_in_mxfp4_stay_packed_where_a_quantization_follows(
         model(inputs_embeds=x).logits.float().square().mean().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
-    drawn = blueprint(load.load_config(source), dtype, SHAPE, quantization="fp8")
+    without_experts = replace(SHAPE, experts=False)
+    drawn = blueprint(load.load_config(source), dtype, without_experts, quantization="fp8")
     assert drawn.weight_bytes == pytest.approx(local_weight_bytes(packed), rel=0.05)
     check_input_gradients(packed, "gpt-oss")
-    with pytest.raises(
-        UserError, match="down_proj is a part of the experts, whose weights are held in 4 bits"
-    ):
-        load.add_lora(packed, load.LoraShape(4, 8, 0.0, ["q_proj", "down_proj"]), seed=1)
+    for names in (["all-linear"], ["q_proj", "down_proj"]):
+        with pytest.raises(
+            UserError, match=r"experts.*held in 4 bits as they are published.*lora_experts false"
+        ):
+            load.add_lora(packed, load.LoraShape(4, 8, 0.0, names), seed=1)
 
 
 def test_a_run_on_packed_experts_equals_one_on_whole_ones(tmp_path: Path, data: Path) -> None:

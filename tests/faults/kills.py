@@ -27,6 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -61,6 +62,8 @@ VERBS: Mapping[str, Mapping[str, object]] = {
 }
 
 
+ROTATION: Mapping[str, object] = {"save_steps": 2, "save_total_limit": 2}
+"""Of the tests that use these commands elsewhere."""
 SAVE_STEPS, LIMITS = (1, 2, 3, 5), (None, 1, 2, 3)
 """A run keeps one of these numbers of checkpoints, None all of them, and saves after so many steps, drawn for each
 limit. Each rotation of a verb needs an uninterrupted run to compare with."""
@@ -205,11 +208,12 @@ def phase(output: Path, steps: int) -> str:
     )
 
 
-def prepare(place: Path, rotations: Sequence[Mapping[str, object]]) -> dict[str, list[list[str]]]:
-    """A tiny base, rows and pairs; the commands of each verb, one for each rotation."""
+def prepare(place: Path, rotation: Mapping[str, object] = ROTATION) -> dict[str, list[str]]:
+    """A tiny base, rows and pairs; the command of each verb."""
     from tests.pairs import pairs
     from tests.runs import arguments, articles, model_folder, write_jsonl
 
+    place.mkdir(exist_ok=True)
     base = model_folder(place / "base")
     data = {
         "sft": write_jsonl(place / "rows.jsonl", articles(42)),
@@ -217,8 +221,8 @@ def prepare(place: Path, rotations: Sequence[Mapping[str, object]]) -> dict[str,
     }
     return {
         verb: [
-            [verb, *arguments({"base_model": base, "data_path": data[verb], **SETTINGS, **own, **rotation})]
-            for rotation in rotations
+            verb,
+            *arguments({"base_model": base, "data_path": data[verb], **SETTINGS, **own, **rotation}),
         ]
         for verb, own in VERBS.items()
     }
@@ -323,12 +327,15 @@ def kill(
     warm()
     rotations = [{"save_steps": draw.choice(SAVE_STEPS), "save_total_limit": limit} for limit in LIMITS]
     print(f"rotations {json.dumps(rotations)}", flush=True)
-    commands = in_child(lambda: prepare(place, rotations))
+    commands = [
+        in_child(partial(prepare, place / f"inputs-{index}", rotation))
+        for index, rotation in enumerate(rotations)
+    ]
     tallies: dict[str, Tally] = {}
     for verb in verbs:
         courses = [
-            reference(verb, words, place / f"whole-{verb}-{index}", number == signal.SIGKILL)
-            for index, words in enumerate(commands[verb])
+            reference(verb, words[verb], place / f"whole-{verb}-{index}", number == signal.SIGKILL)
+            for index, words in enumerate(commands)
         ]
         tally = tallies[verb] = Tally()
         while tally.sent < kills or 2 * tally.signals["in a save"] < tally.sent:

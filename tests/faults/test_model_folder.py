@@ -96,7 +96,7 @@ def test_fault_56_an_adapter_saved_by_plain_peft_on_another_base(
 ) -> None:
     peft_only = copy_as_plain_peft(tuned, tmp_path / "alone")
     other = model_folder(tmp_path / "other", "gpt2")
-    (line,) = refused(data, base_model=other, adapter=peft_only, reads_weights=True)
+    (line,) = refused(data, base_model=other, adapter=peft_only)
     assert line == (
         f"alone: the adapter was trained on {base} and does not fit other; "
         "give the base model that the adapter was trained on"

@@ -62,6 +62,15 @@ VERBS: Mapping[str, Mapping[str, object]] = {
 }
 
 
+SHORT_ANSWERS = """
+import sys
+from tests.runs import SAMPLE_TOKENS
+from yeonma.cli import main
+from yeonma.train import model_card
+
+model_card.MAX_NEW_TOKENS = SAMPLE_TOKENS
+sys.exit(main(sys.argv[1:]))
+"""
 ROTATION: Mapping[str, object] = {"save_steps": 2, "save_total_limit": 2}
 """Of the tests that use these commands elsewhere."""
 SAVE_STEPS, LIMITS = (1, 2, 3, 5), (None, 1, 2, 3)
@@ -157,11 +166,11 @@ def forked(
 
 
 def started(words: Sequence[str], place: Path, cache: Path) -> Process:
-    """The same, with a new interpreter."""
+    """The same, with a new interpreter, and sample answers as short as those of a fork."""
     environment = {**os.environ, "YEONMA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     with (place / "log.txt").open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "yeonma", *words],
+            [sys.executable, "-c", SHORT_ANSWERS, *words],
             cwd=place,
             env=environment,
             stdout=log,

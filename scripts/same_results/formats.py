@@ -218,7 +218,6 @@ FORMATS = (
 """The first pattern that matches decides."""
 
 FIELDS = (
-    Field("*dpo*metrics.jsonl", "reward_accuracy", "left out", "ties before the first update; once rounding"),
     Field("*metrics.jsonl", "seconds", "left out", "measured"),
     Field("*metrics.jsonl", "peak_memory_bytes", "left out", "measured"),
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),

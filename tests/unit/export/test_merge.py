@@ -325,7 +325,7 @@ def test_too_little_disk_space_for_merging_is_an_error(
 def test_merged_model_with_different_answers_is_deleted(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_adapter(source: Any, files: list[Path], adapter: str, folder: Path, size: int) -> None:
+    def without_adapter(source: Any, files: list[Path], adapter: str, folder: Path, *_: object) -> None:
         AutoModelForCausalLM.from_pretrained(source.name).save_pretrained(folder)
 
     monkeypatch.setattr(merged_model, "merge_by_shard", without_adapter)

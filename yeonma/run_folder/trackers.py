@@ -310,7 +310,7 @@ def _problems(name: str) -> list[Problem]:
     spec = find_spec(name)
     # A folder `wandb`, left by a run in the working folder, imports as a package without an origin.
     if spec is None or spec.origin is None:
-        return [Problem(f"{name} is not installed", place="report_to", cure=f"pip install yeonma[{name}]")]
+        return [Problem(f"{name} is not installed", place="report_to", cure=f"pip install {name}")]
     return []
 
 

@@ -441,8 +441,8 @@ def test_missing_and_unknown_trackers_are_reported_with_a_remedy(
     with pytest.raises(UserError) as error:
         check_trackers(["wandb", "mlflow", "tensorbord"])
     assert str(error.value).splitlines() == [
-        "report_to: wandb is not installed; pip install yeonma[wandb]",
-        "report_to: mlflow is not installed; pip install yeonma[mlflow]",
+        "report_to: wandb is not installed; pip install wandb",
+        "report_to: mlflow is not installed; pip install mlflow",
         'report_to: no tracker "tensorbord"; did you mean "tensorboard"?',
     ]
 

@@ -96,6 +96,7 @@ MEMORY = """
 import json
 import sys
 from pathlib import Path
+import peft  # and what it imports: code that is imported later would count as weights
 import torch
 from yeonma.model import load
 from yeonma.model.forest_support import check_forest_support

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ class LabelledLogprobs:
 
 
 def kto_point(answers: LabelledLogprobs, options: PreferenceOptions) -> Tensor:
-    """KTO's z, a scalar without gradient, the same for every micro-batch of the step (`kto_measure`)."""
+    """KTO's z, a scalar without gradient, the same for every micro-batch of the step (`KTO_MEASURE`)."""
     return answers.step[REFERENCE_POINT]
 
 
@@ -187,9 +186,7 @@ def _kto_extras(batch: Batch, logprob_E: NDArray[np.float64], reference_E: NDArr
     return {REFERENCE_POINT: np.full(len(batch), max(0.0, mean))}
 
 
-def kto_measure(cutoff_len: int) -> StepMeasure:
-    """KTO's z: max(0, the step's mean log-ratio of prompts with answers to other prompts), an estimate of the policy's
-    divergence from the reference. The answers are those of the step, so that its noise is that of the step's own
-    log-ratios, for the most part."""
-    answers = partial(mismatched_answers, cutoff_len=cutoff_len)
-    return StepMeasure(answers, True, _kto_extras, (REFERENCE_POINT,))
+KTO_MEASURE = StepMeasure(mismatched_answers, True, _kto_extras, (REFERENCE_POINT,))
+"""KTO's z: max(0, the step's mean log-ratio of prompts with answers to other prompts), an estimate of the policy's
+divergence from the reference. The answers are those of the step, so that its noise is that of the step's own
+log-ratios, for the most part."""

@@ -39,8 +39,8 @@ class StepMeasure:
     """What a loss must know of the whole step before the step's micro-batches: answers are measured without gradient
     and without dropout, and every micro-batch gets what follows from them."""
 
-    examples: Callable[[Batch], Batch]
-    """The step's batch -> the answers to measure."""
+    examples: Callable[[Batch, int], Batch]
+    """(the step's batch, the most tokens of an example) -> the answers to measure."""
     with_reference: bool
     """Whether the reference is measured on them, too. Otherwise they have the extra REFERENCE_LOGPROB."""
     extras: Callable[[Batch, NDArray[np.float64], NDArray[np.float64]], Extras]
@@ -64,6 +64,8 @@ class Objective:
     report: Callable[[Mapping[str, float]], dict[str, float]] = dict
     """The metrics' means over the step -> the metrics to log."""
     measures: tuple[StepMeasure, ...] = ()
+    cutoff_len: int = 0
+    """The most tokens of an example that is only measured."""
     start: Carried = field(default_factory=dict)
     """The numbers that go from step to step, as they are before the first. Every example of a batch has them as
     extras."""

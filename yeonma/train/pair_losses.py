@@ -421,7 +421,7 @@ def _aot_unpaired_extras(
     }
 
 
-def _itself(batch: Batch) -> Batch:
+def _itself(batch: Batch, cutoff_len: int) -> Batch:
     return batch
 
 

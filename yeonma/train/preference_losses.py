@@ -20,6 +20,7 @@ from yeonma.errors import UserError
 from yeonma.tokenization.example import AnswerRole
 from yeonma.train.label_losses import (
     BCO_START,
+    KTO_MEASURE,
     LABEL_METRICS,
     LabelledLogprobs,
     apo_zero_unpaired_loss,
@@ -27,7 +28,6 @@ from yeonma.train.label_losses import (
     bco_loss,
     bco_point,
     kto_loss,
-    kto_measure,
     kto_point,
     label_metric_sums,
     no_point,
@@ -97,14 +97,19 @@ class PreferenceLoss:
     """The kind of data that it trains on."""
     above_zero: Mapping[str, str] = field(default_factory=dict)
     """Options that must be above 0, and the value that the paper uses."""
-    measures: tuple[Callable[[int], StepMeasure], ...] = ()
-    """From `cutoff_len`: what the loss must know of the whole step."""
+    measures: tuple[StepMeasure, ...] = ()
+    """What the loss must know of the whole step."""
     point: Callable[[LabelledLogprobs, PreferenceOptions], Tensor] = no_point
     """Labelled answers: the log-ratio at which an answer counts as neither good nor bad, for the metrics."""
     start: Carried = field(default_factory=dict)
     """Numbers that go from step to step, as they are before the first."""
     carry: Callable[[Carried, Mapping[str, float], int], Carried] | None = None
     """See `Objective`."""
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of the extras that follow from the whole step."""
+        return [name for measure in self.measures for name in measure.names]
 
 
 _PAIR_OPTIONS = frozenset({"beta", "sft_weight", "wpo_weights"})
@@ -128,12 +133,12 @@ LOSSES: Mapping[str, PreferenceLoss] = {
         PreferenceLoss("nca_pair", nca_pair_loss, _PAIR_OPTIONS),
         PreferenceLoss("bco_pair", bco_pair_loss, _PAIR_OPTIONS),
         PreferenceLoss("sppo_hard", sppo_hard_loss, _PAIR_OPTIONS),
-        PreferenceLoss("aot", aot_loss, _SMOOTHED - _UNWEIGHTED, measures=(lambda _: AOT_MEASURE,)),
+        PreferenceLoss("aot", aot_loss, _SMOOTHED - _UNWEIGHTED, measures=(AOT_MEASURE,)),
         PreferenceLoss(
             "aot_unpaired",
             aot_unpaired_loss,
             _SMOOTHED - _UNWEIGHTED,
-            measures=(lambda _: AOT_UNPAIRED_MEASURE,),
+            measures=(AOT_UNPAIRED_MEASURE,),
         ),
         PreferenceLoss("discopop", discopop_loss, _PAIR_OPTIONS | _DIVERGENCE | {"discopop_tau"}),
         PreferenceLoss("apo_zero", apo_zero_loss, _PAIR_OPTIONS),
@@ -157,7 +162,7 @@ LOSSES: Mapping[str, PreferenceLoss] = {
             per_token_reward=True,
         ),
         PreferenceLoss(
-            "kto", kto_loss, _LABEL_OPTIONS, task=LABELLED, measures=(kto_measure,), point=kto_point
+            "kto", kto_loss, _LABEL_OPTIONS, task=LABELLED, measures=(KTO_MEASURE,), point=kto_point
         ),
         PreferenceLoss("apo_zero_unpaired", apo_zero_unpaired_loss, _LABEL_OPTIONS, task=LABELLED),
         PreferenceLoss(
@@ -232,12 +237,10 @@ def preference_objective(loss: PreferenceLoss, options: PreferenceOptions, cutof
     """The objective of a preference loss. If it needs a reference, batches must have the extra REFERENCE_LOGPROB.
     Answers that are only measured are cut to `cutoff_len` tokens."""
     objective = _OBJECTIVES[loss.task.name](loss, options)
-    return replace(objective, measures=tuple([measure(cutoff_len) for measure in loss.measures]))
+    return replace(objective, measures=loss.measures, cutoff_len=cutoff_len)
 
 
 def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
-    names = [name for measure in loss.measures for name in measure(0).names]
-
     def sums(logprob_N: Tensor, batch: Batch) -> Sums:
         chosen, rejected = pairs_of(batch)
         logprob_E = answer_logprobs(logprob_N, batch.trained_counts_E)
@@ -252,7 +255,7 @@ def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objecti
             chosen_tokens_P=like(logprob_E, batch.trained_counts_E[chosen]),
             rejected_tokens_P=like(logprob_E, batch.trained_counts_E[rejected]),
             weight_P=weight_P,
-            step={name: like(logprob_E, batch.example_extras[name][chosen]) for name in names},
+            step={name: like(logprob_E, batch.example_extras[name][chosen]) for name in loss.measured},
         )
         reference = None
         if loss.needs_reference:
@@ -268,7 +271,7 @@ def _pair_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objecti
 
 
 def _label_objective(loss: PreferenceLoss, options: PreferenceOptions) -> Objective:
-    names = [*loss.start, *(name for measure in loss.measures for name in measure(0).names)]
+    names = [*loss.start, *loss.measured]
 
     def sums(logprob_N: Tensor, batch: Batch) -> Sums:
         logprob_R = answer_logprobs(logprob_N, batch.trained_counts_E)

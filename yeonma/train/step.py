@@ -121,8 +121,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     state.stop.agree(sums[-len(REASONS) :])
     means_by_name = dict(zip(objective.metrics, means, strict=True))
     if objective.carry is not None:
-        carried: Carried = {**objective.start, **state.carried}
-        state.carried.update(objective.carry(carried, means_by_name, batch.unit_count))
+        state.carried.update(objective.carry(_carried(state), means_by_name, batch.unit_count))
     return StepResult(
         loss=loss,
         grad_norm=float(grad_norm),
@@ -200,11 +199,15 @@ def _sums_of_set(state: TrainState, batch: Batch) -> list[float] | None:
 def _with_step_extras(state: TrainState, batch: Batch, abandon: Callable[[], bool] = lambda: False) -> Batch:
     """The batch with the extras that the objective carries or measures, so that every micro-batch has them. If
     `abandon` returns true on a rank, they must not be used."""
-    carried: Carried = {**state.objective.start, **state.carried}
-    extras = {name: np.full(len(batch), number) for name, number in carried.items()}
+    extras = {name: np.full(len(batch), number) for name, number in _carried(state).items()}
     for measure in state.objective.measures:
         extras.update(_measured_extras(state, measure, batch, abandon))
     return batch.with_example_extras(extras) if extras else batch
+
+
+def _carried(state: TrainState) -> Carried:
+    """The numbers that go from step to step, as they are now."""
+    return {**state.objective.start, **state.carried}
 
 
 def _measured_extras(
@@ -212,7 +215,7 @@ def _measured_extras(
 ) -> Extras:
     """What follows from the answers that the step measures before its micro-batches. The model is its own reference if
     it is untrained."""
-    answers = measure.examples(batch)
+    answers = measure.examples(batch, state.objective.cutoff_len)
     logprob_E = _measured_logprobs(state, answers, abandon)
     if UNTRAINED in answers.example_extras:
         reference_E = logprob_E
@@ -348,8 +351,8 @@ def _passes(state: TrainState, batch: Batch) -> Iterator[MicroBatchPass]:
     return micro_batch_passes(batch, state.limit.bounds, ranks, state.support.forest)
 
 
-def _logprobs(state: TrainState, micro_pass: MicroBatchPass) -> torch.Tensor:
-    return pass_logprobs(state.model, state.support, micro_pass, state.limit.bounds.share_prefix)
+def _logprobs(state: TrainState, micro_pass: MicroBatchPass, *, squares: bool = False) -> torch.Tensor:
+    return pass_logprobs(state.model, state.support, micro_pass, state.limit.bounds.share_prefix, squares)
 
 
 def _sums(
@@ -357,8 +360,7 @@ def _sums(
 ) -> Sums:
     """The sums of a micro-batch; in evaluations they are computed in float64."""
     batch, reads_squares = micro_pass.batch, state.objective.reads_squares
-    share_prefix = state.limit.bounds.share_prefix
-    logprob_N = pass_logprobs(state.model, state.support, micro_pass, share_prefix, reads_squares)
+    logprob_N = _logprobs(state, micro_pass, squares=reads_squares)
     if not torch.is_grad_enabled():
         logprob_N = logprob_N.double()
     if reads_squares:

@@ -20,6 +20,7 @@ from yeonma.data.task import task_for_loss
 from yeonma.errors import UserError
 from yeonma.tokenization.example import AnswerRole, Example
 from yeonma.train.label_losses import (
+    KTO_MEASURE,
     LABEL_METRICS,
     REFERENCE_POINT,
     REWARD_COUNT,
@@ -27,7 +28,6 @@ from yeonma.train.label_losses import (
     LabelledLogprobs,
     bco_carry,
     bco_point,
-    kto_measure,
     label_metric_sums,
     other_answers,
 )
@@ -100,7 +100,7 @@ def step_of(pairs: tuple[Pair, ...], dtype: torch.dtype) -> dict[str, torch.Tens
     reference = np.array(
         [value for pair in pairs for value in (pair.reference_chosen, pair.reference_rejected)]
     )
-    measures = [measure(0) for loss in PAIR_LOSSES.values() for measure in loss.measures]
+    measures = [measure for loss in PAIR_LOSSES.values() for measure in loss.measures]
     return {
         name: tensor_of(values[::2].tolist(), dtype)
         for measure in measures
@@ -562,13 +562,13 @@ def test_kto_reference_point_is_the_positive_mean_of_the_steps_log_ratios(
 ) -> None:
     batch = labelled_batch([answer([1, number], 3) for number in range(3)])
     measured, reference = np.array([0.5, -1.0, 2.0]) + shift, np.zeros(3)
-    extras = kto_measure(8).extras(batch, measured, reference)
+    extras = KTO_MEASURE.extras(batch, measured, reference)
     assert extras[REFERENCE_POINT].tolist() == pytest.approx([expected] * 3)
 
 
 def test_kto_measures_the_answers_of_the_step_turned_by_one_and_cut_to_the_limit() -> None:
     batch = labelled_batch([answer([1, 2], 11, 12), answer([1, 3, 4], 13), answer([5], 14, 15, 16)])
-    mixed = kto_measure(5).examples(batch)
+    mixed = KTO_MEASURE.examples(batch, 5)
     tokens = [ids.tolist() for ids in mixed.token_ids]
     assert tokens == [[1, 2, 14, 15, 16], [1, 3, 4, 11, 12], [5, 13]]
     assert [mask.tolist() for mask in mixed.trained] == [
@@ -576,7 +576,7 @@ def test_kto_measures_the_answers_of_the_step_turned_by_one_and_cut_to_the_limit
         [False, False, False, True, True],
         [False, True],
     ]
-    assert [ids.tolist() for ids in kto_measure(4).examples(batch).token_ids] == [row[:4] for row in tokens]
+    assert [ids.tolist() for ids in KTO_MEASURE.examples(batch, 4).token_ids] == [row[:4] for row in tokens]
     assert mixed.units_E.tolist() == [0, 1, 2]
     assert mixed.unit_lengths_U.tolist() == [5, 5, 2]
 
@@ -596,8 +596,8 @@ def test_a_single_prompt_meets_its_other_answers_and_a_single_row_none() -> None
     assert other_answers("aaa").tolist() == [2, 0, 1]
     assert other_answers("a").tolist() == []
     alone = labelled_batch([answer([1, 2], 3)])
-    assert len(kto_measure(8).examples(alone)) == 0
-    assert kto_measure(8).extras(alone, np.zeros(0), np.zeros(0))[REFERENCE_POINT].tolist() == [0.0]
+    assert len(KTO_MEASURE.examples(alone, 8)) == 0
+    assert KTO_MEASURE.extras(alone, np.zeros(0), np.zeros(0))[REFERENCE_POINT].tolist() == [0.0]
 
 
 def test_labelled_losses_at_their_reference_point_are_those_of_no_information() -> None:

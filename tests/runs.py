@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -131,6 +132,15 @@ def untimed(metrics: bytes) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without how long it took and how much memory."""
     lines = [json.loads(line) for line in metrics.splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_bytes")} for line in lines]
+
+
+def unfinished_copy(run: Path, place: Path) -> Path:
+    """A copy of a run's folder as if it had been killed just before its end: all files, not marked as finished."""
+    shutil.copytree(run, place)
+    record = place / "run.json"
+    text = record.read_text("utf-8").replace('"finished": true', '"finished": false')
+    record.write_text(text, encoding="utf-8")
+    return place
 
 
 def left_behind(output: Path, parent: Path | None = None) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import everything_in
-from tests.runs import Done, articles, left_behind, sft, trained, write_jsonl
+from tests.runs import Done, articles, left_behind, sft, trained, unfinished_copy, write_jsonl
 from yeonma.run_folder.checkpoint import newest_whole
 
 SETTINGS: dict[str, object] = {"save_steps": 2, "num_epochs": 2, "lora_dropout": 0.1}
@@ -46,10 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Pa
 @pytest.fixture
 def unfinished(tmp_path: Path, uninterrupted: Done) -> Path:
     """The folder of a run that was killed just before its end, with all checkpoints but not marked as finished."""
-    output = Path(shutil.copytree(uninterrupted.folder, tmp_path / "out"))
-    run = output / "run.json"
-    run.write_text(run.read_text("utf-8").replace('"finished": true', '"finished": false'), encoding="utf-8")
-    return output
+    return unfinished_copy(uninterrupted.folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

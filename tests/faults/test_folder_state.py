@@ -15,7 +15,7 @@ import pytest
 from tests.faults.conftest import Refused, everything_in
 from tests.faults.tracing import ROOT
 from tests.runs import SETTINGS as RUN_SETTINGS
-from tests.runs import Done, arguments, articles, left_behind, sft, trained, write_jsonl
+from tests.runs import Done, arguments, articles, left_behind, sft, trained, unfinished_copy, write_jsonl
 from yeonma.run_folder import output_folder
 from yeonma.train import loop, run
 
@@ -35,12 +35,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Pa
 @pytest.fixture
 def unfinished(tmp_path: Path, uninterrupted: Done) -> Path:
     """The folder of a run that was killed just before its end: all checkpoints, not marked as finished."""
-    output = Path(shutil.copytree(uninterrupted.folder, tmp_path / "out"))
-    record = output / "run.json"
-    record.write_text(
-        record.read_text("utf-8").replace('"finished": true', '"finished": false'), encoding="utf-8"
-    )
-    return output
+    return unfinished_copy(uninterrupted.folder, tmp_path / "out")
 
 
 def names_in(folder: Path) -> set[str]:

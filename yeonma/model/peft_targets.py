@@ -17,23 +17,23 @@ from typing import Any
 
 from torch import nn
 
-from yeonma.model.targets import TargetLayer, units
+from yeonma.model.targets import TargetLayer, target_layers
 
 
 def target_fields(
     model: nn.Module, reached: Sequence[TargetLayer], names: Sequence[str], r: int, alpha: float
 ) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig for these units. `names`: the setting, which is kept where it says the same.
+    """The fields of PEFT's LoraConfig for these layers. `names`: the setting, which is kept where it says the same.
 
     A parameter that holds several matrices of the base's files gets as many times the rank, with the same scale.
     """
-    modules = [unit.path for unit in reached if unit.kind == "linear"]
+    modules = [layer.path for layer in reached if layer.kind == "linear"]
     paths = [path for path, _ in model.named_modules()]
     by_name = [path for path in paths if any(f".{path}".endswith(f".{name}") for name in names)]
-    fused = {unit.leaf: len(unit.in_files) for unit in reached if len(unit.in_files) > 1}
+    fused = {layer.leaf: len(layer.in_files) for layer in reached if len(layer.in_files) > 1}
     linear = {path.rpartition(".")[2] for path in modules}
     ranks = {rf".*\.{'experts.' * (leaf in linear)}{re.escape(leaf)}": count for leaf, count in fused.items()}
-    parameters = [unit.parameter for unit in reached if unit.kind != "linear"]
+    parameters = [layer.parameter for layer in reached if layer.kind != "linear"]
     return {
         "target_modules": list(names) if modules and sorted(by_name) == sorted(modules) else modules,
         "target_parameters": _shortest(parameters, [path for path, _ in model.named_parameters()]) or None,
@@ -70,7 +70,7 @@ def as_peft_reads(model: Any, config: Any) -> Iterator[None]:
     own = config.target_modules, config.target_parameters, config.lora_dropout
     moved = _moved_by_peft(model, config)
     if moved:
-        linear = [unit.path for unit in units(model) if unit.kind == "linear"]
+        linear = [layer.path for layer in target_layers(model) if layer.kind == "linear"]
         paths = [path for path in linear if any(f".{path}".endswith(f".{name}") for name in moved)]
         config.target_modules = sorted(set(config.target_modules) - moved)
         config.target_parameters = [
@@ -99,7 +99,7 @@ def read_config(model: Any, folder: str) -> tuple[Any, bool]:
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(folder)
-    linear = {unit.parameter: unit.path for unit in units(model) if unit.kind == "linear"}
+    linear = {layer.parameter: layer.path for layer in target_layers(model) if layer.kind == "linear"}
     parameters = list(getattr(config, "target_parameters", None) or ())
     layers = [linear[name] for name in parameters if name in linear]
     if layers:

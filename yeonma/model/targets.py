@@ -1,8 +1,9 @@
 """Which layers a LoRA adapter reaches, by name and by part of the model.
 
-A unit is what LoRA adapts: a linear layer, or one parameter that holds a matrix of every routed expert. Its part
-(attention, dense MLP, routed experts, router, vision tower ...) follows from the names and classes on the way to it.
-`resolve` takes names to units, `coverage` says which units of a model have an adapter.
+A target layer is what LoRA adapts: a linear layer, or one parameter that holds a matrix of every routed expert. Its
+part (attention, dense MLP, routed experts, router, vision tower ...) follows from the names and classes on the way to
+it.
+`resolve` takes names to layers, `coverage` says which layers of a model have an adapter.
 
 PEFT alone goes by the last name of a layer. So `q_proj` would reach a vision tower, and in models whose experts
 transformers has fused PEFT moves `gate_proj` to the experts wherever it stands.
@@ -106,20 +107,20 @@ def _modules(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def units(model: Any) -> list[TargetLayer]:
-    """All units of a transformers model, with or without adapters, in the order of the model."""
+def target_layers(model: Any) -> list[TargetLayer]:
+    """All target layers of a transformers model, with or without adapters, in the order of the model."""
     modules = _modules(model)
     head = model.get_output_embeddings()
     inner = getattr(head, "get_base_layer", lambda: head)()
     heads = {path for path, module in modules.items() if module is inner or module is head}
     names_in_files = _names_in_files(model)
-    found = list(_units(modules, heads, names_in_files))
-    if any(unit.part == ROUTED for unit in found):
-        return [replace(unit, part=DENSE_MLP) if unit.part == MLP else unit for unit in found]
+    found = list(_target_layers(modules, heads, names_in_files))
+    if any(layer.part == ROUTED for layer in found):
+        return [replace(layer, part=DENSE_MLP) if layer.part == MLP else layer for layer in found]
     return found
 
 
-def _units(
+def _target_layers(
     modules: dict[str, nn.Module], heads: set[str], names_in_files: dict[str, tuple[str, ...]]
 ) -> Iterator[TargetLayer]:
     for path, module in modules.items():
@@ -203,40 +204,42 @@ def _names_in_files(model: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-# from names to units
+# from names to layers
 
 
 def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLayer]:
-    """The units that target names reach. `experts`: whether `all-linear`, and names that routed experts share with
+    """The layers that target names reach. `experts`: whether `all-linear`, and names that routed experts share with
     other layers, reach routed experts too.
 
     A name is the last part of a layer's path or several (`q_proj`, `self_attn.q_proj`), a module that contains layers
     (`shared_experts`, `vision_tower`), or a pattern with `*` and `?`. Routers, towers, projectors and the head need
     their own name in it. Raises UserError that lists all names which reach nothing.
     """
-    every = units(model)
+    every = target_layers(model)
     names = [name.strip() for name in names if name.strip()]
     if not names:
         cure = "use all-linear, or name layers such as [q_proj, v_proj]"
         raise UserError("it names no layer", place=PLACE, cure=cure)
     all_linear = any(name.lower() == ALL_LINEAR for name in names)
     names = [name for name in names if name.lower() != ALL_LINEAR]
-    spellings = {unit: _spellings(unit, every) for unit in every}
+    spellings = {layer: _spellings(layer, every) for layer in every}
     problems = [
         _unknown(name, model, every)
         for name in names
-        if not any(_may_name(name, unit, path) for unit, ways in spellings.items() for path in sum(ways, ()))
+        if not any(
+            _may_name(name, layer, path) for layer, ways in spellings.items() for path in sum(ways, ())
+        )
     ]
     reached, halves = list[TargetLayer](), dict[str, Problem]()
-    for unit, ways in spellings.items():
+    for layer, ways in spellings.items():
         missing = [
-            [path for path in way if not any(_reaches(name, unit, path, every, experts) for name in names)]
+            [path for path in way if not any(_reaches(name, layer, path, every, experts) for name in names)]
             for way in ways
         ]
-        if [] in missing or (all_linear and _is_in_all_linear(unit, model, experts)):
-            reached.append(unit)
+        if [] in missing or (all_linear and _is_in_all_linear(layer, model, experts)):
+            reached.append(layer)
         for way, lacking in zip(ways, missing, strict=True):
-            if unit not in reached and 0 < len(lacking) < len(way):
+            if layer not in reached and 0 < len(lacking) < len(way):
                 half = _half(way, lacking)
                 halves[half.what] = half
     if problems or halves:
@@ -247,45 +250,45 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
     return reached
 
 
-def _spellings(unit: TargetLayer, every: Sequence[TargetLayer]) -> list[tuple[str, ...]]:
-    """The ways to name a unit: by its path, or by all the matrices that a parameter of experts holds."""
-    ways: list[tuple[str, ...]] = [(unit.path,)]
-    if unit.kind == "experts":
-        container = unit.path.rpartition(".")[0]
-        ways.append(tuple(f"{container}.{name}" for name in unit.in_files))
+def _spellings(layer: TargetLayer, every: Sequence[TargetLayer]) -> list[tuple[str, ...]]:
+    """The ways to name a layer: by its path, or by all the matrices that a parameter of experts holds."""
+    ways: list[tuple[str, ...]] = [(layer.path,)]
+    if layer.kind == "experts":
+        container = layer.path.rpartition(".")[0]
+        ways.append(tuple(f"{container}.{name}" for name in layer.in_files))
         leaves = {one.leaf for one in every if one.kind == "linear" and one.part not in BY_NAME}
-        if unit.leaf == "gate_up_proj" and leaves.issuperset(_BOTH):
+        if layer.leaf == "gate_up_proj" and leaves.issuperset(_BOTH):
             ways.append(tuple(f"{container}.{name}" for name in _BOTH))
     return [way for way in dict.fromkeys(ways) if way]
 
 
-def _is_in_all_linear(unit: TargetLayer, model: Any, experts: bool) -> bool:
-    if unit.part in BY_NAME or (unit.part == ROUTED and not experts):
+def _is_in_all_linear(layer: TargetLayer, model: Any, experts: bool) -> bool:
+    if layer.part in BY_NAME or (layer.part == ROUTED and not experts):
         return False
-    return unit.kind != "weight" and not _is_refused(unit, model)
+    return layer.kind != "weight" and not _is_refused(layer, model)
 
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
-def _is_refused(unit: TargetLayer, model: Any) -> bool:
+def _is_refused(layer: TargetLayer, model: Any) -> bool:
     """Whether PEFT refuses an adapter there: fast kernels of these models read the layer's weight themselves."""
-    return unit.leaf == "out_proj" and getattr(model.config, "model_type", None) in _MAMBA
+    return layer.leaf == "out_proj" and getattr(model.config, "model_type", None) in _MAMBA
 
 
-def _may_name(name: str, unit: TargetLayer, path: str) -> bool:
-    """Whether a name reaches the unit by this spelling, except for the experts' setting."""
-    return _matches(name, path) and (unit.part not in BY_NAME or _mentions(name, unit.keys))
+def _may_name(name: str, layer: TargetLayer, path: str) -> bool:
+    """Whether a name reaches the layer by this spelling, except for the experts' setting."""
+    return _matches(name, path) and (layer.part not in BY_NAME or _mentions(name, layer.keys))
 
 
-def _reaches(name: str, unit: TargetLayer, path: str, every: Sequence[TargetLayer], experts: bool) -> bool:
-    if not _may_name(name, unit, path):
+def _reaches(name: str, layer: TargetLayer, path: str, every: Sequence[TargetLayer], experts: bool) -> bool:
+    if not _may_name(name, layer, path):
         return False
-    if unit.part != ROUTED or experts or _mentions(name, unit.keys):
+    if layer.part != ROUTED or experts or _mentions(name, layer.keys):
         return True
     return (
-        path == unit.path
-        and name == unit.leaf
+        path == layer.path
+        and name == layer.leaf
         and not any(one.leaf == name and one.part not in (ROUTED, *BY_NAME) for one in every)
     )
 
@@ -310,18 +313,18 @@ def _half(way: Sequence[str], lacking: Sequence[str]) -> Problem:
 
 def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
     """The problem of a name that reaches nothing."""
-    for unit in every:
-        if _matches(name, unit.path) and unit.part in BY_NAME:
-            key = next(part for part in unit.path.split(".") if part in unit.keys)
-            what = f'"{name}" is only in the {unit.part}, which an adapter reaches by its own name alone'
-            return Problem(what, PLACE, f"write {key}.*.{unit.leaf}, or {key} for all of it")
+    for layer in every:
+        if _matches(name, layer.path) and layer.part in BY_NAME:
+            key = next(part for part in layer.path.split(".") if part in layer.keys)
+            what = f'"{name}" is only in the {layer.part}, which an adapter reaches by its own name alone'
+            return Problem(what, PLACE, f"write {key}.*.{layer.leaf}, or {key} for all of it")
     for path, module in _modules(model).items():
         if path and _matches(name, path) and not list(module.children()):
             what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
             return Problem(what, PLACE, "leave it out")
-    own = [unit for unit in every if unit.part not in (VISION, AUDIO, PROJECTOR)]
-    fused = {unit.leaf: unit.in_files for unit in own if unit.kind == "experts"}
-    leaves = sorted({unit.leaf for unit in own}.union(*fused.values()))
+    own = [layer for layer in every if layer.part not in (VISION, AUDIO, PROJECTOR)]
+    fused = {layer.leaf: layer.in_files for layer in own if layer.kind == "experts"}
+    leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))
     what = f'no layer of the model is called "{name}"; it has {", ".join(leaves)}'
     if fused:
         listed = [
@@ -383,17 +386,17 @@ def adapted(model: Any) -> set[str]:
 
 def coverage(model: Any) -> Coverage:
     """What of a transformers model has an adapter, by part. `model`: without PEFT's outermost wrapper."""
-    every, reached = units(model), adapted(model)
-    has = {unit for unit in every if unit.path in reached or unit.parameter in reached}
+    every, reached = target_layers(model), adapted(model)
+    has = {layer for layer in every if layer.path in reached or layer.parameter in reached}
     parts = list[PartCoverage]()
     for part in PARTS:
-        own = [unit for unit in every if unit.part == part]
-        blocks = {unit.block for unit in own if unit in has}
+        own = [layer for layer in every if layer.part == part]
+        blocks = {layer.block for layer in own if layer in has}
         if not own or (part == HEAD and not blocks):
             continue
-        names = dict.fromkeys(unit.leaf for unit in own if unit in has)
-        without = dict.fromkeys(unit.leaf for unit in own if unit not in has and unit.block in blocks)
-        total = len({unit.block for unit in own})
+        names = dict.fromkeys(layer.leaf for layer in own if layer in has)
+        without = dict.fromkeys(layer.leaf for layer in own if layer not in has and layer.block in blocks)
+        total = len({layer.block for layer in own})
         parts.append(PartCoverage(part, len(blocks), total, tuple(names), tuple(without)))
     whole = [_own(path) for path, module in model.named_modules() if hasattr(module, "modules_to_save")]
     return Coverage(tuple(parts), tuple(sorted(whole)))

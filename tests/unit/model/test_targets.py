@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.models import MORE_FAMILIES
 from yeonma.errors import UserError
 from yeonma.model.load import (
     LoraShape,
@@ -24,7 +25,7 @@ from yeonma.model.load import (
     load_additional_adapter,
 )
 from yeonma.model.peft_targets import as_peft_reads
-from yeonma.model.targets import coverage, resolve, units
+from yeonma.model.targets import coverage, resolve, target_layers
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -38,24 +39,11 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-LATENT: dict[str, Any] = {
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_key_value_heads": 4,
-}
 SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 16}
 CHUNKED = {"num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 2}
 TOP_2 = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXTURES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {**LATENT, **TOP_2},
+    "deepseek_v3": MORE_FAMILIES["deepseek_v3"],
     "qwen2_moe": {**SHARED, **TOP_2},
     "mixtral": {"num_local_experts": 4},
     "llama4_text": CHUNKED,
@@ -158,7 +146,7 @@ def test_what_target_names_reach_is_said_by_part(
     ],
 )
 def test_tower_is_reached_by_its_own_name_alone(targets: list[str], language: int, tower: int) -> None:
-    parts = [unit.part for unit in resolve(with_tower(), targets, experts=True)]
+    parts = [layer.part for layer in resolve(with_tower(), targets, experts=True)]
     assert (len(parts), parts.count("vision tower")) == (language + tower, tower)
 
 
@@ -226,11 +214,11 @@ def test_layer_with_a_forward_of_its_own_is_adapted_in_its_weight_where_peft_can
     model = model_of("llama")
     attention = model.model.layers[0].self_attn
     attention.q_proj = kind(32, 32, bias=False)
-    (unit,) = [unit for unit in units(model) if unit.path.endswith("0.self_attn.q_proj")]
-    assert unit.kind == expected
-    in_all_linear = {unit.path for unit in resolve(model, [ALL], experts=True)}
-    assert (unit.path in in_all_linear) == (expected == "linear")
-    assert unit in resolve(model, ["q_proj"], experts=True)
+    (layer,) = [layer for layer in target_layers(model) if layer.path.endswith("0.self_attn.q_proj")]
+    assert layer.kind == expected
+    in_all_linear = {layer.path for layer in resolve(model, [ALL], experts=True)}
+    assert (layer.path in in_all_linear) == (expected == "linear")
+    assert layer in resolve(model, ["q_proj"], experts=True)
 
 
 @pytest.mark.parametrize(

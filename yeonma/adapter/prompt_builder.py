@@ -20,7 +20,7 @@ from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import Problem, UserError
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
-from yeonma.model.position_limits import model_positions
+from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.answer_shape import frame_of
 from yeonma.tokenization.chat_template import chat_of
@@ -82,12 +82,7 @@ class PromptBuilder:
     @property
     def rules(self) -> TokenRules:
         """The rules of training, with a `cutoff_len` of at most the model's positions."""
-        rules = self.adapter.rules
-        return (
-            rules
-            if self.positions is None
-            else replace(rules, cutoff_len=min(rules.cutoff_len, self.positions))
-        )
+        return self.adapter.rules.within(self.positions)
 
     @property
     def limit(self) -> str:
@@ -96,11 +91,13 @@ class PromptBuilder:
             return f"the model's {self.positions} positions"
         return f"cutoff_len {self.adapter.rules.cutoff_len}"
 
-    def check_room(self, max_new_tokens: int) -> None:
+    def check_room(
+        self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
+    ) -> None:
         """Raises UserError if `max_new_tokens` leave no room for a prompt."""
         if max_new_tokens >= self.rules.cutoff_len:
             problem = f"{max_new_tokens} new tokens leave no room for a prompt in {self.limit}"
-            raise UserError(problem, place="--max_new_tokens", cure="lower it")
+            raise UserError(problem, place=place, cure=cure)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -153,9 +150,8 @@ class PromptBuilder:
         if field_text(Row(1, {"prompt": text}, place), "prompt") is None:
             raise UserError("it is empty", place=place, cure="give the text to continue")
         ids = np.array(TextEncoder.of(self.tokenizer).batch([text])[0], dtype=np.int32)
-        if max_new_tokens and self.positions is not None and len(ids) + max_new_tokens > self.positions:
-            what = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.positions} positions"
-            raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
+        if max_new_tokens:
+            check_fits(len(ids), max_new_tokens, self.positions, place)
         return Prompt(ids)
 
     def reference(self, row: Row, columns: Columns = None) -> str | None:

@@ -25,7 +25,7 @@ from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
 from yeonma.generation.unfinished import REPLACEMENT, unfinished_bytes
 from yeonma.model.forest_support import in_eval_mode
-from yeonma.model.position_limits import model_positions
+from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.sharding import is_sharded
 
 CONTEXT = 32  # tokens before an answer that may affect how its first token is decoded
@@ -69,7 +69,8 @@ def generate(
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty")
-    _check_positions(model, prompts, sampling.max_new_tokens)
+    longest = max(map(len, prompts), default=0)
+    check_fits(longest, sampling.max_new_tokens, model_positions(model.config), "prompt")
     if on_text is not None and len(prompts) != 1:
         raise ValueError("text is streamed for one prompt at a time")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -101,13 +102,6 @@ def generate(
                     raise _out_of_memory(len(token_ids[index])) from error
                 done(index, ids)
     return [answers[index] for index in range(len(prompts))]
-
-
-def _check_positions(model: Any, prompts: Sequence[Ids], max_new_tokens: int) -> None:
-    positions, longest = model_positions(model.config), max(map(len, prompts), default=0)
-    if positions is not None and longest + max_new_tokens > positions:
-        what = f"{longest} tokens and {max_new_tokens} new ones exceed the model's {positions} positions"
-        raise UserError(what, place="prompt", cure="shorten it, or lower max_new_tokens")
 
 
 def _decode_all(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from yeonma.tokenization.token_bytes import BYTE_TOKEN, token_bytes_of
@@ -15,13 +14,11 @@ REPLACEMENT = "\ufffd"
 _MOST_BYTES = 3
 """Bytes of a character without its last one, at most."""
 
-_token_bytes_of = lru_cache(maxsize=4)(token_bytes_of)  # asked again for each token of an answer
-
 
 def unfinished_bytes(tokenizer: Any, ids: Sequence[int]) -> tuple[int, int]:
     """(number of tokens, number of replacement characters) at the end of `ids` and of their text that are the first
     bytes of a character. One of the two is 0: either each byte is a token, or tokens hold several bytes."""
-    tail, single, token_bytes = b"", 0, _token_bytes_of(tokenizer)
+    tail, single, token_bytes = b"", 0, token_bytes_of(tokenizer)
     for number in map(int, reversed(ids)):
         tail = token_bytes(number) + tail
         is_single = BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(number))) is not None

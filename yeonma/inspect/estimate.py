@@ -28,7 +28,7 @@ from yeonma.inspect.forecast import Alternative, Forecast, Memory
 from yeonma.model import load
 from yeonma.model.kernels.linear import CACHED_ROUTINES, Dense, frozen_linear, has_onednn
 from yeonma.model.memory_trace import Blueprint, Trace, trace
-from yeonma.model.published import published_in
+from yeonma.model.published import Published, published_in
 from yeonma.model.quantization import BLOCK, MIN_8_BIT_NUMEL
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.targets import coverage
@@ -96,14 +96,16 @@ def estimate(
         adapter=coverage(model_blueprint.model),
         time=None,
         price=None,
-        published=_published_in_words(setup),
+        published=_in_words(setup),
     )
 
 
-def _published_in_words(setup: _Setup) -> str:
-    published = published_in(setup.config.to_dict(), "base_model")
-    held = published and published.held(setup.quantization, str(setup.dtype).removeprefix("torch."))
-    return f"published as {published}: {held}" if held else ""
+def _in_words(setup: _Setup) -> str:
+    """How the base's files are quantised and how its weights are held; empty if they are not."""
+    if setup.published is None:
+        return ""
+    held = setup.published.held(setup.quantization, str(setup.dtype).removeprefix("torch."))
+    return f"published as {setup.published}: {held}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ class _Setup:
     has_fp8: bool
     """Whether the device can multiply in fp8."""
     optimizer: Optimizer
+
+    @property
+    def published(self) -> Published | None:
+        """How the base's files are quantised."""
+        return published_in(self.config.to_dict(), "base_model")
 
 
 def _blueprint(setup: _Setup) -> Blueprint:
@@ -155,11 +162,10 @@ def _memory(
         loading = weights + gathered if setup.device == "cuda" else loading + weights
     stored = getattr(setup.config, "dtype", None) or setup.dtype
     # pages of the file and converted weights at the same time
-    published = published_in(setup.config.to_dict(), "base_model")
+    published = setup.published
     if setup.device == "cpu" and published is not None:
-        if (
-            setup.quantization == "fp8" and published.method != "mxfp4"
-        ):  # which transformers does not do while it reads
+        # transformers does not quantise to fp8 while it reads
+        if setup.quantization == "fp8" and published.method != "mxfp4":
             loading = process + max(weights, model_blueprint.frozen * setup.dtype.itemsize)
         loading += model_blueprint.frozen * published.bits // 8
     elif setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
@@ -240,8 +246,7 @@ def _alternatives(
     if setup.dtype == torch.float32:
         slow = ", slow on most CPUs" if setup.device == "cpu" else ""
         add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
-    published = published_in(setup.config.to_dict(), "base_model")
-    is_packed = published is not None and published.stays_packed
+    is_packed = setup.published is not None and setup.published.stays_packed
     if setup.quantization == "none" and not setup.sharded and not is_packed:
         add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
         add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")

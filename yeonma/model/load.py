@@ -30,8 +30,11 @@ from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import Problem, UserError, first_line
-from yeonma.model.native_tokenizers import check_package as check_tokenizer_package
-from yeonma.model.native_tokenizers import native_tokenizer_file, read_native_tokenizer
+from yeonma.model.native_tokenizers import (
+    check_tokenizer_package,
+    native_tokenizer_file,
+    read_native_tokenizer,
+)
 from yeonma.model.packed_experts import check_not_adapted, hold_packed_experts, packing_class
 from yeonma.model.peft_targets import exact_targets, read_config, target_fields
 from yeonma.model.published import (
@@ -89,10 +92,8 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
 
 def _as_published(tokenizer: Any, source: BaseSource) -> Any:
     """The tokenizer of tokenizer.json, should transformers' class for it split text in a way of its own."""
-    path = cached_file(
-        source.name, TOKENIZER, revision=source.revision, _raise_exceptions_for_missing_entries=False
-    )
-    if path is None or not splits_otherwise(tokenizer, Path(path)):
+    path = file_of(source, TOKENIZER)
+    if path is None or not splits_otherwise(tokenizer, path):
         return tokenizer
     return PreTrainedTokenizerFast.from_pretrained(source.name, revision=source.revision or "main")
 
@@ -433,7 +434,7 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     except ValueError as error:  # PEFT refuses some layers of some models
         problem = f"PEFT cannot put LoRA on these layers ({first_line(error)})"
         raise UserError(problem, place="lora_target_modules", cure="name others") from error
-    planned = {unit.adapted for unit in reached}
+    planned = {layer.adapted for layer in reached}
     if adapted(model) != planned:
         raise RuntimeError(f"PEFT put adapters on other layers: {sorted(adapted(model) ^ planned)[:5]}")
     return peft_model
@@ -441,14 +442,14 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
 
 def _check_parameters(reached: Sequence[TargetLayer], shape: LoraShape) -> None:
     """Raises UserError for options that PEFT does not have for an adapter within a parameter."""
-    within = [unit for unit in reached if unit.kind != "linear"]
+    within = [layer for layer in reached if layer.kind != "linear"]
     problems = []
     for name, is_set, cure in (
         ("lora_dropout", shape.dropout > 0, "use --lora_dropout 0"),
         ("use_dora", shape.use_dora, "leave out use_dora"),
     ):
         if within and is_set:
-            parts = " and ".join(dict.fromkeys(unit.part for unit in within))
+            parts = " and ".join(dict.fromkeys(layer.part for layer in within))
             what = (
                 f"PEFT has none for the {parts} ({within[0].parameter}), whose adapter is added to the weight"
             )

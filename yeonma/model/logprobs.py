@@ -166,12 +166,7 @@ def example_scores(
         device = model.device
         source_U = torch.from_numpy(forest.source_U).to(device)
         target_U = torch.from_numpy(forest.target_U).to(device)
-        batch = {
-            "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
-            "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
-            "forest": layout(forest, device, support.capability),
-            "use_cache": False,
-        }
+        batch = _model_inputs(forest, layout(forest, device, support.capability), device)
         if support.head is None or is_sharded(model):
             scores = TokenScores.of(model(**batch, logits_to_keep=source_U).logits[0], target_U, top)
         else:
@@ -190,10 +185,10 @@ def _sequence_scores(model: Any, token_ids: np.ndarray, top: int) -> TokenScores
 
 
 def _head_scores(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, top: int) -> TokenScores:
-    rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
+    rows = _rows_of_chunk(head)
     chunks = [
         TokenScores.of(
-            _head_logits(hidden_UH[start : start + rows], head), target_U[start : start + rows], top
+            _head_logits(hidden_UH[start : start + rows], head)[0], target_U[start : start + rows], top
         )
         for start in range(0, max(1, len(target_U)), rows)
     ]
@@ -204,13 +199,34 @@ def _head_scores(hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, to
     )
 
 
-def _head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+def _rows_of_chunk(head: Head) -> int:
+    """How many rows of logits are computed at once."""
+    return max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
+
+
+def _head_logits(
+    hidden: torch.Tensor, head: Head, *, with_slope: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The logits in float32, and the slope of the cap there, if there is one and it is wanted."""
     logits = float32_product(hidden, head.weight_VH, head.bias_V)
     if head.scale != 1.0:
         logits *= head.scale
+    slope = None
     if head.cap is not None:
-        logits.div_(head.cap).tanh_().mul_(head.cap)
-    return logits
+        logits.div_(head.cap).tanh_()
+        slope = 1 - logits * logits if with_slope else None
+        logits *= head.cap
+    return logits, slope
+
+
+def _model_inputs(forest: Forest, attention_layout: ForestLayout, device: torch.device) -> dict[str, Any]:
+    """The keyword arguments of the model's forward pass over a forest."""
+    return {
+        "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
+        "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
+        "forest": attention_layout,
+        "use_cache": False,
+    }
 
 
 def rotary_lengths(model: Any, token_ids: Sequence[Sequence[int] | np.ndarray]) -> list[int] | None:
@@ -237,13 +253,8 @@ def trained_logprobs(
     `keywords` go to the model's forward.
     """
     device = model.device
-    batch = {
-        "input_ids": torch.from_numpy(forest.token_ids_T).to(device).unsqueeze(0),
-        "position_ids": position_ids(forest.position_T, forest.rotary_length_T, device),
-        "forest": attention_layout or layout(forest, device, capability),
-        "use_cache": False,
-        **keywords,
-    }
+    attention_layout = attention_layout or layout(forest, device, capability)
+    batch = {**_model_inputs(forest, attention_layout, device), **keywords}
     source_U = torch.from_numpy(forest.source_U).to(device)
     read = np.unique(forest.source_U)
     batch.setdefault(
@@ -318,7 +329,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx: Any, hidden_UH: torch.Tensor, target_U: torch.Tensor, head: Head, squares: bool
     ) -> torch.Tensor:
         needs_gradient = hidden_UH.requires_grad
-        rows = max(1, (head.chunk_bytes or HEAD_CHUNK_BYTES) // (4 * head.weight_VH.shape[0]))
+        rows = _rows_of_chunk(head)
         logprob = torch.empty(len(target_U), dtype=torch.float32, device=hidden_UH.device)
         log_square = torch.empty_like(logprob) if squares else None
         gradient = torch.empty_like(hidden_UH) if needs_gradient else None
@@ -353,14 +364,7 @@ def _head_chunk(
 ) -> None:
     """Fill `logprob`, and `gradient` = d logprob / d hidden = scale * (1 - tanh^2) * (onehot - softmax) @ weight, and
     `log_square` = the log of the sum of the squared softmax."""
-    logits = float32_product(hidden, head.weight_VH, head.bias_V)
-    if head.scale != 1.0:
-        logits *= head.scale
-    slope = None
-    if head.cap is not None:
-        logits.div_(head.cap).tanh_()
-        slope = 1 - logits * logits if gradient is not None else None
-        logits *= head.cap
+    logits, slope = _head_logits(hidden, head, with_slope=gradient is not None)
     chosen = logits.gather(1, target.unsqueeze(1)).squeeze(1)
     highest = logits.amax(dim=1, keepdim=True)
     logits.sub_(highest).exp_()

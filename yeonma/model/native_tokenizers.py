@@ -17,13 +17,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
 from yeonma.errors import UserError
 from yeonma.model.source import BaseSource
+from yeonma.model.weight_files import file_of
+from yeonma.tokenization.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 
-SENTENCEPIECE, TEKKEN, TOKENIZER = "tokenizer.model", "tekken.json", "tokenizer.json"
-CONFIG = "tokenizer_config.json"
+SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
 PACKAGES = {
     "sentencepiece": "sentencepiece==0.2.3",
     "mistral_common": "mistral-common==1.13.1",
@@ -52,11 +52,9 @@ def native_tokenizer_file(source: BaseSource) -> Path | None:
     else:
         found = {}
         for name in (TOKENIZER, SENTENCEPIECE, TEKKEN):
-            with suppress(OSError, ValueError):
-                path = cached_file(
-                    source.name, name, revision=source.revision, _raise_exceptions_for_missing_entries=False
-                )
-                found |= {} if path is None else {name: Path(str(path))}
+            with suppress(UserError, ValueError):
+                path = file_of(source, name)
+                found |= {} if path is None else {name: path}
             if TOKENIZER in found:
                 return None
     if any(name in found for name in _OTHER_FILES):
@@ -64,7 +62,7 @@ def native_tokenizer_file(source: BaseSource) -> Path | None:
     return found.get(TEKKEN) or found.get(SENTENCEPIECE)
 
 
-def check_package(path: Path) -> None:
+def check_tokenizer_package(path: Path) -> None:
     """Raises UserError if the package that reads the file is not installed."""
     package = _package_of(path)
     if find_spec(package) is None:
@@ -97,7 +95,7 @@ def read_native_tokenizer(path: Path, tokenizer: Any) -> Any:
     pieces = SentencePieceProcessor(model_file=str(path))
     converted = _converted(pieces)
     if _is_same(converted, pieces):
-        return _with_settings(converted, pieces, path.parent / CONFIG)
+        return _with_settings(converted, pieces, path.parent / TOKENIZER_CONFIG)
     if _is_same(tokenizer.backend_tokenizer, pieces):
         return tokenizer
     what = "the tokenizer is this file alone, and its conversion does not give the ids of sentencepiece"

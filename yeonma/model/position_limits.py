@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from yeonma.errors import UserError
+
 
 @dataclass(frozen=True)
 class LengthBorders:
@@ -42,7 +44,7 @@ def length_borders(config: Any) -> LengthBorders:
     switches: set[int] = set()
     grows_from = None
     for parameters in _rope_parameters(text):
-        kind = str(parameters.get("rope_type") or parameters.get("type") or "")
+        kind = _kind(parameters)
         if kind in ("longrope", "su"):
             original = getattr(text, "original_max_position_embeddings", None)
             border = original or parameters.get("original_max_position_embeddings") or _positions(text)
@@ -64,9 +66,20 @@ def model_positions(config: Any) -> int | None:
     factors = [
         float(parameters.get("factor") or 1.0)
         for parameters in _rope_parameters(text)
-        if "dynamic" in str(parameters.get("rope_type") or parameters.get("type") or "")
+        if "dynamic" in _kind(parameters)
     ]
     return int(positions * max([1.0, *factors]))
+
+
+def check_fits(tokens: int, max_new_tokens: int, positions: int | None, place: str) -> None:
+    """Raises UserError if a prompt of so many tokens and its answer exceed the model's positions."""
+    if positions is not None and tokens + max_new_tokens > positions:
+        what = f"{tokens} tokens and {max_new_tokens} new ones exceed the model's {positions} positions"
+        raise UserError(what, place=place, cure="shorten it, or lower max_new_tokens")
+
+
+def _kind(parameters: Mapping[str, Any]) -> str:
+    return str(parameters.get("rope_type") or parameters.get("type") or "")
 
 
 def _positions(text_config: Any) -> int | None:

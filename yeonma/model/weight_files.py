@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,5 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, LazyTensor]:
     for path in files:
         file = safe_open(path, "pt")  # mapped into memory as long as one of its tensors is referred to
         for name in file.keys():  # noqa: SIM118
-            tensors[name] = LazyTensor(_reader(file, name), str(file.get_slice(name).get_dtype()))
+            tensors[name] = LazyTensor(partial(file.get_tensor, name), str(file.get_slice(name).get_dtype()))
     return tensors
-
-
-def _reader(file: Any, name: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-    return read

@@ -186,7 +186,7 @@ def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
     whole = torch.empty(experts, groups * half * 2, rows, dtype=dtype, device=blocks.device)
     for expert in range(experts):  # one at a time: indices take eight bytes a number
         pairs = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], dim=-1).flatten(-2).int()
-        factors = (scales[expert].float() - 127).exp2().to(dtype).unsqueeze(-1)
+        factors = _float_scale(scales[expert]).to(dtype).unsqueeze(-1)
         whole[expert] = numbers[pairs].mul_(factors).reshape(rows, -1).t()
     return whole
 

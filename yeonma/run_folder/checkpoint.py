@@ -46,7 +46,7 @@ from yeonma.run_folder.entries import (
     is_unfinished,
     passed_over,
 )
-from yeonma.run_folder.run_log import LogSums
+from yeonma.run_folder.run_log import THEN_CONTINUE, LogSums
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "state.json",
@@ -61,7 +61,6 @@ ALLOWANCE_BYTES = 1 << 20
 """For small files and the file system's overhead."""
 JSON_KEYS = {"environment": "surroundings"}
 """Keys of state.json that differ from the attribute of RunProgress."""
-THEN_CONTINUE = "then run the same command to continue from the last checkpoint"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from yeonma.files import (
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
     STATE,
-    THEN_CONTINUE,
     AdapterWriter,
     RunProgress,
     checkpoints,
@@ -44,7 +43,7 @@ from yeonma.run_folder.checkpoint import (
     write_text_atomically,
 )
 from yeonma.run_folder.entries import OURS, PARTIAL_FINAL, RUN, SEAL, TOKENIZERS, passed_over
-from yeonma.run_folder.run_log import check_logs
+from yeonma.run_folder.run_log import THEN_CONTINUE, check_logs
 
 EARLIER_DEFAULTS = {
     "quantization": "none",

@@ -25,7 +25,7 @@ from yeonma.files import disk_errors_as_user_errors, kind_of, open_regular, sync
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
 METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
-THEN = "then run the same command to continue from the last checkpoint"
+THEN_CONTINUE = "then run the same command to continue from the last checkpoint"
 VARYING = ("seconds", "peak_memory_bytes")
 """Numbers of a step that differ from run to run. The sum of a log leaves them out, so that checkpoints are equal."""
 
@@ -62,14 +62,14 @@ class LogFile:
         Raises UserError if the disk is full or fails. The next run removes an incomplete line.
         """
         line = (json.dumps(values, allow_nan=False) + "\n").encode()
-        with disk_errors_as_user_errors(Path(self.file.name), what, len(line), then=THEN):
+        with disk_errors_as_user_errors(Path(self.file.name), what, len(line), then=THEN_CONTINUE):
             write_all(self.file, line)
         self.sum.add(values)
 
     def sync(self) -> None:
         """Syncs the file to disk. Call it before a checkpoint gets its name, so that a power failure leaves no
         checkpoint without the lines of its steps. Raises as `append`."""
-        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", then=THEN):
+        with disk_errors_as_user_errors(Path(self.file.name), "the steps' lines", then=THEN_CONTINUE):
             os.fsync(self.file.fileno())
 
     def __enter__(self) -> Any:

@@ -60,7 +60,8 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
             if prompt_builder.adapter.is_merged:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("this is a merged model", place=folder, cure=cure)
-            _check_room(prompt_builder, settings.max_new_tokens)
+            place = str(prompt_builder.adapter.path)
+            prompt_builder.check_room(settings.max_new_tokens, place, "lower --max_new_tokens")
             prompt_builders.append(prompt_builder.by_field_names())
         except UserError as error:
             problems += error.problems
@@ -106,17 +107,6 @@ def _quantization_problems(
     problem = f"it was trained on a base with quantization {second_kind}, but {first} with {first_kind}"
     cure = "serve it with a second command on another --port, or set --quantization"
     return [Problem(problem, str(second), cure)]
-
-
-def _check_room(prompt_builder: PromptBuilder, max_new_tokens: int) -> None:
-    """Raises UserError, with the adapter's place, if `max_new_tokens` leave no room for a prompt."""
-    try:
-        prompt_builder.check_room(max_new_tokens)
-    except UserError as error:
-        problem = error.problems[0].what
-        raise UserError(
-            problem, place=str(prompt_builder.adapter.path), cure="lower --max_new_tokens"
-        ) from None
 
 
 def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: Log) -> dict[str, ServedModel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from yeonma.generation.completion import special_ids
@@ -23,7 +24,9 @@ class TokenNames:
     special: frozenset[int]
 
     @staticmethod
+    @lru_cache(maxsize=8)
     def of(tokenizer: Any) -> TokenNames:
+        """Made once for a tokenizer."""
         return TokenNames(token_bytes_of(tokenizer), special_ids(tokenizer))
 
     def text(self, token_id: int, escape: str = "") -> str:

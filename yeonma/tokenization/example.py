@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -98,6 +98,10 @@ class TokenRules:
     row_weights: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     parse_special_tokens: bool = False
+
+    def within(self, positions: int | None) -> TokenRules:
+        """These rules with a `cutoff_len` of at most so many tokens."""
+        return self if positions is None else replace(self, cutoff_len=min(self.cutoff_len, positions))
 
 
 DEFAULT_RULES = TokenRules(2048)

@@ -46,26 +46,13 @@ class Losses:
 
 
 def losses_of(encoder: TextEncoder) -> Losses:
-    return _losses(_ById(encoder.tokenizer))
-
-
-@dataclass(frozen=True, eq=False)
-class _ById:
-    """A tokenizer as a key of a cache: equal only to itself, with as many added tokens."""
-
-    tokenizer: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and self.tokenizer is other.tokenizer
-
-    def __hash__(self) -> int:
-        return id(self.tokenizer)
+    return _losses(encoder.tokenizer)
 
 
 @lru_cache(maxsize=4)
-def _losses(key: _ById) -> Losses:
-    encoder = TextEncoder.of(key.tokenizer)
-    added = key.tokenizer.added_tokens_decoder.values()
+def _losses(tokenizer: Any) -> Losses:
+    encoder = TextEncoder.of(tokenizer)
+    added = tokenizer.added_tokens_decoder.values()
     before = [re.escape(token.content) for token in added if token.lstrip and token.content]
     after = [re.escape(token.content) for token in added if token.rstrip and token.content]
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A single byte, in SentencePiece's byte fallback."""
 
 
+@lru_cache(maxsize=8)
 def token_bytes_of(tokenizer: Any) -> Callable[[int], bytes]:
     """The function from token id to bytes. Added tokens, special ones included, are their own text; ids without a token
-    are empty. A dummy prefix is a space, as within a text."""
+    are empty. A dummy prefix is a space, as within a text. Made once for a tokenizer."""
     added = {token_id: token.content.encode() for token_id, token in tokenizer.added_tokens_decoder.items()}
     spelling = _spelling(tokenizer)
 

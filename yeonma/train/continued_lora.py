@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from yeonma.adapter.lora_ranks import lora_config
 from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
@@ -29,7 +30,7 @@ def adapter_lora(folder: str) -> AdapterLora:
     """Reads adapter_config.json, and yeonma.json if there is one. Raises UserError if PEFT could not read it."""
     path = user_path(folder)
     try:
-        config = json.loads((path / "adapter_config.json").read_text("utf-8"))
+        config = lora_config(path)
         own = (
             _recorded(json.loads((path / MANIFEST).read_text("utf-8"))) if (path / MANIFEST).is_file() else {}
         )

@@ -132,10 +132,9 @@ def _with_room(
     result = list(prompts)
     for index, prompt in enumerate(prompts):
         if positions is not None and len(prompt) + MAX_NEW_TOKENS > positions:
-            limited = replace(rules, cutoff_len=min(rules.cutoff_len, positions))
             with suppress(UserError):
                 result[index] = encode_prompt(
-                    rendered[index], rows[index], tokenizer, limited, MAX_NEW_TOKENS
+                    rendered[index], rows[index], tokenizer, rules.within(positions), MAX_NEW_TOKENS
                 )
     return result
 

@@ -274,7 +274,7 @@ def check_adapter(
     asked = None
     if targets != own:  # other words, which may still mean the same
         names = [targets] if isinstance(targets, str) else targets
-        asked = {unit.adapted for unit in resolve(model, names, experts=config.lora.lora_experts)}
+        asked = {layer.adapted for layer in resolve(model, names, experts=config.lora.lora_experts)}
     load.add_lora_of(model, continued, config.lora.lora_dropout)
     reached = coverage(model)
     if asked is not None and asked != adapted(model):

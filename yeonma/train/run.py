@@ -30,7 +30,6 @@ from yeonma.model import load
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import (
-    THEN_CONTINUE,
     AdapterWriter,
     RunProgress,
     checkpoint_path,
@@ -41,7 +40,14 @@ from yeonma.run_folder.entries import FORMER_PLOT
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
-from yeonma.run_folder.run_log import METRICS, TRAINED_ROWS, LogSums, open_metrics, open_trained_rows
+from yeonma.run_folder.run_log import (
+    METRICS,
+    THEN_CONTINUE,
+    TRAINED_ROWS,
+    LogSums,
+    open_metrics,
+    open_trained_rows,
+)
 from yeonma.run_folder.trackers import check_trackers, open_trackers, plot_loss, tracked
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
 from yeonma.tokenization.dataset import Dataset, describe

@@ -247,8 +247,8 @@ def test_only_files_are_sent(folder: Path, tmp_path: Path, kind: str) -> None:
 
 def test_only_exact_names_are_sent(folder: Path) -> None:
     strange = [
-        *("tokenizer.json.bak", "tokenizer_secrets.txt", "vocab.key", "model-final.safetensors", "README.MD"),
-        *("model-00001-of-2.safetensors", "my_chat_template.jinja", "adapter_model.bin", ".env", "readme.md"),
+        *("tokenizer.json.bak", "tokenizer_secrets.txt", "vocab.key", "model-final.safetensors"),
+        *("model-00001-of-2.safetensors", "my_chat_template.jinja", "adapter_model.bin", ".env"),
     ]
     for name in strange:
         (folder / name).write_text("hf_" + "a1B2" * 9, encoding="utf-8")

@@ -16,6 +16,7 @@ from yeonma.errors import UserError
 from yeonma.model import published
 from yeonma.model.published import Published, published_in, published_in_folder
 from yeonma.model.source import find_base
+from yeonma.packages import install
 
 ROOT = Path(__file__).resolve().parents[3]
 INT4 = {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}

@@ -132,14 +132,14 @@ def _as_transformers_gives(message: Any) -> Any:
 
 
 def render(template: str, messages: list[Any], variables: Mapping[str, Any]) -> bytes:
-    """The text that a chat template writes, in UTF-8."""
+    """The text that a chat template writes, in UTF-8. `variables`: all that it reads besides the messages."""
     compiled = _templates.get(template)
     if compiled is None:
         if len(_templates) >= _MOST_TEMPLATES:
             _templates.clear()
         compiled = _templates[template] = _environments[0].from_string(template)
     given = [_as_transformers_gives(message) for message in messages]
-    text: str = compiled.render(messages=given, documents=None, **variables)
+    text: str = compiled.render({**variables, "messages": given})
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -1,4 +1,4 @@
-"""The model's chat template: the prompt and answer that it renders, its end token, a time limit for its code."""
+"""The model's chat template: the prompt and answer that it renders, its end token."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.bounded.child import OverBounds, Refused
+from yeonma.bounded.template_text import written_text
 from yeonma.data.template import Rendered, RenderedTurn
 from yeonma.data.turns import REASONING_KEYS, ToolCall
 from yeonma.errors import UserError, did_you_mean
 from yeonma.tokenization.chat_habits import Habits, habits_in
-from yeonma.tokenization.deadline import Deadline, TooSlow, deadline
 from yeonma.tokenization.reasoning import DEFAULT_TAGS, ThinkTags, tags_between, tags_of_empty
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
@@ -24,9 +25,6 @@ ChatMessage = dict[str, Any]
 
 Thinking = Literal["auto", "keep", "drop", "empty"]
 """How reasoning is trained: see the setting `thinking`."""
-
-RENDER_SECONDS = 10.0
-"""The time limit for rendering one conversation."""
 
 # Some chat templates write the current date, so tokens would change daily. We fix it to the date that Llama 3's
 # templates fall back on. The line break after the macro is not rendered (trim_blocks).
@@ -123,7 +121,6 @@ class Chat:
     """A tokenizer's chat template, and the settings for it."""
 
     encoder: TextEncoder
-    deadline: Deadline
     habits: Habits
     thinking: Thinking = "auto"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -495,31 +492,36 @@ class Chat:
                 cure="use a template without turns, or the model's instruction-tuned version",
             )
         try:
-            return self.deadline.call(lambda: _apply(tokenizer, conversation, generate))
-        except TooSlow:  # stop the whole batch: the next row would take as long
-            raise TooSlow(place) from None
-        except Exception as error:  # the model's template may raise anything
+            return text_by_tokenizer(tokenizer, conversation, generate)
+        except OverBounds as error:
+            problem = f"the model's chat template {error}"
+            raise _Stopped(UserError(problem, place=place, cure="use a template without turns")) from None
+        except (Refused, ValueError) as error:  # the model's template may raise anything
             problem = f"the model's chat template refuses this row: {error}"
             cure = "change the row's turns, or use a template without turns"
             raise UserError(problem, place=place, cure=cure) from error
+
+
+class _Stopped(BaseException):
+    """Stops a whole batch of rows: the next row would take as long. Not an Exception, so that no row catches it."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 @contextmanager
 def chat_of(
     encoder: TextEncoder, thinking: Thinking = "auto", kwargs: Mapping[str, Any] | None = None
 ) -> Iterator[Chat]:
-    """The tokenizer's chat template, for use within the block, in this thread. `kwargs`: its arguments for all rows.
+    """The tokenizer's chat template, for use within the block. `kwargs`: its arguments for all rows.
 
-    Raises UserError, with the place of the row, if rendering it takes longer than RENDER_SECONDS.
+    Raises UserError, with the place of the row, if rendering it takes more than `CHAT_TEMPLATE` allows.
     """
-    with deadline(RENDER_SECONDS) as limit:
-        try:
-            yield _with_known_habits(
-                Chat(encoder, limit, habits_in(encoder.tokenizer), thinking, kwargs or {})
-            )
-        except TooSlow as slow:
-            problem = f"the model's chat template did not end within {limit.seconds:g} seconds"
-            raise UserError(problem, place=str(slow), cure="use a template without turns") from None
+    try:
+        yield _with_known_habits(Chat(encoder, habits_in(encoder.tokenizer), thinking, kwargs or {}))
+    except _Stopped as stopped:
+        raise stopped.error from None
 
 
 _KNOWN: dict[tuple[str, str, str], Habits] = {}
@@ -626,19 +628,18 @@ def _after(text: str, answer: ChatAnswer) -> ChatAnswer:
     return replace(answer, text=text + answer.text, content=(start + size, end + size))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, generate: bool) -> str:
+def text_by_tokenizer(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, generate: bool) -> str:
+    """The conversation as the tokenizer's own chat template writes it. Raises OverBounds, Refused and ValueError."""
     tools = list(conversation.tools) or None
     template = tokenizer.get_chat_template(tools=tools)
-    template = FIXED_DATE + template if "strftime_now" in template else template
-    return str(
-        tokenizer.apply_chat_template(
-            list(conversation.messages),
-            tools=tools,  # type: ignore[arg-type]  # a list is not a list of a wider type to mypy
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=generate,
-            **conversation.kwargs,
-        )
+    if isinstance(template, str) and "strftime_now" in template:
+        template = FIXED_DATE + template
+    return written_text(
+        template,
+        conversation.messages,
+        tools=tools,
+        add_generation_prompt=generate,
+        variables={**tokenizer.special_tokens_map, **conversation.kwargs},
     )
 
 

@@ -30,7 +30,7 @@ from yeonma.serve.request_framing import MAX_BODY_BYTES, BadRequest, RequestFram
 MAX_CONNECTIONS = 512
 LEAST_CONNECTIONS = 8
 ACCEPTED_AT_ONCE = 32
-"""How many connections are accepted before others have their turn."""
+"""The most connections that are accepted before others have their turn; no more than an eighth of their limit."""
 WAITING_CONNECTIONS = 1024
 """How many connections the system may hold until they are accepted."""
 MAX_HELD_BYTES = 64_000_000
@@ -314,7 +314,7 @@ class Connections:
             self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
+        for _ in range(max(1, min(ACCEPTED_AT_ONCE, self.limits.connections // 8))):
             if self._listener is None:
                 return
             if self._is_stopping():
@@ -415,10 +415,11 @@ def refusal(status: int, message: str) -> bytes:
 
 
 def _say(accepted: socket.socket, content: bytes) -> None:
-    """Send what fits at once, and close."""
+    """Send what fits at once, and close. What has come is read, or the system would not deliver the answer."""
     accepted.setblocking(False)
     with suppress(OSError):
         accepted.send(content)
+        accepted.recv(65_536)
     accepted.close()
 
 

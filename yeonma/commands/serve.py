@@ -35,7 +35,7 @@ def run(settings: ServeSettings) -> int:
         models = load_served_models(adapters, settings, _log)
         try:
             on_ready = partial(_print_ready, adapters, listener, key)
-            run_server(adapters, models, settings, listener, key, on_ready)
+            run_server(adapters, models, settings, listener, key, on_ready, _log)
         except KeyboardInterrupt:
             _log("stopped")
     return 0

@@ -45,14 +45,12 @@ from yeonma.serve.openai_responses import (
     SentPrompt,
     model_list,
 )
+from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
 from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
 
-MAX_BODY_BYTES = 1_000_000
-MAX_READ_BYTES = 64_000_000
-"""How much of a larger body is read and discarded, so that clients that send all of it first see the error."""
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("yeonma.serve")
@@ -284,8 +282,6 @@ async def _body(request: Request) -> bytes:
     try:
         async for part in request.stream():
             size += len(part)
-            if size > MAX_READ_BYTES:
-                break
             if size <= MAX_BODY_BYTES:
                 parts.append(part)
     except ClientDisconnect:

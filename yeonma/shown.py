@@ -44,17 +44,14 @@ _SHORT = {"\n": "\\n", "\r": "\\r"}
 
 def one_line(text: str, most: int | None = None) -> str:
     """`text` for a place of one line: line ends are escaped, too. Of more than `most` characters, beginning and end."""
-    if most is not None and len(text) > most:
-        return _cut(text, most)
-    if text.isascii() and text.isprintable():
+    if text.isascii() and text.isprintable() and (most is None or len(text) <= most):
         return text
-    shown = _IN_LINE.sub(_escape, text)
-    return shown if most is None or len(shown) <= most else _cut(shown, most)
+    return _escaped(text, _IN_LINE, most)
 
 
-def many_lines(text: str) -> str:
-    """`text` for a place of several lines, such as a block of code: its line feeds stay."""
-    return _IN_LINES.sub(_escape, text)
+def many_lines(text: str, most: int | None = None) -> str:
+    """`text` for a place of several lines, such as a block of code: its line feeds stay. `most` as in `one_line`."""
+    return _escaped(text, _IN_LINES, most)
 
 
 def has_hidden(text: str) -> bool:
@@ -74,13 +71,15 @@ def _numbered(char: str) -> str:
     )
 
 
-def _cut(text: str, most: int) -> str:
-    """Beginning and end of a text that is too long, and its length."""
+def _escaped(text: str, hidden: re.Pattern[str], most: int | None) -> str:
+    """Of a text that is too long, beginning and end stay, and its length stands between."""
+    if most is None or len(text) <= most:
+        text = hidden.sub(_escape, text)
+        if most is None or len(text) <= most:
+            return text
     between = f" [... {len(text):,} characters ...] "
-    half = max(0, most - len(between)) // 2
-    return (
-        one_line(text[:half])[:half] + between + one_line(text[-half:])[-half:] if half else between.strip()
-    )
+    half = (most - len(between)) // 2
+    return hidden.sub(_escape, text[:half])[:half] + between + hidden.sub(_escape, text[-half:])[-half:]
 
 
 class GrowingText:

@@ -143,6 +143,20 @@ def render(template: str, messages: list[Any], variables: Mapping[str, Any]) -> 
     return text.encode("utf-8", "surrogatepass")
 
 
+def render_many(requests: list[bytes]) -> bytes:
+    """The answers to several marshalled arguments of `render`, one after the other: letter, length, content."""
+    parts = []
+    for request in requests:
+        try:
+            kind, content = DONE, render(*marshal.loads(request))
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind, content = REFUSED, _words(error)
+        parts += [ANSWER.pack(kind, len(content)), content]
+    return b"".join(parts)
+
+
 def names_in(template: str) -> bytes:
     """What reading a chat template tells, as JSON: the variables that it reads, the names of keys and attributes, the
     variables that it sets. All of it is `null` where the template is not Jinja."""
@@ -186,7 +200,8 @@ def try_tokenizer(path: str, texts: list[str]) -> bytes:
 
 
 _WORK: dict[str, Callable[..., bytes]] = {
-    "render": render,
+    "render": lambda request: render(*marshal.loads(request)),
+    "render many": render_many,
     "names": names_in,
     "match": match,
     "tokenizer": try_tokenizer,
@@ -238,17 +253,21 @@ def _answer(kind: str, arguments: tuple[Any, ...], most: int) -> tuple[bytes, by
         result = _WORK[kind](*arguments)
     except MemoryError:
         return OUT_OF_MEMORY, b""
-    except RecursionError:
-        return REFUSED, b"it is nested too deeply"
     except Exception as error:
-        text = f"{error}" if str(error) else type(error).__name__
-        return REFUSED, text[:MOST_ERROR].encode("utf-8", "replace")
+        return REFUSED, _words(error)
     return (DONE, result) if len(result) <= most else (TOO_LARGE, b"")
+
+
+def _words(error: Exception) -> bytes:
+    text = (
+        "it is nested too deeply" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+    )
+    return text[:MOST_ERROR].encode("utf-8", "replace")
 
 
 def _import_for(kind: str) -> None:
     """What a kind of work needs, imported before its bounds begin."""
-    if kind in ("render", "names") and not _environments:
+    if kind in ("render", "render many", "names") and not _environments:
         _environments.append(_environment())
     elif kind == "tokenizer":
         import tokenizers  # noqa: F401  # it is there when it is needed

@@ -214,7 +214,10 @@ def ask(kind: str, arguments: Sequence[Any], bounds: Bounds) -> bytes:
                 status = child.end()
                 if isinstance(error, _TooLong) or (isinstance(error, _Gone) and status == -signal.SIGPROF):
                     raise OverBounds(f"did not end within {bounds.seconds:g} seconds") from None
-                if isinstance(error, _TooMuch):
+                without_memory = (
+                    isinstance(error, _Gone) and status == -signal.SIGABRT and first
+                )  # of libraries in Rust
+                if isinstance(error, _TooMuch) or without_memory:
                     raise OverBounds(_more_memory(bounds)) from None
                 if not isinstance(error, _Gone):
                     raise

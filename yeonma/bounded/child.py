@@ -31,6 +31,8 @@ _SLICE = 0.25
 _WALL = 3.0
 """How many times its processor time a child may take by the clock: other programs run as well."""
 _START_SECONDS = 60.0
+_MARSHAL = 2
+"""marshal's last version whose bytes do not depend on which objects are the same one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return f"<{type(value).__name__}>"
+
+
+def packed(values: tuple[Any, ...]) -> bytes:
+    """Values as the child reads them. Equal values have equal bytes."""
+    try:
+        return marshal.dumps(values, _MARSHAL)
+    except ValueError:  # types of others among the values
+        return marshal.dumps(tuple(plain(values)), _MARSHAL)
 
 
 class _Child:
@@ -192,10 +202,7 @@ def ask(kind: str, arguments: Sequence[Any], bounds: Bounds) -> bytes:
 
     May be called from any thread. Raises OverBounds, Refused, and UserError if no process can be started.
     """
-    try:
-        request = marshal.dumps((kind, tuple(arguments)))
-    except ValueError:  # types of others among the values
-        request = marshal.dumps((kind, plain(arguments)))
+    request = packed((kind, tuple(arguments)))
     with _lock:
         while True:
             child = _child()
@@ -207,7 +214,10 @@ def ask(kind: str, arguments: Sequence[Any], bounds: Bounds) -> bytes:
                 status = child.end()
                 if isinstance(error, _TooLong) or (isinstance(error, _Gone) and status == -signal.SIGPROF):
                     raise OverBounds(f"did not end within {bounds.seconds:g} seconds") from None
-                if isinstance(error, _TooMuch):
+                without_memory = (
+                    isinstance(error, _Gone) and status == -signal.SIGABRT and first
+                )  # of libraries in Rust
+                if isinstance(error, _TooMuch) or without_memory:
                     raise OverBounds(_more_memory(bounds)) from None
                 if not isinstance(error, _Gone):
                     raise

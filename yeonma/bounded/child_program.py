@@ -143,6 +143,20 @@ def render(template: str, messages: list[Any], variables: Mapping[str, Any]) -> 
     return text.encode("utf-8", "surrogatepass")
 
 
+def render_many(requests: list[bytes]) -> bytes:
+    """The answers to several marshalled arguments of `render`, one after the other: letter, length, content."""
+    parts = []
+    for request in requests:
+        try:
+            kind, content = DONE, render(*marshal.loads(request))
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind, content = REFUSED, _words(error)
+        parts += [ANSWER.pack(kind, len(content)), content]
+    return b"".join(parts)
+
+
 def names_in(template: str) -> bytes:
     """What reading a chat template tells, as JSON: the variables that it reads, the names of keys and attributes, the
     variables that it sets. All of it is `null` where the template is not Jinja."""
@@ -172,21 +186,60 @@ def match(pattern: str, names: list[str]) -> bytes:
 # Tokenizers
 
 
-def try_tokenizer(path: str, texts: list[str]) -> bytes:
-    """Reads a tokenizer.json and encodes texts with it. Returns the number of tokens of each, as JSON."""
+_RUN, _LINE = 500, 20_000
+"""Characters of the texts with which a tokenizer is tried: for each character of its own, and for each kind."""
+_KINDS = ("a", "A", "1", " ", "\n", "가", "!", "a ", "aA", "😀", "Hello, 세계! 123 \t'll ")
+_ENDS = ("", "\u241f!")
+"""What ends a monotonous text: an expression that runs back and forth in it does so when something else follows."""
+_MOST_OWN = 64
+_TOKENS_PER_CHARACTER = 64
+"""More than any published tokenizer makes: 4 bytes of a character, or 18 letters of a ligature."""
+
+
+def try_tokenizer(path: str) -> bytes:
+    """Reads a tokenizer.json, and encodes and decodes long monotonous texts with it: letters, blanks, digits, and what
+    its own expressions mention. Returns what is wrong with the result, or nothing."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(path)
-    counts = []
-    for text in texts:
-        ids = tokenizer.encode(text).ids
-        tokenizer.decode(ids)
-        counts.append(len(ids))
-    return json.dumps([tokenizer.get_vocab_size(), counts]).encode()
+    with open(path, encoding="utf-8") as file:
+        own = _own_characters(json.load(file))
+    try:
+        tokenizer = Tokenizer.from_file(path)
+        texts = [(kind * _LINE)[:_LINE] + _ENDS[1] for kind in _KINDS]
+        texts += [(part * _RUN)[:_RUN] + end for part in [*"\t.-_'é\u0301", *own] for end in _ENDS]
+        for text in texts:
+            ids = tokenizer.encode(text).ids
+            if len(ids) > _TOKENS_PER_CHARACTER * len(text):
+                return f"makes {len(ids):,} tokens of {len(text):,} characters".encode()
+            back = tokenizer.decode(ids[:_RUN])
+            if len(back) > _TOKENS_PER_CHARACTER * 2 * _RUN:
+                return f"makes {len(back):,} characters of {len(ids[:_RUN]):,} tokens".encode()
+    except (Exception, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the library in Rust
+        return b"stops the library that reads it: " + _words(error)
+    return b""
+
+
+def _own_characters(description: Any) -> list[str]:
+    """Characters and words in the expressions and replacements of a tokenizer.json."""
+    found: dict[str, None] = {}
+    waiting = [description.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting and len(found) < _MOST_OWN:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            value = value[:1_000]
+            found |= dict.fromkeys([*re.findall(r"[^\W_]{2,20}", value), *value])
+    return list(found)[:_MOST_OWN]
 
 
 _WORK: dict[str, Callable[..., bytes]] = {
-    "render": render,
+    "render": lambda request: render(*marshal.loads(request)),
+    "render many": render_many,
     "names": names_in,
     "match": match,
     "tokenizer": try_tokenizer,
@@ -238,17 +291,21 @@ def _answer(kind: str, arguments: tuple[Any, ...], most: int) -> tuple[bytes, by
         result = _WORK[kind](*arguments)
     except MemoryError:
         return OUT_OF_MEMORY, b""
-    except RecursionError:
-        return REFUSED, b"it is nested too deeply"
     except Exception as error:
-        text = f"{error}" if str(error) else type(error).__name__
-        return REFUSED, text[:MOST_ERROR].encode("utf-8", "replace")
+        return REFUSED, _words(error)
     return (DONE, result) if len(result) <= most else (TOO_LARGE, b"")
+
+
+def _words(error: BaseException) -> bytes:
+    text = (
+        "it is nested too deeply" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+    )
+    return text[:MOST_ERROR].encode("utf-8", "replace")
 
 
 def _import_for(kind: str) -> None:
     """What a kind of work needs, imported before its bounds begin."""
-    if kind in ("render", "names") and not _environments:
+    if kind in ("render", "render many", "names") and not _environments:
         _environments.append(_environment())
     elif kind == "tokenizer":
         import tokenizers  # noqa: F401  # it is there when it is needed

@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from yeonma.bounded.child import OverBounds, Refused
-from yeonma.bounded.template_text import written_text
+from yeonma.bounded.template_text import TextsAhead
 from yeonma.data.template import Rendered, RenderedTurn
 from yeonma.data.turns import REASONING_KEYS, ToolCall
 from yeonma.errors import UserError, did_you_mean
 from yeonma.tokenization.chat_habits import Habits, habits_in
+from yeonma.tokenization.conversation import ChatMessage, Conversation, as_messages, call_message, request_of
 from yeonma.tokenization.reasoning import DEFAULT_TAGS, ThinkTags, tags_between, tags_of_empty
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
-ChatMessage = dict[str, Any]
-"""A message as chat templates take it: `role` and `content`, and perhaps reasoning, `tool_calls` and other keys."""
-
 Thinking = Literal["auto", "keep", "drop", "empty"]
 """How reasoning is trained: see the setting `thinking`."""
-
-# Some chat templates write the current date, so tokens would change daily. We fix it to the date that Llama 3's
-# templates fall back on. The line break after the macro is not rendered (trim_blocks).
-_DATE = {
-    "%Y": "2024",
-    "%y": "24",
-    "%m": "07",
-    "%d": "26",
-    "%B": "July",
-    "%b": "Jul",
-    "%A": "Friday",
-    "%a": "Fri",
-}
-_TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
-_FIXED_DATE_FILTERS = "".join(f"|replace('{code}','{text}')" for code, text in {**_DATE, **_TIME}.items())
-FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FIXED_DATE_FILTERS} }}}}{{%- endmacro %}}\n"
 
 _GIVEN = {
     "messages",
@@ -59,44 +39,6 @@ _THINKING_ARGUMENTS = ("enable_thinking", "thinking")
 PROBE = "Zq{number}qZ"
 """Text that no chat template writes by itself."""
 _PROBES = re.compile(r"Zq\d+qZ")
-
-
-def as_messages(turns: Sequence[RenderedTurn], reasoning_key: str = REASONING_KEYS[0]) -> list[ChatMessage]:
-    """The turns as chat templates take them. Reasoning goes under `reasoning_key`."""
-    messages: list[ChatMessage] = []
-    for turn in turns:
-        message: ChatMessage = {"role": str(turn.role), "content": turn.text}
-        if (source := turn.turn) is not None:
-            message |= source.other_keys
-            if not source.has_content:
-                message["content"] = None
-            if source.reasoning is not None:
-                message[reasoning_key] = source.reasoning
-            if source.tool_calls:
-                message["tool_calls"] = [_call_message(call) for call in source.tool_calls]
-        messages.append(message)
-    return messages
-
-
-def _call_message(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.loads(call.arguments)}
-    return {"type": "function", "function": function, **({} if call.id is None else {"id": call.id})}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a chat template renders: messages, tools and its other arguments."""
-
-    messages: Sequence[ChatMessage]
-    tools: Sequence[dict[str, Any]] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def before_last(self) -> Conversation:
-        return replace(self, messages=self.messages[:-1])
-
-    def with_last(self, message: ChatMessage) -> Conversation:
-        return replace(self, messages=[*self.messages[:-1], message])
 
 
 @dataclass(frozen=True)
@@ -124,6 +66,7 @@ class Chat:
     habits: Habits
     thinking: Thinking = "auto"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ahead: TextsAhead = field(default_factory=TextsAhead)
 
     @property
     def tags(self) -> ThinkTags | None:
@@ -492,7 +435,7 @@ class Chat:
                 cure="use a template without turns, or the model's instruction-tuned version",
             )
         try:
-            return text_by_tokenizer(tokenizer, conversation, generate)
+            return self.ahead.text_of(request_of(tokenizer, conversation, generate))
         except OverBounds as error:
             problem = f"the model's chat template {error}"
             raise _Stopped(UserError(problem, place=place, cure="use a template without turns")) from None
@@ -500,6 +443,17 @@ class Chat:
             problem = f"the model's chat template refuses this row: {error}"
             cure = "change the row's turns, or use a template without turns"
             raise UserError(problem, place=place, cure=cure) from error
+
+    def render_ahead(self, wanted: Iterable[tuple[Conversation, bool]]) -> None:
+        """Renders conversations that will probably be asked for, each with or without the prompt for generation."""
+        tokenizer = self.encoder.tokenizer
+        if tokenizer.chat_template is None:
+            return
+        requests = []
+        for conversation, generate in wanted:
+            with suppress(Refused, ValueError):
+                requests.append(request_of(tokenizer, conversation, generate))
+        self.ahead.prepare(requests)
 
 
 class _Stopped(BaseException):
@@ -585,7 +539,7 @@ def _takes_null(chat: Chat, short: Conversation) -> bool:
     """Whether the chat template takes a tool call whose content is null, at the end and before other turns."""
     if "tool_calls" not in chat.habits.names:  # it would write the null as a text
         return False
-    call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
+    call = call_message(ToolCall("name", '{"argument": 1}', "call00001"))
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "content": "x", "name": "name", "tool_call_id": "call00001"}
     messages = [short.messages[0], message, result]
@@ -605,7 +559,7 @@ def _marks(chat: Chat, short: Conversation) -> frozenset[str]:
     marks = (
         {text for text in (tags.open, tags.close) if special.fullmatch(text)} if tags is not None else set()
     )
-    call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
+    call = call_message(ToolCall("name", '{"argument": 1}', "call00001"))
     message = {"role": "assistant", "content": "x", "tool_calls": [call]}
     if "tool_calls" in chat.habits.names:
         try:
@@ -626,21 +580,6 @@ def _after(text: str, answer: ChatAnswer) -> ChatAnswer:
     size = len(text)
     start, end = answer.content
     return replace(answer, text=text + answer.text, content=(start + size, end + size))
-
-
-def text_by_tokenizer(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, generate: bool) -> str:
-    """The conversation as the tokenizer's own chat template writes it. Raises OverBounds, Refused and ValueError."""
-    tools = list(conversation.tools) or None
-    template = tokenizer.get_chat_template(tools=tools)
-    if isinstance(template, str) and "strftime_now" in template:
-        template = FIXED_DATE + template
-    return written_text(
-        template,
-        conversation.messages,
-        tools=tools,
-        add_generation_prompt=generate,
-        variables={**tokenizer.special_tokens_map, **conversation.kwargs},
-    )
 
 
 def _between(frames: Sequence[str], contents: Sequence[str], text: str) -> list[Span] | None:

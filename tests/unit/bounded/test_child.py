@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from yeonma.bounded import child
-from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused, ask, plain, resident_bytes
+from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused, ask, packed, plain, resident_bytes
 
 SMALL = Bounds(seconds=0.3, memory=64 * MIB, result=MIB)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 def render(template: str, bounds: Bounds = SMALL, **variables: Any) -> str:
-    return ask("render", (template, HELLO, variables), bounds).decode()
+    return ask("render", (packed((template, HELLO, variables)),), bounds).decode()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -106,8 +106,9 @@ def test_a_child_that_somebody_ended_is_replaced() -> None:
 
 def test_memory_of_earlier_requests_does_not_count_against_later_ones() -> None:
     large = [{"role": "user", "content": "가" * 4_000_000}]
+    request = packed(("{{ messages[0].content|trim }}", large, {}))
     for _ in range(3):
-        assert len(ask("render", ("{{ messages[0].content|trim }}", large, {}), SMALL)) == 12_000_000
+        assert len(ask("render", (request,), SMALL)) == 12_000_000
         assert render("{{ messages[0].content }}") == "hello"
 
 

@@ -8,9 +8,14 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.chat_habits import HABITS
-from tests.tokenizers import CHATML, LLAMA2_CHAT
-from yeonma.bounded.child import Refused
-from yeonma.bounded.template_text import names_in, written_text
+from tests.tokenizers import CHATML, LLAMA2_CHAT, byte_level
+from yeonma.bounded import child, template_text
+from yeonma.bounded.child import MIB, Bounds, OverBounds, Refused
+from yeonma.bounded.template_text import TextsAhead, names_in, request_for, text_of
+from yeonma.data.rows import Row
+from yeonma.data.template import load_template
+from yeonma.tokenization.example import TokenRules
+from yeonma.tokenization.example_encoder import encode
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "한": "<&>"}}}
 TURNS: list[dict[str, Any]] = [
@@ -59,6 +64,10 @@ REFUSED = {
     "a long range": "{{ range(100001)|list }}",
     "division": "{{ 1 / 0 }}",
 }
+
+
+def written_text(template: object, turns: Any, **given: Any) -> str:
+    return text_of(request_for(template, turns, **given))
 
 
 def by_transformers(
@@ -119,3 +128,52 @@ def test_names_in_a_template() -> None:
     )
     assert found == ({"tools", "messages", "m"}, {"role", "tool_calls"}, {"a"})
     assert names_in("{% for %}") is None
+
+
+def test_texts_ahead_are_those_rendered_one_by_one() -> None:
+    requests = [request_for(CHATML, TURNS[:number], variables={}) for number in range(1, 5)]
+    requests += [request_for(template, TURNS, variables={}) for template in REFUSED.values()]
+    ahead = TextsAhead()
+    ahead.prepare(requests[:-1])
+    for request in requests:
+        assert outcome(ahead.text_of, request) == outcome(text_of, request)
+
+
+def test_where_texts_ahead_exceed_the_bounds_each_is_rendered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_text, "CHAT_TEMPLATE", Bounds(0.3, 64 * MIB, MIB))
+    loop = "{% if messages|length > 1 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = loop + "{% endif %}{{ messages|length }}"
+    short, long = (request_for(template, TURNS[:number], variables={}) for number in (1, 2))
+    ahead = TextsAhead()
+    ahead.prepare([short, long])
+    assert ahead.text_of(short) == "1"
+    with pytest.raises(OverBounds, match="did not end within"):
+        ahead.text_of(long)
+
+
+def test_requests_are_equal_whatever_their_texts_share() -> None:
+    role = "".join(["us", "er"])
+    shared = [{"role": role, "content": role}, {"role": role, "content": "x" * 3}]
+    apart = [{"role": "us" + "er"[:2], "content": str(["user"][0])}, {"role": "user", "content": "xxx"}]
+    assert request_for("t", shared, variables={}) == request_for("t", apart, variables={})
+
+
+def test_texts_ahead_serve_all_plain_rows_of_a_set() -> None:
+    """Hardly any row waits for the child by itself."""
+    template = load_template("chat")
+    turns = [{"role": role, "content": f"{role} x"} for role in ("user", "assistant") * 2]
+    rows = [Row(n + 1, {"messages": [{**turns[0], "content": f"{n}"}, *turns[1:]]}, "t") for n in range(200)]
+    tokenizer = byte_level(CHATML)
+    encode(
+        [template.render(rows[0], None)], rows[:1], tokenizer, TokenRules(512)
+    )  # the habits are known then
+    before = child._running[0].requests
+    encode([template.render(row, None) for row in rows], rows, tokenizer, TokenRules(512))
+    assert child._running[0].requests - before <= 8
+
+
+def outcome(function: Any, request: bytes) -> tuple[str, str]:
+    try:
+        return "text", function(request)
+    except Refused as error:
+        return "refused", str(error)

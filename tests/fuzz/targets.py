@@ -16,6 +16,7 @@ CASES = {
     "inspect": 500,
     "model": 800,
     "adapter": 600,
+    "requests": 600,
 }
 """Target -> its share of 10,000 cases."""
 
@@ -29,6 +30,7 @@ _MODULES = {
     "inspect": "end_to_end:INSPECT",
     "model": "end_to_end:MODEL",
     "adapter": "end_to_end:ADAPTER",
+    "requests": "requests:REQUESTS",
 }
 
 

@@ -153,6 +153,7 @@ def run_server(
     key: str | None,
     on_ready: Callable[[], None],
     log: Log,
+    connection_limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Running answers then have a few seconds to finish.
 
@@ -192,7 +193,9 @@ def run_server(
 
     prompt_builders = {**adapters.prompt_builders, adapters.base_name: adapters.first}
     app = make_app(Models(prompt_builders, worker, tokenizing), limits, lifespan)
-    server, connections = make_server(watched(app), ConnectionLimits(connection_limit()), log)
+    server, connections = make_server(
+        watched(app), connection_limits or ConnectionLimits(connection_limit()), log
+    )
     limit_log(("yeonma.serve", "asyncio"))
     server.run(sockets=[])
 

@@ -191,6 +191,15 @@ def open_regular(path: str | Path, flags: int) -> int:
     return descriptor
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a file, also through a link, as in folders of the hub's cache. A pipe or a device is not waited
+    for: OSError, as for anything else that is no file."""
+    with open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
+        return file.read()
+
+
 def read_regular(path: Path) -> bytes:
     """The content of a file. Raises as `open_regular`."""
     with open(path, "rb", opener=open_regular) as file:

@@ -17,7 +17,7 @@ from tests.faults.tracing import ROOT
 from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import Done, arguments, articles, left_behind, sft, trained, unfinished_copy, write_jsonl
 from yeonma.run_folder import output_folder
-from yeonma.train import loop, run
+from yeonma.train import loop, restore
 
 SETTINGS: dict[str, object] = {"max_steps": 4, "save_steps": 1, "lora_dropout": 0.1}
 
@@ -115,7 +115,7 @@ def test_fault_88_nothing_is_deleted_before_what_a_run_continues_from_is_loaded(
     unfinished: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     """Later checkpoints, and files of the former end, are there still if loading fails."""
-    monkeypatch.setattr(run, fails, stops(getattr(run, fails), 1))
+    monkeypatch.setattr(restore, fails, stops(getattr(restore, fails), 1))
     before = everything_in(unfinished)
     done = sft(
         unfinished,

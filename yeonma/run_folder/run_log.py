@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from io import FileIO
 from itertools import islice
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, UserError
-from yeonma.files import disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
+from yeonma.files import MOST_BYTES, disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
 METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
@@ -244,7 +245,7 @@ def _lines(
     a step or that is not valid."""
     end = 0
     with path.open("rb") as file:  # its caller has seen that it is a file
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), start=1):
             if not line.endswith(b"\n"):
                 return
             end += len(line)

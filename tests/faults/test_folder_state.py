@@ -56,13 +56,26 @@ def stops(function: Callable[..., Any], call: int) -> Callable[..., Any]:
     return counted
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def rotated(
+    tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path, request: pytest.FixtureRequest
+) -> tuple[int, Done]:
+    """A number of checkpoints to keep, and a run that has kept them."""
+    place = tmp_path_factory.mktemp("rotated") / "out"
+    return request.param, trained(place, base, data, **SETTINGS, save_total_limit=request.param)
+
+
 @pytest.mark.parametrize("save", [3, 4])
 def test_fault_87_a_stop_between_a_save_and_its_rotation_leaves_no_checkpoint_too_many(
-    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, limit: int, save: int
+    tmp_path: Path,
+    base: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rotated: tuple[int, Done],
+    save: int,
 ) -> None:
+    limit, whole = rotated
     settings = {**SETTINGS, "save_total_limit": limit}
-    whole = trained(tmp_path / "whole" / "out", base, data, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "rotate", stops(loop.rotate, save))
         assert sft(tmp_path / "out", base, data, **settings).status == 130

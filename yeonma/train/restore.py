@@ -119,7 +119,8 @@ def _check_adamw(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, t
         if tensor.shape != shape or not tensor.is_floating_point():
             found = f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise ValueError(f"{name} has the shape {found}, and this run's {tuple(shape)}")
-        if not bool(tensor.isfinite().all()) or (entry != "exp_avg" and bool((tensor < 0).any())):
+        is_infinite = entry != "exp_avg_sq" and bool(tensor.isinf().any())  # squares may overflow
+        if is_infinite or bool(tensor.isnan().any()) or (entry != "exp_avg" and bool((tensor < 0).any())):
             raise ValueError(f"{name} has numbers that it cannot have")
         if lacking := [other for other in ("step", *AVERAGES) if f"{parameter}/{other}" not in tensors]:
             raise ValueError(f"it has no {parameter}/{lacking[0]}")

@@ -44,8 +44,8 @@ TRANSLATED: tuple[str, ...] = (
     "docs/tools",
     "docs/tutorial",
 )
-OTHER_OPTIONS = {  # of pip, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
-    *("no_deps", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
+OTHER_OPTIONS = {  # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
+    *("no_deps", "install", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
     *(
         "write_docs",
         "data",

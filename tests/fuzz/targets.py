@@ -7,7 +7,7 @@ from importlib import import_module
 from tests.fuzz.harness import Target
 
 CASES = {
-    "rows": 2000,
+    "rows": 2500,
     "template": 1500,
     "settings": 1500,
     "row": 500,

@@ -16,6 +16,7 @@ CASES = {
     "inspect": 500,
     "model": 800,
     "adapter": 600,
+    "requests": 600,
     "run_folder": 500,
 }
 """Target -> its share of 10,000 cases."""
@@ -30,6 +31,7 @@ _MODULES = {
     "inspect": "end_to_end:INSPECT",
     "model": "end_to_end:MODEL",
     "adapter": "end_to_end:ADAPTER",
+    "requests": "requests:REQUESTS",
     "run_folder": "run_folders:RUN_FOLDER",
 }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
+from yeonma.shown import json_text
+from yeonma.streams import give, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 
 MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
@@ -17,9 +18,10 @@ def run(settings: VerifySettings) -> int:
     """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
     report = verify(settings)
     if settings.json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        give(json_text(report.to_json()) + "\n")
     else:
-        print("\n".join(lines_of(report)))
+        for line in lines_of(report):
+            say(line)
     return 0 if report.is_well else 1
 
 

@@ -44,6 +44,7 @@ from yeonma.run_folder.checkpoint import (
 )
 from yeonma.run_folder.entries import OURS, PARTIAL_FINAL, RUN, SEAL, TOKENIZERS, passed_over
 from yeonma.run_folder.run_log import THEN_CONTINUE, check_logs
+from yeonma.shown import json_text
 
 EARLIER_DEFAULTS = {
     "quantization": "none",
@@ -214,7 +215,7 @@ def _run_files(output: Path) -> list[Path]:
 
 
 def write_run_json(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
-    text = json.dumps({"identity": identity, "finished": finished}, ensure_ascii=False, indent=2)
+    text = json_text({"identity": identity, "finished": finished}, indent=2)
     write_text_atomically(output / RUN, text + "\n")
 
 

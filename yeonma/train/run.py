@@ -36,7 +36,7 @@ from yeonma.run_folder.checkpoint import (
 from yeonma.run_folder.entries import FORMER_PLOT
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
-from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
+from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, log_of
 from yeonma.run_folder.run_log import (
     METRICS,
     THEN_CONTINUE,
@@ -132,7 +132,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     with rendezvous() as processes, ExitStack() as contexts:
         stop.several_processes = processes.count > 1
         console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True)
-        log = partial(console.out, highlight=False)
+        log = log_of(console)
         prepared = prepare(config, source, continued, log)
         describe(prepared.dataset, log)
         for line in mixture_lines(prepared.dataset, prepared.plan):
@@ -223,7 +223,7 @@ def _train(
 ) -> tuple[str, int] | None:
     """Returns None if the run is finished, else the message that was printed and the exit status."""
     run, evaluation = config.run, config.evaluation
-    log, group, plan = partial(console.out, highlight=False), state.group, prepared.plan
+    log, group, plan = log_of(console), state.group, prepared.plan
     dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None

@@ -209,6 +209,8 @@ class CommandLine:
     verb: str
     words: tuple[str, ...]
     reached: tuple[str, ...] = ()
+    finds: bool = False
+    """Whether it ends with 1 where it finds differences, and prints them."""
 
 
 TRAIN = CommandLine(
@@ -225,9 +227,11 @@ def run(command: CommandLine, *words: str) -> None:
         status = main([command.verb, *words])
     out.flush()
     err.flush()
-    stderr = err.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
-    check_shown(out.buffer.getvalue().decode("utf-8"), "standard output")  # type: ignore[attr-defined]
+    stdout, stderr = (stream.buffer.getvalue().decode("utf-8") for stream in (out, err))  # type: ignore[attr-defined]
+    check_shown(stdout, "standard output")
     check_shown(stderr, "standard error")
+    if status == 1 and command.finds and stdout.count("DIFFERS"):
+        raise UserError([Problem(line, "yeonma") for line in stdout.splitlines() if line.strip()])
     assert status in (0, 2), f"exit status {status}"
     if status == 0:
         assert not command.reached, "went on to the weights"

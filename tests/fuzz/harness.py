@@ -102,7 +102,7 @@ def run_target(target: Target, count: int, folder: Path, first_seed: int) -> Tal
     tally = Tally()
     scratch = folder / "scratch"
     scratch.mkdir()
-    sandbox = Sandbox.make(folder / "sandbox", target.pristine(scratch))
+    sandbox = Sandbox.make(folder, target.pristine(scratch))
     last_case = folder / "last-case.txt"
     assert run_case(target, target.valid, sandbox, last_case), "the valid case is refused"
     started, rounds = perf_counter(), 0

@@ -296,6 +296,8 @@ def _check_types(details: Any) -> None:
         (base, "parameters", int),
         (base, "config_sha256", str),
         (details, "trust_remote_code", bool),
+        ({"trained_on": {}, **details}, "trained_on", dict),
+        ({"tokenizer": None, **details}, "tokenizer", (dict, NoneType)),
         (details["template"], "name", str),
         (rules, "cutoff_len", int),
         (rules, "shrink", text),

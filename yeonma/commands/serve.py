@@ -37,7 +37,7 @@ def run(settings: ServeSettings) -> int:
         models = load_served_models(adapters, settings, log_line)
         try:
             on_ready = partial(_print_ready, adapters, listener, key)
-            run_server(adapters, models, settings, listener, key, on_ready)
+            run_server(adapters, models, settings, listener, key, on_ready, log_line)
         except KeyboardInterrupt:
             log_line("stopped")
     return 0

@@ -29,8 +29,9 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
     """The report for people: what was checked, a line for each check with its problems, and a summary."""
     yield f"{report.folder}: {report.what}"
     trained_on = report.trained_on
-    if trained_on.get("data"):
-        yield f"  trained on {trained_on.get('examples'):,} examples of {trained_on['data']}"
+    data, count = trained_on.get("data"), trained_on.get("examples")
+    if isinstance(data, str) and type(count) is int:
+        yield f"  trained on {count:,} examples of {data}"
         yield f"  SHA-256 of the data: {trained_on.get('data_sha256')}"
     yield ""
     width = max(len(finding.check) for finding in report.findings)

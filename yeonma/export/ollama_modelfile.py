@@ -13,7 +13,8 @@ from yeonma.data.template import Template
 from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
 from yeonma.shown import one_line
-from yeonma.tokenization.chat_template import Chat, Conversation, chat_of
+from yeonma.tokenization.chat_template import Chat, chat_of
+from yeonma.tokenization.conversation import Conversation
 from yeonma.tokenization.text_encoder import TextEncoder
 
 PROMPT, SYSTEM = ".Prompt", ".System"

@@ -140,8 +140,11 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
     """The identity in run.json, and whether that run is finished."""
     try:
         run = json.loads(read_regular(path))
-        return dict(run["identity"]), bool(run["finished"])
-    except (ValueError, KeyError, TypeError) as error:
+        identity, finished = run["identity"], run["finished"]
+        if not isinstance(identity, dict) or not isinstance(finished, bool):
+            raise TypeError("it does not say what the run depends on, and whether it is finished")
+        return identity, finished
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         cure = "give another output_dir, or --overwrite true"
         raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
 

@@ -198,9 +198,13 @@ def card_text(
         lines += [*(f"- {markdown(remark)}." for remark in remarks), ""]
     lines += _data_sets(sets, units)
     if evaluations:
-        last = next(record for record in evaluations if record["step"] == adapter_step)
-        lines += _validation(evaluations[0], last, units)
-        lines += _losses(evaluations[0].get("losses", {}), last.get("losses", {}))
+        of_step = {record["step"]: record for record in reversed(evaluations)}
+        before, after = of_step.get(0), of_step.get(adapter_step)
+        if before is not None and after is not None:
+            lines += _validation(before, after, units)
+            lines += _losses(before.get("losses", {}), after.get("losses", {}))
+        else:  # the log was deleted while the run was stopped, and begins later
+            lines += ["metrics.jsonl does not have the validation losses of before and after.", ""]
     lines += ["![loss](loss.svg)", "", "## Template", "", *code_block(adapter.template.text), ""]
     for one in sets:
         if one["template"]["text"] != adapter.template.text:
@@ -282,7 +286,7 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
         f"| validation | {' | '.join(columns.values())} | step |",
         "| --- |" + " --- |" * (len(columns) + 1),
         *(
-            f"| {name} | {' | '.join(_number(record[key]) for key in columns)} | {record['step']} |"
+            f"| {name} | {' | '.join(_number(record.get(key)) for key in columns)} | {record['step']} |"
             for name, record in (("before", before), ("after", after))
         ),
         "",

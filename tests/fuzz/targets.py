@@ -7,8 +7,8 @@ from importlib import import_module
 from tests.fuzz.harness import Target
 
 CASES = {
-    "rows": 2500,
-    "template": 1500,
+    "rows": 1500,
+    "template": 1400,
     "settings": 1500,
     "row": 500,
     "tokens": 1300,
@@ -17,6 +17,7 @@ CASES = {
     "model": 800,
     "adapter": 600,
     "requests": 600,
+    "run_folder": 500,
 }
 """Target -> its share of 10,000 cases."""
 
@@ -31,6 +32,7 @@ _MODULES = {
     "model": "end_to_end:MODEL",
     "adapter": "end_to_end:ADAPTER",
     "requests": "requests:REQUESTS",
+    "run_folder": "run_folders:RUN_FOLDER",
 }
 
 

@@ -22,6 +22,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
 from yeonma.generation.sampling import LogitChanges
+from yeonma.shown import MOST_OF_A_LINE, many_lines, one_line
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 """Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
@@ -84,9 +85,9 @@ class RequestError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(_without_lone_surrogates(message))
+        super().__init__(many_lines(_without_lone_surrogates(message), MOST_OF_A_LINE))
         self.status, self.code, self.headers = status, code, headers
-        self.param = None if param is None else _without_lone_surrogates(param)
+        self.param = None if param is None else one_line(_without_lone_surrogates(param), MOST_OF_A_LINE)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_attacks_are_refused_when_a_base_is_read(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(tokenizer_trial, "SECONDS", 0.5)
     path = saved(tmp_path / "base", pre_tokenizer=split("(x+x+)+y"))
-    with pytest.raises(UserError, match="stops the library|did not end within"):
+    with pytest.raises(UserError, match=r"stops the library|did not end within"):
         load_tokenizer(BaseSource(str(path.parent)))
 
 

@@ -28,6 +28,7 @@ from yeonma.config.settings import (
     VerifySettings,
 )
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
+from yeonma.platforms import check_platform
 from yeonma.shown import traceback_text
 from yeonma.streams import escape_other_libraries, log_line, say, say_lines
 from yeonma.train.interrupt import Stopped
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        check_platform()
         return _dispatch(arguments)
     except UserError as error:
         if os.environ.get("YEONMA_DEBUG") == "1":

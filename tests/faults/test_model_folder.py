@@ -84,7 +84,9 @@ def test_fault_56_an_adapter_of_another_base(
     tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
 ) -> None:
     other = model_folder(tmp_path / "other", "qwen3")
-    what = f"{tuned.folder}: it was trained on {base}, which is not {other}; use --base_model {base}"
+    found = 'config.json: model_type was "llama" and is now "qwen3"'
+    what = f"{tuned.folder}: it was trained on {base}, and {other} has other content: {found}"
+    what += f"; use --base_model {base}"
     assert refused(data, base_model=other, adapter=tuned.folder) == [what.replace(f"{tmp_path}/", "")]
     checkpoint = next(tuned.folder.glob("checkpoint-*"))
     (line,) = refused(data, base_model=other, adapter=checkpoint)

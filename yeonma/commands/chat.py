@@ -47,6 +47,7 @@ def run(config: ChatConfig) -> int:
         dtype=adapter.dtype,
         quantization=adapter.quantization,
         adapter_weights=adapter.adapter_weights,
+        log=_print_remark,
     )
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
@@ -106,7 +107,7 @@ class _ChatSession:
                 [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
             )
             if prompt.shortened:
-                print(f"yeonma: shortened to fit {self.builder.limit}", file=sys.stderr, flush=True)
+                _print_remark(f"shortened to fit {self.builder.limit}")
             shown = _AnswerText(StreamBuffer(prompt), self.on_terminal)
             (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
             shown.finish()
@@ -216,3 +217,7 @@ def _welcome(builder: PromptBuilder) -> str:
     adapter = builder.adapter
     entering = "" if adapter.template.takes_turns else " An empty line ends a field."
     return f"{adapter.path} on {adapter.base.name}.{entering} /new starts over, /quit or Ctrl-D ends."
+
+
+def _print_remark(text: str) -> None:
+    print(f"yeonma: {text}", file=sys.stderr, flush=True)

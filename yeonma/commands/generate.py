@@ -45,6 +45,7 @@ def run(config: GenerateConfig) -> int:
             dtype=adapter.dtype,
             quantization=adapter.quantization,
             adapter_weights=adapter.adapter_weights,
+            log=_log,
         )
 
     if source.data_path is not None:

@@ -12,7 +12,7 @@ def run(settings: MergeSettings) -> int:
     Raises UserError as `prepare_merge` and `merge`.
     """
     output = check_output(settings.output_dir)
-    agreement = merge(prepare_merge(settings), output, _print)
+    agreement = merge(prepare_merge(settings, _print), output, _print)
     if not agreement.is_close:
         return 1
     print(f"{output} is a complete model; it loads without the adapter's folder")

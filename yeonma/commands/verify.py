@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
@@ -15,12 +16,16 @@ MAX_PROBLEMS = 10
 
 def run(settings: VerifySettings) -> int:
     """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
-    report = verify(settings)
+    report = verify(settings, _print_remark)
     if settings.json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
         print("\n".join(lines_of(report)))
     return 0 if report.is_well else 1
+
+
+def _print_remark(text: str) -> None:
+    print(f"yeonma: {text}", file=sys.stderr, flush=True)
 
 
 def lines_of(report: VerifyReport) -> Iterator[str]:

@@ -206,11 +206,12 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
             trust_remote_code=settings.trust_remote_code,
             data_set=settings.data_set if data_set_names(read_adapter_folder(folder)) else None,
         )
-    source = find_base(spec, trust_remote_code=settings.trust_remote_code)
-    if source.adapter is not None and settings.base_model is not None:
+    if (folder / "adapter_config.json").is_file() and settings.base_model is not None:
         source = replace(
-            find_base(settings.base_model, None, settings.trust_remote_code), adapter=source.adapter
+            find_base(settings.base_model, None, settings.trust_remote_code), adapter=str(folder)
         )
+    else:
+        source = find_base(spec, trust_remote_code=settings.trust_remote_code)
     tokenizer_source = source
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         tokenizer_source = replace(source, name=source.adapter, revision=None)

@@ -179,15 +179,14 @@ def reading_content(
         if not thread.ident:
             weight_files(source)  # downloads them
             thread.start()
-        thread.join(SLOW_SECONDS)
-        if is_slow := thread.is_alive():
-            log(f"reading the weights of {source.name} for their SHA-256")
+        is_slow = False
         while thread.is_alive():
             thread.join(SLOW_SECONDS)  # wakes up for signals
+            if thread.is_alive() and files.reading and not is_slow:
+                is_slow = True
+                log(f"reading the weights of {source.name} for their SHA-256")
         if is_slow and files.not_kept:
-            log(
-                f"it cannot be kept in {files.folder} ({files.not_kept}), so the next command reads them again"
-            )
+            log(f"it cannot be kept in {files.folder} ({files.not_kept}): the next command reads them again")
         (result,) = results
         if isinstance(result, BaseException):
             raise result

@@ -49,6 +49,8 @@ class WeightSums:
     folder: Path
     trust_cache: bool
     stopped: threading.Event = field(default_factory=threading.Event)
+    reading: bool = False
+    """Whether any file had to be read."""
     not_kept: str = ""
     """Why a new sum could not be kept."""
 
@@ -58,6 +60,7 @@ class WeightSums:
         place = self.folder / f"{sha256(os.fsencode(path)).hexdigest()}.weights"
         if self.trust_cache and (kept := _kept(place, path)) is not None:
             return kept
+        self.reading = True
         with self._locked(place):
             if self.trust_cache and (kept := _kept(place, path)) is not None:
                 return kept

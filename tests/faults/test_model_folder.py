@@ -85,12 +85,12 @@ def test_fault_56_an_adapter_of_another_base(
 ) -> None:
     other = model_folder(tmp_path / "other", "qwen3")
     found = 'config.json: model_type was "llama" and is now "qwen3"'
-    what = f"{tuned.folder}: it was trained on {base}, and {other} has other content: {found}"
+    what = f"{tuned.folder}: it was trained on {base}, which is not {other}: {found}"
     what += f"; use --base_model {base}"
     assert refused(data, base_model=other, adapter=tuned.folder) == [what.replace(f"{tmp_path}/", "")]
     checkpoint = next(tuned.folder.glob("checkpoint-*"))
     (line,) = refused(data, base_model=other, adapter=checkpoint)
-    assert f"it was trained on {base}, and other has other content: {found}; use --base_model {base}" in line
+    assert f"it was trained on {base}, which is not other: {found}; use --base_model {base}" in line
 
 
 def test_fault_56_an_adapter_saved_by_plain_peft_on_another_base(

@@ -74,7 +74,7 @@ def another_base(
     give = "give the model that it was trained on with --base_model"
     is_folder, is_there = Path(trained.name).is_absolute(), Path(trained.name).is_dir()
     if name != trained.name and os.path.realpath(name) != os.path.realpath(trained.name):
-        what = f"it was trained on {trained.name}, and {name} has other content: {listed(found)}"
+        what = f"it was trained on {trained.name}, which is not {name}: {listed(found)}"
         if is_there or not is_folder:
             revision = f" --model_revision {trained.revision}" if trained.revision and not is_folder else ""
             give = f"use --base_model {trained.name}{revision}" if is_continued else "leave --base_model out"

@@ -143,7 +143,7 @@ def test_fault_86_another_base_of_the_same_config_is_refused_by_every_verb(place
     done = VERBS[verb](place, "--base_model", str(other))
     assert done.status == 2
     (line,) = done.err.splitlines()
-    assert f"it was trained on {place.base}, and {other} has other content: model.safetensors had" in line
+    assert f"it was trained on {place.base}, which is not {other}: model.safetensors had" in line
     cure = f"use --base_model {place.base}" if verb == "continue" else "leave --base_model out"
     assert line.endswith(f"; {cure}")
 

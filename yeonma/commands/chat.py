@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import AnswerSettings, ChatConfig
@@ -13,6 +13,8 @@ from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.policy import Policy, load_policy
 from yeonma.serve.stream_buffer import StreamBuffer
+from yeonma.shown import GrowingText, one_line
+from yeonma.streams import log_line, say
 
 ChatTurn = dict[str, str]
 
@@ -47,7 +49,7 @@ def run(config: ChatConfig) -> int:
         dtype=adapter.dtype,
         quantization=adapter.quantization,
         adapter_weights=adapter.adapter_weights,
-        log=_print_remark,
+        log=log_line,
     )
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:
@@ -107,7 +109,7 @@ class _ChatSession:
                 [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
             )
             if prompt.shortened:
-                _print_remark(f"shortened to fit {self.builder.limit}")
+                log_line(f"shortened to fit {self.builder.limit}")
             shown = _AnswerText(StreamBuffer(prompt), self.on_terminal)
             (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
             shown.finish()
@@ -115,8 +117,8 @@ class _ChatSession:
         except UserError as error:
             if not self.on_terminal:
                 raise
-            message = "\n".join(f"yeonma: {line}" for line in str(error).splitlines())
-            print(message, file=sys.stderr, flush=True)
+            for line in str(error).split("\n"):
+                log_line(line)
         except KeyboardInterrupt:
             if not self.on_terminal:
                 raise
@@ -125,7 +127,7 @@ class _ChatSession:
 
     def print_on_terminal(self, text: str) -> None:
         if self.on_terminal:
-            print(text, flush=True)
+            say(text)
 
 
 def _read_row(variants: Sequence[Sequence[str]], on_terminal: bool) -> dict[str, str]:
@@ -166,7 +168,7 @@ def _read_field(label: str, may_be_empty: bool) -> str:
 
 
 def _read_line(label: str, *, command: bool) -> str:
-    line = input(label)
+    line = input(one_line(label))
     if command and line.strip() == "/quit":
         raise _Quit
     if command and line.strip() == "/new":
@@ -181,6 +183,7 @@ class _AnswerText:
     growing: StreamBuffer
     on_terminal: bool
     text: str = ""
+    screen: GrowingText = field(default_factory=GrowingText)
     has_reasoning: bool = False
     has_content: bool = False
 
@@ -188,20 +191,20 @@ class _AnswerText:
         self.text += piece
         reasoning = self.growing.new_reasoning(self.text)
         if self.on_terminal and reasoning:
-            _write(_dimmed(reasoning))
+            _write(_dimmed(self.screen.shown(reasoning)))
             self.has_reasoning = True
         self._show(self.growing.new_text(self.text))
 
     def finish(self) -> None:
         """Ends the answer, which is complete."""
         self._show(self.growing.remaining_text(self.text))
-        _write("\n")
+        _write(self.screen.rest() + "\n")
 
     def _show(self, content: str) -> None:
         if content and self.has_reasoning and not self.has_content:
             _write("\n\n")
         self.has_content = self.has_content or bool(content)
-        _write(content)
+        _write(self.screen.shown(content) if self.on_terminal else content)
 
 
 def _dimmed(text: str) -> str:
@@ -209,6 +212,7 @@ def _dimmed(text: str) -> str:
 
 
 def _write(text: str) -> None:
+    """Writes text that is escaped already where it has to be."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -217,7 +221,3 @@ def _welcome(builder: PromptBuilder) -> str:
     adapter = builder.adapter
     entering = "" if adapter.template.takes_turns else " An empty line ends a field."
     return f"{adapter.path} on {adapter.base.name}.{entering} /new starts over, /quit or Ctrl-D ends."
-
-
-def _print_remark(text: str) -> None:
-    print(f"yeonma: {text}", file=sys.stderr, flush=True)

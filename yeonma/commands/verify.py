@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
+from yeonma.shown import json_text
+from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 
 MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
@@ -16,24 +16,22 @@ MAX_PROBLEMS = 10
 
 def run(settings: VerifySettings) -> int:
     """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
-    report = verify(settings, _print_remark)
+    report = verify(settings, log_line)
     if settings.json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        give(json_text(report.to_json()) + "\n")
     else:
-        print("\n".join(lines_of(report)))
+        for line in lines_of(report):
+            say(line)
     return 0 if report.is_well else 1
-
-
-def _print_remark(text: str) -> None:
-    print(f"yeonma: {text}", file=sys.stderr, flush=True)
 
 
 def lines_of(report: VerifyReport) -> Iterator[str]:
     """The report for people: what was checked, a line for each check with its problems, and a summary."""
     yield f"{report.folder}: {report.what}"
     trained_on = report.trained_on
-    if trained_on.get("data"):
-        yield f"  trained on {trained_on.get('examples'):,} examples of {trained_on['data']}"
+    data, count = trained_on.get("data"), trained_on.get("examples")
+    if isinstance(data, str) and type(count) is int:
+        yield f"  trained on {count:,} examples of {data}"
         yield f"  SHA-256 of the data: {trained_on.get('data_sha256')}"
     yield ""
     width = max(len(finding.check) for finding in report.findings)

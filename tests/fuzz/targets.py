@@ -7,7 +7,7 @@ from importlib import import_module
 from tests.fuzz.harness import Target
 
 CASES = {
-    "rows": 2500,
+    "rows": 2000,
     "template": 1500,
     "settings": 1500,
     "row": 500,
@@ -16,6 +16,8 @@ CASES = {
     "inspect": 500,
     "model": 800,
     "adapter": 600,
+    "requests": 600,
+    "run_folder": 500,
 }
 """Target -> its share of 10,000 cases."""
 
@@ -29,6 +31,8 @@ _MODULES = {
     "inspect": "end_to_end:INSPECT",
     "model": "end_to_end:MODEL",
     "adapter": "end_to_end:ADAPTER",
+    "requests": "requests:REQUESTS",
+    "run_folder": "run_folders:RUN_FOLDER",
 }
 
 

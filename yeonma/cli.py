@@ -139,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     YEONMA_DEBUG=1 also prints the traceback of a user error. Any other exception is a bug and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    escape_other_libraries()
     try:
         check_platform()
         return _dispatch(arguments)
@@ -212,6 +211,7 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
         for warning in parsed.warnings:
             log_line(f"warning: {warning}")
+    escape_other_libraries()
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0

@@ -32,7 +32,7 @@ def run(settings: ServeSettings) -> int:
             raise UserError(f"missing packages: {names}", place="yeonma serve", cure=cure)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
-        adapters = open_adapters(settings)
+        adapters = open_adapters(settings, log_line)
         if _use_vllm(settings, adapters):
             _exec_vllm(settings, adapters, listener, key)
         models = load_served_models(adapters, settings, log_line)

@@ -135,7 +135,7 @@ class TokenSettings:
     parse_special_tokens: bool = False
     """Turn special-token text in the data, such as <|im_end|>, into these tokens: for text that was formatted with them. By default it is encoded as ordinary text, and counted."""
     cache_dir: str | None = None
-    """Folder for cached tokenised data. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
+    """Folder for cached tokenised data and the SHA-256 of base models. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
 
 
 @dataclass(frozen=True, kw_only=True)

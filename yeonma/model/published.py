@@ -128,7 +128,7 @@ def published_in_folder(folder: Path) -> Published | None:
     """
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # reported by those who read it
     if not isinstance(config, Mapping):
         return None

@@ -44,7 +44,9 @@ TRANSLATED: tuple[str, ...] = (
     "docs/tools",
     "docs/tutorial",
 )
-OTHER_OPTIONS = {  # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
+OTHER_OPTIONS = {
+    "allowed_origins",  # of vLLM
+    # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
     *("no_deps", "install", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
     *(
         "write_docs",

@@ -41,11 +41,11 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STATE = "connection"
 """The name of a request's connection in its ASGI state."""
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+AsgiMessage = MutableMapping[str, Any]
+AsgiScope = MutableMapping[str, Any]
+AsgiReceive = Callable[[], Awaitable[AsgiMessage]]
+AsgiSend = Callable[[AsgiMessage], Awaitable[None]]
+AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -393,13 +393,13 @@ class Connections:
 def watched(app: AsgiApp) -> AsgiApp:
     """The application, whose answers' beginning and end their connection is told."""
 
-    async def watched_app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def watched_app(scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         connection: Connection | None = (scope.get("state") or {}).get(STATE)
         if scope["type"] != "http" or connection is None:
             await app(scope, receive, send)
             return
 
-        async def noticed(message: Message) -> None:
+        async def noticed(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 connection.answer_begins()
             await send(message)

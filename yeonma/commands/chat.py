@@ -38,9 +38,12 @@ def run(config: ChatConfig) -> int:
         base_model=adapter.base_model,
         trust_remote_code=adapter.trust_remote_code,
         data_set=adapter.data_set,
+        template=adapter.template,
     )
     builder = builder.by_field_names()
     builder.prompts([], max_new_tokens=answer.max_new_tokens)
+    if builder.remark:
+        print(f"yeonma: {builder.remark}", file=sys.stderr, flush=True)
     policy = load_policy(
         builder,
         device=adapter.device,

@@ -12,6 +12,7 @@ from yeonma.export.merged_model import check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.weight_files import weight_files
+from yeonma.policy import check_outline
 from yeonma.tokenization.text_encoder import TextEncoder
 
 
@@ -22,8 +23,15 @@ def run(settings: ExportSettings) -> int:
     """
     output = check_output(settings.output_dir)
     prompt_builder = open_prompt_builder(
-        settings.model_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
+        settings.model_dir,
+        base_model=settings.base_model,
+        trust_remote_code=settings.trust_remote_code,
+        template=settings.template,
     )
+    if settings.format == "ollama":
+        prompt_builder.check_template()
+    if not prompt_builder.adapter.is_merged:
+        check_outline(prompt_builder.source, [str(prompt_builder.adapter.path)])
     install_converter()
     least_bytes = sum(path.stat().st_size for path in weight_files(prompt_builder.source))
     with staging_folder(output, "the exported model", least_bytes) as folder:
@@ -31,7 +39,7 @@ def run(settings: ExportSettings) -> int:
         if model is None:
             return 1
         gguf = _write(settings, prompt_builder, model, folder, output.absolute().name)
-        if is_installed():
+        if is_installed() and prompt_builder.adapter.has_template:
             check_prompts(gguf, prompt_builder, _print)
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
@@ -52,6 +60,7 @@ def _merged_model(settings: ExportSettings, prompt_builder: PromptBuilder, folde
             output_dir=str(merged),
             base_model=settings.base_model,
             trust_remote_code=settings.trust_remote_code,
+            template=settings.template,
             dtype=settings.dtype,
             device=settings.device,
         )

@@ -36,7 +36,11 @@ def run(config: GenerateConfig) -> int:
         base_model=adapter.base_model,
         trust_remote_code=adapter.trust_remote_code,
         data_set=adapter.data_set,
+        template=adapter.template,
     )
+
+    if builder.remark:
+        _log(builder.remark)
 
     def load() -> Policy:
         return load_policy(

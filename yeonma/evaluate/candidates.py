@@ -31,10 +31,13 @@ from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
+from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
+from yeonma.model.adapter_weights import added_rows
 from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
 from yeonma.model.position_limits import model_positions
 from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
+from yeonma.policy import check_outline
 from yeonma.tokenization.example import TokenRules, answer_tokens
 
 CUTOFF_LEN = 2048
@@ -56,11 +59,13 @@ class Candidate:
     """The origin of the template, for the report."""
     quantization: Quantization = "none"
     """Quantisation of the base."""
+    own_rows: str = ""
+    """The adapter, if it has tokens of its own: its base has more rows than that of the others."""
 
     @property
-    def weights(self) -> tuple[str, str | None, str]:
+    def weights(self) -> tuple[str, str | None, str, str]:
         """Identifies the base's weights. Candidates with equal `weights` share the base in memory."""
-        return (*source_key(self.prompt_builder.source), self.quantization)
+        return (*source_key(self.prompt_builder.source), self.quantization, self.own_rows)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
         """Field -> column for this row, including the answer. In preference data, that is the chosen answer."""
@@ -109,7 +114,7 @@ def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
             candidates.append(Candidate(name, model, str(model.adapter.path), True, template_of))
         else:
             candidates.append(_with_template(spec, name, model, first_run, settings, rows))
-    _check_outlines(candidates)
+    candidates = _check_outlines(candidates)
     _check_columns(settings, candidates, rows)
     return _with_quantization(candidates, settings.quantization)
 
@@ -148,13 +153,20 @@ def check_model(candidate: Candidate, model: Any) -> None:
     builder = candidate.prompt_builder
     if candidate.is_run:
         check_base(builder.adapter, base_identity(model, builder.source))
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight.shape[0] + _added_rows(candidate, model)
     check_vocabulary(builder.tokenizer, embeddings, builder.source.name)
 
 
-def _check_outlines(candidates: Sequence[Candidate]) -> None:
-    """Run `check_model` on the models' outlines. Raises UserError with all problems."""
+def _added_rows(candidate: Candidate, model: Any) -> int:
+    """The rows that an adapter with tokens of its own adds to the model's embedding."""
+    return 0 if candidate.adapter is None else max(0, added_rows(model, read_header(candidate.adapter)))
+
+
+def _check_outlines(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Runs `check_model` on the models' outlines, and checks the adapters' tensors. Returns the candidates, with
+    `own_rows`. Raises UserError with all problems."""
     problems: list[Problem] = []
+    checked: list[Candidate] = []
     outlines: dict[object, Any] = {}
     for candidate in candidates:
         source = candidate.prompt_builder.source
@@ -163,10 +175,15 @@ def _check_outlines(candidates: Sequence[Candidate]) -> None:
         try:
             if (model := outlines[candidate.weights]) is not None:
                 check_model(candidate, model)
+                if _added_rows(candidate, model):
+                    candidate = replace(candidate, own_rows=candidate.adapter or "")
+                check_outline(source, [candidate.adapter] if candidate.adapter is not None else [])
+            checked.append(candidate)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,8 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
             trust_remote_code=settings.trust_remote_code,
             data_set=settings.data_set if data_set_names(read_adapter_folder(folder)) else None,
         )
+    if is_adapter(folder):
+        check_adapter_files(folder)
     source = find_base(spec, trust_remote_code=settings.trust_remote_code)
     if source.adapter is not None and settings.base_model is not None:
         source = replace(

@@ -27,6 +27,7 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.adapter_weights import check_fits
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_settings, published_in
@@ -275,7 +276,7 @@ def check_adapter(
     if targets != own:  # other words, which may still mean the same
         names = [targets] if isinstance(targets, str) else targets
         asked = {layer.adapted for layer in resolve(model, names, experts=config.lora.lora_experts)}
-    load.add_lora_of(model, continued, config.lora.lora_dropout)
+    check_fits(model, continued, config.lora.lora_dropout)
     reached = coverage(model)
     if asked is not None and asked != adapted(model):
         what = f"it reaches other layers than the adapter in {continued} has ({reached})"

@@ -24,9 +24,9 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.python_rows import is_label
-from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
+from yeonma.model.adapter_weights import load_weights
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import (
@@ -386,16 +386,3 @@ def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: Run
         group["lr"] = rate
     state.carried.update(progress.carried)
     restore_random(random, state.group, state.model.device)
-
-
-def load_weights(peft_model: Any, checkpoint: Path) -> None:
-    """Load a checkpoint's adapter weights into the model's adapter."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    weights = load_peft_weights(str(checkpoint), device=str(peft_model.device))
-    result: Any = set_peft_model_state_dict(peft_model, weights)
-    lacking = [name for name in result.missing_keys if "lora_" in name]
-    if result.unexpected_keys or lacking:
-        what = f"its adapter is on other layers than this run's (such as {[*result.unexpected_keys, *lacking][0]})"
-        cure = "continue it with the version that began it, or give another --output_dir"
-        raise UserError(what, place=str(checkpoint), cure=cure)

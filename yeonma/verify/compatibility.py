@@ -22,6 +22,7 @@ from yeonma.data.rows import Row
 from yeonma.errors import Problem, UserError
 from yeonma.model.adapter_config import read_adapter_config
 from yeonma.model.adapter_file import not_finite, read_header
+from yeonma.model.adapter_weights import Shapes as Shapes
 from yeonma.model.adapter_weights import add_lora_of, expected_shapes, misfits
 from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
@@ -35,7 +36,6 @@ from yeonma.tokenization.chat_template_export import (
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.file_checks import Finding, checked, not_checked
 
-Shapes = Mapping[str, tuple[int, ...]]
 REPLACE = "restore a copy of the file, or train again"
 
 

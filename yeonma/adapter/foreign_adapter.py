@@ -8,6 +8,7 @@ from yeonma.adapter.adapter_folder import MANIFEST, AdapterFolder, BaseIdentity
 from yeonma.data.template import load_template
 from yeonma.errors import UserError
 from yeonma.files import user_path
+from yeonma.model.adapter_config import CONFIG_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.tokenization.example import DEFAULT_RULES
 
@@ -19,6 +20,22 @@ TEMPLATE_CURE = (
 def is_foreign(folder: str | Path) -> bool:
     """Whether the folder has PEFT's config and no yeonma.json."""
     return is_adapter(folder) and not (user_path(folder) / MANIFEST).is_file()
+
+
+def check_is_adapter(path: str | Path) -> None:
+    """Raises UserError for what is given in place of an adapter folder: a file, a whole model, or weights alone."""
+    folder = user_path(path)
+    if folder.is_file():
+        what = "this is a file, not a folder"
+        raise UserError(what, place=str(path), cure="give the folder of an adapter in PEFT's format")
+    if not folder.is_dir() or is_adapter(folder) or (folder / MANIFEST).is_file():
+        return
+    if (folder / "config.json").is_file():
+        cure = "give the folder of an adapter on it, or ask the model itself with `yeonma compare --models`"
+        raise UserError("this is a whole model, not an adapter", place=str(path), cure=cure)
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf")) or any(folder.glob("adapter_*")):
+        cure = "give the folder of an adapter in PEFT's format"
+        raise UserError(f"{CONFIG_FILE} is missing", place=str(path), cure=cure)
 
 
 def read_foreign_adapter(

@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import AdapterFolder, asked_as, read_adapter_folder
-from yeonma.adapter.foreign_adapter import TEMPLATE_CURE, is_foreign, read_foreign_adapter, remark_on
+from yeonma.adapter.foreign_adapter import (
+    TEMPLATE_CURE,
+    check_is_adapter,
+    is_foreign,
+    read_foreign_adapter,
+    remark_on,
+)
 from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.column_paths import row_with_paths
 from yeonma.data.columns import Columns, field_text
@@ -277,6 +283,7 @@ def open_prompt_builder(
     """Opens an adapter folder or a merged model. Needs no weights, so that rows can be checked before they are loaded.
     `data_set`: the one of several data sets whose template is used, by default the first. `template`: that of an
     adapter which another tool made. Raises UserError as `yeonma.policy.load_policy`."""
+    check_is_adapter(adapter_dir)
     if is_foreign(adapter_dir):
         return _open_foreign(adapter_dir, base_model, trust_remote_code, template)
     adapter = read_adapter_folder(adapter_dir)

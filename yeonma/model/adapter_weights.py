@@ -376,6 +376,8 @@ def _misfits_as_user_errors(folder: str, model: Any) -> Iterator[None]:
     """What PEFT refuses, as UserError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         trained_on = read_adapter_config(folder).base
         raise UserError(

@@ -24,6 +24,7 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.python_rows import is_label
+from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
 from yeonma.model.adapter_weights import load_weights
@@ -377,8 +378,17 @@ def _samples(dataset: Dataset, count: int) -> Samples:
     return take_samples(part, dataset.task, first.template, first.columns, count)
 
 
+def _load_checkpoint(peft_model: Any, checkpoint: Path) -> None:
+    """Loads a checkpoint's adapter weights into the model's adapter. Raises UserError if they are others than its."""
+    try:
+        load_weights(peft_model, checkpoint)
+    except UserError as error:
+        cure = "continue it with the version that began it, or give another --output_dir"
+        raise UserError(replace(problem, cure=cure) for problem in error.problems) from error
+
+
 def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:
-    load_weights(peft_model, checkpoint)
+    _load_checkpoint(peft_model, checkpoint)
     optimizer, random = read_tensors(checkpoint)
     restore_optimizer(state.optimizer, {weight: name for name, weight in state.parameters.items()}, optimizer)
     state.scheduler.load_state_dict(progress.schedule)

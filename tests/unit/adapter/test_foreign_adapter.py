@@ -308,6 +308,28 @@ def test_tokenizer_with_more_tokens_than_the_base_has_rows_is_an_error(home: Pat
     assert f"it has {NEW} tokens of its own, which the base alone does not know" in message
 
 
+def test_what_is_no_adapter_folder_is_named(home: Path, tmp_path: Path) -> None:
+    folder = foreign_adapter(home / "base", tmp_path / "A")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert "this is a file, not a folder" in error_of(partial(load_policy, tmp_path / "a.gguf"))
+    assert "this is a whole model, not an adapter" in error_of(partial(load_policy, home / "base"))
+    (folder / "adapter_config.json").unlink()
+    assert "adapter_config.json is missing" in error_of(partial(load_policy, folder))
+
+
+def test_run_does_not_continue_an_adapter_with_tokens_of_its_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / "base", "base")
+    Path("rows.jsonl").write_text('{"document": "one two", "title": "x"}\n' * 30)
+    foreign_adapter(Path("base"), Path("A"), "new tokens")
+    assert main([*VERBS["sft"]]) == 2
+    assert (
+        f"A: it has {NEW} tokens of its own, which a run cannot continue; merge it" in capsys.readouterr().err
+    )
+
+
 def test_one_module_alone_gives_adapters_to_peft() -> None:
     loading = {
         "from_pretrained",

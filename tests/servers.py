@@ -32,10 +32,13 @@ class Server:
 
 @contextmanager
 def serving(
-    errors: Path, *words: Path | str, environment: Mapping[str, str] | None = None
+    errors: Path, *words: Path | str, environment: Mapping[str, str] | None = None, files: int | None = None
 ) -> Iterator[Server]:
-    """On a free port. Ctrl-C must end it with status 0. `errors`: a file for its standard error."""
+    """On a free port. Ctrl-C must end it with status 0. `errors`: a file for its standard error. `files`: how many
+    files it may open."""
     command = [sys.executable, "-m", "yeonma", "serve", *map(str, words), "--port", "0"]
+    if files is not None:
+        command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
     own = {name: value for name, value in os.environ.items() if name != "YEONMA_API_KEY"}
     with errors.open("w") as file:
         process = subprocess.Popen(

@@ -55,12 +55,13 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     from yeonma.config.parse import config_from_keywords
     from yeonma.config.settings import RunConfig
     from yeonma.data.python_rows import given
+    from yeonma.shown import one_line
 
     verb = VERBS[name]
     with given(keywords) as settings:
         reading = config_from_keywords(RunConfig, settings, groups=verb.groups, defaults=verb.defaults)
         for warning in reading.warnings:
-            warnings.warn(warning, stacklevel=3)
+            warnings.warn(one_line(warning), stacklevel=3)
         module, function = verb.run.split(":")
         status = getattr(import_module(module), function)(reading.config, as_command=False)
     if status:

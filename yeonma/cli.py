@@ -28,7 +28,8 @@ from yeonma.config.settings import (
     VerifySettings,
 )
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
-from yeonma.streams import tell
+from yeonma.shown import traceback_text
+from yeonma.streams import escape_other_libraries, log_line, say, say_lines
 from yeonma.train.interrupt import Stopped
 
 NON_FIRST_RANK_DELAY_SECONDS = 10
@@ -137,28 +138,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     YEONMA_DEBUG=1 also prints the traceback of a user error. Any other exception is a bug and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    escape_other_libraries()
     try:
         return _dispatch(arguments)
     except UserError as error:
         if os.environ.get("YEONMA_DEBUG") == "1":
-            import traceback
-
-            traceback.print_exc()
+            sys.stderr.write(traceback_text(error))
         if os.environ.get("RANK", "0") != "0":
             # Most errors occur in every process. torchrun ends this one once rank 0 has printed the error and exited.
             time.sleep(NON_FIRST_RANK_DELAY_SECONDS)
-        for line in str(error).splitlines():
-            tell(f"yeonma: {line}")
+        for line in str(error).split("\n"):
+            log_line(line)
         return 2
     except Stopped as stopped:
         if not stopped.printed and os.environ.get("RANK", "0") == "0":
-            tell(f"yeonma: {stopped}")
+            log_line(str(stopped))
         return stopped.status
     except ProcessLost as lost:
-        tell(f"yeonma: {lost}")
+        log_line(str(lost))
         return LOST
     except KeyboardInterrupt:
-        tell("yeonma: interrupted")
+        log_line("interrupted")
         return 130
     except BrokenPipeError:  # the reader is gone: `yeonma generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -167,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        say_lines(_overview())
         return 0
     if arguments[0] in ("--version", "-V"):
-        print(f"yeonma {__version__}")
+        say(f"yeonma {__version__}")
         return 0
     name, *rest = arguments
     if name not in VERBS:
@@ -188,7 +188,7 @@ def _dispatch(arguments: list[str]) -> int:
             not_required=verb.not_required,
             defaults=verb.defaults,
         )
-        print(page, end="")
+        say_lines(page.removesuffix("\n"))
         return 0
     return _run(name, verb, rest)
 
@@ -209,7 +209,7 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     )
     if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
         for warning in parsed.warnings:
-            tell(f"yeonma: warning: {warning}")
+            log_line(f"warning: {warning}")
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+
+from yeonma.shown import one_line
 
 Log = Callable[[str], None]
 """Takes a line of progress or a warning for the user, without its line end."""
@@ -21,10 +23,15 @@ class Problem:
     """Whether it is the fault of one row among good ones, so that a run could leave that row out."""
 
     def __str__(self) -> str:
-        text = f"{self.place}: {self.what}" if self.place else self.what
-        return f"{text}; {self.cure}" if self.cure else text
+        """One line, whatever the parts hold: escaped, and long parts are cut in their middle."""
+        what, place, cure = one_line(self.what, 1200), one_line(self.place, 500), one_line(self.cure, 600)
+        text = f"{place}: {what}" if place else what
+        return f"{text}; {cure}" if cure else text
 
 
+MOST_OF_A_MESSAGE = 20_000
+"""Characters of all problems of a UserError together, with what `yeonma` prints before each."""
+_BEFORE_A_LINE = len("yeonma: ") + 1
 LOST = 69
 """Exit status of a process that ends because another process of the run died: EX_UNAVAILABLE of sysexits.h."""
 
@@ -38,7 +45,20 @@ class UserError(Exception):
 
     def __init__(self, what: str | Iterable[Problem], *, place: str = "", cure: str = "") -> None:
         self.problems = (Problem(what, place, cure),) if isinstance(what, str) else tuple(what)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__("\n".join(_within_bounds(self.problems)))
+
+
+def _within_bounds(problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem, as far as a message may go, and how many more there are."""
+    lines: list[str] = []
+    room = MOST_OF_A_MESSAGE - 100
+    for number, problem in enumerate(problems):
+        line = str(problem)
+        room -= len(line) + _BEFORE_A_LINE
+        if room < 0:
+            return [*lines, f"... and {len(problems) - number:,} more problems"]
+        lines.append(line)
+    return lines
 
 
 def gather(*checks: Callable[[], object]) -> None:

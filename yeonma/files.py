@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 from yeonma.errors import UserError
 
@@ -25,6 +26,8 @@ _CURES = {
     **dict.fromkeys((errno.ENOENT, errno.EBUSY), "leave the folder alone while it is in use"),
 }
 """What helps against an error of the system other than a full disk."""
+MOST_BYTES = 1 << 28
+"""Of a file that is read whole: a record as JSON, never weights or data."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 """Errors of a file system that cannot lock files."""
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -191,10 +194,26 @@ def open_regular(path: str | Path, flags: int) -> int:
     return descriptor
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a file, also through a link, as in folders of the hub's cache. A pipe or a device is not waited
+    for: OSError, as for anything else that is no file."""
+    with open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
+        return _all_of(file, path)
+
+
 def read_regular(path: Path) -> bytes:
     """The content of a file. Raises as `open_regular`."""
     with open(path, "rb", opener=open_regular) as file:
-        return file.read()
+        return _all_of(file, path)
+
+
+def _all_of(file: BinaryIO, path: Path) -> bytes:
+    """What a file of a record holds. Raises OSError for gigabytes, which no record has: a sparse file has them free."""
+    if os.fstat(file.fileno()).st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES:,} bytes", str(path))
+    return file.read()
 
 
 def _not_a_file(path: str | Path, kind: str) -> UserError:
@@ -212,7 +231,8 @@ def replace_file(path: Path, content: bytes) -> None:
     if kind_of(beside) not in ("", "file"):
         raise _not_a_file(beside, kind_of(beside))
     try:
-        with open(beside, "wb", buffering=0, opener=open_regular) as file:
+        beside.unlink(missing_ok=True)  # of a killed process, perhaps with a hard link elsewhere
+        with open(beside, "xb", buffering=0, opener=open_regular) as file:
             write_all(file, content)
             os.fsync(file.fileno())
         os.replace(beside, path)

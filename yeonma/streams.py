@@ -1,16 +1,23 @@
-"""Standard output and standard error of a training run: a line that cannot be written does not end the run.
+"""All that Yeonma writes on standard output and standard error. Text of others is escaped (`shown.py`), except in
+answers and tables of JSON that go into a file or a pipe.
 
-The disk behind a log file may be full, the terminal or the next program of a pipe may be gone. Training goes on; what
-counts lies in the output folder.
+A line of a training run that cannot be written does not end the run. The disk behind a log file may be full, the
+terminal or the next program of a pipe may be gone. Training goes on; what counts lies in the output folder.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from types import TracebackType
 from typing import Any, TextIO
+
+from yeonma.shown import MOST_OF_A_LINE, indented, many_lines, one_line, traceback_text
 
 
 class UnfailingStream:
@@ -75,9 +82,63 @@ def give_up(stream: TextIO) -> None:
         stream.flush()
 
 
+def escape_other_libraries() -> None:
+    """From here on warnings, log records and tracebacks of any library of this process are escaped. Their own lines
+    after the first are indented, so that none passes for one of ours. More calls do nothing."""
+    if warnings.formatwarning is not _warning_text:
+        warnings.formatwarning = _warning_text
+        logging.setLogRecordFactory(partial(_log_record, logging.getLogRecordFactory()))
+        sys.excepthook = _print_traceback
+
+
+_FORMER_WARNING_TEXT = warnings.formatwarning
+
+
+def _warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return _FORMER_WARNING_TEXT(indented(str(message)), category, one_line(filename), lineno, line)
+
+
+def _log_record(former: Callable[..., logging.LogRecord], *values: Any, **named: Any) -> logging.LogRecord:
+    record = former(*values, **named)
+    with suppress(Exception):  # the handler reports what cannot be formatted
+        if (text := record.getMessage()) != (shown := indented(text)):
+            record.msg, record.args = shown, None
+        if record.exc_info and record.exc_info[1] is not None:
+            record.exc_text = traceback_text(record.exc_info[1]).rstrip("\n")
+    return record
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(traceback_text(error))
+
+
 def tell(line: str) -> None:
     """Prints a line on standard error, if that can be written."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(one_line(line, MOST_OF_A_LINE), file=sys.stderr, flush=True)
     except OSError:
         give_up(sys.stderr)
+
+
+def log_line(line: str) -> None:
+    """Prints a line of progress or a warning on standard error, if that can be written. A Log."""
+    tell(f"yeonma: {line}")
+
+
+def say(line: str = "") -> None:
+    """Prints a line on standard output. A Log."""
+    print(one_line(line, MOST_OF_A_LINE), flush=True)
+
+
+def say_lines(text: str) -> None:
+    """Prints lines on standard output. The line feeds in `text` must be ours: names in it are escaped before."""
+    print("\n".join(one_line(line, MOST_OF_A_LINE) for line in text.split("\n")), flush=True)
+
+
+def give(text: str) -> None:
+    """Writes on standard output what was asked for, such as an answer: unchanged into a file or a pipe, escaped on a
+    terminal."""
+    sys.stdout.write(many_lines(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

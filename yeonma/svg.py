@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import chain, pairwise
+
+from yeonma.shown import html
 
 Point = tuple[float, float]
 Ticks = Sequence[tuple[float, str]]
@@ -32,7 +33,7 @@ def element(tag: str, content: str = "", /, **attributes: str | float) -> str:
     """An element with `content`, which is SVG, not text. `stroke_width` is the attribute `stroke-width`, `class_` is
     `class`."""
     named = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{escape(value) if isinstance(value, str) else number(value)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{html(value) if isinstance(value, str) else number(value)}"'
         for name, value in attributes.items()
     )
     return f"<{tag}{named}>{content}</{tag}>" if content else f"<{tag}{named}/>"
@@ -40,7 +41,7 @@ def element(tag: str, content: str = "", /, **attributes: str | float) -> str:
 
 def text(x: float, y: float, content: str, anchor: str = "start") -> str:
     """One line of text. `anchor`: which part of it is at `x`: start, middle or end."""
-    return element("text", escape(content), x=x, y=y, text_anchor=anchor)
+    return element("text", html(content), x=x, y=y, text_anchor=anchor)
 
 
 def line(points: Sequence[Point], **attributes: str | float) -> str:

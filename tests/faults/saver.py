@@ -93,7 +93,8 @@ class Saver:
         self, output: Path, step: int, value: float, best: int | None = None, logs: LogSums | None = None
     ) -> None:
         optimizer = {f"{name}/exp_avg": torch.full((8,), value) for name in self.parameters}
-        state = RunProgress(step, {}, None, best, 0, dict(IDENTITY), logs=logs or {})
+        loss = None if best is None else 1.0
+        state = RunProgress(step, {}, loss, best, 0, dict(IDENTITY), logs=logs or {})
         write_checkpoint(output, state, self._adapter(value), optimizer, {"cpu/0": torch.get_rng_state()})
 
     def rotate(self, output: Path, limit: int, keep: int | None) -> None:

@@ -17,7 +17,7 @@ from tests.faults.tracing import ROOT
 from tests.runs import SETTINGS as RUN_SETTINGS
 from tests.runs import Done, arguments, articles, left_behind, sft, trained, unfinished_copy, write_jsonl
 from yeonma.run_folder import output_folder
-from yeonma.train import loop, run
+from yeonma.train import loop, restore
 
 SETTINGS: dict[str, object] = {"max_steps": 4, "save_steps": 1, "lora_dropout": 0.1}
 
@@ -56,13 +56,26 @@ def stops(function: Callable[..., Any], call: int) -> Callable[..., Any]:
     return counted
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def rotated(
+    tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path, request: pytest.FixtureRequest
+) -> tuple[int, Done]:
+    """A number of checkpoints to keep, and a run that has kept them."""
+    place = tmp_path_factory.mktemp("rotated") / "out"
+    return request.param, trained(place, base, data, **SETTINGS, save_total_limit=request.param)
+
+
 @pytest.mark.parametrize("save", [3, 4])
 def test_fault_87_a_stop_between_a_save_and_its_rotation_leaves_no_checkpoint_too_many(
-    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, limit: int, save: int
+    tmp_path: Path,
+    base: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rotated: tuple[int, Done],
+    save: int,
 ) -> None:
+    limit, whole = rotated
     settings = {**SETTINGS, "save_total_limit": limit}
-    whole = trained(tmp_path / "whole" / "out", base, data, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "rotate", stops(loop.rotate, save))
         assert sft(tmp_path / "out", base, data, **settings).status == 130
@@ -76,7 +89,7 @@ def test_fault_87_a_stop_between_a_save_and_its_rotation_leaves_no_checkpoint_to
 def test_fault_88_checkpoints_whose_name_and_state_disagree_are_passed_over_loudly(
     unfinished: Path, base: Path, data: Path, uninterrupted: Done
 ) -> None:
-    others = ["checkpoint-04", "checkpoint-٩", "checkpoint-10.bak"]
+    others = ["checkpoint-04", "checkpoint-٩", "checkpoint-1e3", "checkpoint--5", "Checkpoint-5"]
     for name in [*others, "checkpoint-3000"]:
         shutil.copytree(unfinished / "checkpoint-4", unfinished / name)
     before = {name: everything_in(unfinished / name) for name in others}
@@ -115,7 +128,7 @@ def test_fault_88_nothing_is_deleted_before_what_a_run_continues_from_is_loaded(
     unfinished: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     """Later checkpoints, and files of the former end, are there still if loading fails."""
-    monkeypatch.setattr(run, fails, stops(getattr(run, fails), 1))
+    monkeypatch.setattr(restore, fails, stops(getattr(restore, fails), 1))
     before = everything_in(unfinished)
     done = sft(
         unfinished,
@@ -146,6 +159,48 @@ def test_fault_89_links_and_pipes_are_refused_before_anything_is_written(
     )
     assert all(line.endswith("remove it, or give another output_dir") for line in lines)
     assert {path.read_text() for path in precious.iterdir()} == {"as it was"}
+
+
+def test_fault_89_hard_links_are_not_written_through(
+    tmp_path: Path, unfinished: Path, base: Path, data: Path
+) -> None:
+    """As `cp -al` makes them. Files that a run replaces as a whole may have them."""
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    names = ("metrics.jsonl", "trained_rows.jsonl", ".lock", "settings.yaml", ".run.json.partial")
+    for name in names:
+        (unfinished / name).touch()
+        os.link(unfinished / name, backup / name)
+    before, there = everything_in(backup), everything_in(unfinished)
+    done = sft(unfinished, base, data, **SETTINGS)
+    assert done.status == 2
+    refused = [line.split(": ")[1] for line in done.err.splitlines()]
+    assert refused == [f"{unfinished}/{name}" for name in sorted(names[:3])]
+    assert done.err.count("it has another name elsewhere (a hard link)") == 3
+    assert everything_in(unfinished) == there
+    (unfinished / ".lock").unlink()  # the cures
+    for name in names[:2]:
+        shutil.copy2(unfinished / name, unfinished / f"{name}.copy")
+        (unfinished / f"{name}.copy").rename(unfinished / name)
+    trained(unfinished, base, data, **SETTINGS)
+    assert everything_in(backup) == before
+
+
+def test_fault_89_an_output_folder_that_is_a_link_to_nothing(
+    tmp_path: Path, data: Path, refused: Refused
+) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    for output in (tmp_path / "out", tmp_path / "out" / "run"):
+        (line,) = refused(data, output_dir=output)
+        assert "out is a link to a folder that is not there; make that folder, or remove the link" in line
+    assert not (tmp_path / "gone").exists()
+
+
+def test_the_folder_of_the_data_is_no_output_folder(tmp_path: Path, data: Path, refused: Refused) -> None:
+    """The run's logs would be data when it continues, and it could not."""
+    shutil.copy(data, tmp_path / "rows.jsonl")
+    (line,) = refused(tmp_path, output_dir=tmp_path)
+    assert line.endswith("whose files the run's own would be; give another folder, such as one in it")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "trained_rows.jsonl"])

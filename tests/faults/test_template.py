@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.adapters import tiny_base
 from tests.faults.conftest import Accepted, Refused, Write
 from tests.runs import write_jsonl
 from tests.tokenizers import CHATML, LLAMA2_CHAT, byte_level, sentencepiece_bpe
-from yeonma.tokenization import chat_template as chat
+from yeonma.bounded import template_text
 
 ROWS = [{"document": "a b", "title": "t"}, {"document": "c d", "title": "u"}]
 TURNS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
@@ -162,8 +163,9 @@ LOOPING_TEMPLATES = {
 def test_fault_39_a_chat_template_that_loops(
     tmp_path: Path, refused: Refused, turns: Path, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
-    assert chat.RENDER_SECONDS <= 10
-    monkeypatch.setattr(chat, "RENDER_SECONDS", 0.3)
+    assert template_text.CHAT_TEMPLATE.seconds <= 10
+    short = replace(template_text.CHAT_TEMPLATE, seconds=0.3)
+    monkeypatch.setattr(template_text, "CHAT_TEMPLATE", short)
     base = tiny_base(tmp_path / "model", byte_level(LOOPING_TEMPLATES[loop]))
     threads = threading.active_count()
     (line,) = refused(turns, base_model=base, template=None)

@@ -43,6 +43,7 @@ from tests.fuzz.texts import (
     column_choices,
     rows_for,
 )
+from tests.hostile import check_messages, check_shown
 from tests.runs import characters
 from tests.tables import table_as
 from tests.tokenizers import CHATML, LLAMA2_CHAT, PLAIN_CHAT, byte_level, sentencepiece_bpe, unigram
@@ -208,6 +209,8 @@ class CommandLine:
     verb: str
     words: tuple[str, ...]
     reached: tuple[str, ...] = ()
+    finds: bool = False
+    """Whether it ends with 1 where it finds differences, and prints them."""
 
 
 TRAIN = CommandLine(
@@ -224,7 +227,11 @@ def run(command: CommandLine, *words: str) -> None:
         status = main([command.verb, *words])
     out.flush()
     err.flush()
-    stderr = err.buffer.getvalue().decode("utf-8")  # type: ignore[attr-defined]
+    stdout, stderr = (stream.buffer.getvalue().decode("utf-8") for stream in (out, err))  # type: ignore[attr-defined]
+    check_shown(stdout, "standard output")
+    check_shown(stderr, "standard error")
+    if status == 1 and command.finds and stdout.count("DIFFERS"):
+        raise UserError([Problem(line, "yeonma") for line in stdout.splitlines() if line.strip()])
     assert status in (0, 2), f"exit status {status}"
     if status == 0:
         assert not command.reached, "went on to the weights"
@@ -233,6 +240,7 @@ def run(command: CommandLine, *words: str) -> None:
         line for line in stderr.splitlines() if line.startswith("yeonma: ") and ": warning: " not in line
     ]
     assert lines, f"exit status 2 without a word: {stderr}"
+    check_messages("\n".join(lines), "standard error")
     if not any(words in stderr for words in command.reached):
         raise UserError([Problem(line.removeprefix("yeonma: "), "yeonma") for line in lines])
 

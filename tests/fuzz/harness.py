@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.sandbox import Hang, Sandbox, bounded, bounded_memory
+from tests.hostile import check_messages
 from yeonma.errors import UserError
 
 CASES_PER_ROUND = 500
 MAX_FAILURES = 5
-MAX_MESSAGE_LENGTH = 20_000
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _check_message(error: UserError) -> None:
     for problem in error.problems:
         assert problem.what.strip(), "a problem without words"
         assert problem.place or problem.cure, f"neither place nor cure: {problem.what}"
-        assert len(str(problem)) <= MAX_MESSAGE_LENGTH, f"a message of {len(str(problem)):,} characters"
+    check_messages(str(error), "a message")
 
 
 def run_target(target: Target, count: int, folder: Path, first_seed: int) -> Tally:
@@ -102,7 +102,7 @@ def run_target(target: Target, count: int, folder: Path, first_seed: int) -> Tal
     tally = Tally()
     scratch = folder / "scratch"
     scratch.mkdir()
-    sandbox = Sandbox.make(folder / "sandbox", target.pristine(scratch))
+    sandbox = Sandbox.make(folder, target.pristine(scratch))
     last_case = folder / "last-case.txt"
     assert run_case(target, target.valid, sandbox, last_case), "the valid case is refused"
     started, rounds = perf_counter(), 0

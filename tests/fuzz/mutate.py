@@ -220,7 +220,7 @@ def damaged_value(draw: Draw, value: Any, names: Sequence[str], max_edits: int =
     """
     value = json.loads(json.dumps(value))
     for _ in range(draw(edits(max_edits))):
-        parents = list(_containers(value))
+        parents = list(containers(value))
         if not parents:
             return copy.deepcopy(draw(st.sampled_from(VALUES)))
         parent = draw(st.sampled_from(parents))
@@ -248,12 +248,12 @@ def damaged_value(draw: Draw, value: Any, names: Sequence[str], max_edits: int =
     return value
 
 
-def _containers(value: Any) -> list[Any]:
+def containers(value: Any) -> list[Any]:
     """The value and everything in it that is a list or an object."""
     if not isinstance(value, (dict, list)):
         return []
     inside = value.values() if isinstance(value, dict) else value
-    return [value, *(container for item in inside for container in _containers(item))]
+    return [value, *(container for item in inside for container in containers(item))]
 
 
 @st.composite

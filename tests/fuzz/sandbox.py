@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar
 
 MAX_SECONDS = 20
 """For one case. A model's chat template may take 10 of them; everything else takes far less than one."""
@@ -30,14 +31,17 @@ class Sandbox:
     The token cache is next to it, in `cache`.
     """
 
+    ROOT: ClassVar[str] = "case"
+    """The name of `root` in the folder in which a sandbox is made."""
+
     root: Path
     cache: Path
     pristine: Mapping[str, bytes]
 
     @staticmethod
     def make(folder: Path, pristine: Mapping[str, bytes]) -> Sandbox:
-        sandbox = Sandbox(folder / "case", folder / "cache", pristine)
-        (sandbox.root / "home").mkdir(parents=True)
+        sandbox = Sandbox(folder / Sandbox.ROOT, folder / "cache", pristine)
+        (sandbox.root / "home").mkdir(parents=True, exist_ok=True)
         for name, content in pristine.items():
             _write(sandbox.root / name, content)
         return sandbox
@@ -53,7 +57,7 @@ class Sandbox:
                 _write(self.root / name, content)
         before = _tree(self.root)
         try:
-            with _working_in(self.root, self.cache):
+            with working_in(self.root, self.cache):
                 yield
             after = _tree(self.root)
             changed = sorted({name for name in {*before, *after} if before.get(name) != after.get(name)})
@@ -93,7 +97,7 @@ def _tree(root: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextmanager
-def _working_in(root: Path, cache: Path) -> Iterator[None]:
+def working_in(root: Path, cache: Path) -> Iterator[None]:
     before, environment = os.getcwd(), {"HOME": str(root / "home"), "YEONMA_CACHE": str(cache)}
     former = {name: os.environ.get(name) for name in environment}
     os.chdir(root)

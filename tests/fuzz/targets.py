@@ -7,7 +7,7 @@ from importlib import import_module
 from tests.fuzz.harness import Target
 
 CASES = {
-    "rows": 2500,
+    "rows": 2000,
     "template": 1500,
     "settings": 1500,
     "row": 500,
@@ -17,8 +17,10 @@ CASES = {
     "model": 800,
     "adapter": 600,
     "foreign": 1000,
+    "requests": 600,
+    "run_folder": 500,
 }
-"""Target -> its cases where all targets have 11,000."""
+"""Target -> its share of all cases."""
 
 _MODULES = {
     "rows": "texts:ROWS",
@@ -31,6 +33,8 @@ _MODULES = {
     "model": "end_to_end:MODEL",
     "adapter": "end_to_end:ADAPTER",
     "foreign": "foreign_adapters:FOREIGN",
+    "requests": "requests:REQUESTS",
+    "run_folder": "run_folders:RUN_FOLDER",
 }
 
 

@@ -11,6 +11,7 @@ from yeonma.data.rows import open_rows
 from yeonma.errors import UserError
 from yeonma.files import user_path
 from yeonma.model.source import find_base
+from yeonma.shown import one_line
 
 INVALID = {
     "a" * 5000: "File name too long",
@@ -25,7 +26,7 @@ def test_invalid_path_is_reported_with_the_path(written: str) -> None:
     for function in (user_path, find_base, read_adapter_folder, open_rows):
         with pytest.raises(UserError, match=INVALID[written]) as caught:
             function(written)
-        assert str(caught.value).startswith(f"{written[:100]}")
+        assert str(caught.value).startswith(one_line(written[:100]))
         assert len(str(caught.value)) < 300
 
 

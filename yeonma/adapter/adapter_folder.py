@@ -23,6 +23,7 @@ from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.quantized import numbers_of
 from yeonma.model.source import BaseSource
+from yeonma.shown import json_text
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.chat_template_export import (
     BASE_CHAT_TEMPLATE,
@@ -216,7 +217,7 @@ def write_adapter(
     (folder / TEMPLATE).write_bytes(template.text.encode())
     if samples is not None:
         (folder / SAMPLES).write_text(samples.to_json(), encoding="utf-8")
-    (folder / MANIFEST).write_text(json.dumps(details, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json_text(details, indent=2) + "\n", encoding="utf-8")
 
 
 def _no_card(folder: str) -> None:
@@ -295,6 +296,8 @@ def _check_types(details: Any) -> None:
         (base, "parameters", int),
         (base, "config_sha256", str),
         (details, "trust_remote_code", bool),
+        ({"trained_on": {}, **details}, "trained_on", dict),
+        ({"tokenizer": None, **details}, "tokenizer", (dict, NoneType)),
         (details["template"], "name", str),
         (rules, "cutoff_len", int),
         (rules, "shrink", text),

@@ -17,6 +17,7 @@ from yeonma.data.rows import Row
 from yeonma.data.task import TASKS, Task, columns_used
 from yeonma.data.template import Template
 from yeonma.errors import UserError
+from yeonma.shown import json_text
 from yeonma.tokenization.dataset import DatasetPart
 from yeonma.tokenization.example import Example, LeftOut, TokenRules, Unit
 from yeonma.tokenization.store import TokenStore
@@ -42,7 +43,7 @@ class Samples:
 
     def to_json(self) -> str:
         rows = [asdict(row) for row in self.rows]
-        return json.dumps({"kind": self.task.name, "samples": rows}, ensure_ascii=False, default=str) + "\n"
+        return json_text({"kind": self.task.name, "samples": rows}, default=str) + "\n"
 
 
 def take_samples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import AnswerSettings, ChatConfig
@@ -13,6 +13,8 @@ from yeonma.data.rows import Row
 from yeonma.errors import UserError
 from yeonma.policy import Policy, load_policy
 from yeonma.serve.stream_buffer import StreamBuffer
+from yeonma.shown import GrowingText, one_line
+from yeonma.streams import log_line, say
 
 ChatTurn = dict[str, str]
 
@@ -43,7 +45,7 @@ def run(config: ChatConfig) -> int:
     builder = builder.by_field_names()
     builder.prompts([], max_new_tokens=answer.max_new_tokens)
     if builder.remark:
-        print(f"yeonma: {builder.remark}", file=sys.stderr, flush=True)
+        log_line(builder.remark)
     policy = load_policy(
         builder,
         device=adapter.device,
@@ -109,7 +111,7 @@ class _ChatSession:
                 [Row(1, row, "this question")], max_new_tokens=self.settings.max_new_tokens
             )
             if prompt.shortened:
-                print(f"yeonma: shortened to fit {self.builder.limit}", file=sys.stderr, flush=True)
+                log_line(f"shortened to fit {self.builder.limit}")
             shown = _AnswerText(StreamBuffer(prompt), self.on_terminal)
             (answer,) = self.policy.answers([prompt], self.settings, on_text=shown)
             shown.finish()
@@ -117,8 +119,8 @@ class _ChatSession:
         except UserError as error:
             if not self.on_terminal:
                 raise
-            message = "\n".join(f"yeonma: {line}" for line in str(error).splitlines())
-            print(message, file=sys.stderr, flush=True)
+            for line in str(error).split("\n"):
+                log_line(line)
         except KeyboardInterrupt:
             if not self.on_terminal:
                 raise
@@ -127,7 +129,7 @@ class _ChatSession:
 
     def print_on_terminal(self, text: str) -> None:
         if self.on_terminal:
-            print(text, flush=True)
+            say(text)
 
 
 def _read_row(variants: Sequence[Sequence[str]], on_terminal: bool) -> dict[str, str]:
@@ -168,7 +170,7 @@ def _read_field(label: str, may_be_empty: bool) -> str:
 
 
 def _read_line(label: str, *, command: bool) -> str:
-    line = input(label)
+    line = input(one_line(label))
     if command and line.strip() == "/quit":
         raise _Quit
     if command and line.strip() == "/new":
@@ -183,6 +185,7 @@ class _AnswerText:
     growing: StreamBuffer
     on_terminal: bool
     text: str = ""
+    screen: GrowingText = field(default_factory=GrowingText)
     has_reasoning: bool = False
     has_content: bool = False
 
@@ -190,20 +193,20 @@ class _AnswerText:
         self.text += piece
         reasoning = self.growing.new_reasoning(self.text)
         if self.on_terminal and reasoning:
-            _write(_dimmed(reasoning))
+            _write(_dimmed(self.screen.shown(reasoning)))
             self.has_reasoning = True
         self._show(self.growing.new_text(self.text))
 
     def finish(self) -> None:
         """Ends the answer, which is complete."""
         self._show(self.growing.remaining_text(self.text))
-        _write("\n")
+        _write(self.screen.rest() + "\n")
 
     def _show(self, content: str) -> None:
         if content and self.has_reasoning and not self.has_content:
             _write("\n\n")
         self.has_content = self.has_content or bool(content)
-        _write(content)
+        _write(self.screen.shown(content) if self.on_terminal else content)
 
 
 def _dimmed(text: str) -> str:
@@ -211,6 +214,7 @@ def _dimmed(text: str) -> str:
 
 
 def _write(text: str) -> None:
+    """Writes text that is escaped already where it has to be."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from yeonma.config.settings import AnswerSettings, CompareConfig, CompareSettings
@@ -17,6 +16,7 @@ from yeonma.evaluate.metrics import INSTALL_SACREBLEU, has_sacrebleu
 from yeonma.evaluate.report import Comparison, make_report, print_table, to_json
 from yeonma.evaluate.report_page import page
 from yeonma.files import disk_errors_as_user_errors, replace_file, user_path
+from yeonma.streams import log_line, say
 
 ANSWERS = "answers.jsonl"
 
@@ -24,14 +24,14 @@ ANSWERS = "answers.jsonl"
 def run(config: CompareConfig) -> int:
     """Run the command and return its exit status. Raises UserError, where possible before weights are loaded."""
     try:
-        folder = compare(config.compare, config.answer, _log)
+        folder = compare(config.compare, config.answer, log_line)
     except KeyboardInterrupt:
-        _log(
+        log_line(
             f"interrupted; the answers so far are in {config.compare.output_dir}. "
             "Run the same command again to continue"
         )
         return 130
-    print(f"Open {folder / 'report.html'} in a browser; it needs no network.")
+    say(f"Open {folder / 'report.html'} in a browser; it needs no network.")
     return 0
 
 
@@ -98,7 +98,3 @@ def _create(output: Path, given: str) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot be created: {error.strerror}", place=f"--output_dir {given}") from error
-
-
-def _log(text: str) -> None:
-    print(f"yeonma: {text}", file=sys.stderr, flush=True)

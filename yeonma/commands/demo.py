@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -28,6 +27,8 @@ from yeonma.config.settings import (
 )
 from yeonma.data.rows import Row, open_rows
 from yeonma.files import user_path
+from yeonma.shown import shell_word
+from yeonma.streams import say, say_lines
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 MAX_ROWS = 3
@@ -113,11 +114,11 @@ def _run(demo: Demo, settings: DemoSettings) -> int:
     output = user_path(settings.output_dir)
     _heading("1. The model")
     base = settings.model_dir or _fetch_model()
-    print(base, flush=True)
+    say(base)
 
     _heading("2. Training")
     run_settings = _training_settings(demo, settings, base)
-    print("Equivalent command:\n", _command([demo.verb], run_settings), "", sep="\n", flush=True)
+    say_lines(f"Equivalent command:\n\n{_command([demo.verb], run_settings)}\n")
     from yeonma.commands.sft import train
 
     if status := train(demo.verb, _config_of(demo, run_settings)):
@@ -129,16 +130,18 @@ def _run(demo: Demo, settings: DemoSettings) -> int:
     _heading("4. Comparison on all held-out rows")
     report = _compare(demo, output, base)
     _heading("5. Files and next steps")
-    print(_next_steps(demo, output, base))
-    print(f"\nOpen {report} in a browser to read all answers side by side; it needs no network.")
-    print(f"\nThe demo took {_duration(time.perf_counter() - started)}.")
+    say_lines(_next_steps(demo, output, base))
+    say()
+    say(f"Open {report} in a browser to read all answers side by side; it needs no network.")
+    say()
+    say(f"The demo took {_duration(time.perf_counter() - started)}.")
     return 0
 
 
 def _fetch_model() -> str:
     from yeonma.model.smollm2 import fetch
 
-    return fetch(lambda text: print(text, flush=True))
+    return fetch(say)
 
 
 def _training_settings(demo: Demo, settings: DemoSettings, base: str) -> dict[str, object]:
@@ -172,7 +175,7 @@ def _show_answers(demo: Demo, output: Path) -> None:
     after = policy.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
     before = replace(policy, adapter_weights=False).generate(prompts, max_new_tokens=MAX_NEW_TOKENS)
     for row, *answers in zip(rows, before, after, strict=True):
-        print(_sample(row, str(row.values[demo.reference_column]), answers), flush=True)
+        say_lines(_sample(row, str(row.values[demo.reference_column]), answers))
 
 
 def _sample(row: Row, reference: str, answers: Sequence[str]) -> str:
@@ -196,10 +199,10 @@ def _show_metrics(demo: Demo, output: Path) -> None:
     rows = before["examples"]
     losses = f"{_loss(before):.3f} before, {_loss(after):.3f} after"
     if demo.verb == "sft":
-        print(f"Validation loss on the {rows} held-out rows: {losses}.")
+        say(f"Validation loss on the {rows} held-out rows: {losses}.")
         return
     correct = round(rows * after["reward_accuracy"])
-    print(
+    say_lines(
         f"Reward accuracy: in {correct} of the {rows} held-out pairs the title in house style has the higher reward,\n"
         f"by {after['reward_margin']:.2f} on average. Before training every reward is 0.\n"
         f"Validation loss: {losses}."
@@ -220,9 +223,9 @@ def _compare(demo: Demo, output: Path, base: str) -> Path:
         "max_new_tokens": MAX_NEW_TOKENS,
         "output_dir": str(output / "report"),
     }
-    print("Equivalent command:\n", _command(["compare"], settings), "", sep="\n", flush=True)
+    say_lines(f"Equivalent command:\n\n{_command(['compare'], settings)}\n")
     config = config_from_keywords(CompareConfig, settings).config
-    return compare(config.compare, config.answer, lambda text: print(text, flush=True)) / "report.html"
+    return compare(config.compare, config.answer, say) / "report.html"
 
 
 def _loss(evaluation: Mapping[str, Any]) -> float:
@@ -230,7 +233,7 @@ def _loss(evaluation: Mapping[str, Any]) -> float:
 
 
 def _next_steps(demo: Demo, output: Path, base: str) -> str:
-    folder = shlex.quote(str(output))
+    folder = shell_word(str(output))
     row = json.dumps({"document": "The old lighthouse on Gull Rock will open as a library in May."})
     return f"""\
 {folder}/README.md                  model card: settings, losses, answers before and after training
@@ -245,10 +248,10 @@ def _next_steps(demo: Demo, output: Path, base: str) -> str:
 
 def _command(words: Sequence[str], settings: Mapping[str, object] | None = None) -> str:
     """A command line for the current working folder, on several lines if it has settings."""
-    lines = [" ".join([_yeonma(), *map(shlex.quote, words)])]
+    lines = [" ".join([_yeonma(), *map(shell_word, words)])]
     for name, value in (settings or {}).items():
         words = value if isinstance(value, list) else [_value_text(value)]
-        pair = f"--{name} {shlex.join(words)}"
+        pair = f"--{name} {' '.join(map(shell_word, words))}"
         if len(lines) > 1 and len(lines[-1]) + len(pair) < LINE_LENGTH:
             lines[-1] += f" {pair}"
         else:
@@ -266,7 +269,7 @@ def _yeonma() -> str:
     on_path = shutil.which("yeonma")
     if on_path and os.path.samefile(on_path, script):
         return "yeonma"
-    return shlex.quote(_relative(script)) if script.is_file() else "python -m yeonma"
+    return shell_word(_relative(script)) if script.is_file() else "python -m yeonma"
 
 
 def _relative(path: Path) -> str:
@@ -285,4 +288,4 @@ def _duration(seconds: float) -> str:
 
 
 def _heading(text: str) -> None:
-    print(f"\n{text}\n{'-' * len(text)}", flush=True)
+    say_lines(f"\n{text}\n{'-' * len(text)}")

@@ -13,6 +13,7 @@ from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.weight_files import weight_files
 from yeonma.policy import check_outline
+from yeonma.streams import say
 from yeonma.tokenization.text_encoder import TextEncoder
 
 
@@ -40,12 +41,12 @@ def run(settings: ExportSettings) -> int:
             return 1
         gguf = _write(settings, prompt_builder, model, folder, output.absolute().name)
         if is_installed() and prompt_builder.adapter.has_template:
-            check_prompts(gguf, prompt_builder, _print)
+            check_prompts(gguf, prompt_builder, say)
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
-        _print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+        say(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     if settings.format == "ollama":
-        _print(f"ollama create {output.absolute().name.lower()} -f {output / 'Modelfile'}")
+        say(f"ollama create {output.absolute().name.lower()} -f {output / 'Modelfile'}")
     return 0
 
 
@@ -66,7 +67,7 @@ def _merged_model(settings: ExportSettings, prompt_builder: PromptBuilder, folde
         )
     )
     delete(merged)
-    return merged if merge(plan, merged, _print).is_close else None
+    return merged if merge(plan, merged, say).is_close else None
 
 
 def _write(
@@ -86,9 +87,5 @@ def _write(
         written = modelfile(template, encoder, gguf, stop_ids, context_tokens)
         (folder / "Modelfile").write_text(written.text, encoding="utf-8")
         for remark in written.remarks:
-            _print(remark)
+            say(remark)
     return folder / gguf
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

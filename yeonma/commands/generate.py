@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from yeonma.data.strict_json import SPACE, Fault, kind_of, parse
 from yeonma.errors import Log, Problem, UserError
 from yeonma.files import output_file, user_path
 from yeonma.policy import Policy, load_policy
+from yeonma.shown import json_text
+from yeonma.streams import give, log_line
 from yeonma.tokenization.reasoning import AnswerParts
 
 BATCHES_A_CHUNK = 4
@@ -40,7 +41,7 @@ def run(config: GenerateConfig) -> int:
     )
 
     if builder.remark:
-        _log(builder.remark)
+        log_line(builder.remark)
 
     def load() -> Policy:
         return load_policy(
@@ -60,8 +61,8 @@ def run(config: GenerateConfig) -> int:
             delimiter=source.delimiter,
         )
         for note in rows.notes:
-            _log(note)
-        count = _check_rows(builder, rows, source, answer, _log)
+            log_line(note)
+        count = _check_rows(builder, rows, source, answer, log_line)
         policy = load()
         with _writer(source.output) as write, _progress(count, source.output) as answered:
             _answer_rows(policy, builder, rows, source, answer, write, answered)
@@ -69,7 +70,7 @@ def run(config: GenerateConfig) -> int:
         row = Row(1, row_of(source.row), "--row")
         (prompt,) = builder.prompts([row], source.columns, max_new_tokens=answer.max_new_tokens)
         if prompt.shortened:
-            _log(f"the row was shortened to fit {builder.limit}")
+            log_line(f"the row was shortened to fit {builder.limit}")
         _answer_one(load(), prompt, answer, source.output, builder.reference(row, source.columns))
     else:
         text = source.prompt or ""
@@ -165,7 +166,7 @@ def _line(row: int, answer: AnswerParts, reference: str | None) -> str:
     line: dict[str, object] = {"row": row, "answer": answer.content}
     line |= {} if answer.reasoning is None else {"reasoning_content": answer.reasoning}
     line |= {} if reference is None else {"reference": reference}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json_text(line) + "\n"
 
 
 def _chunks(rows: Rows, limit: int | None, batch_size: int) -> Iterator[list[Row]]:
@@ -186,14 +187,10 @@ def _writer(output: str | None) -> Iterator[Write]:
         return write
 
     if output is None:
-        yield to(sys.stdout)
+        yield give
         return
     with user_path(output).open("w", encoding="utf-8", newline="\n") as file:
         yield to(file)
-
-
-def _log(text: str) -> None:
-    print(f"yeonma: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -213,7 +210,7 @@ def _progress(count: int, output: str | None) -> Iterator[Callable[[], None]]:
     def answered() -> None:
         done.rows += 1
         if not sys.stderr.isatty() and done.rows * 10 // count > (done.rows - 1) * 10 // count:
-            _log(f"answered {done.rows} of {count} rows")
+            log_line(f"answered {done.rows} of {count} rows")
 
     yield answered
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from yeonma.config.settings import MergeSettings
 from yeonma.export.merged_model import check_output, merge, prepare_merge
+from yeonma.streams import say
 
 
 def run(settings: MergeSettings) -> int:
@@ -12,12 +13,8 @@ def run(settings: MergeSettings) -> int:
     Raises UserError as `prepare_merge` and `merge`.
     """
     output = check_output(settings.output_dir)
-    agreement = merge(prepare_merge(settings), output, _print)
+    agreement = merge(prepare_merge(settings), output, say)
     if not agreement.is_close:
         return 1
-    print(f"{output} is a complete model; it loads without the adapter's folder")
+    say(f"{output} is a complete model; it loads without the adapter's folder")
     return 0
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -11,6 +11,7 @@ from yeonma.config.settings import PushSettings
 from yeonma.errors import UserError
 from yeonma.export.hub_push import Upload, collect, upload
 from yeonma.files import user_path
+from yeonma.streams import say
 
 
 def run(settings: PushSettings) -> int:
@@ -22,33 +23,31 @@ def run(settings: PushSettings) -> int:
     uploads = collect(folder, settings.base_model, settings.hide_paths, os.environ)
     _print_uploads(folder, uploads, settings.repo, settings.public)
     if settings.dry_run:
-        print("nothing was sent (dry_run)")
+        say("nothing was sent (dry_run)")
         return 0
     if not settings.yes and not _confirmed():
-        print("nothing was sent")
+        say("nothing was sent")
         return 1
-    url = upload(
-        settings.repo, uploads, settings.message, settings.public, lambda text: print(text, flush=True)
-    )
-    print(f"{len(uploads)} files uploaded and verified: {url}")
+    url = upload(settings.repo, uploads, settings.message, settings.public, say)
+    say(f"{len(uploads)} files uploaded and verified: {url}")
     return 0
 
 
 def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
     total = sum(file.size for file in uploads)
-    print(
+    say(
         f"{folder} -> {repo} ({'public' if public else 'private'}): {len(uploads)} files, {_size_text(total)}"
     )
     width = max(len(file.name) for file in uploads)
     for file in uploads:
         edited = "  edited for upload" if file.content else ""
-        print(f"  {file.name:{width}}  {_size_text(file.size):>10}{edited}")
+        say(f"  {file.name:{width}}  {_size_text(file.size):>10}{edited}")
     names = {file.name for file in uploads}
     remaining = sorted(
         path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in names
     )
     if remaining:
-        print(f"not sent: {', '.join(remaining)}")
+        say(f"not sent: {', '.join(remaining)}")
 
 
 def _size_text(count: int) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
 from yeonma.serve.listen import api_key, listen, url_of
+from yeonma.shown import shell_word
+from yeonma.streams import log_line, say
 
 if TYPE_CHECKING:
     from yeonma.serve.server import ServedAdapters
@@ -32,18 +34,18 @@ def run(settings: ServeSettings) -> int:
         adapters = open_adapters(settings)
         if _use_vllm(settings, adapters):
             _exec_vllm(settings, adapters, listener, key)
-        models = load_served_models(adapters, settings, _log)
+        models = load_served_models(adapters, settings, log_line)
         try:
             on_ready = partial(_print_ready, adapters, listener, key)
-            run_server(adapters, models, settings, listener, key, on_ready)
+            run_server(adapters, models, settings, listener, key, on_ready, log_line)
         except KeyboardInterrupt:
-            _log("stopped")
+            log_line("stopped")
     return 0
 
 
 def _print_ready(adapters: ServedAdapters, listener: socket.socket, key: str | None) -> None:
     needed = "; requests need the API key" if key else ""
-    print(f"Serving {', '.join(adapters.names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.", flush=True)
+    say(f"Serving {', '.join(adapters.names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.")
 
 
 def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
@@ -63,7 +65,7 @@ def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:
     if reason and settings.engine == "vllm":
         raise UserError(f"vLLM cannot serve this: {reason}", place="--engine vllm", cure="leave it out")
     if reason:
-        _log(f"not using vLLM: {reason}")
+        log_line(f"not using vLLM: {reason}")
     return not reason
 
 
@@ -92,11 +94,7 @@ def _exec_vllm(
     )
     command = vllm_command(plan)
     listener.close()
-    _log(f"starting vLLM: {' '.join(command[1:])}")
+    log_line(f"starting vLLM: {' '.join(map(shell_word, command[1:]))}")
     environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {})}
     sys.stdout.flush()
     os.execve(command[0], command, environment)
-
-
-def _log(text: str) -> None:
-    print(f"yeonma: {text}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from yeonma.config.parse import to_yaml
 from yeonma.config.settings import RunConfig
 from yeonma.errors import LOST, gather
 from yeonma.run_folder.lock import check_unlocked
-from yeonma.streams import unfailing_streams
+from yeonma.streams import log_line, unfailing_streams
 from yeonma.train.interrupt import REASONS, START_TIME, Stopped, heeded_signals, stoppable
 from yeonma.train.preflight import preflight, with_adapters_lora
 
@@ -82,7 +81,7 @@ def _start_processes(processes: int, command: list[str]) -> int:
             return int(failure.exitcode)
         if failure.exitcode in REASONS:
             raise Stopped(message, failure.exitcode, printed=True) from None
-        print(f"yeonma: process {rank} ended with status {failure.exitcode}", file=sys.stderr)
+        log_line(f"process {rank} ended with status {failure.exitcode}")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as signal:
         raise Stopped(message, 128 + int(signal.sigval), printed=True) from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
+from yeonma.shown import json_text
+from yeonma.streams import give, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 
 MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
@@ -17,9 +18,10 @@ def run(settings: VerifySettings) -> int:
     """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
     report = verify(settings)
     if settings.json:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        give(json_text(report.to_json()) + "\n")
     else:
-        print("\n".join(lines_of(report)))
+        for line in lines_of(report):
+            say(line)
     return 0 if report.is_well else 1
 
 
@@ -27,8 +29,9 @@ def lines_of(report: VerifyReport) -> Iterator[str]:
     """The report for people: what was checked, a line for each check with its problems, and a summary."""
     yield f"{report.folder}: {report.what}"
     trained_on = report.trained_on
-    if trained_on.get("data"):
-        yield f"  trained on {trained_on.get('examples'):,} examples of {trained_on['data']}"
+    data, count = trained_on.get("data"), trained_on.get("examples")
+    if isinstance(data, str) and type(count) is int:
+        yield f"  trained on {count:,} examples of {data}"
         yield f"  SHA-256 of the data: {trained_on.get('data_sha256')}"
     yield ""
     width = max(len(finding.check) for finding in report.findings)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import yaml
 
 from yeonma.errors import UserError
+from yeonma.shown import has_hidden, many_lines
 
 MAX_VALUES = 10_000
 """Limit on the values of a text with its aliases expanded: ten short lines of them can stand for billions of values."""
@@ -53,15 +54,23 @@ def read_value(text: str, name: str) -> object:
 
 def write_item(name: str, value: object) -> str:
     """One entry of a mapping as YAML. Text of several lines becomes a block."""
-    # PyYAML writes these line breaks unescaped and reads them back as spaces.
-    rare_breaks = re.search("[\x85\u2028\u2029]", json.dumps(value, ensure_ascii=False))
-    options = {"allow_unicode": rare_breaks is None, "width": 10**9}
+    # PyYAML writes these unescaped, and reads some of them, which are line breaks, back as spaces.
+    has_invisible = has_hidden(json.dumps(value, ensure_ascii=False))
+    options = {"allow_unicode": True, "width": 10**9}
+    if isinstance(value, str) and has_invisible:  # all of YAML's escapes are those of `many_lines`
+        return f"{name}: {many_lines(yaml.safe_dump(value, default_style=chr(34), **options))}"
+    options["allow_unicode"] = not has_invisible
     if isinstance(value, str) and "\n" in value:
         block = yaml.safe_dump(value, default_style="|", **options)
         return f"{name}: " + re.sub(r"\n\.\.\.\n\Z", "\n", block)  # without the end-of-document mark
     if isinstance(value, list | dict):
         return f"{name}: {yaml.safe_dump(value, default_flow_style=True, **options)}"
     return str(yaml.safe_dump({name: value}, **options))
+
+
+def front_matter(items: Mapping[str, object]) -> list[str]:
+    """The lines of a card's own data at the head of a Markdown file."""
+    return ["---", *(write_item(key, value).rstrip("\n") for key, value in items.items()), "---", ""]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, write_all
+from yeonma.shown import json_text
 
 CacheRecord = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ class AnswerCache:
 
     def add(self, key: str, record: CacheRecord) -> None:
         """Append a record with one write, so that it survives a kill. Raises UserError if the disk is full."""
-        line = json.dumps({"key": key, **record}, ensure_ascii=False) + "\n"
+        line = json_text({"key": key, **record}) + "\n"
         with disk_errors_as_user_errors(self.path.parent, "an answer"):
             write_all(self.file, line.encode())
         self.records[key] = record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from yeonma import __version__
 from yeonma.config.settings import AnswerSettings, CompareSettings
@@ -37,6 +37,7 @@ from yeonma.evaluate.metrics import (
     swap_test,
 )
 from yeonma.run_folder.run_log import read_metrics
+from yeonma.shown import json_text, one_line
 
 FORMAT = 1
 CURVE_POINTS = 400
@@ -237,7 +238,7 @@ def _number(value: Any, digits: int | None = None) -> float | None:
 
 
 def to_json(report: ComparisonReport) -> str:
-    return json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return json_text(report, indent=1, allow_nan=False) + "\n"
 
 
 def format_number(value: float | None) -> str:
@@ -262,10 +263,10 @@ def print_table(console: Console, report: ComparisonReport) -> None:
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(Text(one_line(name)), justify="right", overflow="fold")
     for model in range(1, len(names)):
         table.add_column(
-            "change" if len(names) == 2 else f"{names[model]} - {names[0]}",
+            Text("change" if len(names) == 2 else one_line(f"{names[model]} - {names[0]}")),
             justify="right",
             overflow="fold",
         )
@@ -280,10 +281,10 @@ def print_table(console: Console, report: ComparisonReport) -> None:
             difference, p = from_first[model]["difference"], from_first[model].get("p_corrected")
             sign = "+" if difference is not None and difference >= 0 else ""
             cells.append(f"{sign}{format_number(difference)}{gap}{format_p(p)}".strip())
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     console.print(table)
     for note in report["notes"]:
-        console.print(f"- {note}", soft_wrap=True)
+        console.print(Text(one_line(f"- {note}")), soft_wrap=True)
 
 
 def explain_numbers(report: ComparisonReport) -> list[str]:

@@ -6,7 +6,6 @@ renders them as text, never as HTML.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -25,6 +24,7 @@ from yeonma.evaluate.report import (
     format_p,
 )
 from yeonma.inspect.inspect_page import COLOURS
+from yeonma.shown import html, json_text, many_lines
 
 PARTS = Path(__file__).parent / "page_parts"
 PLOTTED = ("loss", "chrf", "bleu", "rouge1", "rouge2", "rougel", "exact", "tokens", "repetition", "unended")
@@ -48,8 +48,8 @@ def page(report: ComparisonReport) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
             "script-src 'unsafe-inline'\">",
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
-            f'<header><h1>{escape(title)}</h1><p class="dim">{escape(subtitle)}</p></header>',
+            f"<title>{html(title)}</title><style>{style}</style></head><body>",
+            f'<header><h1>{html(title)}</h1><p class="dim">{html(subtitle)}</p></header>',
             "<main>",
             *_notes(report["notes"]),
             *_table(report, names),
@@ -67,8 +67,8 @@ def page(report: ComparisonReport) -> str:
 
 def embedded(value: Any) -> str:
     """JSON for a script element, without end tags or JavaScript's line ends."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
+    text = json_text(value, allow_nan=False, separators=(",", ":"))
+    for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text
 
@@ -77,13 +77,22 @@ def _for_script(report: ComparisonReport) -> dict[str, Any]:
     return {
         "models": [{"name": model["name"]} for model in report["models"]],
         "metrics": [{key: metric[key] for key in ("key", "name", "better")} for metric in report["metrics"]],
-        "rows": report["rows"],
+        "rows": [_readable(row) for row in report["rows"]],
     }
+
+
+def _readable(value: Any) -> Any:
+    """A row with the texts in it as people should see them."""
+    if isinstance(value, str):
+        return many_lines(value)
+    if isinstance(value, list):
+        return [_readable(part) for part in value]
+    return {key: _readable(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _notes(notes: Sequence[str]) -> Iterator[str]:
     if notes:
-        yield f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"
+        yield f"<ul>{''.join(f'<li>{html(note)}</li>' for note in notes)}</ul>"
 
 
 def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
@@ -91,13 +100,13 @@ def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     yield '<div class="wide" tabindex="0" role="region" aria-labelledby="numbers"><table id="metrics">'
     yield "<caption>Over all rows, with 95% confidence intervals. ↑ higher is better, ↓ lower is better.</caption>"
     heads = [
-        f'<th scope="col"><i class="key" style="background:{_model_colour(model)}"></i>{escape(name)}</th>'
+        f'<th scope="col"><i class="key" style="background:{_model_colour(model)}"></i>{html(name)}</th>'
         for model, name in enumerate(names)
     ]
     pairs = [test["models"] for test in report["metrics"][0]["differences"]]
     for a, b in pairs:
         head = "change" if len(pairs) == 1 else f"{names[b]} - {names[a]}"
-        heads.append(f'<th scope="col">{escape(head)}</th>')
+        heads.append(f'<th scope="col">{html(head)}</th>')
     yield f'<thead><tr><th scope="col">metric</th>{"".join(heads)}</tr></thead><tbody>'
     for metric in report["metrics"]:
         cells = "".join(
@@ -105,7 +114,7 @@ def _table(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
             for value, ends in zip(metric["values"], metric["intervals"], strict=True)
         )
         cells += "".join(_difference(metric, test) for test in metric["differences"])
-        head = f"{escape(metric['name'])} {ARROWS[metric['better']]}<small>{escape(metric['about'])}</small>"
+        head = f"{html(metric['name'])} {ARROWS[metric['better']]}<small>{html(metric['about'])}</small>"
         yield f'<tr data-metric="{metric["key"]}"><th scope="row">{head}</th>{cells}</tr>'
     yield "</tbody></table></div>"
 
@@ -134,7 +143,7 @@ def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     for metric in report["metrics"]:
         bars = _metric_bars(metric, names) if metric["key"] in PLOTTED else ""
         if bars:
-            name, about = f"{escape(metric['name'])} {ARROWS[metric['better']]}", escape(metric["about"])
+            name, about = f"{html(metric['name'])} {ARROWS[metric['better']]}", html(metric["about"])
             yield f'<figure><figcaption>{name} <span class="dim">{about}</span></figcaption>{bars}</figure>'
     lengths = {
         f"answers of {name}": [len(row["answers"][model]["text"]) for row in report["rows"]]
@@ -151,7 +160,7 @@ def _plots(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
     for model, entry in enumerate(report["models"]):
         if entry["curve"]:
             about = "line: training, points: validation"
-            yield f"<figure><figcaption>Loss of the run {escape(entry['name'])}; {about}</figcaption>"
+            yield f"<figure><figcaption>Loss of the run {html(entry['name'])}; {about}</figcaption>"
             yield f"{_loss_curve(entry['curve'], model)}</figure>"
     yield "</div>"
 
@@ -163,7 +172,7 @@ def _model_colour(model: int) -> str:
 def _legend(names: Sequence[str], colours: Sequence[str]) -> Iterator[str]:
     for name, colour in zip(names, colours, strict=True):
         key = f'<i class="key" style="background:{colour}"></i>'
-        yield f'<span style="white-space:nowrap">{key}{escape(name)}</span> '
+        yield f'<span style="white-space:nowrap">{key}{html(name)}</span> '
 
 
 def _metric_bars(metric: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -296,22 +305,22 @@ def _rows_part(report: ComparisonReport, names: Sequence[str]) -> Iterator[str]:
 
 def _select(name: str, label: str, choices: Sequence[tuple[str, str]], selected: str) -> str:
     options = "".join(
-        f'<option value="{escape(value)}"{" selected" if value == selected else ""}>{escape(text)}</option>'
+        f'<option value="{html(value)}"{" selected" if value == selected else ""}>{html(text)}</option>'
         for value, text in choices
     )
-    return f'<label>{escape(label)}<select id="{name}">{options}</select></label>'
+    return f'<label>{html(label)}<select id="{name}">{options}</select></label>'
 
 
 def _about(report: ComparisonReport) -> Iterator[str]:
     yield "<h2>Method</h2><ul>"
     for sentence in explain_numbers(report):
-        yield f"<li>{escape(sentence)}</li>"
+        yield f"<li>{html(sentence)}</li>"
     yield "</ul><dl>"
     for model in report["models"]:
         with_adapter = f", adapter {model['adapter']}" if model["adapter"] else ""
-        yield f"<dt><b>{escape(model['name'])}</b></dt><dd>{escape(model['base'])}{escape(with_adapter)}; "
-        yield f"template: {escape(model['template_of'])}"
-        yield f"<details><summary>template</summary><pre>{escape(model['template'])}</pre></details></dd>"
+        yield f"<dt><b>{html(model['name'])}</b></dt><dd>{html(model['base'])}{html(with_adapter)}; "
+        yield f"template: {html(model['template_of'])}"
+        yield f"<details><summary>template</summary><pre>{escape(many_lines(model['template']))}</pre></details></dd>"
     options = ", ".join(f"{name} {value}" for name, value in report["answers"].items())
-    yield f"<dt><b>generation</b></dt><dd>{escape(options)}</dd>"
-    yield f"<dt><b>data</b></dt><dd>{escape(report['data']['name'])}, SHA-256 {report['data']['sha256']}</dd></dl>"
+    yield f"<dt><b>generation</b></dt><dd>{html(options)}</dd>"
+    yield f"<dt><b>data</b></dt><dd>{html(report['data']['name'])}, SHA-256 {report['data']['sha256']}</dd></dl>"

@@ -7,7 +7,6 @@ Shapes: A answer tokens of a row, V vocabulary.
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from yeonma.adapter.adapter_folder import (
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
+from yeonma.config.yaml_text import front_matter
 from yeonma.errors import Log, UserError
 from yeonma.export.merge_weights import (
     NeedsWholeModel,
@@ -60,6 +60,7 @@ from yeonma.model.position_limits import model_positions
 from yeonma.model.published import Published, quantization_of
 from yeonma.model.source import BaseSource, find_base
 from yeonma.model.weight_files import weight_files
+from yeonma.shown import code, code_block, json_text, markdown
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files
@@ -264,7 +265,7 @@ def _write_other_files(plan: MergePlan, folder: Path) -> None:
         (folder / TEMPLATE).write_bytes(adapter.template.text.encode())
         details = {**(adapter.details or _details(prompt_builder)), MERGED: True}
         details.pop(PUBLISHED, None)  # the merged weights are whole
-        content = json.dumps(details, ensure_ascii=False, indent=2) + "\n"
+        content = json_text(details, indent=2) + "\n"
         (folder / MANIFEST).write_text(content, encoding="utf-8")
     else:
         save_tokenizer_files(prompt_builder.tokenizer, folder)
@@ -293,33 +294,31 @@ def _dequantised_from(plan: MergePlan) -> str:
     if plan.published is None:
         return ""
     name, dtype = plan.prompt_builder.source.name, str(plan.weights_dtype).removeprefix("torch.")
-    return f" `{name}` is published as {plan.published}; its weights were dequantised and are {dtype} here."
+    published = markdown(str(plan.published))
+    return f" {code(name)} is published as {published}; its weights were dequantised and are {dtype} here."
 
 
 def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
     trained_on = adapter.details.get("trained_on", {})
     about = ""
     if trained_on.get("data"):
-        about = f", trained with Yeonma on {trained_on['examples']:,} examples of `{trained_on['data']}`"
-    fence = "````" if "```" in adapter.template.text else "```"
+        about = f", trained with Yeonma on {trained_on['examples']:,} examples of {code(trained_on['data'])}"
+    head = {
+        "base_model": adapter.base.name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["yeonma"],
+    }
     lines = [
-        "---",
-        f"base_model: {adapter.base.name}",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [yeonma]",
-        "---",
-        "",
-        f"`{adapter.base.name}` with a LoRA adapter merged into it{about}.{dequantised_from}",
+        *front_matter(head),
+        f"{code(adapter.base.name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
         "",
     ]
     if adapter.has_template:
         lines += [
             "## Template",
             "",
-            f"{fence}text",
-            adapter.template.text.rstrip("\n"),
-            fence,
+            *code_block(adapter.template.text.rstrip("\n")),
             "",
             "`chat_template.jinja` contains it: one user message holds the field, several come as a JSON object.",
             "",

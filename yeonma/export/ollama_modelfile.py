@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from yeonma.data.template import Template
 from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import Chat, Conversation, chat_of
+from yeonma.shown import one_line
+from yeonma.tokenization.chat_template import Chat, chat_of
+from yeonma.tokenization.conversation import Conversation
 from yeonma.tokenization.text_encoder import TextEncoder
 
 PROMPT, SYSTEM = ".Prompt", ".System"
@@ -38,7 +40,9 @@ def modelfile(
     lines += [f'PARAMETER stop "{_escaped(end)}"' for end in ends]
     # by default Ollama samples and penalises repetition, which changes the trained answers
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {context_tokens}"]
-    return Modelfile("\n".join([*(f"# {remark}" for remark in remarks), *lines, ""]), tuple(remarks))
+    return Modelfile(
+        "\n".join([*(f"# {one_line(remark)}" for remark in remarks), *lines, ""]), tuple(remarks)
+    )
 
 
 def _escaped(text: str) -> str:

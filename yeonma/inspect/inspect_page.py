@@ -17,6 +17,7 @@ from yeonma.inspect.terminal import (
     printable,
     weight_text,
 )
+from yeonma.shown import html
 from yeonma.tokenization.explain import TextSpan, View
 
 COLOURS = """
@@ -70,17 +71,17 @@ def page(
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
+        f"<title>{html(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html(title)}</h1>",
         f'<p class="legend">{"".join(_legend())}'
         '<label><input type="checkbox" id="borders"> token borders; hover over a token for its id</label></p>',
     ]
     for view in views:
         kind = ' class="left-out"' if view.left_out is not None else ""
-        lines.append(f"<h2{kind}>{escape(heading_of(view))}</h2>")
+        lines.append(f"<h2{kind}>{html(heading_of(view))}</h2>")
         lines.append(f"<pre>{''.join(_spans(view))}</pre>")
     lines += ["<h1>The data set</h1>", f"<pre>{escape(_audit_text(audit))}</pre>"]
-    lines += [f"<p>model: {escape(remark)}</p>" for remark in remarks]
+    lines += [f"<p>model: {html(remark)}</p>" for remark in remarks]
     parts = [("trained", audit.train), ("validation", audit.validation)]
     for one in audit.sets:
         parts += [(f"{one.name}, trained", one.train), (f"{one.name}, validation", one.validation)]
@@ -89,7 +90,7 @@ def page(
             lines += _histograms(name, part)
     if forecast:
         rows = "".join(
-            f'<tr><td style="text-align:left">{escape(name)}</td><td style="text-align:left">{escape(text)}</td></tr>'
+            f'<tr><td style="text-align:left">{html(name)}</td><td style="text-align:left">{html(text)}</td></tr>'
             for name, text in forecast
         )
         lines += ["<h1>Forecast</h1>", f"<table>{rows}</table>"]
@@ -147,7 +148,7 @@ def _audit_text(audit: Audit) -> str:
 
 def _histograms(name: str, part: PartAudit) -> Iterator[str]:
     for label, lengths in (("prompt", part.prompt_tokens), ("answer", part.answer_tokens)):
-        yield f"<table><caption>{escape(name)}: {label} tokens, examples</caption>{_bars(lengths)}</table>"
+        yield f"<table><caption>{html(name)}: {label} tokens, examples</caption>{_bars(lengths)}</table>"
 
 
 def _bars(lengths: Lengths) -> str:

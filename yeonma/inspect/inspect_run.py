@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from yeonma.config.settings import (
     InspectSettings,
@@ -23,10 +21,11 @@ from yeonma.inspect.forecast_cache import forecast_key, read_forecast, write_for
 from yeonma.inspect.inspect_page import page
 from yeonma.inspect.probe import measure_rate
 from yeonma.inspect.row_views import audit_json, select_rows, view_json, views_of
-from yeonma.inspect.terminal import print_audit, print_forecast, print_views
+from yeonma.inspect.terminal import print_audit, print_forecast, print_remark, print_views
 from yeonma.model import load
 from yeonma.model.targets import Coverage
 from yeonma.run_folder.checkpoint import write_text_atomically
+from yeonma.streams import give, log_line
 from yeonma.tokenization.dataset import cache_folder
 from yeonma.tokenization.explain import View
 from yeonma.train.continued_lora import adapter_lora, check_lora
@@ -50,10 +49,10 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
     if continued is not None:
         check_lora(config, adapter_lora(continued))
     config = with_adapters_lora(config)
-    prepared = prepare(config, source, continued, _log, try_adapter=False)
+    prepared = prepare(config, source, continued, log_line, try_adapter=False)
     group = Processes(0, 1)
     processes = config.run.nproc
-    config = resolve_auto(config, source, prepared, group, _log, processes=processes)
+    config = resolve_auto(config, source, prepared, group, log_line, processes=processes)
     dataset = prepared.dataset
     selection = select_rows(options.rows, max(one.train.store.counts.rows for one in dataset.sets))
     audit = _audit(config, prepared)
@@ -71,19 +70,19 @@ def run_inspect(options: InspectSettings, config: RunConfig) -> None:
         write_text_atomically(user_path(options.html), page(title, views, audit, lines, remarks))
     if options.json:
         for view in views:
-            sys.stdout.write(view_json(view))
+            give(view_json(view))
         about: dict[str, Any] = {
             "forecast": forecast and forecast_dict(forecast),
             "adapter": adapter and asdict(adapter),
             **({"model_remarks": remarks} if remarks else {}),
         }
-        sys.stdout.write(audit_json(audit, about))
+        give(audit_json(audit, about))
         return
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     print_views(console, views, tokens=options.tokens)
     print_audit(console, audit)
     for remark in remarks:
-        console.print(Text.assemble(("model: ", "bold"), remark))
+        print_remark(console, "model", remark)
     print_forecast(console, lines)
 
 
@@ -120,19 +119,15 @@ def _forecast(
         try:
             forecast = estimate(config, source, prepared, processes=processes)
         except UserError as error:
-            _log(f"no forecast: {error}")
+            log_line(f"no forecast: {error}")
             return None, adapter
         write_forecast(folder, key, forecast)
     if options.probe:
         from yeonma.inspect.probe import probe_run
 
-        probe = probe_run(config, source, prepared, _log)
-        _log(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
+        probe = probe_run(config, source, prepared, log_line)
+        log_line(f"{probe.steps} real steps: at most {probe.peak_memory_bytes / 1e9:.2f} GB in this process")
         return timed_by_probe(forecast, probe.tokens_per_second, options.price), forecast.adapter
     device = load.pick_device(model.device)
     rate = measure_rate(device, load.pick_dtype(model.dtype, device), RATE_SECONDS)
     return timed_by_rate(forecast, rate.flops_per_second, options.price), forecast.adapter
-
-
-def _log(text: str) -> None:
-    print(f"yeonma: {text}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import UserError
 from yeonma.inspect.audit import Audit
+from yeonma.shown import json_text
 from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.explain import View, bad_row_view, explain
 
@@ -128,4 +128,4 @@ def held_out_rows(one: PreparedSet) -> frozenset[int]:
 
 
 def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return json_text(value) + "\n"

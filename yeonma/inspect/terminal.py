@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from yeonma.inspect.audit import Audit, AuditedSource, Bias, Lengths, PartAudit
+from yeonma.shown import MOST_OF_A_LINE, one_line
 from yeonma.tokenization.dataset import format_rows
 from yeonma.tokenization.explain import SpanKind, TextSpan, View
 
@@ -60,7 +61,7 @@ def print_views(console: Console, views: Iterable[View], *, tokens: bool) -> Non
             console.print(_legend(console), end="\n\n")
             has_legend = True
         style = "bold red" if view.left_out is not None else "bold"
-        console.print(Text(f"── {heading_of(view)} ──", style))
+        _print(console, (f"── {heading_of(view)} ──", style))
         if tokens and view.tokens:
             console.print(_token_table(view))
         else:
@@ -74,17 +75,17 @@ def print_views(console: Console, views: Iterable[View], *, tokens: bool) -> Non
 def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     """Print the audit. With `bars`, it has a heading and histograms of lengths."""
     if bars:
-        console.print(Text("── the data set ──", "bold"))
+        _print(console, ("── the data set ──", "bold"))
     for source in audit.sources:
         for line in _source_lines(source):
-            console.print(line)
+            _print(console, line)
     for one in audit.sets:
-        console.print(Text.assemble((f"{one.name}", "bold"), f": {one.part}"))
+        _print(console, (f"{one.name}", "bold"), f": {one.part}")
         for part in (one.train, one.validation):
             if part is not None:
                 _print_part(console, part, "trained" if part is one.train else "validation")
         for warning in one.overlaps:
-            console.print(Text(f"  ! {warning}", "yellow"))
+            _print(console, (f"  ! {warning}", "yellow"))
     if audit.sets:
         _print_mixture(console, audit)
     else:
@@ -94,20 +95,31 @@ def print_audit(console: Console, audit: Audit, *, bars: bool = True) -> None:
     if bars:
         console.print(_histograms(audit.train))
     if audit.overlap is not None:
-        console.print(Text(f"! {audit.overlap}", "yellow"))
+        _print(console, (f"! {audit.overlap}", "yellow"))
     for remark in audit.warnings:
-        console.print(Text(f"! {remark}", "yellow"))
-    console.print(Text.assemble(("per epoch: ", "bold"), _epoch(audit)))
-    console.print(Text.assemble(("computation: ", "bold"), _saving(audit)))
+        _print(console, (f"! {remark}", "yellow"))
+    _print(console, ("per epoch: ", "bold"), _epoch(audit))
+    _print(console, ("computation: ", "bold"), _saving(audit))
 
 
 def print_forecast(console: Console, lines: Sequence[tuple[str, str]]) -> None:
     """Print (name, text) lines. A name that starts with spaces is a part of the line before."""
     if lines:
-        console.print(Text("── forecast ──", "bold"))
+        _print(console, ("── forecast ──", "bold"))
     for name, text in lines:
         part = name.startswith(" ")
-        console.print(Text.assemble((f"{name}: ", "" if part else "bold"), text))
+        _print(console, (f"{name}: ", "" if part else "bold"), text)
+
+
+def print_remark(console: Console, label: str, text: str) -> None:
+    """Print a line that begins with `label`."""
+    _print(console, (f"{label}: ", "bold"), text)
+
+
+def _print(console: Console, *parts: str | tuple[str, str]) -> None:
+    """Prints one line, escaped, of texts and of texts with their style."""
+    shown = [(part, "") if isinstance(part, str) else part for part in parts]
+    console.print(Text.assemble(*((one_line(text, MOST_OF_A_LINE), style) for text, style in shown)))
 
 
 def _legend(console: Console) -> Text:
@@ -204,56 +216,55 @@ def _one_line(text: str) -> str:
     return printable(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
 
 
-def _source_lines(source: AuditedSource) -> Iterator[Text]:
+def _source_lines(source: AuditedSource) -> Iterator[str | tuple[str, str]]:
     left_out = f", {source.left_out:,} left out" if source.left_out else ", none left out"
     left_out += f" ({source.identical:,} with two equal answers)" if source.identical else ""
-    yield Text(f"{source.name}: {source.rows:,} rows read{left_out}; template {source.template}")
+    yield f"{source.name}: {source.rows:,} rows read{left_out}; template {source.template}"
     for fault in source.bad_rows:
-        yield Text(f"  bad rows, {fault}", "red")
+        yield f"  bad rows, {fault}", "red"
     for row in source.left_out_rows[:ROWS_LEFT_OUT_SHOWN]:
-        yield Text(f"  {row.place}: {row.reason}", "red")
+        yield f"  {row.place}: {row.reason}", "red"
     more = source.left_out - min(source.left_out, ROWS_LEFT_OUT_SHOWN)
     if more:
         rows = [row.row for row in source.left_out_rows[ROWS_LEFT_OUT_SHOWN:]]
-        yield Text(f"  and {more:,} more: {format_rows(rows, more)}", "red")
+        yield f"  and {more:,} more: {format_rows(rows, more)}", "red"
 
 
 def _print_mixture(console: Console, audit: Audit) -> None:
     part = audit.train
     line = f"{part.rows:,} rows, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
-    console.print(Text.assemble(("all data sets: ", "bold"), line))
+    _print(console, ("all data sets: ", "bold"), line)
     _print_lengths(console, part)
 
 
 def _print_lengths(console: Console, part: PartAudit) -> None:
     for name, lengths in (("prompts", part.prompt_tokens), ("answers", part.answer_tokens)):
         spread = f"{lengths.least:,} to {lengths.most:,} tokens, median {lengths.median:,}"
-        console.print(f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
+        _print(console, f"  {name}: {spread}, 95% have at most {lengths.p95:,}")
 
 
 def _print_part(console: Console, part: PartAudit, label: str) -> None:
     examples = "" if part.examples == part.rows else f", {part.examples:,} answers"
     line = f"{part.rows:,} rows{examples}, {part.tokens:,} tokens, {part.trained_tokens:,} of them trained"
-    console.print(Text.assemble((f"{label}: ", "bold"), line))
+    _print(console, (f"{label}: ", "bold"), line)
     if part.shortened:
         cuts = [f"by {part.cut_characters:,} characters in total"] if part.cut_characters else []
         cuts += [f"by {part.dropped_turns:,} old turns of conversations"] if part.dropped_turns else []
         summary = f"{part.shortened:,} shortened, {' and '.join(cuts)}"
-        console.print(Text(f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
+        _print(console, (f"  {summary} ({format_rows(part.shortened_rows, part.shortened)})", "red"))
     else:
-        console.print("  none shortened")
+        _print(console, "  none shortened")
     if len(part.variants) > 1:
         variants = (f"variant {number}: {count:,}" for number, count in enumerate(part.variants, 1) if count)
-        console.print(f"  template {', '.join(variants)}")
-    console.print(f"  answers in {_scripts(part)}")
+        _print(console, f"  template {', '.join(variants)}")
+    _print(console, f"  answers in {_scripts(part)}")
     if part.bias is not None:
-        console.print(
-            Text(f"  {_bias(part.bias, part.units)}", "yellow" if _leans(part.bias, part.units) else "")
-        )
+        leans = _leans(part.bias, part.units)
+        _print(console, (f"  {_bias(part.bias, part.units)}", "yellow" if leans else ""))
     if part.labels is not None:
-        console.print(Text(f"  {part.labels}", "yellow" if part.labels.warning else ""))
+        _print(console, (f"  {part.labels}", "yellow" if part.labels.warning else ""))
     for warning in part.remarks:
-        console.print(Text(f"  ! {warning}", "yellow"))
+        _print(console, (f"  ! {warning}", "yellow"))
     _print_lengths(console, part)
 
 

@@ -57,6 +57,7 @@ from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
+from yeonma.tokenization.tokenizer_trial import OTHERS, check_size, try_tokenizer
 
 
 def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
@@ -65,6 +66,7 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     `keep_exported`: keep the exported one. Raises UserError if there is no tokenizer, if it cannot be reached, and if
     the package that reads its file is not installed.
     """
+    _try_files(source)
     file = native_tokenizer_file(source)
     if file is not None:
         check_tokenizer_package(file)
@@ -88,6 +90,16 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
     if ordinary_tokens <= 0:  # transformers returns such a tokenizer if there are no files
         raise _cannot_load("tokenizer", source, ValueError("it has no vocabulary"))
     return tokenizer
+
+
+def _try_files(source: BaseSource) -> None:
+    """Raises UserError for a tokenizer that takes more time or memory than any real one."""
+    for name in OTHERS:
+        path = Path(source.name) / name
+        if path.exists():  # of a folder; the hub has limits of its own
+            check_size(path)
+    if (path_of := file_of(source, TOKENIZER)) is not None:
+        try_tokenizer(path_of)
 
 
 def _as_published(tokenizer: Any, source: BaseSource) -> Any:

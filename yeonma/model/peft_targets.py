@@ -19,7 +19,7 @@ from torch import nn
 
 from yeonma.errors import UserError, brief
 from yeonma.model.adapter_config import read_adapter_config
-from yeonma.model.name_patterns import bounded_match, is_name
+from yeonma.model.name_patterns import is_name, names_of
 from yeonma.model.targets import ALL_LINEAR, TargetLayer, module_paths, target_layers
 
 
@@ -128,7 +128,7 @@ def _without_expressions(model: Any, keys: Mapping[str, Any], place: str) -> dic
     names = _names_to_match(model)
     ends = [rf"(?:.*\.)?(?:{key})" for key in in_patterns]
     asked = [one for one in (targets, excluded) if one is not None]
-    found = bounded_match([*asked, *ends], names, place)
+    found = names_of([*asked, *ends], names, place)
     matches = dict(zip([*asked, *in_patterns], found, strict=True))
     if targets is not None:
         without = matches[excluded] if excluded is not None else set[str]()

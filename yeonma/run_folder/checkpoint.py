@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from yeonma.errors import Log, UserError, brief
 from yeonma.files import (
@@ -47,6 +47,7 @@ from yeonma.run_folder.entries import (
     passed_over,
 )
 from yeonma.run_folder.run_log import THEN_CONTINUE, LogSums
+from yeonma.run_folder.state_checks import check_state
 
 STATE, OPTIMIZER, RANDOM, MANIFEST = (
     "state.json",
@@ -103,17 +104,7 @@ class RunProgress:
         """Raises ValueError, TypeError or AttributeError for anything but the state of a run."""
         names = {key: name for name, key in JSON_KEYS.items()}
         state = cls(**{names.get(key, key): value for key, value in json.loads(text).items()})
-        for name, value, kinds in (
-            ("step", state.step, (int,)),
-            ("best_step", state.best_step, (int, type(None))),
-            ("best_loss", state.best_loss, (int, float, type(None))),
-            ("evaluations_without_gain", state.evaluations_without_gain, (int,)),
-            ("schedule", state.schedule, (dict,)),
-            ("identity", state.identity, (dict,)),
-            ("logs", state.logs, (dict,)),
-        ):
-            if type(value) not in kinds:
-                raise TypeError(f"{name} is {value!r}")
+        check_state({entry.name: getattr(state, entry.name) for entry in fields(cls)})
         return state
 
 
@@ -252,11 +243,6 @@ def read_whole(checkpoint: Path) -> RunProgress:
     if state.best_step not in (None, state.step):
         read_state(checkpoint_path(checkpoint.parent, state.best_step))
     return state
-
-
-def read_tensors(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors of optimizer and random state, as `write_checkpoint` got them."""
-    return load_file(checkpoint / OPTIMIZER), load_file(checkpoint / RANDOM)
 
 
 def rotate(output: Path, limit: int | None, keep: int | None) -> None:

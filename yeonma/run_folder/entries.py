@@ -50,6 +50,8 @@ PARTIAL_FILES = tuple(
     f".{name}.partial" for name in (RUN, SEAL, "settings.yaml", "README.md", "loss.svg", FORMER_PLOT)
 )
 """Files that are being written, under the hidden names of `replace_file`."""
+WRITTEN_IN_PLACE = ("metrics.jsonl", "trained_rows.jsonl", LOCK)
+"""Files that are not replaced as a whole, so that a hard link elsewhere would change with them."""
 _CHECKPOINT = re.compile("checkpoint-[1-9][0-9]{0,17}")
 _UNFINISHED = re.compile(r"\.checkpoint-[1-9][0-9]{0,17}\.(partial|removed|former)")
 _MOST_NAMED = 10
@@ -83,16 +85,40 @@ def check_entries(output: Path) -> None:
         if found and found != wanted:
             what = f"it is a {found}, and a run has a {wanted} of this name"
             problems.append(Problem(what, str(output / name), "remove it, or give another output_dir"))
+        elif name in WRITTEN_IN_PLACE and _names_of(output / name) > 1:
+            what = "it has another name elsewhere (a hard link), and a run would write there too"
+            cure = f"put a copy in its place: cp -p {name} {name}.copy && mv {name}.copy {name}"
+            problems.append(Problem(what, str(output / name), "remove it" if name == LOCK else cure))
+        elif other := _taken_for(name, names, output):
+            what = f"this disk does not tell it from {other}, which a run would replace"
+            problems.append(Problem(what, str(output / name), f"rename it to {other}, or move it elsewhere"))
     if problems:
         more = len(problems) - _MOST_NAMED
         rest = [Problem(f"there are {more} more such names", str(output))] if more > 0 else []
         raise UserError([*problems[:_MOST_NAMED], *rest])
 
 
+def _names_of(path: Path) -> int:
+    """The number of a file's hard links."""
+    try:
+        return os.lstat(path).st_nlink
+    except OSError:
+        return 0
+
+
+def _taken_for(name: str, names: list[str], output: Path) -> str:
+    """The checkpoint for which a disk without capitals takes a name such as `Checkpoint-5`; empty if there is none."""
+    other = name.casefold()
+    is_taken = other != name and is_checkpoint(other) and other not in names and kind_of(output / other)
+    return other if is_taken else ""
+
+
 def passed_over(output: Path) -> list[str]:
     """Names that look like those of checkpoints, and that no run gives: `checkpoint-04`, `checkpoint-10.bak`."""
     return sorted(
-        name for name in os.listdir(output) if name.startswith("checkpoint-") and not is_checkpoint(name)
+        name
+        for name in os.listdir(output)
+        if name.casefold().startswith("checkpoint-") and not is_checkpoint(name)
     )
 
 

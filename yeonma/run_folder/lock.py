@@ -9,6 +9,7 @@ process has ended on this machine, the next run takes it over; of another machin
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -126,7 +127,7 @@ def _acquired(output: Path, log: Log) -> BaseFileLock:
     except Timeout:
         raise _locked_error(output) from None
     except OSError as error:
-        if error.errno in DISK_ERRORS:
+        if error.errno in (*DISK_ERRORS, errno.EMFILE, errno.ENFILE):
             raise
         if error.errno not in NO_LOCKS:
             cure = "remove it, or give another output_dir"

@@ -44,6 +44,7 @@ from yeonma.run_folder.checkpoint import (
 )
 from yeonma.run_folder.entries import OURS, PARTIAL_FINAL, RUN, SEAL, TOKENIZERS, passed_over
 from yeonma.run_folder.run_log import THEN_CONTINUE, check_logs
+from yeonma.shown import json_text
 
 EARLIER_DEFAULTS = {
     "quantization": "none",
@@ -139,8 +140,11 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
     """The identity in run.json, and whether that run is finished."""
     try:
         run = json.loads(read_regular(path))
-        return dict(run["identity"]), bool(run["finished"])
-    except (ValueError, KeyError, TypeError) as error:
+        identity, finished = run["identity"], run["finished"]
+        if not isinstance(identity, dict) or not isinstance(finished, bool):
+            raise TypeError("it does not say what the run depends on, and whether it is finished")
+        return identity, finished
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         cure = "give another output_dir, or --overwrite true"
         raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
 
@@ -211,7 +215,7 @@ def _run_files(output: Path) -> list[Path]:
 
 
 def write_run_json(output: Path, identity: Mapping[str, Any], *, finished: bool) -> None:
-    text = json.dumps({"identity": identity, "finished": finished}, ensure_ascii=False, indent=2)
+    text = json_text({"identity": identity, "finished": finished}, indent=2)
     write_text_atomically(output / RUN, text + "\n")
 
 

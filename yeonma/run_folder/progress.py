@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from yeonma.errors import Log
+from yeonma.shown import MOST_OF_A_LINE, one_line
+
 RECENT_STEPS = 20
 
 
@@ -57,6 +60,11 @@ class EvaluationRecord:
     losses: dict[str, float] = field(default_factory=dict)
 
 
+def log_of(console: Console) -> Log:
+    """Prints lines on a console, escaped, without markup or wrapping."""
+    return lambda line: console.out(one_line(line, MOST_OF_A_LINE), highlight=False)
+
+
 class Progress:
     """Displays the steps from `start_step` + 1 to `total_steps`. A context manager.
 
@@ -98,8 +106,8 @@ class Progress:
             self.print_line(f"  {name}  validation loss {loss:.4f}")
 
     def print_line(self, text: str) -> None:
-        """Prints `text` unchanged, without markup or wrapping."""
-        self._console.out(text, highlight=False)
+        """Prints a line, without markup or wrapping. A Log."""
+        log_of(self._console)(text)
 
     def _line(self, record: StepRecord) -> str:
         seconds = sum(step.seconds for step in self._recent)

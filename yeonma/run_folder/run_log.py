@@ -13,7 +13,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from io import FileIO
 from itertools import islice
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, UserError
-from yeonma.files import disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
+from yeonma.files import MOST_BYTES, disk_errors_as_user_errors, kind_of, open_regular, sync, write_all
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 
 METRICS, TRAINED_ROWS = "metrics.jsonl", "trained_rows.jsonl"
@@ -126,14 +128,19 @@ def check_logs(output: Path, sums: Mapping[str, Mapping[str, Any]], step: int, l
     """
     for name, lines_of in ((METRICS, _metrics), (TRAINED_ROWS, _trained_rows)):
         recorded, path = sums.get(name), output / name
+        if recorded is None and kind_of(path):
+            for _, values in lines_of(path):
+                if values["step"] > step:
+                    break
         if recorded is None or not recorded["lines"]:
             continue
         if not kind_of(path):
             log(f"warning: {path} is missing: it will begin after step {step}")
             continue
         present = LineSum()
-        for _, values in islice(lines_of(path), recorded["lines"]):
-            present.add(values)
+        with suppress(UserError):  # the lines before it are too few
+            for _, values in islice(lines_of(path), recorded["lines"]):
+                present.add(values)
         if present.as_record() != recorded:
             what = f"its first {recorded['lines']:,} lines are not those that the run wrote up to step {step}"
             cure = (
@@ -200,26 +207,52 @@ def _opened(
 
 
 def _trained_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _lines(path, "rows", "not the rows of a step")
+    return _lines(path, _is_rows, "not the rows of a step")
 
 
 def _metrics(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _lines(path, "loss", "not a record of a step")
+    return _lines(path, _is_metrics, "not a record of a step")
 
 
-def _lines(path: Path, key: str, problem: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _is_rows(values: Mapping[str, Any]) -> bool:
+    """Whether it has the numbers of a step's rows, or those of each data set."""
+    rows = values.get("rows")
+    lists = rows.values() if isinstance(rows, dict) else [rows]
+    return all(isinstance(numbers, list) and all(type(row) is int for row in numbers) for numbers in lists)
+
+
+def _is_metrics(values: Mapping[str, Any]) -> bool:
+    """Whether it has a loss, and numbers or nulls alone, beside the losses of data sets and the mark of evaluations."""
+    own = {name: value for name, value in values.items() if name not in ("evaluation", "losses")}
+    losses = values.get("losses", {})
+    if "loss" not in own or not isinstance(losses, dict) or type(values.get("evaluation", True)) is not bool:
+        return False
+    return all(value is None or _is_number(value) for value in (*own.values(), *losses.values()))
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return abs(value) < 2**63 if type(value) is int else type(value) is float and math.isfinite(value)
+
+
+def _lines(
+    path: Path, is_valid: Callable[[Mapping[str, Any]], bool], problem: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (end in bytes, values) of each complete line. Raises UserError with the text `problem` for a line without
-    a step or without `key`."""
+    a step or that is not valid."""
     end = 0
     with path.open("rb") as file:  # its caller has seen that it is a file
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES), b""), start=1):
             if not line.endswith(b"\n"):
                 return
             end += len(line)
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 values = None
-            if not (isinstance(values, dict) and isinstance(values.get("step"), int) and key in values):
+            if not (isinstance(values, dict) and _is_step(values.get("step")) and is_valid(values)):
                 raise UserError(problem, place=f"{path}:{number}", cure="delete this line")
             yield end, values

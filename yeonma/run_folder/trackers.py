@@ -5,10 +5,8 @@ The model card shows loss.svg by a Markdown image, as GitHub and browsers draw i
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +20,8 @@ from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import replace_file
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 from yeonma.run_folder.run_log import numbers_of, read_metrics
+from yeonma.shown import json_text, one_line
+from yeonma.streams import tell
 
 Settings = Mapping[str, object]
 
@@ -121,7 +121,7 @@ def open_trackers(
     after it. The others show a resumed run as one more run. Raises UserError where one is missing or cannot
     start.
     """
-    name = run_name or output_dir.resolve().name
+    name = one_line(run_name or output_dir.resolve().name)
     shown = {key: _shown(key, value) for key, value in settings.items()}
     running: list[RunningTracker] = []
     for tracker in check_trackers(report_to):
@@ -242,9 +242,7 @@ def _tensorboard(run_name: str, output_dir: Path, settings: Settings, start_step
     writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
     shown = {"run_name": run_name, **settings}
     # Four spaces: tensorboard renders Markdown, and this is a block of code.
-    lines = (
-        f"    {key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in shown.items()
-    )
+    lines = (f"    {key}: {json_text(value, default=str)}" for key, value in shown.items())
     writer.add_text("settings", "\n".join(lines), start_step)
 
     def log(step: int, values: Mapping[str, float]) -> None:
@@ -315,7 +313,7 @@ def _problems(name: str) -> list[Problem]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tell(f"warning: {text}")
 
 
 def _reason(error: Exception) -> str:

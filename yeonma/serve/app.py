@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,9 +24,11 @@ from starlette.routing import Route
 
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder
 from yeonma.config.settings import AnswerSettings
+from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.turns import ToolCall
 from yeonma.errors import UserError
 from yeonma.generation.json_grammar import JsonGrammar, JsonVocabulary
+from yeonma.serve.one_at_a_time import Full, OneAtATime
 from yeonma.serve.openai_api import (
     UNSUPPORTED,
     ChatRequest,
@@ -45,14 +48,15 @@ from yeonma.serve.openai_responses import (
     SentPrompt,
     model_list,
 )
+from yeonma.serve.request_bounds import check_length, texts_in
+from yeonma.serve.request_framing import MAX_BODY_BYTES
 from yeonma.serve.token_names import TokenNames
 from yeonma.serve.worker import Busy, Event, GrammarFailed, Job, PromptTooLarge, ScoredTokens, Worker
 from yeonma.tokenization.chat_template_export import base_chat_template
 from yeonma.tokenization.tool_calls import FindCalls
 
-MAX_BODY_BYTES = 1_000_000
-MAX_READ_BYTES = 64_000_000
-"""How much of a larger body is read and discarded, so that clients that send all of it first see the error."""
+MAX_PREPARING = 64
+"""Maximum number of requests that wait to be parsed and tokenised."""
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger("yeonma.serve")
@@ -81,6 +85,8 @@ class Models:
     worker: Worker
     tokenizing: ThreadPoolExecutor
     """One thread, because not every tokenizer is thread-safe."""
+    preparing: OneAtATime = field(default_factory=lambda: OneAtATime(MAX_PREPARING))
+    """Whose turn that thread is. What waits for it is not parsed yet."""
     vocabularies: dict[str, JsonVocabulary] = field(default_factory=dict)
     """For answers in JSON, made when the first request asks a model for one. Only the thread above uses it."""
 
@@ -94,6 +100,8 @@ class Asked:
     grammar: JsonGrammar | None
 
 
+NO_TEXTS = (KWARGS_COLUMN, *TOOL_COLUMNS)
+"""Columns of a row whose texts need not be in its prompt."""
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 Events = asyncio.Queue[tuple[int, Event]]
 """Index of a choice in a response, and what the worker reports about it."""
@@ -148,8 +156,7 @@ def make_app(models: Models, limits: Limits, lifespan: Lifespan | None = None) -
 
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body, status_code=error.status, headers=headers)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -184,7 +191,13 @@ def _check_key(request: Request, key: str | None) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     token_bytes = token.strip().encode("latin-1", "replace")
     if scheme.lower() != "bearer" or not hmac.compare_digest(token_bytes, key.encode()):
-        raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
+        challenge = 'Bearer realm="yeonma"' + (', error="invalid_token"' if token else "")
+        raise RequestError(
+            401,
+            "the API key is missing or wrong",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": challenge},
+        )
 
 
 def _known_model(name: str, prompt_builders: Mapping[str, PromptBuilder]) -> str:
@@ -200,13 +213,25 @@ async def _complete(
     # browsers send other content types across sites without a preflight request
     if http_request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "the request's Content-Type must be application/json")
-    request = read_request(await _body(http_request), kind)
-    settings = answer_settings(request, limits.defaults, limits.max_new_tokens_limit)
-    prompt_builder = models.prompt_builders[_known_model(request.model, models.prompt_builders)]
+    if http_request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError(
+            415, "the request's body must not be compressed", headers={"Accept-Encoding": "identity"}
+        )
     loop = asyncio.get_running_loop()
-    asked = await loop.run_in_executor(
-        models.tokenizing, _asked, request, settings.max_new_tokens, prompt_builder, models, limits.positions
-    )
+    body = await _body(http_request)
+    try:
+        async with models.preparing.turn(len(body)):
+            if await http_request.is_disconnected():
+                raise RequestError(400, "the client disconnected")
+            request = read_request(body, kind)
+            settings = answer_settings(request, limits.defaults, limits.max_new_tokens_limit)
+            prompt_builder = models.prompt_builders[_known_model(request.model, models.prompt_builders)]
+            asked = await loop.run_in_executor(
+                models.tokenizing,
+                partial(_asked, request, settings.max_new_tokens, prompt_builder, models, limits.positions),
+            )
+    except Full as error:
+        raise _busy(error) from None
     events: Events = asyncio.Queue()
 
     def notifier(index: int) -> Callable[[Event], None]:
@@ -236,7 +261,7 @@ async def _complete(
     try:
         models.worker.submit(jobs)
     except Busy as error:
-        raise RequestError(429, f"{error}: try again later", code="rate_limit_exceeded") from None
+        raise _busy(error) from None
     find_calls = _call_finder(request, prompt_builder)
     writer = ResponseWriter.of(request, asked.sent, TokenNames.of(prompt_builder.tokenizer))
     # prompts are never shortened silently
@@ -248,6 +273,11 @@ async def _complete(
     replies = [_with_calls(reply, find_calls) for reply in replies]
     by_prompt = {index // request.n: prompt for index, prompt in scored_prompts.items()}
     return JSONResponse(writer.complete(replies, by_prompt), headers=headers)
+
+
+def _busy(error: Exception) -> RequestError:
+    message = f"{error}: try again later"
+    return RequestError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 
 def _call_finder(request: ChatRequest | TextRequest, prompt_builder: PromptBuilder) -> FindCalls | None:
@@ -274,24 +304,23 @@ def _with_calls(reply: Reply, find_calls: FindCalls | None) -> Reply:
 
 
 async def _body(request: Request) -> bytes:
-    too_large = RequestError(
-        413, f"the request is larger than {MAX_BODY_BYTES:,} bytes", code="request_too_large"
+    too_large = partial(
+        RequestError, 413, f"the request is larger than {MAX_BODY_BYTES:,} bytes", code="request_too_large"
     )
     length = request.headers.get("content-length", "")
     if "expect" in request.headers and length.isdecimal() and int(length) > MAX_BODY_BYTES:
-        raise too_large  # the client waits for permission to send
+        # the client waits for permission to send; what it sends next need not be the body
+        raise too_large(headers={"Connection": "close"})
     parts, size = [], 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size > MAX_READ_BYTES:
-                break
             if size <= MAX_BODY_BYTES:
                 parts.append(part)
     except ClientDisconnect:
         raise RequestError(400, "the request ended too early") from None
     if size > MAX_BODY_BYTES:
-        raise too_large
+        raise too_large()
     return b"".join(parts)
 
 
@@ -350,8 +379,12 @@ def _prompts(
             chat_template = base_chat_template(prompt_builder.tokenizer) if template.takes_turns else ""
             request = for_template(request, chat_template)
             row = row_of_messages(template, request.messages, request)
+            texts = texts_in([value for name, value in row.values.items() if name not in NO_TEXTS])
+            check_length(texts, prompt_builder.tokenizer, positions, "messages")
             prompts = prompt_builder.prompts([row], max_new_tokens=max_new_tokens)
         else:
+            for prompt in request.prompt:
+                check_length(texts_in(prompt), prompt_builder.tokenizer, positions, "prompt")
             prompts = [_text_prompt(prompt_builder, prompt) for prompt in request.prompt]
     except UserError as error:
         param = "messages" if isinstance(request, ChatRequest) else "prompt"

@@ -22,6 +22,7 @@ from yeonma.data.columns import KWARGS_COLUMN, TOOL_COLUMNS
 from yeonma.data.rows import Row
 from yeonma.data.template import Template
 from yeonma.generation.sampling import LogitChanges
+from yeonma.shown import MOST_OF_A_LINE, many_lines, one_line
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 """Answer settings that a request may set. top_k and repetition_penalty are vLLM's extensions of OpenAI's API."""
@@ -58,6 +59,10 @@ MAX_BIAS, MAX_PENALTY = 100, 2
 SETTINGS = settings_of((AnswerSettings,))
 MAX_STOPS = 4
 """OpenAI's own limit."""
+MAX_STOP_CHARACTERS = 1000
+MAX_MESSAGES, MAX_TOOLS, MAX_BIASES = 4096, 128, 4096
+MAX_DEPTH, MAX_CONTAINERS = 64, 20_000
+"""Of objects and lists within each other, and of all of them in a request."""
 MAX_PROMPTS = 64
 """Maximum number of prompts in one completion request, and of answers to one request."""
 TEMPLATE_ARGUMENTS = ("reasoning_effort", "verbosity")
@@ -72,11 +77,17 @@ class RequestError(Exception):
     """A request that is refused, with its HTTP status and OpenAI's error body."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(_without_lone_surrogates(message))
-        self.status, self.code = status, code
-        self.param = None if param is None else _without_lone_surrogates(param)
+        super().__init__(many_lines(_without_lone_surrogates(message), MOST_OF_A_LINE))
+        self.status, self.code, self.headers = status, code, headers
+        self.param = None if param is None else one_line(_without_lone_surrogates(param), MOST_OF_A_LINE)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -223,10 +234,13 @@ class CompletionParameters(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
     model: str = Field(description="a string")
     max_tokens: int | None = Field(default=None, ge=1, description=TOKEN_COUNT)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_as_list)
+    ] = Field(
         default=[],
         max_length=MAX_STOPS,
-        description=f"a string, or a list of at most {MAX_STOPS} strings, none of them empty",
+        description=f"a string, or a list of at most {MAX_STOPS} strings, none of them empty or longer than "
+        f"{MAX_STOP_CHARACTERS} characters",
     )
     stream: bool = Field(default=False, description="true or false")
     stream_options: StreamOptions = Field(default=StreamOptions(), description="an object")
@@ -244,7 +258,11 @@ class CompletionParameters(BaseModel):
     """vLLM's extension."""
     logit_bias: Annotated[
         dict[str, Annotated[float, Field(allow_inf_nan=False)]], AfterValidator(_token_ids)
-    ] = Field(default={}, description=f"an object of token ids with numbers from -{MAX_BIAS} to {MAX_BIAS}")
+    ] = Field(
+        default={},
+        max_length=MAX_BIASES,
+        description=f"an object of at most {MAX_BIASES} token ids with numbers from -{MAX_BIAS} to {MAX_BIAS}",
+    )
     frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description=PENALTY)
     presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description=PENALTY)
     n: Annotated[int, BeforeValidator(_whole)] = Field(
@@ -274,7 +292,12 @@ class CompletionParameters(BaseModel):
 class ChatRequest(CompletionParameters):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, description="a list of messages, at least one")
+    messages: list[Message] = Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        fail_fast=True,
+        description=f"a list of 1 to {MAX_MESSAGES} messages",
+    )
     max_completion_tokens: int | None = Field(default=None, ge=1, description=TOKEN_COUNT)
     logprobs: bool = Field(default=False, description="true or false")
     top_logprobs: int = Field(
@@ -283,7 +306,9 @@ class ChatRequest(CompletionParameters):
         le=MAX_TOP_LOGPROBS["chat"],
         description=f"a whole number from 0 to {MAX_TOP_LOGPROBS['chat']}",
     )
-    tools: list[dict[str, Any]] = Field(default=[], description="a list of objects")
+    tools: list[dict[str, Any]] = Field(
+        default=[], max_length=MAX_TOOLS, description=f"a list of at most {MAX_TOOLS} objects"
+    )
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     parallel_tool_calls: bool = Field(default=True, description="true or false")
     chat_template_kwargs: dict[str, Any] = Field(default={}, description="an object")
@@ -307,7 +332,7 @@ class TextRequest(CompletionParameters):
     """The body of POST /v1/completions: texts to continue."""
 
     prompt: Annotated[
-        list[str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]],
+        list[str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]],
         BeforeValidator(_as_prompts),
     ] = Field(
         min_length=1,
@@ -347,6 +372,7 @@ def read_request(content: bytes, kind: type[Request]) -> Request:
         raise RequestError(400, "the body is not JSON") from None
     if not isinstance(body, dict):
         raise RequestError(400, "the body is not a JSON object")
+    _check_containers(body)
     given = {_without_lone_surrogates(name): value for name, value in body.items() if value is not None}
     try:
         request = kind.model_validate(_without_neutral(given, kind))
@@ -466,6 +492,25 @@ def answer_settings(
             raise RequestError(400, message, param=name, code="max_tokens_too_large")
         values["max_new_tokens"] = max_new_tokens
     return replace(defaults, **values)
+
+
+def _check_containers(body: dict[str, Any]) -> None:
+    """Raises RequestError for JSON that is nested too deeply, or has too many objects and lists."""
+    level: list[Any] = [body]
+    number = depth = 0
+    while level:
+        number, depth = number + len(level), depth + 1
+        if depth > MAX_DEPTH or number > MAX_CONTAINERS:
+            problem = (
+                f"more than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_CONTAINERS:,}"
+            )
+            raise RequestError(400, f"the body has {problem} of objects and lists")
+        level = [
+            value
+            for container in level
+            for value in (container.values() if isinstance(container, dict) else container)
+            if isinstance(value, dict | list)
+        ]
 
 
 def seed_of_choice(seed: int, choice: int) -> int:

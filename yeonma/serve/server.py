@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from yeonma.adapter.foreign_adapter import is_foreign
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
@@ -22,6 +25,8 @@ from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy, adapter_names, build_policy, check_outline
 from yeonma.serve.app import Limits, Models, make_app
+from yeonma.serve.bounded_log import limit_log
+from yeonma.serve.connections import AsgiApp, ConnectionLimits, Connections, connection_limit, watched
 from yeonma.serve.listen import is_local
 from yeonma.serve.worker import ServedModel, Worker
 
@@ -160,6 +165,8 @@ def run_server(
     listener: socket.socket,
     key: str | None,
     on_ready: Callable[[], None],
+    log: Log,
+    connection_limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Running answers then have a few seconds to finish.
 
@@ -179,6 +186,7 @@ def run_server(
     async def abort_after_grace() -> None:
         while not server.should_exit:
             await asyncio.sleep(POLL_SECONDS)
+        connections.stop()
         await asyncio.sleep(GRACE_SECONDS)
         worker.abort()
 
@@ -186,26 +194,47 @@ def run_server(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         worker.start()
         aborting = asyncio.create_task(abort_after_grace())
+        connections.start(listener, lambda: server.should_exit)
         on_ready()
         try:
             yield
         finally:
             aborting.cancel()
+            connections.close()
             worker.stop()
             tokenizing.shutdown()
 
     prompt_builders = {**adapters.prompt_builders, adapters.base_name: adapters.first}
     app = make_app(Models(prompt_builders, worker, tokenizing), limits, lifespan)
-    server_config = uvicorn.Config(
+    server, connections = make_server(
+        watched(app), connection_limits or ConnectionLimits(connection_limit()), log
+    )
+    limit_log(("yeonma.serve", "asyncio"))
+    server.run(sockets=[])
+
+
+def make_server(app: AsgiApp, limits: ConnectionLimits, log: Log) -> tuple[uvicorn.Server, Connections]:
+    """uvicorn's server, to run without sockets of its own, and the connections that it serves instead. The
+    application's lifespan starts and closes them."""
+    config = uvicorn.Config(
         app,
+        http="h11",  # whatever else is installed
+        loop="asyncio",
+        ws="none",
         log_config=None,
         log_level="critical",  # the app logs its own errors
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=math.ceil(limits.keep_alive + limits.head)
+        + 1,  # the connections' own limits come first
         timeout_graceful_shutdown=10
         * GRACE_SECONDS,  # a client that reads nothing must not block the shutdown
         lifespan="on",
     )
-    server = uvicorn.Server(server_config)
-    server.run(sockets=[listener])
+    server = uvicorn.Server(config)
+
+    def make_protocol(state: dict[str, Any]) -> asyncio.Protocol:
+        return H11Protocol(config, server.server_state, state)
+
+    return server, Connections(limits, make_protocol, log)

@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import PROBE, Chat, ChatAnswer, ChatMessage, Conversation
+from yeonma.tokenization.chat_template import PROBE, Chat, ChatAnswer
+from yeonma.tokenization.conversation import ChatMessage, Conversation
 from yeonma.tokenization.reasoning import AnswerShape
 
 _CONTENT, _REASONING = PROBE.format(number=1), PROBE.format(number=2)

@@ -7,9 +7,11 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
+from yeonma.bounded.child import OverBounds, Refused
+from yeonma.bounded.template_text import names_in
+from yeonma.errors import UserError
 from yeonma.tokenization.reasoning import ThinkTags, tags_in
 
 
@@ -38,7 +40,7 @@ class Habits:
 
 
 def habits_in(tokenizer: PreTrainedTokenizerBase) -> Habits:
-    """The habits that reading the chat template shows."""
+    """The habits that reading the chat template shows. Raises UserError if reading it takes too much."""
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template or ""]
     return _habits_of("\n".join(map(str, texts)))
@@ -46,22 +48,13 @@ def habits_in(tokenizer: PreTrainedTokenizerBase) -> Habits:
 
 @lru_cache(maxsize=16)
 def _habits_of(source: str) -> Habits:
-    variables: set[str] = set()
-    names: set[str] = set()
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(source))
-    except TemplateSyntaxError:  # transformers reports it
+        found = names_in(source) if source else (frozenset[str](),) * 3
+    except (OverBounds, Refused) as error:
+        what = error if isinstance(error, OverBounds) else f"cannot be read: {error}"
+        cure = "use a template without turns, or the model's original files"
+        raise UserError(f"the model's chat template {what}", place="chat template", cure=cure) from None
+    if found is None:  # rendering reports it
         return Habits(frozenset(re.findall(r"\w+", source)), frozenset(re.findall(r"\w+", source)))
-    variables |= meta.find_undeclared_variables(tree)
-    for attribute in tree.find_all(nodes.Getattr):
-        names.add(attribute.attr)
-    for constant in tree.find_all(nodes.Const):
-        if isinstance(constant.value, str):
-            names.add(constant.value)
-    assigned = frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "store")
-    return Habits(frozenset(variables), frozenset(names), assigned, tags=tags_in(source))
-
-
-def _without_generation(source: str) -> str:
-    """The template without transformers' own `{% generation %}` tags, which Jinja does not know."""
-    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    variables, names, assigned = found
+    return Habits(variables, names, assigned, tags=tags_in(source))

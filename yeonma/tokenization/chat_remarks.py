@@ -16,7 +16,8 @@ from yeonma.data.template import Rendered, RenderedTurn
 from yeonma.data.template_syntax import visible
 from yeonma.data.text_checks import FIRST_KEY, WITH_SYSTEM, WITHOUT_SYSTEM, Notes
 from yeonma.errors import UserError, brief
-from yeonma.tokenization.chat_template import PROBE, Chat, ChatMessage, Conversation, chat_of
+from yeonma.tokenization.chat_template import PROBE, Chat, chat_of
+from yeonma.tokenization.conversation import ChatMessage, Conversation
 from yeonma.tokenization.example import TokenRules
 from yeonma.tokenization.text_encoder import TextEncoder
 

@@ -1,48 +1,26 @@
-"""The model's chat template: the prompt and answer that it renders, its end token, a time limit for its code."""
+"""The model's chat template: the prompt and answer that it renders, its end token."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
+from yeonma.bounded.child import OverBounds, Refused
+from yeonma.bounded.template_text import TextsAhead
 from yeonma.data.template import Rendered, RenderedTurn
 from yeonma.data.turns import REASONING_KEYS, ToolCall
 from yeonma.errors import UserError, did_you_mean
 from yeonma.tokenization.chat_habits import Habits, habits_in
-from yeonma.tokenization.deadline import Deadline, TooSlow, deadline
+from yeonma.tokenization.conversation import ChatMessage, Conversation, as_messages, call_message, request_of
 from yeonma.tokenization.reasoning import DEFAULT_TAGS, ThinkTags, tags_between, tags_of_empty
 from yeonma.tokenization.text_encoder import Span, TextEncoder
 
-ChatMessage = dict[str, Any]
-"""A message as chat templates take it: `role` and `content`, and perhaps reasoning, `tool_calls` and other keys."""
-
 Thinking = Literal["auto", "keep", "drop", "empty"]
 """How reasoning is trained: see the setting `thinking`."""
-
-RENDER_SECONDS = 10.0
-"""The time limit for rendering one conversation."""
-
-# Some chat templates write the current date, so tokens would change daily. We fix it to the date that Llama 3's
-# templates fall back on. The line break after the macro is not rendered (trim_blocks).
-_DATE = {
-    "%Y": "2024",
-    "%y": "24",
-    "%m": "07",
-    "%d": "26",
-    "%B": "July",
-    "%b": "Jul",
-    "%A": "Friday",
-    "%a": "Fri",
-}
-_TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
-_FIXED_DATE_FILTERS = "".join(f"|replace('{code}','{text}')" for code, text in {**_DATE, **_TIME}.items())
-FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FIXED_DATE_FILTERS} }}}}{{%- endmacro %}}\n"
 
 _GIVEN = {
     "messages",
@@ -61,44 +39,6 @@ _THINKING_ARGUMENTS = ("enable_thinking", "thinking")
 PROBE = "Zq{number}qZ"
 """Text that no chat template writes by itself."""
 _PROBES = re.compile(r"Zq\d+qZ")
-
-
-def as_messages(turns: Sequence[RenderedTurn], reasoning_key: str = REASONING_KEYS[0]) -> list[ChatMessage]:
-    """The turns as chat templates take them. Reasoning goes under `reasoning_key`."""
-    messages: list[ChatMessage] = []
-    for turn in turns:
-        message: ChatMessage = {"role": str(turn.role), "content": turn.text}
-        if (source := turn.turn) is not None:
-            message |= source.other_keys
-            if not source.has_content:
-                message["content"] = None
-            if source.reasoning is not None:
-                message[reasoning_key] = source.reasoning
-            if source.tool_calls:
-                message["tool_calls"] = [_call_message(call) for call in source.tool_calls]
-        messages.append(message)
-    return messages
-
-
-def _call_message(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.loads(call.arguments)}
-    return {"type": "function", "function": function, **({} if call.id is None else {"id": call.id})}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a chat template renders: messages, tools and its other arguments."""
-
-    messages: Sequence[ChatMessage]
-    tools: Sequence[dict[str, Any]] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def before_last(self) -> Conversation:
-        return replace(self, messages=self.messages[:-1])
-
-    def with_last(self, message: ChatMessage) -> Conversation:
-        return replace(self, messages=[*self.messages[:-1], message])
 
 
 @dataclass(frozen=True)
@@ -123,10 +63,10 @@ class Chat:
     """A tokenizer's chat template, and the settings for it."""
 
     encoder: TextEncoder
-    deadline: Deadline
     habits: Habits
     thinking: Thinking = "auto"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ahead: TextsAhead = field(default_factory=TextsAhead)
 
     @property
     def tags(self) -> ThinkTags | None:
@@ -495,31 +435,47 @@ class Chat:
                 cure="use a template without turns, or the model's instruction-tuned version",
             )
         try:
-            return self.deadline.call(lambda: _apply(tokenizer, conversation, generate))
-        except TooSlow:  # stop the whole batch: the next row would take as long
-            raise TooSlow(place) from None
-        except Exception as error:  # the model's template may raise anything
+            return self.ahead.text_of(request_of(tokenizer, conversation, generate))
+        except OverBounds as error:
+            problem = f"the model's chat template {error}"
+            raise _Stopped(UserError(problem, place=place, cure="use a template without turns")) from None
+        except (Refused, ValueError) as error:  # the model's template may raise anything
             problem = f"the model's chat template refuses this row: {error}"
             cure = "change the row's turns, or use a template without turns"
             raise UserError(problem, place=place, cure=cure) from error
+
+    def render_ahead(self, wanted: Iterable[tuple[Conversation, bool]]) -> None:
+        """Renders conversations that will probably be asked for, each with or without the prompt for generation."""
+        tokenizer = self.encoder.tokenizer
+        if tokenizer.chat_template is None:
+            return
+        requests = []
+        for conversation, generate in wanted:
+            with suppress(Refused, ValueError):
+                requests.append(request_of(tokenizer, conversation, generate))
+        self.ahead.prepare(requests)
+
+
+class _Stopped(BaseException):
+    """Stops a whole batch of rows: the next row would take as long. Not an Exception, so that no row catches it."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 @contextmanager
 def chat_of(
     encoder: TextEncoder, thinking: Thinking = "auto", kwargs: Mapping[str, Any] | None = None
 ) -> Iterator[Chat]:
-    """The tokenizer's chat template, for use within the block, in this thread. `kwargs`: its arguments for all rows.
+    """The tokenizer's chat template, for use within the block. `kwargs`: its arguments for all rows.
 
-    Raises UserError, with the place of the row, if rendering it takes longer than RENDER_SECONDS.
+    Raises UserError, with the place of the row, if rendering it takes more than `CHAT_TEMPLATE` allows.
     """
-    with deadline(RENDER_SECONDS) as limit:
-        try:
-            yield _with_known_habits(
-                Chat(encoder, limit, habits_in(encoder.tokenizer), thinking, kwargs or {})
-            )
-        except TooSlow as slow:
-            problem = f"the model's chat template did not end within {limit.seconds:g} seconds"
-            raise UserError(problem, place=str(slow), cure="use a template without turns") from None
+    try:
+        yield _with_known_habits(Chat(encoder, habits_in(encoder.tokenizer), thinking, kwargs or {}))
+    except _Stopped as stopped:
+        raise stopped.error from None
 
 
 _KNOWN: dict[tuple[str, str, str], Habits] = {}
@@ -583,7 +539,7 @@ def _takes_null(chat: Chat, short: Conversation) -> bool:
     """Whether the chat template takes a tool call whose content is null, at the end and before other turns."""
     if "tool_calls" not in chat.habits.names:  # it would write the null as a text
         return False
-    call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
+    call = call_message(ToolCall("name", '{"argument": 1}', "call00001"))
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "content": "x", "name": "name", "tool_call_id": "call00001"}
     messages = [short.messages[0], message, result]
@@ -603,7 +559,7 @@ def _marks(chat: Chat, short: Conversation) -> frozenset[str]:
     marks = (
         {text for text in (tags.open, tags.close) if special.fullmatch(text)} if tags is not None else set()
     )
-    call = _call_message(ToolCall("name", '{"argument": 1}', "call00001"))
+    call = call_message(ToolCall("name", '{"argument": 1}', "call00001"))
     message = {"role": "assistant", "content": "x", "tool_calls": [call]}
     if "tool_calls" in chat.habits.names:
         try:
@@ -624,22 +580,6 @@ def _after(text: str, answer: ChatAnswer) -> ChatAnswer:
     size = len(text)
     start, end = answer.content
     return replace(answer, text=text + answer.text, content=(start + size, end + size))
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, generate: bool) -> str:
-    tools = list(conversation.tools) or None
-    template = tokenizer.get_chat_template(tools=tools)
-    template = FIXED_DATE + template if "strftime_now" in template else template
-    return str(
-        tokenizer.apply_chat_template(
-            list(conversation.messages),
-            tools=tools,  # type: ignore[arg-type]  # a list is not a list of a wider type to mypy
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=generate,
-            **conversation.kwargs,
-        )
-    )
 
 
 def _between(frames: Sequence[str], contents: Sequence[str], text: str) -> list[Span] | None:

@@ -12,15 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from yeonma.bounded.template_text import request_for, text_of
 from yeonma.data.columns import Columns, column_of, field_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, Template
 from yeonma.data.template_syntax import Placeholder, TemplatePart, Variant
 from yeonma.errors import UserError
-from yeonma.tokenization.chat_template import FIXED_DATE, ChatMessage, Conversation, chat_of
+from yeonma.tokenization.chat_template import chat_of
+from yeonma.tokenization.conversation import FIXED_DATE, ChatMessage, Conversation, text_by_tokenizer
 from yeonma.tokenization.example import DEFAULT_RULES, TokenRules
-from yeonma.tokenization.example_encoder import encode_prompts, prompt_part
+from yeonma.tokenization.example_encoder import encode_prompts
 from yeonma.tokenization.text_encoder import TextEncoder
+from yeonma.tokenization.trained_turns import prompt_part
 
 BASE_CHAT_TEMPLATE = "base_chat_template.jinja"
 """The file for the base's own chat template, next to an exported one; empty if the base has none."""
@@ -88,15 +91,19 @@ def full_prompt_ids(
 
 
 def chat_ids(tokenizer: Any, conversation: Conversation, chat_template: str | None = None) -> list[int]:
-    """The prompt ids that other tools use: those by transformers' `apply_chat_template`."""
-    encoded = tokenizer.apply_chat_template(
-        list(conversation.messages),
-        tools=list(conversation.tools) or None,
-        chat_template=chat_template,
+    """The prompt ids that other tools use: those by transformers' `apply_chat_template`.
+
+    Raises OverBounds and Refused.
+    """
+    tools = list(conversation.tools) or None
+    request = request_for(
+        tokenizer.get_chat_template(chat_template, tools=tools),
+        conversation.messages,
+        tools=tools,
         add_generation_prompt=True,
-        **conversation.kwargs,
+        variables={**tokenizer.special_tokens_map, **conversation.kwargs},
     )
-    return list(encoded["input_ids"])
+    return list(tokenizer(text_of(request), add_special_tokens=False)["input_ids"])
 
 
 def _trial_rows(template: Template) -> Iterator[Row]:
@@ -312,9 +319,7 @@ def _lead_of_turns(tokenizer: Any, encoder: TextEncoder) -> str:
     if not encoder.start_ids:
         return ""
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
-        )
+        text = text_by_tokenizer(tokenizer, Conversation([{"role": "user", "content": "x"}]), True)
     except Exception:  # the base's template may raise anything
         return ""
     lead = "" if encoder.batch_without_start([text]) == encoder.batch([text]) else _lead(encoder, [text])

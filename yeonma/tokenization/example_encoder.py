@@ -20,7 +20,6 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, field_lengths, shorten
 from yeonma.data.template_syntax import Piece, joined
 from yeonma.data.text_checks import NOT_GIVEN_BACK, TRIMMED
-from yeonma.data.turns import Turn
 from yeonma.errors import Problem, UserError
 from yeonma.tokenization.chat_template import Chat, chat_of
 from yeonma.tokenization.example import (
@@ -35,6 +34,10 @@ from yeonma.tokenization.example import (
 from yeonma.tokenization.lost_turns import check_turns
 from yeonma.tokenization.round_trip import Losses, answer_ids, gives_back, losses_of, parts_of, takes_blanks
 from yeonma.tokenization.text_encoder import Span, TextEncoder
+from yeonma.tokenization.trained_turns import likely_conversations, prompt_part, split_turns
+
+AHEAD = 64
+"""How many rows the chat template writes at once."""
 
 MAX_FITS = 8
 """How often a prompt is fitted: a shorter prompt may change the number of tokens of the answer."""
@@ -187,7 +190,9 @@ class ExampleEncoder:
         texts: list[ExampleText] = []
         untrained: list[EncodeResult] = []
         problems: list[Problem] = []
-        for row_text, row in zip(rendered, rows, strict=True):
+        for number, (row_text, row) in enumerate(zip(rendered, rows, strict=True)):
+            if number % AHEAD == 0:
+                self.render_ahead(rendered[number : number + AHEAD])
             try:
                 row_texts = self.texts(row_text, row)
                 if row_weight(row, self.rules.row_weights) == 0:
@@ -219,7 +224,9 @@ class ExampleEncoder:
         """Prompt ids, at most `budget` per prompt. Raises UserError with a problem for every row that does not fit."""
         problems: list[Problem] = []
         prompts = []
-        for text, row in zip(rendered, rows, strict=True):
+        for number, (text, row) in enumerate(zip(rendered, rows, strict=True)):
+            if number % AHEAD == 0:
+                self.render_ahead([prompt_part(part) for part in rendered[number : number + AHEAD]])
             try:
                 fitted = self.fit_prompt(text, row, budget, self.prompt_ids(text, row))
                 if isinstance(fitted, LeftOut):
@@ -232,6 +239,14 @@ class ExampleEncoder:
         if problems:
             raise UserError(problems)
         return prompts
+
+    def render_ahead(self, rendered: Sequence[Rendered]) -> None:
+        """Lets the chat template write many rows at once. It changes no result: what else is needed is rendered when
+        it is needed."""
+        if self.chat is not None and len(rendered) > 1:
+            self.chat.render_ahead(
+                part for text in rendered for part in likely_conversations(text, self.chat, self.rules)
+            )
 
     def texts(self, rendered: Rendered, row: Row) -> list[ExampleText]:
         """The row's examples as text; none if no turn is trained. Raises UserError with the row's place if there is no
@@ -512,14 +527,6 @@ def prompt_of(rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | N
     return PromptText(text, tuple(chat.data_spans(conversation, text, row.place)) if has_special else None)
 
 
-def prompt_part(rendered: Rendered) -> Rendered:
-    """The row without the answer to generate: a final assistant turn of a turn list."""
-    turns = rendered.turns
-    if not rendered.answer and turns and turns[-1].role == "assistant" and len(turns) > rendered.first_answer:
-        turns = turns[:-1]
-    return replace(rendered, turns=turns, answer=(), answer_turn=None)
-
-
 def example_texts(
     rendered: Rendered, row: Row, encoder: TextEncoder, chat: Chat | None, rules: TokenRules
 ) -> list[ExampleText]:
@@ -536,27 +543,6 @@ def example_texts(
     if merged is not None and not (rules.add_eos_token and not all(text.ended for text in texts)):
         return [merged]
     return texts
-
-
-def split_turns(rendered: Rendered, train_on: str) -> list[Rendered]:
-    """The turn list cut after each of its assistant turns that are trained, never one at its start."""
-    last = len(rendered.turns) - 1
-    while last >= 0 and rendered.turns[last].role != "assistant":
-        last -= 1
-    return [
-        replace(rendered, turns=rendered.turns[: number + 1])
-        for number, turn in enumerate(rendered.turns)
-        if turn.role == "assistant"
-        and number >= max(rendered.first_answer, 1)
-        and _is_trained(turn.turn, train_on, number == last)
-    ]
-
-
-def _is_trained(turn: Turn | None, train_on: str, is_last: bool) -> bool:
-    weight = None if turn is None else turn.weight
-    if weight == 0 or (train_on == "marked" and weight is None):
-        return False
-    return is_last or train_on != "last"
 
 
 def _text_of_last_answer(

@@ -27,10 +27,10 @@ from yeonma.tokenization.example_encoder import (
     ExampleText,
     encoder_for,
     example_texts,
-    prompt_part,
 )
 from yeonma.tokenization.task_encoders import TASK_ENCODERS
 from yeonma.tokenization.text_encoder import TextEncoder
+from yeonma.tokenization.trained_turns import prompt_part
 
 SpanKind = Literal[
     "start", "frame", "field", "prompt", "answer", "end", "cut", "tools", "reasoning", "call", "untrained"

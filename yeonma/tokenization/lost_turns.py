@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from yeonma.errors import Problem, UserError
-from yeonma.tokenization.chat_template import PROBE, Chat, Conversation
+from yeonma.tokenization.chat_template import PROBE, Chat
+from yeonma.tokenization.conversation import Conversation
 
 _CURES = {
     "system": "put its text into the user's turn, or use a model whose chat template writes system turns",

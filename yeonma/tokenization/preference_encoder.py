@@ -24,6 +24,7 @@ from yeonma.tokenization.example import (
     check_tokenizer,
 )
 from yeonma.tokenization.example_encoder import (
+    AHEAD,
     MAX_FITS,
     ExampleEncoder,
     ExampleText,
@@ -69,7 +70,10 @@ def encode_pair_results(
     placed = [(pair, row) for of_row, row in zip(pairs, rows, strict=True) for pair in of_row]
     all_texts: list[tuple[ExampleText, ExampleText] | None] = []
     problems: list[Problem] = []
-    for pair, row in placed:
+    for number, (pair, row) in enumerate(placed):
+        if number % AHEAD == 0:
+            some = placed[number : number + AHEAD]
+            encoder.render_ahead([side for one, _ in some for side in (one.chosen, one.rejected)])
         try:
             all_texts.append(_pair_texts(encoder, pair.chosen, pair.rejected, pair.prompt_turns, row))
         except UserError as error:

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from yeonma.errors import LOST, ProcessLost
+from yeonma.streams import log_line
 from yeonma.train.interrupt import Stopped
 
 if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
@@ -79,7 +79,7 @@ class Heartbeat:
             self._loss = "torchrun's store cannot be reached any more"
         if self._loss is not None and not self._leaving.wait(2 * INTERVAL_SECONDS):
             # the main thread is stuck in a collective
-            print(f"yeonma: {_message(self._loss)}", file=sys.stderr, flush=True)
+            log_line(_message(self._loss))
             os._exit(LOST)
 
     def _listen(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolde
 from yeonma.adapter.lora_ranks import highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.adapter.samples import prompts_of
+from yeonma.config.yaml_text import front_matter
 from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, answer_text
 from yeonma.errors import UserError
@@ -25,6 +25,7 @@ from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.run_folder.run_log import read_metrics
+from yeonma.shown import code, code_block, markdown, shell_word
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.tokenization.dataset import Dataset, PreparedSet
 from yeonma.tokenization.example import AnswerTokens, TokenRules, answer_tokens, end_of_prompt
@@ -170,18 +171,19 @@ def card_text(
     trained_on = adapter.details["trained_on"]
     evaluations = [record for record in metrics if record.get("evaluation")]
     sets = trained_on.get("data_sets", ())
-    names = ", ".join(f"`{one['name']}`" for one in sets) or f"`{trained_on['data']}`"
+    names = ", ".join(code(one["name"]) for one in sets) or code(trained_on["data"])
+    folder = shell_word(output.name)
+    about = {
+        "base_model": adapter.base.name,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "yeonma"],
+    }
     lines = [
-        "---",
-        f"base_model: {adapter.base.name}",
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags: [lora, yeonma]",
-        "---",
+        *front_matter(about),
+        f"# {markdown(output.resolve().name)}",
         "",
-        f"# {output.resolve().name}",
-        "",
-        f"A LoRA adapter for `{adapter.base.name}`, trained with Yeonma on {trained_on['examples']:,} {units} "
+        f"A LoRA adapter for {code(adapter.base.name)}, trained with Yeonma on {trained_on['examples']:,} {units} "
         f"({trained_on['trained_tokens']:,} trained tokens{'' if sets else ' an epoch'}) of {names} in "
         f"{adapter_step:,} steps. {trained_on['shortened']:,} examples were shortened and "
         f"{trained_on['left_out']:,} left out.",
@@ -190,39 +192,43 @@ def card_text(
     ]
     lines += _lora(adapter.details.get("lora"))
     if faults := trained_on.get("bad_rows"):
-        listed = [f"- `{fault.replace('`', chr(39))}`: {count:,}" for fault, count in faults.items()]
+        listed = [f"- {code(fault)}: {count:,}" for fault, count in faults.items()]
         lines += ["Bad rows among those left out:", "", *listed, ""]
     if remarks:
-        lines += [*(f"- {remark}." for remark in remarks), ""]
+        lines += [*(f"- {markdown(remark)}." for remark in remarks), ""]
     lines += _data_sets(sets, units)
     if evaluations:
-        last = next(record for record in evaluations if record["step"] == adapter_step)
-        lines += _validation(evaluations[0], last, units)
-        lines += _losses(evaluations[0].get("losses", {}), last.get("losses", {}))
-    lines += ["![loss](loss.svg)", "", "## Template", "", *_fenced(adapter.template.text), ""]
+        of_step = {record["step"]: record for record in reversed(evaluations)}
+        before, after = of_step.get(0), of_step.get(adapter_step)
+        if before is not None and after is not None:
+            lines += _validation(before, after, units)
+            lines += _losses(before.get("losses", {}), after.get("losses", {}))
+        else:  # the log was deleted while the run was stopped, and begins later
+            lines += ["metrics.jsonl does not have the validation losses of before and after.", ""]
+    lines += ["![loss](loss.svg)", "", "## Template", "", *code_block(adapter.template.text), ""]
     for one in sets:
         if one["template"]["text"] != adapter.template.text:
-            lines += [f"Template of `{one['name']}`:", "", *_fenced(one["template"]["text"]), ""]
+            lines += [f"Template of {code(one['name'])}:", "", *code_block(one["template"]["text"]), ""]
     if samples:
         lines += ["## Before and after", ""]
     for sample in samples:
-        of_set = f" of {sample.data_set}" if sample.data_set else ""
-        lines += [f"### Row {sample.row}{of_set}", "", *_fenced(_short(sample.prompt)), ""]
+        of_set = f" of {markdown(sample.data_set)}" if sample.data_set else ""
+        lines += [f"### Row {sample.row}{of_set}", "", *code_block(_short(sample.prompt)), ""]
         if sample.reference:
-            lines += ["reference:", "", *_fenced(_short(sample.reference)), ""]
+            lines += ["reference:", "", *code_block(_short(sample.reference)), ""]
         for name, text in (("base model", sample.base), ("with the adapter", sample.adapter)):
-            lines += [f"{name}:", "", *_fenced(_short(text)), ""]
+            lines += [f"{name}:", "", *code_block(_short(text)), ""]
     lines += [
         "## Use",
         "",
-        *_fenced(f"yeonma generate {output.name} --data_path rows.jsonl\nyeonma chat {output.name}"),
+        *code_block(f"yeonma generate {folder} --data_path rows.jsonl\nyeonma chat {folder}"),
         "",
         "The folder is also a plain PEFT adapter: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.",
         "",
         *vllm_lines(output, adapter.base.name),
         "## Command",
         "",
-        *_fenced(command),
+        *code_block(command),
         "",
     ]
     return "\n".join(lines)
@@ -235,17 +241,17 @@ def vllm_lines(output: Path, base: str) -> list[str]:
     if rank is None or lora_config(output).get("use_dora") or not template.is_file():
         return []
     name = output.resolve().name
-    command = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank}"
-    command += f" \\\n  --lora-modules {shlex.quote(f'{name}={name}')} --tokenizer {shlex.quote(name)}"
+    command = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
+    command += f" \\\n  --lora-modules {shell_word(f'{name}={name}')} --tokenizer {shell_word(name)}"
     lines = ["With vLLM:", ""]
     if not template.read_text("utf-8").startswith(MARK):  # the base's own chat template
-        return [*lines, *_fenced(command), ""]
-    command += f" \\\n  --chat-template {shlex.quote(f'{name}/{CHAT_TEMPLATE}')}"
+        return [*lines, *code_block(command), ""]
+    command += f" \\\n  --chat-template {shell_word(f'{name}/{CHAT_TEMPLATE}')}"
     remark = (
         "The template of training is in that file. One vLLM server has one chat template, for the base and for all its "
         "adapters: an adapter with another template needs a server of its own."
     )
-    return [*lines, *_fenced(command), "", remark, ""]
+    return [*lines, *code_block(command), "", remark, ""]
 
 
 ACCURACY = {
@@ -280,7 +286,7 @@ def _validation(before: Mapping[str, Any], after: Mapping[str, Any], units: str)
         f"| validation | {' | '.join(columns.values())} | step |",
         "| --- |" + " --- |" * (len(columns) + 1),
         *(
-            f"| {name} | {' | '.join(_number(record[key]) for key in columns)} | {record['step']} |"
+            f"| {name} | {' | '.join(_number(record.get(key)) for key in columns)} | {record['step']} |"
             for name, record in (("before", before), ("after", after))
         ),
         "",
@@ -295,7 +301,10 @@ def _published(adapter: AdapterFolder) -> list[str]:
     if not published:
         return []
     kind = f"{published['method']}, {published['kind']} in {published['bits']} bits"
-    return [f"The base's weights are published as {kind}, and the adapter was trained on these.", ""]
+    return [
+        f"The base's weights are published as {markdown(kind)}, and the adapter was trained on these.",
+        "",
+    ]
 
 
 def _lora(lora: Mapping[str, Any] | None) -> list[str]:
@@ -304,7 +313,7 @@ def _lora(lora: Mapping[str, Any] | None) -> list[str]:
         return []
     kinds = [name for name, key in (("rsLoRA", "use_rslora"), ("DoRA", "use_dora")) if lora[key]]
     shape = ", ".join([f"Rank {lora['r']}", f"alpha {lora['alpha']:g}", *kinds])
-    return [f"{shape}, dropout {lora['dropout']:g}. The adapter is on {lora['on']}.", ""]
+    return [f"{shape}, dropout {lora['dropout']:g}. The adapter is on {markdown(lora['on'])}.", ""]
 
 
 def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
@@ -323,7 +332,9 @@ def _data_sets(sets: Sequence[Mapping[str, Any]], units: str) -> list[str]:
             if total
             else f"{times} time{'s' * (times > 1)} an epoch"
         )
-        lines.append(f"| `{one['name']}` | {one['examples']:,} | {one['trained_tokens']:,} | {part} |")
+        lines.append(
+            f"| {code(one['name'], in_table=True)} | {one['examples']:,} | {one['trained_tokens']:,} | {part} |"
+        )
     return [*lines, ""]
 
 
@@ -334,7 +345,10 @@ def _losses(before: Mapping[str, float | None], after: Mapping[str, float | None
     return [
         "| validation loss of | before | after |",
         "| --- | --- | --- |",
-        *(f"| `{name}` | {_number(before.get(name))} | {_number(after[name])} |" for name in after),
+        *(
+            f"| {code(name, in_table=True)} | {_number(before.get(name))} | {_number(after[name])} |"
+            for name in after
+        ),
         "",
     ]
 
@@ -348,14 +362,6 @@ def _remark(before: Mapping[str, Any], names: Mapping[str, str]) -> str:
         "training. So before training every reward is 0, every comparison a tie and the accuracy 0; by chance it "
         "would be 0.5."
     )
-
-
-def _fenced(text: str) -> list[str]:
-    """The text as a code block, whose fence is longer than any in the text."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return [fence + "text", text, fence]
 
 
 def _short(text: str) -> str:

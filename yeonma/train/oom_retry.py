@@ -6,7 +6,6 @@ checkpoint records the size, so that a resumed run forms its sums in the same or
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -17,14 +16,11 @@ import torch
 from yeonma.batch.batch import Batch
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.errors import Log, UserError
+from yeonma.streams import log_line
 
 Result = TypeVar("Result")
 NAMED_ROWS = 3
 """Rows that the error message lists."""
-
-
-def _warn(line: str) -> None:
-    print(f"yeonma: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -37,7 +33,7 @@ class MicroBatchLimit:
     """All processes must then make the same number of forward passes, so none can halve its micro-batches by itself."""
     by_tokens: bool = False
     """Halve the token budget, down to the length of the longest unit, instead of the number of units."""
-    log: Log = _warn
+    log: Log = log_line
     bounds: MicroBatchBounds = field(init=False)
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ def preflight(config: RunConfig) -> None:
         partial(check_optimizer, config.step.optimizer),
         *([partial(seconds_of, run.time_limit)] if run.time_limit is not None else []),
         partial(check_folders, model, run),
+        partial(_check_output_is_no_data, config),
         partial(_check_data_of, config),
         partial(_check_lora_of, config),
     )
@@ -158,7 +159,22 @@ def _check_not_input(output: Path, base: str, continued: str | None) -> None:
             raise UserError(what, place=f"output_dir {output}", cure="give another folder")
 
 
+def _check_output_is_no_data(config: RunConfig) -> None:
+    """Raises UserError if the output folder is that of the data: the run's logs would be rows when it continues."""
+    output = user_path(config.run.output_dir) if config.run.output_dir else None
+    paths = [path for one in data_sets(config.data) for path in (one.path, one.val_path) if path]
+    for path in paths if output is not None else ():
+        folder = user_path(path)
+        if output is not None and folder.is_dir() and output.is_dir() and output.samefile(folder):
+            what = "it is the folder of the data, whose files the run's own would be"
+            raise UserError(what, place=f"output_dir {output}", cure="give another folder, such as one in it")
+
+
 def _check_writable(output: Path) -> None:
+    for path in (output, *output.parents):
+        if path.is_symlink() and not path.exists():
+            what = f"{path} is a link to a folder that is not there"
+            raise UserError(what, place=f"output_dir {output}", cure="make that folder, or remove the link")
     if output.exists() and not output.is_dir():
         raise UserError("it is a file", place=f"output_dir {output}", cure="give a folder")
     check_entries(output)

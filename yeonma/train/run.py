@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +23,20 @@ from yeonma.config.settings import (
     RunConfig,
 )
 from yeonma.data.python_rows import is_label
-from yeonma.errors import UserError
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
-from yeonma.model.adapter_weights import load_weights
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import (
     AdapterWriter,
     RunProgress,
     checkpoint_path,
-    read_tensors,
     recover,
 )
 from yeonma.run_folder.entries import FORMER_PLOT
 from yeonma.run_folder.environment import environment, environment_change, versions
 from yeonma.run_folder.lock import hold
-from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord
+from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, log_of
 from yeonma.run_folder.run_log import (
     METRICS,
     THEN_CONTINUE,
@@ -65,13 +61,13 @@ from yeonma.train.build import (
 from yeonma.train.distributed import Processes, check_same_content, process_group, rendezvous, wait
 from yeonma.train.interrupt import REASONS, Stop, Stopped
 from yeonma.train.label_balance import label_balance
-from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, restore_random, run_steps
+from yeonma.train.loop import EvalSaveSchedule, RunCallbacks, run_steps
 from yeonma.train.memory_budget import one_sequence_at_a_time, resolve_auto, try_heaviest
 from yeonma.train.model_card import sample_answers, write_card
 from yeonma.train.model_remarks import model_remarks
-from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.preflight import check_folders, with_adapters_lora
 from yeonma.train.prepare import Prepared, mixture_lines, prepare
+from yeonma.train.restore import load_weights, restore
 from yeonma.train.run_warnings import run_warnings
 from yeonma.train.step import TrainState
 
@@ -136,7 +132,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
     with rendezvous() as processes, ExitStack() as contexts:
         stop.several_processes = processes.count > 1
         console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True)
-        log = partial(console.out, highlight=False)
+        log = log_of(console)
         prepared = prepare(config, source, continued, log)
         describe(prepared.dataset, log)
         for line in mixture_lines(prepared.dataset, prepared.plan):
@@ -227,7 +223,7 @@ def _train(
 ) -> tuple[str, int] | None:
     """Returns None if the run is finished, else the message that was printed and the exit status."""
     run, evaluation = config.run, config.evaluation
-    log, group, plan = partial(console.out, highlight=False), state.group, prepared.plan
+    log, group, plan = log_of(console), state.group, prepared.plan
     dataset, policy = prepared.dataset, loaded.policy
 
     samples = _samples(dataset, evaluation.card_rows) if group.first else None
@@ -256,7 +252,7 @@ def _train(
         0, state.scheduler.state_dict(), None, None, 0, prepared.identity
     )
     if start.checkpoint is not None and start.progress is not None:
-        _restore(state, policy.model, start.checkpoint, start.progress)
+        restore(state, policy.model, start.checkpoint, start.progress)
         log(f"continuing after step {progress.step} of {plan.total_steps}, from {start.checkpoint}")
         if size := _size_in_checkpoint(progress, state):
             state.limit.restore(size)
@@ -376,23 +372,3 @@ def _samples(dataset: Dataset, count: int) -> Samples:
     first = dataset.sets[0]
     part = first.validation or first.train
     return take_samples(part, dataset.task, first.template, first.columns, count)
-
-
-def _load_checkpoint(peft_model: Any, checkpoint: Path) -> None:
-    """Loads a checkpoint's adapter weights into the model's adapter. Raises UserError if they are others than its."""
-    try:
-        load_weights(peft_model, checkpoint)
-    except UserError as error:
-        cure = "continue it with the version that began it, or give another --output_dir"
-        raise UserError(replace(problem, cure=cure) for problem in error.problems) from error
-
-
-def _restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:
-    _load_checkpoint(peft_model, checkpoint)
-    optimizer, random = read_tensors(checkpoint)
-    restore_optimizer(state.optimizer, {weight: name for name, weight in state.parameters.items()}, optimizer)
-    state.scheduler.load_state_dict(progress.schedule)
-    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    state.carried.update(progress.carried)
-    restore_random(random, state.group, state.model.device)

@@ -17,7 +17,7 @@ from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
-from yeonma.files import file_hash
+from yeonma.files import file_hash, read_file
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.entries import FORMER_PLOT, OURS, RUN, SEAL, TOKENIZERS
 from yeonma.run_folder.run_log import read_metrics
@@ -63,7 +63,7 @@ def not_checked(check: str, reason: str) -> Finding:
 def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError if the file cannot be read or is not one."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_file(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError("the file is missing", place=str(path), cure=RESTORE) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -84,13 +84,15 @@ def check_files(folder: Path, *, is_run: bool) -> Finding:
         hashes = _manifest_hashes(folder / SEAL)
     except UserError as error:
         return checked(check, error.problems, "")
-    absent = {name for name in hashes if not is_run and name in RUN_RECORDS and not (folder / name).is_file()}
+    absent = {name for name in RUN_RECORDS if not is_run and name in hashes and not (folder / name).is_file()}
     problems = [
         problem
         for name, expected in hashes.items()
         if name not in absent and (problem := _changed(folder / name, expected, RESTORE)) is not None
     ]
-    size = sum((folder / name).stat().st_size for name in hashes if (folder / name).is_file())
+    if problems:
+        return checked(check, problems, "")
+    size = sum((folder / name).stat().st_size for name in hashes if name not in absent)
     about = f"{len(hashes) - len(absent)} files unchanged since the run, {size / 1e6:,.1f} MB"
     if absent:
         about += f"; not in this copy: {', '.join(sorted(absent))}"
@@ -238,20 +240,20 @@ def _details_problems(
     adapter_config: Mapping[str, Any] | None,
 ) -> list[Problem]:
     """yeonma.json, and adapter_config.json unless an adapter was continued, must agree with run.json."""
-    tokenizer = details.get("tokenizer") or {}
+    tokenizer, trained_on = details.get("tokenizer") or {}, details.get("trained_on", {})
     values: dict[str, tuple[Any, Any]] = {
         "content of the template": (details["template"]["sha256"], identity.get("content of the template")),
         "content of data_path": (
-            details["trained_on"].get("data_sha256"),
+            trained_on.get("data_sha256"),
             identity.get("content of data_path"),
         ),
         "columns": (details["columns"], identity.get("columns")),
         **{name: (value, identity.get(name)) for name, value in details["rules"].items()},
     }
-    for number, one in enumerate(details["trained_on"].get("data_sets", ()), 1):
+    for number, one in enumerate(trained_on.get("data_sets", ()), 1):
         own = {
             "content of the template": sha256(one["template"]["text"].encode()).hexdigest(),
-            "content of data_path": one["data_sha256"],
+            "content of data_path": one.get("data_sha256"),
             "columns": one["columns"],
         }
         named = {of_data_set(name, number): value for name, value in own.items()}

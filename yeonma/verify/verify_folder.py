@@ -216,7 +216,7 @@ def _check_data(adapter: AdapterFolder, data_path: str, settings: VerifySettings
     """Checks that the adapter was trained on this data. Raises UserError as `open_rows`."""
     trained_on = adapter.details.get("trained_on", {})
     records = trained_on.get("data_sets") or [trained_on]
-    if any(record.get("data_sha256") is None for record in records):
+    if any(not isinstance(record.get("data_sha256"), str) for record in records):
         return not_checked("data", f"{MANIFEST} does not say what the adapter was trained on")
     identities = []
     for record in records:

@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.tokenizers import byte_level
 from yeonma import load
 from yeonma.adapter.prompt_builder import open_prompt_builder
 from yeonma.batch.batch import Batch
+from yeonma.bounded.expressions import EXPRESSION
 from yeonma.cli import main
 from yeonma.config.settings import MergeSettings, ServeSettings
 from yeonma.errors import UserError
@@ -273,14 +275,14 @@ def test_every_verb_refuses_an_expression_that_does_not_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("yeonma.model.name_patterns.SECONDS", 0.5)
+    monkeypatch.setattr("yeonma.model.name_patterns.BOUNDS", replace(EXPRESSION, seconds=0.5))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(home / "base", "base")
     Path("rows.jsonl").write_text('{"document": "one two", "title": "x"}\n' * 30)
     foreign_adapter(home / "base", Path("A"))
     change_config(Path("A"), target_modules=r"((.*)*)*\.nothing!")
     assert main([*VERBS[verb]]) == 2
-    assert "takes too long to match" in capsys.readouterr().err
+    assert "the expression" in (err := capsys.readouterr().err) and "name the layers instead" in err
 
 
 def test_base_that_is_gone_or_unnamed_or_an_adapter_is_an_error(home: Path, tmp_path: Path) -> None:

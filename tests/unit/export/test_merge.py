@@ -28,8 +28,8 @@ from yeonma.export.merged_model import GreedyAnswers, measure_agreement
 from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
 from yeonma.model.source import find_base
 from yeonma.model.weight_files import weight_files
-from yeonma.tokenization.chat_template import Conversation
 from yeonma.tokenization.chat_template_export import chat_ids
+from yeonma.tokenization.conversation import Conversation
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from time import monotonic
 
 import pytest
 
+from yeonma.bounded.expressions import EXPRESSION
 from yeonma.errors import UserError
-from yeonma.model.name_patterns import MAX_LENGTH, bounded_match, is_name
+from yeonma.model.name_patterns import MAX_LENGTH, is_name, names_of
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -27,25 +29,25 @@ def test_names_that_match_are_those_of_the_re_module() -> None:
         "(?i)LM_.*",
     ]
     expected = [{name for name in NAMES if re.fullmatch(pattern, name)} for pattern in patterns]
-    assert bounded_match(patterns, NAMES, "here") == expected
-    assert bounded_match(patterns[:2], NAMES, "here") == expected[:2]  # without a child process
+    assert names_of(patterns, NAMES, "here") == expected
+    assert names_of(patterns[:2], NAMES, "here") == expected[:2]  # without a child process
 
 
 @pytest.mark.parametrize("pattern", [r"((.*)*)*\.x!", r"(([a-z_.0-9]+)+)+!", r"(.*.*)*(a|aa)+(.*)*x"])
 def test_expression_that_does_not_end_is_an_error_in_bounded_time(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("yeonma.model.name_patterns.SECONDS", 0.5)
+    monkeypatch.setattr("yeonma.model.name_patterns.BOUNDS", replace(EXPRESSION, seconds=0.5))
     started = monotonic()
     with pytest.raises(UserError, match=r"here: .*; name the layers instead"):
-        bounded_match(["q_proj", pattern], NAMES, "here")
+        names_of(["q_proj", pattern], NAMES, "here")
     assert monotonic() - started < 10
 
 
 @pytest.mark.parametrize("pattern", ["(((", "*", "a{99999999999}", "x" * (MAX_LENGTH + 1)])
 def test_text_that_is_no_expression_is_an_error(pattern: str) -> None:
     with pytest.raises(UserError, match=r"here: "):
-        bounded_match([pattern], NAMES, "here")
+        names_of([pattern], NAMES, "here")
 
 
 def test_only_names_are_matched_in_this_process() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from yeonma.errors import UserError
-from yeonma.files import hidden_path, kind_of, open_regular, replace_file
+from yeonma.files import hidden_path, kind_of, open_regular, read_file, read_regular, replace_file
+from yeonma.run_folder import entries, run_log
 from yeonma.run_folder.checkpoint import checkpoints, newest_whole, read_state, recover, sweep
-from yeonma.run_folder.entries import check_entries, is_checkpoint
-from yeonma.run_folder.run_log import open_metrics, open_trained_rows
+from yeonma.run_folder.entries import check_entries, is_checkpoint, passed_over
+from yeonma.run_folder.run_log import open_metrics, open_trained_rows, read_metrics
 
 FILES = (
     "run.json",
@@ -170,3 +171,43 @@ def test_files_are_opened_as_always(tmp_path: Path) -> None:
     assert path.read_bytes() == b"newer"
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "b", os.O_RDONLY)
+
+
+def test_a_hard_link_under_a_hidden_name_is_not_written_through(tmp_path: Path) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "run.json"
+    precious.write_bytes(b"as it was")
+    os.link(precious, hidden_path(path, "partial"))
+    replace_file(path, b"new")
+    assert (precious.read_bytes(), path.read_bytes()) == (b"as it was", b"new")
+
+
+def test_a_disk_without_capitals_takes_no_checkpoint_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has such disks. Saving checkpoint-5 there would replace Checkpoint-5."""
+    (tmp_path / "Checkpoint-5").mkdir()
+    check_entries(tmp_path)  # this disk tells them apart
+    assert passed_over(tmp_path) == ["Checkpoint-5"]
+    monkeypatch.setattr(entries, "kind_of", lambda path: kind_of(path.with_name(path.name.capitalize())))
+    with pytest.raises(
+        UserError, match=r"Checkpoint-5: this disk does not tell it from checkpoint-5.*; rename it"
+    ):
+        check_entries(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_file, read_regular])
+def test_a_sparse_file_is_not_read_into_memory(tmp_path: Path, read: Callable[[Path], bytes]) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(b"{}")
+    assert read(path) == b"{}"
+    os.truncate(path, 1 << 40)
+    with pytest.raises(OSError, match="it has more than 268,435,456 bytes"):
+        read(path)
+
+
+def test_a_sparse_log_is_read_up_to_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "MOST_BYTES", 1000)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n')
+    os.truncate(path, 1 << 40)
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]

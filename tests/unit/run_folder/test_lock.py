@@ -13,6 +13,7 @@ import pytest
 from filelock import SoftFileLock
 
 from yeonma.errors import UserError
+from yeonma.files import disk_errors_as_user_errors
 from yeonma.run_folder.entries import LOCK, SOFT_LOCK
 from yeonma.run_folder.lock import check_unlocked, hold, is_locked
 
@@ -116,3 +117,22 @@ def test_a_run_that_holds_the_folder_by_name_is_seen_where_files_can_be_locked(t
         assert is_locked(tmp_path)
         with pytest.raises(UserError, match="another run is writing here"), hold(tmp_path, print):
             pass
+
+
+def test_fault_91_too_many_open_files_at_the_lock_are_no_fault_of_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing the lock, which helps against one that belongs to somebody else, would not help here."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    output = tmp_path / "out"
+    what = re.escape("Too many open files; let this process open more files (ulimit -n)")
+    with (
+        pytest.raises(UserError, match=what),
+        disk_errors_as_user_errors(output, "the run's files"),
+        hold(output, print),
+    ):
+        pass

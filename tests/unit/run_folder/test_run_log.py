@@ -106,3 +106,15 @@ def test_fault_90_a_log_that_is_gone_is_said_and_begins_anew(tmp_path: Path) -> 
 
 def test_checkpoints_of_earlier_versions_know_nothing_of_the_logs(tmp_path: Path) -> None:
     check_logs(tmp_path, {}, 3, pytest.fail)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [(METRICS, "loss", 2.0), (TRAINED_ROWS, "rows", [1])])
+def test_a_wrong_line_is_found_before_anything_is_cut_in_checkpoints_of_earlier_versions(
+    tmp_path: Path, name: str, key: str, value: object
+) -> None:
+    """Without sums the lines are all that can be looked at, and opening the log would find it too late."""
+    lines = [{"step": 1, key: value}, {"step": 2, key: value}, {"step": 3, key: "x"}]
+    (tmp_path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    check_logs(tmp_path, {}, 1, print)
+    with pytest.raises(UserError, match=f"{name}:3: .*delete this line"):
+        check_logs(tmp_path, {}, 3, print)

@@ -265,7 +265,19 @@ def test_resuming_without_a_metrics_file_creates_one(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("line", ['{"step": 2', "[2]", '{"loss": 1.0}', '{"step": "2", "loss": 1.0}', "\xff"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": 2', "[2]", '{"loss": 1.0}', '{"step": "2", "loss": 1.0}', "\xff", "[" * 100_000),
+        *('{"step": 2, "loss": "x"}', '{"step": 2, "loss": {}}', '{"step": -2, "loss": 1.0}'),
+        *(
+            '{"step": true, "loss": 1.0}',
+            '{"step": 2, "loss": NaN}',
+            '{"step": 2, "loss": 1.0, "epoch": [1]}',
+        ),
+        *('{"step": 2, "loss": 1, "losses": {"a": "b"}}', '{"step": 2, "loss": 1, "evaluation": "no"}'),
+    ],
+)
 def test_invalid_metrics_line_is_reported_and_the_file_unchanged(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     before = f'{{"step": 1, "loss": 2.0}}\n{line}\n'.encode("latin-1")

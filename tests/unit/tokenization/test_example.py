@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import yeonma.tokenization.chat_template
 from tests.tokenizers import CHATML, CORPUS, byte_level, sentencepiece_bpe, unigram
+from yeonma.bounded import template_text
 from yeonma.data.rows import Row
 from yeonma.data.template import Template, answer_text, load_template, prompt_text
 from yeonma.errors import UserError
@@ -462,7 +463,7 @@ def test_chat_template_gets_a_fixed_date() -> None:
 def test_endless_chat_template_times_out_with_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(yeonma.tokenization.chat_template, "RENDER_SECONDS", 0.1)
+    monkeypatch.setattr(template_text, "CHAT_TEMPLATE", replace(template_text.CHAT_TEMPLATE, seconds=0.1))
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="did not end within"):
         encoded(TURNS, rows_of(TEXTS[0]), byte_level(endless))

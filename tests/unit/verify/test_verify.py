@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from tests.faults.conftest import everything_in
 from tests.pairs import chat_folder, pairs, tuned
 from tests.runs import Done, articles, characters, command, model_folder, sft, trained, write_jsonl
+from yeonma.files import file_hash
 from yeonma.tokenization.chat_template_export import MARK
 from yeonma.train import run as run_module
 
@@ -580,3 +582,44 @@ def test_a_running_run_is_reported_as_under_way(copy: Path) -> None:
     with FileLock(copy / ".lock"):
         assert "a run that is under way" in command(copy, "verify", str(copy)).out
     assert "a finished run" in command(copy, "verify", str(copy)).out
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "manifest.json", "yeonma.json", "settings.yaml", "metrics.jsonl"]
+)
+@pytest.mark.parametrize("where", ["", "checkpoint-2"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(copy: Path, name: str, where: str) -> None:
+    path = copy / where / name
+    if path.exists():
+        path.unlink()
+        os.mkfifo(path)
+        done = command(copy, "verify", str(copy))
+        assert done.status == (0 if path == copy / "manifest.json" else 1), done.out
+        assert where in done.out and "Traceback" not in done.out + done.err
+
+
+def test_a_manifest_of_names_that_no_disk_takes_is_reported(copy: Path) -> None:
+    path = copy / "manifest.json"
+    sums = json.loads(path.read_text())
+    sums["sha256"] |= {"a" * 5000: "0" * 64, "a\0b": "0" * 64}
+    path.write_text(json.dumps(sums))
+    assert command(copy, "verify", str(copy)).status == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trained_on", None),
+        ("trained_on", [1]),
+        ("trained_on", {"data": "x", "examples": "many"}),
+        ("tokenizer", [1]),
+    ],
+)
+def test_a_description_of_other_types_is_reported(copy: Path, key: str, value: object) -> None:
+    path = copy / "yeonma.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    sums = json.loads((copy / "manifest.json").read_text())
+    sums["sha256"]["yeonma.json"] = file_hash(path)
+    (copy / "manifest.json").write_text(json.dumps(sums))
+    done = command(copy, "verify", str(copy))
+    assert done.status == 1 and "yeonma.json" in done.out

@@ -1,0 +1,147 @@
+"""What a run continues from, put back: a checkpoint's weights, optimizer, schedule and random numbers.
+
+Checksums show accidents. A checkpoint that was edited, or written by another program, may have sums that are right, so
+everything is checked against the run before the run writes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from yeonma.errors import UserError, brief
+from yeonma.model import adapter_weights
+from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, RunProgress, checkpoint_path
+from yeonma.train.loop import restore_random
+from yeonma.train.optimizers import restore_optimizer
+from yeonma.train.step import TrainState
+
+WEIGHTS = "adapter_model.safetensors"
+DELETE_IT = "delete this checkpoint: the same command then continues from the one before"
+AVERAGES = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter, in its shape, beside the number of its steps."""
+
+
+def restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunProgress) -> None:
+    """Puts back what the checkpoint holds. Raises UserError that names the file which does not fit this run."""
+    load_weights(peft_model, checkpoint)
+    if progress.best_step not in (None, progress.step):
+        _check_best(checkpoint_path(checkpoint.parent, progress.best_step), checkpoint)
+    restore_schedule(state, checkpoint, progress)
+    if unknown := sorted(progress.carried.keys() - state.objective.start.keys()):
+        raise _unfit(checkpoint / STATE, f"{state.objective.name} carries no {brief(unknown[0])}")
+    state.carried.update(progress.carried)
+    optimizer = read_tensors(checkpoint / OPTIMIZER)
+    names: dict[torch.Tensor, str] = {weight: name for name, weight in state.parameters.items()}
+    try:
+        if type(state.optimizer) is torch.optim.AdamW:
+            _check_adamw(state.parameters, optimizer)
+        restore_optimizer(state.optimizer, names, optimizer)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _unfit(checkpoint / OPTIMIZER, str(error)) from error
+    random = read_tensors(checkpoint / RANDOM)
+    try:
+        restore_random(random, state.group, state.model.device)
+    except (TypeError, RuntimeError) as error:
+        raise _unfit(checkpoint / RANDOM, str(error)) from error
+
+
+def load_weights(peft_model: Any, checkpoint: Path) -> None:
+    """Loads a checkpoint's adapter weights into the model's adapter."""
+    _check_finite(checkpoint / WEIGHTS, read_tensors(checkpoint / WEIGHTS))
+    try:
+        adapter_weights.load_weights(peft_model, checkpoint)
+    except UserError as error:
+        cure = "continue it with the version that began it, or give another --output_dir"
+        raise UserError(replace(problem, cure=cure) for problem in error.problems) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's file. Raises UserError if it holds none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _unfit(path, str(error)) from error
+
+
+def restore_schedule(state: TrainState, checkpoint: Path, progress: RunProgress) -> None:
+    """Puts the schedule back. Entries that this version's schedule does not have are left out."""
+    current = state.scheduler.state_dict()
+    recorded = {name: value for name, value in progress.schedule.items() if name in current}
+    for name, value in recorded.items():
+        if not _is_like(value, current[name]):
+            raise _unfit(checkpoint / STATE, f"the schedule's {name} is {brief(repr(value))}")
+    if lacking := sorted({"last_epoch", "_last_lr"} & current.keys() - recorded.keys()):
+        raise _unfit(checkpoint / STATE, f"the schedule has no {', '.join(lacking)}")
+    rates = recorded["_last_lr"]
+    if None in rates or recorded["last_epoch"] is None:
+        raise _unfit(checkpoint / STATE, "the schedule has no learning rate")
+    if not state.by_metric and recorded["last_epoch"] != progress.step:
+        what = f"the schedule is at step {recorded['last_epoch']}, and the run at step {progress.step}"
+        raise _unfit(checkpoint / STATE, what)
+    state.scheduler.load_state_dict({**current, **recorded})
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def _is_like(value: Any, current: Any) -> bool:
+    """Whether it could stand in the place of `current`: of its kind, lists as long, numbers finite unless they are as
+    now. What is None now may be a number later, and the other way round, in schedules that follow the loss."""
+    if isinstance(current, list):
+        return isinstance(value, list) and len(value) == len(current) and all(map(_is_like, value, current))
+    if isinstance(current, bool | str):
+        return isinstance(value, type(current))
+    if current is None or isinstance(current, int | float):
+        is_number = type(value) in (int, float) and abs(value) < 2**63
+        return value is None or value == current or is_number
+    return isinstance(value, type(current))
+
+
+def _check_adamw(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for anything but AdamW's averages of these parameters. A parameter that no step has reached has
+    none."""
+    for name, tensor in tensors.items():
+        parameter, _, entry = name.rpartition("/")
+        if parameter not in parameters or entry not in ("step", *AVERAGES):
+            raise ValueError(f"it has {brief(name)}, which this run's optimizer does not")
+        shape = torch.Size() if entry == "step" else parameters[parameter].shape
+        if tensor.shape != shape or not tensor.is_floating_point():
+            found = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{name} has the shape {found}, and this run's {tuple(shape)}")
+        is_infinite = entry != "exp_avg_sq" and bool(tensor.isinf().any())  # squares may overflow
+        if is_infinite or bool(tensor.isnan().any()) or (entry != "exp_avg" and bool((tensor < 0).any())):
+            raise ValueError(f"{name} has numbers that it cannot have")
+        if lacking := [other for other in ("step", *AVERAGES) if f"{parameter}/{other}" not in tensors]:
+            raise ValueError(f"it has no {parameter}/{lacking[0]}")
+    if parameters and not tensors:
+        raise ValueError("it is empty")
+
+
+def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise _unfit(path, f"{brief(name)} has numbers that are not finite, or no fractions")
+
+
+def _check_best(best: Path, checkpoint: Path) -> None:
+    """The best checkpoint so far may become the result: its weights must be of the newest one's shapes."""
+    shapes, newest = (
+        {name: tensor.shape for name, tensor in read_tensors(one / WEIGHTS).items()}
+        for one in (best, checkpoint)
+    )
+    if shapes != newest:
+        raise _unfit(best / WEIGHTS, f"its layers or their shapes differ from those of {checkpoint.name}")
+    _check_finite(best / WEIGHTS, read_tensors(best / WEIGHTS))
+
+
+def _unfit(path: Path, why: str) -> UserError:
+    """The message for a file that this run cannot go on with."""
+    return UserError(
+        f"it does not fit this run: {brief(' '.join(why.split()), 300)}", place=str(path), cure=DELETE_IT
+    )

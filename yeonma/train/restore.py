@@ -7,7 +7,6 @@ everything is checked against the run before the run writes anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,7 @@ def load_weights(peft_model: Any, checkpoint: Path) -> None:
     try:
         adapter_weights.load_weights(peft_model, checkpoint)
     except UserError as error:
-        cure = "continue it with the version that began it, or give another --output_dir"
-        raise UserError(replace(problem, cure=cure) for problem in error.problems) from error
+        raise _unfit(checkpoint / WEIGHTS, "; ".join(problem.what for problem in error.problems)) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def ours(policy: Policy, ids: list[torch.Tensor], *, share: bool = True) -> torc
         return policy.logprobs(Batch.of(examples), share_prefix=share)
 
 
-@pytest.mark.parametrize("base", ["base", "tied"])
+@pytest.mark.parametrize("base", ["base", pytest.param("tied", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_the_numbers_that_peft_alone_gives(
     kind: str, base: str, home: Path, tmp_path: Path
@@ -110,6 +110,7 @@ def test_every_kind_has_the_numbers_that_peft_alone_gives(
         assert (expected - plain(alone, ids)).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "base", "template"),
     [
@@ -267,6 +268,7 @@ def test_every_verb_refuses_an_adapter_that_lacks_a_tensor_and_leaves_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_an_expression_that_does_not_end(
     verb: str,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from yeonma.adapter.adapter_folder import BaseIdentity, base_identity, check_continued
+from yeonma.adapter.base_check import check_content
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.batch.batch import Batch
 from yeonma.config.parse import config_from_keywords
@@ -360,6 +361,7 @@ def load_policy(
     trust_remote_code: bool = False,
     data_set: str | None = None,
     template: str | None = None,
+    log: Log = lambda _: None,
 ) -> Policy:
     """Loads an adapter and its base model for generation, in eval mode.
 
@@ -367,7 +369,7 @@ def load_policy(
     `trust_remote_code`, `data_set` and `template` are ignored. `data_set`: the one of several data sets whose template
     asks, by default the first. `template`: that of an adapter which another tool made. `quantization`: auto uses that
     of training. `adapter_weights`: False loads the base alone. `base_model`: where the base is now, if it has moved
-    since training.
+    since training. `log` gets a line if reading the base for its SHA-256 takes long.
 
     Raises UserError if the folder is not an adapter folder, or if the base is missing or another model.
     """
@@ -383,8 +385,9 @@ def load_policy(
         if builder.remark:
             warnings.warn(builder.remark, stacklevel=2)
     adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
-    check_outline(builder.source, adapters, adapter_weights=adapter_weights)
     source, target = builder.source, load.pick_device(device)
+    check_content(builder.adapter, source, log=log, download=False)
+    check_outline(source, adapters, adapter_weights=adapter_weights)
     try:
         base = load.load_base(
             source, target, load.pick_dtype(dtype, target), quantization_for(quantization, builder.adapter)
@@ -395,6 +398,7 @@ def load_policy(
         cure = "name a folder that has it with --base_model"
         problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
         raise UserError(problems) from error
+    check_content(builder.adapter, source, log=log)
     policy = _assemble(base, source, adapters, PLAIN)
     if builder.remark:
         load.check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)

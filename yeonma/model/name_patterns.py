@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from yeonma.bounded import expressions
 from yeonma.errors import UserError, brief
 
-BOUNDS = expressions.EXPRESSION
+BOUNDS = replace(expressions.EXPRESSION, seconds=2)
 MAX_LENGTH = 2_000
 """Characters of one expression."""
 CURE = "name the layers instead, or save the adapter again with their names"

@@ -6,6 +6,7 @@ models.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -37,6 +38,14 @@ from yeonma.errors import Log, UserError
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model import load
+from yeonma.model.adapter_file import read_header
+from yeonma.model.adapter_weights import (
+    add_lora_of,
+    added_rows,
+    check_fits,
+    load_adapter,
+    load_additional_adapter,
+)
 from yeonma.model.attention.dispatch import FOREST, capability_of
 from yeonma.model.forest_support import attention, check_forest_support
 from yeonma.model.gradient_check import check_input_gradients
@@ -280,6 +289,27 @@ def build_policy(
     )
 
 
+def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weights: bool = True) -> None:
+    """Checks the tensors of adapter folders against their base without its weights, if it can be built so.
+    `adapter_weights`: whether the adapters are used.
+
+    Raises UserError as `build_policy`, and for an adapter with tokens of its own whose base is to answer alone.
+    """
+    for folder in adapters:
+        try:
+            config = load.load_config(source)
+        except UserError:  # which loading the weights will report
+            return
+        model = load.outline(config, source)
+        if model is None:
+            return
+        added = added_rows(model, read_header(folder))
+        if added > 0 and not adapter_weights:
+            what = f"it has {added} tokens of its own, which the base alone does not know"
+            raise UserError(what, place=folder, cure="leave adapter_weights as it is, or ask the base itself")
+        check_fits(model, folder)
+
+
 def adapter_names(count: int) -> list[str]:
     """PEFT's names of `count` adapters on one base."""
     return [f"adapter{number}" if number else "default" for number in range(count)]
@@ -305,9 +335,9 @@ def _assemble(
         for folder in adapters:
             check_continued(folder, identity)
         first, *others = adapters
-        model = load.load_adapter(base, first, trainable=trainable, dropout=dropout)
+        model = load_adapter(base, first, trainable=trainable, dropout=dropout)
         for folder, name in zip(others, adapter_names(len(adapters))[1:], strict=True):
-            load.load_additional_adapter(model, folder, name)
+            load_additional_adapter(model, folder, name)
         if not trainable:
             model.eval()
     if shard_on is not None:
@@ -330,25 +360,34 @@ def load_policy(
     base_model: str | None = None,
     trust_remote_code: bool = False,
     data_set: str | None = None,
+    template: str | None = None,
     log: Log = lambda _: None,
 ) -> Policy:
     """Loads an adapter and its base model for generation, in eval mode.
 
     `adapter`: an adapter folder or a checkpoint, or the result of `open_prompt_builder`, in which case `base_model`,
-    `trust_remote_code` and `data_set` are ignored. `data_set`: the one of several data sets whose template asks, by
-    default the first. `quantization`: auto uses that of training. `adapter_weights`: False loads the base
-    alone. `base_model`: where the base is now, if it has moved since training. `log` gets a line if reading the base
-    for its SHA-256 takes long.
+    `trust_remote_code`, `data_set` and `template` are ignored. `data_set`: the one of several data sets whose template
+    asks, by default the first. `template`: that of an adapter which another tool made. `quantization`: auto uses that
+    of training. `adapter_weights`: False loads the base alone. `base_model`: where the base is now, if it has moved
+    since training. `log` gets a line if reading the base for its SHA-256 takes long.
 
     Raises UserError if the folder is not an adapter folder, or if the base is missing or another model.
     """
     builder = adapter
     if not isinstance(builder, PromptBuilder):
         builder = open_prompt_builder(
-            builder, base_model=base_model, trust_remote_code=trust_remote_code, data_set=data_set
+            builder,
+            base_model=base_model,
+            trust_remote_code=trust_remote_code,
+            data_set=data_set,
+            template=template,
         )
+        if builder.remark:
+            warnings.warn(builder.remark, stacklevel=2)
+    adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
     source, target = builder.source, load.pick_device(device)
     check_content(builder.adapter, source, log=log, download=False)
+    check_outline(source, adapters, adapter_weights=adapter_weights)
     try:
         base = load.load_base(
             source, target, load.pick_dtype(dtype, target), quantization_for(quantization, builder.adapter)
@@ -360,8 +399,9 @@ def load_policy(
         problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
         raise UserError(problems) from error
     check_content(builder.adapter, source, log=log)
-    adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
     policy = _assemble(base, source, adapters, PLAIN)
+    if builder.remark:
+        load.check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)
     # a direct call of the model, as in a notebook, should compute what transformers and PEFT do
     policy.transformers_model.set_attn_implementation(policy.support.plain_attention)
     return replace(policy, prompt_builder=builder, adapter_weights=adapter_weights)
@@ -417,7 +457,7 @@ def blueprint(
         if isinstance(lora, load.LoraShape):
             load.add_lora(base, lora, seed=0)
         else:
-            load.add_lora_of(base, lora)
+            add_lora_of(base, lora)
     base.set_attn_implementation(FOREST)
     head, device = plain_head(base), device or torch.device("cpu")
     if head is not None and device.type == "cuda":

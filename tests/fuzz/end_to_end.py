@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from transformers import LlamaConfig
 
-from tests.adapters import tiny_adapter
+from tests.adapters import adapter_on, tiny_base
 from tests.fuzz.harness import Target
 from tests.fuzz.mutate import (
     SPECIAL,
@@ -594,10 +594,11 @@ MODEL = Target(
 
 def adapter_files(folder: Path) -> dict[str, bytes]:
     """The run's files, and the folder of an adapter on the base, made from one with weights."""
-    tiny = tiny_adapter(folder, byte_level(), columns={"title": "title"})
-    files = {path.name: path.read_bytes() for path in sorted(tiny.adapter.iterdir())}
+    base = tiny_base(folder / "base", byte_level(), layers=1)  # of the size that base_files says
+    adapter = adapter_on(base, folder / "OUT", "title", columns={"title": "title"})
+    files = {path.name: path.read_bytes() for path in sorted(adapter.iterdir())}
     for name in ("yeonma.json", "adapter_config.json"):
-        files[name] = files[name].replace(str(tiny.base).encode(), b"base")
+        files[name] = files[name].replace(str(base).encode(), b"base")
     return {**run_files(folder), **{f"adapter/{name}": content for name, content in files.items()}}
 
 

@@ -16,10 +16,11 @@ CASES = {
     "inspect": 500,
     "model": 800,
     "adapter": 600,
+    "foreign": 1000,
     "requests": 600,
     "run_folder": 500,
 }
-"""Target -> its share of 10,000 cases."""
+"""Target -> its share of all cases."""
 
 _MODULES = {
     "rows": "texts:ROWS",
@@ -31,6 +32,7 @@ _MODULES = {
     "inspect": "end_to_end:INSPECT",
     "model": "end_to_end:MODEL",
     "adapter": "end_to_end:ADAPTER",
+    "foreign": "foreign_adapters:FOREIGN",
     "requests": "requests:REQUESTS",
     "run_folder": "run_folders:RUN_FOLDER",
 }

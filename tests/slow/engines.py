@@ -20,7 +20,8 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.data.rows import Row
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
-from yeonma.model.load import load_adapter, load_base, load_tokenizer
+from yeonma.model.adapter_weights import load_adapter
+from yeonma.model.load import load_base, load_tokenizer
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import conversation_of, full_prompt_ids
 

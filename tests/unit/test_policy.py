@@ -26,8 +26,9 @@ from yeonma.cli import main
 from yeonma.data.rows import Row, open_rows
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
+from yeonma.model.adapter_weights import load_adapter
 from yeonma.model.attention.dispatch import FOREST
-from yeonma.model.load import LoraShape, load_adapter, load_base
+from yeonma.model.load import LoraShape, load_base
 from yeonma.model.logprobs import sequence_logprobs
 from yeonma.model.source import find_base
 from yeonma.policy import Policy, adapter_names, build_policy, load_policy

@@ -18,6 +18,7 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
 from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
@@ -78,7 +79,9 @@ class AdapterFolder:
     columns: dict[str, str] | None
     rules: TokenRules
     details: dict[str, Any]
-    """The contents of yeonma.json."""
+    """The contents of yeonma.json; empty if another tool made the adapter."""
+    has_template: bool = True
+    """False for an adapter of another tool for which no template was given."""
 
     @property
     def is_merged(self) -> bool:
@@ -127,9 +130,7 @@ def asked_as(adapter: AdapterFolder, name: str) -> AdapterFolder:
 
 def stored_parameters(folder: Path) -> int:
     """The number of parameters in an adapter's weight file, from the file's header."""
-    with (folder / WEIGHTS).open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return sum(math.prod(tensor.shape) for tensor in read_header(folder).values())
 
 
 def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
@@ -285,10 +286,9 @@ def check_continued(path: str, base: BaseIdentity | None) -> None:
     An adapter that was saved by PEFT alone only names its base. Whether its shapes fit is found out on loading.
     """
     folder = user_path(path)
-    if (folder / "adapter_config.json").is_file() and not (folder / MANIFEST).is_file():
-        if not (folder / WEIGHTS).is_file():
-            cure = "give an adapter saved as safetensors"
-            raise UserError(f"{WEIGHTS} is missing", place=path, cure=cure)
+    if is_adapter(folder):
+        check_adapter_files(folder)
+    if is_adapter(folder) and not (folder / MANIFEST).is_file():
         return
     adapter = read_adapter_folder(path)
     if base is not None:
@@ -341,7 +341,10 @@ def _check_columns(columns: Any) -> None:
 
 
 def check_base(adapter: AdapterFolder, base: BaseIdentity) -> None:
-    """Raises UserError if the adapter was trained on another base. Compares configs, not names."""
+    """Raises UserError if the adapter was trained on another base. Compares configs, not names. An adapter that another
+    tool made has no record of them; its tensors must fit."""
+    if not adapter.details:
+        return
     if adapter.base.config_sha256 == base.config_sha256 and adapter.base.parameters == base.parameters:
         return
     name, place = adapter.base.name, str(adapter.path)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from yeonma.model.adapter_config import read_adapter_config
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's `--max-lora-rank`, without 1, which not every version accepts."""
 
 
 def lora_config(folder: Path) -> dict[str, Any]:
-    """PEFT's own config in the folder."""
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    return config
+    """PEFT's own config in the folder, as far as it matters for a trained adapter. Raises UserError."""
+    return dict(read_adapter_config(folder).keys)
 
 
 def highest_rank(folder: Path) -> int:

@@ -12,6 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import AdapterFolder, asked_as, read_adapter_folder
+from yeonma.adapter.foreign_adapter import (
+    TEMPLATE_CURE,
+    check_is_adapter,
+    is_foreign,
+    read_foreign_adapter,
+    remark_on,
+)
 from yeonma.config.settings import Quantization, QuantizationOrAuto
 from yeonma.data.column_paths import row_with_paths
 from yeonma.data.columns import Columns, field_text
@@ -19,6 +26,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered
 from yeonma.data.template_syntax import Piece, Placeholder, Variant, joined
 from yeonma.errors import Problem, UserError
+from yeonma.model.adapter_file import check_adapter_files
 from yeonma.model.load import generation_eos, load_config, load_tokenizer
 from yeonma.model.position_limits import check_fits, model_positions
 from yeonma.model.source import BaseSource, find_base
@@ -78,6 +86,8 @@ class PromptBuilder:
     tokens: AnswerTokens
     positions: int | None = None
     """The most tokens that the model takes, prompt and answer together; None if its config names no limit."""
+    remark: str = ""
+    """What was taken for an adapter that another tool made; empty for others."""
 
     @property
     def rules(self) -> TokenRules:
@@ -90,6 +100,12 @@ class PromptBuilder:
         if self.rules.cutoff_len < self.adapter.rules.cutoff_len:
             return f"the model's {self.positions} positions"
         return f"cutoff_len {self.adapter.rules.cutoff_len}"
+
+    def check_template(self) -> None:
+        """Raises UserError if there is no template: an adapter of another tool, and none was given."""
+        if not self.adapter.has_template:
+            what = "another tool made this adapter, so it has no template"
+            raise UserError(what, place=str(self.adapter.path), cure=TEMPLATE_CURE)
 
     def check_room(
         self, max_new_tokens: int, place: str = "--max_new_tokens", cure: str = "lower it"
@@ -119,6 +135,7 @@ class PromptBuilder:
         Raises UserError with a problem for every row that does not fit the template or leaves no room for
         `max_new_tokens`.
         """
+        self.check_template()
         self.check_room(max_new_tokens)
         rendered: list[Rendered] = []
         problems: list[Problem] = []
@@ -261,11 +278,20 @@ def open_prompt_builder(
     base_model: str | None = None,
     trust_remote_code: bool = False,
     data_set: str | None = None,
+    template: str | None = None,
 ) -> PromptBuilder:
     """Opens an adapter folder or a merged model. Needs no weights, so that rows can be checked before they are loaded.
-    `data_set`: the one of several data sets whose template is used, by default the first. Raises UserError as
-    `yeonma.policy.load_policy`."""
+    `data_set`: the one of several data sets whose template is used, by default the first. `template`: that of an
+    adapter which another tool made. Raises UserError as `yeonma.policy.load_policy`."""
+    check_is_adapter(adapter_dir)
+    if is_foreign(adapter_dir):
+        return _open_foreign(adapter_dir, base_model, trust_remote_code, template)
     adapter = read_adapter_folder(adapter_dir)
+    if template is not None:
+        what = f"{adapter_dir} has a template of its own"
+        raise UserError(what, place="--template", cure="leave it out; it is for adapters of other tools")
+    if not adapter.is_merged:
+        check_adapter_files(adapter.path)
     if data_set is not None:
         adapter = asked_as(adapter, data_set)
     if adapter.is_merged:
@@ -273,15 +299,41 @@ def open_prompt_builder(
             cure = "leave base_model out"
             raise UserError("the base model is part of this folder", place=str(adapter_dir), cure=cure)
         base_model = str(adapter.path)
-    if base_model is None and Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir():
-        what = f"its base model is no longer at {adapter.base.name}"
-        raise UserError(what, place=str(adapter_dir), cure="give its new place with --base_model")
+    _check_base_there(adapter, adapter_dir, base_model)
     name, revision = (base_model, None) if base_model else (adapter.base.name, adapter.base.revision)
     source = find_base(name, revision, trust_remote_code)
     tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code))
     rules = adapter.rules if adapter.template.has_turns else None
     tokens = answer_tokens(tokenizer, rules, generation_eos(source))
     return PromptBuilder(adapter, source, tokenizer, tokens, _positions(source))
+
+
+def _check_base_there(adapter: AdapterFolder, folder: str | Path, base_model: str | None) -> None:
+    """Raises UserError if the base was a local folder and is gone."""
+    name = adapter.base.name
+    if base_model is None and Path(name).is_absolute() and not Path(name).is_dir():
+        what = f"its base model is no longer at {name}"
+        raise UserError(what, place=str(folder), cure="give its new place with --base_model")
+
+
+def _open_foreign(
+    folder: str | Path, base_model: str | None, trust_remote_code: bool, template: str | None
+) -> PromptBuilder:
+    """Opens an adapter that another tool made."""
+    adapter = read_foreign_adapter(folder, template, base_model)
+    _check_base_there(adapter, folder, base_model)
+    source = find_base(adapter.base.name, adapter.base.revision, trust_remote_code)
+    if source.adapter is not None:
+        what = f"its base {adapter.base.name} is an adapter too"
+        raise UserError(
+            what, place=str(folder), cure="merge that one into its base first, and give --base_model"
+        )
+    own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(BaseSource(str(adapter.path), None, trust_remote_code) if own else source)
+    rules = adapter.rules if adapter.template.has_turns else None
+    tokens = answer_tokens(tokenizer, rules, generation_eos(source))
+    remark = remark_on(adapter, own_tokenizer=own, base_is_given=base_model is not None)
+    return PromptBuilder(adapter, source, tokenizer, tokens, _positions(source), remark)
 
 
 def _positions(source: BaseSource) -> int | None:

@@ -40,9 +40,12 @@ def run(config: ChatConfig) -> int:
         base_model=adapter.base_model,
         trust_remote_code=adapter.trust_remote_code,
         data_set=adapter.data_set,
+        template=adapter.template,
     )
     builder = builder.by_field_names()
     builder.prompts([], max_new_tokens=answer.max_new_tokens)
+    if builder.remark:
+        log_line(builder.remark)
     policy = load_policy(
         builder,
         device=adapter.device,

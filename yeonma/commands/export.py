@@ -24,8 +24,13 @@ def run(settings: ExportSettings) -> int:
     """
     output = check_output(settings.output_dir)
     prompt_builder = open_prompt_builder(
-        settings.model_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
+        settings.model_dir,
+        base_model=settings.base_model,
+        trust_remote_code=settings.trust_remote_code,
+        template=settings.template,
     )
+    if settings.format == "ollama":
+        prompt_builder.check_template()
     plan = None if prompt_builder.adapter.is_merged else _merge_plan(settings)
     install_converter()
     least_bytes = sum(path.stat().st_size for path in weight_files(prompt_builder.source))
@@ -34,7 +39,7 @@ def run(settings: ExportSettings) -> int:
         if model is None:
             return 1
         gguf = _write(settings, prompt_builder, model, folder, one_line(output.absolute().name))
-        if is_installed():
+        if is_installed() and prompt_builder.adapter.has_template:
             check_prompts(gguf, prompt_builder, say)
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
@@ -52,6 +57,7 @@ def _merge_plan(settings: ExportSettings) -> MergePlan:
             output_dir=settings.output_dir,
             base_model=settings.base_model,
             trust_remote_code=settings.trust_remote_code,
+            template=settings.template,
             dtype=settings.dtype,
             device=settings.device,
         ),

@@ -37,7 +37,11 @@ def run(config: GenerateConfig) -> int:
         base_model=adapter.base_model,
         trust_remote_code=adapter.trust_remote_code,
         data_set=adapter.data_set,
+        template=adapter.template,
     )
+
+    if builder.remark:
+        log_line(builder.remark)
 
     def load() -> Policy:
         return load_policy(

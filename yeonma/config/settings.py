@@ -359,6 +359,8 @@ class AdapterSettings:
     """Output folder of a run, or one of its checkpoints. It records the base model, template and tokenizer."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training."""
+    template: str | None = None
+    """Template for an adapter that another tool made: a built-in template's name, a file, or the text itself. `chat` is the model's own chat template."""
     data_set: str | None = None
     """Ask with the template of this data set, if the adapter was trained on several. By default, the first one's."""
     adapter_weights: bool = True
@@ -576,6 +578,8 @@ class ServeSettings:
     """Answers to generate at once. Affects memory and speed, not the answers."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training."""
+    template: str | None = None
+    """Template for adapters that another tool made: a built-in template's name, a file, or the text itself. `chat` is the model's own chat template."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -596,6 +600,8 @@ class MergeSettings:
     """Folder to create for the merged model."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training or is quantised there."""
+    template: str | None = None
+    """Template for an adapter that another tool made: a built-in template's name, a file, or the text itself. `chat` is the model's own chat template. Without one, the merged model has none either."""
     max_shard_bytes: int = field(default=5_000_000_000, metadata=BYTES)
     """Maximum size of one weight file in bytes. Merging needs about this much memory."""
     trust_remote_code: bool = False
@@ -620,6 +626,8 @@ class ExportSettings:
     """Data type of the weights in the file. q8_0 takes about half the space of the others."""
     base_model: str | None = None
     """Name or folder of the base model, if it has moved since training or is quantised there."""
+    template: str | None = None
+    """Template for an adapter that another tool made, as for `yeonma merge`. `--format ollama` needs one."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

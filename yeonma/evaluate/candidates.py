@@ -32,11 +32,14 @@ from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Log, Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
+from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
+from yeonma.model.adapter_weights import added_rows
 from yeonma.model.base_content import known_hash
 from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
 from yeonma.model.position_limits import model_positions
 from yeonma.model.quantization import quantised_by
 from yeonma.model.source import BaseSource, find_base
+from yeonma.policy import check_outline
 from yeonma.tokenization.example import TokenRules, answer_tokens
 
 CUTOFF_LEN = 2048
@@ -58,11 +61,13 @@ class Candidate:
     """The origin of the template, for the report."""
     quantization: Quantization = "none"
     """Quantisation of the base."""
+    own_rows: str = ""
+    """The adapter, if it has tokens of its own: its base has more rows than that of the others."""
 
     @property
-    def weights(self) -> tuple[str, str | None, str]:
+    def weights(self) -> tuple[str, str | None, str, str]:
         """Identifies the base's weights. Candidates with equal `weights` share the base in memory."""
-        return (*source_key(self.prompt_builder.source), self.quantization)
+        return (*source_key(self.prompt_builder.source), self.quantization, self.own_rows)
 
     def columns(self, row: Row, columns: Mapping[str, str] | None) -> dict[str, str]:
         """Field -> column for this row, including the answer. In preference data, that is the chosen answer."""
@@ -112,7 +117,7 @@ def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: 
             candidates.append(Candidate(name, model, str(model.adapter.path), True, template_of))
         else:
             candidates.append(_with_template(spec, name, model, first_run, settings, rows))
-    _check_outlines(candidates, log)
+    candidates = _check_outlines(candidates, log)
     _check_columns(settings, candidates, rows)
     return _with_quantization(candidates, settings.quantization)
 
@@ -151,8 +156,13 @@ def check_model(candidate: Candidate, model: Any) -> None:
     builder = candidate.prompt_builder
     if candidate.is_run:
         check_base(builder.adapter, base_identity(model, builder.source))
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight.shape[0] + _added_rows(candidate, model)
     check_vocabulary(builder.tokenizer, embeddings, builder.source.name)
+
+
+def _added_rows(candidate: Candidate, model: Any) -> int:
+    """The rows that an adapter with tokens of its own adds to the model's embedding."""
+    return 0 if candidate.adapter is None else max(0, added_rows(model, read_header(candidate.adapter)))
 
 
 def check_candidate_content(candidate: Candidate, log: Log, *, download: bool = True) -> None:
@@ -162,12 +172,11 @@ def check_candidate_content(candidate: Candidate, log: Log, *, download: bool = 
         check_content(builder.adapter, builder.source, log=log, download=download)
 
 
-def _check_outlines(candidates: Sequence[Candidate], log: Log) -> None:
-    """Run `check_model` on the models' outlines, and check the bases that are here.
-
-    Raises UserError with all problems.
-    """
+def _check_outlines(candidates: Sequence[Candidate], log: Log) -> list[Candidate]:
+    """Runs `check_model` on the models' outlines, checks the adapters' tensors, and the bases that are here. Returns
+    the candidates, with `own_rows`. Raises UserError with all problems."""
     problems: list[Problem] = []
+    checked: list[Candidate] = []
     outlines: dict[object, Any] = {}
     for candidate in candidates:
         source = candidate.prompt_builder.source
@@ -177,10 +186,16 @@ def _check_outlines(candidates: Sequence[Candidate], log: Log) -> None:
             if (model := outlines[candidate.weights]) is not None:
                 check_model(candidate, model)
             check_candidate_content(candidate, log, download=False)
+            if model is not None:
+                if _added_rows(candidate, model):
+                    candidate = replace(candidate, own_rows=candidate.adapter or "")
+                check_outline(source, [candidate.adapter] if candidate.adapter is not None else [])
+            checked.append(candidate)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
+    return checked
 
 
 @dataclass(frozen=True)
@@ -206,7 +221,9 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
             trust_remote_code=settings.trust_remote_code,
             data_set=settings.data_set if data_set_names(read_adapter_folder(folder)) else None,
         )
-    if (folder / "adapter_config.json").is_file() and settings.base_model is not None:
+    if is_adapter(folder):
+        check_adapter_files(folder)
+    if is_adapter(folder) and settings.base_model is not None:
         source = replace(
             find_base(settings.base_model, None, settings.trust_remote_code), adapter=str(folder)
         )

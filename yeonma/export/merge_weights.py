@@ -14,9 +14,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from yeonma.errors import UserError
+from yeonma.model.adapter_file import read_header
+from yeonma.model.adapter_weights import add_lora_of, added_rows, load_weights, plain_layer
 from yeonma.model.config_keys import CONFIG, add_older_keys
 from yeonma.model.load import (
-    add_lora_of,
     hide_loading_noise,
     load_config,
     outline,
@@ -48,6 +49,9 @@ def merge_in_memory(peft_model: Any, folder: Path, max_shard_bytes: int) -> None
     """Merges with PEFT and saves the whole model into `folder`. The model must not be used afterwards."""
     _untie(peft_model)
     model = peft_model.merge_and_unload()
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        _set_tied(model, True)  # an adapter may keep them tied, as `ensure_weight_tying` says
     # saving validates it strictly; `write_generation_config` writes the base's own
     model.generation_config = GenerationConfig()
     model.save_pretrained(str(folder), max_shard_size=max_shard_bytes)
@@ -56,19 +60,21 @@ def merge_in_memory(peft_model: Any, folder: Path, max_shard_bytes: int) -> None
 def _untie(peft_model: Any) -> None:
     """Unties the head from the embedding if the adapter changes either of them."""
     model = peft_model.get_base_model()
-    layers = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
-    if not any(hasattr(layer, "get_base_layer") for layer in layers.values()):
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    base_layers = [plain_layer(layer) for layer in layers]
+    if all(base is layer for base, layer in zip(base_layers, layers, strict=True)):
         return
-    base_layers = [
-        layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers.values()
-    ]
     if (
         base_layers[0] is not None
         and base_layers[1] is not None
         and base_layers[0].weight is base_layers[1].weight
     ):
         base_layers[1].weight = nn.Parameter(base_layers[1].weight.detach().clone(), requires_grad=False)
-        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        _set_tied(model, False)
+
+
+def _set_tied(model: Any, tied: bool) -> None:
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = tied
 
 
 def merge_by_shard(
@@ -118,15 +124,18 @@ def merge_by_shard(
 
 def _adapter_on(model: Any, adapter: str) -> Any:
     """The adapter with its weights on a base without. PEFT alone would put the adapter on the meta device too."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    peft_model = add_lora_of(model, adapter)
+    header = read_header(adapter)
+    if added_rows(model, header):
+        raise NeedsWholeModel("the adapter has tokens of its own")
+    peft_model = add_lora_of(model, adapter, header=header)
+    if any(hasattr(module, "original_module") for module in peft_model.modules()):
+        raise NeedsWholeModel("the adapter has whole modules, or rows of the embedding")
     for module in peft_model.modules():
         if hasattr(module, "get_base_layer"):
             for name, child in module.named_children():
                 if name != "base_layer":
                     child.to_empty(device="cpu")
-    set_peft_model_state_dict(peft_model, load_peft_weights(adapter, device="cpu"))
+    load_weights(peft_model, adapter)
     return peft_model
 
 

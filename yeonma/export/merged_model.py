@@ -25,6 +25,7 @@ from yeonma.adapter.adapter_folder import (
     base_identity,
     check_base,
     config_hash,
+    describe,
     save_tokenizer,
 )
 from yeonma.adapter.base_check import check_content
@@ -45,8 +46,8 @@ from yeonma.export.merge_weights import (
 from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
+from yeonma.model.adapter_weights import check_fits, load_adapter
 from yeonma.model.load import (
-    load_adapter,
     load_base,
     load_config,
     load_tokenizer,
@@ -63,6 +64,7 @@ from yeonma.model.weight_files import weight_files
 from yeonma.shown import code, code_block, json_text, markdown
 from yeonma.tokenization.chat_template_export import export_chat_template
 from yeonma.tokenization.text_encoder import TextEncoder
+from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 from yeonma.train.memory_budget import free_memory
 
 MEMORY_SHARE = 0.7
@@ -70,6 +72,12 @@ MEMORY_SHARE = 0.7
 ALLOWANCE_BYTES = 64 << 20
 """Disk space for the tokenizer and other small files."""
 CARD = "README.md"
+PLAIN_TEXTS = (
+    "Question: Which city is the capital of Korea?\nAnswer:",
+    "한국의 수도는",
+    "def add(a, b):\n    return",
+)
+"""What an adapter without a template is compared on."""
 MAX_NEW_TOKENS = 32
 WEIGHT_ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 """What rounding the weights to a number format may change in a logit, with float32 arithmetic, as a fraction of the
@@ -110,7 +118,10 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
     """Opens and checks everything before weights are loaded. Raises UserError, also if the base is another model. `log`
     gets a line if reading the base for its SHA-256 takes long."""
     prompt_builder = open_prompt_builder(
-        settings.adapter_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
+        settings.adapter_dir,
+        base_model=settings.base_model,
+        trust_remote_code=settings.trust_remote_code,
+        template=settings.template,
     )
     source = prompt_builder.source
     if prompt_builder.adapter.is_merged:
@@ -119,18 +130,22 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
     config = load_config(source)
     published = published_weights(config, source)
     model = outline(config, source)
+    parameters = prompt_builder.adapter.base.parameters
     if model is not None:
         check_unquantised(prompt_builder.adapter, model, source)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
     if (
         published is not None or PUBLISHED not in prompt_builder.adapter.details
     ):  # else it is the unquantised model
         check_content(prompt_builder.adapter, source, config=config, log=log)
+    if model is not None:
+        check_fits(model, str(prompt_builder.adapter.path))
     samples = read_samples(prompt_builder.adapter.path)
     files = weight_files(source)
     device, base_dtype = pick_device(settings.device), dtype_of(config, files)
     size = sum(path.stat().st_size for path in files)
     if published is not None:  # the files are smaller than what they stand for
-        size = prompt_builder.adapter.base.parameters * base_dtype.itemsize
+        size = parameters * base_dtype.itemsize
     return MergePlan(
         prompt_builder=prompt_builder,
         files=files,
@@ -181,10 +196,12 @@ def _unquantised_hash(adapter: AdapterFolder) -> str | None:
 
 
 def _prompts(prompt_builder: PromptBuilder, samples: Samples | None) -> list[list[int]]:
-    """The sample rows' prompts, or else the template's own text."""
+    """The sample rows' prompts, or else the template's own text. Without a template, a few plain texts."""
     if samples is not None and samples.rows:
         return [row.prompt_ids for row in samples.rows]
-    return TextEncoder.of(prompt_builder.tokenizer).batch([prompt_builder.adapter.template.text])
+    adapter = prompt_builder.adapter
+    texts = [adapter.template.text] if adapter.has_template else list(PLAIN_TEXTS)
+    return TextEncoder.of(prompt_builder.tokenizer).batch(texts)
 
 
 def merge(plan: MergePlan, output: Path, log: Log) -> Agreement:
@@ -192,6 +209,8 @@ def merge(plan: MergePlan, output: Path, log: Log) -> Agreement:
 
     Raises UserError if the disk or the memory is full or the disk fails. Nothing incomplete stays in any case.
     """
+    if plan.prompt_builder.remark:
+        log(plan.prompt_builder.remark)
     needed = plan.size_bytes + ALLOWANCE_BYTES
     with staging_folder(output, "the merged model", needed, needed_bytes=needed) as folder:
         unmerged, base_logits = _answers_unmerged(plan)
@@ -247,15 +266,34 @@ def _write_other_files(plan: MergePlan, folder: Path) -> None:
     """Writes tokenizer, template, yeonma.json, sample rows and card, so that prompts are those of training."""
     prompt_builder = plan.prompt_builder
     adapter = prompt_builder.adapter
-    exported = export_chat_template(adapter.template, prompt_builder.tokenizer, adapter.rules)
-    save_tokenizer(prompt_builder.tokenizer, exported, folder)
-    for name in (TEMPLATE, SAMPLES):
-        if (adapter.path / name).is_file():
-            shutil.copyfile(adapter.path / name, folder / name)
-    details = {**adapter.details, MERGED: True}
-    details.pop(PUBLISHED, None)  # the merged weights are whole
-    (folder / MANIFEST).write_text(json_text(details, indent=2) + "\n", encoding="utf-8")
+    if adapter.has_template:
+        exported = export_chat_template(adapter.template, prompt_builder.tokenizer, adapter.rules)
+        save_tokenizer(prompt_builder.tokenizer, exported, folder)
+        (folder / TEMPLATE).write_bytes(adapter.template.text.encode())
+        details = {**(adapter.details or _details(prompt_builder)), MERGED: True}
+        details.pop(PUBLISHED, None)  # the merged weights are whole
+        content = json_text(details, indent=2) + "\n"
+        (folder / MANIFEST).write_text(content, encoding="utf-8")
+    else:
+        save_tokenizer_files(prompt_builder.tokenizer, folder)
+    if (adapter.path / SAMPLES).is_file():
+        shutil.copyfile(adapter.path / SAMPLES, folder / SAMPLES)
     (folder / CARD).write_text(_card(adapter, _dequantised_from(plan)), encoding="utf-8")
+
+
+def _details(prompt_builder: PromptBuilder) -> dict[str, Any]:
+    """yeonma.json for an adapter that another tool made."""
+    adapter, source = prompt_builder.adapter, prompt_builder.source
+    model = outline(load_config(source), source)
+    return describe(
+        adapter.base if model is None else base_identity(model, source),
+        adapter.template,
+        adapter.columns,
+        adapter.rules,
+        tokenizer=prompt_builder.tokenizer,
+        trust_remote_code=source.trust_remote_code,
+        trained_on={},
+    )
 
 
 def _dequantised_from(plan: MergePlan) -> str:
@@ -282,13 +320,16 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
         *front_matter(head),
         f"{code(adapter.base.name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
         "",
-        "## Template",
-        "",
-        *code_block(adapter.template.text.rstrip("\n")),
-        "",
-        "`chat_template.jinja` contains it: one user message holds the field, several come as a JSON object.",
-        "",
     ]
+    if adapter.has_template:
+        lines += [
+            "## Template",
+            "",
+            *code_block(adapter.template.text.rstrip("\n")),
+            "",
+            "`chat_template.jinja` contains it: one user message holds the field, several come as a JSON object.",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -315,6 +356,8 @@ def _answers_merged(plan: MergePlan, folder: Path, unmerged: GreedyAnswers) -> G
 def _report(plan: MergePlan, agreement: Agreement, log: Log) -> None:
     has_rows = plan.samples is not None and plan.samples.rows
     prompts = f"{agreement.rows} sample rows" if has_rows else "the template's own text (no sample rows)"
+    if not plan.prompt_builder.adapter.has_template:
+        prompts = f"{agreement.rows} plain texts (no template)"
     weights_dtype, compute_dtype = (
         str(dtype).removeprefix("torch.") for dtype in (plan.weights_dtype, plan.compute_dtype)
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from yeonma.model.native_tokenizers import (
     read_native_tokenizer,
 )
 from yeonma.model.packed_experts import check_not_adapted, hold_packed_experts, packing_class
-from yeonma.model.peft_targets import exact_targets, read_config, target_fields
+from yeonma.model.peft_targets import exact_targets, target_fields
 from yeonma.model.published import (
     QUANTIZATION_KEYS,
     Published,
@@ -544,82 +544,3 @@ def _check_parameters(reached: Sequence[TargetLayer], shape: LoraShape) -> None:
             problems.append(Problem(what, name, f"{cure}, or {leave}"))
     if problems:
         raise UserError(problems)
-
-
-def add_lora_of(model: Any, folder: str, dropout: float | None = None) -> Any:
-    """A PeftModel with a new adapter that has the config of the one in `folder`, but not its weights. `dropout` as for
-    `load_adapter`.
-
-    Raises UserError if the model does not have its layers, and for a dropout that they do not take.
-    """
-    from peft import get_peft_model
-
-    with _shape_errors_as_user_errors(folder, model.name_or_path):
-        config, exact = read_config(model, folder)
-        config.inference_mode = False
-        if dropout is not None:
-            _check_dropout(config, dropout, folder)
-            config.lora_dropout = dropout
-        with exact_targets() if exact else nullcontext():
-            return get_peft_model(model, config)
-
-
-def _check_dropout(config: Any, dropout: float, folder: str) -> None:
-    if dropout > 0 and config.target_parameters:
-        what = (
-            f"PEFT has none for parameters, and the adapter in {folder} is on {config.target_parameters[0]}"
-        )
-        raise UserError(what, place="lora_dropout", cure="use --lora_dropout 0")
-
-
-def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | None = None) -> Any:
-    """A PeftModel with the adapter of a folder. `dropout` replaces the one that it was trained with.
-
-    Raises UserError if its shapes do not fit the model.
-    """
-    from peft import PeftModel
-
-    with _shape_errors_as_user_errors(folder, model.name_or_path):
-        config, exact = read_config(model, folder)
-        if dropout is not None:
-            _check_dropout(config, dropout, folder)
-            config.lora_dropout = dropout
-        with exact_targets() if exact else nullcontext():
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
-
-
-def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
-    """Load the adapter of a folder in addition, selectable by `name`. Raises UserError as `load_adapter`, and if PEFT
-    cannot hold both adapters at once."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    base = peft_model.get_base_model()
-    with _shape_errors_as_user_errors(folder, base.name_or_path):
-        config, exact = read_config(base, folder)
-        others = [set(one.target_parameters or ()) for one in peft_model.peft_config.values()]
-        own = set(config.target_parameters or ())
-        if own and any(other and other != own for other in others):
-            what = (
-                "its adapters are on other parameters of experts or routers than those of the first adapter"
-            )
-            raise UserError(what, place=folder, cure="load them one by one")
-        config.inference_mode = True
-        with exact_targets() if exact else nullcontext():
-            peft_model.add_adapter(name, config)
-        weights = load_peft_weights(folder, device=str(base.device))
-        set_peft_model_state_dict(peft_model, weights, adapter_name=name)
-
-
-@contextmanager
-def _shape_errors_as_user_errors(folder: str, base: object) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        from peft import PeftConfig
-
-        trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        raise UserError(
-            f"the adapter was trained on {trained_on} and does not fit {base}",
-            place=folder,
-            cure="give the base model that the adapter was trained on",
-        ) from error

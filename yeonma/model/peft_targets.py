@@ -10,14 +10,17 @@ gives the same logits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 from torch import nn
 
-from yeonma.model.targets import TargetLayer, target_layers
+from yeonma.errors import UserError, brief
+from yeonma.model.adapter_config import read_adapter_config
+from yeonma.model.name_patterns import is_name, names_of
+from yeonma.model.targets import ALL_LINEAR, TargetLayer, module_paths, target_layers
 
 
 def target_fields(
@@ -95,10 +98,16 @@ def _moved_by_peft(model: Any, config: Any) -> set[str]:
 
 def read_config(model: Any, folder: str) -> tuple[Any, bool]:
     """The config of an adapter's folder for `model`, and whether its targets are exact. Layers that stand among its
-    parameters because of `as_peft_reads` are modules again."""
-    from peft import PeftConfig
+    parameters because of `as_peft_reads` are modules again, and expressions are the names that they match."""
+    from peft import LoraConfig
 
-    config: Any = PeftConfig.from_pretrained(folder)
+    own = read_adapter_config(folder)
+    config: Any = LoraConfig(
+        **_without_expressions(model, own.keys, own.place),
+        base_model_name_or_path=own.base,
+        revision=own.revision,
+        task_type="CAUSAL_LM",
+    )
     linear = {layer.parameter: layer.path for layer in target_layers(model) if layer.kind == "linear"}
     parameters = list(getattr(config, "target_parameters", None) or ())
     layers = [linear[name] for name in parameters if name in linear]
@@ -106,3 +115,56 @@ def read_config(model: Any, folder: str) -> tuple[Any, bool]:
         config.target_modules = sorted({*(config.target_modules or ()), *layers})
         config.target_parameters = [name for name in parameters if name not in linear] or None
     return config, bool(layers)
+
+
+def _without_expressions(model: Any, keys: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The keys with names in place of expressions, which PEFT would match without a bound of time."""
+    changed = dict(keys)
+    targets, excluded = (_expression(keys.get(name)) for name in ("target_modules", "exclude_modules"))
+    patterns = {name: dict(keys.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    in_patterns = [key for pattern in patterns.values() for key in pattern]
+    if targets is excluded is None and all(map(is_name, in_patterns)):
+        return changed
+    names = _names_to_match(model)
+    ends = [rf"(?:.*\.)?(?:{key})" for key in in_patterns]
+    asked = [one for one in (targets, excluded) if one is not None]
+    found = names_of([*asked, *ends], names, place)
+    matches = dict(zip([*asked, *in_patterns], found, strict=True))
+    if targets is not None:
+        without = matches[excluded] if excluded is not None else set[str]()
+        changed["target_modules"] = sorted(matches[targets] - without)
+        if not changed["target_modules"]:
+            what = f"the expression {brief(targets)} matches no layer of the base"
+            cure = "give the base model that the adapter was trained on"
+            raise UserError(what, place=place, cure=cure)
+    if excluded is not None:
+        changed["exclude_modules"] = sorted(matches[excluded]) or None
+    for name, pattern in patterns.items():
+        if not all(map(is_name, pattern)):
+            changed[name] = _by_names(pattern, matches)
+    return changed
+
+
+def _expression(value: object) -> str | None:
+    """The expression that stands in place of a list of names; None if there is none, or none that takes time."""
+    return value if isinstance(value, str) and value != ALL_LINEAR and not is_name(value) else None
+
+
+def _names_to_match(model: Any) -> list[str]:
+    """The names of modules and parameters, and those that the matrices of fused experts have in the base's files."""
+    names = [*module_paths(model), *(path for path, _ in model.named_parameters())]
+    for layer in target_layers(model):
+        container = layer.path.rpartition(".")[0]
+        names += [f"{container}.{name}" for name in layer.in_files]
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def _by_names(pattern: Mapping[str, Any], matches: Mapping[str, set[str]]) -> dict[str, Any]:
+    """A pattern of ranks whose keys are lists of names. As in PEFT, the first key that matches a name counts."""
+    taken, changed = set[str](), dict[str, Any]()
+    for key, value in pattern.items():
+        names = sorted(matches[key] - taken)
+        taken |= matches[key]
+        if names:
+            changed[f"^(?:{'|'.join(map(re.escape, names))})"] = value
+    return changed

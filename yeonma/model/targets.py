@@ -107,6 +107,11 @@ def _modules(model: Any) -> dict[str, nn.Module]:
     return found
 
 
+def module_paths(model: Any) -> list[str]:
+    """The paths of the model's own modules, whether it has adapters or not."""
+    return list(_modules(model))
+
+
 def target_layers(model: Any) -> list[TargetLayer]:
     """All target layers of a transformers model, with or without adapters, in the order of the model."""
     modules = _modules(model)

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from yeonma.adapter.base_check import check_content
+from yeonma.adapter.foreign_adapter import is_foreign
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
@@ -24,7 +25,7 @@ from yeonma.evaluate.candidates import short_names, source_key
 from yeonma.model.base_content import changes
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.position_limits import model_positions
-from yeonma.policy import Policy, adapter_names, build_policy
+from yeonma.policy import Policy, adapter_names, build_policy, check_outline
 from yeonma.serve.app import Limits, Models, make_app
 from yeonma.serve.bounded_log import limit_log
 from yeonma.serve.connections import AsgiApp, ConnectionLimits, Connections, connection_limit, watched
@@ -65,8 +66,12 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
     for folder in folders:
         try:
             prompt_builder = open_prompt_builder(
-                folder, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
+                folder,
+                base_model=settings.base_model,
+                trust_remote_code=settings.trust_remote_code,
+                template=settings.template if is_foreign(folder) else None,
             )
+            prompt_builder.check_template()
             if prompt_builder.adapter.is_merged:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("this is a merged model", place=folder, cure=cure)
@@ -83,6 +88,10 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
         for index, folder in enumerate(folders)
         if folder in folders[:index]
     ]
+    if settings.template is not None and prompt_builders and not any(one.remark for one in prompt_builders):
+        what = "the adapters have templates of their own"
+        cure = "leave it out; it is for adapters of other tools"
+        problems.append(Problem(what, "--template", cure))
     problems += _quantization_problems(settings, prompt_builders)
     others = [builder for builder in prompt_builders if not _have_one_base(prompt_builders[0], builder)]
     if others and not problems:
@@ -132,8 +141,12 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     """Load the base once, with all adapters. Raises UserError as `build_policy`."""
     device = pick_device(settings.device)
     source = adapters.first.source
-    log(f"loading {source.name}")
     builders = adapters.prompt_builders
+    for builder in builders.values():
+        if builder.remark:
+            log(builder.remark)
+    check_outline(source, [str(builder.adapter.path) for builder in builders.values()], adapter_weights=False)
+    log(f"loading {source.name}")
     policy = build_policy(
         source,
         [str(builder.adapter.path) for builder in builders.values()],

@@ -129,6 +129,10 @@ def _why_not(prompt_builder: PromptBuilder, chat_template: str | None) -> str:
     path = prompt_builder.adapter.path
     if lora_config(path).get("use_dora"):
         return f"it does not support DoRA, which {path} uses"
+    if whole := [
+        name for name in ("modules_to_save", "trainable_token_indices") if lora_config(path).get(name)
+    ]:
+        return f"it does not support {whole[0]}, which {path} has"
     if vllm_rank(rank_of(prompt_builder)) is None:
         return f"it supports no ranks above {VLLM_RANKS[-1]}, and {path} has {rank_of(prompt_builder)}"
     if not set(prompt_builder.stop_ids) <= _vllm_stop_ids(prompt_builder):

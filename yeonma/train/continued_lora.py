@@ -13,6 +13,8 @@ from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
 
 MANIFEST = "yeonma.json"
+PEFT_ALPHA = 8
+"""What PEFT takes where a config does not say."""
 CURE = "leave it out; for another shape, merge that adapter with `yeonma merge` and train a new one on the result"
 
 
@@ -38,7 +40,7 @@ def adapter_lora(folder: str) -> AdapterLora:
         targets = None if isinstance(modules, str) else (*modules, *(config.get("target_parameters") or []))
         settings = LoraSettings(
             lora_r=int(config["r"]),
-            lora_alpha=config["lora_alpha"],
+            lora_alpha=config.get("lora_alpha", PEFT_ALPHA),
             lora_dropout=own.get("dropout", config.get("lora_dropout", 0.0)),
             lora_target_modules=own.get("target_modules", modules if targets is None else sorted(targets)),
             lora_experts=own.get("experts", LoraSettings.lora_experts),

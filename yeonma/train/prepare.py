@@ -28,6 +28,8 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.adapter_file import read_header
+from yeonma.model.adapter_weights import added_rows, check_fits
 from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
@@ -288,7 +290,10 @@ def check_adapter(
     if targets != own:  # other words, which may still mean the same
         names = [targets] if isinstance(targets, str) else targets
         asked = {layer.adapted for layer in resolve(model, names, experts=config.lora.lora_experts)}
-    load.add_lora_of(model, continued, config.lora.lora_dropout)
+    if (count := added_rows(model, read_header(continued))) > 0:
+        what = f"it has {count} tokens of its own, which a run cannot continue"
+        raise UserError(what, place=continued, cure="merge it with `yeonma merge`, and train on the result")
+    check_fits(model, continued, config.lora.lora_dropout)
     reached = coverage(model)
     if asked is not None and asked != adapted(model):
         what = f"it reaches other layers than the adapter in {continued} has ({reached})"

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from yeonma.errors import UserError, brief
+from yeonma.model import adapter_weights
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, RunProgress, checkpoint_path
 from yeonma.train.loop import restore_random
 from yeonma.train.optimizers import restore_optimizer
@@ -52,19 +53,11 @@ def restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunP
 
 def load_weights(peft_model: Any, checkpoint: Path) -> None:
     """Loads a checkpoint's adapter weights into the model's adapter."""
-    from peft import set_peft_model_state_dict
-
-    weights = read_tensors(checkpoint / WEIGHTS)
-    _check_finite(checkpoint / WEIGHTS, weights)
+    _check_finite(checkpoint / WEIGHTS, read_tensors(checkpoint / WEIGHTS))
     try:
-        result: Any = set_peft_model_state_dict(peft_model, weights)
-    except RuntimeError as error:  # of shapes
-        raise _unfit(checkpoint / WEIGHTS, str(error)) from error
-    lacking = [name for name in result.missing_keys if "lora_" in name]
-    if result.unexpected_keys or lacking:
-        what = f"its adapter is on other layers than this run's (such as {[*result.unexpected_keys, *lacking][0]})"
-        cure = "continue it with the version that began it, or give another --output_dir"
-        raise UserError(what, place=str(checkpoint), cure=cure)
+        adapter_weights.load_weights(peft_model, checkpoint)
+    except UserError as error:
+        raise _unfit(checkpoint / WEIGHTS, "; ".join(problem.what for problem in error.problems)) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
 from yeonma.adapter.adapter_folder import (
     CHAT_TEMPLATE,
@@ -22,6 +21,10 @@ from yeonma.adapter.base_check import another_base
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
 from yeonma.errors import Log, Problem, UserError
+from yeonma.model.adapter_config import read_adapter_config
+from yeonma.model.adapter_file import not_finite, read_header
+from yeonma.model.adapter_weights import Shapes as Shapes
+from yeonma.model.adapter_weights import add_lora_of, expected_shapes, misfits
 from yeonma.model.base_content import changes, is_here, read_content
 from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
@@ -35,27 +38,27 @@ from yeonma.tokenization.chat_template_export import (
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.verify.file_checks import Finding, checked, not_checked
 
-Shapes = Mapping[str, tuple[int, ...]]
 REPLACE = "restore a copy of the file, or train again"
-NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Shapes]:
     """Checks that the tensors are finite and have the rank of adapter_config.json. Also returns their shapes."""
     check, place = "adapter", str(folder / WEIGHTS)
     try:
-        tensors = dict(deserialize((folder / WEIGHTS).read_bytes()))
-    except (OSError, SafetensorError) as error:
-        return checked(check, [Problem(f"cannot be read ({error})", place, REPLACE)], ""), {}
-    shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+        tensors = read_header(folder)
+    except UserError as error:
+        return checked(check, error.problems, ""), {}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     problems = [
         Problem(f"NaN or infinity in {name}", place, "use an earlier checkpoint, or train again")
-        for name, tensor in tensors.items()
-        if not _is_finite(tensor["dtype"], tensor["data"])
+        for name in not_finite(folder, tensors)
     ]
-    if config.get("peft_type") != "LORA":
-        problems.append(Problem("not a LoRA adapter", str(folder / "adapter_config.json"), REPLACE))
-    elif isinstance(rank := config.get("r"), int) and not config.get("rank_pattern"):
+    try:
+        read_adapter_config(folder)
+    except UserError as error:
+        problems += error.problems
+    rank = config.get("r")
+    if not problems and isinstance(rank, int) and not config.get("rank_pattern"):
         wrong = [
             name
             for name, shape in shapes.items()
@@ -64,8 +67,6 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Sha
         if wrong:
             what = f"{_some(wrong)} does not have rank {rank}, as adapter_config.json says"
             problems.append(Problem(what, place, REPLACE))
-    if not tensors:
-        problems.append(Problem("no weights in it", place, REPLACE))
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     return checked(check, problems, f"{len(shapes)} tensors with {size:,} parameters, all finite"), shapes
 
@@ -77,12 +78,6 @@ def _rank(name: str, shape: tuple[int, ...]) -> int | None:
     if name.endswith(("lora_B.weight", "lora_embedding_B")):
         return shape[1]
     return None
-
-
-def _is_finite(dtype: str, data: bytes) -> bool:
-    if dtype == "BF16":  # NumPy has no bfloat16: all bits of the exponent are set
-        return not bool(np.any((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80))
-    return dtype not in NUMPY_TYPES or bool(np.isfinite(np.frombuffer(data, NUMPY_TYPES[dtype])).all())
 
 
 def check_names(adapter: AdapterFolder, config: Mapping[str, Any]) -> Finding:
@@ -135,21 +130,13 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         return checked("base", error.problems, "")
     place, cure = str(adapter.path / WEIGHTS), "restore the adapter of this run, or train again"
     try:
-        expected = _expected_shapes(model, str(adapter.path))
+        expected = expected_shapes(add_lora_of(model, str(adapter.path)))
+    except UserError as error:
+        return checked("base", error.problems, "")
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         what = f"the adapter does not fit the base's layers ({str(error).splitlines()[0]:.200})"
         return checked("base", [Problem(what, str(adapter.path / "adapter_config.json"), cure)], "")
-    problems = []
-    if missing := sorted(expected.keys() - shapes.keys()):
-        problems.append(Problem(f"{_some(missing)} is missing", place, cure))
-    if extra := sorted(shapes.keys() - expected.keys()):
-        problems.append(Problem(f"the base has no layer for {_some(extra)}", place, cure))
-    wrong = sorted(
-        name for name in expected.keys() & shapes.keys() if tuple(expected[name]) != tuple(shapes[name])
-    )
-    if wrong:
-        what = f"{_some(wrong)} has shape {shapes[wrong[0]]}, but the base needs {expected[wrong[0]]}"
-        problems.append(Problem(what, place, cure))
+    problems = misfits(shapes, expected, place, cure)
     return checked(
         "base",
         problems,
@@ -178,15 +165,6 @@ def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log
     problems = [Problem(what, source.name, cure) for what in changes(content, now)]
     count = f"{len(now.weights)} weight file{'s' * (len(now.weights) > 1)}"
     return checked(check, problems, f"{count}, config and end tokens are those of training, read again")
-
-
-def _expected_shapes(model: Any, folder: str) -> Shapes:
-    """The shapes of the adapter that PEFT builds from the adapter's config on this model."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-
-    peft_model = get_peft_model(model, PeftConfig.from_pretrained(folder))
-    tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_tokenizer(adapter: AdapterFolder, tokenizer: Any, check: str, place: str) -> Finding:

@@ -222,7 +222,8 @@ def test_a_missing_shard_is_reported(run: Path, tmp_path: Path) -> None:
 
 
 def test_folder_without_an_adapter_or_already_merged_is_refused(run: Path, tmp_path: Path) -> None:
-    assert "yeonma.json is missing" in error_of_refused_merge(run.parent / "base", tmp_path / "M")
+    message = error_of_refused_merge(run.parent / "base", tmp_path / "M")
+    assert "this is a whole model, not an adapter" in message
     assert command(run, "merge", str(run), "--output_dir", str(tmp_path / "M")).status == 0
     assert "merged already" in error_of_refused_merge(tmp_path / "M", tmp_path / "N")
     assert (

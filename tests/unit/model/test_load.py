@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.models import VOCABULARY, tiny_model
 from tests.tokenizers import byte_level
 from yeonma.errors import UserError
+from yeonma.model.adapter_weights import load_adapter
 from yeonma.model.load import (
     LoraShape,
     add_lora,
     check_vocabulary,
-    load_adapter,
     load_base,
     load_config,
     load_tokenizer,

@@ -16,13 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models import MORE_FAMILIES
 from yeonma.errors import UserError
+from yeonma.model.adapter_weights import add_lora_of, load_adapter, load_additional_adapter
 from yeonma.model.load import (
     LoraShape,
     add_lora,
-    add_lora_of,
     hide_loading_noise,
-    load_adapter,
-    load_additional_adapter,
 )
 from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.targets import coverage, resolve, target_layers

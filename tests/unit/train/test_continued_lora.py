@@ -159,7 +159,7 @@ def test_adapter_folder_that_peft_could_not_read_is_an_error(
     (tmp_path / "broken" / "adapter_config.json").write_text('{"r": "many"}')
     done = dpo(tmp_path / "out", base, preferences, adapter=tmp_path / "broken")
     assert done.status == 2
-    assert "adapter_config.json: damaged (" in done.err
+    assert "adapter_config.json: it has no peft_type" in done.err
 
 
 def test_preference_training_uses_the_adapters_rank(

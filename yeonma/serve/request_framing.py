@@ -41,7 +41,7 @@ class BadRequest(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class RequestPart:
     """A part of a request, ready for the parser."""
 
     content: bytes
@@ -56,7 +56,7 @@ class RequestFraming:
 
     def __init__(self) -> None:
         self._unread = bytearray()
-        self._next: Callable[[], Part | None] = self._head
+        self._next: Callable[[], RequestPart | None] = self._head
         self._scanned = 0
         """How much of an unfinished head was searched already."""
         self._missing = 0
@@ -82,7 +82,7 @@ class RequestFraming:
         """Go on to the next request of the connection."""
         self._next, self._scanned, self._content_bytes, self._trailer_bytes = self._head, 0, 0, None
 
-    def take(self) -> Part | None:
+    def take(self) -> RequestPart | None:
         """The next part of the request; None if more bytes are needed, or if the request is complete. Raises
         BadRequest."""
         return self._next()
@@ -90,7 +90,7 @@ class RequestFraming:
     def _nothing(self) -> None:
         return None
 
-    def _head(self) -> Part | None:
+    def _head(self) -> RequestPart | None:
         unread = self._unread
         while unread[:2] == b"\r\n":  # blank lines before a request are passed over
             del unread[:2]
@@ -114,23 +114,23 @@ class RequestFraming:
         head = _read_head(lines)
         self._next = {None: self._chunks, 0: self._nothing}.get(head.length, self._content)
         self._missing = head.length or 0
-        return Part(head.written(), begins=True, ends=head.length == 0)
+        return RequestPart(head.written(), begins=True, ends=head.length == 0)
 
-    def _content(self) -> Part | None:
+    def _content(self) -> RequestPart | None:
         if not self._unread:
             return None
         content = self._taken(min(self._missing, len(self._unread)))
         self._missing -= len(content)
         if not self._missing:
             self._next = self._nothing
-        return Part(content, ends=not self._missing)
+        return RequestPart(content, ends=not self._missing)
 
-    def _chunks(self) -> Part | None:
+    def _chunks(self) -> RequestPart | None:
         """All chunks that are there, without their extensions, and the end without its trailer fields."""
         written = bytearray()
         while not self.has_ended and (piece := self._piece()) is not None:
             written += piece
-        return Part(bytes(written), ends=self.has_ended) if written else None
+        return RequestPart(bytes(written), ends=self.has_ended) if written else None
 
     def _piece(self) -> bytes | None:
         """A line of a chunk's size, or content with the line end that belongs to it."""
@@ -187,7 +187,7 @@ class RequestFraming:
 
 
 @dataclass(frozen=True)
-class _Head:
+class _RequestHead:
     line: bytes
     fields: Sequence[tuple[bytes, bytes]]
     length: int | None
@@ -198,7 +198,7 @@ class _Head:
         return b"\r\n".join([*lines, b"", b""])
 
 
-def _read_head(lines: Sequence[bytes]) -> _Head:
+def _read_head(lines: Sequence[bytes]) -> _RequestHead:
     method, target, minor = _request_line(lines[0])
     if len(lines) > MAX_FIELDS + 1:
         raise BadRequest(431, f"the request has more than {MAX_FIELDS} header fields")
@@ -221,7 +221,7 @@ def _read_head(lines: Sequence[bytes]) -> _Head:
     for name, value in fields:
         if name.lower() == b"expect" and minor and value.lower() != b"100-continue":
             raise BadRequest(417, "the only expectation that can be met is 100-continue")
-    return _Head(b"%b %b HTTP/1.%d" % (method, target, minor), fields, length)
+    return _RequestHead(b"%b %b HTTP/1.%d" % (method, target, minor), fields, length)
 
 
 def _request_line(line: bytes) -> tuple[bytes, bytes, int]:

@@ -511,6 +511,54 @@ _INDEX = b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensor
 _UNDER = b'{"base_model_name_or_path": "base", "revision": null, "peft_type": "LORA"}'
 
 
+IMPOSSIBLE: tuple[Any, ...] = (
+    *(
+        0,
+        -1,
+        1,
+        2,
+        7,
+        1.5,
+        10**5,
+        10**9,
+        10**12,
+        10**40,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        True,
+        None,
+    ),
+    *(
+        "",
+        "x",
+        "64",
+        "no",
+        "flash_attention_2",
+        "float8_e4m3fn",
+        [],
+        [0],
+        ["x"],
+        [1] * 20_000,
+        {},
+        {"a": {"b": 0}},
+    ),
+    *({"rope_type": "zzz"}, {"rope_type": "yarn", "factor": "x"}, {"hidden_size": 0}, {"quant_method": 5}),
+)
+RUN_KEYS = (
+    *("_attn_implementation", "_experts_implementation", "return_dict", "output_attentions", "use_cache"),
+    *(
+        "head_dim",
+        "rope_scaling",
+        "quantization_config",
+        "text_config",
+        "num_labels",
+        "pruned_heads",
+        "layer_types",
+    ),
+)
+
+
 @st.composite
 def model_cases(draw: Draw) -> FilesCase:
     files = {**base_files()}
@@ -520,6 +568,11 @@ def model_cases(draw: Draw) -> FilesCase:
         damaged = {"base/model.safetensors": None}
         damaged |= {f"base/{name}": files[name] for name in files if name not in base_files()}
         return FilesCase({**damaged, **draw(damaged_folder("base", files))})
+    if draw(st.integers(0, 4)) == 0:  # numbers that no model can have
+        config = json.loads(files["config.json"])
+        keys = st.sampled_from((*sorted(config), *RUN_KEYS))
+        config |= draw(st.dictionaries(keys, st.sampled_from(IMPOSSIBLE), min_size=1, max_size=3))
+        return FilesCase({"base/config.json": json.dumps(config).encode()})
     if draw(st.integers(0, 5)) == 0:  # under an adapter
         config = draw(damaged_json(json.loads(_UNDER), ("base_model_name_or_path", "revision", "peft_type")))
         return FilesCase({"over/adapter_config.json": config}, ("--base_model", "over"))

@@ -12,6 +12,7 @@ from yeonma.export.merged_model import MergePlan, check_output, merge, prepare_m
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.weight_files import weight_files
+from yeonma.shown import one_line, shell_word
 from yeonma.streams import say
 from yeonma.tokenization.text_encoder import TextEncoder
 
@@ -32,14 +33,15 @@ def run(settings: ExportSettings) -> int:
         model = prompt_builder.adapter.path if plan is None else _merged_model(plan, folder)
         if model is None:
             return 1
-        gguf = _write(settings, prompt_builder, model, folder, output.absolute().name)
+        gguf = _write(settings, prompt_builder, model, folder, one_line(output.absolute().name))
         if is_installed():
             check_prompts(gguf, prompt_builder, say)
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
         say(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     if settings.format == "ollama":
-        say(f"ollama create {output.absolute().name.lower()} -f {output / 'Modelfile'}")
+        name, file = shell_word(output.absolute().name.lower()), shell_word(str(output / "Modelfile"))
+        say(f"ollama create {name} -f {file}")
     return 0
 
 

@@ -543,7 +543,7 @@ class PushSettings:
     base_model: str | None = None
     """Name of the base model on the hub, if training used a local folder. The uploaded files name it."""
     hide_paths: bool = False
-    """Shorten each absolute path in the files to its last part. When off, files with absolute paths are refused."""
+    """Shorten each absolute path in the files to its last part, and hide home directories and the names of this machine's user and host. When off, files with these are refused."""
     message: str = "Upload with Yeonma"
     """Commit message."""
     dry_run: bool = False

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +31,7 @@ from transformers.utils.hub import cached_file
 
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import Problem, UserError, first_line
+from yeonma.model.config_numbers import CURE
 from yeonma.model.native_tokenizers import (
     check_tokenizer_package,
     native_tokenizer_file,
@@ -51,6 +53,7 @@ from yeonma.model.quantization import check_installed
 from yeonma.model.quantized import bitsandbytes_config, pack_bitsandbytes_layers, packed_layers, to_fp8
 from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
+from yeonma.model.source import check_numbers
 from yeonma.model.source import find_base as find_base
 from yeonma.model.targets import TargetLayer, adapted, resolve
 from yeonma.model.weight_files import file_of, weight_files
@@ -95,11 +98,14 @@ def load_tokenizer(source: BaseSource, *, keep_exported: bool = False) -> Any:
 def _try_files(source: BaseSource) -> None:
     """Raises UserError for a tokenizer that takes more time or memory than any real one."""
     for name in OTHERS:
-        path = Path(source.name) / name
-        if path.exists():  # of a folder; the hub has limits of its own
-            check_size(path)
-    if (path_of := file_of(source, TOKENIZER)) is not None:
-        try_tokenizer(path_of)
+        if (of_folder := Path(source.name) / name).exists():  # the hub has limits of its own
+            check_size(of_folder)
+    try:
+        path = file_of(source, TOKENIZER)
+    except UserError as error:
+        raise _cannot_load("tokenizer", source, error) from error
+    if path is not None:
+        try_tokenizer(path)
 
 
 def _as_published(tokenizer: Any, source: BaseSource) -> Any:
@@ -114,14 +120,15 @@ def generation_eos(source: BaseSource) -> tuple[int, ...]:
     """The tokens that end an answer by the model's generation config; none if it has no such config."""
     try:
         return eos_tokens(GenerationConfig.from_pretrained(source.name, revision=source.revision or "main"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return ()
 
 
 def eos_tokens(config: Any) -> tuple[int, ...]:
     """The EOS tokens of a generation config, which may be one, several or none."""
     eos = getattr(config, "eos_token_id", None)
-    return tuple([eos] if isinstance(eos, int) else eos or ())
+    ids = eos if isinstance(eos, list | tuple) else [eos]
+    return tuple(number for number in ids if isinstance(number, int) and not isinstance(number, bool))
 
 
 def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
@@ -136,12 +143,53 @@ def _restore_chat_template(tokenizer: Any, source: BaseSource) -> None:
 
 
 def load_config(source: BaseSource) -> Any:
+    """The base's config, without what only says how someone else ran the model. Raises UserError."""
+    if not Path(source.name).is_dir():  # a folder is checked by `find_base`
+        try:
+            path = file_of(source, "config.json")
+        except UserError as error:
+            raise _cannot_load("config", source, error) from error
+        if path is not None:
+            check_numbers(path)
     try:
-        return AutoConfig.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        config = AutoConfig.from_pretrained(
+            source.name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            output_attentions=False,  # with an implementation of attention it would be refused
         )
+        _forget_run_settings(config)
     except Exception as error:  # values of a wrong type may raise anything in transformers
         raise _cannot_load("config", source, error) from error
+    return config
+
+
+_RUN_SETTINGS: dict[str, Any] = {
+    "_attn_implementation_internal": None,
+    "_experts_implementation_internal": None,
+    "_output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+    "use_cache": True,
+    "chunk_size_feed_forward": 0,
+    "problem_type": None,
+    "gradient_checkpointing": False,
+    "pretraining_tp": 1,
+    "torchscript": False,
+    "pruned_heads": {},
+}
+"""What a config says of how a model is run, and not of what it is, with the values that are meant here."""
+
+
+def _forget_run_settings(config: Any) -> None:
+    """Values of others' files that would change how the model is run here."""
+    for name, value in _RUN_SETTINGS.items():
+        if getattr(config, name, value) != value:
+            setattr(config, name, value)
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            _forget_run_settings(part)
 
 
 def outline(config: Any, source: BaseSource) -> Any:
@@ -159,8 +207,31 @@ def outline(config: Any, source: BaseSource) -> Any:
         return None
 
 
+def _check_size(config: Any, source: BaseSource) -> None:
+    """Raises UserError for a model that is far larger than the weights of its folder. Nothing of it takes memory."""
+    folder = Path(source.name)
+    bytes_there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if bytes_there and (model := outline(config, source)) is not None:
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        if numbers > 4 * bytes_there + 10**6:
+            problem = f"it asks for {numbers:,} numbers, but the weights have {bytes_there:,} bytes"
+            raise UserError(problem, place=str(folder / "config.json"), cure=CURE)
+
+
+def _check_can_be_built(config: Any, source: BaseSource) -> None:
+    """Raises UserError if no model can be built from the config."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=source.trust_remote_code)
+    except Exception as error:
+        reason = first_line(error) or type(error).__name__
+        place = str(Path(source.name) / "config.json") if Path(source.name).is_dir() else source.name
+        raise UserError(f"no model can be built from it ({reason})", place=place, cure=CURE) from error
+
+
 def _cannot_load(part: str, source: BaseSource, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0]
+    first, _, second = str(error).strip().partition("\n")
+    reason = f"{first} {second.strip()}".splitlines()[0].strip() if first.endswith(":") else first
     cure = "check the name, your network and, for a gated model, `hf auth login`"
     if Path(source.name).is_dir():
         cure = "give the folder of a complete model, with its tokenizer"
@@ -209,6 +280,7 @@ def load_base(
     published = published_weights(model_config, source)
     packed = published is not None and published.stays_packed and not whole
     check_not_packed(published if packed else None, quantization, source.name)
+    _check_size(model_config, source)
     bnb_config = bitsandbytes_config(quantization, dtype)
     options: dict[str, Any] = {
         "trust_remote_code": source.trust_remote_code,
@@ -223,7 +295,7 @@ def load_base(
     try:
         if published is None or packed:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.name, revision=source.revision, use_safetensors=True, **options
+                source.name, config=model_config, revision=source.revision, use_safetensors=True, **options
             )
         else:
             loaded = _load_dequantised(
@@ -235,6 +307,9 @@ def load_base(
         ) from error
     except (OSError, ValueError) as error:
         raise _cannot_load("weights", source, error) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError):
+        _check_can_be_built(model_config, source)
+        raise
     model, loading_info = loaded
     _check_complete(loading_info, source.name)
     model.requires_grad_(False)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from yeonma.errors import UserError, gather
 from yeonma.files import user_path
+from yeonma.model.config_numbers import generation_problems, problems_in
 from yeonma.model.published import published_in_folder
 
 
@@ -23,6 +24,9 @@ class BaseSource:
     revision: str | None = None
     trust_remote_code: bool = False
     adapter: str | None = None
+
+
+_MOST_BYTES = 64 * 1024 * 1024
 
 
 def find_base(base_model: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseSource:
@@ -48,6 +52,8 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
     gather(
         partial(_check_code, folder / "config.json", trust_remote_code),
         partial(_check_code, folder / "tokenizer_config.json", trust_remote_code),
+        partial(check_numbers, folder / "config.json", folder),
+        partial(check_numbers, folder / "generation_config.json"),
         partial(_check_weights, folder),
         partial(published_in_folder, folder),
     )
@@ -75,10 +81,13 @@ def _base_of_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is not a JSON object."""
+    """Raises UserError if the file is not a JSON object, or too large for one of settings."""
+    if path.stat().st_size > _MOST_BYTES:
+        problem = f"it has {path.stat().st_size:,} bytes; more than {_MOST_BYTES:,} are not read"
+        raise UserError(problem, place=str(path), cure="download it again")
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})", place=str(path), cure="download it again") from error
     if not isinstance(value, dict):
         raise UserError("not a JSON object", place=str(path), cure="download it again")
@@ -92,6 +101,19 @@ def _check_code(path: Path, trust_remote_code: bool) -> None:
             place=str(path),
             cure="read that code, then give --trust_remote_code true",
         )
+
+
+def check_numbers(path: Path, weights: Path | None = None) -> None:
+    """Raises UserError for numbers that no model can have. `weights`: the folder of its weights, if it is local."""
+    if not path.is_file():
+        return
+    if path.name == "generation_config.json":
+        problems = generation_problems(_read_object(path), str(path))
+    else:
+        size = sum(file.stat().st_size for file in weights.glob("*.safetensors")) if weights else 0
+        problems = problems_in(_read_object(path), str(path), size or None)
+    if problems:
+        raise UserError(problems)
 
 
 def _check_weights(folder: Path) -> None:

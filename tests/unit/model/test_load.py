@@ -132,8 +132,8 @@ def test_the_folders_own_tokenizer_is_loaded(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"model_max_length": "long"}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
         ("tokenizer_config.json", '{"chat_template": "\\ud800"}'),
-        ("config.json", '{"model_type": ["llama"]}'),
-        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("config.json", '{"model_type": "llama", "hidden_act": 5}'),
+        ("config.json", '{"model_type": "llamas"}'),
     ],
 )
 def test_invalid_tokenizer_or_config_file_is_an_error(name: str, text: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,13 @@ def tiny_adapter(
     template: str = "title",
     columns: dict[str, str] | None = None,
     cutoff_len: int = 2048,
+    generation: dict[str, object] | None = None,
 ) -> Folders:
-    """A base under `root` and an adapter folder beside it, as a run would leave it."""
+    """A base under `root` and an adapter folder beside it, as a run would leave it. `generation`: the base's
+    generation config."""
     base = tiny_base(root / "base", tokenizer)
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(generation))
     return Folders(base, adapter_on(base, root / "OUT", template, columns=columns, cutoff_len=cutoff_len))
 
 

@@ -84,6 +84,10 @@ def test_adapters_are_served_with_prompts_answers_and_stops_of_yeonma(
 ) -> None:
     stop = rows["plain"][0].answer_ids[NEW_TOKENS // 2]  # a token that some answers have in their middle
     (folders.base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}))
+    for adapter in folders.adapters.values():  # otherwise a base with other end tokens is refused
+        details = json.loads((adapter / "yeonma.json").read_text())
+        details.pop("base_content", None)
+        (adapter / "yeonma.json").write_text(json.dumps(details))
     words = _serve_command(folders, vllm_python)
     with _serving(words, tmp_path / "log.txt") as url:
         for kind, adapter in folders.adapters.items():

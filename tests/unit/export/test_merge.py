@@ -165,9 +165,8 @@ def test_merge_unties_a_tied_head_that_has_its_own_adapter(tmp_path: Path) -> No
 
 
 def test_merged_generation_config_also_has_the_training_eos(tmp_path: Path) -> None:
-    folders = tiny_adapter(tmp_path, sentencepiece_bpe())
-    path = folders.base / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": 7, "do_sample": False, "temperature": 0.5}))
+    generation: dict[str, object] = {"eos_token_id": 7, "do_sample": False, "temperature": 0.5}
+    folders = tiny_adapter(tmp_path, sentencepiece_bpe(), generation=generation)
     assert command(tmp_path, "merge", str(folders.adapter), "--output_dir", str(tmp_path / "M")).status == 0
     eos_id = load_tokenizer(find_base(str(folders.base))).eos_token_id
     config = json.loads((tmp_path / "M" / "generation_config.json").read_text())

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from yeonma.adapter.adapter_folder import base_identity, describe, write_adapter
 from yeonma.data.template import load_template
+from yeonma.model.base_content import read_content
 from yeonma.model.load import LoraShape, add_lora, load_base, load_tokenizer
 from yeonma.model.source import find_base
 from yeonma.tokenization.chat_template_export import export_chat_template
@@ -90,7 +91,14 @@ def adapter_on(
     rules = TokenRules(cutoff_len)
     own = load_tokenizer(source)
     details = describe(
-        identity, parsed, columns, rules, tokenizer=own, trust_remote_code=False, trained_on={}
+        identity,
+        parsed,
+        columns,
+        rules,
+        tokenizer=own,
+        trust_remote_code=False,
+        trained_on={},
+        content=read_content(source),
     )
     write_adapter(folder, peft_model, own, parsed, details, export_chat_template(parsed, own))
     return folder

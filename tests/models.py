@@ -72,8 +72,6 @@ FOREST_FAMILIES: dict[str, dict[str, Any]] = {
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
     },
-}
-OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         **_EXPERTS,
         "layer_types": ["linear_attention", "full_attention"],
@@ -84,10 +82,72 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+}
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4, "n_layer": 2},
     # Its mask has the window, its call of the attention has not.
     "phimoe": {"sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2}
+RECURRENT_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 16},
+    "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4},
+    "kimi_linear": {
+        **_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+    },
+    "granitemoehybrid": {
+        **_MAMBA2,
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    },
+    "bamba": {**_MAMBA2, "attn_layer_indices": [1]},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "mamba_headdim": 16,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 4,
+        "num_mem_blocks": 1,
+        "use_mem_rope": True,
+    },
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+}
+"""Further families with recurrent layers on a forest; `qwen3_next` and `lfm2` are among FOREST_FAMILIES."""
 
 BORDER = 24
 _LONGROPE = {
@@ -168,7 +228,13 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
 @lru_cache
 def _built(family: str, seed: int) -> Any:
-    families = {**FOREST_FAMILIES, **OTHER_FAMILIES, **BORDER_FAMILIES, **MORE_FAMILIES}
+    families = {
+        **FOREST_FAMILIES,
+        **OTHER_FAMILIES,
+        **RECURRENT_FAMILIES,
+        **BORDER_FAMILIES,
+        **MORE_FAMILIES,
+    }
     options = {**_COMMON, **copy.deepcopy(families[family])}  # a config changes its rope parameters
     config = AutoConfig.for_model(family.split()[0], **options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

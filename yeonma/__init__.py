@@ -55,6 +55,9 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
     from yeonma.config.parse import config_from_keywords
     from yeonma.config.settings import RunConfig
     from yeonma.data.python_rows import given
+    from yeonma.platforms import check_platform
+
+    check_platform()
     from yeonma.shown import one_line
 
     verb = VERBS[name]
@@ -71,6 +74,9 @@ def _train(name: str, keywords: dict[str, Any]) -> Path:
 
 def load(adapter_dir: str | Path, **options: Any) -> Policy:
     """Load an adapter folder and its base model for generation. Options and errors as `yeonma.policy.load_policy`."""
+    from yeonma.platforms import check_platform
+
+    check_platform()
     from yeonma.policy import load_policy
 
     return load_policy(adapter_dir, **options)

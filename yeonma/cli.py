@@ -28,6 +28,7 @@ from yeonma.config.settings import (
     VerifySettings,
 )
 from yeonma.errors import LOST, ProcessLost, UserError, did_you_mean
+from yeonma.platforms import check_platform
 from yeonma.shown import traceback_text
 from yeonma.streams import escape_other_libraries, log_line, say, say_lines
 from yeonma.train.interrupt import Stopped
@@ -138,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     YEONMA_DEBUG=1 also prints the traceback of a user error. Any other exception is a bug and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    escape_other_libraries()
     try:
+        check_platform()
         return _dispatch(arguments)
     except UserError as error:
         if os.environ.get("YEONMA_DEBUG") == "1":
@@ -210,6 +211,7 @@ def _run(name: str, verb: Verb, arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # once, not in every process that torchrun starts
         for warning in parsed.warnings:
             log_line(f"warning: {warning}")
+    escape_other_libraries()
     atexit.register(gc.freeze)  # skips the last garbage collection, which takes most of a second
     module, function = verb.run.split(":")
     return getattr(import_module(module), function)(parsed.config) or 0

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from yeonma.adapter.adapter_folder import BaseIdentity, base_identity, check_continued
+from yeonma.adapter.base_check import check_content
 from yeonma.adapter.prompt_builder import Prompt, PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.batch.batch import Batch
 from yeonma.config.parse import config_from_keywords
@@ -329,13 +330,15 @@ def load_policy(
     base_model: str | None = None,
     trust_remote_code: bool = False,
     data_set: str | None = None,
+    log: Log = lambda _: None,
 ) -> Policy:
     """Loads an adapter and its base model for generation, in eval mode.
 
     `adapter`: an adapter folder or a checkpoint, or the result of `open_prompt_builder`, in which case `base_model`,
     `trust_remote_code` and `data_set` are ignored. `data_set`: the one of several data sets whose template asks, by
     default the first. `quantization`: auto uses that of training. `adapter_weights`: False loads the base
-    alone. `base_model`: where the base is now, if it has moved since training.
+    alone. `base_model`: where the base is now, if it has moved since training. `log` gets a line if reading the base
+    for its SHA-256 takes long.
 
     Raises UserError if the folder is not an adapter folder, or if the base is missing or another model.
     """
@@ -345,6 +348,7 @@ def load_policy(
             builder, base_model=base_model, trust_remote_code=trust_remote_code, data_set=data_set
         )
     source, target = builder.source, load.pick_device(device)
+    check_content(builder.adapter, source, log=log, download=False)
     try:
         base = load.load_base(
             source, target, load.pick_dtype(dtype, target), quantization_for(quantization, builder.adapter)
@@ -355,6 +359,7 @@ def load_policy(
         cure = "name a folder that has it with --base_model"
         problems = [replace(problem, cure=f"{problem.cure}, or {cure}") for problem in error.problems]
         raise UserError(problems) from error
+    check_content(builder.adapter, source, log=log)
     adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
     policy = _assemble(base, source, adapters, PLAIN)
     # a direct call of the model, as in a notebook, should compute what transformers and PEFT do

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import traceback
-from html import escape
+from functools import cache
 from typing import Any
 
 MOST_OF_A_LINE = 10_000
@@ -37,8 +36,10 @@ _STRAY = (
     f"|(?<![{_IDEOGRAPHS}])[\U000e0100-\U000e01ef]"
 )
 """Joiners and selectors with nothing to join or to select, which only hide in a text."""
-_IN_LINES = re.compile(f"[{_INVISIBLE}]|{_STRAY}")
-_IN_LINE = re.compile(f"[\n{_INVISIBLE}]|{_STRAY}")
+_IN_LINES = f"[{_INVISIBLE}]|{_STRAY}"
+_IN_LINE = f"[\n{_INVISIBLE}]|{_STRAY}"
+_compiled = cache(re.compile)
+"""Compiled at first use, which takes longer than `--help` should."""
 _SHORT = {"\n": "\\n", "\r": "\\r"}
 
 
@@ -56,7 +57,7 @@ def many_lines(text: str, most: int | None = None) -> str:
 
 def has_hidden(text: str) -> bool:
     """Whether `many_lines` would change the text."""
-    return _IN_LINES.search(text) is not None
+    return _compiled(_IN_LINES).search(text) is not None
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -71,8 +72,9 @@ def _numbered(char: str) -> str:
     )
 
 
-def _escaped(text: str, hidden: re.Pattern[str], most: int | None) -> str:
+def _escaped(text: str, pattern: str, most: int | None) -> str:
     """Of a text that is too long, beginning and end stay, and its length stands between."""
+    hidden = _compiled(pattern)
     if most is None or len(text) <= most:
         text = hidden.sub(_escape, text)
         if most is None or len(text) <= most:
@@ -101,8 +103,9 @@ class GrowingText:
 
     def _next(self, text: str, behind: str) -> str:
         """`text`, which stands between what was shown last and `behind`."""
+        hidden = _compiled(_IN_LINES)
         shown = "".join(
-            _escape(match) if (match := _IN_LINES.match(around, at)) else around[at]
+            _escape(match) if (match := hidden.match(around, at)) else around[at]
             for around in (self._before + text + behind,)
             for at in range(len(self._before), len(self._before) + len(text))
         )
@@ -112,15 +115,17 @@ class GrowingText:
 
 def html(text: str) -> str:
     """One line of text in HTML or SVG, within an element or an attribute."""
+    from html import escape  # its table of names takes longer than `--help` should
+
     return escape(one_line(text))
 
 
-_MARKS = re.compile(r"[`\[\]<|]|\*(?=\S)|(?<=\S)\*|~(?=~)|\\(?=[!-/:-@\[-`{-~])|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+_MARKS = r"[`\[\]<|]|\*(?=\S)|(?<=\S)\*|~(?=~)|\\(?=[!-/:-@\[-`{-~])|(?<!\w)_|_(?!\w)|&(?=#?\w+;)"
 
 
 def markdown(text: str) -> str:
     """One line of text in Markdown, in which nothing is a mark, a link or HTML."""
-    return _MARKS.sub(
+    return _compiled(_MARKS).sub(
         lambda match: {"<": "&lt;", "&": "&amp;"}.get(match[0], f"\\{match[0]}"), one_line(text)
     )
 
@@ -145,7 +150,7 @@ def code_block(text: str, language: str = "text") -> list[str]:
 def json_text(value: Any, **options: Any) -> str:
     """JSON in which letters of all scripts can be read, and no invisible character stands. `options`: of json.dumps."""
     text = json.dumps(value, ensure_ascii=False, **options)
-    return _IN_LINES.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    return _compiled(_IN_LINES).sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def shell_word(word: str) -> str:
@@ -153,7 +158,7 @@ def shell_word(word: str) -> str:
     if one_line(word) == word:
         return shlex.quote(word)
     quoted = word.replace("\\", "\\\\").replace("'", "\\'")
-    return f"$'{_IN_LINE.sub(_in_shell, quoted)}'"
+    return f"$'{_compiled(_IN_LINE).sub(_in_shell, quoted)}'"
 
 
 def _in_shell(match: re.Match[str]) -> str:
@@ -176,5 +181,7 @@ def indented(text: str) -> str:
 
 def traceback_text(error: BaseException) -> str:
     """The traceback of an exception, with the text of the exception escaped."""
-    parts = traceback.format_exception(error)
+    from traceback import format_exception
+
+    parts = format_exception(error)
     return "".join(many_lines(part) if part.startswith("\n") else indented(part) for part in parts)

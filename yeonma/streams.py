@@ -7,7 +7,6 @@ terminal or the next program of a pipe may be gone. Training goes on; what count
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -15,9 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from yeonma.shown import MOST_OF_A_LINE, indented, many_lines, one_line, traceback_text
+
+if TYPE_CHECKING:
+    import logging
 
 
 class UnfailingStream:
@@ -85,6 +87,8 @@ def give_up(stream: TextIO) -> None:
 def escape_other_libraries() -> None:
     """From here on warnings, log records and tracebacks of any library of this process are escaped. Their own lines
     after the first are indented, so that none passes for one of ours. More calls do nothing."""
+    import logging
+
     if warnings.formatwarning is not _warning_text:
         warnings.formatwarning = _warning_text
         logging.setLogRecordFactory(partial(_log_record, logging.getLogRecordFactory()))

@@ -221,7 +221,10 @@ FIELDS = (
     Field("*metrics.jsonl", "seconds", "left out", "measured"),
     Field("*metrics.jsonl", "peak_memory_bytes", "left out", "measured"),
     Field("*yeonma.json", "versions.yeonma", "left out", "it is not what the results depend on"),
-    Field("*report.json", "yeonma", "left out", "likewise"),
+    Field("*yeonma.json", "base_content", "left out", "earlier versions did not record it"),
+    Field("*run.json", "identity.content of the base model", "left out", "likewise"),
+    Field("*state.json", "identity.content of the base model", "left out", "likewise"),
+    Field("*report.json", "yeonma", "left out", "it is not what the results depend on"),
     Field("*report.json", "made", "left out", "a date"),
     Field(
         "*report.json", "models.identity", "left out", "a hash of adapter_config.json, too, which has a path"

@@ -84,11 +84,13 @@ def test_fault_56_an_adapter_of_another_base(
     tmp_path: Path, refused: Refused, data: Path, base: Path, tuned: Done
 ) -> None:
     other = model_folder(tmp_path / "other", "qwen3")
-    what = f"{tuned.folder}: it was trained on {base}, which is not {other}; use --base_model {base}"
+    found = 'config.json: model_type was "llama" and is now "qwen3"'
+    what = f"{tuned.folder}: it was trained on {base}, which is not {other}: {found}"
+    what += f"; use --base_model {base}"
     assert refused(data, base_model=other, adapter=tuned.folder) == [what.replace(f"{tmp_path}/", "")]
     checkpoint = next(tuned.folder.glob("checkpoint-*"))
     (line,) = refused(data, base_model=other, adapter=checkpoint)
-    assert f"it was trained on {base}, which is not other; use --base_model {base}" in line
+    assert f"it was trained on {base}, which is not other: {found}; use --base_model {base}" in line
 
 
 def test_fault_56_an_adapter_saved_by_plain_peft_on_another_base(
@@ -274,7 +276,8 @@ def test_fault_65_an_adapter_as_base_without_a_usable_base_model(
     config = peft_only / "adapter_config.json"
     change_json(config, base_model_name_or_path=str(tmp_path / "gone"))
     (line,) = refused(data, base_model=peft_only)
-    assert line.startswith("gone: no such model folder; ")
+    cure = "give its new place with --base_model (and, to train, --adapter alone)"
+    assert line == f"alone: its base model is no longer at gone; {cure}"
     change_json(config, base_model_name_or_path=str(peft_only))
     (line,) = refused(data, base_model=peft_only)
     assert line.startswith("alone/adapter_config.json: its base alone is an adapter too; ")

@@ -70,7 +70,7 @@ CHANGES: dict[str, Change] = dict(
         accepted("cache_dir", OTHER),
         # ModelSettings
         refused("base_model", OTHER),
-        refused("model_revision", "x"),
+        accepted("model_revision", "x"),  # of a folder, whose content is the same
         refused("adapter", OTHER, "the content of the adapter continued has changed"),
         accepted("trust_remote_code", True),
         refused("dtype", "float32"),

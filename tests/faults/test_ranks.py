@@ -196,7 +196,7 @@ def test_a_process_with_other_settings_is_refused_before_weights_are_read(
     out = run.communicate()[0]
     assert run.returncode == 1, out
     cure = "give every process the same command, files and versions"
-    assert f"process 1 of 2 has other settings, data or versions than process 0; {cure}" in out
+    assert f"process 1 of 2 has other settings, data, base weights or versions than process 0; {cure}" in out
     assert not (tmp_path / "out").exists()
 
 

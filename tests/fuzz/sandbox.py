@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from types import FrameType
 from typing import ClassVar
 
 MAX_SECONDS = 20
-"""For one case. A model's chat template may take 10 of them; everything else takes far less than one."""
+"""Of the processor, for one case. A model's chat template may take 10 of them; everything else takes far less than one.
+"""
+WAITS = 6
+"""So many times as long by the clock: a busy machine makes no case a hang, and a case that waits for ever is one."""
 MAX_BYTES = 2 << 30
 """Of address space, in addition to what the process uses before its first case."""
 
@@ -115,20 +119,25 @@ def working_in(root: Path, cache: Path) -> Iterator[None]:
 
 @contextmanager
 def bounded(case: str, last_case: Path, seconds: float = MAX_SECONDS) -> Iterator[None]:
-    """Raises Hang in this thread when the time is up.
+    """Raises Hang in this thread when the time is up: `seconds` of the processor, or WAITS times as many by the clock.
 
-    If no signal gets through (a loop in C), the process ends after twice the time, and `last_case` has the case and its
+    If no signal gets through (a loop in C), the process ends some time later, and `last_case` has the case and its
     traceback. The file is written before every case, so it also names the case of a crash.
     """
+    started, used = time.monotonic(), time.process_time()
 
     def on_alarm(signum: int, frame: FrameType | None) -> None:
+        left = used + seconds - time.process_time()
+        if left > 0 and time.monotonic() < started + WAITS * seconds:
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.01))
+            return
         raise Hang(f"not done in {seconds:g} seconds")
 
     with open(last_case, "w", encoding="utf-8", errors="backslashreplace") as log:
         log.write(f"{case}\n")
         log.flush()
         former = signal.signal(signal.SIGALRM, on_alarm)
-        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=log)
+        faulthandler.dump_traceback_later((WAITS + 1) * seconds, exit=True, file=log)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield

@@ -7,8 +7,8 @@ from importlib import import_module
 from tests.fuzz.harness import Target
 
 CASES = {
-    "rows": 2000,
-    "template": 1500,
+    "rows": 1500,
+    "template": 1400,
     "settings": 1500,
     "row": 500,
     "tokens": 1300,

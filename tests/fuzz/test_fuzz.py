@@ -52,6 +52,13 @@ def failures_of(read: Callable[[int, Sandbox], None], folder: Path) -> str:
     return "\n".join(tally.failures)
 
 
+def saying(text: str) -> UserError:
+    """An error with a message that no UserError has by itself."""
+    error = UserError("x", place="a")
+    error.args = (text,)
+    return error
+
+
 def test_cases_are_counted_as_accepted_or_refused(tmp_path: Path) -> None:
     tally = run_target(target_with(lambda case, sandbox: None), 40, tmp_path, first_seed=0)
     assert tally.accepted + tally.refused == tally.cases == 40
@@ -72,7 +79,8 @@ def test_cases_are_counted_as_accepted_or_refused(tmp_path: Path) -> None:
         (lambda case, sandbox: bytearray(1 << 40), "MemoryError"),
         (lambda case, sandbox: fail(UserError([])), "a UserError without problems"),
         (lambda case, sandbox: fail(UserError("wrong")), "neither place nor cure"),
-        (lambda case, sandbox: fail(UserError("x" * 30_000, place="a")), "a message of"),
+        (lambda case, sandbox: fail(saying("x" * 30_000)), "a message: 30,000 characters"),
+        (lambda case, sandbox: fail(saying("a\x1b[31m")), "a message: '\\x1b'"),
         (lambda case, sandbox: fail(SystemExit(3)), "SystemExit: 3"),
     ],
 )

@@ -18,6 +18,7 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.model.base_content import VOLATILE, BaseContent, content_of
 from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.quantized import numbers_of
@@ -43,6 +44,8 @@ BASE_FOLDER = "base_folder"
 """Key of yeonma.json for the folder that the base's name pointed to, if it was a link."""
 PUBLISHED = "published_weights"
 """Key of yeonma.json that says how the base's own files are quantised, if they are."""
+BASE_CONTENT = "base_content"
+"""Key of yeonma.json for the content of the base of training. Folders of earlier versions lack it."""
 FORMAT = 1
 _NEWER_RULES = {
     "thinking": "auto",
@@ -87,6 +90,12 @@ class AdapterFolder:
         """The base's quantization in training. Earlier versions had none and did not record it."""
         quantization: Quantization = self.details.get("quantization", "none")
         return quantization
+
+    @property
+    def base_content(self) -> BaseContent | None:
+        """The content of the base of training; None in folders of earlier versions."""
+        record = self.details.get(BASE_CONTENT)
+        return None if record is None else content_of(record)
 
     @property
     def source(self) -> BaseSource:
@@ -143,9 +152,8 @@ def config_hash(config: Any, published: Published | None = None) -> str:
             part.pop(key, None)
     if quantised:
         content["quantization_config"] = dict(quantised)
-    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "use_cache")
     text = json.dumps(
-        {key: content[key] for key in sorted(content) if key not in volatile}, sort_keys=True, default=str
+        {key: content[key] for key in sorted(content) if key not in VOLATILE}, sort_keys=True, default=str
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -162,9 +170,10 @@ def describe(
     quantization: Quantization = "none",
     published: Published | None = None,
     lora: Mapping[str, Any] | None = None,
+    content: BaseContent | None = None,
 ) -> dict[str, Any]:
     """The contents of yeonma.json. `published`: how the base's own files are quantised. `lora`: the adapter's shape and
-    what it is on, as `shape_of` has it."""
+    what it is on, as `shape_of` has it. `content`: that of the base."""
     is_local = Path(base.name).is_dir()
     packages = ("yeonma", "torch", "transformers", "peft", "tokenizers")
     return {
@@ -177,6 +186,7 @@ def describe(
             {BASE_FOLDER: folder} if (folder := os.path.realpath(base.name)) != base.name and is_local else {}
         ),
         **({} if published is None else {PUBLISHED: published.record()}),
+        **({} if content is None else {BASE_CONTENT: content.record()}),
         "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "columns": dict(columns) if columns else None,
         "rules": asdict(rules),
@@ -310,6 +320,8 @@ def _check_types(details: Any) -> None:
     for group, name, kind in types:
         if not isinstance(group[name], kind):
             raise TypeError(f"{name} is {group[name]!r:.100}")
+    if details.get(BASE_CONTENT) is not None:
+        content_of(details[BASE_CONTENT])
     if details.get("quantization", "none") not in get_args(Quantization):
         raise ValueError(f"quantization is {details['quantization']!r:.100}")
     for name in ("shrink_side", "over_limit", "thinking", "train_on"):

@@ -49,6 +49,7 @@ def run(config: ChatConfig) -> int:
         dtype=adapter.dtype,
         quantization=adapter.quantization,
         adapter_weights=adapter.adapter_weights,
+        log=log_line,
     )
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if on_terminal:

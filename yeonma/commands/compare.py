@@ -49,7 +49,7 @@ def compare(settings: CompareSettings, options: AnswerSettings, log: Log) -> Pat
         log(note)
     source = with_paths(opened, settings.columns)
     rows = read_rows(source, settings.rows)
-    candidates = open_candidates(settings, source)
+    candidates = open_candidates(settings, source, log)
     for candidate in candidates:
         rows = [candidate.prompt_builder.with_paths(row, settings.columns) for row in rows]
     inputs = candidate_inputs(candidates, rows, settings, options)

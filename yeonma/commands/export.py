@@ -8,10 +8,11 @@ from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.config.settings import ExportSettings, MergeSettings
 from yeonma.export.gguf_converter import convert, install_converter
 from yeonma.export.llama_cpp_check import check_prompts, is_installed
-from yeonma.export.merged_model import check_output, merge, prepare_merge
+from yeonma.export.merged_model import MergePlan, check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
 from yeonma.model.weight_files import weight_files
+from yeonma.shown import one_line, shell_word
 from yeonma.streams import say
 from yeonma.tokenization.text_encoder import TextEncoder
 
@@ -25,38 +26,42 @@ def run(settings: ExportSettings) -> int:
     prompt_builder = open_prompt_builder(
         settings.model_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
     )
+    plan = None if prompt_builder.adapter.is_merged else _merge_plan(settings)
     install_converter()
     least_bytes = sum(path.stat().st_size for path in weight_files(prompt_builder.source))
     with staging_folder(output, "the exported model", least_bytes) as folder:
-        model = _merged_model(settings, prompt_builder, folder)
+        model = prompt_builder.adapter.path if plan is None else _merged_model(plan, folder)
         if model is None:
             return 1
-        gguf = _write(settings, prompt_builder, model, folder, output.absolute().name)
+        gguf = _write(settings, prompt_builder, model, folder, one_line(output.absolute().name))
         if is_installed():
             check_prompts(gguf, prompt_builder, say)
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
         say(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     if settings.format == "ollama":
-        say(f"ollama create {output.absolute().name.lower()} -f {output / 'Modelfile'}")
+        name, file = shell_word(output.absolute().name.lower()), shell_word(str(output / "Modelfile"))
+        say(f"ollama create {name} -f {file}")
     return 0
 
 
-def _merged_model(settings: ExportSettings, prompt_builder: PromptBuilder, folder: Path) -> Path | None:
-    """The merged model's folder; an adapter is merged first. None if the merged model does not agree with it."""
-    if prompt_builder.adapter.is_merged:
-        return prompt_builder.adapter.path
-    merged = hidden_path(folder, "merged")
-    plan = prepare_merge(
+def _merge_plan(settings: ExportSettings) -> MergePlan:
+    return prepare_merge(
         MergeSettings(
             adapter_dir=settings.model_dir,
-            output_dir=str(merged),
+            output_dir=settings.output_dir,
             base_model=settings.base_model,
             trust_remote_code=settings.trust_remote_code,
             dtype=settings.dtype,
             device=settings.device,
-        )
+        ),
+        say,
     )
+
+
+def _merged_model(plan: MergePlan, folder: Path) -> Path | None:
+    """The folder of the merged model, beside `folder`. None if it does not agree with the adapter on its base."""
+    merged = hidden_path(folder, "merged")
     delete(merged)
     return merged if merge(plan, merged, say).is_close else None
 

@@ -46,6 +46,7 @@ def run(config: GenerateConfig) -> int:
             dtype=adapter.dtype,
             quantization=adapter.quantization,
             adapter_weights=adapter.adapter_weights,
+            log=log_line,
         )
 
     if source.data_path is not None:

@@ -13,7 +13,7 @@ def run(settings: MergeSettings) -> int:
     Raises UserError as `prepare_merge` and `merge`.
     """
     output = check_output(settings.output_dir)
-    agreement = merge(prepare_merge(settings), output, say)
+    agreement = merge(prepare_merge(settings, say), output, say)
     if not agreement.is_close:
         return 1
     say(f"{output} is a complete model; it loads without the adapter's folder")

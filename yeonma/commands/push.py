@@ -10,8 +10,12 @@ from pathlib import Path
 from yeonma.config.settings import PushSettings
 from yeonma.errors import UserError
 from yeonma.export.hub_push import Upload, collect, upload
+from yeonma.export.private_paths import names_of_this_machine
 from yeonma.files import user_path
 from yeonma.streams import say
+
+MOST_NAMED = 50
+"""How many files that stay here are named."""
 
 
 def run(settings: PushSettings) -> int:
@@ -20,7 +24,9 @@ def run(settings: PushSettings) -> int:
     Raises UserError as `collect`, before anything is sent, and as `upload`.
     """
     folder = user_path(settings.folder)
-    uploads = collect(folder, settings.base_model, settings.hide_paths, os.environ)
+    uploads = collect(
+        folder, settings.base_model, settings.hide_paths, os.environ, _telling_names(settings.repo)
+    )
     _print_uploads(folder, uploads, settings.repo, settings.public)
     if settings.dry_run:
         say("nothing was sent (dry_run)")
@@ -33,6 +39,12 @@ def run(settings: PushSettings) -> int:
     return 0
 
 
+def _telling_names(repo: str) -> list[str]:
+    """The names of this machine's user and host, but not the repository's owner, which is public anyway."""
+    owner = repo.partition("/")[0]
+    return sorted(name for name in names_of_this_machine() if name != owner)
+
+
 def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: bool) -> None:
     total = sum(file.size for file in uploads)
     say(
@@ -40,14 +52,15 @@ def _print_uploads(folder: Path, uploads: Sequence[Upload], repo: str, public: b
     )
     width = max(len(file.name) for file in uploads)
     for file in uploads:
-        edited = "  edited for upload" if file.content else ""
+        edited = "  edited for upload" if file.edited else ""
         say(f"  {file.name:{width}}  {_size_text(file.size):>10}{edited}")
     names = {file.name for file in uploads}
     remaining = sorted(
         path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name not in names
     )
     if remaining:
-        say(f"not sent: {', '.join(remaining)}")
+        more = f" and {len(remaining) - MOST_NAMED} more" if len(remaining) > MOST_NAMED else ""
+        say(f"not sent: {', '.join(remaining[:MOST_NAMED])}{more}")
 
 
 def _size_text(count: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from yeonma.config.settings import ServeSettings
 from yeonma.errors import UserError
+from yeonma.packages import install
 from yeonma.serve.listen import api_key, listen, url_of
 from yeonma.shown import shell_word
 from yeonma.streams import log_line, say
@@ -27,11 +28,11 @@ def run(settings: ServeSettings) -> int:
     with listen(settings.host, settings.port, key) as listener:
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             names = " ".join(missing)
-            cure = f"install it with: pip install {names}"
+            cure = f"install it with: {install(*missing)}"
             raise UserError(f"missing packages: {names}", place="yeonma serve", cure=cure)
         from yeonma.serve.server import load_served_models, open_adapters, run_server
 
-        adapters = open_adapters(settings)
+        adapters = open_adapters(settings, log_line)
         if _use_vllm(settings, adapters):
             _exec_vllm(settings, adapters, listener, key)
         models = load_served_models(adapters, settings, log_line)

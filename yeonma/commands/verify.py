@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from yeonma.config.settings import VerifySettings
 from yeonma.shown import json_text
-from yeonma.streams import give, say
+from yeonma.streams import give, log_line, say
 from yeonma.verify.verify_folder import VerifyReport, verify
 
 MARKS = {"well": "ok", "differs": "DIFFERS", "not checked": "not checked"}
@@ -16,7 +16,7 @@ MAX_PROBLEMS = 10
 
 def run(settings: VerifySettings) -> int:
     """Returns 0 if no check found a difference, else 1. Raises UserError as `verify`."""
-    report = verify(settings)
+    report = verify(settings, log_line)
     if settings.json:
         give(json_text(report.to_json()) + "\n")
     else:

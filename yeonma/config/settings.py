@@ -135,7 +135,7 @@ class TokenSettings:
     parse_special_tokens: bool = False
     """Turn special-token text in the data, such as <|im_end|>, into these tokens: for text that was formatted with them. By default it is encoded as ordinary text, and counted."""
     cache_dir: str | None = None
-    """Folder for cached tokenised data. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
+    """Folder for cached tokenised data and the SHA-256 of base models. By default, $YEONMA_CACHE or ~/.cache/yeonma."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -543,7 +543,7 @@ class PushSettings:
     base_model: str | None = None
     """Name of the base model on the hub, if training used a local folder. The uploaded files name it."""
     hide_paths: bool = False
-    """Shorten each absolute path in the files to its last part. When off, files with absolute paths are refused."""
+    """Shorten each absolute path in the files to its last part, and hide home directories and the names of this machine's user and host. When off, files with these are refused."""
     message: str = "Upload with Yeonma"
     """Commit message."""
     dry_run: bool = False

@@ -19,8 +19,8 @@ from typing import Any
 from yeonma.data.csv_reader import Header, header_of, unnamed_note
 from yeonma.data.records import FileOptions, Record, Source, no_rows
 from yeonma.errors import UserError, brief, did_you_mean, first_line
+from yeonma.packages import install
 
-INSTALL_OPENPYXL = 'pip install "openpyxl==3.1.5"'
 _SEEN_ROWS = 100
 """Rows in which values without a column name are looked for."""
 _DIGITS = 15
@@ -84,7 +84,7 @@ def _workbook(path: Path, name: str) -> Iterator[Any]:
     try:
         import openpyxl
     except ImportError:
-        raise UserError("reading .xlsx files needs openpyxl", place=name, cure=INSTALL_OPENPYXL) from None
+        raise UserError("reading .xlsx files needs openpyxl", place=name, cure=install("openpyxl")) from None
     with _faults_as_user_errors(name):
         book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
     try:

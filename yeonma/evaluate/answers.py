@@ -22,7 +22,7 @@ from yeonma.config.settings import AnswerSettings, CompareSettings
 from yeonma.data.rows import Row, Rows
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.answer_cache import AnswerCache
-from yeonma.evaluate.candidates import Candidate, columns_for, identity_of
+from yeonma.evaluate.candidates import Candidate, check_candidate_content, columns_for, identity_of
 from yeonma.evaluate.metrics import ScoredAnswer
 from yeonma.generation.completion import Answer
 from yeonma.generation.sampling import SamplingParams
@@ -193,6 +193,7 @@ def answer_all(
                 )
             else:
                 policy = policy.with_adapters(adapters)
+            check_candidate_content(candidate, log)
             check_vocabulary(candidate.prompt_builder.tokenizer, policy.vocabulary_size, source.name)
             _complete(policy, inputs, settings, options, cache, log)
     answers = [

@@ -24,13 +24,15 @@ from yeonma.adapter.adapter_folder import (
     data_set_names,
     read_adapter_folder,
 )
+from yeonma.adapter.base_check import check_content
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import CompareSettings, Quantization, QuantizationOrAuto
 from yeonma.data.rows import Row, Rows
 from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
-from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.errors import Log, Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
+from yeonma.model.base_content import known_hash
 from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
 from yeonma.model.position_limits import model_positions
 from yeonma.model.quantization import quantised_by
@@ -77,8 +79,9 @@ class Candidate:
         }
 
 
-def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
-    """The models in `--models`, in order. Raises UserError with the problems of all of them."""
+def open_candidates(settings: CompareSettings, rows: Rows, log: Log = lambda _: None) -> list[Candidate]:
+    """The models in `--models`, in order. `log` gets a line if reading a base for its SHA-256 takes long. Raises
+    UserError with the problems of all of them."""
     specs = [spec.strip() for spec in settings.models]
     if not specs or not all(specs):
         raise UserError(
@@ -109,7 +112,7 @@ def open_candidates(settings: CompareSettings, rows: Rows) -> list[Candidate]:
             candidates.append(Candidate(name, model, str(model.adapter.path), True, template_of))
         else:
             candidates.append(_with_template(spec, name, model, first_run, settings, rows))
-    _check_outlines(candidates)
+    _check_outlines(candidates, log)
     _check_columns(settings, candidates, rows)
     return _with_quantization(candidates, settings.quantization)
 
@@ -152,8 +155,18 @@ def check_model(candidate: Candidate, model: Any) -> None:
     check_vocabulary(builder.tokenizer, embeddings, builder.source.name)
 
 
-def _check_outlines(candidates: Sequence[Candidate]) -> None:
-    """Run `check_model` on the models' outlines. Raises UserError with all problems."""
+def check_candidate_content(candidate: Candidate, log: Log, *, download: bool = True) -> None:
+    """Raises UserError if the base has other content than in the adapter's training; see `check_content`."""
+    if candidate.is_run:
+        builder = candidate.prompt_builder
+        check_content(builder.adapter, builder.source, log=log, download=download)
+
+
+def _check_outlines(candidates: Sequence[Candidate], log: Log) -> None:
+    """Run `check_model` on the models' outlines, and check the bases that are here.
+
+    Raises UserError with all problems.
+    """
     problems: list[Problem] = []
     outlines: dict[object, Any] = {}
     for candidate in candidates:
@@ -163,6 +176,7 @@ def _check_outlines(candidates: Sequence[Candidate]) -> None:
         try:
             if (model := outlines[candidate.weights]) is not None:
                 check_model(candidate, model)
+            check_candidate_content(candidate, log, download=False)
         except UserError as error:
             problems += error.problems
     if problems:
@@ -192,11 +206,12 @@ def _open(spec: str, settings: CompareSettings) -> PromptBuilder | _PlainModel:
             trust_remote_code=settings.trust_remote_code,
             data_set=settings.data_set if data_set_names(read_adapter_folder(folder)) else None,
         )
-    source = find_base(spec, trust_remote_code=settings.trust_remote_code)
-    if source.adapter is not None and settings.base_model is not None:
+    if (folder / "adapter_config.json").is_file() and settings.base_model is not None:
         source = replace(
-            find_base(settings.base_model, None, settings.trust_remote_code), adapter=source.adapter
+            find_base(settings.base_model, None, settings.trust_remote_code), adapter=str(folder)
         )
+    else:
+        source = find_base(spec, trust_remote_code=settings.trust_remote_code)
     tokenizer_source = source
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         tokenizer_source = replace(source, name=source.adapter, revision=None)
@@ -300,12 +315,15 @@ def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) 
     """SHA-256 of everything that determines the model's answer to given token ids: weights, adapter, dtype, versions of
     the libraries.
 
-    Reads the weight files of a local model. A model on the hub is identified by its commit.
+    Reads the weight files of a local model, unless their SHA-256 is known. A model on the hub is identified by its
+    commit.
     """
     source = candidate.prompt_builder.source
     folder = Path(source.name)
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
-    base = [file_hash(path) for path in files] if files else [source.name, source.revision]
+    base: list[str | None] = [source.name, source.revision]
+    if folder.is_dir():
+        weights = sorted(folder.glob("*.safetensors"))
+        base = [file_hash(folder / "config.json"), *(known_hash(path) for path in weights)]
     adapter = None
     if candidate.adapter is not None:
         adapter = [file_hash(Path(candidate.adapter) / name) for name in (WEIGHTS, "adapter_config.json")]

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from yeonma.packages import install
+
 UNSPACED = frozenset(
     {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO"}
 )
@@ -24,7 +26,7 @@ SCRIPT_SHARE = 0.2  # the fraction of letters from which on a script determines 
 REPETITION_ORDER = 4  # tokens in an n-gram
 RESAMPLES = 2000
 BLOCK_NUMBERS = 4_000_000  # of a resampling, in memory at once
-INSTALL_SACREBLEU = "pip install sacrebleu==2.6.0"
+INSTALL_SACREBLEU = install("sacrebleu")
 
 Array = np.ndarray
 Split = Callable[[str], list[str]]
@@ -49,7 +51,7 @@ def metric_tokenizer(texts: Iterable[str]) -> MetricTokenizer:
     if scripts["HANGUL"] > SCRIPT_SHARE * letters:
         if find_spec("kiwipiepy") is not None:
             return MetricTokenizer("morphemes (kiwipiepy)", morphemes, "char")
-        note = "for ROUGE by morphemes: pip install kiwipiepy"
+        note = f"for ROUGE by morphemes: {install('kiwipiepy')}"
         return MetricTokenizer("characters", characters, "char", note)
     unspaced = sum(scripts[name] for name in UNSPACED)
     if unspaced > SCRIPT_SHARE * letters:

@@ -5,82 +5,113 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import struct
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from yeonma.errors import Log, Problem, UserError
-from yeonma.export.secret_scan import find_problems, replace_name, without_paths
-from yeonma.files import file_hash
+from yeonma.export.publish_check import (
+    HIDE,
+    Private,
+    find_problems,
+    png_text,
+    with_other_base,
+    without_paths,
+)
+from yeonma.files import kind_of, open_regular, read_regular
 
-UPLOADED = (
+EDITED = (
     "README.md",
     "adapter_config.json",
-    "adapter_model.safetensors",
     "config.json",
     "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "template.txt",
     "yeonma.json",
-    "tokenizer*",
+    "loss.svg",
+)
+"""Files in which paths and names may be hidden."""
+CONFIGS = (
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.jinja",
-    "*_chat_template.jinja",
-    "loss.svg",
-    "loss.png",  # of earlier versions
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors.index.json",
 )
-"""Patterns of files to upload. All others stay: checkpoints, logs, settings, rows, unknown files."""
-NOT_SCANNED_FOR_PATHS = ("tokenizer.json", "vocab.*", "merges.txt", "*.jinja")
-"""Files whose text resembles paths without being any: pieces of words, programs."""
-BINARY = (".safetensors", ".png", ".model")
+"""Files in which paths may be hidden, but no names: these may be tokens, or names of layers."""
+TRAINED = ("template.txt", "chat_template.jinja", "base_chat_template.jinja")
+"""Files that say what the model was trained with. They are sent as they are."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "qwen.tiktoken")
+"""Files of pieces of words, which resemble paths without being any. They are sent as they are."""
+BINARY_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+WEIGHTS = re.compile(r"adapter_model\.safetensors|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
+PLOT = "loss.png"
+"""The plot of earlier versions, now loss.svg."""
+TEXTS = (*EDITED, *CONFIGS, *TRAINED, *VOCABULARIES)
 MAX_PROBLEMS = 20
+_LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header, as the format limits them."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to upload: as it is at `path`, or with edited `content`."""
+    """A file to upload: `content` as it was scanned, or a large file of weights at `path` whose SHA-256 is `sha256`.
+
+    edited: whether the content differs from the file's.
+    """
 
     name: str
     path: Path
-    content: bytes | None
+    size: int
+    content: bytes | None = None
+    sha256: str = ""
+    edited: bool = False
 
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.content is None else len(self.content)
+
+def is_sent(name: str) -> bool:
+    """Whether a file of this name belongs to an adapter or a merged model. All others stay: checkpoints, logs,
+    settings, rows, unknown files."""
+    return name in (*TEXTS, *BINARY_VOCABULARIES, PLOT) or WEIGHTS.fullmatch(name) is not None
 
 
 def collect(
-    folder: Path, base_model: str | None, hide_paths: bool, environment: Mapping[str, str]
+    folder: Path,
+    base_model: str | None,
+    hide_paths: bool,
+    environment: Mapping[str, str],
+    names: Collection[str] = (),
 ) -> list[Upload]:
     """The files to upload, as they will be sent.
 
-    Raises UserError with every reason not to send them: secrets, paths of this machine, a base that is only here.
+    names: those of this machine's user and host. Raises UserError with every reason not to send the files: links and
+    other things that are no files, secrets, paths and names of this machine, a base that is only here.
     """
     if not folder.is_dir():
         cure = "give the output folder of a run, or of `yeonma merge`"
         raise UserError("no such folder", place=str(folder), cure=cure)
-    paths = sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
-    names = {path.name for path in paths}
-    is_whole_model = "config.json" in names and any(name.startswith("model") for name in names)
-    if "adapter_model.safetensors" not in names and not is_whole_model:
+    paths = [folder / name for name in sorted(os.listdir(folder)) if is_sent(name)]
+    sent = {path.name for path in paths}
+    is_whole_model = "config.json" in sent and any(name.startswith("model") for name in sent)
+    if "adapter_model.safetensors" not in sent and not is_whole_model:
         cure = "give the output folder of a finished run, or of `yeonma merge`"
         raise UserError("neither an adapter nor a model in this folder", place=str(folder), cure=cure)
     if base_model is not None and (Path(base_model).exists() or not _is_hub_name(base_model)):
         what, cure = "not the name of a model on the hub", "write owner/name"
         raise UserError(what, place=f"base_model {base_model}", cure=cure)
+    _check_kinds(paths)
     base = base_of(folder)
+    public = base_model or base
+    if public and _is_hub_name(public):  # its owner's name is no secret
+        names = [name for name in names if name not in re.split("[^A-Za-z0-9]+", public)]
     uploads, problems = [], list[Problem]()
     if base is not None and base_model is None and not _is_hub_name(base):
         what = f"the base model is a folder of this machine, {base}, which nobody else has"
         problems.append(Problem(what, str(folder), "give its name on the hub: --base_model owner/name"))
+    problems += _missing_shards(folder, sent)
     for path in paths:
-        file, own_problems = _prepared(path, base, base_model, hide_paths, environment)
+        file, own_problems = _prepared(path, base, base_model, hide_paths, environment, names)
         uploads.append(file)
         # a base that is a folder is reported once, above
         problems += [
@@ -92,6 +123,36 @@ def collect(
     if problems:
         raise UserError(problems)
     return uploads
+
+
+def _check_kinds(paths: Sequence[Path]) -> None:
+    """Raises UserError for everything that has the name of a file to send and is none."""
+    problems = []
+    for path in paths:
+        kind = kind_of(path)
+        if kind == "symbolic link":
+            what = f"it is a link to {os.readlink(path)}, and links are not sent"
+            problems.append(Problem(what, str(path), "put the file itself in its place, or remove the link"))
+        elif kind != "file":
+            problems.append(
+                Problem(f"it is a {kind or 'missing file'}, and only files are sent", str(path), "remove it")
+            )
+    if problems:
+        raise UserError(problems)
+
+
+def _missing_shards(folder: Path, sent: Collection[str]) -> list[Problem]:
+    """The files of weights that the index names and that would not be sent."""
+    if "model.safetensors.index.json" not in sent:
+        return []
+    path = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(read_regular(path))["weight_map"].values())
+        missing = sorted(str(name) for name in shards if name not in sent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"damaged ({error})", place=str(path)) from None
+    what, cure = "the index names this file, and it is not among those to send", "merge the adapter again"
+    return [Problem(what, str(folder / name), cure) for name in missing]
 
 
 def base_of(folder: Path) -> str | None:
@@ -125,37 +186,81 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _prepared(
-    path: Path, base: str | None, base_model: str | None, hide_paths: bool, environment: Mapping[str, str]
+    path: Path,
+    base: str | None,
+    base_model: str | None,
+    hide_paths: bool,
+    environment: Mapping[str, str],
+    names: Collection[str],
 ) -> tuple[Upload, list[Problem]]:
     """The file as it will be sent, and the reasons not to send it."""
-    if path.suffix in BINARY:
-        text = _header(path) if path.suffix == ".safetensors" else ""
-        name = f"{path.name}.json" if text else path.name
-        return Upload(path.name, path, None), find_problems(name, text, environment)
+    name = path.name
+    write_again = "write the file again without it"
+    if WEIGHTS.fullmatch(name):
+        header, size, sha256 = _read_weights(path)
+        private = Private(names, cure=write_again)
+        problems = find_problems(f"{name}.json", header, environment, private)
+        return Upload(name, path, size, sha256=sha256), problems
+    content = read_regular(path)
+    file = Upload(name, path, len(content), content)
+    if name == PLOT:
+        return file, find_problems(name, png_text(content), environment, Private(names, cure=write_again))
+    if name in BINARY_VOCABULARIES:
+        text = content.decode("latin-1")
+        return file, find_problems(name, text, environment, _in_vocabulary(names))
     try:
-        before = path.read_bytes().decode("utf-8")
+        before = content.decode("utf-8")
     except UnicodeDecodeError:
-        return Upload(path.name, path, None), [Problem("not UTF-8 text", str(path))]
-    may_have_paths = not any(path.match(pattern) for pattern in NOT_SCANNED_FOR_PATHS)
+        return file, [Problem("not UTF-8 text", str(path))]
+    if name in VOCABULARIES:
+        return file, find_problems(name, before, environment, _in_vocabulary(names))
+    if name in TRAINED:
+        cure = "the model is trained with this text: train it with another, or take it out and say so on the card"
+        private = Private(names, paths=False, words=False, cure=cure)
+        return file, find_problems(name, before, environment, private)
     text = before
-    if may_have_paths and base is not None and base_model is not None:
-        text = replace_name(path.name, text, base, base_model)
-    if may_have_paths and hide_paths:
-        text = without_paths(path.name, text)
-    content = None if text == before else text.encode()
-    problems = find_problems(path.name, text, environment, paths=may_have_paths)
-    return Upload(path.name, path, content), problems
+    if base is not None and base_model is not None:
+        text = with_other_base(name, text, base, base_model)
+    hidden_names = names if name in EDITED else ()
+    if hide_paths:
+        text = without_paths(name, text, hidden_names)
+    cure = write_again if hide_paths else HIDE
+    problems = find_problems(name, text, environment, Private(hidden_names, cure=cure))
+    if text != before:
+        content = text.encode()
+        file = replace(file, content=content, size=len(content), edited=True)
+    return file, problems
 
 
-def _header(path: Path) -> str:
-    """The metadata of a safetensors file, as JSON."""
-    from safetensors import SafetensorError, safe_open
+def _in_vocabulary(names: Collection[str]) -> Private:
+    """Of words and their pieces, only the home directories of this machine's own user are private."""
+    return Private(
+        names, paths=False, homes_of_names=True, words=False, cure="train the tokenizer without this text"
+    )
 
+
+def _read_weights(path: Path) -> tuple[str, int, str]:
+    """The header of a safetensors file, its size and SHA-256, read through one descriptor."""
+    digest = hashlib.sha256()
+    with open(path, "rb", opener=open_regular) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = file.read(length) if 0 < length <= min(_LONGEST_HEADER, size - 8) else b""
+        if not header:
+            raise UserError("damaged (no header of safetensors)", place=str(path))
+        digest.update(start + header)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     try:
-        with safe_open(path, "np") as file:
-            return json.dumps(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+        text = header.decode("utf-8")
+        ends = [entry["data_offsets"][1] for key, entry in json.loads(text).items() if key != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"damaged ({error})", place=str(path)) from None
+    if 8 + length + max(ends, default=0) != size:
+        what = "damaged (it holds more or fewer bytes than its tensors)"
+        raise UserError(what, place=str(path), cure="write the file again")
+    return text, size, digest.hexdigest()
 
 
 def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log: Log) -> str:
@@ -191,6 +296,7 @@ def upload(repo: str, uploads: Sequence[Upload], message: str, public: bool, log
             CommitOperationAdd(file.name, file.path if file.content is None else file.content)
             for file in uploads
         ]
+        _check_unchanged(uploads, [operation.upload_info.sha256.hex() for operation in operations])
         commit = api.create_commit(repo, operations, commit_message=message)
         received = {
             info.path: info
@@ -234,14 +340,25 @@ def _compare(repo: str, uploads: Iterable[Upload], received: Mapping[str, Any]) 
         raise UserError(problems)
 
 
+def _check_unchanged(uploads: Sequence[Upload], hashes: Sequence[str]) -> None:
+    """Raises UserError if what would be sent is not what was scanned: a file was changed or replaced since."""
+    problems = [
+        Problem("it has changed since it was scanned", str(file.path), "push again when nothing writes to it")
+        for file, sha256 in zip(uploads, hashes, strict=True)
+        if file.content is None and (sha256 != file.sha256 or kind_of(file.path) != "file")
+    ]
+    if problems:
+        raise UserError(problems)
+
+
 def _has_hash_of(info: Any, file: Upload) -> bool:
     """Git LFS names a file by its SHA-256, git by the SHA-1 of its blob."""
-    if info.lfs is not None and file.content is None:
-        return bool(info.lfs.sha256 == file_hash(file.path))
-    content = file.path.read_bytes() if file.content is None else file.content
-    hashes = (hashlib.sha256(content), hashlib.sha1(b"blob %d\0" % len(content) + content))
-    actual = info.blob_id if info.lfs is None else info.lfs.sha256
-    return actual in {own.hexdigest() for own in hashes}
+    if info.lfs is not None:
+        sha256 = file.sha256 if file.content is None else hashlib.sha256(file.content).hexdigest()
+        return bool(info.lfs.sha256 == sha256)
+    content = read_regular(file.path) if file.content is None else file.content
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return bool(info.blob_id == blob)
 
 
 def _hub_error(error: Any, repo: str) -> UserError:

@@ -27,6 +27,7 @@ from yeonma.adapter.adapter_folder import (
     config_hash,
     save_tokenizer,
 )
+from yeonma.adapter.base_check import check_content
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
@@ -105,8 +106,9 @@ def check_output(path: str) -> Path:
     return output
 
 
-def prepare_merge(settings: MergeSettings) -> MergePlan:
-    """Opens and checks everything before weights are loaded. Raises UserError, also if the base is another model."""
+def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePlan:
+    """Opens and checks everything before weights are loaded. Raises UserError, also if the base is another model. `log`
+    gets a line if reading the base for its SHA-256 takes long."""
     prompt_builder = open_prompt_builder(
         settings.adapter_dir, base_model=settings.base_model, trust_remote_code=settings.trust_remote_code
     )
@@ -119,6 +121,10 @@ def prepare_merge(settings: MergeSettings) -> MergePlan:
     model = outline(config, source)
     if model is not None:
         check_unquantised(prompt_builder.adapter, model, source)
+    if (
+        published is not None or PUBLISHED not in prompt_builder.adapter.details
+    ):  # else it is the unquantised model
+        check_content(prompt_builder.adapter, source, config=config, log=log)
     samples = read_samples(prompt_builder.adapter.path)
     files = weight_files(source)
     device, base_dtype = pick_device(settings.device), dtype_of(config, files)

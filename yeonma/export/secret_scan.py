@@ -1,133 +1,330 @@
-"""Finds secrets, and paths of this machine, in files that are about to be published.
+"""Finds secrets in text: forms of known services, names such as `api_key` beside values that look random, private keys,
+passwords in addresses, and the values of this machine's own secret environment variables.
 
-It searches for known patterns, and so finds mistakes, not what somebody hides on purpose.
+It finds mistakes, not what somebody hides on purpose. A scan takes time in proportion to the text: literals are
+searched for, and what is tried at each of them has an upper bound.
 """
 
 from __future__ import annotations
 
-import json
+import html
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+from urllib.parse import unquote
 
-from yeonma.errors import Problem
-
-SECRETS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
-    "an API key (sk-)": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "an AWS access key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google API key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in a URL": r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']+:[^\s/:@\"']+@",
-}
-"""Patterns of common secrets, by their names in messages."""
+from yeonma.export.secret_forms import FORMS, KEYED
 
 SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$")
 """Environment variables whose values are searched for literally."""
 MIN_SECRET_LENGTH = 12
-
-# At least two parts, to exclude "/think" and "and/or"; the path of a URL follows a letter.
-ABSOLUTE_PATH = re.compile(
-    r"""file://[^\s"'`<>]+"""
-    r"""|(?<![\w.:/~<\\-])/(?:[\w.@+=-]+/)+[\w.@+=-]+/?"""
-    r"""|(?<![\w])[A-Za-z]:\\(?:[^\s"'`<>|\\]+\\)*[^\s"'`<>|\\]+"""
-    r"""|(?<![\w\\])\\\\[\w.-]+\\[^\s"'`<>|]+"""
-)
-"""An absolute path of POSIX or Windows."""
+MIN_VALUE_LENGTH = 8
+"""The shortest value beside a name such as `password` that counts."""
 
 
-def find_secrets(text: str, environment: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """Yields (position, name) of each secret in a text, also of values of environment variables that look secret."""
-    for secret, pattern in SECRETS.items():
-        for match in re.finditer(pattern, text):
-            yield match.start(), secret
+class Secret(NamedTuple):
+    """A secret that was found: the bytes before it, what it is, and its own bytes, which no message repeats."""
+
+    at: int
+    name: str
+    value: bytes
+
+
+def find_secrets(text: str | bytes, environment: Mapping[str, str]) -> list[Secret]:
+    """The secrets in a text, in their order, each once. Positions count bytes of UTF-8."""
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    found: dict[bytes, Secret] = {}
+    for secret in _of_environment(data, environment):
+        found.setdefault(secret.value, secret)
+    for finder in (_of_forms, _private_keys, _of_addresses, _of_headers, _of_kubernetes, _assigned):
+        for secret in finder(data):
+            found.setdefault(secret.value, secret)
+    return sorted(found.values())
+
+
+_PERCENT = re.compile("%[2-7][0-9a-fA-F]")
+_ESCAPE = re.compile(r"\\(?:u\{([0-9a-fA-F]{1,6})\}|u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([nrtbfv])|(.))")
+
+
+def plain_readings(text: str) -> list[str]:
+    """The text as readers see it: without the escapes of JSON and programs and character references, and once more
+    without percent signs for characters. Readings that are like the text are left out.
+
+    Escaped line ends become blanks, so that lines keep their numbers.
+    """
+    plain = text
+    for _ in range(3):  # JSON within JSON
+        if "\\" not in plain:
+            break
+        plain = _ESCAPE.sub(_unescaped, plain)
+    if "&" in plain:
+        plain = html.unescape(plain)
+    readings = [plain] if plain != text else []
+    if _PERCENT.search(plain):
+        readings.append(unquote(plain))
+    return readings
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    code = match[1] or match[2] or match[3]
+    if code:
+        number = int(code, 16)
+        return chr(number) if number < 0x110000 else match[0]
+    return " " if match[4] else match[5]
+
+
+def _of_environment(data: bytes, environment: Mapping[str, str]) -> Iterator[Secret]:
     for name, value in environment.items():
         if SECRET_NAMES.search(name) and len(value) >= MIN_SECRET_LENGTH:
-            at = text.find(value)
-            if at >= 0:
-                yield at, f"the value of ${name}"
+            sought = value.encode("utf-8", "surrogateescape")
+            if (at := data.find(sought)) >= 0:
+                yield Secret(at, f"the value of ${name}", sought)
 
 
-def find_problems(
-    name: str, text: str, environment: Mapping[str, str], *, paths: bool = True
-) -> list[Problem]:
-    """Secrets, and with `paths` absolute paths, in a text file called `name`. Messages never repeat a secret.
-
-    JSON files are searched string by string, so that escapes do not hide a path.
-    """
-    problems = [
-        Problem(
-            f"contains {secret}", f"{name}:{_line(text, at)}", "remove it, and revoke it where it is used"
-        )
-        for at, secret in find_secrets(text, environment)
-    ]
-    if not paths:
-        return problems
-    strings = _strings(_parsed(text), "") if name.endswith(".json") else [("", text)]
-    for where, value in strings:
-        for match in ABSOLUTE_PATH.finditer(value):
-            place = f"{name}: {where}" if where else f"{name}:{_line(text, match.start())}"
-            what = f"contains a path of this machine, {match.group()}"
-            cure = "remove it, or send only its last part with --hide_paths true"
-            problems.append(Problem(what, place, cure))
-    return problems
+_WORD_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.+/=:~@|%\\-"
+_ONLY_WORDS = bytes(byte if byte in _WORD_BYTES else ord(" ") for byte in range(256))
+_SHORTEST_FORM = 13
+_BLOCK = 1 << 20
 
 
-def without_paths(name: str, text: str) -> str:
-    """Shortens every absolute path in the text to its last part."""
-    return _edited(name, text, lambda value: ABSOLUTE_PATH.sub(_last_part, value))
+def _long_words(data: bytes) -> bytes:
+    """The words that are long enough for a secret, a line each: of a vocabulary or of prose little is left."""
+    kept: list[bytes] = []
+    start = 0
+    while start < len(data):
+        stop = start + _BLOCK
+        block = data[start:stop].translate(_ONLY_WORDS)
+        if stop < len(data) and (cut := block.rfind(b" ")) >= 0:
+            block = block[:cut]
+        elif stop < len(data):  # one word, perhaps of several blocks
+            block = data[start : _end_of_word(data, stop)].translate(_ONLY_WORDS)
+        kept += [word for word in block.split() if len(word) >= _SHORTEST_FORM]
+        start += len(block) + 1
+    return b"\n".join(kept)
 
 
-def replace_name(name: str, text: str, before: str, after: str) -> str:
-    """Replaces a name by another where it stands as a whole."""
-    whole = re.compile(rf"(?<![\w./\\-]){re.escape(before)}(?![\w/\\-]|\.\w)")
-    return _edited(name, text, lambda value: whole.sub(lambda _: after, value))
+_WORD_END = re.compile(b"[^" + re.escape(_WORD_BYTES) + b"]")
 
 
-def _edited(name: str, text: str, edit: Callable[[str], str]) -> str:
-    """Edits a text, or each string of a JSON file. A JSON file in which nothing changes keeps its bytes."""
-    if not name.endswith(".json"):
-        return edit(text)
-    before = _parsed(text)
-    after = _mapped(before, edit)
-    return text if after == before else json.dumps(after, ensure_ascii=False, indent=2) + "\n"
+def _end_of_word(data: bytes, start: int) -> int:
+    match = _WORD_END.search(data, start)
+    return match.start() if match else len(data)
 
 
-def _last_part(match: re.Match[str]) -> str:
-    return re.split(r"[/\\]", match.group().rstrip("/\\"))[-1]
+def _of_forms(data: bytes) -> Iterator[Secret]:
+    words = _long_words(data)
+    for form in FORMS:
+        text = data if form.has_blanks else words
+        at = text.find(form.anchor)
+        while at >= 0:
+            start = at - form.before
+            match = form.pattern.match(text, start) if start >= 0 else None
+            if match is None:
+                at = text.find(form.anchor, at + 1)
+                continue
+            value = match[0]
+            if not is_placeholder(value) and not (form.weak and not is_mixed(value)):
+                yield Secret(data.find(value), form.name, value)
+            at = text.find(form.anchor, max(match.end(), at + 1))
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # not JSON after all: one long string
-        return text
+_PRIVATE_KEY = re.compile(rb"-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY(?: BLOCK)?-----", re.IGNORECASE)
 
 
-def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Yields (place, text) of every string in a JSON value, keys included. Places look like `base.name`."""
-    if isinstance(value, str):
-        yield where or "the whole file", value
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _strings(item, f"{where}[{index}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield f"{where}: a key" if where else "a key", key
-            yield from _strings(item, f"{where}.{key}" if where else key)
+def _private_keys(data: bytes) -> Iterator[Secret]:
+    for match in _PRIVATE_KEY.finditer(data):
+        yield Secret(match.start(), "a private key", data[match.start() : match.end() + 40])
 
 
-def _mapped(value: Any, edit: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return edit(value)
-    if isinstance(value, list):
-        return [_mapped(item, edit) for item in value]
-    if isinstance(value, dict):
-        return {key: _mapped(item, edit) for key, item in value.items()}
-    return value
+_SCHEME = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]{0,30}\Z")
+_LOGIN = re.compile(rb"([^\s/:@\"'<>`]{0,100}):([^\s/:@\"'<>`]{1,200})@")
 
 
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
+def _of_addresses(data: bytes) -> Iterator[Secret]:
+    """Passwords in URLs."""
+    at = data.find(b"://")
+    while at >= 0:
+        match = _LOGIN.match(data, at + 3)
+        if match and _SCHEME.search(data, max(0, at - 31), at):
+            user, password = match[1], match[2]
+            if not (is_placeholder(password) or _are_plain_words(user, password)):
+                yield Secret(at, "a password in a URL", match[0])
+        at = data.find(b"://", at + 3)
+
+
+_HEADER = re.compile(
+    rb"authorization[\"']?[ \t]{0,5}[:=][ \t]{0,5}[\"']?(?:(?:basic|bearer|token|api-token)[ \t]{1,5})?"
+    rb"([\w=~@.+/-]{8,2000})",
+    re.IGNORECASE,
+)
+_USER_OPTION = re.compile(
+    rb"(?<=[\s-])-u(?:ser)?(?:=|[ \t]{0,5})[\"']?([^\s\"':]{0,100})[\"']?:[\"']?([^\s\"']{3,200})"
+)
+_CURL_COMMAND_LENGTH = 1000
+
+
+def _of_headers(data: bytes) -> Iterator[Secret]:
+    """Keys in HTTP headers, and logins of curl commands."""
+    for match in _at_each(b"authorization", _HEADER, data):
+        value = match[1]
+        if looks_random(value) and not _has_plain_words(value):
+            yield Secret(match.start(), "a key in an HTTP header", value)
+    for match in _at_each(b"-u", _USER_OPTION, data) if b"curl" in data else ():
+        is_curl = data.rfind(b"curl", max(0, match.start() - _CURL_COMMAND_LENGTH), match.start()) >= 0
+        if is_curl and not (is_placeholder(match[2]) or _are_plain_words(match[1], match[2])):
+            yield Secret(match.start(), "a login of curl", match[0])
+
+
+_KUBERNETES = re.compile(rb"kind:[ \t]{0,9}[\"']?secret\b", re.IGNORECASE)
+_KUBERNETES_DATA = re.compile(
+    rb"\b(?:string)?data:\s{1,200}[\w.-]{1,100}:[ \t]{0,9}(?:[|>][+-]?\s{1,99})?[\"']?[a-z0-9+/]{10}",
+    re.IGNORECASE,
+)
+_KUBERNETES_REACH = 400
+
+
+def _at_each(literal: bytes, pattern: re.Pattern[bytes], data: bytes) -> Iterator[re.Match[bytes]]:
+    """Tries a pattern at each place of its first literal, in small letters or capitals."""
+    small = data.lower()
+    at = small.find(literal)
+    while at >= 0:
+        if match := pattern.match(data, at):
+            yield match
+        at = small.find(literal, at + 1)
+
+
+def _of_kubernetes(data: bytes) -> Iterator[Secret]:
+    """Manifests of the kind Secret, with data in base64."""
+    for match in _at_each(b"kind:", _KUBERNETES, data):
+        start = max(0, match.start() - _KUBERNETES_REACH)
+        near = _KUBERNETES_DATA.search(data, start, match.end() + _KUBERNETES_REACH)
+        if near and not is_placeholder(near[0]):
+            yield Secret(match.start(), "a Kubernetes secret", near[0])
+
+
+_ASSIGNMENT = re.compile(
+    rb"[=>:,|?][=>:|]{0,3}[`'\"\s=]{0,5}(?=([A-Za-z0-9_/+.-][A-Za-z0-9_.=+/~%-]{7,199}))"
+)
+"""What stands between a name and its value, and the value."""
+_NAME_BEFORE = re.compile(rb"[\s'\"`]{0,3}([\w.\- \t]{2,75})")
+"""The name before an assignment, both read from right to left."""
+_WORD = re.compile(rb"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_SECRET_WORDS = frozenset(
+    b"access api apikey apitoken auth credential credentials creds pass passphrase passwd password pwd secret".split()
+)
+_SECRET_ENDINGS = (
+    b"key",
+    b"token",
+    b"secret",
+    b"password",
+    b"passwd",
+    b"creds",
+    b"credential",
+    b"credentials",
+)
+_HASH_WORDS = frozenset(
+    b"hash sha sha1 sha256 sha512 md5 digest checksum etag commit revision fingerprint".split()
+)
+_HARMLESS_WORDS = frozenset(
+    b"public pub foreign primary cache sort partition turkey monkey tokenizer author licence license".split()
+)
+_HARMLESS_LAST_WORDS = frozenset(
+    b"id ids name names file files path paths dir folder url uri endpoint host size length len count max min num number"
+    b" version versions class type kind index idx template format time date".split()
+)
+"""Words in a name that make even a random value no secret: `tokenizer_sha256`, `public_key`, `key_id`."""
+
+
+def _assigned(data: bytes) -> Iterator[Secret]:
+    """Values that look random, beside the name of a service or a word such as `password`."""
+    for match in _ASSIGNMENT.finditer(data):
+        value = match[1]
+        if _DIGIT.search(value) is None:
+            continue
+        start = match.start()
+        name = _NAME_BEFORE.match(data[max(0, start - 80) : start][::-1])
+        found = _secret_name(name[1][::-1], value) if name else None
+        if found:
+            yield Secret(start, found, value)
+
+
+def _secret_name(name: bytes, value: bytes) -> str | None:
+    """What a value of this name is, or None if it is no secret."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    known = {*words, *(first + second for first, second in pairwise(words))}
+    if not words or known & _HASH_WORDS:
+        return None
+    for word in known:
+        for service in _services(word):
+            own = value.rstrip(b"./,")
+            if len(own) in KEYED[service] and (own.isdigit() or looks_random(own, changes_in=8)):
+                return f"a key of {service}"
+    if not (known & _SECRET_WORDS or any(word.endswith(_SECRET_ENDINGS) for word in words)):
+        return None
+    if known & _HARMLESS_WORDS or words[-1] in _HARMLESS_LAST_WORDS:
+        return None
+    is_secret = len(value) >= MIN_VALUE_LENGTH and looks_random(value) and not _has_plain_words(value)
+    return "a secret beside its name" if is_secret else None
+
+
+_SERVICES = tuple(sorted(KEYED))
+
+
+def _services(word: bytes) -> list[str]:
+    text = word.decode("ascii", "replace")
+    return [service for service in _SERVICES if text == service or (len(service) >= 5 and service in text)]
+
+
+_DIGIT = re.compile(rb"[0-9]")
+_LETTER = re.compile(rb"[A-Za-z]")
+_CHANGES = re.compile(
+    rb"(?<=[a-z])(?=[A-Z0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Z])(?=[0-9])|(?<=[A-Z]{2})(?=[a-z])"
+)
+"""Borders between kinds of characters, but for one capital before small letters."""
+
+
+def is_mixed(value: bytes, changes_in: int = 6) -> bool:
+    """Whether digits, capitals and small letters change once in `changes_in` characters, as in no word or name."""
+    if _DIGIT.search(value) is None or _LETTER.search(value) is None:
+        return False
+    return len(_CHANGES.findall(value)) >= max(2, len(value) / changes_in)
+
+
+def looks_random(value: bytes, changes_in: int = 6) -> bool:
+    """Whether text is unlike words and names: mixed, and no character stands in it often."""
+    return is_mixed(value, changes_in) and entropy(value) >= min(3.0, 0.65 * math.log2(len(value)))
+
+
+def entropy(value: bytes) -> float:
+    """Shannon's entropy of the bytes, in bits each."""
+    size = len(value)
+    return -sum(count / size * math.log2(count / size) for count in Counter(value).values())
+
+
+_FILLER = re.compile(
+    rb"x{4}|X{4}|0{8}|\*{3}|\.{3}|[<>${}]|(?i:example|placeholder|your|dummy|redacted|changeme)"
+)
+_PLAIN = re.compile(
+    rb"token|secret|passw|\bkey|[_-]key|login|sample|123456|abcdef|abc123|environ|getenv|optional",
+    re.IGNORECASE,
+)
+_PLAIN_USERS = frozenset(b"user username name login admin root oauth2 owner account".split())
+_PLAIN_PASSWORDS = frozenset(b"pass password passwd pwd token secret key apikey api_key access_token".split())
+
+
+def is_placeholder(value: bytes) -> bool:
+    """Whether a text stands for a secret that the reader should fill in: `hf_xxxxxxxx`, `sk-your-key`, `${TOKEN}`."""
+    return _FILLER.search(value) is not None
+
+
+def _has_plain_words(value: bytes) -> bool:
+    return is_placeholder(value) or _PLAIN.search(value) is not None
+
+
+def _are_plain_words(user: bytes, password: bytes) -> bool:
+    """Whether a login is one of documentation: user:password, guest:guest."""
+    user, password = user.lower(), password.lower()
+    return user == password or (user in _PLAIN_USERS and password in _PLAIN_PASSWORDS)

@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from yeonma.batch.forest import MIN_SHARED_TOKENS
 from yeonma.generation.logit_rules import LogitRules, TokenMask
+from yeonma.generation.recurrent_states import RecurrentStates
 from yeonma.generation.sampling import SamplingParams, sample, uniforms
 from yeonma.generation.token_scores import ScoreLog
 from yeonma.model.attention.dispatch import no_mask
@@ -86,6 +87,8 @@ class ForestCache:
     """The largest number of own tokens of a row after this forward pass."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     """Sliding window -> mask, computed once per forward pass."""
+    recurrence: RecurrentStates = field(default_factory=RecurrentStates)
+    """For models with recurrent layers."""
 
     def copy_rows(self, source: torch.Tensor, start: int) -> None:
         """Give the rows from `start` on the keys and values of the rows `source`."""
@@ -94,6 +97,7 @@ class ForestCache:
             layer.reserve(start + len(source), self.slots, layer.own_key, layer.own_value)
             for tensor in (layer.own_key, layer.own_value):
                 tensor[start : start + len(source), :, : self.slots] = tensor[source, :, : self.slots]
+        self.recurrence.copy_rows(source)
 
 
 def decoding_attention(
@@ -270,6 +274,7 @@ def decode(
 
     with torch.no_grad(), attention(model, DECODING), decoding_products(model):
         if shared:
+            cache.recurrence.begin_prefix()
             _forward(
                 model,
                 cache,
@@ -392,6 +397,7 @@ def _step(
     cache.own_prefix = tuple(row.own_prefix for row in live)
     cache.own_B = torch.tensor(own[:continuing], dtype=torch.long, device=model.device)
     cache.slots = max(before + new for before, new in zip(own, lengths, strict=True))
+    cache.recurrence.begin_step(lengths, continuing, cache.own_prefix[continuing:computed])
     logits_BV = _forward(model, cache, tokens, positions, ends, rotary_lengths if borders else None)
     if not twins:
         return logits_BV
@@ -468,6 +474,7 @@ def _remove(cache: ForestCache, live: list[_LiveRow], row_index: int) -> None:
                 assert tensor is not None
                 tensor[row_index, :, : cache.slots] = tensor[last, :, : cache.slots]
         live[row_index] = live[last]
+    cache.recurrence.remove(row_index)
     live.pop()
 
 

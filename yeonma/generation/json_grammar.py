@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from yeonma.errors import UserError
 from yeonma.generation.completion import special_ids
+from yeonma.packages import install
 from yeonma.tokenization.text_encoder import TextEncoder
 from yeonma.tokenization.token_bytes import token_bytes_of
 
-TESTED = "llguidance==1.9.1"
 WHITE_SPACE = r"\x20|\x0D?\x0A[\x20\x09]{0,64}"
 """Between the parts of JSON: a space, or a line break and an indent. Without a limit, a weak model may write white
 space to the end."""
@@ -42,7 +42,9 @@ class JsonVocabulary:
             import llguidance
         except ImportError:
             problem = "JSON by a schema needs the package llguidance, which is not installed here"
-            raise UserError(problem, cure=f"install it where the server runs: pip install {TESTED}") from None
+            raise UserError(
+                problem, cure=f"install it where the server runs: {install('llguidance')}"
+            ) from None
         if not stop_ids:
             raise UserError(
                 "JSON by a schema needs a model with an end token", cure="ask without response_format"

@@ -21,15 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from yeonma.errors import UserError
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import file_of
+from yeonma.packages import install
 from yeonma.tokenization.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 
 SENTENCEPIECE, TEKKEN = "tokenizer.model", "tekken.json"
-PACKAGES = {
-    "sentencepiece": "sentencepiece==0.2.3",
-    "mistral_common": "mistral-common==1.13.1",
-    "tiktoken": "tiktoken==0.14.0",
-}
-"""The versions that Yeonma is tested with; the first also in pyproject.toml."""
 TRIALS = (
     "",
     " a",
@@ -66,10 +61,9 @@ def check_tokenizer_package(path: Path) -> None:
     """Raises UserError if the package that reads the file is not installed."""
     package = _package_of(path)
     if find_spec(package) is None:
-        what = (
-            f"the tokenizer is this file alone, and the package {package.replace('_', '-')} is not installed"
-        )
-        raise UserError(what, place=str(path), cure=f"pip install {PACKAGES[package]}")
+        on_pypi = package.replace("_", "-")
+        what = f"the tokenizer is this file alone, and the package {on_pypi} is not installed"
+        raise UserError(what, place=str(path), cure=install(on_pypi))
 
 
 def _package_of(path: Path) -> str:

@@ -16,10 +16,8 @@ from typing import Any, Literal
 
 from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
-from yeonma.model.quantization import BITSANDBYTES
+from yeonma.packages import install
 
-COMPRESSED_TENSORS = "compressed-tensors==0.20.1"
-"""The version that Yeonma is tested with, as in pyproject.toml."""
 Method = Literal["bitsandbytes", "fp8", "mxfp4", "compressed-tensors"]
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json. The second is of early versions of compressed-tensors, the third of MLX."""
@@ -165,10 +163,10 @@ def check_settings(
 
 def check_package(published: Published, place: str) -> None:
     """Raises UserError if the package that reads the weights is not installed."""
-    needed = {"bitsandbytes": BITSANDBYTES, "compressed-tensors": COMPRESSED_TENSORS}.get(published.method)
-    if needed is not None and find_spec(needed.partition("==")[0].replace("-", "_")) is None:
-        problem = f"its weights are {published}, and the package {published.method} is not installed"
-        raise UserError(problem, place=place, cure=f"pip install {needed}")
+    package = published.method
+    if package in ("bitsandbytes", "compressed-tensors") and find_spec(package.replace("-", "_")) is None:
+        problem = f"its weights are {published}, and the package {package} is not installed"
+        raise UserError(problem, place=place, cure=install(package))
 
 
 def unquantised_base(folder: Path, config: Mapping[str, Any]) -> str | None:

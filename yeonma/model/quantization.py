@@ -7,9 +7,8 @@ from importlib.util import find_spec
 
 from yeonma.config.settings import Optimizer, Quantization
 from yeonma.errors import UserError
+from yeonma.packages import install
 
-BITSANDBYTES = "bitsandbytes==0.50.2"
-"""The version that Yeonma is tested with, as in pyproject.toml."""
 MIN_8_BIT_NUMEL, BLOCK = 4096, 256
 """Of its 8-bit optimizers: the size from which a parameter's state is in 8 bits, and the numbers per scale."""
 BY_BITSANDBYTES = ("int8", "nf4")
@@ -34,7 +33,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 def _check_bitsandbytes(place: str) -> None:
     if find_spec("bitsandbytes") is None:
-        raise UserError("bitsandbytes is not installed", place=place, cure=f"pip install {BITSANDBYTES}")
+        raise UserError("bitsandbytes is not installed", place=place, cure=install("bitsandbytes"))
 
 
 def check_quantization(quantization: Quantization, *, shard: bool, use_dora: bool) -> None:

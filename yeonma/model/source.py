@@ -67,7 +67,11 @@ def _base_of_adapter(folder: Path, trust_remote_code: bool) -> BaseSource:
         raise UserError(
             "it does not name its base model", place=str(place), cure="give the base model and --adapter"
         )
-    if (user_path(name, str(place)) / "adapter_config.json").is_file():
+    there = user_path(name, str(place))
+    if there.is_absolute() and not there.is_dir():
+        cure = f"give its new place with --base_model (and, to train, --adapter {folder})"
+        raise UserError(f"its base model is no longer at {name}", place=str(folder), cure=cure)
+    if (there / "adapter_config.json").is_file():
         raise UserError(
             f"its base {name} is an adapter too", place=str(place), cure="merge that one into its base first"
         )

@@ -19,15 +19,16 @@ from yeonma.model.source import BaseSource
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def weight_files(source: BaseSource) -> list[Path]:
-    """The base's safetensors files, downloaded if they are on the hub. Raises UserError if there are none."""
-    if (whole := file_of(source, WEIGHTS)) is not None:
+def weight_files(source: BaseSource, *, download: bool = True) -> list[Path]:
+    """The base's safetensors files, downloaded if they are on the hub, unless `download` is False. Raises UserError if
+    there are none."""
+    if (whole := file_of(source, WEIGHTS, download=download)) is not None:
         return [whole]
-    index = file_of(source, INDEX)
+    index = file_of(source, INDEX, download=download)
     if index is None:
         raise UserError("no safetensors weights", place=source.name, cure="give a base model that has them")
     names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    paths = [file_of(source, name) for name in names]
+    paths = [file_of(source, name, download=download) for name in names]
     if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
         raise UserError(
             f"missing shards: {', '.join(missing)}", place=source.name, cure="download them again"
@@ -35,11 +36,17 @@ def weight_files(source: BaseSource) -> list[Path]:
     return [path for path in paths if path is not None]
 
 
-def file_of(source: BaseSource, name: str) -> Path | None:
-    """A file of the base, downloaded if it is on the hub; None if it has no such file."""
+def file_of(source: BaseSource, name: str, *, download: bool = True) -> Path | None:
+    """A file of the base, downloaded if it is on the hub; None if it has no such file. `download` False looks only at
+    what is on this machine."""
     try:
         path = cached_file(
-            source.name, name, revision=source.revision, _raise_exceptions_for_missing_entries=False
+            source.name,
+            name,
+            revision=source.revision,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=download,
         )
     except OSError as error:
         first = str(error).splitlines()[0]

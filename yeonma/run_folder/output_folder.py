@@ -28,6 +28,7 @@ from yeonma.files import (
     sync_and_verify,
     user_path,
 )
+from yeonma.model.base_content import changes, content_of, listed
 from yeonma.run_folder.checkpoint import (
     ALLOWANCE_BYTES,
     STATE,
@@ -57,6 +58,10 @@ EARLIER_DEFAULTS = {
     "wpo_weights": False,
 }
 """Settings that runs of earlier versions had, but did not record."""
+CONTENT_OF_BASE = "content of the base model"
+"""Key of a run's identity. Runs of earlier versions lack it; they know their base by its name."""
+NAMES_OF_BASE = ("base_model", "model_revision")
+"""Keys for where the base is, which may change if its content does not."""
 FLOAT32_BYTES = 4
 OPTIMIZER_STATES = 2
 """Numbers that AdamW keeps for each trained parameter."""
@@ -83,6 +88,7 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
         _check_explicit(explicit, output, overwrite)
     if overwrite:
         return Start()
+    remarks: list[str] = []
     if kind_of(output / RUN) != "file":
         foreign = [*_run_files(output), *checkpoints(output), *output.glob("config.json")]
         if foreign:
@@ -92,12 +98,14 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
             raise UserError(what, place=f"output_dir {output}", cure=cure)
     else:
         recorded, finished = _read_run(output / RUN)
-        _check_same(identity, recorded, str(output))
+        remarks.append(_check_same(identity, recorded, str(output)))
         if finished and resume == "latest":
+            _log_first(remarks, log)
             return Start(finished=True)
     if explicit is not None:
         state = read_whole(explicit)
-        _check_same(identity, state.identity, str(explicit))
+        remarks.append(_check_same(identity, state.identity, str(explicit)))
+        _log_first(remarks, log)
         check_logs(output, state.logs, state.step, log)
         return Start(explicit, state)
     newest = newest_whole(output, log) if resume == "latest" else None
@@ -113,9 +121,16 @@ def find_start(output: Path, identity: Mapping[str, Any], resume: str, overwrite
             cure = "give each its name back, or --resume_from_checkpoint none, which starts over beside them"
             raise UserError(what, place=f"output_dir {output}", cure=cure)
         return Start()
-    _check_same(identity, newest[1].identity, str(newest[0]))
+    remarks.append(_check_same(identity, newest[1].identity, str(newest[0])))
+    _log_first(remarks, log)
     check_logs(output, newest[1].logs, newest[1].step, log)
     return Start(*newest)
+
+
+def _log_first(remarks: list[str], log: Log) -> None:
+    """What run.json and the checkpoint would both say is said once."""
+    for remark in [one for one in remarks if one][:1]:
+        log(remark)
 
 
 def _other_checkpoints(output: Path) -> list[str]:
@@ -149,19 +164,51 @@ def _read_run(path: Path) -> tuple[dict[str, Any], bool]:
         raise UserError(f"damaged ({error})", place=str(path), cure=cure) from error
 
 
-def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place: str) -> None:
-    """Raises UserError that lists all differences between this run's identity and the recorded one."""
-    identity = json.loads(json.dumps(identity))
-    defaults = {name: value for name, value in EARLIER_DEFAULTS.items() if name in identity}
-    recorded = {**defaults, **recorded}
-    differences = [
-        Problem(_difference(key, recorded.get(key), identity.get(key)), place)
-        for key in sorted({*identity, *recorded})
-        if identity.get(key) != recorded.get(key)
-    ]
-    if differences:
+def _check_same(identity: Mapping[str, Any], recorded: Mapping[str, Any], place: str) -> str:
+    """Raises UserError that lists all differences between this run's identity and the recorded one. Returns a remark
+    about a base that was moved, or an empty text."""
+    found = differences(identity, recorded)
+    if [*found] == [CONTENT_OF_BASE]:
+        is_folder = Path(str(identity.get("base_model"))).is_dir()
+        give = "restore its files, or give a folder that has them with --base_model"
+        give = give if is_folder else "give the commit that the run began with as --model_revision"
+        cure = f"{give}; else give another output_dir, or --overwrite true"
+        raise UserError(found[CONTENT_OF_BASE], place=place, cure=cure)
+    if found:
         cure = "give the earlier settings to continue it, another output_dir, or --overwrite true"
-        raise UserError([*differences, Problem("the folder holds another run", place, cure)])
+        problems = [Problem(what, place) for what in found.values()]
+        raise UserError([*problems, Problem("the folder holds another run", place, cure)])
+    then, now = (
+        ", ".join(str(one[name]) for name in NAMES_OF_BASE if one.get(name)) for one in (recorded, identity)
+    )
+    return (
+        ""
+        if then == now
+        else f"the base model is {now} now; it has the content of {then}, with which the run began"
+    )
+
+
+def differences(identity: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between a run's identity and a recorded one: key -> what, in words. A base of the same content in
+    another place is no difference."""
+    now: dict[str, Any] = json.loads(json.dumps(identity))
+    then = {**{name: value for name, value in EARLIER_DEFAULTS.items() if name in now}, **recorded}
+    base_now, base_then = now.pop(CONTENT_OF_BASE, None), then.pop(CONTENT_OF_BASE, None)
+    found = {}
+    if base_now is not None and base_then is not None:
+        try:
+            changed = changes(content_of(base_then), content_of(base_now))
+        except ValueError:
+            changed = ["its record is damaged"]
+        if changed:
+            found[CONTENT_OF_BASE] = f"the {CONTENT_OF_BASE} has changed: {listed(changed)}"
+        else:
+            for name in NAMES_OF_BASE:
+                then[name] = now.get(name)
+    for key in sorted({*now, *then}):
+        if now.get(key) != then.get(key):
+            found[key] = _difference(key, then.get(key), now.get(key))
+    return found
 
 
 def _difference(key: str, before: object, now: object) -> str:

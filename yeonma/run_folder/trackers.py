@@ -18,6 +18,7 @@ import numpy as np
 from yeonma import svg
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.files import replace_file
+from yeonma.packages import install
 from yeonma.run_folder.progress import EvaluationRecord, StepRecord
 from yeonma.run_folder.run_log import numbers_of, read_metrics
 from yeonma.shown import json_text, one_line
@@ -308,7 +309,7 @@ def _problems(name: str) -> list[Problem]:
     spec = find_spec(name)
     # A folder `wandb`, left by a run in the working folder, imports as a package without an origin.
     if spec is None or spec.origin is None:
-        return [Problem(f"{name} is not installed", place="report_to", cure=f"pip install {name}")]
+        return [Problem(f"{name} is not installed", place="report_to", cure=install(name))]
     return []
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from enum import Enum
 from http import HTTPStatus
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from time import monotonic
 from typing import Any, cast
 
@@ -109,14 +109,14 @@ class Connection(asyncio.Protocol):
         self.deadline = self.since + self._limits.head
         self._unread_deadline = float("inf")
         self._inner = asyncio.Protocol()
+        """One that does nothing, until the first request has come."""
+        self._has_inner = False
         self.is_made = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.network = _network(str(peer[0])) if peer else None
-        self._inner = self._connections.make_inner(self)
-        self._inner.connection_made(transport)
         self.is_made = True
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -192,6 +192,7 @@ class Connection(asyncio.Protocol):
         try:
             while (part := self._framing.take()) is not None:
                 if part.begins:
+                    self._make_inner()
                     self._enter(Phase.BODY, self._limits.body)
                     self._body_since = self.since
                 else:
@@ -211,6 +212,12 @@ class Connection(asyncio.Protocol):
             return
         if self.phase is Phase.IDLE and self._framing.unread_bytes:
             self._enter(Phase.HEAD, self._limits.head)
+
+    def _make_inner(self) -> None:
+        if not self._has_inner:
+            self._has_inner = True
+            self._inner = self._connections.make_inner(self)
+            self._inner.connection_made(self._transport)
 
     def _count(self, size: int) -> None:
         self._body_bytes += size
@@ -240,7 +247,10 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             return
         self._transport.write(refusal(error.status, str(error)))
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:  # the client has reset the connection
+            self.abort()
 
     def _leave_inner(self, error: Exception | None) -> None:
         """Tell uvicorn's protocol, once, that the connection is over. Without an error it closes the transport."""
@@ -426,4 +436,6 @@ def _say(accepted: socket.socket, content: bytes) -> None:
 def _network(address: str) -> object:
     """One client may have all addresses of an IPv6 network."""
     found = ip_address(address.partition("%")[0])
-    return found if found.version == 4 else ip_network((found, 64), strict=False)
+    if isinstance(found, IPv4Address):
+        return found
+    return found.ipv4_mapped or ip_network((found, 64), strict=False)

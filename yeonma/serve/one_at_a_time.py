@@ -18,7 +18,7 @@ class Full(Exception):
 
 
 class OneAtATime:
-    """A lock for one event loop. At most `most_waiting` wait for it."""
+    """A lock for one event loop. At most `most_waiting` wait for it; of more, the last in the order is turned away."""
 
     def __init__(self, most_waiting: int) -> None:
         self._most_waiting = most_waiting
@@ -28,7 +28,7 @@ class OneAtATime:
 
     @asynccontextmanager
     async def turn(self, size: int) -> AsyncIterator[None]:
-        """Alone until its end. Raises Full if too many wait already. `size`: of the work, in bytes."""
+        """Alone until its end. Raises Full if too many are waiting. `size`: of the work, in bytes."""
         if self._is_taken:
             await self._wait(size)
         self._is_taken = True
@@ -38,20 +38,25 @@ class OneAtATime:
             self._pass_on()
 
     async def _wait(self, size: int) -> None:
-        if len(self._waiting) >= self._most_waiting:
-            raise Full(f"{len(self._waiting)} requests are waiting")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (monotonic() + size / BYTES_PER_SECOND, next(self._numbers), turn)
         heapq.heappush(self._waiting, entry)
+        if len(self._waiting) > self._most_waiting:
+            last = max(self._waiting)
+            self._remove(last)
+            last[2].set_exception(Full(f"{self._most_waiting} requests are waiting"))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._waiting.remove(entry)
-                heapq.heapify(self._waiting)
-            else:  # its turn had come
+                self._remove(entry)
+            elif turn.exception() is None:  # its turn had come
                 self._pass_on()
             raise
+
+    def _remove(self, entry: tuple[float, int, asyncio.Future[None]]) -> None:
+        self._waiting.remove(entry)
+        heapq.heapify(self._waiting)
 
     def _pass_on(self) -> None:
         self._is_taken = bool(self._waiting)

@@ -261,7 +261,7 @@ class CompletionParameters(BaseModel):
     ] = Field(
         default={},
         max_length=MAX_BIASES,
-        description=f"an object of at most {MAX_BIASES} token ids with numbers from -{MAX_BIAS} to {MAX_BIAS}",
+        description=f"an object of token ids with numbers from -{MAX_BIAS} to {MAX_BIAS}, at most {MAX_BIASES}",
     )
     frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description=PENALTY)
     presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY, description=PENALTY)

@@ -16,10 +16,12 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from yeonma.adapter.base_check import check_content
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder, quantization_for
 from yeonma.config.settings import AnswerSettings, ServeSettings
 from yeonma.errors import Log, Problem, UserError
 from yeonma.evaluate.candidates import short_names, source_key
+from yeonma.model.base_content import changes
 from yeonma.model.load import check_vocabulary, pick_device, pick_dtype
 from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy, adapter_names, build_policy
@@ -52,8 +54,11 @@ class ServedAdapters:
         return [*self.prompt_builders, self.base_name]
 
 
-def open_adapters(settings: ServeSettings) -> ServedAdapters:
-    """Open the adapter folders, without weights. Raises UserError with the problems of all of them."""
+def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedAdapters:
+    """Open the adapter folders, without weights. `log` gets a line if reading the base for its SHA-256 takes long.
+
+    Raises UserError with the problems of all of them.
+    """
     folders = settings.adapter_dirs
     problems: list[Problem] = []
     prompt_builders: list[PromptBuilder] = []
@@ -67,6 +72,7 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
                 raise UserError("this is a merged model", place=folder, cure=cure)
             place = str(prompt_builder.adapter.path)
             prompt_builder.check_room(settings.max_new_tokens, place, "lower --max_new_tokens")
+            check_content(prompt_builder.adapter, prompt_builder.source, log=log, download=False)
             prompt_builders.append(prompt_builder.by_field_names())
         except UserError as error:
             problems += error.problems
@@ -78,9 +84,9 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
         if folder in folders[:index]
     ]
     problems += _quantization_problems(settings, prompt_builders)
-    bases = {source_key(prompt_builder.source): prompt_builder for prompt_builder in prompt_builders}
-    if len(bases) > 1 and not problems:
-        first, second = list(bases.values())[:2]
+    others = [builder for builder in prompt_builders if not _have_one_base(prompt_builders[0], builder)]
+    if others and not problems:
+        first, second = prompt_builders[0], others[0]
         problem = f"its base is {second.source.name}, but that of {first.adapter.path} is {first.source.name}"
         cure = "serve it with a second command on another --port"
         problems.append(Problem(problem, str(second.adapter.path), cure))
@@ -96,6 +102,14 @@ def open_adapters(settings: ServeSettings) -> ServedAdapters:
         dict(zip(names, prompt_builders, strict=True)),
         base_name if os.path.isdir(base.name) else base.name,
     )
+
+
+def _have_one_base(one: PromptBuilder, other: PromptBuilder) -> bool:
+    """Whether two adapters have the same base, or equal ones in two places."""
+    if source_key(one.source) == source_key(other.source):
+        return True
+    first, second = one.adapter.base_content, other.adapter.base_content
+    return first is not None and second is not None and not changes(first, second)
 
 
 def _quantization_problems(
@@ -128,6 +142,7 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
         quantization=quantization_for(settings.quantization, adapters.first.adapter),
     )
     for builder in builders.values():
+        check_content(builder.adapter, source, log=log)
         check_vocabulary(builder.tokenizer, policy.vocabulary_size, source.name)
     if not policy.support.forest:
         log(f"answers are generated one at a time: {policy.support.why_not}")

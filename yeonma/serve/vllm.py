@@ -85,6 +85,7 @@ def vllm_command(plan: VllmPlan) -> list[str]:
     command += ["--enable-lora", "--lora-modules", *modules, "--max-loras", str(len(modules))]
     command += ["--max-lora-rank", str(vllm_rank(max_rank) or max_rank)]
     command += ["--override-generation-config", json.dumps(sampling)]
+    command += ["--allowed-origins", "[]"]  # by default it tells browsers that every web page may ask
     command += ["--host", plan.host, "--port", str(plan.port), "--dtype", plan.dtype]
     if plan.revision is not None:
         command += ["--revision", plan.revision]

@@ -128,6 +128,7 @@ def load_model(
         published=base.published,
         trained_on=_trained_on(dataset),
         lora=_shape_of(lora, policy.model.peft_config["default"], reached),
+        content=prepared.base_content,
     )
     return LoadedModel(policy, details)
 
@@ -236,6 +237,7 @@ def reference_extras(
             base.dtype,
             base.device,
             config.model.quantization,
+            cache_folder(config.tokens),
         )
     bounds = micro_batching(step)
     bounds = replace(bounds, most_examples=REFERENCE_UNITS_FACTOR * step.micro_batch_size)

@@ -147,8 +147,9 @@ def check_same_content(group: Processes, content: str) -> None:
     first, *others = gather_bytes(group, digest)
     different = [str(rank) for rank, other in enumerate(others, 1) if not torch.equal(other, first)]
     if different:
+        who = f"process {', '.join(different)} of {group.count}"
         raise UserError(
-            f"process {', '.join(different)} of {group.count} has other settings, data or versions than process 0",
+            f"{who} has other settings, data, base weights or versions than process 0",
             cure="give every process the same command, files and versions",
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from yeonma.adapter import adapter_folder as adapters
+from yeonma.adapter.base_check import check_continued_config, check_continued_content
 from yeonma.batch.plan import Plan, Shares, make_plan
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.settings import (
@@ -27,11 +28,13 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_settings, published_in
 from yeonma.model.quantized import check_layers
 from yeonma.model.targets import PLACE, Coverage, adapted, coverage, resolve
+from yeonma.run_folder.output_folder import CONTENT_OF_BASE
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
 from yeonma.train.continued_lora import CURE, adapter_lora
@@ -62,6 +65,15 @@ class Prepared:
     """What the result of the run depends on; run.json records it."""
     trained_parameters: int | None = None
     """None if the number is unknown until the weights are loaded."""
+    base_content: BaseContent | None = None
+    """Part of `identity`; None if the base has not been read."""
+
+    def with_base(self, content: BaseContent, source: load.BaseSource) -> Prepared:
+        """The same with the content of its base. Raises UserError if the adapter to continue was trained on another."""
+        if self.adapter is not None:
+            check_continued_content(self.adapter, source, content)
+        identity = {**self.identity, CONTENT_OF_BASE: content.record()}
+        return replace(self, base_content=content, identity=identity)
 
 
 def prepare(
@@ -260,6 +272,7 @@ def check_adapter(
     if model is not None:
         check_layers(model, quantization, source.name)
     if continued is not None:
+        check_continued_config(continued, source, model_config)
         adapters.check_continued(continued, model and adapters.base_identity(model, source))
     if model is None:
         return (None if continued is None else adapters.stored_parameters(Path(continued))), None

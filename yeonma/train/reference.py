@@ -27,6 +27,7 @@ from yeonma.batch.batch import Batch
 from yeonma.config.settings import Quantization
 from yeonma.errors import Log, UserError
 from yeonma.files import file_hash, sync
+from yeonma.model.base_content import known_hash
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport
 from yeonma.model.quantization import quantised_by
@@ -51,14 +52,17 @@ def reference_identity(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization = "none",
+    cache_dir: Path | None = None,
 ) -> str:
     """SHA-256 of everything that the reference's log-probabilities depend on besides the tokens: weights, config,
     adapter, number format and library versions.
 
-    Reads the weight files of a local model; a hub model is identified by its commit.
+    Reads the weight files of a local model, unless their SHA-256 is known; a hub model is identified by its commit.
+    `cache_dir`: where such sums are kept, by default in the user's cache.
     """
     folder = Path(source.name)
-    weights = [file_hash(path) for path in sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    weights = [known_hash(path, cache_dir) for path in files]
     hub_name = None if weights else [base.name, base.revision]
     adapter = (
         [file_hash(Path(continued) / name) for name in (WEIGHTS, "adapter_config.json")]

@@ -25,6 +25,7 @@ from yeonma.config.settings import (
 from yeonma.data.python_rows import is_label
 from yeonma.files import disk_errors_as_user_errors, user_path
 from yeonma.model import load
+from yeonma.model.base_content import reading_content
 from yeonma.model.sharding import broadcast_trained
 from yeonma.run_folder import output_folder as folder
 from yeonma.run_folder.checkpoint import (
@@ -47,7 +48,7 @@ from yeonma.run_folder.run_log import (
 )
 from yeonma.run_folder.trackers import check_trackers, open_trackers, plot_loss, tracked
 from yeonma.tokenization.chat_template_export import ExportedChatTemplate, export_chat_template
-from yeonma.tokenization.dataset import Dataset, describe
+from yeonma.tokenization.dataset import Dataset, cache_folder, describe
 from yeonma.tokenization.store import TokenStore
 from yeonma.train.build import (
     LoadedModel,
@@ -133,6 +134,8 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
         stop.several_processes = processes.count > 1
         console = Console(stderr=False, quiet=processes.rank != 0, soft_wrap=True)
         log = log_of(console)
+        cache_dir = cache_folder(config.tokens)
+        base_content = contexts.enter_context(reading_content(source, cache_dir=cache_dir))
         prepared = prepare(config, source, continued, log)
         describe(prepared.dataset, log)
         for line in mixture_lines(prepared.dataset, prepared.plan):
@@ -143,6 +146,7 @@ def run_training(config: RunConfig, stop: Stop) -> Path:
             log(str(balance))
         for line in run_warnings(config.step, prepared.dataset, prepared.plan):
             log(f"warning: {line}")
+        prepared = prepared.with_base(base_content(log), source)
         group = contexts.enter_context(process_group(processes, device))
         check_same_content(group, _shared_content(config, prepared))
         if group.first:
@@ -202,7 +206,8 @@ def _shared_content(config: RunConfig, prepared: Prepared) -> str:
         "cache_dir",
     }
     settings = {name: value for name, value in settings_dict(config).items() if name not in path_settings}
-    return json.dumps([prepared.identity, settings, versions()], sort_keys=True, default=str)
+    identity = {name: value for name, value in prepared.identity.items() if name != "base_model"}
+    return json.dumps([identity, settings, versions()], sort_keys=True, default=str)
 
 
 def _checkpoint_schedule(config: RunConfig, prepared: Prepared) -> folder.CheckpointSchedule:

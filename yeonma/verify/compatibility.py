@@ -1,4 +1,4 @@
-"""Checks that adapter, template, tokenizer and base of an adapter folder belong together. Reads no base weights."""
+"""Checks that adapter, template, tokenizer and base of an adapter folder belong together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from yeonma.adapter.adapter_folder import (
     check_base,
     identity_of_tokenizer,
 )
+from yeonma.adapter.base_check import another_base
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
+from yeonma.model.base_content import changes, is_here, read_content
 from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
 from yeonma.tokenization.chat_template_export import (
@@ -153,6 +155,29 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         problems,
         f"{source.name} has the recorded config, and a layer for each of the adapter's tensors",
     )
+
+
+def check_base_content(adapter: AdapterFolder, source: BaseSource | Finding, log: Log) -> Finding:
+    """Checks that the base's weights, config and end tokens are those of training. Reads every weight file, whatever
+    the cache knows of it."""
+    check, content = "base's content", adapter.base_content
+    if content is None:
+        return not_checked(check, f"{MANIFEST} does not record it: the run is of an earlier version")
+    if isinstance(source, Finding):
+        is_gone = Path(adapter.base.name).is_absolute() and not Path(adapter.base.name).is_dir()
+        return not_checked(
+            check, "the base is not here" if is_gone else "the base cannot be read, as said above"
+        )
+    if not is_here(source):
+        return not_checked(check, f"the weights of {source.name} are not on this machine")
+    try:
+        now = read_content(source, log=log, trust_cache=False)
+    except UserError as error:
+        return checked(check, error.problems, "")
+    cure = another_base(adapter, source.name, []).problems[0].cure
+    problems = [Problem(what, source.name, cure) for what in changes(content, now)]
+    count = f"{len(now.weights)} weight file{'s' * (len(now.weights) > 1)}"
+    return checked(check, problems, f"{count}, config and end tokens are those of training, read again")
 
 
 def _expected_shapes(model: Any, folder: str) -> Shapes:

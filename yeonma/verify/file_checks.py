@@ -13,13 +13,16 @@ from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from yeonma.adapter.adapter_folder import BASE_CONTENT
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import file_hash, read_file
+from yeonma.model.base_content import changes, content_of
 from yeonma.run_folder.checkpoint import MANIFEST, STATE, step_of
 from yeonma.run_folder.entries import FORMER_PLOT, OURS, RUN, SEAL, TOKENIZERS
+from yeonma.run_folder.output_folder import CONTENT_OF_BASE, differences
 from yeonma.run_folder.run_log import read_metrics
 
 RUN_RECORDS = ("settings.yaml", "metrics.jsonl", "trained_rows.jsonl", "loss.svg", FORMER_PLOT, "README.md")
@@ -165,7 +168,7 @@ def _run_problems(
         problems.append(Problem(what, str(checkpoint / STATE), DELETE))
     elif details is not None:
         own = read_object(checkpoint / "yeonma.json")
-        if names := [name for name in PARTS if own.get(name) != details.get(name)]:
+        if names := _differing_parts(own, details):
             what = f"it does not belong to the folder's adapter: they differ in {', '.join(names)}"
             problems.append(Problem(what, str(checkpoint / "yeonma.json"), DELETE))
     return problems
@@ -174,7 +177,24 @@ def _run_problems(
 def _differing_keys(one: object, other: Mapping[str, Any]) -> list[str]:
     if not isinstance(one, Mapping):
         return ["everything"]
-    return [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    return sorted(differences(other, one))
+
+
+def _differing_parts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The parts of two yeonma.json that differ. Equal bases in two places do not."""
+    contents = one.get(BASE_CONTENT), other.get(BASE_CONTENT)
+    names = [name for name in PARTS if one.get(name) != other.get(name)]
+    if None in contents:  # from before the content was recorded
+        return names
+    same = _same_content(*contents)
+    return [name for name in names if name != "base" or not same] + ([] if same else [BASE_CONTENT])
+
+
+def _same_content(one: object, other: object) -> bool:
+    try:
+        return not changes(content_of(one), content_of(other))
+    except ValueError:
+        return False
 
 
 def _manifest_hashes(path: Path) -> dict[str, str]:
@@ -270,7 +290,12 @@ def _details_problems(
         if own != recorded
     ]
     name, base = str(identity.get("base_model")), str(details["base"]["name"])
-    if PurePath(name).name != PurePath(base).name:
+    contents = details.get(BASE_CONTENT), identity.get(CONTENT_OF_BASE)
+    if None not in contents:
+        if not _same_content(*contents):
+            what = f"the base has other content than in the run ({RUN})"
+            problems.append(Problem(what, str(place), RESTORE))
+    elif PurePath(name).name != PurePath(base).name:
         what = f"the base is {base}, but was {name} in the run ({RUN})"
         problems.append(Problem(what, str(place), RESTORE))
     if adapter_config is not None and identity.get("content of the adapter continued") is None:

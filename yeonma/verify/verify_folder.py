@@ -11,7 +11,7 @@ from yeonma.adapter.adapter_folder import MANIFEST, AdapterFolder, read_adapter_
 from yeonma.adapter.samples import read_samples
 from yeonma.config.settings import VerifySettings
 from yeonma.data.rows import open_rows
-from yeonma.errors import Problem, UserError
+from yeonma.errors import Log, Problem, UserError
 from yeonma.files import user_path
 from yeonma.model.load import load_tokenizer
 from yeonma.model.source import BaseSource
@@ -21,6 +21,7 @@ from yeonma.run_folder.lock import is_locked
 from yeonma.verify.compatibility import (
     REPLACE,
     Shapes,
+    check_base_content,
     check_chat_template,
     check_model,
     check_names,
@@ -69,8 +70,9 @@ class VerifyReport:
         return content
 
 
-def verify(settings: VerifySettings) -> VerifyReport:
-    """Checks a run's output folder, a checkpoint or a copied adapter folder. Changes nothing and reads no base weights.
+def verify(settings: VerifySettings, log: Log = lambda _: None) -> VerifyReport:
+    """Checks a run's output folder, a checkpoint or a copied adapter folder. Changes nothing. `log` gets a line if
+    reading the base takes long.
 
     Raises UserError if there is nothing to check, or if the settings name a base or data that does not exist.
     """
@@ -78,9 +80,9 @@ def verify(settings: VerifySettings) -> VerifyReport:
     if not folder.is_dir():
         raise UserError("no such folder", place=settings.adapter_dir, cure="give the output folder of a run")
     if (folder / RUN).is_file() or checkpoints(folder):
-        return _verify_run(folder, settings)
+        return _verify_run(folder, settings, log)
     if any((folder / name).is_file() for name in (STATE, OPTIMIZER, RANDOM)):
-        findings, details = _check_adapter(folder, settings)
+        findings, details = _check_adapter(folder, settings, log)
         files = check_checkpoint(folder, None, None)
         return _report(folder, "a checkpoint", [files, *findings], details)
     if not (folder / MANIFEST).is_file():
@@ -90,12 +92,12 @@ def verify(settings: VerifySettings) -> VerifyReport:
         what = "this is a merged model, not an adapter"
         cure = "give the folder of the adapter that was merged"
         raise UserError(what, place=settings.adapter_dir, cure=cure)
-    findings, details = _check_adapter(folder, settings)
+    findings, details = _check_adapter(folder, settings, log)
     what = "an adapter without its run"
     return _report(folder, what, [check_files(folder, is_run=False), *findings], details)
 
 
-def _verify_run(folder: Path, settings: VerifySettings) -> VerifyReport:
+def _verify_run(folder: Path, settings: VerifySettings, log: Log) -> VerifyReport:
     all_checkpoints, running = checkpoints(folder), is_locked(folder)
     try:
         run = read_object(folder / RUN)
@@ -117,7 +119,7 @@ def _verify_run(folder: Path, settings: VerifySettings) -> VerifyReport:
     adapter_findings: list[Finding] = []
     details, config = None, None
     if adapter is not folder or finished:
-        adapter_findings, details = _check_adapter(adapter, settings)
+        adapter_findings, details = _check_adapter(adapter, settings, log)
         config = _adapter_config(adapter)[0]
     if run_finding.outcome == "well":
         run_finding = check_run(folder, run, details, config)
@@ -142,14 +144,16 @@ def _report(
     return VerifyReport(str(folder), what, tuple(findings), trained_on, remark)
 
 
-def _check_adapter(folder: Path, settings: VerifySettings) -> tuple[list[Finding], dict[str, Any] | None]:
+def _check_adapter(
+    folder: Path, settings: VerifySettings, log: Log
+) -> tuple[list[Finding], dict[str, Any] | None]:
     """Checks that the parts of an adapter folder belong together. Also returns yeonma.json, if it can be read."""
     try:
         adapter = read_adapter_folder(folder)
     except UserError as error:
         rest = [
             not_checked(name, "the adapter folder cannot be read")
-            for name in ("adapter", "base", "tokenizer", "sample rows")
+            for name in ("adapter", "base", "base's content", "tokenizer", "sample rows")
         ]
         return [checked("template and rules", _with_cures(error), ""), *rest], None
     config, problems = _adapter_config(folder)
@@ -166,6 +170,7 @@ def _check_adapter(folder: Path, settings: VerifySettings) -> tuple[list[Finding
         findings.append(not_checked("base", "the adapter cannot be read"))
     else:
         findings.append(check_model(adapter, source, shapes))
+    findings.append(check_base_content(adapter, source, log))
     findings += _check_tokenizers(adapter, source, settings)
     if settings.data_path is not None:
         findings.append(_check_data(adapter, settings.data_path, settings))

@@ -22,6 +22,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     return trained(folder / "OUT", link, data, max_steps=1), link
 
 
+def without_content(folder: Path) -> None:
+    """yeonma.json as versions wrote it that did not record the content of the base."""
+    details = json.loads((folder / "yeonma.json").read_text())
+    details.pop("base_content", None)
+    (folder / "yeonma.json").write_text(json.dumps(details))
+
+
 def pointed_to(link: Path, target: Path) -> None:
     link.unlink()
     link.symlink_to(target)
@@ -34,6 +41,13 @@ def test_what_a_link_points_to_is_recorded_and_named(run: tuple[Done, Path]) -> 
     words = ["generate", str(done.folder), "--row", '{"document": "storm"}', "--max_new_tokens", "2"]
     assert command(done.folder, *words).status == 0
     pointed_to(link, second)
+    moved = command(done.folder, *words)
+    assert moved.status == 2
+    assert (
+        f"it was trained on {link}, which points to {second} now: model.safetensors had SHA-256 " in moved.err
+    )
+    assert f"it pointed to {first}; use --base_model {first}" in moved.err
+    without_content(done.folder)
     moved = command(done.folder, *words)
     assert moved.status == 2
     assert (

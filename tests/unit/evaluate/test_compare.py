@@ -297,8 +297,8 @@ def test_missing_sacrebleu_is_reported_and_its_metrics_are_omitted(
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     done = compare(tmp_path / "report", folders.adapter, data_path=data)
     assert {"bleu", "chrf"}.isdisjoint(values(report_of(done)))
-    assert "pip install sacrebleu" in done.err
-    assert any("pip install sacrebleu" in note for note in report_of(done)["notes"])
+    assert 'pip install "sacrebleu==2.6.0"' in done.err
+    assert any('pip install "sacrebleu==2.6.0"' in note for note in report_of(done)["notes"])
 
 
 def test_the_table_on_the_terminal_has_every_metric_and_the_difference(

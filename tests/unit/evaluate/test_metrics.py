@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,7 +130,7 @@ def test_korean_uses_morphemes_with_kiwipiepy_and_else_characters(
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     tokenizer = metric_tokenizer(references)
     assert (tokenizer.name, tokenizer.bleu) == ("characters", "char")
-    assert "pip install kiwipiepy" in tokenizer.note
+    assert 'pip install "kiwipiepy==' in tokenizer.note
     assert rouge(tokenizer.split("가나다!"), tokenizer.split("가 나라."))[0] == pytest.approx(2 / 3)
 
 
@@ -200,11 +199,6 @@ def test_chrf_and_bleu_are_omitted_without_sacrebleu(monkeypatch: pytest.MonkeyP
     results = values([scored_answers("a b")], ["a c"])
     assert {"chrf", "bleu"}.isdisjoint(results)
     assert results["rouge1"] == [50.0]
-
-
-def test_install_hint_names_the_tested_sacrebleu_version() -> None:
-    pins = (Path(__file__).parents[3] / "requirements.txt").read_text("utf-8").splitlines()
-    assert metrics.INSTALL_SACREBLEU.split()[-1] in pins
 
 
 # Confidence intervals and significance tests

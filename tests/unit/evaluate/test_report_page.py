@@ -15,6 +15,7 @@ from tests.chromium import Browser, browser, contrast, in_chromium, luminance
 from tests.runs import command, write_jsonl
 from tests.tokenizers import byte_level
 from yeonma.evaluate.report_page import embedded, page
+from yeonma.shown import many_lines
 
 HOSTILE = [
     "</script><script>window.ran = 1</script>",
@@ -227,7 +228,7 @@ def test_hostile_data_neither_runs_nor_becomes_elements(report_tab: Browser) -> 
         "[...document.querySelectorAll('.said')].map(e => e.querySelector('p').textContent)"
     )
     for text in HOSTILE:
-        assert text.strip() in [item.strip() for item in shown]
+        assert many_lines(text).strip() in [item.strip() for item in shown]
 
 
 @in_chromium
@@ -298,6 +299,13 @@ def test_page_is_self_contained_and_makes_no_requests(folder: Path) -> None:
 def test_embedded_data_is_escaped_and_equals_the_report(folder: Path, report: dict[str, Any]) -> None:
     text = (folder / "report.html").read_text("utf-8")
     embedded_json = text.partition('id="data">')[2].partition("</script>")[0]
-    assert json.loads(embedded_json)["rows"] == report["rows"]
+    rows = json.loads(embedded_json)["rows"]
+    assert [row["row"] for row in rows] == [row["row"] for row in report["rows"]]
+    for row, reported in zip(rows, report["rows"], strict=True):
+        assert row["prompt"] == many_lines(reported["prompt"])
+        assert [each["text"] for each in row["answers"]] == [
+            many_lines(a["text"]) for a in reported["answers"]
+        ]
+        assert [each["scores"] for each in row["answers"]] == [each["scores"] for each in reported["answers"]]
     assert not set("<>&\u2028\u2029") & set(embedded_json)
     assert json.loads(embedded(HOSTILE)) == HOSTILE

@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import pytest
 
 from tests.hub import OWNER, TOKEN, Hub, Repository, hub
 from tests.runs import articles, model_folder, trained, write_jsonl
+from tests.secret_shapes import weights
 from yeonma.errors import UserError
-from yeonma.export.hub_push import collect
+from yeonma.export.hub_push import collect, is_sent, upload
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "someone/tiny-base"
@@ -218,6 +220,117 @@ def test_secrets_are_refused_and_not_printed(folder: Path, name: str, text: str,
     assert what in problem.what
     assert problem.place == f"{name}:{line}"
     assert text not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "link within", "folder", "pipe", "socket"])
+def test_only_files_are_sent(folder: Path, tmp_path: Path, kind: str) -> None:
+    card = folder / "README.md"
+    outside = tmp_path / "outside.md"
+    outside.write_text("# Nothing secret\n", encoding="utf-8")
+    card.unlink()
+    if kind == "folder":
+        card.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(card)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(card))
+    else:
+        card.symlink_to({"link": outside, "link to nothing": tmp_path / "away"}.get(kind, "template.txt"))
+    with pytest.raises(UserError) as error:
+        collect(folder, NAME, True, {})
+    (problem,) = error.value.problems
+    assert problem.place == str(card) and kind.partition(" ")[0] in problem.what
+    card.rmdir() if kind == "folder" else card.unlink()
+    assert "README.md" not in [file.name for file in collect(folder, NAME, True, {})]
+
+
+def test_only_exact_names_are_sent(folder: Path) -> None:
+    strange = [
+        *("tokenizer.json.bak", "tokenizer_secrets.txt", "vocab.key", "model-final.safetensors"),
+        *("model-00001-of-2.safetensors", "my_chat_template.jinja", "adapter_model.bin", ".env"),
+    ]
+    for name in strange:
+        (folder / name).write_text("hf_" + "a1B2" * 9, encoding="utf-8")
+    sent = {file.name for file in collect(folder, NAME, True, {})}
+    assert not sent & set(strange) and "tokenizer.json" in sent
+    assert is_sent("model-00001-of-00002.safetensors") and is_sent("tokenizer.model")
+
+
+def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    shard = "model-00001-of-00002.safetensors"
+    weights(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / shard)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    index = {"weight_map": {"a": shard, "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: the index names this file"):
+        collect(tmp_path, NAME, False, {})
+
+
+@pytest.mark.parametrize("how", ["replaced", "linked", "changed in place"])
+def test_weights_that_change_after_the_scan_are_not_sent(
+    fake_hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    for name, value in environment(fake_hub, tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", fake_hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    uploads = collect(folder, NAME, True, {})
+    path = folder / "adapter_model.safetensors"
+    other = tmp_path / "other.safetensors"
+    shutil.copy(path, other)
+    if how == "linked":
+        path.unlink()
+        path.symlink_to(other)
+    elif how == "replaced":
+        weights(folder, {"notes": "hf_" + "a1B2" * 9})
+    else:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="has changed since it was scanned"):
+        upload("titles", uploads, "message", False, print)
+    assert fake_hub.repositories[f"{OWNER}/titles"].files == {}
+
+
+def test_texts_that_change_after_the_scan_are_sent_as_scanned(folder: Path) -> None:
+    uploads = collect(folder, NAME, True, {})
+    before = (folder / "template.txt").read_bytes()
+    (folder / "template.txt").write_text("hf_" + "a1B2" * 9, encoding="utf-8")
+    assert {file.name: file.content for file in uploads}["template.txt"] == before
+
+
+def test_what_the_model_was_trained_with_is_never_edited(folder: Path) -> None:
+    template = folder / "template.txt"
+    template.write_text("Files lie in /srv/data/rows. {document} {title}", encoding="utf-8")
+    sent = {file.name: file for file in collect(folder, NAME, True, {}, ["rows"])}
+    assert sent["template.txt"].content == template.read_bytes() and not sent["template.txt"].edited
+    template.write_text("Files lie in /home/minsu/rows. {document} {title}", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"template\.txt:1: contains a home directory, /home/minsu; the model"
+    ):
+        collect(folder, NAME, True, {})
+
+
+def test_names_of_this_machine_are_reported_or_hidden(folder: Path) -> None:
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write("Trained by minsu on lab-box17.\n")
+    names = ["minsu", "lab-box17"]
+    with pytest.raises(UserError, match="contains minsu, a name of this machine's user"):
+        collect(folder, NAME, False, {}, names)
+    sent = {file.name: file.content for file in collect(folder, NAME, True, {}, names)}
+    assert (sent["README.md"] or b"").endswith(b"Trained by user on user.\n")
+    # the owner of the base is public anyway
+    sent = {file.name: file.content for file in collect(folder, "minsu/base", True, {}, ["minsu"])}
+    assert (sent["README.md"] or b"").endswith(b"Trained by minsu on lab-box17.\n")
+
+
+def test_weights_with_bytes_beyond_their_tensors_are_damaged(folder: Path) -> None:
+    with (folder / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"hf_" + b"a1B2" * 9)
+    with pytest.raises(UserError, match="more or fewer bytes than its tensors"):
+        collect(folder, NAME, True, {})
 
 
 def test_metadata_of_weights_is_scanned_for_local_paths(folder: Path) -> None:

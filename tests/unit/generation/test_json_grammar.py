@@ -105,5 +105,5 @@ def test_a_vocabulary_without_the_characters_of_json_is_refused() -> None:
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UserError, match=r"pip install llguidance==\d+\.\d+\.\d+"):
+    with pytest.raises(UserError, match=r'pip install "llguidance==\d+\.\d+\.\d+"'):
         JsonVocabulary.of(characters(), [2])

@@ -82,7 +82,7 @@ def test_min_p_leaves_tokens_of_a_share_of_the_most_likely_one() -> None:
     assert drawn == [0, 0, 1, 1]  # 0.5 / 0.8 = 0.625
 
 
-@pytest.mark.parametrize("family", ["llama", "lfm2"])  # by a forest; one by one
+@pytest.mark.parametrize("family", ["llama", "lfm2", "bloom"])  # the last one by one
 def test_scores_are_the_models_own_log_probabilities(family: str) -> None:
     model, plain = tiny_model(family), tiny_model(family)
     support = check_forest_support(model)

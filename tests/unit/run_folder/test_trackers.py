@@ -21,6 +21,7 @@ from rich.console import Console
 from tests.chromium import browser, contrast, in_chromium, luminance
 from yeonma.config import settings
 from yeonma.errors import UserError
+from yeonma.packages import install
 from yeonma.run_folder import trackers as tracking
 from yeonma.run_folder.progress import EvaluationRecord, Progress, StepRecord, peak_memory_bytes
 from yeonma.run_folder.run_log import open_metrics, read_metrics
@@ -453,8 +454,8 @@ def test_missing_and_unknown_trackers_are_reported_with_a_remedy(
     with pytest.raises(UserError) as error:
         check_trackers(["wandb", "mlflow", "tensorbord"])
     assert str(error.value).splitlines() == [
-        "report_to: wandb is not installed; pip install wandb",
-        "report_to: mlflow is not installed; pip install mlflow",
+        f"report_to: wandb is not installed; {install('wandb')}",
+        f"report_to: mlflow is not installed; {install('mlflow')}",
         'report_to: no tracker "tensorbord"; did you mean "tensorboard"?',
     ]
 

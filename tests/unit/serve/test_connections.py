@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -410,17 +411,37 @@ def test_half_sent_bodies_are_bounded_together(monkeypatch: pytest.MonkeyPatch) 
             connection.close()
 
 
+class Transport(asyncio.Transport):
+    """Of a client that has reset the connection before the server reads that."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__({"peername": (address, 1)})
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def write(self, data: object) -> None:
+        pass
+
+    def write_eof(self) -> None:
+        raise OSError(errno.ENOTCONN, "not connected")
+
+
+def test_a_reset_that_crosses_a_refusal_ends_the_connection_without_an_error() -> None:
+    connections = Connections(PATIENT, lambda state: asyncio.Protocol(), print)
+    transport, connection = Transport("10.0.0.1"), Connection(connections)
+    connections._open[connection] = None
+    connection.connection_made(transport)
+    connection.data_received(b"\xff")
+    assert transport.aborted and connections.number == 0
+
+
 def test_a_crowd_from_one_address_makes_room_before_others() -> None:
     connections = Connections(PATIENT, lambda state: asyncio.Protocol(), print)
-
-    class Transport(asyncio.Transport):
-        def __init__(self, address: str) -> None:
-            super().__init__({"peername": (address, 1)})
-            self.aborted = False
-
-        def abort(self) -> None:
-            self.aborted = True
-
     transports = [Transport(address) for address in ["10.0.0.1", *["fe80::1%lo", "fe80::2"] * 4, "10.0.0.2"]]
     for transport in transports:
         connection = Connection(connections)

@@ -332,6 +332,16 @@ def test_a_prompt_longer_than_the_model_is_refused(client: OpenAI) -> None:
     assert "exceed the model's 4096 positions" in message
 
 
+def test_a_text_that_no_tokens_could_make_fit_is_refused_before_it_is_tokenised(client: OpenAI) -> None:
+    for call in (
+        lambda: client.completions.create(model="one", prompt=["a", "a" * 65_537]),
+        lambda: chat(client, "a" * 65_537),
+        lambda: chat(client, json.dumps({"order": "a", "input": "a" * 65_536}), "two"),
+    ):
+        message = refusal(openai.BadRequestError, call)
+        assert message.endswith("bytes, and the model's 4,096 positions hold at most 65,536: shorten it")
+
+
 def post(server: Server, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
     all_headers = {
         "Content-Type": "application/json",
@@ -364,6 +374,7 @@ def test_malformed_requests_are_refused(server: Server) -> None:
         assert status == 400 and answer["error"]["message"]
     # browsers send text/plain to other sites without asking
     assert post(server, good, Content_Type="text/plain")[0] == 415
+    assert post(server, good, Content_Encoding="gzip")[0] == 415
     assert post(server, good, Host="evil.example")[0] == 403
     assert post(server, good, Host="localhost:99")[0] == 200
 
@@ -378,6 +389,14 @@ def test_only_requests_with_the_key_are_answered(folders: Folders, tmp_path: Pat
                 for call in (client.models.list, lambda client=client: chat(client, "x")):
                     message = refusal(openai.AuthenticationError, call)
                     assert message == "the API key is missing or wrong"
+        for key, challenge in (
+            ("Bearer x", 'Bearer realm="yeonma", error="invalid_token"'),
+            ("", 'Bearer realm="yeonma"'),
+        ):
+            request = urllib.request.Request(f"{url}/models", headers={"Authorization": key} if key else {})
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request)
+            assert (caught.value.code, caught.value.headers["WWW-Authenticate"]) == (401, challenge)
         with OpenAI(base_url=url, api_key="sesame", max_retries=0) as client:
             assert text_of(chat(client, DOCUMENTS[0], max_tokens=MAX_NEW_TOKENS)) == generate_answer(
                 load(folders.one), DOCUMENTS[0]

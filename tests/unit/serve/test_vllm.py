@@ -46,6 +46,7 @@ def test_command_has_adapters_chat_template_and_limits() -> None:
         *("--max-loras", "2", "--max-lora-rank", "32", "--override-generation-config"),
         '{"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,'
         ' "max_new_tokens": 1024}',
+        *("--allowed-origins", "[]"),
         *("--host", "127.0.0.1", "--port", "8000", "--dtype", "auto"),
     ]
     more = vllm_command(replace(PLAN, revision="abc", trust_remote_code=True))

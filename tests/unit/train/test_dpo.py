@@ -128,7 +128,7 @@ def test_micro_batching_and_prefix_sharing_do_not_change_results(
     assert done.losses[-1] < done.losses[0] - 0.05  # it learns
 
 
-@pytest.mark.parametrize("family", ["bloom", "lfm2"])
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
 def test_results_without_forest_support_do_not_depend_on_micro_batch_size(
     tmp_path: Path, data: Path, family: str
 ) -> None:

@@ -123,7 +123,7 @@ def test_20_steps_give_the_losses_and_weights_of_transformers_trainer(
         train_on_inputs=train_on_inputs,
     )
     theirs = reference(tmp_path / "theirs", base, rows, train_on_inputs=train_on_inputs)
-    assert ("one sequence at a time" in ours.out) == (family != "llama")
+    assert ("one sequence at a time" in ours.out) == (family == "bloom")
     assert len(ours.losses) == 20
     assert ours.losses == pytest.approx(list(theirs.losses.values()), abs=1e-4)
     assert ours.losses[0] > ours.losses[-1] + 0.1  # the model has learned

@@ -113,7 +113,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "weights that are not finite": (
         lambda place: change_tensors(place / WEIGHTS, lambda name, tensor: tensor / 0),
         WEIGHTS,
-        "numbers that are not finite",
+        "fit this run",
     ),
     "a schedule without its step": (
         lambda place: change_state(place, schedule={}),

@@ -406,7 +406,8 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, data: Path, done:
     other = model_folder(tmp_path / "qwen", "qwen3")
     refused = sft(tmp_path / "out", other, data, adapter=done.folder)
     assert refused.status == 2
-    assert f"it was trained on {base}, which is not {other}; use --base_model {base}" in refused.err
+    assert f"it was trained on {base}, which is not {other}: " in refused.err
+    assert refused.err.endswith(f"; use --base_model {base}\n")
     assert not refused.folder.exists()
 
 

@@ -116,6 +116,7 @@ ALL_WELL = {
     "template and rules": "well",
     "adapter": "well",
     "base": "well",
+    "base's content": "well",
     "tokenizer": "well",
     "sample rows": "well",
     "chat template": "well",
@@ -437,8 +438,9 @@ def test_missing_base_is_reported_as_not_checked(copy: Path, root: Path, other_r
         assert status == 0
         assert checks["base"]["outcome"] == "not checked"
         assert "--base_model" in checks["base"]["about"]
+        assert checks["base's content"]["about"] == "the base is not here"
         assert "base's tokenizer" not in checks
-        assert command(copy, "verify", str(copy)).out.endswith("nothing differs; 1 check could not run\n")
+        assert command(copy, "verify", str(copy)).out.endswith("nothing differs; 2 checks could not run\n")
         assert outcomes(copy, "--base_model", str(moved)) == ALL_WELL
         assert "base" in find_differences(copy, "--base_model", str(root / "other-base"))
         done = command(copy, "verify", str(copy), "--base_model", str(root / "nowhere"))
@@ -501,7 +503,8 @@ def test_adapter_copied_without_run_records_is_checked(copy: Path) -> None:
 
 def test_a_folder_of_an_earlier_version_has_no_differences(copy: Path) -> None:
     for folder in (copy, *copy.glob("checkpoint-*")):
-        rewrite(folder / "yeonma.json", lambda content: content.pop("tokenizer"))
+        for key in ("tokenizer", "base_content"):
+            rewrite(folder / "yeonma.json", lambda content, key=key: content.pop(key))
         (folder / "samples.json").unlink()
     (copy / "manifest.json").unlink()
     for checkpoint in copy.glob("checkpoint-*"):
@@ -511,6 +514,7 @@ def test_a_folder_of_an_earlier_version_has_no_differences(copy: Path) -> None:
     run_outcomes = outcomes(copy)
     assert {name for name, outcome in run_outcomes.items() if outcome == "not checked"} == {
         "files",
+        "base's content",
         "tokenizer",
         "sample rows",
         "chat template",

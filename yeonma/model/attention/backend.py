@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from yeonma.model.recurrence.layout import RecurrentLayout
+
 Capability = tuple[int, int]
 """CUDA compute capability, (major, minor)."""
 
@@ -74,7 +76,9 @@ class Backend:
 
 @dataclass(frozen=True)
 class ForestLayout:
-    """A forest laid out for attention. One object serves all layers of a forward pass."""
+    """A forest laid out for attention and recurrences. One object serves all layers of a forward pass."""
 
     by_backend: Mapping[str, Any] = field(default_factory=dict)
     """Backend name -> the result of its `lay_out`, for backends that support the forest."""
+    recurrence: RecurrentLayout | None = None
+    """For recurrent layers."""

@@ -29,6 +29,7 @@ from yeonma.model.attention.cpu_cascade import CPU_CASCADE
 from yeonma.model.attention.flex import FLEX, has_flex
 from yeonma.model.attention.sdpa import PLAIN_OPERATIONS, SDPA
 from yeonma.model.attention.varlen import VARLEN, varlen_attention
+from yeonma.model.recurrence.layout import RecurrentLayout
 
 FOREST = "yeonma_forest"
 """The name of `forest_attention` among transformers' attention implementations."""
@@ -72,7 +73,11 @@ def forest_shape(
 
 def lay_out_for_backends(shape: ForestShape) -> ForestLayout:
     layouts = {backend.name: backend.lay_out(shape) for backend in BACKENDS}
-    return ForestLayout({name: result for name, result in layouts.items() if result is not None})
+    parents = [path[-2] if len(path) > 1 else None for path in shape.paths]
+    return ForestLayout(
+        {name: result for name, result in layouts.items() if result is not None},
+        RecurrentLayout(shape.lengths, parents, shape.device),
+    )
 
 
 def choose(call: LayerCall, layout: ForestLayout) -> Backend:

@@ -1,0 +1,145 @@
+"""The recurrent rules of transformers' models over a forest, with their arguments and numbers.
+
+They replace functions of the same names in transformers' modules. Numbers are computed in float32, as there.
+
+Shapes: T tokens, H heads of values, G heads of keys and queries (or groups), K width of keys, V width of values, S
+segments, P pieces, C places of a piece, R = H / G.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from yeonma.model.recurrence.pieces import Pieces, to_pieces, to_tokens
+from yeonma.model.recurrence.scan import PieceInputs, pairwise_decay, scan
+
+EPSILON = 1e-6  # of the norms of keys and queries
+BLOCK = 16
+"""Tokens of a piece whose decays per channel are computed pair by pair."""
+
+
+def gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    pieces: Pieces,
+    initial: torch.Tensor | None = None,
+    *,
+    normed: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gated DeltaNet. query and key (1, T, G, K), value (1, T, H, V), g and beta (1, T, H) -> (1, T, H, V), and the
+    states (S, G, R, K, V) behind the segments if the layout keeps them.
+
+    g: the logarithm of the decay. beta: the strength of the update. normed: queries and keys are normed first.
+    initial: the states that segments without a parent start from.
+    """
+    q, k, v, decay, strength = _delta_inputs(query, key, value, g.unsqueeze(-1), beta, pieces, normed=normed)
+    fading = decay.cumsum(-2)
+    pairs = pairwise_decay(fading)
+    read = (q @ k.transpose(-1, -2)) * pairs
+    system = (k @ k.transpose(-1, -2)) * pairs * strength
+    inputs = PieceInputs(q, k, v * strength, fading, read, system, strength)
+    return _outputs(*scan(inputs, pieces, initial), pieces, query.dtype)
+
+
+def kimi_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    pieces: Pieces,
+    initial: torch.Tensor | None = None,
+    *,
+    normed: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Kimi Delta Attention: `gated_delta_rule` with a decay per channel of the key, g (1, T, H, K), and G = H."""
+    q, k, v, decay, strength = _delta_inputs(query, key, value, g, beta, pieces, normed=normed)
+    fading = decay.cumsum(-2)
+    read, system = _read_by_channel(q, k, fading), _read_by_channel(k, k, fading) * strength
+    inputs = PieceInputs(q, k, v * strength, fading, read, system, strength)
+    return _outputs(*scan(inputs, pieces, initial), pieces, query.dtype)
+
+
+def mamba2_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    d: torch.Tensor | None,
+    pieces: Pieces,
+    initial: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mamba2. x (1, T, H, V), dt (1, T, H) the size of a step, a (H,) the rate of decay, b and c (1, T, G, K), d (H,)
+    the weight of the input in the output -> (1, T, H, V) in float32, and the states as `gated_delta_rule`."""
+    groups = b.shape[2]
+    values, step = x[0].float(), dt[0].float().unsqueeze(-1)
+    q, k = (_by_group(states[0].float(), pieces, states.shape[2]) for states in (c, b))
+    inputs_by_group = _by_group(values * step, pieces, groups)
+    fading = _by_group(step * a.float().unsqueeze(-1), pieces, groups).cumsum(-2)
+    read = (q @ k.transpose(-1, -2)) * pairwise_decay(fading)
+    output, behind = scan(PieceInputs(q, k, inputs_by_group, fading, read), pieces, initial)
+    result, behind = _outputs(output, behind, pieces, torch.float32)
+    return result if d is None else result + values * d.float().unsqueeze(-1), behind
+
+
+def _delta_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    pieces: Pieces,
+    *,
+    normed: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The arguments of a delta rule in float32, in pieces and by group."""
+    q, k = query[0].float(), key[0].float()
+    if normed:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPSILON) for x in (q, k))
+    groups = q.shape[1]
+    others = (value[0].float(), g[0].float(), beta[0].float().unsqueeze(-1))
+    return (
+        _by_group(q * q.shape[-1] ** -0.5, pieces, groups),
+        _by_group(k, pieces, groups),
+        *(_by_group(x, pieces, groups) for x in others),
+    )
+
+
+def _by_group(x_T: torch.Tensor, pieces: Pieces, groups: int) -> torch.Tensor:
+    """(T, heads, N) -> (P, G, heads / G, C, N)."""
+    return to_pieces(x_T, pieces).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _outputs(
+    output: torch.Tensor, behind: torch.Tensor | None, pieces: Pieces, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    places = output.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return to_tokens(places, pieces).unsqueeze(0).to(dtype), behind
+
+
+def _read_by_channel(query: torch.Tensor, key: torch.Tensor, fading: torch.Tensor) -> torch.Tensor:
+    """(..., C, C), lower triangular: products of queries and keys (..., C, K), each channel faded by the decays between
+    them.
+
+    Decays over a block's start are the product of those up to it and from it on, none of which exceeds 1. Within a
+    block, every pair has its own.
+    """
+    length = query.shape[-2]
+    result = []
+    for start in range(0, length, BLOCK):
+        rows = slice(start, min(start + BLOCK, length))
+        q, k, own = query[..., rows, :], key[..., rows, :], fading[..., rows, :]
+        later = torch.ones(own.shape[-2], own.shape[-2], dtype=torch.bool, device=own.device).triu(1)
+        between = (own.unsqueeze(-2) - own.unsqueeze(-3)).masked_fill(later.unsqueeze(-1), float("-inf"))
+        parts = [(q.unsqueeze(-2) * k.unsqueeze(-3) * between.exp()).sum(-1)]
+        if start:
+            border = fading[..., start - 1 : start, :]
+            before = key[..., :start, :] * (border - fading[..., :start, :]).exp()
+            parts.insert(0, (q * (own - border).exp()) @ before.transpose(-1, -2))
+        result.append(F.pad(torch.cat(parts, -1), (0, length - rows.stop)))
+    return torch.cat(result, -2)

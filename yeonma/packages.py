@@ -1,0 +1,33 @@
+"""Optional packages: the versions that Yeonma is tested with, and the command that installs one that is missing.
+
+Yeonma itself is on no package index, so that no message can name its extras.
+"""
+
+from __future__ import annotations
+
+TESTED = {
+    "bitsandbytes": "0.50.2",
+    "compressed-tensors": "0.20.1",
+    "gguf": "0.19.0",
+    "kiwipiepy": "0.24.1",
+    "llguidance": "1.9.1",
+    "mistral-common": "1.13.1",
+    "mlflow": "3.18.0",
+    "openpyxl": "3.1.5",
+    "pydantic": "2.14.4",
+    "sacrebleu": "2.6.0",
+    "sentencepiece": "0.2.3",
+    "starlette": "1.10.0",
+    "tensorboard": "2.21.0",
+    "tiktoken": "0.14.0",
+    "trackio": "0.43.0",
+    "uvicorn": "0.54.0",
+    "wandb": "0.31.0",
+    "xllamacpp": "2026.10.11549",
+}
+"""Name on PyPI -> version. requirements.txt has the same for those that it installs."""
+
+
+def install(*packages: str) -> str:
+    """The command that installs packages, by their names on PyPI."""
+    return " ".join(["pip install", *(f'"{package}=={TESTED[package]}"' for package in packages)])

@@ -1,0 +1,14 @@
+"""Which systems Yeonma runs on: Linux, macOS on the CPU, and Windows through WSL2."""
+
+from __future__ import annotations
+
+import os
+
+from yeonma.errors import UserError
+
+
+def check_platform() -> None:
+    """Raises UserError on Windows itself, where files, signals and processes work otherwise."""
+    if os.name == "nt":
+        cure = "use Linux inside Windows (WSL2): run `wsl --install`, and install Yeonma there"
+        raise UserError("native Windows is not supported", cure=cure)

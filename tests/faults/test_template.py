@@ -184,7 +184,7 @@ FORBIDDEN = {
     "{{ cycler.__init__.__globals__.os.listdir('.') }}": "'__init__' of 'type' object is unsafe",
     "{{ messages.append(1) }}": "'append' of 'list' object is unsafe",
     "{% for a in range(10 ** 9) %}{% endfor %}": "Range too big",
-    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "maximum recursion depth exceeded",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "it is nested too deeply",
     "{% if %}": "Expected an expression",
 }
 

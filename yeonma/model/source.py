@@ -50,9 +50,8 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
             "the folder has no config.json", place=base_model, cure="give the folder of a complete model"
         )
     gather(
-        partial(_check_code, folder / "config.json", trust_remote_code),
         partial(_check_code, folder / "tokenizer_config.json", trust_remote_code),
-        partial(check_numbers, folder / "config.json", folder),
+        partial(_check_config, folder, trust_remote_code),
         partial(check_numbers, folder / "generation_config.json"),
         partial(_check_weights, folder),
         partial(published_in_folder, folder),
@@ -101,6 +100,12 @@ def _check_code(path: Path, trust_remote_code: bool) -> None:
             place=str(path),
             cure="read that code, then give --trust_remote_code true",
         )
+
+
+def _check_config(folder: Path, trust_remote_code: bool) -> None:
+    path = folder / "config.json"
+    _read_object(path)  # if it cannot be read, that is said once
+    gather(partial(_check_code, path, trust_remote_code), partial(check_numbers, path, folder))
 
 
 def check_numbers(path: Path, weights: Path | None = None) -> None:

@@ -438,9 +438,7 @@ class Chat:
             return self.ahead.text_of(request_of(tokenizer, conversation, generate))
         except OverBounds as error:
             problem = f"the model's chat template {error}"
-            raise _TemplateOverBounds(
-                UserError(problem, place=place, cure="use a template without turns")
-            ) from None
+            raise _BatchEnded(UserError(problem, place=place, cure="use a template without turns")) from None
         except (Refused, ValueError) as error:  # the model's template may raise anything
             problem = f"the model's chat template refuses this row: {error}"
             cure = "change the row's turns, or use a template without turns"
@@ -458,7 +456,7 @@ class Chat:
         self.ahead.prepare(requests)
 
 
-class _TemplateOverBounds(BaseException):
+class _BatchEnded(BaseException):
     """Stops a whole batch of rows: the next row would take as long. Not an Exception, so that no row catches it."""
 
     def __init__(self, error: UserError) -> None:
@@ -476,7 +474,7 @@ def chat_of(
     """
     try:
         yield _with_known_habits(Chat(encoder, habits_in(encoder.tokenizer), thinking, kwargs or {}))
-    except _TemplateOverBounds as stopped:
+    except _BatchEnded as stopped:
         raise stopped.error from None
 
 

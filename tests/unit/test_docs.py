@@ -63,7 +63,7 @@ OTHER_OPTIONS = {
         "before",
         "rows",
     ),
-    *("kills", "cases"),
+    *("kills", "cases", "targets"),
 }
 TUTORIAL_COMMAND = """\
 torchrun --nproc_per_node=4 --master_port=1234 sft-trainer.py \\

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from yeonma.model.recurrence.replace import let_recurrences_take_forests
 from yeonma.tokenization.example import Example
 
 VOCABULARY = 97
@@ -238,6 +239,7 @@ def _built(family: str, seed: int) -> Any:
     options = {**_COMMON, **copy.deepcopy(families[family])}  # a config changes its rope parameters
     config = AutoConfig.for_model(family.split()[0], **options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    let_recurrences_take_forests(model)  # as the check at loading does
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

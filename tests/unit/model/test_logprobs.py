@@ -128,15 +128,24 @@ def test_gradient_checkpointing_and_the_short_lora_forward_change_nothing(family
     model.train()
     if family != "gpt2":  # its layers are not nn.Linear
         assert patch_linear(model)["LoRA"] > 0
-    layers: list[int] = []
+    attending: list[int] = []
+    recurring: list[None] = []
     logprob = trained_logprobs(
         model,
         small_forest()[0],
         head_of(model, "plain"),
-        on_layer=lambda layer, window, backend: layers.append(layer.layer_idx),
+        on_layer=lambda layer, window, backend: attending.append(layer.layer_idx),
+        on_recurrence=lambda: recurring.append(None),
     )
+    first = len(recurring)
     assert_as_expected(family, model, logprob)
-    assert sorted(layers) == [0, 0, 1, 1]  # each layer ran again for the backward pass
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * 2
+    assert sorted(attending) == sorted(
+        2
+        * [index for index, kind in enumerate(kinds) if kind.endswith("_attention") and "linear" not in kind]
+    )  # each layer ran again for the backward pass
+    assert len(recurring) == 2 * first
+    assert (first > 0) == any(kind in ("conv", "linear_attention") for kind in kinds)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

@@ -126,6 +126,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     ".svg": read_svg,
     ".bin": read_array,
     ".lock": read_empty,
+    ".tokenizer": read_text,
 }
 
 

@@ -50,8 +50,8 @@ def find_base(base_model: str, revision: str | None = None, trust_remote_code: b
             "the folder has no config.json", place=base_model, cure="give the folder of a complete model"
         )
     gather(
-        partial(_check_code, folder / "tokenizer_config.json", trust_remote_code),
         partial(_check_config, folder, trust_remote_code),
+        partial(_check_code, folder / "tokenizer_config.json", trust_remote_code),
         partial(check_numbers, folder / "generation_config.json"),
         partial(_check_weights, folder),
         partial(published_in_folder, folder),

@@ -127,6 +127,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     ".bin": read_array,
     ".lock": read_empty,
     ".tokenizer": read_text,
+    ".weights": read_json,
 }
 
 

@@ -299,7 +299,7 @@ def test_unsupported_parameters_are_refused_by_name(client: OpenAI, options: Any
 @pytest.mark.parametrize(
     ("model", "messages", "message"),
     [
-        ("one", [], "messages must be a list of messages"),
+        ("one", [], "messages must be a list of 1 to 4096 messages"),
         (
             "one",
             [{"role": "system", "content": "be kind"}, *user_messages("x")],

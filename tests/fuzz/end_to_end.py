@@ -599,6 +599,9 @@ def adapter_files(folder: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in sorted(adapter.iterdir())}
     for name in ("yeonma.json", "adapter_config.json"):
         files[name] = files[name].replace(str(base).encode(), b"base")
+    details = json.loads(files["yeonma.json"])
+    del details["base_content"]  # the sandbox's base has no weights: the adapter is of an earlier version
+    files["yeonma.json"] = json.dumps(details).encode()
     return {**run_files(folder), **{f"adapter/{name}": content for name, content in files.items()}}
 
 

@@ -556,9 +556,12 @@ def test_generate_refuses_wrong_options_before_loading_the_model(
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"document": "x"}\n')
     Path("bad.jsonl").write_text('{"document": "x"}\n' + '{"documant": "x"}\n' * 30)
-    folder = Path(shutil.copytree(titles.adapter, tmp_path / "OUT"))
-    (folder / "adapter_model.safetensors").write_bytes(b"no weights")  # would be noticed on loading
-    assert main(["generate", str(folder), *options]) == 2
+
+    def no_loading(*_: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("yeonma.model.load.load_base", no_loading)
+    assert main(["generate", str(titles.adapter), *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""

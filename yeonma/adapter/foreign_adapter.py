@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from yeonma.adapter.adapter_folder import MANIFEST, AdapterFolder, BaseIdentity
+from yeonma.adapter.adapter_folder import MANIFEST, TEMPLATE, AdapterFolder, BaseIdentity
 from yeonma.data.template import load_template
 from yeonma.errors import UserError
 from yeonma.files import user_path
@@ -18,8 +18,10 @@ TEMPLATE_CURE = (
 
 
 def is_foreign(folder: str | Path) -> bool:
-    """Whether the folder has PEFT's config and no yeonma.json."""
-    return is_adapter(folder) and not (user_path(folder) / MANIFEST).is_file()
+    """Whether the folder has PEFT's config and nothing of ours. One with a template and no yeonma.json is damaged."""
+    return is_adapter(folder) and not any(
+        (user_path(folder) / name).is_file() for name in (MANIFEST, TEMPLATE)
+    )
 
 
 def check_is_adapter(path: str | Path) -> None:

@@ -14,7 +14,6 @@ import json
 import marshal
 import os
 import re
-import resource
 import signal
 import struct
 import sys
@@ -252,6 +251,8 @@ _WORK: dict[str, Callable[..., bytes]] = {
 def _limit_memory(allowed: int) -> None:
     """Allows `allowed` bytes of address space, but not more than the system does. On Linux alone: elsewhere the other
     end watches the memory."""
+    import resource
+
     if not _LINUX:
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -261,6 +262,8 @@ def _limit_memory(allowed: int) -> None:
 
 def _size() -> int:
     """The address space of this process in bytes; 0 where the system does not say."""
+    import resource
+
     if not _LINUX:
         return 0
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -313,6 +316,8 @@ def _import_for(kind: str) -> None:
 
 def _prepare() -> None:
     """Signals for the other end's process group do not concern this one: it ends with the pipe. No file grows here."""
+    import resource
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -323,6 +328,8 @@ def _prepare() -> None:
 
 def main() -> None:
     """Answers requests until the pipe closes."""
+    import resource
+
     _prepare()
     sys.path[:] = json.loads(sys.argv[1])
     sizes: dict[str, int] = {}

@@ -21,7 +21,7 @@ MAX_PIECE = 64
 """Tokens of a piece. A rule computes a matrix of this width and height for each head and piece."""
 _PIECES = (16, 32, 48, MAX_PIECE)
 _LEVEL_COST, _TOKEN_COST = 4096, 128
-"""The time of a level and of a place, in units of one number of a piece's matrix: measured, and rough."""
+"""The time of a level and of a place, in units of one number of a piece's matrix: rough, for speed alone."""
 
 
 @dataclass(frozen=True, eq=False)

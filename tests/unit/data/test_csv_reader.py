@@ -76,9 +76,9 @@ def test_a_given_delimiter_is_taken_whatever_the_header_says(write: Write) -> No
             {"a": "1", "b,c": "2"}
         ]
     assert values(open_rows(write("c.csv", "sep=;\na,b;c\n1,2\n"), delimiter=",")) == [{"a": "1", "b;c": "2"}]
-    for written in ("", ";;", '"', "\n"):
+    for written, shown in (("", ""), (";;", ";;"), ('"', '"'), ("\n", "\\n")):
         message = error_of(path, delimiter=written)
-        assert message.startswith(f'--delimiter: "{written}" cannot separate columns; give one character')
+        assert message.startswith(f'--delimiter: "{shown}" cannot separate columns; give one character')
 
 
 def test_empty_columns_at_the_end_and_empty_rows_are_skipped(write: Write) -> None:

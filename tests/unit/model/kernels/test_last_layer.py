@@ -15,8 +15,8 @@ from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.patch import patch_kernels
 from yeonma.model.logprobs import READ_POSITIONS, ForestSupport, trained_logprobs
 
-# the decoder of gpt2 has another name for its layers
-TRIMMABLE = [family for family in FOREST_FAMILIES if family != "gpt2"]
+# the decoders of gpt2 and lfm2 have other names for their parts
+TRIMMABLE = [family for family in FOREST_FAMILIES if family not in ("gpt2", "lfm2")]
 
 
 def adapted(family: str, patched: bool = True) -> tuple[Any, ForestSupport]:

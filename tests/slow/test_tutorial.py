@@ -15,6 +15,7 @@ import pytest
 from openai import OpenAI
 
 from tests.adapters import tiny_base
+from tests.foreign import foreign_adapter
 from tests.pairs import pairs
 from tests.runs import articles, command, write_jsonl
 from tests.tokenizers import byte_level
@@ -62,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the pages assume: a base model, a data set of the hub, and the reader's own files."""
     root = tmp_path_factory.mktemp("tutorial")
     base = tiny_base(root / "base", byte_level())
+    foreign_adapter(base, root / "their-adapter")
     write_jsonl(root / "news.jsonl", articles(230))
     rows = [
         {"body": row["prompt"], "desk": "Town", "chosen": row["chosen"], "rejected": row["rejected"]}

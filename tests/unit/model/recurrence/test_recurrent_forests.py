@@ -28,7 +28,7 @@ from yeonma.model.recurrence.rules import gated_delta_rule, kimi_delta_rule, mam
 FAMILIES = [*RECURRENT_FAMILIES, "qwen3_next", "lfm2"]
 QUICK = ["qwen3_5_text", "bamba", "lfm2"]
 SOME = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-AMPLIFYING = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
+AMPLIFYING = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"}
 """Their norm behind the recurrence divides by numbers that become small with the wide weights of `tests.models`."""
 
 Tree = list[tuple[int, "Tree"]]

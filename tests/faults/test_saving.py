@@ -303,7 +303,8 @@ def test_fault_91_other_errors_of_the_system_are_said_in_words(trial: Trial) -> 
                 partial = {name for name in hidden_in(trial.output) if name.endswith(".partial")}
                 assert not partial, (error, call)
             trial.check(outcome.done, (error, call))
-        assert reported >= len(failed) / 2, (error, reported, len(failed))
+        told = sum(call.name not in REMOVALS for call in failed)  # what cannot be removed may stay
+        assert reported >= told / 2, (error, reported, told)
         print(f"{error}: {len(failed)} failures of {len(calls)} calls, {reported} reported")
 
 

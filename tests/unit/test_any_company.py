@@ -17,7 +17,6 @@ from tests.models import (
     FOREST_FAMILIES,
     MORE_FAMILIES,
     OTHER_FAMILIES,
-    RECURRENT_FAMILIES,
     VOCABULARY,
     plain_logprobs,
     tiny_model,
@@ -33,7 +32,7 @@ from yeonma.tokenization.example import Example
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 QUICK = ["phi3 longrope", "llama dynamic"]
-ALL = [*BORDER_FAMILIES, *FOREST_FAMILIES, *OTHER_FAMILIES, *RECURRENT_FAMILIES, *MORE_FAMILIES]
+ALL = [*BORDER_FAMILIES, *FOREST_FAMILIES, *OTHER_FAMILIES, *MORE_FAMILIES]
 FAMILIES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ALL]
 LENGTHS = (20, 23, BORDER, BORDER + 1, 26, 29, 35, 40, 7, 3, 60, 20)
 NEW_TOKENS = 7

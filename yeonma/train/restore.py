@@ -6,7 +6,8 @@ everything is checked against the run before the run writes anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from safetensors.torch import load_file
 
 from yeonma.errors import UserError, brief
 from yeonma.model import adapter_weights
+from yeonma.model.adapter_config import WEIGHTS_FILE
+from yeonma.model.adapter_file import StoredTensor, not_finite, read_header
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, RunProgress, checkpoint_path
 from yeonma.train.loop import restore_random
 from yeonma.train.optimizers import restore_optimizer
 from yeonma.train.step import TrainState
 
-WEIGHTS = "adapter_model.safetensors"
 DELETE_IT = "delete this checkpoint: the same command then continues from the one before"
 AVERAGES = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter, in its shape, beside the number of its steps."""
@@ -53,11 +55,8 @@ def restore(state: TrainState, peft_model: Any, checkpoint: Path, progress: RunP
 
 def load_weights(peft_model: Any, checkpoint: Path) -> None:
     """Loads a checkpoint's adapter weights into the model's adapter."""
-    _check_finite(checkpoint / WEIGHTS, read_tensors(checkpoint / WEIGHTS))
-    try:
+    with _as_unfit(checkpoint / WEIGHTS_FILE):
         adapter_weights.load_weights(peft_model, checkpoint)
-    except UserError as error:
-        raise _unfit(checkpoint / WEIGHTS, "; ".join(problem.what for problem in error.problems)) from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -121,21 +120,31 @@ def _check_adamw(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, t
         raise ValueError("it is empty")
 
 
-def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise _unfit(path, f"{brief(name)} has numbers that are not finite, or no fractions")
-
-
 def _check_best(best: Path, checkpoint: Path) -> None:
     """The best checkpoint so far may become the result: its weights must be of the newest one's shapes."""
-    shapes, newest = (
-        {name: tensor.shape for name, tensor in read_tensors(one / WEIGHTS).items()}
-        for one in (best, checkpoint)
-    )
-    if shapes != newest:
-        raise _unfit(best / WEIGHTS, f"its layers or their shapes differ from those of {checkpoint.name}")
-    _check_finite(best / WEIGHTS, read_tensors(best / WEIGHTS))
+    tensors, newest = _stored(best), _stored(checkpoint)
+    place = best / WEIGHTS_FILE
+    if {name: tensor.shape for name, tensor in tensors.items()} != {
+        name: tensor.shape for name, tensor in newest.items()
+    }:
+        raise _unfit(place, f"its layers or their shapes differ from those of {checkpoint.name}")
+    if found := not_finite(best, tensors):
+        raise _unfit(place, f"{brief(found[0])} has numbers that are not finite")
+
+
+def _stored(checkpoint: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint's weights, by the header."""
+    with _as_unfit(checkpoint / WEIGHTS_FILE):
+        return read_header(checkpoint)
+
+
+@contextmanager
+def _as_unfit(path: Path) -> Iterator[None]:
+    """The loader's errors, with the cure of a checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise _unfit(path, "; ".join(problem.what for problem in error.problems)) from error
 
 
 def _unfit(path: Path, why: str) -> UserError:

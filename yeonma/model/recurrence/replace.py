@@ -19,7 +19,7 @@ from torch import nn
 
 from yeonma.model.recurrence.layout import RecurrentPass
 from yeonma.model.recurrence.pieces import Pieces
-from yeonma.model.recurrence.rules import gated_delta_rule, kimi_delta_rule, mamba2_scan
+from yeonma.model.recurrence.rules import delta_rule, mamba2_scan
 from yeonma.model.sharding import own_class
 
 OnRecurrence = Callable[[], None]
@@ -63,25 +63,22 @@ def _convolution(
     return segments.convolve(x, weight, bias, activation)
 
 
-def _delta_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
-    def replacement(
-        segments: RecurrentPass,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        g: torch.Tensor,
-        beta: torch.Tensor,
-        use_qk_l2norm_in_kernel: bool = False,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        def compute(tokens: slice, pieces: Pieces, initial: torch.Tensor | None) -> Any:
-            inputs = (x[:, tokens] for x in (query, key, value, g, beta))
-            return rule(*inputs, pieces, initial, normed=use_qk_l2norm_in_kernel)
+def _delta_rule(
+    segments: RecurrentPass,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    def compute(tokens: slice, pieces: Pieces, initial: torch.Tensor | None) -> Any:
+        q, k, v, decay, strength = (x[:, tokens] for x in (query, key, value, g, beta))
+        return delta_rule(q, k, v, decay, strength, pieces, initial, normed=use_qk_l2norm_in_kernel)
 
-        return segments.recur(compute, query.shape[1], query.device), None
-
-    return replacement
+    return segments.recur(compute, query.shape[1], query.device), None
 
 
 def _mamba2(
@@ -118,8 +115,8 @@ def _no_fused_layer(segments: RecurrentPass, *_: Any, **__: Any) -> None:
 
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,
-    "torch_chunk_gated_delta_rule": _delta_rule(gated_delta_rule),
-    "chunk_kimi_delta_attention": _delta_rule(kimi_delta_rule),
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _mamba2,
     "mamba2_split_conv1d_scan_combined": _no_fused_layer,
 }

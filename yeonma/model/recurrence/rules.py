@@ -19,7 +19,7 @@ BLOCK = 16
 """Tokens of a piece whose decays per channel are computed pair by pair."""
 
 
-def gated_delta_rule(
+def delta_rule(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -30,36 +30,23 @@ def gated_delta_rule(
     *,
     normed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gated DeltaNet. query and key (1, T, G, K), value (1, T, H, V), g and beta (1, T, H) -> (1, T, H, V), and the
-    states (S, G, R, K, V) behind the segments if the layout keeps them.
+    """Gated DeltaNet, and Kimi Delta Attention. query and key (1, T, G, K), value (1, T, H, V), beta (1, T, H), g
+    (1, T, H), or (1, T, H, K) with G = H -> (1, T, H, V), and the states (S, G, R, K, V) behind the segments if the
+    layout keeps them.
 
-    g: the logarithm of the decay. beta: the strength of the update. normed: queries and keys are normed first.
-    initial: the states that segments without a parent start from.
+    g: the logarithm of the decay, of a head or of each channel of its key. beta: the strength of the update. normed:
+    queries and keys are normed first. initial: the states that segments without a parent start from.
     """
-    q, k, v, decay, strength = _delta_inputs(query, key, value, g.unsqueeze(-1), beta, pieces, normed=normed)
+    by_channel = g.ndim == key.ndim
+    decay_THN = g if by_channel else g.unsqueeze(-1)
+    q, k, v, decay, strength = _delta_inputs(query, key, value, decay_THN, beta, pieces, normed=normed)
     fading = decay.cumsum(-2)
-    pairs = pairwise_decay(fading)
-    read = (q @ k.transpose(-1, -2)) * pairs
-    system = (k @ k.transpose(-1, -2)) * pairs * strength
-    inputs = PieceInputs(q, k, v * strength, fading, read, system, strength)
-    return _outputs(*scan(inputs, pieces, initial), pieces, query.dtype)
-
-
-def kimi_delta_rule(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    pieces: Pieces,
-    initial: torch.Tensor | None = None,
-    *,
-    normed: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Kimi Delta Attention: `gated_delta_rule` with a decay per channel of the key, g (1, T, H, K), and G = H."""
-    q, k, v, decay, strength = _delta_inputs(query, key, value, g, beta, pieces, normed=normed)
-    fading = decay.cumsum(-2)
-    read, system = _read_by_channel(q, k, fading), _read_by_channel(k, k, fading) * strength
+    if by_channel:
+        read, system = _read_by_channel(q, k, fading), _read_by_channel(k, k, fading) * strength
+    else:
+        pairs = pairwise_decay(fading)
+        read = (q @ k.transpose(-1, -2)) * pairs
+        system = (k @ k.transpose(-1, -2)) * pairs * strength
     inputs = PieceInputs(q, k, v * strength, fading, read, system, strength)
     return _outputs(*scan(inputs, pieces, initial), pieces, query.dtype)
 
@@ -75,7 +62,7 @@ def mamba2_scan(
     initial: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mamba2. x (1, T, H, V), dt (1, T, H) the size of a step, a (H,) the rate of decay, b and c (1, T, G, K), d (H,)
-    the weight of the input in the output -> (1, T, H, V) in float32, and the states as `gated_delta_rule`."""
+    the weight of the input in the output -> (1, T, H, V) in float32, and the states as `delta_rule`."""
     groups = b.shape[2]
     values, step = x[0].float(), dt[0].float().unsqueeze(-1)
     q, k = (_by_group(states[0].float(), pieces, states.shape[2]) for states in (c, b))

@@ -23,7 +23,7 @@ from yeonma.model.recurrence import layout as layout_module
 from yeonma.model.recurrence.convolution import causal_convolution, lay_out_taps
 from yeonma.model.recurrence.layout import RecurrentLayout
 from yeonma.model.recurrence.pieces import MAX_PIECE, Pieces, lay_out_pieces
-from yeonma.model.recurrence.rules import gated_delta_rule, kimi_delta_rule, mamba2_scan
+from yeonma.model.recurrence.rules import delta_rule, mamba2_scan
 
 FAMILIES = [*RECURRENT_FAMILIES, "qwen3_next", "lfm2"]
 QUICK = ["qwen3_5_text", "bamba", "lfm2"]
@@ -119,12 +119,12 @@ RULES: dict[str, tuple[Callable[[int], list[torch.Tensor]], Callable[..., Any], 
 RULES = {
     "gated delta": (
         lambda tokens: delta_inputs(tokens, by_channel=False),
-        lambda pieces, *inputs: gated_delta_rule(*inputs, pieces, normed=True)[0],
+        lambda pieces, *inputs: delta_rule(*inputs, pieces, normed=True)[0],
         _delta,
     ),
     "kimi delta": (
         lambda tokens: delta_inputs(tokens, by_channel=True),
-        lambda pieces, *inputs: kimi_delta_rule(*inputs, pieces, normed=True)[0],
+        lambda pieces, *inputs: delta_rule(*inputs, pieces, normed=True)[0],
         _kimi,
     ),
     "mamba2": (mamba_inputs, lambda pieces, *inputs: mamba2_scan(*inputs, pieces)[0], _mamba),

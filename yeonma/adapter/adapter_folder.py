@@ -18,6 +18,7 @@ from yeonma.config.settings import Quantization
 from yeonma.data.template import Template
 from yeonma.errors import UserError, did_you_mean
 from yeonma.files import user_path
+from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
 from yeonma.model.peft_targets import as_peft_reads
@@ -37,7 +38,6 @@ from yeonma.tokenization.tokenizer_files import save_tokenizer_files
 
 MANIFEST = "yeonma.json"
 TEMPLATE = "template.txt"
-WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
 MERGED = "merged"
 """Key of yeonma.json that is true for a merged model."""
@@ -251,7 +251,7 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     if not folder.is_dir():
         raise UserError("no such folder", place=str(path), cure="give the output folder of `yeonma sft`")
     whole_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
-    for name in (MANIFEST, TEMPLATE, *(() if whole_model else ("adapter_config.json", WEIGHTS))):
+    for name in (MANIFEST, TEMPLATE, *(() if whole_model else (CONFIG_FILE, WEIGHTS_FILE))):
         if not (folder / name).is_file():
             raise UserError(
                 f"{name} is missing", place=str(path), cure="give the output folder of a finished run"

@@ -16,7 +16,6 @@ import torch
 from yeonma.adapter.adapter_folder import (
     MANIFEST,
     TEMPLATE,
-    WEIGHTS,
     AdapterFolder,
     BaseIdentity,
     base_identity,
@@ -32,6 +31,7 @@ from yeonma.data.task import ANSWERS, choose_template
 from yeonma.data.template import Template, load_template
 from yeonma.errors import Log, Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
+from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.adapter_weights import added_rows
 from yeonma.model.base_content import known_hash
@@ -343,7 +343,7 @@ def identity_of(candidate: Candidate, dtype: torch.dtype, device: torch.device) 
         base = [file_hash(folder / "config.json"), *(known_hash(path) for path in weights)]
     adapter = None
     if candidate.adapter is not None:
-        adapter = [file_hash(Path(candidate.adapter) / name) for name in (WEIGHTS, "adapter_config.json")]
+        adapter = [file_hash(Path(candidate.adapter) / name) for name in (WEIGHTS_FILE, CONFIG_FILE)]
     versions = [version(package) for package in ("torch", "transformers", "peft")]
     content = [FORMAT, base, adapter, str(dtype), device.type, versions]
     content += [quantised_by(candidate.quantization)] if candidate.quantization != "none" else []

@@ -28,6 +28,7 @@ from yeonma.config.settings import (
 from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
+from yeonma.model.adapter_config import WEIGHTS_FILE
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import added_rows, check_fits
 from yeonma.model.base_content import BaseContent
@@ -364,7 +365,7 @@ def _identity(
     model, step = config.model, config.step
     tokens, evaluation = config.tokens, config.evaluation
     left_out = ("micro_batch_size", "micro_batch_tokens", "share_prefix", "num_epochs", "max_steps")
-    weights = Path(continued) / adapters.WEIGHTS if continued else None
+    weights = Path(continued) / WEIGHTS_FILE if continued else None
     preference = config.preference
     return {
         "objective": "sft" if preference is None else "dpo",

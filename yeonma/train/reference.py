@@ -22,11 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from yeonma.adapter.adapter_folder import WEIGHTS, BaseIdentity
+from yeonma.adapter.adapter_folder import BaseIdentity
 from yeonma.batch.batch import Batch
 from yeonma.config.settings import Quantization
 from yeonma.errors import Log, UserError
 from yeonma.files import file_hash, sync
+from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.base_content import known_hash
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport
@@ -65,9 +66,7 @@ def reference_identity(
     weights = [known_hash(path, cache_dir) for path in files]
     hub_name = None if weights else [base.name, base.revision]
     adapter = (
-        [file_hash(Path(continued) / name) for name in (WEIGHTS, "adapter_config.json")]
-        if continued
-        else None
+        [file_hash(Path(continued) / name) for name in (WEIGHTS_FILE, CONFIG_FILE)] if continued else None
     )
     versions = [version(package) for package in ("torch", "transformers", "peft")]
     content = [FORMAT, weights, hub_name, base.config_sha256, adapter, str(dtype), device.type, versions]

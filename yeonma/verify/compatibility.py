@@ -11,7 +11,6 @@ import numpy as np
 from yeonma.adapter.adapter_folder import (
     CHAT_TEMPLATE,
     MANIFEST,
-    WEIGHTS,
     AdapterFolder,
     base_identity,
     check_base,
@@ -21,7 +20,7 @@ from yeonma.adapter.base_check import another_base
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now
 from yeonma.data.rows import Row
 from yeonma.errors import Log, Problem, UserError
-from yeonma.model.adapter_config import read_adapter_config
+from yeonma.model.adapter_config import WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import not_finite, read_header
 from yeonma.model.adapter_weights import Shapes as Shapes
 from yeonma.model.adapter_weights import add_lora_of, expected_shapes, misfits
@@ -43,7 +42,7 @@ REPLACE = "restore a copy of the file, or train again"
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> tuple[Finding, Shapes]:
     """Checks that the tensors are finite and have the rank of adapter_config.json. Also returns their shapes."""
-    check, place = "adapter", str(folder / WEIGHTS)
+    check, place = "adapter", str(folder / WEIGHTS_FILE)
     try:
         tensors = read_header(folder)
     except UserError as error:
@@ -128,7 +127,7 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         check_base(adapter, base_identity(model, source))
     except UserError as error:
         return checked("base", error.problems, "")
-    place, cure = str(adapter.path / WEIGHTS), "restore the adapter of this run, or train again"
+    place, cure = str(adapter.path / WEIGHTS_FILE), "restore the adapter of this run, or train again"
     try:
         expected = expected_shapes(add_lora_of(model, str(adapter.path)))
     except UserError as error:

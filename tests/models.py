@@ -238,7 +238,9 @@ def _built(family: str, seed: int) -> Any:
     }
     options = {**_COMMON, **copy.deepcopy(families[family])}  # a config changes its rope parameters
     config = AutoConfig.for_model(family.split()[0], **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # some parameters start from random numbers, and keep them below
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     let_recurrences_take_forests(model)  # as the check at loading does
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():

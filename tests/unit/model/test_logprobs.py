@@ -17,6 +17,9 @@ from yeonma.model.load import checkpoint_activations
 from yeonma.model.logprobs import Head, head_logprobs, plain_head, sequence_logprobs, trained_logprobs
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
+ROUNDING = {"qwen3_next": 1e-4}
+"""Larger for a norm that amplifies float32 rounding, by how much depends on the processor; tests of recurrent forests
+compare in float64."""
 
 
 def sequences() -> list[np.ndarray]:
@@ -78,9 +81,11 @@ def expected(family: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def assert_as_expected(family: str, model: Any, logprob: torch.Tensor) -> None:
     values, gradients = expected(family)
-    torch.testing.assert_close(logprob.detach(), values, **EXACT)
+    rounding = ROUNDING.get(family, 1e-5)
+    torch.testing.assert_close(logprob.detach(), values, rtol=rounding, atol=rounding)
     for ours, theirs in zip(lora_gradients(model, logprob), gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * scale)
 
 
 def head_of(model: Any, kind: str) -> Head | None:
@@ -108,8 +113,8 @@ def test_the_logits_of_a_forest_are_those_of_each_sequence_alone(family: str) ->
         trained = np.flatnonzero(small_forest()[1][example].numpy()[1:])
         sources = torch.from_numpy(forest.source_U[forest.pair_N[in_example]])
         # granite's logits reach 10; even those of one sequence are 1.7e-5 off the float64 ones
-        tolerance = {**EXACT, "atol": 2e-5} if family == "granite" else EXACT
-        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], **tolerance)
+        atol = 2e-5 if family == "granite" else ROUNDING.get(family, 1e-5)
+        torch.testing.assert_close(ours[sources], logits[torch.from_numpy(trained)], rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("head", ["plain", "own"])

@@ -135,10 +135,10 @@ def ordinary_tokenizer(numbers: random.Random) -> str:
     return json.dumps({"added_tokens": added, "model": model}, ensure_ascii=numbers.random() < 0.5, indent=1)
 
 
-def test_nothing_is_wrong_with_200_ordinary_cards_and_tokenizers(tmp_path: Path) -> None:
+def test_nothing_is_wrong_with_200_ordinary_cards_and_200_tokenizers(tmp_path: Path) -> None:
     weights(tmp_path, {"format": "pt"})
     made = [byte_level(), sentencepiece_bpe(), unigram()]
-    for seed in range(100):
+    for seed in range(200):
         (tmp_path / "README.md").write_text(ordinary_card(random.Random(seed)), encoding="utf-8")
         if seed < len(made):
             made[seed].save_pretrained(tmp_path)

@@ -69,6 +69,7 @@ VERBS = {
     "PushSettings": ("push",),
     "ServeSettings": ("serve",),
     "DemoSettings": ("demo",),
+    "ConvertSettings": ("convert",),
 }
 ENGLISH = Wording("| setting | default | meaning |", "**required**", "not set")
 

@@ -17,6 +17,7 @@ from yeonma.config.settings import (
     TRAINING,
     ChatConfig,
     CompareConfig,
+    ConvertSettings,
     DemoSettings,
     ExportSettings,
     GenerateConfig,
@@ -119,6 +120,12 @@ VERBS = {
         "yeonma.commands.serve:run",
         ServeSettings,
         "adapter_dirs",
+    ),
+    "convert": Verb(
+        "Turn a settings file of LLaMA-Factory or Axolotl into one of Yeonma.",
+        "yeonma.commands.convert:run",
+        ConvertSettings,
+        "file",
     ),
     "demo": Verb("Fine-tune a small model on a bundled sample.", "yeonma.commands.demo:run", DemoSettings),
     "demo-dpo": Verb(

@@ -49,6 +49,7 @@ OTHER_OPTIONS = {
     # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
     *("no_deps", "install", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
     *(
+        "lr",
         "write_docs",
         "data",
         "model",

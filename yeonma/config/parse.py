@@ -15,6 +15,7 @@ from datetime import date
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from yeonma.config.foreign_names import foreign_name_cure
 from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.settings import Range, RunConfig, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
@@ -121,7 +122,8 @@ def config_from_keywords(
         if name in settings:
             raw_values[name] = RawValue(os.fspath(value) if isinstance(value, os.PathLike) else value, name)
         elif name != "config":
-            problems.append(Problem("unknown setting", name, did_you_mean(name, settings)))
+            cure = foreign_name_cure(name, settings, "{}") or did_you_mean(name, settings)
+            problems.append(Problem("unknown setting", name, cure))
     if keywords.get("config") is not None:
         raw_values = {**_from_yaml(str(keywords["config"]), settings, problems), **raw_values}
     return _parse(kind, settings, raw_values, problems, "{}=...")
@@ -151,7 +153,8 @@ def _from_command_line(
         if text is None and remaining and not OPTION.fullmatch(remaining[0]):
             text = remaining.pop(0)
         if name not in settings and name != "config":
-            cure = did_you_mean(name, settings) or f"see yeonma {verb} --help"
+            cure = foreign_name_cure(name, settings, "--{}") or did_you_mean(name, settings)
+            cure = cure or f"see yeonma {verb} --help"
             problems.append(Problem("unknown setting", f"--{option[1]}", cure))
             continue
         if text is None and name in settings and bool in settings[name].members:
@@ -206,16 +209,15 @@ def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Proble
     """
     raw_values: dict[str, RawValue] = {}
     try:
-        items = list(read_items(_config_text(path), path))
+        items = list(read_items(config_text(path), path))
     except UserError as error:
         raise UserError([*problems, *error.problems]) from None
     for key, value, line in items:
         place = f"{path}:{line}"
         name = str(key).replace("-", "_")
         if name not in settings:
-            problems.append(
-                Problem(f"unknown setting {_format_value(key)}", place, did_you_mean(name, settings))
-            )
+            cure = foreign_name_cure(name, settings, "{}") or did_you_mean(name, settings)
+            problems.append(Problem(f"unknown setting {_format_value(key)}", place, cure))
         elif name in raw_values:
             problems.append(Problem(f'"{name}" is given twice', place, "remove one of them"))
         else:
@@ -223,7 +225,8 @@ def _from_yaml(path: str, settings: Mapping[str, Setting], problems: list[Proble
     return raw_values
 
 
-def _config_text(path: str) -> str:
+def config_text(path: str) -> str:
+    """The text of a YAML file. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()

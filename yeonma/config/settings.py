@@ -533,6 +533,20 @@ class DemoSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Which file of another tool to convert."""
+
+    file: str
+    """YAML file of LLaMA-Factory or Axolotl."""
+    output: str | None = None
+    """File for the settings. By default, they are printed."""
+    dataset_dir: str | None = None
+    """Folder of LLaMA-Factory's dataset_info.json, where its data sets are described. By default, the file's own `dataset_dir`, or `data`."""
+    nproc: int = field(default=1, metadata=PROCESSES)
+    """Number of processes, or GPUs, that the file was used with: their examples together make a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushSettings:
     """What to upload to the hub, and who can see it there."""
 

@@ -280,7 +280,7 @@ def test_all_problems_are_reported_in_one_error(tmp_path: Path) -> None:
             groups=TRAINING,
         )
     assert problems(caught) == [
-        "--lr: unknown setting; see yeonma sft --help",
+        "--lr: unknown setting; here it is --learning_rate",
         "unexpected argument \"stray\"; write a list as '[a, b]', and put text with spaces in quotes",
         'unexpected argument "-x"; settings start with --',
         "--cutoff_len: needs a value",

@@ -1,0 +1,213 @@
+"""Axolotl's YAML files as settings of a run. Names and defaults are those of its schemas (July 2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yeonma.config.conversion import (
+    TRAININGS,
+    Conversion,
+    take_dtype,
+    take_optimizer,
+    take_schedule,
+    with_packing,
+)
+from yeonma.config.foreign_names import SAME_COMMAND
+
+TOOL = "Axolotl"
+SAME = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "base_model",
+    "chat_template_kwargs",
+    "early_stopping_patience",
+    "group_by_length",
+    "kto_desirable_weight",
+    "kto_undesirable_weight",
+    "learning_rate",
+    "logging_steps",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_r",
+    "max_grad_norm",
+    "max_steps",
+    "num_epochs",
+    "output_dir",
+    "save_total_limit",
+    "seed",
+    "simpo_gamma",
+    "train_on_inputs",
+    "trust_remote_code",
+    "val_set_size",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+DEFAULTS: Mapping[str, object] = {"num_epochs": 1, "cutoff_len": 512, "lr_scheduler": "cosine"}
+LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
+PARTS = ("path", "type", "split", "name", "revision")
+MESSAGES = {
+    "field_messages": "messages",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_tools": "tools",
+    "field_system": "system",
+}
+"""Key of a data set -> field of ours that is a column there."""
+USUAL_COLUMNS = ("messages", "conversations")
+
+
+def is_axolotl(given: Mapping[str, Any]) -> bool:
+    return "base_model" in given and bool({"datasets", "sequence_len", "micro_batch_size"} & set(given))
+
+
+def convert(run: Conversion, processes: int) -> None:
+    """Fills in the conversion. Raises UserError for a training or an adapter that is none of ours."""
+    _take_method(run)
+    processes = run.take("ray_num_workers", processes)
+    batch = run.take("micro_batch_size", 1), run.take("gradient_accumulation_steps", 1)
+    run.take("batch_size")
+    run.take_batch(*batch, processes)
+    target = run.take("lora_target_modules")
+    if run.take("lora_target_linear") is True or target in ("all-linear", None):
+        run.put("lora_target_modules", "all-linear")
+    else:
+        run.put("lora_target_modules", target)
+    take_optimizer(run, "optimizer")
+    take_schedule(run, "lr_scheduler")
+    if "warmup_steps" not in run.given and "warmup_ratio" not in run.given:
+        run.put("warmup_ratio", 0.03, f"the default of {TOOL}")
+    take_dtype(run)
+    checkpointing = run.take("gradient_checkpointing")
+    if checkpointing:
+        run.put("gradient_checkpointing", True)
+        if checkpointing is not True:
+            run.no_use(
+                "gradient_checkpointing", "activations are recomputed, not moved to the CPU or the disk"
+            )
+    _take_data(run)
+    with_packing(run, ("sample_packing",), run.given.get("sequence_len", 512))
+    if run.given.get("excess_length_strategy", "drop") == "drop":
+        run.remark(
+            "sequence_len",
+            "longer rows are left out there; here a prompt field is shortened, never the answer",
+        )
+        run.used.discard("sequence_len")
+    _take_intervals(run)
+    run.no_use("resume_from_checkpoint", SAME_COMMAND)
+    if any(run.take(key) for key in ("wandb_project", "use_wandb")):
+        run.put("report_to", "wandb")
+    for key in ("wandb_entity", "wandb_project", "wandb_mode"):
+        run.no_use(key, "set WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE in the environment")
+    run.finish(SAME, DEFAULTS)
+
+
+def _take_method(run: Conversion) -> None:
+    rl = run.take("rl")
+    if rl is not None:
+        if rl not in LOSSES:
+            raise run.refuse("rl", f"{rl} is not among the trainings here", TRAININGS)
+        run.verb = "dpo"
+        run.put("loss", LOSSES[rl])
+        if "rl_beta" in run.given:
+            run.put("beta", run.take("rl_beta"))
+    if run.given.get("reward_model") or run.given.get("process_reward_model"):
+        raise run.refuse(
+            "reward_model",
+            "reward models are not trained here",
+            TRAININGS,
+        )
+    adapter = run.take("adapter")
+    if adapter not in ("lora", "qlora"):
+        what = (
+            "the file trains all weights" if adapter is None else f"{adapter} is not among the methods here"
+        )
+        raise run.refuse("adapter", what, "write adapter: lora")
+    if run.take("load_in_4bit") is True:
+        run.put("quantization", "nf4")
+    elif run.take("load_in_8bit") is True:
+        run.put("quantization", "int8")
+    for key in ("load_in_4bit", "load_in_8bit"):
+        run.take(key)
+    run.remark("deepspeed", "write shard: true, with nproc, to divide the base model among processes")
+    for key in ("fsdp", "fsdp_config", "fsdp_version"):
+        run.remark(key, "write shard: true, with nproc, to divide the base model among processes")
+    tokens = run.take("special_tokens")
+    if isinstance(tokens, dict) and set(tokens) <= {"pad_token"}:
+        run.no_use("special_tokens", "there is no padding")
+    elif tokens:
+        run.remark("special_tokens", "the tokenizer keeps its own: an answer ends with its end of sequence")
+
+
+def _take_intervals(run: Conversion) -> None:
+    for key in ("evals_per_epoch", "saves_per_epoch"):
+        if run.given.get(key) == 1:
+            run.no_use(key, "the default here")
+        else:
+            name = "eval_steps" if key.startswith("eval") else "save_steps"
+            run.no_use(key, f"write {name}, a number of steps; without it, once an epoch")
+    for key in ("eval_steps", "save_steps"):
+        if isinstance(run.given.get(key), int):
+            run.put(key, run.take(key))
+        else:
+            run.no_use(key, "write a whole number of steps; without it, once an epoch")
+
+
+def _take_data(run: Conversion) -> None:
+    entries = run.take("datasets")
+    if entries is None:
+        return
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and entry.get("path") for entry in entries
+    ):
+        raise run.refuse("datasets", "not a list of data sets with a path each", "see Axolotl's own examples")
+    sets = [_entry(run, entry) for entry in entries]
+    if len(sets) == 1:
+        names = {"path": "data_path", "split": "data_split", "revision": "data_revision"}
+        for key, value in sets[0].items():
+            run.put(names.get(key, key), value)
+    else:
+        run.put("data_path", sets)
+    if run.take("dataset_exact_deduplication") is True:
+        run.remark("dataset_exact_deduplication", "equal rows are counted by yeonma inspect, and trained")
+    run.remark("chat_template", "the chat template of the model itself is used: compare with yeonma inspect")
+    run.remark(
+        "chat_template_jinja",
+        "the model's own chat template is used: put this one into its folder",
+    )
+
+
+def _entry(run: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
+    """One of `datasets` as an entry of data_path."""
+    entry: dict[str, Any] = {
+        "path": f"{given['path']}:{given['name']}" if given.get("name") else given["path"]
+    }
+    for key in ("split", "revision"):
+        if given.get(key) not in (None, "train", "main"):
+            entry[key] = given[key]
+    kind = given.get("type")
+    word = kind.split(".")[0] if isinstance(kind, str) else kind
+    columns: dict[str, str] = {
+        ours: given[theirs] for theirs, ours in MESSAGES.items() if isinstance(given.get(theirs), str)
+    }
+    if word == "alpaca":
+        entry["template"] = "alpaca"
+    elif word == "completion":
+        entry["template"] = "text"
+        columns["text"] = given.get("field") or "text"
+    elif word in ("chat_template", "sharegpt", "chatml", "llama3"):
+        entry["template"] = "chat"
+    else:
+        run.remark("datasets", f"{given['path']}: write a template file for its type")
+    if columns.get("messages") in USUAL_COLUMNS:
+        del columns["messages"]
+    columns = {field: column for field, column in columns.items() if field != column}
+    if columns:
+        entry["columns"] = columns
+    usual = {"roles", "message_property_mappings", "field", *PARTS, *MESSAGES}
+    others = sorted(key for key, value in given.items() if key not in usual and value is not None)
+    if others:
+        run.remark("datasets", f"{given['path']}: no counterpart for {', '.join(map(str, others))}")
+    return entry

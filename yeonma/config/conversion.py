@@ -1,0 +1,200 @@
+"""A run's settings from the YAML file of another tool, with a remark for each of its keys without a counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from yeonma.config.foreign_names import IN_OTHER_WORDS, NOT_NEEDED, RENAMED, WITHOUT_COUNTERPART
+from yeonma.config.parse import Setting, config_from_keywords, groups_in, settings_of
+from yeonma.config.settings import PREFERENCE_DEFAULTS, TRAINING, LrScheduler, Optimizer, RunConfig
+from yeonma.config.yaml_text import write_item
+from yeonma.errors import Problem, UserError, brief
+from yeonma.shown import one_line
+
+SHOWN = 60  # characters of a value in a remark
+TRAININGS = "they are answers, whole texts and preferences"
+REQUIRED = ("base_model", "data_path", "output_dir")
+OPTIMIZERS: Mapping[object, str] = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+"""Names in transformers' Trainer -> ours. Paging the state of AdamW changes no number."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A key of the other tool's file that is not among the settings, and why."""
+
+    key: str
+    value: object
+    why: str
+
+
+@dataclass
+class Conversion:
+    """What was made of a file so far.
+
+    given: its keys and values; those that are null do not count. settings: ours. reasons: setting -> where its value
+    comes from, if not from one key.
+    """
+
+    tool: str
+    path: str
+    given: Mapping[str, Any]
+    lines: Mapping[str, int]
+    verb: str = "sft"
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    different: list[Remark] = field(default_factory=list)
+    """What may change the result of the run."""
+    not_needed: list[Remark] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of a key, which then needs no remark."""
+        self.used.add(key)
+        return self.given.get(key, default)
+
+    def put(self, name: str, value: object, reason: str = "") -> None:
+        self.settings[name] = value
+        if reason:
+            self.reasons[name] = reason
+
+    def remark(self, key: str, why: str) -> None:
+        """Says why a key, if the file has it, has no setting of its own although it may change the result."""
+        if key in self.given:
+            self.different.append(Remark(key, self.take(key), why))
+
+    def no_use(self, key: str, why: str) -> None:
+        if key in self.given:
+            self.not_needed.append(Remark(key, self.take(key), why))
+
+    def refuse(self, key: str, what: str, cure: str) -> UserError:
+        """The error of a file that no run of ours stands for."""
+        return UserError(what, place=f"{self.path}:{self.lines.get(key, 1)}: {key}", cure=cure)
+
+    def take_batch(self, in_pass: int, passes: int, processes: int) -> None:
+        self.put("batch_size", in_pass * passes * processes, f"{in_pass} x {passes} x {processes}")
+        self.put("micro_batch_size", in_pass)
+
+    def finish(self, same: Collection[str], defaults: Mapping[str, object]) -> None:
+        """Takes the keys that are left: those with our names and meaning, and those in the tables of foreign names.
+
+        same: keys that mean what ours of that name mean. defaults: our settings whose default is another one there,
+        with that default.
+        """
+        own = own_settings(self.verb)
+        for key in self.given:
+            ours = key if key in same else RENAMED.get(key)
+            if key in self.used:
+                continue
+            if ours in own and ours not in self.settings:
+                self.put(ours, self.take(key))
+            elif key in NOT_NEEDED:
+                self.no_use(key, NOT_NEEDED[key])
+            elif self.given[key] in (False, 0, [], {}):
+                self.no_use(key, "off in the file")
+            elif key in IN_OTHER_WORDS or key in WITHOUT_COUNTERPART:
+                self.remark(key, IN_OTHER_WORDS.get(key) or WITHOUT_COUNTERPART[key])
+            else:
+                self.remark(key, "not known to yeonma convert: look at what it does")
+        if "adapter" in self.settings:
+            for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+                self.settings.pop(name, None)
+        for name, value in defaults.items():
+            if name == "lora_r" and "adapter" in self.settings:
+                continue
+            if name in own and name not in self.settings and value != own[name].default:
+                self.put(name, value, f"the default of {self.tool}")
+
+    def check(self) -> None:
+        """Raises UserError for values that a run of ours would refuse."""
+        stand_ins = dict.fromkeys(REQUIRED, "-")
+        try:
+            config_from_keywords(RunConfig, {**stand_ins, **self.settings}, groups=_groups(self.verb))
+        except UserError as error:
+            raise UserError(
+                [
+                    Problem(p.what, f"{self.path}: {p.place}" if p.place else self.path, p.cure)
+                    for p in error.problems
+                ]
+            ) from None
+
+    def text(self) -> str:
+        """The settings as YAML for `--config`, in the order of docs/settings.md, and the remarks as comments."""
+        order = [name for name in own_settings(self.verb) if name in self.settings]
+        head = [
+            f"# Made from {one_line(self.path)} of {self.tool}, for: yeonma {self.verb} --config THIS_FILE",
+            "# Look at the first rows with: yeonma inspect --config THIS_FILE"
+            + (" --objective dpo" if self.verb == "dpo" else ""),
+        ]
+        lines = [f"{line}\n" for line in head]
+        for name in order:
+            item = write_item(name, self.settings[name])
+            reason = self.reasons.get(name)
+            lines.append(
+                f"{item.removesuffix(chr(10))}  # {reason}\n" if reason and item.count("\n") == 1 else item
+            )
+        missing = [name for name in REQUIRED if name not in self.settings]
+        lines += [f"# {name}: still to be written\n" for name in missing]
+        for title, remarks in (
+            ("May change the result, and has no setting here", self.different),
+            ("Not needed", self.not_needed),
+        ):
+            lines += [f"\n# {title}:\n"] if remarks else []
+            for remark in remarks:
+                value = brief(one_line(str(remark.value)), SHOWN)
+                lines.append(f"#   {one_line(remark.key)}: {value}  ({remark.why})\n")
+        return "".join(lines)
+
+
+def own_settings(verb: str) -> dict[str, Setting]:
+    """The settings of `yeonma sft` or `yeonma dpo`, by name."""
+    return settings_of(_groups(verb), (), PREFERENCE_DEFAULTS if verb == "dpo" else {})
+
+
+def _groups(verb: str) -> Sequence[type]:
+    return TRAINING if verb == "sft" else groups_in(RunConfig)
+
+
+def take_optimizer(run: Conversion, key: str) -> None:
+    """By its name in transformers' Trainer."""
+    name = run.take(key)
+    if name in OPTIMIZERS:
+        run.put("optimizer", OPTIMIZERS[name])
+    elif name is not None:
+        run.remark(key, f"there are {', '.join(get_args(Optimizer))}")
+
+
+def take_schedule(run: Conversion, key: str) -> None:
+    """By its name in transformers."""
+    name = run.take(key)
+    if name in get_args(LrScheduler):
+        run.put("lr_scheduler", name)
+    elif name is not None:
+        run.remark(key, "no schedule of transformers that fits every run")
+
+
+def take_dtype(run: Conversion) -> None:
+    for key, dtype in (
+        ("bf16", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("fp16", "float16"),
+        ("float16", "float16"),
+    ):
+        if run.take(key) is True:
+            run.put("dtype", dtype)
+    run.no_use("tf32", "float32 is computed in float32")
+
+
+def with_packing(run: Conversion, keys: Sequence[str], tokens: int) -> None:
+    """What a batch is where several examples make up one."""
+    on = [key for key in keys if run.take(key) is True]
+    for key in on:
+        packs = run.settings["batch_size"]
+        why = f"a step there has {packs} packs of up to {tokens} tokens; batch_size counts examples: raise it to match"
+        run.remark(key, why)

@@ -1,0 +1,192 @@
+"""What other tools call our settings: transformers' Trainer, TRL, Unsloth, LLaMA-Factory and Axolotl.
+
+For messages about unknown settings, and for `yeonma convert`. The names are those of LLaMA-Factory's and Axolotl's
+argument classes of August 2026, TRL's configs and transformers' TrainingArguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+RENAMED: Mapping[str, str] = {
+    "adapter_name_or_path": "adapter",
+    "adam_beta_1": "adam_beta1",
+    "adam_beta_2": "adam_beta2",
+    "adam_eps": "adam_epsilon",
+    "alpha": "lora_alpha",
+    "base_model_name_or_path": "base_model",
+    "block_size": "cutoff_len",
+    "data": "data_path",
+    "dataset": "data_path",
+    "dataset_name": "data_path",
+    "datasets": "data_path",
+    "desirable_weight": "kto_desirable_weight",
+    "dpo_beta": "beta",
+    "dpo_label_smoothing": "label_smoothing",
+    "epochs": "num_epochs",
+    "eval_dataset": "val_data_path",
+    "eval_file": "val_data_path",
+    "gradient_clipping": "max_grad_norm",
+    "kto_chosen_weight": "kto_desirable_weight",
+    "kto_rejected_weight": "kto_undesirable_weight",
+    "lora_model_dir": "adapter",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "loss_type": "loss",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_length": "cutoff_len",
+    "max_samples": "max_rows",
+    "max_seq_len": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "model": "base_model",
+    "model_name": "base_model",
+    "model_name_or_path": "base_model",
+    "num_train_epochs": "num_epochs",
+    "optim": "optimizer",
+    "out_dir": "output_dir",
+    "output": "output_dir",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "per_device_batch_size": "micro_batch_size",
+    "pref_beta": "beta",
+    "pref_ftx": "sft_weight",
+    "pref_loss": "loss",
+    "rank": "lora_r",
+    "rl_beta": "beta",
+    "rpo_alpha": "sft_weight",
+    "sequence_len": "cutoff_len",
+    "target_modules": "lora_target_modules",
+    "test_datasets": "val_data_path",
+    "train_data": "data_path",
+    "train_file": "data_path",
+    "train_on_prompt": "train_on_inputs",
+    "undesirable_weight": "kto_undesirable_weight",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "val_size": "val_set_size",
+    "validation_file": "val_data_path",
+    "wandb_name": "run_name",
+}
+"""Their name -> our setting of the same meaning."""
+
+IN_OTHER_WORDS: Mapping[str, str] = {
+    "assistant_only_loss": "only answers are trained, unless train_on_inputs is true",
+    "bf16": "write dtype: bfloat16, or leave it to auto",
+    "completion_only_loss": "only answers are trained, unless train_on_inputs is true",
+    "deepspeed": "write shard: true, with nproc, to divide the base model among processes",
+    "eval_strategy": "write eval_steps; without it, a run is evaluated after every epoch",
+    "evaluation_strategy": "write eval_steps; without it, a run is evaluated after every epoch",
+    "evals_per_epoch": "write eval_steps; without it, a run is evaluated after every epoch",
+    "finetuning_type": "yeonma sft and yeonma dpo train LoRA",
+    "fp16": "write dtype: float16",
+    "fsdp": "write shard: true, with nproc, to divide the base model among processes",
+    "gradient_accumulation_steps": "batch_size is all examples of a step: those of a pass x passes x processes",
+    "load_in_4bit": "write quantization: nf4",
+    "load_in_8bit": "write quantization: int8",
+    "mask_history": "write train_on: last",
+    "num_gpus": "write nproc",
+    "nproc_per_node": "write nproc",
+    "per_device_train_batch_size": "batch_size is all examples of a step; those of a pass are micro_batch_size",
+    "quantization_bit": "write quantization: nf4 (4 bits) or int8 (8 bits)",
+    "rl": "yeonma dpo trains preferences; write loss: sigmoid, kto, orpo and so on",
+    "save_strategy": "write save_steps; without it, a checkpoint is saved after every epoch",
+    "saves_per_epoch": "write save_steps; without it, a checkpoint is saved after every epoch",
+    "stage": "yeonma sft trains answers and whole texts, yeonma dpo preferences",
+}
+"""Names whose meaning is that of another setting with another value, and how to say it here."""
+
+_PACKED = "examples share passes without padding and without seeing each other"
+_CHOSEN = "chosen when the model is loaded"
+_READ = "rows are read as a stream and tokenised once"
+SAME_COMMAND = "the same command continues a run; overwrite: true begins anew"
+NOT_NEEDED: Mapping[str, str] = {
+    "attn_implementation": _CHOSEN,
+    "auto_resume_from_checkpoints": SAME_COMMAND,
+    "batch_flattening": _PACKED,
+    "buffer_size": _READ,
+    "dataloader_num_workers": _READ,
+    "dataloader_pin_memory": _READ,
+    "dataloader_prefetch_factor": _READ,
+    "dataset_num_proc": _READ,
+    "dataset_prepared_path": _READ,
+    "dataset_processes": _READ,
+    "dataset_shard_num": _READ,
+    "ddp_find_unused_parameters": "processes add up their gradients themselves",
+    "ddp_timeout": "processes that wait are told from those that are lost",
+    "do_train": "yeonma sft and yeonma dpo train",
+    "enable_liger_kernel": _CHOSEN,
+    "eval_batch_size": "validation takes micro_batch_size or micro_batch_tokens",
+    "eval_sample_packing": _PACKED,
+    "flash_attention": _CHOSEN,
+    "flash_attn": _CHOSEN,
+    "gradient_checkpointing_kwargs": "recomputing has one form",
+    "group_by_modality_length": _PACKED,
+    "ignore_pad_token_for_loss": "there is no padding",
+    "include_num_input_tokens_seen": "metrics.jsonl counts tokens",
+    "include_tokens_per_second": "metrics.jsonl counts tokens",
+    "lora_embedding_kernel": _CHOSEN,
+    "lora_mlp_kernel": _CHOSEN,
+    "lora_o_kernel": _CHOSEN,
+    "lora_qkv_kernel": _CHOSEN,
+    "low_cpu_mem_usage": _CHOSEN,
+    "model_type": _CHOSEN,
+    "neat_packing": _PACKED,
+    "otel_metrics_host": "report_to names trackers",
+    "otel_metrics_port": "report_to names trackers",
+    "overwrite_cache": "a changed file, template or tokenizer is noticed",
+    "overwrite_output_dir": SAME_COMMAND,
+    "packing_strategy": _PACKED,
+    "pad_to_multiple_of": _PACKED,
+    "pad_to_sequence_len": _PACKED,
+    "padding_free": _PACKED,
+    "per_device_eval_batch_size": "validation takes micro_batch_size or micro_batch_tokens",
+    "plot_loss": "the model card has the curve",
+    "preprocessing_batch_size": _READ,
+    "preprocessing_num_workers": _READ,
+    "ray_num_workers": "write nproc, or start the run with torchrun",
+    "remove_unused_columns": "columns that the template does not use are named",
+    "sample_packing_bin_size": _PACKED,
+    "sample_packing_group_size": _PACKED,
+    "save_only_model": "checkpoints hold all that a run needs to continue",
+    "save_safetensors": "weights are always safetensors",
+    "sdp_attention": _CHOSEN,
+    "streaming": _READ,
+    "strict": "unknown settings are always refused",
+    "tokenized_path": _READ,
+    "tokenizer_type": _CHOSEN,
+    "use_fast_tokenizer": _CHOSEN,
+    "use_otel_metrics": "report_to names trackers",
+    "use_ray": "write nproc, or start the run with torchrun",
+    "use_unsloth": _CHOSEN,
+    "wandb_log_model": "the output folder is the adapter; yeonma push uploads it",
+    "wandb_watch": "metrics.jsonl and report_to have the norms of the gradients",
+}
+"""Names that need no setting here, and why. The result of a run does not depend on them."""
+
+WITHOUT_COUNTERPART: Mapping[str, str] = {
+    "cosine_min_lr_ratio": "write lr_scheduler: cosine_with_min_lr and lr_scheduler_kwargs: {min_lr_rate: ...}",
+    "curriculum_sampling": "rows are drawn in random order, by the seed",
+    "loss_watchdog_patience": "a run stops at a loss that is not a number, not at a high one",
+    "loss_watchdog_threshold": "a run stops at a loss that is not a number, not at a high one",
+    "moe_aux_loss_coef": "routers are frozen and have no loss of their own",
+    "neftune_noise_alpha": "no noise is added to embeddings",
+    "pissa_init": "adapters begin at zero, as PEFT's default",
+    "rope_scaling": "put it into the config.json of the base model",
+    "sample_packing_sequentially": "rows are drawn in random order, by the seed",
+    "shuffle_merged_datasets": "rows are drawn in random order, by the seed",
+}
+"""Names of what does not exist here, and what there is."""
+
+
+def foreign_name_cure(name: str, settings: Container[str], form: str) -> str:
+    """What to write instead of another tool's name: `here it is --learning_rate`. Empty for a name that none has.
+
+    settings: names of the command's settings. form: how they are written, `--{}` or `{}`.
+    """
+    ours = RENAMED.get(name)
+    if ours in settings:
+        return f"here it is {form.format(ours)}"
+    for table in (IN_OTHER_WORDS, WITHOUT_COUNTERPART):
+        if name in table:
+            return table[name]
+    return f"leave it out: {NOT_NEEDED[name]}" if name in NOT_NEEDED else ""

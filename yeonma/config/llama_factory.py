@@ -1,0 +1,329 @@
+"""LLaMA-Factory's YAML files as settings of a run. Names and defaults are those of its argument classes (August 2026),
+its batch size, epochs and learning rate those of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yeonma.config.conversion import (
+    TRAININGS,
+    Conversion,
+    Remark,
+    take_dtype,
+    take_optimizer,
+    take_schedule,
+    with_packing,
+)
+from yeonma.config.foreign_names import SAME_COMMAND
+from yeonma.errors import UserError
+from yeonma.files import user_path
+
+TOOL = "LLaMA-Factory"
+SAME = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "cutoff_len",
+    "group_by_length",
+    "learning_rate",
+    "logging_steps",
+    "lora_alpha",
+    "lora_dropout",
+    "max_grad_norm",
+    "max_steps",
+    "model_revision",
+    "output_dir",
+    "run_name",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "simpo_gamma",
+    "trust_remote_code",
+    "use_dora",
+    "use_rslora",
+    "warmup_ratio",
+    "weight_decay",
+)
+DEFAULTS: Mapping[str, object] = {"learning_rate": 5e-5, "lora_r": 8, "num_epochs": 3, "cutoff_len": 2048}
+STAGES = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "dpo"}
+LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+BITS = {4: "nf4", 8: "int8"}
+ROLES = {
+    "role_tag": ("role", "from"),
+    "content_tag": ("content", "value"),
+    "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call", "function"),
+    "system_tag": ("system",),
+}
+"""The words for turns that rows may use without saying so."""
+WITH_ROWS = ("images", "videos", "audios")
+
+
+def is_llama_factory(given: Mapping[str, Any]) -> bool:
+    return "model_name_or_path" in given and bool({"stage", "finetuning_type"} & set(given))
+
+
+def convert(run: Conversion, dataset_dir: str | None, processes: int) -> None:
+    """Fills in the conversion. Raises UserError for a stage or method that is none of ours, and for a damaged
+    dataset_info.json."""
+    stage = run.take("stage", "sft")
+    if stage not in STAGES:
+        raise run.refuse(
+            "stage",
+            f"{stage} is not among the trainings here",
+            TRAININGS,
+        )
+    method = run.take("finetuning_type", "lora")
+    if method != "lora":
+        raise run.refuse("finetuning_type", f"{method} is not among the methods here", "write lora")
+    run.verb = STAGES[stage]
+    run.take("do_train")
+    _take_model(run)
+    in_pass, passes = (
+        run.take("per_device_train_batch_size", 8),
+        run.take("gradient_accumulation_steps", 1),
+    )
+    run.take_batch(in_pass, passes, processes)
+    if run.take("lora_alpha") is None:
+        run.put("lora_alpha", 2 * run.given.get("lora_rank", 8), f"twice the rank, as in {TOOL}")
+    else:
+        run.put("lora_alpha", run.take("lora_alpha"))
+    target = run.take("lora_target", "all")
+    run.put("lora_target_modules", "all-linear" if target == "all" else _names(target))
+    take_optimizer(run, "optim")
+    take_schedule(run, "lr_scheduler_type")
+    _take_warmup(run)
+    take_dtype(run)
+    if not run.take("disable_gradient_checkpointing", False):
+        run.put("gradient_checkpointing", "auto", f"on in {TOOL}; changes no number")
+    if run.verb == "dpo":
+        _take_preferences(run, stage)
+    _take_data(run, stage, dataset_dir)
+    with_packing(run, ("packing", "neat_packing"), run.given.get("cutoff_len", 2048))
+    if stage == "pt" and run.given.get("packing") is None:
+        run.different.append(_packed_by_default())
+    _take_trackers(run)
+    _take_intervals(run)
+    run.no_use("resume_from_checkpoint", SAME_COMMAND)
+    run.finish(SAME, DEFAULTS)
+
+
+def _take_model(run: Conversion) -> None:
+    bits = run.take("quantization_bit")
+    if bits in BITS and run.take("quantization_method", "bnb") in ("bnb", "bitsandbytes"):
+        run.put("quantization", BITS[bits])
+        if run.take("quantization_type", "nf4") != "nf4":
+            run.remark("quantization_type", "4 bits are nf4 here")
+        if run.take("double_quantization", True) is not True:
+            run.remark("double_quantization", "nf4 always has double quantisation")
+    else:
+        for key in ("quantization_bit", "quantization_method"):
+            run.remark(key, "quantization is none, int8, nf4 or fp8")
+    adapter = run.take("adapter_name_or_path")
+    if adapter:
+        run.put("adapter", adapter)
+    run.remark("deepspeed", "write shard: true, with nproc, to divide the base model among processes")
+    run.remark("fsdp", "write shard: true, with nproc, to divide the base model among processes")
+    for key in ("freeze_vision_tower", "freeze_multi_modal_projector"):
+        if run.take(key, True) is True:
+            run.no_use(key, "vision towers are not adapted unless lora_target_modules names them")
+        else:
+            run.remark(key, "name the layers in lora_target_modules")
+
+
+def _names(text: object) -> list[str]:
+    return [name.strip() for name in str(text).split(",")]
+
+
+def _take_warmup(run: Conversion) -> None:
+    steps = run.take("warmup_steps")
+    if isinstance(steps, float) and 0 < steps < 1:  # transformers 5 takes a share there as well
+        run.put("warmup_ratio", steps)
+    elif steps:
+        run.put("warmup_steps", int(steps))
+
+
+def _take_preferences(run: Conversion, stage: str) -> None:
+    loss = "kto" if stage == "kto" else run.take("pref_loss", "sigmoid")
+    run.take("pref_loss")
+    if loss != "kto" and loss not in LOSSES:
+        raise run.refuse("pref_loss", f"{loss} is not among the losses here", "yeonma dpo --help lists them")
+    run.put("loss", loss)
+    for theirs, ours in (
+        ("pref_ftx", "sft_weight"),
+        ("dpo_label_smoothing", "label_smoothing"),
+        ("kto_chosen_weight", "kto_desirable_weight"),
+        ("kto_rejected_weight", "kto_undesirable_weight"),
+    ):
+        value = run.take(theirs)
+        if value:
+            run.put(ours, value)
+    if loss != "simpo":
+        run.no_use("simpo_gamma", "of simpo alone")
+
+
+def _take_trackers(run: Conversion) -> None:
+    names = run.take("report_to", "none")
+    known = ("tensorboard", "wandb", "trackio", "mlflow")
+    names = [name for name in (names if isinstance(names, list) else [names]) if name not in ("none", "all")]
+    run.put("report_to", [name for name in names if name in known] or "none")
+    if set(names) - set(known):
+        run.remark("report_to", f"trackers are {', '.join(known)}")
+
+
+def _take_intervals(run: Conversion) -> None:
+    for key, what in (
+        ("eval_strategy", "evaluated"),
+        ("save_strategy", "saved"),
+        ("logging_strategy", "logged"),
+    ):
+        if run.take(key) in ("epoch", "no", "steps", None):
+            run.no_use(key, f"without steps of its own, a run is {what} after every epoch")
+    if isinstance(run.given.get("eval_steps"), int):
+        run.put("eval_steps", run.take("eval_steps"))
+
+
+def _packed_by_default() -> Remark:
+    return Remark(
+        "packing", "not given", f"{TOOL} packs whole texts by default: a step has packs, and here texts"
+    )
+
+
+# -------------------------------------------------------------------------------- data
+
+
+def _take_data(run: Conversion, stage: str, dataset_dir: str | None) -> None:
+    """data_path and what belongs to it; without a dataset_info.json, the names stay to be written."""
+    folder = dataset_dir or run.take("dataset_dir", "data")
+    run.take("dataset_dir")
+    info = _dataset_info(folder)
+    sets = _data_sets(run, "dataset", stage, folder, info)
+    validation = _data_sets(run, "eval_dataset", stage, folder, info)
+    if sets is not None:
+        _put_data(run, sets)
+    if validation is not None and len(validation) == 1 and sets is not None and len(sets) == 1:
+        run.put("val_data_path", validation[0]["path"])
+    elif "eval_dataset" in run.given:
+        run.remark("eval_dataset", "write val_data_path, or val_path in an entry of data_path")
+    if run.take("val_size"):
+        run.put("val_set_size", run.take("val_size"))
+    if run.take("mask_history") is True:
+        run.put("train_on", "last")
+    if run.take("enable_thinking") is False:
+        run.put("chat_template_kwargs", {"enable_thinking": False})
+    run.remark("template", "the chat template of the model itself is used: compare with yeonma inspect")
+    run.remark("default_system", "write a system turn into the rows, or a template file")
+    run.remark("tool_format", "tools are written by the chat template of the model itself")
+    for key in WITH_ROWS:
+        for ending in ("max_pixels", "min_pixels", "maxlen", "fps"):
+            run.no_use(f"{key[:-1]}_{ending}", "only text is trained")
+
+
+def _put_data(run: Conversion, sets: Sequence[dict[str, Any]]) -> None:
+    probabilities = run.take("interleave_probs")
+    strategy = run.take("mix_strategy", "concat")
+    if probabilities is not None and strategy != "concat":
+        parts = probabilities if isinstance(probabilities, list) else _names(probabilities)
+        sets = [{**entry, "weight": float(part)} for entry, part in zip(sets, parts, strict=False)]
+        run.remark(
+            "mix_strategy",
+            "every step has these shares; an epoch has as many rows as all sets together",
+        )
+    if len(sets) == 1:
+        names = {"path": "data_path", "split": "data_split", "template": "template", "columns": "columns"}
+        for key, value in sets[0].items():
+            run.put(names[key], value)
+    else:
+        run.put("data_path", list(sets))
+
+
+def _dataset_info(folder: str) -> Mapping[str, Any] | None:
+    """The content of the folder's dataset_info.json, or None without one."""
+    path = user_path(folder) / "dataset_info.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", place=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("not an object with the names of data sets", place=str(path))
+    return content
+
+
+def _data_sets(
+    run: Conversion, key: str, stage: str, folder: str, info: Mapping[str, Any] | None
+) -> list[dict[str, Any]] | None:
+    """The entries of data_path for the names in `key`; None if some are not known."""
+    given = run.given.get(key)
+    if given is None:
+        return None
+    names = [str(name).strip() for name in (given if isinstance(given, list) else str(given).split(","))]
+    if info is None:
+        run.remark(
+            key,
+            f"names of {folder}/dataset_info.json, which is not there: give --dataset_dir, or write data_path",
+        )
+        return None
+    unknown = [name for name in names if not isinstance(info.get(name), dict)]
+    if unknown:
+        run.remark(key, f"{', '.join(unknown)}: not in {folder}/dataset_info.json")
+        return None
+    run.take(key)
+    entries = [_entry(run, key, info[name], name, stage, user_path(folder)) for name in names]
+    return None if None in entries else [entry for entry in entries if entry is not None]
+
+
+def _entry(
+    run: Conversion, key: str, about: Mapping[str, Any], name: str, stage: str, folder: Path
+) -> dict[str, Any] | None:
+    path = about.get("hf_hub_url") or (about.get("file_name") and str(folder / str(about["file_name"])))
+    if not path:
+        run.remark(key, f"{name} is neither a file nor on the hub of Hugging Face: write data_path")
+        return None
+    entry: dict[str, Any] = {"path": f"{path}:{about['subset']}" if about.get("subset") else path}
+    if about.get("split", "train") != "train":
+        entry["split"] = about["split"]
+    columns = {**about["columns"]} if isinstance(about.get("columns"), dict) else {}
+    if any(columns.get(kind) for kind in WITH_ROWS):
+        run.remark(key, f"{name} has images, videos or sound: only text is trained")
+    if about.get("num_samples"):
+        run.remark(
+            key, f"{name}: {about['num_samples']} rows drawn at random there; here limit takes the first rows"
+        )
+    for tag, word in (about.get("tags") or {}).items():
+        if word not in ROLES.get(tag, (word,)):
+            run.remark(
+                key, f"{name} calls turns {word} ({tag}): rename them in the rows, or write a template file"
+            )
+    if stage == "pt":
+        mapping = {"text": columns.get("prompt", "instruction")}
+        entry["template"] = "text"
+    elif about.get("formatting", "alpaca") == "alpaca":
+        theirs = columns or {"prompt": "instruction", "query": "input", "response": "output"}
+        ours = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+        mapping = {field: theirs[key] for key, field in ours.items() if theirs.get(key)}
+        entry["template"] = "alpaca-turns"
+    else:
+        mapping = {"messages": columns.get("messages", "conversations")}
+        if mapping["messages"] in ("messages", "conversations"):
+            mapping = {}
+        entry["template"] = "chat"
+    for theirs_name, ours_name in (
+        ("system", "system"),
+        ("tools", "tools"),
+        ("chosen", "chosen"),
+        ("rejected", "rejected"),
+        ("kto_tag", "label"),
+    ):
+        if columns.get(theirs_name):
+            mapping[ours_name] = columns[theirs_name]
+    mapping = {field: column for field, column in mapping.items() if field != column}
+    if mapping:
+        entry["columns"] = mapping
+    return entry

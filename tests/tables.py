@@ -40,7 +40,8 @@ def table_as(kind: str, table: list[dict[str, str]]) -> bytes:
     if kind in ("jsonl", "ndjson"):
         return jsonl(table).encode()
     if kind == "xlsx":
-        return workbook({"Sheet1": [list(table[0]), *(list(row.values()) for row in table)]})
+        columns = columns_of(table)
+        return workbook({"Sheet1": [columns, *([row.get(name) for name in columns] for row in table)]})
     if kind == "arrow":
         return arrow_bytes(pa.Table.from_pylist(table), pa.ipc.new_stream)
     if kind == "json":
@@ -50,10 +51,15 @@ def table_as(kind: str, table: list[dict[str, str]]) -> bytes:
         pq.write_table(pa.Table.from_pylist(table), sink)
         return sink.getvalue()
     text = io.StringIO()
-    writer = csv.DictWriter(text, table[0], delimiter="," if kind == "csv" else "\t")
+    writer = csv.DictWriter(text, columns_of(table), delimiter="," if kind == "csv" else "\t")
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue().encode()
+
+
+def columns_of(table: list[dict[str, str]]) -> list[str]:
+    """The names of all rows, in the order in which they come first."""
+    return list(dict.fromkeys(name for row in table for name in row))
 
 
 def arrow_bytes(table: pa.Table, form: Callable[..., Any], batch_rows: int | None = None) -> bytes:

@@ -37,6 +37,7 @@ from yeonma.errors import Log, UserError
 from yeonma.export.merge_weights import (
     NeedsWholeModel,
     copy_code,
+    copy_processor,
     dtype_of,
     keep_config_keys,
     merge_by_shard,
@@ -260,6 +261,7 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
     write_generation_config(source, folder, stop_ids)
     copy_code(source, folder)
     _write_other_files(plan, folder)
+    copy_processor(source, folder)
 
 
 def _write_other_files(plan: MergePlan, folder: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
+from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.errors import UserError
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import add_lora_of, added_rows, load_weights, plain_layer
@@ -103,7 +104,10 @@ def merge_by_shard(
     model = outline(config, source)
     if model is None:
         raise NeedsWholeModel("it cannot be built without its weights")
-    peft_model = _adapter_on(model, adapter)
+    stored = stored_tensors(files)
+    tensors = whole_tensors(files, published, transposed_weights(model))
+    renamed = _names_in_model(model, tensors)
+    peft_model = _adapter_on(model, adapter)  # changes the model's names
     layers = {
         f"{name.removeprefix('base_model.model.')}.weight": module
         for name, module in peft_model.named_modules()
@@ -111,9 +115,6 @@ def merge_by_shard(
     }
     writer = _ShardWriter(folder, max_shard_bytes)
     merged = set()
-    stored = stored_tensors(files)
-    tensors = whole_tensors(files, published, transposed_weights(model))
-    renamed = _names_in_model(model, tensors)
     for name, lazy in tensors.items():
         tensor, is_whole = lazy[...], published is None or (name in stored and stored[name].dtype in FORMATS)
         layer = layers.get(renamed[name])
@@ -238,11 +239,11 @@ def write_generation_config(source: BaseSource, folder: Path, stop_ids: Sequence
 
 
 def copy_processor(source: BaseSource, folder: Path) -> None:
-    """Copies what a base's processor of images, videos or sound reads. The text that it writes of a conversation is that
-    of the tokenizer, unless only the processor has a chat template."""
+    """Copies what a base's processor of images or sound reads. Its chat template is the tokenizer's, unless only
+    the processor has one."""
     for name in PROCESSOR_FILES:
         own = file_of(source, name)
-        if own is not None and not (name == PROCESSOR_CHAT and (folder / "chat_template.jinja").is_file()):
+        if own is not None and not (name == PROCESSOR_CHAT and (folder / CHAT_TEMPLATE).is_file()):
             shutil.copyfile(own, folder / name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -468,6 +469,7 @@ def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> N
 def hide_loading_noise() -> None:
     """Hide the progress bar of loading weights, but not of downloads, and warnings about PEFT's internals."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_towers)
     if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -478,6 +480,11 @@ def hide_loading_noise() -> None:
     warnings.filterwarnings(
         "ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning
     )
+
+
+def _is_not_about_towers(record: logging.LogRecord) -> bool:
+    """Not the warning that a tower which is left out could not be asked about implementations of attention."""
+    return "without finding the associated sub-model" not in str(record.msg)
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:

@@ -12,9 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from tests.multimodal import FAMILIES, checkpoint_folder
-from yeonma.errors import UserError
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.language_part import left_out, multimodal_class
+from yeonma.model.language_part import left_out
 from yeonma.model.load import LoraShape, add_lora, load_base, load_config, outline
 from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.source import find_base

@@ -2,7 +2,7 @@
 
 Such a checkpoint is loaded in its own class, so that an adapter's names are those that PEFT, vLLM and transformers
 expect for the whole checkpoint. Its towers (the vision model, the audio model) are neither built nor read: text never
-passes through them. A `LeftOut` stands in their place and knows their names.
+passes through them. An `AbsentTower` stands in the place of each and knows its names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from yeonma.errors import UserError
 
 
-class LeftOut(nn.Module):
+class AbsentTower(nn.Module):
     """In the place of a tower that is not loaded."""
 
     def __init__(self, path: str, tower: PreTrainedModel) -> None:
@@ -84,7 +84,7 @@ def without_towers(model_class: Any) -> Any:
 
 
 def leave_out_towers(model: Any) -> None:
-    """Puts a LeftOut in the place of every tower: a transformers model of its own beside the language model."""
+    """Puts an AbsentTower in the place of every tower: a transformers model of its own beside the language model."""
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
         return
@@ -92,7 +92,7 @@ def leave_out_towers(model: Any) -> None:
     for path in list(_towers(model, inside)):
         parent, _, name = path.rpartition(".")
         tower = model.get_submodule(path)
-        setattr(model.get_submodule(parent), name, LeftOut(path, tower))
+        setattr(model.get_submodule(parent), name, AbsentTower(path, tower))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.){name}\."}
 
@@ -109,9 +109,9 @@ def _towers(model: nn.Module, inside: set[int], path: str = "") -> Iterator[str]
             yield from _towers(module, inside, here)
 
 
-def left_out(model: nn.Module) -> list[LeftOut]:
+def left_out(model: nn.Module) -> list[AbsentTower]:
     """What stands in the place of the model's towers."""
-    return [module for module in model.modules() if isinstance(module, LeftOut)]
+    return [module for module in model.modules() if isinstance(module, AbsentTower)]
 
 
 def left_out_paths(model: nn.Module) -> list[str]:

@@ -331,15 +331,15 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
             key = next(part for part in layer.path.split(".") if part in layer.keys)
             what = f'"{name}" is only in the {layer.part}, which an adapter reaches by its own name alone'
             return Problem(what, PLACE, f"write {key}.*.{layer.leaf}, or {key} for all of it")
-    for path, module in _modules(model).items():
-        if path and _matches(name, path) and not list(module.children()):
-            what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
-            return Problem(what, PLACE, "leave it out")
     if any(_matches(name, path) for path in left_out_paths(model)):
         what = f'"{name}" is in a tower for images or sound, through which text never passes'
         return Problem(
             what, PLACE, "leave it out: an adapter trained on text reaches the language model alone"
         )
+    for path, module in _modules(model).items():
+        if path and _matches(name, path) and not list(module.children()):
+            what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
+            return Problem(what, PLACE, "leave it out")
     own = [layer for layer in every if layer.part not in (VISION, AUDIO, PROJECTOR)]
     fused = {layer.leaf: layer.in_files for layer in own if layer.kind == "experts"}
     leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.multimodal import FAMILIES, checkpoint_folder
+from tests.models import tiny_model
+from tests.multimodal import FAMILIES, checkpoint_folder, whole_model
+from yeonma.errors import UserError
 from yeonma.model.forest_support import check_forest_support
-from yeonma.model.language_part import left_out
+from yeonma.model.language_part import build_empty, left_out, multimodal_class
 from yeonma.model.load import LoraShape, add_lora, load_base, load_config, outline
 from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.source import find_base
@@ -63,3 +66,71 @@ def test_language_model_alone_gives_the_logits_of_the_whole_checkpoint(family: s
             assert not torch.allclose(
                 peft_model(input_ids=ids).logits, by_peft(input_ids=ids).logits, atol=0.1
             )
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["visual"], '"visual" is in a tower for images or sound, through which text never passes'),
+        (["visual.blocks", "q_proj"], '"visual.blocks" is in a tower'),
+        (["qkv"], '"qkv" is in a tower'),
+    ],
+)
+def test_towers_take_no_adapter(targets: list[str], message: str) -> None:
+    config = whole_model("qwen2_5_vl").config
+    with pytest.raises(UserError) as raised:
+        add_lora(build_empty(config), LoraShape(4, 8, 0.0, targets), seed=0)
+    assert message in str(raised.value)
+    assert "leave it out: an adapter trained on text reaches the language model alone" in str(raised.value)
+
+
+def test_projectors_take_no_adapter() -> None:
+    config = whole_model("llava").config
+    with pytest.raises(
+        UserError, match=r"it reaches model\.multi_modal_projector\.linear_1 in the projector"
+    ):
+        add_lora(build_empty(config), LoraShape(4, 8, 0.0, ["multi_modal_projector"]), seed=0)
+
+
+def test_names_that_towers_share_reach_the_language_model_alone(tmp_path: Path) -> None:
+    base = build_empty(whole_model("gemma3").config)
+    peft_model = add_lora(base, LoraShape(4, 8, 0.0, ["q_proj", "v_proj"]), seed=0)
+    with as_peft_reads(base, peft_model.peft_config["default"]):
+        targets = sorted(peft_model.peft_config["default"].target_modules)
+    assert targets == sorted(
+        f"model.language_model.layers.{layer}.self_attn.{name}"
+        for layer in (0, 1)
+        for name in ("q_proj", "v_proj")
+    )
+    assert not [
+        path
+        for path, _ in build_empty(whole_model("llama4").config).named_modules()
+        if "vision_model." in path
+    ]
+
+
+def test_class_follows_the_config() -> None:
+    config = whole_model("qwen3_5").config
+    assert multimodal_class(config).__name__ == "Qwen3_5ForConditionalGeneration"
+    config.architectures = ["Qwen3_5ForCausalLM"]  # the weights of the language model alone
+    assert multimodal_class(config) is None
+    assert multimodal_class(config.text_config) is None
+    assert type(build_empty(config)).__name__ == "Qwen3_5ForCausalLM"
+    assert multimodal_class(tiny_model("llama").config) is None
+    assert multimodal_class(AutoConfig.for_model("t5gemma2")) is None
+
+
+def test_missing_weights_of_the_language_model_are_an_error(tmp_path: Path) -> None:
+    folder = checkpoint_folder(tmp_path / "base", "qwen2_5_vl")
+    tensors = load_file(folder / "model.safetensors")
+    dropped = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != dropped}, folder / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"the weights lack model\.language_model\.layers\.1\.mlp\.up_proj"):
+        load_base(find_base(str(folder)), CPU, torch.float32)
+
+
+def test_tower_that_text_needs_is_named() -> None:
+    with pytest.raises(UserError, match=r"it needs its model\.visual to read text"):
+        build_empty(whole_model("qwen2_5_vl").config).model.visual()

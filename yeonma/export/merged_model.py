@@ -29,6 +29,7 @@ from yeonma.adapter.adapter_folder import (
     save_tokenizer,
 )
 from yeonma.adapter.base_check import check_content
+from yeonma.adapter.base_licence import licence_note
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
@@ -322,6 +323,7 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
         *front_matter(head),
         f"{code(adapter.base.name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
         "",
+        *licence_note(adapter.base.name),
     ]
     if adapter.has_template:
         lines += [

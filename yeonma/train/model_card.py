@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolder, read_adapter_folder
+from yeonma.adapter.base_licence import licence_note
 from yeonma.adapter.lora_ranks import highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.adapter.samples import prompts_of
@@ -189,6 +190,7 @@ def card_text(
         f"{trained_on['left_out']:,} left out.",
         "",
         *_published(adapter),
+        *licence_note(adapter.base.name),
     ]
     lines += _lora(adapter.details.get("lora"))
     if faults := trained_on.get("bad_rows"):

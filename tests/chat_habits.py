@@ -309,7 +309,7 @@ HABITS = (
         tools=True,
         specials=("<|header|>", "<|/header|>", "<|eot|>"),
     ),
-    # Four habits of Korean families: EXAONE 3.5, EXAONE 4, HyperCLOVA X SEED Think, Solar Open.
+    # Habits of Korean families: EXAONE 3.5, EXAONE 4, HyperCLOVA X SEED Think; and reasoning that ends as an answer.
     Habit(
         "marks in square brackets, a system prompt of its own",
         "{% for m in messages %}{% if loop.first and m.role != 'system' %}"

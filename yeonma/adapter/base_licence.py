@@ -94,8 +94,8 @@ TABLE: tuple[tuple[str, BaseLicence], ...] = (
         ),
     ),
 )
-"""Names on the hub -> licence, as repositories and copies of the pages had it in November 2026. The first pattern that fits
-counts."""
+"""Names on the hub -> licence, as repositories and copies of the pages had it in November 2026. The first pattern that
+fits counts."""
 _ASKS: Mapping[str, str] = MappingProxyType(
     {
         "exaone": _NC,

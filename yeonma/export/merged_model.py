@@ -49,6 +49,7 @@ from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.adapter_weights import check_fits, load_adapter
+from yeonma.model.language_part import absent_parameters
 from yeonma.model.load import (
     load_base,
     load_config,
@@ -135,7 +136,7 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
     parameters = prompt_builder.adapter.base.parameters
     if model is not None:
         check_unquantised(prompt_builder.adapter, model, source)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = absent_parameters(model) + sum(parameter.numel() for parameter in model.parameters())
     if (
         published is not None or PUBLISHED not in prompt_builder.adapter.details
     ):  # else it is the unquantised model

@@ -31,6 +31,8 @@ class AbsentTower(nn.Module):
         self.config = tower.config
         self.inner = tuple(name for name, _ in tower.named_modules() if name)
         """The names of the tower's modules, below its own."""
+        self.count = sum(parameter.numel() for parameter in tower.parameters())
+        """Of its parameters."""
 
     def forward(self, *_: Any, **__: Any) -> None:
         """Raises UserError: the model calls its tower for text too."""
@@ -112,6 +114,11 @@ def _towers(model: nn.Module, inside: set[int], path: str = "") -> Iterator[str]
 def left_out(model: nn.Module) -> list[AbsentTower]:
     """What stands in the place of the model's towers."""
     return [module for module in model.modules() if isinstance(module, AbsentTower)]
+
+
+def absent_parameters(model: nn.Module) -> int:
+    """The number of parameters in the towers that are left out."""
+    return sum(tower.count for tower in left_out(model))
 
 
 def left_out_paths(model: nn.Module) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.models import tiny_model
 from tests.multimodal import FAMILIES, checkpoint_folder, whole_model
 from yeonma.errors import UserError
+from yeonma.model.adapter_weights import load_adapter
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.language_part import build_empty, left_out, multimodal_class
 from yeonma.model.load import LoraShape, add_lora, load_base, load_config, outline
@@ -134,3 +135,37 @@ def test_missing_weights_of_the_language_model_are_an_error(tmp_path: Path) -> N
 def test_tower_that_text_needs_is_named() -> None:
     with pytest.raises(UserError, match=r"it needs its model\.visual to read text"):
         build_empty(whole_model("qwen2_5_vl").config).model.visual()
+
+
+@pytest.mark.parametrize("names", [["q_proj", "qkv"], ["visual.blocks.0.attn.qkv"]])
+def test_an_adapter_on_a_tower_is_refused_in_words(names: list[str], tmp_path: Path) -> None:
+    base = checkpoint_folder(tmp_path / "base", "qwen2_5_vl")
+    config = LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(whole_model("qwen2_5_vl"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError) as raised:
+        load_adapter(
+            load_base(find_base(str(base)), CPU, torch.float32), str(tmp_path / "adapter"), trainable=False
+        )
+    if "q_proj" in names:
+        assert "the base has no layer for 2 of its tensors" in str(raised.value)
+        assert "an adapter has to be on the language model alone" in str(raised.value)
+
+
+def test_an_adapter_by_peft_on_the_whole_checkpoint_gives_the_same_logits(tmp_path: Path) -> None:
+    """As other tools make them: target names that a tower shares, with the tower excluded."""
+    base = checkpoint_folder(tmp_path / "base", "gemma3")
+    whole: Any = AutoModelForImageTextToText.from_pretrained(base).eval()
+    config = LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q_proj|v_proj)",
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    by_peft = get_peft_model(whole, config).eval()
+    by_peft.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(
+        load_base(find_base(str(base)), CPU, torch.float32), str(tmp_path / "adapter"), trainable=False
+    )
+    ids = torch.randint(3, 80, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, by_peft(input_ids=ids).logits)

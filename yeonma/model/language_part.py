@@ -48,11 +48,11 @@ def multimodal_class(config: Any) -> Any:
     """
     if getattr(config, "auto_map", None) or getattr(config, "is_encoder_decoder", False):
         return None
-    found = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    found: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     found = found[0] if isinstance(found, tuple) else found
     if found is None or not found.can_generate():
         return None
-    text_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if text_class is not None and text_class is not found:
         named = getattr(config, "architectures", None) or ()
         if text_class.__name__ in named and found.__name__ not in named:

@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.multimodal import checkpoint_folder
+from tests.published import fp8_folders, packed_folder
 from tests.runs import Done, articles, command, trained, write_jsonl
+from yeonma.model.language_part import left_out
+from yeonma.model.load import load_base
+from yeonma.model.source import find_base
 
 
 def run_on(base: Path, place: Path, **settings: object) -> Done:
@@ -89,3 +93,37 @@ def test_run_and_merge_keep_the_whole_checkpoint(
     ]
     assert answers[0].status == answers[1].status == 0, answers[0].err + answers[1].err
     assert answers[0].out == answers[1].out
+
+
+def test_a_checkpoint_published_in_fp8_is_trained_and_merged(tmp_path: Path) -> None:
+    published, dequantised = fp8_folders(tmp_path, "gemma3", make=checkpoint_folder)
+    ids = torch.tensor([[1, 30, 31, 40, 41, 50, 12]])
+    models = [
+        load_base(find_base(str(folder)), torch.device("cpu"), torch.float32)
+        for folder in (published, dequantised)
+    ]
+    assert all(map(left_out, models))
+    with torch.no_grad():
+        assert torch.equal(models[0](input_ids=ids).logits, models[1](input_ids=ids).logits)
+    run = run_on(published, tmp_path)
+    merged = command(run.folder, "merge", str(run.folder), "--output_dir", str(tmp_path / "M"))
+    assert merged.status == 0, merged.out + merged.err
+    before, after = tensors_of(dequantised), tensors_of(tmp_path / "M")
+    assert before.keys() == after.keys()
+    kept = [name for name in before if "vision" in name or "projector" in name]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_a_checkpoint_that_bitsandbytes_packed_is_loaded_without_its_towers(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = checkpoint_folder(tmp_path / "base", "gemma3")
+    packed = packed_folder(tmp_path / "packed", base, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ids = torch.tensor([[1, 30, 31, 40, 41, 50, 12]])
+    source = find_base(str(packed))
+    model = load_base(source, torch.device("cpu"), torch.float32)
+    whole = load_base(source, torch.device("cpu"), torch.float32, whole=True)
+    assert left_out(model) and not left_out(whole)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-4, rtol=1e-4
+        )

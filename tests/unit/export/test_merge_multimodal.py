@@ -36,11 +36,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("qwen2_5_vl", {"lora_target_modules": "[q_proj,down_proj]"}),
+        pytest.param("qwen2_5_vl", {"lora_target_modules": "[q_proj,down_proj]"}, marks=pytest.mark.slow),
         ("gemma3", {}),  # its files have other names than the model, and its head is tied
-        ("mistral3", {"max_shard_size": "30KB"}),
-        ("qwen3_5", {}),
-        ("llama4", {}),
+        pytest.param("mistral3", {"max_shard_size": "30KB"}, marks=pytest.mark.slow),
+        pytest.param("qwen3_5", {}, marks=pytest.mark.slow),
+        pytest.param("llama4", {}, marks=pytest.mark.slow),
         ("qwen3_vl_moe", {"lora_experts": True}),  # merged with the whole base in memory
     ],
 )

@@ -309,6 +309,56 @@ HABITS = (
         tools=True,
         specials=("<|header|>", "<|/header|>", "<|eot|>"),
     ),
+    # Habits of Korean families: EXAONE 3.5, EXAONE 4, HyperCLOVA X SEED Think; and reasoning that ends as an answer.
+    Habit(
+        "marks in square brackets, a system prompt of its own",
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+        "{{ '[|system|]You are kind.[|endofturn|]\n' }}{% endif %}"
+        "{{ '[|' + m.role + '|]' + m.content }}{{ '\n' if m.role == 'user' else '[|endofturn|]\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}",
+        _plain("[|endofturn|]"),
+        reasoning=False,
+        specials=("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+    ),
+    Habit(
+        "marks in square brackets, prompt closes the block unless it is to think",
+        "{%- for m in messages %}{%- if m.role == 'assistant' %}{{ '[|assistant|]\n' }}"
+        "{%- if loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{%- endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') + '[|endofturn|]\n' }}"
+        "{%- else %}{{ '[|' + m.role + '|]\n' + m.content + '[|endofturn|]\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '[|assistant|]\n<think>\n' }}"
+        "{%- if not enable_thinking %}{{ '\n</think>\n\n' }}{%- endif %}{%- endif %}",
+        _plain("[|endofturn|]"),
+        reasoning=False,
+        specials=("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+        added=("<think>", "</think>"),
+    ),
+    Habit(
+        "reasoning as a turn of its own, two tokens at the end",
+        "{{ '<|im_start|>tool_list\n<|im_end|>\n' }}{% for m in messages %}"
+        "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}"
+        "{{ '<|im_start|>assistant/think\n' + m.reasoning_content + '<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}"
+        "{{ '<|endofturn|>' if m.role == 'assistant' else '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}"
+        "{{ '/think\n' if force_reasoning else '\n' if skip_reasoning else '' }}{% endif %}",
+        lambda reasoning, content: (
+            (f"/think\n{reasoning}<|im_end|>\n<|im_start|>assistant\n" if reasoning else "\n")
+            + f"{content}<|im_end|><|endofturn|>"
+        ),
+        specials=("<|endofturn|>",),
+    ),
+    Habit(
+        "reasoning between marks, ended as an answer is",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.reasoning and loop.last %}"
+        "{{ '<|begin|>assistant<|think|>' + m.reasoning + '<|end|>' }}{% endif %}"
+        "{{ '<|begin|>assistant<|content|>' + m.content + '<|end|>' }}"
+        "{% else %}{{ '<|begin|>' + m.role + '<|content|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|begin|>assistant' }}{% endif %}",
+        lambda _, content: f"<|content|>{content}<|end|>",
+        reasoning=False,
+        specials=("<|begin|>", "<|think|>", "<|content|>", "<|end|>"),
+    ),
 )
 
 NAMES = [habit.name for habit in HABITS]

@@ -49,10 +49,15 @@ def is_dense(name: str) -> bool:
 
 
 def fp8_folders(
-    place: Path, family: str = "llama", block: tuple[int, int] | None = (20, 12)
+    place: Path,
+    family: str = "llama",
+    block: tuple[int, int] | None = (20, 12),
+    *,
+    make: Callable[[Path, str], Path] = model_folder,
 ) -> tuple[Path, Path]:
-    """A folder in fp8 and one with the same weights dequantised. Blocks do not divide the rows and columns evenly."""
-    base = model_folder(place / "base", family)
+    """A folder in fp8 and one with the same weights dequantised. Blocks do not divide the rows and columns evenly.
+    `make` writes the base."""
+    base = make(place / "base", family)
     config = {
         "quant_method": "fp8",
         "fmt": "e4m3",

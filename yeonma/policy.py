@@ -17,7 +17,6 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
 from yeonma.adapter.adapter_folder import BaseIdentity, base_identity, check_continued
 from yeonma.adapter.base_check import check_content
@@ -51,6 +50,7 @@ from yeonma.model.forest_support import attention, check_forest_support
 from yeonma.model.gradient_check import check_input_gradients
 from yeonma.model.kernels.elementwise import PLAIN, Kernels
 from yeonma.model.kernels.patch import KernelReport, patch_kernels, pick_kernels
+from yeonma.model.language_part import build_empty
 from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprobs, plain_head
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.packed_experts import pack_experts_on_meta
@@ -442,8 +442,7 @@ def blueprint(
     published = published_in(config.to_dict(), "base_model")
     load.remove_quantization(config)
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        base = build_empty(config, trust_remote_code, dtype=dtype)
         base.requires_grad_(False)
         base.published = published
         frozen = sum(parameter.numel() for parameter in base.parameters())

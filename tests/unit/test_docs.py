@@ -28,6 +28,7 @@ MAX_README_LINES = 150
 TRANSLATED: tuple[str, ...] = (
     "README",
     "docs/benchmarks",
+    "docs/choose",
     "docs/data",
     "docs/design",
     "docs/evaluate",
@@ -47,6 +48,7 @@ TRANSLATED: tuple[str, ...] = (
 OTHER_OPTIONS = {
     "allowed_origins",  # of vLLM
     # of pip, wsl, Slurm, torchrun, make's targets, and scripts in benchmarks/, tests/ and scripts/
+    "trace",  # of scripts/choose.py
     *("no_deps", "install", "ntasks_per_node", "nnodes", "node_rank", "max_model_len", "signals_to_handle"),
     *(
         "lr",
@@ -347,8 +349,9 @@ def test_every_korean_page_is_compared_with_its_english_one() -> None:
     assert korean == set(TRANSLATED)
 
 
-def test_tables_of_the_scale_page_equal_the_scripts_output() -> None:
+@pytest.mark.parametrize("script", ["choose", "scale"])
+def test_tables_of_a_page_equal_its_scripts_output(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, "scripts/scale.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, f"scripts/{script}.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr

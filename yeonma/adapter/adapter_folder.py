@@ -21,6 +21,7 @@ from yeonma.files import user_path
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
 from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
 from yeonma.model.base_content import VOLATILE, BaseContent, content_of
+from yeonma.model.language_part import absent_parameters
 from yeonma.model.peft_targets import as_peft_reads
 from yeonma.model.published import QUANTIZATION_KEYS, Published, quantization_of
 from yeonma.model.quantized import numbers_of
@@ -134,11 +135,12 @@ def stored_parameters(folder: Path) -> int:
 
 
 def base_identity(model: Any, source: BaseSource) -> BaseIdentity:
-    """The identity of a base model without an adapter. The name of a local folder is its absolute path."""
+    """The identity of a base model without an adapter. The name of a local folder is its absolute path. Towers that are
+    left out count as parameters."""
     return BaseIdentity(
         name=os.path.abspath(source.name) if Path(source.name).is_dir() else source.name,
         revision=getattr(model.config, "_commit_hash", None) or source.revision,
-        parameters=sum(numbers_of(parameter) for parameter in model.parameters()),
+        parameters=absent_parameters(model) + sum(numbers_of(parameter) for parameter in model.parameters()),
         config_sha256=config_hash(model.config, getattr(model, "published", None)),
     )
 

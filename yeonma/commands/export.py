@@ -11,6 +11,8 @@ from yeonma.export.llama_cpp_check import check_prompts, is_installed
 from yeonma.export.merged_model import MergePlan, check_output, merge, prepare_merge
 from yeonma.export.ollama_modelfile import modelfile
 from yeonma.files import delete, hidden_path, move_into_place, staging_folder
+from yeonma.model.language_part import multimodal_class
+from yeonma.model.load import load_config
 from yeonma.model.weight_files import weight_files
 from yeonma.shown import one_line, shell_word
 from yeonma.streams import say
@@ -44,6 +46,8 @@ def run(settings: ExportSettings) -> int:
         move_into_place(folder, output)
     for path in sorted(output.iterdir()):
         say(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    if multimodal_class(load_config(prompt_builder.source)) is not None:
+        say("the GGUF file holds the language model alone; its towers for images and sound are not exported")
     if settings.format == "ollama":
         name, file = shell_word(output.absolute().name.lower()), shell_word(str(output / "Modelfile"))
         say(f"ollama create {name} -f {file}")

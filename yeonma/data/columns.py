@@ -26,7 +26,9 @@ ABOUT_A_TEXT = (
 """Columns that may stand beside whole texts. Beside any other, `text` is taken for a field of a template."""
 HISTORY = "history"
 """Alpaca's column of earlier turns."""
-PROMPT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY, "context")
+MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+"""Columns of what the text of a prompt is about, and which is not text."""
+PROMPT_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, HISTORY, "context", *MEDIA_COLUMNS)
 """Columns that usually belong to the prompt: a built-in template that does not use them is no fit."""
 SIDE_COLUMNS = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, KWARGS_COLUMN)
 """Columns that are part of the prompt of a turn list without standing in the template."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from yeonma.config.loss_sum import LABEL_LOSSES, weighted_losses
 from yeonma.data.columns import (
+    MEDIA_COLUMNS,
     PROMPT_COLUMNS,
     WEIGHT_COLUMNS,
     WITH_TURNS,
@@ -205,6 +206,8 @@ def lost_columns(template: str, lost: Sequence[str], rows: str = "", better: str
     """
     held = f", and {'is' if len(lost) == 1 else 'are'} filled in {rows}" if rows else ""
     cure = f"give --template {better}" if better else f"write a template that has {{{lost[0]}}}"
+    if set(lost) <= set(MEDIA_COLUMNS):
+        cure = "Yeonma trains on text alone: leave out rows that need more"
     return UserError(
         f"the built-in template {template} does not use the column{'s' * (len(lost) > 1)} "
         f"{' and '.join(lost)}, which usually belong{'s' * (len(lost) == 1)} to the prompt{held}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
+from yeonma.adapter.adapter_folder import CHAT_TEMPLATE
 from yeonma.errors import UserError
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import add_lora_of, added_rows, load_weights, plain_layer
@@ -30,6 +31,11 @@ from yeonma.model.weight_files import INDEX, WEIGHTS, file_of, stored_tensors
 from yeonma.model.whole_weights import whole_tensors
 
 GENERATION = "generation_config.json"
+PROCESSOR_CHAT = "chat_template.json"
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    PROCESSOR_CHAT,
+)
 FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -98,7 +104,10 @@ def merge_by_shard(
     model = outline(config, source)
     if model is None:
         raise NeedsWholeModel("it cannot be built without its weights")
-    peft_model = _adapter_on(model, adapter)
+    stored = stored_tensors(files)
+    tensors = whole_tensors(files, published, transposed_weights(model))
+    renamed = _names_in_model(model, tensors)
+    peft_model = _adapter_on(model, adapter)  # changes the model's names
     layers = {
         f"{name.removeprefix('base_model.model.')}.weight": module
         for name, module in peft_model.named_modules()
@@ -106,13 +115,12 @@ def merge_by_shard(
     }
     writer = _ShardWriter(folder, max_shard_bytes)
     merged = set()
-    stored = stored_tensors(files)
-    for name, lazy in whole_tensors(files, published, transposed_weights(model)).items():
+    for name, lazy in tensors.items():
         tensor, is_whole = lazy[...], published is None or (name in stored and stored[name].dtype in FORMATS)
-        layer = layers.get(name)
+        layer = layers.get(renamed[name])
         if layer is not None:
             tensor = _merged(layer, tensor, name, source)
-            merged.add(name)
+            merged.add(renamed[name])
         writer.add(name, tensor if is_whole else tensor.to(dtype))
     if missing := sorted(layers.keys() - merged):
         raise NeedsWholeModel(f"its files have no {missing[0]}")
@@ -120,6 +128,24 @@ def merge_by_shard(
     remove_quantization(config)
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(str(folder))
+
+
+def _names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The names of tensors in files -> in the model, where transformers only renames what it reads: checkpoints for
+    images from before it had a common layout. Other names stay."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # earlier and later versions read the files in other ways
+        return {name: name for name in names}
+    entries = get_model_conversion_mapping(model)
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
+    own, result = model.state_dict(), dict[str, str]()
+    for name in sorted(names):
+        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        result[name] = renamed if converted is None and renamed in own else name
+    return result
 
 
 def _adapter_on(model: Any, adapter: str) -> Any:
@@ -210,6 +236,15 @@ def write_generation_config(source: BaseSource, folder: Path, stop_ids: Sequence
     ends += [number for number in stop_ids if number not in ends]
     content["eos_token_id"] = ends if len(ends) != 1 else ends[0]
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def copy_processor(source: BaseSource, folder: Path) -> None:
+    """Copies what a base's processor of images or sound reads. Its chat template is the tokenizer's, unless only
+    the processor has one."""
+    for name in PROCESSOR_FILES:
+        own = file_of(source, name)
+        if own is not None and not (name == PROCESSOR_CHAT and (folder / CHAT_TEMPLATE).is_file()):
+            shutil.copyfile(own, folder / name)
 
 
 def copy_code(source: BaseSource, folder: Path) -> None:

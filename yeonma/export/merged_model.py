@@ -29,6 +29,7 @@ from yeonma.adapter.adapter_folder import (
     save_tokenizer,
 )
 from yeonma.adapter.base_check import check_content
+from yeonma.adapter.base_licence import licence_note
 from yeonma.adapter.prompt_builder import PromptBuilder, open_prompt_builder
 from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
@@ -37,6 +38,7 @@ from yeonma.errors import Log, UserError
 from yeonma.export.merge_weights import (
     NeedsWholeModel,
     copy_code,
+    copy_processor,
     dtype_of,
     keep_config_keys,
     merge_by_shard,
@@ -47,6 +49,7 @@ from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model.adapter_weights import check_fits, load_adapter
+from yeonma.model.language_part import absent_parameters
 from yeonma.model.load import (
     load_base,
     load_config,
@@ -133,7 +136,7 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
     parameters = prompt_builder.adapter.base.parameters
     if model is not None:
         check_unquantised(prompt_builder.adapter, model, source)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = absent_parameters(model) + sum(parameter.numel() for parameter in model.parameters())
     if (
         published is not None or PUBLISHED not in prompt_builder.adapter.details
     ):  # else it is the unquantised model
@@ -260,6 +263,7 @@ def _write_model(plan: MergePlan, folder: Path, log: Log) -> None:
     write_generation_config(source, folder, stop_ids)
     copy_code(source, folder)
     _write_other_files(plan, folder)
+    copy_processor(source, folder)
 
 
 def _write_other_files(plan: MergePlan, folder: Path) -> None:
@@ -320,6 +324,7 @@ def _card(adapter: AdapterFolder, dequantised_from: str) -> str:
         *front_matter(head),
         f"{code(adapter.base.name)} with a LoRA adapter merged into it{about}.{dequantised_from}",
         "",
+        *licence_note(adapter.base.name),
     ]
     if adapter.has_template:
         lines += [

@@ -25,6 +25,7 @@ from yeonma.model.adapter_file import (
     read_header,
     some,
 )
+from yeonma.model.language_part import left_out
 from yeonma.model.peft_targets import exact_targets, read_config
 
 PREFIX = "base_model.model."
@@ -251,9 +252,13 @@ def _check_tensors(
     )
     own = {key: shape for key, shape in stored.items() if key not in copies}
     if own != expected and _as_peft_renames(peft_model, own, name) != expected:
-        raise UserError(
-            misfits(own, expected, str(user_path(folder) / WEIGHTS_FILE), _other_base(folder, peft_model))
-        )
+        cure = _other_base(folder, peft_model)
+        if left_out(peft_model):
+            cure += (
+                "; of a checkpoint that also reads images or sound, an adapter has to be on the language model alone, "
+                "with its names in the whole checkpoint"
+            )
+        raise UserError(misfits(own, expected, str(user_path(folder) / WEIGHTS_FILE), cure))
     return copies
 
 

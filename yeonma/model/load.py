@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from transformers.utils.hub import cached_file
 from yeonma.config.settings import Checkpointing, Quantization
 from yeonma.errors import Problem, UserError, first_line
 from yeonma.model.config_numbers import CURE
+from yeonma.model.language_part import build_empty, multimodal_class, without_towers
 from yeonma.model.native_tokenizers import (
     check_tokenizer_package,
     native_tokenizer_file,
@@ -199,10 +201,7 @@ def outline(config: Any, source: BaseSource) -> Any:
     """
     hide_loading_noise()
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                deepcopy(config), trust_remote_code=source.trust_remote_code
-            )
+        return build_empty(config, source.trust_remote_code)
     except Exception:  # if something is wrong, loading the weights will report it
         return None
 
@@ -221,8 +220,7 @@ def _check_size(config: Any, source: BaseSource) -> None:
 def _check_can_be_built(config: Any, source: BaseSource) -> None:
     """Raises UserError if no model can be built from the config."""
     try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=source.trust_remote_code)
+        build_empty(config, source.trust_remote_code)
     except Exception as error:
         reason = first_line(error) or type(error).__name__
         place = str(Path(source.name) / "config.json") if Path(source.name).is_dir() else source.name
@@ -269,6 +267,7 @@ def load_base(
 ) -> Any:
     """The frozen base model, in eval mode. Its attribute `published` says how its files are quantised, or is None.
 
+    Of a checkpoint that also reads images or sound, the language model alone is loaded, unless `whole`.
     Weights that bitsandbytes packed stay packed, unless `whole`; those of other kinds are dequantised as they are read.
     Without a `device` the model stays on the CPU as transformers loads it, unchecked for NaN: for sharding, which does
     not support quantised weights. Raises UserError for weights that are truncated, unreachable, missing, of another
@@ -294,12 +293,18 @@ def load_base(
         options["quantization_config"] = bnb_config
     try:
         if published is None or packed:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            found = multimodal_class(model_config)
+            reading_class: Any = found or AutoModelForCausalLM
+            if found is not None and not whole:
+                reading_class = without_towers(found)
+            loaded: Any = reading_class.from_pretrained(
                 source.name, config=model_config, revision=source.revision, use_safetensors=True, **options
             )
+            if found is not None:
+                loaded[0].__class__ = found
         else:
             loaded = _load_dequantised(
-                source, model_config, published, options, pack_experts=quantization != "none"
+                source, model_config, published, options, pack_experts=quantization != "none", whole=whole
             )
     except SafetensorError as error:
         raise UserError(
@@ -337,10 +342,16 @@ def _cast_whole_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def _load_dequantised(
-    source: BaseSource, config: Any, published: Published, options: Mapping[str, Any], *, pack_experts: bool
+    source: BaseSource,
+    config: Any,
+    published: Published,
+    options: Mapping[str, Any],
+    *,
+    pack_experts: bool,
+    whole: bool,
 ) -> tuple[Any, Any]:
     """Loads a model from the whole weights that its files stand for, each as it is needed, and quantises them again if
-    `options` say so. `pack_experts`: hold experts in MXFP4 as they are."""
+    `options` say so. `pack_experts`: hold experts in MXFP4 as they are. `whole`: with its towers."""
     empty = outline(config, source)
     if empty is None:
         what = f"its weights are {published}, and it cannot be built without them"
@@ -350,11 +361,12 @@ def _load_dequantised(
     tensors = whole_tensors(files, published, transposed_weights(empty), pack_experts=pack_experts)
     plain = deepcopy(config)
     remove_quantization(plain)
-    reading_class = packing_class(model_class) if pack_experts else model_class
+    reading_class = model_class if whole or multimodal_class(config) is None else without_towers(model_class)
+    reading_class = packing_class(reading_class) if pack_experts else reading_class
     loaded: tuple[Any, Any] = reading_class.from_pretrained(None, config=plain, state_dict=tensors, **options)
     model = loaded[0]
+    model.__class__ = model_class
     if pack_experts:
-        model.__class__ = model_class
         hold_packed_experts(model)
     model.name_or_path = model.config.name_or_path = source.name
     with suppress(OSError, ValueError):
@@ -457,6 +469,7 @@ def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> N
 def hide_loading_noise() -> None:
     """Hide the progress bar of loading weights, but not of downloads, and warnings about PEFT's internals."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_towers)
     if os.environ.get("RANK", "0") == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -467,6 +480,11 @@ def hide_loading_noise() -> None:
     warnings.filterwarnings(
         "ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning
     )
+
+
+def _is_not_about_towers(record: logging.LogRecord) -> bool:
+    """Not the warning that a tower which is left out could not be asked about implementations of attention."""
+    return "without finding the associated sub-model" not in str(record.msg)
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:

@@ -10,7 +10,7 @@ gives the same logits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from yeonma.errors import UserError, brief
 from yeonma.model.adapter_config import read_adapter_config
+from yeonma.model.language_part import left_out_paths
 from yeonma.model.name_patterns import is_name, names_of
 from yeonma.model.targets import ALL_LINEAR, TargetLayer, module_paths, target_layers
 
@@ -31,8 +32,8 @@ def target_fields(
     A parameter that holds several matrices of the base's files gets as many times the rank, with the same scale.
     """
     modules = [layer.path for layer in reached if layer.kind == "linear"]
-    paths = [path for path, _ in model.named_modules()]
-    by_name = [path for path in paths if any(f".{path}".endswith(f".{name}") for name in names)]
+    paths = [*(path for path, _ in model.named_modules()), *left_out_paths(model)]
+    by_name = [path for path in paths if _is_named(path, names)]
     fused = {layer.leaf: len(layer.in_files) for layer in reached if len(layer.in_files) > 1}
     linear = {path.rpartition(".")[2] for path in modules}
     ranks = {rf".*\.{'experts.' * (leaf in linear)}{re.escape(leaf)}": count for leaf, count in fused.items()}
@@ -43,6 +44,11 @@ def target_fields(
         "rank_pattern": {key: r * count for key, count in ranks.items()},
         "alpha_pattern": {key: alpha * count for key, count in ranks.items()},
     }
+
+
+def _is_named(path: str, names: Iterable[str]) -> bool:
+    """Whether PEFT takes a module for a target by one of these names."""
+    return any(f".{path}".endswith(f".{name}") for name in names)
 
 
 def _shortest(paths: Sequence[str], every: Sequence[str]) -> list[str]:
@@ -74,13 +80,17 @@ def as_peft_reads(model: Any, config: Any) -> Iterator[None]:
     moved = _moved_by_peft(model, config)
     if moved:
         linear = [layer.path for layer in target_layers(model) if layer.kind == "linear"]
-        paths = [path for path in linear if any(f".{path}".endswith(f".{name}") for name in moved)]
+        paths = [path for path in linear if _is_named(path, moved)]
         config.target_modules = sorted(set(config.target_modules) - moved)
         config.target_parameters = [
             *(config.target_parameters or []),
             *sorted(f"{path}.weight" for path in paths),
         ]
         config.lora_dropout = 0.0  # PEFT has none for parameters; it matters in training only
+    names = set(config.target_modules or ())
+    if any(_is_named(path, names) for path in left_out_paths(model)):  # PEFT would adapt the towers too
+        linear = [layer.path for layer in target_layers(model) if layer.kind == "linear"]
+        config.target_modules = sorted(path for path in linear if _is_named(path, names))
     try:
         yield
     finally:

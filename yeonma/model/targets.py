@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.model.language_part import left_out, left_out_paths
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"
@@ -247,6 +248,8 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
             if layer not in reached and 0 < len(lacking) < len(way):
                 half = _half(way, lacking)
                 halves[half.what] = half
+    if left_out(model):
+        problems += [_beside_text(layer) for layer in reached if layer.part in (VISION, AUDIO, PROJECTOR)][:1]
     if problems or halves:
         raise UserError([*problems, *halves.values()])
     if not reached:
@@ -316,6 +319,11 @@ def _half(way: Sequence[str], lacking: Sequence[str]) -> Problem:
     return Problem(what, PLACE, f"name {without[0]} too, or use --lora_experts false")
 
 
+def _beside_text(layer: TargetLayer) -> Problem:
+    what = f"it reaches {layer.path} in the {layer.part}, through which text never passes"
+    return Problem(what, PLACE, "leave it out: an adapter trained on text reaches the language model alone")
+
+
 def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
     """The problem of a name that reaches nothing."""
     for layer in every:
@@ -323,6 +331,11 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
             key = next(part for part in layer.path.split(".") if part in layer.keys)
             what = f'"{name}" is only in the {layer.part}, which an adapter reaches by its own name alone'
             return Problem(what, PLACE, f"write {key}.*.{layer.leaf}, or {key} for all of it")
+    if any(_matches(name, path) for path in left_out_paths(model)):
+        what = f'"{name}" is in a tower for images or sound, through which text never passes'
+        return Problem(
+            what, PLACE, "leave it out: an adapter trained on text reaches the language model alone"
+        )
     for path, module in _modules(model).items():
         if path and _matches(name, path) and not list(module.children()):
             what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,11 +17,17 @@ _PLACE = "chat template"
 
 def shape_of(chat: Chat) -> AnswerShape:
     """What training makes a model write around reasoning and content."""
-    shape = AnswerShape(chat.tags, marks=tuple(sorted(chat.habits.marks)))
+    shape, after = AnswerShape(chat.tags, marks=tuple(sorted(chat.habits.marks))), ""
     with suppress(UserError):
         answer = _answer(chat, {"role": "assistant", "content": _CONTENT})
         start, end = answer.content
-        shape = replace(shape, lead=answer.text[:start], trail=_generated(chat, answer.text[end:]))
+        shape, after = replace(shape, lead=answer.text[:start]), answer.text[end:]
+    shape = _with_parts_of_reasoning(chat, shape)
+    return replace(shape, trail=_generated(chat, after, shape.texts))
+
+
+def _with_parts_of_reasoning(chat: Chat, shape: AnswerShape) -> AnswerShape:
+    """The shape with what the chat template writes before reasoning and between it and the content."""
     if (message := _with_reasoning(chat)) is None:
         return shape
     with suppress(UserError):
@@ -41,7 +48,8 @@ def frame_of(chat: Chat, before: str, after: str) -> tuple[str, str]:
     except UserError:
         return before, after
     start, _, end = text.partition(_CONTENT)
-    return start.removeprefix(shape_of(chat).lead), _generated(chat, end)
+    shape = shape_of(chat)
+    return start.removeprefix(shape.lead), _generated(chat, end, shape.texts)
 
 
 def _with_reasoning(chat: Chat) -> ChatMessage | None:
@@ -60,8 +68,9 @@ def _answer(chat: Chat, message: ChatMessage) -> ChatAnswer:
     return chat.answer(conversation, prompt, _PLACE)
 
 
-def _generated(chat: Chat, after: str) -> str:
-    """What of the text after a content is in a generated text: without special tokens, up to the one that ends it."""
+def _generated(chat: Chat, after: str, shown: Sequence[str]) -> str:
+    """What of the text after a content is in a generated text, up to the token that ends it. Of special tokens it has
+    those that stand in the texts `shown`."""
     if chat.encoder.control is None:
         return after
     ends, text, position = {chat.end_id(), chat.encoder.eos_id}, "", 0
@@ -71,6 +80,6 @@ def _generated(chat: Chat, after: str) -> str:
         token_id = chat.encoder.token_id(mark[0])
         if token_id in ends:
             return text
-        if token_id not in chat.encoder.special_text:
+        if token_id not in chat.encoder.special_text or any(mark[0] in text for text in shown):
             text += mark[0]
     return text + after[position:]

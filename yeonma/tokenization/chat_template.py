@@ -170,6 +170,7 @@ class Chat:
         if whole.startswith(prompt):
             answer = self._located(whole[len(prompt) :], reasoning, content, calls)
             if answer is not None:
+                self._check_end(answer, place)
                 return answer
         if reasoning and tags is None:
             raise UserError(
@@ -207,7 +208,21 @@ class Chat:
                 place=place,
                 cure="use a model whose chat template does, or write it as the turn's text",
             )
+        self._check_end(answer, place)
         return answer
+
+    def _check_end(self, answer: ChatAnswer, place: str) -> None:
+        """Raises UserError if reasoning ends with the token that ends the answer: generation would stop there."""
+        if self.encoder.control is None or not answer.ended or answer.reasoning == (0, 0):
+            return
+        end = self.encoder.control.findall(answer.text)[-1]
+        if end in answer.text[answer.reasoning[1] : answer.content[0]]:
+            raise UserError(
+                f"the model's chat template ends reasoning with {end}, which also ends an answer: generation would "
+                "stop before the answer",
+                place=place,
+                cure="leave reasoning out with --thinking drop",
+            )
 
     def _cure_of_closed(self, conversation: Conversation, tags: ThinkTags) -> str:
         """How the chat template leaves the think block open in the prompt, by trial of the usual arguments."""

@@ -16,6 +16,7 @@ from yeonma.batch.plan import Plan
 from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import Log
 from yeonma.model import load
+from yeonma.model.language_part import absent_parameters
 from yeonma.model.quantized import multiplies_fp8
 from yeonma.model.sharding import is_sharded, local_weight_bytes
 from yeonma.model.targets import Coverage, coverage
@@ -98,7 +99,7 @@ def load_model(
     if policy.support.why_not:
         log(f"one sequence at a time, because {policy.support.why_not}")
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-    frozen = policy.base.parameters
+    frozen = policy.base.parameters - absent_parameters(base)
     log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
     reached = coverage(base)
     log(f"adapter on {reached}")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yeonma.adapter.adapter_folder import CHAT_TEMPLATE, PUBLISHED, AdapterFolder, read_adapter_folder
+from yeonma.adapter.base_licence import licence_note
 from yeonma.adapter.lora_ranks import highest_rank, lora_config, vllm_rank
 from yeonma.adapter.prompt_builder import NO_LIMIT
 from yeonma.adapter.samples import prompts_of
@@ -20,6 +21,7 @@ from yeonma.data.rows import Row
 from yeonma.data.template import Rendered, answer_text
 from yeonma.errors import UserError
 from yeonma.generation.sampling import SamplingParams
+from yeonma.model.language_part import left_out
 from yeonma.model.load import eos_tokens
 from yeonma.model.position_limits import model_positions
 from yeonma.policy import Policy
@@ -34,6 +36,8 @@ from yeonma.tokenization.example_encoder import encode_prompt
 MAX_NEW_TOKENS = 128
 MAX_CHARACTERS = 600
 """Of a prompt or an answer on the card."""
+PLAIN_PEFT = "peft.AutoPeftModelForCausalLM.from_pretrained(folder)"
+"""How PEFT alone loads an adapter with its base."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,24 @@ def write_card(
     """
     samples = sample_answers(policy, tokenizer, dataset, rows) if rows else []
     metrics = read_metrics(output / "metrics.jsonl")
-    text = card_text(output, samples, metrics, command, adapter_step, dataset.task.units, remarks)
+    text = card_text(
+        output,
+        samples,
+        metrics,
+        command,
+        adapter_step,
+        dataset.task.units,
+        remarks,
+        plain_peft=_plain_peft(policy.transformers_model),
+    )
     write_text_atomically(output / "README.md", text)
+
+
+def _plain_peft(base: Any) -> str:
+    """How PEFT alone loads an adapter of this base: a checkpoint that also reads images by its own class."""
+    if not left_out(base):
+        return PLAIN_PEFT
+    return f"peft.PeftModel.from_pretrained(transformers.{type(base).__name__}.from_pretrained(base), folder)"
 
 
 def sample_answers(policy: Policy, tokenizer: Any, dataset: Dataset, count: int) -> list[Sample]:
@@ -166,6 +186,7 @@ def card_text(
     adapter_step: int,
     units: str,
     remarks: Sequence[str] = (),
+    plain_peft: str = PLAIN_PEFT,
 ) -> str:
     adapter = read_adapter_folder(output)
     trained_on = adapter.details["trained_on"]
@@ -189,6 +210,7 @@ def card_text(
         f"{trained_on['left_out']:,} left out.",
         "",
         *_published(adapter),
+        *licence_note(adapter.base.name),
     ]
     lines += _lora(adapter.details.get("lora"))
     if faults := trained_on.get("bad_rows"):
@@ -223,7 +245,7 @@ def card_text(
         "",
         *code_block(f"yeonma generate {folder} --data_path rows.jsonl\nyeonma chat {folder}"),
         "",
-        "The folder is also a plain PEFT adapter: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)`.",
+        f"The folder is also a plain PEFT adapter: {code(plain_peft)}.",
         "",
         *vllm_lines(output, adapter.base.name),
         "## Command",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from yeonma.model.language_part import multimodal_class
 from yeonma.model.position_limits import length_borders
 from yeonma.model.train_mode import base_noise
 from yeonma.tokenization.dataset import Dataset
@@ -13,7 +14,17 @@ from yeonma.tokenization.dataset import Dataset
 
 def model_remarks(config: Any, dataset: Dataset) -> list[str]:
     """One line each, for the start of a run, `yeonma inspect` and the model card. `config`: the base model's."""
-    return [*_frequencies(config, dataset), *_noise_off(config)]
+    return [*_language_part(config), *_frequencies(config, dataset), *_noise_off(config)]
+
+
+def _language_part(config: Any) -> list[str]:
+    found = multimodal_class(config)
+    if found is None:
+        return []
+    return [
+        f"{found.__name__} reads more than text: its language model alone is loaded, trained and gets the adapter; "
+        "its towers for images and sound stay as they are, also in a merged model"
+    ]
 
 
 def _frequencies(config: Any, dataset: Dataset) -> list[str]:

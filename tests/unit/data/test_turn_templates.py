@@ -211,3 +211,14 @@ def test_faulty_keys_of_a_turn_are_errors_with_their_place(turn: dict[str, Any],
     with pytest.raises(UserError) as raised:
         load_template("chat").render(row(messages=[turn, ASK, REPLY]))
     assert str(raised.value).startswith(f"data:1: {message}")
+
+
+def test_a_built_in_template_does_not_pass_over_images() -> None:
+    values = {"messages": [ASK, REPLY], "images": ["a.png"]}
+    with pytest.raises(UserError, match="does not use the column images") as error:
+        choice_of(values)
+    assert "Yeonma trains on text alone: leave out rows that need more; or give --template chat" in str(
+        error.value
+    )
+    assert choose_template(ANSWERS, "chat", rows(values), None).unused == ("images",)
+    assert choice_of({**values, "images": []}).template.name == "chat"

@@ -349,6 +349,7 @@ def test_generated_text_is_split_into_reasoning_and_answer(habit: Habit) -> None
         text = habit.written(reasoning, content)
         for stop in tokens.stop_ids:
             text = text.removesuffix(tokenizer.decode([stop]))
+        text = text.removesuffix(tokens.shape.trail)
         is_open = tokens.shape.opens(prompt)
         parts = tokens.shape.parts(text, is_open=is_open)
         assert (parts.reasoning or None, parts.content) == (reasoning, content), end
@@ -405,3 +406,16 @@ def test_a_block_that_is_never_closed_is_an_error(habit: Habit) -> None:
         pytest.skip("the template does not know this block")
     with pytest.raises(UserError, match=r"data:1: .* begins with <think> and has no </think>"):
         examples_of(habit, [user("A or B?"), assistant("<think>hm, B.")])
+
+
+def test_reasoning_that_ends_as_an_answer_does_is_refused() -> None:
+    habit = next(habit for habit in HABITS if habit.name == "reasoning between marks, ended as an answer is")
+    turns = [user("2+2?"), assistant("4", reasoning_content="R")]
+    with pytest.raises(
+        UserError, match=r"ends reasoning with <\|end\|>, which also ends an answer"
+    ) as raised:
+        examples_of(habit, turns)
+    assert raised.value.problems[0].place == "data:1"
+    assert "--thinking drop" in str(raised.value)
+    (dropped,) = examples_of(habit, turns, TokenRules(cutoff_len=4096, thinking="drop"))
+    check(habit, dropped, prompt_text(habit, turns[:1]), habit.written(None, "4"))

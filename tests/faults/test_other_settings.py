@@ -85,6 +85,8 @@ CHANGES: dict[str, Change] = dict(
         refused("lora_dropout", 0.1),
         refused("lora_target_modules", ["q_proj"]),
         refused("lora_experts", False),
+        refused("lora_layers", "0"),
+        refused("exclude_modules", ["down_proj"]),
         refused("use_rslora", True),
         refused("use_dora", True),
         # StepSettings

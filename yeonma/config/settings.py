@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from yeonma.config.layer_ranges import RANGES_EXAMPLE, layer_ranges
 from yeonma.config.loss_sum import SUM_EXAMPLE, LossName, weighted_losses
 
 LrScheduler = Literal[
@@ -178,6 +179,12 @@ class LoraSettings:
     """Layers to adapt: `all-linear`, or names such as `[gate_proj, down_proj, up_proj]`. A name is the end of a layer's path, a module (`shared_experts`) or a pattern with `*`. all-linear is every linear layer of the language model but routers and the head. Routers, the head, and vision and audio towers need their own name: `gate`, `lm_head`, `vision_tower.*`."""
     lora_experts: bool = True
     """Whether `all-linear`, and names that routed experts share with other layers, also adapt the routed experts of a mixture of experts. A name of their own, such as `experts`, reaches them anyway."""
+    lora_layers: list[int] | int | str | None = field(
+        default=None, metadata={**NOT_NEGATIVE, "check": layer_ranges, "also": RANGES_EXAMPLE}
+    )
+    """Adapt only these layers of the language model, counted from 0: `0-11`, or `0-3,8,10-`. The head and towers, which their own names reach, are not among them. By default, all layers."""
+    exclude_modules: list[str] | str | None = None
+    """Layers to leave without an adapter, although `lora_target_modules` reaches them: names in the same forms."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False

@@ -55,7 +55,8 @@ from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import check_numbers
 from yeonma.model.source import find_base as find_base
-from yeonma.model.targets import TargetLayer, adapted, resolve
+from yeonma.model.target_choice import TargetChoice, chosen_layers
+from yeonma.model.targets import TargetLayer, adapted
 from yeonma.model.weight_files import file_of, weight_files
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
@@ -492,14 +493,21 @@ class LoraShape:
     use_dora: bool = False
     experts: bool = True
     """Whether `all-linear`, and names that routed experts share with other layers, reach routed experts."""
+    layers: Sequence[int] | int | str | None = None
+    """Numbers of layers, as the setting `lora_layers` has them."""
+    exclude: Sequence[str] | str | None = None
+    """Names of layers that get no adapter."""
+
+    @property
+    def choice(self) -> TargetChoice:
+        return TargetChoice(self.target_modules, self.experts, self.layers, self.exclude)
 
 
 def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     """A PeftModel with a new adapter in float32, initialised from `seed`. Raises UserError for unknown targets."""
     from peft import LoraConfig, get_peft_model
 
-    names = [shape.target_modules] if isinstance(shape.target_modules, str) else list(shape.target_modules)
-    reached = resolve(model, names, experts=shape.experts)
+    reached = chosen_layers(model, shape.choice)
     check_not_adapted(model, reached)
     _check_parameters(reached, shape)
     torch.manual_seed(seed)
@@ -511,7 +519,7 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
             use_rslora=shape.use_rslora,
             use_dora=shape.use_dora,
             task_type="CAUSAL_LM",
-            **target_fields(model, reached, names, shape.r, shape.alpha),
+            **target_fields(model, reached, shape.choice.names, shape.r, shape.alpha),
         )
         with exact_targets():
             peft_model: Any = get_peft_model(model, config)

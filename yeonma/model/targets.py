@@ -25,6 +25,7 @@ from yeonma.errors import Problem, UserError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"
+EXCLUDED = "exclude_modules"
 ATTENTION, MLP, DENSE_MLP, RECURRENT = "attention", "MLP", "dense MLP", "recurrent layers"
 SHARED, ROUTED, ROUTER = "shared experts", "routed experts", "router"
 VISION, AUDIO, PROJECTOR, HEAD, OTHER = (
@@ -310,23 +311,50 @@ def _mentions(name: str, keys: frozenset[str]) -> bool:
     return any(fnmatchcase(key, part) for key in keys for part in parts)
 
 
-def _half(way: Sequence[str], lacking: Sequence[str]) -> Problem:
+def excluded_layers(model: Any, names: Sequence[str]) -> set[TargetLayer]:
+    """The layers that names exclude, in the forms that `resolve` takes; routed experts in one parameter, if all that it
+    holds is named. Raises UserError that lists all names which no layer has."""
+    every = target_layers(model)
+    excluded, matched, halves = set[TargetLayer](), set[str](), dict[str, Problem]()
+    for layer in every:
+        for way in _spellings(layer, every):
+            by_path = {path: {name for name in names if _matches(name, path)} for path in way}
+            matched.update(*by_path.values())
+            lacking = [path for path, matching in by_path.items() if not matching]
+            if not lacking:
+                excluded.add(layer)
+            elif len(lacking) < len(way):
+                half = _half(way, lacking, EXCLUDED, "leave out the other")
+                halves[layer.path] = half
+    problems = [_unknown(name, model, every, EXCLUDED) for name in names if name not in matched]
+    halves = {path: half for path, half in halves.items() if path not in {one.path for one in excluded}}
+    if problems or halves:
+        raise UserError([*problems, *dict.fromkeys(halves.values())])
+    return excluded
+
+
+def _half(
+    way: Sequence[str],
+    lacking: Sequence[str],
+    place: str = PLACE,
+    otherwise: str = "use --lora_experts false",
+) -> Problem:
     names, without = ([path.rpartition(".")[2] for path in paths] for paths in (way, lacking))
     what = f"the routed experts hold {' and '.join(names)} in one parameter, and {without[0]} is not named"
-    return Problem(what, PLACE, f"name {without[0]} too, or use --lora_experts false")
+    return Problem(what, place, f"name {without[0]} too, or {otherwise}")
 
 
-def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
+def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = PLACE) -> Problem:
     """The problem of a name that reaches nothing."""
-    for layer in every:
+    for layer in every if place == PLACE else ():
         if _matches(name, layer.path) and layer.part in BY_NAME:
             key = next(part for part in layer.path.split(".") if part in layer.keys)
             what = f'"{name}" is only in the {layer.part}, which an adapter reaches by its own name alone'
-            return Problem(what, PLACE, f"write {key}.*.{layer.leaf}, or {key} for all of it")
+            return Problem(what, place, f"write {key}.*.{layer.leaf}, or {key} for all of it")
     for path, module in _modules(model).items():
         if path and _matches(name, path) and not list(module.children()):
             what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
-            return Problem(what, PLACE, "leave it out")
+            return Problem(what, place, "leave it out")
     own = [layer for layer in every if layer.part not in (VISION, AUDIO, PROJECTOR)]
     fused = {layer.leaf: layer.in_files for layer in own if layer.kind == "experts"}
     leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))
@@ -338,8 +366,8 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
         ]
         what += f"; its routed experts are {' and '.join(listed)}"
         if name in _BOTH and "gate_up_proj" in fused:
-            return Problem(what, PLACE, "use gate_up_proj, or all-linear")
-    return Problem(what, PLACE, did_you_mean(name, leaves) or "or use all-linear")
+            return Problem(what, place, "use gate_up_proj, or all-linear")
+    return Problem(what, place, did_you_mean(name, leaves) or "or use all-linear")
 
 
 # what has an adapter

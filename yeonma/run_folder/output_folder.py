@@ -51,6 +51,8 @@ EARLIER_DEFAULTS = {
     "quantization": "none",
     "optimizer": "adamw",
     "lora_experts": True,
+    "lora_layers": None,
+    "exclude_modules": None,
     "token_loss": "nll",
     "discopop_tau": 0.05,
     "f_divergence": "reverse_kl",

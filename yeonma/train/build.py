@@ -143,6 +143,8 @@ def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, A
         "dropout": lora.lora_dropout,
         "target_modules": lora.lora_target_modules,
         "experts": lora.lora_experts,
+        "layers": lora.lora_layers,
+        "exclude": lora.exclude_modules,
         "on": str(reached),
     }
 

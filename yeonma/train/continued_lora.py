@@ -28,6 +28,10 @@ class AdapterLora:
     """Names of its target modules and parameters; None if they are a regular expression of PEFT's."""
 
 
+CHOICE = ("lora_target_modules", "lora_experts", "lora_layers", "exclude_modules")
+"""Settings that choose layers: in other words they may still reach the same."""
+
+
 def adapter_lora(folder: str) -> AdapterLora:
     """Reads adapter_config.json, and yeonma.json if there is one. Raises UserError if PEFT could not read it."""
     path = user_path(folder)
@@ -37,6 +41,7 @@ def adapter_lora(folder: str) -> AdapterLora:
             _recorded(json.loads((path / MANIFEST).read_text("utf-8"))) if (path / MANIFEST).is_file() else {}
         )
         modules = config.get("target_modules") or []
+        excluded = config.get("exclude_modules")
         targets = None if isinstance(modules, str) else (*modules, *(config.get("target_parameters") or []))
         settings = LoraSettings(
             lora_r=int(config["r"]),
@@ -44,6 +49,8 @@ def adapter_lora(folder: str) -> AdapterLora:
             lora_dropout=own.get("dropout", config.get("lora_dropout", 0.0)),
             lora_target_modules=own.get("target_modules", modules if targets is None else sorted(targets)),
             lora_experts=own.get("experts", LoraSettings.lora_experts),
+            lora_layers=own.get("layers", config.get("layers_to_transform")),
+            exclude_modules=own.get("exclude", None if isinstance(excluded, str) else excluded),
             use_rslora=bool(config.get("use_rslora", False)),
             use_dora=bool(config.get("use_dora", False)),
         )
@@ -108,7 +115,7 @@ def follow_adapter(config: RunConfig, continued: str | None) -> RunConfig:
     if continued is None:
         return config
     own = asdict(adapter_lora(continued).settings)
-    kept = {"lora_dropout", "lora_target_modules", "lora_experts"} & config.given
+    kept = {"lora_dropout", *CHOICE} & config.given
     return replace(
         config, lora=LoraSettings(**{**own, **{name: getattr(config.lora, name) for name in kept}})
     )

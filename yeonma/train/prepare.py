@@ -36,7 +36,8 @@ from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_settings, published_in
 from yeonma.model.quantized import check_layers
-from yeonma.model.targets import PLACE, Coverage, adapted, coverage, resolve
+from yeonma.model.target_choice import chosen_layers
+from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
@@ -258,6 +259,8 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
         lora.use_rslora,
         lora.use_dora,
         lora.lora_experts,
+        lora.lora_layers,
+        lora.exclude_modules,
     )
 
 
@@ -286,11 +289,10 @@ def check_adapter(
         peft_model = load.add_lora(model, lora_shape(config.lora), seed=0)
         trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
         return trained, coverage(model)
-    targets, own = config.lora.lora_target_modules, adapter_lora(continued).settings.lora_target_modules
+    choice, own = lora_shape(config.lora).choice, lora_shape(adapter_lora(continued).settings).choice
     asked = None
-    if targets != own:  # other words, which may still mean the same
-        names = [targets] if isinstance(targets, str) else targets
-        asked = {layer.adapted for layer in resolve(model, names, experts=config.lora.lora_experts)}
+    if choice != own:  # other words, which may still mean the same
+        asked = {layer.adapted for layer in chosen_layers(model, choice)}
     if (count := added_rows(model, read_header(continued))) > 0:
         what = f"it has {count} tokens of its own, which a run cannot continue"
         raise UserError(what, place=continued, cure="merge it with `yeonma merge`, and train on the result")
@@ -298,7 +300,8 @@ def check_adapter(
     reached = coverage(model)
     if asked is not None and asked != adapted(model):
         what = f"it reaches other layers than the adapter in {continued} has ({reached})"
-        raise UserError(what, place=PLACE, cure=CURE)
+        place = next(name for name, value in asdict(choice).items() if value != getattr(own, name))
+        raise UserError(what, place=place, cure=CURE)
     return adapters.stored_parameters(Path(continued)), reached
 
 

@@ -99,6 +99,7 @@ CHANGES: dict[str, Change] = dict(
         refused("learning_rate", 1e-3),
         refused("token_loss", "dft", "token_loss"),
         refused("optimizer", "adamw_8bit", "optimizer adamw_8bit: "),  # it needs CUDA; see the last test
+        refused("loraplus_ratio", 16),
         refused("lr_scheduler", "linear"),
         refused("lr_scheduler_kwargs", {"num_cycles": 2}),
         refused("warmup_steps", 2),

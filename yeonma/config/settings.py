@@ -75,6 +75,7 @@ NOT_NEGATIVE = {"range": Range(at_least=0, limit=10**9)}
 POSITIVE = {"range": Range(above=0, limit=10**9)}
 FRACTION = {"range": Range(at_least=0, at_most=1)}
 DECAY = {"range": Range(at_least=0, below=1)}
+RATIO = {"range": Range(at_least=1, limit=10**6)}
 SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
 PORT = {"range": Range(at_least=0, at_most=65535)}
 
@@ -221,6 +222,8 @@ class StepSettings:
     """Loss of a token in supervised fine-tuning. nll: its negative log-likelihood. dft: that times the token's own probability, without gradient (Dynamic Fine-Tuning, Wu et al. 2025, arXiv:2508.05629). Evaluations always use nll."""
     optimizer: Optimizer = "adamw"
     """adamw, adamw_8bit (both moments in 8 bits; Dettmers et al. 2021, arXiv:2110.02861), or paged_adamw_8bit, whose state the GPU can page out. The 8-bit optimizers need bitsandbytes and a GPU."""
+    loraplus_ratio: float | None = field(default=None, metadata=RATIO)
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): matrix B of the adapter learns at this many times the learning rate of A, which is `learning_rate`. The paper uses 16. By default, both learn alike."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
     adam_beta1: float = field(default=0.9, metadata=DECAY)

@@ -87,6 +87,7 @@ CHANGES: dict[str, Change] = dict(
         refused("lora_experts", False),
         refused("lora_layers", "0"),
         refused("exclude_modules", ["down_proj"]),
+        refused("new_tokens", ["<new>"]),
         refused("use_rslora", True),
         refused("use_dora", True),
         # StepSettings

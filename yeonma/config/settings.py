@@ -186,6 +186,8 @@ class LoraSettings:
     """Adapt only these layers of the language model, counted from 0: `0-11`, or `0-3,8,10-`. The head and towers, which their own names reach, are not among them. By default, all layers."""
     exclude_modules: list[str] | str | None = None
     """Layers to leave without an adapter, although `lora_target_modules` reaches them: names in the same forms."""
+    new_tokens: list[str] | str | None = None
+    """Tokens to add to the tokenizer, as a list such as `[<a>, <b>]` or a file with one a line. Only their rows of the embedding and the head are trained, beside the adapter; they begin as the mean of all rows."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False

@@ -125,7 +125,7 @@ def merge_by_shard(
 def _adapter_on(model: Any, adapter: str) -> Any:
     """The adapter with its weights on a base without. PEFT alone would put the adapter on the meta device too."""
     header = read_header(adapter)
-    if added_rows(model, header):
+    if added_rows(model, adapter, header):
         raise NeedsWholeModel("the adapter has tokens of its own")
     peft_model = add_lora_of(model, adapter, header=header)
     if any(hasattr(module, "original_module") for module in peft_model.modules()):

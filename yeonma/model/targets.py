@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import Problem, UserError, did_you_mean
+from yeonma.model.token_rows import trained_rows
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"
@@ -95,7 +96,8 @@ class TargetLayer:
 
 def _own(path: str) -> str:
     """A path in the model with an adapter -> the path in the model without."""
-    return ".".join(part for part in path.split(".") if part not in ("base_layer", "original_module"))
+    wrappers = ("base_layer", "original_module", "token_adapter")
+    return ".".join(part for part in path.split(".") if part not in wrappers)
 
 
 def _modules(model: Any) -> dict[str, nn.Module]:
@@ -117,8 +119,7 @@ def target_layers(model: Any) -> list[TargetLayer]:
     """All target layers of a transformers model, with or without adapters, in the order of the model."""
     modules = _modules(model)
     head = model.get_output_embeddings()
-    inner = getattr(head, "get_base_layer", lambda: head)()
-    heads = {path for path, module in modules.items() if module is inner or module is head}
+    heads = {_own(path) for path, module in model.named_modules() if module is head}
     names_in_files = _names_in_files(model)
     found = list(_target_layers(modules, heads, names_in_files))
     if any(layer.part == ROUTED for layer in found):
@@ -401,10 +402,13 @@ class Coverage:
     parts: tuple[PartCoverage, ...]
     whole: tuple[str, ...] = ()
     """Modules that are trained whole, as PEFT's `modules_to_save`."""
+    tokens: int = 0
+    """Tokens whose rows of embedding and head are trained, as PEFT's `trainable_token_indices`."""
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.parts))
-        return text + (f"; trained whole: {', '.join(self.whole)}" if self.whole else "")
+        text += f"; trained whole: {', '.join(self.whole)}" if self.whole else ""
+        return text + (f"; rows of {self.tokens:,} token{'s' * (self.tokens > 1)}" if self.tokens else "")
 
 
 def adapted(model: Any) -> set[str]:
@@ -432,4 +436,4 @@ def coverage(model: Any) -> Coverage:
         total = len({layer.block for layer in own})
         parts.append(PartCoverage(part, len(blocks), total, tuple(names), tuple(without)))
     whole = [_own(path) for path, module in model.named_modules() if hasattr(module, "modules_to_save")]
-    return Coverage(tuple(parts), tuple(sorted(whole)))
+    return Coverage(tuple(parts), tuple(sorted(whole)), trained_rows(model))

@@ -53,6 +53,7 @@ EARLIER_DEFAULTS = {
     "lora_experts": True,
     "lora_layers": None,
     "exclude_modules": None,
+    "new_tokens": None,
     "loraplus_ratio": None,
     "token_loss": "nll",
     "discopop_tau": 0.05,

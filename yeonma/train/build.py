@@ -82,7 +82,7 @@ def load_model(
     quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
     policy = build_policy(
         source,
-        lora_shape(lora) if prepared.adapter is None else [prepared.adapter],
+        lora_shape(lora, prepared.new_token_ids) if prepared.adapter is None else [prepared.adapter],
         device=device,
         dtype=dtype,
         quantization=quantization,
@@ -147,6 +147,7 @@ def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, A
         "experts": lora.lora_experts,
         "layers": lora.lora_layers,
         "exclude": lora.exclude_modules,
+        "new_tokens": lora.new_tokens,
         "on": str(reached),
     }
 

@@ -11,6 +11,7 @@ from yeonma.adapter.lora_ranks import lora_config
 from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
+from yeonma.tokenization.new_tokens import read_new_tokens
 
 MANIFEST = "yeonma.json"
 PEFT_ALPHA = 8
@@ -50,6 +51,7 @@ def adapter_lora(folder: str) -> AdapterLora:
             lora_target_modules=own.get("target_modules", modules if targets is None else sorted(targets)),
             lora_experts=own.get("experts", LoraSettings.lora_experts),
             lora_layers=own.get("layers", config.get("layers_to_transform")),
+            new_tokens=own.get("new_tokens"),
             exclude_modules=own.get("exclude", None if isinstance(excluded, str) else excluded),
             use_rslora=bool(config.get("use_rslora", False)),
             use_dora=bool(config.get("use_dora", False)),
@@ -74,9 +76,11 @@ def check_lora(config: RunConfig, adapter: AdapterLora) -> None:
     """
     own, settings = adapter.settings, config.lora
     problems = []
-    for name in ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora"):
+    for name in ("lora_r", "lora_alpha", "lora_target_modules", "new_tokens", "use_rslora", "use_dora"):
         value, has = getattr(settings, name), getattr(own, name)
         same = value == has
+        if name == "new_tokens":
+            same = read_new_tokens(value) == has
         if name == "lora_target_modules" and not same:
             names = [value] if isinstance(value, str) else list(value)
             same = adapter.targets is None or _may_be_all(names, adapter.targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.adapter_config import WEIGHTS_FILE
-from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import added_rows, check_fits
 from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
@@ -41,6 +41,7 @@ from yeonma.model.targets import Coverage, adapted, coverage
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
+from yeonma.tokenization.new_tokens import add_new_tokens
 from yeonma.train.continued_lora import CURE, adapter_lora
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
@@ -69,6 +70,8 @@ class Prepared:
     """What the result of the run depends on; run.json records it."""
     trained_parameters: int | None = None
     """None if the number is unknown until the weights are loaded."""
+    new_token_ids: tuple[int, ...] = ()
+    """Of the tokens that the run, or that of the adapter to continue, added to the tokenizer."""
     base_content: BaseContent | None = None
     """Part of `identity`; None if the base has not been read."""
 
@@ -102,9 +105,10 @@ def prepare(
     published = load.published_weights(model_config, source)
     check_settings(published, model.quantization, source.name, shard=model.shard)
     load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
+    new_token_ids = add_new_tokens(tokenizer, config.lora.new_tokens or ())
     trained = None
     if try_adapter:
-        trained = check_adapter(config, model_config, source, continued)[0]
+        trained = check_adapter(config, model_config, source, continued, new_token_ids)[0]
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, log)
@@ -135,7 +139,7 @@ def prepare(
     plan = plan_of(dataset, step)
     _check_positions(model_config, dataset)
     identity = _identity(config, source, tokenizer, dataset, plan, continued)
-    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained)
+    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained, new_token_ids)
 
 
 def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
@@ -249,8 +253,8 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings, tok
         raise UserError(problems)
 
 
-def lora_shape(lora: LoraSettings) -> load.LoraShape:
-    """The shape of a new adapter."""
+def lora_shape(lora: LoraSettings, new_token_ids: Sequence[int] = ()) -> load.LoraShape:
+    """The shape of a new adapter. `new_token_ids`: those of the setting's new tokens."""
     return load.LoraShape(
         lora.lora_r,
         lora.lora_alpha,
@@ -261,11 +265,16 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
         lora.lora_experts,
         lora.lora_layers,
         lora.exclude_modules,
+        tuple(new_token_ids),
     )
 
 
 def check_adapter(
-    config: RunConfig, model_config: Any, source: load.BaseSource, continued: str | None
+    config: RunConfig,
+    model_config: Any,
+    source: load.BaseSource,
+    continued: str | None,
+    new_token_ids: Sequence[int],
 ) -> tuple[int | None, Coverage | None]:
     """Puts the adapter on the model without weights. Returns the number of trained parameters and what has an adapter,
     or None for each if the model cannot be built without its weights.
@@ -286,14 +295,15 @@ def check_adapter(
     if published is not None and published.packs_experts(quantization):
         pack_experts_on_meta(model)
     if continued is None:
-        peft_model = load.add_lora(model, lora_shape(config.lora), seed=0)
+        peft_model = load.add_lora(model, lora_shape(config.lora, new_token_ids), seed=0)
         trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
         return trained, coverage(model)
     choice, own = lora_shape(config.lora).choice, lora_shape(adapter_lora(continued).settings).choice
     asked = None
     if choice != own:  # other words, which may still mean the same
         asked = {layer.adapted for layer in chosen_layers(model, choice)}
-    if (count := added_rows(model, read_header(continued))) > 0:
+    count = added_rows(model, continued)
+    if count > 0 and not new_token_ids:
         what = f"it has {count} tokens of its own, which a run cannot continue"
         raise UserError(what, place=continued, cure="merge it with `yeonma merge`, and train on the result")
     check_fits(model, continued, config.lora.lora_dropout)

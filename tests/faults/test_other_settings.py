@@ -88,6 +88,7 @@ CHANGES: dict[str, Change] = dict(
         refused("lora_layers", "0"),
         refused("exclude_modules", ["down_proj"]),
         refused("new_tokens", ["<new>"]),
+        refused("modules_to_save", ["norm"]),
         refused("use_rslora", True),
         refused("use_dora", True),
         # StepSettings

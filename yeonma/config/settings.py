@@ -188,6 +188,8 @@ class LoraSettings:
     """Layers to leave without an adapter, although `lora_target_modules` reaches them: names in the same forms."""
     new_tokens: list[str] | str | None = None
     """Tokens to add to the tokenizer, as a list such as `[<a>, <b>]` or a file with one a line. Only their rows of the embedding and the head are trained, beside the adapter; they begin as the mean of all rows."""
+    modules_to_save: list[str] | str | None = None
+    """Modules to train whole beside the adapter, as PEFT's setting of this name: `[lm_head]`, `[embed_tokens]`, `[norm]`. An embedding and a head that share their weight are trained together."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False

@@ -27,6 +27,7 @@ from yeonma.model.load import (
 from yeonma.model.published import Published
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import INDEX, WEIGHTS, file_of, stored_tensors
+from yeonma.model.whole_modules import as_the_base
 from yeonma.model.whole_weights import whole_tensors
 
 GENERATION = "generation_config.json"
@@ -47,6 +48,7 @@ def dtype_of(config: Any, files: Sequence[Path]) -> torch.dtype:
 
 def merge_in_memory(peft_model: Any, folder: Path, max_shard_bytes: int) -> None:
     """Merges with PEFT and saves the whole model into `folder`. The model must not be used afterwards."""
+    as_the_base(peft_model)
     _untie(peft_model)
     model = peft_model.merge_and_unload()
     head = model.get_output_embeddings()

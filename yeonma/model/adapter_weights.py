@@ -27,6 +27,7 @@ from yeonma.model.adapter_file import (
 )
 from yeonma.model.peft_targets import exact_targets, read_config
 from yeonma.model.token_rows import embedding_paths, missing_rows, resize_embeddings
+from yeonma.model.whole_modules import keep_float32
 
 PREFIX = "base_model.model."
 """Of the names in the file."""
@@ -76,6 +77,7 @@ def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
         config.inference_mode = True
         with exact_targets() if exact else nullcontext():
             peft_model.add_adapter(name, config)
+        keep_float32(base)
         load_weights(peft_model, folder, name)
 
 
@@ -104,7 +106,9 @@ def add_lora_of(
             config.lora_dropout = dropout
         with exact_targets() if exact else nullcontext(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"The PEFT config's `base_model_name_or_path` was renamed")
-            return get_peft_model(model, config, low_cpu_mem_usage=empty)
+            peft_model = get_peft_model(model, config, low_cpu_mem_usage=empty)
+    keep_float32(model)
+    return peft_model
 
 
 def check_fits(model: Any, folder: str, dropout: float | None = None) -> None:

@@ -59,6 +59,7 @@ from yeonma.model.target_choice import TargetChoice, chosen_layers
 from yeonma.model.targets import HEAD, TargetLayer, adapted
 from yeonma.model.token_rows import begin_token_rows, check_token_rows, token_fields
 from yeonma.model.weight_files import file_of, weight_files
+from yeonma.model.whole_modules import begin_whole_modules, whole_fields, whole_modules
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
@@ -500,6 +501,8 @@ class LoraShape:
     """Names of layers that get no adapter."""
     new_token_ids: Sequence[int] = ()
     """Tokens whose rows of embedding and head are trained too, and are added where they are lacking."""
+    whole: Sequence[str] | str | None = None
+    """Names of modules that are trained whole."""
 
     @property
     def choice(self) -> TargetChoice:
@@ -513,6 +516,7 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     reached = chosen_layers(model, shape.choice)
     check_not_adapted(model, reached)
     _check_parameters(reached, shape)
+    whole = whole_modules(model, shape.whole, reached)
     if shape.new_token_ids:
         _check_head(reached)
         begin_token_rows(model, shape.new_token_ids)
@@ -526,7 +530,8 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
             use_dora=shape.use_dora,
             task_type="CAUSAL_LM",
             **target_fields(model, reached, shape.choice.names, shape.r, shape.alpha),
-            **token_fields(model, shape.new_token_ids),
+            **token_fields(model, shape.new_token_ids, whole),
+            **whole_fields(model, whole),
         )
         with exact_targets():
             peft_model: Any = get_peft_model(model, config)
@@ -537,6 +542,8 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
         problem = f"PEFT cannot put LoRA on these layers ({first_line(error)})"
         raise UserError(problem, place="lora_target_modules", cure="name others") from error
     check_token_rows(model, shape.new_token_ids)
+    if whole:
+        begin_whole_modules(model, whole, shared=peft_model.peft_config["default"].ensure_weight_tying)
     planned = {layer.adapted for layer in reached}
     if adapted(model) != planned:
         raise RuntimeError(f"PEFT put adapters on other layers: {sorted(adapted(model) ^ planned)[:5]}")

@@ -54,6 +54,7 @@ EARLIER_DEFAULTS = {
     "lora_layers": None,
     "exclude_modules": None,
     "new_tokens": None,
+    "modules_to_save": None,
     "loraplus_ratio": None,
     "token_loss": "nll",
     "discopop_tau": 0.05,

@@ -148,6 +148,7 @@ def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, A
         "layers": lora.lora_layers,
         "exclude": lora.exclude_modules,
         "new_tokens": lora.new_tokens,
+        "modules_to_save": lora.modules_to_save,
         "on": str(reached),
     }
 

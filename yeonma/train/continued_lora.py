@@ -29,6 +29,11 @@ class AdapterLora:
     """Names of its target modules and parameters; None if they are a regular expression of PEFT's."""
 
 
+COMPARED = (
+    *("lora_r", "lora_alpha", "lora_target_modules", "new_tokens", "modules_to_save"),
+    *("use_rslora", "use_dora"),
+)
+"""Settings that must be the adapter's own, if they are given."""
 CHOICE = ("lora_target_modules", "lora_experts", "lora_layers", "exclude_modules")
 """Settings that choose layers: in other words they may still reach the same."""
 
@@ -52,6 +57,7 @@ def adapter_lora(folder: str) -> AdapterLora:
             lora_experts=own.get("experts", LoraSettings.lora_experts),
             lora_layers=own.get("layers", config.get("layers_to_transform")),
             new_tokens=own.get("new_tokens"),
+            modules_to_save=own.get("modules_to_save", config.get("modules_to_save")),
             exclude_modules=own.get("exclude", None if isinstance(excluded, str) else excluded),
             use_rslora=bool(config.get("use_rslora", False)),
             use_dora=bool(config.get("use_dora", False)),
@@ -76,11 +82,13 @@ def check_lora(config: RunConfig, adapter: AdapterLora) -> None:
     """
     own, settings = adapter.settings, config.lora
     problems = []
-    for name in ("lora_r", "lora_alpha", "lora_target_modules", "new_tokens", "use_rslora", "use_dora"):
+    for name in COMPARED:
         value, has = getattr(settings, name), getattr(own, name)
         same = value == has
         if name == "new_tokens":
             same = read_new_tokens(value) == has
+        if name == "modules_to_save" and value and has:
+            same = [value] == has if isinstance(value, str) else sorted(value) == sorted(has)
         if name == "lora_target_modules" and not same:
             names = [value] if isinstance(value, str) else list(value)
             same = adapter.targets is None or _may_be_all(names, adapter.targets)

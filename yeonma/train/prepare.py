@@ -35,9 +35,10 @@ from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_settings, published_in
-from yeonma.model.quantized import check_layers
+from yeonma.model.quantized import check_layers, quantised_layers
 from yeonma.model.target_choice import chosen_layers
 from yeonma.model.targets import Coverage, adapted, coverage
+from yeonma.model.whole_modules import check_not_quantised, whole_modules
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
@@ -266,6 +267,7 @@ def lora_shape(lora: LoraSettings, new_token_ids: Sequence[int] = ()) -> load.Lo
         lora.lora_layers,
         lora.exclude_modules,
         tuple(new_token_ids),
+        lora.modules_to_save,
     )
 
 
@@ -295,6 +297,9 @@ def check_adapter(
     if published is not None and published.packs_experts(quantization):
         pack_experts_on_meta(model)
     if continued is None:
+        if quantization != "none" or (published is not None and published.stays_packed):
+            layers = quantised_layers(model, "int8" if quantization == "none" else quantization)
+            check_not_quantised(model, whole_modules(model, config.lora.modules_to_save, ()), layers)
         peft_model = load.add_lora(model, lora_shape(config.lora, new_token_ids), seed=0)
         trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
         return trained, coverage(model)

@@ -40,6 +40,7 @@ from yeonma.model import load
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import (
     add_lora_of,
+    add_rows,
     added_rows,
     check_fits,
     load_adapter,
@@ -289,25 +290,32 @@ def build_policy(
     )
 
 
-def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weights: bool = True) -> None:
+def check_outline(source: BaseSource, adapters: Sequence[str], *, adapter_weights: bool = True) -> int:
     """Checks the tensors of adapter folders against their base without its weights, if it can be built so.
-    `adapter_weights`: whether the adapters are used.
+    `adapter_weights`: whether the adapters are used. Returns the most rows that one of them adds to the embedding.
 
     Raises UserError as `build_policy`, and for an adapter with tokens of its own whose base is to answer alone.
     """
+    most = 0
     for folder in adapters:
         try:
             config = load.load_config(source)
         except UserError:  # which loading the weights will report
-            return
+            return most
         model = load.outline(config, source)
         if model is None:
-            return
-        added = added_rows(model, read_header(folder))
+            return most
+        added = added_rows(model, folder)
         if added > 0 and not adapter_weights:
-            what = f"it has {added} tokens of its own, which the base alone does not know"
-            raise UserError(what, place=folder, cure="leave adapter_weights as it is, or ask the base itself")
+            raise _unknown_to_base(added, folder)
         check_fits(model, folder)
+        most = max(most, added)
+    return most
+
+
+def _unknown_to_base(count: int, folder: str) -> UserError:
+    what = f"it has {count} tokens of its own, which the base alone does not know"
+    return UserError(what, place=folder, cure="leave adapter_weights as it is, or ask the base itself")
 
 
 def adapter_names(count: int) -> list[str]:
@@ -387,6 +395,8 @@ def load_policy(
     adapters = [] if builder.adapter.is_merged else [str(builder.adapter.path)]
     source, target = builder.source, load.pick_device(device)
     check_content(builder.adapter, source, log=log, download=False)
+    if builder.adapter.new_tokens and adapters and not adapter_weights:
+        raise _unknown_to_base(len(builder.adapter.new_tokens), adapters[0])
     check_outline(source, adapters, adapter_weights=adapter_weights)
     try:
         base = load.load_base(
@@ -456,7 +466,9 @@ def blueprint(
         if isinstance(lora, load.LoraShape):
             load.add_lora(base, lora, seed=0)
         else:
-            add_lora_of(base, lora)
+            header = read_header(lora)
+            add_rows(base, header, lora)
+            add_lora_of(base, lora, header=header)
     base.set_attn_implementation(FOREST)
     head, device = plain_head(base), device or torch.device("cpu")
     if head is not None and device.type == "cuda":

@@ -85,6 +85,10 @@ CHANGES: dict[str, Change] = dict(
         refused("lora_dropout", 0.1),
         refused("lora_target_modules", ["q_proj"]),
         refused("lora_experts", False),
+        refused("lora_layers", "0"),
+        refused("exclude_modules", ["down_proj"]),
+        refused("new_tokens", ["<new>"]),
+        refused("modules_to_save", ["norm"]),
         refused("use_rslora", True),
         refused("use_dora", True),
         # StepSettings
@@ -97,6 +101,7 @@ CHANGES: dict[str, Change] = dict(
         refused("learning_rate", 1e-3),
         refused("token_loss", "dft", "token_loss"),
         refused("optimizer", "adamw_8bit", "optimizer adamw_8bit: "),  # it needs CUDA; see the last test
+        refused("loraplus_ratio", 16),
         refused("lr_scheduler", "linear"),
         refused("lr_scheduler_kwargs", {"num_cycles": 2}),
         refused("warmup_steps", 2),

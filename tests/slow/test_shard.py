@@ -37,6 +37,9 @@ def sharded(zygotes: Zygote, verb: str, output: Path, base: Path, data: Path, **
         ("sft", "bloom", {}),  # one sequence at a time
         ("sft", "gemma2", {"use_dora": True}),
         ("sft", "qwen3_moe", {}),
+        ("sft", "llama", {"new_tokens": ["storm", "wind"], "modules_to_save": ["norm"]}),
+        ("sft", "llama", {"modules_to_save": ["lm_head"], "loraplus_ratio": 4, "lora_layers": 1}),
+        ("dpo", "gpt2", {"cutoff_len": 128, "new_tokens": ["model", "year"]}),  # one matrix for both ends
         ("dpo", "llama", {"use_rslora": True}),
         ("dpo", "bloom", {}),
         ("dpo", "gpt2", {"cutoff_len": 128, "gradient_checkpointing": True}),

@@ -96,6 +96,11 @@ class AdapterFolder:
         return quantization
 
     @property
+    def new_tokens(self) -> list[str]:
+        """The tokens that the run added to the base's tokenizer."""
+        return list((self.details.get("lora") or {}).get("new_tokens") or ())
+
+    @property
     def base_content(self) -> BaseContent | None:
         """The content of the base of training; None in folders of earlier versions."""
         record = self.details.get(BASE_CONTENT)

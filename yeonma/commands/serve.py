@@ -37,16 +37,16 @@ def run(settings: ServeSettings) -> int:
             _exec_vllm(settings, adapters, listener, key)
         models = load_served_models(adapters, settings, log_line)
         try:
-            on_ready = partial(_print_ready, adapters, listener, key)
+            on_ready = partial(_print_ready, list(models), listener, key)
             run_server(adapters, models, settings, listener, key, on_ready, log_line)
         except KeyboardInterrupt:
             log_line("stopped")
     return 0
 
 
-def _print_ready(adapters: ServedAdapters, listener: socket.socket, key: str | None) -> None:
+def _print_ready(names: list[str], listener: socket.socket, key: str | None) -> None:
     needed = "; requests need the API key" if key else ""
-    say(f"Serving {', '.join(adapters.names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.")
+    say(f"Serving {', '.join(names)} at {url_of(listener)}/v1{needed}. Ctrl-C stops.")
 
 
 def _use_vllm(settings: ServeSettings, adapters: ServedAdapters) -> bool:

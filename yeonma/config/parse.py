@@ -16,6 +16,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma.config.foreign_names import foreign_name_cure
+from yeonma.config.layer_ranges import InvalidRanges
 from yeonma.config.loss_sum import InvalidLoss
 from yeonma.config.settings import Range, RunConfig, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
@@ -40,7 +41,7 @@ class Setting:
     default: object
     range: Range | None
     check: Callable[[str], object] | None = None
-    """Raises InvalidLoss for a text that the setting does not accept."""
+    """Raises InvalidLoss or InvalidRanges for a text that the setting does not accept."""
     also: str = ""
     """What the setting accepts besides its choices; stands for `text` in its description."""
 
@@ -338,6 +339,8 @@ def _check_text(check: Callable[[str], object], text: str) -> None:
         if "," in text or ":" in text:
             raise InvalidValue(f"is no sum of losses: {error}", error.cure) from None
         raise InvalidValue("is not valid") from None
+    except InvalidRanges as error:
+        raise InvalidValue(f"names no layers: {error}", error.cure) from None
 
 
 def _is_list(text: str) -> bool:

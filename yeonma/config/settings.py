@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from yeonma.config.layer_ranges import RANGES_EXAMPLE, layer_ranges
 from yeonma.config.loss_sum import SUM_EXAMPLE, LossName, weighted_losses
 
 LrScheduler = Literal[
@@ -74,6 +75,7 @@ NOT_NEGATIVE = {"range": Range(at_least=0, limit=10**9)}
 POSITIVE = {"range": Range(above=0, limit=10**9)}
 FRACTION = {"range": Range(at_least=0, at_most=1)}
 DECAY = {"range": Range(at_least=0, below=1)}
+RATIO = {"range": Range(at_least=1, limit=10**6)}
 SEED = {"range": Range(at_least=0, at_most=2**32 - 1)}
 PORT = {"range": Range(at_least=0, at_most=65535)}
 
@@ -178,6 +180,16 @@ class LoraSettings:
     """Layers to adapt: `all-linear`, or names such as `[gate_proj, down_proj, up_proj]`. A name is the end of a layer's path, a module (`shared_experts`) or a pattern with `*`. all-linear is every linear layer of the language model but routers and the head. Routers, the head, and vision and audio towers need their own name: `gate`, `lm_head`, `vision_tower.*`."""
     lora_experts: bool = True
     """Whether `all-linear`, and names that routed experts share with other layers, also adapt the routed experts of a mixture of experts. A name of their own, such as `experts`, reaches them anyway."""
+    lora_layers: list[int] | int | str | None = field(
+        default=None, metadata={**NOT_NEGATIVE, "check": layer_ranges, "also": RANGES_EXAMPLE}
+    )
+    """Adapt only these layers of the language model, counted from 0: `0-11`, or `0-3,8,10-`. The head and towers, which their own names reach, are not among them. By default, all layers."""
+    exclude_modules: list[str] | str | None = None
+    """Layers to leave without an adapter, although `lora_target_modules` reaches them: names in the same forms."""
+    new_tokens: list[str] | str | None = None
+    """Tokens to add to the tokenizer, as a list such as `[<a>, <b>]` or a file with one a line. Only their rows of the embedding and the head are trained, beside the adapter; they begin as the mean of all rows."""
+    modules_to_save: list[str] | str | None = None
+    """Modules to train whole beside the adapter, as PEFT's setting of this name: `[lm_head]`, `[embed_tokens]`, `[norm]`. An embedding and a head that share their weight are trained together."""
     use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -214,6 +226,8 @@ class StepSettings:
     """Loss of a token in supervised fine-tuning. nll: its negative log-likelihood. dft: that times the token's own probability, without gradient (Dynamic Fine-Tuning, Wu et al. 2025, arXiv:2508.05629). Evaluations always use nll."""
     optimizer: Optimizer = "adamw"
     """adamw, adamw_8bit (both moments in 8 bits; Dettmers et al. 2021, arXiv:2110.02861), or paged_adamw_8bit, whose state the GPU can page out. The 8-bit optimizers need bitsandbytes and a GPU."""
+    loraplus_ratio: float | None = field(default=None, metadata=RATIO)
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): matrix B of the adapter learns at this many times the learning rate of A, which is `learning_rate`. The paper uses 16. By default, both learn alike."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
     adam_beta1: float = field(default=0.9, metadata=DECAY)

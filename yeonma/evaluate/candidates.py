@@ -32,7 +32,7 @@ from yeonma.data.template import Template, load_template
 from yeonma.errors import Log, Problem, UserError, did_you_mean
 from yeonma.files import file_hash, user_path
 from yeonma.model.adapter_config import CONFIG_FILE, WEIGHTS_FILE
-from yeonma.model.adapter_file import check_adapter_files, is_adapter, read_header
+from yeonma.model.adapter_file import check_adapter_files, is_adapter
 from yeonma.model.adapter_weights import added_rows
 from yeonma.model.base_content import known_hash
 from yeonma.model.load import check_vocabulary, generation_eos, load_config, load_tokenizer, outline
@@ -162,7 +162,7 @@ def check_model(candidate: Candidate, model: Any) -> None:
 
 def _added_rows(candidate: Candidate, model: Any) -> int:
     """The rows that an adapter with tokens of its own adds to the model's embedding."""
-    return 0 if candidate.adapter is None else max(0, added_rows(model, read_header(candidate.adapter)))
+    return 0 if candidate.adapter is None else max(0, added_rows(model, candidate.adapter))
 
 
 def check_candidate_content(candidate: Candidate, log: Log, *, download: bool = True) -> None:

@@ -28,6 +28,7 @@ from yeonma.model.load import (
 from yeonma.model.published import Published
 from yeonma.model.source import BaseSource
 from yeonma.model.weight_files import INDEX, WEIGHTS, file_of, stored_tensors
+from yeonma.model.whole_modules import as_the_base
 from yeonma.model.whole_weights import whole_tensors
 
 GENERATION = "generation_config.json"
@@ -53,6 +54,7 @@ def dtype_of(config: Any, files: Sequence[Path]) -> torch.dtype:
 
 def merge_in_memory(peft_model: Any, folder: Path, max_shard_bytes: int) -> None:
     """Merges with PEFT and saves the whole model into `folder`. The model must not be used afterwards."""
+    as_the_base(peft_model)
     _untie(peft_model)
     model = peft_model.merge_and_unload()
     head = model.get_output_embeddings()
@@ -151,7 +153,7 @@ def _names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
 def _adapter_on(model: Any, adapter: str) -> Any:
     """The adapter with its weights on a base without. PEFT alone would put the adapter on the meta device too."""
     header = read_header(adapter)
-    if added_rows(model, header):
+    if added_rows(model, adapter, header):
         raise NeedsWholeModel("the adapter has tokens of its own")
     peft_model = add_lora_of(model, adapter, header=header)
     if any(hasattr(module, "original_module") for module in peft_model.modules()):

@@ -60,7 +60,7 @@ def estimate(
     dtype = load.pick_dtype(model.dtype, device)
     setup = _Setup(
         config=prepared.config,
-        lora=prepared.adapter or lora_shape(config.lora),
+        lora=prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
         trust_remote_code=source.trust_remote_code,
         device=device.type,
         dtype=dtype,

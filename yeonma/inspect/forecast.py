@@ -157,6 +157,7 @@ def forecast_of(values: Mapping[str, Any]) -> Forecast:
             for part in values["adapter"]["parts"]
         ),
         tuple(values["adapter"]["whole"]),
+        values["adapter"]["tokens"],
     )
     parts = {"memory": Memory(**memory), "alternatives": alternatives, "time": None, "price": None}
     parts |= {"adapter": adapter}

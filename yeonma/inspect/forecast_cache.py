@@ -14,7 +14,7 @@ from yeonma.model.load import pick_device, pick_dtype
 from yeonma.run_folder.checkpoint import write_text_atomically
 from yeonma.train.prepare import Prepared
 
-FORMAT = 6
+FORMAT = 7
 """Increased whenever a change of the code changes the numbers or the notes of the same run."""
 
 

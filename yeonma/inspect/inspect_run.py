@@ -115,7 +115,7 @@ def _forecast(
     if forecast is None:
         from yeonma.inspect.estimate import estimate  # imports PEFT and the model's code, which takes seconds
 
-        _, adapter = check_adapter(config, prepared.config, source, prepared.adapter)
+        _, adapter = check_adapter(config, prepared.config, source, prepared.adapter, prepared.new_token_ids)
         try:
             forecast = estimate(config, source, prepared, processes=processes)
         except UserError as error:

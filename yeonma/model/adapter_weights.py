@@ -27,6 +27,8 @@ from yeonma.model.adapter_file import (
 )
 from yeonma.model.language_part import left_out
 from yeonma.model.peft_targets import exact_targets, read_config
+from yeonma.model.token_rows import embedding_paths, missing_rows, resize_embeddings
+from yeonma.model.whole_modules import keep_float32
 
 PREFIX = "base_model.model."
 """Of the names in the file."""
@@ -46,7 +48,7 @@ def load_adapter(model: Any, folder: str, *, trainable: bool, dropout: float | N
     """
     check_adapter_files(folder)
     header = read_header(folder)
-    _add_rows(model, header, folder)
+    add_rows(model, header, folder)
     with _misfits_as_user_errors(folder, model):
         peft_model = add_lora_of(model, folder, dropout, trainable=trainable, header=header)
         load_weights(peft_model, folder)
@@ -61,7 +63,7 @@ def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
     check_adapter_files(folder)
     header = read_header(folder)
     base = peft_model.get_base_model()
-    if added_rows(base, header) > 0:
+    if added_rows(base, folder, header) > 0:
         what = "it has tokens of its own, so its base has more rows than that of the other adapters"
         raise UserError(what, place=folder, cure="load it by itself")
     with _misfits_as_user_errors(folder, base):
@@ -76,6 +78,7 @@ def load_additional_adapter(peft_model: Any, folder: str, name: str) -> None:
         config.inference_mode = True
         with exact_targets() if exact else nullcontext():
             peft_model.add_adapter(name, config)
+        keep_float32(base)
         load_weights(peft_model, folder, name)
 
 
@@ -104,14 +107,16 @@ def add_lora_of(
             config.lora_dropout = dropout
         with exact_targets() if exact else nullcontext(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"The PEFT config's `base_model_name_or_path` was renamed")
-            return get_peft_model(model, config, low_cpu_mem_usage=empty)
+            peft_model = get_peft_model(model, config, low_cpu_mem_usage=empty)
+    keep_float32(model)
+    return peft_model
 
 
 def check_fits(model: Any, folder: str, dropout: float | None = None) -> None:
     """Puts the adapter of a folder on a base without weights, and checks the tensors of its file against it. Raises
     UserError as `load_adapter`, but for numbers that are not finite."""
     header = read_header(folder)
-    _add_rows(model, header, folder)
+    add_rows(model, header, folder)
     with _misfits_as_user_errors(folder, model):
         peft_model = add_lora_of(model, folder, dropout, header=header, empty=True)
         _check_tensors(peft_model, header, folder, "default")
@@ -143,44 +148,58 @@ def load_weights(peft_model: Any, folder: str | Path, name: str = "default") -> 
         raise RuntimeError(f"PEFT did not load {some(sorted(result.unexpected_keys))}")
 
 
-def added_rows(model: Any, header: Mapping[str, StoredTensor]) -> int:
-    """The rows that the model's embedding lacks for an adapter with tokens of its own; negative if it has more."""
+def added_rows(model: Any, folder: str | Path, header: Mapping[str, StoredTensor] | None = None) -> int:
+    """The rows that the model's embedding lacks for an adapter with tokens of its own; negative if it has more.
+    `header`: that of the folder's weights file.
+
+    They stand in the file's copy of the embedding, or it trains all of them.
+    """
+    header = read_header(folder) if header is None else header
     rows = {stored_rows for _, stored_rows in _embedding_rows(model, header)}
     own: int = model.get_input_embeddings().weight.shape[0]
-    return max(rows) - own if rows else 0
+    return max(rows) - own if rows else missing_rows(model, _trained_tokens(model, folder, header))
+
+
+def _trained_tokens(
+    model: Any, folder: str | Path, header: Mapping[str, StoredTensor]
+) -> dict[str, list[int]]:
+    """The tokens whose rows are in the file, by the path of the layer."""
+    given = read_adapter_config(folder).keys.get("trainable_token_indices") or {}
+    paths = {module: path for path, module in model.named_modules()}
+    by_name = given if isinstance(given, dict) else {paths[model.get_input_embeddings()]: given}
+    return {
+        path: ids
+        for path in embedding_paths(model)
+        for name, ids in by_name.items()
+        if f".{path}".endswith(f".{name}")
+        and f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" in header
+    }
 
 
 def _embedding_rows(model: Any, header: Mapping[str, StoredTensor]) -> Iterator[tuple[str, int]]:
     """The weights in the file that stand for the whole embedding or head, and their rows."""
-    for path in _embedding_paths(model):
+    for path in embedding_paths(model):
         for infix in ("", "modules_to_save.", *_COPIES_OF_BASE):
             tensor = header.get(f"{PREFIX}{path}.{infix}weight")
             if tensor is not None and len(tensor.shape) == 2:
                 yield f"{path}.{infix}weight", tensor.shape[0]
 
 
-def _embedding_paths(model: Any) -> list[str]:
-    """The paths of the model's embedding and head."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [path for path, module in model.named_modules() if any(module is layer for layer in layers)]
-
-
-def _add_rows(model: Any, header: Mapping[str, StoredTensor], folder: str) -> None:
-    """Gives embedding and head the rows of an adapter with tokens of its own."""
-    count = added_rows(model, header)
+def add_rows(model: Any, header: Mapping[str, StoredTensor], folder: str) -> None:
+    """Gives embedding and head the rows of an adapter with tokens of its own. Those that it trains are 0 without it."""
+    count = added_rows(model, folder, header)
     if count == 0:
         return
     rows: int = model.get_input_embeddings().weight.shape[0]
-    different = {stored for _, stored in _embedding_rows(model, header)} != {rows + count}
+    different = {stored for _, stored in _embedding_rows(model, header)} - {rows + count}
     if count < 0 or different:
         what = f"its embedding has {rows + count} rows, the base's {rows}"
         raise UserError(what, place=folder, cure=_other_base(folder, model))
-    model.resize_token_embeddings(rows + count, mean_resizing=False)
+    resize_embeddings(model, rows + count)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    for path in _embedding_paths(model):
+    for path in embedding_paths(model):
         layer = model.get_submodule(path)
         for weight in layer.parameters():
-            weight.requires_grad_(False)
             if layer is layers[0] or weight is not layers[0].weight:
                 weight.data[rows:] = _stored_rows(folder, header, path, rows, weight)
 
@@ -204,7 +223,7 @@ def _config_for(model: Any, folder: str, header: Mapping[str, StoredTensor]) -> 
     would load them into the base itself, which other adapters may share."""
     config, exact = read_config(model, folder)
     named = list(config.modules_to_save or ())
-    for path in _embedding_paths(model):
+    for path in embedding_paths(model):
         is_named = any(f".{path}".endswith(f".{name}") for name in named)
         if f"{PREFIX}{path}.weight" in header and not is_named:
             config.modules_to_save = [*(config.modules_to_save or ()), path]

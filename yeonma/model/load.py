@@ -57,8 +57,11 @@ from yeonma.model.sharding import any_process, local_shard
 from yeonma.model.source import BaseSource as BaseSource
 from yeonma.model.source import check_numbers
 from yeonma.model.source import find_base as find_base
-from yeonma.model.targets import TargetLayer, adapted, resolve
+from yeonma.model.target_choice import TargetChoice, chosen_layers
+from yeonma.model.targets import HEAD, TargetLayer, adapted
+from yeonma.model.token_rows import begin_token_rows, check_token_rows, token_fields
 from yeonma.model.weight_files import file_of, weight_files
+from yeonma.model.whole_modules import begin_whole_modules, whole_fields, whole_modules
 from yeonma.model.whole_weights import whole_tensors
 from yeonma.tokenization.chat_template_export import BASE_CHAT_TEMPLATE, MARK, base_chat_template
 from yeonma.tokenization.tokenizer_files import TOKENIZER, splits_otherwise
@@ -510,16 +513,31 @@ class LoraShape:
     use_dora: bool = False
     experts: bool = True
     """Whether `all-linear`, and names that routed experts share with other layers, reach routed experts."""
+    layers: Sequence[int] | int | str | None = None
+    """Numbers of layers, as the setting `lora_layers` has them."""
+    exclude: Sequence[str] | str | None = None
+    """Names of layers that get no adapter."""
+    new_token_ids: Sequence[int] = ()
+    """Tokens whose rows of embedding and head are trained too, and are added where they are lacking."""
+    whole: Sequence[str] | str | None = None
+    """Names of modules that are trained whole."""
+
+    @property
+    def choice(self) -> TargetChoice:
+        return TargetChoice(self.target_modules, self.experts, self.layers, self.exclude)
 
 
 def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     """A PeftModel with a new adapter in float32, initialised from `seed`. Raises UserError for unknown targets."""
     from peft import LoraConfig, get_peft_model
 
-    names = [shape.target_modules] if isinstance(shape.target_modules, str) else list(shape.target_modules)
-    reached = resolve(model, names, experts=shape.experts)
+    reached = chosen_layers(model, shape.choice)
     check_not_adapted(model, reached)
     _check_parameters(reached, shape)
+    whole = whole_modules(model, shape.whole, reached)
+    if shape.new_token_ids:
+        _check_head(reached)
+        begin_token_rows(model, shape.new_token_ids)
     torch.manual_seed(seed)
     try:
         config = LoraConfig(
@@ -529,7 +547,9 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
             use_rslora=shape.use_rslora,
             use_dora=shape.use_dora,
             task_type="CAUSAL_LM",
-            **target_fields(model, reached, names, shape.r, shape.alpha),
+            **target_fields(model, reached, shape.choice.names, shape.r, shape.alpha),
+            **token_fields(model, shape.new_token_ids, whole),
+            **whole_fields(model, whole),
         )
         with exact_targets():
             peft_model: Any = get_peft_model(model, config)
@@ -539,10 +559,22 @@ def add_lora(model: Any, shape: LoraShape, seed: int) -> Any:
     except ValueError as error:  # PEFT refuses some layers of some models
         problem = f"PEFT cannot put LoRA on these layers ({first_line(error)})"
         raise UserError(problem, place="lora_target_modules", cure="name others") from error
+    check_token_rows(model, shape.new_token_ids)
+    if whole:
+        begin_whole_modules(model, whole, shared=peft_model.peft_config["default"].ensure_weight_tying)
     planned = {layer.adapted for layer in reached}
     if adapted(model) != planned:
         raise RuntimeError(f"PEFT put adapters on other layers: {sorted(adapted(model) ^ planned)[:5]}")
     return peft_model
+
+
+def _check_head(reached: Sequence[TargetLayer]) -> None:
+    """Raises UserError for a head with an adapter, whose rows PEFT cannot train beside it."""
+    for layer in reached:
+        if layer.part == HEAD:
+            what = f"{layer.path} has an adapter, and PEFT trains no rows of it beside that"
+            cure = f"leave {layer.leaf} out of lora_target_modules, or leave out new_tokens"
+            raise UserError(what, place="new_tokens", cure=cure)
 
 
 def _check_parameters(reached: Sequence[TargetLayer], shape: LoraShape) -> None:

@@ -23,9 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from yeonma.errors import Problem, UserError, did_you_mean
 from yeonma.model.language_part import left_out, left_out_paths
+from yeonma.model.token_rows import trained_rows
 
 ALL_LINEAR = "all-linear"
 PLACE = "lora_target_modules"
+EXCLUDED = "exclude_modules"
 ATTENTION, MLP, DENSE_MLP, RECURRENT = "attention", "MLP", "dense MLP", "recurrent layers"
 SHARED, ROUTED, ROUTER = "shared experts", "routed experts", "router"
 VISION, AUDIO, PROJECTOR, HEAD, OTHER = (
@@ -95,7 +97,8 @@ class TargetLayer:
 
 def _own(path: str) -> str:
     """A path in the model with an adapter -> the path in the model without."""
-    return ".".join(part for part in path.split(".") if part not in ("base_layer", "original_module"))
+    wrappers = ("base_layer", "original_module", "token_adapter")
+    return ".".join(part for part in path.split(".") if part not in wrappers)
 
 
 def _modules(model: Any) -> dict[str, nn.Module]:
@@ -117,8 +120,7 @@ def target_layers(model: Any) -> list[TargetLayer]:
     """All target layers of a transformers model, with or without adapters, in the order of the model."""
     modules = _modules(model)
     head = model.get_output_embeddings()
-    inner = getattr(head, "get_base_layer", lambda: head)()
-    heads = {path for path, module in modules.items() if module is inner or module is head}
+    heads = {_own(path) for path, module in model.named_modules() if module is head}
     names_in_files = _names_in_files(model)
     found = list(_target_layers(modules, heads, names_in_files))
     if any(layer.part == ROUTED for layer in found):
@@ -313,10 +315,37 @@ def _mentions(name: str, keys: frozenset[str]) -> bool:
     return any(fnmatchcase(key, part) for key in keys for part in parts)
 
 
-def _half(way: Sequence[str], lacking: Sequence[str]) -> Problem:
+def excluded_layers(model: Any, names: Sequence[str]) -> set[TargetLayer]:
+    """The layers that names exclude, in the forms that `resolve` takes; routed experts in one parameter, if all that it
+    holds is named. Raises UserError that lists all names which no layer has."""
+    every = target_layers(model)
+    excluded, matched, halves = set[TargetLayer](), set[str](), dict[str, Problem]()
+    for layer in every:
+        for way in _spellings(layer, every):
+            by_path = {path: {name for name in names if _matches(name, path)} for path in way}
+            matched.update(*by_path.values())
+            lacking = [path for path, matching in by_path.items() if not matching]
+            if not lacking:
+                excluded.add(layer)
+            elif len(lacking) < len(way):
+                half = _half(way, lacking, EXCLUDED, "leave out the other")
+                halves[layer.path] = half
+    problems = [_unknown(name, model, every, EXCLUDED) for name in names if name not in matched]
+    halves = {path: half for path, half in halves.items() if path not in {one.path for one in excluded}}
+    if problems or halves:
+        raise UserError([*problems, *dict.fromkeys(halves.values())])
+    return excluded
+
+
+def _half(
+    way: Sequence[str],
+    lacking: Sequence[str],
+    place: str = PLACE,
+    otherwise: str = "use --lora_experts false",
+) -> Problem:
     names, without = ([path.rpartition(".")[2] for path in paths] for paths in (way, lacking))
     what = f"the routed experts hold {' and '.join(names)} in one parameter, and {without[0]} is not named"
-    return Problem(what, PLACE, f"name {without[0]} too, or use --lora_experts false")
+    return Problem(what, place, f"name {without[0]} too, or {otherwise}")
 
 
 def _beside_text(layer: TargetLayer) -> Problem:
@@ -324,22 +353,22 @@ def _beside_text(layer: TargetLayer) -> Problem:
     return Problem(what, PLACE, "leave it out: an adapter trained on text reaches the language model alone")
 
 
-def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
+def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = PLACE) -> Problem:
     """The problem of a name that reaches nothing."""
-    for layer in every:
+    for layer in every if place == PLACE else ():
         if _matches(name, layer.path) and layer.part in BY_NAME:
             key = next(part for part in layer.path.split(".") if part in layer.keys)
             what = f'"{name}" is only in the {layer.part}, which an adapter reaches by its own name alone'
-            return Problem(what, PLACE, f"write {key}.*.{layer.leaf}, or {key} for all of it")
+            return Problem(what, place, f"write {key}.*.{layer.leaf}, or {key} for all of it")
     if any(_matches(name, path) for path in left_out_paths(model)):
         what = f'"{name}" is in a tower for images or sound, through which text never passes'
         return Problem(
-            what, PLACE, "leave it out: an adapter trained on text reaches the language model alone"
+            what, place, "leave it out: an adapter trained on text reaches the language model alone"
         )
     for path, module in _modules(model).items():
         if path and _matches(name, path) and not list(module.children()):
             what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
-            return Problem(what, PLACE, "leave it out")
+            return Problem(what, place, "leave it out")
     own = [layer for layer in every if layer.part not in (VISION, AUDIO, PROJECTOR)]
     fused = {layer.leaf: layer.in_files for layer in own if layer.kind == "experts"}
     leaves = sorted({layer.leaf for layer in own}.union(*fused.values()))
@@ -351,8 +380,8 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer]) -> Problem:
         ]
         what += f"; its routed experts are {' and '.join(listed)}"
         if name in _BOTH and "gate_up_proj" in fused:
-            return Problem(what, PLACE, "use gate_up_proj, or all-linear")
-    return Problem(what, PLACE, did_you_mean(name, leaves) or "or use all-linear")
+            return Problem(what, place, "use gate_up_proj, or all-linear")
+    return Problem(what, place, did_you_mean(name, leaves) or "or use all-linear")
 
 
 # what has an adapter
@@ -386,10 +415,13 @@ class Coverage:
     parts: tuple[PartCoverage, ...]
     whole: tuple[str, ...] = ()
     """Modules that are trained whole, as PEFT's `modules_to_save`."""
+    tokens: int = 0
+    """Tokens whose rows of embedding and head are trained, as PEFT's `trainable_token_indices`."""
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.parts))
-        return text + (f"; trained whole: {', '.join(self.whole)}" if self.whole else "")
+        text += f"; trained whole: {', '.join(self.whole)}" if self.whole else ""
+        return text + (f"; rows of {self.tokens:,} token{'s' * (self.tokens > 1)}" if self.tokens else "")
 
 
 def adapted(model: Any) -> set[str]:
@@ -417,4 +449,4 @@ def coverage(model: Any) -> Coverage:
         total = len({layer.block for layer in own})
         parts.append(PartCoverage(part, len(blocks), total, tuple(names), tuple(without)))
     whole = [_own(path) for path, module in model.named_modules() if hasattr(module, "modules_to_save")]
-    return Coverage(tuple(parts), tuple(sorted(whole)))
+    return Coverage(tuple(parts), tuple(sorted(whole)), trained_rows(model))

@@ -138,18 +138,28 @@ def _quantization_problems(
 
 
 def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: Log) -> dict[str, ServedModel]:
-    """Load the base once, with all adapters. Raises UserError as `build_policy`."""
+    """Load the base once, with all adapters. The base is a model of its own, unless an adapter has tokens that it does
+    not know.
+
+    Raises UserError as `build_policy`, and for an adapter beside others that adds rows to the base.
+    """
     device = pick_device(settings.device)
     source = adapters.first.source
     builders = adapters.prompt_builders
     for builder in builders.values():
         if builder.remark:
             log(builder.remark)
-    check_outline(source, [str(builder.adapter.path) for builder in builders.values()], adapter_weights=False)
+    folders = [str(builder.adapter.path) for builder in builders.values()]
+    added = {folder: check_outline(source, [folder]) for folder in folders}
+    if len(folders) > 1 and (larger := [folder for folder, rows in added.items() if rows]):
+        what = (
+            f"it has {added[larger[0]]} tokens of its own, so its base has more rows than that of the others"
+        )
+        raise UserError(what, place=larger[0], cure="serve it with a command of its own on another --port")
     log(f"loading {source.name}")
     policy = build_policy(
         source,
-        [str(builder.adapter.path) for builder in builders.values()],
+        folders,
         device=device,
         dtype=pick_dtype(settings.dtype, device),
         quantization=quantization_for(settings.quantization, adapters.first.adapter),
@@ -164,6 +174,9 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
         name: _served(replace(policy, adapter_name=adapter_name), builders[name])
         for name, adapter_name in names
     }
+    if any(added.values()) or any(builder.adapter.new_tokens for builder in builders.values()):
+        log(f"{adapters.base_name} is not served by itself: it does not know the adapter's own tokens")
+        return models
     base = _served(replace(policy, adapter_weights=False), adapters.first)
     return {**models, adapters.base_name: base}
 
@@ -219,7 +232,7 @@ def run_server(
             worker.stop()
             tokenizing.shutdown()
 
-    prompt_builders = {**adapters.prompt_builders, adapters.base_name: adapters.first}
+    prompt_builders = {name: adapters.prompt_builders.get(name, adapters.first) for name in models}
     app = make_app(Models(prompt_builders, worker, tokenizing), limits, lifespan)
     server, connections = make_server(
         watched(app), connection_limits or ConnectionLimits(connection_limit()), log

@@ -13,7 +13,7 @@ import torch
 from yeonma.adapter import adapter_folder as adapters
 from yeonma.batch.batch import Extras
 from yeonma.batch.plan import Plan
-from yeonma.config.settings import LoraSettings, RunConfig
+from yeonma.config.settings import LoraSettings, RunConfig, StepSettings
 from yeonma.errors import Log
 from yeonma.model import load
 from yeonma.model.language_part import absent_parameters
@@ -35,7 +35,7 @@ from yeonma.train.interrupt import Stop
 from yeonma.train.losses import REFERENCE_LOGPROB, TOKEN_LOSSES, Objective
 from yeonma.train.memory_budget import checkpointing, micro_batching
 from yeonma.train.oom_retry import MicroBatchLimit
-from yeonma.train.optimizers import make_optimizer
+from yeonma.train.optimizers import make_loraplus_optimizer, make_optimizer
 from yeonma.train.preference_losses import preference_loss, preference_objective
 from yeonma.train.prepare import (
     METRIC_SCHEDULES,
@@ -83,7 +83,7 @@ def load_model(
     quantization, dtype = model_settings.quantization, load.pick_dtype(model_settings.dtype, device)
     policy = build_policy(
         source,
-        lora_shape(lora) if prepared.adapter is None else [prepared.adapter],
+        lora_shape(lora, prepared.new_token_ids) if prepared.adapter is None else [prepared.adapter],
         device=device,
         dtype=dtype,
         quantization=quantization,
@@ -103,6 +103,8 @@ def load_model(
     log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
     reached = coverage(base)
     log(f"adapter on {reached}")
+    if config.step.loraplus_ratio is not None:
+        log(f"LoRA+: B learns at {config.step.loraplus_ratio:g} times the learning rate of A")
     log(f"kernels: {policy.kernels}")
     if base.published is not None:
         size = f"{local_weight_bytes(base) / 1e6:,.1f} MB of frozen weights"
@@ -144,6 +146,10 @@ def _shape_of(lora: LoraSettings, config: Any, reached: Coverage) -> dict[str, A
         "dropout": lora.lora_dropout,
         "target_modules": lora.lora_target_modules,
         "experts": lora.lora_experts,
+        "layers": lora.lora_layers,
+        "exclude": lora.exclude_modules,
+        "new_tokens": lora.new_tokens,
+        "modules_to_save": lora.modules_to_save,
         "on": str(reached),
     }
 
@@ -281,14 +287,7 @@ def build_train_state(
     start = (
         {name: weight.detach().clone() for name, weight in parameters.items()} if measures_reference else {}
     )
-    optimizer = make_optimizer(
-        step.optimizer,
-        list(parameters.values()),
-        learning_rate=step.learning_rate,
-        betas=(step.adam_beta1, step.adam_beta2),
-        epsilon=step.adam_epsilon,
-        weight_decay=step.weight_decay,
-    )
+    optimizer = _optimizer(step, loaded.policy.model, list(parameters.values()))
     return TrainState(
         model=base,
         support=loaded.policy.support,
@@ -306,3 +305,17 @@ def build_train_state(
         start=start,
         starts_exactly=not continued or config.lora.lora_dropout == 0,
     )
+
+
+def _optimizer(
+    step: StepSettings, model: Any, parameters: Sequence[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "learning_rate": step.learning_rate,
+        "betas": (step.adam_beta1, step.adam_beta2),
+        "epsilon": step.adam_epsilon,
+        "weight_decay": step.weight_decay,
+    }
+    if step.loraplus_ratio is None:
+        return make_optimizer(step.optimizer, parameters, **options)
+    return make_loraplus_optimizer(step.optimizer, model, step.loraplus_ratio, **options)

@@ -11,6 +11,7 @@ from yeonma.adapter.lora_ranks import lora_config
 from yeonma.config.settings import LoraSettings, RunConfig
 from yeonma.errors import Problem, UserError
 from yeonma.files import user_path
+from yeonma.tokenization.new_tokens import read_new_tokens
 
 MANIFEST = "yeonma.json"
 PEFT_ALPHA = 8
@@ -28,6 +29,15 @@ class AdapterLora:
     """Names of its target modules and parameters; None if they are a regular expression of PEFT's."""
 
 
+COMPARED = (
+    *("lora_r", "lora_alpha", "lora_target_modules", "new_tokens", "modules_to_save"),
+    *("use_rslora", "use_dora"),
+)
+"""Settings that must be the adapter's own, if they are given."""
+CHOICE = ("lora_target_modules", "lora_experts", "lora_layers", "exclude_modules")
+"""Settings that choose layers: in other words they may still reach the same."""
+
+
 def adapter_lora(folder: str) -> AdapterLora:
     """Reads adapter_config.json, and yeonma.json if there is one. Raises UserError if PEFT could not read it."""
     path = user_path(folder)
@@ -37,6 +47,7 @@ def adapter_lora(folder: str) -> AdapterLora:
             _recorded(json.loads((path / MANIFEST).read_text("utf-8"))) if (path / MANIFEST).is_file() else {}
         )
         modules = config.get("target_modules") or []
+        excluded = config.get("exclude_modules")
         targets = None if isinstance(modules, str) else (*modules, *(config.get("target_parameters") or []))
         settings = LoraSettings(
             lora_r=int(config["r"]),
@@ -44,6 +55,10 @@ def adapter_lora(folder: str) -> AdapterLora:
             lora_dropout=own.get("dropout", config.get("lora_dropout", 0.0)),
             lora_target_modules=own.get("target_modules", modules if targets is None else sorted(targets)),
             lora_experts=own.get("experts", LoraSettings.lora_experts),
+            lora_layers=own.get("layers", config.get("layers_to_transform")),
+            new_tokens=own.get("new_tokens"),
+            modules_to_save=own.get("modules_to_save", config.get("modules_to_save")),
+            exclude_modules=own.get("exclude", None if isinstance(excluded, str) else excluded),
             use_rslora=bool(config.get("use_rslora", False)),
             use_dora=bool(config.get("use_dora", False)),
         )
@@ -67,9 +82,13 @@ def check_lora(config: RunConfig, adapter: AdapterLora) -> None:
     """
     own, settings = adapter.settings, config.lora
     problems = []
-    for name in ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora"):
+    for name in COMPARED:
         value, has = getattr(settings, name), getattr(own, name)
         same = value == has
+        if name == "new_tokens":
+            same = read_new_tokens(value) == has
+        if name == "modules_to_save" and value and has:
+            same = [value] == has if isinstance(value, str) else sorted(value) == sorted(has)
         if name == "lora_target_modules" and not same:
             names = [value] if isinstance(value, str) else list(value)
             same = adapter.targets is None or _may_be_all(names, adapter.targets)
@@ -108,7 +127,7 @@ def follow_adapter(config: RunConfig, continued: str | None) -> RunConfig:
     if continued is None:
         return config
     own = asdict(adapter_lora(continued).settings)
-    kept = {"lora_dropout", "lora_target_modules", "lora_experts"} & config.given
+    kept = {"lora_dropout", *CHOICE} & config.given
     return replace(
         config, lora=LoraSettings(**{**own, **{name: getattr(config.lora, name) for name in kept}})
     )

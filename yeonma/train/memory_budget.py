@@ -133,7 +133,7 @@ def _blueprint_function(
         return blueprint(
             prepared.config,
             load.pick_dtype(model.dtype, device),
-            prepared.adapter or lora_shape(config.lora),
+            prepared.adapter or lora_shape(config.lora, prepared.new_token_ids),
             quantization=model.quantization,
             by_device=multiplies_fp8(device),
             trust_remote_code=source.trust_remote_code,

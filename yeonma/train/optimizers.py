@@ -15,6 +15,9 @@ import torch
 
 from yeonma.config.settings import Optimizer
 
+EMBEDDING_RATE = 1e-6
+"""The paper's and PEFT's learning rate for LoRA on an embedding, whatever the other rates are."""
+
 
 def make_optimizer(
     name: Optimizer,
@@ -25,16 +28,50 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
-        )
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-    optimizer: torch.optim.Optimizer = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[name](
-        parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay
+    """The optimizer of these parameters, which all learn at one rate."""
+    kind, options = _kind(name)
+    optimizer: torch.optim.Optimizer = kind(
+        parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, **options
     )
     return optimizer
+
+
+def make_loraplus_optimizer(
+    name: Optimizer,
+    peft_model: Any,
+    ratio: float,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """The optimizer of LoRA+ (Hayou et al. 2024, arXiv:2402.12354), in PEFT's groups: B, and vectors such as DoRA's
+    magnitudes, learn at `ratio` times `learning_rate`; biases have no weight decay. LoRA on an embedding, which only
+    adapters of other tools have, learns at EMBEDDING_RATE. The first group is that of A, at `learning_rate`."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind, options = _kind(name)
+    return create_loraplus_optimizer(
+        peft_model,
+        kind,
+        lr=learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=weight_decay,
+        loraplus_lr_embedding=EMBEDDING_RATE,
+        betas=betas,
+        eps=epsilon,
+        **options,
+    )
+
+
+def _kind(name: Optimizer) -> tuple[Any, dict[str, Any]]:
+    """The class of an optimizer, and the options that it always has."""
+    if name == "adamw":
+        return torch.optim.AdamW, {"fused": True}
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[name], {}
 
 
 def optimizer_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from yeonma.model.quantization import check_optimizer, check_quantization
 from yeonma.model.source import BaseSource, find_base
 from yeonma.run_folder.entries import check_entries
 from yeonma.run_folder.trackers import check_trackers
+from yeonma.tokenization.new_tokens import read_new_tokens
 from yeonma.train.continued_lora import adapter_lora, check_lora, follow_adapter
 from yeonma.train.interrupt import seconds_of
 
@@ -49,6 +51,7 @@ def preflight(config: RunConfig) -> None:
         partial(_check_output_is_no_data, config),
         partial(_check_data_of, config),
         partial(_check_lora_of, config),
+        partial(read_new_tokens, config.lora.new_tokens),
     )
 
 
@@ -58,8 +61,10 @@ def _check_lora_of(config: RunConfig) -> None:
 
 
 def with_adapters_lora(config: RunConfig) -> RunConfig:
-    """The config with the LoRA settings of the adapter to continue, if there is one."""
-    return follow_adapter(config, _adapter_folder(config.model))
+    """The config with the LoRA settings of the adapter to continue, if there is one, and with the new tokens of a file
+    as a list."""
+    config = follow_adapter(config, _adapter_folder(config.model))
+    return replace(config, lora=replace(config.lora, new_tokens=read_new_tokens(config.lora.new_tokens)))
 
 
 def _check_data_of(config: RunConfig) -> None:

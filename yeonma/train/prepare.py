@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,19 @@ from yeonma.data.rows import naming_skip
 from yeonma.errors import Log, Problem, UserError
 from yeonma.model import load
 from yeonma.model.adapter_config import WEIGHTS_FILE
-from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import added_rows, check_fits
 from yeonma.model.base_content import BaseContent
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import check_settings, published_in
-from yeonma.model.quantized import check_layers
-from yeonma.model.targets import PLACE, Coverage, adapted, coverage, resolve
+from yeonma.model.quantized import check_layers, quantised_layers
+from yeonma.model.target_choice import chosen_layers
+from yeonma.model.targets import Coverage, adapted, coverage
+from yeonma.model.whole_modules import check_not_quantised, whole_modules
 from yeonma.run_folder.output_folder import CONTENT_OF_BASE
 from yeonma.tokenization.cache import tokenizer_identity
 from yeonma.tokenization.dataset import Dataset, PreparedSet, prepare_dataset
+from yeonma.tokenization.new_tokens import add_new_tokens
 from yeonma.train.continued_lora import CURE, adapter_lora
 from yeonma.train.pair_losses import PreferenceOptions
 from yeonma.train.preference_losses import preference_loss
@@ -68,6 +71,8 @@ class Prepared:
     """What the result of the run depends on; run.json records it."""
     trained_parameters: int | None = None
     """None if the number is unknown until the weights are loaded."""
+    new_token_ids: tuple[int, ...] = ()
+    """Of the tokens that the run, or that of the adapter to continue, added to the tokenizer."""
     base_content: BaseContent | None = None
     """Part of `identity`; None if the base has not been read."""
 
@@ -101,9 +106,10 @@ def prepare(
     published = load.published_weights(model_config, source)
     check_settings(published, model.quantization, source.name, shard=model.shard)
     load.check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, source.name)
+    new_token_ids = add_new_tokens(tokenizer, config.lora.new_tokens or ())
     trained = None
     if try_adapter:
-        trained = check_adapter(config, model_config, source, continued)[0]
+        trained = check_adapter(config, model_config, source, continued, new_token_ids)[0]
     elif continued is not None:
         adapters.check_continued(continued, None)
     _check_schedule(step, log)
@@ -134,7 +140,7 @@ def prepare(
     plan = plan_of(dataset, step)
     _check_positions(model_config, dataset)
     identity = _identity(config, source, tokenizer, dataset, plan, continued)
-    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained)
+    return Prepared(model_config, tokenizer, dataset, plan, continued, identity, trained, new_token_ids)
 
 
 def plan_of(dataset: Dataset, step: StepSettings) -> Plan:
@@ -248,8 +254,8 @@ def _check_preference(preference: PreferenceSettings, tokens: TokenSettings, tok
         raise UserError(problems)
 
 
-def lora_shape(lora: LoraSettings) -> load.LoraShape:
-    """The shape of a new adapter."""
+def lora_shape(lora: LoraSettings, new_token_ids: Sequence[int] = ()) -> load.LoraShape:
+    """The shape of a new adapter. `new_token_ids`: those of the setting's new tokens."""
     return load.LoraShape(
         lora.lora_r,
         lora.lora_alpha,
@@ -258,11 +264,19 @@ def lora_shape(lora: LoraSettings) -> load.LoraShape:
         lora.use_rslora,
         lora.use_dora,
         lora.lora_experts,
+        lora.lora_layers,
+        lora.exclude_modules,
+        tuple(new_token_ids),
+        lora.modules_to_save,
     )
 
 
 def check_adapter(
-    config: RunConfig, model_config: Any, source: load.BaseSource, continued: str | None
+    config: RunConfig,
+    model_config: Any,
+    source: load.BaseSource,
+    continued: str | None,
+    new_token_ids: Sequence[int],
 ) -> tuple[int | None, Coverage | None]:
     """Puts the adapter on the model without weights. Returns the number of trained parameters and what has an adapter,
     or None for each if the model cannot be built without its weights.
@@ -283,22 +297,26 @@ def check_adapter(
     if published is not None and published.packs_experts(quantization):
         pack_experts_on_meta(model)
     if continued is None:
-        peft_model = load.add_lora(model, lora_shape(config.lora), seed=0)
+        if quantization != "none" or (published is not None and published.stays_packed):
+            layers = quantised_layers(model, "int8" if quantization == "none" else quantization)
+            check_not_quantised(model, whole_modules(model, config.lora.modules_to_save, ()), layers)
+        peft_model = load.add_lora(model, lora_shape(config.lora, new_token_ids), seed=0)
         trained = sum(parameter.numel() for parameter in peft_model.parameters() if parameter.requires_grad)
         return trained, coverage(model)
-    targets, own = config.lora.lora_target_modules, adapter_lora(continued).settings.lora_target_modules
+    choice, own = lora_shape(config.lora).choice, lora_shape(adapter_lora(continued).settings).choice
     asked = None
-    if targets != own:  # other words, which may still mean the same
-        names = [targets] if isinstance(targets, str) else targets
-        asked = {layer.adapted for layer in resolve(model, names, experts=config.lora.lora_experts)}
-    if (count := added_rows(model, read_header(continued))) > 0:
+    if choice != own:  # other words, which may still mean the same
+        asked = {layer.adapted for layer in chosen_layers(model, choice)}
+    count = added_rows(model, continued)
+    if count > 0 and not new_token_ids:
         what = f"it has {count} tokens of its own, which a run cannot continue"
         raise UserError(what, place=continued, cure="merge it with `yeonma merge`, and train on the result")
     check_fits(model, continued, config.lora.lora_dropout)
     reached = coverage(model)
     if asked is not None and asked != adapted(model):
         what = f"it reaches other layers than the adapter in {continued} has ({reached})"
-        raise UserError(what, place=PLACE, cure=CURE)
+        place = next(name for name, value in asdict(choice).items() if value != getattr(own, name))
+        raise UserError(what, place=place, cure=CURE)
     return adapters.stored_parameters(Path(continued)), reached
 
 

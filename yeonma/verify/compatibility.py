@@ -23,7 +23,7 @@ from yeonma.errors import Log, Problem, UserError
 from yeonma.model.adapter_config import WEIGHTS_FILE, read_adapter_config
 from yeonma.model.adapter_file import not_finite, read_header
 from yeonma.model.adapter_weights import Shapes as Shapes
-from yeonma.model.adapter_weights import add_lora_of, expected_shapes, misfits
+from yeonma.model.adapter_weights import add_lora_of, add_rows, expected_shapes, misfits
 from yeonma.model.base_content import changes, is_here, read_content
 from yeonma.model.load import load_config, outline
 from yeonma.model.source import BaseSource, find_base
@@ -129,7 +129,9 @@ def check_model(adapter: AdapterFolder, source: BaseSource, shapes: Shapes) -> F
         return checked("base", error.problems, "")
     place, cure = str(adapter.path / WEIGHTS_FILE), "restore the adapter of this run, or train again"
     try:
-        expected = expected_shapes(add_lora_of(model, str(adapter.path)))
+        header = read_header(adapter.path)
+        add_rows(model, header, str(adapter.path))
+        expected = expected_shapes(add_lora_of(model, str(adapter.path), header=header))
     except UserError as error:
         return checked("base", error.problems, "")
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:

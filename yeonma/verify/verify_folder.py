@@ -18,6 +18,7 @@ from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import OPTIMIZER, RANDOM, STATE, checkpoints
 from yeonma.run_folder.entries import RUN
 from yeonma.run_folder.lock import is_locked
+from yeonma.tokenization.new_tokens import add_new_tokens
 from yeonma.verify.compatibility import (
     REPLACE,
     Shapes,
@@ -198,6 +199,8 @@ def _check_tokenizers(
     for check, rows, place in tokenizers:
         try:
             tokenizer = load_tokenizer(place)
+            if place is not own:
+                add_new_tokens(tokenizer, adapter.new_tokens)
         except UserError as error:
             findings.append(checked(check, error.problems, ""))
             findings.append(not_checked(rows, "the tokenizer cannot be loaded"))

@@ -216,9 +216,15 @@ def test_serve_holds_adapters_of_several_kinds_on_one_base(home: Path, tmp_path:
             expected = plain(by_peft(home / "base", folder, kind), ids)
             torch.testing.assert_close(plain(model, ids), expected, atol=1e-5, rtol=0)
     larger = foreign_adapter(home / "base", tmp_path / "larger", "new tokens")
+    both = ServeSettings(adapter_dirs=[str(folders[0]), str(larger)], template="title", device="cpu")
+    message = error_of(lambda: load_served_models(open_adapters(both), both, lambda _: None))
+    assert (
+        f"larger: it has {NEW} tokens of its own, so its base has more rows than that of the others"
+        in message
+    )
+    assert message.endswith("serve it with a command of its own on another --port")
     settings = ServeSettings(adapter_dirs=[str(larger)], template="title", device="cpu")
-    message = error_of(lambda: load_served_models(open_adapters(settings), settings, lambda _: None))
-    assert f"it has {NEW} tokens of its own, which the base alone does not know" in message
+    assert list(load_served_models(open_adapters(settings), settings, lambda _: None)) == ["larger"]
     settings = ServeSettings(adapter_dirs=[str(folders[0])])
     assert "so it has no template" in error_of(lambda: open_adapters(settings))
 

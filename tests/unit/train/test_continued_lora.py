@@ -120,6 +120,21 @@ def test_records_say_what_is_trained_and_the_written_settings_continue_the_run(
     assert f"lora_r: it is 16, but {first} has 2" in changed.err
 
 
+def test_layers_by_choice_are_those_of_the_adapter(tmp_path: Path, base: Path, data: Path) -> None:
+    chosen: dict[str, object] = {"lora_layers": 1, "exclude_modules": ["mlp"]}
+    first = trained(tmp_path / "first", base, data, max_steps=1, **chosen)
+    assert "adapter on attention 1/2, MLP 0/2" in first.out
+    for number, given in enumerate([{}, chosen, {"lora_layers": [1]}, {"lora_layers": "1-"}]):
+        done = trained(tmp_path / f"next{number}", base, data, max_steps=1, adapter=first.folder, **given)
+        assert "adapter on attention 1/2, MLP 0/2" in done.out
+        written = yaml.safe_load((done.folder / "settings.yaml").read_text())
+        assert {name: written[name] for name in chosen} == {**chosen, **given}
+    for name, value in {"lora_layers": "0-1", "exclude_modules": "[o_proj]"}.items():
+        done = sft(tmp_path / "other", base, data, max_steps=1, adapter=first.folder, **{name: value})
+        assert done.status == 2
+        assert f"{name}: it reaches other layers than the adapter in {first.folder} has" in done.err
+
+
 def test_dropout_may_be_changed_and_is_what_the_records_say(
     tmp_path: Path, base: Path, preferences: Path, first: Path
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from yeonma.config.settings import TorchCompile
@@ -27,6 +28,7 @@ from yeonma.errors import Log, UserError, first_line
 from yeonma.model.kernels.elementwise import MIN_ROWS, PLAIN, Kernels, compiled, norm, rotate, swiglu
 from yeonma.model.kernels.last_layer import trim_last_layer, trim_where_equal
 from yeonma.model.kernels.lora import gated_lora, patch_linear, supports_gated
+from yeonma.model.kernels.new_rows import patch_trained_rows
 from yeonma.model.logprobs import ForestSupport
 from yeonma.model.sharding import own_class
 
@@ -39,7 +41,7 @@ WIDTH = 16
 ROWS = 5
 TOLERANCE = 1e-5
 
-KINDS = ("RMSNorm", "SwiGLU", "rotary", "LoRA", "oneDNN", "last layer")
+KINDS = ("RMSNorm", "SwiGLU", "rotary", "LoRA", "trained rows", "oneDNN", "last layer")
 """Kinds of modules, in the order of a report."""
 
 ForwardFunction = Callable[..., Any]
@@ -97,6 +99,7 @@ def patch_kernels(
     has_rotary = any("Rotary" in own_class(module).__name__ for module in model.modules())
     candidates = Counter(kind for module in model.modules() for kind in _kinds_of(module, has_rotary))
     patched = patch_linear(model) + patch_elementwise(model, kernels)
+    patched["trained rows"] = patch_trained_rows(model)
     if trim_last and support is not None and support.forest:
         on_meta = next(model.parameters()).device.type == "meta"
         candidates["last layer"] = 1
@@ -121,6 +124,8 @@ def _kinds_of(module: nn.Module, has_rotary: bool) -> Iterator[str]:
         yield "rotary"
     if isinstance(module, LoraLayer):
         yield "LoRA"
+    if isinstance(module, TrainableTokensLayer):
+        yield "trained rows"
 
 
 def patch_elementwise(model: nn.Module, kernels: Kernels = PLAIN) -> Counter[str]:
@@ -178,7 +183,7 @@ def _is_own(forward: object) -> bool:
 
 def _faster_norm(module: Any, kernels: Kernels) -> ForwardFunction | None:
     """A faster forward for an RMSNorm with a frozen gain, which is `weight` or `1 + weight`; None for other modules."""
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
     epsilon = next((getattr(module, name) for name in EPSILON if hasattr(module, name)), None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or weight.requires_grad:
         return None

@@ -34,7 +34,7 @@ from yeonma.config.settings import (
 )
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
-from yeonma.errors import Log, UserError
+from yeonma.errors import Log, UserError, first_line
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model import load
@@ -435,15 +435,21 @@ def blueprint(
     `lora`: the shape of a new adapter, or the folder of an adapter to continue. `device`: the device of the run, by
     default the CPU. `by_device`: whether that device multiplies fp8 natively. Uses no random numbers.
 
-    Raises UserError if the model does not have the target modules.
+    Raises UserError if the model does not have the target modules, or cannot be built without its weights.
     """
     load.hide_loading_noise()
     config = deepcopy(config)  # building a model writes its dtype and attention into the config
     published = published_in(config.to_dict(), "base_model")
     load.remove_quantization(config)
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            with torch.device("meta"):
+                base = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+        except Exception as error:  # a model's code may compute with its weights while it is built
+            what = f"this model cannot be built without its weights ({first_line(error)})"
+            raise UserError(what, place="base_model") from error
         base.requires_grad_(False)
         base.published = published
         frozen = sum(parameter.numel() for parameter in base.parameters())

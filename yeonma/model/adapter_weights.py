@@ -25,7 +25,7 @@ from yeonma.model.adapter_file import (
     read_header,
     some,
 )
-from yeonma.model.peft_targets import exact_targets, read_config
+from yeonma.model.peft_targets import exact_names, exact_targets, read_config
 
 PREFIX = "base_model.model."
 """Of the names in the file."""
@@ -137,7 +137,12 @@ def load_weights(peft_model: Any, folder: str | Path, name: str = "default") -> 
                 _check_copy(peft_model, key, tensor, file, path)
             else:
                 tensors[key] = tensor
-    result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    expected = expected_shapes(peft_model, name)
+    # transformers' rules for the names of earlier versions may break those of this one, as Laguna's shared experts
+    is_broken = shapes == expected and _as_peft_renames(peft_model, shapes, name) != expected
+    with exact_names() if is_broken else nullcontext():
+        result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
     if result.unexpected_keys:  # the check of the names does not let this happen
         raise RuntimeError(f"PEFT did not load {some(sorted(result.unexpected_keys))}")
 

@@ -1,7 +1,7 @@
 """Write the tables of model types into docs/models.md and docs/models.ko.md, between the two `model types` comments.
 
-They come from docs/models.json, the results of real runs on tiny configs. With --try the runs are made again (about five
-seconds for a model type) and the file is written: `--try` for all model types, `--try llama gpt_oss` for some.
+They come from docs/models.json, the results of real runs on tiny configs. With --try the runs are made again (about
+five seconds for a model type) and the file is written: `--try` for all model types, `--try llama gpt_oss` for some.
 With --check nothing is written; the exit status is 1 if a table is out of date.
 """
 

@@ -64,6 +64,7 @@ SIZES: Mapping[str, Any] = {
 _LATENT: Mapping[str, Any] = {"num_key_value_heads": 4}
 _DELTA: Mapping[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 _MAMBA: Mapping[str, Any] = {"layer_types": ["mamba", "attention"]}
+_TWICE_AS_WIDE: Mapping[str, Any] = {"attention_hidden_size": 64, "attention_head_dim": 16}
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), _LATENT),
     **dict.fromkeys(("glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "dots3_note_text"), _LATENT),
@@ -81,8 +82,50 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "use_mem_rope": True},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "num_key_value_heads": 4,
+        **_TWICE_AS_WIDE,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "num_mem_blocks": 1,
+        "use_mem_rope": True,
+        "num_key_value_heads": 4,
+        **_TWICE_AS_WIDE,
+    },
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.95, 0.0],
+        "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "qwen4_exp_text": {
+        **_DELTA,
+        "hc_lowrank": 8,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 64,
+        "heads_per_ngram": 2,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 2,
+    },
 }
 """What a model type needs besides SIZES."""
 
@@ -107,7 +150,7 @@ NOT_TRIED: Mapping[str, tuple[str, ...]] = {
         *("plbart", "prophetnet", "trocr", "whisper"),
     ),
     "models of images, sound or bytes, whose text part has a model type of its own or none": (
-        *("blt", "cohere_compass_text", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4"),
+        *("blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4"),
         *(
             "gemma4_assistant",
             "gemma4_unified",
@@ -120,9 +163,7 @@ NOT_TRIED: Mapping[str, tuple[str, ...]] = {
         *("moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal", "qwen3_5"),
         *("qwen3_5_moe", "qwen4_exp"),
     ),
-    "models for which no tiny config has been found": (
-        *("dbrx", "gemma3n_text", "qwen4_exp_text", "xlstm", "zamba", "zamba2"),
-    ),
+    "models for which no tiny config has been found": ("xlstm",),
 }
 """Model types of transformers' causal language models that are left out, by the reason."""
 FAMILIES = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {*sum(NOT_TRIED.values(), ())}))

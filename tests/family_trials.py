@@ -26,6 +26,7 @@ from yeonma.config.settings import Quantization
 from yeonma.errors import UserError
 from yeonma.model.load import LoraShape, find_base
 from yeonma.model.memory_trace import trace
+from yeonma.model.quantized import check_layers, packed_layers
 from yeonma.model.targets import ROUTED, target_layers
 from yeonma.policy import blueprint, build_policy
 from yeonma.tokenization.example import Example
@@ -181,7 +182,9 @@ def try_family(model_type: str, place: Path, *, everything: bool = True) -> Fami
     assert sft.status == 0, sft.err
     plain = trial.plain_logprobs()
     loss = -float(torch.cat(plain).mean())
-    assert abs(sft.losses[0] - loss) < TOLERANCE, f"sft begins at {sft.losses[0]}, a plain forward gives {loss}"
+    assert abs(sft.losses[0] - loss) < TOLERANCE, (
+        f"sft begins at {sft.losses[0]}, a plain forward gives {loss}"
+    )
     dpo = trial.dpo()
     assert dpo.status == 0, dpo.err
     step = dpo.steps[0]
@@ -233,9 +236,11 @@ def _check_dora(trial: FamilyTrial, plain: list[torch.Tensor]) -> None:
 
 def _check_quantised(trial: FamilyTrial, kind: Quantization) -> None:
     """The quantised model's log-probabilities, over a forest or not, are those of its plain forward pass."""
+    check_layers(tiny_family(trial.model_type), kind, trial.model_type)
     policy = trial.policy(kind)
-    logprobs = trial.gradients_of(policy)
     model = policy.transformers_model
+    assert any(True for _ in packed_layers(model))
+    logprobs = trial.gradients_of(policy)
     model.set_attn_implementation(policy.support.plain_attention)
     model.eval()
     difference = float((logprobs - torch.cat(trial.plain_logprobs(model))).abs().mean())

@@ -55,7 +55,7 @@ from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprob
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.published import published_in
-from yeonma.model.quantized import pack_on_meta, quantise_on_meta, quantised_layers
+from yeonma.model.quantized import pack_on_meta, packed_layers, quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
@@ -343,11 +343,26 @@ def _assemble(
     if shard_on is not None:
         shard_weights(base, shard_on)
         load.check_finite(base, source.name)
-    support = check_forest_support(base)  # after the adapter, which may change the head
+    support = _check_support(base)  # after the adapter, which may change the head
     if checkpointing:
         load.checkpoint_activations(base, checkpointing)
     report = patch_kernels(base, kernels, support=support, trim_last=trainable)
     return Policy(model, source, identity, support, report)
+
+
+def _check_support(base: Any) -> ForestSupport:
+    """The trial of forests. Raises UserError if the model's code fails on weights in fewer bits, because it reads them
+    itself."""
+    try:
+        return check_forest_support(base)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not any(True for _ in packed_layers(base)):
+            raise
+        what = f"this model's code does not run with weights held in fewer bits ({first_line(error)})"
+        cure = "leave it out, and give a base that is not quantised"
+        raise UserError(what, place="quantization", cure=cure) from error
 
 
 def load_policy(

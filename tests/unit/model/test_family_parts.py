@@ -1,4 +1,4 @@
-"""What `all-linear` reaches in models of many kinds, and what it passes over: on the meta device, by transformers' code."""
+"""What `all-linear` reaches in models of many kinds and what it passes over, and that plain PEFT reads the adapter."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_gated_norms_keep_their_own_forward() -> None:
 IDS = torch.arange(3, 40)[None]
 MIXTURES = ("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_text", "nemotron_h", "qwen3_moe", "qwen3_next")
 NOT_BY_PLAIN_PEFT = {"laguna"}
-"""transformers' renaming of `shared_expert.` takes `shared_experts` for it as well, so that PEFT finds no such layer."""
+"""transformers renames `shared_expert.` by an expression that matches `shared_experts`; PEFT finds no such layer."""
 REST = sorted(set(FAMILIES) - set(MIXTURES))
 
 

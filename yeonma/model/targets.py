@@ -291,7 +291,11 @@ _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 def _is_read_by_its_model(layer: TargetLayer, model: Any, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the model's code, or fast kernels of it, reads the layer's weight instead of calling the layer. PEFT
     refuses an adapter on Mamba's `out_proj`. On `dt_proj` of its first version an adapter would do nothing until it is
-    merged."""
+    merged. PEFT adapts a parameter of experts where their own module reads it, not the one around it, as in DBRX."""
+    if layer.kind == "experts":
+        container = layer.path.rpartition(".")[0]
+        code = getattr(type(modules[container.rpartition(".")[0]]).forward, "__code__", None)
+        return code is not None and layer.leaf in code.co_names
     if layer.leaf == "out_proj":
         return getattr(model.config, "model_type", None) in _MAMBA
     return layer.leaf == "dt_proj" and layer.path.removesuffix("dt_proj") + "x_proj" in modules

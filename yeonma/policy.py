@@ -33,7 +33,7 @@ from yeonma.config.settings import (
 )
 from yeonma.data.columns import Columns
 from yeonma.data.rows import Row
-from yeonma.errors import Log, UserError
+from yeonma.errors import Log, UserError, first_line
 from yeonma.generation.completion import Answer, Ids, generate
 from yeonma.generation.sampling import SamplingParams
 from yeonma.model import load
@@ -56,7 +56,7 @@ from yeonma.model.logprobs import CUDA_CHUNK_BYTES, ForestSupport, batch_logprob
 from yeonma.model.memory_trace import Blueprint
 from yeonma.model.packed_experts import pack_experts_on_meta
 from yeonma.model.published import published_in
-from yeonma.model.quantized import pack_on_meta, quantise_on_meta, quantised_layers
+from yeonma.model.quantized import pack_on_meta, packed_layers, quantise_on_meta, quantised_layers
 from yeonma.model.sharding import gathered_bytes, shard_weights
 from yeonma.model.source import BaseSource
 from yeonma.model.train_mode import train_adapter
@@ -351,11 +351,26 @@ def _assemble(
     if shard_on is not None:
         shard_weights(base, shard_on)
         load.check_finite(base, source.name)
-    support = check_forest_support(base)  # after the adapter, which may change the head
+    support = _check_support(base)  # after the adapter, which may change the head
     if checkpointing:
         load.checkpoint_activations(base, checkpointing)
     report = patch_kernels(base, kernels, support=support, trim_last=trainable)
     return Policy(model, source, identity, support, report)
+
+
+def _check_support(base: Any) -> ForestSupport:
+    """The trial of forests. Raises UserError if the model's code fails on weights in fewer bits, because it reads them
+    itself."""
+    try:
+        return check_forest_support(base)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's code may raise anything
+        if not any(True for _ in packed_layers(base)):
+            raise
+        what = f"this model's code does not run with weights held in fewer bits ({first_line(error)})"
+        cure = "leave it out, and give a base that is not quantised"
+        raise UserError(what, place="quantization", cure=cure) from error
 
 
 def load_policy(
@@ -445,14 +460,20 @@ def blueprint(
     `lora`: the shape of a new adapter, or the folder of an adapter to continue. `device`: the device of the run, by
     default the CPU. `by_device`: whether that device multiplies fp8 natively. Uses no random numbers.
 
-    Raises UserError if the model does not have the target modules.
+    Raises UserError if the model does not have the target modules, or cannot be built without its weights.
     """
     load.hide_loading_noise()
     config = deepcopy(config)  # building a model writes its dtype and attention into the config
     published = published_in(config.to_dict(), "base_model")
     load.remove_quantization(config)
     with torch.random.fork_rng(devices=[]):
-        base = build_empty(config, trust_remote_code, dtype=dtype)
+        try:
+            base = build_empty(config, trust_remote_code, dtype=dtype)
+        except UserError:
+            raise
+        except Exception as error:  # a model's code may compute with its weights while it is built
+            what = f"this model cannot be built without its weights ({first_line(error)})"
+            raise UserError(what, place="base_model") from error
         base.requires_grad_(False)
         base.published = published
         frozen = sum(parameter.numel() for parameter in base.parameters())

@@ -53,6 +53,7 @@ OTHER_OPTIONS = {
     *(
         "lr",
         "write_docs",
+        "try",
         "data",
         "model",
         "output",

@@ -230,7 +230,7 @@ def _alternatives(
                 else survey_micro_batches(plan, store, other.micro, other.processes)
             )
             traced = trace(other_blueprint, batches.heaviest, has_gradients=batches.several)
-        except (UserError, ValueError):  # the model does not support checkpointing or that precision
+        except UserError:  # the model does not support checkpointing or that precision
             return
         steps = prepared.plan.total_steps
         other_memory = _memory(other, other_blueprint, batches, traced, process, steps)

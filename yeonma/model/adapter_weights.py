@@ -26,7 +26,7 @@ from yeonma.model.adapter_file import (
     some,
 )
 from yeonma.model.language_part import left_out
-from yeonma.model.peft_targets import exact_targets, read_config
+from yeonma.model.peft_targets import exact_names, exact_targets, read_config
 from yeonma.model.token_rows import embedding_paths, missing_rows, resize_embeddings
 from yeonma.model.whole_modules import keep_float32
 
@@ -143,7 +143,12 @@ def load_weights(peft_model: Any, folder: str | Path, name: str = "default") -> 
                 _check_copy(peft_model, key, tensor, file, path)
             else:
                 tensors[key] = tensor
-    result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    expected = expected_shapes(peft_model, name)
+    # transformers' rules for the names of earlier versions may break those of this one, as Laguna's shared experts
+    is_broken = shapes == expected and _as_peft_renames(peft_model, shapes, name) != expected
+    with exact_names() if is_broken else nullcontext():
+        result: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
     if result.unexpected_keys:  # the check of the names does not let this happen
         raise RuntimeError(f"PEFT did not load {some(sorted(result.unexpected_keys))}")
 

@@ -67,6 +67,8 @@ def _older_form(written: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(local, dict) and "rope_theta" in local:
         older["rope_local_base_freq"] = local["rope_theta"]
     rope = rope.get("full_attention", rope)
+    if not isinstance(rope, dict):  # such layers have no positions
+        return older
     older |= {name: rope[name] for name in _INSIDE_ROPE if isinstance(rope.get(name), int | float)}
     return older | _older_scaling(rope)
 

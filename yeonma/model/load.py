@@ -458,11 +458,15 @@ def _some(names: Sequence[str]) -> str:
 def checkpoint_activations(model: Any, checkpointing: Checkpointing = True) -> None:
     """Save only the layers' inputs for the backward pass and recompute the rest (Chen et al. 2016, arXiv:1604.06174).
 
-    `selective`: only in every other layer.
+    `selective`: only in every other layer. Raises UserError for a model whose code does not offer it.
     """
     # newer versions of transformers warn about the old name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        what, cure = "this model's code keeps all activations", "use --gradient_checkpointing false"
+        raise UserError(what, place="gradient_checkpointing", cure=cure) from error
     if checkpointing == "selective":
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[1::2]:

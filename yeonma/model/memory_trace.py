@@ -2,21 +2,22 @@
 
 Tensors on that device have a shape but no contents. The model is built there from its config, PEFT adds its layers as
 in the run, and every tensor of the forward and backward pass is recorded, with the moment at which it is freed. So
-nothing is guessed from the name of an architecture. Memory that an operator uses internally is not seen.
+nothing is guessed from the name of an architecture. Memory that an operator uses internally is not seen. A model whose
+computation depends on the contents of tensors, or whose code takes no forest, has no trace.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from yeonma.batch.forest import Forest
-from yeonma.errors import UserError
+from yeonma.errors import UserError, first_line
 from yeonma.model.attention.backend import Capability
 from yeonma.model.attention.dispatch import layout
 from yeonma.model.attention.varlen import VARLEN, VarlenLayout
@@ -72,8 +73,11 @@ class Trace:
 def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) -> Trace:
     """Trace the forward and backward pass of a forest. `has_gradients`: gradients of an earlier micro-batch exist.
 
-    Raises UserError if the model's computation depends on the contents of tensors, so that it cannot be traced.
+    Raises UserError if the model cannot be traced, because its computation depends on the contents of tensors or its
+    code takes no forest.
     """
+    if model_blueprint.head is not None and not _has_decoder(model_blueprint.model):
+        model_blueprint = replace(model_blueprint, head=None)
     model, capability = model_blueprint.model, model_blueprint.capability
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -84,13 +88,18 @@ def trace(model_blueprint: Blueprint, forest: Forest, *, has_gradients: bool) ->
     record.add([*model.parameters(), *model.buffers()], counted=False)
     record.add([parameter.grad for parameter in trained if parameter.grad is not None])
     try:
-        with _recording(record):
+        with _recording(record), _without_autocast_on_meta():
             loss = trained_logprobs(model, forest, model_blueprint.head, capability, attention).sum()
             forward, forward_shapes = len(record.events), len(record.shapes)
             loss.backward()
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"this model's memory cannot be forecast ({reason})", place="base_model") from error
+    except UserError:
+        raise
+    except Exception as error:  # a model's code may raise anything
+        for parameter in trained:
+            parameter.grad = None
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        what = f"this model's memory cannot be forecast ({kind}{first_line(error)})"
+        raise UserError(what, place="base_model") from error
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     record.add(gradients, counted=False)
     gradient_numbers = {record.number_of(gradient) for gradient in gradients}
@@ -172,8 +181,14 @@ class _TracedStorage:
         name = str(operator)
         if name == "aten._local_scalar_dense.default":
             return 0  # for code that looks for padding and packed sequences; there are none
-        result = operator(*args, **kwargs)
+        grouped = _grouped(args) if name == _GROUPED else None
+        if grouped is not None and args[0].device.type == "meta":  # where it has rules for bfloat16 alone
+            result = torch.empty(grouped[0], dtype=args[0].dtype, device="meta")
+        else:
+            result = operator(*args, **kwargs)
         self.add(list(_tensors(result)))
+        if grouped is not None:
+            self.flops += grouped[1]
         if name in _FACTORS:
             a, b = (args[index] for index in _FACTORS[name])
             self.flops += 2 * a.numel() * b.shape[-1]
@@ -191,6 +206,16 @@ class _TracedStorage:
         return result
 
 
+def _grouped(args: Sequence[Any]) -> tuple[tuple[int, ...], int]:
+    """The shape of a product in which every group of rows (experts, of which each has some of the tokens) has a matrix
+    of its own, and its floating point operations."""
+    a, b, groups = args[0], args[1], args[2]
+    rows, columns = a.shape[-2], b.shape[-1]
+    operations = 2 * rows * a.shape[-1] * columns
+    both_in_groups = a.ndim == b.ndim == 2  # the gradient of the matrices
+    return (len(groups), rows, columns) if both_in_groups else (rows, columns), operations
+
+
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
     """The tensors in an operator's result: a tensor, or tuples and lists of them."""
     if isinstance(result, torch.Tensor):
@@ -198,6 +223,29 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
     elif isinstance(result, tuple | list):
         for part in result:
             yield from _tensors(part)
+
+
+def _has_decoder(model: Any) -> bool:
+    """Whether the model names its decoder, so that it can be called without the head. The trial at loading calls it; on
+    the meta device there is none. A few models return themselves, or a layer within their head."""
+    decoder, embeddings = model.get_decoder(), model.get_input_embeddings()
+    return decoder is not model and any(module is embeddings for module in decoder.modules())
+
+
+@contextmanager
+def _without_autocast_on_meta() -> Iterator[None]:
+    """Within the block, `torch.autocast` does nothing on the meta device, which has none. PEFT's layers turn it off
+    around an adapter within a parameter."""
+    original: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else original(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.autocast = original  # type: ignore[misc]
 
 
 def _recording(record: _TracedStorage) -> AbstractContextManager[object]:
@@ -222,6 +270,7 @@ def _recording(record: _TracedStorage) -> AbstractContextManager[object]:
 
 
 # Operators by name, because some are private and may be missing.
+_GROUPED = "aten._grouped_mm.default"
 _FACTORS = {  # the positions of the two factors among the arguments
     "aten.mm.default": (0, 1),
     "aten._scaled_mm.default": (0, 1),

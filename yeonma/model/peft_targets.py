@@ -74,6 +74,21 @@ def exact_targets() -> Iterator[None]:
 
 
 @contextmanager
+def exact_names() -> Iterator[None]:
+    """Within the block PEFT takes the names of an adapter's tensors as they are."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    renaming = conversion.convert_peft_adapter_state_dict_for_transformers
+    conversion.convert_peft_adapter_state_dict_for_transformers = lambda *, adapter_state_dict, **_: (
+        adapter_state_dict
+    )
+    try:
+        yield
+    finally:
+        conversion.convert_peft_adapter_state_dict_for_transformers = renaming
+
+
+@contextmanager
 def as_peft_reads(model: Any, config: Any) -> Iterator[None]:
     """Within the block the config of an adapter on `model` has the targets that plain PEFT needs to load it."""
     own = config.target_modules, config.target_parameters, config.lora_dropout

@@ -92,10 +92,16 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def quantised_layers(model: Any, quantization: Quantization) -> list[Any]:
-    """The dense layers to quantise: all but the head; for fp8, only `nn.Linear`."""
-    classes = (nn.Linear,) if quantization == "fp8" else (nn.Linear, Conv1D)
+    """The dense layers to quantise: all but the head, and but those that compute something else than their product. As
+    transformers has it for bitsandbytes, `nn.Linear` itself and `Conv1D`; for fp8, `nn.Linear` with its own forward."""
     head = model.get_output_embeddings()
-    return [layer for layer in model.modules() if isinstance(layer, classes) and layer is not head]
+    return [layer for layer in model.modules() if layer is not head and _is_dense(layer, quantization)]
+
+
+def _is_dense(layer: nn.Module, quantization: Quantization) -> bool:
+    if quantization == "fp8":
+        return isinstance(layer, nn.Linear) and type(layer).forward == nn.Linear.forward
+    return type(layer) is nn.Linear or isinstance(layer, Conv1D)
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ transformers has fused PEFT moves `gate_proj` to the experts wherever it stands.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -51,10 +51,12 @@ _TOWERS = {
     PROJECTOR: re.compile(r"projector|connector|merger|aligner|^mm_", re.I),
 }
 _RECURRENT = re.compile(
-    r"mamba|linear_?attn|linear_?attention|delta|ssm|recurrent|lru|short_?conv|rwkv", re.I
+    r"mamba|linear_?attn|linear_?attention|lightning|delta|ssm|recurrent|lru|short_?conv|rwkv", re.I
 )
 _ATTENTION = re.compile(r"attn|attention|^[qkvo]_proj$", re.I)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|^fc|^w\d|gate_proj|up_proj|down_proj|dense|moe|mixer", re.I)
+_MLP_BY_NAME = re.compile(r"mlp|ffn|feed_?forward", re.I)
+"""Names of modules that settle it, where the model's own name is part of every class's (`RecurrentGemmaMlp`)."""
 _BOTH = ("gate_proj", "up_proj")
 """What a fused gate_up_proj holds, as most models call it."""
 
@@ -157,7 +159,9 @@ def _part(path: str, modules: dict[str, nn.Module], heads: set[str]) -> tuple[st
     first = next((index for index, name in enumerate(names) if name.isdigit()), len(names) - 1)
     paths = [".".join(names[: index + 1]) for index in range(first + 1, len(names))]
     inner = names[first + 1 :]
+    plain_attention = f"{_model_name(modules[''])}Attention"
     classes = [type(modules[one]).__name__ if one in modules else "" for one in paths]
+    classes = ["Attention" if kind == plain_attention else kind for kind in classes]
     steps = list(zip(inner, paths, classes, strict=True))
     if keys := frozenset(name for name, one, kind in steps if _is_router(name, one, kind, modules)):
         return ROUTER, keys
@@ -165,10 +169,17 @@ def _part(path: str, modules: dict[str, nn.Module], heads: set[str]) -> tuple[st
         return SHARED, frozenset()
     if keys := frozenset(name for name, _, kind in steps if name == "experts" or "Experts" in kind):
         return ROUTED, keys
+    if any(map(_MLP_BY_NAME.search, inner)):
+        return MLP, frozenset()
     for part, pattern in ((RECURRENT, _RECURRENT), (ATTENTION, _ATTENTION), (MLP, _MLP)):
         if any(pattern.search(name) or pattern.search(kind) for name, _, kind in steps):
             return part, frozenset()
     return OTHER, frozenset()
+
+
+def _model_name(model: nn.Module) -> str:
+    """What the names of a model's classes begin with: `KimiLinear` of `KimiLinearForCausalLM`."""
+    return re.sub(r"(For[A-Z]|LMHead|Model|TextModel).*", "", type(model).__name__)
 
 
 def _is_router(name: str, path: str, kind: str, modules: dict[str, nn.Module]) -> bool:
@@ -223,7 +234,8 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
     (`shared_experts`, `vision_tower`), or a pattern with `*` and `?`. Routers, towers, projectors and the head need
     their own name in it. Raises UserError that lists all names which reach nothing.
     """
-    every = target_layers(model)
+    all_layers, modules = target_layers(model), _modules(model)
+    every = [layer for layer in all_layers if not _is_read_by_its_model(layer, model, modules)]
     names = [name.strip() for name in names if name.strip()]
     if not names:
         cure = "use all-linear, or name layers such as [q_proj, v_proj]"
@@ -232,7 +244,7 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
     names = [name for name in names if name.lower() != ALL_LINEAR]
     spellings = {layer: _spellings(layer, every) for layer in every}
     problems = [
-        _unknown(name, model, every)
+        _unknown(name, model, all_layers)
         for name in names
         if not any(
             _may_name(name, layer, path) for layer, ways in spellings.items() for path in sum(ways, ())
@@ -244,7 +256,7 @@ def resolve(model: Any, names: Sequence[str], *, experts: bool) -> list[TargetLa
             [path for path in way if not any(_reaches(name, layer, path, every, experts) for name in names)]
             for way in ways
         ]
-        if [] in missing or (all_linear and _is_in_all_linear(layer, model, experts)):
+        if [] in missing or (all_linear and _is_in_all_linear(layer, experts)):
             reached.append(layer)
         for way, lacking in zip(ways, missing, strict=True):
             if layer not in reached and 0 < len(lacking) < len(way):
@@ -272,18 +284,26 @@ def _spellings(layer: TargetLayer, every: Sequence[TargetLayer]) -> list[tuple[s
     return [way for way in dict.fromkeys(ways) if way]
 
 
-def _is_in_all_linear(layer: TargetLayer, model: Any, experts: bool) -> bool:
+def _is_in_all_linear(layer: TargetLayer, experts: bool) -> bool:
     if layer.part in BY_NAME or (layer.part == ROUTED and not experts):
         return False
-    return layer.kind != "weight" and not _is_refused(layer, model)
+    return layer.kind != "weight"
 
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
-def _is_refused(layer: TargetLayer, model: Any) -> bool:
-    """Whether PEFT refuses an adapter there: fast kernels of these models read the layer's weight themselves."""
-    return layer.leaf == "out_proj" and getattr(model.config, "model_type", None) in _MAMBA
+def _is_read_by_its_model(layer: TargetLayer, model: Any, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the model's code, or fast kernels of it, reads the layer's weight instead of calling the layer. PEFT
+    refuses an adapter on Mamba's `out_proj`. On `dt_proj` of its first version an adapter would do nothing until it is
+    merged. PEFT adapts a parameter of experts where their own module reads it, not the one around it, as in DBRX."""
+    if layer.kind == "experts":
+        container = layer.path.rpartition(".")[0]
+        code = getattr(type(modules[container.rpartition(".")[0]]).forward, "__code__", None)
+        return code is not None and layer.leaf in code.co_names
+    if layer.leaf == "out_proj":
+        return getattr(model.config, "model_type", None) in _MAMBA
+    return layer.leaf == "dt_proj" and layer.path.removesuffix("dt_proj") + "x_proj" in modules
 
 
 def _may_name(name: str, layer: TargetLayer, path: str) -> bool:
@@ -354,7 +374,14 @@ def _beside_text(layer: TargetLayer) -> Problem:
 
 
 def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = PLACE) -> Problem:
-    """The problem of a name that reaches nothing."""
+    """The problem of a name that reaches nothing. `every`: all target layers."""
+    modules = _modules(model)
+    for layer in every if place == PLACE else ():
+        if _matches(name, layer.path) and _is_read_by_its_model(layer, model, modules):
+            what = (
+                f'the model\'s code reads the weight of "{name}" itself, so that an adapter would do nothing'
+            )
+            return Problem(what, place, "leave it out")
     for layer in every if place == PLACE else ():
         if _matches(name, layer.path) and layer.part in BY_NAME:
             key = next(part for part in layer.path.split(".") if part in layer.keys)
@@ -365,7 +392,7 @@ def _unknown(name: str, model: Any, every: Sequence[TargetLayer], place: str = P
         return Problem(
             what, place, "leave it out: an adapter trained on text reaches the language model alone"
         )
-    for path, module in _modules(model).items():
+    for path, module in modules.items():
         if path and _matches(name, path) and not list(module.children()):
             what = f'"{name}" is a layer of the kind {type(module).__name__}, and adapters are put on linear layers'
             return Problem(what, place, "leave it out")

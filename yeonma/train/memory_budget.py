@@ -117,7 +117,7 @@ class _BudgetInputs:
     plan: Plan
     store: TokenStore
     blueprint_at: Callable[[Checkpointing], Blueprint]
-    """The model without weights, at a checkpointing level. Raises ValueError if the model does not support it."""
+    """The model without weights, at a checkpointing level. Raises UserError if the model does not support it."""
     available_bytes: int
     max_tokens: int
     processes: int
@@ -148,7 +148,9 @@ def _blueprint_or_none(inputs: _BudgetInputs, level: Checkpointing) -> Blueprint
     """None for a model that does not support the checkpointing level."""
     try:
         return inputs.blueprint_at(level)
-    except ValueError:
+    except UserError:
+        if not level:
+            raise
         return None
 
 

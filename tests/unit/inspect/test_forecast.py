@@ -46,7 +46,6 @@ from yeonma.train.prepare import Prepared, prepare
 from yeonma.train.step import TrainState, _passes
 
 SHAPE = load.LoraShape(4, 8, 0.0, "all-linear")
-TRACED = [family for family in FOREST_FAMILIES if family not in ("gpt_oss", "qwen3_moe")]
 
 
 def meta_blueprint(family: str = "llama", shape: load.LoraShape = SHAPE, **changed: Any) -> Blueprint:
@@ -73,7 +72,7 @@ def make_forest(*lengths: int, shared: int = 20) -> Forest:
     return lay_out(ids, [np.arange(len(sequence)) >= len(sequence) // 2 for sequence in ids])
 
 
-@pytest.mark.parametrize("family", TRACED)
+@pytest.mark.parametrize("family", FOREST_FAMILIES)
 @pytest.mark.parametrize("targets", ["all-linear", "one layer"])
 def test_blueprint_counts_and_weight_bytes_equal_the_real_model(family: str, targets: str) -> None:
     names = {"gpt2": "c_attn", "phi3": "qkv_proj"}
@@ -93,7 +92,7 @@ def test_blueprint_counts_and_weight_bytes_equal_the_real_model(family: str, tar
     assert 0 < model.dense < frozen
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "exaone4", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "exaone4", "mistral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("has_gradients", [False, True])
 def test_meta_trace_matches_the_memory_of_real_tensors(family: str, has_gradients: bool) -> None:
     forest = make_forest(60, 50, 44)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, Gemma3Config
 
+from tests.families import tiny_config
 from tests.models import FOREST_FAMILIES, OTHER_FAMILIES, tiny_model
 from yeonma.model.config_keys import add_older_keys, with_older_keys
 
@@ -90,6 +91,13 @@ def test_scaled_positions_are_written_in_both_forms(kind: str, tmp_path: Path) -
         assert scaling == {name: value for name, value in ROPE[kind].items() if name != "rope_theta"}
     read = AutoConfig.from_pretrained(tmp_path).rope_parameters
     assert {name: read[name] for name in ROPE[kind]} == ROPE[kind]
+
+
+def test_full_attention_without_positions_has_no_older_form() -> None:
+    rope = {"full_attention": None, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
+    written = {**tiny_config("beam").to_dict(), "rope_parameters": rope}
+    completed = with_older_keys(written, {}, type(tiny_config("beam")))
+    assert completed["rope_parameters"] == rope and "rope_theta" not in completed
 
 
 def test_configs_inside_get_their_own_keys(tmp_path: Path) -> None:

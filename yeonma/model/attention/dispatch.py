@@ -96,7 +96,7 @@ def forest_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    forest: ForestLayout,
+    forest: ForestLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -108,8 +108,11 @@ def forest_attention(
     """query (1, heads, T, D), key (1, key heads, T, D), value (1, key heads, T, E) -> (1, T, heads, E).
 
     `s_aux`: attention sinks, (heads,). `on_layer`: for the check at loading.
-    Raises ValueError if the model made its own mask: it would not match the forest.
+    Raises ValueError if the model made its own mask, which would not match the forest, and if it lost the forest on the
+    way to this layer.
     """
+    if forest is None:
+        raise ValueError("its layers do not hand the forest on to their attention")
     if attention_mask is not None:
         raise ValueError("the model made its own attention mask")
     call = LayerCall(query, key, value, scaling, dropout, sliding_window, softcap, s_aux)

@@ -255,21 +255,15 @@ def _with_rotation(forward: FunctionType, original: ForwardFunction, kernels: Ke
     return copied
 
 
-def _rotation(
-    original: ForwardFunction,
-    kernels: Kernels,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *args: Any,
-    **keywords: Any,
-) -> Any:
-    shape = (1, *q.shape[2:])  # one sequence, whose heads are rotated in full
+def _rotation(original: ForwardFunction, kernels: Kernels, *args: Any, **keywords: Any) -> Any:
+    """The rotation of (q, k, cos, sin) for one sequence whose heads are rotated in full; any other call goes to the
+    `original`."""
+    if len(args) != 4 or keywords:
+        return original(*args, **keywords)
+    q, k, cos, sin = args
+    shape = (1, *q.shape[2:])
     is_plain = len(q) == 1 and cos.shape == shape and k.shape[2:] == shape[1:] and cos.dtype == q.dtype
-    if args or keywords or not is_plain:
-        return original(q, k, cos, sin, *args, **keywords)
-    return rotate(q, k, cos, sin, kernels)
+    return rotate(q, k, cos, sin, kernels) if is_plain else original(q, k, cos, sin)
 
 
 @cache

@@ -16,7 +16,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yeonma.config.loss_sum import InvalidLoss
-from yeonma.config.settings import Range, RunConfig, StepSettings
+from yeonma.config.settings import FULL_LEARNING_RATES, LoraSettings, Range, RunConfig, StepSettings
 from yeonma.config.yaml_text import read_items, read_value, write_item
 from yeonma.errors import Problem, UserError, did_you_mean
 
@@ -268,8 +268,10 @@ def _parse(
         problems.append(Problem("required, but not given", ", ".join(missing), cure))
     if problems:
         raise UserError(problems)
-    all_values = {name: setting.default for name, setting in settings.items()} | values
-    config = _build(kind, all_values)
+    defaults = {name: setting.default for name, setting in settings.items()}
+    if values.get("train") == "full":
+        defaults["learning_rate"] = FULL_LEARNING_RATES[defaults["learning_rate"]]
+    config = _build(kind, defaults | values)
     if isinstance(config, RunConfig):
         config = replace(config, given=frozenset(values))
     return ParsedConfig(config, tuple(_warnings(values)))
@@ -508,4 +510,7 @@ def to_yaml(config: object) -> str:
     # max_steps overrides this default. Written out, it would count as given and cause a warning.
     if values.get("max_steps") is not None and values.get("num_epochs") == StepSettings.num_epochs:
         del values["num_epochs"]
+    if values.get("train") == "full":  # which refuses these
+        for setting in fields(LoraSettings):
+            del values[setting.name]
     return "".join(write_item(name, value) for name, value in values.items())

@@ -29,6 +29,7 @@ Quantization = Literal["none", "int8", "nf4", "fp8"]
 QuantizationOrAuto = Literal["auto", "none", "int8", "nf4", "fp8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 TokenLoss = Literal["nll", "dft"]
+Trained = Literal["lora", "full"]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
@@ -150,8 +151,10 @@ class ModelSettings:
     """Adapter folder to continue training from. Its rank, alpha, dropout and target modules are used; of these only `lora_dropout` may be changed."""
     trust_remote_code: bool = False
     """Allow running Python code that comes with the model. When off, such a model is refused."""
+    train: Trained = "lora"
+    """What is trained. lora: an adapter on the frozen base. full: all weights of the base (full fine-tuning), so that the output folder is a model of its own. A full run needs 16 bytes of memory per parameter beside activations, 18 with bfloat16."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the frozen weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU."""
+    """Data type of the frozen weights and the computation. auto: bfloat16 on a GPU that supports it, float32 on the CPU. With `train` full and bfloat16, the optimizer updates float32 copies of the weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one."""
     quantization: Quantization = "none"
@@ -201,7 +204,7 @@ class StepSettings:
     max_steps: int | None = field(default=None, metadata=COUNT)
     """Stop after this many steps. Overrides `num_epochs`."""
     learning_rate: float = field(default=2e-4, metadata=POSITIVE)
-    """Peak learning rate, reached after the warm-up. The default of `yeonma dpo` is lower: 1e-5."""
+    """Peak learning rate, reached after the warm-up. Other defaults: 1e-5 for `yeonma dpo`, and with `train` full 2e-5 and, for dpo, 1e-6."""
     lr_scheduler: LrScheduler = "linear"
     """Learning rate schedule, by its name in transformers."""
     lr_scheduler_kwargs: dict[str, int | float | str] | None = None
@@ -215,7 +218,7 @@ class StepSettings:
     optimizer: Optimizer = "adamw"
     """adamw, adamw_8bit (both moments in 8 bits; Dettmers et al. 2021, arXiv:2110.02861), or paged_adamw_8bit, whose state the GPU can page out. The 8-bit optimizers need bitsandbytes and a GPU."""
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
-    """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    """Weight decay of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101). With `train` full, only matrices have it, not biases and norms."""
     adam_beta1: float = field(default=0.9, metadata=DECAY)
     """AdamW's decay rate for the mean of the gradient."""
     adam_beta2: float = field(default=0.999, metadata=DECAY)
@@ -329,6 +332,8 @@ TRAINING = (
 """The groups that `yeonma sft` reads; `yeonma dpo` reads all groups of RunConfig."""
 PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
 """Defaults of `yeonma dpo` that differ from those of `yeonma sft`."""
+FULL_LEARNING_RATES = {2e-4: 2e-5, 1e-5: 1e-6}
+"""Default learning rate of a verb -> that of full fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import GenerationConfig
 from yeonma.errors import UserError
 from yeonma.model.adapter_file import read_header
 from yeonma.model.adapter_weights import add_lora_of, added_rows, load_weights, plain_layer
-from yeonma.model.config_keys import CONFIG, add_older_keys
 from yeonma.model.load import (
     hide_loading_noise,
     load_config,
@@ -26,10 +24,9 @@ from yeonma.model.load import (
 )
 from yeonma.model.published import Published
 from yeonma.model.source import BaseSource
-from yeonma.model.weight_files import INDEX, WEIGHTS, file_of, stored_tensors
+from yeonma.model.weight_files import INDEX, WEIGHTS, stored_tensors
 from yeonma.model.whole_weights import whole_tensors
 
-GENERATION = "generation_config.json"
 FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -193,26 +190,3 @@ class _ShardWriter:
         total = sum(size for _, size in self.written)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2)
         (self.folder / INDEX).write_text(text + "\n", "utf-8")
-
-
-def keep_config_keys(source: BaseSource, folder: Path) -> None:
-    """Adds to the config.json written what the base's file had and readers of the older form need."""
-    own = file_of(source, CONFIG)
-    add_older_keys(folder, load_config(source), {} if own is None else json.loads(own.read_text("utf-8")))
-
-
-def write_generation_config(source: BaseSource, folder: Path, stop_ids: Sequence[int]) -> None:
-    """Writes the base's generation config, if it has one, with the stop tokens of training added to its EOS tokens."""
-    path, own = folder / GENERATION, file_of(source, GENERATION)
-    content = {} if own is None else json.loads(own.read_text("utf-8"))
-    ends = content.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends += [number for number in stop_ids if number not in ends]
-    content["eos_token_id"] = ends if len(ends) != 1 else ends[0]
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-def copy_code(source: BaseSource, folder: Path) -> None:
-    """Copies the Python code of a local base, which its config refers to."""
-    for path in sorted(Path(source.name).glob("*.py")) if Path(source.name).is_dir() else ():
-        shutil.copyfile(path, folder / path.name)

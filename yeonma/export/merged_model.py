@@ -34,15 +34,7 @@ from yeonma.adapter.samples import SAMPLES, Samples, prompts_now, read_samples
 from yeonma.config.settings import MergeSettings
 from yeonma.config.yaml_text import front_matter
 from yeonma.errors import Log, UserError
-from yeonma.export.merge_weights import (
-    NeedsWholeModel,
-    copy_code,
-    dtype_of,
-    keep_config_keys,
-    merge_by_shard,
-    merge_in_memory,
-    write_generation_config,
-)
+from yeonma.export.merge_weights import NeedsWholeModel, dtype_of, merge_by_shard, merge_in_memory
 from yeonma.files import files_in, move_into_place, staging_folder, user_path
 from yeonma.generation.completion import generate
 from yeonma.generation.sampling import SamplingParams
@@ -59,6 +51,7 @@ from yeonma.model.load import (
 )
 from yeonma.model.position_limits import model_positions
 from yeonma.model.published import Published, quantization_of
+from yeonma.model.saved_config import copy_code, keep_config_keys, write_generation_config
 from yeonma.model.source import BaseSource, find_base
 from yeonma.model.weight_files import weight_files
 from yeonma.shown import code, code_block, json_text, markdown
@@ -124,7 +117,7 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
         template=settings.template,
     )
     source = prompt_builder.source
-    if prompt_builder.adapter.is_merged:
+    if prompt_builder.adapter.is_whole:
         cure = "give the adapter's folder"
         raise UserError("it is merged already", place=settings.adapter_dir, cure=cure)
     config = load_config(source)

@@ -19,6 +19,7 @@ from yeonma.batch.micro_batches import MicroBatchSurvey, survey_micro_batches
 from yeonma.batch.plan import MicroBatchBounds
 from yeonma.config.settings import (
     Checkpointing,
+    LoraSettings,
     Optimizer,
     Quantization,
     RunConfig,
@@ -35,7 +36,7 @@ from yeonma.model.targets import coverage
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
-from yeonma.train.prepare import Prepared, lora_shape
+from yeonma.train.prepare import Prepared, lora_shape, train_dtype
 
 ROUTINE_BYTES = 620_000  # of oneDNN's routine for a shape of a product; measured with oneDNN 3.12 on AVX-512
 CHECK_SHAPES = 4  # distinct token counts in the forward passes of the check at loading
@@ -57,10 +58,10 @@ def estimate(
     """
     model, step = config.model, config.step
     device = load.pick_device(model.device)
-    dtype = load.pick_dtype(model.dtype, device)
+    dtype = train_dtype(model, device)
     setup = _Setup(
         config=prepared.config,
-        lora=prepared.adapter or lora_shape(config.lora),
+        lora=None if model.train == "full" else prepared.adapter or lora_shape(config.lora),
         trust_remote_code=source.trust_remote_code,
         device=device.type,
         dtype=dtype,
@@ -93,7 +94,7 @@ def estimate(
         heaviest_tokens=traced.tokens,
         memory=memory,
         alternatives=_alternatives(setup, prepared, batches, process) if with_alternatives else (),
-        adapter=coverage(model_blueprint.model),
+        adapter=coverage(model_blueprint.model) if setup.lora is not None else None,
         time=None,
         price=None,
         published=_in_words(setup),
@@ -113,7 +114,8 @@ class _Setup:
     """Everything but the data on which memory depends."""
 
     config: Any
-    lora: load.LoraShape | str
+    lora: load.LoraShape | str | None
+    """None if all weights are trained."""
     trust_remote_code: bool
     device: str
     dtype: torch.dtype
@@ -154,6 +156,11 @@ def _memory(
     steps: int,
 ) -> Memory:
     weights, gathered = model_blueprint.weight_bytes, 0
+    adapter, copies = model_blueprint.trained_bytes, 0
+    if setup.lora is None:
+        own, copies = adapter, adapter if setup.dtype != torch.float32 else 0
+        weights, adapter = weights + own - copies, 0
+    numbers = model_blueprint.frozen if setup.lora is not None else model_blueprint.trained
     loading = process + weights
     if setup.sharded:
         weights = ceil(model_blueprint.weight_bytes / setup.processes)
@@ -166,10 +173,10 @@ def _memory(
     if setup.device == "cpu" and published is not None:
         # transformers does not quantise to fp8 while it reads
         if setup.quantization == "fp8" and published.method != "mxfp4":
-            loading = process + max(weights, model_blueprint.frozen * setup.dtype.itemsize)
-        loading += model_blueprint.frozen * published.bits // 8
+            loading = process + max(weights, numbers * setup.dtype.itemsize)
+        loading += numbers * published.bits // 8
     elif setup.device == "cpu" and (stored != setup.dtype or setup.quantization != "none"):
-        loading += model_blueprint.frozen * stored.itemsize
+        loading += numbers * stored.itemsize
     routines = 0
     if setup.device == "cpu" and setup.dtype == torch.float32 and has_onednn():
         shapes = batches.distinct * traced.shapes + CHECK_SHAPES * traced.forward_shapes
@@ -177,7 +184,8 @@ def _memory(
     return Memory(
         process=process,
         weights=weights,
-        lora=model_blueprint.trained_bytes,
+        lora=adapter,
+        copies=copies,
         gradients=traced.gradients,
         # allocated after the peak of the first step
         optimizer=_optimizer_bytes(setup.optimizer, model_blueprint) if steps > 1 else 0,
@@ -238,7 +246,7 @@ def _alternatives(
 
     if not setup.gradient_checkpointing:
         add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
-    if setup.processes > 1 and not setup.sharded:
+    if setup.processes > 1 and not setup.sharded and setup.lora is not None:
         add("shard true", "slower: layers are gathered when used", sharded=True)
     current = setup.micro.most_examples
     for size in sorted({current // 2, 1} - {0, current}, reverse=True):
@@ -247,7 +255,10 @@ def _alternatives(
         slow = ", slow on most CPUs" if setup.device == "cpu" else ""
         add("dtype bfloat16", f"lower precision{slow}", dtype=torch.bfloat16)
     is_packed = setup.published is not None and setup.published.stays_packed
-    if setup.quantization == "none" and not setup.sharded and not is_packed:
+    if setup.lora is None:
+        shape = lora_shape(LoraSettings())
+        add("train lora", "trains an adapter, not the weights", lora=shape)
+    elif setup.quantization == "none" and not setup.sharded and not is_packed:
         add("quantization int8", "changes the result; needs bitsandbytes", quantization="int8")
         add("quantization nf4", "changes the result; needs bitsandbytes", quantization="nf4")
         if setup.has_fp8:

@@ -72,7 +72,7 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
                 template=settings.template if is_foreign(folder) else None,
             )
             prompt_builder.check_template()
-            if prompt_builder.adapter.is_merged:
+            if prompt_builder.adapter.is_whole:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("this is a merged model", place=folder, cure=cure)
             place = str(prompt_builder.adapter.path)

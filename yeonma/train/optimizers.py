@@ -18,13 +18,14 @@ from yeonma.config.settings import Optimizer
 
 def make_optimizer(
     name: Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]],
     *,
     learning_rate: float,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
+    """`parameters` may be groups with a weight decay of their own."""
     if name == "adamw":
         return torch.optim.AdamW(
             parameters, lr=learning_rate, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True

@@ -77,6 +77,7 @@ class AdapterWriter:
 
     write: Callable[[Path], None]
     about_bytes: int
+    noun: str = "adapter"
 
 
 @dataclass(frozen=True)

@@ -325,14 +325,14 @@ def seal(output: Path) -> None:
     sync(output)
 
 
-def install(output: Path, adapter: AdapterWriter, what: str = "the adapter") -> None:
+def install(output: Path, adapter: AdapterWriter) -> None:
     """Writes the final adapter, or model, into a hidden folder, verifies it, and moves its files into place one by one,
     yeonma.json last.
 
     A concurrent reader may see a mix with files of an earlier adapter; within one run these differ only in weights.
     Raises UserError if the disk is full or fails.
     """
-    staging = output / PARTIAL_FINAL
+    staging, what = output / PARTIAL_FINAL, f"the {adapter.noun}"
     delete(staging)
     check_free(output, adapter.about_bytes, what, f"make room, {THEN_CONTINUE}")
     with disk_errors_as_user_errors(output, what, adapter.about_bytes, then=THEN_CONTINUE):

@@ -313,11 +313,11 @@ def _train(
     )
     if best_step != progress.step:
         log(
-            f"using the {saved.noun} of step {best_step}, which had the lowest validation loss "
+            f"using the {saved.result.noun} of step {best_step}, which had the lowest validation loss "
             f"({progress.best_loss:.4f})"
         )
         saved.load(checkpoint_path(output, best_step))
-    folder.install(output, saved.result, f"the {saved.noun}")
+    folder.install(output, saved.result)
     stop.check()
     if evaluation.card_rows:
         broadcast_trained(state.model)
@@ -339,7 +339,7 @@ def _train(
     (output / FORMER_PLOT).unlink(missing_ok=True)  # of the former run that this one continues
     folder.seal(output)
     folder.write_run_json(output, prepared.identity, finished=True)
-    log(f"{saved.noun.capitalize()} saved to {output}")
+    log(f"{saved.result.noun.capitalize()} saved to {output}")
     if exported.text is None:
         log(f"chat_template.jinja does not contain the training template: {exported.why}")
     return None

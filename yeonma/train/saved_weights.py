@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,7 +34,6 @@ DELETE_IT = "delete this checkpoint: the same command then continues from the on
 class SavedWeights:
     """The weights of a run on disk."""
 
-    noun: Literal["adapter", "model"]
     checkpoint: AdapterWriter
     """Writes the folder from which training can go on."""
     result: AdapterWriter
@@ -67,7 +66,7 @@ def saved_adapter(peft_model: Any, parts: FolderParts, trained: int) -> SavedWei
         )
 
     writer = AdapterWriter(write, adapter_bytes(trained, parts.tokenizer))
-    return SavedWeights("adapter", writer, writer, partial(_load_adapter, peft_model), _check_best_adapter)
+    return SavedWeights(writer, writer, partial(_load_adapter, peft_model), _check_best_adapter)
 
 
 def saved_model(state: TrainState, source: BaseSource, rules: TokenRules, parts: FolderParts) -> SavedWeights:
@@ -94,9 +93,8 @@ def saved_model(state: TrainState, source: BaseSource, rules: TokenRules, parts:
     in_checkpoint = model_bytes(state.parameters.values(), parts.tokenizer)
     as_result = model_bytes(names.values(), parts.tokenizer)
     return SavedWeights(
-        "model",
-        AdapterWriter(partial(write, weights=copies), in_checkpoint),
-        AdapterWriter(partial(write, weights={}), as_result),
+        AdapterWriter(partial(write, weights=copies), in_checkpoint, "model"),
+        AdapterWriter(partial(write, weights={}), as_result, "model"),
         partial(_load_model, state),
         _check_best_model,
     )

@@ -119,6 +119,9 @@ def prepare_merge(settings: MergeSettings, log: Log = lambda _: None) -> MergePl
     source = prompt_builder.source
     if prompt_builder.adapter.is_whole:
         cure = "give the adapter's folder"
+        if prompt_builder.adapter.is_full:
+            what, cure = "all of its weights were trained: there is no adapter to merge", "use it as it is"
+            raise UserError(what, place=settings.adapter_dir, cure=cure)
         raise UserError("it is merged already", place=settings.adapter_dir, cure=cure)
     config = load_config(source)
     published = published_weights(config, source)

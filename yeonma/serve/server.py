@@ -41,10 +41,11 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """Adapters of one base, by their names in requests. The base itself is served as `base_name`."""
+    """Adapters of one base, by their names in requests. The base itself is served as `base_name`. A fully fine-tuned
+    model is served alone, and has none."""
 
     prompt_builders: Mapping[str, PromptBuilder]
-    base_name: str
+    base_name: str | None
 
     @property
     def first(self) -> PromptBuilder:
@@ -52,7 +53,7 @@ class ServedAdapters:
 
     @property
     def names(self) -> list[str]:
-        return [*self.prompt_builders, self.base_name]
+        return [*self.prompt_builders, *([] if self.base_name is None else [self.base_name])]
 
 
 def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedAdapters:
@@ -72,7 +73,10 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
                 template=settings.template if is_foreign(folder) else None,
             )
             prompt_builder.check_template()
-            if prompt_builder.adapter.is_whole:
+            if prompt_builder.adapter.is_full and len(folders) > 1:
+                what, cure = "all of its weights were trained: it is served alone", "use a second command"
+                raise UserError(what, place=folder, cure=f"{cure} on another --port")
+            if prompt_builder.adapter.is_whole and not prompt_builder.adapter.is_full:
                 cure = "give the folder of the adapter that was merged"
                 raise UserError("this is a merged model", place=folder, cure=cure)
             place = str(prompt_builder.adapter.path)
@@ -105,6 +109,9 @@ def open_adapters(settings: ServeSettings, log: Log = lambda _: None) -> ServedA
     if problems:
         raise UserError(problems)
     base = prompt_builders[0].source
+    if prompt_builders[0].adapter.is_full:
+        (name,) = short_names([os.path.realpath(prompt_builders[0].adapter.path)])
+        return ServedAdapters({name: prompt_builders[0]}, None)
     paths = [os.path.realpath(prompt_builder.adapter.path) for prompt_builder in prompt_builders]
     *names, base_name = short_names([*paths, source_key(base)[0]])
     return ServedAdapters(
@@ -145,11 +152,12 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
     for builder in builders.values():
         if builder.remark:
             log(builder.remark)
-    check_outline(source, [str(builder.adapter.path) for builder in builders.values()], adapter_weights=False)
+    folders = [str(builder.adapter.path) for builder in builders.values() if not builder.adapter.is_whole]
+    check_outline(source, folders, adapter_weights=False)
     log(f"loading {source.name}")
     policy = build_policy(
         source,
-        [str(builder.adapter.path) for builder in builders.values()],
+        folders,
         device=device,
         dtype=pick_dtype(settings.dtype, device),
         quantization=quantization_for(settings.quantization, adapters.first.adapter),
@@ -164,6 +172,8 @@ def load_served_models(adapters: ServedAdapters, settings: ServeSettings, log: L
         name: _served(replace(policy, adapter_name=adapter_name), builders[name])
         for name, adapter_name in names
     }
+    if adapters.base_name is None:
+        return models
     base = _served(replace(policy, adapter_weights=False), adapters.first)
     return {**models, adapters.base_name: base}
 
@@ -219,7 +229,9 @@ def run_server(
             worker.stop()
             tokenizing.shutdown()
 
-    prompt_builders = {**adapters.prompt_builders, adapters.base_name: adapters.first}
+    prompt_builders = {**adapters.prompt_builders}
+    if adapters.base_name is not None:
+        prompt_builders[adapters.base_name] = adapters.first
     app = make_app(Models(prompt_builders, worker, tokenizing), limits, lifespan)
     server, connections = make_server(
         watched(app), connection_limits or ConnectionLimits(connection_limit()), log

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from yeonma.adapter.adapter_folder import BASE_CONTENT
+from yeonma.adapter.adapter_folder import BASE_CONTENT, TRAINED
 from yeonma.config.data_sets import of_data_set
 from yeonma.config.parse import read_config, settings_dict
 from yeonma.config.settings import TRAINING, RunConfig
@@ -268,6 +268,7 @@ def _details_problems(
             identity.get("content of data_path"),
         ),
         "columns": (details["columns"], identity.get("columns")),
+        TRAINED: (details.get(TRAINED, "lora"), identity.get("train", "lora")),
         **{name: (value, identity.get(name)) for name, value in details["rules"].items()},
     }
     for number, one in enumerate(trained_on.get("data_sets", ()), 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -332,7 +333,7 @@ TRAINING = (
 """The groups that `yeonma sft` reads; `yeonma dpo` reads all groups of RunConfig."""
 PREFERENCE_DEFAULTS = {"learning_rate": 1e-5}
 """Defaults of `yeonma dpo` that differ from those of `yeonma sft`."""
-FULL_LEARNING_RATES = {2e-4: 2e-5, 1e-5: 1e-6}
+FULL_LEARNING_RATES: Mapping[object, float] = {2e-4: 2e-5, 1e-5: 1e-6}
 """Default learning rate of a verb -> that of full fine-tuning."""
 
 

@@ -211,7 +211,7 @@ class _PlainModel:
 
 
 @dataclass(frozen=True)
-class _Template:
+class _BorrowedTemplate:
     """How a model without a template is prompted: as another one was trained."""
 
     owner: str
@@ -220,15 +220,17 @@ class _Template:
     rules: TokenRules
 
 
-def _first_template(models: Sequence[PromptBuilder | _PlainModel], names: Sequence[str]) -> _Template | None:
+def _first_template(
+    models: Sequence[PromptBuilder | _PlainModel], names: Sequence[str]
+) -> _BorrowedTemplate | None:
     """That of the first adapter, or else of the first whole model that has one."""
     for model in models:
         if isinstance(model, PromptBuilder):
             adapter = model.adapter
-            return _Template(adapter.path.name, adapter.template, adapter.columns, adapter.rules)
+            return _BorrowedTemplate(adapter.path.name, adapter.template, adapter.columns, adapter.rules)
     for name, model in zip(names, models, strict=True):
         if isinstance(model, _PlainModel) and model.template is not None and model.rules is not None:
-            return _Template(name, model.template, model.columns, model.rules)
+            return _BorrowedTemplate(name, model.template, model.columns, model.rules)
     return None
 
 
@@ -280,7 +282,7 @@ def _with_template(
     spec: str,
     name: str,
     model: _PlainModel,
-    first: _Template | None,
+    first: _BorrowedTemplate | None,
     settings: CompareSettings,
     rows: Rows,
 ) -> Candidate:

@@ -36,6 +36,7 @@ from yeonma.model.targets import coverage
 from yeonma.policy import blueprint
 from yeonma.run_folder.progress import peak_memory_bytes, status_bytes
 from yeonma.train.memory_budget import checkpointing, micro_batching
+from yeonma.train.preference_losses import preference_loss
 from yeonma.train.prepare import Prepared, lora_shape, train_dtype
 
 ROUTINE_BYTES = 620_000  # of oneDNN's routine for a shape of a product; measured with oneDNN 3.12 on AVX-512
@@ -72,6 +73,7 @@ def estimate(
         quantization=model.quantization,
         has_fp8=multiplies_fp8(device),
         optimizer=step.optimizer,
+        measures_reference=_measures_reference(config),
     )
     model_blueprint = _blueprint(setup)
     process = _process_bytes(device.type)
@@ -101,6 +103,12 @@ def estimate(
     )
 
 
+def _measures_reference(config: RunConfig) -> bool:
+    preference = config.preference
+    measures = () if preference is None else preference_loss(preference.loss).measures
+    return any(measure.with_reference for measure in measures)
+
+
 def _in_words(setup: _Setup) -> str:
     """How the base's files are quantised and how its weights are held; empty if they are not."""
     if setup.published is None:
@@ -127,6 +135,8 @@ class _Setup:
     has_fp8: bool
     """Whether the device can multiply in fp8."""
     optimizer: Optimizer
+    measures_reference: bool
+    """Whether every step needs the trained weights as they were at the start, too."""
 
     @property
     def published(self) -> Published | None:
@@ -160,6 +170,7 @@ def _memory(
     if setup.lora is None:
         own, copies = adapter, adapter if setup.dtype != torch.float32 else 0
         weights, adapter = weights + own - copies, 0
+        copies += weights if setup.measures_reference else 0
     numbers = model_blueprint.frozen if setup.lora is not None else model_blueprint.trained
     loading = process + weights
     if setup.sharded:

@@ -40,7 +40,8 @@ class Memory:
     loading: int
     """Peak while weights are loaded and converted. Not included in `training`."""
     copies: int = 0
-    """Float32 copies of weights that are trained in bfloat16."""
+    """Of weights that are all trained: float32 copies of those in bfloat16, and the weights of the start if every step
+    measures the reference."""
     gathered: int = 0
     """Sharded weights that are gathered at a time: those of the running layer and the next one."""
 

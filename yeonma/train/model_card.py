@@ -78,7 +78,7 @@ def sample_answers(
     the trained one. They are validation rows where there are some. Whole texts have no prompts to answer.
     `base_answers` as in `write_card`."""
     policies = [policy, *([replace(policy, adapter_weights=False)] if base_answers is None else [])]
-    samples = []
+    samples: list[Sample] = []
     for one, share in _asked(dataset, count):
         prompts, rendered, answers = _answers_of_set(policies, tokenizer, dataset, one, share)
         first = len(samples)

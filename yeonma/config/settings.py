@@ -161,7 +161,7 @@ class ModelSettings:
     quantization: Quantization = "none"
     """Quantise the frozen weights of linear layers: int8, nf4 (4-bit with double quantisation) or fp8. Uses less memory and changes the result. int8 and nf4 need bitsandbytes; fp8 is fast on GPUs of compute capability 8.9 or higher."""
     shard: bool = False
-    """Shard the frozen weights over several processes (FSDP2), to train a model too large for one GPU. Slower for a model that fits on one; the result is the same."""
+    """Shard the base's weights over several processes (FSDP2), to train a model too large for one GPU; with `train` full, gradients and averages as well. Slower for a model that fits on one; the result is the same."""
     gradient_checkpointing: CheckpointingOrAuto = False
     """Recompute activations in the backward pass: less memory, about a third more time. selective: only in every other layer. auto: chosen from the memory forecast."""
     torch_compile: TorchCompile = "auto"

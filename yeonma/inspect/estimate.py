@@ -173,9 +173,14 @@ def _memory(
         copies += weights if setup.measures_reference else 0
     numbers = model_blueprint.frozen if setup.lora is not None else model_blueprint.trained
     loading = process + weights
+    gradients, optimizer = traced.gradients, _optimizer_bytes(setup.optimizer, model_blueprint)
     if setup.sharded:
-        weights = ceil(model_blueprint.weight_bytes / setup.processes)
-        gathered = min(model_blueprint.gathered_bytes, model_blueprint.weight_bytes - weights)
+        whole = weights
+        weights = ceil(whole / setup.processes)
+        gathered = min(model_blueprint.gathered_bytes, whole - weights)
+        if setup.lora is None:  # gradients of what is gathered are whole, too, until they are summed
+            copies, optimizer = (ceil(size / setup.processes) for size in (copies, optimizer))
+            gradients = min(gradients, ceil(gradients / setup.processes) + gathered)
         # on the CPU also the pages of the file, until all shards are copied from them
         loading = weights + gathered if setup.device == "cuda" else loading + weights
     stored = getattr(setup.config, "dtype", None) or setup.dtype
@@ -197,9 +202,9 @@ def _memory(
         weights=weights,
         lora=adapter,
         copies=copies,
-        gradients=traced.gradients,
+        gradients=gradients,
         # allocated after the peak of the first step
-        optimizer=_optimizer_bytes(setup.optimizer, model_blueprint) if steps > 1 else 0,
+        optimizer=optimizer if steps > 1 else 0,
         activations=traced.activations,
         logits=traced.logits,
         workspace=traced.workspace,
@@ -257,7 +262,7 @@ def _alternatives(
 
     if not setup.gradient_checkpointing:
         add("gradient_checkpointing true", "about a third more time", gradient_checkpointing=True)
-    if setup.processes > 1 and not setup.sharded and setup.lora is not None:
+    if setup.processes > 1 and not setup.sharded:
         add("shard true", "slower: layers are gathered when used", sharded=True)
     current = setup.micro.most_examples
     for size in sorted({current // 2, 1} - {0, current}, reverse=True):

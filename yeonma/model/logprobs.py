@@ -62,13 +62,15 @@ class ForestSupport:
 
 
 def plain_head(model: Any) -> Head | None:
-    """The model's head as data; None if it is not a linear layer (such as one with LoRA).
+    """The model's head as data; None if it is not a linear layer (such as one with LoRA), or sharded and trained.
 
     Scale and cap are read from the config by transformers' names. The check at loading compares the result with the
     model's own logits; a model with another kind of head uses its own forward.
     """
     layer, config = model.get_output_embeddings(), model.config
     if own_class(layer) is not nn.Linear:
+        return None
+    if layer.weight.requires_grad and is_sharded(model):  # FSDP2 sums gradients of modules that are called
         return None
     divisor = getattr(config, "logits_scaling", None) or 1.0
     factor = getattr(config, "logit_scale", None) or 1.0

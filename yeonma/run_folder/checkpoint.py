@@ -78,6 +78,8 @@ class AdapterWriter:
     write: Callable[[Path], None]
     about_bytes: int
     noun: str = "adapter"
+    gather: Callable[[], None] = lambda: None
+    """Called by all processes before the first one writes: brings what they share out to it."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from yeonma.errors import UserError
+from yeonma.model.sharding import is_shard
 from yeonma.train.heartbeat import watch_processes
 
 if TYPE_CHECKING:  # some builds of PyTorch have no torch.distributed
@@ -119,13 +120,16 @@ def sum_gradients(
     """Sum the gradients over all processes, and `extra` (a small float32 vector) with the first of them, in one
     all-reduce for each BUCKET_NUMBERS numbers.
 
-    A process without a gradient contributes zeros. A parameter without a gradient in any process keeps none, as in a
+    Sharded parameters are left out, because FSDP2 has summed their gradients. A process without a gradient contributes
+    zeros. A parameter without a gradient in any process keeps none, as in a
     single process. Returns the sum of `extra`.
     """
     if group.count == 1:
         return extra
     buckets: list[list[torch.nn.Parameter]] = [[]]
     for parameter in parameters:
+        if is_shard(parameter):
+            continue
         if buckets[-1] and sum(one.numel() for one in [*buckets[-1], parameter]) > BUCKET_NUMBERS:
             buckets.append([])
         buckets[-1].append(parameter)

@@ -37,9 +37,12 @@ def check_full(config: RunConfig, continued: str | None) -> None:
         problems.append(
             Problem(what, f"quantization {model.quantization}", "leave it out, or use --train lora")
         )
-    if model.shard:
-        what = "weights that are trained are not sharded in this version"
-        problems.append(Problem(what, "shard true", "leave it out, or use --train lora"))
+    if model.shard and config.preference is not None and "kto" in str(config.preference.loss):
+        what = "kto keeps a copy of the weights as they were, which is not sharded in this version"
+        problems.append(Problem(what, "shard true", "leave it out, or choose another --loss"))
+    if model.shard and config.step.optimizer != "adamw":
+        what = "8-bit averages of sharded weights are not supported in this version"
+        problems.append(Problem(what, f"optimizer {config.step.optimizer}", "use adamw, or leave out shard"))
     if model.dtype == "float16":
         what = "in float16 the gradients of weights are lost, because they are too small for it"
         problems.append(Problem(what, "dtype float16", "use bfloat16 or float32"))

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from yeonma.model.sharding import like
+
 Parameters = Mapping[str, nn.Parameter]
 
 
@@ -72,5 +74,5 @@ def load_trained(trained: Parameters, rounded: Parameters, model: Any) -> None:
         for name, weight in trained.items():
             if weights[name].shape != weight.shape:
                 raise RuntimeError(f"{name} has the shape {tuple(weights[name].shape)}")
-            weight.copy_(weights[name])
+            weight.copy_(like(weights[name], weight))
     round_weights(trained, rounded)

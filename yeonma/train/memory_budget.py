@@ -155,10 +155,12 @@ def _blueprint_or_none(inputs: _BudgetInputs, level: Checkpointing) -> Blueprint
 
 def _bytes_for_activations(inputs: _BudgetInputs, model: Blueprint) -> int:
     """What weights, adapter (or float32 copies of the weights) and AdamW's two averages leave of the memory."""
-    weights = model.weight_bytes
+    weights, trained = model.weight_bytes, 3 * model.trained_bytes
     if inputs.sharded:
         weights = weights // inputs.processes + model.gathered_bytes
-    return inputs.available_bytes - weights - 3 * model.trained_bytes
+        if not model.frozen:  # all weights are trained, and sharded
+            trained = trained // inputs.processes
+    return inputs.available_bytes - weights - trained
 
 
 def _peak_bytes(inputs: _BudgetInputs, model: Blueprint, bounds: MicroBatchBounds) -> int:

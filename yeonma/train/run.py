@@ -244,7 +244,7 @@ def _train(
     parts = FolderParts(prepared.tokenizer, dataset.template, loaded.details, exported, samples)
     base_answers = None
     if config.model.train == "full":
-        if group.first and evaluation.card_rows:  # before the base's weights are replaced
+        if (group.first or state.sharded) and evaluation.card_rows:  # before the base's weights are replaced
             base_answers = answers_before(policy, prepared.tokenizer, dataset, evaluation.card_rows)
         saved = saved_model(state, policy.source, dataset.rules, parts)
     else:
@@ -303,20 +303,25 @@ def _train(
         sys.stdout.flush()
         return message, stop.agreed
     stop.check()
-    if not group.first:
-        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
-            broadcast_trained(state.model)
-            sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows)
-        return None
     best_step = (
         progress.step if progress.best_step is None or not evaluation.keep_best else progress.best_step
     )
+    if not group.first:
+        if state.sharded and config.model.train == "full":  # whose weights are in all processes
+            if best_step != progress.step:
+                saved.load(checkpoint_path(output, best_step))
+            saved.result.gather()
+        if state.sharded and evaluation.card_rows:  # every forward pass needs all processes
+            broadcast_trained(state.model)
+            sample_answers(policy, prepared.tokenizer, dataset, evaluation.card_rows, base_answers)
+        return None
     if best_step != progress.step:
         log(
             f"using the {saved.result.noun} of step {best_step}, which had the lowest validation loss "
             f"({progress.best_loss:.4f})"
         )
         saved.load(checkpoint_path(output, best_step))
+    saved.result.gather()
     folder.install(output, saved.result)
     stop.check()
     if evaluation.card_rows:

@@ -19,6 +19,7 @@ from yeonma.errors import UserError, brief
 from yeonma.model import adapter_weights, load
 from yeonma.model.adapter_config import WEIGHTS_FILE
 from yeonma.model.adapter_file import not_finite, read_header
+from yeonma.model.sharding import whole_tensor
 from yeonma.model.source import BaseSource
 from yeonma.run_folder.checkpoint import AdapterWriter
 from yeonma.run_folder.output_folder import adapter_bytes, model_bytes
@@ -75,12 +76,19 @@ def saved_model(state: TrainState, source: BaseSource, rules: TokenRules, parts:
     stop_ids = answer_tokens(parts.tokenizer, rules if parts.template.has_turns else None, eos).stop_ids
     names = {name: weight for name, weight in state.model.named_parameters()}
     copies = {names[name]: state.parameters[name] for name in state.rounded}
+    gathered: dict[torch.Tensor, torch.Tensor] = {}
+
+    def gather(weights: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        for weight in names.values() if state.sharded else ():
+            whole = whole_tensor(weights.get(weight, weight), keep=state.group.first)
+            if whole is not None:
+                gathered[weight] = whole
 
     def write(folder: Path, weights: Mapping[torch.Tensor, torch.Tensor]) -> None:
         write_full_model(
             folder,
             state.model,
-            weights,
+            gathered or weights,
             source,
             parts.tokenizer,
             parts.template,
@@ -89,12 +97,13 @@ def saved_model(state: TrainState, source: BaseSource, rules: TokenRules, parts:
             parts.exported,
             parts.samples,
         )
+        gathered.clear()
 
     in_checkpoint = model_bytes(state.parameters.values(), parts.tokenizer)
     as_result = model_bytes(names.values(), parts.tokenizer)
     return SavedWeights(
-        AdapterWriter(partial(write, weights=copies), in_checkpoint, "model"),
-        AdapterWriter(partial(write, weights={}), as_result, "model"),
+        AdapterWriter(partial(write, weights=copies), in_checkpoint, "model", partial(gather, copies)),
+        AdapterWriter(partial(write, weights={}), as_result, "model", partial(gather, {})),
         partial(_load_model, state),
         _check_best_model,
     )

@@ -25,6 +25,7 @@ from yeonma.batch.plan import MicroBatchBounds, micro_batches, shares
 from yeonma.errors import UserError
 from yeonma.model.forest_support import in_eval_mode
 from yeonma.model.logprobs import ForestSupport, batch_logprobs, example_logprobs
+from yeonma.model.sharding import is_shard
 from yeonma.run_folder.progress import EvaluationRecord
 from yeonma.tokenization.dataset import numbered_rows
 from yeonma.train.distributed import Processes, gather_bytes, sum_gradients, sum_over
@@ -108,7 +109,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         totals = torch.zeros(1 + len(objective.metrics), device=state.model.device)
         for micro_pass in _passes(state, batch):
             loss_sum, metric_sums = _sums(state, objective.sums, micro_pass)
-            with _no_gradient_from_idle(micro_pass, state.parameters.values()):
+            idle = [weight for weight in state.parameters.values() if not is_shard(weight)]
+            with _no_gradient_from_idle(micro_pass, idle):
                 (loss_sum / count).backward()
             totals += torch.cat([loss_sum.detach().reshape(1), metric_sums]) / count
             del loss_sum  # frees the graph, whose many small nodes would fragment memory
@@ -118,6 +120,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     totals = torch.cat([totals, totals.new_tensor(state.stop.requests())])
     totals = sum_gradients(state.group, state.parameters.values(), totals)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.max_grad_norm or math.inf)
+    if is_shard(grad_norm):
+        grad_norm = grad_norm.full_tensor()  # type: ignore[attr-defined]
     _check_finite(totals[0], grad_norm, batch, state.name_rows)
     learning_rate = state.optimizer.param_groups[0]["lr"]
     state.optimizer.step()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.pairs import dpo, labelled
 from tests.runs import Done, articles, command, model_folder, sft, trained, write_jsonl
 from tests.unit.train.test_full import FULL, TWO_EPOCHS, weights_of
 from yeonma.adapter import full_model
@@ -88,7 +89,6 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "rank": ({"lora_r": 16}, "lora_r: it shapes an adapter, and full fine-tuning has none; leave it out"),
     "DoRA": ({"use_dora": False}, "use_dora: it shapes an adapter"),
     "quantisation": ({"quantization": "int8"}, "quantization int8: quantised weights cannot be trained"),
-    "sharding": ({"shard": True}, "shard true: weights that are trained are not sharded in this version"),
     "float16": ({"dtype": "float16"}, "dtype float16: in float16 the gradients of weights are lost"),
 }
 
@@ -99,6 +99,13 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path, base: Path, data: P
     done = sft(tmp_path / "out", base, data, **{**FULL, **settings})
     assert done.status == 2 and message in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_go_with_sharding_is_refused(tmp_path: Path, base: Path) -> None:
+    data = write_jsonl(tmp_path / "labelled.jsonl", labelled(9))
+    done = dpo(tmp_path / "out", base, data, **FULL, shard=True, loss="kto", optimizer="adamw_8bit")
+    assert done.status == 2 and "shard true: kto keeps a copy of the weights as they were" in done.err
+    assert "optimizer adamw_8bit: 8-bit averages of sharded weights are not supported" in done.err
 
 
 def test_an_adapter_is_not_continued_in_full(tmp_path: Path, base: Path, data: Path) -> None:

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers import trainer as trainer_module
 
 from tests.models import VOCABULARY, tiny_model
+from tests.quantised import needs_bitsandbytes
 from tests.runs import Done, articles, command, left_behind, model_folder, sft, trained, write_jsonl
 from yeonma.batch.batch import Batch
 from yeonma.model.forest_support import check_forest_support
 from yeonma.model.logprobs import batch_logprobs
 from yeonma.run_folder import output_folder as folder
 from yeonma.tokenization.example import Example
-from yeonma.train import loop, run
+from yeonma.train import loop, prepare, run
 from yeonma.train.full_weights import round_weights, trained_weights
 
 FULL: dict[str, object] = {"train": "full", "learning_rate": 1e-3, "lora_r": None, "lora_alpha": None}
@@ -260,3 +261,18 @@ def test_the_best_checkpoint_becomes_the_model(tmp_path: Path, base: Path, data:
     assert best != max(losses) and f"using the model of step {best}" in done.out
     of_best, ours = weights_of(done.folder / f"checkpoint-{best}"), weights_of(done.folder)
     assert all(torch.equal(weight, of_best[name]) for name, weight in ours.items())
+
+
+@needs_bitsandbytes
+def test_averages_in_8_bits(tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run asks for a GPU, which these optimizers do not need to be right."""
+    monkeypatch.setattr(prepare, "_check_optimizer", lambda *_: None)
+    settings = {**FULL, "optimizer": "adamw_8bit", "dtype": "bfloat16", "save_steps": 2}
+    whole = trained(tmp_path / "whole/out", base, data, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stops(loop.train_step, 4))
+        assert sft(tmp_path / "part/out", base, data, **settings).status == 130
+    resumed = trained(tmp_path / "part/out", base, data, **settings)
+    assert left_behind(resumed.folder) == left_behind(whole.folder)
+    exact = trained(tmp_path / "exact", base, data, **FULL, dtype="bfloat16")
+    assert np.allclose(whole.losses, exact.losses, rtol=0, atol=0.05)

@@ -496,12 +496,17 @@ def _build(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def settings_dict(config: object) -> dict[str, Any]:
-    """The settings of all groups by name, in order. No two groups of a config share a name."""
+    """The settings of all groups by name, in order, without those of an adapter if there is none. No two groups of a
+    config share a name."""
     names = _parts(type(config))
     if not names:
         return dict(vars(config))
     parts = [getattr(config, name) for name in names]
-    return {name: value for part in parts if part is not None for name, value in settings_dict(part).items()}
+    values = {
+        name: value for part in parts if part is not None for name, value in settings_dict(part).items()
+    }
+    unread = {setting.name for setting in fields(LoraSettings)} if values.get("train") == "full" else ()
+    return {name: value for name, value in values.items() if name not in unread}
 
 
 def to_yaml(config: object) -> str:
@@ -510,7 +515,4 @@ def to_yaml(config: object) -> str:
     # max_steps overrides this default. Written out, it would count as given and cause a warning.
     if values.get("max_steps") is not None and values.get("num_epochs") == StepSettings.num_epochs:
         del values["num_epochs"]
-    if values.get("train") == "full":  # which refuses these
-        for setting in fields(LoraSettings):
-            del values[setting.name]
     return "".join(write_item(name, value) for name, value in values.items())

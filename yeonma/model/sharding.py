@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from yeonma.errors import UserError
+
 Result = TypeVar("Result")
 M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 RUN_AS_FORWARD = "yeonma_run_as_forward"  # a method of sharded models, see `run_as_forward`
@@ -35,7 +37,7 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
 
     `model` has its adapter and is on the CPU. A process never has more than its shards and one layer on `device`. Until
     then, weights that transformers has mapped from their file are pages of that file, which all processes of the
-    machine share.
+    machine share. Raises UserError if all weights are trained and some cannot be sharded for that.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -45,6 +47,8 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
         _return_freed_memory()
     # a weight that is a single number cannot be sharded
     is_full = trains_all(model)
+    if is_full:
+        _check_trained(model)
     replicated = {
         weight for weight in model.parameters() if (weight.requires_grad and not is_full) or weight.ndim == 0
     }
@@ -64,6 +68,17 @@ def shard_weights(model: nn.Module, device: torch.device) -> None:
     )
     setattr(model, RUN_AS_FORWARD, MethodType(_call, model))
     register_fsdp_forward_method(model, RUN_AS_FORWARD)
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Raises UserError for weights that FSDP2 cannot train in shards."""
+    if numbers := [name for name, weight in model.named_parameters() if weight.ndim == 0]:
+        what = f"{numbers[0]} is a single number, which cannot be sharded and trained"
+        raise UserError(what, place="shard", cure="leave it out, or use --train lora")
+    formats = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters()}
+    if len(formats) > 1:
+        what = f"the model holds its weights in {' and '.join(sorted(formats))}, which cannot be trained in shards"
+        raise UserError(what, place="shard", cure="use --dtype float32")
 
 
 def _return_freed_memory() -> None:

@@ -101,7 +101,7 @@ def load_model(
     if policy.support.why_not:
         log(f"one sequence at a time, because {policy.support.why_not}")
     trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-    frozen = policy.base.parameters
+    frozen = 0 if is_full else policy.base.parameters
     log(f"{source.name}: {trained:,} parameters trained, {frozen:,} frozen, {base.dtype} on {device}")
     reached = None if is_full else coverage(base)
     log("all weights are trained, routers and embeddings included" if is_full else f"adapter on {reached}")

@@ -177,4 +177,12 @@ def test_inspect_forecasts_weights_gradients_and_averages(tmp_path: Path, base: 
         names = ("weights", "copies", "gradients", "optimizer")
         found = [memory[name] / numbers for name in names]
         assert np.allclose(found, sizes, rtol=0.02) and memory["lora"] == 0 and about["adapter"] is None
-        assert "train lora" in [one["name"] for one in forecast["alternatives"]]
+        names_of_others = [one["name"] for one in forecast["alternatives"]]
+        assert "train lora" in names_of_others and "shard true" not in names_of_others
+        words += ["--nproc", "2", "--shard", "true", "--template", "{document}\n{title}", "--json", "true"]
+        done = command(tmp_path, "inspect", *words)
+        memory = json.loads(done.out.splitlines()[-1])["forecast"]["memory"]
+        found = [memory[name] / numbers for name in ("weights", "copies", "optimizer")]
+        assert (
+            np.allclose(found, [sizes[0] / 2, sizes[1] / 2, sizes[3] / 2], rtol=0.02) and memory["gathered"]
+        )

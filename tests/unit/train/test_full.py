@@ -169,15 +169,23 @@ def test_all_weights_have_the_gradient_of_the_plain_model(family: str) -> None:
         assert torch.allclose(weight.grad, expected[name].grad, rtol=0, atol=tolerance), name
 
 
+MICRO_BATCHES: list[dict[str, object]] = [
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 4, "gradient_checkpointing": True},
+    {"micro_batch_tokens": "auto", "gradient_checkpointing": "auto"},
+]
+
+
 def test_micro_batches_do_not_change_the_step(tmp_path: Path, base: Path, data: Path) -> None:
-    losses, weights = [], []
-    for size in (1, 4):
-        done = trained(tmp_path / str(size), base, data, **FULL, micro_batch_size=size)
-        losses.append(done.losses)
-        weights.append(weights_of(done.folder))
-    assert np.allclose(*losses, rtol=0, atol=1e-5)
-    for name, weight in weights[0].items():
-        assert torch.allclose(weight, weights[1][name], rtol=0, atol=1e-5), name
+    runs = [
+        trained(tmp_path / str(number), base, data, **FULL, **settings)
+        for number, settings in enumerate(MICRO_BATCHES)
+    ]
+    first = weights_of(runs[0].folder)
+    for other in runs[1:]:
+        assert np.allclose(other.losses, runs[0].losses, rtol=0, atol=1e-5)
+        for name, weight in weights_of(other.folder).items():
+            assert torch.allclose(weight, first[name], rtol=0, atol=1e-5), name
 
 
 def test_bfloat16_weights_are_rounded_from_what_the_optimizer_updates() -> None:

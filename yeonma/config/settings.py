@@ -450,7 +450,7 @@ class CompareSettings:
     columns: dict[str, str] | None = None
     """Maps template fields to columns with other names: `{document: body, answer: headline}`. By default, as in training."""
     template: str | None = None
-    """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter, or the one that matches the columns."""
+    """Template for models that have none of their own: a built-in template's name, a file, or the text itself. By default, that of the first adapter or fully fine-tuned model, or the one that matches the columns."""
     rows: int | None = field(default=None, metadata=ROWS)
     """Compare on at most this many rows, from the first on."""
     output_dir: str = "report"
@@ -565,7 +565,7 @@ class ServeSettings:
     """Serve adapters over an OpenAI-compatible API."""
 
     adapter_dirs: list[str]
-    """Adapter folders, all of one base model: `yeonma serve OUT OUT2`. A request's `model` is the name of a folder or of the base model."""
+    """Adapter folders, all of one base model: `yeonma serve OUT OUT2`; or one fully fine-tuned model. A request's `model` is the name of a folder or of the base model."""
     host: str = "127.0.0.1"
     """Address to listen on. An address that other machines can reach, such as 0.0.0.0, requires an `api_key`."""
     port: int = field(default=8000, metadata=PORT)
